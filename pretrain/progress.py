@@ -1,0 +1,36 @@
+"""How far a run has come, and when something is due. The trainer owns Progress; it is saved with every checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Progress:
+    """``step`` optimizer steps done · ``samples`` sequences consumed by all ranks · ``tokens`` target tokens, all ranks.
+
+    ``baseline`` holds each domain's loss of the untouched model (nats per token), against which forgetting is measured.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    baseline: dict[str, float] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for key, value in state.items():
+            setattr(self, key, value)
+
+
+@dataclass(frozen=True, slots=True)
+class Every:
+    """``Every(10).due(step)`` is true at 10, 20, …; ``Every(None)`` never is."""
+
+    steps: int | None
+
+    def due(self, step: int) -> bool:
+        return self.steps is not None and step > 0 and step % self.steps == 0

@@ -1,0 +1,63 @@
+"""metrics.jsonl: every record of the run, once, in order. The file other tools read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class Jsonl:
+    """One JSON object a line, flushed at once, so that a killed run has all lines up to the kill."""
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+
+    def open(self, run: Path, *, total_steps: int, resumed_at: int) -> None:
+        path = run / "metrics.jsonl"
+        if path.exists():
+            cut_after(path, resumed_at)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a torn last line (the run was killed while writing it) is left out.
+
+    Raises ``ValueError`` with file and line when any other line is broken.
+    """
+    records = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline at its end: torn
+                break
+            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+    return records
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop the records of steps beyond ``step``: they were lost with a crash and are about to be trained again.
+
+    A run that starts over (step 0) drops everything.
+    """
+    kept = [r for r in read_records(path) if 0 < step >= r["step"]]
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

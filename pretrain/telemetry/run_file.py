@@ -1,0 +1,55 @@
+"""run.json: what this run is and how it ended, rewritten whole whenever that changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from pretrain.events import Evaluated, Event, RunFinished, RunStarted
+
+
+class RunFile:
+    """A listener. Status: running · finished · stopped · failed; ``results``: the last evaluation of each domain."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / "run.json"
+        self._facts: dict[str, Any] = {}
+        self._started_at = time.time()
+        self._earlier_seconds = 0.0
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            earlier = read_run_file(self._path.parent) if event.resumed else {}
+            self._earlier_seconds = earlier.get("seconds", 0.0)
+            kept = {"results": earlier.get("results", {}), "restarts": earlier.get("restarts", -1) + 1}
+            self._facts = kept | event.facts | {"status": "running", "total_steps": event.total_steps}
+        elif isinstance(event, Evaluated):
+            for s in event.scores:
+                names = ("role", "loss", "perplexity", "bits_per_byte", "delta_loss")
+                self._facts["results"][s.domain] = {n: getattr(s, n) for n in names} | {"step": event.step}
+        elif isinstance(event, RunFinished):
+            self._facts |= {"status": event.status, "tokens": event.tokens}
+            self._facts["model"] = str(event.model) if event.model else None
+        else:
+            return
+        self._facts |= {"steps": event.step, "seconds": self._earlier_seconds + time.time() - self._started_at}
+        write_json(self._path, self._facts)
+
+
+def read_run_file(run: Path) -> dict[str, Any]:
+    """The run.json of a run folder; empty when there is none or it is torn."""
+    try:
+        facts: dict[str, Any] = json.loads((run / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace ``path`` whole, so that a reader never sees half of it."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,20 @@
+"""Where numbers go. To add a sink: a class here with these three methods, and a YAML under ``conf/sink`` nesting its key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+Record = dict[str, Any]  # one line of metrics.jsonl: `event`, `step`, `time`, then numbers, strings or None
+
+
+class Sink(Protocol):
+    """Configured by its constructor. An exception from any method drops this sink and never stops the run."""
+
+    def open(self, run: Path, *, total_steps: int, resumed_at: int) -> None:
+        """``run``: the run folder. ``resumed_at``: steps already done; records beyond it are of steps trained again."""
+        ...
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,107 @@
+"""What a person sees while a run goes: a live bar on a terminal, a line per log step elsewhere, a table at the end."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.progress import Progress as RichProgress
+
+
+class Terminal:
+    """Writes to stdout. The table compares each domain's perplexity before this run with the one after it."""
+
+    def __init__(self) -> None:
+        self._console: RichConsole | None = None
+        self._bar: RichProgress | None = None
+        self._before: dict[str, dict[str, Any]] = {}
+        self._after: dict[str, dict[str, Any]] = {}
+        self._total = 0
+        self._folder = Path()
+
+    def open(self, run: Path, *, total_steps: int, resumed_at: int) -> None:
+        from rich.console import Console
+
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._total = total_steps
+        self._folder = run
+        if self._console.is_terminal:
+            self._bar = _progress(self._console)
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=total_steps, completed=resumed_at, numbers="")
+
+    def write(self, record: dict[str, Any]) -> None:
+        getattr(self, f"_{record['event']}", lambda record: None)(record)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _say(self, line: str) -> None:
+        assert self._console is not None
+        self._console.print(line, markup=False)
+
+    def _run_started(self, r: dict[str, Any]) -> None:
+        parameters = f"{r['parameters'] / 1e6:.1f} M parameters" if "parameters" in r else ""
+        verb = f"continues at step {r['step']} of" if r["resumed"] else "trains"
+        self._say(f"{r.get('model', 'model')} ({parameters}) {verb} {r['total_steps']} steps on {r.get('device')}; {self._folder}")
+
+    def _train(self, r: dict[str, Any]) -> None:
+        loss = "nan" if r["loss"] is None else f"{r['loss']:.4f}"
+        numbers = f"loss {loss}  lr {r['lr']:.2e}  {r['tokens_per_second'] or 0:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=r["step"], numbers=numbers)
+        else:
+            self._say(f"step {r['step']:>{len(str(self._total))}}/{self._total}  {numbers}")
+
+    def _evaluation(self, r: dict[str, Any]) -> None:
+        before = self._before.setdefault(r["domain"], r if r["delta_loss"] is None else _baseline(r))
+        self._after[r["domain"]] = r
+        change = "" if before is r else f"  ({r['loss'] - before['loss']:+.4f} nats since step 0)"
+        self._say(f"step {r['step']}  {r['domain']} ({r['role']}): perplexity {_number(r['perplexity'])}{change}")
+
+    def _checkpoint(self, r: dict[str, Any]) -> None:
+        if self._bar is None:
+            self._say(f"step {r['step']}  saved {r['path']}")
+
+    def _run_finished(self, r: dict[str, Any]) -> None:
+        from rich import box
+        from rich.table import Table
+
+        assert self._console is not None
+        self.close()
+        if self._after:
+            table = Table(box=box.SIMPLE_HEAD)
+            for title in ("domain", "perplexity before", "after", "change in loss (nats)"):
+                table.add_column(title, justify="left" if title == "domain" else "right")
+            for domain, after in self._after.items():
+                before = self._before[domain]
+                change = f"{after['loss'] - before['loss']:+.4f}"
+                table.add_row(f"{domain} ({after['role']})", _number(before["perplexity"]), _number(after["perplexity"]), change)
+            self._console.print(table)
+        speed = f", {r['tokens_per_second']:,.0f} tokens/s" if r["tokens_per_second"] else ""
+        self._say(f"{r['status']} at step {r['step']}/{self._total}: {r['tokens']:,} tokens{speed}")
+        if r["model"]:
+            self._say(f"model    {r['model']}")
+        self._say(f"records  {self._folder / 'metrics.jsonl'}")
+
+
+def _baseline(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of step 0, worked out from a later one (a resumed process has not seen step 0)."""
+    loss = record["loss"] - record["delta_loss"]
+    return record | {"step": 0, "loss": loss, "perplexity": math.exp(loss)}
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:,.2f}"
+
+
+def _progress(console: RichConsole) -> RichProgress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
+    return Progress(*columns, TimeRemainingColumn(), console=console)
