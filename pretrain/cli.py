@@ -1,0 +1,153 @@
+"""The command line: compose, check, run. Imports no torch, so that help and mistakes answer at once.
+
+A plain run is composed with Hydra's compose API; sweeps and Hydra's own flags (`-m`, `--cfg`, `--help`, …) go through
+`hydra.main`, where every job of a sweep is this command again in a fresh process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pretrain.config import GROUPS, check, conf_dir
+from pretrain.console import notice
+from pretrain.errors import UserError, did_you_mean
+from pretrain.flat import overrides_from
+from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command line and leave with its exit code (0, 1, 2 or 75)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and leaving with 1
+    try:
+        code = _dispatch(arguments)
+    except UserError as error:
+        code = _mistake(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        code = _mistake(_in_plain_words(error))
+    except (Stopped, KeyboardInterrupt) as signal:
+        notice(f"{signal or 'interrupted'} before training began; the same command starts where it was")
+        code = EXIT_CODE
+    sys.exit(code)
+
+
+def _mistake(message: str) -> int:
+    notice(f"error: {message}")
+    return 2
+
+
+def _dispatch(arguments: list[str]) -> int:
+    overrides = [_forced(a) for a in _with_flat_file(arguments)]
+    if any(a.startswith("-") for a in overrides):
+        return _hydra_main(overrides)
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = hydra.compose("config", overrides=overrides)
+    return run(config, overrides)
+
+
+def _with_flat_file(arguments: list[str]) -> list[str]:
+    """Replace ``--config FILE`` by what the file stands for."""
+    for i, argument in enumerate(arguments):
+        if argument == "--config":
+            if i + 1 == len(arguments):
+                raise UserError("--config: which file?")
+            return overrides_from(Path(arguments[i + 1]), arguments[:i] + arguments[i + 2 :])
+        if argument.startswith("--config="):
+            return overrides_from(Path(argument.split("=", 1)[1]), arguments[:i] + arguments[i + 1 :])
+    return arguments
+
+
+def _forced(override: str) -> str:
+    """``key=value`` → ``++key=value``: an unknown key then composes and `check`, who knows the keys, explains it."""
+    key = override.split("=", 1)[0]
+    groups = (*GROUPS, "experiment", "local")
+    if "=" not in override or not re.match(r"[A-Za-z_]", key) or key in groups or re.search(r"[@/]", key):
+        return override
+    return override if key.split(".")[0] == "hydra" else f"++{override}"
+
+
+def _hydra_main(arguments: list[str]) -> int:
+    """Sweeps and Hydra's own flags."""
+    codes: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+    def job(config: DictConfig) -> None:
+        settings = HydraConfig.get()
+        overrides = list(settings.overrides.task)
+        if settings.mode == RunMode.MULTIRUN:
+            codes.append(_fresh_process(overrides, Path(settings.sweep.dir) / settings.sweep.subdir))
+        else:
+            codes.append(run(config, overrides))
+
+    sys.argv[1:] = arguments
+    job()
+    return max(codes, default=0)
+
+
+def _fresh_process(overrides: list[str], output_dir: Path) -> int:
+    """One job of a sweep, in its own folder. A fresh process: no state of an earlier job can leak into it."""
+    own_folder = [] if any(o.lstrip("+").startswith("output_dir=") for o in overrides) else [f"output_dir='{output_dir}'"]
+    code = subprocess.run([sys.executable, "-m", "pretrain", *overrides, *own_folder], check=False).returncode
+    if code:
+        notice(f"job {' '.join(overrides)} left with exit code {code}")
+    return code
+
+
+def resolve(config: DictConfig) -> dict[str, Any]:
+    """The composed config as a plain dict, with the run's name filled in.
+
+    Raises ``UserError`` for an interpolation that leads nowhere.
+    """
+    OmegaConf.set_struct(config, False)
+    if config.get("name") is None:
+        config["name"] = default_name(config)
+    try:
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_in_plain_words(error)) from None
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def default_name(config: DictConfig) -> str:
+    """``<model>-<dataset>``, with the task in front where it isn't pretraining."""
+    dataset = config.get("dataset") or {}
+    data = dataset.get("name") or Path(str(dataset.get("nameOrPath") or "data")).stem
+    parts = [Path(str(config.get("model_name"))).name, str(data)]
+    if config.get("task") != "pretraining":
+        parts.insert(0, str(config.get("task")))
+    return re.sub(r"[^\w.-]+", "_", "-".join(parts))
+
+
+def run(config: DictConfig, overrides: list[str]) -> int:
+    """Check a composed config and carry it out."""
+    resolved = resolve(config)
+    check(resolved)
+    interrupt = Interrupt()
+    interrupt.install()
+    warnings.filterwarnings("ignore", module="torch|transformers")
+    from pretrain.launch import launch
+
+    return launch(resolved, overrides, interrupt)
+
+
+def _in_plain_words(error: Exception) -> str:
+    """Hydra's message in one line, with the nearest names where a choice does not exist."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice}: no such choice{did_you_mean(choice, error.options)}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(line for line in lines if not re.match(r"(full_key|object_type|See https|Config search|Set the env)", line))

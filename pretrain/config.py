@@ -1,0 +1,155 @@
+"""The root keys, and `check`: every key and type of a composed config, before anything heavy is imported.
+
+Each group node is checked against the signature of its `_target_`, so that a key misspelt inside a group is an error and
+a dataclass is the only place where its keys are listed. The targets' modules import torch inside their methods.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+
+from pretrain.errors import UserError, did_you_mean
+
+Finite = Field(allow_inf_nan=False)
+Beta = Annotated[float, Field(ge=0, lt=1)]
+GROUPS = (
+    "model",
+    "dataset",
+    "strategy",
+    "precision",
+    "optimizer",
+    "scheduler",
+    "checkpoint",
+    "evaluation",
+    "generation",
+    "sink",
+)
+HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+RUNTIME_ARGUMENTS = {"step", "total_steps", "warmup_steps"}  # of a schedule: given by the builder, never by YAML
+
+
+@dataclass(frozen=True)
+class Root:
+    """The keys of conf/config.yaml that are no group. The comments there say what each is for."""
+
+    task: Literal["pretraining", "tokenization", "evaluation", "generation"]
+    name: Annotated[str, Field(pattern=r"^[^/\\]+$")]
+    output_dir: Annotated[str, Field(min_length=1)]
+    model_name: Annotated[str, Field(min_length=1)]
+    sequence_length: Annotated[int, Field(ge=2)]
+    batch_size: PositiveInt
+    gradient_accumulation_steps: PositiveInt
+    number_epochs: Annotated[PositiveFloat, Finite]
+    max_steps: PositiveInt | None
+    lr: Annotated[PositiveFloat, Finite]
+    warmup_proportion: Annotated[float, Field(ge=0, le=1)]
+    weight_decay: Annotated[NonNegativeFloat, Finite]
+    beta1: Beta
+    beta2: Beta
+    grad_clip: Annotated[PositiveFloat, Finite] | None
+    seed: NonNegativeInt
+    devices: Literal["auto"] | PositiveInt
+    resume: Annotated[str, Field(min_length=1)]
+    log_every: PositiveInt
+    evaluate_every: PositiveInt | None
+    save_every: PositiveInt | None
+
+
+def conf_dir() -> Path:
+    """The folder of YAML: inside the package when installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def check(config: dict[str, Any]) -> Root:
+    """Check a resolved config, whole: unknown keys, types, ranges, and combinations that can't work.
+
+    Raises ``UserError`` naming the key, its value and what is allowed.
+    """
+    root_keys = {field.name for field in fields(Root)}
+    for key in config:
+        if key not in root_keys and key not in GROUPS:
+            raise UserError(f"unknown key {key!r}{did_you_mean(key, root_keys | set(GROUPS))}")
+    for key, hint in get_type_hints(Root, include_extras=True).items():
+        check_value(key, config.get(key), hint)
+    for group in GROUPS:
+        node = config.get(group) or {}
+        nodes = list(targets(group, node))
+        if group != "sink" and not nodes:
+            raise UserError(f"{group}={node or None!r}: not a choice of this group; --help lists them")
+        for path, found in nodes:
+            check_node(path, found)
+    check_device(config)
+    return Root(**{key: config[key] for key in root_keys})
+
+
+def targets(path: str, node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every node with a ``_target_`` at or below ``node``, with its dotted path."""
+    if not isinstance(node, dict):
+        return
+    if "_target_" in node:
+        yield path, node
+    for key, value in node.items():
+        yield from targets(f"{path}.{key}", value)
+
+
+def check_node(path: str, node: dict[str, Any]) -> None:
+    """Bind the node's keys against the signature of its target, and their values against its annotations."""
+    target = locate(path, node["_target_"])
+    parameters = inspect.signature(target).parameters
+    hints = get_type_hints(target, include_extras=True)
+    for key, value in node.items():
+        if key in HYDRA_KEYS:
+            continue
+        if key not in parameters or key in RUNTIME_ARGUMENTS:
+            allowed = set(parameters) - RUNTIME_ARGUMENTS
+            raise UserError(f"{path}: {target.__name__} has no {key!r}{did_you_mean(key, allowed)}")
+        if key in hints:
+            check_value(f"{path}.{key}", value, hints[key])
+    if not node.get("_partial_"):
+        for key, parameter in parameters.items():
+            if parameter.default is inspect.Parameter.empty and key not in node:
+                raise UserError(f"{path}.{key} is missing: {target.__name__} needs it")
+
+
+def check_value(key: str, value: Any, hint: Any) -> None:
+    try:
+        TypeAdapter(hint).validate_python(value, strict=True)
+    except ValidationError as error:
+        reasons = dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in error.errors(include_url=False))
+        shown = "null" if value is None else f"{value!r}"
+        raise UserError(f"{key}={shown}: {' or '.join(reasons)}") from None
+
+
+def locate(path: str, target: Any) -> Callable[..., Any]:
+    """The class or function a ``_target_`` names; a wrong name is the user's mistake."""
+    from hydra.utils import get_object
+
+    try:
+        found: Callable[..., Any] = get_object(target)
+    except Exception as error:
+        raise UserError(f"{path}._target_={target!r}: {error}") from None
+    return found
+
+
+def check_device(config: dict[str, Any]) -> None:
+    """Ask the parts that can't work everywhere whether they can work here."""
+    from hydra.utils import instantiate
+
+    instantiate(config["precision"], _convert_="all").check("cuda" if gpu_visible() else "cpu")
+
+
+def gpu_visible() -> bool:
+    """Whether this process may use a GPU, told by the driver's files and the usual variables, without importing torch."""
+    for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        if variable in os.environ:
+            return any(d.strip() not in ("", "-1") for d in os.environ[variable].split(","))
+    return any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))

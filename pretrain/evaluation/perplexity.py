@@ -1,0 +1,79 @@
+"""Perplexity and bits per byte of each domain's held-out documents: what was learned, and what was forgotten.
+
+Bits per byte compares models with different tokenizers; perplexity is per token of this model's own tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pretrain.console import progress_bar
+from pretrain.events import DomainScore
+
+if TYPE_CHECKING:
+    from pretrain.batch import Batch
+    from pretrain.engine import Engine
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A named set of held-out batches. ``role``: ``new`` (what the run trains on) or ``base`` (what it may forget).
+
+    ``batches()`` yields them afresh; ``num_bytes`` is the size of exactly their text (0: unknown), ``num_batches`` their number.
+    """
+
+    name: str
+    role: str
+    batches: Callable[[], Iterable[Batch]]
+    num_bytes: int
+    num_batches: int
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores ``domains`` in order; draws no random number, so that evaluating leaves training as it was."""
+
+    domains: list[Domain]
+
+    def run(self, engine: Engine, *, baseline: dict[str, float] | None = None) -> list[DomainScore]:
+        """``baseline``: each domain's loss before this run, for ``delta_loss``; ``None``: these scores are the baseline."""
+        with evaluating(engine.model):
+            return [self._score(engine, domain, baseline) for domain in self.domains]
+
+    def _score(self, engine: Engine, domain: Domain, baseline: dict[str, float] | None) -> DomainScore:
+        total = torch.zeros((), dtype=torch.float64, device=engine.world.device)
+        tokens = 0
+        with progress_bar(f"evaluating {domain.name}", total=domain.num_batches) as advance:
+            for batch in domain.batches():
+                total += engine.evaluate(batch.to(engine.world.device))
+                tokens += batch.num_targets
+                advance(1)
+        nats = float(total)
+        loss = nats / tokens
+        before = loss if baseline is None else baseline.get(domain.name)  # a domain added on resume has no baseline
+        return DomainScore(
+            domain=domain.name,
+            role=domain.role,
+            loss=loss,
+            perplexity=math.exp(loss) if loss < 700 else math.inf,
+            bits_per_byte=nats / math.log(2) / domain.num_bytes if domain.num_bytes else None,
+            tokens=tokens,
+            delta_loss=None if before is None else loss - before,
+        )
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside, the former mode outside."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,169 @@
+"""The loop: resume, then batch by batch train, evaluate, save. Read `run` first; the rest are its verbs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pretrain.batch import Batch
+from pretrain.checkpoint import store
+from pretrain.checkpoint.rng import rng_state, set_rng_state
+from pretrain.events import Evaluated, Event, RunFinished, RunStarted, Saved, StepDone
+from pretrain.progress import Every, Progress
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint.store import Store
+    from pretrain.data.loader import Loader
+    from pretrain.engine import Engine
+    from pretrain.evaluation.perplexity import Evaluator
+    from pretrain.interrupt import Interrupt
+    from pretrain.world import World
+
+Schedule = Callable[[int], float]
+Listener = Callable[[Event], None]
+
+
+@dataclass
+class Trainer:
+    """Everything a run consists of, built by `build.py`.
+
+    ``loader`` yields this rank's share of one global batch per step, ``batch_size`` sequences a micro-batch.
+    ``resume_from``: a checkpoint folder of this run, or ``None``. ``export`` writes the final model folder.
+    """
+
+    world: World
+    engine: Engine
+    loader: Loader
+    schedule: Schedule
+    evaluator: Evaluator
+    store: Store
+    interrupt: Interrupt
+    config_yaml: str
+    total_steps: int
+    batch_size: int
+    grad_clip: float | None
+    evaluate_every: Every
+    save_every: Every
+    export: Callable[[], Path | None]
+    resume_from: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    listeners: list[Listener] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
+    saved_at: int = -1
+    evaluated_at: int = -1
+
+    def run(self) -> Progress:
+        """Train to ``total_steps`` or until a stop signal; save, and export the model of a finished run."""
+        self.resume()
+        self.emit(RunStarted(self.progress.step, self.total_steps, self.resume_from is not None, self.facts))
+        if self.progress.step == 0:
+            self.emit(self.evaluate())
+        for batch, data_seconds in self.batches():
+            self.emit(self.train_step(batch, data_seconds))
+            if self.evaluate_every.due(self.progress.step):
+                self.emit(self.evaluate())
+            if self.save_every.due(self.progress.step):
+                self.emit(self.save())
+            if self.interrupted:
+                break
+        return self.finish()
+
+    def batches(self) -> Iterator[tuple[Batch, float]]:
+        """Global batches up to the last step, each with the seconds the loop waited for it."""
+        if self.finished or self.interrupted:
+            return
+        batches = iter(self.loader)
+        while not self.finished:
+            asked_at = time.perf_counter()
+            batch = next(batches)
+            yield batch, time.perf_counter() - asked_at
+
+    def train_step(self, batch: Batch, data_seconds: float) -> StepDone:
+        """One optimizer step on one global batch. Nothing here waits for the device."""
+        tokens = self.world.sum(batch.num_targets)
+        lr = self.engine.set_lr(self.schedule(self.progress.step))
+        micros = list(batch.split(self.batch_size))
+        loss = torch.zeros((), device=self.world.device)
+        for i, micro in enumerate(micros):
+            loss += self.engine.backward(micro.to(self.world.device), tokens=tokens, last=i == len(micros) - 1)
+        norm = self.engine.step(self.grad_clip)
+        self.progress.step += 1
+        self.progress.samples = self.loader.state_dict()["samples"]
+        self.progress.tokens += tokens
+        return StepDone(
+            self.progress.step,
+            epoch=self.loader.epoch,
+            tokens=self.progress.tokens,
+            step_tokens=tokens,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            skipped=self.engine.skipped,
+            data_seconds=data_seconds,
+        )
+
+    def evaluate(self) -> Evaluated:
+        """Score every domain; the first scores of a run are the baseline that forgetting is measured against."""
+        started_at = time.perf_counter()
+        untouched = self.progress.step == 0
+        scores = self.evaluator.run(self.engine, baseline=None if untouched else self.progress.baseline)
+        if untouched:
+            self.progress.baseline = {s.domain: s.loss for s in scores}
+        self.evaluated_at = self.progress.step
+        return Evaluated(self.progress.step, tuple(scores), time.perf_counter() - started_at)
+
+    def save(self) -> Saved:
+        """Write a checkpoint of exactly this moment."""
+        started_at = time.perf_counter()
+        state = {
+            "engine": self.engine.state_dict(),
+            "loader": self.loader.state_dict(),
+            "progress": self.progress.state_dict(),
+            "rng": rng_state(),
+        }
+        path = self.store.save(self.progress.step, state, self.config_yaml)
+        self.saved_at = self.progress.step
+        seconds = time.perf_counter() - started_at
+        size = sum(f.stat().st_size for f in path.iterdir())
+        return Saved(self.progress.step, path, seconds, seconds, size)
+
+    def resume(self) -> None:
+        """Put back the state of ``resume_from``; without one the run starts at step 0."""
+        if self.resume_from is None:
+            return
+        state = store.load(self.resume_from)
+        self.engine.load_state_dict(state["engine"])
+        self.loader.load_state_dict(state["loader"])
+        self.progress.load_state_dict(state["progress"])
+        set_rng_state(state["rng"])
+        self.saved_at = self.progress.step
+
+    def finish(self) -> Progress:
+        """Leave a checkpoint of the last step; a run that reached its end is scored and exported."""
+        step, model = self.progress.step, None
+        if self.finished and self.evaluated_at != step:
+            self.emit(self.evaluate())
+        if self.saved_at != step and step > 0:
+            self.emit(self.save())
+        if self.finished:
+            model = self.export()
+        self.emit(RunFinished(step, "finished" if self.finished else "stopped", self.progress.tokens, model))
+        return self.progress
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.total_steps
+
+    @property
+    def interrupted(self) -> bool:
+        return self.world.any(self.interrupt.requested)
+
+    def emit(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)
+
