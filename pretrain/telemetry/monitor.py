@@ -5,7 +5,6 @@ Losses and norms stay on the device until a log step: reading them is the only t
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from pretrain.console import notice
 from pretrain.events import Evaluated, Event, RunFinished, RunStarted, Saved, StepDone
 from pretrain.progress import Every
+from pretrain.telemetry.record import Record, fields_of, json_safe
 
 if TYPE_CHECKING:
-    from pretrain.telemetry.sink import Record, Sink
+    from pretrain.telemetry.sink import Sink
 
 
 class Monitor:
@@ -41,10 +41,10 @@ class Monitor:
             case Evaluated():
                 self._window.exclude(event.seconds)
                 for s in event.scores:
-                    self._write("evaluation", event.step, _fields(s))
+                    self._write("evaluation", event.step, fields_of(s))
             case Saved():
                 self._window.exclude(event.blocked_seconds)
-                self._write("checkpoint", event.step, _fields(event) | {"path": str(event.path)})
+                self._write("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
             case RunStarted():
                 self._start(event)
             case RunFinished():
@@ -96,8 +96,7 @@ class Monitor:
         self._each(lambda s: s.close())
 
     def _write(self, kind: str, step: int, fields: Record) -> None:
-        numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-        record = {"event": kind, "step": step, "time": time.time()} | numbers
+        record = {"event": kind, "step": step, "time": time.time()} | json_safe(fields)
         self._each(lambda s: s.write(record))
 
     def _each(self, call: Callable[[Sink], None]) -> None:
@@ -133,11 +132,6 @@ class _Window:
 
     def seconds(self) -> float:
         return time.perf_counter() - self._started_at - self._excluded
-
-
-def _fields(event: Any) -> Record:
-    names = [n for cls in type(event).__mro__ for n in getattr(cls, "__slots__", ())]
-    return {name: getattr(event, name) for name in names if name != "step"}
 
 
 def peak_memory_gib(device_type: str) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.events import Evaluated, Event, RunFinished, RunStarted
+from pretrain.telemetry.record import fields_of
 
 
 class RunFile:
@@ -28,8 +29,7 @@ class RunFile:
             self._facts = kept | event.facts | {"status": "running", "total_steps": event.total_steps}
         elif isinstance(event, Evaluated):
             for s in event.scores:
-                names = ("role", "loss", "perplexity", "bits_per_byte", "delta_loss")
-                self._facts["results"][s.domain] = {n: getattr(s, n) for n in names} | {"step": event.step}
+                self._facts["results"][s.domain] = fields_of(s) | {"step": event.step}
         elif isinstance(event, RunFinished):
             self._facts |= {"status": event.status, "tokens": event.tokens}
             self._facts["model"] = str(event.model) if event.model else None

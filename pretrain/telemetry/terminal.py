@@ -59,7 +59,7 @@ class Terminal:
             self._say(f"step {r['step']:>{len(str(self._total))}}/{self._total}  {numbers}")
 
     def _evaluation(self, r: dict[str, Any]) -> None:
-        before = self._before.setdefault(r["domain"], r if r["delta_loss"] is None else _baseline(r))
+        before = self._before.setdefault(r["domain"], r if r["step"] == 0 else _baseline(r))
         self._after[r["domain"]] = r
         change = "" if before is r else f"  ({r['loss'] - before['loss']:+.4f} nats since step 0)"
         self._say(f"step {r['step']}  {r['domain']} ({r['role']}): perplexity {_number(r['perplexity'])}{change}")
@@ -92,7 +92,7 @@ class Terminal:
 
 def _baseline(record: dict[str, Any]) -> dict[str, Any]:
     """The record of step 0, worked out from a later one (a resumed process has not seen step 0)."""
-    loss = record["loss"] - record["delta_loss"]
+    loss = record["loss"] - (record["delta_loss"] or 0.0)
     return record | {"step": 0, "loss": loss, "perplexity": math.exp(loss)}
 
 

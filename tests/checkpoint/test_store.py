@@ -1,0 +1,119 @@
+"""A checkpoint is whole or absent, reads back bit for bit, and an older one survives whatever happens to a newer one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from pretrain.checkpoint.atomic import MARKER, missing_or_torn, whole_folder
+from pretrain.checkpoint.rng import rng_state, seed_everything, set_rng_state
+from pretrain.checkpoint.store import SaveError, Store, load
+from pretrain.errors import UserError
+
+
+def state(seed: int) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    weights = {"w": torch.randn(5, 3, generator=generator), "b": torch.randn(3, generator=generator).bfloat16()}
+    moments = {"w/exp_avg": torch.randn(5, 3, generator=generator), "w/step": torch.tensor(float(seed))}
+    return {
+        "engine": {"model": weights, "optimizer": moments, "scaler": {"scale": 2.0}},
+        "loader": {"samples": seed},
+        "progress": {"step": seed, "samples": seed, "tokens": 7, "baseline": {"d": 1.5}},
+        "rng": rng_state(),
+    }
+
+
+def test_reads_back_bit_for_bit(tmp_path):
+    saved = state(3)
+    loaded = load(Store(tmp_path).save(3, saved, "seed: 0\n"))
+    for part in ("model", "optimizer"):
+        assert loaded["engine"][part].keys() == saved["engine"][part].keys()
+        for name, tensor in saved["engine"][part].items():
+            assert loaded["engine"][part][name].dtype == tensor.dtype
+            assert torch.equal(loaded["engine"][part][name], tensor)
+    assert {k: v for k, v in loaded.items() if k != "engine"} == {k: v for k, v in saved.items() if k != "engine"}
+    assert loaded["engine"]["scaler"] == {"scale": 2.0}
+
+
+def test_newest_passes_over_what_is_torn_and_says_why(tmp_path, capsys):
+    store = Store(tmp_path)
+    for step in (1, 2, 3, 4):
+        store.save(step, state(step), "")
+    (tmp_path / "step-00000004" / MARKER).unlink()
+    weights = tmp_path / "step-00000003" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert store.newest() == tmp_path / "step-00000002"
+    said = capsys.readouterr().err
+    assert "step-00000004 passed over: no COMPLETE.json" in said
+    assert "step-00000003 passed over: model.safetensors has" in said
+    assert store.steps() == [1, 2, 3, 4], "nothing is deleted"
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        load(tmp_path / "step-00000003")
+
+
+@pytest.mark.parametrize("damage", ["{", '{"format": 99, "sizes": {}}'])
+def test_a_marker_that_makes_no_sense_is_no_marker(tmp_path, damage):
+    path = Store(tmp_path).save(1, state(1), "")
+    (path / MARKER).write_text(damage)
+    assert missing_or_torn(path) is not None
+
+
+def test_keep_last_counts_whole_ones_only(tmp_path):
+    store = Store(tmp_path, keep_last=2)
+    for step in (1, 2, 3):
+        store.save(step, state(step), "")
+    assert store.steps() == [2, 3]
+    (tmp_path / "step-00000003" / MARKER).unlink()
+    store.save(4, state(4), "")
+    assert store.steps() == [2, 3, 4], "2 and 4 are the two whole ones; 3 is not ours to delete"
+
+
+def test_an_error_while_writing_leaves_the_older_folder(tmp_path):
+    target = tmp_path / "model"
+    with whole_folder(target) as fresh:
+        (fresh / "a").write_text("old")
+    with pytest.raises(RuntimeError), whole_folder(target) as fresh:
+        (fresh / "a").write_text("new")
+        raise RuntimeError
+    assert (target / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_place_that_cannot_be_written_names_the_last_good_one(tmp_path):
+    store = Store(tmp_path / "checkpoints")
+    good = store.save(1, state(1), "")
+    (tmp_path / "checkpoints" / "step-00000002.partial").write_text("a file where the folder has to be")
+    with pytest.raises(SaveError, match=f"the last good one is {good}"):
+        store.save(2, state(2), "")
+    assert store.newest() == good
+
+
+def test_json_state_has_no_code_in_it(tmp_path):
+    path = Store(tmp_path).save(1, state(1), "")
+    assert {p.suffix for p in path.iterdir()} == {".json", ".safetensors", ".yaml"}
+    assert json.loads((path / "state.json").read_text())["progress"]["baseline"] == {"d": 1.5}
+
+
+def test_rng_goes_on_with_the_next_number():
+    import random
+
+    import numpy as np
+
+    def draw() -> list[float]:
+        return [random.random(), random.gauss(0, 1), float(np.random.randn()), float(torch.randn(()))]
+
+    seed_everything(7)
+    draw()
+    saved = json.loads(json.dumps(rng_state()))
+    expected = draw()
+    seed_everything(8)
+    set_rng_state(saved)
+    assert draw() == expected
+
+
+def test_half_written_folders_are_no_checkpoints(tmp_path):
+    store = Store(tmp_path)
+    path = store.save(1, state(1), "")
+    shutil.copytree(path, tmp_path / "step-00000002.partial")
+    assert store.steps() == [1]

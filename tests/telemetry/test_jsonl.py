@@ -1,0 +1,47 @@
+"""metrics.jsonl: each step once, whatever was lost in between."""
+
+import json
+
+import pytest
+
+from pretrain.telemetry.jsonl import Jsonl, read_records
+
+
+def lines(path, steps):
+    path.write_text("".join(json.dumps({"event": "train", "step": s, "time": 0.0}) + "\n" for s in steps))
+
+
+def test_a_resumed_run_drops_the_records_it_will_write_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines(path, [0, 1, 2, 3, 4])
+    with path.open("a") as file:
+        file.write('{"event": "train", "st')  # killed in the middle of a line
+    sink = Jsonl()
+    sink.open(tmp_path, total_steps=9, resumed_at=2)
+    sink.write({"event": "train", "step": 3, "time": 1.0})
+    sink.close()
+    assert [r["step"] for r in read_records(path)] == [0, 1, 2, 3]
+    assert read_records(path)[-1]["time"] == 1.0
+
+
+def test_a_run_that_starts_over_starts_its_file_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines(path, [0, 0, 1])
+    sink = Jsonl()
+    sink.open(tmp_path, total_steps=9, resumed_at=0)
+    sink.close()
+    assert read_records(path) == []
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2"):
+        read_records(path)
+
+
+def test_not_a_number_is_refused(tmp_path):
+    sink = Jsonl()
+    sink.open(tmp_path, total_steps=1, resumed_at=0)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        sink.write({"event": "train", "step": 1, "time": 0.0, "loss": float("nan")})

@@ -1,0 +1,99 @@
+"""The monitor reads the device at log steps only, writes null for what is no number, and survives its sinks."""
+
+import json
+
+import pytest
+import torch
+
+from pretrain.events import DomainScore, Evaluated, RunFinished, RunStarted, StepDone
+from pretrain.telemetry.jsonl import Jsonl, read_records
+from pretrain.telemetry.monitor import Monitor
+from pretrain.telemetry.run_file import RunFile, read_run_file
+
+
+class CountedReads(torch.Tensor):
+    """A tensor that counts how often Python reads its value, which is what makes a GPU wait."""
+
+    reads = 0
+
+    def __float__(self):
+        CountedReads.reads += 1
+        return super().__float__()
+
+
+def step_done(step, loss=1.0):
+    tensor = torch.tensor(loss).as_subclass(CountedReads)
+    return StepDone(
+        step,
+        epoch=0.1,
+        tokens=10 * step,
+        step_tokens=10,
+        loss=tensor,
+        lr=0.1,
+        grad_norm=torch.tensor(1.0),
+        skipped=torch.tensor(0),
+        data_seconds=0.0,
+    )
+
+
+def test_values_are_read_at_log_steps_only(tmp_path):
+    CountedReads.reads = 0
+    monitor = Monitor({"jsonl": Jsonl()}, run=tmp_path, log_every=4)
+    monitor(RunStarted(0, total_steps=9, resumed=False))
+    for step in range(1, 10):
+        monitor(step_done(step))
+    monitor(RunFinished(9, "finished", 90))
+    steps = [r["step"] for r in read_records(tmp_path / "metrics.jsonl") if r["event"] == "train"]
+    assert steps == [1, 4, 8, 9], "the first, every fourth, the last"
+    assert CountedReads.reads == len(steps)
+
+
+def test_null_instead_of_nan(tmp_path):
+    monitor = Monitor({"jsonl": Jsonl()}, run=tmp_path, log_every=1)
+    monitor(RunStarted(0, total_steps=1, resumed=False))
+    monitor(step_done(1, loss=float("nan")))
+    score = DomainScore("d", "new", 800.0, float("inf"), None, 5, 0.0)
+    monitor(Evaluated(1, (score,), 0.1))
+    train, evaluation = read_records(tmp_path / "metrics.jsonl")[-2:]
+    assert train["loss"] is None
+    assert evaluation["perplexity"] is None
+    assert evaluation["loss"] == 800.0
+
+
+def test_a_failing_sink_is_dropped_and_said(tmp_path, capsys):
+    class Broken:
+        def open(self, run, *, total_steps, resumed_at):
+            pass
+
+        def write(self, record):
+            raise ConnectionError("no route")
+
+        def close(self):
+            raise AssertionError("it was dropped")
+
+    monitor = Monitor({"broken": Broken(), "jsonl": Jsonl()}, run=tmp_path, log_every=1)
+    monitor(RunStarted(0, total_steps=1, resumed=False))
+    monitor(step_done(1))
+    monitor(RunFinished(1, "finished", 10))
+    assert [r["event"] for r in read_records(tmp_path / "metrics.jsonl")] == ["run_started", "train", "run_finished"]
+    assert capsys.readouterr().err.count("sink broken stopped: ConnectionError: no route") == 1
+
+
+def test_run_json_tells_status_and_results(tmp_path):
+    listener = RunFile(tmp_path)
+    listener(RunStarted(0, total_steps=2, resumed=False, facts={"world_size": 1}))
+    assert read_run_file(tmp_path)["status"] == "running"
+    listener(Evaluated(2, (DomainScore("d", "new", 2.0, 7.4, 1.1, 5, -0.5),), 0.1))
+    listener(RunFinished(2, "finished", 20, tmp_path / "model"))
+    facts = read_run_file(tmp_path)
+    assert facts["status"] == "finished"
+    assert (facts["steps"], facts["tokens"], facts["world_size"]) == (2, 20, 1)
+    assert facts["results"]["d"]["delta_loss"] == -0.5
+
+
+def test_run_json_has_no_infinity(tmp_path):
+    listener = RunFile(tmp_path)
+    listener(RunStarted(0, total_steps=2, resumed=False))
+    listener(Evaluated(0, (DomainScore("d", "new", 800.0, float("inf"), None, 5, 0.0),), 0.1))
+    text = (tmp_path / "run.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["results"]["d"]["perplexity"] is None
