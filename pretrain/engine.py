@@ -19,16 +19,30 @@ if TYPE_CHECKING:
     from pretrain.world import World
 
 
-class Engine:
+class Scorer:
+    """A model that can be evaluated: all that `task=evaluation` needs."""
+
+    def __init__(self, model: LanguageModel, *, precision: Precision, world: World) -> None:
+        self.model = model
+        self.precision = precision
+        self.world = world
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The summed loss of a batch (nats, fp32, on the device). The model must be in eval mode."""
+        with self.precision.autocast(self.world.device.type):
+            loss: Tensor = self.model(batch.input_ids, batch.labels, batch.position_ids)
+        return loss
+
+
+class Engine(Scorer):
     """One process, whole parameters. Strategies that shard or average derive from it."""
 
     def __init__(
         self, model: LanguageModel, optimizer: torch.optim.Optimizer, *, precision: Precision, world: World
     ) -> None:
-        self.model = model
+        super().__init__(model, precision=precision, world=world)
         self.optimizer = optimizer
-        self.precision = precision
-        self.world = world
         self.scaler = precision.grad_scaler(world.device.type)
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
@@ -71,12 +85,6 @@ class Engine:
         for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base * scale
         return float(self.optimizer.param_groups[0]["lr"])
-
-    @torch.no_grad()
-    def evaluate(self, batch: Batch) -> Tensor:
-        """The summed loss of a batch (nats, fp32, on the device). The model must be in eval mode."""
-        with self.precision.autocast(self.world.device.type):
-            return self.model(batch.input_ids, batch.labels, batch.position_ids)
 
     # -- state --------------------------------------------------------------------------------------------------------
 

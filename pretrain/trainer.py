@@ -44,6 +44,7 @@ class Trainer:
     store: Store
     interrupt: Interrupt
     config_yaml: str
+    identity: dict[str, Any]
     total_steps: int
     batch_size: int
     grad_clip: float | None
@@ -125,6 +126,7 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "progress": self.progress.state_dict(),
             "rng": rng_state(),
+            "identity": self.identity,
         }
         path = self.store.save(self.progress.step, state, self.config_yaml)
         self.saved_at = self.progress.step

@@ -67,6 +67,14 @@ class Store:
             notice(f"checkpoint {path} passed over: {reason}")
         return None
 
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints beyond ``step``, so that a run that goes back to it never picks up the other branch."""
+        for later in [s for s in self.steps() if s > step]:
+            path = self.folder / f"step-{later:08d}"
+            aside = self.folder / f"set-aside-{path.name}-{path.stat().st_mtime_ns}"
+            path.rename(aside)
+            notice(f"{path} is of the branch that was left: kept as {aside.name}")
+
     def _prune(self) -> None:
         if self.keep_last is None:
             return

@@ -18,7 +18,7 @@ from pretrain.events import DomainScore
 
 if TYPE_CHECKING:
     from pretrain.batch import Batch
-    from pretrain.engine import Engine
+    from pretrain.engine import Scorer
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Evaluator:
 
     domains: list[Domain]
 
-    def run(self, engine: Engine, *, baseline: dict[str, float] | None = None) -> list[DomainScore]:
+    def run(self, engine: Scorer, *, baseline: dict[str, float] | None = None) -> list[DomainScore]:
         """``baseline``: each domain's loss before this run, for ``delta_loss``; ``None``: these scores are the baseline."""
         with evaluating(engine.model):
             return [self._score(engine, domain, baseline) for domain in self.domains]
 
-    def _score(self, engine: Engine, domain: Domain, baseline: dict[str, float] | None) -> DomainScore:
+    def _score(self, engine: Scorer, domain: Domain, baseline: dict[str, float] | None) -> DomainScore:
         total = torch.zeros((), dtype=torch.float64, device=engine.world.device)
         tokens = 0
         with progress_bar(f"evaluating {domain.name}", total=domain.num_batches) as advance:

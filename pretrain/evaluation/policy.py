@@ -10,8 +10,10 @@ from pydantic import PositiveInt
 
 @dataclass(frozen=True)
 class Policy:
-    """``domains``: sources of role ``base`` by name of the YAML key; ``max_tokens``: of each domain (``None``: all)."""
+    """``domains``: sources of role ``base`` by name of the YAML key; ``max_tokens``: of each domain (``None``: all);
+    ``per_epoch``: evaluations per pass over the training documents, instead of the run's ``evaluate_every``."""
 
     batch_size: PositiveInt
     max_tokens: PositiveInt | None = None
+    per_epoch: PositiveInt | None = None
     domains: dict[str, Any] = field(default_factory=dict)

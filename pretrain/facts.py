@@ -1,0 +1,44 @@
+"""What a run should be able to say of itself later: model size, device, versions, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pretrain.engine import Scorer
+    from pretrain.world import World
+
+LIBRARIES = ("pretrain", "torch", "transformers", "tokenizers", "datasets", "hydra-core")
+
+
+def run_facts(resolved: dict[str, Any], world: World, scorer: Scorer) -> dict[str, Any]:
+    """Plain values for run.json and the ``run_started`` record."""
+    import torch
+
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+    return {
+        "name": resolved["name"],
+        "model": resolved["model_name"],
+        "parameters": sum(p.numel() for _, p in scorer.model.hf_named_parameters()),
+        "strategy": resolved["strategy"]["_target_"].rpartition(".")[2].lower(),
+        "precision": scorer.precision.name,
+        "world_size": world.size,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+        "git_commit": git_commit(),
+        "host_cores": os.cpu_count(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory; ``None`` outside a repository or without git."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,138 @@
+"""One run, one folder: claim it, decide whether to continue what is in it, and refuse to continue something else."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
+from pretrain.checkpoint.store import Store
+from pretrain.console import notice
+from pretrain.errors import UserError
+
+FIXED = {  # part of a run's identity → the config keys it follows from
+    "model": ("model_name", "model"),
+    "tokenizer": ("model_name", "model"),
+    "data": ("dataset",),
+    "sequence_length": ("sequence_length",),
+    "global_batch": ("batch_size", "gradient_accumulation_steps", "devices"),
+    "seed": ("seed",),
+}
+FREE = {"name", "output_dir", "resume", "devices", "log_every", "evaluate_every", "save_every"}
+FREE |= {"sink", "checkpoint", "evaluation", "generation", "task"}  # may differ in a run that is over
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """``output_dir``, claimed by this process until it ends."""
+
+    path: Path
+    lock: FileLock
+
+    @property
+    def store_folder(self) -> Path:
+        return self.path / "checkpoints"
+
+    def write_config(self, resolved: dict[str, Any], overrides: list[str]) -> str:
+        """Write config.yaml and .hydra/overrides.yaml; return the former's text."""
+        text = OmegaConf.to_yaml(OmegaConf.create(resolved))
+        (self.path / "config.yaml").write_text(text)
+        (self.path / ".hydra").mkdir(exist_ok=True)
+        (self.path / ".hydra" / "config.yaml").write_text(text)
+        (self.path / ".hydra" / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(overrides)))
+        return text
+
+
+def claim(output_dir: str, *, start_over: bool) -> RunFolder:
+    """Make the folder and lock it; with ``start_over`` an earlier run in it is moved aside, never deleted.
+
+    Raises ``UserError`` when it can't be written or another process runs in it.
+    """
+    path = Path(output_dir)
+    try:
+        if start_over and (path / "config.yaml").exists():
+            notice(f"resume=never: the earlier run is kept as {_move_aside(path)}")
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "logs").mkdir(exist_ok=True)
+        lock = FileLock(path / ".lock")
+        lock.acquire(timeout=0)
+        (path / ".lock").write_text(f"{os.uname().nodename} {os.getpid()}\n")
+    except Timeout:
+        holder = (path / ".lock").read_text().strip() or "unknown"
+        raise UserError(f"output_dir={output_dir}: another run is at work in it (host and pid: {holder})") from None
+    except OSError as error:
+        raise UserError(f"output_dir={output_dir}: can't be written: {error.strerror}") from None
+    return RunFolder(path, lock)
+
+
+def _move_aside(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+def resume_point(folder: RunFolder, store: Store, mode: str) -> Path | None:
+    """The checkpoint to continue from: the newest whole one (``auto``), the one named, or none (``never``).
+
+    Raises ``UserError`` when the named one is no whole checkpoint.
+    """
+    if mode == "never":
+        return None
+    if mode == "auto":
+        return store.newest()
+    named = Path(mode)
+    if not (named / "state.json").is_file():
+        raise UserError(f"resume={mode}: not a checkpoint folder; allowed: auto, never, or <run>/checkpoints/step-…")
+    if named.parent.resolve() == folder.store_folder.resolve():
+        store.set_aside_after(int(named.name.removeprefix("step-")))
+    return named
+
+
+def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[str, Any]) -> None:
+    """Raises ``UserError`` listing old and new values when ``checkpoint`` is of a run with another model, tokenizer,
+    data, sequence length, global batch or seed; such a run can't be continued exactly."""
+    before = json.loads((checkpoint / "state.json").read_text())["identity"]
+    changed = [part for part in FIXED if before.get(part) != identity[part]]
+    if not changed:
+        return
+    old = OmegaConf.to_container(OmegaConf.load(checkpoint / "config.yaml"))
+    assert isinstance(old, dict)
+    reasons = []
+    for part in changed:
+        keys = [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] in FIXED[part]]
+        reasons += keys or [f"{part}: the files changed since the run began ({before.get(part)} → {identity[part]})"]
+    raise UserError(
+        f"{checkpoint} can't be continued with other settings: {'; '.join(dict.fromkeys(reasons))}. "
+        "Choose another output_dir, or resume=never to start over"
+    )
+
+
+def check_finished_run(folder: RunFolder, resolved: dict[str, Any]) -> None:
+    """Raises ``UserError`` when the finished run in ``folder`` was made with other settings than these."""
+    old = OmegaConf.to_container(OmegaConf.load(folder.path / "config.yaml"))
+    assert isinstance(old, dict)
+    changed = [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] not in FREE]
+    if changed:
+        raise UserError(
+            f"output_dir={resolved['output_dir']} holds a finished run with other settings: {'; '.join(changed)}. "
+            "Choose another output_dir, or resume=never to start over"
+        )
+
+
+def differences(old: dict[Any, Any], new: dict[Any, Any], prefix: str = "") -> list[str]:
+    """``["lr: 0.1 → 0.2", …]`` for every leaf that differs, in the order of the new config."""
+    found = []
+    for key in dict.fromkeys([*new, *old]):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: {before} → {after}")
+    return found
