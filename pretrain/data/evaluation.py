@@ -1,0 +1,71 @@
+"""The held-out documents as batches, in order and to the last token, with the exact bytes behind them for bits per
+byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pretrain.batch import IGNORE, Batch
+from pretrain.data.blocks import packed
+from pretrain.data.store import TokenView
+
+
+class EvaluationBatches:
+    """A sequence of batches made when asked for. ``num_bytes`` of text, ``num_tokens`` targets, ``num_documents``.
+
+    Without a document mask an end-of-text token goes before the stream, so that every token is predicted once and
+    loss / ln 2 / num_bytes is exact. With it no document's first token is a target.
+    """
+
+    def __init__(self, view: TokenView, *, sequence_length: int, batch_size: int, document_mask: bool) -> None:
+        self.view, self.sequence_length, self.batch_size, self.document_mask = (
+            view,
+            sequence_length,
+            batch_size,
+            document_mask,
+        )
+        self.num_bytes, self.num_documents = view.num_bytes, view.num_documents
+        self.num_tokens = view.num_tokens - (view.num_documents if document_mask else 0)
+        self.num_blocks = -(-view.num_tokens // sequence_length)
+
+    def __len__(self) -> int:
+        return -(-self.num_blocks // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        length, eot = self.sequence_length, self.view.store.eot
+        rows = min(self.batch_size, self.num_blocks - index * self.batch_size)
+        start = index * self.batch_size * length  # of the labels; the inputs are one token earlier
+        stop = min(start + rows * length, self.view.num_tokens)
+        before = [eot] if start == 0 else self.view.read(start - 1, start)
+        padding = np.full(start + rows * length - stop, eot)
+        stream = np.concatenate([before, self.view.read(start, stop), padding]).astype(np.int64)
+        begins = np.zeros(len(stream), bool)
+        begins[0] = True
+        begins[1 + self.view.document_starts(start, stop) - start] = True
+        batch = packed(_rows(stream, rows, length), _rows(begins, rows, length) if self.document_mask else None)
+        if len(padding):
+            batch.labels.view(-1)[-len(padding) :] = IGNORE
+        num_targets = int((batch.labels != IGNORE).sum())
+        return Batch(batch.input_ids, batch.labels, batch.position_ids, num_targets, index * self.batch_size)
+
+
+def evaluation_batches(
+    view: TokenView, sequence_length: int, batch_size: int, document_mask: bool = False, max_tokens: int | None = None
+) -> EvaluationBatches:
+    """Batches over ``view``, or over whole documents of it with at most ``max_tokens``."""
+    chosen = view.limited(max_tokens)
+    return EvaluationBatches(
+        chosen, sequence_length=sequence_length, batch_size=batch_size, document_mask=document_mask
+    )
+
+
+def _rows(stream: np.ndarray, rows: int, length: int) -> np.ndarray:
+    """[rows, length + 1] windows that overlap by one."""
+    return np.lib.stride_tricks.sliding_window_view(stream, length + 1)[::length][:rows].copy()

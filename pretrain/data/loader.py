@@ -1,0 +1,122 @@
+"""Batches in the order of a stateless permutation. The only state is how many samples the run has taken, so that
+resuming costs nothing at any depth, and the global batches do not depend on how many ranks share them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from queue import Full, Queue
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.batch import Batch
+from pretrain.data.blocks import Blocks
+from pretrain.data.order import Permutation
+from pretrain.data.store import Document
+
+PREFETCH = 2  # global batches that wait ready
+POLL_SECONDS = 0.1  # how soon the thread notices that nobody reads any more
+
+
+class Loader:
+    """An endless iterator of this rank's share of each global batch: ``accumulation`` micro-batches of
+    ``batch_size`` rows.
+
+    The samples of a run are numbered without end: sample g is block ``permutation(g % n, epoch=g // n)``. A global
+    batch is G = world_size * accumulation * batch_size samples in a row; of these, row j of micro-batch m of rank r
+    is number ``(m * world_size + r) * batch_size + j``.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        *,
+        seed: int,
+        batch_size: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        document_mask: bool = False,
+        first_sample: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.blocks, self.document_mask, self.pin_memory = blocks, document_mask, pin_memory
+        self.permutation = Permutation(len(blocks), seed)
+        self.global_batch_size = batch_size * accumulation * world_size
+        self.samples = first_sample
+        micro = np.arange(accumulation)[:, None] * world_size + rank
+        self._own = (micro * batch_size + np.arange(batch_size)).reshape(-1)
+
+    @property
+    def num_blocks(self) -> int:
+        """Samples in one epoch."""
+        return len(self.blocks)
+
+    @property
+    def epoch(self) -> float:
+        """How often the data has been seen by now; 1.5 is in the middle of the second time."""
+        return self.samples / len(self.blocks)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from ``self.samples`` on, made ahead by a thread that ends with the iterator."""
+        ready: Queue[Batch | BaseException] = Queue(PREFETCH)
+        stop = threading.Event()
+        thread = threading.Thread(target=self._fill, args=(ready, stop, self.samples), name="loader", daemon=True)
+        thread.start()
+        try:
+            while True:
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                self.samples = item.first_sample + self.global_batch_size
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    def batch(self, first_sample: int) -> Batch:
+        """This rank's share of the global batch that begins at ``first_sample``."""
+        chosen = self._blocks_of(first_sample + self._own)
+        return self.blocks.batch(chosen, document_mask=self.document_mask, first_sample=first_sample)
+
+    def documents(self, first_sample: int) -> list[Document]:
+        """All documents with a token in the global batch (of all ranks) that begins at ``first_sample``."""
+        chosen = self._blocks_of(first_sample + np.arange(self.global_batch_size))
+        length = self.blocks.sequence_length
+        view = self.blocks.view
+        found = [view.document_ids(index * length, index * length + length + 1) for index in chosen.tolist()]
+        return [view.store.document(number) for number in np.unique(np.concatenate(found)).tolist()]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Takes effect with the next ``iter(loader)``."""
+        self.samples = state["samples"]
+
+    def _blocks_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        epochs, positions = np.divmod(samples, len(self.blocks))
+        chosen = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            chosen[here] = self.permutation(positions[here], epoch)
+        return chosen
+
+    def _fill(self, ready: Queue[Batch | BaseException], stop: threading.Event, sample: int) -> None:
+        try:
+            while not stop.is_set():
+                batch = self.batch(sample)
+                _put(ready, batch.pin() if self.pin_memory else batch, stop)
+                sample += self.global_batch_size
+        except BaseException as error:  # whatever it is, the reader must hear of it
+            _put(ready, error, stop)
+
+
+def _put(ready: Queue[Batch | BaseException], item: Batch | BaseException, stop: threading.Event) -> None:
+    while not stop.is_set():
+        try:
+            return ready.put(item, timeout=POLL_SECONDS)
+        except Full:
+            continue
+    return None

@@ -1,0 +1,127 @@
+"""Text on this machine: a file, a folder, a glob, or a folder saved by ``datasets.save_to_disk``."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pretrain.data.sources.base import Source
+from pretrain.data.units import SourceFile
+from pretrain.errors import UserError, did_you_mean
+
+FORMATS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+COMPRESSIBLE = {"text", "jsonl", "json", "csv"}
+SAVED_MARKS = ("state.json", "dataset_dict.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local(Source):
+    """A file that is named, or matched by a glob or by ``pattern``, is read as text when its ending tells nothing
+    else."""
+
+    source: Literal["local"] = "local"
+    nameOrPath: str
+    pattern: str | None = None
+    format: Literal["auto", "files", "hf"] = "auto"
+
+    def default_name(self) -> str:
+        path = Path(os.path.abspath(self.nameOrPath))
+        while glob.has_magic(path.name):
+            path = path.parent
+        return path.name if path.is_dir() else path.name.partition(".")[0] or path.name
+
+    def described(self) -> str:
+        return f"dataset.nameOrPath={self.nameOrPath}" + (
+            f" with dataset.pattern={self.pattern}" if self.pattern else ""
+        )
+
+    def identity(self) -> list[Any]:
+        return ["local", os.path.abspath(os.path.expanduser(self.nameOrPath)), self.pattern, self.format]
+
+    def files(self) -> list[SourceFile]:
+        path = os.path.abspath(os.path.expanduser(self.nameOrPath))
+        if os.path.isfile(path):
+            return [SourceFile(path, format_of(path) or "text")]
+        if os.path.isdir(path):
+            return self._in_folder(Path(path))
+        if glob.has_magic(path):
+            found = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
+            if found:
+                return [SourceFile(name, format_of(name) or "text") for name in found]
+            raise UserError(f"dataset.nameOrPath={self.nameOrPath}: no file matches")
+        raise UserError(f"dataset.nameOrPath={self.nameOrPath}: no such file or folder{_near(Path(path))}")
+
+    def _in_folder(self, folder: Path) -> list[SourceFile]:
+        saved = any((folder / mark).exists() for mark in SAVED_MARKS)
+        if self.format == "hf" and not saved:
+            raise UserError(f"{self.described()}: not a folder saved by datasets.save_to_disk (dataset.format=hf)")
+        if saved and self.format != "files":
+            return [SourceFile(str(name), "arrow") for name in _saved_files(folder)]
+        every = sorted(
+            str(name) for name in folder.rglob(self.pattern or "*") if name.is_file() and _visible(name, folder)
+        )
+        files = [SourceFile(name, kind) for name in every if (kind := format_of(name) or (self.pattern and "text"))]
+        if files:
+            return files
+        if self.pattern:
+            raise UserError(f"dataset.pattern={self.pattern}: no file in {self.nameOrPath} matches")
+        if not every:
+            raise UserError(f"dataset.nameOrPath={self.nameOrPath}: the folder is empty")
+        raise UserError(
+            f"dataset.nameOrPath={self.nameOrPath}: no text in the folder; it holds {_endings(every)}, and without "
+            f"dataset.pattern (such as '*.py') only {' '.join(FORMATS)} are read"
+        )
+
+
+def format_of(path: str) -> str | None:
+    """The format by the ending of the name, ``None`` if it tells nothing."""
+    stem, ending = os.path.splitext(path.lower())
+    if ending in (".gz", ".zst"):
+        inner = FORMATS.get(os.path.splitext(stem)[1])
+        return inner + ending if inner in COMPRESSIBLE else None
+    return FORMATS.get(ending)
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The arrow files of a saved dataset, of its ``train`` split when it has several.
+
+    https://huggingface.co/docs/datasets/process#save
+    """
+    if (folder / "dataset_dict.json").exists():
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        if "train" not in splits and len(splits) != 1:
+            raise UserError(
+                f"{folder}: splits {', '.join(splits)}, none of them 'train'; name the folder of one of them"
+            )
+        folder = folder / ("train" if "train" in splits else splits[0])
+    names = json.loads((folder / "state.json").read_text())["_data_files"]
+    return [folder / name["filename"] for name in names]
+
+
+def _visible(path: Path, folder: Path) -> bool:
+    return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _near(path: Path) -> str:
+    siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+    return did_you_mean(path.name, siblings) if 0 < len(siblings) <= 1000 else ""
+
+
+def _endings(names: Iterable[str]) -> str:
+    counts = Counter(os.path.splitext(name)[1] or "no ending" for name in names)
+    return ", ".join(f"{count} × {ending}" for ending, count in counts.most_common(5))

@@ -1,0 +1,120 @@
+"""The two domains every machine has: the source code of the standard library (``Python``) and English prose out of
+the documentation that installed packages carry (``English``). They share no file, so neither do their held-out
+documents."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from pretrain.data.sources.base import Source
+from pretrain.data.units import SourceFile
+from pretrain.errors import UserError
+
+# Tests, other people's code, applications, tables of character sets, text that is the other domain.
+NOT_LIBRARY = {
+    *("test", "tests", "idle_test", "site-packages", "dist-packages", "ensurepip", "idlelib", "lib2to3", "turtledemo"),
+    *("encodings", "pydoc_data", "__pycache__", "__phello__", "lib-dynload"),
+}
+# Packages that are always installed with this project and explain themselves at length.
+PROSE_PACKAGES = (
+    *("numpy", "pandas", "sympy", "networkx", "torch", "datasets", "huggingface_hub", "pyarrow", "mpmath", "fsspec"),
+    *(
+        "hydra-core",
+        "omegaconf",
+        "pydantic",
+        "rich",
+        "Jinja2",
+        "httpx",
+        "filelock",
+        "safetensors",
+        "tokenizers",
+        "regex",
+    ),
+    *("PyYAML", "requests", "tqdm", "typer", "click", "packaging", "multiprocess", "dill", "xxhash", "zstandard"),
+)
+PROSE_FORMATS = {".md": "text", ".rst": "text", ".py": "docstrings"}
+NOT_PROSE = {"tests", "test", "testing", "_vendor", "vendor", "licenses", "__pycache__"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Python(Source):
+    """The new domain of the default run."""
+
+    source: Literal["sample"] = "sample"
+    deduplicate: bool = True
+
+    def default_name(self) -> str:
+        return "python"
+
+    def described(self) -> str:
+        return f"the standard library in {_library()}"
+
+    def identity(self) -> list[Any]:
+        return ["python", str(_library())]
+
+    def files(self) -> list[SourceFile]:
+        found = []
+        for folder, folders, names in os.walk(_library()):
+            folders[:] = sorted(name for name in folders if name not in NOT_LIBRARY and not name.startswith("config-"))
+            code = (name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata"))
+            found += [os.path.join(folder, name) for name in code]
+        if not found:
+            raise UserError(
+                f"dataset=sample: this Python carries no library sources in {_library()}; use dataset=local"
+            )
+        return [SourceFile(name, "text") for name in sorted(found)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class English(Source):
+    """The base domain: what the sample model was trained on."""
+
+    source: Literal["sample_base"] = "sample_base"
+    deduplicate: bool = True
+    errors: Literal["strict", "replace"] = "replace"
+    max_document_chars: Annotated[int, Field(ge=16)] = 8_000
+
+    def default_name(self) -> str:
+        return "english"
+
+    def described(self) -> str:
+        return "the documentation of Python and of installed packages"
+
+    def identity(self) -> list[Any]:
+        return ["english", str(_library()), [str(path) for path in _package_roots()]]
+
+    def files(self) -> list[SourceFile]:
+        topics = _library() / "pydoc_data" / "topics.py"
+        found = [SourceFile(str(topics), "topics")] if topics.exists() else []
+        for package in PROSE_PACKAGES:
+            try:
+                found += _package_files(importlib.metadata.distribution(package))
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        if not found:
+            raise UserError("dataset=sample_base: no documentation found in this Python; use dataset=local")
+        return found
+
+
+def _package_files(package: importlib.metadata.Distribution) -> list[SourceFile]:
+    found = []
+    for path in package.files or ():
+        kind = "description" if path.name == "METADATA" else PROSE_FORMATS.get(path.suffix)
+        if kind and not NOT_PROSE.intersection(path.parts) and not path.name.upper().startswith(("LICENSE", "NOTICE")):
+            found.append((str(path), SourceFile(os.path.abspath(str(package.locate_file(path))), kind)))
+    return [file for _, file in sorted(found, key=lambda pair: pair[0]) if os.path.isfile(file.path)]
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _package_roots() -> list[Path]:
+    return sorted({Path(sysconfig.get_paths()[name]) for name in ("purelib", "platlib")})

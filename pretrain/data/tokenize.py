@@ -1,0 +1,166 @@
+"""Fill the token cache for one source, before any process group exists: in this process when there is little to do
+(starting workers costs half a second), else in child processes. Every unit is its own file in the cache, so a killed
+run loses one unit per worker, and datasets that share files share their tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import xxhash
+from filelock import FileLock, Timeout
+
+from pretrain.console import notice, progress_bar
+from pretrain.data.cache import cache_dir, make_folder, remove_abandoned, write_whole
+from pretrain.data.cut import cut
+from pretrain.data.encode import FORMAT, Encoder, Outcome
+from pretrain.data.readers import read
+from pretrain.data.sources.base import Source
+from pretrain.data.store import TokenStore
+from pretrain.data.units import Piece, Unit, group, key_of, stamp_of
+from pretrain.data.workers import encode_in_workers
+from pretrain.errors import UserError
+
+WORKERS_FROM_BYTES = 32 << 20  # less text than this is tokenized here, by all cores through the tokenizer's own threads
+YOUNG_SECONDS = 0.05  # a file changed this shortly before it was read could change again under the same time stamp
+
+
+def prepare(
+    source: Source, *, tokenizer_json: str, eot: int, num_workers: int | None = None, cache: Path | None = None
+) -> TokenStore:
+    """Tokenize what is not yet in the cache and open the whole as one store.
+
+    ``tokenizer_json`` is the text of a ``tokenizer.json``; ``eot`` the id that ends each document. ``num_workers``
+    defaults to the source's, then to the cores this process may use.
+
+    Raises:
+        UserError: a file is missing, not what it says it is, or without text; the disk is full. What was finished is
+            kept.
+    """
+    cache = cache or cache_dir()
+    num_workers = num_workers or source.num_workers or usable_cores()
+    options = source.options()
+    tokenizer_key = key_of(tokenizer_json)
+    tokenizer_path = cache / "tokenizers" / f"{tokenizer_key}.json"
+    if not tokenizer_path.exists():
+        write_whole(tokenizer_path, tokenizer_json.encode())
+    encoder = Encoder(
+        folder=cache / "parts", tokenizer_path=tokenizer_path, tokenizer_key=tokenizer_key, eot=eot, options=options
+    )
+    key = key_of(FORMAT, source.identity(), asdict(options))
+    memory = cache / "files" / f"{key}.json"
+    with _alone(cache / "locks" / f"{key}.lock", source.domain):
+        started_at = time.time()
+        units = group(_pieces(source, _recall(memory)))
+        outcomes = _encode_all(units, encoder, num_workers, source.domain)
+        _remember(memory, units, outcomes, started_at)
+    store = TokenStore(_write_manifest(cache / "stores", source.domain, eot, units, outcomes))
+    if not store.num_documents:
+        raise UserError(f"dataset {source.domain!r}: no text: every document of {source.described()} is empty")
+    return store
+
+
+def training_texts(source: Source) -> Iterator[str]:
+    """The texts of the training documents, for training a tokenizer: those that ``TokenStore.views`` would not hold
+    out."""
+    limit = source.held_out * 2**64
+    for piece in _pieces(source, {}):
+        for document in read(piece, source.options()):
+            if not isinstance(document, str):
+                raise UserError(f"{piece.path}: token ids, not text: a tokenizer cannot be trained on them")
+            if xxhash.xxh3_64_intdigest(document.encode("utf-8", "surrogatepass")) > limit:
+                yield document
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# What is known about the files ---------------------------------------------------------------------------------------
+
+
+def _pieces(source: Source, remembered: dict[str, list[Piece]]) -> Iterator[Piece]:
+    """The pieces of all files. A file that looks as it did last time (size, time, inode) is not opened."""
+    for file in source.files():
+        known = remembered.get(file.path)
+        if known and known[0].stamp == stamp_of(file.path) and known[0].format == file.format:
+            yield from known
+        else:
+            yield from cut(file, source.options())
+
+
+def _recall(memory: Path) -> dict[str, list[Piece]]:
+    known: dict[str, list[Piece]] = {}
+    if memory.exists():
+        for path, kind, start, stop, size, stamp, digest in json.loads(memory.read_text()):
+            known.setdefault(path, []).append(Piece(path, kind, start, stop, size, tuple(stamp), digest))
+    return known
+
+
+def _remember(memory: Path, units: list[Unit], outcomes: list[Outcome], started_at: float) -> None:
+    """So that the next start opens no file; but a file so young that it may change under the same time is read
+    again."""
+    pieces = [
+        replace(piece, digest=digest if started_at - piece.stamp[1] / 1e9 > YOUNG_SECONDS else None)
+        for unit, (_, digests) in zip(units, outcomes, strict=True)
+        for piece, digest in zip(unit.pieces, digests, strict=True)
+    ]
+    raw = json.dumps([[*asdict(piece).values()] for piece in pieces]).encode()
+    if not memory.exists() or memory.read_bytes() != raw:
+        write_whole(memory, raw)
+
+
+def _write_manifest(folder: Path, name: str, eot: int, units: list[Unit], outcomes: list[Outcome]) -> Path:
+    """Named after its content and never changed: a store that one run has open is not another store after the next
+    run."""
+    content = {
+        "name": name,
+        "eot": eot,
+        "parts": [str(path) for path, _ in outcomes],
+        "units": [[(piece.path, piece.start) for piece in unit.pieces] for unit in units],
+    }
+    raw = json.dumps(content).encode()
+    path = folder / f"{xxhash.xxh3_128_hexdigest(raw)}.json"
+    if not path.exists():
+        write_whole(path, raw)
+    return path
+
+
+@contextmanager
+def _alone(path: Path, name: str) -> Iterator[None]:
+    """Hold the dataset's lock; whoever comes second waits and then finds the work done. The kernel frees the lock of a
+    process that died."""
+    make_folder(path.parent)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        notice(f"dataset {name!r}: another run is filling the token cache; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# The work ------------------------------------------------------------------------------------------------------------
+
+
+def _encode_all(units: list[Unit], encoder: Encoder, num_workers: int, name: str) -> list[Outcome]:
+    outcomes = {index: outcome for index, unit in enumerate(units) if (outcome := encoder.finished(unit))}
+    missing = [index for index in range(len(units)) if index not in outcomes]
+    work = sum(units[index].size for index in missing)
+    if missing:
+        remove_abandoned(encoder.folder)
+    num_workers = min(num_workers, len(missing))
+    with progress_bar(f"tokenizing {name}", total=work, unit="B") as advance:
+        if num_workers > 1 and work >= WORKERS_FROM_BYTES:
+            outcomes |= encode_in_workers({index: units[index] for index in missing}, encoder, num_workers, advance)
+        else:
+            outcomes |= {index: encoder.encode(units[index], advance) for index in missing}
+    return [outcomes[index] for index in range(len(units))]

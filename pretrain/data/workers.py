@@ -1,0 +1,149 @@
+"""Encoders in child processes. A worker is a plain ``python -m pretrain.data.workers`` that reads a JSON object a
+line and answers likewise: it imports nothing of the caller's main module, and when the caller dies, by whatever
+signal, its input ends and so does it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import pretrain
+from pretrain.data.encode import Encoder, Outcome, Progress
+from pretrain.data.units import Piece, ReadOptions, Unit
+from pretrain.errors import UserError
+
+
+def encode_in_workers(
+    units: dict[int, Unit], encoder: Encoder, num_workers: int, progress: Progress
+) -> dict[int, Outcome]:
+    """Encode ``units`` by ``num_workers`` processes, each taking the next one when it is done.
+
+    The first mistake ends it: the others finish the unit at hand, which is kept, and take no more.
+    """
+    waiting: SimpleQueue[int] = SimpleQueue()
+    for index in units:
+        waiting.put(index)
+    outcomes: dict[int, Outcome] = {}
+    workers = [_Worker(encoder) for _ in range(num_workers)]
+
+    def work(worker: _Worker) -> None:
+        try:
+            while True:
+                index = waiting.get_nowait()
+                outcomes[index] = worker.encode(units[index], progress)
+        except Empty:
+            return
+        except BaseException:
+            while not waiting.empty():
+                waiting.get_nowait()
+            raise
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        futures = [pool.submit(work, worker) for worker in workers]
+        try:
+            for future in futures:
+                future.result()
+        except UserError:
+            raise
+        except BaseException:  # Ctrl-C: do not wait for units
+            for worker in workers:
+                worker.process.kill()
+            raise
+        finally:
+            for future, worker in zip(futures, workers, strict=True):
+                future.exception()
+                worker.close()
+    return outcomes
+
+
+class _Worker:
+    """The caller's end of one child process."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        root = str(Path(pretrain.__file__).parent.parent)
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pretrain.data.workers"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.folder = encoder.folder
+        self._say(encoder.arguments())
+
+    def encode(self, unit: Unit, progress: Progress) -> Outcome:
+        self._say([asdict(piece) for piece in unit.pieces])
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            answer = json.loads(line)
+            if "bytes" in answer:
+                progress(answer["bytes"])
+            elif "mistake" in answer:
+                raise UserError(answer["mistake"])
+            elif "traceback" in answer:
+                raise RuntimeError(f"a tokenizing worker failed:\n{answer['traceback']}")
+            else:
+                return Path(answer["path"]), answer["digests"]
+        raise RuntimeError(f"a tokenizing worker died with exit code {self.process.wait()}; out of memory?")
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with suppress(BrokenPipeError):  # it died; why has been said
+            self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+        for left in self.folder.glob(f"*/.*.{self.process.pid}-*.tmp"):
+            left.unlink(missing_ok=True)
+
+    def _say(self, request: Any) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # reading the answer finds the end and says so
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+
+
+def serve() -> None:
+    """The worker's end: the encoder's arguments, then a unit a line; answers {"bytes"} as it goes, then {"path",
+    "digests"}."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not end up between the answers
+
+    def say(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    setup = json.loads(sys.stdin.readline())
+    setup |= {name: Path(setup[name]) for name in ("folder", "tokenizer_path")}
+    encoder = Encoder(**{**setup, "options": ReadOptions(**setup["options"])})
+    for line in sys.stdin:
+        unit = Unit(tuple(Piece(**{**piece, "stamp": tuple(piece["stamp"])}) for piece in json.loads(line)))
+        try:
+            path, digests = encoder.encode(unit, lambda amount: say({"bytes": amount}))
+            say({"path": str(path), "digests": digests})
+        except UserError as error:
+            say({"mistake": str(error)})
+        except BrokenPipeError:
+            raise
+        except Exception:
+            say({"traceback": traceback.format_exc()})
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the caller decides
+    try:
+        serve()
+    except BrokenPipeError:  # the caller is gone
+        os._exit(1)
