@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from pretrain.batch import IGNORE, Batch
 from pretrain.data.store import TokenView
-from pretrain.errors import UserError
 
 
 class Blocks:
@@ -39,18 +38,3 @@ def packed(tokens: NDArray[np.int64], begins: NDArray[np.bool_] | None, *, first
         positions = torch.from_numpy(count - np.maximum.accumulate(np.where(begins[:, :-1], count, 0), axis=1))
     num_targets = int((labels != IGNORE).sum()) if begins is not None else labels.size
     return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), positions, num_targets, first_sample)
-
-
-def check_enough(blocks: Blocks, *, batch_size: int, accumulation: int, world_size: int) -> None:
-    """Raise ``UserError`` when the training documents do not fill one global batch."""
-    needed = batch_size * accumulation * world_size
-    if len(blocks) >= needed:
-        return
-    view, length = blocks.view, blocks.sequence_length
-    raise UserError(
-        f"dataset {view.store.name!r}: too little text for one global batch: {view.num_tokens:,} training tokens "
-        f"({view.num_documents:,} documents, {view.num_bytes:,} bytes) make {len(blocks):,} blocks of "
-        f"sequence_length={length}, but batch_size={batch_size} × gradient_accumulation_steps={accumulation} × "
-        f"{world_size} worker{'s' * (world_size > 1)} needs {needed:,} ({needed * length + 1:,} tokens); "
-        "lower one of them or add text"
-    )

@@ -12,8 +12,12 @@ from numpy.typing import NDArray
 
 from pretrain.batch import Batch
 from pretrain.data.blocks import Blocks
+from pretrain.data.evaluation import evaluation_batches
 from pretrain.data.order import Permutation
-from pretrain.data.store import Document
+from pretrain.data.store import Document, TokenView
+from pretrain.errors import UserError
+
+__all__ = ["Loader", "check_enough", "evaluation_batches"]
 
 PREFETCH = 2  # global batches that wait ready
 POLL_SECONDS = 0.1  # how soon the thread notices that nobody reads any more
@@ -30,8 +34,9 @@ class Loader:
 
     def __init__(
         self,
-        blocks: Blocks,
+        view: TokenView,
         *,
+        sequence_length: int,
         seed: int,
         batch_size: int,
         accumulation: int = 1,
@@ -41,8 +46,9 @@ class Loader:
         first_sample: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        self.blocks, self.document_mask, self.pin_memory = blocks, document_mask, pin_memory
-        self.permutation = Permutation(len(blocks), seed)
+        self.blocks = Blocks(view, sequence_length)
+        self.document_mask, self.pin_memory = document_mask, pin_memory
+        self.permutation = Permutation(len(self.blocks), seed)
         self.global_batch_size = batch_size * accumulation * world_size
         self.samples = first_sample
         micro = np.arange(accumulation)[:, None] * world_size + rank
@@ -111,6 +117,18 @@ class Loader:
                 sample += self.global_batch_size
         except BaseException as error:  # whatever it is, the reader must hear of it
             _put(ready, error, stop)
+
+
+def check_enough(view: TokenView, *, sequence_length: int, global_batch: int) -> None:
+    """Raise ``UserError`` when the training documents do not fill one global batch (in sequences, over all workers)."""
+    found = len(Blocks(view, sequence_length))
+    if found < global_batch:
+        raise UserError(
+            f"dataset {view.store.name!r}: too little text for one global batch: {view.num_tokens:,} training tokens "
+            f"({view.num_documents:,} documents, {view.num_bytes:,} bytes) make {found:,} sequences of "
+            f"{sequence_length}, but batch_size × gradient_accumulation_steps × workers = {global_batch:,} sequences need "
+            f"{global_batch * sequence_length + 1:,} tokens; lower one of these, lower sequence_length or add text"
+        )
 
 
 def _put(ready: Queue[Batch | BaseException], item: Batch | BaseException, stop: threading.Event) -> None:
