@@ -4,7 +4,7 @@ resuming costs nothing at any depth, and the global batches do not depend on how
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from queue import Full, Queue
 
 import numpy as np
@@ -64,7 +64,7 @@ class Loader:
         """How often the data has been seen by now; 1.5 is in the middle of the second time."""
         return self.samples / len(self.blocks)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         """Batches from ``self.samples`` on, made ahead by a thread that ends with the iterator."""
         ready: Queue[Batch | BaseException] = Queue(PREFETCH)
         stop = threading.Event()

@@ -22,7 +22,7 @@ from pretrain.data.encode import FORMAT, Encoder, Outcome
 from pretrain.data.readers import read
 from pretrain.data.sources.base import Source
 from pretrain.data.store import TokenStore
-from pretrain.data.units import Piece, Unit, group, key_of, stamp_of
+from pretrain.data.units import Piece, Unit, group, key_of, reading, stamp_of
 from pretrain.data.workers import encode_in_workers
 from pretrain.errors import UserError
 
@@ -88,10 +88,9 @@ def _pieces(source: Source, remembered: dict[str, list[Piece]]) -> Iterator[Piec
     """The pieces of all files. A file that looks as it did last time (size, time, inode) is not opened."""
     for file in source.files():
         known = remembered.get(file.path)
-        if known and known[0].stamp == stamp_of(file.path) and known[0].format == file.format:
-            yield from known
-        else:
-            yield from cut(file, source.options())
+        with reading(file.path):
+            same = known and known[0].stamp == stamp_of(file.path) and known[0].format == file.format
+        yield from known if known and same else cut(file, source.options())
 
 
 def _recall(memory: Path) -> dict[str, list[Piece]]:

@@ -4,7 +4,9 @@ them."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from pretrain.data.cache import cache_dir
 from pretrain.data.sources.base import Source
@@ -19,7 +21,7 @@ LOCAL_WAYS = (
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace(Source):
     source: Literal["huggingface"] = "huggingface"
-    nameOrPath: str
+    nameOrPath: Annotated[str, Field(min_length=1)]
     subset: str | None = None
     split: str = "train"
     revision: str | None = None

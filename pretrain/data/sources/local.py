@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from pretrain.data.sources.base import Source
 from pretrain.data.units import SourceFile
@@ -35,8 +37,8 @@ class Local(Source):
     else."""
 
     source: Literal["local"] = "local"
-    nameOrPath: str
-    pattern: str | None = None
+    nameOrPath: Annotated[str, Field(min_length=1)]
+    pattern: Annotated[str, Field(pattern="^[^/]")] | None = None  # relative to the folder
     format: Literal["auto", "files", "hf"] = "auto"
 
     def default_name(self) -> str:
