@@ -17,7 +17,8 @@ from pretrain.errors import UserError
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.store import Store
-    from pretrain.data.store import TokenView
+    from pretrain.data.sources.base import Source
+    from pretrain.data.store import TokenStore, TokenView
     from pretrain.engine import Engine, Scorer
     from pretrain.evaluation.perplexity import Domain, Evaluator
     from pretrain.interrupt import Interrupt
@@ -59,20 +60,33 @@ def prepare(resolved: dict[str, Any]) -> Prepared:
     encode = partial(tokenize, tokenizer_json=tokenizer_json, eot=tokenizer.eos_token_id)
 
     store = encode(source)
-    train, held_out = store.views(**source.view_options())
+    train, held_out = views(store, source)
     domains = [(source.domain, "new", held_out)] if held_out.num_tokens > 1 else []
     for base in instantiate(resolved["evaluation"]).domains.values():
         if base.domain != source.domain:
-            domains.append((base.domain, "base", encode(base).views(**base.view_options())[1]))
+            domains.append((base.domain, "base", views(encode(base), base)[1]))
     identity = {
         "model": model.identity(),
         "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json),
-        "data": train.identity(),
+        "data": xxhash.xxh3_64_hexdigest(repr([[part.path.name for part in store.parts], view_options(source)])),
         "sequence_length": resolved["sequence_length"],
         "global_batch": resolved["batch_size"] * resolved["gradient_accumulation_steps"],
         "seed": resolved["seed"],
     }
     return Prepared(model, tokenizer, train, domains, identity)
+
+
+def view_options(source: Source) -> dict[str, Any]:
+    return {
+        "held_out": source.held_out,
+        "train_data_ratio": source.train_data_ratio,
+        "deduplicate": source.deduplicate,
+    }
+
+
+def views(store: TokenStore, source: Source) -> tuple[TokenView, TokenView]:
+    """The training and the held-out documents."""
+    return store.views(**view_options(source))
 
 
 def build_world(resolved: dict[str, Any]) -> World:
@@ -142,6 +156,15 @@ def total_steps(resolved: dict[str, Any], prepared: Prepared) -> int:
     return resolved["max_steps"] or max(1, int(sequences * resolved["number_epochs"] / global_batch))
 
 
+def export(prepared: Prepared, engine: Engine, path: Path) -> Path:
+    """Write the model as a Hugging Face folder, whole or not at all."""
+    from pretrain.checkpoint.atomic import whole_folder
+
+    with whole_folder(path, marker=False) as fresh:
+        prepared.model.save(engine.model, prepared.tokenizer, fresh)
+    return path
+
+
 def build_trainer(
     resolved: dict[str, Any],
     prepared: Prepared,
@@ -196,7 +219,7 @@ def build_trainer(
         grad_clip=resolved["grad_clip"],
         evaluate_every=Every(evaluate_every),
         save_every=Every(evaluate_every if kept.with_evaluation else resolved["save_every"]),
-        export=lambda: prepared.model.save(engine.model, prepared.tokenizer, folder.path / "model"),
+        export=partial(export, prepared, engine, folder.path / "model"),
         resume_from=resume_from,
         facts=run_facts(resolved, world, engine),
         listeners=[Monitor(sinks, run=folder.path, log_every=resolved["log_every"]), RunFile(folder.path)],

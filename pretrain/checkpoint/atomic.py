@@ -24,10 +24,10 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, *, marker: bool = True) -> Iterator[Path]:
     """Yield a fresh folder to fill; on leaving without an error it becomes ``path``, complete and on disk.
 
-    The marker (sizes of all files) is written last. An error leaves nothing behind and an older ``path`` as it was.
+    The ``marker`` (sizes of all files) is written last. An error leaves nothing behind and an older ``path`` as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
@@ -38,10 +38,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
         files = sorted(f for f in partial.rglob("*") if f.is_file())
         for file in files:
             flush(file)
-        sizes = {str(f.relative_to(partial)): f.stat().st_size for f in files}
-        marker = partial / MARKER
-        marker.write_text(json.dumps({"format": FORMAT, "sizes": sizes}, indent=1))
-        flush(marker)
+        if marker:
+            sizes = {str(f.relative_to(partial)): f.stat().st_size for f in files}
+            (partial / MARKER).write_text(json.dumps({"format": FORMAT, "sizes": sizes}, indent=1))
+            flush(partial / MARKER)
         flush(partial)
         replace_folder(partial, path)
     except BaseException:

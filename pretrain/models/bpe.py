@@ -1,0 +1,31 @@
+"""A byte-level BPE of one's own, for a language that the model's tokenizer cuts to pieces, or a model from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_bpe(texts: Iterator[str], *, vocab_size: int) -> Any:
+    """A transformers tokenizer with exactly the tokens that ``texts`` earn, at most ``vocab_size`` of them.
+
+    Byte-level (Radford et al. 2019): any text can be written with it. The same texts give the same tokenizer.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )

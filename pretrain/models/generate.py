@@ -1,0 +1,50 @@
+"""Continue prompts, greedily or by sampling, without touching the random state of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from pretrain.models.language_model import LanguageModel
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    tokenizer: Any,
+    prompts: list[str],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> list[str]:
+    """The continuation of each prompt, without the prompt. ``temperature`` 0 is greedy. The n-th prompt draws from
+    ``seed`` + n, so that a sample does not depend on the prompts before it."""
+    hf, training = model.hf, model.training
+    device = next(hf.parameters()).device
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    model.eval()
+    texts = []
+    try:
+        for number, prompt in enumerate(prompts):
+            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
+            if ids.shape[1] == 0:  # an empty prompt begins a new document
+                ids = torch.tensor([[tokenizer.eos_token_id]], device=device)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed + number)
+                out = hf.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.eos_token_id,
+                    use_cache=True,
+                    **sampling,
+                )
+            texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    finally:
+        model.train(training)
+    return texts
