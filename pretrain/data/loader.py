@@ -126,8 +126,8 @@ def check_enough(view: TokenView, *, sequence_length: int, global_batch: int) ->
         raise UserError(
             f"dataset {view.store.name!r}: too little text for one global batch: {view.num_tokens:,} training tokens "
             f"({view.num_documents:,} documents, {view.num_bytes:,} bytes) make {found:,} sequences of "
-            f"{sequence_length}, but batch_size × gradient_accumulation_steps × workers = {global_batch:,} sequences need "
-            f"{global_batch * sequence_length + 1:,} tokens; lower one of these, lower sequence_length or add text"
+            f"{sequence_length}, but batch_size × gradient_accumulation_steps × workers = {global_batch:,} sequences "
+            f"need {global_batch * sequence_length + 1:,} tokens; lower one of these, lower sequence_length or add text"
         )
 
 
