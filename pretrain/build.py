@@ -67,8 +67,8 @@ def prepare(resolved: dict[str, Any]) -> Prepared:
             domains.append((base.domain, "base", views(encode(base), base)[1]))
     identity = {
         "model": model.identity(),
-        "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json),
-        "data": xxhash.xxh3_64_hexdigest(repr([[part.path.name for part in store.parts], view_options(source)])),
+        "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json.encode()),
+        "data": xxhash.xxh3_64_hexdigest(repr([[part.path.name for part in store.parts], view_options(source)]).encode()),
         "sequence_length": resolved["sequence_length"],
         "global_batch": resolved["batch_size"] * resolved["gradient_accumulation_steps"],
         "seed": resolved["seed"],

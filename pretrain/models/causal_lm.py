@@ -51,7 +51,7 @@ class CausalLM:
 
     def identity(self) -> str:
         """Changes when the architecture or where the weights come from does."""
-        return f"{self.name_or_path}@{self.revision} {xxhash.xxh3_64_hexdigest(repr(sorted(self.config().items())))}"
+        return f"{self.name_or_path}@{self.revision} {xxhash.xxh3_64_hexdigest(repr(sorted(self.config().items())).encode())}"
 
     def tokenizer(self, texts: Texts | None) -> Any:
         """The tokenizer (a transformers one). ``texts``: the training documents, for a spec that trains its own.

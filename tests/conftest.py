@@ -1,0 +1,134 @@
+"""A tiny real model, a small real corpus, and the command line to run on them."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+WORDS = "the sea road of stone a ship and its crew went under light rain to see old cities far from home again".split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tests neither use nor fill the user's token cache."""
+    os.environ["PRETRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def sentences(seed: int, count: int) -> str:
+    draw = random.Random(seed)
+    return " ".join(" ".join(draw.choices(WORDS, k=draw.randint(4, 12))).capitalize() + "." for _ in range(count))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Forty text files of about 2 kB."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        (folder / f"{i:02}.txt").write_text(sentences(i, 40))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other_corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("other_corpus")
+    for i in range(12):
+        (folder / f"{i:02}.txt").write_text(sentences(1000 + i, 40).upper())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from pretrain.models.bpe import train_bpe
+
+    return train_bpe(iter(sentences(i, 200) for i in range(5)), vocab_size=300)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tokenizer) -> Path:
+    """A Llama of 27 k parameters with dropout in its attention, so that a lost random state shows."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        attention_dropout=0.1,
+        tie_word_embeddings=True,
+    )
+    folder = tmp_path_factory.mktemp("tiny_model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def base_arguments(tiny_model, corpus, other_corpus):
+    """A run of 20 steps that takes about a second once everything is imported."""
+    return [
+        f"model_name={tiny_model}",
+        "dataset=local",
+        f"dataset.nameOrPath={corpus}",
+        "dataset@evaluation.domains.base=local",
+        f"evaluation.domains.base.nameOrPath={other_corpus}",
+        "evaluation.domains.base.name=other",
+        "evaluation.max_tokens=500",
+        "sequence_length=32",
+        "batch_size=2",
+        "gradient_accumulation_steps=2",
+        "max_steps=20",
+        "log_every=1",
+        "evaluate_every=8",
+        "save_every=5",
+        "lr=1e-3",
+    ]
+
+
+@pytest.fixture
+def command(capsys):
+    """Run the command line in this process: ``command(arguments) -> (exit code, stdout, stderr)``."""
+
+    def run(arguments):
+        from pretrain.cli import main
+
+        with pytest.raises(SystemExit) as left:
+            main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return left.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def spawn():
+    """Start the command line as a process of its own; what is left at the end is killed."""
+    started = []
+
+    def start(arguments, **options):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pretrain", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **options,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()

@@ -1,0 +1,194 @@
+"""Interrupted and resumed equals uninterrupted, bit for bit: weights, moments, data, random numbers, records."""
+
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.telemetry.jsonl import read_records
+from pretrain.telemetry.run_file import read_run_file
+
+TIMES = {"time", "step_seconds", "data_seconds", "tokens_per_second", "memory_gib", "seconds", "blocked_seconds"}
+TIMES |= {"train_seconds", "path", "folder", "model"}
+
+
+def numbers(run: Path) -> list[dict]:
+    """The records without clocks and places. Starts are left out: a resumed run has one more of them."""
+    kept = ("train", "evaluation", "checkpoint", "run_finished")
+    return [
+        {k: v for k, v in record.items() if k not in TIMES}
+        for record in read_records(run / "metrics.jsonl")
+        if record["event"] in kept
+    ]
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    assert numbers(run) == numbers(reference)
+    for name in ("model", "optimizer"):
+        ours, theirs = (load_file(r / "checkpoints/step-00000020" / f"{name}.safetensors") for r in (run, reference))
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert torch.equal(ours[key], theirs[key]), key
+    state, expected = (
+        (r / "checkpoints/step-00000020/state.json").read_text().replace(str(r), "") for r in (run, reference)
+    )
+    assert state == expected
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, request):
+    """The uninterrupted run, made by the first test that asks for it."""
+    return tmp_path_factory.mktemp("reference") / "run"
+
+
+@pytest.fixture
+def uninterrupted(reference, base_arguments, command):
+    if not reference.exists():
+        code, _, err = command([*base_arguments, f"output_dir={reference}"])
+        assert code == 0, err
+    return reference
+
+
+def wait_for(run: Path, step: int, process) -> None:
+    """Until metrics.jsonl has a record of ``step``."""
+    while process.poll() is None:
+        path = run / "metrics.jsonl"
+        if path.exists() and any(r["step"] >= step and r["event"] == "train" for r in read_records(path)):
+            return
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("at", [1, 7, 13, 19])
+def test_kill_9_and_the_same_command(at, uninterrupted, base_arguments, command, spawn, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*base_arguments, f"output_dir={run}"]
+    process = spawn(arguments)
+    wait_for(run, at, process)
+    time.sleep(random.random() * 0.05)
+    process.kill()
+    process.wait()
+    code, _, err = command(arguments)
+    assert code == 0, err
+    assert_same_run(run, uninterrupted)
+
+
+def test_a_signal_saves_and_exits_75(uninterrupted, base_arguments, command, spawn, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*base_arguments, f"output_dir={run}"]
+    stops = 0
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        process = spawn(arguments)
+        wait_for(run, 4 * stops + 3, process)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+        if process.returncode == 0:  # the machine was quicker than the signal
+            break
+        stops += 1
+        assert process.returncode == 75, out
+        facts = read_run_file(run)
+        assert facts["status"] == "stopped"
+        assert (run / f"checkpoints/step-{facts['steps']:08d}/COMPLETE.json").exists(), "the step it stopped at is saved"
+    assert stops > 0
+    code, _, err = command(arguments)
+    assert code == 0, err
+    extra = [r for r in numbers(run) if r["event"] != "checkpoint" and r.get("status") != "stopped"]
+    assert extra == [r for r in numbers(uninterrupted) if r["event"] != "checkpoint"]
+
+
+def test_resume_from_a_named_checkpoint_leaves_the_other_branch(uninterrupted, base_arguments, command, tmp_path):
+    run = tmp_path / "run"
+    code, _, err = command([*base_arguments, f"output_dir={run}", "checkpoint.keep_last=null"])
+    assert code == 0, err
+    arguments = [*base_arguments, f"output_dir={run}", "checkpoint.keep_last=null"]
+    code, _, err = command([*arguments, f"resume={run}/checkpoints/step-00000005"])
+    assert code == 0, err
+    assert "step-00000020 is of the branch that was left" in err
+    assert_same_run(run, uninterrupted)
+
+
+def test_a_torn_checkpoint_is_passed_over(uninterrupted, base_arguments, command, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    newest = run / "checkpoints/step-00000020/optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    (run / "run.json").unlink()
+    code, _, err = command([*base_arguments, f"output_dir={run}"])
+    assert code == 0, err
+    assert "step-00000020 passed over: optimizer.safetensors has" in err
+    assert_same_run(run, uninterrupted)
+
+
+def test_a_finished_run_is_left_alone_and_can_be_extended(uninterrupted, base_arguments, command, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    before = (run / "metrics.jsonl").read_bytes()
+    code, _, err = command([*base_arguments, f"output_dir={run}"])
+    assert code == 0
+    assert "is finished: 20 steps" in err
+    assert (run / "metrics.jsonl").read_bytes() == before
+    code, _, err = command([*base_arguments, f"output_dir={run}", "lr=0.5"])
+    assert code == 2
+    assert "lr: 0.001 → 0.5" in err
+    code, _, err = command([*base_arguments, f"output_dir={run}", "max_steps=25"])
+    assert code == 0, err
+    steps = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
+    assert steps == list(range(1, 26))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("sequence_length=64", "sequence_length: 32 → 64"),
+        ("batch_size=4", "batch_size: 2 → 4"),
+        ("seed=1", "seed: 0 → 1"),
+        ("dataset.held_out=0.2", "dataset.held_out: 0.05 → 0.2"),
+        ("dataset.nameOrPath={other}", "dataset.nameOrPath: "),
+        ("model_name={model}", "model_name: "),
+    ],
+)
+def test_another_run_is_not_continued(
+    change, says, uninterrupted, base_arguments, command, tmp_path, other_corpus, tiny_model
+):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    model = tmp_path / "copy"
+    shutil.copytree(tiny_model, model)
+    change = change.format(other=other_corpus, model=model)
+    code, _, err = command([*base_arguments, f"output_dir={run}", change, "max_steps=40"])
+    assert code == 2
+    assert says in err
+    assert "→" in err
+    assert_same_run(run, uninterrupted)
+
+
+def test_the_split_of_an_equal_global_batch_may_change(uninterrupted, base_arguments, command, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    split = ["batch_size=4", "gradient_accumulation_steps=1", "max_steps=22"]
+    code, _, err = command([*base_arguments, f"output_dir={run}", *split])
+    assert code == 0, err
+    assert read_run_file(run)["steps"] == 22
+
+
+def test_resume_never_keeps_the_earlier_run_aside(uninterrupted, base_arguments, command, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    code, _, err = command([*base_arguments, f"output_dir={run}", "resume=never", "max_steps=3"])
+    assert code == 0, err
+    assert read_run_file(run)["steps"] == 3
+    assert read_run_file(tmp_path / "run.old-1")["steps"] == 20
+
+
+def test_a_second_run_in_the_same_folder_is_refused(base_arguments, command, spawn, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*base_arguments, f"output_dir={run}", "max_steps=100000", "save_every=null", "evaluate_every=null"]
+    process = spawn(arguments)
+    wait_for(run, 1, process)
+    code, _, err = command(arguments)
+    assert code == 2
+    assert f"{process.pid}" in err
