@@ -175,6 +175,7 @@ def build_trainer(
     config_yaml: str,
     interrupt: Interrupt,
 ) -> Trainer:
+    from pretrain.checkpoint.rng import rng_state
     from pretrain.data.loader import Loader
     from pretrain.facts import run_facts
     from pretrain.progress import Every
@@ -214,6 +215,7 @@ def build_trainer(
         interrupt=interrupt,
         config_yaml=config_yaml,
         identity=prepared.identity,
+        rng=rng_state(),
         total_steps=steps,
         batch_size=resolved["batch_size"],
         grad_clip=resolved["grad_clip"],

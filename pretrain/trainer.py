@@ -33,6 +33,7 @@ class Trainer:
     """Everything a run consists of, built by `build.py`.
 
     ``loader`` yields this rank's share of one global batch per step, ``batch_size`` sequences a micro-batch.
+    ``identity``: what a checkpoint must share with the run that continues it. ``rng``: the random state of step 0.
     ``resume_from``: a checkpoint folder of this run, or ``None``. ``export`` writes the final model folder.
     """
 
@@ -45,6 +46,7 @@ class Trainer:
     interrupt: Interrupt
     config_yaml: str
     identity: dict[str, Any]
+    rng: dict[str, Any]
     total_steps: int
     batch_size: int
     grad_clip: float | None
@@ -62,6 +64,7 @@ class Trainer:
         """Train to ``total_steps`` or until a stop signal; save, and export the model of a finished run."""
         self.resume()
         self.emit(RunStarted(self.progress.step, self.total_steps, self.resume_from is not None, self.facts))
+        set_rng_state(self.rng)  # only now: listeners may draw random numbers while they set themselves up
         if self.progress.step == 0:
             self.emit(self.evaluate())
         for batch, data_seconds in self.batches():
@@ -142,7 +145,7 @@ class Trainer:
         self.engine.load_state_dict(state["engine"])
         self.loader.load_state_dict(state["loader"])
         self.progress.load_state_dict(state["progress"])
-        set_rng_state(state["rng"])
+        self.rng = state["rng"]
         self.saved_at = self.progress.step
 
     def finish(self) -> Progress:

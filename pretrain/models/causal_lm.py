@@ -89,6 +89,9 @@ class CausalLM:
 
     def save(self, model: LanguageModel, tokenizer: Any, folder: Path) -> None:
         """Fill ``folder`` with config, safetensors, generation config and tokenizer, for ``from_pretrained``."""
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
         model.hf.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
 
