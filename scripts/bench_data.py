@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 SEQUENCE_LENGTH = 512
-LARGE_BYTES = 40_000_000  # enough text that worker processes are used
+LARGE_BYTES = 80_000_000  # enough text that worker processes are used
 
 
 # Each of these runs in a process of its own and returns seconds or other numbers --------------------------------------
