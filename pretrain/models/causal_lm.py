@@ -61,7 +61,9 @@ class CausalLM:
         from transformers import AutoTokenizer
 
         name = self.tokenizer_name or self.name_or_path
-        folder = model_folder(name, revision=self.revision, key="model.tokenizer_name" if self.tokenizer_name else "model_name")
+        folder = model_folder(
+            name, revision=self.revision, key="model.tokenizer_name" if self.tokenizer_name else "model_name"
+        )
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=self.trust_remote_code)
         except Exception as error:  # transformers raises whatever the broken file made it raise
@@ -81,10 +83,8 @@ class CausalLM:
 
         if self.gradient_checkpointing:
             hf.gradient_checkpointing_enable({"use_reentrant": False})
-        model = LanguageModel(hf.to(device))
+        model = LanguageModel(hf.to(device), compile=self.compile)
         model.train()
-        if self.compile:
-            model.compile(dynamic=False)  # in place: the names in the state dict stay
         return model
 
     def save(self, model: LanguageModel, tokenizer: Any, folder: Path) -> None:
@@ -148,7 +148,9 @@ class Scratch(CausalLM):
         if self.train_tokenizer is None:
             return super().tokenizer(texts)
         if texts is None:
-            raise UserError("model.train_tokenizer: only a pretraining or tokenization task has documents to train it on")
+            raise UserError(
+                "model.train_tokenizer: only a pretraining or tokenization task has documents to train it on"
+            )
         from pretrain.models.bpe import train_bpe
 
         return train_bpe(texts(), vocab_size=self.train_tokenizer)

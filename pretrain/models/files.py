@@ -34,9 +34,16 @@ def model_folder(name: str, *, revision: str | None = None, key: str = "model_na
 
 def _download(name: str, revision: str | None, key: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
-    ways = "without a network use model_name=sample, a local folder, or a model that is already in the Hugging Face cache"
+    ways = (
+        "without a network use model_name=sample, a local folder, or a model that is already in the Hugging Face cache"
+    )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(WANTED)))
     except HFValidationError as error:
@@ -54,7 +61,9 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"model_name={name}: {folder} has no config.json; a model is a folder saved by save_pretrained") from None
+        raise UserError(
+            f"model_name={name}: {folder} has no config.json; a model is a folder saved by save_pretrained"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"model_name={name}: {file} can't be read: {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:
@@ -67,7 +76,9 @@ def check_positions(config: dict[str, Any], sequence_length: int, name: str) -> 
     text = config.get("text_config", config)
     for key in POSITION_KEYS:
         if isinstance(text.get(key), int) and sequence_length > text[key]:
-            raise UserError(f"sequence_length={sequence_length}: {name} has {text[key]} positions ({key}); use at most that")
+            raise UserError(
+                f"sequence_length={sequence_length}: {name} has {text[key]} positions ({key}); use at most that"
+            )
 
 
 def check_weights(folder: Path, name: str) -> None:

@@ -25,7 +25,11 @@ def generate(
     ``seed`` + n, so that a sample does not depend on the prompts before it."""
     hf, training = model.hf, model.training
     device = next(hf.parameters()).device
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        if temperature > 0
+        else {"do_sample": False}
+    )
     model.eval()
     texts = []
     try:

@@ -1,8 +1,8 @@
-"""A Hugging Face causal LM with the loss inside its forward, so that whatever wraps the module wraps the head's weight too."""
+"""A Hugging Face causal LM with the loss inside its forward: whatever wraps the module wraps the head's weight too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,35 +10,57 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.batch import IGNORE
+from pretrain.errors import UserError
 from pretrain.models.loss import linear_cross_entropy
+
+PROBE_LOGIT = 100.0  # beyond any soft cap in use (Gemma 2: 30), so that a cap can't pass for a straight line
 
 
 class LanguageModel(nn.Module):
-    """``hf``: the wrapped model. ``lean``: its logits are just ``head(last hidden state)``, found out on a probe, so that
-    the loss can be worked out without them; models that cap or scale their logits go through their own head.
+    """``hf``: the wrapped model. ``lean``: its logits are just ``head(last hidden state)``, found out on a probe, so
+    that the loss can be worked out without them; models that cap or scale their logits go through their own head.
 
     Dropout is as the model's config has it. Auxiliary losses (a mixture of experts' load balancing) are not added.
+    ``compile``: backbone and loss of the training step become one graph; evaluation, whose last batch is smaller than
+    the others, stays eager. Strategies wrap this module and not ``hf``, whose head is used outside of its own forward.
     """
 
-    def __init__(self, hf: Any) -> None:
+    def __init__(self, hf: Any, *, compile: bool = False) -> None:  # noqa: A002 (the key users know)
         super().__init__()
         self.hf = hf
         hf.config.use_cache = False
         self.lean = has_plain_head(hf)
+        self.separation = document_separation(hf)
+        self._compiled: Callable[..., Tensor] | None = torch.compile(self._loss, dynamic=False) if compile else None
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """The loss summed over all labels that are not ``IGNORE``: nats, an fp32 scalar.
 
-        ``input_ids``, ``labels`` (already shifted) int64 [n, S]. ``position_ids`` [n, S] restart at each document and keep
-        attention inside it; ``None``: one sequence, one context.
+        ``input_ids``, ``labels`` (already shifted) int64 [n, S]. ``position_ids`` [n, S] restart at each document and
+        keep attention inside it; ``None``: one context a row. Raises ``UserError`` for positions that the model heeds
+        neither by themselves nor through a mask.
         """
-        positions = {} if position_ids is None else {"position_ids": position_ids}
+        if self._compiled is not None and self.training and torch.is_grad_enabled():
+            return self._compiled(input_ids, labels, position_ids)
+        return self._loss(input_ids, labels, position_ids)
+
+    def _loss(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> Tensor:
+        given = {"input_ids": input_ids} | self._documents(position_ids)
         if not self.lean:
-            logits = self.hf(input_ids=input_ids, use_cache=False, **positions).logits
+            logits = self.hf(**given, use_cache=False).logits
             return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-        hidden = self.hf.base_model(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
+        hidden = self.hf.base_model(**given, use_cache=False).last_hidden_state
         head = self.hf.get_output_embeddings()
         return linear_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, labels.flatten())
+
+    def _documents(self, position_ids: Tensor | None) -> dict[str, Tensor]:
+        if position_ids is None:
+            return {}
+        if self.separation is None:
+            raise UserError(
+                f"dataset.document_mask=true: {type(self.hf).__name__} can't keep packed documents apart; use false"
+            )
+        return self.separation(position_ids, self.hf.dtype)
 
     # -- names of the wrapped model ---------------------------------------------------------------------------------
 
@@ -70,21 +92,85 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def has_plain_head(hf: Any) -> bool:
-    """Whether the logits are the output embedding applied to the last hidden state, seen on four tokens.
+    """Whether the logits are the output embedding applied to the last hidden state of ``base_model`` and nothing else.
 
-    Asked of the numbers and not of a list of architectures: soft-capping, logit scales and extra projections all show.
+    Asked of the numbers and not of a list of architectures: the head must be given what ``base_model`` returns, and
+    what it makes of large random numbers must come out untouched. So soft-capping, a logit scale, a further layer all
+    show, even where the model's own logits are still small.
     """
-    head = hf.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.weight.is_meta:
+    backbone, head = hf.base_model, hf.get_output_embeddings()
+    if backbone is hf or not isinstance(head, nn.Linear) or head.weight.is_meta:
         return False
-    training = hf.training
+    device, training = head.weight.device, hf.training
+    noise = torch.randn(1, 4, head.in_features, generator=torch.Generator().manual_seed(0)).to(device)
+    planted = (noise * PROBE_LOGIT / (head.weight.float().std() * head.in_features**0.5 + 1e-12)).to(head.weight.dtype)
+    given: list[Tensor] = []
+
+    def plant(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+        given.append(args[0])
+        return planted
+
+    ids = torch.arange(4, device=device).unsqueeze(0) % head.out_features
+    hf.eval()
+    hook = head.register_forward_pre_hook(plant)
+    try:
+        logits = hf(input_ids=ids, use_cache=False).logits
+        hook.remove()
+        hidden = getattr(backbone(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        if len(given) != 1 or hidden is None or not hidden.shape == given[0].shape == planted.shape:
+            return False
+        return _close(hidden, given[0]) and _close(logits, head(planted))
+    finally:
+        hook.remove()
+        hf.train(training)
+
+
+def by_positions(position_ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What most models need: with no cache and no mask, transformers masks attention where positions restart."""
+    return {"position_ids": position_ids}
+
+
+def by_mask(position_ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The mask itself, [n, 1, S, S], for models that use positions for their embedding only (OPT)."""
+    document = (position_ids == 0).cumsum(1)
+    seen = (document.unsqueeze(2) == document.unsqueeze(1)).tril().unsqueeze(1)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+    return {"position_ids": position_ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def document_separation(hf: Any) -> Callable[[Tensor, torch.dtype], dict[str, Tensor]] | None:
+    """The way in which this model keeps packed documents apart, or ``None``. It is tried, because a leak is silent.
+
+    Behind two different first documents a second one must come out the same, and the same as alone.
+    """
+    device, training, vocabulary = hf.device, hf.training, hf.get_input_embeddings().num_embeddings
+    if device.type == "meta":
+        return None
+    first, other, second = (torch.arange(start, start + 4, device=device) % vocabulary for start in (1, 5, 9))
+    positions = torch.arange(4, device=device).repeat(2).unsqueeze(0)
+
+    def logits(*documents: Tensor, **given: Tensor) -> Tensor:
+        out: Tensor = hf(input_ids=torch.cat(documents).unsqueeze(0), use_cache=False, **given).logits[:, -4:]
+        return out
+
     hf.eval()
     try:
-        ids = torch.arange(4, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
-        logits = hf(input_ids=ids, use_cache=False).logits
-        hidden = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        if hidden.shape[-1] != head.weight.shape[-1]:
-            return False
-        return bool(torch.allclose(logits, head(hidden), rtol=1e-4, atol=1e-5))
+        alone = logits(second)
+        for way in (by_positions, by_mask):
+            try:
+                behind = [logits(before, second, **way(positions, hf.dtype)) for before in (first, other)]
+            except (TypeError, ValueError, RuntimeError, IndexError):  # no such argument, no such mask
+                continue
+            if _close(behind[0], behind[1], ulps=4) and _close(behind[0], alone):
+                return way
     finally:
         hf.train(training)
+    return None
+
+
+def _close(a: Tensor, b: Tensor, *, ulps: int = 32) -> bool:
+    """Equal up to rounding in the tensors' type, measured at the largest number."""
+    eps = torch.finfo(a.dtype).eps
+    a, b = a.float(), b.float()
+    return bool((a - b).abs().max() <= ulps * eps * b.abs().max())

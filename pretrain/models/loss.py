@@ -1,8 +1,8 @@
 """The cross entropy of a linear head, worked out in chunks of rows: the logits of all positions never exist at once.
 
-Gradients are made in the forward pass, chunk by chunk, so the head costs the same three matrix products as the plain way
-and nothing is computed twice; memory falls from rows × vocabulary to chunk × vocabulary. (The idea is that of
-Liger-Kernel's fused linear cross entropy, arXiv:2410.10989; torch's own `linear_cross_entropy` sums bf16 in bf16.)
+Gradients are made in the forward pass, chunk by chunk, so the head costs the same three matrix products as the plain
+way and nothing is computed twice; memory falls from rows × vocabulary to chunk × vocabulary. (The idea is that of
+Liger-Kernel, arXiv:2410.10989; torch's own `linear_cross_entropy` sums bf16 in bf16 and leaves compiled graphs.)
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from torch.nn import functional as F
 
 from pretrain.batch import IGNORE
 
-CHUNK = 512  # rows; on CPU 512 was within 5 % of the fastest size in fp32 and bf16, at a vocabulary of 50257
+CHUNK_LOGITS = (
+    2**25
+)  # logits at a time, 128 MiB in fp32: smaller and adding to the weight's gradient costs more than it saves
+ROOM = 64.0  # fp16 can't hold p - one-hot ~ 1/V well; a power of two takes it up and down again without rounding
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
@@ -27,6 +30,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, la
     device_type = hidden.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
     with torch.autocast(device_type, enabled=False):
+        if not torch.is_grad_enabled():
+            return _forward(hidden, weight, bias, labels, dtype, wants=(False, False, False))[0]
         loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, dtype)
     return loss
 
@@ -36,46 +41,69 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        rows, head = hidden.to(dtype), weight.to(dtype)
-        head_bias = None if bias is None else bias.to(dtype)
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        hidden_grads = []
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants_bias else None
-        for start in range(0, len(rows), CHUNK):
-            row, label = rows[start : start + CHUNK], labels[start : start + CHUNK]
-            counts = (label != IGNORE).unsqueeze(1)
-            target = label.clamp(min=0).unsqueeze(1)
-            log_p = torch.log_softmax(F.linear(row, head, head_bias), dim=-1, dtype=torch.float32)
-            loss -= (log_p.gather(1, target) * counts).sum()
-            if not (wants_hidden or wants_weight):
-                continue
-            grad = log_p.exp_()  # softmax - one-hot, zero where there is no target
-            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-            grad = grad.mul_(counts).to(dtype)
-            if wants_hidden:
-                hidden_grads.append(grad @ head)
-            if weight_grad is not None:
-                _add_product(weight_grad, grad, row)
-            if bias_grad is not None:
-                bias_grad += grad.sum(0, dtype=torch.float32)
-        ctx.save_for_backward(torch.cat(hidden_grads) if hidden_grads else None, weight_grad, bias_grad)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        loss, *grads = _forward(hidden, weight, bias, labels, dtype, wants=ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*grads)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [
-            None if saved is None else saved.mul_(grads[0]).to(dtype)
-            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
+        # Not in place: the saved gradients are those of another backward too, should there be one.
+        scaled = (None if saved is None else saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors)
         return (*scaled, None, None)
 
 
-def _add_product(total: Tensor, grad: Tensor, row: Tensor) -> None:
-    """``total += grad.T @ row``, in fp32 without a temporary where the factors are fp32 too."""
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    dtype: torch.dtype,
+    *,
+    wants: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The loss and its gradients for hidden, weight and bias as far as ``wants`` says."""
+    rows, head = hidden.to(dtype), weight.to(dtype)
+    room = ROOM if dtype == torch.float16 else 1.0
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    hidden_grads: list[Tensor] = []
+    weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
+    bias_grad = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants[2] else None
+    for row, label in zip(*(t.split(chunk_rows(len(rows), len(head))) for t in (rows, labels)), strict=True):
+        counts, target = (label != IGNORE).unsqueeze(1), label.clamp(min=0).unsqueeze(1)
+        logits = F.linear(row, head).float()
+        if bias is not None:
+            logits += bias
+        top, at_target = logits.amax(1, keepdim=True), logits.gather(1, target)
+        p = torch.softmax(logits, 1, out=logits)
+        # max p = 1 / sum exp(z - max z): the log-sum-exp is had for one more look at p.
+        loss += ((top - p.amax(1, keepdim=True).log() - at_target) * counts).sum()
+        if not any(wants):
+            continue
+        p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+        grad = p.mul_(counts * room).to(dtype)
+        if bias_grad is not None:
+            bias_grad += p.sum(0) / room
+        if wants[0]:
+            hidden_grads.append(grad @ head / room if room != 1 else grad @ head)
+        if weight_grad is not None:
+            _add_product(weight_grad, grad, row, 1 / room)
+    return (
+        loss,
+        torch.cat(hidden_grads).to(hidden.dtype) if hidden_grads else None,
+        None if weight_grad is None else weight_grad.to(weight.dtype),
+        None if bias_grad is None or bias is None else bias_grad.to(bias.dtype),
+    )
+
+
+def _add_product(total: Tensor, grad: Tensor, row: Tensor, scale: float) -> None:
+    """``total += scale * grad.T @ row``, in fp32 without a temporary where the factors are fp32 too."""
     if grad.dtype == torch.float32:
-        total.addmm_(grad.t(), row)
+        total.addmm_(grad.t(), row, alpha=scale)
     else:
-        total += grad.t() @ row
+        total.add_(grad.t() @ row, alpha=scale)
+
+
+def chunk_rows(rows: int, vocabulary: int) -> int:
+    """Rows at a time: near ``CHUNK_LOGITS`` logits, shared evenly between the chunks, a multiple of 8."""
+    chunks = max(1, round(rows * vocabulary / CHUNK_LOGITS))
+    return max(8, (-(-rows // chunks) + 7) // 8 * 8)

@@ -1,0 +1,49 @@
+"""Tiny models of several architectures, random weights, no files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+GROUPED = SHAPE | {"num_key_value_heads": 2, "intermediate_size": 48}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": SHAPE | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "llama": GROUPED,
+    "llama-tied-biased": GROUPED | {"model_type": "llama", "tie_word_embeddings": True, "attention_bias": True},
+    "qwen2": GROUPED,
+    "qwen3": GROUPED | {"head_dim": 8},
+    "mistral": GROUPED | {"sliding_window": 16},
+    "gpt_neox": SHAPE | {"intermediate_size": 48},
+    "opt": SHAPE | {"ffn_dim": 48, "word_embed_proj_dim": 16, "dropout": 0.0, "attention_dropout": 0.0},
+    "phi": SHAPE | {"intermediate_size": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0},  # its head has a bias
+    "bloom": SHAPE | {"n_layer": 2, "n_head": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "gemma2": GROUPED | {"head_dim": 8, "final_logit_softcapping": 30.0, "sliding_window": 16},
+    "cohere": GROUPED | {"logit_scale": 0.0625},
+    "granite": GROUPED | {"logits_scaling": 8.0},
+    "mixtral": GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+EAGER_ONLY = {"gemma2", "bloom"}
+NOT_LINEAR = {"gemma2", "cohere", "granite"}  # they cap or scale their logits
+
+
+def tiny(name: str, *, attention: str = "sdpa", seed: int = 0, **changes: Any) -> Any:
+    """The model in fp32 and train mode, with no dropout."""
+    values = CONFIGS[name] | changes
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        values.get("model_type", name), **{k: v for k, v in values.items() if k != "model_type"}
+    )
+    attention = "eager" if name in EAGER_ONLY else attention
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
