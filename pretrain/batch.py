@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,10 +37,12 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``; the copy does not block when the source is pinned."""
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
-        return Batch(move(self.input_ids), move(self.labels), move(self.position_ids), self.num_targets, self.first_sample)
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
         """The same batch in page-locked memory."""
-        positions = None if self.position_ids is None else self.position_ids.pin_memory()
-        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory(), positions, self.num_targets, self.first_sample)
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        positions = None if self.position_ids is None else change(self.position_ids)
+        return replace(self, input_ids=change(self.input_ids), labels=change(self.labels), position_ids=positions)

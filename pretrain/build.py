@@ -68,7 +68,9 @@ def prepare(resolved: dict[str, Any]) -> Prepared:
     identity = {
         "model": model.identity(),
         "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json.encode()),
-        "data": xxhash.xxh3_64_hexdigest(repr([[part.path.name for part in store.parts], view_options(source)]).encode()),
+        "data": xxhash.xxh3_64_hexdigest(
+            repr([[part.path.name for part in store.parts], view_options(source)]).encode()
+        ),
         "sequence_length": resolved["sequence_length"],
         "global_batch": resolved["batch_size"] * resolved["gradient_accumulation_steps"],
         "seed": resolved["seed"],

@@ -19,12 +19,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pretrain.config import GROUPS, check, conf_dir
 from pretrain.console import notice
 from pretrain.errors import UserError, did_you_mean
 from pretrain.flat import overrides_from
+from pretrain.help import choices, help_text
 from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
 
 
@@ -41,6 +42,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except (Stopped, KeyboardInterrupt) as signal:
         notice(f"{signal or 'interrupted'} before training began; the same command starts where it was")
         code = EXIT_CODE
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     sys.exit(code)
 
 
@@ -50,6 +54,9 @@ def _mistake(message: str) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    if {"--help", "-h"} & set(arguments):
+        print(help_text(arguments))
+        return 0
     overrides = [_forced(a) for a in _with_flat_file(arguments)]
     if any(a.startswith("-") for a in overrides):
         return _hydra_main(overrides)
@@ -73,6 +80,8 @@ def _with_flat_file(arguments: list[str]) -> list[str]:
 def _forced(override: str) -> str:
     """``key=value`` → ``++key=value``: an unknown key then composes and `check`, who knows the keys, explains it."""
     key = override.split("=", 1)[0]
+    if key.lstrip("+") in ("hydra.run.dir", "hydra.output_subdir"):
+        raise UserError(f"{key}: the run folder is output_dir=...")
     groups = (*GROUPS, "experiment", "local")
     if "=" not in override or not re.match(r"[A-Za-z_]", key) or key in groups or re.search(r"[@/]", key):
         return override
@@ -99,7 +108,9 @@ def _hydra_main(arguments: list[str]) -> int:
 
 def _fresh_process(overrides: list[str], output_dir: Path) -> int:
     """One job of a sweep, in its own folder. A fresh process: no state of an earlier job can leak into it."""
-    own_folder = [] if any(o.lstrip("+").startswith("output_dir=") for o in overrides) else [f"output_dir='{output_dir}'"]
+    own_folder = (
+        [] if any(o.lstrip("+").startswith("output_dir=") for o in overrides) else [f"output_dir='{output_dir}'"]
+    )
     code = subprocess.run([sys.executable, "-m", "pretrain", *overrides, *own_folder], check=False).returncode
     if code:
         notice(f"job {' '.join(overrides)} left with exit code {code}")
@@ -145,9 +156,13 @@ def run(config: DictConfig, overrides: list[str]) -> int:
 
 
 def _in_plain_words(error: Exception) -> str:
-    """Hydra's message in one line, with the nearest names where a choice does not exist."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+    """Hydra's message in one line, with the key it is about and the nearest names where a choice does not exist."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={choice}: no such choice{did_you_mean(choice, error.options)}"
+        return f"{group}={choice}: no such choice{did_you_mean(choice, choices(group))}"
+    key = getattr(error, "full_key", None)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} has no value; give it one: {key}=..."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(line for line in lines if not re.match(r"(full_key|object_type|See https|Config search|Set the env)", line))
+    message = " ".join(line for line in lines if not re.match(r"(full_key|object_type|See https|Set the env)", line))
+    return f"{key}: {message}" if key else message

@@ -6,6 +6,7 @@ a dataclass is the only place where its keys are listed. The targets' modules im
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -31,6 +32,34 @@ GROUPS = (
     "generation",
     "sink",
 )
+OTHER_NAMES = {  # what the Hugging Face Trainer and others call our root keys
+    "learning_rate": "lr",
+    "max_learning_rate": "lr",
+    "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "num_train_epochs": "number_epochs",
+    "num_epochs": "number_epochs",
+    "epochs": "number_epochs",
+    "total_steps": "max_steps",
+    "num_steps": "max_steps",
+    "warmup_ratio": "warmup_proportion",
+    "max_grad_norm": "grad_clip",
+    "gradient_clip_val": "grad_clip",
+    "block_size": "sequence_length",
+    "max_seq_length": "sequence_length",
+    "max_length": "sequence_length",
+    "num_gpus": "devices",
+    "logging_steps": "log_every",
+    "eval_steps": "evaluate_every",
+    "save_steps": "save_every",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "model_name_or_path": "model_name",
+    "lr_scheduler": "scheduler",
+    "parallelization_strategy": "strategy",
+    "report_to": "sink",
+}
 HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 RUNTIME_ARGUMENTS = {"step", "total_steps", "warmup_steps"}  # of a schedule: given by the builder, never by YAML
 
@@ -77,7 +106,7 @@ def check(config: dict[str, Any]) -> Root:
     root_keys = {field.name for field in fields(Root)}
     for key in config:
         if key not in root_keys and key not in GROUPS:
-            raise UserError(f"unknown key {key!r}{did_you_mean(key, root_keys | set(GROUPS))}")
+            raise UserError(f"unknown key {key!r}{_known_as(key, root_keys | set(GROUPS))}")
     for key, hint in get_type_hints(Root, include_extras=True).items():
         check_value(key, config.get(key), hint)
     for group in GROUPS:
@@ -89,6 +118,14 @@ def check(config: dict[str, Any]) -> Root:
             check_node(path, found)
     check_device(config)
     return Root(**{key: config[key] for key in root_keys})
+
+
+def _known_as(key: str, known: set[str]) -> str:
+    """The nearest known key, also by the name that other trainers give it."""
+    near = difflib.get_close_matches(key, [*known, *OTHER_NAMES], n=1, cutoff=0.7)
+    if near and near[0] in OTHER_NAMES:
+        return f"; here it is {OTHER_NAMES[near[0]]!r}"
+    return did_you_mean(key, known)
 
 
 def targets(path: str, node: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 def notice(message: str) -> None:
     """Say one line on stderr; a closed terminal is no reason to stop a run."""
-    try:
+    with suppress(OSError):
         print(message, file=sys.stderr, flush=True)
-    except OSError:
-        pass
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from yaml import YAMLError
 from pretrain.config import Root, check_value, conf_dir, locate
 from pretrain.console import notice
 from pretrain.errors import UserError, did_you_mean
+from pretrain.help import choices
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # lr_scheduler → scheduler group, and what else it sets
     "constant": ("constant", {}),
@@ -72,6 +73,14 @@ def _when(condition: Any, name: str, value: Any) -> Callable[[Flat, Any], None]:
 
 def _no_effect(key: str, reason: str) -> Callable[[Flat, Any], None]:
     return lambda flat, value: notice(f"{key}: has no effect: {reason}")
+
+
+def _always(key: str, reason: str) -> Callable[[Flat, Any], None]:
+    def apply(flat: Flat, value: bool) -> None:
+        if not value:
+            notice(f"{key}=false: has no effect: {reason}")
+
+    return apply
 
 
 def _scheduler(flat: Flat, value: str) -> None:
@@ -155,9 +164,9 @@ KEYS: dict[str, Key] = {
     "validate_after_k_steps": Key(PositiveInt, _to("evaluate_every")),
     "validate_after_epoch": Key(bool, _when(True, "evaluation.per_epoch", 1)),
     "validations_per_epoch": Key(PositiveInt, _to("evaluation.per_epoch")),
-    "validate_on_end": Key(bool, lambda flat, v: v or notice("validate_on_end=false: the end is always evaluated")),
+    "validate_on_end": Key(bool, _always("validate_on_end", "the end is always evaluated")),
     "save_on_validate": Key(bool, _when(True, "checkpoint.with_evaluation", True)),
-    "save_on_end": Key(bool, lambda flat, v: v or notice("save_on_end=false: the end is always saved")),
+    "save_on_end": Key(bool, _always("save_on_end", "the end is always saved")),
     "checkpoint": Key(str | None, lambda flat, value: flat.values.update({"resume": value} if value else {})),
     "initial_weights_checkpoint": Key(
         str | None, lambda flat, value: flat.values.update({"model_name": value} if value else {})
@@ -228,7 +237,7 @@ def _signature(group: str, choice: str | None, later: list[str]) -> set[str]:
             choice = override.split("=", 1)[1]
     file = conf_dir() / group / f"{choice or {'strategy': 'single', 'model': 'pretrained'}[group]}.yaml"
     if not file.exists():
-        return set()  # Hydra names the choices there are
+        raise UserError(f"{group}={choice}: no such choice{did_you_mean(str(choice), choices(group))}")
     node = OmegaConf.to_container(OmegaConf.load(file))
     assert isinstance(node, dict)
     return set(inspect.signature(locate(group, node["_target_"])).parameters)

@@ -1,4 +1,4 @@
-"""What `task=` names: pretraining, tokenization, evaluation, generation. Each takes the resolved config, returns the exit code."""
+"""What `task=` names. Each task takes the resolved config and returns the exit code."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def pretraining(resolved: dict[str, Any], overrides: list[str], interrupt: Inter
 def tokenization(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
     """Fill the token cache and say what is in it."""
     prepared = build.prepare(resolved)
-    rows = [("training", prepared.train)] + [(f"held out, {name} ({role})", view) for name, role, view in prepared.domains]
+    rows = [("training", prepared.train)] + [
+        (f"held out, {name} ({role})", view) for name, role, view in prepared.domains
+    ]
     for name, view in rows:
         print(f"{name}: {view.num_tokens:,} tokens, {view.num_documents:,} documents, {view.num_bytes:,} bytes of text")
     print(f"cache: {prepared.train.store.path.parent.parent}")
@@ -57,7 +59,7 @@ def tokenization(resolved: dict[str, Any], overrides: list[str], interrupt: Inte
 
 def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
     """Score the model on the held-out documents of every configured domain."""
-    from pretrain.events import Evaluated, RunFinished, RunStarted
+    from pretrain.events import Evaluated, Event, RunFinished, RunStarted
     from pretrain.facts import run_facts
     from pretrain.run_folder import claim
     from pretrain.telemetry.monitor import Monitor
@@ -69,8 +71,8 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     world = build.build_world(resolved)
     scorer = build.build_scorer(resolved, prepared, world)
     sinks = {name: build.instantiate(node) for name, node in (resolved.get("sink") or {}).items()}
-    listeners = [Monitor(sinks, run=folder.path, log_every=1), RunFile(folder.path)]
-    events = [
+    listeners: list[Callable[[Event], None]] = [Monitor(sinks, run=folder.path, log_every=1), RunFile(folder.path)]
+    events: list[Event] = [
         RunStarted(0, 0, resumed=False, facts=run_facts(resolved, world, scorer)),
         Evaluated(0, tuple(build.build_evaluator(resolved, prepared).run(scorer)), 0.0),
         RunFinished(0, "finished", 0),

@@ -171,4 +171,3 @@ class Trainer:
     def emit(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
-

@@ -18,8 +18,8 @@ TIMES |= {"train_seconds", "path", "folder", "model"}
 
 
 def numbers(run: Path) -> list[dict]:
-    """The records without clocks and places. Left out: starts, of which a resumed run has one more, and checkpoints, whose
-    record a kill can come before."""
+    """The records without clocks and places. Left out: starts, of which a resumed run has one more, and checkpoints,
+    whose record a kill can come before."""
     kept = ("train", "evaluation", "run_finished")
     return [
         {k: v for k, v in record.items() if k not in TIMES}
@@ -93,7 +93,9 @@ def test_a_signal_saves_and_exits_75(uninterrupted, base_arguments, command, spa
         assert process.returncode == 75, out
         facts = read_run_file(run)
         assert facts["status"] == "stopped"
-        assert (run / f"checkpoints/step-{facts['steps']:08d}/COMPLETE.json").exists(), "the step it stopped at is saved"
+        assert (run / f"checkpoints/step-{facts['steps']:08d}/COMPLETE.json").exists(), (
+            "the step it stopped at is saved"
+        )
     assert stops > 0
     code, _, err = command(arguments)
     assert code == 0, err

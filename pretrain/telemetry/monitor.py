@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pretrain.console import notice
 from pretrain.events import Evaluated, Event, RunFinished, RunStarted, Saved, StepDone
@@ -53,7 +53,9 @@ class Monitor:
     def _start(self, event: RunStarted) -> None:
         self._total_steps = event.total_steps
         self._each(lambda s: s.open(self._run, total_steps=event.total_steps, resumed_at=event.step))
-        self._write("run_started", event.step, {"total_steps": event.total_steps, "resumed": event.resumed} | event.facts)
+        self._write(
+            "run_started", event.step, {"total_steps": event.total_steps, "resumed": event.resumed} | event.facts
+        )
         self._window.restart()
 
     def _step(self, event: StepDone) -> None:
@@ -62,7 +64,11 @@ class Monitor:
         if self._first_logged and not self._every.due(event.step) and event.step != self._total_steps:
             return
         self._first_logged = True
-        loss, grad_norm, skipped = float(event.loss), float(event.grad_norm), int(event.skipped)  # the device syncs here
+        loss, grad_norm, skipped = (
+            float(event.loss),
+            float(event.grad_norm),
+            int(event.skipped),
+        )  # the device syncs here
         seconds = window.seconds()
         self._run_seconds += seconds
         self._run_tokens += window.tokens

@@ -48,7 +48,9 @@ class Terminal:
     def _run_started(self, r: dict[str, Any]) -> None:
         parameters = f"{r['parameters'] / 1e6:.1f} M parameters" if "parameters" in r else ""
         verb = f"continues at step {r['step']} of" if r["resumed"] else "trains"
-        self._say(f"{r.get('model', 'model')} ({parameters}) {verb} {r['total_steps']} steps on {r.get('device')}; {self._folder}")
+        self._say(
+            f"{r.get('model', 'model')} ({parameters}) {verb} {r['total_steps']} steps on {r.get('device')}; {self._folder}"
+        )
 
     def _train(self, r: dict[str, Any]) -> None:
         loss = "nan" if r["loss"] is None else f"{r['loss']:.4f}"
@@ -81,7 +83,9 @@ class Terminal:
             for domain, after in self._after.items():
                 before = self._before[domain]
                 change = f"{after['loss'] - before['loss']:+.4f}"
-                table.add_row(f"{domain} ({after['role']})", _number(before["perplexity"]), _number(after["perplexity"]), change)
+                table.add_row(
+                    f"{domain} ({after['role']})", _number(before["perplexity"]), _number(after["perplexity"]), change
+                )
             self._console.print(table)
         speed = f", {r['tokens_per_second']:,.0f} tokens/s" if r["tokens_per_second"] else ""
         self._say(f"{r['status']} at step {r['step']}/{self._total}: {r['tokens']:,} tokens{speed}")
@@ -103,5 +107,10 @@ def _number(value: float | None) -> str:
 def _progress(console: RichConsole) -> RichProgress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
     return Progress(*columns, TimeRemainingColumn(), console=console)

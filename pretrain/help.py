@@ -1,0 +1,72 @@
+"""`--help` for people: the YAML files are the reference, so their own comments are what is printed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from pretrain.config import conf_dir
+
+USE = """\
+Use
+  python -m pretrain                                      the embedded default: a small English model learns Python
+  python -m pretrain model_name=gpt2 dataset=local dataset.nameOrPath=texts/ precision=bf16-mixed lr=1e-4
+  python -m pretrain --config run.yaml lr=3e-4            a flat YAML; later keys win
+  python -m pretrain -m lr=1e-4,3e-4                      a sweep, each job in a fresh process
+  python -m pretrain task=evaluation model_name=outputs/sample-python/model
+  python -m pretrain task=generation model_name=outputs/sample-python/model 'generation.prompts=["def "]'
+
+  The same command again continues an interrupted run.
+  --cfg job prints the whole configuration of a run; group=choice --help the keys of a choice; --hydra-help the rest.
+  Exit codes: 0 done · 2 a mistake in the command · 75 stopped by a signal, the same command continues · 1 a bug.
+"""
+
+
+def help_text(arguments: list[str]) -> str:
+    """The help of the program, or of each ``group=choice`` among the arguments."""
+    chosen = [conf_dir() / group / f"{choice}.yaml" for group, _, choice in (a.partition("=") for a in arguments)]
+    files = [file for file in chosen if file.is_file()]
+    if files:
+        return "\n".join(f"{file.parent.name}={file.stem}\n\n{_indented(file.read_text())}" for file in files)
+    title = "Continual pretraining of causal language models."
+    return f"{title}\n\n{USE}\nKeys: key=value\n{_knobs()}\nParts: group=choice, then group.key=value\n{_groups()}"
+
+
+def _knobs() -> str:
+    """The root keys as conf/config.yaml has them, comments and all."""
+    text = (conf_dir() / "config.yaml").read_text()
+    keys = text.split("\n\n", 1)[1].split("\nhydra:", 1)[0]
+    return _indented(keys)
+
+
+def _groups() -> str:
+    """Every group with its choices, the default one starred, and the first comment line of each."""
+    defaults = set(_defaults())
+    lines = []
+    for folder in sorted(p for p in conf_dir().iterdir() if p.is_dir() and p.name not in ("schemas", "local")):
+        for file in sorted(folder.glob("*.yaml")):
+            star = "*" if (folder.name, file.stem) in defaults else " "
+            first = next(
+                (line[2:] for line in file.read_text().splitlines() if line.startswith("# ") and "@" not in line), ""
+            )
+            lines.append(f"  {folder.name:<11} {star} {file.stem:<12} {first}")
+    return "\n".join(lines) + "\n"
+
+
+def _defaults() -> Iterator[tuple[str, str]]:
+    """(group, choice) of the defaults list."""
+    text = (conf_dir() / "config.yaml").read_text().split("\n\n", 1)[0]
+    for group, choices in re.findall(r"^  - (\w+): (.+)$", text, re.MULTILINE):
+        for choice in re.findall(r"[\w-]+", choices):
+            yield group, choice
+
+
+def _indented(text: str) -> str:
+    return "".join(f"  {line}\n" if line else "\n" for line in text.rstrip().splitlines())
+
+
+def choices(group: str) -> list[str]:
+    """The names of a group's YAML files."""
+    folder: Path = conf_dir() / group
+    return sorted(file.stem for file in folder.glob("*.yaml"))
