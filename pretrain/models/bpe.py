@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pretrain.console import notice
+
 END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 0
+MAX_CHARS = 200_000_000  # more text changes a vocabulary no more, and its training is slow
 
 
 def train_bpe(texts: Iterator[str], *, vocab_size: int) -> Any:
@@ -25,7 +29,19 @@ def train_bpe(texts: Iterator[str], *, vocab_size: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_first(texts, MAX_CHARS), trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        notice(f"model.train_tokenizer={vocab_size}: the text earns {tokenizer.get_vocab_size()} tokens only")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
+
+
+def _first(texts: Iterator[str], max_chars: int) -> Iterator[str]:
+    """``texts`` until ``max_chars`` characters were given."""
+    given = 0
+    for text in texts:
+        if given >= max_chars:
+            return
+        given += len(text)
+        yield text

@@ -1,6 +1,7 @@
 """Where a run's model comes from: a pretrained folder or Hub id, or a config with random weights.
 
-Specs are values from YAML; torch and transformers are imported when the model is built. Remote code stays off unless asked.
+Specs are values from YAML; torch and transformers are imported when the model is built. Remote code stays off unless
+asked for, and pickled weights are never read.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import xxhash
-from pydantic import PositiveInt
+from pydantic import Field
 
-from pretrain.errors import UserError
-from pretrain.models.files import check_positions, check_weights, model_folder, read_config
+from pretrain.console import notice
+from pretrain.errors import UserError, did_you_mean
+from pretrain.models import files
 
 if TYPE_CHECKING:
     import torch
@@ -22,77 +24,96 @@ if TYPE_CHECKING:
     from pretrain.models.language_model import LanguageModel
 
 Texts = Callable[[], Iterator[str]]
+OLD_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}  # transformers still takes them and renames them
 
 
 @dataclass(frozen=True, kw_only=True)
 class CausalLM:
-    """What both kinds share. ``tokenizer``: a folder or Hub id, if not the model's own. ``revision``: of a Hub id."""
+    """What both kinds share. ``tokenizer_name``: a folder or Hub id, if not the model's own. ``revision``: of a Hub id.
+    ``save_dtype``: type of the weights in the final folder (``None``: as they were trained)."""
 
-    name_or_path: str
+    name_or_path: Annotated[str, Field(min_length=1)]
     revision: str | None = None
     tokenizer_name: str | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     gradient_checkpointing: bool = False
     compile: bool = False
     trust_remote_code: bool = False
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def folder(self) -> Path:
-        return model_folder(self.name_or_path, revision=self.revision)
+        return files.model_folder(self.name_or_path, revision=self.revision, code=self.trust_remote_code)
+
+    def tokenizer_folder(self) -> Path:
+        if self.tokenizer_name is None:
+            return self.folder()
+        return files.model_folder(self.tokenizer_name, key="model.tokenizer_name", code=self.trust_remote_code)
 
     def config(self) -> dict[str, Any]:
         """config.json as a dict. Raises ``UserError`` when there is none, or when it needs remote code that is off."""
-        config = read_config(self.folder(), self.name_or_path)
-        if "auto_map" in config and not self.trust_remote_code and not _is_known(config["model_type"]):
-            raise UserError(
-                f"model_name={self.name_or_path}: its model_type {config['model_type']!r} brings code of its own, which would "
-                "run on this machine; if you trust its author: model.trust_remote_code=true"
-            )
+        config = files.read_config(self.folder(), self.name_or_path)
+        if not _is_known(config["model_type"]):
+            if "auto_map" not in config:
+                raise UserError(f"model_name={self.name_or_path}: transformers has no causal {config['model_type']!r}")
+            if not self.trust_remote_code:
+                raise UserError(
+                    f"model_name={self.name_or_path}: its model_type {config['model_type']!r} brings code of its own, "
+                    "which would run on this machine; if you trust its author: model.trust_remote_code=true"
+                )
         return config
 
-    def identity(self) -> str:
-        """Changes when the architecture or where the weights come from does."""
-        return f"{self.name_or_path}@{self.revision} {xxhash.xxh3_64_hexdigest(repr(sorted(self.config().items())).encode())}"
-
     def tokenizer(self, texts: Texts | None) -> Any:
-        """The tokenizer (a transformers one). ``texts``: the training documents, for a spec that trains its own.
+        """The tokenizer (a fast transformers one). ``texts``: the training documents, for a spec that trains its own.
 
         Raises ``UserError`` when there is none or it has tokens that the model has no embedding for.
         """
         from transformers import AutoTokenizer
 
-        name = self.tokenizer_name or self.name_or_path
-        folder = model_folder(
-            name, revision=self.revision, key="model.tokenizer_name" if self.tokenizer_name else "model_name"
-        )
+        folder = self.tokenizer_folder()
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=self.trust_remote_code)
         except Exception as error:  # transformers raises whatever the broken file made it raise
-            raise UserError(f"model_name={name}: no usable tokenizer in {folder}: {_first_line(error)}") from None
-        config = self.config()
-        rows = config.get("text_config", config).get("vocab_size")
+            raise UserError(f"{folder}: no usable tokenizer: {_first_line(error)}") from None
+        if not tokenizer.is_fast:
+            raise UserError(f"{folder}: no fast tokenizer (tokenizer.json)")
         largest = max(tokenizer.get_vocab().values(), default=-1)
-        if rows is not None and largest >= rows:
-            raise UserError(
-                f"model_name={name}: the tokenizer has token ids up to {largest}, the model an embedding of {rows} rows; "
-                "they do not belong together"
-            )
+        files.check_vocabulary(self.config(), largest + 1, self.name_or_path)
         return tokenizer
 
-    def _finish(self, hf: Any, device: torch.device) -> LanguageModel:
+    def load(self, make: Callable[..., Any], **given: Any) -> Any:
+        """``make`` with this spec's attention; with eager attention for an architecture that has no sdpa."""
+        given |= {"trust_remote_code": self.trust_remote_code}
+        try:
+            return make(attn_implementation=self.attention, **given)
+        except (ValueError, ImportError) as error:
+            if self.attention == "sdpa" and "scaled_dot_product_attention" in str(error):
+                notice(f"model.attention=sdpa: {self.name_or_path} has no such attention; it runs with eager")
+                return make(attn_implementation="eager", **given)
+            raise UserError(f"model_name={self.name_or_path}: can't be built: {_first_line(error)}") from None
+
+    def finish(self, hf: Any, device: torch.device) -> LanguageModel:
+        """The model in training mode on ``device``. Dropout is as its config has it."""
         from pretrain.models.language_model import LanguageModel
 
         if self.gradient_checkpointing:
-            hf.gradient_checkpointing_enable({"use_reentrant": False})
+            hf.activation_checkpointing_enable({"use_reentrant": False})
         model = LanguageModel(hf.to(device), compile=self.compile)
         model.train()
         return model
 
     def save(self, model: LanguageModel, tokenizer: Any, folder: Path) -> None:
         """Fill ``folder`` with config, safetensors, generation config and tokenizer, for ``from_pretrained``."""
-        import transformers
+        import torch
 
-        transformers.utils.logging.disable_progress_bar()
-        model.hf.save_pretrained(str(folder))
+        hf, state, trained_in = model.hf, model.hf_state_dict(), model.hf.config.dtype
+        if self.save_dtype is not None:
+            dtype: torch.dtype = getattr(torch, self.save_dtype)
+            state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+        hf.save_pretrained(str(folder), state_dict=state)
+        if self.save_dtype is not None:
+            hf.config.dtype = self.save_dtype
+            hf.config.save_pretrained(str(folder))
+        hf.config.dtype = trained_in
         tokenizer.save_pretrained(str(folder))
 
 
@@ -101,77 +122,127 @@ class Pretrained(CausalLM):
     """Continue from existing weights."""
 
     def check(self, sequence_length: int) -> None:
-        """Raises ``UserError`` for a folder that is no whole model or a sequence it has no positions for. No torch."""
-        folder, config = self.folder(), self.config()
-        check_positions(config, sequence_length, self.name_or_path)
-        check_weights(folder, self.name_or_path)
+        """Raises ``UserError`` for a folder that is no whole model, a tokenizer that is another's, or a sequence it has
+        no positions for. Torch is imported, by transformers, for the last question only: is the architecture known."""
+        folder = self.folder()
+        config = files.read_config(folder, self.name_or_path)
+        files.check_positions(config, sequence_length, self.name_or_path)
+        files.check_weights(folder, self.name_or_path)
+        files.check_vocabulary(config, files.vocabulary_size(self.tokenizer_folder()), self.name_or_path)
+        self.config()
+
+    def identity(self) -> str:
+        """Changes when config or weights do, not when the folder moves."""
+        folder = self.folder()
+        return files.fingerprint([folder / "config.json", *files.weight_files(folder, self.name_or_path)])
 
     def build(self, *, param_dtype: torch.dtype, device: torch.device, seed: int) -> LanguageModel:
         """The model in training mode on ``device``. Raises ``UserError`` when weights are missing from its files."""
         from transformers import AutoModelForCausalLM
 
-        hf, loaded = AutoModelForCausalLM.from_pretrained(
-            str(self.folder()),
+        hf, loaded = self.load(
+            AutoModelForCausalLM.from_pretrained,
+            pretrained_model_name_or_path=str(self.folder()),
             dtype=param_dtype,
-            attn_implementation=self.attention,
-            trust_remote_code=self.trust_remote_code,
+            use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
         )
-        missing = sorted(loaded["missing_keys"])
-        if missing:
-            raise UserError(f"model_name={self.name_or_path}: its files lack {len(missing)} weights, e.g. {missing[0]}")
-        return self._finish(hf, device)
+        wrong = [*sorted(loaded["missing_keys"]), *(str(key[0]) for key in loaded["mismatched_keys"])]
+        if wrong:
+            raise UserError(
+                f"model_name={self.name_or_path}: {len(wrong)} weights are not in its files as needed, e.g. {wrong[0]}"
+            )
+        if loaded["unexpected_keys"]:
+            unused = sorted(loaded["unexpected_keys"])
+            notice(f"model_name={self.name_or_path}: {len(unused)} tensors in its files are not used, e.g. {unused[0]}")
+        return self.finish(hf, device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scratch(CausalLM):
-    """Random weights under the run's seed. ``overrides``: config values on top of the named model's; with a ``model_type``
-    among them they are the whole config. ``train_tokenizer``: vocabulary size of a byte-level BPE trained on the run's own
-    training documents, instead of an existing tokenizer."""
+    """Random weights under the run's seed. ``overrides``: config values on top of the named model's; with a
+    ``model_type`` among them they are the whole config. ``train_tokenizer``: vocabulary size of a byte-level BPE
+    trained on the run's own training documents, instead of an existing tokenizer."""
 
     overrides: dict[str, Any] = field(default_factory=dict)
-    train_tokenizer: PositiveInt | None = None
+    train_tokenizer: Annotated[int, Field(ge=257)] | None = None  # 256 bytes and the end of text
 
     def config(self) -> dict[str, Any]:
         base = {} if "model_type" in self.overrides else super().config()
-        size = {"vocab_size": self.train_tokenizer} if self.train_tokenizer else {}
-        return base | self.overrides | size
+        config = base | self.overrides
+        if self.train_tokenizer is not None:
+            from pretrain.models.bpe import END_OF_TEXT_ID
+
+            special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT_ID)
+            return config | special | {"vocab_size": self.train_tokenizer}
+        return {"vocab_size": files.vocabulary_size(self.tokenizer_folder())} | config
 
     def check(self, sequence_length: int) -> None:
-        """Raises ``UserError`` for a config that can't be used. No torch."""
+        """Raises ``UserError`` for a config that can't be used. No weights are made."""
         config = self.config()
-        if not _is_known(config["model_type"]) and not self.trust_remote_code:
-            raise UserError(f"model.overrides.model_type={config['model_type']!r}: transformers has no such model")
-        check_positions(config, sequence_length, config["model_type"])
+        kind = config["model_type"]
+        if not _is_known(kind) and not self.trust_remote_code:
+            raise UserError(f"model.overrides.model_type={kind!r}: transformers has no such model")
+        if _is_known(kind):
+            known = set(_default_config(kind)) | OLD_CONFIG_KEYS
+            for key in self.overrides:
+                if key not in known:
+                    raise UserError(f"model.overrides: {kind} has no {key!r}{did_you_mean(key, known)}")
+            config = self.hf_config().to_dict()
+        files.check_positions(config, sequence_length, kind)
+        if self.train_tokenizer is None:
+            files.check_vocabulary(config, files.vocabulary_size(self.tokenizer_folder()), kind)
+
+    def identity(self) -> str:
+        return xxhash.xxh3_64_hexdigest(repr(sorted(self.config().items())).encode())
+
+    def hf_config(self) -> Any:
+        """Raises ``UserError`` when the architecture refuses the values."""
+        from transformers import AutoConfig
+
+        config = self.config()
+        try:
+            if not _is_known(config["model_type"]):
+                return AutoConfig.from_pretrained(str(self.folder()), trust_remote_code=True, **self.overrides)
+            return AutoConfig.for_model(**config)
+        except Exception as error:  # whatever its validation raises
+            raise UserError(f"model.overrides: {_first_line(error)}") from None
 
     def tokenizer(self, texts: Texts | None) -> Any:
         if self.train_tokenizer is None:
             return super().tokenizer(texts)
         if texts is None:
-            raise UserError(
-                "model.train_tokenizer: only a pretraining or tokenization task has documents to train it on"
-            )
+            raise UserError("model.train_tokenizer: only pretraining and tokenization have documents to train it on")
         from pretrain.models.bpe import train_bpe
 
         return train_bpe(texts(), vocab_size=self.train_tokenizer)
 
     def build(self, *, param_dtype: torch.dtype, device: torch.device, seed: int) -> LanguageModel:
-        """A model with random weights, the same for the same seed, in training mode on ``device``."""
+        """Random weights, drawn on the CPU: the same for the same seed on every device. In training mode."""
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        values = self.config()
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            hf = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=self.attention)
-        return self._finish(hf.to(param_dtype), device)
+        def make(**given: Any) -> Any:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return AutoModelForCausalLM.from_config(self.hf_config(), dtype=torch.float32, **given)
+
+        return self.finish(self.load(make).to(param_dtype), device)
 
 
 def _is_known(model_type: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _default_config(model_type: str) -> list[str]:
+    """All keys that a config of this type may have, old names of them too."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type)
+    return [*config.to_dict(), *config.attribute_map]
 
 
 def _first_line(error: Exception) -> str:

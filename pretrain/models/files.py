@@ -1,24 +1,27 @@
-"""What can be said about a model's folder without loading it: is it there, is it whole, does the run fit it."""
+"""What can be said about a model's folder without loading it: is it there, is it whole, does the run fit it.
+
+Only JSON and safetensors headers are read. Pickled weights are refused: to read them is to run what is in them.
+"""
 
 from __future__ import annotations
 
 import json
-import struct
-import zipfile
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from pretrain.errors import UserError
 
 SAMPLE = Path(__file__).parent / "sample"
-POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
-def model_folder(name: str, *, revision: str | None = None, key: str = "model_name") -> Path:
+def model_folder(name: str, *, revision: str | None = None, key: str = "model_name", code: bool = False) -> Path:
     """The folder ``name`` stands for: the shipped ``sample``, a local one, or a Hub repository's, downloaded.
 
-    Raises ``UserError`` when there is none, with the ways there are to have one.
+    ``code``: Python files too. Raises ``UserError`` when there is none, with the ways there are to have one.
     """
     if name == "sample":
         return SAMPLE
@@ -29,30 +32,28 @@ def model_folder(name: str, *, revision: str | None = None, key: str = "model_na
         raise UserError(f"{key}={name}: a file; a model is a folder with config.json and *.safetensors")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{key}={name}: no such folder")
-    return _download(name, revision, key)
+    return _download(name, revision, key, [*WANTED, "*.py"] if code else list(WANTED))
 
 
-def _download(name: str, revision: str | None, key: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+def _download(name: str, revision: str | None, key: str, wanted: list[str]) -> Path:
+    import httpx
+    from huggingface_hub import errors, snapshot_download
 
-    ways = (
-        "without a network use model_name=sample, a local folder, or a model that is already in the Hugging Face cache"
-    )
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(WANTED)))
-    except HFValidationError as error:
-        raise UserError(f"{key}={name}: neither a folder nor a Hub id: {error}") from None
-    except RepositoryNotFoundError:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except errors.HFValidationError as error:
+        raise UserError(f"{key}={name}: neither a folder nor a Hub id: {str(error).splitlines()[0]}") from None
+    except errors.GatedRepoError:
+        raise UserError(f"{key}={name}: accept its terms on the Hub, then run `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"model.revision={revision}: {name} has no such branch, tag or commit") from None
+    except errors.RepositoryNotFoundError:
         raise UserError(f"{key}={name}: no such folder here and no such model on the Hub (or it is private)") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"{key}={name}: no such folder here, and the Hub can't be reached ({reason}); {ways}") from None
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise UserError(
+            f"{key}={name}: no such folder here, not in the Hugging Face cache, and the Hub can't be reached "
+            f"({type(error).__name__}); without a network use model_name=sample, a local folder, or HF_HOME=<a cache>"
+        ) from None
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -73,47 +74,93 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
 def check_positions(config: dict[str, Any], sequence_length: int, name: str) -> None:
     """Raises ``UserError`` when the sequence is longer than the positions the model was made for."""
-    text = config.get("text_config", config)
+    text = config.get("text_config") or config
     for key in POSITION_KEYS:
-        if isinstance(text.get(key), int) and sequence_length > text[key]:
+        limit = text.get(key)
+        if isinstance(limit, int) and 0 < limit < sequence_length:
             raise UserError(
-                f"sequence_length={sequence_length}: {name} has {text[key]} positions ({key}); use at most that"
+                f"sequence_length={sequence_length}: {name} has {limit} positions ({key}); use at most that"
             )
+
+
+def check_vocabulary(config: dict[str, Any], tokens: int, name: str) -> None:
+    """Raises ``UserError`` when a tokenizer of ``tokens`` ids needs more rows than the embedding has."""
+    rows = (config.get("text_config") or config).get("vocab_size")
+    if isinstance(rows, int) and tokens > rows:
+        raise UserError(
+            f"model_name={name}: the tokenizer has {tokens} token ids, the embedding {rows} rows: not of one model"
+        )
+
+
+def vocabulary_size(folder: Path) -> int:
+    """The largest token id of tokenizer.json + 1; 0 without that file. Raises ``UserError`` when it is broken."""
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        return 0
+    try:
+        tokenizer = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary = tokenizer["model"]["vocab"]
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        added = [token["id"] for token in tokenizer.get("added_tokens") or []]
+        return 1 + max(ids + added, default=-1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is no tokenizer: {type(error).__name__}: {error}") from None
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files. Raises ``UserError`` when there are none, pickled ones only, or one of several is gone."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if index.exists():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"model_name={name}: {index} is broken: {type(error).__name__}: {error}") from None
+        gone = [shard for shard in shards if not (folder / shard).is_file()]
+        if gone:
+            raise UserError(f"model_name={name}: {len(gone)} of {len(shards)} weight files are missing, e.g. {gone[0]}")
+        return [folder / shard for shard in shards]
+    for pickled in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")):
+        raise UserError(
+            f"model_name={name}: {pickled} is pickled; reading a pickle can run anything, so only safetensors are read. "
+            "Convert it where you trust it (from_pretrained, then save_pretrained), or use a revision that has them"
+        )
+    raise UserError(f"model_name={name}: {folder} has no weights (model.safetensors); model=scratch needs none")
 
 
 def check_weights(folder: Path, name: str) -> None:
     """Raises ``UserError`` when weights are missing or torn. Reads headers only."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        files = [folder / "model.safetensors"]
-    elif index.exists():
-        files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    else:
-        files = sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise UserError(f"model_name={name}: {folder} has no weights (model.safetensors)")
-    for file in files:
+    for file in weight_files(folder, name):
         reason = torn(file)
         if reason:
             raise UserError(f"model_name={name}: {file} is torn: {reason}; fetch or save the model again")
 
 
 def torn(file: Path) -> str | None:
-    """Why a weights file can't be whole, or ``None``."""
-    if not file.exists():
-        return "the file is missing"
-    if file.suffix == ".bin":
-        return None if zipfile.is_zipfile(file) else "not a torch archive"
+    """Why a safetensors file can't be whole, or ``None``. Layout: https://huggingface.co/docs/safetensors"""
     size = file.stat().st_size
     with file.open("rb") as handle:
-        head = handle.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        length = int.from_bytes(handle.read(8), "little")
         if 8 + length > size:
             return f"{size} bytes, not even its header fits"
         try:
             header = json.loads(handle.read(length))
             ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return "its header is not safetensors"
     want = 8 + length + max(ends, default=0)
     return None if size == want else f"{size} bytes, its header says {want}"
+
+
+def fingerprint(paths: list[Path]) -> str:
+    """A hash of names, sizes, and first and last MiB of each file: tells models apart without reading them whole."""
+    digest = xxhash.xxh3_64()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from pretrain.errors import UserError
+from pretrain.models.files import POSITION_KEYS
 
 if TYPE_CHECKING:
     from pretrain.models.language_model import LanguageModel
@@ -22,8 +26,13 @@ def generate(
     seed: int,
 ) -> list[str]:
     """The continuation of each prompt, without the prompt. ``temperature`` 0 is greedy. The n-th prompt draws from
-    ``seed`` + n, so that a sample does not depend on the prompts before it."""
+    ``seed`` + n, so that a sample does not depend on the prompts before it.
+
+    Raises ``UserError`` for a prompt as long as the model has positions; a continuation stops where they end.
+    """
     hf, training = model.hf, model.training
+    limits = [getattr(hf.config, key, None) for key in POSITION_KEYS]
+    positions = min((n for n in limits if isinstance(n, int) and n > 0), default=sys.maxsize)
     device = next(hf.parameters()).device
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -34,15 +43,17 @@ def generate(
     texts = []
     try:
         for number, prompt in enumerate(prompts):
-            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
-            if ids.shape[1] == 0:  # an empty prompt begins a new document
-                ids = torch.tensor([[tokenizer.eos_token_id]], device=device)
-            with torch.random.fork_rng():
+            # An empty prompt begins a new document.
+            tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+            if len(tokens) >= positions:
+                raise UserError(f"a prompt of {len(tokens)} tokens leaves no room: the model has {positions} positions")
+            ids = torch.tensor([tokens], device=device)
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(seed + number)
                 out = hf.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_new_tokens,
+                    max_new_tokens=min(max_new_tokens, positions - len(tokens)),
                     eos_token_id=tokenizer.eos_token_id,
                     pad_token_id=tokenizer.eos_token_id,
                     use_cache=True,

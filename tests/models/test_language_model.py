@@ -149,7 +149,7 @@ def test_gradient_checkpointing_changes_nothing(name: str) -> None:
     plain.backward()
     expected = grads(hf)
     hf.zero_grad()
-    hf.gradient_checkpointing_enable({"use_reentrant": False})
+    hf.activation_checkpointing_enable({"use_reentrant": False})
     loss = model(ids, labels)
     loss.backward()
     assert loss.item() == plain.item()
