@@ -26,8 +26,9 @@ from pretrain.data.units import Piece, Unit, group, key_of, reading, stamp_of
 from pretrain.data.workers import encode_in_workers
 from pretrain.errors import UserError
 
-# Less text than this is tokenized here, by all cores through the tokenizer's own threads. What happens between its calls
-# (6 % of the work) then runs on one core; that outweighs the start of worker processes from about 50 MB on 8 cores, 80 on 2.
+# Less text than this is tokenized here, by all cores through the tokenizer's own threads. Between its calls one core
+# works alone (6 % of the CPU time in a profile of 11 MB). Where workers begin to pay is an estimate from that and from a start of
+# about 0.7 s, not a measurement: some 50 MB on 8 cores, 80 on 2.
 WORKERS_FROM_BYTES = 64 << 20
 YOUNG_SECONDS = 0.05  # a file changed this shortly before it was read could change again under the same time stamp
 
