@@ -61,7 +61,10 @@ def _dispatch(arguments: list[str]) -> int:
     if any(a.startswith("-") for a in overrides):
         return _hydra_main(overrides)
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = hydra.compose("config", overrides=overrides)
+        try:
+            config = hydra.compose("config", overrides=overrides)
+        except ValueError as error:  # Hydra's word for a group override that makes no sense
+            raise UserError(_in_plain_words(error)) from None
     return run(config, overrides)
 
 

@@ -15,6 +15,7 @@ from pretrain.interrupt import EXIT_CODE, Interrupt
 def pretraining(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
     """Continue the run in output_dir, or start it."""
     from pretrain.checkpoint.store import Store
+    from pretrain.events import RunFinished
     from pretrain.run_folder import check_finished_run, check_same_run, claim, resume_point
     from pretrain.telemetry.run_file import read_run_file
 
@@ -41,7 +42,11 @@ def pretraining(resolved: dict[str, Any], overrides: list[str], interrupt: Inter
         interrupt=interrupt,
     )
     interrupt.patient = True
-    progress = trainer.run()
+    try:
+        progress = trainer.run()
+    except BaseException:
+        trainer.emit(RunFinished(trainer.progress.step, "failed", trainer.progress.tokens))
+        raise
     return 0 if progress.step >= trainer.total_steps else EXIT_CODE
 
 

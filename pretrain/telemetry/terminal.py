@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -12,9 +12,13 @@ if TYPE_CHECKING:
 
 
 class Terminal:
-    """Writes to stdout. The table compares each domain's perplexity before this run with the one after it."""
+    """Writes to stdout. The table compares each domain's perplexity before this run with the one after it.
 
-    def __init__(self) -> None:
+    ``level``: 1 start and end · 2 and evaluations and checkpoints · 3 and steps · 4 with gradient norm and memory.
+    """
+
+    def __init__(self, level: Literal[1, 2, 3, 4] = 3) -> None:
+        self._level = level
         self._console: RichConsole | None = None
         self._bar: RichProgress | None = None
         self._before: dict[str, dict[str, Any]] = {}
@@ -55,19 +59,23 @@ class Terminal:
     def _train(self, r: dict[str, Any]) -> None:
         loss = "nan" if r["loss"] is None else f"{r['loss']:.4f}"
         numbers = f"loss {loss}  lr {r['lr']:.2e}  {r['tokens_per_second'] or 0:,.0f} tokens/s"
+        if self._level >= 4:
+            numbers += f"  grad norm {_number(r['grad_norm'])}  {r['memory_gib']:.2f} GiB"
         if self._bar is not None:
             self._bar.update(self._task, completed=r["step"], numbers=numbers)
-        else:
+        elif self._level >= 3:
             self._say(f"step {r['step']:>{len(str(self._total))}}/{self._total}  {numbers}")
 
     def _evaluation(self, r: dict[str, Any]) -> None:
         before = self._before.setdefault(r["domain"], r if r["step"] == 0 else _baseline(r))
         self._after[r["domain"]] = r
+        if self._level < 2:
+            return
         change = "" if before is r else f"  ({r['loss'] - before['loss']:+.4f} nats since step 0)"
         self._say(f"step {r['step']}  {r['domain']} ({r['role']}): perplexity {_number(r['perplexity'])}{change}")
 
     def _checkpoint(self, r: dict[str, Any]) -> None:
-        if self._bar is None:
+        if self._bar is None and self._level >= 2:
             self._say(f"step {r['step']}  saved {r['path']}")
 
     def _run_finished(self, r: dict[str, Any]) -> None:
