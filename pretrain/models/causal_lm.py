@@ -132,9 +132,10 @@ class Pretrained(CausalLM):
         self.config()
 
     def identity(self) -> str:
-        """Changes when config or weights do, not when the folder moves."""
+        """Changes with the name and with what is behind it: config and weights."""
         folder = self.folder()
-        return files.fingerprint([folder / "config.json", *files.weight_files(folder, self.name_or_path)])
+        content = files.fingerprint([folder / "config.json", *files.weight_files(folder, self.name_or_path)])
+        return f"{self.name_or_path}@{self.revision} {content}"
 
     def build(self, *, param_dtype: torch.dtype, device: torch.device, seed: int) -> LanguageModel:
         """The model in training mode on ``device``. Raises ``UserError`` when weights are missing from its files."""
