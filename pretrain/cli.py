@@ -104,7 +104,8 @@ def _hydra_main(arguments: list[str]) -> int:
         else:
             codes.append(run(config, overrides))
 
-    sys.argv[1:] = arguments
+    overrides = [a for a in arguments if "=" in a and not a.startswith("-") or a.startswith("~")]
+    sys.argv[1:] = [a for a in arguments if a not in overrides] + overrides  # argparse wants its own flags in one piece
     job()
     return max(codes, default=0)
 
