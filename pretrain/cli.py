@@ -57,9 +57,10 @@ def _dispatch(arguments: list[str]) -> int:
     if {"--help", "-h"} & set(arguments):
         print(help_text(arguments))
         return 0
-    overrides = [_forced(a) for a in _with_flat_file(arguments)]
-    if any(a.startswith("-") for a in overrides):
-        return _hydra_main(overrides)
+    arguments = _with_flat_file(arguments)
+    if any(a.startswith("-") for a in arguments):
+        return _hydra_main(arguments)
+    overrides = [_forced(a) for a in arguments]
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             config = hydra.compose("config", overrides=overrides)
@@ -104,8 +105,16 @@ def _hydra_main(arguments: list[str]) -> int:
         else:
             codes.append(run(config, overrides))
 
-    overrides = [a for a in arguments if "=" in a and not a.startswith("-") or a.startswith("~")]
-    sys.argv[1:] = [a for a in arguments if a not in overrides] + overrides  # argparse wants its own flags in one piece
+    overrides = [a for a in arguments if re.match(r"[+~A-Za-z_].*=|~", a)]
+    flags = [a for a in arguments if a not in overrides]  # argparse wants its own flags in one piece
+    if {"-m", "--multirun"} & set(flags):
+        # A job's folder is named by what distinguishes it from the other jobs.
+        swept = {o.split("=", 1)[0] for o in overrides if re.search(r"=.*(,|range\(|glob\(|choice\()", o)}
+        common = {o.split("=", 1)[0] for o in overrides} - swept
+        overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(common))}]")
+    else:
+        overrides = [_forced(o) for o in overrides]
+    sys.argv[1:] = flags + overrides
     job()
     return max(codes, default=0)
 

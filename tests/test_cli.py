@@ -190,7 +190,10 @@ def test_disk_full_during_a_checkpoint_keeps_the_last_good_one(base_arguments, t
     arguments = [*base_arguments, f"output_dir={run}", "save_every=5"]
     first = run_process([*arguments, "max_steps=5", "dataset.held_out=0.1"])
     assert first.returncode == 0, first.stderr
-    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); from pretrain.cli import main; main()"
+    limited = (
+        "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
+        "from pretrain.cli import main\nmain()"
+    )
     second = subprocess.run(
         [sys.executable, "-c", limited, *arguments, "max_steps=10", "dataset.held_out=0.1"],
         capture_output=True,
