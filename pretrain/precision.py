@@ -59,7 +59,7 @@ class Precision:
         return torch.autocast(device_type, self.compute_dtype)
 
     def grad_scaler(self, device_type: str) -> GradScaler:
-        """A scaler that works under fp16 and passes everything through otherwise. Sets the GPU's fp32 products as asked."""
+        """A scaler that works under fp16 and passes everything through otherwise. Sets a GPU's fp32 products as asked."""
         import torch
 
         if device_type == "cuda":

@@ -20,9 +20,9 @@ def warmup(step: int, warmup_steps: int) -> float:
 
 
 def decayed(step: int, total_steps: int, warmup_steps: int) -> float:
-    """Share of the way after the warm-up, in [0, 1]; 1 at the last step and beyond."""
+    """Share of the way after the warm-up, in [0, 1]; 1 at the last step and beyond. A single step is at the peak."""
     steps = total_steps - 1 - warmup_steps
-    return min(1.0, max(0.0, (step - warmup_steps) / steps)) if steps > 0 else float(step >= warmup_steps)
+    return min(1.0, max(0.0, (step - warmup_steps) / steps)) if steps > 0 else float(step > warmup_steps)
 
 
 def constant(step: int, *, total_steps: int, warmup_steps: int) -> float:

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.optim.schedule import constant, cosine, linear, wsd
+
+Schedule = Callable[..., float]
+ALL: dict[str, Schedule] = {
+    "constant": constant,
+    "linear": linear,
+    "linear to 0.1": partial(linear, min_lr_ratio=0.1),
+    "cosine": cosine,
+    "cosine to 0.1": partial(cosine, min_lr_ratio=0.1),
+    "cosine, restarts": partial(cosine, cycles=3, min_lr_ratio=0.1),
+    "wsd": wsd,
+    "wsd to 0.1": partial(wsd, min_lr_ratio=0.1, decay_proportion=0.5),
+}
+LENGTHS = st.integers(1, 500).flatmap(lambda total: st.tuples(st.just(total), st.integers(0, total)))
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(lengths=LENGTHS)
+def test_every_schedule(name: str, lengths: tuple[int, int]) -> None:
+    total, warm = lengths
+    values = [ALL[name](step, total_steps=total, warmup_steps=warm) for step in range(total + 3)]
+    assert all(0 <= v <= 1 for v in values)
+    assert values[:warm] == pytest.approx([(i + 1) / warm for i in range(warm)])
+    assert values[0] > 0 or total == 1
+    if warm < total and "wsd" not in name:
+        assert values[warm] == 1  # the peak is reached and used
+    assert values[-1] == values[-2]  # beyond the end nothing happens any more
+    if "restarts" not in name:
+        assert all(a >= b for a, b in zip(values[warm:], values[warm + 1 :], strict=False))
+
+
+@pytest.mark.parametrize("schedule", [linear, cosine])
+def test_ends(schedule: Schedule) -> None:
+    at = partial(schedule, total_steps=11, warmup_steps=2, min_lr_ratio=0.1)
+    assert [at(0), at(1), at(2)] == [0.5, 1, 1]
+    assert at(6) == pytest.approx(0.55)
+    assert at(10) == pytest.approx(0.1)
+    assert at(1000) == pytest.approx(0.1)
+
+
+def test_no_warmup_starts_at_the_peak() -> None:
+    assert all(s(0, total_steps=10, warmup_steps=0) == 1 for s in ALL.values())
+
+
+def test_all_warmup_never_decays() -> None:
+    values = [cosine(step, total_steps=4, warmup_steps=4) for step in range(4)]
+    assert values == [0.25, 0.5, 0.75, 1]
+
+
+def test_one_step_trains() -> None:
+    assert cosine(0, total_steps=1, warmup_steps=1) == 1
+    assert all(s(0, total_steps=2, warmup_steps=0) > 0 for s in ALL.values())
+
+
+def test_a_single_step_without_warmup_trains() -> None:
+    assert all(s(0, total_steps=1, warmup_steps=0) == 1 for s in ALL.values())
+
+
+def test_restart() -> None:
+    at = partial(cosine, total_steps=101, warmup_steps=0, cycles=2)
+    assert at(49) < 0.01
+    assert at(50) == 1
+    assert at(25) == pytest.approx(0.5)
+    assert at(75) == pytest.approx(0.5)
+    assert at(100) == pytest.approx(0)
+
+
+def test_wsd() -> None:
+    at = partial(wsd, total_steps=100, warmup_steps=10, decay_proportion=0.2)
+    assert at(79) == at(10) == 1
+    assert at(85) == pytest.approx(1 - math.sqrt(6 / 20))
+    assert at(98) > 0
+    assert at(99) == pytest.approx(0)
