@@ -1,0 +1,83 @@
+"""Every command in the README and in docs/ runs, made small, in a folder with the files it names."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from pretrain.telemetry.run_file import read_run_file
+from tests.conftest import sentences
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands():
+    for page in PAGES:
+        for block in re.findall(r"^```(?:bash)?\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            for line in block.splitlines():
+                if line.startswith("python -m pretrain"):
+                    words = shlex.split(line, comments=True)[3:]
+                    yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:120])
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory, corpus, other_corpus, tiny_model):
+    """What the commands name."""
+    from datasets import Dataset
+
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(corpus, folder / "books")
+    shutil.copytree(other_corpus, folder / "old")
+    shutil.copytree(tiny_model, folder / "path/to/model")
+    lines = "".join(json.dumps({"content": sentences(i, 30)}) + "\n" for i in range(40))
+    (folder / "corpus").mkdir()
+    (folder / "corpus/a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    (folder / "src").mkdir()
+    shutil.copy(ROOT / "pretrain/trainer.py", folder / "src")
+    shutil.copy(ROOT / "pretrain/build.py", folder / "src")
+    Dataset.from_dict({"text": [sentences(i, 30) for i in range(40)]}).save_to_disk(folder / "saved")
+    (folder / "run.yaml").write_text(
+        "output_dir: outputs/flat\ndataset: {source: local, nameOrPath: books/}\nlr_scheduler: cosine\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("words", commands())
+def test_command(words, place, command, spawn, monkeypatch, tiny_model):
+    monkeypatch.chdir(place)
+    if "--help" in words or "--cfg" in words:
+        assert command(words)[0] == 0
+        return
+    small = ["max_steps=2", "batch_size=2", "sequence_length=32", "evaluation.max_tokens=200"]
+    if not any(w.startswith(("model_name=", "model=")) for w in words):
+        small.append(f"model_name={tiny_model}")
+    if "task=generation" in words:
+        small = ["sequence_length=32", "generation.max_new_tokens=4"]
+    if any("owner/name" in w for w in words):  # the Hub is out of reach here: all but the download is checked
+        code, _, err = command([*words, *small])
+        assert code == 2
+        assert "owner/name" in err
+        return
+    if "-m" in words:
+        process = spawn([*words, *small])
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
+        return
+    if any(w.startswith("number_epochs=") for w in words):
+        small[0] = "max_steps=3"  # the longer run of the recipe
+    code, out, err = command([*words, *small])
+    assert code == 0, err
+    named = re.search(r"records +(\S+)/metrics.jsonl", out)
+    if named and "task=evaluation" not in words:
+        assert read_run_file(Path(named[1]))["status"] == "finished"
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
