@@ -86,7 +86,9 @@ def test_every_precision_learns_as_fp32_does(name: str) -> None:
     run = engine(name)
     losses, exact = steps(run, 12), steps(engine("32-true"), 12)
     assert losses[0] == pytest.approx(exact[0], rel=5e-3)
-    assert losses[-1] == pytest.approx(exact[-1], rel=0.1)
+    lost = int(run.skipped)  # fp16 feels its way to a scale
+    assert lost <= 2
+    assert losses[-1] == pytest.approx(exact[-1 - lost], rel=0.02)
     assert losses[-1] < 0.7 * losses[0]
 
 

@@ -48,7 +48,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place: the saved gradients are those of another backward too, should there be one.
-        scaled = (None if saved is None else saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors)
+        scaled = (None if saved is None else _times(saved, grads[0]) for saved in ctx.saved_tensors)
         return (*scaled, None, None)
 
 
@@ -93,6 +93,13 @@ def _forward(
         None if weight_grad is None else weight_grad.to(weight.dtype),
         None if bias_grad is None or bias is None else bias_grad.to(bias.dtype),
     )
+
+
+def _times(saved: Tensor, grad: Tensor) -> Tensor:
+    """The product in ``saved``'s type; a scaled loss's gradient can be more than fp16 holds."""
+    if saved.dtype == torch.float16:
+        return (saved.float() * grad).to(saved.dtype)
+    return saved * grad.to(saved.dtype)
 
 
 def _add_product(total: Tensor, grad: Tensor, row: Tensor, scale: float) -> None:
