@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 
 def notice(message: str) -> None:
-    """Say one line on stderr; a closed terminal is no reason to stop a run."""
+    """Say one line on stderr, and in the run's log; a closed terminal is no reason to stop a run."""
+    logging.getLogger("pretrain").info(message)
     with suppress(OSError):
         print(message, file=sys.stderr, flush=True)
+
+
+def log_error(message: str) -> None:
+    """Put ``message`` and the traceback of the exception at hand into the run's log."""
+    logging.getLogger("pretrain").error(message, exc_info=True)
 
 
 @contextmanager
@@ -38,3 +46,16 @@ def progress_bar(description: str, *, total: float | None, unit: str = "") -> It
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda amount: bar.advance(task, amount)
+
+
+def log_to(file: Path) -> None:
+    """Append what is said from now on to ``file``."""
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("pretrain")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for earlier in list(logger.handlers):  # of an earlier run in this process
+        logger.removeHandler(earlier)
+        earlier.close()
+    logger.addHandler(handler)

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from pretrain.checkpoint.store import Store
-from pretrain.console import notice
+from pretrain.console import log_to, notice
 from pretrain.errors import UserError
 
 FIXED = {  # part of a run's identity → the config keys it follows from
@@ -61,6 +61,7 @@ def claim(output_dir: str, *, start_over: bool) -> RunFolder:
         (path / "logs").mkdir(exist_ok=True)
         lock = FileLock(path / ".lock")
         lock.acquire(timeout=0)
+        log_to(path / "logs" / "rank-0.log")
         (path / ".lock").write_text(f"{os.uname().nodename} {os.getpid()}\n")
     except Timeout:
         holder = (path / ".lock").read_text().strip() or "unknown"

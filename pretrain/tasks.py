@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import build
-from pretrain.console import notice
+from pretrain.console import log_error, notice
 from pretrain.interrupt import EXIT_CODE, Interrupt
 
 
@@ -45,6 +45,7 @@ def pretraining(resolved: dict[str, Any], overrides: list[str], interrupt: Inter
     try:
         progress = trainer.run()
     except BaseException:
+        log_error(f"failed at step {trainer.progress.step}")
         trainer.emit(RunFinished(trainer.progress.step, "failed", trainer.progress.tokens))
         raise
     return 0 if progress.step >= trainer.total_steps else EXIT_CODE

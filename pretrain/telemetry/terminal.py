@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.progress import Progress as RichProgress
+    from rich.table import Table
 
 
 class Terminal:
@@ -51,10 +52,10 @@ class Terminal:
 
     def _run_started(self, r: dict[str, Any]) -> None:
         parameters = f"{r['parameters'] / 1e6:.1f} M parameters" if "parameters" in r else ""
-        verb = f"continues at step {r['step']} of" if r["resumed"] else "trains"
-        self._say(
-            f"{r.get('model', 'model')} ({parameters}) {verb} {r['total_steps']} steps on {r.get('device')}; {self._folder}"
-        )
+        work = f"trains {r['total_steps']} steps" if r["total_steps"] else "is scored"
+        if r["resumed"]:
+            work = f"continues at step {r['step']} of {r['total_steps']}"
+        self._say(f"{r.get('model', 'model')} ({parameters}) {work} on {r.get('device')}; {self._folder}")
 
     def _train(self, r: dict[str, Any]) -> None:
         loss = "nan" if r["loss"] is None else f"{r['loss']:.4f}"
@@ -79,27 +80,45 @@ class Terminal:
             self._say(f"step {r['step']}  saved {r['path']}")
 
     def _run_finished(self, r: dict[str, Any]) -> None:
-        from rich import box
-        from rich.table import Table
-
         assert self._console is not None
         self.close()
-        if self._after:
-            table = Table(box=box.SIMPLE_HEAD)
-            for title in ("domain", "perplexity before", "after", "change in loss (nats)"):
-                table.add_column(title, justify="left" if title == "domain" else "right")
-            for domain, after in self._after.items():
-                before = self._before[domain]
-                change = f"{after['loss'] - before['loss']:+.4f}"
-                table.add_row(
-                    f"{domain} ({after['role']})", _number(before["perplexity"]), _number(after["perplexity"]), change
-                )
-            self._console.print(table)
+        self._console.print(self._changes() if self._total else self._scores())
+        if not self._total:
+            return
         speed = f", {r['tokens_per_second']:,.0f} tokens/s" if r["tokens_per_second"] else ""
         self._say(f"{r['status']} at step {r['step']}/{self._total}: {r['tokens']:,} tokens{speed}")
         if r["model"]:
             self._say(f"model    {r['model']}")
         self._say(f"records  {self._folder / 'metrics.jsonl'}")
+
+    def _changes(self) -> Table:
+        """What the run did to each domain."""
+        table = _table("domain", "perplexity before", "after", "change in loss (nats)")
+        for domain, after in self._after.items():
+            before = self._before[domain]
+            change = f"{after['loss'] - before['loss']:+.4f}"
+            numbers = (_number(before["perplexity"]), _number(after["perplexity"]), change)
+            table.add_row(f"{domain} ({after['role']})", *numbers)
+        return table
+
+    def _scores(self) -> Table:
+        """What `task=evaluation` found."""
+        table = _table("domain", "loss (nats)", "perplexity", "bits per byte", "tokens")
+        for domain, r in self._after.items():
+            bits = "—" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.4f}"
+            numbers = (f"{r['loss']:.4f}", _number(r["perplexity"]), bits, f"{r['tokens']:,}")
+            table.add_row(f"{domain} ({r['role']})", *numbers)
+        return table
+
+
+def _table(*titles: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in titles:
+        table.add_column(title, justify="left" if title == "domain" else "right")
+    return table
 
 
 def _baseline(record: dict[str, Any]) -> dict[str, Any]:
