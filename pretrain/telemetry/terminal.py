@@ -89,6 +89,8 @@ class Terminal:
         self._say(f"{r['status']} at step {r['step']}/{self._total}: {r['tokens']:,} tokens{speed}")
         if r["model"]:
             self._say(f"model    {r['model']}")
+        if (self._folder / "report.html").exists():
+            self._say(f"report   {self._folder / 'report.html'}")
         self._say(f"records  {self._folder / 'metrics.jsonl'}")
 
     def _changes(self) -> Table:
