@@ -6,6 +6,7 @@ import html
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -146,5 +147,5 @@ def _chart(title: str, lines: list[tuple[str, list[int], list[float | None]]]) -
         axes.legend(frameon=False)
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True)
-    svg = text.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
     return svg[svg.index("<svg") :].replace("#000000", "currentColor")
