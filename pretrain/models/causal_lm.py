@@ -82,6 +82,9 @@ class CausalLM:
 
     def load(self, make: Callable[..., Any], **given: Any) -> Any:
         """``make`` with this spec's attention; with eager attention for an architecture that has no sdpa."""
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # the run has its own
         given |= {"trust_remote_code": self.trust_remote_code}
         try:
             return make(attn_implementation=self.attention, **given)
@@ -109,7 +112,10 @@ class CausalLM:
         if self.save_dtype is not None:
             dtype: torch.dtype = getattr(torch, self.save_dtype)
             state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+        _adopt_special_tokens(hf, tokenizer)
+        hf.config.use_cache = True  # off only for training
         hf.save_pretrained(str(folder), state_dict=state)
+        hf.config.use_cache = False
         if self.save_dtype is not None:
             hf.config.dtype = self.save_dtype
             hf.config.save_pretrained(str(folder))
@@ -175,8 +181,8 @@ class Scratch(CausalLM):
         if self.train_tokenizer is not None:
             from pretrain.models.bpe import END_OF_TEXT_ID
 
-            special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT_ID)
-            return config | special | {"vocab_size": self.train_tokenizer}
+            special = dict.fromkeys(("bos_token_id", "eos_token_id"), END_OF_TEXT_ID)
+            return config | special | {"pad_token_id": None, "vocab_size": self.train_tokenizer}
         return {"vocab_size": files.vocabulary_size(self.tokenizer_folder())} | config
 
     def check(self, sequence_length: int) -> None:
@@ -230,6 +236,16 @@ class Scratch(CausalLM):
                 return AutoModelForCausalLM.from_config(self.hf_config(), dtype=torch.float32, **given)
 
         return self.finish(self.load(make).to(param_dtype), device)
+
+
+def _adopt_special_tokens(hf: Any, tokenizer: Any) -> None:
+    """Let the model's configs name the tokens that documents really ended with (a config from nothing names others)."""
+    ends = hf.config.eos_token_id
+    if tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends]):
+        return
+    for config in (hf.config, hf.generation_config):
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, key, getattr(tokenizer, key))
 
 
 def _is_known(model_type: str) -> bool:

@@ -110,7 +110,7 @@ def has_plain_head(hf: Any) -> bool:
         given.append(args[0])
         return planted
 
-    ids = torch.arange(4, device=device).unsqueeze(0) % head.out_features
+    ids = torch.arange(1, 5, device=device).unsqueeze(0) % head.out_features
     hf.eval()
     hook = head.register_forward_pre_hook(plant)
     try:
