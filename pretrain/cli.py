@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pretrain.config import GROUPS, check, conf_dir
-from pretrain.console import notice
+from pretrain.console import notice, quiet_libraries
 from pretrain.errors import UserError, did_you_mean
 from pretrain.flat import overrides_from
 from pretrain.help import choices, help_text
@@ -162,7 +161,7 @@ def run(config: DictConfig, overrides: list[str]) -> int:
     check(resolved)
     interrupt = Interrupt()
     interrupt.install()
-    warnings.filterwarnings("ignore", module="torch|transformers")
+    quiet_libraries()
     from pretrain.launch import launch
 
     return launch(resolved, overrides, interrupt)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,3 +61,14 @@ def log_to(file: Path) -> None:
         logger.removeHandler(earlier)
         earlier.close()
     logger.addHandler(handler)
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say to their own developers off the terminal; errors and our own words stay."""
+    warnings.filterwarnings("ignore", module="torch|transformers")
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: not record.getMessage().startswith("Setting accelerator to CPU")
+    )
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

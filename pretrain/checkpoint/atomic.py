@@ -37,6 +37,7 @@ def whole_folder(path: Path, *, marker: bool = True) -> Iterator[Path]:
         yield partial
         files = sorted(f for f in partial.rglob("*") if f.is_file())
         for file in files:
+            file.chmod(0o666 & ~_umask())  # safetensors makes its files for the owner alone
             flush(file)
         if marker:
             sizes = {str(f.relative_to(partial)): f.stat().st_size for f in files}
@@ -47,6 +48,12 @@ def whole_folder(path: Path, *, marker: bool = True) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def replace_folder(new: Path, path: Path) -> None:
