@@ -66,33 +66,49 @@ def _forward(
     room = ROOM if dtype == torch.float16 else 1.0
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     hidden_grads: list[Tensor] = []
-    weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
-    bias_grad = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants[2] else None
-    for row, label in zip(*(t.split(chunk_rows(len(rows), len(head))) for t in (rows, labels)), strict=True):
-        counts, target = (label != IGNORE).unsqueeze(1), label.clamp(min=0).unsqueeze(1)
+    weight_grad: Tensor | None = None
+    bias_grad: Tensor | None = None
+    size = chunk_rows(len(rows), len(head))
+    for row, label in zip(rows.split(size), labels.split(size), strict=True):
         logits = F.linear(row, head).float()
         if bias is not None:
-            logits += bias
-        top, at_target = logits.amax(1, keepdim=True), logits.gather(1, target)
-        p = torch.softmax(logits, 1, out=logits)
-        # max p = 1 / sum exp(z - max z): the log-sum-exp is had for one more look at p.
-        loss += ((top - p.amax(1, keepdim=True).log() - at_target) * counts).sum()
-        if not any(wants):
-            continue
-        p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
-        grad = p.mul_(counts * room).to(dtype)
-        if bias_grad is not None:
-            bias_grad += p.sum(0) / room
+            logits = logits + bias
+        one_chunk = _traced_chunk if torch.compiler.is_compiling() else _eager_chunk
+        chunk_loss, grad = one_chunk(logits, label)
+        loss = loss + chunk_loss
+        if bias is not None and wants[2]:
+            bias_grad = grad.sum(0) if bias_grad is None else bias_grad + grad.sum(0)
+        scaled = (grad * room if room != 1 else grad).to(dtype)
         if wants[0]:
-            hidden_grads.append(grad @ head / room if room != 1 else grad @ head)
-        if weight_grad is not None:
-            _add_product(weight_grad, grad, row, 1 / room)
+            hidden_grads.append(scaled @ head / room if room != 1 else scaled @ head)
+        if wants[1]:
+            weight_grad = _add_product(weight_grad, scaled, row, 1 / room)
     return (
         loss,
         torch.cat(hidden_grads).to(hidden.dtype) if hidden_grads else None,
         None if weight_grad is None else weight_grad.to(weight.dtype),
         None if bias_grad is None or bias is None else bias_grad.to(bias.dtype),
     )
+
+
+def _eager_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss and its gradient for fp32 ``logits`` [rows, v], in whose memory the gradient comes."""
+    counts, target = (labels != IGNORE).unsqueeze(1), labels.clamp(min=0).unsqueeze(1)
+    top, at_target = logits.amax(1, keepdim=True), logits.gather(1, target)
+    p = torch.softmax(logits, 1, out=logits)
+    # max p = 1 / sum exp(z - max z): the log-sum-exp is had for one more look at p.
+    loss = ((top - p.amax(1, keepdim=True).log() - at_target) * counts).sum()
+    p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+    return loss, p.mul_(counts)
+
+
+def _traced_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without writing in place, as the compiler fuses it best: fp32 logits then never exist in memory."""
+    counts, target = (labels != IGNORE).unsqueeze(1), labels.clamp(min=0).unsqueeze(1)
+    log_sum = torch.logsumexp(logits, 1, keepdim=True)
+    loss = ((log_sum - logits.gather(1, target)) * counts).sum()
+    is_target = torch.arange(logits.shape[1], device=logits.device) == target
+    return loss, (torch.exp(logits - log_sum) - is_target.float()) * counts
 
 
 def _times(saved: Tensor, grad: Tensor) -> Tensor:
@@ -102,12 +118,14 @@ def _times(saved: Tensor, grad: Tensor) -> Tensor:
     return saved * grad.to(saved.dtype)
 
 
-def _add_product(total: Tensor, grad: Tensor, row: Tensor, scale: float) -> None:
-    """``total += scale * grad.T @ row``, in fp32 without a temporary where the factors are fp32 too."""
-    if grad.dtype == torch.float32:
-        total.addmm_(grad.t(), row, alpha=scale)
-    else:
-        total.add_(grad.t() @ row, alpha=scale)
+def _add_product(total: Tensor | None, grad: Tensor, row: Tensor, scale: float) -> Tensor:
+    """``total + scale * grad.T @ row`` in fp32, into ``total`` and without a temporary where that can be."""
+    if total is not None and grad.dtype == torch.float32:
+        return total.addmm_(grad.t(), row, alpha=scale)
+    product = grad.t() @ row
+    if total is None:
+        return product.float() * scale if scale != 1 else product.float()
+    return total.add_(product, alpha=scale)
 
 
 def chunk_rows(rows: int, vocabulary: int) -> int:
