@@ -234,22 +234,29 @@ def test_state_that_does_not_fit_is_refused() -> None:
         model.load_hf_state_dict(state)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled_equals_eager(precision: str) -> None:
+@pytest.mark.parametrize(("precision", "packed"), [("fp32", True), ("bf16", False)])
+def test_compiled_equals_eager_and_evaluation_compiles_nothing(precision: str, packed: bool) -> None:
     hf = tiny("gpt2")
     model = LanguageModel(hf, compile=True)
     ids, labels = batch()
+    positions = torch.arange(24).remainder(9).expand(2, -1).contiguous() if packed else None
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        want = model._loss(ids, labels, None)
+        want = model._loss(ids, labels, positions)
         want.backward()
         expected = grads(hf)
         hf.zero_grad()
-        loss = model(ids, labels)
+        loss = model(ids, labels, positions)
     loss.backward()
     tolerance = 1e-5 if precision == "fp32" else 2e-2
     assert loss.item() == pytest.approx(want.item(), rel=tolerance)
     same(grads(hf), expected, tolerance)
+
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    model.eval()
+    with torch.no_grad():
+        assert model(ids[:1], labels[:1]).item() > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 def test_fallback_is_cross_entropy_of_the_models_logits() -> None:
