@@ -57,8 +57,6 @@ class Trainer:
     facts: dict[str, Any] = field(default_factory=dict)
     listeners: list[Listener] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
-    saved_at: int = -1
-    evaluated_at: int = -1
 
     def run(self) -> Progress:
         """Train to ``total_steps`` or until a stop signal; save, and export the model of a finished run."""
@@ -69,11 +67,12 @@ class Trainer:
             self.emit(self.evaluate())
         for batch, data_seconds in self.batches():
             self.emit(self.train_step(batch, data_seconds))
-            if self.evaluate_every.due(self.progress.step):
+            stop = self.interrupted
+            if self.evaluate_every.due(self.progress.step) or self.finished:
                 self.emit(self.evaluate())
-            if self.save_every.due(self.progress.step):
-                self.emit(self.save())
-            if self.interrupted:
+            if self.save_every.due(self.progress.step) or self.finished or stop:
+                self.emit(self.save())  # after the evaluation of the same step, so that a resumed run never repeats it
+            if stop:
                 break
         return self.finish()
 
@@ -118,7 +117,6 @@ class Trainer:
         scores = self.evaluator.run(self.engine, baseline=None if untouched else self.progress.baseline)
         if untouched:
             self.progress.baseline = {s.domain: s.loss for s in scores}
-        self.evaluated_at = self.progress.step
         return Evaluated(self.progress.step, tuple(scores), time.perf_counter() - started_at)
 
     def save(self) -> Saved:
@@ -132,7 +130,6 @@ class Trainer:
             "identity": self.identity,
         }
         path = self.store.save(self.progress.step, state, self.config_yaml)
-        self.saved_at = self.progress.step
         seconds = time.perf_counter() - started_at
         size = sum(f.stat().st_size for f in path.iterdir())
         return Saved(self.progress.step, path, seconds, seconds, size)
@@ -146,18 +143,12 @@ class Trainer:
         self.loader.load_state_dict(state["loader"])
         self.progress.load_state_dict(state["progress"])
         self.rng = state["rng"]
-        self.saved_at = self.progress.step
 
     def finish(self) -> Progress:
-        """Leave a checkpoint of the last step; a run that reached its end is scored and exported."""
-        step, model = self.progress.step, None
-        if self.finished and self.evaluated_at != step:
-            self.emit(self.evaluate())
-        if self.saved_at != step and step > 0:
-            self.emit(self.save())
-        if self.finished:
-            model = self.export()
-        self.emit(RunFinished(step, "finished" if self.finished else "stopped", self.progress.tokens, model))
+        """Export the model of a run that reached its end; tell how the run ended."""
+        model = self.export() if self.finished else None
+        status = "finished" if self.finished else "stopped"
+        self.emit(RunFinished(self.progress.step, status, self.progress.tokens, model))
         return self.progress
 
     @property
