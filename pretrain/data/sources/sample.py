@@ -48,6 +48,8 @@ class Python(Source):
     """The new domain of the default run."""
 
     source: Literal["sample"] = "sample"
+    name: str | None = "python"
+    train_data_ratio: Annotated[float, Field(gt=0, le=1)] = 0.16
     deduplicate: bool = True
 
     def default_name(self) -> str:
@@ -77,6 +79,7 @@ class English(Source):
     """The base domain: what the sample model was trained on."""
 
     source: Literal["sample_base"] = "sample_base"
+    name: str | None = "english"
     deduplicate: bool = True
     errors: Literal["strict", "replace"] = "replace"
     max_document_chars: Annotated[int, Field(ge=16)] = 8_000
