@@ -69,11 +69,13 @@ def prepare(resolved: dict[str, Any]) -> Prepared:
         "model": model.identity(),
         "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json.encode()),
         "data": xxhash.xxh3_64_hexdigest(
-            repr([[part.path.name for part in store.parts], view_options(source)]).encode()
+            repr([[part.path.name for part in store.parts], view_options(source), source.document_mask]).encode()
         ),
         "sequence_length": resolved["sequence_length"],
         "global_batch": resolved["batch_size"] * resolved["gradient_accumulation_steps"],
         "seed": resolved["seed"],
+        "weights": instantiate(resolved["precision"]).weights,
+        "optimizer": [resolved["optimizer"].get(key) for key in ("_target_", "compensate")],
     }
     return Prepared(model, tokenizer, train, domains, identity)
 
@@ -162,8 +164,11 @@ def export(prepared: Prepared, engine: Engine, path: Path) -> Path:
     """Write the model as a Hugging Face folder, whole or not at all."""
     from pretrain.checkpoint.atomic import whole_folder
 
-    with whole_folder(path, marker=False) as fresh:
-        prepared.model.save(engine.model, prepared.tokenizer, fresh)
+    try:
+        with whole_folder(path, marker=False) as fresh:
+            prepared.model.save(engine.model, prepared.tokenizer, fresh)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error}; the last checkpoint is good") from error
     return path
 
 
@@ -199,9 +204,12 @@ def build_trainer(
         document_mask=resolved["dataset"].get("document_mask", False),
         pin_memory=world.device.type == "cuda",
     )
-    per_epoch = max(1, round(steps / resolved["number_epochs"]))
+    sequences = (prepared.train.num_tokens - 1) // resolved["sequence_length"]
+    per_epoch = max(1, sequences // prepared.identity["global_batch"])
     policy, kept = instantiate(resolved["evaluation"]), instantiate(resolved["checkpoint"])
-    evaluate_every = max(1, per_epoch // policy.per_epoch) if policy.per_epoch else resolved["evaluate_every"]
+    evaluate_every = resolved["evaluate_every"]
+    if policy.per_epoch:
+        evaluate_every = max(1, per_epoch // policy.per_epoch)
     sinks = {name: instantiate(node) for name, node in (resolved.get("sink") or {}).items()}
     return Trainer(
         world=world,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,8 +39,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         code = _mistake(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         code = _mistake(_in_plain_words(error))
-    except (Stopped, KeyboardInterrupt) as signal:
-        notice(f"{signal or 'interrupted'} before training began; the same command starts where it was")
+    except (Stopped, KeyboardInterrupt) as stop:
+        notice(f"stopped ({stop or 'Ctrl-C'}); the same command goes on from here")
         code = EXIT_CODE
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -115,7 +116,7 @@ def _hydra_main(arguments: list[str]) -> int:
         overrides = [_forced(o) for o in overrides]
     sys.argv[1:] = flags + overrides
     job()
-    return max(codes, default=0)
+    return _worst(codes)
 
 
 def _fresh_process(overrides: list[str], output_dir: Path) -> int:
@@ -123,10 +124,24 @@ def _fresh_process(overrides: list[str], output_dir: Path) -> int:
     own_folder = (
         [] if any(o.lstrip("+").startswith("output_dir=") for o in overrides) else [f"output_dir='{output_dir}'"]
     )
-    code = subprocess.run([sys.executable, "-m", "pretrain", *overrides, *own_folder], check=False).returncode
+    process = subprocess.Popen([sys.executable, "-m", "pretrain", *overrides, *own_folder])
+    # The job decides when to stop. A terminal sends it Ctrl-C by itself; the other signals are passed on.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda received, frame: process.send_signal(received))
+    code = process.wait()
+    if code == EXIT_CODE:
+        raise Stopped("a job of the sweep was stopped and has saved")
     if code:
         notice(f"job {' '.join(overrides)} left with exit code {code}")
     return code
+
+
+def _worst(codes: list[int]) -> int:
+    """A bug before a mistake before a stop; a job that was killed counts as a bug."""
+    known = {0: 0, EXIT_CODE: EXIT_CODE, 2: 2}
+    codes = [known.get(code, 1) for code in codes]
+    return next((code for code in (1, 2, EXIT_CODE) if code in codes), 0)
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:

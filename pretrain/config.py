@@ -114,6 +114,9 @@ def check(config: dict[str, Any]) -> Root:
         nodes = list(targets(group, node))
         if group != "sink" and not nodes:
             raise UserError(f"{group}={node or None!r}: not a choice of this group; --help lists them")
+        for name, sink in node.items() if group == "sink" else ():
+            if not isinstance(sink, dict) or "_target_" not in sink:
+                raise UserError(f"sink.{name}: {name!r} is not among the chosen sinks; add it: sink=[…,{name}]")
         for path, found in nodes:
             check_node(path, found)
     check_device(config)

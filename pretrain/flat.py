@@ -193,7 +193,7 @@ def overrides_from(file: Path, later: list[str]) -> list[str]:
     """
     flat = _read(file)
     chosen_later = {o.split("=", 1)[0] for o in later if "=" in o}
-    dropped = {group for group in flat.choices if group in chosen_later}
+    dropped = {group for group in (*flat.choices, "sink") if group in chosen_later}
     keys_of = {group: _signature(group, flat.choices.get(group), later) for group in ("strategy", "model")}
     for key, value in flat.routed.items():
         owner = next((group for group, known in keys_of.items() if key in known), None)

@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
+from pretrain.checkpoint.atomic import missing_or_torn
 from pretrain.checkpoint.store import Store
 from pretrain.console import log_to, notice
 from pretrain.errors import UserError
@@ -22,6 +23,8 @@ FIXED = {  # part of a run's identity → the config keys it follows from
     "sequence_length": ("sequence_length",),
     "global_batch": ("batch_size", "gradient_accumulation_steps", "devices"),
     "seed": ("seed",),
+    "weights": ("precision",),
+    "optimizer": ("optimizer",),
 }
 FREE = {"name", "output_dir", "resume", "devices", "log_every", "evaluate_every", "save_every"}
 FREE |= {"sink", "checkpoint", "evaluation", "generation", "task"}  # may differ in a run that is over
@@ -55,12 +58,12 @@ def claim(output_dir: str, *, start_over: bool) -> RunFolder:
     """
     path = Path(output_dir)
     try:
+        lock = _locked(path)
         if start_over and (path / "config.yaml").exists():
             notice(f"resume=never: the earlier run is kept as {_move_aside(path)}")
-        path.mkdir(parents=True, exist_ok=True)
+            lock.release()
+            lock = _locked(path)
         (path / "logs").mkdir(exist_ok=True)
-        lock = FileLock(path / ".lock")
-        lock.acquire(timeout=0)
         log_to(path / "logs" / "rank-0.log")
         (path / ".lock").write_text(f"{os.uname().nodename} {os.getpid()}\n")
     except Timeout:
@@ -69,6 +72,13 @@ def claim(output_dir: str, *, start_over: bool) -> RunFolder:
     except OSError as error:
         raise UserError(f"output_dir={output_dir}: can't be written: {error.strerror}") from None
     return RunFolder(path, lock)
+
+
+def _locked(path: Path) -> FileLock:
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock")
+    lock.acquire(timeout=0)
+    return lock
 
 
 def _move_aside(path: Path) -> Path:
@@ -82,18 +92,31 @@ def _move_aside(path: Path) -> Path:
 def resume_point(folder: RunFolder, store: Store, mode: str) -> Path | None:
     """The checkpoint to continue from: the newest whole one (``auto``), the one named, or none (``never``).
 
-    Raises ``UserError`` when the named one is no whole checkpoint.
+    A run that was stopped after it had gone on from a named one goes on from its own newest when the same command comes
+    again. Raises ``UserError`` when the named one is no whole checkpoint.
     """
     if mode == "never":
         return None
-    if mode == "auto":
+    if mode == "auto" or _continues(folder, mode):
         return store.newest()
     named = Path(mode)
     if not (named / "state.json").is_file():
         raise UserError(f"resume={mode}: not a checkpoint folder; allowed: auto, never, or <run>/checkpoints/step-…")
-    if named.parent.resolve() == folder.store_folder.resolve():
-        store.set_aside_after(int(named.name.removeprefix("step-")))
+    reason = missing_or_torn(named)
+    if reason is not None:
+        raise UserError(f"resume={mode}: not a whole checkpoint: {reason}")
     return named
+
+
+def _continues(folder: RunFolder, mode: str) -> bool:
+    """Whether the run in ``folder`` is the one that this very ``resume=`` began."""
+    config = folder.path / "config.yaml"
+    return config.exists() and OmegaConf.select(OmegaConf.load(config), "resume") == mode
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step at which a checkpoint was made."""
+    return int(json.loads((checkpoint / "state.json").read_text())["progress"]["step"])
 
 
 def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[str, Any]) -> None:

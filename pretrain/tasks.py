@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from pretrain import build
 from pretrain.console import log_error, notice
+from pretrain.errors import UserError
 from pretrain.interrupt import EXIT_CODE, Interrupt
 
 
@@ -16,7 +16,7 @@ def pretraining(resolved: dict[str, Any], overrides: list[str], interrupt: Inter
     """Continue the run in output_dir, or start it."""
     from pretrain.checkpoint.store import Store
     from pretrain.events import RunFinished
-    from pretrain.run_folder import check_finished_run, check_same_run, claim, resume_point
+    from pretrain.run_folder import check_finished_run, check_same_run, claim, resume_point, step_of
     from pretrain.telemetry.run_file import read_run_file
 
     prepared = build.prepare(resolved)
@@ -24,10 +24,11 @@ def pretraining(resolved: dict[str, Any], overrides: list[str], interrupt: Inter
     folder = claim(resolved["output_dir"], start_over=resolved["resume"] == "never")
     store = Store(folder.store_folder, build.instantiate(resolved["checkpoint"]).keep_last)
     resume_from = resume_point(folder, store, resolved["resume"])
+    facts = read_run_file(folder.path)
     if resume_from is not None:
         check_same_run(resume_from, prepared.identity, resolved)
-    facts = read_run_file(folder.path)
-    if resolved["resume"] == "auto" and facts.get("status") == "finished" and facts["steps"] >= steps:
+        store.set_aside_after(step_of(resume_from))
+    if resume_from is not None and step_of(resume_from) >= steps and facts.get("status") == "finished":
         check_finished_run(folder, resolved)
         notice(f"{folder.path} is finished: {facts['steps']} steps; model in {facts['model']}")
         notice("to train longer raise max_steps or number_epochs; to start over add resume=never")
@@ -73,6 +74,10 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
 
     prepared = build.prepare(resolved)
     folder = claim(resolved["output_dir"], start_over=False)
+    if folder.store_folder.exists():
+        raise UserError(
+            f"output_dir={folder.path} holds a pretraining run; choose another output_dir for the evaluation"
+        )
     folder.write_config(resolved, overrides)
     world = build.build_world(resolved)
     scorer = build.build_scorer(resolved, prepared, world)
@@ -92,8 +97,10 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
 def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
     """Print the model's continuation of each prompt; keep them in samples.jsonl."""
     from pretrain.models.generate import generate
+    from pretrain.run_folder import claim
 
     asked = build.instantiate(resolved["generation"])
+    folder = claim(resolved["output_dir"], start_over=False).path
     model = build.instantiate(resolved["model"])
     model.check(resolved["sequence_length"])
     world = build.build_world(resolved)
@@ -110,8 +117,6 @@ def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
         top_p=asked.top_p,
         seed=resolved["seed"],
     )
-    folder = Path(resolved["output_dir"])
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for prompt, text in zip(prompts, texts, strict=True):
             file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")

@@ -194,3 +194,59 @@ def test_a_second_run_in_the_same_folder_is_refused(base_arguments, command, spa
     code, _, err = command(arguments)
     assert code == 2
     assert f"{process.pid}" in err
+
+
+def test_a_live_run_is_not_moved_aside(base_arguments, command, spawn, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*base_arguments, f"output_dir={run}", "max_steps=100000", "save_every=null", "evaluate_every=null"]
+    process = spawn(arguments)
+    wait_for(run, 1, process)
+    code, _, err = command([*arguments, "resume=never"])
+    assert code == 2
+    assert "another run is at work" in err
+    assert not (tmp_path / "run.old-1").exists()
+
+
+def test_a_refused_resume_changes_nothing(uninterrupted, base_arguments, command, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    before = sorted(p.name for p in (run / "checkpoints").iterdir())
+    arguments = [*base_arguments, f"output_dir={run}", f"resume={run}/checkpoints/step-00000015"]
+    code, _, err = command([*arguments, "sequence_length=64"])
+    assert code == 2, err
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == before
+
+
+def test_a_checkpoint_of_another_run_in_a_folder_with_later_ones(uninterrupted, base_arguments, command, tmp_path):
+    """The branch that was left is set aside, so that the new one is neither pruned nor passed over."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    named = uninterrupted / "checkpoints/step-00000015"
+    code, _, err = command([*base_arguments, f"output_dir={run}", f"resume={named}", "save_every=1", "max_steps=17"])
+    assert code == 0, err
+    assert sorted(p.name for p in (run / "checkpoints").glob("step-*")) == ["step-00000016", "step-00000017"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("precision=bf16-true", "precision.weights: float32 → bfloat16"),
+        ("dataset.document_mask=true", "document_mask: "),
+    ],
+)
+def test_what_would_change_the_numbers_is_refused(change, says, uninterrupted, base_arguments, command, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    code, _, err = command([*base_arguments, f"output_dir={run}", "max_steps=40", change])
+    assert code == 2
+    assert says in err
+    assert_same_run(run, uninterrupted)
+
+
+def test_an_evaluation_does_not_write_over_a_run(uninterrupted, base_arguments, command, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    code, _, err = command([*base_arguments, "task=evaluation", f"model_name={run / 'model'}", f"output_dir={run}"])
+    assert code == 2
+    assert "holds a pretraining run" in err
+    assert_same_run(run, uninterrupted)

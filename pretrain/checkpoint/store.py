@@ -49,7 +49,7 @@ class Store:
             kept = self.steps()
             last = f"the last good one is {self.folder / f'step-{kept[-1]:08d}'}" if kept else "there is none before it"
             raise SaveError(f"checkpoint {path} could not be written: {error}; {last}") from error
-        self._prune()
+        self._prune(keep=step)
         return path
 
     def steps(self) -> list[int]:
@@ -75,11 +75,11 @@ class Store:
             path.rename(aside)
             notice(f"{path} is of the branch that was left: kept as {aside.name}")
 
-    def _prune(self) -> None:
+    def _prune(self, *, keep: int) -> None:
         if self.keep_last is None:
             return
         whole = [s for s in self.steps() if missing_or_torn(self.folder / f"step-{s:08d}") is None]
-        for step in whole[: -self.keep_last]:
+        for step in [s for s in whole[: -self.keep_last] if s != keep]:
             shutil.rmtree(self.folder / f"step-{step:08d}", ignore_errors=True)
 
 

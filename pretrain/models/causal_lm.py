@@ -115,11 +115,10 @@ class CausalLM:
         _adopt_special_tokens(hf, tokenizer)
         hf.config.use_cache = True  # off only for training
         hf.save_pretrained(str(folder), state_dict=state)
-        hf.config.use_cache = False
         if self.save_dtype is not None:
             hf.config.dtype = self.save_dtype
             hf.config.save_pretrained(str(folder))
-        hf.config.dtype = trained_in
+        hf.config.use_cache, hf.config.dtype = False, trained_in
         tokenizer.save_pretrained(str(folder))
 
 

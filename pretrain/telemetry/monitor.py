@@ -33,6 +33,7 @@ class Monitor:
         self._run_tokens = 0
         self._total_steps = 0
         self._first_logged = False
+        self._started = False
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -51,6 +52,7 @@ class Monitor:
                 self._finish(event)
 
     def _start(self, event: RunStarted) -> None:
+        self._started = True
         self._total_steps = event.total_steps
         self._each(lambda s: s.open(self._run, total_steps=event.total_steps, resumed_at=event.step))
         self._write(
@@ -89,6 +91,8 @@ class Monitor:
         window.restart()
 
     def _finish(self, event: RunFinished) -> None:
+        if not self._started:
+            return
         speed = self._run_tokens / self._run_seconds if self._run_seconds > 0 else None
         fields = {
             "status": event.status,

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pretrain.events import Evaluated, Event, RunFinished, RunStarted
+from pretrain.events import Evaluated, Event, RunFinished, RunStarted, Saved
 from pretrain.telemetry.record import fields_of
 
 
@@ -27,13 +27,15 @@ class RunFile:
             self._earlier_seconds = earlier.get("seconds", 0.0)
             kept = {"results": earlier.get("results", {}), "restarts": earlier.get("restarts", -1) + 1}
             self._facts = kept | event.facts | {"status": "running", "total_steps": event.total_steps}
+        elif not self._facts:  # it failed before it began: what an earlier start left stays
+            return
         elif isinstance(event, Evaluated):
             for s in event.scores:
                 self._facts["results"][s.domain] = fields_of(s) | {"step": event.step}
         elif isinstance(event, RunFinished):
             self._facts |= {"status": event.status, "tokens": event.tokens}
             self._facts["model"] = str(event.model) if event.model else None
-        else:
+        elif not isinstance(event, Saved):
             return
         self._facts |= {"steps": event.step, "seconds": self._earlier_seconds + time.time() - self._started_at}
         write_json(self._path, self._facts)

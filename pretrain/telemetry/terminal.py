@@ -72,7 +72,7 @@ class Terminal:
         self._after[r["domain"]] = r
         if self._level < 2:
             return
-        change = "" if before is r else f"  ({r['loss'] - before['loss']:+.4f} nats since step 0)"
+        change = "" if before is r else f"  ({_change(before, r)} nats since step 0)"
         self._say(f"step {r['step']}  {r['domain']} ({r['role']}): perplexity {_number(r['perplexity'])}{change}")
 
     def _checkpoint(self, r: dict[str, Any]) -> None:
@@ -98,8 +98,7 @@ class Terminal:
         table = _table("domain", "perplexity before", "after", "change in loss (nats)")
         for domain, after in self._after.items():
             before = self._before[domain]
-            change = f"{after['loss'] - before['loss']:+.4f}"
-            numbers = (_number(before["perplexity"]), _number(after["perplexity"]), change)
+            numbers = (_number(before["perplexity"]), _number(after["perplexity"]), _change(before, after))
             table.add_row(f"{domain} ({after['role']})", *numbers)
         return table
 
@@ -108,7 +107,12 @@ class Terminal:
         table = _table("domain", "loss (nats)", "perplexity", "bits per byte", "tokens")
         for domain, r in self._after.items():
             bits = "—" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.4f}"
-            numbers = (f"{r['loss']:.4f}", _number(r["perplexity"]), bits, f"{r['tokens']:,}")
+            numbers = (
+                "—" if r["loss"] is None else f"{r['loss']:.4f}",
+                _number(r["perplexity"]),
+                bits,
+                f"{r['tokens']:,}",
+            )
             table.add_row(f"{domain} ({r['role']})", *numbers)
         return table
 
@@ -125,8 +129,15 @@ def _table(*titles: str) -> Table:
 
 def _baseline(record: dict[str, Any]) -> dict[str, Any]:
     """The record of step 0, worked out from a later one (a resumed process has not seen step 0)."""
-    loss = record["loss"] - (record["delta_loss"] or 0.0)
+    if record["loss"] is None or record["delta_loss"] is None:  # no number, or a domain added on resume
+        return record | {"step": 0, "loss": None, "perplexity": None}
+    loss = record["loss"] - record["delta_loss"]
     return record | {"step": 0, "loss": loss, "perplexity": math.exp(loss)}
+
+
+def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
+    known = before["loss"] is not None and after["loss"] is not None
+    return f"{after['loss'] - before['loss']:+.4f}" if known else "—"
 
 
 def _number(value: float | None) -> str:

@@ -49,7 +49,7 @@ class Python(Source):
 
     source: Literal["sample"] = "sample"
     name: str | None = "python"
-    train_data_ratio: Annotated[float, Field(gt=0, le=1)] = 0.16
+    train_data_ratio: Annotated[float, Field(gt=0, le=1)] = 0.13
     deduplicate: bool = True
 
     def default_name(self) -> str:
