@@ -28,7 +28,7 @@ from pretrain.errors import UserError
 
 # Less text than this is tokenized here, by all cores through the tokenizer's own threads. Between its calls one core
 # works alone (6 % of the CPU time in a profile of 11 MB). Where workers begin to pay is an estimate from that and from a start of
-# about 0.7 s, not a measurement: some 50 MB on 8 cores, 80 on 2.
+# about 0.7 s, not a measurement: some 50 MB on 8 cores.
 WORKERS_FROM_BYTES = 64 << 20
 YOUNG_SECONDS = 0.05  # a file changed this shortly before it was read could change again under the same time stamp
 
@@ -46,7 +46,7 @@ def prepare(
             kept.
     """
     cache = cache or cache_dir()
-    num_workers = num_workers or source.num_workers or usable_cores()
+    num_workers = num_workers or source.num_workers or default_workers()
     options = source.options()
     tokenizer_key = key_of(tokenizer_json)
     tokenizer_path = cache / "tokenizers" / f"{tokenizer_key}.json"
@@ -78,6 +78,12 @@ def training_texts(source: Source) -> Iterator[str]:
                 raise UserError(f"{piece.path}: token ids, not text: a tokenizer cannot be trained on them")
             if xxhash.xxh3_64_intdigest(document.encode("utf-8", "surrogatepass")) > limit:
                 yield document
+
+
+def default_workers() -> int:
+    """One per core, but none beside this process on one or two: there the tokenizer's own threads already keep the cores
+    busy, and two workers took a quarter more CPU time for the same text."""
+    return usable_cores() if usable_cores() > 2 else 1
 
 
 def usable_cores() -> int:
