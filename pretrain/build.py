@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
     from pretrain.data.sources.base import Source
     from pretrain.data.store import TokenStore, TokenView
     from pretrain.engine import Engine, Scorer
+    from pretrain.events import Event
     from pretrain.evaluation.perplexity import Domain, Evaluator
     from pretrain.interrupt import Interrupt
-    from pretrain.run_folder import RunFolder
-    from pretrain.trainer import Trainer
+    from pretrain.models.blueprint import Blueprint
+    from pretrain.place import Place
+    from pretrain.strategy.base import Setting
+    from pretrain.trainer import Schedule, Trainer
     from pretrain.world import World
 
 
@@ -33,17 +37,20 @@ def instantiate(node: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What exists before the first process trains. ``domains``: name, role and held-out documents of each domain."""
+    """What exists before the first process trains. ``domains``: name, role and held-out documents of each domain.
+    ``global_batch``: sequences of all devices and micro-batches in one step."""
 
     model: Any
     tokenizer: Any
     train: TokenView
     domains: list[tuple[str, str, TokenView]]
     identity: dict[str, Any]
+    global_batch: int
 
 
-def prepare(resolved: dict[str, Any]) -> Prepared:
-    """Check the model's folder, get its tokenizer, and tokenize whatever the cache does not hold yet.
+def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
+    """Check the model's folder, get its tokenizer, and tokenize whatever the cache does not hold yet. ``devices``: of
+    all processes, each with ``batch_size`` sequences at a time.
 
     Raises ``UserError`` for a model or data that can't be used.
     """
@@ -65,6 +72,7 @@ def prepare(resolved: dict[str, Any]) -> Prepared:
     for base in instantiate(resolved["evaluation"]).domains.values():
         if base.domain != source.domain:
             domains.append((base.domain, "base", views(encode(base), base)[1]))
+    global_batch = resolved["batch_size"] * resolved["gradient_accumulation_steps"] * devices
     identity = {
         "model": model.identity(),
         "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json.encode()),
@@ -72,12 +80,12 @@ def prepare(resolved: dict[str, Any]) -> Prepared:
             repr([[part.path.name for part in store.parts], view_options(source), source.document_mask]).encode()
         ),
         "sequence_length": resolved["sequence_length"],
-        "global_batch": resolved["batch_size"] * resolved["gradient_accumulation_steps"],
+        "global_batch": global_batch,
         "seed": resolved["seed"],
         "weights": instantiate(resolved["precision"]).weights,
         "optimizer": [resolved["optimizer"].get(key) for key in ("_target_", "compensate")],
     }
-    return Prepared(model, tokenizer, train, domains, identity)
+    return Prepared(model, tokenizer, train, domains, identity, global_batch)
 
 
 def view_options(source: Source) -> dict[str, Any]:
@@ -93,38 +101,38 @@ def views(store: TokenStore, source: Source) -> tuple[TokenView, TokenView]:
     return store.views(**view_options(source))
 
 
-def build_world(resolved: dict[str, Any]) -> World:
+def build_world(resolved: dict[str, Any], place: Place, *, group: bool) -> World:
     from pretrain.checkpoint.rng import seed_everything
-    from pretrain.world import one_process
+    from pretrain.world import enter
 
-    world = one_process()
-    seed_everything(resolved["seed"])
+    world = enter(place, group=group, timeout_seconds=instantiate(resolved["launch"]).timeout)
+    seed_everything(resolved["seed"], rank=place.rank)
     return world
 
 
-def build_engine(resolved: dict[str, Any], prepared: Prepared, world: World) -> Engine:
+def build_engine(resolved: dict[str, Any], prepared: Prepared, setting: Setting, world: World) -> Engine:
     """Model and optimizer on this rank, by the strategy."""
-    precision = instantiate(resolved["precision"])
     optimizer = instantiate(resolved["optimizer"])
     engine: Engine = instantiate(resolved["strategy"]).setup(
-        partial(build_model, resolved, prepared, world),
+        blueprint(resolved, prepared.model),
         lambda model: optimizer(model.hf_named_parameters()),
-        precision=precision,
+        setting=setting,
         world=world,
     )
     return engine
 
 
-def build_model(resolved: dict[str, Any], prepared: Prepared, world: World) -> Any:
-    precision = instantiate(resolved["precision"])
-    return prepared.model.build(param_dtype=precision.param_dtype, device=world.device, seed=resolved["seed"])
+def blueprint(resolved: dict[str, Any], model: Any) -> Blueprint:
+    from pretrain.models.blueprint import Blueprint
+
+    return Blueprint(model, instantiate(resolved["precision"]).param_dtype, resolved["seed"])
 
 
 def build_scorer(resolved: dict[str, Any], prepared: Prepared, world: World) -> Scorer:
     """The model alone, for evaluation and generation."""
     from pretrain.engine import Scorer
 
-    model = build_model(resolved, prepared, world)
+    model = blueprint(resolved, prepared.model).build(world.device)
     return Scorer(model, precision=instantiate(resolved["precision"]), world=world)
 
 
@@ -142,7 +150,7 @@ def build_evaluator(resolved: dict[str, Any], prepared: Prepared) -> Evaluator:
             document_mask=resolved["dataset"].get("document_mask", False),
             max_tokens=policy.max_tokens,
         )
-        return Domain(name, role, lambda: scored, scored.num_bytes, len(scored))
+        return Domain(name, role, scored, scored.num_bytes)
 
     return Evaluator([domain(*d) for d in prepared.domains])
 
@@ -155,71 +163,95 @@ def total_steps(resolved: dict[str, Any], prepared: Prepared) -> int:
     from pretrain.data.loader import check_enough
 
     sequences = (prepared.train.num_tokens - 1) // resolved["sequence_length"]
-    global_batch = prepared.identity["global_batch"]
-    check_enough(prepared.train, sequence_length=resolved["sequence_length"], global_batch=global_batch)
-    return resolved["max_steps"] or max(1, int(sequences * resolved["number_epochs"] / global_batch))
+    check_enough(
+        prepared.train, sequence_length=resolved["sequence_length"], global_batch=prepared.global_batch
+    )
+    return resolved["max_steps"] or max(1, int(sequences * resolved["number_epochs"] / prepared.global_batch))
 
 
 def export(prepared: Prepared, engine: Engine, path: Path) -> Path:
-    """Write the model as a Hugging Face folder, whole or not at all."""
-    from pretrain.checkpoint.atomic import whole_folder
+    """Write the model as a Hugging Face folder, whole or not at all. Every rank takes part."""
+    import torch
 
-    try:
-        with whole_folder(path, marker=False) as fresh:
-            prepared.model.save(engine.model, prepared.tokenizer, fresh)
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error}; the last checkpoint is good") from error
+    from pretrain.checkpoint.atomic import write_folder
+    from pretrain.models.export import own_share, save, save_index
+
+    world, sharded = engine.world, engine.sharded_export and engine.world.size > 1
+    dtype = getattr(torch, prepared.model.save_dtype) if prepared.model.save_dtype else None
+    own = own_share(engine.whole_weights(), dtype=dtype, world=world, sharded=sharded)
+    names = world.each(lambda: {name: t.numel() * t.element_size() for name, t in own.items()})
+
+    def fill(fresh: Path) -> None:
+        save(engine.model, own, prepared.tokenizer, fresh, world=world, sharded=sharded)
+        if sharded and world.is_main:
+            save_index(names, fresh)
+
+    write_folder(path, fill, world=world, hint=lambda: "the last checkpoint is good", marker=False)
     return path
+
+
+def build_schedule(resolved: dict[str, Any], steps: int) -> Schedule:
+    warmup_steps = round(steps * resolved["warmup_proportion"])
+    return partial(instantiate(resolved["scheduler"]), total_steps=steps, warmup_steps=warmup_steps)
+
+
+def build_listeners(resolved: dict[str, Any], folder: Path) -> list[Callable[[Event], None]]:
+    from pretrain.telemetry.monitor import Monitor
+    from pretrain.telemetry.run_file import RunFile
+
+    sinks = {name: instantiate(node) for name, node in (resolved.get("sink") or {}).items()}
+    return [Monitor(sinks, run=folder, log_every=resolved["log_every"]), RunFile(folder)]
+
+
+def cadences(resolved: dict[str, Any], prepared: Prepared) -> tuple[int | None, int | None]:
+    """After how many steps the run evaluates, and saves."""
+    policy, kept = instantiate(resolved["evaluation"]), instantiate(resolved["checkpoint"])
+    evaluate_every = resolved["evaluate_every"]
+    if policy.per_epoch:
+        sequences = (prepared.train.num_tokens - 1) // resolved["sequence_length"]
+        evaluate_every = max(1, max(1, sequences // prepared.global_batch) // policy.per_epoch)
+    return evaluate_every, evaluate_every if kept.with_evaluation else resolved["save_every"]
 
 
 def build_trainer(
     resolved: dict[str, Any],
     prepared: Prepared,
-    folder: RunFolder,
+    folder: Path,
     store: Store,
     *,
     resume_from: Path | None,
     config_yaml: str,
     interrupt: Interrupt,
+    setting: Setting,
+    place: Place,
+    world: World,
 ) -> Trainer:
     from pretrain.checkpoint.rng import rng_state
     from pretrain.data.loader import Loader
     from pretrain.facts import run_facts
     from pretrain.progress import Every
-    from pretrain.telemetry.monitor import Monitor
-    from pretrain.telemetry.run_file import RunFile
     from pretrain.trainer import Trainer
 
     steps = total_steps(resolved, prepared)
-    world = build_world(resolved)
-    engine = build_engine(resolved, prepared, world)
+    engine = build_engine(resolved, prepared, setting, world)
+    micro_batch = resolved["batch_size"] * setting.devices_per_worker
     loader = Loader(
         prepared.train,
         sequence_length=resolved["sequence_length"],
         seed=resolved["seed"],
-        batch_size=resolved["batch_size"],
+        batch_size=micro_batch,
         accumulation=resolved["gradient_accumulation_steps"],
         rank=world.rank,
         world_size=world.size,
         document_mask=resolved["dataset"].get("document_mask", False),
         pin_memory=world.device.type == "cuda",
     )
-    sequences = (prepared.train.num_tokens - 1) // resolved["sequence_length"]
-    per_epoch = max(1, sequences // prepared.identity["global_batch"])
-    policy, kept = instantiate(resolved["evaluation"]), instantiate(resolved["checkpoint"])
-    evaluate_every = resolved["evaluate_every"]
-    if policy.per_epoch:
-        evaluate_every = max(1, per_epoch // policy.per_epoch)
-    sinks = {name: instantiate(node) for name, node in (resolved.get("sink") or {}).items()}
+    evaluate_every, save_every = cadences(resolved, prepared)
     return Trainer(
         world=world,
         engine=engine,
         loader=loader,
-        schedule=partial(
-            instantiate(resolved["scheduler"]),
-            total_steps=steps,
-            warmup_steps=round(steps * resolved["warmup_proportion"]),
-        ),
+        schedule=build_schedule(resolved, steps),
         evaluator=build_evaluator(resolved, prepared),
         store=store,
         interrupt=interrupt,
@@ -227,12 +259,12 @@ def build_trainer(
         identity=prepared.identity,
         rng=rng_state(),
         total_steps=steps,
-        batch_size=resolved["batch_size"],
+        micro_batch=micro_batch,
         grad_clip=resolved["grad_clip"],
         evaluate_every=Every(evaluate_every),
-        save_every=Every(evaluate_every if kept.with_evaluation else resolved["save_every"]),
-        export=partial(export, prepared, engine, folder.path / "model"),
+        save_every=Every(save_every),
+        export=partial(export, prepared, engine, folder / "model"),
         resume_from=resume_from,
-        facts=run_facts(resolved, world, engine),
-        listeners=[Monitor(sinks, run=folder.path, log_every=resolved["log_every"]), RunFile(folder.path)],
+        facts=run_facts(resolved, world, engine, restarts=place.restarts),
+        listeners=build_listeners(resolved, folder) if world.is_main else [],
     )

@@ -23,7 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pretrain.config import GROUPS, check, conf_dir, gpu_visible
 from pretrain.console import notice, quiet_libraries
-from pretrain.errors import UserError, did_you_mean
+from pretrain.errors import UserError, WorkersFailed, did_you_mean
 from pretrain.flat import overrides_from
 from pretrain.help import choices, help_text
 from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except (Stopped, KeyboardInterrupt) as stop:
         notice(f"stopped ({stop or 'Ctrl-C'}); the same command goes on from here")
         code = EXIT_CODE
+    except WorkersFailed as failure:
+        notice(str(failure))
+        code = 1
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -180,7 +183,7 @@ def run(config: DictConfig, overrides: list[str]) -> int:
     if not gpu_visible():
         # Threads that spin while they wait make a CPU run 10 × slower as soon as another program wants a core.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from pretrain.launch import launch
+    from pretrain.launch.launcher import launch
 
     return launch(resolved, overrides, interrupt)
 

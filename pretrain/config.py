@@ -30,6 +30,7 @@ GROUPS = (
     "checkpoint",
     "evaluation",
     "generation",
+    "launch",
     "sink",
 )
 OTHER_NAMES = {  # what the Hugging Face Trainer and others call our root keys

@@ -11,9 +11,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+_muted = False
+
+
+def mute() -> None:
+    """Say nothing on the terminal from now on, only in the log: of several processes one talks."""
+    global _muted
+    _muted = True
+
+
 def notice(message: str) -> None:
     """Say one line on stderr, and in the run's log; a closed terminal is no reason to stop a run."""
     logging.getLogger("pretrain").info(message)
+    if _muted:
+        return
     with suppress(OSError):
         print(message, file=sys.stderr, flush=True)
 
@@ -29,7 +40,7 @@ def progress_bar(description: str, *, total: float | None, unit: str = "") -> It
 
     ``total`` is in the same unit as the amounts (``None``: unknown); ``unit`` ``"B"`` shows sizes as bytes.
     """
-    if not sys.stderr.isatty():
+    if _muted or not sys.stderr.isatty():
         yield lambda amount: None
         return
     from rich.console import Console

@@ -6,12 +6,16 @@ ranks change nothing but rounding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pretrain import tensors
 from pretrain.batch import Batch
+from pretrain.tensors import Piece, TensorFiles
 
 if TYPE_CHECKING:
     from pretrain.models.language_model import LanguageModel
@@ -26,23 +30,44 @@ class Scorer:
         self.model = model
         self.precision = precision
         self.world = world
+        self.num_parameters = sum(p.numel() for _, p in model.hf_named_parameters())
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of every forward."""
+        return self.precision.autocast(self.world.device.type)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
         """The summed loss of a batch (nats, fp32, on the device). The model must be in eval mode."""
-        with self.precision.autocast(self.world.device.type):
+        with self.autocast():
             loss: Tensor = self.model(batch.input_ids, batch.labels, batch.position_ids)
         return loss
 
 
 class Engine(Scorer):
-    """One process, whole parameters. Strategies that shard or average derive from it."""
+    """Model and optimizer as they lie on this rank; by itself, one process with whole parameters.
+
+    A strategy that spreads them over ranks derives from it: ``replicas`` is the number of ranks over whose gradients
+    it averages (so that the loss is multiplied by it), ``step_module`` what is called for a training step;
+    ``sharded_export``: the final model is written by all ranks and not by one.
+    """
 
     def __init__(
-        self, model: LanguageModel, optimizer: torch.optim.Optimizer, *, precision: Precision, world: World
+        self,
+        model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: Precision,
+        world: World,
+        step_module: nn.Module | None = None,
+        replicas: int = 1,
+        sharded_export: bool = False,
     ) -> None:
         super().__init__(model, precision=precision, world=world)
         self.optimizer = optimizer
+        self.step_module = model if step_module is None else step_module
+        self.replicas = replicas
+        self.sharded_export = sharded_export
         self.scaler = precision.grad_scaler(world.device.type)
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
@@ -54,11 +79,16 @@ class Engine(Scorer):
 
         ``tokens``: target tokens of the whole global batch. ``last``: no further micro-batch follows in this step.
         """
-        with self.precision.autocast(self.world.device.type):
-            loss = self.model(batch.input_ids, batch.labels, batch.position_ids)
-        loss = loss / tokens
-        self.scaler.scale(loss).backward()
+        with self.communication(last):
+            with self.autocast():
+                loss = self.step_module(batch.input_ids, batch.labels, batch.position_ids).sum()
+            loss = loss / tokens
+            self.scaler.scale(loss * self.replicas).backward()
         return loss.detach()
+
+    def communication(self, last: bool) -> AbstractContextManager[object]:
+        """The context of one micro-batch's forward and backward; ``last``: gradients must be exchanged in it."""
+        return nullcontext()
 
     def step(self, max_norm: float | None) -> Tensor:
         """Clip to the global norm ``max_norm`` (``None``: measure only), update, clear; return the norm, on the device.
@@ -75,10 +105,12 @@ class Engine(Scorer):
         return norm
 
     def clip(self, max_norm: float | None) -> Tensor:
+        """The norm over all shards of all parameters; gradients are scaled down where it is more than ``max_norm``."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        if max_norm is None:
-            return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        norm = tensors.whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
 
     def set_lr(self, scale: float) -> float:
         """Set every group's learning rate to its base × ``scale``; return the first group's."""
@@ -88,34 +120,57 @@ class Engine(Scorer):
 
     # -- state --------------------------------------------------------------------------------------------------------
 
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight whole, one after the other, under its Hugging Face name. A collective: every rank must take all."""
+        for name, tensor in self.model.hf_state().items():
+            yield name, tensors.whole(tensor.detach())
+
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """``model``: tensors by Hugging Face parameter name · ``optimizer``: ``<parameter>/<key>`` · ``scaler``: numbers."""
+        """What this rank has to write. ``model``: pieces by Hugging Face parameter name · ``optimizer``: pieces by
+        ``<parameter>/<key>`` · ``scaler``: numbers."""
         moments = {
             f"{name}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
             for name, parameter in self.model.hf_named_parameters()
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
-        scaler = self.scaler.state_dict() | {"skipped": int(self.skipped)}
-        return {"model": self.model.hf_state_dict(), "optimizer": moments, "scaler": scaler}
+        return {
+            "model": self._own(self.model.hf_state()),
+            "optimizer": self._own(moments),
+            "scaler": self.scaler.state_dict() | {"skipped": int(self.skipped)},
+        }
 
-    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """The reverse. Moments are put back as they were saved, never cast to the parameter's type.
+    def _own(self, named: dict[str, Tensor]) -> dict[str, Piece]:
+        pieces = ((name, tensors.own_piece(t, is_main=self.world.is_main)) for name, t in named.items())
+        return {name: piece for name, piece in pieces if piece is not None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse, from files written by any strategy on any number of ranks. Moments are put back as they were
+        saved, never cast to the parameter's type.
 
         Raises ``KeyError`` when a parameter's moments name a parameter that the model has not.
         """
-        self.model.load_hf_state_dict(state["model"])
+        self.model.load(state["model"])
+        self.load_moments(state["optimizer"])
+        scaler = dict(state["scaler"])
+        self.skipped.fill_(scaler.pop("skipped", 0))
+        if self.scaler.is_enabled() and scaler:
+            self.scaler.load_state_dict(scaler)
+
+    def load_moments(self, files: TensorFiles) -> None:
         parameters = dict(self.model.hf_named_parameters())
         on_device = {
             id(p): group.get("fused") or group.get("capturable")
             for group in self.optimizer.param_groups
             for p in group["params"]
         }
-        for slot, value in state["optimizer"].items():
+        for slot in sorted(files.keys()):
             name, key = slot.rsplit("/", 1)
             parameter = parameters[name]
-            stays_on_host = key == "step" and not on_device[id(parameter)]
-            self.optimizer.state[parameter][key] = value.to("cpu" if stays_on_host else parameter.device)
-        scaler = dict(state["scaler"])
-        self.skipped.fill_(scaler.pop("skipped", 0))
-        if self.scaler.is_enabled() and scaler:
-            self.scaler.load_state_dict(scaler)
+            if key == "step":  # a count, and whole everywhere
+                value = files.read(slot).to(parameter.device if on_device[id(parameter)] else "cpu")
+            else:
+                start = tensors.start_of(parameter)
+                rows = files.read(slot, start, start + len(tensors.local(parameter)))
+                value = torch.empty_like(parameter, dtype=rows.dtype, requires_grad=False)
+                tensors.local(value).copy_(rows)
+            self.optimizer.state[parameter][key] = value

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """A mistake in the configuration or the input; the message names the key, the value and what is allowed."""
 
 
+class WorkersFailed(RuntimeError):
+    """A worker process died or raised; the message holds what it said. The parent has no traceback of its own to show."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest known name, or the list of known names when none is near."""
     names = sorted(known)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 LIBRARIES = ("pretrain", "torch", "transformers", "tokenizers", "datasets", "hydra-core")
 
 
-def run_facts(resolved: dict[str, Any], world: World, scorer: Scorer) -> dict[str, Any]:
+def run_facts(resolved: dict[str, Any], world: World, scorer: Scorer, *, restarts: int = 0) -> dict[str, Any]:
     """Plain values for run.json and the ``run_started`` record."""
     import torch
 
@@ -23,10 +23,11 @@ def run_facts(resolved: dict[str, Any], world: World, scorer: Scorer) -> dict[st
     return {
         "name": resolved["name"],
         "model": resolved["model_name"],
-        "parameters": sum(p.numel() for _, p in scorer.model.hf_named_parameters()),
+        "parameters": scorer.num_parameters,
         "strategy": resolved["strategy"]["_target_"].rpartition(".")[2].lower(),
         "precision": scorer.precision.name,
         "world_size": world.size,
+        "launch_restarts": restarts,
         "device": device,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},

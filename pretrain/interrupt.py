@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 
 from pretrain.console import notice
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ONE_CTRL_C_SECONDS = 1.0  # under torchrun a single one arrives twice, from the terminal and from torchrun
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
 
 
@@ -19,9 +21,11 @@ class Interrupt:
     raises ``Stopped`` where the program stands.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, silent: bool = False) -> None:
         self.requested = False
         self.patient = False
+        self._silent = silent
+        self._asked_at = 0.0
 
     def install(self) -> None:
         for number in SIGNALS:
@@ -29,14 +33,15 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.requested and number == signal.SIGINT:
-            os._exit(128 + number)
         if self.requested:
+            if number == signal.SIGINT and time.monotonic() - self._asked_at > ONE_CTRL_C_SECONDS:
+                os._exit(128 + number)
             return
-        self.requested = True
+        self.requested, self._asked_at = True, time.monotonic()
         if not self.patient:
             raise Stopped(name)
-        notice(f"{name}: finishing this step, then saving; Ctrl-C again leaves at once")
+        if not self._silent:
+            notice(f"{name}: finishing this step, then saving; Ctrl-C again leaves at once")
 
 
 class Stopped(BaseException):

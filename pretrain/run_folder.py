@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pretrain.checkpoint.atomic import missing_or_torn
 from pretrain.checkpoint.store import Store
 from pretrain.console import log_to, notice
 from pretrain.errors import UserError
+from pretrain.telemetry.run_file import read_run_file
 
 FIXED = {  # part of a run's identity → the config keys it follows from
     "model": ("model_name", "model"),
@@ -29,6 +31,8 @@ FIXED = {  # part of a run's identity → the config keys it follows from
 FREE = {"name", "output_dir", "resume", "devices", "log_every", "evaluate_every", "save_every"}
 FREE |= {"sink", "checkpoint", "evaluation", "generation", "task"}  # may differ in a run that is over
 
+PATIENCE_SECONDS = 1.0  # the workers of a killed command need a moment to notice
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -36,10 +40,6 @@ class RunFolder:
 
     path: Path
     lock: FileLock
-
-    @property
-    def store_folder(self) -> Path:
-        return self.path / "checkpoints"
 
     def write_config(self, resolved: dict[str, Any], overrides: list[str]) -> str:
         """Write config.yaml and .hydra/overrides.yaml; return the former's text."""
@@ -49,6 +49,46 @@ class RunFolder:
         (self.path / ".hydra" / "config.yaml").write_text(text)
         (self.path / ".hydra" / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(overrides)))
         return text
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins: from which checkpoint, and its config.yaml."""
+
+    resume_from: Path | None
+    config_yaml: str
+
+
+def begin(
+    resolved: dict[str, Any],
+    overrides: list[str],
+    identity: dict[str, Any],
+    steps: int,
+    *,
+    restarts: int,
+    claims: ExitStack,
+) -> Start | None:
+    """Claim output_dir until ``claims`` ends, and decide what to continue in it; ``None``: it holds this very run,
+    finished.
+
+    Raises ``UserError`` when the folder can't be had, or holds a run that this one can't continue. After a restart of
+    the workers ``resume=never`` and a named checkpoint have done their work: the run's own newest checkpoint counts.
+    """
+    folder = claim(resolved["output_dir"], start_over=resolved["resume"] == "never" and not restarts)
+    claims.callback(folder.lock.release)
+    store = Store(folder.path / "checkpoints")
+    mode = "auto" if restarts and resolved["resume"] == "never" else resolved["resume"]
+    resume_from = resume_point(folder, store, mode)
+    facts = read_run_file(folder.path)
+    if resume_from is not None:
+        check_same_run(resume_from, identity, resolved)
+        store.set_aside_after(step_of(resume_from))
+        if step_of(resume_from) >= steps and facts.get("status") == "finished":
+            check_finished_run(folder, resolved)
+            notice(f"{folder.path} is finished: {facts['steps']} steps; model in {facts['model']}")
+            notice("to train longer raise max_steps or number_epochs; to start over add resume=never")
+            return None
+    return Start(resume_from, folder.write_config(resolved, overrides))
 
 
 def claim(output_dir: str, *, start_over: bool) -> RunFolder:
@@ -77,7 +117,7 @@ def claim(output_dir: str, *, start_over: bool) -> RunFolder:
 def _locked(path: Path) -> FileLock:
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / ".lock")
-    lock.acquire(timeout=0)
+    lock.acquire(timeout=PATIENCE_SECONDS)
     return lock
 
 
@@ -98,7 +138,9 @@ def resume_point(folder: RunFolder, store: Store, mode: str) -> Path | None:
     if mode == "never":
         return None
     if mode == "auto" or _continues(folder, mode):
-        return store.newest()
+        newest = store.newest()
+        if mode == "auto" or newest is not None:
+            return newest
     named = Path(mode)
     if not (named / "state.json").is_file():
         raise UserError(f"resume={mode}: not a checkpoint folder; allowed: auto, never, or <run>/checkpoints/step-…")

@@ -4,52 +4,68 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pretrain import build
-from pretrain.console import log_error, notice
+from pretrain.checkpoint.store import Store
+from pretrain.console import log_error, log_to, mute
 from pretrain.errors import UserError
+from pretrain.events import RunFinished
 from pretrain.interrupt import EXIT_CODE, Interrupt
+from pretrain.place import Place
+from pretrain.run_folder import begin, claim
+
+if TYPE_CHECKING:
+    from pretrain.progress import Progress
+    from pretrain.strategy.base import Setting
+    from pretrain.trainer import Trainer
 
 
-def pretraining(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
-    """Continue the run in output_dir, or start it."""
-    from pretrain.checkpoint.store import Store
-    from pretrain.events import RunFinished
-    from pretrain.run_folder import check_finished_run, check_same_run, claim, resume_point, step_of
-    from pretrain.telemetry.run_file import read_run_file
-
-    prepared = build.prepare(resolved)
+def pretraining(
+    resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt, setting: Setting, place: Place
+) -> int:
+    """Continue the run in output_dir, or start it, as one of its processes."""
+    if place.rank > 0:
+        mute()
+    prepared = build.prepare(resolved, devices=setting.workers * setting.devices_per_worker)
     steps = build.total_steps(resolved, prepared)
-    folder = claim(resolved["output_dir"], start_over=resolved["resume"] == "never")
-    store = Store(folder.store_folder, build.instantiate(resolved["checkpoint"]).keep_last)
-    resume_from = resume_point(folder, store, resolved["resume"])
-    facts = read_run_file(folder.path)
-    if resume_from is not None:
-        check_same_run(resume_from, prepared.identity, resolved)
-        store.set_aside_after(step_of(resume_from))
-    if resume_from is not None and step_of(resume_from) >= steps and facts.get("status") == "finished":
-        check_finished_run(folder, resolved)
-        notice(f"{folder.path} is finished: {facts['steps']} steps; model in {facts['model']}")
-        notice("to train longer raise max_steps or number_epochs; to start over add resume=never")
-        return 0
-    trainer = build.build_trainer(
-        resolved,
-        prepared,
-        folder,
-        store,
-        resume_from=resume_from,
-        config_yaml=folder.write_config(resolved, overrides),
-        interrupt=interrupt,
-    )
-    interrupt.patient = True
+    interrupt.patient = place.size > 1  # from here on the others would wait for a process that leaves
+    world = build.build_world(resolved, place, group=build.instantiate(resolved["strategy"]).needs_group)
+    with ExitStack() as claims:
+        start = world.on_main(
+            lambda: begin(resolved, overrides, prepared.identity, steps, restarts=place.restarts, claims=claims)
+        )
+        if start is None:
+            return 0
+        folder = Path(resolved["output_dir"])
+        log_to(folder / "logs" / f"rank-{place.rank}.log")
+        trainer = build.build_trainer(
+            resolved,
+            prepared,
+            folder,
+            Store(folder / "checkpoints", build.instantiate(resolved["checkpoint"]).keep_last),
+            resume_from=start.resume_from,
+            config_yaml=start.config_yaml,
+            interrupt=interrupt,
+            setting=setting,
+            place=place,
+            world=world,
+        )
+        interrupt.patient = True
+        progress = run_logged(trainer)
+    return 0 if progress.step >= trainer.total_steps else EXIT_CODE
+
+
+def run_logged(trainer: Trainer) -> Progress:
+    """Run; put the traceback of a failure into the log, and its status into run.json."""
     try:
-        progress = trainer.run()
+        return trainer.run()
     except BaseException:
         log_error(f"failed at step {trainer.progress.step}")
         trainer.emit(RunFinished(trainer.progress.step, "failed", trainer.progress.tokens))
         raise
-    return 0 if progress.step >= trainer.total_steps else EXIT_CODE
 
 
 def tokenization(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
@@ -66,23 +82,19 @@ def tokenization(resolved: dict[str, Any], overrides: list[str], interrupt: Inte
 
 def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
     """Score the model on the held-out documents of every configured domain."""
-    from pretrain.events import Evaluated, Event, RunFinished, RunStarted
+    from pretrain.events import Evaluated, Event, RunStarted
     from pretrain.facts import run_facts
-    from pretrain.run_folder import claim
-    from pretrain.telemetry.monitor import Monitor
-    from pretrain.telemetry.run_file import RunFile
 
     prepared = build.prepare(resolved)
     folder = claim(resolved["output_dir"], start_over=False)
-    if folder.store_folder.exists():
+    if (folder.path / "checkpoints").exists():
         raise UserError(
             f"output_dir={folder.path} holds a pretraining run; choose another output_dir for the evaluation"
         )
     folder.write_config(resolved, overrides)
-    world = build.build_world(resolved)
+    world = build.build_world(resolved, Place(), group=False)
     scorer = build.build_scorer(resolved, prepared, world)
-    sinks = {name: build.instantiate(node) for name, node in (resolved.get("sink") or {}).items()}
-    listeners: list[Callable[[Event], None]] = [Monitor(sinks, run=folder.path, log_every=1), RunFile(folder.path)]
+    listeners = build.build_listeners(resolved, folder.path)
     events: list[Event] = [
         RunStarted(0, 0, resumed=False, facts=run_facts(resolved, world, scorer)),
         Evaluated(0, tuple(build.build_evaluator(resolved, prepared).run(scorer)), 0.0),
@@ -97,16 +109,14 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
 def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
     """Print the model's continuation of each prompt; keep them in samples.jsonl."""
     from pretrain.models.generate import generate
-    from pretrain.run_folder import claim
 
     asked = build.instantiate(resolved["generation"])
     folder = claim(resolved["output_dir"], start_over=False).path
     model = build.instantiate(resolved["model"])
     model.check(resolved["sequence_length"])
-    world = build.build_world(resolved)
-    precision = build.instantiate(resolved["precision"])
+    world = build.build_world(resolved, Place(), group=False)
     tokenizer = model.tokenizer(None)
-    language_model = model.build(param_dtype=precision.param_dtype, device=world.device, seed=resolved["seed"])
+    language_model = build.blueprint(resolved, model).build(world.device)
     prompts = [prompt for prompt in asked.prompts for _ in range(asked.num_samples)]
     texts = generate(
         language_model,
@@ -125,8 +135,7 @@ def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
 
 
 Task = Callable[[dict[str, Any], list[str], Interrupt], int]
-TASKS: dict[str, Task] = {
-    "pretraining": pretraining,
+TASKS: dict[str, Task] = {  # of one process; pretraining, which may have several, is the launcher's
     "tokenization": tokenization,
     "evaluation": evaluation,
     "generation": generation,

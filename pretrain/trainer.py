@@ -32,8 +32,9 @@ Listener = Callable[[Event], None]
 class Trainer:
     """Everything a run consists of, built by `build.py`.
 
-    ``loader`` yields this rank's share of one global batch per step, ``batch_size`` sequences a micro-batch.
-    ``identity``: what a checkpoint must share with the run that continues it. ``rng``: the random state of step 0.
+    ``loader`` yields this rank's share of one global batch per step, ``micro_batch`` sequences at a time.
+    ``identity``: what a checkpoint must share with the run that continues it. ``rng``: this rank's random state at
+    step 0. Only rank 0 has ``listeners``.
     ``resume_from``: a checkpoint folder of this run, or ``None``. ``export`` writes the final model folder.
     """
 
@@ -48,7 +49,7 @@ class Trainer:
     identity: dict[str, Any]
     rng: dict[str, Any]
     total_steps: int
-    batch_size: int
+    micro_batch: int
     grad_clip: float | None
     evaluate_every: Every
     save_every: Every
@@ -90,7 +91,7 @@ class Trainer:
         """One optimizer step on one global batch. Nothing here waits for the device."""
         tokens = self.world.sum(batch.num_targets)
         lr = self.engine.set_lr(self.schedule(self.progress.step))
-        micros = list(batch.split(self.batch_size))
+        micros = list(batch.split(self.micro_batch))
         loss = torch.zeros((), device=self.world.device)
         for i, micro in enumerate(micros):
             loss += self.engine.backward(micro.to(self.world.device), tokens=tokens, last=i == len(micros) - 1)
@@ -103,7 +104,7 @@ class Trainer:
             epoch=self.loader.epoch,
             tokens=self.progress.tokens,
             step_tokens=tokens,
-            loss=loss,
+            loss=self.world.add_up(loss),
             lr=lr,
             grad_norm=norm,
             skipped=self.engine.skipped,
@@ -126,23 +127,28 @@ class Trainer:
             "engine": self.engine.state_dict(),
             "loader": self.loader.state_dict(),
             "progress": self.progress.state_dict(),
-            "rng": rng_state(),
+            "rng": self.world.each(rng_state),
             "identity": self.identity,
         }
-        path = self.store.save(self.progress.step, state, self.config_yaml)
+        path = self.store.save(self.progress.step, state, self.config_yaml, world=self.world)
         seconds = time.perf_counter() - started_at
         size = sum(f.stat().st_size for f in path.iterdir())
         return Saved(self.progress.step, path, seconds, seconds, size)
 
     def resume(self) -> None:
-        """Put back the state of ``resume_from``; without one the run starts at step 0."""
+        """Put back the state of ``resume_from``; without one the run starts at step 0.
+
+        The checkpoint may be of another strategy or number of ranks: then a rank it did not have keeps its own random
+        state.
+        """
         if self.resume_from is None:
             return
         state = store.load(self.resume_from)
         self.engine.load_state_dict(state["engine"])
         self.loader.load_state_dict(state["loader"])
         self.progress.load_state_dict(state["progress"])
-        self.rng = state["rng"]
+        if self.world.rank < len(state["rng"]):
+            self.rng = state["rng"][self.world.rank]
 
     def finish(self) -> Progress:
         """Export the model of a run that reached its end; tell how the run ended."""

@@ -1,19 +1,35 @@
-"""The group of processes that train together: this rank, its device, and the few collectives the loop needs."""
+"""The group of processes that train together: this rank, its device, and the few collectives the loop needs.
+
+What ranks agree on (counts, stop signals, errors) lies on the host and travels by gloo, so that agreeing never waits
+for a GPU.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.errors import UserError
+from pretrain.place import Place
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """``rank`` of ``size`` processes; ``device`` is where this rank computes."""
+    """``rank`` of ``size`` processes, ``local_rank`` of ``local_size`` on this machine; ``device``: where it computes."""
 
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -21,14 +37,65 @@ class World:
 
     def sum(self, value: int) -> int:
         """The sum of a host integer over all ranks."""
-        assert self.size == 1, "several ranks need a process group"
-        return value
+        if self.size == 1:
+            return value
+        total = torch.tensor(int(value))
+        dist.all_reduce(total)
+        return int(total)
 
     def any(self, flag: bool) -> bool:
         """True on every rank as soon as it is true on one."""
         return bool(self.sum(int(flag)))
 
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum of a device tensor over all ranks, in place. The host does not wait for it."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
-def one_process() -> World:
-    """The world of a single process: the first visible GPU, else the CPU."""
-    return World(0, 1, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """Do ``work`` on every rank and give every rank all results, by rank.
+
+        Raises ``UserError`` on every rank when it is raised on one, so that nobody waits for a rank that has left.
+        """
+        if self.size == 1:
+            return [work()]
+        done: tuple[Any, UserError | None]
+        try:
+            done = (work(), None)
+        except UserError as error:
+            done = (None, UserError(*error.args))
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, done)
+        for _, error in every:
+            if error is not None:
+                raise error
+        return [value for value, _ in every]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do ``work`` on rank 0 only; its result, or its ``UserError``, on every rank."""
+        result = self.each(lambda: work() if self.is_main else None)[0]
+        return result  # type: ignore[return-value]
+
+
+def enter(place: Place, *, group: bool, timeout_seconds: float = 1800) -> World:
+    """The world of a process at ``place``. ``group``: with a process group even where it is alone. Ends with ``leave``.
+
+    nccl for tensors on GPUs, gloo for the host's. MASTER_ADDR and MASTER_PORT in the environment say where several
+    processes meet.
+    """
+    device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if group or place.size > 1:
+        meeting: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if place.size == 1 else {}
+        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backends, timeout=timedelta(seconds=timeout_seconds), **meeting)
+    return World(place.rank, place.size, device, place.local_rank, place.local_size)
+
+
+def leave() -> None:
+    """Leave the process group, if there is one. A process that was in one ends with ``os._exit``: a thread of gloo's may
+    want the interpreter while that is being taken down, which aborts the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,17 +1,26 @@
-"""Folders that are whole or absent: written beside their place, flushed to disk, marked complete, then renamed."""
+"""Folders that are whole or absent: written beside their place by all ranks, flushed to disk, marked complete, renamed.
+
+The ranks share the disk: on several nodes ``output_dir`` lies on a file system that all of them see.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    from pretrain.world import World
 
 MARKER = "COMPLETE.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def flush(path: Path) -> None:
@@ -23,31 +32,55 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-@contextmanager
-def whole_folder(path: Path, *, marker: bool = True) -> Iterator[Path]:
-    """Yield a fresh folder to fill; on leaving without an error it becomes ``path``, complete and on disk.
+def write_folder(
+    path: Path, fill: Callable[[Path], None], *, world: World, hint: Callable[[], str], marker: bool = True
+) -> None:
+    """Let every rank ``fill`` a fresh folder with its files; then it becomes ``path``, complete and on disk.
 
     The ``marker`` (sizes of all files) is written last. An error leaves nothing behind and an older ``path`` as it was.
+    Raises ``UserError`` on every rank, naming place, cause and ``hint()``, when one of them can't write.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        files = sorted(f for f in partial.rglob("*") if f.is_file())
-        for file in files:
-            file.chmod(0o666 & ~_umask())  # safetensors makes its files for the owner alone
-            flush(file)
-        if marker:
-            sizes = {str(f.relative_to(partial)): f.stat().st_size for f in files}
-            (partial / MARKER).write_text(json.dumps({"format": FORMAT, "sizes": sizes}, indent=1))
-            flush(partial / MARKER)
-        flush(partial)
-        replace_folder(partial, path)
-    except BaseException:
+
+    def begin() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+
+    def end() -> None:
+        _complete(partial, marker=marker)
+        replace_folder(partial, path)
+
+    def told(work: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            try:
+                work()
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path} could not be written: {error}; {hint()}") from error
+
+        return run
+
+    try:
+        world.on_main(told(begin))
+        world.each(told(lambda: fill(partial)))
+        world.on_main(told(end))
+    except BaseException:
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _complete(folder: Path, *, marker: bool) -> None:
+    """Everything in ``folder`` on disk, and the marker of a whole folder, last."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    for file in files:
+        file.chmod(0o666 & ~_umask())  # safetensors makes its files for the owner alone
+        flush(file)
+    if marker:
+        sizes = {str(f.relative_to(folder)): f.stat().st_size for f in files}
+        (folder / MARKER).write_text(json.dumps({"format": FORMAT, "sizes": sizes}, indent=1))
+        flush(folder / MARKER)
+    flush(folder)
 
 
 def _umask() -> int:

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 
+BETWEEN_RANKS = 1_000_003  # seeds that people choose are smaller
+
+
 def rng_state() -> dict[str, Any]:
     """Everything ``set_rng_state`` needs to go on with the very next random number."""
     version, internal, gauss = random.getstate()
@@ -33,7 +36,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(_decode(state["cuda"]))
 
 
-def seed_everything(seed: int) -> None:
+def seed_everything(seed: int, *, rank: int = 0) -> None:
+    """Ranks draw different numbers, or dropout would be the same on all; rank 0 draws those of a single process."""
+    seed += rank * BETWEEN_RANKS
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -1,7 +1,8 @@
 """Checkpoints of one run: safetensors and JSON only, so that reading one never runs code and needs no tool of ours.
 
 ``step-00000020/``: ``model.safetensors`` (Hugging Face names), ``optimizer.safetensors`` (``<parameter>/<moment>``),
-``state.json`` (progress, data cursor, RNG, loss scaler), ``config.yaml``, and the marker of a whole folder.
+``state.json`` (progress, data cursor, RNG, loss scaler), ``config.yaml``, and the marker of a whole folder. A sharding
+strategy writes ``model.rank-0.safetensors``, … instead, each with its rank's rows.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
-from pretrain.checkpoint.atomic import missing_or_torn, whole_folder
+from pretrain import tensors
+from pretrain.checkpoint.atomic import missing_or_torn, write_folder
 from pretrain.console import notice
 from pretrain.errors import UserError
+from pretrain.tensors import TensorFiles
 
+if TYPE_CHECKING:
+    from pretrain.world import World
 
-class SaveError(UserError):
-    """A checkpoint could not be written. What was saved before is untouched."""
+KINDS = ("model", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -32,25 +33,31 @@ class Store:
     folder: Path
     keep_last: int | None = None
 
-    def save(self, step: int, state: dict[str, Any], config_yaml: str) -> Path:
-        """Write the checkpoint of ``step``, then prune.
+    def save(self, step: int, state: dict[str, Any], config_yaml: str, *, world: World) -> Path:
+        """Write the checkpoint of ``step``, each rank its own pieces, then prune.
 
-        Raises ``SaveError`` naming place and cause (disk full, no permission, …); earlier checkpoints stay good.
+        Raises ``UserError`` naming place and cause (disk full, no permission, …); earlier checkpoints stay good.
         """
         path = self.folder / f"step-{step:08d}"
-        try:
-            with whole_folder(path) as fresh:
-                save_file(_contiguous(state["engine"]["model"]), fresh / "model.safetensors", metadata={"format": "pt"})
-                save_file(_contiguous(state["engine"]["optimizer"]), fresh / "optimizer.safetensors")
-                rest = {"scaler": state["engine"]["scaler"]} | {k: v for k, v in state.items() if k != "engine"}
+        rest = {"scaler": state["engine"]["scaler"]} | {k: v for k, v in state.items() if k != "engine"}
+        one_file = {kind: world.sum(bool(state["engine"][kind])) == 1 for kind in KINDS}
+
+        def fill(fresh: Path) -> None:
+            for kind in KINDS:
+                name = kind if one_file[kind] else f"{kind}.rank-{world.rank}"
+                tensors.write(fresh / f"{name}.safetensors", state["engine"][kind])
+            if world.is_main:
                 (fresh / "state.json").write_text(json.dumps(rest))
                 (fresh / "config.yaml").write_text(config_yaml)
-        except (OSError, SafetensorError) as error:
-            kept = self.steps()
-            last = f"the last good one is {self.folder / f'step-{kept[-1]:08d}'}" if kept else "there is none before it"
-            raise SaveError(f"checkpoint {path} could not be written: {error}; {last}") from error
-        self._prune(keep=step)
+
+        write_folder(path, fill, world=world, hint=self._last_good)
+        if world.is_main:
+            self._prune(keep=step)
         return path
+
+    def _last_good(self) -> str:
+        kept = self.steps()
+        return f"the last good one is {self.folder / f'step-{kept[-1]:08d}'}" if kept else "there is none before it"
 
     def steps(self) -> list[int]:
         """Steps of the folders that look like checkpoints, ascending; whole or not."""
@@ -84,7 +91,8 @@ class Store:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint: ``{engine: {model, optimizer, scaler}, loader, progress, rng}``, tensors on the CPU.
+    """A checkpoint: ``{engine: {model, optimizer, scaler}, loader, progress, rng}``; of model and optimizer the
+    ``TensorFiles``, from which every rank reads its own rows.
 
     Raises ``UserError`` when the folder is no whole checkpoint.
     """
@@ -92,13 +100,7 @@ def load(path: Path) -> dict[str, Any]:
     if reason is not None:
         raise UserError(f"resume={path}: not a whole checkpoint: {reason}")
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    state["engine"] = {
-        "model": load_file(path / "model.safetensors"),
-        "optimizer": load_file(path / "optimizer.safetensors"),
-        "scaler": state.pop("scaler"),
-    }
+    kinds = {kind: TensorFiles(sorted(path.glob(f"{kind}*.safetensors"))) for kind in KINDS}
+    state["engine"] = kinds | {"scaler": state.pop("scaler")}
     return state
 
-
-def _contiguous(tensors: dict[str, Any]) -> dict[str, Any]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

@@ -3,7 +3,7 @@ byte."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from pretrain.data.blocks import packed
 from pretrain.data.store import TokenView
 
 
-class EvaluationBatches:
+class EvaluationBatches(Sequence[Batch]):
     """A sequence of batches made when asked for. ``num_bytes`` of text, ``num_tokens`` targets, ``num_documents``.
 
     Without a document mask an end-of-text token goes before the stream, so that every token is predicted once and
@@ -33,10 +33,7 @@ class EvaluationBatches:
     def __len__(self) -> int:
         return -(-self.num_blocks // self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return (self[index] for index in range(len(self)))
-
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override] (no slices)
         if not 0 <= index < len(self):
             raise IndexError(index)
         length, eot = self.sequence_length, self.view.store.eot

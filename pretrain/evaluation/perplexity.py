@@ -6,7 +6,7 @@ Bits per byte compares models with different tokenizers; perplexity is per token
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 class Domain:
     """A named set of held-out batches. ``role``: ``new`` (what the run trains on) or ``base`` (what it may forget).
 
-    ``batches()`` yields them afresh; ``num_bytes`` is the size of exactly their text (0: unknown), ``num_batches`` their number.
+    ``num_bytes`` is the size of exactly their text (0: unknown).
     """
 
     name: str
     role: str
-    batches: Callable[[], Iterable[Batch]]
+    batches: Sequence[Batch]
     num_bytes: int
-    num_batches: int
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores ``domains`` in order; draws no random number, so that evaluating leaves training as it was."""
+    """Scores ``domains`` in order, each rank every n-th batch; draws no random number, so that evaluating leaves
+    training as it was."""
 
     domains: list[Domain]
 
@@ -47,14 +47,19 @@ class Evaluator:
             return [self._score(engine, domain, baseline) for domain in self.domains]
 
     def _score(self, engine: Scorer, domain: Domain, baseline: dict[str, float] | None) -> DomainScore:
-        total = torch.zeros((), dtype=torch.float64, device=engine.world.device)
+        world = engine.world
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
         tokens = 0
-        with progress_bar(f"evaluating {domain.name}", total=domain.num_batches) as advance:
-            for batch in domain.batches():
-                total += engine.evaluate(batch.to(engine.world.device))
-                tokens += batch.num_targets
-                advance(1)
-        nats = float(total)
+        with progress_bar(f"evaluating {domain.name}", total=len(domain.batches)) as advance:
+            for first in range(0, len(domain.batches), world.size):
+                mine = first + world.rank < len(domain.batches)
+                batch = domain.batches[first + world.rank if mine else first]  # a rank too many computes along
+                loss = engine.evaluate(batch.to(world.device))
+                if mine:
+                    total += loss
+                    tokens += batch.num_targets
+                advance(world.size)
+        nats, tokens = float(world.add_up(total)), world.sum(tokens)
         loss = nats / tokens
         before = loss if baseline is None else baseline.get(domain.name)  # a domain added on resume has no baseline
         return DomainScore(

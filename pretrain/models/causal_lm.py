@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from pretrain.models.language_model import LanguageModel
+    from pretrain.tensors import TensorFiles
 
 Texts = Callable[[], Iterator[str]]
 OLD_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}  # transformers still takes them and renames them
@@ -94,32 +95,38 @@ class CausalLM:
                 return make(attn_implementation="eager", **given)
             raise UserError(f"model_name={self.name_or_path}: can't be built: {_first_line(error)}") from None
 
-    def finish(self, hf: Any, device: torch.device) -> LanguageModel:
-        """The model in training mode on ``device``. Dropout is as its config has it."""
+    def hf_config(self) -> Any:
+        """The transformers config object. Raises ``UserError`` when it can't be read."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(str(self.folder()), trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # whatever its validation raises
+            raise UserError(f"model_name={self.name_or_path}: config.json: {_first_line(error)}") from None
+
+    def outline(self, *, param_dtype: torch.dtype) -> LanguageModel:
+        """The model in training mode with its parameters on the meta device and its buffers on the CPU."""
+        from transformers import AutoModelForCausalLM
+
+        from pretrain.models.meta import cast_parameters, parameters_on_meta
+
+        def make(**given: Any) -> Any:
+            with parameters_on_meta():
+                return AutoModelForCausalLM.from_config(self.hf_config(), dtype=param_dtype, **given)
+
+        hf = self.load(make)
+        cast_parameters(hf, param_dtype)
+        return self.finish(hf, None)
+
+    def finish(self, hf: Any, device: torch.device | None) -> LanguageModel:
+        """The model in training mode on ``device`` (``None``: where it is). Dropout is as its config has it."""
         from pretrain.models.language_model import LanguageModel
 
         if self.gradient_checkpointing:
             hf.activation_checkpointing_enable({"use_reentrant": False})
-        model = LanguageModel(hf.to(device), compile=self.compile)
+        model = LanguageModel(hf if device is None else hf.to(device), compile=self.compile)
         model.train()
         return model
-
-    def save(self, model: LanguageModel, tokenizer: Any, folder: Path) -> None:
-        """Fill ``folder`` with config, safetensors, generation config and tokenizer, for ``from_pretrained``."""
-        import torch
-
-        hf, state, trained_in = model.hf, model.hf_state_dict(), model.hf.config.dtype
-        if self.save_dtype is not None:
-            dtype: torch.dtype = getattr(torch, self.save_dtype)
-            state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
-        _adopt_special_tokens(hf, tokenizer)
-        hf.config.use_cache = True  # off only for training
-        hf.save_pretrained(str(folder), state_dict=state)
-        if self.save_dtype is not None:
-            hf.config.dtype = self.save_dtype
-            hf.config.save_pretrained(str(folder))
-        hf.config.use_cache, hf.config.dtype = False, trained_in
-        tokenizer.save_pretrained(str(folder))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +148,20 @@ class Pretrained(CausalLM):
         folder = self.folder()
         content = files.fingerprint([folder / "config.json", *files.weight_files(folder, self.name_or_path)])
         return f"{self.name_or_path}@{self.revision} {content}"
+
+    def weights(self) -> TensorFiles:
+        """The folder's weight files, unread."""
+        from pretrain.tensors import TensorFiles
+
+        return TensorFiles(files.weight_files(self.folder(), self.name_or_path))
+
+    def outline(self, *, param_dtype: torch.dtype) -> LanguageModel:
+        from transformers import GenerationConfig
+
+        model = super().outline(param_dtype=param_dtype)
+        if (self.folder() / "generation_config.json").exists():
+            model.hf.generation_config = GenerationConfig.from_pretrained(str(self.folder()))
+        return model
 
     def build(self, *, param_dtype: torch.dtype, device: torch.device, seed: int) -> LanguageModel:
         """The model in training mode on ``device``. Raises ``UserError`` when weights are missing from its files."""
@@ -200,6 +221,9 @@ class Scratch(CausalLM):
         if self.train_tokenizer is None:
             files.check_vocabulary(config, files.vocabulary_size(self.tokenizer_folder()), kind)
 
+    def weights(self) -> None:
+        """There are none: they are drawn."""
+
     def identity(self) -> str:
         return xxhash.xxh3_64_hexdigest(repr(sorted(self.config().items())).encode())
 
@@ -229,22 +253,17 @@ class Scratch(CausalLM):
         import torch
         from transformers import AutoModelForCausalLM
 
+        from pretrain.models.meta import cast_parameters
+
         def make(**given: Any) -> Any:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 return AutoModelForCausalLM.from_config(self.hf_config(), dtype=torch.float32, **given)
 
-        return self.finish(self.load(make).to(param_dtype), device)
-
-
-def _adopt_special_tokens(hf: Any, tokenizer: Any) -> None:
-    """Let the model's configs name the tokens that documents really ended with (a config from nothing names others)."""
-    ends = hf.config.eos_token_id
-    if tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends]):
-        return
-    for config in (hf.config, hf.generation_config):
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, key, getattr(tokenizer, key))
+        hf = self.load(make)
+        cast_parameters(hf, param_dtype)
+        hf.config.dtype = param_dtype
+        return self.finish(hf, device)
 
 
 def _is_known(model_type: str) -> bool:

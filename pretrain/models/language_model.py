@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from pretrain.batch import IGNORE
 from pretrain.errors import UserError
 from pretrain.models.loss import linear_cross_entropy
+from pretrain.tensors import TensorFiles, fill
 
 PROBE_LOGIT = 100.0  # beyond any soft cap in use (Gemma 2: 30), so that a cap can't pass for a straight line
 
@@ -29,9 +30,16 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.hf = hf
         hf.config.use_cache = False
-        self.lean = has_plain_head(hf)
-        self.separation = document_separation(hf)
+        self.lean = False
+        self.separation: Callable[[Tensor, torch.dtype], dict[str, Tensor]] | None = None
+        if not any(p.is_meta for p in hf.parameters()):
+            self.probe()
         self._compiled: Callable[..., Tensor] | None = torch.compile(self._loss, dynamic=False) if compile else None
+
+    def probe(self) -> None:
+        """Find out what this model's head and its attention are like. A model on the meta device is probed later."""
+        self.lean = has_plain_head(self.hf)
+        self.separation = document_separation(self.hf)
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """The loss summed over all labels that are not ``IGNORE``: nats, an fp32 scalar.
@@ -68,26 +76,24 @@ class LanguageModel(nn.Module):
         """Parameters under their Hugging Face names; a tied weight comes once."""
         return iter(self.hf.named_parameters())
 
-    def hf_state_dict(self) -> dict[str, Tensor]:
+    def hf_state(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers under their Hugging Face names; a tied weight is there once."""
         seen: set[int] = set()
         state = {}
         for name, tensor in self.hf.state_dict(keep_vars=True).items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                state[name] = tensor.detach()
+                state[name] = tensor
         return state
 
-    def load_hf_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The reverse. Raises ``RuntimeError`` when a name or a shape does not fit."""
-        own = self.hf_state_dict()
-        if own.keys() != state.keys():
-            raise RuntimeError(f"weights do not fit: {sorted(own.keys() ^ state.keys())[:5]} on one side only")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                if tensor.shape != state[name].shape:
-                    raise RuntimeError(f"{name}: shape {tuple(state[name].shape)}, the model has {tuple(tensor.shape)}")
-                tensor.copy_(state[name])
+    def load(self, files: TensorFiles) -> None:
+        """Fill every weight from ``files``, this rank's rows of a sharded one. Raises ``RuntimeError`` when a name or a
+        shape does not fit."""
+        own = self.hf_state()
+        if own.keys() != files.keys():
+            raise RuntimeError(f"weights do not fit: {sorted(own.keys() ^ files.keys())[:5]} on one side only")
+        for name, tensor in own.items():
+            fill(tensor, files, name)
 
 
 @torch.no_grad()
@@ -99,7 +105,7 @@ def has_plain_head(hf: Any) -> bool:
     show, even where the model's own logits are still small.
     """
     backbone, head = hf.base_model, hf.get_output_embeddings()
-    if backbone is hf or not isinstance(head, nn.Linear) or head.weight.is_meta:
+    if backbone is hf or not isinstance(head, nn.Linear):
         return False
     device, training = head.weight.device, hf.training
     noise = torch.randn(1, 4, head.in_features, generator=torch.Generator().manual_seed(0)).to(device)
@@ -145,8 +151,6 @@ def document_separation(hf: Any) -> Callable[[Tensor, torch.dtype], dict[str, Te
     Behind two different first documents a second one must come out the same, and the same as alone.
     """
     device, training, vocabulary = hf.device, hf.training, hf.get_input_embeddings().num_embeddings
-    if device.type == "meta":
-        return None
     first, other, second = (torch.arange(start, start + 4, device=device) % vocabulary for start in (1, 5, 9))
     positions = torch.arange(4, device=device).repeat(2).unsqueeze(0)
 

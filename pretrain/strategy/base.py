@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from pretrain.engine import Engine
+    from pretrain.models.blueprint import Blueprint
     from pretrain.models.language_model import LanguageModel
     from pretrain.precision import Precision
     from pretrain.world import World
 
 
-class Strategy(Protocol):
+@dataclass(frozen=True)
+class Setting:
+    """What a strategy is asked to work in: ``workers`` processes in all, on ``nodes`` machines, each on
+    ``devices_per_worker`` devices of ``device_type`` ("cuda" or "cpu")."""
+
+    device_type: str
+    workers: int
+    nodes: int
+    devices_per_worker: int
+    precision: Precision
+    batch_size: int
+    accumulation: int
+    grad_clip: float | None
+
+
+class Strategy(ABC):
     """To add one: a file here with a frozen dataclass, and a YAML of the same name under ``conf/strategy``."""
+
+    needs_group: bool = True  # whether even one process wants a process group
 
     def workers(self, devices: int) -> int:
         """How many processes share a machine with ``devices`` devices."""
-        ...
+        return devices
 
+    def devices_per_worker(self, devices: int) -> int:
+        """How many of a machine's ``devices`` one process computes on, each with ``batch_size`` sequences."""
+        return 1
+
+    def check(self, setting: Setting) -> None:
+        """Raises ``UserError`` for options that can't work there. Imports no torch."""
+        return
+
+    @abstractmethod
     def setup(
         self,
-        model: Callable[[], LanguageModel],
+        model: Blueprint,
         optimizer: Callable[[LanguageModel], Optimizer],
         *,
-        precision: Precision,
+        setting: Setting,
         world: World,
     ) -> Engine:
-        """Build model and optimizer on this rank. Both come as factories, so that a strategy decides when and where."""
-        ...
+        """Build model and optimizer on this rank. Both come as recipes, so that a strategy decides when and where."""

@@ -6,31 +6,35 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pretrain.strategy.base import Setting, Strategy
+
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from pretrain.engine import Engine
+    from pretrain.models.blueprint import Blueprint
     from pretrain.models.language_model import LanguageModel
-    from pretrain.precision import Precision
     from pretrain.world import World
 
 
 @dataclass(frozen=True)
-class Single:
+class Single(Strategy):
     """No options: the model lives whole on the first device."""
+
+    needs_group = False
 
     def workers(self, devices: int) -> int:
         return 1
 
     def setup(
         self,
-        model: Callable[[], LanguageModel],
+        model: Blueprint,
         optimizer: Callable[[LanguageModel], Optimizer],
         *,
-        precision: Precision,
+        setting: Setting,
         world: World,
     ) -> Engine:
         from pretrain.engine import Engine
 
-        built = model()
-        return Engine(built, optimizer(built), precision=precision, world=world)
+        built = model.build(world.device)
+        return Engine(built, optimizer(built), precision=setting.precision, world=world)

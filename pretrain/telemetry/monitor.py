@@ -40,12 +40,12 @@ class Monitor:
             case StepDone():
                 self._step(event)
             case Evaluated():
-                self._window.exclude(event.seconds)
                 for s in event.scores:
-                    self._write("evaluation", event.step, fields_of(s))
+                    self._write_beside("evaluation", event.step, fields_of(s))
+                self._window.exclude(event.seconds)
             case Saved():
+                self._write_beside("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
                 self._window.exclude(event.blocked_seconds)
-                self._write("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
             case RunStarted():
                 self._start(event)
             case RunFinished():
@@ -104,6 +104,12 @@ class Monitor:
         }
         self._write("run_finished", event.step, fields)
         self._each(lambda s: s.close())
+
+    def _write_beside(self, kind: str, step: int, fields: Record) -> None:
+        """Write what is no part of training; nor are the seconds that sinks take for it (a report's pictures)."""
+        started_at = time.perf_counter()
+        self._write(kind, step, fields)
+        self._window.exclude(time.perf_counter() - started_at)
 
     def _write(self, kind: str, step: int, fields: Record) -> None:
         record = {"event": kind, "step": step, "time": time.time()} | json_safe(fields)

@@ -23,10 +23,12 @@ class RunFile:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
-            earlier = read_run_file(self._path.parent) if event.resumed else {}
+            facts = dict(event.facts)
+            again = event.resumed or facts.pop("launch_restarts", 0)
+            earlier = read_run_file(self._path.parent) if again else {}
             self._earlier_seconds = earlier.get("seconds", 0.0)
             kept = {"results": earlier.get("results", {}), "restarts": earlier.get("restarts", -1) + 1}
-            self._facts = kept | event.facts | {"status": "running", "total_steps": event.total_steps}
+            self._facts = kept | facts | {"status": "running", "total_steps": event.total_steps}
         elif not self._facts:  # it failed before it began: what an earlier start left stays
             return
         elif isinstance(event, Evaluated):
@@ -48,6 +50,13 @@ def read_run_file(run: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return facts
+
+
+def mark_failed(run: Path) -> None:
+    """For whoever has seen all processes of a run die: none of them could say so itself."""
+    facts = read_run_file(run)
+    if facts.get("status") == "running":
+        write_json(run / "run.json", facts | {"status": "failed"})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

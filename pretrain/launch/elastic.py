@@ -1,0 +1,126 @@
+"""torch's local elastic agent with our ends: signals reach the workers, a mistake is not retried, the cause is found.
+
+Of the agent's private methods two are overridden, those that start and that watch the workers (torch 2.9 to 2.13).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+from pretrain.console import notice
+from pretrain.errors import UserError, WorkersFailed
+from pretrain.interrupt import SIGNALS, Interrupt, Stopped
+from pretrain.launch.report import Report, read_reports
+from pretrain.telemetry.run_file import mark_failed
+
+REPORT_SECONDS = 1.0  # how long the others get to say why they end, after one has left
+LEAVING_SECONDS = 30.0  # how long a stop may take the others once one has left: they are in a collective without it
+
+
+class Agent(LocalElasticAgent):
+    """``reports``: the folder in which a failing worker says why. ``stop``: the signal that asked the run to stop."""
+
+    def __init__(self, *args: Any, reports: Path, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.reports = reports
+        self.stop: str | None = None
+        self.deaths: dict[int, int] = {}  # global rank → exit code of those that left by themselves
+
+    def outcome(self, interrupt: Interrupt, run: Path) -> list[int]:
+        """Run to the end; the exit codes by rank.
+
+        Raises ``UserError``, ``Stopped`` or ``WorkersFailed`` for the cause of a failure.
+        """
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            result = self.run()
+            if not result.is_failed():
+                return list(result.return_values.values())
+        finally:
+            self._rdzv_handler.shutdown()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        mark_failed(run)
+        cause = self.cause()
+        if cause.is_mistake:
+            raise UserError(cause.message)
+        if self.stop is not None:
+            raise Stopped(self.stop)
+        raise WorkersFailed(cause.told(run / "logs"))
+
+    def cause(self) -> Report:
+        """The first thing that went wrong: a mistake, else a death by a signal, else the earliest exception."""
+        reports = sorted(read_reports(self.reports), key=lambda report: (not report.is_mistake, report.time))
+        if reports and reports[0].is_mistake:
+            return reports[0]
+        for rank, code in self.deaths.items():
+            if code < 0 and code != -signal.SIGTERM:  # which torch has sent itself, to those that were still starting
+                return Report(rank, f"was killed by {signal.Signals(-code).name}", "", time.time())
+        if reports:
+            return reports[0]
+        return Report(min(self.deaths, default=0), f"left with exit code {min(self.deaths.values(), default=1)}", "", 0.0)
+
+    # -- torch's ------------------------------------------------------------------------------------------------------
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        for old in self.reports.glob("rank-*.json"):
+            old.unlink()
+        pids = super()._start_workers(worker_group)
+        assert self._pcontext is not None
+        close = self._pcontext.close
+        self._pcontext.close = lambda *signal_and_timeout: self._end_workers(close)  # type: ignore[method-assign]
+        for number in SIGNALS:  # torch has just set its own
+            signal.signal(number, self._pass_on)
+        return pids
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if not result.is_failed():
+            return result
+        cause = self.cause()
+        if cause.is_mistake or self.stop is not None:
+            self._remaining_restarts = 0
+        if self._remaining_restarts > 0:
+            done = worker_group.spec.max_restarts - self._remaining_restarts + 1
+            notice(
+                f"rank {cause.rank} {cause.first_line}; all ranks start again from the last checkpoint "
+                f"(restart {done} of {worker_group.spec.max_restarts})"
+            )
+        return result
+
+    def _end_workers(self, close: Callable[..., None]) -> None:
+        """Note who has left by itself, then kill the rest: without all ranks there is nothing that they could save."""
+        processes = self._pcontext._pc.processes
+        by_rank = dict(zip((w.global_rank for w in self._worker_group.workers), processes, strict=True))
+        until = time.monotonic() + REPORT_SECONDS
+        while any(p.is_alive() for p in processes) and time.monotonic() < until:
+            time.sleep(0.02)
+        self.deaths = {rank: p.exitcode for rank, p in by_rank.items() if p.exitcode not in (None, 0)}
+        close(signal.SIGKILL, 5)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Ask the workers to stop: they finish the step and save. A second Ctrl-C kills them."""
+        assert self._pcontext is not None
+        name = signal.Signals(number).name
+        if self.stop is not None and number != signal.SIGINT:
+            return
+        again = self.stop is not None
+        for pid in self._pcontext.pids().values():
+            try:
+                os.kill(pid, signal.SIGKILL if again else signal.SIGTERM)
+            except ProcessLookupError:
+                continue
+        if again:
+            os._exit(128 + number)
+        self.stop = name
+        notice(f"{name}: finishing this step, then saving; Ctrl-C again leaves at once")

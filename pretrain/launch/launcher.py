@@ -1,0 +1,60 @@
+"""Where a run happens: in this process, or in workers that this process starts and watches, or as one of the workers
+that torchrun or a cluster has started.
+
+Data is prepared before any process group exists, so that no rank ever waits in a collective for another one's tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pretrain import build
+from pretrain.errors import UserError
+from pretrain.interrupt import Interrupt
+from pretrain.launch.layout import Layout, layout
+from pretrain.place import Place
+from pretrain.strategy.base import Setting
+
+
+def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
+    """Carry out ``resolved['task']``; return the exit code.
+
+    Raises ``UserError`` for a mistake, on whichever process it was found, and ``WorkersFailed`` for a bug in a worker.
+    """
+    if resolved["task"] != "pretraining":
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(f"task={resolved['task']} is one process; start it without torchrun")
+        from pretrain import tasks
+
+        return tasks.TASKS[resolved["task"]](resolved, overrides, interrupt)
+    policy = build.instantiate(resolved["launch"])
+    strategy = build.instantiate(resolved["strategy"])
+    plan = layout(resolved, strategy, policy)
+    setting = Setting(
+        device_type=plan.device_type,
+        workers=plan.world_size,
+        nodes=plan.nodes,
+        devices_per_worker=plan.devices_per_worker,
+        precision=build.instantiate(resolved["precision"]),
+        batch_size=resolved["batch_size"],
+        accumulation=resolved["gradient_accumulation_steps"],
+        grad_clip=resolved["grad_clip"],
+    )
+    strategy.check(setting)
+    if plan.joined or plan.world_size == 1:
+        from pretrain import tasks
+
+        return tasks.pretraining(resolved, overrides, interrupt, setting, place_in(plan))
+    from pretrain.launch.agent import run_workers
+
+    return run_workers(resolved, overrides, interrupt, setting, policy)
+
+
+def place_in(plan: Layout) -> Place:
+    """This process's place among the others, from the environment; alone in a plan of one process."""
+    if not plan.joined:
+        return Place()
+    rank = int(os.environ["RANK"])
+    local_rank = int(os.environ.get("LOCAL_RANK", rank % plan.workers))
+    return Place(rank, plan.world_size, local_rank, plan.workers, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))

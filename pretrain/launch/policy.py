@@ -1,0 +1,19 @@
+"""The keys of ``launch``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+@dataclass(frozen=True)
+class Policy:
+    """``max_restarts``: of the whole group, after one of its processes has died · ``timeout``: seconds that ranks wait for
+    each other · ``nodes``: machines that run this same command and meet at ``endpoint`` (host:port of one of them)."""
+
+    max_restarts: NonNegativeInt = 0
+    timeout: PositiveFloat = 1800
+    nodes: PositiveInt = 1
+    endpoint: Annotated[str, Field(pattern=r"^[^:/\s]+:\d+$")] | None = None

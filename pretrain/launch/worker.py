@@ -1,0 +1,91 @@
+"""One worker of a run that this program has started: its log, its signals, and how it leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any
+
+from pretrain.interrupt import Interrupt
+from pretrain.launch.report import write_report
+from pretrain.place import Place
+from pretrain.strategy.base import Setting
+
+FROM_AGENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What travels to a worker. ``reports``: where it says why it failed. ``environment``, ``folder``: the parent's."""
+
+    resolved: dict[str, Any]
+    overrides: list[str]
+    setting: Setting
+    reports: str
+    environment: dict[str, str]
+    folder: str
+
+
+def work(job: Job) -> int:
+    """Train as one rank; the exit code. A failing worker reports and leaves at once, with 1."""
+    os.environ.update({k: v for k, v in job.environment.items() if k not in FROM_AGENT})
+    os.chdir(job.folder)
+    rank, local_size = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    place = Place(rank, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]), local_size, restarts)
+    _own_stderr(Path(job.reports) / f"rank-{rank}.stderr", terminal=rank == 0)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    interrupt = Interrupt(silent=True)  # the parent has said it
+    interrupt.patient = True
+    interrupt.install()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the parent, who passes it on
+    try:
+        code = _train(job, interrupt, place)
+    except BaseException as error:
+        write_report(Path(job.reports), rank, error)
+        _flush()
+        os._exit(1)
+    _flush()
+    return code
+
+
+def _train(job: Job, interrupt: Interrupt, place: Place) -> int:
+    import torch
+
+    from pretrain import tasks
+    from pretrain.console import quiet_libraries
+    from pretrain.world import leave
+
+    quiet_libraries()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
+    code = tasks.pretraining(job.resolved, job.overrides, interrupt, job.setting, place)
+    leave()
+    return code
+
+
+def _own_stderr(file: Path, *, terminal: bool) -> None:
+    """Send what C++ libraries write to stderr into ``file``; of Python's, on rank 0, the terminal keeps its own."""
+    if terminal:
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _leave_with_parent() -> None:
+    """No orphans: when the parent is gone, however it went, so is this process."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()

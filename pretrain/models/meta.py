@@ -1,0 +1,36 @@
+"""Building a model whose parameters are shapes without memory, but whose buffers (RoPE's frequencies, masks) are real.
+
+A model built whole on the meta device would lose buffers that are no part of any checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Inside, every parameter that a module registers is moved to the meta device at once; a tied one stays tied."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters in ``dtype``, ties kept; buffers as they are (RoPE's frequencies in 16 bits are wrong positions)."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

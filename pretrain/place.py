@@ -1,0 +1,16 @@
+"""Where a process stands among those of its run, before it has met them. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """``rank`` of ``size`` processes, ``local_rank`` of ``local_size`` on this machine; ``restarts`` of the group so far."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    restarts: int = 0

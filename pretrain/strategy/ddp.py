@@ -1,0 +1,87 @@
+"""``DistributedDataParallel``: a whole model on every rank, gradients averaged while the backward still runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import PositiveFloat
+
+from pretrain.errors import UserError
+from pretrain.strategy.base import Setting, Strategy
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from pretrain.engine import Engine
+    from pretrain.models.blueprint import Blueprint
+    from pretrain.models.language_model import LanguageModel
+    from pretrain.world import World
+
+
+@dataclass(frozen=True)
+class Ddp(Strategy):
+    """``find_unused_parameters``, ``static_graph``, ``gradient_as_bucket_view``, ``bucket_cap_mb`` (MiB): see
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html"""
+
+    find_unused_parameters: bool = False
+    static_graph: bool = False
+    gradient_as_bucket_view: bool = True
+    bucket_cap_mb: PositiveFloat = 25
+
+    def check(self, setting: Setting) -> None:
+        if self.static_graph and setting.accumulation > 1:
+            raise UserError(
+                f"strategy.static_graph=true with gradient_accumulation_steps={setting.accumulation}: torch's DDP can't "
+                "leave out the exchange of gradients of a static graph; use static_graph=false, or 1 step"
+            )
+        if self.static_graph and self.find_unused_parameters:
+            raise UserError(
+                "strategy.static_graph=true with strategy.find_unused_parameters=true: a static graph finds them by "
+                "itself; use one of the two"
+            )
+
+    def setup(
+        self,
+        model: Blueprint,
+        optimizer: Callable[[LanguageModel], Optimizer],
+        *,
+        setting: Setting,
+        world: World,
+    ) -> Engine:
+        from torch.nn.parallel import DistributedDataParallel
+
+        from pretrain.engine import Engine
+
+        class DdpEngine(Engine):
+            def communication(self, last: bool) -> AbstractContextManager[object]:
+                return nullcontext() if last else wrapped.no_sync()
+
+        built = model.build(world.device)
+        on_gpu: dict[str, Any] = {"device_ids": [world.device]} if world.device.type == "cuda" else {}
+        wrapped = DistributedDataParallel(
+            built,
+            **{_buffers_keyword(DistributedDataParallel): False},  # they are constants
+            find_unused_parameters=self.find_unused_parameters,
+            static_graph=self.static_graph,
+            gradient_as_bucket_view=self.gradient_as_bucket_view,
+            bucket_cap_mb=self.bucket_cap_mb,
+            **on_gpu,
+        )
+        return DdpEngine(
+            built,
+            optimizer(built),
+            precision=setting.precision,
+            world=world,
+            step_module=wrapped,
+            replicas=world.size,
+        )
+
+
+def _buffers_keyword(ddp: type) -> str:
+    """torch 2.13 renamed it."""
+    known = inspect.signature(ddp).parameters
+    return "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"

@@ -1,0 +1,54 @@
+"""``torch.nn.DataParallel``: one process, its model copied to every visible GPU at each step.
+
+The simplest way to use a second GPU and the slowest; ``ddp`` computes the same, faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pretrain.console import notice
+from pretrain.strategy.base import Setting, Strategy
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from pretrain.engine import Engine
+    from pretrain.models.blueprint import Blueprint
+    from pretrain.models.language_model import LanguageModel
+    from pretrain.world import World
+
+
+@dataclass(frozen=True)
+class Dp(Strategy):
+    """No options. Without GPUs it is one process on the CPU, and says so."""
+
+    needs_group = False
+
+    def workers(self, devices: int) -> int:
+        return 1
+
+    def devices_per_worker(self, devices: int) -> int:
+        return devices
+
+    def check(self, setting: Setting) -> None:
+        if setting.device_type == "cpu":
+            notice("strategy=dp: no GPU is visible, so this is one process on the CPU; ddp and fsdp use several")
+
+    def setup(
+        self,
+        model: Blueprint,
+        optimizer: Callable[[LanguageModel], Optimizer],
+        *,
+        setting: Setting,
+        world: World,
+    ) -> Engine:
+        import torch
+
+        from pretrain.engine import Engine
+
+        built = model.build(world.device)
+        copies = torch.nn.DataParallel(built) if world.device.type == "cuda" else built
+        return Engine(built, optimizer(built), precision=setting.precision, world=world, step_module=copies)

@@ -1,0 +1,194 @@
+"""FSDP2 (``fully_shard``): parameters, gradients and moments in shards, gathered block by block while they are needed.
+
+No rank ever holds the whole model: parameters begin on the meta device and every rank reads its own rows of the weight
+files. Only random weights, and files that transformers has to convert, are built whole on rank 0, and sent from there.
+Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import PositiveInt
+
+from pretrain.errors import UserError, did_you_mean
+from pretrain.strategy.base import Setting, Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+    from torch.optim import Optimizer
+
+    from pretrain.engine import Engine
+    from pretrain.models.blueprint import Blueprint
+    from pretrain.models.language_model import LanguageModel
+    from pretrain.precision import Precision
+    from pretrain.world import World
+
+BLOCKS = {"gpt2": "GPT2Block", "llama": "LlamaDecoderLayer"}  # short names of the original design
+
+
+@dataclass(frozen=True)
+class Fsdp(Strategy):
+    """``auto_wrap_policy``: the blocks that are gathered one at a time: auto (those the model says must not be split),
+    gpt2, llama, or a class name. ``sharding_strategy``, per step:
+
+    - FULL_SHARD: parameters are freed after each block's forward and gathered again for its backward
+    - SHARD_GRAD_OP: they stay from forward to backward
+    - HYBRID_SHARD: FULL_SHARD inside each of ``replicas`` groups of ranks (``None``: one a node, at
+      least 2), copies across them
+    - NO_SHARD: whole copies on every rank, as in ddp
+
+    ``cpu_offload``: shards and optimizer on the host. ``accumulate_unsharded``: micro-batches but the last exchange no
+    gradients; each rank then holds the whole gradient. ``state_dict_type``: the final model is written by rank 0
+    (full), or in as many files as there are ranks (sharded).
+    """
+
+    auto_wrap_policy: str = "auto"
+    sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"] = "FULL_SHARD"
+    replicas: PositiveInt | None = None
+    cpu_offload: bool = False
+    accumulate_unsharded: bool = False
+    state_dict_type: Literal["full", "sharded"] = "full"
+
+    def check(self, setting: Setting) -> None:
+        hybrid = self.sharding_strategy == "HYBRID_SHARD"
+        if self.replicas is not None and not hybrid:
+            raise UserError(
+                f"strategy.replicas={self.replicas} with strategy.sharding_strategy={self.sharding_strategy}: only "
+                "HYBRID_SHARD has replicas"
+            )
+        replicas = self.replicas or max(setting.nodes, 2)
+        if hybrid and (setting.workers % replicas or setting.workers // replicas < 2):
+            raise UserError(
+                f"strategy.sharding_strategy=HYBRID_SHARD with strategy.replicas={replicas}: {setting.workers} processes "
+                f"can't be split into {replicas} equal groups of at least 2; change devices or strategy.replicas"
+            )
+
+    def setup(
+        self,
+        model: Blueprint,
+        optimizer: Callable[[LanguageModel], Optimizer],
+        *,
+        setting: Setting,
+        world: World,
+    ) -> Engine:
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        from pretrain.strategy.fsdp_engine import FsdpEngine, free_gathered
+
+        built = model.outline()
+        blocks = wrapped_blocks(built.hf, self.auto_wrap_policy)
+        options: dict[str, Any] = {
+            "mesh": self.mesh(setting, world),
+            "mp_policy": mixed_precision(setting.precision),
+            "reshard_after_forward": self.sharding_strategy in ("FULL_SHARD", "HYBRID_SHARD"),
+            "offload_policy": self.offload(world),
+        }
+        for block in blocks:
+            fully_shard(block, **options)
+        fully_shard(built, **options)
+        materialise(built, world, offload=self.cpu_offload)
+        load_weights(model, built, world)
+        register_fsdp_forward_method(built, "probe")
+        built.probe()
+        free_gathered(built)
+        return FsdpEngine(
+            built,
+            optimizer(built),
+            precision=setting.precision,
+            world=world,
+            replicas=world.size,
+            exchange_always=not self.accumulate_unsharded,
+            sharded_export=self.state_dict_type == "sharded",
+        )
+
+    def mesh(self, setting: Setting, world: World) -> DeviceMesh:
+        """One dimension of shards, or copies × shards."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        copies = {"HYBRID_SHARD": self.replicas or max(setting.nodes, 2), "NO_SHARD": world.size}
+        kind = world.device.type
+        if self.sharding_strategy not in copies:
+            return init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
+        n = copies[self.sharding_strategy]
+        return init_device_mesh(kind, (n, world.size // n), mesh_dim_names=("copy", "shard"))
+
+    def offload(self, world: World) -> OffloadPolicy:
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+        return CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if self.cpu_offload else OffloadPolicy()
+
+
+def wrapped_blocks(hf: Any, policy: str) -> list[nn.Module]:
+    """The modules that ``policy`` names. Raises ``UserError`` naming the classes there are when it names none."""
+    names = set(hf._no_split_modules or ()) if policy == "auto" else {BLOCKS.get(policy, policy)}
+    head = hf.get_output_embeddings().weight  # the loss takes it from outside of its module, so it stays with the root
+    blocks = [m for m in hf.modules() if m is not hf and all(p is not head for p in m.parameters())]
+    found = [m for m in blocks if type(m).__name__ in names]
+    if found:
+        inner = {part for m in found for part in m.modules() if part is not m}
+        return [m for m in found if m not in inner]
+    classes = {type(m).__name__ for m in blocks if any(True for _ in m.parameters())}
+    if policy == "auto":
+        raise UserError(
+            "strategy.auto_wrap_policy=auto: this model does not say which of its blocks must stay whole; "
+            f"name their class: {', '.join(sorted(classes))}"
+        )
+    raise UserError(
+        f"strategy.auto_wrap_policy={policy}: {type(hf).__name__} has no such class{did_you_mean(policy, classes)}"
+    )
+
+
+def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:
+    """Parameters are gathered in the type of the products; gradients are summed over ranks in fp32."""
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if precision.compute == "float32":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=precision.compute_dtype, reduce_dtype=torch.float32)
+
+
+def materialise(model: LanguageModel, world: World, *, offload: bool) -> None:
+    """Give the shards memory, and put the buffers, which have their values, on the device."""
+    import torch
+
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to_empty(device=torch.device("cpu") if offload else world.device)
+    for name, buffer in buffers.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, buffer.to(world.device))
+
+
+def load_weights(blueprint: Blueprint, model: LanguageModel, world: World) -> None:
+    """Fill every shard: from the weight files, or from a whole model on rank 0."""
+    files = blueprint.files(model)
+    if files is not None:
+        model.load(files)
+        return
+    import torch
+
+    source: dict[str, Tensor] = {}
+    if world.is_main:
+        source = {n: t.detach() for n, t in blueprint.build(torch.device("cpu")).hf_state().items()}
+    for name, tensor in model.hf_state().items():
+        receive(tensor, source.pop(name, None), world)
+
+
+def receive(tensor: Tensor, source: Tensor | None, world: World) -> None:
+    """Fill this rank's part of ``tensor`` from the whole one that rank 0 has. A collective."""
+    import torch
+    import torch.distributed as dist
+
+    from pretrain.tensors import local, start_of
+
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=world.device) if source is None else source
+    whole = whole.to(world.device, tensor.dtype).contiguous()
+    dist.broadcast(whole, 0)
+    part, start = local(tensor), start_of(tensor)
+    with torch.no_grad():
+        part.copy_(whole[start : start + len(part)] if part.ndim else whole)

@@ -1,0 +1,121 @@
+"""Tensors by name in safetensors files, whole or cut into pieces of rows, so that every rank writes and reads its own part.
+
+A file written by several ranks' strategies is read by any other number of ranks: whoever reads asks for rows of a name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+PIECES = "pieces"  # metadata of a file: {name: [first row, shape of the whole]} for what is not whole in it
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows from ``start`` on (first dimension) of a tensor of ``shape``. A 0-d tensor is always whole."""
+
+    tensor: Tensor
+    start: int
+    shape: tuple[int, ...]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor (a collective); any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def start_of(tensor: Tensor) -> int:
+    """The first row of this rank's part."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return int(offset[0]) if offset else 0
+
+
+def own_piece(tensor: Tensor, *, is_main: bool) -> Piece | None:
+    """What this rank has to write of ``tensor``, or ``None``: of equal copies, those of the first rank count."""
+    if not isinstance(tensor, DTensor):
+        return Piece(tensor.detach(), 0, tuple(tensor.shape)) if is_main else None
+    mesh = tensor.device_mesh
+    assert all(isinstance(p, Replicate) or p == Shard(0) for p in tensor.placements)
+    if any(isinstance(p, Replicate) and mesh.get_local_rank(dim) for dim, p in enumerate(tensor.placements)):
+        return None
+    part = local(tensor).detach()
+    return Piece(part, start_of(tensor), tuple(tensor.shape)) if part.numel() or is_main else None
+
+
+def write(path: Path, pieces: Mapping[str, Piece]) -> None:
+    """Write one safetensors file; nothing when there is nothing to write."""
+    if not pieces:
+        return
+    parts = {n: [p.start, list(p.shape)] for n, p in pieces.items() if p.tensor.shape != torch.Size(p.shape)}
+    metadata = {"format": "pt"} | ({PIECES: json.dumps(parts)} if parts else {})
+    save_file({name: p.tensor.contiguous() for name, p in pieces.items()}, path, metadata=metadata)
+
+
+class TensorFiles:
+    """The tensors of several safetensors files. Nothing is read before it is asked for."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._parts: dict[str, list[tuple[int, Any]]] = {}  # name → (first row, open file)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            handle = safe_open(file, framework="pt", device="cpu")
+            parts = json.loads((handle.metadata() or {}).get(PIECES, "{}"))
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
+                start, shape = parts.get(name) or (0, handle.get_slice(name).get_shape())
+                self._parts.setdefault(name, []).append((start, handle))
+                self._shapes[name] = tuple(shape)
+
+    def keys(self) -> set[str]:
+        return set(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of a tensor, on the CPU; a 0-d tensor whole."""
+        shape = self._shapes[name]
+        if not shape:
+            tensor: Tensor = self._parts[name][0][1].get_tensor(name)
+            return tensor
+        stop = shape[0] if stop is None else stop
+        found = []
+        for first, handle in sorted(self._parts[name], key=lambda part: part[0]):
+            rows = handle.get_slice(name)
+            begin, end = max(start - first, 0), min(stop - first, rows.get_shape()[0])
+            if begin < end:
+                found.append(rows[begin:end])
+        if not found:
+            return handle.get_slice(name)[:0]
+        read: Tensor = found[0] if len(found) == 1 else torch.cat(found)
+        assert len(read) == stop - start, f"{name}: rows {start} to {stop} are not all in the files"
+        return read
+
+
+def fill(tensor: Tensor, files: TensorFiles, name: str) -> None:
+    """Copy what ``files`` holds under ``name`` into ``tensor``, of a sharded one this rank's rows.
+
+    Raises ``RuntimeError`` when the shapes differ.
+    """
+    if tuple(tensor.shape) != files.shape(name):
+        raise RuntimeError(f"{name}: shape {files.shape(name)}, the model has {tuple(tensor.shape)}")
+    part, start = local(tensor), start_of(tensor)
+    with torch.no_grad():
+        part.copy_(files.read(name, start, start + len(part)) if part.ndim else files.read(name))
