@@ -171,14 +171,11 @@ def total_steps(resolved: dict[str, Any], prepared: Prepared) -> int:
 
 def export(prepared: Prepared, engine: Engine, path: Path) -> Path:
     """Write the model as a Hugging Face folder, whole or not at all. Every rank takes part."""
-    import torch
-
     from pretrain.checkpoint.atomic import write_folder
     from pretrain.models.export import own_share, save, save_index
 
     world, sharded = engine.world, engine.sharded_export and engine.world.size > 1
-    dtype = getattr(torch, prepared.model.save_dtype) if prepared.model.save_dtype else None
-    own = own_share(engine.whole_weights(), dtype=dtype, world=world, sharded=sharded)
+    own = own_share(engine.whole_weights(), dtype=prepared.model.save_dtype, world=world, sharded=sharded)
     names = world.each(lambda: {name: t.numel() * t.element_size() for name, t in own.items()})
 
     def fill(fresh: Path) -> None:

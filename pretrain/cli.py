@@ -51,6 +51,24 @@ def main(argv: list[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
+def program() -> NoReturn:
+    """`main` as a process of its own. One that was in a process group ends without Python's clean-up: a thread of gloo's
+    may want the interpreter while that is being taken down, which aborts the process in a few of a hundred ends."""
+    try:
+        main()
+    except SystemExit as left:
+        code = left.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        code = 1
+    world = sys.modules.get("pretrain.world")
+    if world is not None and world.group_entered:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code if isinstance(code, int) else 1)
+    sys.exit(code)
+
+
 def _mistake(message: str) -> int:
     notice(f"error: {message}")
     return 2

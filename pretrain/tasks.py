@@ -16,6 +16,7 @@ from pretrain.events import RunFinished
 from pretrain.interrupt import EXIT_CODE, Interrupt
 from pretrain.place import Place
 from pretrain.run_folder import begin, claim
+from pretrain.world import leave
 
 if TYPE_CHECKING:
     from pretrain.progress import Progress
@@ -38,6 +39,7 @@ def pretraining(
             lambda: begin(resolved, overrides, prepared.identity, steps, restarts=place.restarts, claims=claims)
         )
         if start is None:
+            leave()
             return 0
         folder = Path(resolved["output_dir"])
         log_to(folder / "logs" / f"rank-{place.rank}.log")
@@ -55,6 +57,7 @@ def pretraining(
         )
         interrupt.patient = True
         progress = run_logged(trainer)
+    leave()
     return 0 if progress.step >= trainer.total_steps else EXIT_CODE
 
 

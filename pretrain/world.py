@@ -19,6 +19,7 @@ from pretrain.errors import UserError
 from pretrain.place import Place
 
 T = TypeVar("T")
+group_entered = False  # whether this process has ever been in a process group
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +91,13 @@ def enter(place: Place, *, group: bool, timeout_seconds: float = 1800) -> World:
     if group or place.size > 1:
         meeting: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if place.size == 1 else {}
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        global group_entered
+        group_entered = True
         dist.init_process_group(backends, timeout=timedelta(seconds=timeout_seconds), **meeting)
     return World(place.rank, place.size, device, place.local_rank, place.local_size)
 
 
 def leave() -> None:
-    """Leave the process group, if there is one. A process that was in one ends with ``os._exit``: a thread of gloo's may
-    want the interpreter while that is being taken down, which aborts the process."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

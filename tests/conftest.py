@@ -74,6 +74,36 @@ def tiny_model(tmp_path_factory, tokenizer) -> Path:
     return folder
 
 
+SHAPES = {  # without dropout, so that any number of ranks draws the same numbers: none
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 2, "n_positions": 128}
+    | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    "llama": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": False},
+}
+SHAPES["llama-tied"] = SHAPES["llama"] | {"tie_word_embeddings": True}
+
+
+@pytest.fixture(scope="session")
+def exact_model(tmp_path_factory, tokenizer):
+    """``exact_model(shape)``: the folder of a tiny model of that shape whose losses depend on nothing random."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made = {}
+
+    def make(shape: str) -> Path:
+        if shape not in made:
+            torch.manual_seed(0)
+            special = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
+            made[shape] = tmp_path_factory.mktemp(shape)
+            config = AutoConfig.for_model(**SHAPES[shape], **special)
+            AutoModelForCausalLM.from_config(config).save_pretrained(made[shape])
+            tokenizer.save_pretrained(made[shape])
+        return made[shape]
+
+    return make
+
+
 @pytest.fixture
 def base_arguments(tiny_model, corpus, other_corpus):
     """A run of 20 steps that takes about a second once everything is imported."""

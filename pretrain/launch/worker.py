@@ -59,14 +59,11 @@ def _train(job: Job, interrupt: Interrupt, place: Place) -> int:
 
     from pretrain import tasks
     from pretrain.console import quiet_libraries
-    from pretrain.world import leave
 
     quiet_libraries()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
-    code = tasks.pretraining(job.resolved, job.overrides, interrupt, job.setting, place)
-    leave()
-    return code
+    return tasks.pretraining(job.resolved, job.overrides, interrupt, job.setting, place)
 
 
 def _own_stderr(file: Path, *, terminal: bool) -> None:

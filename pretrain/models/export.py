@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
 
 def own_share(
-    weights: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype | None, world: World, sharded: bool
+    weights: Iterable[tuple[str, Tensor]], *, dtype: str | None, world: World, sharded: bool
 ) -> dict[str, Tensor]:
     """The weights that this rank will write, whole, on the host, in ``dtype`` (``None``: their own).
 
     ``sharded``: every rank takes its part of the names, so that none ever holds the model; else rank 0 takes all.
     """
+    target: torch.dtype | None = getattr(torch, dtype) if dtype else None
     own = {}
     for number, (name, tensor) in enumerate(weights):
         if world.rank == (number % world.size if sharded else 0):
-            own[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else None)
+            own[name] = tensor.to("cpu", target if tensor.is_floating_point() else None)
     return own
 
 
@@ -35,14 +36,20 @@ def save(
     model: LanguageModel, own: dict[str, Tensor], tokenizer: Any, folder: Path, *, world: World, sharded: bool
 ) -> None:
     """Write this rank's part of the folder; see ``own_share``."""
-    if sharded and world.size > 1:
+    hf, trained_in = model.hf, model.hf.config.dtype
+    if sharded:
         write(folder / _shard(world.rank, world.size), {n: Piece(t, 0, tuple(t.shape)) for n, t in own.items()})
-        if world.is_main:
-            model.hf.config.architectures = [type(model.hf).__name__.removeprefix("FSDP")]
+        hf.config.architectures = [type(hf).__name__.removeprefix("FSDP")]
     elif world.is_main:
-        model.hf.save_pretrained(str(folder), state_dict=dict(own))  # it empties what it is given
+        hf.save_pretrained(str(folder), state_dict=dict(own))  # it empties what it is given
     if world.is_main:
-        _save_configs(model.hf, next(iter(own.values())).dtype, tokenizer, folder)
+        _adopt_special_tokens(hf, tokenizer)
+        hf.config.use_cache = True  # off only for training
+        hf.config.dtype = next(iter(own.values())).dtype
+        hf.config.save_pretrained(str(folder))
+        hf.generation_config.save_pretrained(str(folder))
+        hf.config.use_cache, hf.config.dtype = False, trained_in
+        tokenizer.save_pretrained(str(folder))
 
 
 def save_index(names: list[dict[str, int]], folder: Path) -> None:
@@ -55,17 +62,6 @@ def save_index(names: list[dict[str, int]], folder: Path) -> None:
 
 def _shard(rank: int, size: int) -> str:
     return f"model-{rank + 1:05d}-of-{size:05d}.safetensors"
-
-
-def _save_configs(hf: Any, dtype: torch.dtype, tokenizer: Any, folder: Path) -> None:
-    trained_in = hf.config.dtype
-    _adopt_special_tokens(hf, tokenizer)
-    hf.config.use_cache = True  # off only for training
-    hf.config.dtype = dtype
-    hf.config.save_pretrained(str(folder))
-    hf.generation_config.save_pretrained(str(folder))
-    hf.config.use_cache, hf.config.dtype = False, trained_in
-    tokenizer.save_pretrained(str(folder))
 
 
 def _adopt_special_tokens(hf: Any, tokenizer: Any) -> None:

@@ -6,32 +6,37 @@ import shutil
 import pytest
 import torch
 
-from pretrain.checkpoint.atomic import MARKER, missing_or_torn, whole_folder
+from pretrain.checkpoint.atomic import MARKER, missing_or_torn, write_folder
 from pretrain.checkpoint.rng import rng_state, seed_everything, set_rng_state
-from pretrain.checkpoint.store import SaveError, Store, load
+from pretrain.checkpoint.store import Store, load
 from pretrain.errors import UserError
+from pretrain.tensors import Piece
+from pretrain.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def state(seed: int) -> dict:
     generator = torch.Generator().manual_seed(seed)
     weights = {"w": torch.randn(5, 3, generator=generator), "b": torch.randn(3, generator=generator).bfloat16()}
     moments = {"w/exp_avg": torch.randn(5, 3, generator=generator), "w/step": torch.tensor(float(seed))}
+    pieces = [{name: Piece(t, 0, tuple(t.shape)) for name, t in named.items()} for named in (weights, moments)]
     return {
-        "engine": {"model": weights, "optimizer": moments, "scaler": {"scale": 2.0}},
+        "engine": {"model": pieces[0], "optimizer": pieces[1], "scaler": {"scale": 2.0}},
         "loader": {"samples": seed},
         "progress": {"step": seed, "samples": seed, "tokens": 7, "baseline": {"d": 1.5}},
-        "rng": rng_state(),
+        "rng": [rng_state()],
     }
 
 
 def test_reads_back_bit_for_bit(tmp_path):
     saved = state(3)
-    loaded = load(Store(tmp_path).save(3, saved, "seed: 0\n"))
+    loaded = load(Store(tmp_path).save(3, saved, "seed: 0\n", world=ALONE))
     for part in ("model", "optimizer"):
         assert loaded["engine"][part].keys() == saved["engine"][part].keys()
-        for name, tensor in saved["engine"][part].items():
-            assert loaded["engine"][part][name].dtype == tensor.dtype
-            assert torch.equal(loaded["engine"][part][name], tensor)
+        for name, piece in saved["engine"][part].items():
+            assert loaded["engine"][part].read(name).dtype == piece.tensor.dtype
+            assert torch.equal(loaded["engine"][part].read(name), piece.tensor)
     assert {k: v for k, v in loaded.items() if k != "engine"} == {k: v for k, v in saved.items() if k != "engine"}
     assert loaded["engine"]["scaler"] == {"scale": 2.0}
 
@@ -39,7 +44,7 @@ def test_reads_back_bit_for_bit(tmp_path):
 def test_newest_passes_over_what_is_torn_and_says_why(tmp_path, capsys):
     store = Store(tmp_path)
     for step in (1, 2, 3, 4):
-        store.save(step, state(step), "")
+        store.save(step, state(step), "", world=ALONE)
     (tmp_path / "step-00000004" / MARKER).unlink()
     weights = tmp_path / "step-00000003" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -54,7 +59,7 @@ def test_newest_passes_over_what_is_torn_and_says_why(tmp_path, capsys):
 
 @pytest.mark.parametrize("damage", ["{", '{"format": 99, "sizes": {}}'])
 def test_a_marker_that_makes_no_sense_is_no_marker(tmp_path, damage):
-    path = Store(tmp_path).save(1, state(1), "")
+    path = Store(tmp_path).save(1, state(1), "", world=ALONE)
     (path / MARKER).write_text(damage)
     assert missing_or_torn(path) is not None
 
@@ -62,35 +67,39 @@ def test_a_marker_that_makes_no_sense_is_no_marker(tmp_path, damage):
 def test_keep_last_counts_whole_ones_only(tmp_path):
     store = Store(tmp_path, keep_last=2)
     for step in (1, 2, 3):
-        store.save(step, state(step), "")
+        store.save(step, state(step), "", world=ALONE)
     assert store.steps() == [2, 3]
     (tmp_path / "step-00000003" / MARKER).unlink()
-    store.save(4, state(4), "")
+    store.save(4, state(4), "", world=ALONE)
     assert store.steps() == [2, 3, 4], "2 and 4 are the two whole ones; 3 is not ours to delete"
 
 
 def test_an_error_while_writing_leaves_the_older_folder(tmp_path):
     target = tmp_path / "model"
-    with whole_folder(target) as fresh:
-        (fresh / "a").write_text("old")
-    with pytest.raises(RuntimeError), whole_folder(target) as fresh:
+    write_folder(target, lambda fresh: (fresh / "a").write_text("old"), world=ALONE, hint=str)
+
+    def fail(fresh):
         (fresh / "a").write_text("new")
         raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_folder(target, fail, world=ALONE, hint=str)
     assert (target / "a").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert sorted(p.name for p in target.iterdir()) == [MARKER, "a"]
 
 
 def test_a_place_that_cannot_be_written_names_the_last_good_one(tmp_path):
     store = Store(tmp_path / "checkpoints")
-    good = store.save(1, state(1), "")
+    good = store.save(1, state(1), "", world=ALONE)
     (tmp_path / "checkpoints" / "step-00000002.partial").write_text("a file where the folder has to be")
-    with pytest.raises(SaveError, match=f"the last good one is {good}"):
-        store.save(2, state(2), "")
+    with pytest.raises(UserError, match=f"the last good one is {good}"):
+        store.save(2, state(2), "", world=ALONE)
     assert store.newest() == good
 
 
 def test_json_state_has_no_code_in_it(tmp_path):
-    path = Store(tmp_path).save(1, state(1), "")
+    path = Store(tmp_path).save(1, state(1), "", world=ALONE)
     assert {p.suffix for p in path.iterdir()} == {".json", ".safetensors", ".yaml"}
     assert json.loads((path / "state.json").read_text())["progress"]["baseline"] == {"d": 1.5}
 
@@ -114,6 +123,6 @@ def test_rng_goes_on_with_the_next_number():
 
 def test_half_written_folders_are_no_checkpoints(tmp_path):
     store = Store(tmp_path)
-    path = store.save(1, state(1), "")
+    path = store.save(1, state(1), "", world=ALONE)
     shutil.copytree(path, tmp_path / "step-00000002.partial")
     assert store.steps() == [1]

@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pretrain.errors import UserError
+from pretrain.models import export
 from pretrain.models.bpe import END_OF_TEXT, train_bpe
 from pretrain.models.causal_lm import CausalLM, Pretrained, Scratch
 from pretrain.models.generate import generate
+from pretrain.models.language_model import LanguageModel
+from pretrain.world import World
 
 CPU = torch.device("cpu")
 TEXTS = [
@@ -40,12 +43,18 @@ def build(spec: Pretrained | Scratch, dtype: torch.dtype = torch.float32, seed: 
     return spec.build(param_dtype=dtype, device=CPU, seed=seed)
 
 
+def save(spec: Pretrained | Scratch, model: LanguageModel, folder: Path) -> None:
+    alone = World(0, 1, CPU)
+    own = export.own_share(model.hf_state().items(), dtype=spec.save_dtype, world=alone, sharded=False)
+    export.save(model, own, spec.tokenizer(lambda: iter(TEXTS)), folder, world=alone, sharded=False)
+
+
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder made by the code under test."""
     folder = tmp_path_factory.mktemp("model")
     SCRATCH.check(64)
-    SCRATCH.save(build(SCRATCH), SCRATCH.tokenizer(lambda: iter(TEXTS)), folder)
+    save(SCRATCH, build(SCRATCH), folder)
     return folder
 
 
@@ -71,7 +80,7 @@ def test_round_trip(whole: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(whole)
     assert tokenizer.eos_token == END_OF_TEXT
     assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == tokenizer.eos_token_id == 0
-    spec.save(ours, spec.tokenizer(None), tmp_path)
+    save(spec, ours, tmp_path)
     again = Pretrained(name_or_path=str(tmp_path))
     assert again.identity().split(" ")[1] == spec.identity().split(" ")[1]
 
@@ -88,7 +97,7 @@ def test_types_of_weights(whole: Path, tmp_path: Path, saved: Any, trained: torc
     spec = Pretrained(name_or_path=str(whole), save_dtype=saved)
     model = build(spec, trained)
     assert {p.dtype for p in model.parameters()} == {trained}
-    spec.save(model, spec.tokenizer(None), tmp_path)
+    save(spec, model, tmp_path)
     assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {kept}
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == kept
     assert {p.dtype for p in model.parameters()} == {trained}
@@ -97,7 +106,7 @@ def test_types_of_weights(whole: Path, tmp_path: Path, saved: Any, trained: torc
 
 def test_bf16_weights_are_trained_in_fp32_where_asked(whole: Path, tmp_path: Path) -> None:
     half = Pretrained(name_or_path=str(whole), save_dtype="bfloat16")
-    half.save(build(half), half.tokenizer(None), tmp_path)
+    save(half, build(half), tmp_path)
     assert {p.dtype for p in build(Pretrained(name_or_path=str(tmp_path))).parameters()} == {torch.float32}
 
 
@@ -197,10 +206,10 @@ def test_identity_follows_the_weights(model: Path) -> None:
 def test_scratch_is_a_function_of_the_seed_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one = build(SCRATCH, seed=1).hf_state_dict()
+    one = build(SCRATCH, seed=1).hf_state()
     assert torch.equal(before, torch.get_rng_state())
     torch.rand(3)
-    same, other = build(SCRATCH, seed=1).hf_state_dict(), build(SCRATCH, seed=2).hf_state_dict()
+    same, other = build(SCRATCH, seed=1).hf_state(), build(SCRATCH, seed=2).hf_state()
     assert all(torch.equal(one[n], same[n]) for n in one)
     assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
 

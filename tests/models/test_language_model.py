@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from pretrain.batch import IGNORE
 from pretrain.errors import UserError
 from pretrain.models.language_model import LanguageModel, by_mask, by_positions, has_plain_head
+from pretrain.tensors import Piece, TensorFiles, write
 
 
 def batch(rows: int = 2, length: int = 24, vocabulary: int = 97) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,27 +213,34 @@ def test_soft_cap_is_seen_while_logits_are_small() -> None:
     assert hf.training
 
 
-def test_state_has_hugging_face_names_and_ties_once() -> None:
+def test_state_has_hugging_face_names_and_ties_once(tmp_path: Path) -> None:
     hf = tiny("llama-tied-biased")
     model = LanguageModel(hf, compile=True)
-    state = model.hf_state_dict()
+    state = model.hf_state()
     assert state.keys() == {name for name, _ in model.hf_named_parameters()}
     assert "lm_head.weight" not in state
     assert all(not name.startswith(("hf.", "_orig_mod.")) for name in state)
     other = LanguageModel(tiny("llama-tied-biased", seed=1))
     ids, labels = batch()
     assert other(ids, labels).item() != model.eval()(ids, labels).item()
-    other.load_hf_state_dict(state)
+    other.load(written(state, tmp_path))
     assert other(ids, labels).item() == model(ids, labels).item()
     assert other.hf.lm_head.weight is other.hf.model.embed_tokens.weight
 
 
-def test_state_that_does_not_fit_is_refused() -> None:
+def written(state: dict[str, torch.Tensor], folder: Path) -> TensorFiles:
+    write(folder / "model.safetensors", {n: Piece(t.detach(), 0, tuple(t.shape)) for n, t in state.items()})
+    return TensorFiles([folder / "model.safetensors"])
+
+
+def test_state_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     model = LanguageModel(tiny("llama"))
-    state = model.hf_state_dict()
-    state.pop("lm_head.weight")
+    state = model.hf_state()
+    head = state.pop("lm_head.weight")
     with pytest.raises(RuntimeError, match=r"lm_head\.weight"):
-        model.load_hf_state_dict(state)
+        model.load(written(state, tmp_path))
+    with pytest.raises(RuntimeError, match=r"lm_head\.weight: shape \(96, 32\), the model has \(97, 32\)"):
+        model.load(written(state | {"lm_head.weight": head[:96]}, tmp_path))
 
 
 @pytest.mark.parametrize(("precision", "packed"), [("fp32", True), ("bf16", False)])

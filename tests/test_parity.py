@@ -1,0 +1,120 @@
+"""Every strategy equals one process: losses, gradient norms, scores and weights, at the same global batch of 8.
+
+A strategy YAML is picked up by its name alone.
+"""
+
+import pytest
+from safetensors.torch import load_file
+
+from pretrain.config import conf_dir
+from pretrain.telemetry.jsonl import read_records
+
+STRATEGIES = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
+VARIANTS = [
+    ["strategy=ddp", "strategy.gradient_as_bucket_view=false"],
+    ["strategy=ddp", "strategy.find_unused_parameters=true"],
+    ["strategy=fsdp", "strategy.sharding_strategy=SHARD_GRAD_OP"],
+    ["strategy=fsdp", "strategy.sharding_strategy=NO_SHARD"],
+    ["strategy=fsdp", "strategy.accumulate_unsharded=true"],
+    ["strategy=fsdp", "strategy.cpu_offload=true"],
+    ["strategy=fsdp", "strategy.auto_wrap_policy=LlamaMLP", "strategy.state_dict_type=sharded"],
+    ["strategy=fsdp", "model.gradient_checkpointing=true"],
+    ["strategy=ddp", "model.gradient_checkpointing=true"],
+]
+
+
+def arguments(base_arguments, model, out):
+    common = [*base_arguments, f"model_name={model}", f"output_dir={out}", "max_steps=10", "evaluate_every=5"]
+    common += ["dataset.document_mask=true", "grad_clip=0.5", "warmup_proportion=0.3", "gradient_accumulation_steps=2"]
+    return [*common, "save_every=null", "resume=never", "sink=jsonl"]
+
+
+
+@pytest.fixture(scope="module")
+def references():
+    return {}
+
+
+@pytest.fixture
+def reference(references, base_arguments, exact_model, command, tmp_path_factory):
+    """``reference(shape, precision)``: the folder of the run in one process."""
+
+    def run(shape, precision="32-true"):
+        key = (shape, precision)
+        if key not in references:
+            out = tmp_path_factory.mktemp("reference")
+            given = arguments(base_arguments, exact_model(shape), out)
+            code, _, err = command([*given, "strategy=single", "batch_size=4", f"precision={precision}"])
+            assert code == 0, err
+            references[key] = out
+        return references[key]
+
+    return run
+
+
+def assert_equal_runs(run, reference, *, loss, norm, weights):
+    """Absolute bounds for losses and weights, a relative one for gradient norms."""
+    ours, theirs = (read_records(folder / "metrics.jsonl") for folder in (run, reference))
+    assert [(r["event"], r["step"]) for r in ours] == [(r["event"], r["step"]) for r in theirs]
+    clipped = 0
+    for a, b in zip(ours, theirs, strict=True):
+        if a["event"] == "train":
+            assert a["loss"] == pytest.approx(b["loss"], abs=loss)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=norm)
+            assert (a["lr"], a["tokens"], a["epoch"]) == (b["lr"], b["tokens"], b["epoch"])
+            clipped += b["grad_norm"] > 0.5
+        if a["event"] == "evaluation":
+            assert a["loss"] == pytest.approx(b["loss"], abs=loss)
+            assert a["tokens"] == b["tokens"]
+    assert clipped > 2, "the clipping must have something to do"
+    a, b = (whole_model(folder / "model") for folder in (run, reference))
+    assert a.keys() == b.keys()
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < weights
+
+
+def whole_model(folder):
+    """All weights of a Hugging Face folder, in one file or several."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+FP32 = {"loss": 1e-5, "norm": 1e-5, "weights": 2e-5}
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "llama-tied"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_equal_one(strategy, shape, reference, base_arguments, exact_model, command, tmp_path):
+    split = ["devices=1", "batch_size=4"] if strategy == "single" else ["devices=2", "batch_size=2"]
+    given = arguments(base_arguments, exact_model(shape), tmp_path)
+    code, _, err = command([*given, f"strategy={strategy}", *split])
+    assert code == 0, err
+    assert_equal_runs(tmp_path, reference(shape), **FP32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
+def test_options_change_nothing(variant, reference, base_arguments, exact_model, command, tmp_path):
+    given = arguments(base_arguments, exact_model("llama-tied"), tmp_path)
+    code, _, err = command([*given, *variant, "devices=2", "batch_size=2"])
+    assert code == 0, err
+    assert_equal_runs(tmp_path, reference("llama-tied"), **FP32)
+
+
+@pytest.mark.parametrize("replicas", ["null", "1"])
+def test_four_processes_in_copies_of_shards(replicas, reference, base_arguments, exact_model, command, tmp_path):
+    hybrid = ["strategy=fsdp", "strategy.sharding_strategy=HYBRID_SHARD", f"strategy.replicas={replicas}"]
+    given = arguments(base_arguments, exact_model("llama-tied"), tmp_path)
+    code, _, err = command([*given, *hybrid, "devices=4", "batch_size=1"])
+    assert code == 0, err
+    assert_equal_runs(tmp_path, reference("llama-tied"), **FP32)
+
+
+# bf16 has 8 significant bits: the bounds are what its rounding does to a loss of 5.7 and to gradients.
+BF16 = {"loss": 2e-2, "norm": 5e-2, "weights": 1e-2}
+
+
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s not in ("single", "dp")])
+def test_bf16_agrees_within_its_rounding(strategy, reference, base_arguments, exact_model, command, tmp_path):
+    given = arguments(base_arguments, exact_model("llama-tied"), tmp_path)
+    code, _, err = command([*given, f"strategy={strategy}", "devices=2", "batch_size=2", "precision=bf16-mixed"])
+    assert code == 0, err
+    assert_equal_runs(tmp_path, reference("llama-tied", "bf16-mixed"), **BF16)
