@@ -1,0 +1,161 @@
+"""DeepSpeed's ZeRO: gradients, moments and weights in shards, by stage. Schedule, accumulation and checkpoints stay ours.
+
+Stage 0 shards nothing and is DDP by another library. From stage 1 on, 16-bit precisions keep the whole module in 16
+bits, with fp32 weights in the optimizer's shards: DeepSpeed's own mixed precision takes the place of autocast.
+Source: https://www.deepspeed.ai/docs/config-json/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+from pretrain.errors import UserError
+from pretrain.strategy.base import Setting, Strategy
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from pretrain.engine import Engine
+    from pretrain.models.blueprint import Blueprint
+    from pretrain.models.language_model import LanguageModel
+    from pretrain.world import World
+
+OWNERS = {  # what decides a key of DeepSpeed's config in this program
+    "train_batch_size": "batch_size, gradient_accumulation_steps and the number of processes",
+    "train_micro_batch_size_per_gpu": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "grad_clip",
+    "optimizer": "the optimizer group",
+    "scheduler": "the scheduler group",
+    "zero_optimization.stage": "strategy.zero_stage",
+    "zero_optimization.offload_optimizer.device": "strategy.offload_optimizer",
+    "zero_optimization.offload_param.device": "strategy.offload_parameters",
+    "bf16.enabled": "precision",
+    "fp16.enabled": "precision",
+    "bfloat16": "precision",
+    "torch_autocast": "precision",
+}
+
+
+@dataclass(frozen=True)
+class Deepspeed(Strategy):
+    """``zero_stage``: what lies in shards: 0 nothing, 1 moments and fp32 weights, 2 gradients too, 3 all weights.
+    ``offload_optimizer``: moments, fp32 weights and the update on the host. ``offload_parameters``: at stage 3, shards
+    of the weights on the host. ``config``: further keys of DeepSpeed's own config. ``state_dict_type``: the final model
+    is written by rank 0 (full), or in as many files as there are ranks (sharded).
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+    state_dict_type: Literal["full", "sharded"] = "full"
+
+    def check(self, setting: Setting) -> None:
+        if find_spec("deepspeed") is None:
+            raise UserError("strategy=deepspeed needs the package deepspeed: pip install 'pretrain[deepspeed]'")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise UserError("strategy.offload_optimizer=true with strategy.zero_stage=0: only stages 1, 2 and 3 can")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise UserError(
+                f"strategy.offload_parameters=true with strategy.zero_stage={self.zero_stage}: only stage 3 can"
+            )
+        precision = setting.precision
+        if precision.weights != "float32":
+            raise UserError(
+                f"strategy=deepspeed with precision={precision.name}: ZeRO updates fp32 weights; use bf16-mixed"
+            )
+        if precision.compute == "float16" and setting.device_type == "cpu" and self.zero_stage > 0:
+            raise UserError(
+                f"strategy.zero_stage={self.zero_stage} with precision={precision.name}: ZeRO has no fp16 on a CPU; "
+                "use bf16-mixed or 32-true"
+            )
+        self.ds_config(setting)
+
+    def ds_config(self, setting: Setting) -> dict[str, Any]:
+        """DeepSpeed's config: what the run decides, what ``config`` adds, defaults for what both leave open.
+
+        Raises ``UserError`` where ``config`` says otherwise than the run.
+        """
+        zero: dict[str, Any] = {"stage": self.zero_stage}
+        for name, wanted in (("optimizer", self.offload_optimizer), ("param", self.offload_parameters)):
+            zero[f"offload_{name}"] = {"device": "cpu" if wanted else "none"}
+        sharded = self.zero_stage > 0
+        decided = {
+            "train_batch_size": setting.batch_size * setting.accumulation * setting.workers,
+            "train_micro_batch_size_per_gpu": setting.batch_size,
+            "gradient_accumulation_steps": setting.accumulation,
+            "gradient_clipping": (setting.grad_clip or 0.0) if sharded else 0.0,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the host too, and needs no compiler
+            "bf16": {"enabled": sharded and setting.precision.compute == "bfloat16"},
+            "fp16": {"enabled": sharded and setting.precision.compute == "float16"},
+        }
+        pinned = {"pin_memory": setting.device_type == "cuda"}
+        defaults = {
+            "zero_optimization": {"offload_optimizer": pinned, "offload_param": pinned},
+            "communication_data_type": "fp32",  # gradients are summed over ranks and micro-batches in fp32
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "fp16": {"loss_scale_window": 2000, "hysteresis": 1},  # as torch's GradScaler
+        }
+        return overlaid(defaults, agreed(decided, self.config))
+
+    def setup(
+        self,
+        model: Blueprint,
+        optimizer: Callable[[LanguageModel], Optimizer],
+        *,
+        setting: Setting,
+        world: World,
+    ) -> Engine:
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+        if world.device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        from pretrain.strategy.deepspeed_engine import DeepspeedEngine, ReplicatedEngine
+
+        engine = DeepspeedEngine if self.zero_stage > 0 else ReplicatedEngine
+        return engine.build(
+            model,
+            optimizer,
+            config=self.ds_config(setting),
+            precision=setting.precision,
+            world=world,
+            sharded_export=self.state_dict_type == "sharded",
+        )
+
+
+def agreed(decided: Mapping[str, Any], given: Mapping[str, Any], path: str = "strategy.config.") -> dict[str, Any]:
+    """``decided`` and what ``given`` adds to it; "auto" stands for what the run decides.
+
+    Raises ``UserError`` where ``given`` has another value than the run.
+    """
+    result = dict(decided)
+    for key, value in given.items():
+        name, ours = f"{path}{key}", decided.get(key, value)
+        owner = OWNERS.get(name.removeprefix("strategy.config."))
+        if value == "auto":
+            continue
+        if isinstance(ours, Mapping) and isinstance(value, Mapping) and owner is None:
+            result[key] = agreed(decided.get(key, {}), value, f"{name}.")
+        elif owner is not None and key not in decided:
+            raise UserError(f"{name}: this program has {owner} for that")
+        elif ours != value:
+            raise UserError(f"{name}={json.dumps(value)}: the run sets it to {json.dumps(ours)} ({owner or 'always'})")
+        else:
+            result[key] = value
+    return result
+
+
+def overlaid(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with everything of ``top`` on it, mappings merged."""
+    merged = {
+        key: overlaid(base[key], value) if isinstance(value, Mapping) and isinstance(base.get(key), Mapping) else value
+        for key, value in top.items()
+    }
+    return {**base, **merged}
