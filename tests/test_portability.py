@@ -1,6 +1,9 @@
 """One checkpoint format for all: a run handed from strategy to strategy and from world size to world size goes on as if
 nothing had happened, and ends where the run in one process ends."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -43,6 +46,11 @@ def split(processes):
     return [f"devices={processes}", f"batch_size={4 // processes}", "gradient_accumulation_steps=2"]
 
 
+def in_a_process(arguments):
+    done = subprocess.run([sys.executable, "-m", "pretrain", *arguments], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("shape", ["llama-tied", "gpt2"])
 @pytest.mark.parametrize("name", LEGS)
 def test_a_run_handed_on(name, shape, base_arguments, exact_model, command, tmp_path):
@@ -54,7 +62,9 @@ def test_a_run_handed_on(name, shape, base_arguments, exact_model, command, tmp_
     assert code == 0, err
     for leg, (strategy, processes) in enumerate(legs, start=1):
         handed = [*common, f"output_dir={tmp_path / 'handed'}", *strategy, *split(processes)]
-        code, _, err = command([*handed, f"max_steps={2 * leg}"])
+        # A process that has been in a group of its own is not used again: DeepSpeed remembers its groups.
+        start = in_a_process if processes == 1 else command
+        code, _, err = start([*handed, f"max_steps={2 * leg}"])
         assert code == 0, f"{strategy} × {processes}: {err}"
 
     alone, handed = (train_records(tmp_path / run) for run in ("alone", "handed"))

@@ -30,6 +30,7 @@ from pretrain.errors import UserError
 # works alone (6 % of the CPU time in a profile of 11 MB). Where workers begin to pay is an estimate from that and from a start of
 # about 0.7 s, not a measurement: some 50 MB on 8 cores.
 WORKERS_FROM_BYTES = 64 << 20
+UNNOTICED_SECONDS = 2.0  # ranks that look into a full cache at once wait for each other this little
 YOUNG_SECONDS = 0.05  # a file changed this shortly before it was read could change again under the same time stamp
 
 
@@ -146,7 +147,7 @@ def _alone(path: Path, name: str) -> Iterator[None]:
     make_folder(path.parent)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=UNNOTICED_SECONDS)
     except Timeout:
         notice(f"dataset {name!r}: another run is filling the token cache; waiting for it")
         lock.acquire()

@@ -96,7 +96,7 @@ def _run_agent(job: Job, interrupt: Interrupt, workers: int, policy: Policy) -> 
 
     from pretrain.launch.elastic import Agent
 
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn", "torchelastic-events-null"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what happened is said by us, once
     alone = policy.nodes == 1
     meeting = RendezvousParameters(
@@ -117,5 +117,6 @@ def _run_agent(job: Job, interrupt: Interrupt, workers: int, policy: Policy) -> 
         max_restarts=policy.max_restarts,
         monitor_interval=0.05,
     )
-    agent = Agent(spec, logs_specs=DefaultLogsSpecs(log_dir=f"{job.reports}/elastic"), reports=Path(job.reports))
+    logs = DefaultLogsSpecs(log_dir=f"{job.reports}/elastic")
+    agent = Agent(spec, logs_specs=logs, start_method="forkserver", reports=Path(job.reports))
     return agent.outcome(interrupt, Path(job.resolved["output_dir"]))

@@ -24,7 +24,6 @@ from pretrain.launch.report import Report, read_reports
 from pretrain.telemetry.run_file import mark_failed
 
 REPORT_SECONDS = 1.0  # how long the others get to say why they end, after one has left
-LEAVING_SECONDS = 30.0  # how long a stop may take the others once one has left: they are in a collective without it
 
 
 class Agent(LocalElasticAgent):
@@ -121,6 +120,6 @@ class Agent(LocalElasticAgent):
             except ProcessLookupError:
                 continue
         if again:
-            os._exit(128 + number)
+            raise SystemExit(128 + number)
         self.stop = name
         notice(f"{name}: finishing this step, then saving; Ctrl-C again leaves at once")
