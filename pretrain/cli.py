@@ -6,6 +6,7 @@ A plain run is composed with Hydra's compose API; sweeps and Hydra's own flags (
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -79,6 +80,8 @@ def _dispatch(arguments: list[str]) -> int:
         print(help_text(arguments))
         return 0
     arguments = _with_flat_file(arguments)
+    if any(a.startswith("hydra/launcher=") for a in arguments) and not any(a.startswith("-") for a in arguments):
+        arguments = ["-m", *arguments]  # launchers are for sweeps; one run is a sweep of one job
     if any(a.startswith("-") for a in arguments):
         return _hydra_main(arguments)
     overrides = [_forced(a) for a in arguments]
@@ -115,7 +118,11 @@ def _forced(override: str) -> str:
 
 def _hydra_main(arguments: list[str]) -> int:
     """Sweeps and Hydra's own flags."""
+    from pretrain.launch import slurm
+
     codes: list[int] = []
+    slurm.register(codes)  # the launcher's jobs put their exit codes there too
+    logging.getLogger("pretrain").propagate = False  # notices are on stderr already; Hydra would say them again
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     def job(config: DictConfig) -> None:
@@ -142,10 +149,9 @@ def _hydra_main(arguments: list[str]) -> int:
 
 def _fresh_process(overrides: list[str], output_dir: Path) -> int:
     """One job of a sweep, in its own folder. A fresh process: no state of an earlier job can leak into it."""
-    own_folder = (
-        [] if any(o.lstrip("+").startswith("output_dir=") for o in overrides) else [f"output_dir='{output_dir}'"]
-    )
-    process = subprocess.Popen([sys.executable, "-m", "pretrain", *overrides, *own_folder])
+    from pretrain.launch.slurm import command_line
+
+    process = subprocess.Popen(command_line(overrides, output_dir))
     # The job decides when to stop. A terminal sends it Ctrl-C by itself; the other signals are passed on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
+from omegaconf import OmegaConf
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from pretrain.errors import UserError, did_you_mean
@@ -152,13 +153,21 @@ def check_node(path: str, node: dict[str, Any]) -> None:
             continue
         if key not in parameters or key in RUNTIME_ARGUMENTS:
             allowed = set(parameters) - RUNTIME_ARGUMENTS
-            raise UserError(f"{path}: {target.__name__} has no {key!r}{did_you_mean(key, allowed)}")
+            raise UserError(f"{path}: {target.__name__} has no {key!r}{_owner(path, key) or did_you_mean(key, allowed)}")
         if key in hints:
             check_value(f"{path}.{key}", value, hints[key])
     if not node.get("_partial_"):
         for key, parameter in parameters.items():
             if parameter.default is inspect.Parameter.empty and key not in node:
                 raise UserError(f"{path}.{key} is missing: {target.__name__} needs it")
+
+
+def _owner(group: str, key: str) -> str | None:
+    """Which other choice of a group has this key."""
+    for file in sorted((conf_dir() / group).glob("*.yaml")):
+        if key in OmegaConf.load(file):
+            return f"; it is a key of {group}={file.stem}"
+    return None
 
 
 def check_value(key: str, value: Any, hint: Any) -> None:

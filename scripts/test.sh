@@ -9,4 +9,4 @@ ruff format --check .
 mypy
 lint-imports
 # One process a core, each computing on one thread.
-OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false pytest -n "$(python -c 'import os; print(min(8, os.cpu_count() or 1))')" "$@"
+OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false pytest --dist loadgroup -n "$(python -c 'import os; print(min(8, os.cpu_count() or 1))')" "$@"

@@ -18,8 +18,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def commands():
     for page in PAGES:
-        for block in re.findall(r"^```(?:bash)?\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
-            for line in block.splitlines():
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            for line in block.splitlines() if language in ("", "bash") else ():
                 if line.startswith("python -m pretrain"):
                     words = shlex.split(line, comments=True)[3:]
                     yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:120])
@@ -63,7 +63,9 @@ def test_command(words, place, command, spawn, monkeypatch, tiny_model):
         assert code == 2
         assert "owner/name" in err
         return
-    if "-m" in words:
+    if "hydra/launcher=slurm" in words:  # in processes of this machine
+        small += ["hydra.launcher.cluster=local", "hydra.launcher.nodes=1", "hydra.launcher.gpus_per_node=0"]
+    if "-m" in words or "hydra/launcher=slurm" in words:
         process = spawn([*words, *small])
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 0, out

@@ -15,7 +15,11 @@ def losses(run) -> list[float]:
 
 
 @pytest.fixture
-def view(base_arguments, command, tmp_path):
+def view(base_arguments):
+    return view_of(base_arguments)
+
+
+def view_of(base_arguments):
     """The training documents of `base_arguments`, through the store that the run itself uses."""
     import hydra
 

@@ -1,0 +1,274 @@
+"""`hydra/launcher=slurm`: every job of a sweep becomes a SLURM job that survives preemption and its time limit.
+
+submitit writes the sbatch script, catches SLURM's warning signal and queues the job again. The job itself is the same
+command line in a fresh process, so whatever stops and continues a run in a terminal does so here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_type_hints
+
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from pretrain.config import check_value
+from pretrain.console import notice
+from pretrain.errors import UserError
+from pretrain.interrupt import EXIT_CODE
+
+if TYPE_CHECKING:
+    import submitit
+
+QUEUE_SECONDS = 30
+
+
+def register(codes: list[int]) -> None:
+    """Make the launcher known to Hydra, which drops what launchers return: exit codes are appended to ``codes``.
+
+    Hydra looks a launcher up by its name and takes names in the package ``hydra_plugins`` only.
+    """
+    launcher = cast(type[Launcher], partial(SlurmLauncher, codes))
+    Plugins.instance().class_name_to_class["hydra_plugins.pretrain.SlurmLauncher"] = launcher
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keys of conf/hydra/launcher/slurm.yaml, which says what each is for."""
+
+    cluster: Literal["slurm", "local"]
+    name: str
+    nodes: PositiveInt
+    gpus_per_node: NonNegativeInt | None
+    cpus_per_task: PositiveInt | None
+    mem_gb: PositiveInt | PositiveFloat | None
+    timeout_min: PositiveInt
+    signal_seconds: NonNegativeInt
+    max_requeues: NonNegativeInt
+    partition: str | None
+    account: str | None
+    qos: str | None
+    array_parallelism: PositiveInt
+    setup: list[str]
+    additional_parameters: dict[str, Any]
+    folder: str
+
+    def check(self) -> None:
+        for key, hint in get_type_hints(Options, include_extras=True).items():
+            check_value(f"hydra.launcher.{key}", getattr(self, key), hint)
+        if self.cluster == "local" and self.nodes > 1:
+            raise UserError(f"hydra.launcher.nodes={self.nodes}: cluster=local is one node, this machine")
+
+    def for_submitit(self) -> dict[str, Any]:
+        srun = ["--kill-on-bad-exit=1"]  # a node that failed ends the others
+        if self.cpus_per_task:  # since 22.05 srun does not take it over from sbatch
+            srun.append(f"--cpus-per-task={self.cpus_per_task}")
+        same = ("name", "nodes", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min")
+        return {
+            **{key: getattr(self, key) for key in same},
+            "tasks_per_node": 1,
+            "stderr_to_stdout": True,
+            "slurm_partition": self.partition,
+            "slurm_account": self.account,
+            "slurm_qos": self.qos,
+            "slurm_signal_delay_s": self.signal_seconds,
+            "slurm_array_parallelism": self.array_parallelism,
+            "slurm_additional_parameters": {"requeue": True, **self.additional_parameters},
+            "slurm_srun_args": srun,
+            f"{self.cluster}_setup": self.setup or None,
+        }
+
+
+class SlurmLauncher(Launcher):
+    def __init__(self, codes: list[int], **options: Any) -> None:
+        self.codes = codes
+        self.options = Options(**options)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra. ``task_function`` stays unused: what the jobs run are command lines."""
+        self.options.check()
+        self.hydra_context = hydra_context
+        self.config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Submit the jobs, wait for them, return their exit codes; a job that fails stops no other."""
+        callables = {}
+        for number, overrides in enumerate(job_overrides, initial_job_idx):
+            config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(config):
+                config.hydra.job.id = config.hydra.job.num = number
+            name = str(config.hydra.sweep.subdir)
+            command = command_line(list(config.hydra.overrides.task), Path(config.hydra.sweep.dir) / name)
+            callables[name] = Job(command, Path.cwd())
+        jobs = self._submit(callables)
+        try:
+            codes = self._wait(jobs)
+        except KeyboardInterrupt:
+            if self.options.cluster == "slurm":
+                ids = " ".join(job.job_id for job in jobs.values())
+                notice(f"no longer waiting; the jobs go on. To cancel them: scancel {ids}")
+            sys.exit(EXIT_CODE)
+        self.codes.extend(codes.values())
+        return [JobReturn(status=JobStatus.COMPLETED, _return_value=codes[name]) for name in callables]
+
+    def _submit(self, callables: dict[str, Job]) -> dict[str, submitit.Job[int]]:
+        """Raises ``UserError`` where there is no SLURM, or where it refuses the jobs."""
+        try:
+            import submitit
+        except ImportError:
+            raise UserError("hydra/launcher=slurm needs submitit: pip install 'pretrain[slurm]'") from None
+        cluster, requeues = self.options.cluster, self.options.max_requeues
+        if cluster == "slurm" and shutil.which("srun") is None:
+            raise UserError("hydra/launcher=slurm: no srun on this machine; hydra.launcher.cluster=local does without")
+        executor = submitit.AutoExecutor(self.options.folder, cluster, **{f"{cluster}_max_num_timeout": requeues})
+        try:
+            executor.update_parameters(**self.options.for_submitit())
+            with executor.batch():
+                jobs = {name: executor.submit(job) for name, job in callables.items()}
+        except submitit.core.utils.FailedJobError:  # submitit has passed on what sbatch said
+            raise UserError(
+                "sbatch did not take the jobs, for the reason above; hydra.launcher.* are its options"
+            ) from None
+        ids = " ".join(job.job_id for job in jobs.values())
+        leaving = "; Ctrl-C only ends this waiting" if cluster == "slurm" else ""
+        notice(f"submitted {ids}; logs in {self.options.folder}{leaving}")
+        return jobs
+
+    def _wait(self, jobs: dict[str, submitit.Job[int]]) -> dict[str, int]:
+        """Exit codes by the jobs' names; says a line when one is over.
+
+        A job is over when it has left a result, or when the queue has twice not shown it any more; the second look
+        gives a shared file system the time to show the result.
+        """
+        codes: dict[str, int] = {}
+        live = before = {job.job_id for job in jobs.values()}
+        for second in itertools.count():
+            if second % QUEUE_SECONDS == 0:
+                live, before = self._live(jobs.values()), live
+            for name, job in jobs.items():
+                code = None if name in codes else _result(job, live=job.job_id in live | before)
+                if code is not None:
+                    codes[name] = code
+                    notice(f"job {job.job_id} ({name}): {_how(code, job.task(0).paths.stdout)}")
+            if len(codes) == len(jobs):
+                break
+            time.sleep(1)
+        return codes
+
+    def _live(self, jobs: Iterable[submitit.Job[int]]) -> set[str]:
+        """Ids of the jobs that are queued or running. squeue needs no accounting database, as sacct does."""
+        if self.options.cluster == "local":
+            return {job.job_id for job in jobs if not job.done()}
+        command = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
+        queue = subprocess.run(command, capture_output=True, text=True, check=False)
+        if queue.returncode:  # the controller is busy or restarting: no news
+            return {job.job_id for job in jobs}
+        return set(queue.stdout.split())
+
+
+def _result(job: submitit.Job[int], *, live: bool) -> int | None:
+    """The exit code of a job that is over. The first node speaks for all; 1 where there is no result, or an exception."""
+    import submitit
+
+    first = job.task(0)
+    if not first.paths.result_pickle.exists():
+        return None if live else 1
+    try:
+        code = first.result()
+    except submitit.core.utils.FailedJobError as error:
+        code = EXIT_CODE if "timed-out too many times" in str(error) else 1  # max_requeues; it has saved
+    return None if live and code == EXIT_CODE else code  # one that was stopped may be queued again
+
+
+def _how(code: int, log: Path) -> str:
+    if code == 0:
+        return "done"
+    return f"exit code {code}, see {log}" if log.exists() else "ended before it could start"
+
+
+def command_line(overrides: list[str], output_dir: Path) -> list[str]:
+    """One job of a sweep as a command of its own, with a folder of its own."""
+    own_folder = any(o.lstrip("+").startswith("output_dir=") for o in overrides)
+    return [sys.executable, "-m", "pretrain", *overrides, *([] if own_folder else [f"output_dir='{output_dir}'"])]
+
+
+@dataclass
+class Job:
+    """What submitit pickles and calls in SLURM's job, once on each node: the command, as a child process.
+
+    Everything that waits for the child leaves it unreaped (``WNOWAIT``): the signal handler of submitit calls
+    ``checkpoint`` in the middle of ``__call__``, and both have to see the exit code.
+    """
+
+    command: list[str]
+    folder: Path
+    pid: int = 0
+
+    def __call__(self) -> int:
+        command = [*self.command, *_meeting_point()]
+        process = subprocess.Popen(command, cwd=self.folder, preexec_fn=_ignore_warning_signal)
+        self.pid = process.pid
+        code = _exit_code(self.pid)
+        if code not in (0, EXIT_CODE):
+            atexit.register(os._exit, code)  # once submitit has written the result: SLURM too sees a failed job
+        return code
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission | None:
+        """SLURM will end the job soon: let the command save, then have it queued again; not if it failed."""
+        import submitit
+
+        if self.pid:
+            os.kill(self.pid, signal.SIGTERM)
+            if _exit_code(self.pid) not in (0, EXIT_CODE):
+                return None
+        return submitit.helpers.DelayedSubmission(Job(self.command, self.folder))
+
+
+def _ignore_warning_signal() -> None:
+    """SLURM sends its warning to every process of the job; submitit passes it on to the command as a SIGTERM."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+def _exit_code(pid: int) -> int:
+    """Wait for a child; 128 + the signal that killed it, as shells say it.
+
+    Killed by SIGTERM means stopped: the signal came before the command listened to it, or after its work was done.
+    """
+    end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert end is not None
+    if end.si_code == os.CLD_EXITED:
+        return end.si_status
+    return EXIT_CODE if end.si_status == signal.SIGTERM else 128 + end.si_status
+
+
+def _meeting_point() -> list[str]:
+    """In a job of several nodes, the overrides by which their commands find each other: the first node and a port.
+
+    ``NodeAddr`` is the name or address by which SLURM itself reaches the node.
+    """
+    import submitit
+
+    job = submitit.JobEnvironment()
+    if job.num_nodes == 1:
+        return []
+    node = subprocess.check_output(["scontrol", "show", "node", job.hostnames[0]], text=True)
+    address = re.search(r"NodeAddr=(\S+)", node)
+    assert address is not None, node
+    port = 10_000 + int(job.raw_job_id) % 20_000  # below the ports that Linux gives out by itself
+    return [f"launch.nodes={job.num_nodes}", f"launch.endpoint='{address[1]}:{port}'"]

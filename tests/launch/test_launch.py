@@ -1,0 +1,376 @@
+"""Workers that this program starts: clean ends, whatever happens to one of them; restarts; and joining those of others."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.telemetry.jsonl import read_records
+from pretrain.telemetry.run_file import read_run_file
+
+LONG = ["max_steps=100000", "evaluate_every=null", "save_every=10", "sink=jsonl"]
+PAIR = ["strategy=ddp", "devices=2", "batch_size=1"]
+
+
+@pytest.fixture
+def long_run(base_arguments, spawn, tmp_path):
+    """A run of two workers that is in the middle of its work: (process, workers, folder)."""
+
+    def start(*more):
+        run = tmp_path / "run"
+        process = spawn([*base_arguments, *LONG, *PAIR, f"output_dir={run}", *more])
+        wait_for(lambda: steps(run) >= 15, process)
+        return process, workers_of(process.pid), run
+
+    return start
+
+
+def steps(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return max((r["step"] for r in read_records(path)), default=0) if path.exists() else 0
+
+
+def wait_for(condition, process, seconds=90) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until, "it takes too long"
+        time.sleep(0.02)
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    """The forked workers, by rank: children of the fork server, in the order in which they were started."""
+    grandchildren = [c for child in psutil.Process(pid).children() for c in child.children()]
+    return sorted(grandchildren, key=lambda process: process.pid)
+
+
+def ended(process, workers, seconds=60) -> str:
+    """What the run printed, once it and its workers are gone."""
+    out, _ = process.communicate(timeout=seconds)
+    gone, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive, "no orphans"
+    return out
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_takes_the_group_down(rank, long_run):
+    process, workers, run = long_run()
+    workers[rank].kill()
+    out = ended(process, workers)
+    assert process.returncode == 1
+    assert f"rank {rank} was killed by SIGKILL" in out
+    assert f"logs/rank-{rank}.log" in out
+    assert "Traceback" not in out, "the others' broken connection is not the cause"
+    assert read_run_file(run)["status"] == "failed"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_the_parent_saves_and_exits_75(number, long_run, base_arguments, command):
+    process, workers, run = long_run()
+    if number == signal.SIGINT:  # a terminal sends Ctrl-C to all of them
+        for worker in workers:
+            worker.send_signal(number)
+    process.send_signal(number)
+    out = ended(process, workers)
+    assert process.returncode == 75, out
+    assert out.count("finishing this step, then saving") == 1
+    facts = read_run_file(run)
+    assert facts["status"] == "stopped"
+    assert (run / f"checkpoints/step-{facts['steps']:08d}/COMPLETE.json").exists()
+    more = ["evaluate_every=null", "sink=jsonl", f"max_steps={facts['steps'] + 2}"]
+    code, _, err = command([*base_arguments, *PAIR, f"output_dir={run}", *more])
+    assert code == 0, err
+    assert steps(run) == facts["steps"] + 2
+
+
+def test_a_second_ctrl_c_leaves_at_once(long_run):
+    process, workers, _ = long_run("gradient_accumulation_steps=200")  # a step of a second or more
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: True, process)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out = ended(process, workers)
+    assert process.returncode in (130, 75), out  # 75: the step was over before the second one came
+
+
+def test_a_parent_that_is_killed_leaves_no_orphans(long_run, base_arguments, command):
+    process, workers, run = long_run()
+    process.kill()
+    ended(process, workers)
+    more = ["evaluate_every=null", "sink=jsonl", "max_steps=30"]
+    code, _, err = command([*base_arguments, *PAIR, f"output_dir={run}", *more])
+    assert code == 0, err
+
+
+BREAK = """
+import torch
+step = torch.optim.AdamW.step
+def broken(self, *given, **more):
+    import os
+    from pathlib import Path
+    mark = Path({mark!r})
+    count = int(mark.read_text()) if mark.exists() else 0
+    if os.environ.get("RANK") == "1" and self.state and max(float(s["step"]) for s in self.state.values()) == {at}:
+        if count < {times}:
+            mark.write_text(str(count + 1))
+            raise RuntimeError("broken on purpose")
+    return step(self, *given, **more)
+torch.optim.AdamW.step = broken
+"""
+
+
+def broken_run(arguments, tmp_path, *, at, times):
+    """The program with an optimizer that raises on rank 1 at update ``at``, the first ``times`` times. The fork server
+    imports it with everything else."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "break_it.py").write_text(BREAK.format(mark=str(tmp_path / "mark"), at=at, times=times))
+    start = (
+        "from pretrain.launch import agent\n"
+        "import multiprocessing\n"
+        "def warm_up():\n"
+        "    preload = ['pretrain.launch.preload', 'break_it']\n"
+        "    multiprocessing.get_context('forkserver').set_forkserver_preload(preload)\n"
+        "    multiprocessing.forkserver.ensure_running()\n"
+        "agent.warm_up = warm_up\n"
+        "from pretrain.cli import program\nprogram()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{Path(__file__).parents[2]}"}
+    command = [sys.executable, "-c", start, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+
+
+def test_an_exception_on_one_rank_is_told_once(base_arguments, tmp_path):
+    run = tmp_path / "run"
+    done = broken_run([*base_arguments, *PAIR, f"output_dir={run}", "sink=jsonl"], tmp_path, at=7, times=9)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.count("RuntimeError: broken on purpose") == 1
+    assert f"rank 1 failed; see {run}/logs/rank-1.log" in done.stderr
+    assert "broken on purpose" in (run / "logs/rank-1.log").read_text()
+    assert read_run_file(run)["status"] == "failed"
+
+
+def test_a_restart_goes_on_from_the_last_checkpoint(base_arguments, command, tmp_path, exact_model):
+    """Twice it dies at the same update; the third attempt ends where an undisturbed run ends, bit for bit."""
+    model = f"model_name={exact_model('llama')}"
+    given = [*base_arguments, model, *PAIR, "sink=jsonl", "save_every=5"]
+    run = tmp_path / "run"
+    restarts = [f"output_dir={run}", "launch.max_restarts=2"]
+    done = broken_run([*given, *restarts], tmp_path, at=7, times=2)
+    assert done.returncode == 0, done.stderr
+    assert "rank 1 failed: RuntimeError: broken on purpose" in done.stderr
+    assert "(restart 1 of 2)" in done.stderr
+    assert "(restart 2 of 2)" in done.stderr
+    facts = read_run_file(run)
+    assert (facts["status"], facts["steps"], facts["restarts"]) == ("finished", 20, 2)
+    code, _, err = command([*given, f"output_dir={tmp_path / 'undisturbed'}"])
+    assert code == 0, err
+    losses = [
+        [(r["step"], r["loss"]) for r in read_records(folder / "metrics.jsonl") if r["event"] == "train"]
+        for folder in (run, tmp_path / "undisturbed")
+    ]
+    assert losses[0] == losses[1]
+    ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (run, tmp_path / "undisturbed"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_mistake_found_by_a_worker_is_not_retried(base_arguments, command, tmp_path):
+    given = [*base_arguments, "strategy=fsdp", "devices=2", "batch_size=1", f"output_dir={tmp_path}", "sink=jsonl"]
+    code, _, err = command([*given, "strategy.auto_wrap_policy=LlamaLayer", "launch.max_restarts=3"])
+    assert code == 2, err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "strategy.auto_wrap_policy=LlamaLayer: LlamaForCausalLM has no such class" in errors[0]
+    assert "LlamaDecoderLayer" in errors[0]
+    assert "restart" not in err
+
+
+def test_every_rank_has_a_log(base_arguments, command, tmp_path):
+    code, _, err = command([*base_arguments, *PAIR, f"output_dir={tmp_path}", "max_steps=1", "sink=jsonl"])
+    assert code == 0, err
+    assert {p.name for p in (tmp_path / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
+
+
+def test_only_one_rank_talks(base_arguments, command, capfd, tmp_path):
+    code, out, err = command([*base_arguments, *PAIR, f"output_dir={tmp_path}", "max_steps=2"])
+    printed = out + capfd.readouterr().out  # the workers write to the file descriptor
+    assert code == 0, err
+    assert printed.count("step 2/2") <= 1
+
+
+# -- started by others ------------------------------------------------------------------------------------------------
+
+
+def torchrun(arguments, *, processes=2, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["-m", "pretrain", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=180, **options)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_under_torchrun_it_joins(strategy, base_arguments, exact_model, command, tmp_path):
+    given = [*base_arguments, f"model_name={exact_model('llama')}", "max_steps=6", "sink=jsonl"]
+    done = torchrun([*given, f"strategy={strategy}", "batch_size=1", f"output_dir={tmp_path / 'joined'}"])
+    assert done.returncode == 0, done.stderr
+    assert read_run_file(tmp_path / "joined")["world_size"] == 2
+    code, _, err = command([*given, f"output_dir={tmp_path / 'alone'}"])
+    assert code == 0, err
+    joined, alone = (
+        [r["loss"] for r in read_records(tmp_path / name / "metrics.jsonl") if r["event"] == "train"]
+        for name in ("joined", "alone")
+    )
+    assert joined == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_mistake_under_torchrun_is_one_line_and_no_hang(base_arguments, tmp_path):
+    done = torchrun([*base_arguments, "strategy=ddp", "devices=3", f"output_dir={tmp_path}"])
+    assert done.returncode == 1  # torchrun's own
+    assert "error: devices=3, but 2 processes were started on this machine" in done.stderr
+
+
+ENVIRONMENTS = [
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, [], "strategy=single is one process"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, ["strategy=dp"], "strategy=dp is one process"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, ["strategy=ddp"], "without MASTER_ADDR"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, ["strategy=ddp"], "RANK=2, WORLD_SIZE=2"),
+    ({"RANK": "a", "WORLD_SIZE": "2"}, ["strategy=ddp"], "RANK=a in the environment: not a number"),
+    ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, ["strategy=ddp", "devices=4"], "2 processes were started"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, ["task=evaluation"], "task=evaluation is one process"),
+]
+
+
+@pytest.mark.parametrize(("variables", "more", "says"), ENVIRONMENTS, ids=[e[2] for e in ENVIRONMENTS])
+def test_an_environment_that_does_not_fit(variables, more, says, command, monkeypatch, base_arguments, tmp_path):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = command([*base_arguments, f"output_dir={tmp_path}", *more])
+    assert code == 2, err
+    assert says in err
+
+
+MISTAKES = [
+    (["devices=2"], "devices=2: strategy=single is one process on one device"),
+    (["strategy=fsdp", "strategy.sharding_strategy=HYBRID_SHARD", "devices=2"], "2 processes can't be split into 2"),
+    (["strategy=fsdp", "strategy.sharding_strategy=HYBRID_SHARD", "devices=6", "strategy.replicas=4"], "6 processes"),
+    (["strategy=fsdp", "strategy.replicas=2", "devices=2"], "only HYBRID_SHARD has replicas"),
+    (["strategy=fsdp", "strategy.sharding_strategy=HALF"], "strategy.sharding_strategy='HALF': input should be 'FULL_SHARD'"),
+    (["strategy=ddp", "strategy.static_graph=true", "devices=2"], "gradient_accumulation_steps=2"),
+    (["strategy=ddp", "strategy.zero_stage=2"], "Ddp has no 'zero_stage'; it is a key of strategy=deepspeed"),
+    (["strategy=deepspeed", "strategy.sharding_strategy=FULL_SHARD"], "it is a key of strategy=fsdp"),
+    (["strategy=deepspeed", "strategy.zero_stage=4"], "strategy.zero_stage=4: input should be 0, 1, 2 or 3"),
+    (["strategy=deepspeed", "strategy.zero_stage=0", "strategy.offload_optimizer=true"], "only stages 1, 2 and 3"),
+    (["strategy=deepspeed", "strategy.offload_parameters=true"], "only stage 3"),
+    (["strategy=deepspeed", "precision=16-mixed", "precision.allow_cpu=true"], "no fp16 on a CPU"),
+    (["strategy=deepspeed", "precision=bf16-true"], "use bf16-mixed"),
+    (["strategy=deepspeed", "strategy.config.gradient_clipping=5"], "gradient_clipping=5: the run sets it to 1.0 (grad_clip)"),
+    (["strategy=ddp", "launch.nodes=2"], "launch.endpoint=<host>:<port>"),
+    (["launch.nodes=2", "launch.endpoint=localhost:29511"], "strategy=single is one process"),
+    (["strategy=ddp", "launch.endpoint=localhost"], "launch.endpoint='localhost'"),
+    (["strategy=ddp", "launch.max_restarts=-1"], "launch.max_restarts=-1"),
+    (["strategy=ddp", "devices=0"], "devices=0"),
+]
+
+
+@pytest.mark.parametrize(("more", "says"), MISTAKES, ids=[" ".join(m) for m, _ in MISTAKES])
+def test_mistakes(more, says, command, base_arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code, _, err = command([*base_arguments, f"output_dir={tmp_path}", *more])
+    assert code == 2, err
+    assert says in err
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_more_devices_than_gpus(command, base_arguments, tmp_path, monkeypatch):
+    from pretrain.launch import layout
+
+    monkeypatch.setattr(layout, "gpu_visible", lambda: True)
+    monkeypatch.setattr(layout, "_gpus", lambda: 2)
+    code, _, err = command([*base_arguments, f"output_dir={tmp_path}", "strategy=ddp", "devices=3"])
+    assert code == 2
+    assert "devices=3: 2 GPUs are visible; use at most that" in err
+
+
+def test_idle_gpus_are_mentioned(capsys, monkeypatch):
+    from pretrain.launch import layout
+    from pretrain.launch.policy import Policy
+    from pretrain.strategy.single import Single
+
+    monkeypatch.setattr(layout, "gpu_visible", lambda: True)
+    monkeypatch.setattr(layout, "_gpus", lambda: 4)
+    resolved = {"devices": "auto", "strategy": {"_target_": "pretrain.strategy.single.Single"}}
+    found = layout.layout(resolved, Single(), Policy())
+    assert (found.device_type, found.workers) == ("cuda", 1)
+    assert "strategy=single uses 1 of 4 GPUs" in capsys.readouterr().err
+
+
+def test_deepspeed_that_is_not_installed(command, base_arguments, tmp_path, monkeypatch):
+    from pretrain.strategy import deepspeed
+
+    monkeypatch.setattr(deepspeed, "find_spec", lambda name: None)
+    code, _, err = command([*base_arguments, f"output_dir={tmp_path}", "strategy=deepspeed"])
+    assert code == 2
+    assert "pip install 'pretrain[deepspeed]'" in err
+
+
+def test_a_port_in_use(command, base_arguments, tmp_path):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
+        more = ["strategy=ddp", "launch.nodes=2", f"launch.endpoint={endpoint}"]
+        code, _, err = command([*base_arguments, f"output_dir={tmp_path}", *more])
+    assert code == 2, err
+    assert f"launch.endpoint={endpoint}: another program listens there" in err
+
+
+def test_a_checkpoint_of_another_shape_is_refused(base_arguments, exact_model, command, tmp_path):
+    given = [*base_arguments, *PAIR, f"output_dir={tmp_path}", "sink=jsonl"]
+    code, _, err = command([*given, f"model_name={exact_model('llama')}", "max_steps=1"])
+    assert code == 0, err
+    before = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    code, _, err = command([*given, f"model_name={exact_model('llama-tied')}", "max_steps=4"])
+    assert code == 2
+    assert "can't be continued with other settings: model_name: " in err
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == before
+
+
+# -- the data ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_documents_behind_each_global_batch_are_the_same_at_any_world_size(base_arguments, command, tmp_path):
+    """As the workers themselves see them: the loader of each rank, at 1, 2 and 4 ranks."""
+    from tests.test_trainer import view_of
+
+    from pretrain.data.loader import Loader
+
+    view = view_of(base_arguments)
+    for step in range(6):
+        seen = {}
+        for size in (1, 2, 4):
+            loaders = [
+                Loader(view, sequence_length=32, seed=3, batch_size=4 // size, accumulation=2, rank=rank, world_size=size)
+                for rank in range(size)
+            ]
+            rows = torch.cat([loader.batch(8 * step).input_ids for loader in loaders])
+            documents = loaders[0].documents(8 * step)
+            seen[size] = (sorted(map(tuple, rows.tolist())), [(d.path, d.index) for d in documents])
+        assert seen[1] == seen[2] == seen[4]
+
+
+def test_dp_on_a_cpu_is_one_process_and_says_so(base_arguments, command, tmp_path):
+    code, _, err = command([*base_arguments, f"output_dir={tmp_path}", "strategy=dp", "devices=2", "max_steps=1"])
+    assert code == 0, err
+    assert "no GPU is visible, so this is one process on the CPU" in err
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["world_size"] == 1

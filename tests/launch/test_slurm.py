@@ -1,0 +1,179 @@
+"""hydra/launcher=slurm: with submitit's local executor everywhere, and on a real SLURM of two nodes where one can run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.launch.slurm import Job
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+SIMPLE = ["evaluate_every=null", "save_every=null", "sink=jsonl"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A SLURM with the nodes n1 and n2; everything started in this process's environment finds it."""
+    folder = tmp_path_factory.mktemp("slurm")
+    script = ["bash", str(ROOT / "scripts/slurm_local.sh")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_LOCAL_PORT", str(17_000 + os.getpid() % 5000 * 3))  # beside one that is already there
+        started = subprocess.run([*script, "start", folder], capture_output=True, text=True, check=False)
+        if started.returncode == 2:
+            pytest.skip(started.stderr.strip())
+        assert started.returncode == 0, started.stderr
+        patch.setenv(*started.stdout.removeprefix("export ").strip().split("="))
+        yield folder
+        subprocess.run([*script, "stop", folder], check=True)
+
+
+@pytest.fixture
+def sweep(base_arguments, spawn, tmp_path):
+    """Start a sweep through the launcher, with its folder below ``tmp_path``."""
+
+    def start(*arguments):
+        folder = f"hydra.sweep.dir={tmp_path / 'sweep'}"
+        return spawn(["-m", "hydra/launcher=slurm", *base_arguments, *SIMPLE, folder, *arguments], cwd=ROOT)
+
+    return start
+
+
+def finish(process, code=0):
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == code, out
+    return out
+
+
+def runs(tmp_path):
+    """The run.json of every job."""
+    return [json.loads(file.read_text()) for file in sorted((tmp_path / "sweep").glob("*/run.json"))]
+
+
+def records(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: (r["loss"], r["grad_norm"]) for r in map(json.loads, lines) if r["event"] == "train"}
+
+
+def wait_for_steps(tmp_path, steps):
+    """Until the run of the only job has trained that far; its folder."""
+    for _ in range(1200):
+        for file in (tmp_path / "sweep").glob("*/metrics.jsonl"):
+            if len(records(file.parent)) >= steps:
+                return file.parent
+        time.sleep(0.1)
+    raise AssertionError("the job has not started")
+
+
+def undisturbed(base_arguments, spawn, folder, *arguments):
+    finish(spawn([*base_arguments, *SIMPLE, f"output_dir={folder}", *arguments]))
+    return records(folder)
+
+
+def test_sweep_in_local_processes_survives_the_warning_signal(sweep, base_arguments, spawn, tmp_path):
+    process = sweep("hydra.launcher.cluster=local", "max_steps=300", "lr=1e-3,-1")
+    folder = wait_for_steps(tmp_path, 10)
+    controllers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for controller in controllers:
+        for task in Path(f"/proc/{controller}/task/{controller}/children").read_text().split():
+            os.kill(int(task), signal.SIGUSR2)
+    out = finish(process, code=2)  # of the job with the impossible learning rate
+    assert "exit code 2" in out
+    [run] = runs(tmp_path)
+    assert (run["status"], run["restarts"]) == ("finished", 1)
+    assert records(folder) == undisturbed(base_arguments, spawn, tmp_path / "alone", "max_steps=300")
+
+
+@pytest.mark.parametrize(
+    ("on_signal", "queued_again"),
+    [
+        ("signal.SIG_DFL", True),  # a command that is still importing, or has nothing left to do but to end
+        ("lambda *_: sys.exit(75)", True),
+        ("lambda *_: sys.exit(1)", False),
+    ],
+)
+def test_job_is_queued_again_unless_saving_failed(on_signal, queued_again, monkeypatch, tmp_path):
+    """As in SLURM: the warning comes as a signal while the job waits for its command."""
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    at_exit = []
+    monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
+    lines = f"signal.signal(signal.SIGTERM, {on_signal}); open('started', 'w'); time.sleep(60)"
+    job = Job([sys.executable, "-c", f"import signal, sys, time; {lines}"], tmp_path)
+    answers = []
+
+    def warned(number, frame):
+        if (tmp_path / "started").exists() and not answers:
+            answers.append(job.checkpoint())
+
+    earlier = signal.signal(signal.SIGALRM, warned)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    code = job()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, earlier)
+    assert [answer is not None for answer in answers] == [queued_again]
+    assert (code, at_exit) == ((75, []) if queued_again else (1, [(os._exit, 1)]))
+
+
+@pytest.mark.parametrize(
+    ("argument", "reason"),
+    [
+        ("hydra.launcher.nodes=0", "hydra.launcher.nodes=0: input should be greater than 0"),
+        ("hydra.launcher.nodes=2", "hydra.launcher.nodes=2: cluster=local is one node"),
+        ("hydra.launcher.gpus=2", "hydra.launcher.gpus"),
+    ],
+)
+def test_a_mistake_is_one_line(sweep, argument, reason):
+    out = finish(sweep("hydra.launcher.cluster=local", argument), code=2)
+    assert reason in out
+    assert "Traceback" not in out
+
+
+def test_sweep(cluster, sweep, tmp_path):
+    out = finish(sweep("lr=1e-3,2e-3"))
+    assert [run["status"] for run in runs(tmp_path)] == ["finished"] * 2, out
+    assert out.count(": done") == 2
+
+
+def test_sbatch_says_no(cluster, sweep, tmp_path):
+    out = finish(sweep("hydra.launcher.partition=elsewhere"), code=2)
+    assert "invalid partition specified: elsewhere" in out
+    assert "Traceback" not in out
+
+
+def test_two_nodes_are_one_run(cluster, sweep, tmp_path):
+    finish(sweep("hydra.launcher.nodes=2", "strategy=ddp", "devices=1"))
+    [run] = runs(tmp_path)
+    assert (run["status"], run["world_size"]) == ("finished", 2)
+
+
+def test_preempted_job_saves_is_queued_again_and_goes_on(cluster, sweep, base_arguments, spawn, tmp_path):
+    process = sweep("max_steps=300")
+    folder = wait_for_steps(tmp_path, 10)
+    job = subprocess.check_output(["squeue", "--noheader", "--format=%i"], text=True).strip()
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    finish(process)
+    [run] = runs(tmp_path)
+    assert (run["status"], run["restarts"]) == ("finished", 1)
+    assert "Restarts=1" in subprocess.check_output(["scontrol", "show", "job", job], text=True)
+    assert records(folder) == undisturbed(base_arguments, spawn, tmp_path / "alone", "max_steps=300")
+
+
+def test_leaving_the_wait_leaves_the_job(cluster, sweep, tmp_path):
+    process = sweep("max_steps=100000")
+    wait_for_steps(tmp_path, 1)
+    process.send_signal(signal.SIGINT)
+    out = finish(process, code=75)
+    job = subprocess.check_output(["squeue", "--noheader", "--format=%i"], text=True).strip()
+    assert f"scancel {job}" in out
+    subprocess.run(["scancel", job], check=True)
+    for _ in range(300):
+        if runs(tmp_path)[0]["status"] == "stopped":
+            return
+        time.sleep(0.1)
+    raise AssertionError("scancel let the run save nothing")
