@@ -15,7 +15,9 @@ import multiprocessing.forkserver
 import os
 import socket
 import tempfile
+import threading
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ from pretrain.launch.worker import Job, work
 if TYPE_CHECKING:
     from pretrain.launch.policy import Policy
     from pretrain.strategy.base import Setting
+
+ANSWER_SECONDS = 3.0
 
 
 def run_workers(
@@ -74,16 +78,21 @@ def check_endpoint(endpoint: str) -> None:
 
 
 def _is_meeting_point(address: str, port: int) -> bool:
-    """Whether a torch store answers there: the agent of another node, if several share this machine."""
-    from datetime import timedelta
+    """Whether a torch store answers there: the agent of another node, if several share this machine.
 
-    from torch.distributed import TCPStore
+    Asked in a thread, for torch waits without end for an answer from what is no store.
+    """
+    from torch.distributed import DistNetworkError, TCPStore
 
-    try:
-        TCPStore(address, port, is_master=False, timeout=timedelta(seconds=3), wait_for_workers=False)
-    except Exception:  # torch raises a class of its own for every way in which it is none
-        return False
-    return True
+    found = threading.Event()
+
+    def ask() -> None:
+        with suppress(DistNetworkError):
+            TCPStore(address, port, is_master=False, wait_for_workers=False)
+            found.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    return found.wait(ANSWER_SECONDS)
 
 
 def _run_agent(job: Job, interrupt: Interrupt, workers: int, policy: Policy) -> list[int]:
