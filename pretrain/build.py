@@ -163,9 +163,7 @@ def total_steps(resolved: dict[str, Any], prepared: Prepared) -> int:
     from pretrain.data.loader import check_enough
 
     sequences = (prepared.train.num_tokens - 1) // resolved["sequence_length"]
-    check_enough(
-        prepared.train, sequence_length=resolved["sequence_length"], global_batch=prepared.global_batch
-    )
+    check_enough(prepared.train, sequence_length=resolved["sequence_length"], global_batch=prepared.global_batch)
     return resolved["max_steps"] or max(1, int(sequences * resolved["number_epochs"] / prepared.global_batch))
 
 

@@ -153,7 +153,9 @@ def check_node(path: str, node: dict[str, Any]) -> None:
             continue
         if key not in parameters or key in RUNTIME_ARGUMENTS:
             allowed = set(parameters) - RUNTIME_ARGUMENTS
-            raise UserError(f"{path}: {target.__name__} has no {key!r}{_owner(path, key) or did_you_mean(key, allowed)}")
+            raise UserError(
+                f"{path}: {target.__name__} has no {key!r}{_owner(path, key) or did_you_mean(key, allowed)}"
+            )
         if key in hints:
             check_value(f"{path}.{key}", value, hints[key])
     if not node.get("_partial_"):

@@ -77,6 +77,7 @@ def log_to(file: Path) -> None:
 def quiet_libraries() -> None:
     """Keep what libraries say to their own developers off the terminal; errors and our own words stay."""
     warnings.filterwarnings("ignore", module="torch|transformers")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: not record.getMessage().startswith("Setting accelerator to CPU")
     )

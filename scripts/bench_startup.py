@@ -145,8 +145,12 @@ def main() -> int:
     for number in range(1, asked.rounds + 1):
         for strategy, mine, other in one_round(strategies, asked.overrides):
             results[strategy].append((mine, other))
-            print(f"round {number}: {strategy} {mine.first_step:.1f} s, theirs {other.first_step:.1f} s", file=sys.stderr)
-    print(f"Seconds; {asked.rounds} rounds, {os.cpu_count()} cores, load {os.getloadavg()[1]:.1f} over the last 5 minutes.\n")
+            print(
+                f"round {number}: {strategy} {mine.first_step:.1f} s, theirs {other.first_step:.1f} s", file=sys.stderr
+            )
+    print(
+        f"Seconds; {asked.rounds} rounds, {os.cpu_count()} cores, load {os.getloadavg()[1]:.1f} over the last 5 minutes.\n"
+    )
     print("| | processes | first step: ours | accelerate | ratio | end: ours | accelerate | ratio |")
     print("|---|---|---|---|---|---|---|---|")
     for strategy, pairs in results.items():

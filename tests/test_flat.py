@@ -1,6 +1,7 @@
 """The flat YAML of the original design means what the contract says."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import hydra
@@ -29,7 +30,9 @@ beta2: 0.999
 dataset:
   source: "local"
   nameOrPath: "path/to/dataset"
-parallelization_strategy: "single"
+parallelization_strategy: "fsdp"
+auto_wrap_policy: "gpt2"
+sharding_strategy: "FULL_SHARD"
 """
 
 
@@ -60,6 +63,41 @@ def test_the_contract_s_example(compose):
     assert resolved["dataset"]["nameOrPath"] == "path/to/dataset"
     assert resolved["number_epochs"] == 3
     assert resolved["gradient_accumulation_steps"] == 4
+    assert resolved["strategy"]["_target_"] == "pretrain.strategy.fsdp.Fsdp"
+    assert resolved["strategy"]["auto_wrap_policy"] == "gpt2"
+    assert resolved["strategy"]["sharding_strategy"] == "FULL_SHARD"
+
+
+STRATEGIES = {
+    "fsdp": "auto_wrap_policy: gpt2\nsharding_strategy: FULL_SHARD\nstate_dict_type: sharded\nlimit_all_gathers: true",
+    "deepspeed": "zero_stage: 3\noffload_optimizer: true",
+    "deep_speed": "parallelization_config: {zero_stage: 1, offload_optimizer: false}",
+    "ddp": "find_unused_parameters: false\nstatic_graph: false\nbackend: gloo",
+    "dp": "",
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_contract_s_example_runs_unchanged(strategy, exact_model, corpus, command, tmp_path):
+    """Only what it names is made small: the model, the text, and the sizes of batches."""
+    text = CONTRACT.replace("gpt2\nprecision", f"{exact_model('gpt2')}\nprecision")
+    text = text.replace("path/to/dataset", str(corpus)).replace("outputs/gpt2_pretrain", str(tmp_path / "run"))
+    text = text.split("parallelization_strategy")[0] + f"parallelization_strategy: {strategy}\n{STRATEGIES[strategy]}\n"
+    (tmp_path / "run.yaml").write_text(text)
+    small = [
+        "sequence_length=32",
+        "batch_size=2",
+        "max_steps=3",
+        "evaluation.max_tokens=500",
+        "sink=jsonl",
+        "devices=2",
+    ]
+    code, _, err = command(["--config", tmp_path / "run.yaml", *small])
+    assert code == 0, err
+    facts = json.loads((tmp_path / "run/run.json").read_text())
+    assert (facts["status"], facts["steps"]) == ("finished", 3)
+    assert facts["world_size"] == (1 if strategy == "dp" else 2)
+    assert ("limit_all_gathers: has no effect" in err) == (strategy == "fsdp")
 
 
 def test_the_command_line_wins(compose):

@@ -29,7 +29,6 @@ def arguments(base_arguments, model, out):
     return [*common, "save_every=null", "resume=never", "sink=jsonl"]
 
 
-
 @pytest.fixture(scope="module")
 def references():
     return {}

@@ -96,7 +96,9 @@ def test_the_final_model_opens_with_from_pretrained(strategy, base_arguments, ex
 
     common = [*base_arguments, f"strategy={strategy}", "devices=2", "batch_size=2", "sink=jsonl", "save_every=null"]
     common += ["strategy.state_dict_type=sharded"] if strategy != "ddp" else []
-    code, _, err = command([*common, f"model_name={exact_model('llama-tied')}", f"output_dir={tmp_path / 'a'}", "max_steps=2"])
+    code, _, err = command(
+        [*common, f"model_name={exact_model('llama-tied')}", f"output_dir={tmp_path / 'a'}", "max_steps=2"]
+    )
     assert code == 0, err
     folder = tmp_path / "a" / "model"
     assert len(list(folder.glob("model*.safetensors"))) == (1 if strategy == "ddp" else 2)

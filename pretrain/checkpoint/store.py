@@ -103,4 +103,3 @@ def load(path: Path) -> dict[str, Any]:
     kinds = {kind: TensorFiles(sorted(path.glob(f"{kind}*.safetensors"))) for kind in KINDS}
     state["engine"] = kinds | {"scaler": state.pop("scaler")}
     return state
-

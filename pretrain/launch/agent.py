@@ -8,29 +8,23 @@ Source: https://docs.pytorch.org/docs/stable/elastic/agent.html
 
 from __future__ import annotations
 
-import errno
 import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import socket
 import tempfile
-import threading
 import uuid
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain import build
-from pretrain.errors import UserError
 from pretrain.interrupt import Interrupt
+from pretrain.launch.network import interface_of, is_here, own_address
 from pretrain.launch.worker import Job, work
 
 if TYPE_CHECKING:
     from pretrain.launch.policy import Policy
     from pretrain.strategy.base import Setting
-
-ANSWER_SECONDS = 3.0
 
 
 def run_workers(
@@ -43,12 +37,24 @@ def run_workers(
     warm_up()
     prepared = build.prepare(resolved, devices=setting.workers * setting.devices_per_worker)
     build.total_steps(resolved, prepared)
-    if policy.endpoint is not None:
-        check_endpoint(policy.endpoint)
+    meeting, environment = _meeting(policy), dict(os.environ)
+    if policy.nodes > 1 and (interface := interface_of(meeting["local_addr"])):
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
     with tempfile.TemporaryDirectory(prefix="pretrain-") as reports:
-        job = Job(resolved, overrides, setting, reports, dict(os.environ), os.getcwd())
-        codes = _run_agent(job, interrupt, setting.workers // setting.nodes, policy)
+        job = Job(resolved, overrides, setting, reports, environment, os.getcwd())
+        codes = _run_agent(job, interrupt, setting.workers // setting.nodes, policy, meeting)
     return next((code for code in codes if code), 0)
+
+
+def _meeting(policy: Policy) -> dict[str, Any]:
+    """Where this agent meets those of other nodes, as arguments of torch's ``RendezvousParameters``."""
+    nodes = {"backend": "c10d", "min_nodes": policy.nodes, "max_nodes": policy.nodes, "timeout": policy.timeout}
+    if policy.nodes == 1:
+        return nodes | {"endpoint": "localhost:0", "run_id": uuid.uuid4().hex, "local_addr": "localhost"}
+    assert policy.endpoint is not None
+    # torch finds out by the host's name whether it is the host, which need not lead to the address that was given
+    found = {"is_host": is_here(policy.endpoint), "local_addr": own_address(policy.endpoint)}
+    return nodes | {"endpoint": policy.endpoint, "run_id": "pretrain"} | found
 
 
 def warm_up() -> None:
@@ -57,45 +63,7 @@ def warm_up() -> None:
     multiprocessing.forkserver.ensure_running()
 
 
-def check_endpoint(endpoint: str) -> None:
-    """Raises ``UserError`` when the meeting point is on this machine and something else listens there."""
-    host, port = endpoint.rsplit(":", 1)
-    try:
-        address = socket.gethostbyname(host)
-    except OSError as error:
-        raise UserError(f"launch.endpoint={endpoint}: no such host: {error}") from None
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, int(port)))
-        except PermissionError:
-            raise UserError(f"launch.endpoint={endpoint}: ports below 1024 need more rights") from None
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:  # not an address of this machine: another node's
-                return
-            if not _is_meeting_point(address, int(port)):
-                raise UserError(f"launch.endpoint={endpoint}: another program listens there; choose a free port") from None
-
-
-def _is_meeting_point(address: str, port: int) -> bool:
-    """Whether a torch store answers there: the agent of another node, if several share this machine.
-
-    Asked in a thread, for torch waits without end for an answer from what is no store.
-    """
-    from torch.distributed import DistNetworkError, TCPStore
-
-    found = threading.Event()
-
-    def ask() -> None:
-        with suppress(DistNetworkError):
-            TCPStore(address, port, is_master=False, wait_for_workers=False)
-            found.set()
-
-    threading.Thread(target=ask, daemon=True).start()
-    return found.wait(ANSWER_SECONDS)
-
-
-def _run_agent(job: Job, interrupt: Interrupt, workers: int, policy: Policy) -> list[int]:
+def _run_agent(job: Job, interrupt: Interrupt, workers: int, policy: Policy, meeting: dict[str, Any]) -> list[int]:
     """The workers' exit codes."""
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # attempts would share a port, and a restart hang
     from torch.distributed.elastic.agent.server.api import WorkerSpec
@@ -107,22 +75,12 @@ def _run_agent(job: Job, interrupt: Interrupt, workers: int, policy: Policy) -> 
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn", "torchelastic-events-null"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what happened is said by us, once
-    alone = policy.nodes == 1
-    meeting = RendezvousParameters(
-        backend="c10d",
-        endpoint="localhost:0" if alone else str(policy.endpoint),
-        run_id=uuid.uuid4().hex if alone else "pretrain",
-        min_nodes=policy.nodes,
-        max_nodes=policy.nodes,
-        local_addr="localhost" if alone else None,
-        timeout=policy.timeout,
-    )
     spec = WorkerSpec(
         role="pretrain",
         local_world_size=workers,
         entrypoint=work,
         args=(job,),
-        rdzv_handler=meeting_points.get_rendezvous_handler(meeting),
+        rdzv_handler=meeting_points.get_rendezvous_handler(RendezvousParameters(**meeting)),
         max_restarts=policy.max_restarts,
         monitor_interval=0.05,
     )

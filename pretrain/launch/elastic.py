@@ -67,7 +67,9 @@ class Agent(LocalElasticAgent):
                 return Report(rank, f"was killed by {signal.Signals(-code).name}", "", time.time())
         if reports:
             return reports[0]
-        return Report(min(self.deaths, default=0), f"left with exit code {min(self.deaths.values(), default=1)}", "", 0.0)
+        return Report(
+            min(self.deaths, default=0), f"left with exit code {min(self.deaths.values(), default=1)}", "", 0.0
+        )
 
     # -- torch's ------------------------------------------------------------------------------------------------------
 

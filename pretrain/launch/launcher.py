@@ -57,4 +57,6 @@ def place_in(plan: Layout) -> Place:
         return Place()
     rank = int(os.environ["RANK"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank % plan.workers))
-    return Place(rank, plan.world_size, local_rank, plan.workers, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    return Place(
+        rank, plan.world_size, local_rank, plan.workers, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    )

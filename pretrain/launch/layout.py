@@ -48,7 +48,9 @@ def layout(resolved: dict[str, Any], strategy: Strategy, policy: Policy) -> Layo
     if workers * each < devices:
         notice(f"strategy={name} uses 1 of {devices} GPUs; strategy=ddp or strategy=fsdp use all of them")
     if policy.nodes > 1 and policy.endpoint is None:
-        raise UserError(f"launch.nodes={policy.nodes}: the nodes have to meet: launch.endpoint=<host>:<port> of one of them")
+        raise UserError(
+            f"launch.nodes={policy.nodes}: the nodes have to meet: launch.endpoint=<host>:<port> of one of them"
+        )
     if policy.nodes > 1 and strategy.workers(2) == 1:
         raise UserError(f"launch.nodes={policy.nodes}: strategy={name} is one process; use ddp, fsdp or deepspeed")
     return Layout(device_type, workers, policy.nodes, each)
@@ -77,7 +79,9 @@ def _joined(asked: str | int, strategy: Strategy, name: str) -> Layout:
     local = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else size
     rank = _number("RANK")
     if rank >= size or size % local:
-        raise UserError(f"RANK={rank}, WORLD_SIZE={size}, LOCAL_WORLD_SIZE={local} in the environment do not fit together")
+        raise UserError(
+            f"RANK={rank}, WORLD_SIZE={size}, LOCAL_WORLD_SIZE={local} in the environment do not fit together"
+        )
     if asked not in ("auto", local):
         raise UserError(
             f"devices={asked}, but {local} processes were started on this machine (LOCAL_WORLD_SIZE, torchrun's "
@@ -92,7 +96,9 @@ def _joined(asked: str | int, strategy: Strategy, name: str) -> Layout:
         )
     gpus = _gpus() if gpu_visible() else 0
     if gpus and local > gpus:
-        raise UserError(f"LOCAL_WORLD_SIZE={local}: {gpus} GPUs are visible on this machine; start at most as many processes")
+        raise UserError(
+            f"LOCAL_WORLD_SIZE={local}: {gpus} GPUs are visible on this machine; start at most as many processes"
+        )
     return Layout("cuda" if gpus else "cpu", local, size // local, joined=True)
 
 

@@ -29,7 +29,11 @@ class Report:
     def told(self, logs: Path) -> str:
         """For the person at the terminal: once, and where to read more."""
         more = f"{logs}/rank-{self.rank}.log"
-        return f"rank {self.rank} {self.message}; see {more}" if not self.trace else f"{self.trace}rank {self.rank} failed; see {more}"
+        return (
+            f"rank {self.rank} {self.message}; see {more}"
+            if not self.trace
+            else f"{self.trace}rank {self.rank} failed; see {more}"
+        )
 
 
 def write_report(folder: Path, rank: int, error: BaseException) -> None:

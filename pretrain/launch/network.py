@@ -1,0 +1,85 @@
+"""Where the agents of several nodes meet, and by which of its addresses this machine is reached from there."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import socket
+import struct
+import threading
+from contextlib import suppress
+
+from pretrain.errors import UserError
+
+ANSWER_SECONDS = 3.0
+SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
+
+
+def is_here(endpoint: str) -> bool:
+    """Whether the meeting point is an address of this machine.
+
+    Raises ``UserError`` when it is no address, or when something that is no agent of ours listens there.
+    """
+    host, port = split(endpoint)
+    try:
+        address = socket.gethostbyname(host)
+    except OSError as error:
+        raise UserError(f"launch.endpoint={endpoint}: no such host: {error}") from None
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except PermissionError:
+            raise UserError(f"launch.endpoint={endpoint}: ports below 1024 need more rights") from None
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:  # not an address of this machine: another node's
+                return False
+            if not _is_meeting_point(address, port):
+                raise UserError(
+                    f"launch.endpoint={endpoint}: another program listens there; choose a free port"
+                ) from None
+    return True
+
+
+def split(endpoint: str) -> tuple[str, int]:
+    host, port = endpoint.rsplit(":", 1)
+    return host, int(port)
+
+
+def own_address(endpoint: str) -> str:
+    """The address from which this machine reaches the meeting point. Nothing is sent. Raises ``UserError``: no route."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(split(endpoint))
+        except OSError as error:
+            raise UserError(f"launch.endpoint={endpoint}: can't be reached: {error.strerror}") from None
+        return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has ``address``: gloo goes by the host's name otherwise, which may lead elsewhere."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an address
+                found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return None
+
+
+def _is_meeting_point(address: str, port: int) -> bool:
+    """Whether a torch store answers there: the agent of another node, if several share this machine.
+
+    Asked in a thread, for torch waits without end for an answer from what is no store.
+    """
+    from torch.distributed import DistNetworkError, TCPStore
+
+    found = threading.Event()
+
+    def ask() -> None:
+        with suppress(DistNetworkError):
+            TCPStore(address, port, is_master=False, wait_for_workers=False)
+            found.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    return found.wait(ANSWER_SECONDS)

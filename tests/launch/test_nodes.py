@@ -1,0 +1,106 @@
+"""Two nodes: two commands, each with an agent and workers of its own, in two network namespaces of this machine, which
+reach each other by a virtual cable only."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from pretrain.telemetry.jsonl import read_records
+from pretrain.telemetry.run_file import read_run_file
+from tests.launch.test_launch import steps, wait_for
+
+pytestmark = pytest.mark.xdist_group("nodes")
+
+
+def ip(*words):
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def namespaces():
+    """Two network namespaces, 10.77.0.1 and 10.77.0.2, and their names."""
+    if os.geteuid() or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and the command ip (iproute2)")
+    names = [f"pretrain-{os.getpid()}-{letter}" for letter in "ab"]
+    cables = [f"pt{os.getpid()}{letter}" for letter in "ab"]
+    if (made := ip("netns", "add", names[0])).returncode:
+        pytest.skip(f"no network namespaces on this machine: {made.stderr.strip()}")
+    ip("netns", "add", names[1])
+    ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
+    for number, (name, cable) in enumerate(zip(names, cables, strict=True), start=1):
+        ip("link", "set", cable, "netns", name)
+        ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", cable)
+        ip("-n", name, "link", "set", "lo", "up")
+        up = ip("-n", name, "link", "set", cable, "up")
+        assert up.returncode == 0, up.stderr
+    yield names
+    for name in names:
+        ip("netns", "del", name)
+
+
+@pytest.fixture
+def two_nodes(namespaces, base_arguments, exact_model):
+    """Start the same command on both nodes; both processes."""
+    started = []
+
+    def start(run, *more):
+        meeting = ["launch.nodes=2", "launch.endpoint=10.77.0.1:29555", "devices=1", "batch_size=1", "sink=jsonl"]
+        given = [*base_arguments, f"model_name={exact_model('llama')}", *meeting, f"output_dir={run}", *more]
+        for name in namespaces:
+            command = ["ip", "netns", "exec", name, sys.executable, "-m", "pretrain", *given]
+            started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return started
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def losses(run):
+    return [r["loss"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_nodes_equal_one_process(strategy, two_nodes, base_arguments, exact_model, command, tmp_path):
+    nodes = two_nodes(tmp_path / "nodes", f"strategy={strategy}", "max_steps=6")
+    for node in nodes:
+        out, _ = node.communicate(timeout=120)
+        assert node.returncode == 0, out
+    assert read_run_file(tmp_path / "nodes")["world_size"] == 2
+    given = [*base_arguments, f"model_name={exact_model('llama')}", "max_steps=6", "sink=jsonl"]
+    code, _, err = command([*given, f"output_dir={tmp_path / 'alone'}"])
+    assert code == 0, err
+    assert losses(tmp_path / "nodes") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
+
+
+def test_a_rank_that_dies_on_one_node_restarts_both(two_nodes, tmp_path):
+    run = tmp_path / "run"
+    nodes = two_nodes(run, "strategy=ddp", "max_steps=400", "evaluate_every=null", "launch.max_restarts=1")
+    wait_for(lambda: steps(run) >= 20, nodes[0])
+    worker = [c for child in psutil.Process(nodes[1].pid).children() for c in child.children()]
+    worker[0].kill()
+    outs = [node.communicate(timeout=180)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outs
+    assert any("was killed by SIGKILL; all ranks start again" in out for out in outs), outs
+    facts = read_run_file(run)
+    assert (facts["status"], facts["steps"], facts["restarts"]) == ("finished", 400, 1)
+    seen = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
+    assert seen == list(range(1, 401))
+
+
+def test_a_signal_on_one_node_stops_both(two_nodes, tmp_path):
+    run = tmp_path / "run"
+    nodes = two_nodes(run, "strategy=ddp", "max_steps=100000", "evaluate_every=null")
+    wait_for(lambda: steps(run) >= 5, nodes[0])
+    psutil.Process(nodes[1].pid).terminate()
+    outs = [node.communicate(timeout=60)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [75, 75], outs
+    facts = read_run_file(run)
+    assert facts["status"] == "stopped"
+    assert (run / f"checkpoints/step-{facts['steps']:08d}/COMPLETE.json").exists()
