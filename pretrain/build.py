@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from pretrain.data.sources.base import Source
     from pretrain.data.store import TokenStore, TokenView
     from pretrain.engine import Engine, Scorer
-    from pretrain.events import Event
     from pretrain.evaluation.perplexity import Domain, Evaluator
+    from pretrain.events import Event
     from pretrain.interrupt import Interrupt
     from pretrain.models.blueprint import Blueprint
     from pretrain.place import Place

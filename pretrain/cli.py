@@ -60,7 +60,7 @@ def program() -> NoReturn:
     except SystemExit as left:
         code = left.code
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         code = 1
     world = sys.modules.get("pretrain.world")
     if world is not None and world.group_entered:

@@ -29,7 +29,15 @@ FIXED = {  # part of a run's identity → the config keys it follows from
     "optimizer": ("optimizer",),
 }
 FREE = {"name", "output_dir", "resume", "devices", "log_every", "evaluate_every", "save_every"}
-FREE |= {"sink", "checkpoint", "evaluation", "generation", "task"}  # may differ in a run that is over
+FREE |= {
+    "sink",
+    "checkpoint",
+    "evaluation",
+    "generation",
+    "task",
+    "strategy",
+    "launch",
+}  # may differ in a run that is over
 
 PATIENCE_SECONDS = 1.0  # the workers of a killed command need a moment to notice
 
@@ -173,7 +181,8 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[st
     reasons = []
     for part in changed:
         keys = [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] in FIXED[part]]
-        reasons += keys or [f"{part}: the files changed since the run began ({before.get(part)} → {identity[part]})"]
+        why = " (the files changed since the run began)" if part in ("model", "tokenizer", "data") else ""
+        reasons += keys or [f"{part}: {before.get(part)} → {identity[part]}{why}"]
     raise UserError(
         f"{checkpoint} can't be continued with other settings: {'; '.join(dict.fromkeys(reasons))}. "
         "Choose another output_dir, or resume=never to start over"

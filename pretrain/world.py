@@ -68,15 +68,14 @@ class World:
             done = (None, UserError(*error.args))
         every: list[Any] = [None] * self.size
         dist.all_gather_object(every, done)
-        for _, error in every:
-            if error is not None:
-                raise error
+        for _, mistake in every:
+            if mistake is not None:
+                raise mistake
         return [value for value, _ in every]
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Do ``work`` on rank 0 only; its result, or its ``UserError``, on every rank."""
-        result = self.each(lambda: work() if self.is_main else None)[0]
-        return result  # type: ignore[return-value]
+        return self.each(lambda: work() if self.is_main else None)[0]
 
 
 def enter(place: Place, *, group: bool, timeout_seconds: float = 1800) -> World:

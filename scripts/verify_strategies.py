@@ -77,7 +77,7 @@ class Run:
 def pretrain(arguments: list[str]) -> str:
     """Run the program; what it printed. Raises ``Failed``."""
     command = [sys.executable, "-m", "pretrain", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise Failed(done.returncode, done.stdout + done.stderr)
     return done.stdout
@@ -149,7 +149,8 @@ def verify(asked: argparse.Namespace, overrides: list[str], console: Console) ->
     for i, column in enumerate(["strategy", "Δ loss", "Δ grad norm", "agrees", "tokens/s", "GiB", "start-up s"]):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
     table.add_row("single", "", "", "", *reference.cells)
-    verdicts, left_out = [], {}
+    verdicts: list[bool] = []
+    left_out: dict[str, list[str]] = {}
     for name, arguments in rows(asked.only, given).items():
         try:
             run = told(name, [*arguments, f"devices={devices}", f"batch_size={batch_size}"])
@@ -190,7 +191,7 @@ def main() -> int:
         return verify(asked, overrides, console)
     except Failed as failure:
         print(f"error: {failure.message}", file=sys.stderr)
-        return failure.code
+        return 2 if failure.code == 2 else 1
 
 
 if __name__ == "__main__":

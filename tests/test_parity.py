@@ -117,3 +117,49 @@ def test_bf16_agrees_within_its_rounding(strategy, reference, base_arguments, ex
     code, _, err = command([*given, f"strategy={strategy}", "devices=2", "batch_size=2", "precision=bf16-mixed"])
     assert code == 0, err
     assert_equal_runs(tmp_path, reference("llama-tied", "bf16-mixed"), **BF16)
+
+
+def test_random_weights_are_those_of_one_process(reference, base_arguments, exact_model, command, tmp_path):
+    """Drawn whole on rank 0 and sent to the shards of the others."""
+    scratch = ["model=scratch", "seed=7"]
+    for name, split in (("alone", ["batch_size=4"]), ("fsdp", ["strategy=fsdp", "devices=2", "batch_size=2"])):
+        given = arguments(base_arguments, exact_model("llama-tied"), tmp_path / name)
+        code, _, err = command([*given, *scratch, *split])
+        assert code == 0, err
+    assert_equal_runs(tmp_path / "fsdp", tmp_path / "alone", **FP32)
+
+
+def test_a_layout_that_transformers_converts(reference, base_arguments, exact_model, command, tmp_path):
+    """GPT-2's files of old name their weights without the prefix of today's class."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(exact_model("gpt2"), folder)
+    weights = load_file(folder / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    assert renamed.keys() != weights.keys()
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    given = arguments(base_arguments, folder, tmp_path / "run")
+    code, _, err = command([*given, "strategy=fsdp", "devices=2", "batch_size=2"])
+    assert code == 0, err
+    assert_equal_runs(tmp_path / "run", reference("gpt2"), **FP32)
+
+
+def test_fsdp_never_holds_a_pretrained_model_whole(base_arguments, exact_model, tmp_path):
+    """Building it is made an error: every rank reads its own rows of the files."""
+    import subprocess
+    import sys
+
+    code = (
+        "from pretrain.models.causal_lm import Pretrained\n"
+        "def build(*given, **more): raise AssertionError('the whole model')\n"
+        "Pretrained.build = build\n"
+        "from pretrain.cli import program\nprogram()"
+    )
+    given = [*arguments(base_arguments, exact_model("llama"), tmp_path), "max_steps=2"]
+    for strategy, returncode in (("fsdp", 0), ("single", 1)):
+        command = [sys.executable, "-c", code, *given, f"strategy={strategy}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == returncode, done.stderr

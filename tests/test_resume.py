@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pretrain.checkpoint.store import load
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 
@@ -76,6 +77,27 @@ def test_kill_9_and_the_same_command(at, uninterrupted, base_arguments, command,
     code, _, err = command(arguments)
     assert code == 0, err
     assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed"])
+def test_kill_9_of_two_processes_and_the_same_command(strategy, base_arguments, command, spawn, tmp_path):
+    """The model has dropout: each rank goes on with its own random numbers."""
+    pair = [*base_arguments, f"strategy={strategy}", "devices=2", "batch_size=1"]
+    code, _, err = command([*pair, f"output_dir={tmp_path / 'whole'}"])
+    assert code == 0, err
+    run = tmp_path / "run"
+    process = spawn([*pair, f"output_dir={run}"])
+    wait_for(run, 12, process)
+    process.kill()
+    process.wait()
+    code, _, err = command([*pair, f"output_dir={run}"])
+    assert code == 0, err
+    assert numbers(run) == numbers(tmp_path / "whole")
+    states = [load(folder / "checkpoints/step-00000020")["engine"] for folder in (run, tmp_path / "whole")]
+    for kind in ("model", "optimizer"):
+        ours, theirs = (state[kind] for state in states)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours.read(key), theirs.read(key)) for key in sorted(theirs.keys()))
 
 
 def test_a_signal_saves_and_exits_75(uninterrupted, base_arguments, command, spawn, tmp_path):

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 BETWEEN_RANKS = 1_000_003  # seeds that people choose are smaller
 
 

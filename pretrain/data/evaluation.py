@@ -33,7 +33,7 @@ class EvaluationBatches(Sequence[Batch]):
     def __len__(self) -> int:
         return -(-self.num_blocks // self.batch_size)
 
-    def __getitem__(self, index: int) -> Batch:  # type: ignore[override] (no slices)
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]  # no slices
         if not 0 <= index < len(self):
             raise IndexError(index)
         length, eot = self.sequence_length, self.view.store.eot

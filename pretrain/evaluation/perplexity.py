@@ -48,18 +48,18 @@ class Evaluator:
 
     def _score(self, engine: Scorer, domain: Domain, baseline: dict[str, float] | None) -> DomainScore:
         world = engine.world
-        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        summed = torch.zeros((), dtype=torch.float64, device=world.device)
         tokens = 0
         with progress_bar(f"evaluating {domain.name}", total=len(domain.batches)) as advance:
             for first in range(0, len(domain.batches), world.size):
                 mine = first + world.rank < len(domain.batches)
                 batch = domain.batches[first + world.rank if mine else first]  # a rank too many computes along
-                loss = engine.evaluate(batch.to(world.device))
+                nats_here = engine.evaluate(batch.to(world.device))
                 if mine:
-                    total += loss
+                    summed += nats_here
                     tokens += batch.num_targets
                 advance(world.size)
-        nats, tokens = float(world.add_up(total)), world.sum(tokens)
+        nats, tokens = float(world.add_up(summed)), world.sum(tokens)
         loss = nats / tokens
         before = loss if baseline is None else baseline.get(domain.name)  # a domain added on resume has no baseline
         return DomainScore(

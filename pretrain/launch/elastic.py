@@ -9,7 +9,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -101,7 +100,7 @@ class Agent(LocalElasticAgent):
 
     def _end_workers(self, close: Callable[..., None]) -> None:
         """Note who has left by itself, then kill the rest: without all ranks there is nothing that they could save."""
-        processes = self._pcontext._pc.processes
+        processes = self._pcontext._pc.processes  # type: ignore[union-attr]
         by_rank = dict(zip((w.global_rank for w in self._worker_group.workers), processes, strict=True))
         until = time.monotonic() + REPORT_SECONDS
         while any(p.is_alive() for p in processes) and time.monotonic() < until:

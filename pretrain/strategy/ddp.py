@@ -61,15 +61,16 @@ class Ddp(Strategy):
                 return nullcontext() if last else wrapped.no_sync()
 
         built = model.build(world.device)
-        on_gpu: dict[str, Any] = {"device_ids": [world.device]} if world.device.type == "cuda" else {}
+        more: dict[str, Any] = {_buffers_keyword(DistributedDataParallel): False}  # they are constants
+        if world.device.type == "cuda":
+            more["device_ids"] = [world.device]
         wrapped = DistributedDataParallel(
             built,
-            **{_buffers_keyword(DistributedDataParallel): False},  # they are constants
             find_unused_parameters=self.find_unused_parameters,
             static_graph=self.static_graph,
             gradient_as_bucket_view=self.gradient_as_bucket_view,
             bucket_cap_mb=self.bucket_cap_mb,
-            **on_gpu,
+            **more,
         )
         return DdpEngine(
             built,

@@ -55,7 +55,7 @@ def workers_of(pid: int) -> list[psutil.Process]:
 def ended(process, workers, seconds=60) -> str:
     """What the run printed, once it and its workers are gone."""
     out, _ = process.communicate(timeout=seconds)
-    gone, alive = psutil.wait_procs(workers, timeout=10)
+    _gone, alive = psutil.wait_procs(workers, timeout=10)
     assert not alive, "no orphans"
     return out
 
@@ -365,9 +365,8 @@ def test_a_checkpoint_of_another_shape_is_refused(base_arguments, exact_model, c
 
 def test_the_documents_behind_each_global_batch_are_the_same_at_any_world_size(base_arguments, command, tmp_path):
     """As the workers themselves see them: the loader of each rank, at 1, 2 and 4 ranks."""
-    from tests.test_trainer import view_of
-
     from pretrain.data.loader import Loader
+    from tests.test_trainer import view_of
 
     view = view_of(base_arguments)
     for step in range(6):

@@ -1,0 +1,63 @@
+"""The scripts that people are told to run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+def script(name, *arguments):
+    command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPTS.parent)
+
+
+def verdict(done):
+    """The words of the table's ddp row, without its numbers."""
+    (row,) = [line.split() for line in done.stdout.splitlines() if line.startswith(" ddp ")]
+    return row[3]
+
+
+@pytest.fixture
+def verify(base_arguments, exact_model):
+    def run(*more):
+        given = [*base_arguments, f"model_name={exact_model('llama')}", "max_steps=3", "strategy=single"]
+        return script("verify_strategies.py", *given, "--only", "ddp", "--devices", "2", *more)
+
+    return run
+
+
+def test_verify_strategies_agree(verify, tmp_path):
+    done = verify(f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert verdict(done) == "yes"
+    assert "2 processes × batch_size 2, single 4 at once; precision 32-true" in done.stdout
+    assert "not measured: as given: devices=2: strategy=single is one process" in done.stdout
+    assert not (tmp_path / "run").exists(), "the user's output_dir is not touched"
+
+
+def test_verify_strategies_differ(verify):
+    """bf16 rounds: a bound of nothing can't be met by sums that are taken in another order."""
+    done = verify("precision=bf16-mixed", "--bound", "0")
+    assert done.returncode == 1, done.stderr
+    assert verdict(done) == "no"
+
+
+def test_verify_strategies_on_a_mistake(verify):
+    done = verify("dataset.nameOrPath=no/such/folder")
+    assert done.returncode == 2
+    assert done.stderr.count("no/such/folder") == 1
+    assert "Traceback" not in done.stderr
+
+    done = script("verify_strategies.py", "--only", "dpd")
+    assert done.returncode == 2
+    assert "dpd: allowed are" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["bench_startup.py", "verify_strategies.py"])
+def test_help(name):
+    done = script(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "python scripts/" + name in done.stdout
