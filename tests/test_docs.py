@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,9 @@ def commands():
     for page in PAGES:
         for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
             for line in block.splitlines() if language in ("", "bash") else ():
-                if line.startswith("python -m pretrain"):
-                    words = shlex.split(line, comments=True)[3:]
+                if line.startswith(("python -m pretrain", "torchrun --nproc_per_node")):
+                    words = shlex.split(line, comments=True)
+                    words = words[3:] if words[0] == "python" else words
                     yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:120])
 
 
@@ -53,7 +56,11 @@ def test_command(words, place, command, spawn, monkeypatch, tiny_model):
     if "--help" in words or "--cfg" in words:
         assert command(words)[0] == 0
         return
-    small = ["max_steps=2", "batch_size=2", "sequence_length=32", "evaluation.max_tokens=200"]
+    small = ["max_steps=2", "sequence_length=32", "evaluation.max_tokens=200"]
+    if not any(w.startswith("batch_size=") for w in words):
+        small.append("batch_size=2")
+    if any(w.startswith("launch.nodes=") for w in words):  # tests/launch/test_nodes.py has the nodes
+        words = [w.replace("/shared/books", "books").replace("/shared/", "") for w in words if "launch." not in w]
     if not any(w.startswith(("model_name=", "model=")) for w in words):
         small.append(f"model_name={tiny_model}")
     if "task=generation" in words:
@@ -65,6 +72,15 @@ def test_command(words, place, command, spawn, monkeypatch, tiny_model):
         return
     if "hydra/launcher=slurm" in words:  # in processes of this machine
         small += ["hydra.launcher.cluster=local", "hydra.launcher.nodes=1", "hydra.launcher.gpus_per_node=0"]
+    if words[0] == "torchrun":
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *words[1:], *small],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return
     if "-m" in words or "hydra/launcher=slurm" in words:
         process = spawn([*words, *small])
         out, _ = process.communicate(timeout=300)
