@@ -105,9 +105,14 @@ class Engine(Scorer):
         return norm
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """The norm over all shards of all parameters; gradients are scaled down where it is more than ``max_norm``."""
+        """The norm over all shards of all parameters; gradients are scaled down where it is more than ``max_norm``.
+
+        Rows first: on a CPU torch's norm of a whole matrix of 38 M fp32 numbers is off by 3e-3, of its rows by 3e-7.
+        """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = tensors.whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        grads = [p.grad for p in parameters if p.grad is not None]
+        rows = [torch.linalg.vector_norm(grad, dim=-1) if grad.ndim > 1 else grad for grad in grads]
+        norm = tensors.whole(nn.utils.get_total_norm(rows))
         if max_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm

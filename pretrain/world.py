@@ -75,7 +75,7 @@ class World:
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Do ``work`` on rank 0 only; its result, or its ``UserError``, on every rank."""
-        return self.each(lambda: work() if self.is_main else None)[0]
+        return self.each(lambda: work() if self.is_main else None)[0]  # type: ignore[return-value]
 
 
 def enter(place: Place, *, group: bool, timeout_seconds: float = 1800) -> World:

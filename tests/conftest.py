@@ -85,6 +85,15 @@ SHAPES = {  # without dropout, so that any number of ranks draws the same number
         "tie_word_embeddings": False,
     },
 }
+# OPT keeps documents apart by a mask only, GPT-2 and Llama by positions.
+SHAPES["opt"] = {
+    "model_type": "opt",
+    "hidden_size": 32,
+    "ffn_dim": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+SHAPES["opt"] |= {"max_position_embeddings": 128, "word_embed_proj_dim": 32, "dropout": 0.0, "attention_dropout": 0.0}
 SHAPES["llama-tied"] = SHAPES["llama"] | {"tie_word_embeddings": True}
 
 

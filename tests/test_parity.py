@@ -111,12 +111,13 @@ def test_four_processes_in_copies_of_shards(replicas, reference, base_arguments,
 BF16 = {"loss": 2e-2, "norm": 5e-2, "weights": 1e-2}
 
 
+@pytest.mark.parametrize("shape", ["llama-tied", "opt"])
 @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s not in ("single", "dp")])
-def test_bf16_agrees_within_its_rounding(strategy, reference, base_arguments, exact_model, command, tmp_path):
-    given = arguments(base_arguments, exact_model("llama-tied"), tmp_path)
+def test_bf16_agrees_within_its_rounding(strategy, shape, reference, base_arguments, exact_model, command, tmp_path):
+    given = arguments(base_arguments, exact_model(shape), tmp_path)
     code, _, err = command([*given, f"strategy={strategy}", "devices=2", "batch_size=2", "precision=bf16-mixed"])
     assert code == 0, err
-    assert_equal_runs(tmp_path, reference("llama-tied", "bf16-mixed"), **BF16)
+    assert_equal_runs(tmp_path, reference(shape, "bf16-mixed"), **BF16)
 
 
 def test_random_weights_are_those_of_one_process(reference, base_arguments, exact_model, command, tmp_path):

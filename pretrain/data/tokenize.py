@@ -147,7 +147,7 @@ def _alone(path: Path, name: str) -> Iterator[None]:
     make_folder(path.parent)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=UNNOTICED_SECONDS)
+        lock.acquire(timeout=UNNOTICED_SECONDS, poll_interval=0.01)
     except Timeout:
         notice(f"dataset {name!r}: another run is filling the token cache; waiting for it")
         lock.acquire()

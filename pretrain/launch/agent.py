@@ -2,7 +2,7 @@
 
 It starts the workers, meets the agents of other nodes, passes stop signals on, ends the whole group when one of it dies,
 starts it again as often as asked, and says once what went wrong. Workers are forked from a server that has imported torch
-once, while this process was still preparing the data.
+once, while this process was still finding out what to do.
 Source: https://docs.pytorch.org/docs/stable/elastic/agent.html
 """
 
@@ -17,10 +17,11 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain import build
-from pretrain.interrupt import Interrupt
+from pretrain.errors import UserError, WorkersFailed
+from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
 from pretrain.launch.network import interface_of, is_here, own_address
-from pretrain.launch.worker import Job, work
+from pretrain.launch.report import read_reports
+from pretrain.launch.worker import Job, prepare, work
 
 if TYPE_CHECKING:
     from pretrain.launch.policy import Policy
@@ -30,20 +31,42 @@ if TYPE_CHECKING:
 def run_workers(
     resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt, setting: Setting, policy: Policy
 ) -> int:
-    """Prepare the data here, then train in ``setting.workers // setting.nodes`` processes; return the exit code.
+    """Prepare the data, then train in ``setting.workers // setting.nodes`` processes; return the exit code.
 
     Raises ``UserError`` for a mistake that a worker found, ``WorkersFailed`` when the group failed for good.
     """
     warm_up()
-    prepared = build.prepare(resolved, devices=setting.workers * setting.devices_per_worker)
-    build.total_steps(resolved, prepared)
     meeting, environment = _meeting(policy), dict(os.environ)
     if policy.nodes > 1 and (interface := interface_of(meeting["local_addr"])):
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)
     with tempfile.TemporaryDirectory(prefix="pretrain-") as reports:
         job = Job(resolved, overrides, setting, reports, environment, os.getcwd())
+        _prepare_data(job)
         codes = _run_agent(job, interrupt, setting.workers // setting.nodes, policy, meeting)
     return next((code for code in codes if code), 0)
+
+
+def _prepare_data(job: Job) -> None:
+    """Tokenize what the cache does not hold yet, in a process of the warm server: this one imports too little for it.
+
+    Raises ``UserError``, ``Stopped`` or ``WorkersFailed`` as that process did.
+    """
+    process = multiprocessing.get_context("forkserver").Process(target=prepare, args=(job,))
+    process.start()
+    from pretrain.launch import elastic  # noqa: F401 (torch's agent, meanwhile)
+
+    try:
+        process.join()
+    finally:  # a signal has ended the waiting
+        process.terminate()
+    process.join()
+    if process.exitcode == EXIT_CODE:
+        raise Stopped("while preparing the data")
+    if process.exitcode:
+        report = next(read_reports(Path(job.reports)), None)
+        if report is not None and report.is_mistake:
+            raise UserError(report.message)
+        raise WorkersFailed(report.trace if report else f"preparing the data left with exit code {process.exitcode}")
 
 
 def _meeting(policy: Policy) -> dict[str, Any]:
@@ -58,7 +81,8 @@ def _meeting(policy: Policy) -> dict[str, Any]:
 
 
 def warm_up() -> None:
-    """Start the server that workers are forked from: it imports what they need while the data is prepared."""
+    """Start the server that workers are forked from: it imports what they need while this process goes on."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that has asked CUDA can't be forked
     multiprocessing.get_context("forkserver").set_forkserver_preload(["pretrain.launch.preload"])
     multiprocessing.forkserver.ensure_running()
 

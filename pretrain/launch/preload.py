@@ -1,7 +1,25 @@
-"""What every worker needs and what takes long to import; see ``agent.warm_up``. Nothing here may ask for a GPU."""
+"""What every worker needs and what takes long to import; see ``agent.warm_up``. Nothing here may ask for a GPU.
 
-import datasets  # noqa: F401
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+The collector is off meanwhile: imports make millions of objects that stay. Frozen, their memory stays shared by the workers.
+"""
 
+# ruff: noqa: E402, F401
+import gc
+
+gc.disable()
+
+import torch.distributed.fsdp
+import torch.distributed.tensor
+import transformers.modeling_utils
+import transformers.tokenization_utils_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import pretrain.data.loader
+import pretrain.data.tokenize
+import pretrain.engine
+import pretrain.models.language_model
 import pretrain.tasks
-import pretrain.trainer  # noqa: F401
+import pretrain.trainer
+
+gc.freeze()
+gc.enable()

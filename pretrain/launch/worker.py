@@ -11,7 +11,9 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
-from pretrain.interrupt import Interrupt
+from pretrain import build
+from pretrain.console import quiet_libraries
+from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
 from pretrain.launch.report import write_report
 from pretrain.place import Place
 from pretrain.strategy.base import Setting
@@ -31,15 +33,29 @@ class Job:
     folder: str
 
 
+def prepare(job: Job) -> None:
+    """Prepare the data, before any worker exists. Leaves with 0, with 75 when stopped, or reports and leaves with 1."""
+    _enter(job)
+    Interrupt().install()
+    quiet_libraries()
+    setting = job.setting
+    try:
+        prepared = build.prepare(job.resolved, devices=setting.workers * setting.devices_per_worker)
+        build.total_steps(job.resolved, prepared)
+    except Stopped:
+        os._exit(EXIT_CODE)
+    except BaseException as error:
+        write_report(Path(job.reports), 0, error)
+        os._exit(1)
+
+
 def work(job: Job) -> int:
     """Train as one rank; the exit code. A failing worker reports and leaves at once, with 1."""
-    os.environ.update({k: v for k, v in job.environment.items() if k not in FROM_AGENT})
-    os.chdir(job.folder)
+    _enter(job)
     rank, local_size = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     place = Place(rank, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]), local_size, restarts)
     _own_stderr(Path(job.reports) / f"rank-{rank}.stderr", terminal=rank == 0)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
     interrupt = Interrupt(silent=True)  # the parent has said it
     interrupt.patient = True
     interrupt.install()
@@ -54,11 +70,17 @@ def work(job: Job) -> int:
     return code
 
 
+def _enter(job: Job) -> None:
+    """Stand where the parent stands: the server was started earlier, perhaps elsewhere."""
+    os.environ.update({k: v for k, v in job.environment.items() if k not in FROM_AGENT})
+    os.chdir(job.folder)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
 def _train(job: Job, interrupt: Interrupt, place: Place) -> int:
     import torch
 
     from pretrain import tasks
-    from pretrain.console import quiet_libraries
 
     quiet_libraries()
     if "OMP_NUM_THREADS" not in os.environ:

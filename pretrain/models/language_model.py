@@ -34,6 +34,7 @@ class LanguageModel(nn.Module):
         self.separation: Callable[[Tensor, torch.dtype], dict[str, Tensor]] | None = None
         if not any(p.is_meta for p in hf.parameters()):
             self.probe()
+        self.is_compiled = compile
         self._compiled: Callable[..., Tensor] | None = torch.compile(self._loss, dynamic=False) if compile else None
 
     def probe(self) -> None:
@@ -68,7 +69,8 @@ class LanguageModel(nn.Module):
             raise UserError(
                 f"dataset.document_mask=true: {type(self.hf).__name__} can't keep packed documents apart; use false"
             )
-        return self.separation(position_ids, self.hf.dtype)
+        # The embedding's type and not the model's: under FSDP it is, here, that of the gathered weights.
+        return self.separation(position_ids, self.hf.get_input_embeddings().weight.dtype)
 
     # -- names of the wrapped model ---------------------------------------------------------------------------------
 

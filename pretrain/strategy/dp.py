@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pretrain.console import notice
+from pretrain.errors import UserError
 from pretrain.strategy.base import Setting, Strategy
 
 if TYPE_CHECKING:
@@ -50,5 +51,7 @@ class Dp(Strategy):
         from pretrain.engine import Engine
 
         built = model.build(world.device)
+        if built.is_compiled and world.device.type == "cuda":
+            raise UserError("strategy=dp with model.compile=true: its copies are made anew at each step; use ddp")
         copies = torch.nn.DataParallel(built) if world.device.type == "cuda" else built
         return Engine(built, optimizer(built), precision=setting.precision, world=world, step_module=copies)

@@ -4,6 +4,7 @@ documents."""
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import os
 import sysconfig
@@ -108,11 +109,20 @@ class English(Source):
 
 def _package_files(package: importlib.metadata.Distribution) -> list[SourceFile]:
     found = []
-    for path in package.files or ():
-        kind = "description" if path.name == "METADATA" else PROSE_FORMATS.get(path.suffix)
-        if kind and not NOT_PROSE.intersection(path.parts) and not path.name.upper().startswith(("LICENSE", "NOTICE")):
-            found.append((str(path), SourceFile(os.path.abspath(str(package.locate_file(path))), kind)))
+    for name in _names(package):
+        last = name.rpartition("/")[2]
+        kind = "description" if last == "METADATA" else PROSE_FORMATS.get(os.path.splitext(last)[1])
+        if kind and not NOT_PROSE.intersection(name.split("/")) and not last.upper().startswith(("LICENSE", "NOTICE")):
+            found.append((name, SourceFile(os.path.abspath(str(package.locate_file(name))), kind)))
     return [file for _, file in sorted(found, key=lambda pair: pair[0]) if os.path.isfile(file.path)]
+
+
+def _names(package: importlib.metadata.Distribution) -> list[str]:
+    """The package's files, out of RECORD: ``package.files`` makes objects of them, of torch's 15,000 in a quarter second."""
+    record = package.read_text("RECORD")
+    return (
+        [row[0] for row in csv.reader(record.splitlines())] if record else [str(path) for path in package.files or ()]
+    )
 
 
 def _library() -> Path:
