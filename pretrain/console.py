@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _muted = False
+_captured: Path | None = None  # where stderr goes before there is a log
 
 
 def mute() -> None:
@@ -71,6 +72,30 @@ def log_to(file: Path) -> None:
         logger.removeHandler(earlier)
         earlier.close()
     logger.addHandler(handler)
+    global _captured
+    if _captured is not None:
+        with file.open("ab") as log:
+            log.write(_captured.read_bytes())
+        _stderr_into(file)
+        _captured = None
+
+
+def capture_stderr(early: Path, *, keep_terminal: bool) -> None:
+    """From now on, what C++ libraries write to stderr goes to the log, and into ``early`` until there is one.
+
+    ``keep_terminal``: what Python writes there stays on the terminal, and it goes the same way without.
+    """
+    global _captured
+    if keep_terminal:
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    _captured = early
+    _stderr_into(early)
+
+
+def _stderr_into(file: Path) -> None:
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
 
 
 def quiet_libraries() -> None:

@@ -80,6 +80,24 @@ def _meeting(policy: Policy) -> dict[str, Any]:
     return nodes | {"endpoint": policy.endpoint, "run_id": "pretrain"} | found
 
 
+def _meet(meeting: dict[str, Any]) -> Any:
+    """torch's rendezvous handler. Of two agents on the host of the meeting point the first one there holds it.
+
+    Raises ``UserError`` when nobody answers there.
+    """
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousParameters
+    from torch.distributed.elastic.rendezvous import registry as meeting_points
+
+    try:
+        return meeting_points.get_rendezvous_handler(RendezvousParameters(**meeting))
+    except RendezvousConnectionError as error:
+        if meeting.get("is_host"):
+            return _meet(meeting | {"is_host": False})
+        raise UserError(
+            f"launch.endpoint={meeting['endpoint']}: nobody answers there; does the command run on that machine?"
+        ) from error
+
+
 def warm_up() -> None:
     """Start the server that workers are forked from: it imports what they need while this process goes on."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that has asked CUDA can't be forked
@@ -92,8 +110,6 @@ def _run_agent(job: Job, interrupt: Interrupt, workers: int, policy: Policy, mee
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # attempts would share a port, and a restart hang
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.rendezvous import RendezvousParameters
-    from torch.distributed.elastic.rendezvous import registry as meeting_points
 
     from pretrain.launch.elastic import Agent
 
@@ -104,7 +120,7 @@ def _run_agent(job: Job, interrupt: Interrupt, workers: int, policy: Policy, mee
         local_world_size=workers,
         entrypoint=work,
         args=(job,),
-        rdzv_handler=meeting_points.get_rendezvous_handler(RendezvousParameters(**meeting)),
+        rdzv_handler=_meet(meeting),
         max_restarts=policy.max_restarts,
         monitor_interval=0.05,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import build
-from pretrain.console import quiet_libraries
+from pretrain.console import capture_stderr, quiet_libraries
 from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
 from pretrain.launch.report import write_report
 from pretrain.place import Place
@@ -55,7 +55,7 @@ def work(job: Job) -> int:
     rank, local_size = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     place = Place(rank, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]), local_size, restarts)
-    _own_stderr(Path(job.reports) / f"rank-{rank}.stderr", terminal=rank == 0)
+    capture_stderr(Path(job.reports) / f"rank-{rank}.stderr", keep_terminal=rank == 0)
     interrupt = Interrupt(silent=True)  # the parent has said it
     interrupt.patient = True
     interrupt.install()
@@ -84,17 +84,8 @@ def _train(job: Job, interrupt: Interrupt, place: Place) -> int:
 
     quiet_libraries()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
+        torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
     return tasks.pretraining(job.resolved, job.overrides, interrupt, job.setting, place)
-
-
-def _own_stderr(file: Path, *, terminal: bool) -> None:
-    """Send what C++ libraries write to stderr into ``file``; of Python's, on rank 0, the terminal keeps its own."""
-    if terminal:
-        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
 
 
 def _leave_with_parent() -> None:

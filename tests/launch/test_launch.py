@@ -128,6 +128,7 @@ step = torch.optim.AdamW.step
 def broken(self, *given, **more):
     import os
     from pathlib import Path
+    os.write(2, ("rank %s speaks\\n" % os.environ.get("RANK")).encode())
     mark = Path({mark!r})
     count = int(mark.read_text()) if mark.exists() else 0
     if os.environ.get("RANK") == "1" and self.state and max(float(s["step"]) for s in self.state.values()) == {at}:
@@ -206,10 +207,14 @@ def test_a_mistake_found_by_a_worker_is_not_retried(base_arguments, command, tmp
     assert "restart" not in err
 
 
-def test_every_rank_has_a_log(base_arguments, command, tmp_path):
-    code, _, err = command([*base_arguments, *PAIR, f"output_dir={tmp_path}", "max_steps=1", "sink=jsonl"])
-    assert code == 0, err
-    assert {p.name for p in (tmp_path / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
+def test_every_rank_has_a_log_with_its_stderr(base_arguments, tmp_path):
+    """Also what is written below Python, here by the update of every rank."""
+    given = [*base_arguments, *PAIR, f"output_dir={tmp_path / 'run'}", "max_steps=2", "sink=jsonl"]
+    done = broken_run(given, tmp_path, at=-1, times=0)
+    assert done.returncode == 0, done.stderr
+    assert "speaks" not in done.stderr
+    for rank in (0, 1):
+        assert (tmp_path / f"run/logs/rank-{rank}.log").read_text().count(f"rank {rank} speaks") == 2
 
 
 def test_only_one_rank_talks(base_arguments, spawn, tmp_path):
