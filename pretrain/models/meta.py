@@ -29,6 +29,13 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def put_buffers(module: nn.Module, buffers: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put ``buffers`` (by name) back on ``device`` as they are: RoPE's frequencies do not stand 16 bits."""
+    for name, buffer in buffers.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, buffer.to(device))
+
+
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
     """Parameters in ``dtype``, ties kept; buffers as they are (RoPE's frequencies in 16 bits are wrong positions)."""
     for parameter in module.parameters():

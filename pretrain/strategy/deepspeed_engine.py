@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from pretrain.batch import Batch
 from pretrain.engine import Engine
 from pretrain.errors import UserError
+from pretrain.models.meta import cast_parameters, put_buffers
 from pretrain.tensors import Piece, TensorFiles
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class DeepspeedEngine(Engine):
         if partitioned:
             partition(model, config, precision.compute_dtype)
         wrapped = wrap(model, update, config)
-        restore_buffers(model, buffers, world.device)
+        put_buffers(model, buffers, world.device)
         engine = cls(
             model,
             update,
@@ -296,18 +297,10 @@ class DeepspeedEngine(Engine):
 
 def partition(model: LanguageModel, config: dict[str, Any], dtype: torch.dtype) -> None:
     """Cut every weight into shards on the devices, one after the other; the loss needs the head's from outside of it."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    cast_parameters(model, dtype)
     deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=dtype)
     for parameter in model.hf.get_output_embeddings().parameters():
         deepspeed.zero.register_external_parameter(model, parameter)
-
-
-def restore_buffers(model: LanguageModel, buffers: dict[str, Tensor], device: torch.device) -> None:
-    """Put every buffer on the device with its first values: RoPE's frequencies do not stand 16 bits."""
-    for name, buffer in buffers.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, buffer.to(device))
 
 
 def padded_shard(value: Tensor, parameter: Any) -> Tensor:

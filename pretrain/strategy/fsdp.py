@@ -157,11 +157,11 @@ def materialise(model: LanguageModel, world: World, *, offload: bool) -> None:
     """Give the shards memory, and put the buffers, which have their values, on the device."""
     import torch
 
+    from pretrain.models.meta import put_buffers
+
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.to_empty(device=torch.device("cpu") if offload else world.device)
-    for name, buffer in buffers.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, buffer.to(world.device))
+    put_buffers(model, buffers, world.device)
 
 
 def load_weights(blueprint: Blueprint, model: LanguageModel, world: World) -> None:

@@ -1,0 +1,127 @@
+"""Where processes can't be had as asked: exit code 2 and one line, before anything is started where that can be known."""
+
+import pytest
+
+from tests.launch.test_launch import PAIR
+
+ENVIRONMENTS = [
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, [], "strategy=single is one process"),
+    (
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"},
+        ["strategy=dp"],
+        "strategy=dp is one process",
+    ),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, ["strategy=ddp"], "without MASTER_ADDR"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, ["strategy=ddp"], "RANK=2, WORLD_SIZE=2"),
+    ({"RANK": "a", "WORLD_SIZE": "2"}, ["strategy=ddp"], "RANK=a in the environment: not a number"),
+    (
+        {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+        ["strategy=ddp", "devices=4"],
+        "2 processes were started",
+    ),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, ["task=evaluation"], "task=evaluation is one process"),
+]
+
+
+@pytest.mark.parametrize(("variables", "more", "says"), ENVIRONMENTS, ids=[e[2] for e in ENVIRONMENTS])
+def test_an_environment_that_does_not_fit(variables, more, says, command, monkeypatch, base_arguments, tmp_path):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = command([*base_arguments, f"output_dir={tmp_path}", *more])
+    assert code == 2, err
+    assert says in err
+
+
+MISTAKES = [
+    (["devices=2"], "devices=2: strategy=single is one process on one device"),
+    (["strategy=fsdp", "strategy.sharding_strategy=HYBRID_SHARD", "devices=2"], "2 processes can't be split into 2"),
+    (["strategy=fsdp", "strategy.sharding_strategy=HYBRID_SHARD", "devices=6", "strategy.replicas=4"], "6 processes"),
+    (["strategy=fsdp", "strategy.replicas=2", "devices=2"], "only HYBRID_SHARD has replicas"),
+    (
+        ["strategy=fsdp", "strategy.sharding_strategy=HALF"],
+        "strategy.sharding_strategy='HALF': input should be 'FULL_SHARD'",
+    ),
+    (["strategy=ddp", "strategy.static_graph=true", "devices=2"], "gradient_accumulation_steps=2"),
+    (["strategy=ddp", "strategy.zero_stage=2"], "Ddp has no 'zero_stage'; it is a key of strategy=deepspeed"),
+    (["strategy=deepspeed", "strategy.sharding_strategy=FULL_SHARD"], "it is a key of strategy=fsdp"),
+    (["strategy=deepspeed", "strategy.zero_stage=4"], "strategy.zero_stage=4: input should be 0, 1, 2 or 3"),
+    (["strategy=deepspeed", "strategy.zero_stage=0", "strategy.offload_optimizer=true"], "only stages 1, 2 and 3"),
+    (["strategy=deepspeed", "strategy.offload_parameters=true"], "only stage 3"),
+    (["strategy=deepspeed", "precision=16-mixed", "precision.allow_cpu=true"], "no fp16 on a CPU"),
+    (["strategy=deepspeed", "precision=bf16-true"], "use bf16-mixed"),
+    (
+        ["strategy=deepspeed", "strategy.config.gradient_clipping=5"],
+        "gradient_clipping=5: the run sets it to 1.0 (grad_clip)",
+    ),
+    (["strategy=ddp", "launch.nodes=2"], "launch.endpoint=<host>:<port>"),
+    (["launch.nodes=2", "launch.endpoint=localhost:29511"], "strategy=single is one process"),
+    (["strategy=ddp", "launch.endpoint=localhost"], "launch.endpoint='localhost'"),
+    (["strategy=ddp", "launch.max_restarts=-1"], "launch.max_restarts=-1"),
+    (["strategy=ddp", "devices=0"], "devices=0"),
+]
+
+
+@pytest.mark.parametrize(("more", "says"), MISTAKES, ids=[" ".join(m) for m, _ in MISTAKES])
+def test_mistakes(more, says, command, base_arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code, _, err = command([*base_arguments, f"output_dir={tmp_path}", *more])
+    assert code == 2, err
+    assert says in err
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_more_devices_than_gpus(command, base_arguments, tmp_path, monkeypatch):
+    from pretrain.launch import layout
+
+    monkeypatch.setattr(layout, "gpu_visible", lambda: True)
+    monkeypatch.setattr(layout, "_gpus", lambda: 2)
+    code, _, err = command([*base_arguments, f"output_dir={tmp_path}", "strategy=ddp", "devices=3"])
+    assert code == 2
+    assert "devices=3: 2 GPUs are visible; use at most that" in err
+
+
+def test_idle_gpus_are_mentioned(capsys, monkeypatch):
+    from pretrain.launch import layout
+    from pretrain.launch.policy import Policy
+    from pretrain.strategy.single import Single
+
+    monkeypatch.setattr(layout, "gpu_visible", lambda: True)
+    monkeypatch.setattr(layout, "_gpus", lambda: 4)
+    resolved = {"devices": "auto", "strategy": {"_target_": "pretrain.strategy.single.Single"}}
+    found = layout.layout(resolved, Single(), Policy())
+    assert (found.device_type, found.workers) == ("cuda", 1)
+    assert "strategy=single uses 1 of 4 GPUs" in capsys.readouterr().err
+
+
+def test_deepspeed_that_is_not_installed(command, base_arguments, tmp_path, monkeypatch):
+    from pretrain.strategy import deepspeed
+
+    monkeypatch.setattr(deepspeed, "find_spec", lambda name: None)
+    code, _, err = command([*base_arguments, f"output_dir={tmp_path}", "strategy=deepspeed"])
+    assert code == 2
+    assert "pip install 'pretrain[deepspeed]'" in err
+
+
+def test_a_port_in_use(command, base_arguments, tmp_path):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
+        more = ["strategy=ddp", "launch.nodes=2", f"launch.endpoint={endpoint}"]
+        code, _, err = command([*base_arguments, f"output_dir={tmp_path}", *more])
+    assert code == 2, err
+    assert f"launch.endpoint={endpoint}: another program listens there" in err
+
+
+def test_a_checkpoint_of_another_shape_is_refused(base_arguments, exact_model, command, tmp_path):
+    given = [*base_arguments, *PAIR, f"output_dir={tmp_path}", "sink=jsonl"]
+    code, _, err = command([*given, f"model_name={exact_model('llama')}", "max_steps=1"])
+    assert code == 0, err
+    before = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    code, _, err = command([*given, f"model_name={exact_model('llama-tied')}", "max_steps=4"])
+    assert code == 2
+    assert "can't be continued with other settings: " in err
+    assert f"{exact_model('llama')} → {exact_model('llama-tied')}" in err
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == before
