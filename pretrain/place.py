@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """``rank`` of ``size`` processes, ``local_rank`` of ``local_size`` on this machine; ``restarts`` of the group so far."""
+    """``rank`` of ``size`` processes, ``local_rank`` of ``local_size`` on this machine; ``restarts`` of the group
+    so far, which all have the ``run_id`` of one command."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
     restarts: int = 0
+    run_id: str = ""

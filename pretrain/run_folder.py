@@ -16,6 +16,7 @@ from pretrain.checkpoint.atomic import missing_or_torn
 from pretrain.checkpoint.store import Store
 from pretrain.console import log_to, notice
 from pretrain.errors import UserError
+from pretrain.place import Place
 from pretrain.telemetry.run_file import read_run_file
 
 FIXED = {  # part of a run's identity → the config keys it follows from
@@ -39,6 +40,7 @@ FREE |= {
     "launch",
 }  # may differ in a run that is over
 
+RUN_ID = ".run_id"  # of the command whose processes have last claimed the folder
 PATIENCE_SECONDS = 1.0  # the workers of a killed command need a moment to notice
 
 
@@ -73,7 +75,7 @@ def begin(
     identity: dict[str, Any],
     steps: int,
     *,
-    restarts: int,
+    place: Place,
     claims: ExitStack,
 ) -> Start | None:
     """Claim output_dir until ``claims`` ends, and decide what to continue in it; ``None``: it holds this very run,
@@ -82,10 +84,12 @@ def begin(
     Raises ``UserError`` when the folder can't be had, or holds a run that this one can't continue. After a restart of
     the workers ``resume=never`` and a named checkpoint have done their work: the run's own newest checkpoint counts.
     """
-    folder = claim(resolved["output_dir"], start_over=resolved["resume"] == "never" and not restarts)
+    again = place.restarts > 0 and claimed_by(Path(resolved["output_dir"])) == place.run_id
+    folder = claim(resolved["output_dir"], start_over=resolved["resume"] == "never" and not again)
     claims.callback(folder.lock.release)
+    (folder.path / RUN_ID).write_text(place.run_id)
     store = Store(folder.path / "checkpoints")
-    mode = "auto" if restarts and resolved["resume"] == "never" else resolved["resume"]
+    mode = "auto" if again and resolved["resume"] == "never" else resolved["resume"]
     resume_from = resume_point(folder, store, mode)
     facts = read_run_file(folder.path)
     if resume_from is not None:
@@ -97,6 +101,12 @@ def begin(
             notice("to train longer raise max_steps or number_epochs; to start over add resume=never")
             return None
     return Start(resume_from, folder.write_config(resolved, overrides))
+
+
+def claimed_by(path: Path) -> str | None:
+    """The id of the command whose processes have last claimed the folder."""
+    file = path / RUN_ID
+    return file.read_text() if file.exists() else None
 
 
 def claim(output_dir: str, *, start_over: bool) -> RunFolder:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pretrain.progress import Progress
     from pretrain.strategy.base import Setting
     from pretrain.trainer import Trainer
+    from pretrain.world import World
 
 
 def pretraining(
@@ -34,10 +35,9 @@ def pretraining(
     steps = build.total_steps(resolved, prepared)
     interrupt.patient = place.size > 1  # from here on the others would wait for a process that leaves
     world = build.build_world(resolved, place, group=build.instantiate(resolved["strategy"]).needs_group)
+    agree(world, setting, {"configuration": resolved, "steps": steps} | prepared.identity)
     with ExitStack() as claims:
-        start = world.on_main(
-            lambda: begin(resolved, overrides, prepared.identity, steps, restarts=place.restarts, claims=claims)
-        )
+        start = world.on_main(lambda: begin(resolved, overrides, prepared.identity, steps, place=place, claims=claims))
         if start is None:
             leave()
             return 0
@@ -59,6 +59,21 @@ def pretraining(
         progress = run_logged(trainer)
     leave()
     return 0 if progress.step >= trainer.total_steps else EXIT_CODE
+
+
+def agree(world: World, setting: Setting, facts: dict[str, Any]) -> None:
+    """Raises ``UserError`` where ranks on other machines were given, or found, something else than rank 0."""
+    if world.size != setting.workers:
+        raise UserError(
+            f"{world.size} processes have met, {setting.workers} were meant to: give all nodes equal devices"
+        )
+    every = world.each(lambda: facts)
+    for rank, theirs in enumerate(every):
+        differing = [name for name, value in every[0].items() if theirs[name] != value]
+        if differing:
+            raise UserError(
+                f"rank {rank} has another {', '.join(differing)} than rank 0: all need the same command, model and text"
+            )
 
 
 def run_logged(trainer: Trainer) -> Progress:

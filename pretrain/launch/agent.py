@@ -12,13 +12,15 @@ import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
 import tempfile
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.console import notice
 from pretrain.errors import UserError, WorkersFailed
-from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
+from pretrain.interrupt import EXIT_CODE, Stopped
 from pretrain.launch.network import interface_of, is_here, own_address
 from pretrain.launch.report import read_reports
 from pretrain.launch.worker import Job, prepare, work
@@ -28,9 +30,7 @@ if TYPE_CHECKING:
     from pretrain.strategy.base import Setting
 
 
-def run_workers(
-    resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt, setting: Setting, policy: Policy
-) -> int:
+def run_workers(resolved: dict[str, Any], overrides: list[str], setting: Setting, policy: Policy) -> int:
     """Prepare the data, then train in ``setting.workers // setting.nodes`` processes; return the exit code.
 
     Raises ``UserError`` for a mistake that a worker found, ``WorkersFailed`` when the group failed for good.
@@ -42,7 +42,7 @@ def run_workers(
     with tempfile.TemporaryDirectory(prefix="pretrain-") as reports:
         job = Job(resolved, overrides, setting, reports, environment, os.getcwd())
         _prepare_data(job)
-        codes = _run_agent(job, interrupt, setting.workers // setting.nodes, policy, meeting)
+        codes = _run_agent(job, setting.workers // setting.nodes, policy, meeting)
     return next((code for code in codes if code), 0)
 
 
@@ -71,12 +71,13 @@ def _prepare_data(job: Job) -> None:
 
 def _meeting(policy: Policy) -> dict[str, Any]:
     """Where this agent meets those of other nodes, as arguments of torch's ``RendezvousParameters``."""
-    nodes = {"backend": "c10d", "min_nodes": policy.nodes, "max_nodes": policy.nodes, "timeout": policy.timeout}
+    nodes = {"backend": "c10d", "min_nodes": policy.nodes, "max_nodes": policy.nodes, "join_timeout": policy.timeout}
     if policy.nodes == 1:
         return nodes | {"endpoint": "localhost:0", "run_id": uuid.uuid4().hex, "local_addr": "localhost"}
     assert policy.endpoint is not None
     # torch finds out by the host's name whether it is the host, which need not lead to the address that was given
     found = {"is_host": is_here(policy.endpoint), "local_addr": own_address(policy.endpoint)}
+    notice(f"meeting {policy.nodes} nodes at {policy.endpoint}")
     return nodes | {"endpoint": policy.endpoint, "run_id": "pretrain"} | found
 
 
@@ -102,10 +103,12 @@ def warm_up() -> None:
     """Start the server that workers are forked from: it imports what they need while this process goes on."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that has asked CUDA can't be forked
     multiprocessing.get_context("forkserver").set_forkserver_preload(["pretrain.launch.preload"])
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is this process's business
     multiprocessing.forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def _run_agent(job: Job, interrupt: Interrupt, workers: int, policy: Policy, meeting: dict[str, Any]) -> list[int]:
+def _run_agent(job: Job, workers: int, policy: Policy, meeting: dict[str, Any]) -> list[int]:
     """The workers' exit codes."""
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # attempts would share a port, and a restart hang
     from torch.distributed.elastic.agent.server.api import WorkerSpec
@@ -126,4 +129,4 @@ def _run_agent(job: Job, interrupt: Interrupt, workers: int, policy: Policy, mee
     )
     logs = DefaultLogsSpecs(log_dir=f"{job.reports}/elastic")
     agent = Agent(spec, logs_specs=logs, start_method="forkserver", reports=Path(job.reports))
-    return agent.outcome(interrupt, Path(job.resolved["output_dir"]))
+    return agent.outcome(Path(job.resolved["output_dir"]))

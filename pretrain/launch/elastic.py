@@ -1,6 +1,6 @@
 """torch's local elastic agent with our ends: signals reach the workers, a mistake is not retried, the cause is found.
 
-Of the agent's private methods two are overridden, those that start and that watch the workers (torch 2.9 to 2.13).
+Of torch's private parts it overrides how the agent starts and watches the workers, and how their context is closed.
 """
 
 from __future__ import annotations
@@ -9,19 +9,24 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from pretrain.console import notice
 from pretrain.errors import UserError, WorkersFailed
-from pretrain.interrupt import SIGNALS, Interrupt, Stopped
+from pretrain.interrupt import ONE_CTRL_C_SECONDS, SIGNALS, Stopped
 from pretrain.launch.report import Report, read_reports
+from pretrain.run_folder import claimed_by
 from pretrain.telemetry.run_file import mark_failed
 
+# Nobody but the kernel or a person sends these; SIGABRT may follow from what another rank did, SIGTERM comes from torch.
+KILLERS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 REPORT_SECONDS = 1.0  # how long the others get to say why they end, after one has left
 
 
@@ -32,9 +37,11 @@ class Agent(LocalElasticAgent):
         super().__init__(*args, **options)
         self.reports = reports
         self.stop: str | None = None
+        self._asked_at = 0.0
+        self._pids: list[int] = []
         self.deaths: dict[int, int] = {}  # global rank → exit code of those that left by themselves
 
-    def outcome(self, interrupt: Interrupt, run: Path) -> list[int]:
+    def outcome(self, run: Path) -> list[int]:
         """Run to the end; the exit codes by rank.
 
         Raises ``UserError``, ``Stopped`` or ``WorkersFailed`` for the cause of a failure.
@@ -44,11 +51,14 @@ class Agent(LocalElasticAgent):
             result = self.run()
             if not result.is_failed():
                 return list(result.return_values.values())
+        except RendezvousError as error:
+            raise WorkersFailed(f"the nodes did not meet within launch.timeout: {type(error).__name__}") from error
         finally:
+            if claimed_by(run) == self._rdzv_handler.get_run_id():  # else another command's run is at work there
+                mark_failed(run)
             self._rdzv_handler.shutdown()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        mark_failed(run)
         cause = self.cause()
         if cause.is_mistake:
             raise UserError(cause.message)
@@ -62,26 +72,33 @@ class Agent(LocalElasticAgent):
         if reports and reports[0].is_mistake:
             return reports[0]
         for rank, code in self.deaths.items():
-            if code < 0 and code != -signal.SIGTERM:  # which torch has sent itself, to those that were still starting
+            if -code in KILLERS:
                 return Report(rank, f"was killed by {signal.Signals(-code).name}", "", time.time())
         if reports:
             return reports[0]
-        return Report(
-            min(self.deaths, default=0), f"left with exit code {min(self.deaths.values(), default=1)}", "", 0.0
-        )
+        rank, code = next(iter(self.deaths.items()), (0, 1))
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+        return Report(rank, how, "", 0.0)
 
     # -- torch's ------------------------------------------------------------------------------------------------------
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         for old in self.reports.glob("rank-*.json"):
             old.unlink()
-        pids = super()._start_workers(worker_group)
+        if self.stop is not None:  # asked for while an earlier attempt was ending
+            raise Stopped(self.stop)
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torch's own handlers would raise, wherever they are
+        self._pids = []
+        for number in SIGNALS:
+            signal.signal(number, self._pass_on)
+        started = super()._start_workers(worker_group)
         assert self._pcontext is not None
         close = self._pcontext.close
         self._pcontext.close = lambda *signal_and_timeout: self._end_workers(close)  # type: ignore[method-assign]
-        for number in SIGNALS:  # torch has just set its own
-            signal.signal(number, self._pass_on)
-        return pids
+        self._pids = list(started.values())
+        if self.stop is not None:  # asked for while they were starting
+            self._kill(signal.SIGTERM)
+        return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
@@ -110,17 +127,16 @@ class Agent(LocalElasticAgent):
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         """Ask the workers to stop: they finish the step and save. A second Ctrl-C kills them."""
-        assert self._pcontext is not None
         name = signal.Signals(number).name
-        if self.stop is not None and number != signal.SIGINT:
-            return
-        again = self.stop is not None
-        for pid in self._pcontext.pids().values():
-            try:
-                os.kill(pid, signal.SIGKILL if again else signal.SIGTERM)
-            except ProcessLookupError:
-                continue
-        if again:
+        if self.stop is None:
+            self.stop, self._asked_at = name, time.monotonic()
+            self._kill(signal.SIGTERM)
+            notice(f"{name}: finishing this step, then saving; Ctrl-C again leaves at once")
+        elif number == signal.SIGINT and time.monotonic() - self._asked_at > ONE_CTRL_C_SECONDS:
+            self._kill(signal.SIGKILL)
             raise SystemExit(128 + number)
-        self.stop = name
-        notice(f"{name}: finishing this step, then saving; Ctrl-C again leaves at once")
+
+    def _kill(self, number: signal.Signals) -> None:
+        for pid in self._pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)

@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from pretrain import build
+from pretrain.console import notice
 from pretrain.errors import UserError
 from pretrain.interrupt import Interrupt
 from pretrain.launch.layout import Layout, layout
@@ -27,6 +28,8 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
             raise UserError(f"task={resolved['task']} is one process; start it without torchrun")
         from pretrain import tasks
 
+        if resolved["devices"] not in ("auto", 1):
+            notice(f"task={resolved['task']} is one process: strategy and devices have no effect")
         return tasks.TASKS[resolved["task"]](resolved, overrides, interrupt)
     policy = build.instantiate(resolved["launch"])
     strategy = build.instantiate(resolved["strategy"])
@@ -48,7 +51,7 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
         return tasks.pretraining(resolved, overrides, interrupt, setting, place_in(plan))
     from pretrain.launch.agent import run_workers
 
-    return run_workers(resolved, overrides, interrupt, setting, policy)
+    return run_workers(resolved, overrides, setting, policy)
 
 
 def place_in(plan: Layout) -> Place:
@@ -57,6 +60,6 @@ def place_in(plan: Layout) -> Place:
         return Place()
     rank = int(os.environ["RANK"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank % plan.workers))
-    return Place(
-        rank, plan.world_size, local_rank, plan.workers, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    )
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return Place(rank, plan.world_size, local_rank, plan.workers, restarts, run_id)

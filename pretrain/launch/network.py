@@ -21,6 +21,8 @@ def is_here(endpoint: str) -> bool:
     Raises ``UserError`` when it is no address, or when something that is no agent of ours listens there.
     """
     host, port = split(endpoint)
+    if not 0 < port < 2**16:
+        raise UserError(f"launch.endpoint={endpoint}: a port is a number from 1 to 65535")
     try:
         address = socket.gethostbyname(host)
     except OSError as error:

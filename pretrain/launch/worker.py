@@ -54,7 +54,8 @@ def work(job: Job) -> int:
     _enter(job)
     rank, local_size = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    place = Place(rank, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]), local_size, restarts)
+    run_id = os.environ["TORCHELASTIC_RUN_ID"]
+    place = Place(rank, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]), local_size, restarts, run_id)
     capture_stderr(Path(job.reports) / f"rank-{rank}.stderr", keep_terminal=rank == 0)
     interrupt = Interrupt(silent=True)  # the parent has said it
     interrupt.patient = True
@@ -74,6 +75,7 @@ def _enter(job: Job) -> None:
     """Stand where the parent stands: the server was started earlier, perhaps elsewhere."""
     os.environ.update({k: v for k, v in job.environment.items() if k not in FROM_AGENT})
     os.chdir(job.folder)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 

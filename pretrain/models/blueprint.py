@@ -34,6 +34,6 @@ class Blueprint:
         random weights, and files of another layout that transformers converts."""
         files = self.spec.weights()
         wanted = outline.hf_state()
-        if files is None or not wanted.keys() <= files.keys():
+        if files is None or wanted.keys() != files.keys():
             return None
         return files if all(files.shape(name) == tuple(t.shape) for name, t in wanted.items()) else None

@@ -121,7 +121,7 @@ class DeepspeedEngine(Engine):
         partitioned = config["zero_optimization"]["stage"] == 3
         model = blueprint.build(torch.device("cpu") if partitioned else world.device)
         num_parameters = sum(p.numel() for p in model.parameters())
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
         update = optimizer(model)
         fp32 = {p: p.data for p in model.parameters()} if precision.compute != "float32" else {}
         if partitioned:

@@ -159,7 +159,7 @@ def materialise(model: LanguageModel, world: World, *, offload: bool) -> None:
 
     from pretrain.models.meta import put_buffers
 
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
     model.to_empty(device=torch.device("cpu") if offload else world.device)
     put_buffers(model, buffers, world.device)
 
@@ -172,10 +172,19 @@ def load_weights(blueprint: Blueprint, model: LanguageModel, world: World) -> No
         return
     import torch
 
+    wanted = model.hf_state()
     source: dict[str, Tensor] = {}
-    if world.is_main:
-        source = {n: t.detach() for n, t in blueprint.build(torch.device("cpu")).hf_state().items()}
-    for name, tensor in model.hf_state().items():
+
+    def build() -> None:
+        source.update({n: t.detach() for n, t in blueprint.build(torch.device("cpu")).hf_state().items()})
+        if odd := sorted(source.keys() ^ wanted.keys()):
+            raise UserError(
+                f"strategy=fsdp: the weights in the model's files do not fit its config: {odd[0]}; with "
+                "tie_word_embeddings=true in config.json the head must not have a weight of its own"
+            )
+
+    world.on_main(build)
+    for name, tensor in wanted.items():
         receive(tensor, source.pop(name, None), world)
 
 

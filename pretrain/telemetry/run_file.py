@@ -24,8 +24,8 @@ class RunFile:
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             facts = dict(event.facts)
-            again = event.resumed or facts.pop("launch_restarts", 0)
-            earlier = read_run_file(self._path.parent) if again else {}
+            relaunched = facts.pop("launch_restarts", 0)
+            earlier = read_run_file(self._path.parent) if event.resumed or relaunched else {}
             self._earlier_seconds = earlier.get("seconds", 0.0)
             kept = {"results": earlier.get("results", {}), "restarts": earlier.get("restarts", -1) + 1}
             self._facts = kept | facts | {"status": "running", "total_steps": event.total_steps}
