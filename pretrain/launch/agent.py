@@ -15,12 +15,14 @@ import os
 import signal
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.console import notice
 from pretrain.errors import UserError, WorkersFailed
-from pretrain.interrupt import EXIT_CODE, Stopped
+from pretrain.interrupt import EXIT_CODE, SIGNALS, Stopped
 from pretrain.launch.network import interface_of, is_here, own_address
 from pretrain.launch.report import read_reports
 from pretrain.launch.worker import Job, prepare, work
@@ -53,9 +55,9 @@ def _prepare_data(job: Job) -> None:
     """
     process = multiprocessing.get_context("forkserver").Process(target=prepare, args=(job,))
     process.start()
-    from pretrain.launch import elastic  # noqa: F401 (torch's agent, meanwhile)
-
     try:
+        with signals_later():
+            from pretrain.launch import elastic  # noqa: F401 (torch's agent, meanwhile)
         process.join()
     finally:  # a signal has ended the waiting
         process.terminate()
@@ -67,6 +69,20 @@ def _prepare_data(job: Job) -> None:
         if report is not None and report.is_mistake:
             raise UserError(report.message)
         raise WorkersFailed(report.trace if report else f"preparing the data left with exit code {process.exitcode}")
+
+
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """Raise a stop signal's ``Stopped`` at the end: in the middle of an import of torch it would abort the process."""
+    heard: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, frame: heard.append(number)) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if heard:
+        raise Stopped(signal.Signals(heard[0]).name)
 
 
 def _meeting(policy: Policy) -> dict[str, Any]:
@@ -103,9 +119,9 @@ def warm_up() -> None:
     """Start the server that workers are forked from: it imports what they need while this process goes on."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that has asked CUDA can't be forked
     multiprocessing.get_context("forkserver").set_forkserver_preload(["pretrain.launch.preload"])
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is this process's business
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: a worker hears them when it knows what to do
     multiprocessing.forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _run_agent(job: Job, workers: int, policy: Policy, meeting: dict[str, Any]) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pretrain import build
 from pretrain.console import capture_stderr, quiet_libraries
-from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
+from pretrain.interrupt import EXIT_CODE, SIGNALS, Interrupt, Stopped
 from pretrain.launch.report import write_report
 from pretrain.place import Place
 from pretrain.strategy.base import Setting
@@ -40,6 +40,7 @@ def prepare(job: Job) -> None:
     quiet_libraries()
     setting = job.setting
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         prepared = build.prepare(job.resolved, devices=setting.workers * setting.devices_per_worker)
         build.total_steps(job.resolved, prepared)
     except Stopped:
@@ -61,6 +62,7 @@ def work(job: Job) -> int:
     interrupt.patient = True
     interrupt.install()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the parent, who passes it on
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         code = _train(job, interrupt, place)
     except BaseException as error:
@@ -75,7 +77,6 @@ def _enter(job: Job) -> None:
     """Stand where the parent stands: the server was started earlier, perhaps elsewhere."""
     os.environ.update({k: v for k, v in job.environment.items() if k not in FROM_AGENT})
     os.chdir(job.folder)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
