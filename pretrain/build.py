@@ -18,6 +18,7 @@ from pretrain.errors import UserError
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.store import Store
+    from pretrain.data.loader import Loader
     from pretrain.data.sources.base import Source
     from pretrain.data.store import TokenStore, TokenView
     from pretrain.engine import Engine, Scorer
@@ -208,6 +209,23 @@ def cadences(resolved: dict[str, Any], prepared: Prepared) -> tuple[int | None, 
     return evaluate_every, evaluate_every if kept.with_evaluation else resolved["save_every"]
 
 
+def build_loader(resolved: dict[str, Any], prepared: Prepared, micro_batch: int, world: World) -> Loader:
+    """This rank's share of the training documents, ``micro_batch`` sequences at a time."""
+    from pretrain.data.loader import Loader
+
+    return Loader(
+        prepared.train,
+        sequence_length=resolved["sequence_length"],
+        seed=resolved["seed"],
+        batch_size=micro_batch,
+        accumulation=resolved["gradient_accumulation_steps"],
+        rank=world.rank,
+        world_size=world.size,
+        document_mask=resolved["dataset"].get("document_mask", False),
+        pin_memory=world.device.type == "cuda",
+    )
+
+
 def build_trainer(
     resolved: dict[str, Any],
     prepared: Prepared,
@@ -222,7 +240,6 @@ def build_trainer(
     world: World,
 ) -> Trainer:
     from pretrain.checkpoint.rng import rng_state
-    from pretrain.data.loader import Loader
     from pretrain.facts import run_facts
     from pretrain.progress import Every
     from pretrain.trainer import Trainer
@@ -230,22 +247,11 @@ def build_trainer(
     steps = total_steps(resolved, prepared)
     engine = build_engine(resolved, prepared, setting, world)
     micro_batch = resolved["batch_size"] * setting.devices_per_worker
-    loader = Loader(
-        prepared.train,
-        sequence_length=resolved["sequence_length"],
-        seed=resolved["seed"],
-        batch_size=micro_batch,
-        accumulation=resolved["gradient_accumulation_steps"],
-        rank=world.rank,
-        world_size=world.size,
-        document_mask=resolved["dataset"].get("document_mask", False),
-        pin_memory=world.device.type == "cuda",
-    )
     evaluate_every, save_every = cadences(resolved, prepared)
     return Trainer(
         world=world,
         engine=engine,
-        loader=loader,
+        loader=build_loader(resolved, prepared, micro_batch, world),
         schedule=build_schedule(resolved, steps),
         evaluator=build_evaluator(resolved, prepared),
         store=store,
