@@ -64,7 +64,45 @@ def test_newest_passes_over_what_is_torn_and_says_why(tmp_path, capsys):
         load(tmp_path / "step-00000003")
 
 
-@pytest.mark.parametrize("damage", ["{", '{"format": 99, "files": {}}'])
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_flipped_byte_is_found_and_named(name, tmp_path, capsys):
+    store = Store(tmp_path, Policy(verify="full"))
+    saved_at(store, 1, state(1))
+    flip(saved_at(store, 2, state(2)) / name, -3)
+    assert missing_or_torn(store.path(2), verify="full") == f"{name} has other bytes than were written (checksum)"
+    assert store.newest() == store.path(1)
+    assert f"step-00000002 passed over: {name} has other bytes" in capsys.readouterr().err
+
+
+def test_the_quick_look_reads_small_files_and_headers_only(tmp_path, monkeypatch):
+    """A large file is known by its size; what is in its middle only the checksum tells."""
+    path = saved_at(Store(tmp_path), 1, state(1))
+    monkeypatch.setattr("pretrain.checkpoint.atomic.SMALL_BYTES", 0)
+    flip(path / "model.safetensors", -3)
+    assert missing_or_torn(path) is None
+    assert missing_or_torn(path, verify="full") is not None
+    flip(path / "model.safetensors", 9)
+    assert "model.safetensors can't be read" in missing_or_torn(path)
+
+
+def test_files_outside_of_the_folder_are_none_of_its_own(tmp_path):
+    path = saved_at(Store(tmp_path), 1, state(1))
+    (tmp_path / "elsewhere").write_text("x")
+    marker = json.loads((path / MARKER).read_text())
+    marker["files"]["../elsewhere"] = {"bytes": 1, "xxh3_128": "0"}
+    (path / MARKER).write_text(json.dumps(marker))
+    assert missing_or_torn(path) == "../elsewhere lies outside of it"
+
+
+@pytest.mark.parametrize(
+    "damage", ["{", "[]", '{"format": 3}', '{"format": 99, "files": {}}', '{"format": 3, "files": {"state.json": 5}}']
+)
 def test_a_marker_that_makes_no_sense_is_no_marker(tmp_path, damage):
     path = saved_at(Store(tmp_path), 1, state(1))
     (path / MARKER).write_text(damage)
