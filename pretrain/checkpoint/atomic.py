@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from pretrain.errors import UserError
+from pretrain.folders import is_below
 
 if TYPE_CHECKING:
     from pretrain.world import World
@@ -112,6 +113,8 @@ def missing_or_torn(path: Path) -> str | None:
         return f"format {marker.get('format')!r}, this version reads {FORMAT}"
     for name, size in marker["sizes"].items():
         file = path / name
+        if not is_below(name):
+            return f"{MARKER} names {name!r}, which is outside the folder"
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
