@@ -82,13 +82,14 @@ def _dispatch(arguments: list[str]) -> int:
     if {"--help", "-h"} & set(arguments):
         print(help_text(arguments))
         return 0
-    for argument in arguments:
-        if secret := held(argument, secrets()):
-            raise UserError(f"{argument}: holds {secret}; a command line is seen by others, set it in the environment")
     spoken = said(arguments)
     arguments = _with_flat_file(arguments)
     if said(arguments) != spoken:
         raise UserError(f"--config: a file may not set {', '.join(COMMAND_LINE_ONLY)}; the command line may")
+    known = secrets()
+    for argument in arguments:
+        if secret := held(argument, known):
+            raise UserError(f"{argument}: holds {secret}; others see a command line, set it in the environment alone")
     if any(a.startswith("hydra/launcher=") for a in arguments) and not any(a.startswith("-") for a in arguments):
         arguments = ["-m", *arguments]  # launchers are for sweeps; one run is a sweep of one job
     if any(a.startswith("-") for a in arguments):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
+from pretrain.redact import held, secrets
 
 COMMAND_LINE_ONLY = {  # key → the value that a file may leave it at
     "allow_targets": [],
@@ -99,9 +100,13 @@ def check_hydra(flags: list[str], overrides: list[str], conf: Path) -> None:
         folder = os.path.abspath(given.config_dir)
         search.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
     hydra = Hydra.create_main_hydra2("pretrain", search)
+    known = secrets()
 
     def composed(words: list[str]) -> dict[str, Any]:
-        node = hydra.compose_config("config", words, RunMode.RUN, validate_sweep_overrides=False).hydra
+        config = hydra.compose_config("config", words, RunMode.RUN, validate_sweep_overrides=False)
+        if secret := held(OmegaConf.to_yaml(config), known):  # Hydra writes it to multirun.yaml
+            raise UserError(f"a config file holds {secret}; no key takes a secret, set it in the environment alone")
+        node = config.hydra
         found = {key: OmegaConf.select(node, key, throw_on_resolution_failure=False) or None for key in HYDRA_EXECUTES}
         return {"overrides": [*node.overrides.task, *node.overrides.hydra]} | found
 

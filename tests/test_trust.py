@@ -110,7 +110,7 @@ def test_what_hydra_would_execute(key, sweep, command, tmp_path, mark, monkeypat
     launcher = "defaults: [{override /hydra/launcher: slurm}]\n" if key.startswith("launcher") else ""
     theirs = experiment(tmp_path, f"# @package _global_\n{launcher}hydra:\n  {HYDRA_NODES[key]}\n")
     experiment(tmp_path, "# @package _global_\nlr: 1e-4\n", "experiment/good.yaml")
-    assert_mistake(command([*theirs, *sweep]), f"hydra.{key}: set by a config file")
+    assert_mistake(command([*theirs, *sweep, "lr=0"]), f"hydra.{key}: set by a config file")
     assert not mark.exists()
 
 
