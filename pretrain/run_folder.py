@@ -16,6 +16,7 @@ from pretrain.checkpoint.atomic import missing_or_torn
 from pretrain.checkpoint.store import Store
 from pretrain.console import log_to, notice
 from pretrain.errors import UserError
+from pretrain.folders import say_if_shared
 from pretrain.place import Place
 from pretrain.telemetry.run_file import read_run_file
 
@@ -31,6 +32,7 @@ FIXED = {  # part of a run's identity → the config keys it follows from
 }
 FREE = {"name", "output_dir", "resume", "resume_allow", "devices", "log_every", "evaluate_every", "save_every"}
 FREE |= {
+    "allow_targets",
     "sink",
     "checkpoint",
     "evaluation",
@@ -88,6 +90,10 @@ def begin(
     again = place.restarts > 0 and claimed_by(Path(resolved["output_dir"])) == place.run_id
     folder = claim(resolved["output_dir"], start_over=resolved["resume"] == "never" and not again)
     claims.callback(folder.lock.release)
+    if (folder.path / "model").exists() and not (folder.path / "config.yaml").exists():
+        raise UserError(
+            f"output_dir={folder.path}: its folder `model` is no run's and would be replaced; choose another"
+        )
     (folder.path / RUN_ID).write_text(place.run_id)
     mode = "auto" if again and resolved["resume"] == "never" else resolved["resume"]
     resume_from = resume_point(folder, store, mode)
@@ -124,6 +130,9 @@ def claim(output_dir: str, *, start_over: bool) -> RunFolder:
         (path / "logs").mkdir(exist_ok=True)
         log_to(path / "logs" / "rank-0.log")
         (path / ".lock").write_text(f"{os.uname().nodename} {os.getpid()}\n")
+        for folder in (path, path / "checkpoints"):
+            if folder.exists():
+                say_if_shared(folder)
     except Timeout:
         holder = (path / ".lock").read_text().strip() or "unknown"
         raise UserError(f"output_dir={output_dir}: another run is at work in it (host and pid: {holder})") from None
