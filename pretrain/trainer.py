@@ -14,6 +14,7 @@ from pretrain.batch import Batch
 from pretrain.checkpoint import store
 from pretrain.checkpoint.rng import rng_state, set_rng_state
 from pretrain.events import Evaluated, Event, RunFinished, RunStarted, Saved, StepDone
+from pretrain.out_of_memory import watched
 from pretrain.progress import Every, Progress
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Trainer:
             batch = next(batches)
             yield batch, time.perf_counter() - asked_at
 
+    @watched("step")
     def train_step(self, batch: Batch, data_seconds: float) -> StepDone:
         """One optimizer step on one global batch. Nothing here waits for the device."""
         tokens = self.world.sum(batch.num_targets)
@@ -111,6 +113,7 @@ class Trainer:
             data_seconds=data_seconds,
         )
 
+    @watched("evaluation")
     def evaluate(self) -> Evaluated:
         """Score every domain; the first scores of a run are the baseline that forgetting is measured against."""
         started_at = time.perf_counter()
