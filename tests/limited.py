@@ -8,8 +8,6 @@ import resource
 import sys
 from pathlib import Path
 
-import torch.distributed.elastic.agent.server.api
-import torch.optim
 import transformers.models.auto.modeling_auto  # noqa: F401
 
 from pretrain.cli import program
