@@ -106,7 +106,9 @@ class Trials:
                 if not is_out_of_memory(error):
                     raise
                 problem = numbers(error)
-            self._clear()  # now that no exception holds a tensor any more
+            if problem:
+                gc.collect()  # what a traceback held is in cycles; otherwise there are none, and it takes its time
+            self._clear()
         self.failure = problem or self.failure
         return not problem
 
@@ -141,7 +143,6 @@ class Trials:
 
     def _clear(self) -> None:
         self.engine.model.zero_grad(set_to_none=True)
-        gc.collect()
         if self.engine.model.is_compiled:
             torch.compiler.reset()  # one graph a size; torch stops compiling after eight
         if self.device.type == "cuda":

@@ -18,10 +18,10 @@ V1, V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "mem
 def available_bytes() -> int | None:
     """The least of what the machine, the cgroups around this process and ``ulimit -v`` leave."""
     limits = list(cgroup_bytes())
-    machine = _kib(Path("/proc/meminfo"), "MemAvailable")
+    machine = read_kib(Path("/proc/meminfo"), "MemAvailable")
     if machine is not None:
         limits.append(machine)
-    limit, size = resource.getrlimit(resource.RLIMIT_AS)[0], _kib(Path("/proc/self/status"), "VmSize")
+    limit, size = resource.getrlimit(resource.RLIMIT_AS)[0], read_kib(Path("/proc/self/status"), "VmSize")
     if limit != resource.RLIM_INFINITY and size is not None:
         limits.append(limit - size)
     return max(0, min(limits)) if limits else None
@@ -45,12 +45,12 @@ def cgroup_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) ->
 
 def resident_bytes() -> int | None:
     """What this process has in memory now."""
-    return _kib(Path("/proc/self/status"), "VmRSS")
+    return read_kib(Path("/proc/self/status"), "VmRSS")
 
 
 def peak_bytes() -> int | None:
     """The most it has had in memory since ``reset_peak``, or since it began where the kernel keeps no shorter account."""
-    return _kib(Path("/proc/self/status"), "VmHWM")
+    return read_kib(Path("/proc/self/status"), "VmHWM")
 
 
 def reset_peak() -> None:
@@ -58,7 +58,8 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _kib(file: Path, name: str) -> int | None:
+def read_kib(file: Path, name: str) -> int | None:
+    """The bytes of a line such as ``VmSize:  640256 kB`` of a file of the kernel's."""
     try:
         found = re.search(rf"^{name}:\s+(\d+) kB$", file.read_text(), re.MULTILINE)
     except OSError:

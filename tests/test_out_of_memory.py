@@ -33,7 +33,7 @@ def limited(command, words):
     before = resource.getrlimit(resource.RLIMIT_AS)
 
     def run(*arguments):
-        taken = memory._kib(Path("/proc/self/status"), "VmSize")
+        taken = memory.read_kib(Path("/proc/self/status"), "VmSize")
         resource.setrlimit(resource.RLIMIT_AS, (taken + LIMIT_MIB * 2**20, before[1]))
         try:
             code, _, said = command([*words, *arguments])
