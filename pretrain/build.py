@@ -218,16 +218,16 @@ def cadences(resolved: dict[str, Any], prepared: Prepared) -> tuple[int | None, 
     return evaluate_every, evaluate_every if kept.with_evaluation else resolved["save_every"]
 
 
-def build_loader(resolved: dict[str, Any], prepared: Prepared, micro_batch: int, world: World) -> Loader:
-    """This rank's share of the training documents, ``micro_batch`` sequences of all its devices at a time."""
+def build_loader(resolved: dict[str, Any], prepared: Prepared, split: Split, world: World) -> Loader:
+    """This rank's share of the training documents; ``split``: of all its devices."""
     from pretrain.data.loader import Loader
 
     return Loader(
         prepared.train,
         sequence_length=resolved["sequence_length"],
         seed=resolved["seed"],
-        batch_size=micro_batch,
-        accumulation=prepared.global_batch // (micro_batch * world.size),
+        batch_size=split.batch_size,
+        accumulation=split.accumulation,
         rank=world.rank,
         world_size=world.size,
         document_mask=resolved["dataset"].get("document_mask", False),
@@ -293,7 +293,7 @@ def build_trainer(
     return Trainer(
         world=world,
         engine=engine,
-        loader=build_loader(resolved, prepared, micro_batch, world),
+        loader=build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world),
         schedule=build_schedule(resolved, steps),
         evaluator=build_evaluator(resolved, prepared, batch_size=split.batch_size),
         store=store,
