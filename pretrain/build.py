@@ -8,17 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 from hydra.utils import instantiate as hydra_instantiate
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, did_you_mean
 from pretrain.split import Split
 
 if TYPE_CHECKING:
     from pretrain.batch import Batch
+    from pretrain.checkpoint.policy import Policy
     from pretrain.checkpoint.store import Store
     from pretrain.data.loader import Loader
     from pretrain.data.sources.base import Source
@@ -35,7 +37,8 @@ if TYPE_CHECKING:
 
 
 def instantiate(node: dict[str, Any]) -> Any:
-    return hydra_instantiate(node, _convert_="all")
+    """The object that ``node`` stands for. A key that is a word of Python (``async``) gets the underscore it has there."""
+    return hydra_instantiate({f"{k}_" if iskeyword(k) else k: v for k, v in node.items()}, _convert_="all")
 
 
 @dataclass(frozen=True)
@@ -180,16 +183,17 @@ def total_steps(resolved: dict[str, Any], prepared: Prepared) -> int:
 def export(prepared: Prepared, engine: Engine, path: Path) -> Path:
     """Write the model as a Hugging Face folder, whole or not at all. Every rank takes part."""
     from pretrain.checkpoint.atomic import write_folder
-    from pretrain.models.export import own_share, save, save_index
+    from pretrain.models.export import own_files, own_share, save, save_index
 
     world, sharded = engine.world, engine.sharded_export and engine.world.size > 1
     own = own_share(engine.whole_weights(), dtype=prepared.model.save_dtype, world=world, sharded=sharded)
     names = world.each(lambda: {name: t.numel() * t.element_size() for name, t in own.items()})
 
-    def fill(fresh: Path) -> None:
+    def fill(fresh: Path) -> list[Path]:
         save(engine.model, own, prepared.tokenizer, fresh, world=world, sharded=sharded)
         if sharded and world.is_main:
             save_index(names, fresh)
+        return own_files(fresh, world=world, sharded=sharded)
 
     write_folder(path, fill, world=world, hint=lambda: "the last checkpoint is good", marker=False)
     return path
@@ -266,6 +270,14 @@ def build_split(
     return split
 
 
+def check_best_by(policy: Policy, domains: list[str]) -> None:
+    """Raises ``UserError`` when the best checkpoints are to be found by a domain that is not evaluated."""
+    if policy.keep_best is None:
+        return
+    if not domains or policy.best_by not in (None, *domains):
+        raise UserError(f"checkpoint.best_by={policy.best_by}: no such domain is evaluated{did_you_mean('', domains)}")
+
+
 def build_trainer(
     resolved: dict[str, Any],
     prepared: Prepared,
@@ -273,19 +285,20 @@ def build_trainer(
     store: Store,
     *,
     resume_from: Path | None,
-    config_yaml: str,
     interrupt: Interrupt,
     setting: Setting,
     place: Place,
     world: World,
 ) -> Trainer:
     from pretrain.checkpoint.rng import rng_state
+    from pretrain.checkpoint.saver import Saver
     from pretrain.facts import run_facts
     from pretrain.progress import Every
     from pretrain.trainer import Trainer
 
     steps = total_steps(resolved, prepared)
     engine = build_engine(resolved, prepared, setting, world)
+    check_best_by(store.policy, [name for name, _, _ in prepared.domains])
     rng = rng_state()  # before anything is tried
     split = build_split(resolved, prepared, engine, setting=setting, resume_from=resume_from)
     micro_batch = split.batch_size * setting.devices_per_worker
@@ -296,9 +309,8 @@ def build_trainer(
         loader=build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world),
         schedule=build_schedule(resolved, steps),
         evaluator=build_evaluator(resolved, prepared, batch_size=split.batch_size),
-        store=store,
+        saver=Saver(store, world=world, background=store.policy.async_),
         interrupt=interrupt,
-        config_yaml=config_yaml,
         identity=prepared.identity,
         rng=rng,
         total_steps=steps,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,21 +39,23 @@ def pretraining(
     interrupt.patient = place.size > 1  # from here on the others would wait for a process that leaves
     world = build.build_world(resolved, place, group=build.instantiate(resolved["strategy"]).needs_group)
     agree(world, setting, {"configuration": resolved, "steps": steps} | prepared.identity)
+    folder = Path(resolved["output_dir"])
+    store = Store(folder / "checkpoints", build.instantiate(resolved["checkpoint"]))
     with ExitStack() as claims:
-        start = world.on_main(lambda: begin(resolved, overrides, prepared.identity, steps, place=place, claims=claims))
+        start = world.on_main(
+            lambda: begin(resolved, overrides, prepared.identity, steps, place=place, store=store, claims=claims)
+        )
         if start is None:
             leave()
             return 0
-        folder = Path(resolved["output_dir"])
         log_to(folder / "logs" / f"rank-{place.rank}.log")
         with memory_explained(resolved, world, setting):
             trainer = build.build_trainer(
                 resolved,
                 prepared,
                 folder,
-                Store(folder / "checkpoints", build.instantiate(resolved["checkpoint"]).keep_last),
+                replace(store, files={"config.yaml": start.config_yaml.encode()}),
                 resume_from=start.resume_from,
-                config_yaml=start.config_yaml,
                 interrupt=interrupt,
                 setting=setting,
                 place=place,
@@ -108,6 +111,8 @@ def run_logged(trainer: Trainer) -> Progress:
         log_error(f"failed at step {trainer.progress.step}")
         trainer.emit(RunFinished(trainer.progress.step, "failed", trainer.progress.tokens))
         raise
+    finally:
+        trainer.saver.close()
 
 
 def tokenization(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
@@ -139,7 +144,7 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
         scorer = build.build_scorer(resolved, prepared, world)
     listeners = build.build_listeners(resolved, folder.path)
     with memory_explained(resolved, world), watched("evaluation"):
-        scores = build.build_evaluator(resolved, prepared).run(scorer)
+        scores = build.build_evaluator(resolved, prepared).run(scorer) or ()
     events: list[Event] = [
         RunStarted(0, 0, resumed=False, facts=run_facts(resolved, world, scorer)),
         Evaluated(0, tuple(scores), 0.0),

@@ -54,7 +54,7 @@ class Monitor:
     def _start(self, event: RunStarted) -> None:
         self._started = True
         self._total_steps = event.total_steps
-        self._each(lambda s: s.open(self._run, total_steps=event.total_steps, resumed_at=event.step))
+        self._each(lambda s: s.open(self._run, event))
         self._write(
             "run_started", event.step, {"total_steps": event.total_steps, "resumed": event.resumed} | event.facts
         )

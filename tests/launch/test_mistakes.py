@@ -37,7 +37,10 @@ def test_an_environment_that_does_not_fit(variables, more, says, command, monkey
 
 
 MISTAKES = [
-    (["devices=2"], "devices=2: strategy=single is one process on one device"),
+    (
+        ["devices=2"],
+        "strategy=single is one process on one device; allowed: auto, 1; for several: strategy=ddp, deepspeed",
+    ),
     (["strategy=fsdp", "strategy.sharding_strategy=HYBRID_SHARD", "devices=2"], "2 processes can't be split into 2"),
     (["strategy=fsdp", "strategy.sharding_strategy=HYBRID_SHARD", "devices=6", "strategy.replicas=4"], "6 processes"),
     (["strategy=fsdp", "strategy.replicas=2", "devices=2"], "only HYBRID_SHARD has replicas"),
@@ -101,6 +104,20 @@ def test_idle_gpus_are_mentioned(capsys, monkeypatch):
     assert "strategy=single uses 1 of 4 GPUs" in capsys.readouterr().err
 
 
+def test_a_strategy_of_ones_own_is_among_those_that_are_offered(monkeypatch, tmp_path):
+    from pretrain import help as help_page
+    from pretrain.config import conf_dir
+    from pretrain.launch import layout
+
+    (tmp_path / "strategy").mkdir()
+    for name in ("single", "dp", "fsdp"):
+        (tmp_path / f"strategy/{name}.yaml").write_text((conf_dir() / f"strategy/{name}.yaml").read_text())
+    (tmp_path / "strategy/zones.yaml").write_text("_target_: pretrain.strategy.fsdp.Fsdp\n")
+    for module in (layout, help_page):
+        monkeypatch.setattr(module, "conf_dir", lambda: tmp_path)
+    assert layout._of_several() == "fsdp or zones"
+
+
 def test_deepspeed_that_is_not_installed(command, base_arguments, tmp_path, monkeypatch):
     from pretrain.strategy import deepspeed
 
@@ -144,7 +161,7 @@ def test_ranks_that_disagree(differs, says, spawn, base_arguments, exact_model, 
         given += [f"lr={1 + rank}e-3"] if differs == "lr" else []
         own = address | {"RANK": str(rank), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         ranks.append(spawn([*given, f"output_dir={tmp_path / 'run'}"], cwd=disk, env=own))
-    outs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    outs = [rank.communicate(timeout=180)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], outs
     for out in outs:
         assert out == f"error: rank 1 has another {says} than rank 0: all need the same command, model and text\n"

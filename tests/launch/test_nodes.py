@@ -107,15 +107,15 @@ def test_a_signal_on_one_node_stops_both(two_nodes, tmp_path):
     assert (run / f"checkpoints/step-{facts['steps']:08d}/COMPLETE.json").exists()
 
 
-def here(base_arguments, run):
+def here(base_arguments, run, *, timeout):
     """A command of one of two nodes that meet on this machine."""
-    meeting = ["launch.nodes=2", f"launch.endpoint=127.0.0.1:{free_port()}", "launch.timeout=3"]
+    meeting = ["launch.nodes=2", f"launch.endpoint=127.0.0.1:{free_port()}", f"launch.timeout={timeout}"]
     return [*base_arguments, *meeting, "strategy=ddp", "batch_size=1", "sink=jsonl", f"output_dir={run}"]
 
 
 def test_a_node_that_nobody_joins(spawn, base_arguments, tmp_path):
-    node = spawn([*here(base_arguments, tmp_path / "run"), "devices=1"])
-    out, _ = node.communicate(timeout=60)
+    node = spawn([*here(base_arguments, tmp_path / "run", timeout=3), "devices=1"])
+    out, _ = node.communicate(timeout=180)
     assert node.returncode == 1, out
     meeting, failure = out.splitlines()
     assert meeting.startswith("meeting 2 nodes at 127.0.0.1:")
@@ -124,9 +124,9 @@ def test_a_node_that_nobody_joins(spawn, base_arguments, tmp_path):
 
 
 def test_nodes_with_unequal_devices(spawn, base_arguments, tmp_path):
-    given = [*here(base_arguments, tmp_path / "run"), "launch.timeout=60"]
+    given = here(base_arguments, tmp_path / "run", timeout=90)
     nodes = [spawn([*given, f"devices={devices}"]) for devices in (1, 2)]
-    outs = [node.communicate(timeout=120)[0] for node in nodes]
+    outs = [node.communicate(timeout=180)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [2, 2], outs
     for out, meant in zip(outs, (2, 4), strict=True):
         errors = [line for line in out.splitlines() if line.startswith("error: ")]
