@@ -188,6 +188,13 @@ def step_of(checkpoint: Path) -> int:
     return int(json.loads((checkpoint / "state.json").read_text())["progress"]["step"])
 
 
+def recorded_batch_size(checkpoint: Path | None, *, device: str) -> int | None:
+    """The micro-batch of the run that ``checkpoint`` is of, where it ran on such a ``device``: the same again gives the
+    same last bits."""
+    facts = read_run_file(checkpoint.parents[1]) if checkpoint is not None else {}
+    return facts.get("batch_size") if facts.get("device") == device else None
+
+
 def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[str, Any]) -> None:
     """Raises ``UserError`` listing old and new values when ``checkpoint`` is of a run with another model, tokenizer,
     data, sequence length, global batch or seed; such a run can't be continued exactly."""
