@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pretrain.place import Place
     from pretrain.strategy.base import Setting
     from pretrain.trainer import Schedule, Trainer
+    from pretrain.watchdog import Watchdog
     from pretrain.world import World
 
 
@@ -238,6 +239,7 @@ def build_trainer(
     setting: Setting,
     place: Place,
     world: World,
+    watchdog: Watchdog,
 ) -> Trainer:
     from pretrain.checkpoint.rng import rng_state
     from pretrain.facts import run_facts
@@ -268,4 +270,5 @@ def build_trainer(
         resume_from=resume_from,
         facts=run_facts(resolved, world, engine, restarts=place.restarts),
         listeners=build_listeners(resolved, folder) if world.is_main else [],
+        watchdog=watchdog,
     )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,8 @@ from pretrain.events import RunFinished
 from pretrain.interrupt import EXIT_CODE, Interrupt
 from pretrain.place import Place
 from pretrain.run_folder import begin, claim
+from pretrain.telemetry.run_file import mark_failed
+from pretrain.watchdog import Watchdog
 from pretrain.world import leave
 
 if TYPE_CHECKING:
@@ -26,9 +31,15 @@ if TYPE_CHECKING:
 
 
 def pretraining(
-    resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt, setting: Setting, place: Place
+    resolved: dict[str, Any],
+    overrides: list[str],
+    interrupt: Interrupt,
+    setting: Setting,
+    place: Place,
+    on_hang: Callable[[str], None] | None = None,
 ) -> int:
-    """Continue the run in output_dir, or start it, as one of its processes."""
+    """Continue the run in output_dir, or start it, as one of its processes. ``on_hang(place)`` hears where a process that
+    is about to be ended stands still; by default the person at the terminal does."""
     if place.rank > 0:
         mute()
     prepared = build.prepare(resolved, devices=setting.workers * setting.devices_per_worker)
@@ -42,7 +53,10 @@ def pretraining(
             leave()
             return 0
         folder = Path(resolved["output_dir"])
-        log_to(folder / "logs" / f"rank-{place.rank}.log")
+        log = folder / "logs" / f"rank-{place.rank}.log"
+        log_to(log)
+        watchdog, timeout = Watchdog(), build.instantiate(resolved["launch"]).timeout
+        claims.enter_context(watchdog.guarding(timeout, log=log, tell=on_hang or partial(say_hung, timeout, log)))
         trainer = build.build_trainer(
             resolved,
             prepared,
@@ -54,11 +68,22 @@ def pretraining(
             setting=setting,
             place=place,
             world=world,
+            watchdog=watchdog,
         )
         interrupt.patient = True
         progress = run_logged(trainer)
     leave()
     return 0 if progress.step >= trainer.total_steps else EXIT_CODE
+
+
+def say_hung(timeout: float, log: Path, place: str) -> None:
+    """Say that this process stands still, and note it in run.json. Neither waits: what hangs may be the disk, or whatever
+    holds a lock that logging needs."""
+    sys.stderr.write(
+        f"{log.stem} stands still at {place}: nothing has moved for {timeout:g} s (launch.timeout), so it ends; "
+        f"all stacks are in {log}; the same command goes on from the last checkpoint\n"
+    )
+    threading.Thread(target=mark_failed, args=(log.parent.parent,), daemon=True).start()
 
 
 def agree(world: World, setting: Setting, facts: dict[str, Any]) -> None:

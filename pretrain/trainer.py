@@ -15,6 +15,7 @@ from pretrain.checkpoint import store
 from pretrain.checkpoint.rng import rng_state, set_rng_state
 from pretrain.events import Evaluated, Event, RunFinished, RunStarted, Saved, StepDone
 from pretrain.progress import Every, Progress
+from pretrain.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.store import Store
@@ -58,6 +59,7 @@ class Trainer:
     facts: dict[str, Any] = field(default_factory=dict)
     listeners: list[Listener] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     def run(self) -> Progress:
         """Train to ``total_steps`` or until a stop signal; save, and export the model of a finished run."""
@@ -82,6 +84,7 @@ class Trainer:
         if self.finished or self.interrupted:
             return
         batches = iter(self.loader)
+        self.watchdog.rest()  # the first step compiles
         while not self.finished:
             asked_at = time.perf_counter()
             batch = next(batches)
@@ -95,6 +98,7 @@ class Trainer:
         loss = torch.zeros((), device=self.world.device)
         for i, micro in enumerate(micros):
             loss += self.engine.backward(micro.to(self.world.device), tokens=tokens, last=i == len(micros) - 1)
+            self.watchdog.pat()
         norm = self.engine.step(self.grad_clip)
         self.progress.step += 1
         self.progress.samples = self.loader.state_dict()["samples"]
@@ -113,15 +117,18 @@ class Trainer:
 
     def evaluate(self) -> Evaluated:
         """Score every domain; the first scores of a run are the baseline that forgetting is measured against."""
+        self.watchdog.rest()
         started_at = time.perf_counter()
         untouched = self.progress.step == 0
-        scores = self.evaluator.run(self.engine, baseline=None if untouched else self.progress.baseline)
+        baseline = None if untouched else self.progress.baseline
+        scores = self.evaluator.run(self.engine, baseline=baseline, alive=self.watchdog.pat)
         if untouched:
             self.progress.baseline = {s.domain: s.loss for s in scores}
         return Evaluated(self.progress.step, tuple(scores), time.perf_counter() - started_at)
 
     def save(self) -> Saved:
         """Write a checkpoint of exactly this moment."""
+        self.watchdog.rest()
         started_at = time.perf_counter()
         state = {
             "engine": self.engine.state_dict(),
@@ -152,6 +159,7 @@ class Trainer:
 
     def finish(self) -> Progress:
         """Export the model of a run that reached its end; tell how the run ended."""
+        self.watchdog.rest()
         model = self.export() if self.finished else None
         status = "finished" if self.finished else "stopped"
         self.emit(RunFinished(self.progress.step, status, self.progress.tokens, model))
@@ -166,5 +174,6 @@ class Trainer:
         return self.world.any(self.interrupt.requested)
 
     def emit(self, event: Event) -> None:
+        self.watchdog.pat()
         for listener in self.listeners:
             listener(event)

@@ -6,7 +6,7 @@ Bits per byte compares models with different tokenizers; perplexity is per token
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -41,12 +41,21 @@ class Evaluator:
 
     domains: list[Domain]
 
-    def run(self, engine: Scorer, *, baseline: dict[str, float] | None = None) -> list[DomainScore]:
-        """``baseline``: each domain's loss before this run, for ``delta_loss``; ``None``: these scores are the baseline."""
+    def run(
+        self,
+        engine: Scorer,
+        *,
+        baseline: dict[str, float] | None = None,
+        alive: Callable[[], None] = lambda: None,
+    ) -> list[DomainScore]:
+        """``baseline``: each domain's loss before this run, for ``delta_loss``; ``None``: these scores are the baseline.
+        ``alive`` is called after every batch."""
         with evaluating(engine.model):
-            return [self._score(engine, domain, baseline) for domain in self.domains]
+            return [self._score(engine, domain, baseline, alive) for domain in self.domains]
 
-    def _score(self, engine: Scorer, domain: Domain, baseline: dict[str, float] | None) -> DomainScore:
+    def _score(
+        self, engine: Scorer, domain: Domain, baseline: dict[str, float] | None, alive: Callable[[], None]
+    ) -> DomainScore:
         world = engine.world
         summed = torch.zeros((), dtype=torch.float64, device=world.device)
         tokens = 0
@@ -58,6 +67,7 @@ class Evaluator:
                 if mine:
                     summed += nats_here
                     tokens += batch.num_targets
+                alive()
                 advance(world.size)
         nats, tokens = float(world.add_up(summed)), world.sum(tokens)
         loss = nats / tokens
