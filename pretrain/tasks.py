@@ -48,7 +48,10 @@ def pretraining(
     world = build.build_world(resolved, place, group=build.instantiate(resolved["strategy"]).needs_group)
     agree(world, setting, {"configuration": resolved, "steps": steps} | prepared.identity)
     with ExitStack() as claims:
-        start = world.on_main(lambda: begin(resolved, overrides, prepared.identity, steps, place=place, claims=claims))
+        files = prepared.train.store.files
+        start = world.on_main(
+            lambda: begin(resolved, overrides, prepared.identity, steps, files=files, place=place, claims=claims)
+        )
         if start is None:
             leave()
             return 0
@@ -137,7 +140,7 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     folder.write_config(resolved, overrides)
     world = build.build_world(resolved, Place(), group=False)
     scorer = build.build_scorer(resolved, prepared, world)
-    listeners = build.build_listeners(resolved, folder.path)
+    listeners = build.build_listeners(resolved, folder.path, {})
     events: list[Event] = [
         RunStarted(0, 0, resumed=False, facts=run_facts(resolved, world, scorer)),
         Evaluated(0, tuple(build.build_evaluator(resolved, prepared).run(scorer)), 0.0),

@@ -21,9 +21,9 @@ from typing import IO
 
 from pretrain.streams import settle
 
-# It counts ticks of its own and asks no clock: time in which the whole process was stopped (Ctrl-Z, a suspended job) or
-# the machine was asleep is one tick. The ranks of a group get two ticks to notice it each by itself, and leave all together
-# before the shortest time in which a collective could give up.
+# A tick counts for as long as it took, but never for more than two: time in which the whole process was stopped (Ctrl-Z,
+# a suspended job) or the machine was asleep is no hang. The ranks of a group get two ticks to notice it each by itself, and
+# leave all together before the shortest time in which a collective could give up.
 TICKS = 100
 STILL_TICKS = 96
 
@@ -63,15 +63,17 @@ class Watchdog:
                 faulthandler.unregister(signal.SIGUSR2)
 
     def _watch(self, seconds: float, log: IO[str], tell: Callable[[str], None], over: threading.Event) -> None:
-        seen, still = self._pats, 0
-        while not over.wait(seconds / TICKS):
-            still = 0 if self._resting or self._pats != seen else still + 1
+        tick = seconds / TICKS
+        seen, still, last_tick = self._pats, 0.0, time.monotonic()
+        while not over.wait(tick):
+            passed, last_tick = time.monotonic() - last_tick, time.monotonic()
+            still = 0 if self._resting or self._pats != seen else still + min(passed, 2 * tick)
             seen = self._pats
-            if still == STILL_TICKS:
+            if still >= STILL_TICKS * tick:
                 # The hang may be of the very disk that the log is on, so nothing waits for the log.
                 threading.Thread(target=_dump, args=(log, seconds), daemon=True).start()
                 tell(place_of(sys._current_frames()[threading.main_thread().ident or 0]))
-                time.sleep(2 * seconds / TICKS)
+                time.sleep(2 * tick)
                 settle()
                 os._exit(1)
 

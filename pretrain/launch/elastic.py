@@ -43,6 +43,7 @@ class Agent(LocalElasticAgent):
         self._asked_at = 0.0
         self._pids: list[int] = []
         self.deaths: dict[int, int] = {}  # global rank → exit code of those that left by themselves
+        self.stuck: set[int] = set()  # ranks that have not left
 
     def outcome(self, run: Path) -> list[int]:
         """Run to the end; the exit codes by rank.
@@ -76,9 +77,7 @@ class Agent(LocalElasticAgent):
             return reports[0]
         hangs = {report.rank: report.stands_at for report in reports if report.stands_at}
         if hangs:
-            said = {report.rank for report in reports} | self.deaths.keys()
-            silent = [w.global_rank for w in self._worker_group.workers if w.global_rank not in said]
-            return cause_of_hang(hangs, silent, self.timeout)
+            return cause_of_hang(hangs, sorted(self.stuck - hangs.keys()), self.timeout)
         for rank, code in self.deaths.items():
             if -code in KILLERS:
                 return Report(rank, f"was killed by {signal.Signals(-code).name}", "", time.monotonic())
@@ -132,12 +131,12 @@ class Agent(LocalElasticAgent):
         while any(p.is_alive() for p in processes) and time.monotonic() < until:
             time.sleep(0.02)
         self.deaths = {rank: p.exitcode for rank, p in by_rank.items() if p.exitcode not in (None, 0)}
-        stuck = [p.pid for p in processes if p.is_alive()]
-        for pid in stuck:
-            for number in (signal.SIGUSR2, signal.SIGCONT):  # one that was stopped writes them, too
+        self.stuck = {rank for rank, p in by_rank.items() if p.is_alive()}
+        for rank in self.stuck:
+            for number in (signal.SIGUSR2, signal.SIGCONT):  # one that was stopped writes its stacks, too
                 with suppress(ProcessLookupError):
-                    os.kill(pid, number)
-        if stuck:
+                    os.kill(by_rank[rank].pid, number)
+        if self.stuck:
             time.sleep(STACKS_SECONDS)
         close(signal.SIGKILL, 5)
 

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 
 class Jsonl:
-    """One JSON object a line, flushed at once, so that a killed run has all lines up to the kill."""
+    """One JSON object a line, written at once, so that a killed run has all lines up to the kill."""
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
 
     def open(self, run: Path, *, total_steps: int, resumed_at: int) -> None:
         path = run / "metrics.jsonl"
         if path.exists():
             cut_after(path, resumed_at)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        if self._file.write(line) < len(line):  # the rest of it had no room
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._file.name))
 
     def close(self) -> None:
         if self._file is not None:
