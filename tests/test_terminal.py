@@ -1,6 +1,7 @@
 """A terminal, or what stands in its place, can't stop a run: nobody reads it, its reader has left, it was never there, it
 is closed."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -112,17 +113,18 @@ def test_a_signal_handler_may_speak_in_the_middle_of_a_line(pipe):
 
 @pytest.mark.parametrize("more", [[], PAIR], ids=["single", "pair"])
 def test_a_full_pipe_does_not_stop_a_run(more, base_arguments, tmp_path):
-    """Some 150 kB into pipes of 64 kB that are never read."""
-    command = [*base_arguments, *more, f"output_dir={tmp_path}", "max_steps=1500", "evaluate_every=null"]
+    """Some 10 kB into a pipe of 4 kB that is never read."""
+    command = [*base_arguments, *more, f"output_dir={tmp_path}", "max_steps=80", "evaluate_every=null"]
     command += ["save_every=null", "sink=[console, jsonl]", "sink.console.level=4"]
     read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
     process = subprocess.Popen([sys.executable, "-m", "pretrain", *command], stdout=write, stderr=write)
     os.close(write)
     try:
         assert process.wait(timeout=120) == 0
     finally:
         process.kill()
-    assert len(os.read(read, 1 << 20)) > 60_000, "it was full"
+    assert len(os.read(read, 1 << 20)) == 4096, "it was full"
     assert read_run_file(tmp_path)["status"] == "finished"
 
 
@@ -140,7 +142,7 @@ def test_the_reader_of_help_leaves(line, shell):
     assert (code, len(out.splitlines()), err) == (0, 1, "")
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize("more", [[], PAIR], ids=["single", "pair"])
 def test_streams_that_were_never_there(closed, more, base_arguments, tmp_path, shell):
     code, _, err = shell(f'run "$@" {closed}', [*base_arguments, *more, f"output_dir={tmp_path}", "max_steps=6"])
@@ -159,7 +161,7 @@ def test_a_mistake_without_a_stderr(shell):
 def test_the_terminal_is_closed(nohup, more, base_arguments, tmp_path):
     """A real terminal, whose other end goes. Without nohup that asks the run to stop, with it nothing happens."""
     arguments = [*base_arguments, *more, f"output_dir={tmp_path}", "evaluate_every=null", "save_every=null"]
-    arguments += ["max_steps=400" if nohup else "max_steps=100000"]
+    arguments += ["max_steps=150" if nohup else "max_steps=100000"]
     pid, terminal = os.forkpty()
     if pid == 0:
         if nohup:

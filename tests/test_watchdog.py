@@ -114,11 +114,12 @@ def test_a_run_whose_disk_does_not_answer(base_arguments, spawn, tmp_path):
     assert "write_json" in (tmp_path / "logs/rank-0.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_is_found_and_the_group_comes_back(
     base_arguments, exact_model, spawn, command, tmp_path
 ):
     run = tmp_path / "run"
-    given = [*base_arguments, f"model_name={exact_model('llama')}", *PAIR, "sink=jsonl", "max_steps=300"]
+    given = [*base_arguments, f"model_name={exact_model('llama')}", *PAIR, "sink=jsonl", "max_steps=150"]
     given += ["evaluate_every=null", "save_every=10"]
     process = spawn([*given, f"output_dir={run}", "launch.timeout=8", "launch.max_restarts=1"])
     wait_for(lambda: steps(run) >= 15, process)

@@ -44,6 +44,7 @@ class Agent(LocalElasticAgent):
         self._pids: list[int] = []
         self.deaths: dict[int, int] = {}  # global rank → exit code of those that left by themselves
         self.stuck: set[int] = set()  # ranks that have not left
+        self._closed = False
 
     def outcome(self, run: Path) -> list[int]:
         """Run to the end; the exit codes by rank.
@@ -95,7 +96,7 @@ class Agent(LocalElasticAgent):
         if self.stop is not None:  # asked for while an earlier attempt was ending
             raise Stopped(self.stop)
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torch's own handlers would raise, wherever they are
-        self._pids = []
+        self._pids, self._closed = [], False
         for number in SIGNALS:
             signal.signal(number, self._pass_on)
         started = super()._start_workers(worker_group)
@@ -108,6 +109,9 @@ class Agent(LocalElasticAgent):
         return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        assert self._pcontext is not None
+        if any(process.exitcode for process in self._pcontext._pc.processes):  # type: ignore[attr-defined]
+            self._pcontext.close()  # torch would first ask the others politely, for 30 s
         result = super()._monitor_workers(worker_group)
         if not result.is_failed():
             return result
@@ -124,7 +128,10 @@ class Agent(LocalElasticAgent):
 
     def _end_workers(self, close: Callable[..., None]) -> None:
         """Note who has left by itself, let the rest write their stacks, and kill them: without all ranks there is nothing
-        that they could save."""
+        that they could save. What is noted is the first call's, before anything is killed."""
+        if self._closed:
+            return
+        self._closed = True
         processes = self._pcontext._pc.processes  # type: ignore[union-attr]
         by_rank = dict(zip((w.global_rank for w in self._worker_group.workers), processes, strict=True))
         until = time.monotonic() + REPORT_SECONDS
