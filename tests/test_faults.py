@@ -227,9 +227,8 @@ def test_a_stale_lock_is_taken_over(base_arguments, command, tmp_path):
     assert code == 0, err
 
 
-@pytest.mark.parametrize("more", [[], PAIR], ids=["single", "pair"])
-def test_a_folder_at_work_names_who_works_in_it(more, base_arguments, spawn, command, tmp_path):
-    arguments = [*base_arguments, *more, f"output_dir={tmp_path}", "max_steps=100000", "sink=jsonl"]
+def test_a_folder_at_work_names_who_works_in_it(base_arguments, spawn, command, tmp_path):
+    arguments = [*base_arguments, *PAIR, f"output_dir={tmp_path}", "max_steps=100000", "sink=jsonl"]
     process = spawn(arguments)
     wait_for(lambda: steps(tmp_path) >= 2, process)
     host, pid = (tmp_path / ".lock").read_text().split()

@@ -124,7 +124,9 @@ def test_a_full_pipe_does_not_stop_a_run(more, base_arguments, tmp_path):
         assert process.wait(timeout=120) == 0
     finally:
         process.kill()
-    assert len(os.read(read, 1 << 20)) == 4096, "it was full"
+    taken = os.read(read, 1 << 20)
+    assert b"step  1/80" in taken
+    assert b"step 80/80" not in taken, "it was full"
     assert read_run_file(tmp_path)["status"] == "finished"
 
 
@@ -142,8 +144,7 @@ def test_the_reader_of_help_leaves(line, shell):
     assert (code, len(out.splitlines()), err) == (0, 1, "")
 
 
-@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize("more", [[], PAIR], ids=["single", "pair"])
+@pytest.mark.parametrize(("closed", "more"), [("2>&-", []), ("<&- >&- 2>&-", PAIR)], ids=["single", "pair"])
 def test_streams_that_were_never_there(closed, more, base_arguments, tmp_path, shell):
     code, _, err = shell(f'run "$@" {closed}', [*base_arguments, *more, f"output_dir={tmp_path}", "max_steps=6"])
     assert code == 0, err
