@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pretrain.batch import Batch
     from pretrain.checkpoint.policy import Policy
     from pretrain.checkpoint.store import Store
+    from pretrain.data.fingerprint import Files
     from pretrain.data.loader import Loader
     from pretrain.data.sources.base import Source
     from pretrain.data.store import TokenStore, TokenView
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pretrain.place import Place
     from pretrain.strategy.base import Setting
     from pretrain.trainer import Schedule, Trainer
+    from pretrain.watchdog import Watchdog
     from pretrain.world import World
 
 
@@ -204,12 +206,14 @@ def build_schedule(resolved: dict[str, Any], steps: int) -> Schedule:
     return partial(instantiate(resolved["scheduler"]), total_steps=steps, warmup_steps=warmup_steps)
 
 
-def build_listeners(resolved: dict[str, Any], folder: Path) -> list[Callable[[Event], None]]:
+def build_listeners(resolved: dict[str, Any], folder: Path, files: Files) -> list[Callable[[Event], None]]:
+    """``files``: of the training data, to be watched."""
+    from pretrain.data.fingerprint import FilesWatch
     from pretrain.telemetry.monitor import Monitor
     from pretrain.telemetry.run_file import RunFile
 
     sinks = {name: instantiate(node) for name, node in (resolved.get("sink") or {}).items()}
-    return [Monitor(sinks, run=folder, log_every=resolved["log_every"]), RunFile(folder)]
+    return [Monitor(sinks, run=folder, log_every=resolved["log_every"]), RunFile(folder), FilesWatch(files)]
 
 
 def cadences(resolved: dict[str, Any], prepared: Prepared) -> tuple[int | None, int | None]:
@@ -289,6 +293,7 @@ def build_trainer(
     setting: Setting,
     place: Place,
     world: World,
+    watchdog: Watchdog,
 ) -> Trainer:
     from pretrain.checkpoint.rng import rng_state
     from pretrain.checkpoint.saver import Saver
@@ -321,5 +326,6 @@ def build_trainer(
         export=partial(export, prepared, engine, folder / "model"),
         resume_from=resume_from,
         facts=run_facts(resolved, world, engine, restarts=place.restarts) | split.facts(),
-        listeners=build_listeners(resolved, folder) if world.is_main else [],
+        listeners=build_listeners(resolved, folder, prepared.train.store.files) if world.is_main else [],
+        watchdog=watchdog,
     )

@@ -6,6 +6,7 @@ A plain run is composed with Hydra's compose API; sweeps and Hydra's own flags (
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import re
@@ -28,8 +29,9 @@ from pretrain.console import complain, notice, quiet_libraries
 from pretrain.errors import UserError, WorkersFailed, did_you_mean
 from pretrain.flat import overrides_from
 from pretrain.help import choices, help_text
-from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
+from pretrain.interrupt import EXIT_CODE, SIGNALS, Interrupt, Stopped
 from pretrain.redact import held, redact, secrets
+from pretrain.streams import ensure_open, never_wait, settle
 from pretrain.trust import COMMAND_LINE_ONLY, check_hydra, check_said, said
 
 
@@ -52,23 +54,25 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    settle()
     sys.exit(code)
 
 
 def program() -> NoReturn:
     """`main` as a process of its own. One that was in a process group ends without Python's clean-up: a thread of gloo's
     may want the interpreter while that is being taken down, which aborts the process in a few of a hundred ends."""
+    ensure_open()
+    faulthandler.enable()  # a bus error, a segmentation fault: say where
     try:
         main()
     except SystemExit as left:
         code = left.code
     except BaseException:
         sys.stderr.write(redact(traceback.format_exc()))
+        settle()
         code = 1
     world = sys.modules.get("pretrain.world")
     if world is not None and world.group_entered:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
         os._exit(code if isinstance(code, int) else 1)
     sys.exit(code)
 
@@ -165,7 +169,7 @@ def _fresh_process(overrides: list[str], output_dir: Path) -> int:
     process = subprocess.Popen(command_line(overrides, output_dir))
     # The job decides when to stop. A terminal sends it Ctrl-C by itself; the other signals are passed on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in SIGNALS[1:]:
         signal.signal(number, lambda received, frame: process.send_signal(received))
     code = process.wait()
     if code == EXIT_CODE:
@@ -215,6 +219,11 @@ def run(config: DictConfig, overrides: list[str], spoken: dict[str, Any]) -> int
     check(resolved)
     interrupt = Interrupt()
     interrupt.install()
+    if resolved["task"] in (
+        "pretraining",
+        "evaluation",
+    ):  # what the others say is their result: it waits for its reader
+        never_wait()
     quiet_libraries()
     if not gpu_visible():
         # Threads that spin while they wait make a CPU run 10 × slower as soon as another program wants a core.

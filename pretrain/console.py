@@ -38,7 +38,8 @@ def _say(message: str, *, aloud: bool) -> None:
     logging.getLogger("pretrain").info(message)
     if aloud:
         with suppress(OSError):
-            print(message, file=sys.stderr, flush=True)
+            sys.stderr.write(f"{message}\n")
+            sys.stderr.flush()
 
 
 def log_error(message: str) -> None:
@@ -73,9 +74,22 @@ def progress_bar(description: str, *, total: float | None, unit: str = "") -> It
         yield lambda amount: bar.advance(task, amount)
 
 
+class _Log(logging.FileHandler):
+    """Says once that it can't be written; logging itself prints a traceback for every line it loses."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed and not _muted:
+            self.failed = True
+            with suppress(OSError):
+                sys.stderr.write(f"{self.baseFilename} can't be written: {sys.exc_info()[1]}; the run goes on\n")
+                sys.stderr.flush()
+
+
 def log_to(file: Path) -> None:
     """Append what is said from now on to ``file``."""
-    handler = logging.FileHandler(file, encoding="utf-8")
+    handler = _Log(file, encoding="utf-8")
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("pretrain")
     logger.setLevel(logging.INFO)
@@ -86,7 +100,7 @@ def log_to(file: Path) -> None:
     logger.addHandler(handler)
     global _captured
     if _captured is not None:
-        with file.open("ab") as log:
+        with suppress(OSError), file.open("ab") as log:  # a full disk
             log.write(_captured.read_bytes())
         _stderr_into(file)
         _captured = None

@@ -1,4 +1,5 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 ask a run to stop: the step is finished, the state saved, and the exit code is 75."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and a terminal that is closed (SIGHUP) ask a run to stop: the step is finished, the state saved,
+and the exit code is 75."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from types import FrameType
 
 from pretrain.console import notice
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it for us: the run outlives its terminal
+    SIGNALS += (signal.SIGHUP,)
 ONE_CTRL_C_SECONDS = 1.0  # under torchrun a single one arrives twice, from the terminal and from torchrun
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 from pretrain.checkpoint.atomic import missing_or_torn
 from pretrain.checkpoint.store import Store
 from pretrain.console import log_to, notice
+from pretrain.data.fingerprint import Files, differing, recall, remember
 from pretrain.errors import UserError
 from pretrain.folders import say_if_shared
 from pretrain.place import Place
@@ -42,6 +44,7 @@ FREE |= {
     "launch",
 }  # may differ in a run that is over
 
+DATA = "data.json"  # the files of the training data, as the run has read them
 RUN_ID = ".run_id"  # of the command whose processes have last claimed the folder
 PATIENCE_SECONDS = 1.0  # the workers of a killed command need a moment to notice
 
@@ -54,12 +57,13 @@ class RunFolder:
     lock: FileLock
 
     def write_config(self, resolved: dict[str, Any], overrides: list[str]) -> str:
-        """Write config.yaml and .hydra/overrides.yaml; return the former's text."""
+        """Write config.yaml and .hydra/overrides.yaml; return the former's text. Raises ``UserError``: a full disk."""
         text = OmegaConf.to_yaml(OmegaConf.create(resolved))
-        (self.path / "config.yaml").write_text(text)
-        (self.path / ".hydra").mkdir(exist_ok=True)
-        (self.path / ".hydra" / "config.yaml").write_text(text)
-        (self.path / ".hydra" / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(overrides)))
+        with _writing(self.path):
+            (self.path / "config.yaml").write_text(text)
+            (self.path / ".hydra").mkdir(exist_ok=True)
+            (self.path / ".hydra" / "config.yaml").write_text(text)
+            (self.path / ".hydra" / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(overrides)))
         return text
 
 
@@ -77,6 +81,7 @@ def begin(
     identity: dict[str, Any],
     steps: int,
     *,
+    files: Files,
     place: Place,
     store: Store,
     claims: ExitStack,
@@ -94,18 +99,21 @@ def begin(
         raise UserError(
             f"output_dir={folder.path}: its folder `model` is no run's and would be replaced; choose another"
         )
-    (folder.path / RUN_ID).write_text(place.run_id)
+    with _writing(folder.path):
+        (folder.path / RUN_ID).write_text(place.run_id)
     mode = "auto" if again and resolved["resume"] == "never" else resolved["resume"]
     resume_from = resume_point(folder, store, mode)
     facts = read_run_file(folder.path)
     if resume_from is not None:
-        check_same_run(resume_from, identity, resolved)
+        check_same_run(resume_from, identity, resolved, differing(recall(folder.path / DATA), files))
         store.set_aside_after(step_of(resume_from))
         if step_of(resume_from) >= steps and facts.get("status") == "finished":
             check_finished_run(folder, resolved)
             notice(f"{folder.path} is finished: {facts['steps']} steps; model in {facts['model']}")
             notice("to train longer raise max_steps or number_epochs; to start over add resume=never")
             return None
+    with _writing(folder.path):
+        remember(folder.path / DATA, files)
     return Start(resume_from, folder.write_config(resolved, overrides))
 
 
@@ -139,6 +147,14 @@ def claim(output_dir: str, *, start_over: bool) -> RunFolder:
     except OSError as error:
         raise UserError(f"output_dir={output_dir}: can't be written: {error.strerror}") from None
     return RunFolder(path, lock)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"output_dir={path}: can't be written: {error.strerror}") from error
 
 
 def _locked(path: Path) -> FileLock:
@@ -195,9 +211,10 @@ def recorded_batch_size(checkpoint: Path | None, *, device: str) -> int | None:
     return facts.get("batch_size") if facts.get("device") == device else None
 
 
-def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[str, Any]) -> None:
+def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[str, Any], files: str) -> None:
     """Raises ``UserError`` listing old and new values when ``checkpoint`` is of a run with another model, tokenizer,
-    data, sequence length, global batch or seed; such a run can't be continued exactly."""
+    data, sequence length, global batch or seed; such a run can't be continued exactly. ``files``: which ones of the data
+    are others now."""
     before = json.loads((checkpoint / "state.json").read_text())["identity"]
     changed = [p for p in FIXED if before.get(p) != identity[p] and p not in resolved["resume_allow"]]
     if not changed:
@@ -208,6 +225,8 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[st
     for part in changed:
         keys = [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] in FIXED[part]]
         why = " (the files changed since the run began)" if part in ("model", "tokenizer", "data") else ""
+        if part == "data" and files:
+            keys.append(f"the data is not what the run began with: {files}")
         reasons += keys or [f"{part}: {before.get(part)} → {identity[part]}{why}"]
     raise UserError(
         f"{checkpoint} can't be continued with other settings: {'; '.join(dict.fromkeys(reasons))}. "

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,8 @@ from pretrain.out_of_memory import OutOfMemory, explained, watched
 from pretrain.place import Place
 from pretrain.run_folder import begin, claim
 from pretrain.split import Split
+from pretrain.telemetry.run_file import mark_failed
+from pretrain.watchdog import Watchdog
 from pretrain.world import leave
 
 if TYPE_CHECKING:
@@ -29,9 +34,15 @@ if TYPE_CHECKING:
 
 
 def pretraining(
-    resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt, setting: Setting, place: Place
+    resolved: dict[str, Any],
+    overrides: list[str],
+    interrupt: Interrupt,
+    setting: Setting,
+    place: Place,
+    on_hang: Callable[[str], None] | None = None,
 ) -> int:
-    """Continue the run in output_dir, or start it, as one of its processes."""
+    """Continue the run in output_dir, or start it, as one of its processes. ``on_hang(place)`` hears where a process that
+    is about to be ended stands still; by default the person at the terminal does."""
     if place.rank > 0:
         mute()
     prepared = build.prepare(resolved, devices=setting.workers * setting.devices_per_worker)
@@ -42,13 +53,19 @@ def pretraining(
     folder = Path(resolved["output_dir"])
     store = Store(folder / "checkpoints", build.instantiate(resolved["checkpoint"]))
     with ExitStack() as claims:
+        files = prepared.train.store.files
         start = world.on_main(
-            lambda: begin(resolved, overrides, prepared.identity, steps, place=place, store=store, claims=claims)
+            lambda: begin(
+                *(resolved, overrides, prepared.identity, steps), files=files, place=place, store=store, claims=claims
+            )
         )
         if start is None:
             leave()
             return 0
-        log_to(folder / "logs" / f"rank-{place.rank}.log")
+        log = folder / "logs" / f"rank-{place.rank}.log"
+        log_to(log)
+        watchdog, timeout = Watchdog(), build.instantiate(resolved["launch"]).timeout
+        claims.enter_context(watchdog.guarding(timeout, log=log, tell=on_hang or partial(say_hung, timeout, log)))
         with memory_explained(resolved, world, setting):
             trainer = build.build_trainer(
                 resolved,
@@ -60,12 +77,23 @@ def pretraining(
                 setting=setting,
                 place=place,
                 world=world,
+                watchdog=watchdog,
             )
         interrupt.patient = True
         with memory_explained(resolved, world, setting, trainer):
             progress = run_logged(trainer)
     leave()
     return 0 if progress.step >= trainer.total_steps else EXIT_CODE
+
+
+def say_hung(timeout: float, log: Path, place: str) -> None:
+    """Say that this process stands still, and note it in run.json. Neither waits: what hangs may be the disk, or whatever
+    holds a lock that logging needs."""
+    sys.stderr.write(
+        f"{log.stem} stands still at {place}: nothing has moved for {timeout:g} s (launch.timeout), so it ends; "
+        f"all stacks are in {log}; the same command goes on from the last checkpoint\n"
+    )
+    threading.Thread(target=mark_failed, args=(log.parent.parent,), daemon=True).start()
 
 
 def agree(world: World, setting: Setting, facts: dict[str, Any]) -> None:
@@ -142,7 +170,7 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     world = build.build_world(resolved, Place(), group=False)
     with memory_explained(resolved, world):
         scorer = build.build_scorer(resolved, prepared, world)
-    listeners = build.build_listeners(resolved, folder.path)
+    listeners = build.build_listeners(resolved, folder.path, {})
     with memory_explained(resolved, world), watched("evaluation"):
         scores = build.build_evaluator(resolved, prepared).run(scorer) or ()
     events: list[Event] = [

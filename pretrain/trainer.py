@@ -19,6 +19,7 @@ from pretrain.events import Evaluated, Event, RunFinished, RunStarted, StepDone
 from pretrain.out_of_memory import watched
 from pretrain.progress import Every, Progress
 from pretrain.tensors import TensorFiles
+from pretrain.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.saver import Saver
@@ -61,6 +62,7 @@ class Trainer:
     facts: dict[str, Any] = field(default_factory=dict)
     listeners: list[Listener] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     def run(self) -> Progress:
         """Train to ``total_steps`` or until a stop signal; save, and export the model of a finished run."""
@@ -86,6 +88,7 @@ class Trainer:
         if self.finished or self.interrupted():
             return
         batches = iter(self.loader)
+        self.watchdog.rest()  # the first step compiles
         while not self.finished:
             asked_at = time.perf_counter()
             batch = next(batches)
@@ -100,6 +103,7 @@ class Trainer:
         loss = torch.zeros((), device=self.world.device)
         for i, micro in enumerate(micros):
             loss += self.engine.backward(micro.to(self.world.device), tokens=tokens, last=i == len(micros) - 1)
+            self.watchdog.pat()
         norm = self.engine.step(self.grad_clip)
         self.progress.step += 1
         self.progress.samples = self.loader.state_dict()["samples"]
@@ -122,11 +126,14 @@ class Trainer:
 
         False: a stop signal came, and whoever continues here owes the evaluation.
         """
+        self.watchdog.rest()
         started_at = time.perf_counter()
         progress = self.progress
         untouched = progress.step == 0
         baseline = None if untouched else progress.baseline
-        scores = self.evaluator.run(self.engine, baseline=baseline, interrupted=self.interrupted)
+        scores = self.evaluator.run(
+            self.engine, baseline=baseline, interrupted=self.interrupted, alive=self.watchdog.pat
+        )
         progress.owes_evaluation = scores is None
         if scores is None:
             return False
@@ -138,6 +145,7 @@ class Trainer:
 
     def save(self, *, at_once: bool) -> None:
         """Make a checkpoint of exactly this moment; it is written while training goes on, or ``at_once``."""
+        self.watchdog.rest()
         state = {
             "engine": self.engine.state_dict(),
             "loader": self.loader.state_dict(),
@@ -188,6 +196,7 @@ class Trainer:
 
     def finish(self) -> Progress:
         """Export the model of a run that reached its end; tell how the run ended."""
+        self.watchdog.rest()
         model = self.export() if self.finished else None
         status = "finished" if self.finished else "stopped"
         self.emit(RunFinished(self.progress.step, status, self.progress.tokens, model))
@@ -202,5 +211,6 @@ class Trainer:
         return self.world.any(self.interrupt.requested)[0]
 
     def emit(self, event: Event) -> None:
+        self.watchdog.pat()
         for listener in self.listeners:
             listener(event)

@@ -70,7 +70,8 @@ def test_a_disk_that_turns_read_only(uninterrupted, base_arguments, command, spa
     arguments = [*base_arguments, f"output_dir={run}"]
     checkpoints = run / "checkpoints"
     process = spawn([*arguments, "max_steps=100000", "scheduler=constant", "warmup_proportion=0"])
-    wait_for(run, 6, process)
+    while Store(checkpoints).newest() is None and process.poll() is None:
+        time.sleep(0.005)
     with mounted("--bind", checkpoints, checkpoints):
         assert not mount("-o", "remount,ro,bind", checkpoints).returncode
         out, _ = process.communicate(timeout=60)

@@ -19,6 +19,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.errors import UserError
+
 MAGIC = b"PTTOKEN1"
 MAX_OPEN = 256  # each memory map holds a file descriptor; 1024 is the usual limit
 COLUMNS = (("ends", "<i8"), ("hashes", "<u8"), ("sizes", "<i8"), ("pieces", "<u4"), ("indices", "<u4"))
@@ -118,7 +120,14 @@ def _column_starts(part: Part) -> list[int]:
 
 @lru_cache(maxsize=MAX_OPEN)
 def _mapped(part: Part) -> tuple[NDArray[Any], ...]:
-    raw = np.asarray(np.memmap(part.path, np.uint8, "r"))  # a plain array: slicing a memmap costs ten times as much
     starts = _column_starts(part)
+    try:
+        raw = np.asarray(np.memmap(part.path, np.uint8, "r"))  # a plain array: slicing a memmap costs ten times as much
+    except (FileNotFoundError, ValueError):  # gone, or empty
+        raw = np.empty(0, np.uint8)
+    if len(raw) < starts[-1]:
+        raise UserError(
+            f"the token cache has lost {part.path} under this run; the same command makes it anew and goes on"
+        )
     columns = [raw[start:stop].view(kind) for (_, kind), start, stop in zip(COLUMNS, starts, starts[1:], strict=False)]
     return raw[: part.num_tokens * part.dtype.itemsize].view(part.dtype), *columns

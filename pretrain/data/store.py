@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.data.fingerprint import Files
 from pretrain.data.order import _mix
 from pretrain.data.parts import Part, open_part
 from pretrain.errors import UserError
@@ -33,10 +34,11 @@ class Document:
 
 class TokenStore:
     """Memory-mapped parts in the order of their files. ``path`` is the small manifest that ``prepare`` wrote;
-    workers open the store by it."""
+    workers open the store by it. ``files``: what ``prepare`` has read, empty where it was not this process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.files: Files = {}
         manifest = json.loads(path.read_text())
         self.name: str = manifest["name"]
         self.eot: int = manifest["eot"]

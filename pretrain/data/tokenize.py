@@ -19,6 +19,7 @@ from pretrain.console import notice, progress_bar
 from pretrain.data.cache import cache_dir, make_folder, remove_abandoned, write_whole
 from pretrain.data.cut import cut
 from pretrain.data.encode import FORMAT, Encoder, Outcome
+from pretrain.data.fingerprint import files_of
 from pretrain.data.readers import read
 from pretrain.data.sources.base import Source
 from pretrain.data.store import TokenStore
@@ -67,6 +68,7 @@ def prepare(
         outcomes = _encode_all(units, encoder, num_workers, source.domain)
         _remember(memory, units, outcomes, started_at)
     store = TokenStore(_write_manifest(cache / "stores", source.domain, eot, units, outcomes))
+    store.files = files_of(units, (digests for _, digests in outcomes))
     if not store.num_documents:
         raise UserError(f"dataset {source.domain!r}: no text: every document of {source.described()} is empty")
     return store

@@ -47,22 +47,29 @@ class Evaluator:
         *,
         baseline: dict[str, float] | None = None,
         interrupted: Callable[[], bool] = lambda: False,
+        alive: Callable[[], None] = lambda: None,
     ) -> list[DomainScore] | None:
         """``baseline``: each domain's loss before this run, for ``delta_loss``; ``None``: these scores are the baseline.
 
         ``interrupted`` is asked before every batch, on every rank; once it is true there are no scores: ``None``.
+        ``alive`` is called after every batch.
         """
         scores = []
         with evaluating(engine.model):
             for domain in self.domains:
-                score = self._score(engine, domain, baseline, interrupted)
+                score = self._score(engine, domain, baseline, interrupted, alive)
                 if score is None:
                     return None
                 scores.append(score)
         return scores
 
     def _score(
-        self, engine: Scorer, domain: Domain, baseline: dict[str, float] | None, interrupted: Callable[[], bool]
+        self,
+        engine: Scorer,
+        domain: Domain,
+        baseline: dict[str, float] | None,
+        interrupted: Callable[[], bool],
+        alive: Callable[[], None],
     ) -> DomainScore | None:
         world = engine.world
         summed = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -77,6 +84,7 @@ class Evaluator:
                 if mine:
                     summed += nats_here
                     tokens += batch.num_targets
+                alive()
                 advance(world.size)
         nats, tokens = float(world.add_up(summed)), world.sum(tokens)
         loss = nats / tokens

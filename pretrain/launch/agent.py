@@ -144,5 +144,5 @@ def _run_agent(job: Job, workers: int, policy: Policy, meeting: dict[str, Any]) 
         monitor_interval=0.05,
     )
     logs = DefaultLogsSpecs(log_dir=f"{job.reports}/elastic")
-    agent = Agent(spec, logs_specs=logs, start_method="forkserver", reports=Path(job.reports))
+    agent = Agent(spec, logs_specs=logs, start_method="forkserver", reports=Path(job.reports), timeout=policy.timeout)
     return agent.outcome(Path(job.resolved["output_dir"]))

@@ -21,25 +21,30 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from pretrain.console import notice
 from pretrain.errors import UserError, WorkersFailed
 from pretrain.interrupt import ONE_CTRL_C_SECONDS, SIGNALS, Stopped
-from pretrain.launch.report import Report, read_reports
+from pretrain.launch.report import Report, cause_of_hang, read_reports
 from pretrain.run_folder import claimed_by
 from pretrain.telemetry.run_file import mark_failed
 
 # Nobody but the kernel or a person sends these; SIGABRT may follow from what another rank did, SIGTERM comes from torch.
 KILLERS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 REPORT_SECONDS = 1.0  # how long the others get to say why they end, after one has left
+STACKS_SECONDS = 0.5  # and then those who have not, to write their stacks
 
 
 class Agent(LocalElasticAgent):
-    """``reports``: the folder in which a failing worker says why. ``stop``: the signal that asked the run to stop."""
+    """``reports``: the folder in which a failing worker says why. ``stop``: the signal that asked the run to stop.
+    ``timeout``: seconds after which a worker that stands still ends itself."""
 
-    def __init__(self, *args: Any, reports: Path, **options: Any) -> None:
+    def __init__(self, *args: Any, reports: Path, timeout: float, **options: Any) -> None:
         super().__init__(*args, **options)
         self.reports = reports
+        self.timeout = timeout
         self.stop: str | None = None
         self._asked_at = 0.0
         self._pids: list[int] = []
         self.deaths: dict[int, int] = {}  # global rank → exit code of those that left by themselves
+        self.stuck: set[int] = set()  # ranks that have not left
+        self._closed = False
 
     def outcome(self, run: Path) -> list[int]:
         """Run to the end; the exit codes by rank.
@@ -67,13 +72,16 @@ class Agent(LocalElasticAgent):
         raise WorkersFailed(cause.told(run / "logs"))
 
     def cause(self) -> Report:
-        """The first thing that went wrong: a mistake, else a death by a signal, else the earliest exception."""
+        """The first thing that went wrong: a mistake, else a hang, else a death by a signal, else the earliest exception."""
         reports = sorted(read_reports(self.reports), key=lambda report: (not report.is_mistake, report.time))
         if reports and reports[0].is_mistake:
             return reports[0]
+        hangs = {report.rank: report.stands_at for report in reports if report.stands_at}
+        if hangs:
+            return cause_of_hang(hangs, sorted(self.stuck - hangs.keys()), self.timeout)
         for rank, code in self.deaths.items():
             if -code in KILLERS:
-                return Report(rank, f"was killed by {signal.Signals(-code).name}", "", time.time())
+                return Report(rank, f"was killed by {signal.Signals(-code).name}", "", time.monotonic())
         if reports:
             return reports[0]
         rank, code = next(iter(self.deaths.items()), (0, 1))
@@ -88,7 +96,7 @@ class Agent(LocalElasticAgent):
         if self.stop is not None:  # asked for while an earlier attempt was ending
             raise Stopped(self.stop)
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torch's own handlers would raise, wherever they are
-        self._pids = []
+        self._pids, self._closed = [], False
         for number in SIGNALS:
             signal.signal(number, self._pass_on)
         started = super()._start_workers(worker_group)
@@ -101,6 +109,9 @@ class Agent(LocalElasticAgent):
         return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        assert self._pcontext is not None
+        if any(process.exitcode for process in self._pcontext._pc.processes):  # type: ignore[attr-defined]
+            self._pcontext.close()  # torch would first ask the others politely, for 30 s
         result = super()._monitor_workers(worker_group)
         if not result.is_failed():
             return result
@@ -116,13 +127,24 @@ class Agent(LocalElasticAgent):
         return result
 
     def _end_workers(self, close: Callable[..., None]) -> None:
-        """Note who has left by itself, then kill the rest: without all ranks there is nothing that they could save."""
+        """Note who has left by itself, let the rest write their stacks, and kill them: without all ranks there is nothing
+        that they could save. What is noted is the first call's, before anything is killed."""
+        if self._closed:
+            return
+        self._closed = True
         processes = self._pcontext._pc.processes  # type: ignore[union-attr]
         by_rank = dict(zip((w.global_rank for w in self._worker_group.workers), processes, strict=True))
         until = time.monotonic() + REPORT_SECONDS
         while any(p.is_alive() for p in processes) and time.monotonic() < until:
             time.sleep(0.02)
         self.deaths = {rank: p.exitcode for rank, p in by_rank.items() if p.exitcode not in (None, 0)}
+        self.stuck = {rank for rank, p in by_rank.items() if p.is_alive()}
+        for rank in self.stuck:
+            for number in (signal.SIGUSR2, signal.SIGCONT):  # one that was stopped writes its stacks, too
+                with suppress(ProcessLookupError):
+                    os.kill(by_rank[rank].pid, number)
+        if self.stuck:
+            time.sleep(STACKS_SECONDS)
         close(signal.SIGKILL, 5)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:

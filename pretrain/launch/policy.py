@@ -11,7 +11,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 @dataclass(frozen=True)
 class Policy:
     """``max_restarts``: of the whole group, after one of its processes has died · ``timeout``: seconds that ranks wait for
-    each other · ``nodes``: machines that run this same command and meet at ``endpoint`` (host:port of one of them)."""
+    each other, and after which a run that has not moved ends itself · ``nodes``: machines that run this same command and
+    meet at ``endpoint`` (host:port of one of them)."""
 
     max_restarts: NonNegativeInt = 0
     timeout: PositiveFloat = 1800

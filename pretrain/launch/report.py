@@ -14,13 +14,15 @@ from pretrain.errors import UserError
 
 @dataclass(frozen=True)
 class Report:
-    """``message``: one line for a mistake, the exception's for a bug, whose ``trace`` is the whole traceback."""
+    """``message``: one line for a mistake, the exception's for a bug, whose ``trace`` is the whole traceback.
+    ``stands_at``: where a process that hangs does. ``time``: of this machine's monotonic clock."""
 
     rank: int
     message: str
     trace: str
     time: float
     is_mistake: bool = False
+    stands_at: str | None = None
 
     @property
     def first_line(self) -> str:
@@ -40,7 +42,34 @@ def write_report(folder: Path, rank: int, error: BaseException) -> None:
     mistake = isinstance(error, UserError)
     message = str(error) if mistake else f"failed: {type(error).__name__}: {error}"
     trace = "" if mistake else "".join(traceback.format_exception(error))
-    report = Report(rank, message, trace, time.time(), mistake)
+    _write(folder, Report(rank, message, trace, time.monotonic(), mistake))
+
+
+def write_hang(folder: Path, rank: int, place: str) -> None:
+    _write(folder, Report(rank, "stands still", "", time.monotonic(), stands_at=place))
+
+
+def cause_of_hang(hangs: dict[int, str], silent: list[int], timeout: float) -> Report:
+    """One report out of all: ``hangs`` (rank → where it stands) and the ranks that gave no sign at all. Those are the
+    cause, else whoever stands where nobody, or the fewest, stand; in ``world.py`` a rank waits for the others."""
+    places: dict[str, list[int]] = {}
+    for rank, place in sorted(hangs.items()):
+        places.setdefault(place, []).append(rank)
+    rare = min(places, key=lambda place: ("world.py" in place, len(places[place])))
+    where = [f"rank {', '.join(map(str, ranks))} at {place}" for place, ranks in places.items()]
+    rank, how = (silent[0], "does not answer") if silent else (places[rare][0], "stands still")
+    return Report(
+        rank,
+        f"{how}: nothing has moved for {timeout:g} s (launch.timeout); {'; '.join(where)}; "
+        "the stacks of every rank are in its log",
+        "",
+        time.monotonic(),
+        stands_at=hangs.get(rank),
+    )
+
+
+def _write(folder: Path, report: Report) -> None:
+    rank = report.rank
     partial = folder / f"rank-{rank}.partial"
     partial.write_text(json.dumps(asdict(report)))
     partial.rename(folder / f"rank-{rank}.json")

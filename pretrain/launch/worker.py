@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
-import sys
 import threading
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 from pretrain import build
 from pretrain.console import capture_stderr, quiet_libraries
 from pretrain.interrupt import EXIT_CODE, SIGNALS, Interrupt, Stopped
-from pretrain.launch.report import write_report
+from pretrain.launch.report import write_hang, write_report
 from pretrain.place import Place
 from pretrain.strategy.base import Setting
+from pretrain.streams import never_wait, settle
 
 FROM_AGENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -58,18 +60,22 @@ def work(job: Job) -> int:
     run_id = os.environ["TORCHELASTIC_RUN_ID"]
     place = Place(rank, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]), local_size, restarts, run_id)
     capture_stderr(Path(job.reports) / f"rank-{rank}.stderr", keep_terminal=rank == 0)
+    faulthandler.enable(2)  # a bus error, a segmentation fault: its stacks go into the log
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # asked by the parent, of a group that hangs
+    never_wait()
     interrupt = Interrupt(silent=True)  # the parent has said it
     interrupt.patient = True
     interrupt.install()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the parent, who passes it on
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's reach the parent, who passes them on
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         code = _train(job, interrupt, place)
     except BaseException as error:
         write_report(Path(job.reports), rank, error)
-        _flush()
+        settle()
         os._exit(1)
-    _flush()
+    settle()
     return code
 
 
@@ -88,7 +94,8 @@ def _train(job: Job, interrupt: Interrupt, place: Place) -> int:
     quiet_libraries()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
-    return tasks.pretraining(job.resolved, job.overrides, interrupt, job.setting, place)
+    on_hang = partial(write_hang, Path(job.reports), place.rank)
+    return tasks.pretraining(job.resolved, job.overrides, interrupt, job.setting, place, on_hang)
 
 
 def _leave_with_parent() -> None:
@@ -97,8 +104,3 @@ def _leave_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()

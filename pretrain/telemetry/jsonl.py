@@ -4,31 +4,46 @@ from __future__ import annotations
 
 import json
 import os
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from pretrain.console import notice
 from pretrain.events import RunStarted
 
 
 class Jsonl:
-    """One JSON object a line, flushed at once, so that a killed run has all lines up to the kill."""
+    """One JSON object a line, written at once, so that a killed run has all lines up to the kill. What a disk does not
+    take waits, and is tried again with the next record."""
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._waiting = b""
+        self._said = False
 
     def open(self, run: Path, start: RunStarted) -> None:
         path = run / "metrics.jsonl"
         if path.exists():
             cut_after(path, start.step, owes_evaluation=start.owes_evaluation)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
+        self._waiting += (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        self._write()
+
+    def _write(self) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._said:
+                notice(f"{self._file.name} can't be written: {error.strerror}; its records wait, the run goes on")
+            self._said = True
 
     def close(self) -> None:
         if self._file is not None:
+            self._write()
             self._file.close()
 
 

@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pretrain.console import notice
 from pretrain.events import Evaluated, Event, RunFinished, RunStarted, Saved
 from pretrain.telemetry.record import fields_of
 
 
 class RunFile:
-    """A listener. Status: running · finished · stopped · failed; ``results``: the last evaluation of each domain."""
+    """A listener. Status: running · finished · stopped · failed; ``results``: the last evaluation of each domain.
+
+    A disk that does not take it is said once and does not stop the run; the next event tries again."""
 
     def __init__(self, run: Path) -> None:
         self._path = run / "run.json"
         self._facts: dict[str, Any] = {}
-        self._started_at = time.time()
+        self._started_at = time.monotonic()
         self._earlier_seconds = 0.0
+        self._said = False
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
@@ -40,8 +45,13 @@ class RunFile:
         elif not isinstance(event, Saved):
             return
         steps = max(event.step, self._facts.get("steps", 0))  # a checkpoint may be told of some steps later
-        self._facts |= {"steps": steps, "seconds": self._earlier_seconds + time.time() - self._started_at}
-        write_json(self._path, self._facts)
+        self._facts |= {"steps": steps, "seconds": self._earlier_seconds + time.monotonic() - self._started_at}
+        try:
+            write_json(self._path, self._facts)
+        except OSError as error:
+            if not self._said:
+                notice(f"{self._path} can't be written: {error.strerror}; the run goes on")
+            self._said = True
 
 
 def read_run_file(run: Path) -> dict[str, Any]:
@@ -57,7 +67,8 @@ def mark_failed(run: Path) -> None:
     """For whoever has seen all processes of a run die: none of them could say so itself."""
     facts = read_run_file(run)
     if facts.get("status") == "running":
-        write_json(run / "run.json", facts | {"status": "failed"})
+        with suppress(OSError):  # a full disk: then it says `running`
+            write_json(run / "run.json", facts | {"status": "failed"})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,95 @@
+"""Notices that a run stands still, and ends the process with the stacks of all its threads in its log.
+
+It watches what has no business to take long: a micro-batch, a batch of an evaluation, the loader, what is told to sinks. What
+may take long rests: the first batch (it compiles), saving, exporting, building the model. Patting costs two assignments.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from pretrain.streams import settle
+
+# A tick counts for as long as it took, but never for more than two: time in which the whole process was stopped (Ctrl-Z,
+# a suspended job) or the machine was asleep is no hang. The ranks of a group get two ticks to notice it each by itself, and
+# leave all together before the shortest time in which a collective could give up.
+TICKS = 100
+STILL_TICKS = 96
+
+
+class Watchdog:
+    """``pat``: something has moved. ``rest``: what comes now may take as long as it likes. Watches inside ``guarding``."""
+
+    def __init__(self) -> None:
+        self._pats = 0
+        self._resting = True
+
+    def pat(self) -> None:
+        self._pats += 1
+        self._resting = False
+
+    def rest(self) -> None:
+        self._resting = True
+
+    @contextmanager
+    def guarding(self, seconds: float, *, log: Path, tell: Callable[[str], None]) -> Iterator[None]:
+        """Inside, ``seconds`` without a pat end this process with 1, after ``tell(place)`` has said where it stands.
+
+        SIGUSR2 writes the stacks into ``log`` at any time.
+        """
+        over = threading.Event()
+        with log.open("a") as file:
+            faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
+            thread = threading.Thread(
+                target=self._watch, args=(seconds, file, tell, over), name="watchdog", daemon=True
+            )
+            thread.start()
+            try:
+                yield
+            finally:
+                over.set()
+                thread.join()
+                faulthandler.unregister(signal.SIGUSR2)
+
+    def _watch(self, seconds: float, log: IO[str], tell: Callable[[str], None], over: threading.Event) -> None:
+        tick = seconds / TICKS
+        seen, still, last_tick = self._pats, 0.0, time.monotonic()
+        while not over.wait(tick):
+            passed, last_tick = time.monotonic() - last_tick, time.monotonic()
+            still = 0 if self._resting or self._pats != seen else still + min(passed, 2 * tick)
+            seen = self._pats
+            if still >= STILL_TICKS * tick:
+                # The hang may be of the very disk that the log is on, so nothing waits for the log.
+                threading.Thread(target=_dump, args=(log, seconds), daemon=True).start()
+                tell(place_of(sys._current_frames()[threading.main_thread().ident or 0]))
+                time.sleep(2 * tick)
+                settle()
+                os._exit(1)
+
+
+def place_of(frame: FrameType) -> str:
+    """Where a stack stands in this project's own code, as ``world.py:48 sum``; and the innermost function if that is
+    another's."""
+    package = str(Path(__file__).parent) + os.sep
+    stack = [(f.f_code.co_filename, line, f.f_code.co_name) for f, line in traceback.walk_stack(frame)]
+    own = next((entry for entry in stack if entry[0].startswith(package)), stack[0])
+    where = f"{own[0].removeprefix(package)}:{own[1]} {own[2]}"
+    return where if stack[0] == own else f"{where} ({Path(stack[0][0]).name}:{stack[0][1]} {stack[0][2]})"
+
+
+def _dump(log: IO[str], seconds: float) -> None:
+    with suppress(OSError, ValueError):
+        log.write(f"nothing has moved for {seconds:g} s (launch.timeout); the stacks of all threads:\n")
+        log.flush()
+        faulthandler.dump_traceback(log, all_threads=True)

@@ -1,0 +1,143 @@
+"""A run that stands still ends by itself, says where it stands, and leaves the stacks of all its threads."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.telemetry.jsonl import read_records
+from pretrain.telemetry.run_file import read_run_file
+from tests.launch.test_launch import LONG, PAIR, steps, wait_for, workers_of
+
+ROOT = Path(__file__).parents[1]
+GUARDED = """
+import sys, time
+from pathlib import Path
+from pretrain.watchdog import Watchdog
+watchdog = Watchdog()
+with watchdog.guarding(float(sys.argv[2]), log=Path(sys.argv[1]), tell=lambda place: print("at", place, flush=True)):
+{work}
+print("ended well")
+"""
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    """``guarded(lines, seconds)``: a process that does ``lines`` under a watchdog, and its log."""
+    started = []
+
+    def start(lines, seconds=1.0):
+        text = GUARDED.format(work="\n".join(f"    {line}" for line in lines))
+        log = tmp_path / "rank-0.log"
+        process = subprocess.Popen(
+            [sys.executable, "-c", text, log, str(seconds)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        started.append(process)
+        return process, log
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_hang_ends_with_its_place_and_its_stacks(guarded):
+    process, log = guarded(["def stuck(): time.sleep(60)", "watchdog.pat()", "stuck()"])
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "stuck" in out
+    assert "ended well" not in out
+    assert "nothing has moved for 1 s (launch.timeout)" in log.read_text()
+    assert "in stuck" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["for _ in range(10): watchdog.pat(); time.sleep(0.2)"],
+        ["time.sleep(2)"],
+        ["watchdog.pat()", "watchdog.rest()", "time.sleep(2)"],
+    ],
+    ids=["moves", "before the first pat", "rests"],
+)
+def test_what_is_no_hang(lines, guarded):
+    process, _ = guarded(lines)
+    assert process.communicate(timeout=30)[0] == "ended well\n"
+
+
+def test_a_process_that_was_stopped_for_long_goes_on(guarded):
+    """Ctrl-Z and fg, a job that the cluster has suspended."""
+    process, log = guarded(["watchdog.pat()", "print('begins', flush=True)", "time.sleep(0.5)"])
+    assert process.stdout.readline() == "begins\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=30)[0] == "ended well\n"
+    assert log.read_text() == ""
+
+
+def test_stacks_on_demand(guarded):
+    process, log = guarded(
+        ["def busy():", "    print('begins', flush=True)", "    time.sleep(1)", "busy()"], seconds=100
+    )
+    assert process.stdout.readline() == "begins\n"
+    process.send_signal(signal.SIGUSR2)
+    assert process.communicate(timeout=30)[0] == "ended well\n"
+    assert "in busy" in log.read_text()
+
+
+def made_pipe(path) -> bool:
+    try:
+        os.mkfifo(path)
+    except FileExistsError:  # the run is at it, or it is done
+        return False
+    return True
+
+
+def test_a_run_whose_disk_does_not_answer(base_arguments, spawn, tmp_path):
+    """run.json is written through a file that was made a pipe nobody reads: opening it waits for ever."""
+    arguments = [*base_arguments, f"output_dir={tmp_path}", *LONG[:1], "evaluate_every=10", "save_every=20"]
+    process = spawn([*arguments, "sink=jsonl", "launch.timeout=4"])
+    wait_for(lambda: steps(tmp_path) >= 3, process)
+    wait_for(lambda: made_pipe(tmp_path / "run.partial"), process)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    assert "rank-0 stands still at telemetry/run_file.py" in out
+    assert "nothing has moved for 4 s (launch.timeout)" in out
+    assert "write_json" in (tmp_path / "logs/rank-0.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_is_found_and_the_group_comes_back(
+    base_arguments, exact_model, spawn, command, tmp_path
+):
+    run = tmp_path / "run"
+    given = [*base_arguments, f"model_name={exact_model('llama')}", *PAIR, "sink=jsonl", "max_steps=150"]
+    given += ["evaluate_every=null", "save_every=10"]
+    process = spawn([*given, f"output_dir={run}", "launch.timeout=8", "launch.max_restarts=1"])
+    wait_for(lambda: steps(run) >= 15, process)
+    workers_of(process.pid)[1].send_signal(signal.SIGSTOP)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    assert "rank 1 does not answer: nothing has moved for 8 s (launch.timeout); rank 0 at " in out
+    assert "(restart 1 of 1)" in out
+    for rank in (0, 1):
+        assert "Thread 0x" in (run / f"logs/rank-{rank}.log").read_text()
+    assert not [p for p in psutil.process_iter() if p.status() == psutil.STATUS_STOPPED and p.ppid() == process.pid]
+    facts = read_run_file(run)
+    assert (facts["status"], facts["restarts"]) == ("finished", 1)
+    code, _, err = command([*given, f"output_dir={tmp_path / 'undisturbed'}"])
+    assert code == 0, err
+    ours, theirs = (
+        [r for r in read_records(f / "metrics.jsonl") if r["event"] == "train"] for f in (run, tmp_path / "undisturbed")
+    )
+    assert [(r["step"], r["loss"]) for r in ours] == [(r["step"], r["loss"]) for r in theirs]
+    ours, theirs = (load_file(f / "model/model.safetensors") for f in (run, tmp_path / "undisturbed"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
