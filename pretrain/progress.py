@@ -10,13 +10,15 @@ from typing import Any
 class Progress:
     """``step`` optimizer steps done · ``samples`` sequences consumed by all ranks · ``tokens`` target tokens, all ranks.
 
-    ``baseline`` holds each domain's loss of the untouched model (nats per token), against which forgetting is measured.
+    ``baseline`` holds each domain's loss of the untouched model (nats per token), against which forgetting is measured;
+    ``scores`` the last evaluation, one record a domain.
     """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     baseline: dict[str, float] = field(default_factory=dict)
+    scores: list[dict[str, Any]] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

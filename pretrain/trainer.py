@@ -15,12 +15,14 @@ from pretrain.checkpoint import store
 from pretrain.checkpoint.rng import rng_state, set_rng_state
 from pretrain.events import Evaluated, Event, RunFinished, RunStarted, Saved, StepDone
 from pretrain.progress import Every, Progress
+from pretrain.telemetry.record import fields_of
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.store import Store
     from pretrain.data.loader import Loader
     from pretrain.engine import Engine
     from pretrain.evaluation.perplexity import Evaluator
+    from pretrain.exporter import Exporter
     from pretrain.interrupt import Interrupt
     from pretrain.world import World
 
@@ -35,7 +37,7 @@ class Trainer:
     ``loader`` yields this rank's share of one global batch per step, ``micro_batch`` sequences at a time.
     ``identity``: what a checkpoint must share with the run that continues it. ``rng``: this rank's random state at
     step 0. Only rank 0 has ``listeners``.
-    ``resume_from``: a checkpoint folder of this run, or ``None``. ``export`` writes the final model folder.
+    ``resume_from``: a checkpoint folder of this run, or ``None``. ``exporter`` writes the model as Hugging Face folders.
     """
 
     world: World
@@ -53,7 +55,7 @@ class Trainer:
     grad_clip: float | None
     evaluate_every: Every
     save_every: Every
-    export: Callable[[], Path | None]
+    exporter: Exporter
     resume_from: Path | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     listeners: list[Listener] = field(default_factory=list)
@@ -118,6 +120,7 @@ class Trainer:
         scores = self.evaluator.run(self.engine, baseline=None if untouched else self.progress.baseline)
         if untouched:
             self.progress.baseline = {s.domain: s.loss for s in scores}
+        self.progress.scores = [fields_of(s) | {"step": self.progress.step} for s in scores]
         return Evaluated(self.progress.step, tuple(scores), time.perf_counter() - started_at)
 
     def save(self) -> Saved:
@@ -130,9 +133,12 @@ class Trainer:
             "rng": self.world.each(rng_state),
             "identity": self.identity,
         }
-        path = self.store.save(self.progress.step, state, self.config_yaml, world=self.world)
+        files = self.exporter.checkpoint_files(self.progress) if self.world.is_main else {}
+        path = self.store.save(self.progress.step, state, self.config_yaml, world=self.world, files=files)
+        if not self.finished:
+            self.exporter.at_save(self.progress)
         seconds = time.perf_counter() - started_at
-        size = sum(f.stat().st_size for f in path.iterdir())
+        size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
         return Saved(self.progress.step, path, seconds, seconds, size)
 
     def resume(self) -> None:
@@ -152,7 +158,7 @@ class Trainer:
 
     def finish(self) -> Progress:
         """Export the model of a run that reached its end; tell how the run ended."""
-        model = self.export() if self.finished else None
+        model = self.exporter.at_end(self.progress) if self.finished else None
         status = "finished" if self.finished else "stopped"
         self.emit(RunFinished(self.progress.step, status, self.progress.tokens, model))
         return self.progress

@@ -1,8 +1,9 @@
 """Checkpoints of one run: safetensors and JSON only, so that reading one never runs code and needs no tool of ours.
 
 ``step-00000020/``: ``model.safetensors`` (Hugging Face names), ``optimizer.safetensors`` (``<parameter>/<moment>``),
-``state.json`` (progress, data cursor, RNG, loss scaler), ``config.yaml``, and the marker of a whole folder. A sharding
-strategy writes ``model.rank-0.safetensors``, … instead, each with its rank's rows.
+``state.json`` (progress, data cursor, RNG, loss scaler), ``config.yaml``, what makes it a model folder by itself (config,
+tokenizer, …), and the marker of a whole folder. A sharding strategy writes ``model.rank-0.safetensors``, … instead, each
+with its rank's rows.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +35,16 @@ class Store:
     folder: Path
     keep_last: int | None = None
 
-    def save(self, step: int, state: dict[str, Any], config_yaml: str, *, world: World) -> Path:
-        """Write the checkpoint of ``step``, each rank its own pieces, then prune.
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        config_yaml: str,
+        *,
+        world: World,
+        files: Mapping[str, bytes] | None = None,
+    ) -> Path:
+        """Write the checkpoint of ``step``, each rank its own pieces, then prune. ``files``: more of them, of rank 0.
 
         Raises ``UserError`` naming place and cause (disk full, no permission, …); earlier checkpoints stay good.
         """
@@ -49,6 +59,9 @@ class Store:
             if world.is_main:
                 (fresh / "state.json").write_text(json.dumps(rest))
                 (fresh / "config.yaml").write_text(config_yaml)
+                for name, content in (files or {}).items():
+                    (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+                    (fresh / name).write_bytes(content)
 
         write_folder(path, fill, world=world, hint=self._last_good)
         if world.is_main:

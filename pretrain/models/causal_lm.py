@@ -156,12 +156,25 @@ class Pretrained(CausalLM):
         return TensorFiles(files.weight_files(self.folder(), self.name_or_path))
 
     def outline(self, *, param_dtype: torch.dtype) -> LanguageModel:
+        model = super().outline(param_dtype=param_dtype)
+        self._adopt_generation_config(model.hf)
+        return model
+
+    def _adopt_generation_config(self, hf: Any) -> None:
+        """What ``from_pretrained`` does for a model that it reads from its folder."""
         from transformers import GenerationConfig
 
-        model = super().outline(param_dtype=param_dtype)
         if (self.folder() / "generation_config.json").exists():
-            model.hf.generation_config = GenerationConfig.from_pretrained(str(self.folder()))
-        return model
+            hf.generation_config = GenerationConfig.from_pretrained(str(self.folder()))
+
+    def _source(self) -> dict[str, Any]:
+        """What ``from_pretrained`` is given: the folder, or the weights themselves where they lie in pieces of rows."""
+        folder = self.folder()
+        if not any(folder.glob("model.rank-*.safetensors")):
+            return {"pretrained_model_name_or_path": str(folder)}
+        files = self.weights()
+        weights = {name: files.read(name) for name in sorted(files.keys())}
+        return {"pretrained_model_name_or_path": None, "config": self.hf_config(), "state_dict": weights}
 
     def build(self, *, param_dtype: torch.dtype, device: torch.device, seed: int) -> LanguageModel:
         """The model in training mode on ``device``. Raises ``UserError`` when weights are missing from its files."""
@@ -169,7 +182,7 @@ class Pretrained(CausalLM):
 
         hf, loaded = self.load(
             AutoModelForCausalLM.from_pretrained,
-            pretrained_model_name_or_path=str(self.folder()),
+            **self._source(),
             dtype=param_dtype,
             use_safetensors=True,
             output_loading_info=True,
@@ -183,6 +196,7 @@ class Pretrained(CausalLM):
         if loaded["unexpected_keys"]:
             unused = sorted(loaded["unexpected_keys"])
             notice(f"model_name={self.name_or_path}: {len(unused)} tensors in its files are not used, e.g. {unused[0]}")
+        self._adopt_generation_config(hf)
         return self.finish(hf, device)
 
 

@@ -121,6 +121,9 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         if gone:
             raise UserError(f"model_name={name}: {len(gone)} of {len(shards)} weight files are missing, e.g. {gone[0]}")
         return [folder / shard for shard in shards]
+    pieces = sorted(folder.glob("model.rank-*.safetensors"))  # of a checkpoint that several processes have written
+    if pieces:
+        return pieces
     for pickled in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")):
         raise UserError(
             f"model_name={name}: {pickled} is pickled; reading a pickle can run anything, so only safetensors are read. "
