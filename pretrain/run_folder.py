@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from pretrain.checkpoint.atomic import missing_or_torn
-from pretrain.checkpoint.store import Store
+from pretrain.checkpoint.store import Store, read_state
 from pretrain.console import log_to, notice
 from pretrain.errors import UserError
 from pretrain.place import Place
@@ -97,7 +96,10 @@ def begin(
         store.set_aside_after(step_of(resume_from))
         if step_of(resume_from) >= steps and facts.get("status") == "finished":
             check_finished_run(folder, resolved)
-            notice(f"{folder.path} is finished: {facts['steps']} steps; model in {facts['model']}")
+            model = f"model in {facts['model']}" if facts["model"] else "no model was exported"
+            notice(f"{folder.path} is finished: {facts['steps']} steps; {model}")
+            if not facts["model"]:
+                notice(f"to export it: task=export model_name={folder.path} output_dir={folder.path}")
             notice("to train longer raise max_steps or number_epochs; to start over add resume=never")
             return None
     return Start(resume_from, folder.write_config(resolved, overrides))
@@ -176,13 +178,13 @@ def _continues(folder: RunFolder, mode: str) -> bool:
 
 def step_of(checkpoint: Path) -> int:
     """The step at which a checkpoint was made."""
-    return int(json.loads((checkpoint / "state.json").read_text())["progress"]["step"])
+    return int(read_state(checkpoint)["progress"]["step"])
 
 
 def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[str, Any]) -> None:
     """Raises ``UserError`` listing old and new values when ``checkpoint`` is of a run with another model, tokenizer,
     data, sequence length, global batch or seed; such a run can't be continued exactly."""
-    before = json.loads((checkpoint / "state.json").read_text())["identity"]
+    before = read_state(checkpoint)["identity"]
     changed = [part for part in FIXED if before.get(part) != identity[part]]
     if not changed:
         return

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from pretrain import tensors
 from pretrain.checkpoint.atomic import missing_or_torn, write_folder
 from pretrain.console import notice
@@ -112,7 +114,19 @@ def load(path: Path) -> dict[str, Any]:
     reason = missing_or_torn(path)
     if reason is not None:
         raise UserError(f"resume={path}: not a whole checkpoint: {reason}")
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    kinds = {kind: TensorFiles(sorted(path.glob(f"{kind}*.safetensors"))) for kind in KINDS}
+    state = read_state(path)
+    try:
+        kinds = {kind: TensorFiles(sorted(path.glob(f"{kind}*.safetensors"))) for kind in KINDS}
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"resume={path}: its tensors can't be read: {error}") from None
     state["engine"] = kinds | {"scaler": state.pop("scaler")}
+    return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json. Raises ``UserError`` when it is something else than JSON."""
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"resume={path}: state.json can't be read: {error}") from None
     return state

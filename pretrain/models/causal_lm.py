@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -167,22 +168,20 @@ class Pretrained(CausalLM):
         if (self.folder() / "generation_config.json").exists():
             hf.generation_config = GenerationConfig.from_pretrained(str(self.folder()))
 
-    def _source(self) -> dict[str, Any]:
-        """What ``from_pretrained`` is given: the folder, or the weights themselves where they lie in pieces of rows."""
-        folder = self.folder()
-        if not any(folder.glob("model.rank-*.safetensors")):
-            return {"pretrained_model_name_or_path": str(folder)}
-        files = self.weights()
-        weights = {name: files.read(name) for name in sorted(files.keys())}
-        return {"pretrained_model_name_or_path": None, "config": self.hf_config(), "state_dict": weights}
+    def _reader(self, param_dtype: torch.dtype) -> Callable[..., Any]:
+        """``from_pretrained`` of the folder; where weights lie in pieces of rows, which it can't read, of themselves."""
+        from transformers import AutoModelForCausalLM
+
+        if not any(self.folder().glob(files.PIECES)):
+            return partial(AutoModelForCausalLM.from_pretrained, str(self.folder()))
+        architecture, found = type(self.outline(param_dtype=param_dtype).hf), self.weights()
+        weights = {name: found.read(name) for name in sorted(found.keys())}
+        return partial(architecture.from_pretrained, None, config=self.hf_config(), state_dict=weights)
 
     def build(self, *, param_dtype: torch.dtype, device: torch.device, seed: int) -> LanguageModel:
         """The model in training mode on ``device``. Raises ``UserError`` when weights are missing from its files."""
-        from transformers import AutoModelForCausalLM
-
         hf, loaded = self.load(
-            AutoModelForCausalLM.from_pretrained,
-            **self._source(),
+            self._reader(param_dtype),
             dtype=param_dtype,
             use_safetensors=True,
             output_loading_info=True,

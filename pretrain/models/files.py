@@ -15,6 +15,7 @@ from pretrain.errors import UserError
 
 SAMPLE = Path(__file__).parent / "sample"
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
+PIECES = "model.rank-*.safetensors"  # of a checkpoint that several processes have written
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -121,7 +122,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         if gone:
             raise UserError(f"model_name={name}: {len(gone)} of {len(shards)} weight files are missing, e.g. {gone[0]}")
         return [folder / shard for shard in shards]
-    pieces = sorted(folder.glob("model.rank-*.safetensors"))  # of a checkpoint that several processes have written
+    pieces = sorted(folder.glob(PIECES))
     if pieces:
         return pieces
     for pickled in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")):
