@@ -10,6 +10,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from pretrain.checkpoint.atomic import missing_or_torn
 from pretrain.checkpoint.store import Store, read_state
@@ -173,7 +175,19 @@ def resume_point(folder: RunFolder, store: Store, mode: str) -> Path | None:
 def _continues(folder: RunFolder, mode: str) -> bool:
     """Whether the run in ``folder`` is the one that this very ``resume=`` began."""
     config = folder.path / "config.yaml"
-    return config.exists() and OmegaConf.select(OmegaConf.load(config), "resume") == mode
+    return config.exists() and read_config(folder.path).get("resume") == mode
+
+
+def read_config(folder: Path) -> dict[Any, Any]:
+    """config.yaml of a run or a checkpoint. Raises ``UserError`` when it is no YAML mapping of plain values."""
+    file = folder / "config.yaml"
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{file} can't be read: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} can't be read: not a mapping of keys to values")
+    return config
 
 
 def step_of(checkpoint: Path) -> int:
@@ -188,8 +202,7 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[st
     changed = [part for part in FIXED if before.get(part) != identity[part]]
     if not changed:
         return
-    old = OmegaConf.to_container(OmegaConf.load(checkpoint / "config.yaml"))
-    assert isinstance(old, dict)
+    old = read_config(checkpoint)
     reasons = []
     for part in changed:
         keys = [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] in FIXED[part]]
@@ -203,8 +216,7 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[st
 
 def check_finished_run(folder: RunFolder, resolved: dict[str, Any]) -> None:
     """Raises ``UserError`` when the finished run in ``folder`` was made with other settings than these."""
-    old = OmegaConf.to_container(OmegaConf.load(folder.path / "config.yaml"))
-    assert isinstance(old, dict)
+    old = read_config(folder.path)
     changed = [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] not in FREE]
     if changed:
         raise UserError(
