@@ -18,6 +18,7 @@ SETTINGS = (
     *("beta1", "beta2", "grad_clip", "seed"),
 )
 OF_THE_MACHINE = {"task", "name", "output_dir", "resume", "devices", "launch", "sink", "generation"}
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key)$", re.IGNORECASE)
 
 
@@ -96,7 +97,7 @@ def _front_matter(config: dict[str, Any]) -> str:
 
 def _on_the_hub(name: str) -> bool:
     """Whether a name that has worked is an address on the Hub: not the shipped model and nothing on this disk."""
-    return name != "sample" and not Path(name).expanduser().exists()
+    return name != "sample" and bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def _results(progress: Progress) -> str:
