@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 from hydra.utils import instantiate as hydra_instantiate
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from pretrain.checkpoint.policy import Policy
     from pretrain.checkpoint.store import Store
     from pretrain.data.loader import Loader
     from pretrain.data.sources.base import Source
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 
 
 def instantiate(node: dict[str, Any]) -> Any:
-    return hydra_instantiate(node, _convert_="all")
+    """The object that ``node`` stands for. A key that is a word of Python (``async``) gets the underscore it has there."""
+    return hydra_instantiate({f"{k}_" if iskeyword(k) else k: v for k, v in node.items()}, _convert_="all")
 
 
 def model_spec(resolved: dict[str, Any]) -> Any:
@@ -242,6 +245,14 @@ def build_loader(resolved: dict[str, Any], prepared: Prepared, micro_batch: int,
     )
 
 
+def check_best_by(policy: Policy, domains: list[str]) -> None:
+    """Raises ``UserError`` when the best checkpoints are to be found by a domain that is not evaluated."""
+    if policy.keep_best is None:
+        return
+    if not domains or policy.best_by not in (None, *domains):
+        raise UserError(f"checkpoint.best_by={policy.best_by}: no such domain is evaluated{did_you_mean('', domains)}")
+
+
 def build_trainer(
     resolved: dict[str, Any],
     prepared: Prepared,
@@ -249,19 +260,20 @@ def build_trainer(
     store: Store,
     *,
     resume_from: Path | None,
-    config_yaml: str,
     interrupt: Interrupt,
     setting: Setting,
     place: Place,
     world: World,
 ) -> Trainer:
     from pretrain.checkpoint.rng import rng_state
+    from pretrain.checkpoint.saver import Saver
     from pretrain.facts import run_facts
     from pretrain.progress import Every
     from pretrain.trainer import Trainer
 
     steps = total_steps(resolved, prepared)
     engine = build_engine(resolved, prepared, setting, world)
+    check_best_by(store.policy, [name for name, _, _ in prepared.domains])
     micro_batch = resolved["batch_size"] * setting.devices_per_worker
     evaluate_every, save_every = cadences(resolved, prepared)
     facts = run_facts(resolved, world, engine, restarts=place.restarts)
@@ -271,9 +283,8 @@ def build_trainer(
         loader=build_loader(resolved, prepared, micro_batch, world),
         schedule=build_schedule(resolved, steps),
         evaluator=build_evaluator(resolved, prepared),
-        store=store,
+        saver=Saver(store, world=world, background=store.policy.async_),
         interrupt=interrupt,
-        config_yaml=config_yaml,
         identity=prepared.identity,
         rng=rng_state(),
         total_steps=steps,

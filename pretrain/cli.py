@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pretrain.config import GROUPS, check, conf_dir, gpu_visible
-from pretrain.console import notice, quiet_libraries
+from pretrain.console import complain, notice, quiet_libraries
 from pretrain.errors import UserError, WorkersFailed, did_you_mean
 from pretrain.flat import overrides_from
 from pretrain.help import choices, help_text
@@ -71,7 +71,7 @@ def program() -> NoReturn:
 
 
 def _mistake(message: str) -> int:
-    notice(f"error: {message}")
+    complain(f"error: {message}")
     return 2
 
 

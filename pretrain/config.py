@@ -11,6 +11,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from keyword import iskeyword
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -88,6 +89,7 @@ class Root:
     seed: NonNegativeInt
     devices: Literal["auto"] | PositiveInt
     resume: Annotated[str, Field(min_length=1)]
+    resume_allow: list[Literal["tokenizer", "data", "sequence_length", "global_batch", "seed", "weights", "optimizer"]]
     log_every: PositiveInt
     evaluate_every: PositiveInt | None
     save_every: PositiveInt | None
@@ -146,8 +148,8 @@ def targets(path: str, node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 def check_node(path: str, node: dict[str, Any]) -> None:
     """Bind the node's keys against the signature of its target, and their values against its annotations."""
     target = locate(path, node["_target_"])
-    parameters = inspect.signature(target).parameters
-    hints = get_type_hints(target, include_extras=True)
+    parameters = {in_yaml(name): p for name, p in inspect.signature(target).parameters.items()}
+    hints = {in_yaml(name): hint for name, hint in get_type_hints(target, include_extras=True).items()}
     for key, value in node.items():
         if key in HYDRA_KEYS:
             continue
@@ -162,6 +164,11 @@ def check_node(path: str, node: dict[str, Any]) -> None:
         for key, parameter in parameters.items():
             if parameter.default is inspect.Parameter.empty and key not in node:
                 raise UserError(f"{path}.{key} is missing: {target.__name__} needs it")
+
+
+def in_yaml(name: str) -> str:
+    """A parameter's key in YAML: one that would be a word of Python (``async``) has an underscore behind it there."""
+    return name[:-1] if iskeyword(name[:-1]) else name
 
 
 def _owner(group: str, key: str) -> str | None:

@@ -22,11 +22,20 @@ def mute() -> None:
 
 def notice(message: str) -> None:
     """Say one line on stderr, and in the run's log; a closed terminal is no reason to stop a run."""
+    _say(message, aloud=not _muted)
+
+
+def complain(message: str) -> None:
+    """Say why this command ends, once a machine where torchrun has started it for several ranks: another machine may
+    have other files, and a terminal of its own."""
+    _say(message, aloud=os.environ["LOCAL_RANK"] == "0" if "LOCAL_RANK" in os.environ else not _muted)
+
+
+def _say(message: str, *, aloud: bool) -> None:
     logging.getLogger("pretrain").info(message)
-    if _muted:
-        return
-    with suppress(OSError):
-        print(message, file=sys.stderr, flush=True)
+    if aloud:
+        with suppress(OSError):
+            print(message, file=sys.stderr, flush=True)
 
 
 def log_error(message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pretrain.checkpoint.atomic import write_folder
 from pretrain.console import notice
 from pretrain.errors import UserError
+from pretrain.events import Exported
 from pretrain.models import export
 
 if TYPE_CHECKING:
@@ -53,13 +55,17 @@ class Exporter:
     def _card(self, progress: Progress) -> dict[str, bytes]:
         return {"README.md": self.card(progress).encode()}
 
-    def at_save(self, progress: Progress) -> None:
+    def at_save(self, progress: Progress) -> Exported:
         """Export beside a checkpoint, where asked to; the last model of a run comes from ``at_end``.
 
         A folder that can't be written costs a line and not the run: the checkpoint is there.
         """
-        if self.when != "save":
-            return
+        started_at = time.perf_counter()
+        if self.when == "save":
+            self._at_save(progress)
+        return Exported(progress.step, time.perf_counter() - started_at)
+
+    def _at_save(self, progress: Progress) -> None:
         models = self.run / "models"
         try:
             self._write(models / f"step-{progress.step:08d}", progress)
@@ -85,14 +91,16 @@ class Exporter:
         plan = world.each(lambda: export.split(own, self.shard_size)) if sharded else []
         dtype = export.dtype_of(own)
 
-        def fill(fresh: Path) -> None:
+        def fill(fresh: Path) -> list[Path]:
+            written = []
             if sharded:
-                export.save_shards(own, fresh, plan=plan, rank=world.rank)
+                written = export.save_shards(own, fresh, plan=plan, rank=world.rank)
             elif world.is_main:
-                export.save_whole(engine.model.hf, own, fresh, shard_size=self.shard_size)
+                written = export.save_whole(engine.model.hf, own, fresh, shard_size=self.shard_size)
             if world.is_main:
                 files = export.beside(engine.model.hf, self.tokenizer, dtype=dtype)
-                export.write_beside(files | self._card(progress), fresh)
+                written += export.write_beside(files | self._card(progress), fresh)
+            return written
 
         write_folder(path, fill, world=world, hint=lambda: "the last checkpoint is good", marker=False)
 
@@ -130,12 +138,12 @@ def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
             return blueprint.build(alone.device).hf_state().items()
         return ((name, fitting.read(name)) for name in outline.hf_state())
 
-    def fill(fresh: Path) -> None:
+    def fill(fresh: Path) -> list[Path]:
         own = export.own_share(weights(), dtype=model.save_dtype, world=alone, sharded=False)
         around = export.beside(outline.hf, tokenizer, dtype=export.dtype_of(own))
         card = model.folder() / "README.md"
-        export.save_whole(outline.hf, own, fresh, shard_size=shard_size)
-        export.write_beside(around | ({card.name: card.read_bytes()} if card.exists() else {}), fresh)
+        written = export.save_whole(outline.hf, own, fresh, shard_size=shard_size)
+        return written + export.write_beside(around | ({card.name: card.read_bytes()} if card.exists() else {}), fresh)
 
     if sys.stderr.isatty():
         enable_progress_bar()  # of the files written

@@ -30,7 +30,7 @@ FIXED = {  # part of a run's identity → the config keys it follows from
     "weights": ("precision",),
     "optimizer": ("optimizer",),
 }
-FREE = {"name", "output_dir", "resume", "devices", "log_every", "evaluate_every", "save_every"}
+FREE = {"name", "output_dir", "resume", "resume_allow", "devices", "log_every", "evaluate_every", "save_every"}
 FREE |= {
     "sink",
     "checkpoint",
@@ -77,6 +77,7 @@ def begin(
     steps: int,
     *,
     place: Place,
+    store: Store,
     claims: ExitStack,
 ) -> Start | None:
     """Claim output_dir until ``claims`` ends, and decide what to continue in it; ``None``: it holds this very run,
@@ -89,7 +90,6 @@ def begin(
     folder = claim(resolved["output_dir"], start_over=resolved["resume"] == "never" and not again)
     claims.callback(folder.lock.release)
     (folder.path / RUN_ID).write_text(place.run_id)
-    store = Store(folder.path / "checkpoints")
     mode = "auto" if again and resolved["resume"] == "never" else resolved["resume"]
     resume_from = resume_point(folder, store, mode)
     facts = read_run_file(folder.path)
@@ -166,7 +166,7 @@ def resume_point(folder: RunFolder, store: Store, mode: str) -> Path | None:
     named = Path(mode)
     if not (named / "state.json").is_file():
         raise UserError(f"resume={mode}: not a checkpoint folder; allowed: auto, never, or <run>/checkpoints/step-…")
-    reason = missing_or_torn(named)
+    reason = missing_or_torn(named, verify=store.policy.verify)
     if reason is not None:
         raise UserError(f"resume={mode}: not a whole checkpoint: {reason}")
     return named
@@ -199,7 +199,7 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[st
     """Raises ``UserError`` listing old and new values when ``checkpoint`` is of a run with another model, tokenizer,
     data, sequence length, global batch or seed; such a run can't be continued exactly."""
     before = read_state(checkpoint)["identity"]
-    changed = [part for part in FIXED if before.get(part) != identity[part]]
+    changed = [p for p in FIXED if before.get(p) != identity[p] and p not in resolved["resume_allow"]]
     if not changed:
         return
     old = read_config(checkpoint)
@@ -211,7 +211,14 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[st
     raise UserError(
         f"{checkpoint} can't be continued with other settings: {'; '.join(dict.fromkeys(reasons))}. "
         "Choose another output_dir, or resume=never to start over"
+        f"{_allowing(changed)}"
     )
+
+
+def _allowing(changed: list[str]) -> str:
+    if "model" in changed:
+        return ""
+    return f"; or continue, no longer exactly, with resume_allow=[{','.join(changed)}]"
 
 
 def check_finished_run(folder: RunFolder, resolved: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,20 +37,22 @@ def pretraining(
     interrupt.patient = place.size > 1  # from here on the others would wait for a process that leaves
     world = build.build_world(resolved, place, group=build.instantiate(resolved["strategy"]).needs_group)
     agree(world, setting, {"configuration": resolved, "steps": steps} | prepared.identity)
+    folder = Path(resolved["output_dir"])
+    store = Store(folder / "checkpoints", build.instantiate(resolved["checkpoint"]))
     with ExitStack() as claims:
-        start = world.on_main(lambda: begin(resolved, overrides, prepared.identity, steps, place=place, claims=claims))
+        start = world.on_main(
+            lambda: begin(resolved, overrides, prepared.identity, steps, place=place, store=store, claims=claims)
+        )
         if start is None:
             leave()
             return 0
-        folder = Path(resolved["output_dir"])
         log_to(folder / "logs" / f"rank-{place.rank}.log")
         trainer = build.build_trainer(
             resolved,
             prepared,
             folder,
-            Store(folder / "checkpoints", build.instantiate(resolved["checkpoint"]).keep_last),
+            replace(store, files={"config.yaml": start.config_yaml.encode()}),
             resume_from=start.resume_from,
-            config_yaml=start.config_yaml,
             interrupt=interrupt,
             setting=setting,
             place=place,
@@ -84,6 +87,8 @@ def run_logged(trainer: Trainer) -> Progress:
         log_error(f"failed at step {trainer.progress.step}")
         trainer.emit(RunFinished(trainer.progress.step, "failed", trainer.progress.tokens))
         raise
+    finally:
+        trainer.saver.close()
 
 
 def tokenization(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
@@ -113,9 +118,10 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     world = build.build_world(resolved, Place(), group=False)
     scorer = build.build_scorer(resolved, prepared, world)
     listeners = build.build_listeners(resolved, folder.path)
+    scores = build.build_evaluator(resolved, prepared).run(scorer) or ()
     events: list[Event] = [
         RunStarted(0, 0, resumed=False, facts=run_facts(resolved, world, scorer)),
-        Evaluated(0, tuple(build.build_evaluator(resolved, prepared).run(scorer)), 0.0),
+        Evaluated(0, tuple(scores), 0.0),
         RunFinished(0, "finished", 0),
     ]
     for event in events:

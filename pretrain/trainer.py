@@ -13,12 +13,15 @@ import torch
 from pretrain.batch import Batch
 from pretrain.checkpoint import store
 from pretrain.checkpoint.rng import rng_state, set_rng_state
-from pretrain.events import Evaluated, Event, RunFinished, RunStarted, Saved, StepDone
+from pretrain.console import notice
+from pretrain.errors import UserError
+from pretrain.events import Evaluated, Event, RunFinished, RunStarted, StepDone
 from pretrain.progress import Every, Progress
 from pretrain.telemetry.record import fields_of
+from pretrain.tensors import TensorFiles
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint.store import Store
+    from pretrain.checkpoint.saver import Saver
     from pretrain.data.loader import Loader
     from pretrain.engine import Engine
     from pretrain.evaluation.perplexity import Evaluator
@@ -45,9 +48,8 @@ class Trainer:
     loader: Loader
     schedule: Schedule
     evaluator: Evaluator
-    store: Store
+    saver: Saver
     interrupt: Interrupt
-    config_yaml: str
     identity: dict[str, Any]
     rng: dict[str, Any]
     total_steps: int
@@ -64,24 +66,25 @@ class Trainer:
     def run(self) -> Progress:
         """Train to ``total_steps`` or until a stop signal; save, and export the model of a finished run."""
         self.resume()
-        self.emit(RunStarted(self.progress.step, self.total_steps, self.resume_from is not None, self.facts))
+        resumed = self.resume_from is not None
+        self.emit(RunStarted(self.progress.step, self.total_steps, resumed, self.progress.owes_evaluation, self.facts))
         set_rng_state(self.rng)  # only now: listeners may draw random numbers while they set themselves up
-        if self.progress.step == 0:
-            self.emit(self.evaluate())
+        if self.progress.step == 0 or self.progress.owes_evaluation:
+            self.evaluate()
         for batch, data_seconds in self.batches():
             self.emit(self.train_step(batch, data_seconds))
-            stop = self.interrupted
+            stop = self.agree()
             if self.evaluate_every.due(self.progress.step) or self.finished:
-                self.emit(self.evaluate())
+                stop = not self.evaluate() or stop
             if self.save_every.due(self.progress.step) or self.finished or stop:
-                self.emit(self.save())  # after the evaluation of the same step, so that a resumed run never repeats it
+                self.save(at_once=self.finished or stop)  # after the evaluation, so that a resumed run never repeats it
             if stop:
                 break
         return self.finish()
 
     def batches(self) -> Iterator[tuple[Batch, float]]:
         """Global batches up to the last step, each with the seconds the loop waited for it."""
-        if self.finished or self.interrupted:
+        if self.finished or self.interrupted():
             return
         batches = iter(self.loader)
         while not self.finished:
@@ -113,33 +116,56 @@ class Trainer:
             data_seconds=data_seconds,
         )
 
-    def evaluate(self) -> Evaluated:
-        """Score every domain; the first scores of a run are the baseline that forgetting is measured against."""
-        started_at = time.perf_counter()
-        untouched = self.progress.step == 0
-        scores = self.evaluator.run(self.engine, baseline=None if untouched else self.progress.baseline)
-        if untouched:
-            self.progress.baseline = {s.domain: s.loss for s in scores}
-        self.progress.scores = [fields_of(s) | {"step": self.progress.step} for s in scores]
-        return Evaluated(self.progress.step, tuple(scores), time.perf_counter() - started_at)
+    def evaluate(self) -> bool:
+        """Score every domain; the first scores of a run are the baseline that forgetting is measured against.
 
-    def save(self) -> Saved:
-        """Write a checkpoint of exactly this moment."""
+        False: a stop signal came, and whoever continues here owes the evaluation.
+        """
         started_at = time.perf_counter()
+        progress = self.progress
+        untouched = progress.step == 0
+        baseline = None if untouched else progress.baseline
+        scores = self.evaluator.run(self.engine, baseline=baseline, interrupted=self.interrupted)
+        progress.owes_evaluation = scores is None
+        if scores is None:
+            return False
+        progress.losses, progress.evaluated_at = {s.domain: s.loss for s in scores}, progress.step
+        progress.scores = [fields_of(s) for s in scores]
+        if untouched:
+            progress.baseline = progress.losses
+        self.emit(Evaluated(progress.step, tuple(scores), time.perf_counter() - started_at))
+        return True
+
+    def save(self, *, at_once: bool) -> None:
+        """Make a checkpoint of exactly this moment; it is written while training goes on, or ``at_once``."""
         state = {
             "engine": self.engine.state_dict(),
             "loader": self.loader.state_dict(),
             "progress": self.progress.state_dict(),
             "rng": self.world.each(rng_state),
             "identity": self.identity,
+            "files": self.exporter.checkpoint_files(self.progress) if self.world.is_main else {},
         }
-        files = self.exporter.checkpoint_files(self.progress) if self.world.is_main else {}
-        path = self.store.save(self.progress.step, state, self.config_yaml, world=self.world, files=files)
-        if not self.finished:
-            self.exporter.at_save(self.progress)
-        seconds = time.perf_counter() - started_at
-        size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-        return Saved(self.progress.step, path, seconds, seconds, size)
+        self.saver.save(self.progress.step, state, at_once=at_once)
+        self.tell_saved()
+        if not at_once:  # a run that ends exports its last model alone, one that was stopped none
+            self.emit(self.exporter.at_save(self.progress))
+
+    def tell_saved(self) -> None:
+        while (saved := self.saver.collect()) is not None:
+            self.emit(saved)
+
+    def agree(self) -> bool:
+        """Whether a stop signal has come, to any rank.
+
+        Raises ``UserError`` on every rank when a checkpoint could not be written on one.
+        """
+        stop, failed = self.world.any(self.interrupt.requested, self.saver.failed)
+        if failed:
+            self.saver.wait()
+            raise UserError("another rank could not write its part of a checkpoint")
+        self.tell_saved()
+        return stop
 
     def resume(self) -> None:
         """Put back the state of ``resume_from``; without one the run starts at step 0.
@@ -150,9 +176,16 @@ class Trainer:
         if self.resume_from is None:
             return
         state = store.load(self.resume_from)
+        before = state["identity"]
+        if any(before[part] != self.identity[part] for part in ("weights", "optimizer")):  # by resume_allow
+            state["engine"]["optimizer"] = TensorFiles([])
+            if self.world.is_main:
+                notice("the optimizer starts anew: its moments are of another optimizer or type of weights")
         self.engine.load_state_dict(state["engine"])
-        self.loader.load_state_dict(state["loader"])
         self.progress.load_state_dict(state["progress"])
+        # of another length by resume_allow: the same place in the text
+        self.progress.samples = self.progress.samples * before["sequence_length"] // self.identity["sequence_length"]
+        self.loader.load_state_dict({"samples": self.progress.samples})
         if self.world.rank < len(state["rng"]):
             self.rng = state["rng"][self.world.rank]
 
@@ -167,9 +200,9 @@ class Trainer:
     def finished(self) -> bool:
         return self.progress.step >= self.total_steps
 
-    @property
     def interrupted(self) -> bool:
-        return self.world.any(self.interrupt.requested)
+        """Whether a stop signal has come, to any rank. Every rank must ask."""
+        return self.world.any(self.interrupt.requested)[0]
 
     def emit(self, event: Event) -> None:
         for listener in self.listeners:

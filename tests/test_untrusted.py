@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.atomic import MARKER
+from pretrain.checkpoint.atomic import MARKER, checksum
 from tests.test_cli import assert_mistake
 
 pytestmark = pytest.mark.xdist_group("untrusted")
@@ -76,10 +76,9 @@ def put(file: Path, content: bytes) -> None:
 def forge(checkpoint: Path) -> None:
     """A completion marker that believes what lies there: whoever can change a checkpoint can do that."""
     marker = json.loads((checkpoint / MARKER).read_text())
-    files = (f for f in checkpoint.rglob("*") if f.is_file() and f.name != MARKER)
-    marker |= {"sizes": {str(f.relative_to(checkpoint)): f.stat().st_size for f in files}}
-    marker.pop("checksums", None)
-    (checkpoint / MARKER).write_text(json.dumps(marker))
+    files = [f for f in checkpoint.rglob("*") if f.is_file() and f.name != MARKER]
+    entries = {str(f.relative_to(checkpoint)): {"bytes": f.stat().st_size, "xxh3_128": checksum(f)} for f in files}
+    (checkpoint / MARKER).write_text(json.dumps(marker | {"files": entries}))
 
 
 def test_the_payload_works(payload, unpickled):
@@ -145,8 +144,8 @@ def test_a_pickle_in_the_place_of_a_model_s_file(name, tiny_model, payload, comm
 
 CHECKPOINT = {
     "state.json": "state.json can't be read",
-    "model.safetensors": "its tensors can't be read",
-    "optimizer.safetensors": "its tensors can't be read",
+    "model.safetensors": "model.safetensors can't be read",
+    "optimizer.safetensors": "optimizer.safetensors can't be read",
     MARKER: f"unreadable {MARKER}",
 }
 

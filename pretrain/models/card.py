@@ -113,9 +113,7 @@ def _results(progress: Progress) -> str:
         perplexity = f"{_n(_exp(before), 2)} → {_n(s['perplexity'], 2)}"
         rows.append((f"{s['domain']} ({s['role']})", losses, change, perplexity, bits_per_byte))
     head = ("domain", "loss (nats per token)", "change", "perplexity", "bits per byte")
-    note = (
-        f"Held-out text, before → at step {progress.scores[0]['step']:,}. A base domain's rise is what was forgotten.\n"
-    )
+    note = f"Held-out text, before → at step {progress.evaluated_at:,}. A base domain's rise is what was forgotten.\n"
     return f"{_table(head, rows)}\n{note}"
 
 

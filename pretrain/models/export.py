@@ -41,12 +41,13 @@ def dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype | None:
     return next((t.dtype for t in weights.values() if t.is_floating_point()), None)
 
 
-def save_whole(hf: Any, own: dict[str, Tensor], folder: Path, *, shard_size: str) -> None:
+def save_whole(hf: Any, own: dict[str, Tensor], folder: Path, *, shard_size: str) -> list[Path]:
     """Write all weights by transformers' own hand, which puts them back into the layout that their architecture has on
-    the Hub. ``own`` is emptied: a file's weights are let go when it is written."""
+    the Hub. ``own`` is emptied: a file's weights are let go when it is written. Return the files."""
     trained_in = hf.config.dtype
     hf.save_pretrained(str(folder), state_dict=own, max_shard_size=shard_size)
     hf.config.dtype = trained_in
+    return [file for file in folder.iterdir() if file.is_file()]
 
 
 def split(own: Mapping[str, Tensor], shard_size: str) -> list[Sizes]:
@@ -61,21 +62,25 @@ def split(own: Mapping[str, Tensor], shard_size: str) -> list[Sizes]:
     return files
 
 
-def save_shards(own: dict[str, Tensor], folder: Path, *, plan: list[list[Sizes]], rank: int) -> None:
+def save_shards(own: dict[str, Tensor], folder: Path, *, plan: list[list[Sizes]], rank: int) -> list[Path]:
     """Write this rank's files, and on rank 0 the index that tells ``from_pretrained`` which file has which weight.
 
-    ``plan``: what ``split`` gave on each rank.
+    ``plan``: what ``split`` gave on each rank. Return the files.
     """
     shards = [shard for files in plan for shard in files]
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     before = sum(len(files) for files in plan[:rank])
+    written = []
     for name, shard in zip(names[before:], plan[rank], strict=False):
         write(folder / name, {n: Piece(own[n], 0, tuple(own[n].shape)) for n in shard})
+        written.append(folder / name)
     if rank == 0:
         weight_map = {weight: name for name, shard in zip(names, shards, strict=True) for weight in shard}
         size = sum(sum(shard.values()) for shard in shards)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        written.append(folder / "model.safetensors.index.json")
+        written[-1].write_text(json.dumps(index, indent=2) + "\n")
+    return written
 
 
 def beside(hf: Any, tokenizer: Any, *, dtype: torch.dtype | None) -> dict[str, bytes]:
@@ -101,10 +106,11 @@ def beside(hf: Any, tokenizer: Any, *, dtype: torch.dtype | None) -> dict[str, b
         return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def write_beside(files: Mapping[str, bytes], folder: Path) -> None:
+def write_beside(files: Mapping[str, bytes], folder: Path) -> list[Path]:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
+    return [folder / name for name in files]
 
 
 def _adopt_special_tokens(config: Any, ends: int | list[int] | None, tokenizer: Any) -> None:

@@ -161,7 +161,7 @@ def test_a_card_has_no_secret_and_no_path_of_the_machine() -> None:
 
 
 def test_a_card_shows_numbers_that_are_none_as_none() -> None:
-    score = {"domain": "a|b\nc", "role": "new", "step": 4, "loss": None, "perplexity": None, "bits_per_byte": None}
+    score = {"domain": "a|b\nc", "role": "new", "loss": None, "perplexity": None, "bits_per_byte": None}
     text = card(Progress(4, baseline={"a|b\nc": float("nan")}, scores=[score]))
     assert "| a\\|b c (new) | — → — | — | — → — | — → — |" in text
     assert "No text was scored" in card()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from pretrain.events import RunStarted
 from pretrain.telemetry.jsonl import Jsonl, read_records
 
 
@@ -17,7 +18,7 @@ def test_a_resumed_run_drops_the_records_it_will_write_again(tmp_path):
     with path.open("a") as file:
         file.write('{"event": "train", "st')  # killed in the middle of a line
     sink = Jsonl()
-    sink.open(tmp_path, total_steps=9, resumed_at=2)
+    sink.open(tmp_path, RunStarted(2, 9, resumed=True))
     sink.write({"event": "train", "step": 3, "time": 1.0})
     sink.close()
     assert [r["step"] for r in read_records(path)] == [0, 1, 2, 3]
@@ -28,7 +29,7 @@ def test_a_run_that_starts_over_starts_its_file_over(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines(path, [0, 0, 1])
     sink = Jsonl()
-    sink.open(tmp_path, total_steps=9, resumed_at=0)
+    sink.open(tmp_path, RunStarted(0, 9, resumed=False))
     sink.close()
     assert read_records(path) == []
 
@@ -42,6 +43,6 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 def test_not_a_number_is_refused(tmp_path):
     sink = Jsonl()
-    sink.open(tmp_path, total_steps=1, resumed_at=0)
+    sink.open(tmp_path, RunStarted(0, 1, resumed=False))
     with pytest.raises(ValueError, match="not JSON compliant"):
         sink.write({"event": "train", "step": 1, "time": 0.0, "loss": float("nan")})
