@@ -16,8 +16,10 @@ import xxhash
 from hydra.utils import instantiate as hydra_instantiate
 
 from pretrain.errors import UserError, did_you_mean
+from pretrain.split import Split
 
 if TYPE_CHECKING:
+    from pretrain.batch import Batch
     from pretrain.checkpoint.policy import Policy
     from pretrain.checkpoint.store import Store
     from pretrain.data.loader import Loader
@@ -90,7 +92,7 @@ def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
     for base in instantiate(resolved["evaluation"]).domains.values():
         if base.domain != source.domain:
             domains.append((base.domain, "base", views(encode(base), base)[1]))
-    global_batch = resolved["batch_size"] * resolved["gradient_accumulation_steps"] * devices
+    global_batch = Split.asked(resolved).total * devices
     identity = {
         "model": model.identity(),
         "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json.encode()),
@@ -154,21 +156,28 @@ def build_scorer(resolved: dict[str, Any], prepared: Prepared, world: World) -> 
     return Scorer(model, precision=instantiate(resolved["precision"]), world=world)
 
 
-def build_evaluator(resolved: dict[str, Any], prepared: Prepared) -> Evaluator:
+def build_evaluator(resolved: dict[str, Any], prepared: Prepared, *, batch_size: int | None = None) -> Evaluator:
+    """``batch_size``: the training's, for ``evaluation.batch_size=auto``; ``None``: there is no training.
+
+    Raises ``UserError`` for auto without one.
+    """
     from pretrain.data.loader import evaluation_batches
     from pretrain.evaluation.perplexity import Domain, Evaluator
 
     policy = instantiate(resolved["evaluation"])
+    scored = batch_size if policy.batch_size == "auto" else policy.batch_size
+    if scored is None:
+        raise UserError("evaluation.batch_size=auto is that of a training; here it needs a number")
 
     def domain(name: str, role: str, held_out: TokenView) -> Domain:
-        scored = evaluation_batches(
+        batches = evaluation_batches(
             held_out,
             sequence_length=resolved["sequence_length"],
-            batch_size=policy.batch_size,
+            batch_size=scored,
             document_mask=resolved["dataset"].get("document_mask", False),
             max_tokens=policy.max_tokens,
         )
-        return Domain(name, role, scored, scored.num_bytes)
+        return Domain(name, role, batches, batches.num_bytes)
 
     return Evaluator([domain(*d) for d in prepared.domains])
 
@@ -194,6 +203,7 @@ def build_exporter(
 
     policy, train = instantiate(resolved["checkpoint"]), prepared.train
     data = {"documents": train.num_documents, "tokens": train.num_tokens, "bytes": train.num_bytes}
+    data |= {"global_batch": prepared.global_batch}
     return Exporter(
         engine,
         prepared.tokenizer,
@@ -228,21 +238,52 @@ def cadences(resolved: dict[str, Any], prepared: Prepared) -> tuple[int | None, 
     return evaluate_every, evaluate_every if kept.with_evaluation else resolved["save_every"]
 
 
-def build_loader(resolved: dict[str, Any], prepared: Prepared, micro_batch: int, world: World) -> Loader:
-    """This rank's share of the training documents, ``micro_batch`` sequences at a time."""
+def build_loader(resolved: dict[str, Any], prepared: Prepared, split: Split, world: World) -> Loader:
+    """This rank's share of the training documents; ``split``: of all its devices."""
     from pretrain.data.loader import Loader
 
     return Loader(
         prepared.train,
         sequence_length=resolved["sequence_length"],
         seed=resolved["seed"],
-        batch_size=micro_batch,
-        accumulation=resolved["gradient_accumulation_steps"],
+        batch_size=split.batch_size,
+        accumulation=split.accumulation,
         rank=world.rank,
         world_size=world.size,
         document_mask=resolved["dataset"].get("document_mask", False),
         pin_memory=world.device.type == "cuda",
     )
+
+
+def build_split(
+    resolved: dict[str, Any], prepared: Prepared, engine: Engine, *, setting: Setting, resume_from: Path | None
+) -> Split:
+    """What the config says, or for ``batch_size=auto`` what the run has done so far on such a device, or what fits."""
+    import numpy as np
+
+    from pretrain.auto_batch import choose, moment_bytes
+    from pretrain.console import notice
+    from pretrain.data.blocks import Blocks
+    from pretrain.facts import device_name
+    from pretrain.run_folder import recorded_batch_size
+
+    asked, world = Split.asked(resolved), engine.world
+    if resolved["batch_size"] != "auto":
+        return asked
+    blocks, length = Blocks(prepared.train, resolved["sequence_length"]), resolved["sequence_length"]
+
+    def rows(size: int) -> Batch:
+        indices = np.arange(size * setting.devices_per_worker)
+        return blocks.batch(indices, document_mask=resolved["dataset"].get("document_mask", False))
+
+    size = world.on_main(lambda: recorded_batch_size(resume_from, device=device_name(world.device)))
+    if size is not None and asked.total % size == 0:
+        split, why = asked.of(size), "as this run has had it so far"
+    else:
+        moments = moment_bytes(instantiate(resolved["optimizer"]), engine.model)
+        split, why = choose(engine, rows, total=asked.total, sequence_length=length, moment_bytes=moments)
+    notice(f"batch_size=auto: batch_size={split.batch_size} gradient_accumulation_steps={split.accumulation} ({why})")
+    return split
 
 
 def check_best_by(policy: Policy, domains: list[str]) -> None:
@@ -274,19 +315,21 @@ def build_trainer(
     steps = total_steps(resolved, prepared)
     engine = build_engine(resolved, prepared, setting, world)
     check_best_by(store.policy, [name for name, _, _ in prepared.domains])
-    micro_batch = resolved["batch_size"] * setting.devices_per_worker
+    rng = rng_state()  # before anything is tried
+    split = build_split(resolved, prepared, engine, setting=setting, resume_from=resume_from)
+    micro_batch = split.batch_size * setting.devices_per_worker
     evaluate_every, save_every = cadences(resolved, prepared)
-    facts = run_facts(resolved, world, engine, restarts=place.restarts)
+    facts = run_facts(resolved, world, engine, restarts=place.restarts) | split.facts()
     return Trainer(
         world=world,
         engine=engine,
-        loader=build_loader(resolved, prepared, micro_batch, world),
+        loader=build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world),
         schedule=build_schedule(resolved, steps),
-        evaluator=build_evaluator(resolved, prepared),
+        evaluator=build_evaluator(resolved, prepared, batch_size=split.batch_size),
         saver=Saver(store, world=world, background=store.policy.async_),
         interrupt=interrupt,
         identity=prepared.identity,
-        rng=rng_state(),
+        rng=rng,
         total_steps=steps,
         micro_batch=micro_batch,
         grad_clip=resolved["grad_clip"],

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pretrain.redact import RedactingFormatter, redact
+
 _muted = False
 _captured: Path | None = None  # where stderr goes before there is a log
 
@@ -32,6 +34,7 @@ def complain(message: str) -> None:
 
 
 def _say(message: str, *, aloud: bool) -> None:
+    message = redact(message)
     logging.getLogger("pretrain").info(message)
     if aloud:
         with suppress(OSError):
@@ -73,7 +76,7 @@ def progress_bar(description: str, *, total: float | None, unit: str = "") -> It
 def log_to(file: Path) -> None:
     """Append what is said from now on to ``file``."""
     handler = logging.FileHandler(file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("pretrain")
     logger.setLevel(logging.INFO)
     logger.propagate = False

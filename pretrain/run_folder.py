@@ -17,6 +17,7 @@ from pretrain.checkpoint.atomic import missing_or_torn
 from pretrain.checkpoint.store import Store, read_state
 from pretrain.console import log_to, notice
 from pretrain.errors import UserError
+from pretrain.folders import say_if_shared
 from pretrain.place import Place
 from pretrain.telemetry.run_file import read_run_file
 
@@ -32,6 +33,7 @@ FIXED = {  # part of a run's identity → the config keys it follows from
 }
 FREE = {"name", "output_dir", "resume", "resume_allow", "devices", "log_every", "evaluate_every", "save_every"}
 FREE |= {
+    "allow_targets",
     "sink",
     "checkpoint",
     "evaluation",
@@ -89,6 +91,10 @@ def begin(
     again = place.restarts > 0 and claimed_by(Path(resolved["output_dir"])) == place.run_id
     folder = claim(resolved["output_dir"], start_over=resolved["resume"] == "never" and not again)
     claims.callback(folder.lock.release)
+    if (folder.path / "model").exists() and not (folder.path / "config.yaml").exists():
+        raise UserError(
+            f"output_dir={folder.path}: its folder `model` is no run's and would be replaced; choose another"
+        )
     (folder.path / RUN_ID).write_text(place.run_id)
     mode = "auto" if again and resolved["resume"] == "never" else resolved["resume"]
     resume_from = resume_point(folder, store, mode)
@@ -128,6 +134,9 @@ def claim(output_dir: str, *, start_over: bool) -> RunFolder:
         (path / "logs").mkdir(exist_ok=True)
         log_to(path / "logs" / "rank-0.log")
         (path / ".lock").write_text(f"{os.uname().nodename} {os.getpid()}\n")
+        for folder in (path, path / "checkpoints"):
+            if folder.exists():
+                say_if_shared(folder)
     except Timeout:
         holder = (path / ".lock").read_text().strip() or "unknown"
         raise UserError(f"output_dir={output_dir}: another run is at work in it (host and pid: {holder})") from None
@@ -193,6 +202,13 @@ def read_config(folder: Path) -> dict[Any, Any]:
 def step_of(checkpoint: Path) -> int:
     """The step at which a checkpoint was made."""
     return int(read_state(checkpoint)["progress"]["step"])
+
+
+def recorded_batch_size(checkpoint: Path | None, *, device: str) -> int | None:
+    """The micro-batch of the run that ``checkpoint`` is of, where it ran on such a ``device``: the same again gives the
+    same last bits."""
+    facts = read_run_file(checkpoint.parents[1]) if checkpoint is not None else {}
+    return facts.get("batch_size") if facts.get("device") == device else None
 
 
 def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[str, Any]) -> None:

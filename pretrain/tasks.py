@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,10 @@ from pretrain.console import log_error, log_to, mute
 from pretrain.errors import UserError
 from pretrain.events import RunFinished
 from pretrain.interrupt import EXIT_CODE, Interrupt
+from pretrain.out_of_memory import OutOfMemory, explained, watched
 from pretrain.place import Place
 from pretrain.run_folder import begin, claim
+from pretrain.split import Split
 from pretrain.world import leave
 
 if TYPE_CHECKING:
@@ -47,19 +49,21 @@ def pretraining(
             leave()
             return 0
         log_to(folder / "logs" / f"rank-{place.rank}.log")
-        trainer = build.build_trainer(
-            resolved,
-            prepared,
-            folder,
-            replace(store, files={"config.yaml": start.config_yaml.encode()}),
-            resume_from=start.resume_from,
-            interrupt=interrupt,
-            setting=setting,
-            place=place,
-            world=world,
-        )
+        with memory_explained(resolved, world, setting):
+            trainer = build.build_trainer(
+                resolved,
+                prepared,
+                folder,
+                replace(store, files={"config.yaml": start.config_yaml.encode()}),
+                resume_from=start.resume_from,
+                interrupt=interrupt,
+                setting=setting,
+                place=place,
+                world=world,
+            )
         interrupt.patient = True
-        progress = run_logged(trainer)
+        with memory_explained(resolved, world, setting, trainer):
+            progress = run_logged(trainer)
     leave()
     return 0 if progress.step >= trainer.total_steps else EXIT_CODE
 
@@ -77,6 +81,26 @@ def agree(world: World, setting: Setting, facts: dict[str, Any]) -> None:
             raise UserError(
                 f"rank {rank} has another {', '.join(differing)} than rank 0: all need the same command, model and text"
             )
+
+
+@contextmanager
+def memory_explained(
+    resolved: dict[str, Any], world: World, setting: Setting | None = None, trainer: Trainer | None = None
+) -> Iterator[None]:
+    """Memory that runs out inside becomes a ``UserError`` that says what would fit. ``setting``: of a run that trains;
+    ``trainer``: as soon as there is one."""
+    try:
+        with watched("setup" if trainer is None else "run"):
+            yield
+    except OutOfMemory as failure:
+        raise explained(
+            failure,
+            resolved,
+            split=Split.asked(resolved if trainer is None else trainer.facts),
+            leaner=build.instantiate(resolved["strategy"]).leaner(setting) if setting is not None else [],
+            device=world.device,
+            step=0 if trainer is None else trainer.progress.step,
+        ) from failure
 
 
 def run_logged(trainer: Trainer) -> Progress:
@@ -116,9 +140,11 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
         )
     folder.write_config(resolved, overrides)
     world = build.build_world(resolved, Place(), group=False)
-    scorer = build.build_scorer(resolved, prepared, world)
+    with memory_explained(resolved, world):
+        scorer = build.build_scorer(resolved, prepared, world)
     listeners = build.build_listeners(resolved, folder.path)
-    scores = build.build_evaluator(resolved, prepared).run(scorer) or ()
+    with memory_explained(resolved, world), watched("evaluation"):
+        scores = build.build_evaluator(resolved, prepared).run(scorer) or ()
     events: list[Event] = [
         RunStarted(0, 0, resumed=False, facts=run_facts(resolved, world, scorer)),
         Evaluated(0, tuple(scores), 0.0),

@@ -16,6 +16,7 @@ from pretrain.checkpoint.rng import rng_state, set_rng_state
 from pretrain.console import notice
 from pretrain.errors import UserError
 from pretrain.events import Evaluated, Event, RunFinished, RunStarted, StepDone
+from pretrain.out_of_memory import watched
 from pretrain.progress import Every, Progress
 from pretrain.telemetry.record import fields_of
 from pretrain.tensors import TensorFiles
@@ -92,6 +93,7 @@ class Trainer:
             batch = next(batches)
             yield batch, time.perf_counter() - asked_at
 
+    @watched("step")
     def train_step(self, batch: Batch, data_seconds: float) -> StepDone:
         """One optimizer step on one global batch. Nothing here waits for the device."""
         tokens = self.world.sum(batch.num_targets)
@@ -116,6 +118,7 @@ class Trainer:
             data_seconds=data_seconds,
         )
 
+    @watched("evaluation")
     def evaluate(self) -> bool:
         """Score every domain; the first scores of a run are the baseline that forgetting is measured against.
 

@@ -17,6 +17,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from pretrain.errors import UserError
+from pretrain.folders import is_below
 
 if TYPE_CHECKING:
     from pretrain.world import World
@@ -143,10 +144,10 @@ def missing_or_torn(path: Path, *, verify: Verify = "size") -> str | None:
 
 def _damage(folder: Path, name: str, entry: dict[str, Any], verify: Verify) -> str | None:
     file = folder / name
+    if not is_below(name):
+        return f"{MARKER} names {name!r}, which is outside the folder"
     if not file.is_file():
         return f"{name} is missing"
-    if not file.resolve().is_relative_to(folder.resolve()):
-        return f"{name} lies outside of it"
     size = file.stat().st_size
     if size != entry["bytes"]:
         return f"{name} has {size} bytes, {entry['bytes']} were written"

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pretrain.redact import redact
+
 if TYPE_CHECKING:
     from pretrain.progress import Progress
 
@@ -25,41 +27,39 @@ SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key)$
 def model_card(
     config: dict[str, Any], progress: Progress, *, data: dict[str, int], facts: dict[str, Any], total_steps: int
 ) -> str:
-    """``config``: the resolved one · ``data``: documents, tokens and bytes of the training text · ``facts``: those of
-    run.json. No path of the machine and no secret gets into it."""
+    """``config``: the resolved one · ``data``: documents, tokens and bytes of the training text, sequences of a global batch ·
+    ``facts``: those of run.json. No path of the machine and no secret gets into it."""
     model, dataset = config["model_name"], config["dataset"]
     trained = "random weights" if _is_scratch(config) else f"`{public(model)}`"
-    global_batch = config["batch_size"] * config["gradient_accumulation_steps"] * facts["world_size"]
-    settings = [(key, config[key]) for key in SETTINGS]
+    settings = [(key, facts.get(key, config[key])) for key in SETTINGS]  # batch_size=auto has become a number
     settings += [(part, _choice(config[part])) for part in ("scheduler", "optimizer")]
     settings += [
         ("precision", facts["precision"]),
         ("strategy", f"{facts['strategy']}, {facts['world_size']} processes"),
     ]
     shown = {key: value for key, value in config.items() if key not in OF_THE_MACHINE}
-    return "\n".join(
-        [
-            _front_matter(config),
-            f"# {public(config['name'])}\n",
-            f"A causal language model of {facts['parameters']:,} parameters, trained from {trained} with pretrain: "
-            f"step {progress.step:,} of {total_steps:,}, {progress.tokens:,} target tokens "
-            f"({progress.samples:,} sequences, {global_batch:,} a step).\n",
-            "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'folder = "."  # where this file lies\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n'
-            "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n",
-            "## Results\n",
-            _results(progress),
-            "## Data\n",
-            f"`{public(dataset.get('nameOrPath') or dataset.get('name') or dataset['source'])}` ({dataset['source']}): "
-            f"{data['documents']:,} documents, {data['tokens']:,} tokens, {data['bytes']:,} bytes of text.\n",
-            "## Settings\n",
-            _table(("setting", "value"), settings),
-            "<details><summary>The whole configuration</summary>\n",
-            f"```yaml\n{yaml.safe_dump(public(shown), sort_keys=False, allow_unicode=True)}```\n\n</details>\n",
-            "## Versions\n",
-            ", ".join(f"{name} {version}" for name, version in facts["versions"].items()) + ".\n",
-        ]
+    parts = (
+        _front_matter(config),
+        f"# {public(config['name'])}\n",
+        f"A causal language model of {facts['parameters']:,} parameters, trained from {trained} with pretrain: "
+        f"step {progress.step:,} of {total_steps:,}, {progress.tokens:,} target tokens "
+        f"({progress.samples:,} sequences, {data['global_batch']:,} a step).\n",
+        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # where this file lies\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n",
+        "## Results\n",
+        _results(progress),
+        "## Data\n",
+        f"`{public(dataset.get('nameOrPath') or dataset.get('name') or dataset['source'])}` ({dataset['source']}): "
+        f"{data['documents']:,} documents, {data['tokens']:,} tokens, {data['bytes']:,} bytes of text.\n",
+        "## Settings\n",
+        _table(("setting", "value"), settings),
+        "<details><summary>The whole configuration</summary>\n",
+        f"```yaml\n{yaml.safe_dump(public(shown), sort_keys=False, allow_unicode=True)}```\n\n</details>\n",
+        "## Versions\n",
+        ", ".join(f"{name} {version}" for name, version in facts["versions"].items()) + ".\n",
     )
+    return redact("\n".join(parts))
 
 
 def public(value: Any) -> Any:

@@ -52,9 +52,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def records_until(path: Path, step: int, *, owes_evaluation: bool = False) -> list[dict[str, Any]]:
-    """The records up to ``step``; without its evaluation where that ``owes_evaluation`` is about to be made again."""
-    again = ("evaluation", step) if owes_evaluation else None
-    return [r for r in read_records(path) if r["step"] <= step and (r["event"], r["step"]) != again]
+    """The records up to ``step``, of a run that goes on there: without the end it has not come to, and without the
+    evaluation of ``step`` where it ``owes_evaluation``, which is about to be made again."""
+
+    def holds(record: dict[str, Any]) -> bool:
+        again = record["step"] == step and owes_evaluation and record["event"] == "evaluation"
+        return record["step"] <= step and not again and record.get("status") != "finished"
+
+    return [record for record in read_records(path) if holds(record)]
 
 
 def cut_after(path: Path, step: int, *, owes_evaluation: bool = False) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pretrain.split import Split
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 
@@ -296,7 +297,7 @@ def batches_of(base_arguments):
 
     def read(size, *, steps=6):
         ranks = [World(rank, size, torch.device("cpu")) for rank in range(size)]
-        iterators = [iter(build.build_loader(resolved, prepared, 4 // size, world)) for world in ranks]
+        iterators = [iter(build.build_loader(resolved, prepared, Split(4 // size, 2), world)) for world in ranks]
         seen = []
         for _ in range(steps):
             rows = torch.cat([next(iterator).input_ids for iterator in iterators])

@@ -129,7 +129,7 @@ def card(progress: Progress | None = None, **changes: Any) -> str:
     config |= {"name": "a-name", "output_dir": "/home/anna/out", "model_name": "owner/model"}
     config |= {"dataset": {"source": "huggingface", "nameOrPath": "owner/texts"}}
     facts = {"parameters": 7, "precision": "32-true", "strategy": "ddp", "world_size": 3, "versions": {"torch": "2"}}
-    data = {"documents": 1, "tokens": 2, "bytes": 3}
+    data = {"documents": 1, "tokens": 2, "bytes": 3, "global_batch": 12}
     return model_card(config | changes, progress or Progress(), data=data, facts=facts, total_steps=9)
 
 
@@ -152,6 +152,7 @@ def test_a_card_links_what_is_on_the_hub(tmp_path: Path) -> None:
 
 def test_a_card_has_no_secret_and_no_path_of_the_machine() -> None:
     dataset = {"source": "local", "nameOrPath": "/home/anna/books", "token": "hf_abc", "max_tokens": 5}
+    dataset |= {"pattern": "https://anna:word@host/x"}
     text = card(dataset=dataset, model_name="~/models/one", extra=["/home/anna/a", {"api_key": "k-123"}])
     for hidden in ("anna", "hf_abc", "k-123", "~/models"):
         assert hidden not in text

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pretrain.events import RunStarted
-from pretrain.telemetry.jsonl import Jsonl, read_records
+from pretrain.telemetry.jsonl import Jsonl, read_records, records_until
 
 
 def lines(path, steps):
@@ -46,3 +46,14 @@ def test_not_a_number_is_refused(tmp_path):
     sink.open(tmp_path, RunStarted(0, 1, resumed=False))
     with pytest.raises(ValueError, match="not JSON compliant"):
         sink.write({"event": "train", "step": 1, "time": 0.0, "loss": float("nan")})
+
+
+def test_a_run_that_goes_on_has_not_finished_and_evaluates_again_what_it_owes(tmp_path):
+    """Killed between its last record and its run.json, a finished run comes to its end a second time."""
+    path = tmp_path / "metrics.jsonl"
+    records = [{"event": "train", "step": 2}, {"event": "evaluation", "step": 1}, {"event": "evaluation", "step": 2}]
+    ends = [{"event": "run_finished", "step": 1, "status": "stopped"}]
+    ends += [{"event": "run_finished", "step": 2, "status": "finished"}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records + ends))
+    assert records_until(path, 2) == [*records, ends[0]]
+    assert records_until(path, 2, owes_evaluation=True) == [*records[:2], ends[0]]
