@@ -12,7 +12,7 @@ import pytest
 from pretrain.checkpoint.atomic import MARKER, checksum
 from tests.test_cli import assert_mistake
 
-pytestmark = pytest.mark.xdist_group("untrusted")
+pytestmark = pytest.mark.xdist_group("pickles")
 
 # Where other programs keep pickles.
 BESIDE = [
