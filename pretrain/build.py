@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from keyword import iskeyword
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pretrain.engine import Engine, Scorer
     from pretrain.evaluation.perplexity import Domain, Evaluator
     from pretrain.events import Event
+    from pretrain.exporter import Exporter
     from pretrain.interrupt import Interrupt
     from pretrain.models.blueprint import Blueprint
     from pretrain.place import Place
@@ -41,6 +42,19 @@ if TYPE_CHECKING:
 def instantiate(node: dict[str, Any]) -> Any:
     """The object that ``node`` stands for. A key that is a word of Python (``async``) gets the underscore it has there."""
     return hydra_instantiate({f"{k}_" if iskeyword(k) else k: v for k, v in node.items()}, _convert_="all")
+
+
+def model_spec(resolved: dict[str, Any]) -> Any:
+    """The model that the config names; a run's or a checkpoint's weights where it names one of these.
+
+    Raises ``UserError`` for a checkpoint that is not whole.
+    """
+    from pretrain.checkpoint.weights import weights_folder
+
+    spec = instantiate(resolved["model"])
+    folder = weights_folder(spec.name_or_path, key="model_name")
+    tokenizer = spec.tokenizer_name and weights_folder(spec.tokenizer_name, key="model.tokenizer_name")
+    return replace(spec, name_or_path=folder, tokenizer_name=tokenizer)
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,7 @@ def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
     from pretrain.data.tokenize import prepare as tokenize
     from pretrain.data.tokenize import training_texts
 
-    model = instantiate(resolved["model"])
+    model = model_spec(resolved)
     model.check(resolved["sequence_length"])
     source = instantiate(resolved["dataset"])
     tokenizer = model.tokenizer(partial(training_texts, source))
@@ -182,23 +196,25 @@ def total_steps(resolved: dict[str, Any], prepared: Prepared) -> int:
     return resolved["max_steps"] or max(1, int(sequences * resolved["number_epochs"] / prepared.global_batch))
 
 
-def export(prepared: Prepared, engine: Engine, path: Path) -> Path:
-    """Write the model as a Hugging Face folder, whole or not at all. Every rank takes part."""
-    from pretrain.checkpoint.atomic import write_folder
-    from pretrain.models.export import own_files, own_share, save, save_index
+def build_exporter(
+    resolved: dict[str, Any], prepared: Prepared, engine: Engine, folder: Path, *, facts: dict[str, Any], steps: int
+) -> Exporter:
+    """What turns the weights of ``engine`` into Hugging Face folders of the run in ``folder``."""
+    from pretrain.exporter import Exporter
+    from pretrain.models.card import model_card
 
-    world, sharded = engine.world, engine.sharded_export and engine.world.size > 1
-    own = own_share(engine.whole_weights(), dtype=prepared.model.save_dtype, world=world, sharded=sharded)
-    names = world.each(lambda: {name: t.numel() * t.element_size() for name, t in own.items()})
-
-    def fill(fresh: Path) -> list[Path]:
-        save(engine.model, own, prepared.tokenizer, fresh, world=world, sharded=sharded)
-        if sharded and world.is_main:
-            save_index(names, fresh)
-        return own_files(fresh, world=world, sharded=sharded)
-
-    write_folder(path, fill, world=world, hint=lambda: "the last checkpoint is good", marker=False)
-    return path
+    policy, train = instantiate(resolved["checkpoint"]), prepared.train
+    data = {"documents": train.num_documents, "tokens": train.num_tokens, "bytes": train.num_bytes}
+    data |= {"global_batch": prepared.global_batch}
+    return Exporter(
+        engine,
+        prepared.tokenizer,
+        folder,
+        when=policy.export,
+        shard_size=policy.export_shard_size,
+        save_dtype=prepared.model.save_dtype,
+        card=partial(model_card, resolved, data=data, facts=facts, total_steps=steps),
+    )
 
 
 def build_schedule(resolved: dict[str, Any], steps: int) -> Schedule:
@@ -308,6 +324,7 @@ def build_trainer(
     split = build_split(resolved, prepared, engine, setting=setting, resume_from=resume_from)
     micro_batch = split.batch_size * setting.devices_per_worker
     evaluate_every, save_every = cadences(resolved, prepared)
+    facts = run_facts(resolved, world, engine, restarts=place.restarts) | split.facts()
     return Trainer(
         world=world,
         engine=engine,
@@ -323,9 +340,9 @@ def build_trainer(
         grad_clip=resolved["grad_clip"],
         evaluate_every=Every(evaluate_every),
         save_every=Every(save_every),
-        export=partial(export, prepared, engine, folder / "model"),
+        exporter=build_exporter(resolved, prepared, engine, folder, facts=facts, steps=steps),
         resume_from=resume_from,
-        facts=run_facts(resolved, world, engine, restarts=place.restarts) | split.facts(),
+        facts=facts,
         listeners=build_listeners(resolved, folder, prepared.train.store.files) if world.is_main else [],
         watchdog=watchdog,
     )

@@ -206,7 +206,9 @@ def default_name(config: DictConfig) -> str:
     """``<model>-<dataset>``, with the task in front where it isn't pretraining."""
     dataset = config.get("dataset") or {}
     data = dataset.get("name") or Path(str(dataset.get("nameOrPath") or "data")).stem
-    parts = [Path(str(config.get("model_name"))).name, str(data)]
+    model = Path(str(config.get("model_name")))
+    of_run = [model.parent.parent.name] if model.parent.name == "checkpoints" else []
+    parts = [*of_run, model.name] + ([str(data)] if config.get("task") != "export" else [])
     if config.get("task") != "pretraining":
         parts.insert(0, str(config.get("task")))
     return re.sub(r"[^\w.-]+", "_", "-".join(parts))

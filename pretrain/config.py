@@ -73,7 +73,7 @@ RUNTIME_ARGUMENTS = {"step", "total_steps", "warmup_steps"}  # of a schedule: gi
 class Root:
     """The keys of conf/config.yaml that are no group. The comments there say what each is for."""
 
-    task: Literal["pretraining", "tokenization", "evaluation", "generation"]
+    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export"]
     name: Annotated[str, Field(pattern=r"^\.*[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]  # a folder's: not `..`, no path
     output_dir: Annotated[str, Field(min_length=1)]
     model_name: Annotated[str, Field(min_length=1)]

@@ -80,6 +80,13 @@ class Saved(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Exported(Event):
+    """``seconds``: how long the loop stood still for a model folder; 0 where none was asked for."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class RunFinished(Event):
     """``status``: finished · stopped · failed. ``model``: the exported Hugging Face folder, if any."""
 

@@ -129,7 +129,7 @@ def _wandb(flat: Flat, value: str) -> None:
 _WITHOUT_SINK = "this version has no W&B sink yet"
 KEYS: dict[str, Key] = {
     "task": Key(
-        Literal["pretraining", "clm_training", "tokenization", "evaluation", "generation"],
+        Literal["pretraining", "clm_training", "tokenization", "evaluation", "generation", "export"],
         lambda flat, value: flat.values.update(task={"clm_training": "pretraining"}.get(value, value)),
     ),
     "experiment_name": Key(str, _to("name")),

@@ -18,6 +18,7 @@ Use
   python -m pretrain hydra/launcher=slurm ...             the same as SLURM jobs; hydra/launcher=slurm --help
   python -m pretrain task=evaluation model_name=outputs/sample-python/model
   python -m pretrain task=generation model_name=outputs/sample-python/model 'generation.prompts=["def "]'
+  python -m pretrain task=export model_name=outputs/sample-python output_dir=exported
 
   The same command again continues an interrupted run.
   --cfg job prints the whole configuration of a run; group=choice --help the keys of a choice; --hydra-help the rest.

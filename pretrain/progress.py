@@ -11,8 +11,8 @@ class Progress:
     """``step`` optimizer steps done · ``samples`` sequences consumed by all ranks · ``tokens`` target tokens, all ranks.
 
     ``baseline`` holds each domain's loss of the untouched model (nats per token), against which forgetting is measured;
-    ``losses`` those of the last evaluation, at step ``evaluated_at``. ``owes_evaluation``: a stop signal cut short the
-    evaluation of this step.
+    ``losses`` those of the last evaluation, at step ``evaluated_at``, and ``scores`` all that it found, by domain.
+    ``owes_evaluation``: a stop signal cut short the evaluation of this step.
     """
 
     step: int = 0
@@ -21,6 +21,7 @@ class Progress:
     baseline: dict[str, float] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     evaluated_at: int = -1
+    scores: list[dict[str, Any]] = field(default_factory=list)
     owes_evaluation: bool = False
 
     def state_dict(self) -> dict[str, Any]:

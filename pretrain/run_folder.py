@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,9 +11,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from pretrain.checkpoint.atomic import missing_or_torn
-from pretrain.checkpoint.store import Store
+from pretrain.checkpoint.store import Store, read_state
 from pretrain.console import log_to, notice
 from pretrain.data.fingerprint import Files, differing, recall, remember
 from pretrain.errors import UserError
@@ -109,7 +110,10 @@ def begin(
         store.set_aside_after(step_of(resume_from))
         if step_of(resume_from) >= steps and facts.get("status") == "finished":
             check_finished_run(folder, resolved)
-            notice(f"{folder.path} is finished: {facts['steps']} steps; model in {facts['model']}")
+            model = f"model in {facts['model']}" if facts["model"] else "no model was exported"
+            notice(f"{folder.path} is finished: {facts['steps']} steps; {model}")
+            if not facts["model"]:
+                notice(f"to export it: task=export model_name={folder.path} output_dir={folder.path}")
             notice("to train longer raise max_steps or number_epochs; to start over add resume=never")
             return None
     with _writing(folder.path):
@@ -196,12 +200,24 @@ def resume_point(folder: RunFolder, store: Store, mode: str) -> Path | None:
 def _continues(folder: RunFolder, mode: str) -> bool:
     """Whether the run in ``folder`` is the one that this very ``resume=`` began."""
     config = folder.path / "config.yaml"
-    return config.exists() and OmegaConf.select(OmegaConf.load(config), "resume") == mode
+    return config.exists() and read_config(folder.path).get("resume") == mode
+
+
+def read_config(folder: Path) -> dict[Any, Any]:
+    """config.yaml of a run or a checkpoint. Raises ``UserError`` when it is no YAML mapping of plain values."""
+    file = folder / "config.yaml"
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{file} can't be read: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} can't be read: not a mapping of keys to values")
+    return config
 
 
 def step_of(checkpoint: Path) -> int:
     """The step at which a checkpoint was made."""
-    return int(json.loads((checkpoint / "state.json").read_text())["progress"]["step"])
+    return int(read_state(checkpoint)["progress"]["step"])
 
 
 def recorded_batch_size(checkpoint: Path | None, *, device: str) -> int | None:
@@ -215,12 +231,11 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[st
     """Raises ``UserError`` listing old and new values when ``checkpoint`` is of a run with another model, tokenizer,
     data, sequence length, global batch or seed; such a run can't be continued exactly. ``files``: which ones of the data
     are others now."""
-    before = json.loads((checkpoint / "state.json").read_text())["identity"]
+    before = read_state(checkpoint)["identity"]
     changed = [p for p in FIXED if before.get(p) != identity[p] and p not in resolved["resume_allow"]]
     if not changed:
         return
-    old = OmegaConf.to_container(OmegaConf.load(checkpoint / "config.yaml"))
-    assert isinstance(old, dict)
+    old = read_config(checkpoint)
     reasons = []
     for part in changed:
         keys = [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] in FIXED[part]]
@@ -243,8 +258,7 @@ def _allowing(changed: list[str]) -> str:
 
 def check_finished_run(folder: RunFolder, resolved: dict[str, Any]) -> None:
     """Raises ``UserError`` when the finished run in ``folder`` was made with other settings than these."""
-    old = OmegaConf.to_container(OmegaConf.load(folder.path / "config.yaml"))
-    assert isinstance(old, dict)
+    old = read_config(folder.path)
     changed = [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] not in FREE]
     if changed:
         raise UserError(

@@ -190,7 +190,7 @@ def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
 
     asked = build.instantiate(resolved["generation"])
     folder = claim(resolved["output_dir"], start_over=False).path
-    model = build.instantiate(resolved["model"])
+    model = build.model_spec(resolved)
     model.check(resolved["sequence_length"])
     world = build.build_world(resolved, Place(), group=False)
     tokenizer = model.tokenizer(None)
@@ -212,9 +212,24 @@ def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     return 0
 
 
+def export(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
+    """Write a checkpoint, or any other model, as a Hugging Face folder: output_dir/model."""
+    from pretrain.exporter import export_folder
+
+    folder = claim(resolved["output_dir"], start_over=False).path
+    if (folder / "checkpoints").exists() and (folder / "model").exists():
+        raise UserError(f"output_dir={folder} holds a run and its model; choose another output_dir for the export")
+    shard_size = build.instantiate(resolved["checkpoint"]).export_shard_size
+    path = export_folder(build.model_spec(resolved), folder / "model", shard_size=shard_size)
+    files = [f.stat().st_size for f in path.glob("*.safetensors")]
+    print(f"model    {path} ({len(files)} weight file{'s' * (len(files) > 1)}, {sum(files):,} bytes)")
+    return 0
+
+
 Task = Callable[[dict[str, Any], list[str], Interrupt], int]
 TASKS: dict[str, Task] = {  # of one process; pretraining, which may have several, is the launcher's
     "tokenization": tokenization,
     "evaluation": evaluation,
     "generation": generation,
+    "export": export,
 }

@@ -18,6 +18,7 @@ from pretrain.errors import UserError
 from pretrain.events import Evaluated, Event, RunFinished, RunStarted, StepDone
 from pretrain.out_of_memory import watched
 from pretrain.progress import Every, Progress
+from pretrain.telemetry.record import fields_of
 from pretrain.tensors import TensorFiles
 from pretrain.watchdog import Watchdog
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pretrain.data.loader import Loader
     from pretrain.engine import Engine
     from pretrain.evaluation.perplexity import Evaluator
+    from pretrain.exporter import Exporter
     from pretrain.interrupt import Interrupt
     from pretrain.world import World
 
@@ -40,7 +42,7 @@ class Trainer:
     ``loader`` yields this rank's share of one global batch per step, ``micro_batch`` sequences at a time.
     ``identity``: what a checkpoint must share with the run that continues it. ``rng``: this rank's random state at
     step 0. Only rank 0 has ``listeners``.
-    ``resume_from``: a checkpoint folder of this run, or ``None``. ``export`` writes the final model folder.
+    ``resume_from``: a checkpoint folder of this run, or ``None``. ``exporter`` writes the model as Hugging Face folders.
     """
 
     world: World
@@ -57,7 +59,7 @@ class Trainer:
     grad_clip: float | None
     evaluate_every: Every
     save_every: Every
-    export: Callable[[], Path | None]
+    exporter: Exporter
     resume_from: Path | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     listeners: list[Listener] = field(default_factory=list)
@@ -138,6 +140,7 @@ class Trainer:
         if scores is None:
             return False
         progress.losses, progress.evaluated_at = {s.domain: s.loss for s in scores}, progress.step
+        progress.scores = [fields_of(s) for s in scores]
         if untouched:
             progress.baseline = progress.losses
         self.emit(Evaluated(progress.step, tuple(scores), time.perf_counter() - started_at))
@@ -152,9 +155,12 @@ class Trainer:
             "progress": self.progress.state_dict(),
             "rng": self.world.each(rng_state),
             "identity": self.identity,
+            "files": self.exporter.checkpoint_files(self.progress) if self.world.is_main else {},
         }
         self.saver.save(self.progress.step, state, at_once=at_once)
         self.tell_saved()
+        if not at_once:  # a run that ends exports its last model alone, one that was stopped none
+            self.emit(self.exporter.at_save(self.progress))
 
     def tell_saved(self) -> None:
         while (saved := self.saver.collect()) is not None:
@@ -197,7 +203,7 @@ class Trainer:
     def finish(self) -> Progress:
         """Export the model of a run that reached its end; tell how the run ended."""
         self.watchdog.rest()
-        model = self.export() if self.finished else None
+        model = self.exporter.at_end(self.progress) if self.finished else None
         status = "finished" if self.finished else "stopped"
         self.emit(RunFinished(self.progress.step, status, self.progress.tokens, model))
         return self.progress

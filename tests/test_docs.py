@@ -29,7 +29,18 @@ def commands():
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory, corpus, other_corpus, tiny_model):
+def checkpoint(tmp_path_factory, tiny_model, corpus):
+    """A checkpoint of a run that the pages speak of as if it had been made."""
+    run = tmp_path_factory.mktemp("poems")
+    arguments = [f"model_name={tiny_model}", "dataset=local", f"dataset.nameOrPath={corpus}", f"output_dir={run}"]
+    small = ["sequence_length=32", "batch_size=2", "max_steps=1", "evaluation=new_only", "checkpoint.export=never"]
+    done = [sys.executable, "-m", "pretrain", *arguments, *small, "sink=jsonl"]
+    subprocess.run(done, capture_output=True, check=True)
+    return run / "checkpoints/step-00000001"
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory, corpus, other_corpus, tiny_model, checkpoint):
     """What the commands name."""
     from datasets import Dataset
 
@@ -44,6 +55,7 @@ def place(tmp_path_factory, corpus, other_corpus, tiny_model):
     shutil.copy(ROOT / "pretrain/trainer.py", folder / "src")
     shutil.copy(ROOT / "pretrain/build.py", folder / "src")
     Dataset.from_dict({"text": [sentences(i, 30) for i in range(40)]}).save_to_disk(folder / "saved")
+    shutil.copytree(checkpoint, folder / "outputs/poems/checkpoints/step-00000200")
     (folder / "run.yaml").write_text(
         "output_dir: outputs/flat\ndataset: {source: local, nameOrPath: books/}\nlr_scheduler: cosine\n"
     )

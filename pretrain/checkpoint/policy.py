@@ -1,12 +1,12 @@
-"""When checkpoints are made, how, and which of them stay."""
+"""When checkpoints are made, how, and which of them stay; when the model is exported."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,9 @@ class Policy:
     Of the whole checkpoints stay the newest ``keep_last`` (``None``: all), those at every multiple of ``keep_every``
     steps, and the ``keep_best`` with the lowest loss of the domain ``best_by`` (``None``: the new one), among those that
     were evaluated at their very step.
+
+    ``export``: the model as a Hugging Face folder at the end, at every save too, or never. ``export_shard_size``: of its
+    weight files at most, such as 500MB or 5GB.
     """
 
     async_: bool = True
@@ -26,6 +29,8 @@ class Policy:
     keep_best: PositiveInt | None = None
     best_by: str | None = None
     with_evaluation: bool = False
+    export: Literal["end", "save", "never"] = "end"
+    export_shard_size: Annotated[str, Field(pattern=r"^[1-9]\d*(KB|MB|GB)$")] = "5GB"
 
     def kept(self, losses: Mapping[int, Mapping[str, float]]) -> set[int]:
         """Of the steps of whole checkpoints, each with its losses by domain (empty: not evaluated), those that stay."""

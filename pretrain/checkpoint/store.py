@@ -1,8 +1,9 @@
 """Checkpoints of one run: safetensors and JSON only, so that reading one never runs code and needs no tool of ours.
 
 ``step-00000020/``: ``model.safetensors`` (Hugging Face names), ``optimizer.safetensors`` (``<parameter>/<moment>``),
-``state.json`` (progress, data cursor, RNG, loss scaler), ``config.yaml``, and the marker of a whole folder. A sharding
-strategy writes ``model.rank-0.safetensors``, … instead, each with its rank's rows.
+``state.json`` (progress, data cursor, RNG, loss scaler), ``config.yaml``, what makes it a model folder by itself (config,
+tokenizer, …), and the marker of a whole folder. A sharding strategy writes ``model.rank-0.safetensors``, … instead, each
+with its rank's rows.
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ class Store:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, state: dict[str, Any], *, world: World) -> int:
-        """Write the checkpoint of ``step``, each rank its own pieces, then prune; return its size in bytes.
+        """Write the checkpoint of ``step``, each rank its own pieces, then prune; return its size in bytes. ``state``: what
+        `load` returns, and ``files``: those of this moment, like ``self.files``.
 
         Raises ``UserError`` naming place and cause (disk full, no permission, …); earlier checkpoints stay good.
         """
-        rest = {"scaler": state["engine"]["scaler"]} | {k: v for k, v in state.items() if k != "engine"}
+        rest = {"scaler": state["engine"]["scaler"]} | {k: v for k, v in state.items() if k not in ("engine", "files")}
         one_file = {kind: world.sum(bool(state["engine"][kind])) == 1 for kind in KINDS}
 
         def fill(fresh: Path) -> list[Path]:
@@ -55,7 +57,8 @@ class Store:
                 file = fresh / (f"{kind}.safetensors" if one_file[kind] else f"{kind}.rank-{world.rank}.safetensors")
                 if tensors.write(file, state["engine"][kind]):
                     written.append(file)
-            for name, content in self._small_files(rest).items() if world.is_main else ():
+            for name, content in (self._small_files(rest) | state.get("files", {})).items() if world.is_main else ():
+                (fresh / name).parent.mkdir(parents=True, exist_ok=True)
                 (fresh / name).write_bytes(content)
                 written.append(fresh / name)
             return written
@@ -154,7 +157,7 @@ class Store:
 
 def losses_of(checkpoint: Path) -> dict[str, float]:
     """Loss by domain of the evaluation at the checkpoint's very step; empty when there was none."""
-    progress = json.loads((checkpoint / "state.json").read_text())["progress"]
+    progress = read_state(checkpoint)["progress"]
     losses: dict[str, float] = progress.get("losses", {})
     return losses if progress.get("evaluated_at") == progress["step"] else {}
 
@@ -168,9 +171,18 @@ def load(path: Path) -> dict[str, Any]:
     reason = missing_or_torn(path)
     if reason is not None:
         raise UserError(f"resume={path}: not a whole checkpoint: {reason}")
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    state = read_state(path)
     kinds = {kind: TensorFiles(sorted(path.glob(f"{kind}*.safetensors"))) for kind in KINDS}
     state["engine"] = kinds | {"scaler": state.pop("scaler")}
+    return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json. Raises ``UserError`` when it is something else than JSON."""
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'state.json'} can't be read: {error}") from None
     return state
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -156,20 +157,31 @@ class Pretrained(CausalLM):
         return TensorFiles(files.weight_files(self.folder(), self.name_or_path))
 
     def outline(self, *, param_dtype: torch.dtype) -> LanguageModel:
+        model = super().outline(param_dtype=param_dtype)
+        self._adopt_generation_config(model.hf)
+        return model
+
+    def _adopt_generation_config(self, hf: Any) -> None:
+        """What ``from_pretrained`` does for a model that it reads from its folder."""
         from transformers import GenerationConfig
 
-        model = super().outline(param_dtype=param_dtype)
         if (self.folder() / "generation_config.json").exists():
-            model.hf.generation_config = GenerationConfig.from_pretrained(str(self.folder()))
-        return model
+            hf.generation_config = GenerationConfig.from_pretrained(str(self.folder()))
+
+    def _reader(self, param_dtype: torch.dtype) -> Callable[..., Any]:
+        """``from_pretrained`` of the folder; where weights lie in pieces of rows, which it can't read, of themselves."""
+        from transformers import AutoModelForCausalLM
+
+        if not any(self.folder().glob(files.PIECES)):
+            return partial(AutoModelForCausalLM.from_pretrained, str(self.folder()))
+        architecture, found = type(self.outline(param_dtype=param_dtype).hf), self.weights()
+        weights = {name: found.read(name) for name in sorted(found.keys())}
+        return partial(architecture.from_pretrained, None, config=self.hf_config(), state_dict=weights)
 
     def build(self, *, param_dtype: torch.dtype, device: torch.device, seed: int) -> LanguageModel:
         """The model in training mode on ``device``. Raises ``UserError`` when weights are missing from its files."""
-        from transformers import AutoModelForCausalLM
-
         hf, loaded = self.load(
-            AutoModelForCausalLM.from_pretrained,
-            pretrained_model_name_or_path=str(self.folder()),
+            self._reader(param_dtype),
             dtype=param_dtype,
             use_safetensors=True,
             output_loading_info=True,
@@ -183,6 +195,7 @@ class Pretrained(CausalLM):
         if loaded["unexpected_keys"]:
             unused = sorted(loaded["unexpected_keys"])
             notice(f"model_name={self.name_or_path}: {len(unused)} tensors in its files are not used, e.g. {unused[0]}")
+        self._adopt_generation_config(hf)
         return self.finish(hf, device)
 
 

@@ -1,10 +1,12 @@
-"""The final model as a Hugging Face folder: config, safetensors, generation config and tokenizer, for ``from_pretrained``."""
+"""The model as a Hugging Face folder: safetensors of a bounded size, config, generation config, tokenizer."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +15,10 @@ from torch import Tensor
 from pretrain.tensors import Piece, write
 
 if TYPE_CHECKING:
-    from pretrain.models.language_model import LanguageModel
     from pretrain.world import World
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}  # as transformers reads them
+Sizes = dict[str, int]  # weight → bytes
 
 
 def own_share(
@@ -32,51 +36,86 @@ def own_share(
     return own
 
 
-def save(
-    model: LanguageModel, own: dict[str, Tensor], tokenizer: Any, folder: Path, *, world: World, sharded: bool
-) -> None:
-    """Write this rank's part of the folder; see ``own_share``."""
-    hf, trained_in = model.hf, model.hf.config.dtype
-    if sharded:
-        write(folder / _shard(world.rank, world.size), {n: Piece(t, 0, tuple(t.shape)) for n, t in own.items()})
-        hf.config.architectures = [type(hf).__name__.removeprefix("FSDP")]
-    elif world.is_main:
-        hf.save_pretrained(str(folder), state_dict=dict(own))  # it empties what it is given
-    if world.is_main:
-        _adopt_special_tokens(hf, tokenizer)
-        hf.config.use_cache = True  # off only for training
-        hf.config.dtype = next(iter(own.values())).dtype
-        hf.config.save_pretrained(str(folder))
-        hf.generation_config.save_pretrained(str(folder))
-        hf.config.use_cache, hf.config.dtype = False, trained_in
-        tokenizer.save_pretrained(str(folder))
+def dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype | None:
+    """The type of the first weight that is no count; ``None`` when there is none."""
+    return next((t.dtype for t in weights.values() if t.is_floating_point()), None)
 
 
-def own_files(folder: Path, *, world: World, sharded: bool) -> list[Path]:
-    """What this rank has written into ``folder``: of the main rank all but the others' shards."""
-    others = {_shard(rank, world.size) for rank in range(1, world.size)} if sharded else set()
-    if world.is_main:
-        return [f for f in folder.rglob("*") if f.is_file() and f.name not in others]
-    return [f for f in (folder / _shard(world.rank, world.size),) if f.exists()]
+def save_whole(hf: Any, own: dict[str, Tensor], folder: Path, *, shard_size: str) -> list[Path]:
+    """Write all weights by transformers' own hand, which puts them back into the layout that their architecture has on
+    the Hub. ``own`` is emptied: a file's weights are let go when it is written. Return the files."""
+    trained_in = hf.config.dtype
+    hf.save_pretrained(str(folder), state_dict=own, max_shard_size=shard_size)
+    hf.config.dtype = trained_in
+    return [file for file in folder.iterdir() if file.is_file()]
 
 
-def save_index(names: list[dict[str, int]], folder: Path) -> None:
-    """Tell ``from_pretrained`` which file of a sharded folder has which weight. ``names``: name → bytes, by rank."""
-    size = sum(sum(part.values()) for part in names)
-    files = {name: _shard(rank, len(names)) for rank, part in enumerate(names) for name in part}
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+def split(own: Mapping[str, Tensor], shard_size: str) -> list[Sizes]:
+    """``own`` cut into files of at most ``shard_size`` in its order; a larger weight is alone in its file."""
+    limit = int(shard_size[:-2]) * UNITS[shard_size[-2:]]
+    files: list[Sizes] = []
+    for name, tensor in own.items():
+        size = tensor.numel() * tensor.element_size()
+        if not files or sum(files[-1].values()) + size > limit:
+            files.append({})
+        files[-1][name] = size
+    return files
 
 
-def _shard(rank: int, size: int) -> str:
-    return f"model-{rank + 1:05d}-of-{size:05d}.safetensors"
+def save_shards(own: dict[str, Tensor], folder: Path, *, plan: list[list[Sizes]], rank: int) -> list[Path]:
+    """Write this rank's files, and on rank 0 the index that tells ``from_pretrained`` which file has which weight.
+
+    ``plan``: what ``split`` gave on each rank. Return the files.
+    """
+    shards = [shard for files in plan for shard in files]
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    before = sum(len(files) for files in plan[:rank])
+    written = []
+    for name, shard in zip(names[before:], plan[rank], strict=False):
+        write(folder / name, {n: Piece(own[n], 0, tuple(own[n].shape)) for n in shard})
+        written.append(folder / name)
+    if rank == 0:
+        weight_map = {weight: name for name, shard in zip(names, shards, strict=True) for weight in shard}
+        size = sum(sum(shard.values()) for shard in shards)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        written.append(folder / "model.safetensors.index.json")
+        written[-1].write_text(json.dumps(index, indent=2) + "\n")
+    return written
 
 
-def _adopt_special_tokens(hf: Any, tokenizer: Any) -> None:
-    """Let the model's configs name the tokens that documents really ended with (a config from nothing names others)."""
-    ends = hf.config.eos_token_id
+def beside(hf: Any, tokenizer: Any, *, dtype: torch.dtype | None) -> dict[str, bytes]:
+    """The files that make weights a model, by name: both configs, the tokenizer, the code of a model that brings its own.
+
+    ``dtype``: of the weights; ``None``: whoever loads them finds out.
+    """
+    from transformers.dynamic_module_utils import custom_object_save
+
+    config, generation = deepcopy(hf.config), deepcopy(hf.generation_config)
+    for each in (config, generation):
+        _adopt_special_tokens(each, hf.config.eos_token_id, tokenizer)
+    config.use_cache = True  # off only for training
+    config.dtype = dtype
+    config.architectures = [type(hf).__name__.removeprefix("FSDP")]
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        if hf.is_remote_code():
+            custom_object_save(hf, name, config=config)
+        config.save_pretrained(name)
+        generation.to_json_file(folder / "generation_config.json")
+        tokenizer.save_pretrained(name)
+        return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def write_beside(files: Mapping[str, bytes], folder: Path) -> list[Path]:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return [folder / name for name in files]
+
+
+def _adopt_special_tokens(config: Any, ends: int | list[int] | None, tokenizer: Any) -> None:
+    """Let a config name the tokens that documents really ended with (a config from nothing names others: ``ends``)."""
     if tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends]):
         return
-    for config in (hf.config, hf.generation_config):
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, key, getattr(tokenizer, key))
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, key, getattr(tokenizer, key))

@@ -16,6 +16,7 @@ from pretrain.folders import is_below
 
 SAMPLE = Path(__file__).parent / "sample"
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
+PIECES = "model.rank-*.safetensors"  # of a checkpoint that several processes have written
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -125,6 +126,9 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         if gone:
             raise UserError(f"model_name={name}: {len(gone)} of {len(shards)} weight files are missing, e.g. {gone[0]}")
         return [folder / shard for shard in shards]
+    pieces = sorted(folder.glob(PIECES))
+    if pieces:
+        return pieces
     for pickled in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")):
         raise UserError(
             f"model_name={name}: {pickled} is pickled; reading a pickle can run anything, so only safetensors are read. "

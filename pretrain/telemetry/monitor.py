@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.console import notice
-from pretrain.events import Evaluated, Event, RunFinished, RunStarted, Saved, StepDone
+from pretrain.events import Evaluated, Event, Exported, RunFinished, RunStarted, Saved, StepDone
 from pretrain.progress import Every
 from pretrain.telemetry.record import Record, fields_of, json_safe
 
@@ -46,6 +46,8 @@ class Monitor:
             case Saved():
                 self._write_beside("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
                 self._window.exclude(event.blocked_seconds)
+            case Exported():
+                self._window.exclude(event.seconds)
             case RunStarted():
                 self._start(event)
             case RunFinished():

@@ -1,0 +1,30 @@
+"""Weights alone out of a checkpoint or a run: which folder a name stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pretrain.checkpoint.atomic import MARKER, missing_or_torn
+from pretrain.checkpoint.store import Store
+from pretrain.errors import UserError
+
+
+def weights_folder(name: str, *, key: str) -> str:
+    """The model folder that ``name`` stands for: a run's newest whole checkpoint, or its ``model/`` where it has none; any
+    other name is returned as it is.
+
+    Raises ``UserError`` for a checkpoint that is not whole and a run that has neither.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return name
+    if any((path / file).exists() for file in (MARKER, "state.json")) or path.parent.name == "checkpoints":
+        reason = missing_or_torn(path)
+        if reason is not None:
+            raise UserError(f"{key}={name}: not a whole checkpoint: {reason}")
+    elif not (path / "config.json").exists() and any((path / f).exists() for f in ("run.json", "checkpoints")):
+        newest = Store(path / "checkpoints").newest()
+        if newest is None and not (path / "model").is_dir():
+            raise UserError(f"{key}={name}: a run that has neither a whole checkpoint nor a model/")
+        return str(newest or path / "model")
+    return name

@@ -1,0 +1,168 @@
+"""Files of a bounded size, in the layout that the Hub knows; what a model card says and what it keeps to itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pretrain.models import export
+from pretrain.models.card import model_card, public
+from pretrain.models.causal_lm import Pretrained
+from pretrain.models.language_model import LanguageModel
+from pretrain.progress import Progress
+from pretrain.tensors import Piece, write
+from tests.models.tiny import tiny
+
+
+def weights(*sizes: int) -> dict[str, torch.Tensor]:
+    """Weights of so many kB each."""
+    return {f"w{i}": torch.full((250 * size,), float(i)) for i, size in enumerate(sizes)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "files"),
+    [
+        ((1, 1, 1), [["w0", "w1"], ["w2"]]),
+        ((2, 2), [["w0"], ["w1"]]),
+        ((1, 5, 1), [["w0"], ["w1"], ["w2"]]),
+        ((), []),
+    ],
+)
+def test_split(sizes: tuple[int, ...], files: list[list[str]]) -> None:
+    found = export.split(weights(*sizes), "2KB")
+    assert [list(shard) for shard in found] == files
+    assert all(size == 1000 * sizes[int(name[1:])] for shard in found for name, size in shard.items())
+
+
+def test_shards_of_several_ranks_have_one_numbering(tmp_path: Path) -> None:
+    """A rank with nothing to write is no gap."""
+    shares: list[dict[str, torch.Tensor]] = [{}, {}, {}]
+    for number, (name, tensor) in enumerate(weights(1, 1, 2, 1, 1).items()):
+        shares[2 * (number % 2)][name] = tensor
+    plan = [export.split(own, "2KB") for own in shares]
+    for rank, own in enumerate(shares):
+        export.save_shards(own, tmp_path, plan=plan, rank=rank)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    names = [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    assert sorted(f.name for f in tmp_path.glob("*.safetensors")) == names
+    assert index["metadata"]["total_size"] == 6000
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / file)[name], weights(1, 1, 2, 1, 1)[name])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "opt", "phi"])
+def test_a_checkpoint_s_names_and_an_export_s_are_both_read(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Mixtral keeps its experts in one weight in memory, and one by one on the Hub."""
+    model = LanguageModel(tiny(name, vocab_size=300))
+    files = export.beside(model.hf, tokenizer, dtype=None)
+    for folder in ("checkpoint", "export"):
+        export.write_beside(files, tmp_path / folder)
+    state = {n: t.detach() for n, t in model.hf_state().items()}
+    pieces = {n: Piece(t, 0, tuple(t.shape)) for n, t in state.items()}
+    write(tmp_path / "checkpoint" / "model.safetensors", pieces)
+    export.save_whole(model.hf, dict(state), tmp_path / "export", shard_size="5GB")
+    ids = torch.arange(12)[None]
+    expected = model.eval().hf(ids).logits
+    for folder in ("checkpoint", "export"):
+        hf = AutoModelForCausalLM.from_pretrained(
+            tmp_path / folder, attn_implementation=model.hf.config._attn_implementation
+        )
+        assert torch.equal(hf.eval()(ids).logits, expected), folder
+    on_disk = load_file(tmp_path / "export" / "model.safetensors").keys()
+    assert any(".experts.3.w2." in key for key in on_disk) == (name == "mixtral")
+
+
+def test_what_lies_beside_the_weights_leaves_the_model_as_it_is(tokenizer: Any, tmp_path: Path) -> None:
+    hf = tiny("llama", vocab_size=300, eos_token_id=7)
+    hf.config.use_cache = False
+    files = export.beside(hf, tokenizer, dtype=torch.bfloat16)
+    assert (hf.config.use_cache, hf.config.dtype, hf.config.eos_token_id) == (False, None, 7)
+    config, generation = (json.loads(files[name]) for name in ("config.json", "generation_config.json"))
+    assert (config["use_cache"], config["dtype"], config["eos_token_id"]) == (True, "bfloat16", 0)
+    assert generation["eos_token_id"] == 0
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    export.write_beside(files, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+class Mine(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+def test_code_that_a_model_brings_comes_along(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (folder / "mine.py").write_text(REMOTE)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "mine"}
+    auto_map = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    spec = Pretrained(name_or_path=str(folder), trust_remote_code=True)
+    hf = spec.build(param_dtype=torch.float32, device=torch.device("cpu"), seed=0).hf
+    files = export.beside(hf, spec.tokenizer(None), dtype=None)
+    assert files["mine.py"].decode() == REMOTE
+    assert json.loads(files["config.json"])["auto_map"] == auto_map
+
+
+# The card -------------------------------------------------------------------------------------------------------------
+
+
+def card(progress: Progress | None = None, **changes: Any) -> str:
+    config: dict[str, Any] = dict.fromkeys(("sequence_length", "batch_size", "gradient_accumulation_steps", "seed"), 2)
+    config |= dict.fromkeys(("lr", "warmup_proportion", "weight_decay", "beta1", "beta2", "grad_clip"), 0.5)
+    config |= {part: {"_target_": f"some.{part}"} for part in ("scheduler", "optimizer", "model")}
+    config |= {"name": "a-name", "output_dir": "/home/anna/out", "model_name": "owner/model"}
+    config |= {"dataset": {"source": "huggingface", "nameOrPath": "owner/texts"}}
+    facts = {"parameters": 7, "precision": "32-true", "strategy": "ddp", "world_size": 3, "versions": {"torch": "2"}}
+    data = {"documents": 1, "tokens": 2, "bytes": 3, "global_batch": 12}
+    return model_card(config | changes, progress or Progress(), data=data, facts=facts, total_steps=9)
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    matter: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
+    return matter
+
+
+def test_a_card_links_what_is_on_the_hub(tmp_path: Path) -> None:
+    matter = front_matter(card())
+    assert matter["base_model"] == "owner/model"
+    assert matter["datasets"] == ["owner/texts"]
+    local = {"source": "local", "nameOrPath": str(tmp_path)}
+    matter = front_matter(card(model_name=str(tmp_path), dataset=local))
+    assert not {"base_model", "datasets"} & matter.keys()
+    matter = front_matter(card(model={"_target_": "pretrain.models.causal_lm.Scratch"}))
+    assert "base_model" not in matter
+    assert "from-scratch" in matter["tags"]
+
+
+def test_a_card_has_no_secret_and_no_path_of_the_machine() -> None:
+    dataset = {"source": "local", "nameOrPath": "/home/anna/books", "token": "hf_abc", "max_tokens": 5}
+    dataset |= {"pattern": "https://anna:word@host/x"}
+    text = card(dataset=dataset, model_name="~/models/one", extra=["/home/anna/a", {"api_key": "k-123"}])
+    for hidden in ("anna", "hf_abc", "k-123", "~/models"):
+        assert hidden not in text
+    for shown in ("books", "one", "max_tokens: 5"):
+        assert shown in text
+    assert public({"tokenizer_name": "a", "hub_token": "b"}) == {"tokenizer_name": "a"}
+
+
+def test_a_card_shows_numbers_that_are_none_as_none() -> None:
+    score = {"domain": "a|b\nc", "role": "new", "loss": None, "perplexity": None, "bits_per_byte": None}
+    text = card(Progress(4, baseline={"a|b\nc": float("nan")}, scores=[score]))
+    assert "| a\\|b c (new) | — → — | — | — → — | — → — |" in text
+    assert "No text was scored" in card()
