@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pretrain.engine import Engine, Scorer
     from pretrain.evaluation.perplexity import Domain, Evaluator
     from pretrain.events import Event
+    from pretrain.guard.guard import Guard
     from pretrain.interrupt import Interrupt
     from pretrain.models.blueprint import Blueprint
     from pretrain.place import Place
@@ -226,6 +227,20 @@ def build_loader(resolved: dict[str, Any], prepared: Prepared, micro_batch: int,
     )
 
 
+def build_guard(resolved: dict[str, Any], prepared: Prepared, engine: Engine, loader: Loader, folder: Path) -> Guard:
+    """The judge of every step; rank 0 writes quarantine.jsonl into ``folder``."""
+    from pretrain.guard.guard import Guard
+    from pretrain.guard.quarantine import Quarantine
+
+    file = folder / "quarantine.jsonl" if engine.world.is_main else None
+    return Guard(
+        instantiate(resolved["guard"]),
+        device=engine.world.device,
+        quarantine=Quarantine(file, loader=loader, tokenizer=prepared.tokenizer),
+        scaled=engine.scaler.is_enabled(),
+    )
+
+
 def build_trainer(
     resolved: dict[str, Any],
     prepared: Prepared,
@@ -247,11 +262,13 @@ def build_trainer(
     steps = total_steps(resolved, prepared)
     engine = build_engine(resolved, prepared, setting, world)
     micro_batch = resolved["batch_size"] * setting.devices_per_worker
+    loader = build_loader(resolved, prepared, micro_batch, world)
     evaluate_every, save_every = cadences(resolved, prepared)
     return Trainer(
         world=world,
         engine=engine,
-        loader=build_loader(resolved, prepared, micro_batch, world),
+        loader=loader,
+        guard=build_guard(resolved, prepared, engine, loader, folder),
         schedule=build_schedule(resolved, steps),
         evaluator=build_evaluator(resolved, prepared),
         store=store,

@@ -31,6 +31,7 @@ GROUPS = (
     "checkpoint",
     "evaluation",
     "generation",
+    "guard",
     "launch",
     "sink",
 )

@@ -35,6 +35,7 @@ FREE |= {
     "checkpoint",
     "evaluation",
     "generation",
+    "guard",
     "task",
     "strategy",
     "launch",

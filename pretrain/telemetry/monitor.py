@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.console import notice
-from pretrain.events import Evaluated, Event, RunFinished, RunStarted, Saved, StepDone
+from pretrain.events import Evaluated, Event, RolledBack, RunFinished, RunStarted, Saved, StepDone
 from pretrain.progress import Every
 from pretrain.telemetry.record import Record, fields_of, json_safe
 
@@ -46,6 +46,8 @@ class Monitor:
             case Saved():
                 self._write_beside("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
                 self._window.exclude(event.blocked_seconds)
+            case RolledBack():
+                self._go_back(event)
             case RunStarted():
                 self._start(event)
             case RunFinished():
@@ -58,6 +60,13 @@ class Monitor:
         self._write(
             "run_started", event.step, {"total_steps": event.total_steps, "resumed": event.resumed} | event.facts
         )
+        self._window.restart()
+
+    def _go_back(self, event: RolledBack) -> None:
+        """For the sinks as if the run had been stopped and resumed there."""
+        self._each(lambda s: s.close())
+        self._each(lambda s: s.open(self._run, total_steps=self._total_steps, resumed_at=event.step))
+        self._write("rollback", event.step, fields_of(event))
         self._window.restart()
 
     def _step(self, event: StepDone) -> None:

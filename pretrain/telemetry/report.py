@@ -35,8 +35,9 @@ class Report:
     def open(self, run: Path, *, total_steps: int, resumed_at: int) -> None:
         self._path = run / "report.html"
         earlier = run / "metrics.jsonl"
-        if resumed_at and earlier.exists():
-            self._records = [r for r in read_records(earlier) if r["step"] <= resumed_at]
+        if resumed_at:  # without a file: after a rollback, its own
+            known = read_records(earlier) if earlier.exists() else self._records
+            self._records = [r for r in known if r["step"] <= resumed_at]
 
     def write(self, record: dict[str, Any]) -> None:
         self._records.append(record)

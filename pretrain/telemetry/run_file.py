@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pretrain.events import Evaluated, Event, RunFinished, RunStarted, Saved
+from pretrain.events import Evaluated, Event, RolledBack, RunFinished, RunStarted, Saved
 from pretrain.telemetry.record import fields_of
 
 
@@ -37,7 +37,7 @@ class RunFile:
         elif isinstance(event, RunFinished):
             self._facts |= {"status": event.status, "tokens": event.tokens}
             self._facts["model"] = str(event.model) if event.model else None
-        elif not isinstance(event, Saved):
+        elif not isinstance(event, Saved | RolledBack):
             return
         self._facts |= {"steps": event.step, "seconds": self._earlier_seconds + time.time() - self._started_at}
         write_json(self._path, self._facts)
