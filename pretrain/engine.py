@@ -78,7 +78,7 @@ class Engine(Scorer):
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         # Fused optimizers leave out an update by themselves; reading a tensor costs nothing on a CPU only.
-        self._decides_on_device = world.device.type != "cpu" and all(g.get("fused") for g in optimizer.param_groups)
+        self.decides_on_device = world.device.type != "cpu" and all(g.get("fused") for g in optimizer.param_groups)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ class Engine(Scorer):
     def update(self, refused: Tensor) -> None:
         """The optimizer's step, unless ``refused``, and the scaler's. A GPU is not waited for: it is told in the way in
         which a loss scaler tells optimizers of infinite gradients, by their attribute ``found_inf``."""
-        if self._decides_on_device:
+        if self.decides_on_device:
             hook = self.optimizer.register_step_pre_hook(partial(_leave_out, refused))
             self.scaler.step(self.optimizer)
             hook.remove()
