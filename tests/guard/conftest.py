@@ -50,7 +50,7 @@ def bad_run(base_arguments, bad_corpus, exact_model):
     from tests.test_trainer import view_of
 
     given = [a for a in base_arguments if not a.startswith("model_name=")]
-    given += [f"model_name={exact_model('llama')}", f"dataset.nameOrPath={bad_corpus}", "grad_clip=0.5"]
+    given += [f"model_name={exact_model('llama')}", f"dataset.nameOrPath={bad_corpus}", "grad_clip=0.5", "sink=jsonl"]
     view = view_of(given)
     num_blocks = (view.num_tokens - 1) // 32
     numbers = [view.document_ids(32 * block, 32 * block + 33) for block in range(num_blocks)]
