@@ -200,11 +200,11 @@ def test_two_processes_come_to_the_same_verdict(strategy, more, nan_run, command
     assert_close_runs(tmp_path / "pair", tmp_path / "alone")
 
 
-def assert_close_runs(run: Path, reference: Path) -> None:
+def assert_close_runs(run: Path, reference: Path, *, loss: float = 1e-5) -> None:
     ours, theirs = train_records(run), train_records(reference)
     assert [(r["step"], r["skipped_steps"]) for r in ours] == [(r["step"], r["skipped_steps"]) for r in theirs]
     for a, b in zip(ours, theirs, strict=True):
-        assert a["loss"] == (None if b["loss"] is None else pytest.approx(b["loss"], abs=1e-5))
+        assert a["loss"] == (None if b["loss"] is None else pytest.approx(b["loss"], abs=loss))
     ours, theirs = quarantined(run), quarantined(reference)
     for a, b in zip(ours, theirs, strict=True):
         for key in ("loss", "zscore", "grad_norm"):
@@ -254,7 +254,7 @@ def test_deepspeed_leaves_a_spike_out(stage, spike_run, command, tmp_path):
     for name, more in (("pair", sharded), ("alone", [])):
         code, _, err = command([*given, *more, f"output_dir={tmp_path / name}"])
         assert code == 0, err
-    assert_close_runs(tmp_path / "pair", tmp_path / "alone")
+    assert_close_runs(tmp_path / "pair", tmp_path / "alone", loss=1e-3)  # at lr 1e-2 roundings grow
 
 
 # -- what is no matter of the guard -----------------------------------------------------------------------------------
