@@ -115,7 +115,7 @@ def test_stop_saves_nothing_bad_and_the_same_command_goes_on(nan_run, ran, comma
     assert quarantined(run) == quarantined(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("action", ["skip", "rollback"])
+@pytest.mark.parametrize("action", [pytest.param("skip", marks=pytest.mark.slow), "rollback"])
 def test_kill_9_behind_a_bad_step(action, nan_run, ran, spawn, tmp_path):
     """Whether the checkpoint it goes on from is of before the step or of behind it."""
     given, bad = nan_run(dropout=0.1)
@@ -131,7 +131,7 @@ def test_kill_9_behind_a_bad_step(action, nan_run, ran, spawn, tmp_path):
     assert quarantined(run) == quarantined(whole)
 
 
-@pytest.mark.parametrize("action", ["skip", "rollback"])
+@pytest.mark.parametrize("action", [pytest.param("skip", marks=pytest.mark.slow), "rollback"])
 def test_hearing_of_it_a_step_later_changes_nothing(action, nan_run, ran, monkeypatch):
     """As on a GPU, where the host reads a verdict when the next step has been queued."""
     given, _ = nan_run(dropout=0.1)
@@ -147,8 +147,8 @@ def test_hearing_of_it_a_step_later_changes_nothing(action, nan_run, ran, monkey
 
 
 FSDP = [
-    ["strategy=fsdp"],
     ["strategy=fsdp", "precision=bf16-true"],
+    pytest.param(["strategy=fsdp"], marks=pytest.mark.slow),
     pytest.param(["strategy=fsdp", "precision=16-mixed", "precision.allow_cpu=true"], marks=pytest.mark.slow),
 ]
 
@@ -174,14 +174,12 @@ def test_shards_of_which_the_device_leaves_out_the_update(setting, nan_run, ran,
 TWO = [
     ("ddp", ["guard.nonfinite=skip"]),
     ("fsdp", ["guard.nonfinite=rollback"]),
-    ("deepspeed", ["guard.nonfinite=skip", "strategy.zero_stage=2"]),
     *(pytest.param("ddp", [f"guard.nonfinite={a}"], marks=pytest.mark.slow) for a in ("rollback", "stop")),
     *(pytest.param("fsdp", [f"guard.nonfinite={a}"], marks=pytest.mark.slow) for a in ("skip", "stop")),
     *(
         pytest.param("deepspeed", [f"guard.nonfinite={a}", f"strategy.zero_stage={s}"], marks=pytest.mark.slow)
         for a in ("skip", "rollback")
         for s in (0, 1, 2, 3)
-        if (a, s) != ("skip", 2)
     ),
 ]
 
@@ -200,11 +198,11 @@ def test_two_processes_come_to_the_same_verdict(strategy, more, nan_run, command
     assert_close_runs(tmp_path / "pair", tmp_path / "alone")
 
 
-def assert_close_runs(run: Path, reference: Path, *, loss: float = 1e-5) -> None:
+def assert_close_runs(run: Path, reference: Path) -> None:
     ours, theirs = train_records(run), train_records(reference)
     assert [(r["step"], r["skipped_steps"]) for r in ours] == [(r["step"], r["skipped_steps"]) for r in theirs]
     for a, b in zip(ours, theirs, strict=True):
-        assert a["loss"] == (None if b["loss"] is None else pytest.approx(b["loss"], abs=loss))
+        assert a["loss"] == (None if b["loss"] is None else pytest.approx(b["loss"], abs=1e-5))
     ours, theirs = quarantined(run), quarantined(reference)
     for a, b in zip(ours, theirs, strict=True):
         for key in ("loss", "zscore", "grad_norm"):
@@ -248,13 +246,22 @@ def test_a_spike_is_rolled_back(spike_run, ran):
 @pytest.mark.parametrize(
     "stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 3))], ids=lambda s: f"zero_stage={s}"
 )
-def test_deepspeed_leaves_a_spike_out(stage, spike_run, command, tmp_path):
-    given, _ = spike_run
-    sharded = ["strategy=deepspeed", f"strategy.zero_stage={stage}", "devices=2", "batch_size=1"]
-    for name, more in (("pair", sharded), ("alone", [])):
-        code, _, err = command([*given, *more, f"output_dir={tmp_path / name}"])
-        assert code == 0, err
-    assert_close_runs(tmp_path / "pair", tmp_path / "alone", loss=1e-3)  # at lr 1e-2 roundings grow
+def test_deepspeed_leaves_a_spike_out(stage, spike_run, ran):
+    """And its gradients do not come into the next update, whose norm is, but for rounding, that of one process."""
+    given, bad = spike_run
+    alone = ran("alone", given)
+    sharded = [*given, "strategy=deepspeed", f"strategy.zero_stage={stage}", "devices=2", "batch_size=1"]
+    sharded += ["save_every=1", "checkpoint.keep_last=null"]
+    ran("pair", [*sharded, "save_every=null", f"max_steps={bad - 1}"])
+    pair = ran("pair", [*sharded, f"max_steps={bad + 1}"])
+    for kind in ("model", "optimizer"):
+        before, after, later = (weights(pair, step, kind) for step in (bad - 1, bad, bad + 1))
+        assert equal(before, after)
+        assert not equal(after, later)
+    ours, theirs = (train_records(run)[bad - 1 : bad + 1] for run in (pair, alone))
+    assert [r["skipped_steps"] for r in ours] == [1, 1]
+    assert ours[1]["grad_norm"] == pytest.approx(theirs[1]["grad_norm"], rel=0.05)
+    assert quarantined(pair)[0]["documents"] == quarantined(alone)[0]["documents"]
 
 
 # -- what is no matter of the guard -----------------------------------------------------------------------------------
