@@ -8,15 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 from hydra.utils import instantiate as hydra_instantiate
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, did_you_mean
+from pretrain.split import Split
 
 if TYPE_CHECKING:
+    from pretrain.batch import Batch
+    from pretrain.checkpoint.policy import Policy
     from pretrain.checkpoint.store import Store
     from pretrain.data.loader import Loader
     from pretrain.data.sources.base import Source
@@ -34,7 +38,8 @@ if TYPE_CHECKING:
 
 
 def instantiate(node: dict[str, Any]) -> Any:
-    return hydra_instantiate(node, _convert_="all")
+    """The object that ``node`` stands for. A key that is a word of Python (``async``) gets the underscore it has there."""
+    return hydra_instantiate({f"{k}_" if iskeyword(k) else k: v for k, v in node.items()}, _convert_="all")
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
     for base in instantiate(resolved["evaluation"]).domains.values():
         if base.domain != source.domain:
             domains.append((base.domain, "base", views(encode(base), base)[1]))
-    global_batch = resolved["batch_size"] * resolved["gradient_accumulation_steps"] * devices
+    global_batch = Split.asked(resolved).total * devices
     identity = {
         "model": model.identity(),
         "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json.encode()),
@@ -138,21 +143,28 @@ def build_scorer(resolved: dict[str, Any], prepared: Prepared, world: World) -> 
     return Scorer(model, precision=instantiate(resolved["precision"]), world=world)
 
 
-def build_evaluator(resolved: dict[str, Any], prepared: Prepared) -> Evaluator:
+def build_evaluator(resolved: dict[str, Any], prepared: Prepared, *, batch_size: int | None = None) -> Evaluator:
+    """``batch_size``: the training's, for ``evaluation.batch_size=auto``; ``None``: there is no training.
+
+    Raises ``UserError`` for auto without one.
+    """
     from pretrain.data.loader import evaluation_batches
     from pretrain.evaluation.perplexity import Domain, Evaluator
 
     policy = instantiate(resolved["evaluation"])
+    scored = batch_size if policy.batch_size == "auto" else policy.batch_size
+    if scored is None:
+        raise UserError("evaluation.batch_size=auto is that of a training; here it needs a number")
 
     def domain(name: str, role: str, held_out: TokenView) -> Domain:
-        scored = evaluation_batches(
+        batches = evaluation_batches(
             held_out,
             sequence_length=resolved["sequence_length"],
-            batch_size=policy.batch_size,
+            batch_size=scored,
             document_mask=resolved["dataset"].get("document_mask", False),
             max_tokens=policy.max_tokens,
         )
-        return Domain(name, role, scored, scored.num_bytes)
+        return Domain(name, role, batches, batches.num_bytes)
 
     return Evaluator([domain(*d) for d in prepared.domains])
 
@@ -172,16 +184,17 @@ def total_steps(resolved: dict[str, Any], prepared: Prepared) -> int:
 def export(prepared: Prepared, engine: Engine, path: Path) -> Path:
     """Write the model as a Hugging Face folder, whole or not at all. Every rank takes part."""
     from pretrain.checkpoint.atomic import write_folder
-    from pretrain.models.export import own_share, save, save_index
+    from pretrain.models.export import own_files, own_share, save, save_index
 
     world, sharded = engine.world, engine.sharded_export and engine.world.size > 1
     own = own_share(engine.whole_weights(), dtype=prepared.model.save_dtype, world=world, sharded=sharded)
     names = world.each(lambda: {name: t.numel() * t.element_size() for name, t in own.items()})
 
-    def fill(fresh: Path) -> None:
+    def fill(fresh: Path) -> list[Path]:
         save(engine.model, own, prepared.tokenizer, fresh, world=world, sharded=sharded)
         if sharded and world.is_main:
             save_index(names, fresh)
+        return own_files(fresh, world=world, sharded=sharded)
 
     write_folder(path, fill, world=world, hint=lambda: "the last checkpoint is good", marker=False)
     return path
@@ -210,16 +223,16 @@ def cadences(resolved: dict[str, Any], prepared: Prepared) -> tuple[int | None, 
     return evaluate_every, evaluate_every if kept.with_evaluation else resolved["save_every"]
 
 
-def build_loader(resolved: dict[str, Any], prepared: Prepared, micro_batch: int, world: World) -> Loader:
-    """This rank's share of the training documents, ``micro_batch`` sequences at a time."""
+def build_loader(resolved: dict[str, Any], prepared: Prepared, split: Split, world: World) -> Loader:
+    """This rank's share of the training documents; ``split``: of all its devices."""
     from pretrain.data.loader import Loader
 
     return Loader(
         prepared.train,
         sequence_length=resolved["sequence_length"],
         seed=resolved["seed"],
-        batch_size=micro_batch,
-        accumulation=resolved["gradient_accumulation_steps"],
+        batch_size=split.batch_size,
+        accumulation=split.accumulation,
         rank=world.rank,
         world_size=world.size,
         document_mask=resolved["dataset"].get("document_mask", False),
@@ -241,6 +254,45 @@ def build_guard(resolved: dict[str, Any], prepared: Prepared, engine: Engine, lo
     )
 
 
+def build_split(
+    resolved: dict[str, Any], prepared: Prepared, engine: Engine, *, setting: Setting, resume_from: Path | None
+) -> Split:
+    """What the config says, or for ``batch_size=auto`` what the run has done so far on such a device, or what fits."""
+    import numpy as np
+
+    from pretrain.auto_batch import choose, moment_bytes
+    from pretrain.console import notice
+    from pretrain.data.blocks import Blocks
+    from pretrain.facts import device_name
+    from pretrain.run_folder import recorded_batch_size
+
+    asked, world = Split.asked(resolved), engine.world
+    if resolved["batch_size"] != "auto":
+        return asked
+    blocks, length = Blocks(prepared.train, resolved["sequence_length"]), resolved["sequence_length"]
+
+    def rows(size: int) -> Batch:
+        indices = np.arange(size * setting.devices_per_worker)
+        return blocks.batch(indices, document_mask=resolved["dataset"].get("document_mask", False))
+
+    size = world.on_main(lambda: recorded_batch_size(resume_from, device=device_name(world.device)))
+    if size is not None and asked.total % size == 0:
+        split, why = asked.of(size), "as this run has had it so far"
+    else:
+        moments = moment_bytes(instantiate(resolved["optimizer"]), engine.model)
+        split, why = choose(engine, rows, total=asked.total, sequence_length=length, moment_bytes=moments)
+    notice(f"batch_size=auto: batch_size={split.batch_size} gradient_accumulation_steps={split.accumulation} ({why})")
+    return split
+
+
+def check_best_by(policy: Policy, domains: list[str]) -> None:
+    """Raises ``UserError`` when the best checkpoints are to be found by a domain that is not evaluated."""
+    if policy.keep_best is None:
+        return
+    if not domains or policy.best_by not in (None, *domains):
+        raise UserError(f"checkpoint.best_by={policy.best_by}: no such domain is evaluated{did_you_mean('', domains)}")
+
+
 def build_trainer(
     resolved: dict[str, Any],
     prepared: Prepared,
@@ -248,21 +300,24 @@ def build_trainer(
     store: Store,
     *,
     resume_from: Path | None,
-    config_yaml: str,
     interrupt: Interrupt,
     setting: Setting,
     place: Place,
     world: World,
 ) -> Trainer:
     from pretrain.checkpoint.rng import rng_state
+    from pretrain.checkpoint.saver import Saver
     from pretrain.facts import run_facts
     from pretrain.progress import Every
     from pretrain.trainer import Trainer
 
     steps = total_steps(resolved, prepared)
     engine = build_engine(resolved, prepared, setting, world)
-    micro_batch = resolved["batch_size"] * setting.devices_per_worker
-    loader = build_loader(resolved, prepared, micro_batch, world)
+    check_best_by(store.policy, [name for name, _, _ in prepared.domains])
+    rng = rng_state()  # before anything is tried
+    split = build_split(resolved, prepared, engine, setting=setting, resume_from=resume_from)
+    micro_batch = split.batch_size * setting.devices_per_worker
+    loader = build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world)
     evaluate_every, save_every = cadences(resolved, prepared)
     return Trainer(
         world=world,
@@ -270,12 +325,11 @@ def build_trainer(
         loader=loader,
         guard=build_guard(resolved, prepared, engine, loader, folder),
         schedule=build_schedule(resolved, steps),
-        evaluator=build_evaluator(resolved, prepared),
-        store=store,
+        evaluator=build_evaluator(resolved, prepared, batch_size=split.batch_size),
+        saver=Saver(store, world=world, background=store.policy.async_),
         interrupt=interrupt,
-        config_yaml=config_yaml,
         identity=prepared.identity,
-        rng=rng_state(),
+        rng=rng,
         total_steps=steps,
         micro_batch=micro_batch,
         grad_clip=resolved["grad_clip"],
@@ -283,6 +337,6 @@ def build_trainer(
         save_every=Every(save_every),
         export=partial(export, prepared, engine, folder / "model"),
         resume_from=resume_from,
-        facts=run_facts(resolved, world, engine, restarts=place.restarts),
+        facts=run_facts(resolved, world, engine, restarts=place.restarts) | split.facts(),
         listeners=build_listeners(resolved, folder) if world.is_main else [],
     )

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,11 +24,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pretrain.config import GROUPS, check, conf_dir, gpu_visible
-from pretrain.console import notice, quiet_libraries
+from pretrain.console import complain, notice, quiet_libraries
 from pretrain.errors import UserError, WorkersFailed, did_you_mean
 from pretrain.flat import overrides_from
 from pretrain.help import choices, help_text
 from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
+from pretrain.redact import held, redact, secrets
+from pretrain.trust import COMMAND_LINE_ONLY, check_hydra, check_said, said
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -60,7 +63,7 @@ def program() -> NoReturn:
     except SystemExit as left:
         code = left.code
     except BaseException:
-        sys.excepthook(*sys.exc_info())
+        sys.stderr.write(redact(traceback.format_exc()))
         code = 1
     world = sys.modules.get("pretrain.world")
     if world is not None and world.group_entered:
@@ -71,7 +74,7 @@ def program() -> NoReturn:
 
 
 def _mistake(message: str) -> int:
-    notice(f"error: {message}")
+    complain(f"error: {message}")
     return 2
 
 
@@ -79,18 +82,25 @@ def _dispatch(arguments: list[str]) -> int:
     if {"--help", "-h"} & set(arguments):
         print(help_text(arguments))
         return 0
+    spoken = said(arguments)
     arguments = _with_flat_file(arguments)
+    if said(arguments) != spoken:
+        raise UserError(f"--config: a file may not set {', '.join(COMMAND_LINE_ONLY)}; the command line may")
+    known = secrets()
+    for argument in arguments:
+        if secret := held(argument, known):
+            raise UserError(f"{argument}: holds {secret}; others see a command line, set it in the environment alone")
     if any(a.startswith("hydra/launcher=") for a in arguments) and not any(a.startswith("-") for a in arguments):
         arguments = ["-m", *arguments]  # launchers are for sweeps; one run is a sweep of one job
     if any(a.startswith("-") for a in arguments):
-        return _hydra_main(arguments)
+        return _hydra_main(arguments, spoken)
     overrides = [_forced(a) for a in arguments]
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             config = hydra.compose("config", overrides=overrides)
         except ValueError as error:  # Hydra's word for a group override that makes no sense
             raise UserError(_in_plain_words(error)) from None
-    return run(config, overrides)
+    return run(config, overrides, spoken)
 
 
 def _with_flat_file(arguments: list[str]) -> list[str]:
@@ -116,8 +126,8 @@ def _forced(override: str) -> str:
     return override if key.split(".")[0] == "hydra" else f"++{override}"
 
 
-def _hydra_main(arguments: list[str]) -> int:
-    """Sweeps and Hydra's own flags."""
+def _hydra_main(arguments: list[str], spoken: dict[str, Any]) -> int:
+    """Sweeps and Hydra's own flags. ``spoken``: see `trust.said`."""
     from pretrain.launch import slurm
 
     codes: list[int] = []
@@ -131,7 +141,7 @@ def _hydra_main(arguments: list[str]) -> int:
         if settings.mode == RunMode.MULTIRUN:
             codes.append(_fresh_process(overrides, Path(settings.sweep.dir) / settings.sweep.subdir))
         else:
-            codes.append(run(config, overrides))
+            codes.append(run(config, overrides, spoken))
 
     overrides = [a for a in arguments if re.match(r"[+~A-Za-z_].*=|~", a)]
     flags = [a for a in arguments if a not in overrides]  # argparse wants its own flags in one piece
@@ -142,6 +152,7 @@ def _hydra_main(arguments: list[str]) -> int:
         overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(common))}]")
     else:
         overrides = [_forced(o) for o in overrides]
+    check_hydra(flags, overrides, conf_dir())
     sys.argv[1:] = flags + overrides
     job()
     return _worst(codes)
@@ -197,9 +208,10 @@ def default_name(config: DictConfig) -> str:
     return re.sub(r"[^\w.-]+", "_", "-".join(parts))
 
 
-def run(config: DictConfig, overrides: list[str]) -> int:
-    """Check a composed config and carry it out."""
+def run(config: DictConfig, overrides: list[str], spoken: dict[str, Any]) -> int:
+    """Check a composed config and carry it out. ``spoken``: see `trust.said`."""
     resolved = resolve(config)
+    check_said(resolved, spoken)
     check(resolved)
     interrupt = Interrupt()
     interrupt.install()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from keyword import iskeyword
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -18,6 +19,8 @@ from omegaconf import OmegaConf
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from pretrain.errors import UserError, did_you_mean
+from pretrain.redact import held, secrets
+from pretrain.trust import locate
 
 Finite = Field(allow_inf_nan=False)
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -63,7 +66,7 @@ OTHER_NAMES = {  # what the Hugging Face Trainer and others call our root keys
     "parallelization_strategy": "strategy",
     "report_to": "sink",
 }
-HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+HYDRA_KEYS = {"_target_", "_partial_"}  # Hydra has more; arguments without a name, or unconverted, can't be checked
 RUNTIME_ARGUMENTS = {"step", "total_steps", "warmup_steps"}  # of a schedule: given by the builder, never by YAML
 
 
@@ -72,11 +75,11 @@ class Root:
     """The keys of conf/config.yaml that are no group. The comments there say what each is for."""
 
     task: Literal["pretraining", "tokenization", "evaluation", "generation"]
-    name: Annotated[str, Field(pattern=r"^[^/\\]+$")]
+    name: Annotated[str, Field(pattern=r"^\.*[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]  # a folder's: not `..`, no path
     output_dir: Annotated[str, Field(min_length=1)]
     model_name: Annotated[str, Field(min_length=1)]
     sequence_length: Annotated[int, Field(ge=2)]
-    batch_size: PositiveInt
+    batch_size: Literal["auto"] | PositiveInt
     gradient_accumulation_steps: PositiveInt
     number_epochs: Annotated[PositiveFloat, Finite]
     max_steps: PositiveInt | None
@@ -89,9 +92,11 @@ class Root:
     seed: NonNegativeInt
     devices: Literal["auto"] | PositiveInt
     resume: Annotated[str, Field(min_length=1)]
+    resume_allow: list[Literal["tokenizer", "data", "sequence_length", "global_batch", "seed", "weights", "optimizer"]]
     log_every: PositiveInt
     evaluate_every: PositiveInt | None
     save_every: PositiveInt | None
+    allow_targets: list[str]
 
 
 def conf_dir() -> Path:
@@ -112,6 +117,7 @@ def check(config: dict[str, Any]) -> Root:
             raise UserError(f"unknown key {key!r}{_known_as(key, root_keys | set(GROUPS))}")
     for key, hint in get_type_hints(Root, include_extras=True).items():
         check_value(key, config.get(key), hint)
+    check_leaves(config)
     for group in GROUPS:
         node = config.get(group) or {}
         nodes = list(targets(group, node))
@@ -121,7 +127,7 @@ def check(config: dict[str, Any]) -> Root:
             if not isinstance(sink, dict) or "_target_" not in sink:
                 raise UserError(f"sink.{name}: {name!r} is not among the chosen sinks; add it: sink=[…,{name}]")
         for path, found in nodes:
-            check_node(path, found)
+            check_node(path, found, config["allow_targets"])
     check_device(config)
     return Root(**{key: config[key] for key in root_keys})
 
@@ -135,20 +141,42 @@ def _known_as(key: str, known: set[str]) -> str:
 
 
 def targets(path: str, node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every node with a ``_target_`` at or below ``node``, with its dotted path."""
-    if not isinstance(node, dict):
-        return
-    if "_target_" in node:
+    """Every node with a ``_target_`` at or below ``node``, in lists too, with its dotted path."""
+    if isinstance(node, dict) and "_target_" in node:
         yield path, node
-    for key, value in node.items():
+    for key, value in _items(node):
         yield from targets(f"{path}.{key}", value)
 
 
-def check_node(path: str, node: dict[str, Any]) -> None:
+def _items(node: Any) -> Iterable[tuple[Any, Any]]:
+    return node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no mapping or list, with its dotted path."""
+    if not isinstance(node, dict | list):
+        yield path, node
+    for key, value in _items(node):
+        yield from leaves(value, f"{path}.{key}" if path else f"{key}")
+
+
+def check_leaves(config: dict[str, Any]) -> None:
+    """Raises ``UserError`` for a secret, which would be written to config.yaml and with every checkpoint, and for an
+    interpolation that came out of one: resolved once more, it could become a node that nobody has checked."""
+    known = secrets()
+    for path, value in leaves(config):
+        secret = held(path, known) or held(str(value), known)
+        if secret:
+            raise UserError(f"{path}: holds {secret}; no key takes a secret, set it in the environment alone")
+        if isinstance(value, str) and "${" in value:
+            raise UserError(f"{path}={value!r}: a value can't hold '${{', the mark of an interpolation")
+
+
+def check_node(path: str, node: dict[str, Any], trusted: list[str]) -> None:
     """Bind the node's keys against the signature of its target, and their values against its annotations."""
-    target = locate(path, node["_target_"])
-    parameters = inspect.signature(target).parameters
-    hints = get_type_hints(target, include_extras=True)
+    target = locate(path, node["_target_"], partial=bool(node.get("_partial_")), trusted=trusted)
+    parameters = {in_yaml(name): p for name, p in inspect.signature(target).parameters.items()}
+    hints = {in_yaml(name): hint for name, hint in get_type_hints(target, include_extras=True).items()}
     for key, value in node.items():
         if key in HYDRA_KEYS:
             continue
@@ -163,6 +191,11 @@ def check_node(path: str, node: dict[str, Any]) -> None:
         for key, parameter in parameters.items():
             if parameter.default is inspect.Parameter.empty and key not in node:
                 raise UserError(f"{path}.{key} is missing: {target.__name__} needs it")
+
+
+def in_yaml(name: str) -> str:
+    """A parameter's key in YAML: one that would be a word of Python (``async``) has an underscore behind it there."""
+    return name[:-1] if iskeyword(name[:-1]) else name
 
 
 def _owner(group: str, key: str) -> str | None:
@@ -180,17 +213,6 @@ def check_value(key: str, value: Any, hint: Any) -> None:
         reasons = dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in error.errors(include_url=False))
         shown = "null" if value is None else f"{value!r}"
         raise UserError(f"{key}={shown}: {' or '.join(reasons)}") from None
-
-
-def locate(path: str, target: Any) -> Callable[..., Any]:
-    """The class or function a ``_target_`` names; a wrong name is the user's mistake."""
-    from hydra.utils import get_object
-
-    try:
-        found: Callable[..., Any] = get_object(target)
-    except Exception as error:
-        raise UserError(f"{path}._target_={target!r}: {error}") from None
-    return found
 
 
 def check_device(config: dict[str, Any]) -> None:

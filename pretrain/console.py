@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pretrain.redact import RedactingFormatter, redact
+
 _muted = False
 _captured: Path | None = None  # where stderr goes before there is a log
 
@@ -22,11 +24,21 @@ def mute() -> None:
 
 def notice(message: str) -> None:
     """Say one line on stderr, and in the run's log; a closed terminal is no reason to stop a run."""
+    _say(message, aloud=not _muted)
+
+
+def complain(message: str) -> None:
+    """Say why this command ends, once a machine where torchrun has started it for several ranks: another machine may
+    have other files, and a terminal of its own."""
+    _say(message, aloud=os.environ["LOCAL_RANK"] == "0" if "LOCAL_RANK" in os.environ else not _muted)
+
+
+def _say(message: str, *, aloud: bool) -> None:
+    message = redact(message)
     logging.getLogger("pretrain").info(message)
-    if _muted:
-        return
-    with suppress(OSError):
-        print(message, file=sys.stderr, flush=True)
+    if aloud:
+        with suppress(OSError):
+            print(message, file=sys.stderr, flush=True)
 
 
 def log_error(message: str) -> None:
@@ -64,7 +76,7 @@ def progress_bar(description: str, *, total: float | None, unit: str = "") -> It
 def log_to(file: Path) -> None:
     """Append what is said from now on to ``file``."""
     handler = logging.FileHandler(file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("pretrain")
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -22,10 +22,12 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """``facts``: what stands in run.json (world size, strategy, versions, number of parameters, …)."""
+    """``facts``: what stands in run.json (world size, strategy, versions, number of parameters, …). ``owes_evaluation``:
+    this step is going to be evaluated, whatever is known of it from before."""
 
     total_steps: int
     resumed: bool
+    owes_evaluation: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -68,7 +70,8 @@ class Evaluated(Event):
 
 @dataclass(frozen=True, slots=True)
 class Saved(Event):
-    """``blocked_seconds``: how long the loop stood still for it."""
+    """The checkpoint of ``step`` has become whole, perhaps some steps later. ``blocked_seconds``: how long the loop stood
+    still for it."""
 
     path: Path
     seconds: float

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from pretrain.engine import Scorer
     from pretrain.world import World
 
@@ -19,7 +21,6 @@ def run_facts(resolved: dict[str, Any], world: World, scorer: Scorer, *, restart
     """Plain values for run.json and the ``run_started`` record."""
     import torch
 
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     return {
         "name": resolved["name"],
         "model": resolved["model_name"],
@@ -28,12 +29,19 @@ def run_facts(resolved: dict[str, Any], world: World, scorer: Scorer, *, restart
         "precision": scorer.precision.name,
         "world_size": world.size,
         "launch_restarts": restarts,
-        "device": device,
+        "device": device_name(world.device),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         "git_commit": git_commit(),
         "host_cores": os.cpu_count(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """What kind of device it is: the GPU's name, or cpu."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def git_commit() -> str | None:

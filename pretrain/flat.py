@@ -17,10 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
 from yaml import YAMLError
 
-from pretrain.config import Root, check_value, conf_dir, locate
+from pretrain.config import Root, check_value, conf_dir
 from pretrain.console import notice
 from pretrain.errors import UserError, did_you_mean
 from pretrain.help import choices
+from pretrain.trust import COMMAND_LINE_ONLY, locate
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # lr_scheduler → scheduler group, and what else it sets
     "constant": ("constant", {}),
@@ -182,6 +183,8 @@ KEYS: dict[str, Key] = {
 }
 _FIRST_ROOT_KEY = len(KEYS)
 for _name, _hint in get_type_hints(Root, include_extras=True).items():
+    if _name in COMMAND_LINE_ONLY:
+        continue
     KEYS.setdefault(_name, Key(_hint, _to(_name)))
 
 

@@ -10,13 +10,18 @@ from typing import Any
 class Progress:
     """``step`` optimizer steps done · ``samples`` sequences consumed by all ranks · ``tokens`` target tokens, all ranks.
 
-    ``baseline`` holds each domain's loss of the untouched model (nats per token), against which forgetting is measured.
+    ``baseline`` holds each domain's loss of the untouched model (nats per token), against which forgetting is measured;
+    ``losses`` those of the last evaluation, at step ``evaluated_at``. ``owes_evaluation``: a stop signal cut short the
+    evaluation of this step.
     """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     baseline: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    evaluated_at: int = -1
+    owes_evaluation: bool = False
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -16,6 +16,7 @@ from pretrain.checkpoint.atomic import missing_or_torn
 from pretrain.checkpoint.store import Store
 from pretrain.console import log_to, notice
 from pretrain.errors import UserError
+from pretrain.folders import say_if_shared
 from pretrain.place import Place
 from pretrain.telemetry.run_file import read_run_file
 
@@ -29,8 +30,9 @@ FIXED = {  # part of a run's identity → the config keys it follows from
     "weights": ("precision",),
     "optimizer": ("optimizer",),
 }
-FREE = {"name", "output_dir", "resume", "devices", "log_every", "evaluate_every", "save_every"}
+FREE = {"name", "output_dir", "resume", "resume_allow", "devices", "log_every", "evaluate_every", "save_every"}
 FREE |= {
+    "allow_targets",
     "sink",
     "checkpoint",
     "evaluation",
@@ -77,6 +79,7 @@ def begin(
     steps: int,
     *,
     place: Place,
+    store: Store,
     claims: ExitStack,
 ) -> Start | None:
     """Claim output_dir until ``claims`` ends, and decide what to continue in it; ``None``: it holds this very run,
@@ -88,8 +91,11 @@ def begin(
     again = place.restarts > 0 and claimed_by(Path(resolved["output_dir"])) == place.run_id
     folder = claim(resolved["output_dir"], start_over=resolved["resume"] == "never" and not again)
     claims.callback(folder.lock.release)
+    if (folder.path / "model").exists() and not (folder.path / "config.yaml").exists():
+        raise UserError(
+            f"output_dir={folder.path}: its folder `model` is no run's and would be replaced; choose another"
+        )
     (folder.path / RUN_ID).write_text(place.run_id)
-    store = Store(folder.path / "checkpoints")
     mode = "auto" if again and resolved["resume"] == "never" else resolved["resume"]
     resume_from = resume_point(folder, store, mode)
     facts = read_run_file(folder.path)
@@ -125,6 +131,9 @@ def claim(output_dir: str, *, start_over: bool) -> RunFolder:
         (path / "logs").mkdir(exist_ok=True)
         log_to(path / "logs" / "rank-0.log")
         (path / ".lock").write_text(f"{os.uname().nodename} {os.getpid()}\n")
+        for folder in (path, path / "checkpoints"):
+            if folder.exists():
+                say_if_shared(folder)
     except Timeout:
         holder = (path / ".lock").read_text().strip() or "unknown"
         raise UserError(f"output_dir={output_dir}: another run is at work in it (host and pid: {holder})") from None
@@ -163,7 +172,7 @@ def resume_point(folder: RunFolder, store: Store, mode: str) -> Path | None:
     named = Path(mode)
     if not (named / "state.json").is_file():
         raise UserError(f"resume={mode}: not a checkpoint folder; allowed: auto, never, or <run>/checkpoints/step-…")
-    reason = missing_or_torn(named)
+    reason = missing_or_torn(named, verify=store.policy.verify)
     if reason is not None:
         raise UserError(f"resume={mode}: not a whole checkpoint: {reason}")
     return named
@@ -180,11 +189,18 @@ def step_of(checkpoint: Path) -> int:
     return int(json.loads((checkpoint / "state.json").read_text())["progress"]["step"])
 
 
+def recorded_batch_size(checkpoint: Path | None, *, device: str) -> int | None:
+    """The micro-batch of the run that ``checkpoint`` is of, where it ran on such a ``device``: the same again gives the
+    same last bits."""
+    facts = read_run_file(checkpoint.parents[1]) if checkpoint is not None else {}
+    return facts.get("batch_size") if facts.get("device") == device else None
+
+
 def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[str, Any]) -> None:
     """Raises ``UserError`` listing old and new values when ``checkpoint`` is of a run with another model, tokenizer,
     data, sequence length, global batch or seed; such a run can't be continued exactly."""
     before = json.loads((checkpoint / "state.json").read_text())["identity"]
-    changed = [part for part in FIXED if before.get(part) != identity[part]]
+    changed = [p for p in FIXED if before.get(p) != identity[p] and p not in resolved["resume_allow"]]
     if not changed:
         return
     old = OmegaConf.to_container(OmegaConf.load(checkpoint / "config.yaml"))
@@ -197,7 +213,14 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[st
     raise UserError(
         f"{checkpoint} can't be continued with other settings: {'; '.join(dict.fromkeys(reasons))}. "
         "Choose another output_dir, or resume=never to start over"
+        f"{_allowing(changed)}"
     )
+
+
+def _allowing(changed: list[str]) -> str:
+    if "model" in changed:
+        return ""
+    return f"; or continue, no longer exactly, with resume_allow=[{','.join(changed)}]"
 
 
 def check_finished_run(folder: RunFolder, resolved: dict[str, Any]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from pretrain.console import log_error, log_to, mute
 from pretrain.errors import UserError
 from pretrain.events import RunFinished
 from pretrain.interrupt import EXIT_CODE, Interrupt
+from pretrain.out_of_memory import OutOfMemory, explained, watched
 from pretrain.place import Place
 from pretrain.run_folder import begin, claim
+from pretrain.split import Split
 from pretrain.world import leave
 
 if TYPE_CHECKING:
@@ -36,27 +39,31 @@ def pretraining(
     interrupt.patient = place.size > 1  # from here on the others would wait for a process that leaves
     world = build.build_world(resolved, place, group=build.instantiate(resolved["strategy"]).needs_group)
     agree(world, setting, {"configuration": resolved, "steps": steps} | prepared.identity)
+    folder = Path(resolved["output_dir"])
+    store = Store(folder / "checkpoints", build.instantiate(resolved["checkpoint"]))
     with ExitStack() as claims:
-        start = world.on_main(lambda: begin(resolved, overrides, prepared.identity, steps, place=place, claims=claims))
+        start = world.on_main(
+            lambda: begin(resolved, overrides, prepared.identity, steps, place=place, store=store, claims=claims)
+        )
         if start is None:
             leave()
             return 0
-        folder = Path(resolved["output_dir"])
         log_to(folder / "logs" / f"rank-{place.rank}.log")
-        trainer = build.build_trainer(
-            resolved,
-            prepared,
-            folder,
-            Store(folder / "checkpoints", build.instantiate(resolved["checkpoint"]).keep_last),
-            resume_from=start.resume_from,
-            config_yaml=start.config_yaml,
-            interrupt=interrupt,
-            setting=setting,
-            place=place,
-            world=world,
-        )
+        with memory_explained(resolved, world, setting):
+            trainer = build.build_trainer(
+                resolved,
+                prepared,
+                folder,
+                replace(store, files={"config.yaml": start.config_yaml.encode()}),
+                resume_from=start.resume_from,
+                interrupt=interrupt,
+                setting=setting,
+                place=place,
+                world=world,
+            )
         interrupt.patient = True
-        progress = run_logged(trainer)
+        with memory_explained(resolved, world, setting, trainer):
+            progress = run_logged(trainer)
     leave()
     return 0 if progress.step >= trainer.total_steps else EXIT_CODE
 
@@ -76,6 +83,26 @@ def agree(world: World, setting: Setting, facts: dict[str, Any]) -> None:
             )
 
 
+@contextmanager
+def memory_explained(
+    resolved: dict[str, Any], world: World, setting: Setting | None = None, trainer: Trainer | None = None
+) -> Iterator[None]:
+    """Memory that runs out inside becomes a ``UserError`` that says what would fit. ``setting``: of a run that trains;
+    ``trainer``: as soon as there is one."""
+    try:
+        with watched("setup" if trainer is None else "run"):
+            yield
+    except OutOfMemory as failure:
+        raise explained(
+            failure,
+            resolved,
+            split=Split.asked(resolved if trainer is None else trainer.facts),
+            leaner=build.instantiate(resolved["strategy"]).leaner(setting) if setting is not None else [],
+            device=world.device,
+            step=0 if trainer is None else trainer.progress.step,
+        ) from failure
+
+
 def run_logged(trainer: Trainer) -> Progress:
     """Run; put the traceback of a failure into the log, and its status into run.json."""
     try:
@@ -84,6 +111,8 @@ def run_logged(trainer: Trainer) -> Progress:
         log_error(f"failed at step {trainer.progress.step}")
         trainer.emit(RunFinished(trainer.progress.step, "failed", trainer.progress.tokens))
         raise
+    finally:
+        trainer.saver.close()
 
 
 def tokenization(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
@@ -111,11 +140,14 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
         )
     folder.write_config(resolved, overrides)
     world = build.build_world(resolved, Place(), group=False)
-    scorer = build.build_scorer(resolved, prepared, world)
+    with memory_explained(resolved, world):
+        scorer = build.build_scorer(resolved, prepared, world)
     listeners = build.build_listeners(resolved, folder.path)
+    with memory_explained(resolved, world), watched("evaluation"):
+        scores = build.build_evaluator(resolved, prepared).run(scorer) or ()
     events: list[Event] = [
         RunStarted(0, 0, resumed=False, facts=run_facts(resolved, world, scorer)),
-        Evaluated(0, tuple(build.build_evaluator(resolved, prepared).run(scorer)), 0.0),
+        Evaluated(0, tuple(scores), 0.0),
         RunFinished(0, "finished", 0),
     ]
     for event in events:

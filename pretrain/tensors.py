@@ -60,13 +60,14 @@ def own_piece(tensor: Tensor, *, is_main: bool) -> Piece | None:
     return Piece(part, start_of(tensor), tuple(tensor.shape)) if part.numel() or is_main else None
 
 
-def write(path: Path, pieces: Mapping[str, Piece]) -> None:
-    """Write one safetensors file; nothing when there is nothing to write."""
+def write(path: Path, pieces: Mapping[str, Piece]) -> bool:
+    """Write one safetensors file; none, and return False, when there is nothing to write."""
     if not pieces:
-        return
+        return False
     parts = {n: [p.start, list(p.shape)] for n, p in pieces.items() if p.tensor.shape != torch.Size(p.shape)}
     metadata = {"format": "pt"} | ({PIECES: json.dumps(parts)} if parts else {})
     save_file({name: p.tensor.contiguous() for name, p in pieces.items()}, path, metadata=metadata)
+    return True
 
 
 class TensorFiles:

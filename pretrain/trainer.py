@@ -16,11 +16,14 @@ from pretrain.batch import Batch
 from pretrain.checkpoint import store
 from pretrain.checkpoint.rng import rng_state, set_rng_state
 from pretrain.console import notice
-from pretrain.events import Evaluated, Event, RolledBack, RunFinished, RunStarted, Saved, StepDone
+from pretrain.errors import UserError
+from pretrain.events import Evaluated, Event, RolledBack, RunFinished, RunStarted, StepDone
+from pretrain.out_of_memory import watched
 from pretrain.progress import Every, Progress
+from pretrain.tensors import TensorFiles
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint.store import Store
+    from pretrain.checkpoint.saver import Saver
     from pretrain.data.loader import Loader
     from pretrain.engine import Engine
     from pretrain.evaluation.perplexity import Evaluator
@@ -48,9 +51,8 @@ class Trainer:
     schedule: Schedule
     guard: Guard
     evaluator: Evaluator
-    store: Store
+    saver: Saver
     interrupt: Interrupt
-    config_yaml: str
     identity: dict[str, Any]
     rng: dict[str, Any]
     total_steps: int
@@ -68,26 +70,27 @@ class Trainer:
     def run(self) -> Progress:
         """Train to ``total_steps`` or until a stop signal; save, and export the model of a finished run."""
         self.resume()
-        self.emit(RunStarted(self.progress.step, self.total_steps, self.resume_from is not None, self.facts))
+        resumed = self.resume_from is not None
+        self.emit(RunStarted(self.progress.step, self.total_steps, resumed, self.progress.owes_evaluation, self.facts))
         set_rng_state(self.rng)  # only now: listeners may draw random numbers while they set themselves up
-        if self.progress.step == 0:
-            self.emit(self.evaluate())
+        if self.progress.step == 0 or self.progress.owes_evaluation:
+            self.evaluate()
         for batch, data_seconds in self.batches():
             self.emit(self.train_step(batch, data_seconds))
-            stop = self.interrupted
+            stop = self.agree()
             if self.rolled_back(at_once=stop or self.pauses):
                 continue
             if self.evaluate_every.due(self.progress.step) or self.finished:
-                self.emit(self.evaluate())
+                stop = not self.evaluate() or stop
             if self.save_every.due(self.progress.step) or self.finished or stop:
-                self.emit(self.save())  # after the evaluation of the same step, so that a resumed run never repeats it
+                self.save(at_once=self.finished or stop)  # after the evaluation, so that a resumed run never repeats it
             if stop:
                 break
         return self.finish()
 
     def batches(self) -> Iterator[tuple[Batch, float]]:
         """Global batches up to the last step, each with the seconds the loop waited for it."""
-        if self.finished or self.interrupted:
+        if self.finished or self.interrupted():
             return
         self._batches = iter(self.loader)
         while not self.finished:
@@ -95,6 +98,7 @@ class Trainer:
             batch = next(self._batches)
             yield batch, time.perf_counter() - asked_at
 
+    @watched("step")
     def train_step(self, batch: Batch, data_seconds: float) -> StepDone:
         """One optimizer step on one global batch, or none where it is passed over. Nothing here waits for the device."""
         tokens = self.world.sum(batch.num_targets)
@@ -140,30 +144,43 @@ class Trainer:
 
     def roll_back(self, bad: Bad) -> bool:
         """Go on from the last good checkpoint. False where there is none yet: then the step just was not trained."""
-        checkpoint = self.world.on_main(self.store.newest) or self.resume_from
+        self.saver.wait()
+        self.tell_saved()
+        checkpoint = self.world.on_main(self.saver.store.newest) or self.resume_from
         if checkpoint is None:
             notice("there is no checkpoint to go back to yet: the run goes on")
             return False
         self._batches.close()
         self.restore(checkpoint)
+        self.progress.owes_evaluation = False  # whoever went on from there has made it
         self._batches = iter(self.loader)
         notice(f"back at {checkpoint}")
         self.emit(RolledBack(self.progress.step, bad.step, bad.reason))
         set_rng_state(self.rng)
         return True
 
-    def evaluate(self) -> Evaluated:
-        """Score every domain; the first scores of a run are the baseline that forgetting is measured against."""
-        started_at = time.perf_counter()
-        untouched = self.progress.step == 0
-        scores = self.evaluator.run(self.engine, baseline=None if untouched else self.progress.baseline)
-        if untouched:
-            self.progress.baseline = {s.domain: s.loss for s in scores}
-        return Evaluated(self.progress.step, tuple(scores), time.perf_counter() - started_at)
+    @watched("evaluation")
+    def evaluate(self) -> bool:
+        """Score every domain; the first scores of a run are the baseline that forgetting is measured against.
 
-    def save(self) -> Saved:
-        """Write a checkpoint of exactly this moment."""
+        False: a stop signal came, and whoever continues here owes the evaluation.
+        """
         started_at = time.perf_counter()
+        progress = self.progress
+        untouched = progress.step == 0
+        baseline = None if untouched else progress.baseline
+        scores = self.evaluator.run(self.engine, baseline=baseline, interrupted=self.interrupted)
+        progress.owes_evaluation = scores is None
+        if scores is None:
+            return False
+        progress.losses, progress.evaluated_at = {s.domain: s.loss for s in scores}, progress.step
+        if untouched:
+            progress.baseline = progress.losses
+        self.emit(Evaluated(progress.step, tuple(scores), time.perf_counter() - started_at))
+        return True
+
+    def save(self, *, at_once: bool) -> None:
+        """Make a checkpoint of exactly this moment; it is written while training goes on, or ``at_once``."""
         state = {
             "engine": self.engine.state_dict(),
             "loader": self.loader.state_dict(),
@@ -172,10 +189,24 @@ class Trainer:
             "rng": self.world.each(rng_state),
             "identity": self.identity,
         }
-        path = self.store.save(self.progress.step, state, self.config_yaml, world=self.world)
-        seconds = time.perf_counter() - started_at
-        size = sum(f.stat().st_size for f in path.iterdir())
-        return Saved(self.progress.step, path, seconds, seconds, size)
+        self.saver.save(self.progress.step, state, at_once=at_once)
+        self.tell_saved()
+
+    def tell_saved(self) -> None:
+        while (saved := self.saver.collect()) is not None:
+            self.emit(saved)
+
+    def agree(self) -> bool:
+        """Whether a stop signal has come, to any rank.
+
+        Raises ``UserError`` on every rank when a checkpoint could not be written on one.
+        """
+        stop, failed = self.world.any(self.interrupt.requested, self.saver.failed)
+        if failed:
+            self.saver.wait()
+            raise UserError("another rank could not write its part of a checkpoint")
+        self.tell_saved()
+        return stop
 
     def resume(self) -> None:
         """Put back the state of ``resume_from``; without one the run starts at step 0."""
@@ -188,10 +219,20 @@ class Trainer:
         It may be of another strategy or number of ranks: then a rank it did not have keeps its own random state.
         """
         state = store.load(checkpoint)
+        before = state["identity"]
+        if any(before[part] != self.identity[part] for part in ("weights", "optimizer")):  # by resume_allow
+            state["engine"]["optimizer"] = TensorFiles([])
+            if self.world.is_main:
+                notice("the optimizer starts anew: its moments are of another optimizer or type of weights")
         self.engine.load_state_dict(state["engine"])
-        self.loader.load_state_dict(state["loader"])
         self.progress.load_state_dict(state["progress"])
-        self.guard.load_state_dict(state.get("guard", {}))
+        # of another length by resume_allow: the same place in the text
+        self.progress.samples = self.progress.samples * before["sequence_length"] // self.identity["sequence_length"]
+        self.loader.load_state_dict({"samples": self.progress.samples})
+        guard = state.get("guard", {})
+        if any(before[part] != self.identity[part] for part in ("data", "sequence_length", "global_batch", "seed")):
+            guard["passed_over"] = []  # they were other batches
+        self.guard.load_state_dict(guard)
         if self.world.rank < len(state["rng"]):
             self.rng = state["rng"][self.world.rank]
 
@@ -211,9 +252,9 @@ class Trainer:
         """Whether the run evaluates, saves or ends at this step."""
         return self.finished or any(every.due(self.progress.step) for every in (self.evaluate_every, self.save_every))
 
-    @property
     def interrupted(self) -> bool:
-        return self.world.any(self.interrupt.requested)
+        """Whether a stop signal has come, to any rank. Every rank must ask."""
+        return self.world.any(self.interrupt.requested)[0]
 
     def emit(self, event: Event) -> None:
         for listener in self.listeners:

@@ -7,7 +7,7 @@ for a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -31,6 +31,11 @@ class World:
     device: torch.device
     local_rank: int = 0
     local_size: int = 1
+    group: dist.ProcessGroup | None = None  # of what ranks agree on; None: the one of all
+
+    def apart(self) -> World:
+        """The same ranks in a group of their own, for a thread that agrees while the loop does so too. A collective."""
+        return self if self.size == 1 else replace(self, group=dist.new_group(backend="gloo"))
 
     @property
     def is_main(self) -> bool:
@@ -41,12 +46,16 @@ class World:
         if self.size == 1:
             return value
         total = torch.tensor(int(value))
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return int(total)
 
-    def any(self, flag: bool) -> bool:
-        """True on every rank as soon as it is true on one."""
-        return bool(self.sum(int(flag)))
+    def any(self, *flags: bool) -> list[bool]:
+        """Each of ``flags`` true on every rank as soon as it is true on one."""
+        if self.size == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.int64)
+        dist.all_reduce(raised, group=self.group)
+        return [bool(count) for count in raised.tolist()]
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum of a device tensor over all ranks, in place. The host does not wait for it."""
@@ -67,7 +76,7 @@ class World:
         except UserError as error:
             done = (None, UserError(*error.args))
         every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, done)
+        dist.all_gather_object(every, done, group=self.group)
         for _, mistake in every:
             if mistake is not None:
                 raise mistake

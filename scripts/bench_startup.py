@@ -5,7 +5,8 @@
 Both train the shipped sample model on 8 sequences of 256 tokens a process. Theirs is the shortest script one would write:
 `Accelerator()`, `from_pretrained`, AdamW, a DataLoader over random ids that are already tokens, `prepare`, one step with
 clipping, `save_state`, `save_pretrained`; started by `python`, and by `torchrun --nproc_per_node 2`, where accelerate makes
-it DDP: all strategies of ours are measured against that.
+it DDP, or with its plugin DeepSpeed at stage 2, as ours. FSDP is beside DDP: accelerate has no FSDP on a CPU and trains with
+DDP instead.
 
 Ours is the whole program: it composes and checks the configuration, opens the token cache (warm: a run before the first
 round fills it), claims the run folder, and scores 2,048 tokens of the new and of the base domain before the first step; with
@@ -34,6 +35,8 @@ from pretrain.telemetry.jsonl import read_records
 
 SEQUENCE, BATCH, VOCABULARY = 256, 8, 4096
 STRATEGIES = {"single": 1, "ddp": 2, "fsdp": 2, "deepspeed": 2}  # and their processes
+THEIRS = {"single": "plain", "ddp": "plain", "fsdp": "plain", "deepspeed": "deepspeed"}  # the script beside each
+ZERO_STAGE = 2
 
 
 class Seconds(NamedTuple):
@@ -54,30 +57,32 @@ def ours(strategy: str, overrides: list[str]) -> Seconds:
             *("model_name=sample", f"sequence_length={SEQUENCE}", f"batch_size={BATCH}", f"output_dir={run}"),
             *("max_steps=1", "evaluation.max_tokens=2048", "sink=[jsonl]", *overrides),
         ]
+        if strategy == "deepspeed":
+            command.append(f"strategy.zero_stage={ZERO_STAGE}")
         started_at, end = timed(command)
         first = next(r for r in read_records(run / "metrics.jsonl") if r["event"] == "train")
     return Seconds(first["time"] - started_at, end)
 
 
-def theirs(processes: int) -> Seconds:
+def theirs(script: str, processes: int) -> Seconds:
     with tempfile.TemporaryDirectory() as name:
-        script = [__file__, "--script", name]
         launcher = [sys.executable]
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        started_at, end = timed([*launcher, *script])
+        started_at, end = timed([*launcher, __file__, "--script", script, name])
         first_step_at = float(Path(name, "first_step_at").read_text())
     return Seconds(first_step_at - started_at, end)
 
 
-def accelerate_script(folder: Path) -> None:
+def accelerate_script(script: str, folder: Path) -> None:
     """What runs in each of their processes."""
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DeepSpeedPlugin
     from torch.utils.data import DataLoader, TensorDataset
     from transformers import AutoModelForCausalLM
 
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    plugin = DeepSpeedPlugin(zero_stage=ZERO_STAGE, gradient_clipping=1.0) if script == "deepspeed" else None
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), deepspeed_plugin=plugin)
     sample = Path(__file__).resolve().parent.parent / "pretrain" / "models" / "sample"
     model = AutoModelForCausalLM.from_pretrained(sample, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -111,13 +116,13 @@ def timed(command: list[str]) -> tuple[float, float]:
 
 
 def one_round(strategies: list[str], overrides: list[str]) -> Iterator[tuple[str, Seconds, Seconds]]:
-    """Each strategy's seconds, and of the accelerate script with as many processes in the same round."""
-    others: dict[int, Seconds] = {}
+    """Each strategy's seconds, and those of the accelerate script beside it in the same round."""
+    others: dict[tuple[str, int], Seconds] = {}
     for strategy in strategies:
-        processes = STRATEGIES[strategy]
-        if processes not in others:
-            others[processes] = theirs(processes)
-        yield strategy, ours(strategy, overrides), others[processes]
+        beside = THEIRS[strategy], STRATEGIES[strategy]
+        if beside not in others:
+            others[beside] = theirs(*beside)
+        yield strategy, ours(strategy, overrides), others[beside]
 
 
 def cell(mine: list[float], other: list[float]) -> str:
@@ -141,6 +146,8 @@ def main() -> int:
         print("deepspeed is left out: it is not installed", file=sys.stderr)
         strategies.remove("deepspeed")
     ours("single", asked.overrides)  # fills the token cache, and Python's and the system's own
+    if "deepspeed" in strategies:
+        theirs("deepspeed", STRATEGIES["deepspeed"])  # compiles DeepSpeed's C++ where that was never done
     results: dict[str, list[tuple[Seconds, Seconds]]] = {strategy: [] for strategy in strategies}
     for number in range(1, asked.rounds + 1):
         for strategy, mine, other in one_round(strategies, asked.overrides):
@@ -162,6 +169,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--script"]:
-        accelerate_script(Path(sys.argv[2]))
+        accelerate_script(sys.argv[2], Path(sys.argv[3]))
     else:
         sys.exit(main())

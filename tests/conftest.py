@@ -176,3 +176,17 @@ def spawn():
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, request):
+    """The uninterrupted run, made by the first test that asks for it."""
+    return tmp_path_factory.mktemp("reference") / "run"
+
+
+@pytest.fixture
+def uninterrupted(reference, base_arguments, command):
+    if not reference.exists():
+        code, _, err = command([*base_arguments, f"output_dir={reference}"])
+        assert code == 0, err
+    return reference

@@ -35,10 +35,12 @@ def test_lists_every_key_of_its_target(file):
     """A reader of the YAML sees all there is to set."""
     import inspect
 
-    from pretrain.config import RUNTIME_ARGUMENTS, locate
+    from pretrain.config import RUNTIME_ARGUMENTS, in_yaml
+    from pretrain.trust import locate
 
     node = OmegaConf.to_container(OmegaConf.load(file))
-    keys = set(inspect.signature(locate(file.parent.name, node["_target_"])).parameters) - RUNTIME_ARGUMENTS
+    parameters = inspect.signature(locate(file.parent.name, node["_target_"], partial=True)).parameters
+    keys = {in_yaml(name) for name in parameters} - RUNTIME_ARGUMENTS
     assert keys - set(node) <= OPTIONAL.get(file.stem, set())
 
 

@@ -3,8 +3,10 @@
 A strategy YAML is picked up by its name alone.
 """
 
+import shutil
+
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pretrain.config import conf_dir
 from pretrain.telemetry.jsonl import read_records
@@ -132,10 +134,6 @@ def test_random_weights_are_those_of_one_process(reference, base_arguments, exac
 
 def test_a_layout_that_transformers_converts(reference, base_arguments, exact_model, command, tmp_path):
     """GPT-2's files of old name their weights without the prefix of today's class."""
-    import shutil
-
-    from safetensors.torch import save_file
-
     folder = tmp_path / "model"
     shutil.copytree(exact_model("gpt2"), folder)
     weights = load_file(folder / "model.safetensors")
@@ -146,6 +144,26 @@ def test_a_layout_that_transformers_converts(reference, base_arguments, exact_mo
     code, _, err = command([*given, "strategy=fsdp", "devices=2", "batch_size=2"])
     assert code == 0, err
     assert_equal_runs(tmp_path / "run", reference("gpt2"), **FP32)
+
+
+@pytest.mark.parametrize("head", ["equal", "other"])
+def test_a_tied_head_with_weights_of_its_own(head, base_arguments, exact_model, command, tmp_path):
+    """A second copy of the tied weight is none; another weight contradicts the config, and shards have no room for it."""
+    folder = tmp_path / "model"
+    shutil.copytree(exact_model("llama-tied"), folder)
+    weights = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + (0.1 if head == "other" else 0.0)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    given = [*arguments(base_arguments, folder, tmp_path / "run"), "strategy=fsdp", "max_steps=1"]
+    code, _, err = command(given)
+    if head == "equal":
+        assert code == 0, err
+        return
+    assert code == 2, err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "lm_head.weight; with tie_word_embeddings=true in config.json the head must not have a weight" in errors[0]
 
 
 def test_fsdp_never_holds_a_pretrained_model_whole(base_arguments, exact_model, tmp_path):

@@ -4,65 +4,14 @@ import random
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from pretrain.checkpoint.store import load
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
-
-TIMES = {"time", "step_seconds", "data_seconds", "tokens_per_second", "memory_gib", "seconds", "blocked_seconds"}
-TIMES |= {"train_seconds", "path", "folder", "model"}
-
-
-def numbers(run: Path) -> list[dict]:
-    """The records without clocks and places. Left out: starts, of which a resumed run has one more, and checkpoints,
-    whose record a kill can come before."""
-    kept = ("train", "evaluation", "run_finished")
-    return [
-        {k: v for k, v in record.items() if k not in TIMES}
-        for record in read_records(run / "metrics.jsonl")
-        if record["event"] in kept
-    ]
-
-
-def assert_same_run(run: Path, reference: Path) -> None:
-    assert numbers(run) == numbers(reference)
-    for name in ("model", "optimizer"):
-        ours, theirs = (load_file(r / "checkpoints/step-00000020" / f"{name}.safetensors") for r in (run, reference))
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert torch.equal(ours[key], theirs[key]), key
-    state, expected = (
-        (r / "checkpoints/step-00000020/state.json").read_text().replace(str(r), "") for r in (run, reference)
-    )
-    assert state == expected
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory, request):
-    """The uninterrupted run, made by the first test that asks for it."""
-    return tmp_path_factory.mktemp("reference") / "run"
-
-
-@pytest.fixture
-def uninterrupted(reference, base_arguments, command):
-    if not reference.exists():
-        code, _, err = command([*base_arguments, f"output_dir={reference}"])
-        assert code == 0, err
-    return reference
-
-
-def wait_for(run: Path, step: int, process) -> None:
-    """Until metrics.jsonl has a record of ``step``."""
-    while process.poll() is None:
-        path = run / "metrics.jsonl"
-        if path.exists() and any(r["step"] >= step and r["event"] == "train" for r in read_records(path)):
-            return
-        time.sleep(0.005)
+from tests.runs import assert_same_run, numbers, wait_for
 
 
 @pytest.mark.parametrize("at", [1, 7, 13, 19])

@@ -21,6 +21,11 @@ def view(base_arguments):
 
 def view_of(base_arguments):
     """The training documents of `base_arguments`, through the store that the run itself uses."""
+    return prepared_of(base_arguments)[1].train
+
+
+def prepared_of(base_arguments):
+    """The resolved configuration of `base_arguments`, and its data as the run itself prepares it."""
     import hydra
 
     from pretrain import build
@@ -29,7 +34,7 @@ def view_of(base_arguments):
 
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         resolved = resolve(hydra.compose("config", overrides=[_forced(a) for a in base_arguments]))
-    return build.prepare(resolved).train
+    return resolved, build.prepare(resolved)
 
 
 @pytest.mark.parametrize("document_mask", [False, True])

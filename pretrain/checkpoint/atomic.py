@@ -8,19 +8,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from safetensors import SafetensorError
+import xxhash
+from safetensors import SafetensorError, safe_open
 
 from pretrain.errors import UserError
+from pretrain.folders import is_below
 
 if TYPE_CHECKING:
     from pretrain.world import World
 
 MARKER = "COMPLETE.json"
-FORMAT = 2
+FORMAT = 3
+SMALL_BYTES = 1 << 20  # files up to this size have their checksum looked at always
+CHUNK_BYTES = 1 << 24
+
+Verify = Literal["size", "full"]
+Fill = Callable[[Path], Iterable[Path]]
 
 
 def flush(path: Path) -> None:
@@ -32,13 +40,12 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_folder(
-    path: Path, fill: Callable[[Path], None], *, world: World, hint: Callable[[], str], marker: bool = True
-) -> None:
-    """Let every rank ``fill`` a fresh folder with its files; then it becomes ``path``, complete and on disk.
+def write_folder(path: Path, fill: Fill, *, world: World, hint: Callable[[], str], marker: bool = True) -> int:
+    """Let every rank ``fill`` a fresh folder and return the files it wrote; then it becomes ``path``, complete and on
+    disk. Return its size in bytes, on every rank.
 
-    The ``marker`` (sizes of all files) is written last. An error leaves nothing behind and an older ``path`` as it was.
-    Raises ``UserError`` on every rank, naming place, cause and ``hint()``, when one of them can't write.
+    The ``marker`` (sizes and checksums of all files) is written last. An error leaves nothing behind and an older
+    ``path`` as it was. Raises ``UserError`` on every rank, naming place, cause and ``hint()``, when one can't write.
     """
     partial = path.with_name(f"{path.name}.partial")
 
@@ -47,14 +54,10 @@ def write_folder(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
 
-    def end() -> None:
-        _complete(partial, marker=marker)
-        replace_folder(partial, path)
-
-    def told(work: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
+    def told(work: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
             try:
-                work()
+                return work()
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path} could not be written: {error}; {hint()}") from error
 
@@ -62,27 +65,48 @@ def write_folder(
 
     try:
         world.on_main(told(begin))
-        world.each(told(lambda: fill(partial)))
-        world.on_main(told(end))
+        parts = world.each(told(lambda: _settle(partial, fill(partial), checksums=marker)))
+        entries = {name: entry for part in parts for name, entry in part.items()}
+        world.on_main(told(lambda: _complete(partial, path, entries if marker else None)))
     except BaseException:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+    return sum(entry["bytes"] for entry in entries.values())
 
 
-def _complete(folder: Path, *, marker: bool) -> None:
-    """Everything in ``folder`` on disk, and the marker of a whole folder, last."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file())
+def _settle(folder: Path, files: Iterable[Path], *, checksums: bool) -> dict[str, dict[str, Any]]:
+    """This rank's ``files`` on disk; size and checksum of each by its name in ``folder``."""
+    entries = {}
     for file in files:
         file.chmod(0o666 & ~_umask())  # safetensors makes its files for the owner alone
+        entry: dict[str, Any] = {"bytes": file.stat().st_size}
+        if checksums:
+            entry["xxh3_128"] = checksum(file)
         flush(file)
-    if marker:
-        sizes = {str(f.relative_to(folder)): f.stat().st_size for f in files}
-        (folder / MARKER).write_text(json.dumps({"format": FORMAT, "sizes": sizes}, indent=1))
-        flush(folder / MARKER)
-    flush(folder)
+        entries[str(file.relative_to(folder))] = entry
+    return entries
 
 
+def _complete(partial: Path, path: Path, entries: dict[str, dict[str, Any]] | None) -> None:
+    """The marker of a whole folder, last, and the folder in its place."""
+    if entries is not None:
+        (partial / MARKER).write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
+        flush(partial / MARKER)
+    flush(partial)
+    replace_folder(partial, path)
+
+
+def checksum(file: Path) -> str:
+    """xxh3-128 of a file's bytes, in hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    with file.open("rb", buffering=0) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@cache  # asking means setting it for a moment, for all threads
 def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
@@ -100,20 +124,38 @@ def replace_folder(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def missing_or_torn(path: Path) -> str | None:
-    """Why the folder can't be trusted, or ``None`` when it is whole (marker there, every file of the recorded size)."""
+def missing_or_torn(path: Path, *, verify: Verify = "size") -> str | None:
+    """Why the folder can't be trusted, or ``None`` when it is whole: the marker is there, and every file with the size
+    it had. ``full``: and with the bytes; small files and the headers of large ones are looked into in any case."""
     try:
         marker: dict[str, Any] = json.loads((path / MARKER).read_text())
+        written = marker.get("format")
+        if written != FORMAT:
+            return f"format {written!r}, this version reads {FORMAT}"
+        for name, entry in marker["files"].items():
+            if reason := _damage(path, name, entry, verify):
+                return reason
     except FileNotFoundError:
         return f"no {MARKER}"
-    except (OSError, ValueError) as error:
-        return f"unreadable {MARKER}: {error}"
-    if marker.get("format") != FORMAT:
-        return f"format {marker.get('format')!r}, this version reads {FORMAT}"
-    for name, size in marker["sizes"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, {size} were written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"unreadable {MARKER}: {type(error).__name__}: {error}"
+    return None
+
+
+def _damage(folder: Path, name: str, entry: dict[str, Any], verify: Verify) -> str | None:
+    file = folder / name
+    if not is_below(name):
+        return f"{MARKER} names {name!r}, which is outside the folder"
+    if not file.is_file():
+        return f"{name} is missing"
+    size = file.stat().st_size
+    if size != entry["bytes"]:
+        return f"{name} has {size} bytes, {entry['bytes']} were written"
+    try:
+        if (verify == "full" or size <= SMALL_BYTES) and checksum(file) != entry["xxh3_128"]:
+            return f"{name} has other bytes than were written (checksum)"
+        if file.suffix == ".safetensors":
+            safe_open(file, framework="numpy")
+    except (OSError, SafetensorError) as error:
+        return f"{name} can't be read: {error}"
     return None

@@ -1,16 +1,46 @@
-"""When checkpoints are made and which of them stay."""
+"""When checkpoints are made, how, and which of them stay."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import PositiveInt
 
 
 @dataclass(frozen=True)
 class Policy:
-    """``keep_last``: the newest whole checkpoints to keep; ``None``: all. ``with_evaluation``: save
-    whenever the run evaluates, instead of every ``save_every`` steps."""
+    """``async_`` (``async`` in YAML): write while training goes on. ``verify`` before loading: the files' sizes, or all
+    of their bytes. ``with_evaluation``: save whenever the run evaluates, instead of every ``save_every`` steps.
 
+    Of the whole checkpoints stay the newest ``keep_last`` (``None``: all), those at every multiple of ``keep_every``
+    steps, and the ``keep_best`` with the lowest loss of the domain ``best_by`` (``None``: the new one), among those that
+    were evaluated at their very step.
+    """
+
+    async_: bool = True
+    verify: Literal["size", "full"] = "size"
     keep_last: PositiveInt | None = 2
+    keep_every: PositiveInt | None = None
+    keep_best: PositiveInt | None = None
+    best_by: str | None = None
     with_evaluation: bool = False
+
+    def kept(self, losses: Mapping[int, Mapping[str, float]]) -> set[int]:
+        """Of the steps of whole checkpoints, each with its losses by domain (empty: not evaluated), those that stay."""
+        if self.keep_last is None:
+            return set(losses)
+        steps = sorted(losses)
+        kept = set(steps[-self.keep_last :])
+        if self.keep_every is not None:
+            kept |= {step for step in steps if step % self.keep_every == 0}
+        if self.keep_best is not None:
+            scores = {step: self._score(losses[step]) for step in steps}
+            scored = sorted((score, -step) for step, score in scores.items() if score is not None)
+            kept |= {-step for _, step in scored[: self.keep_best]}
+        return kept
+
+    def _score(self, losses: Mapping[str, float]) -> float | None:
+        name = next(iter(losses), None) if self.best_by is None else self.best_by
+        return None if name is None else losses.get(name)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain import tensors
 from pretrain.checkpoint.atomic import missing_or_torn, write_folder
+from pretrain.checkpoint.policy import Policy
 from pretrain.console import notice
 from pretrain.errors import UserError
 from pretrain.tensors import TensorFiles
@@ -24,51 +26,95 @@ if TYPE_CHECKING:
     from pretrain.world import World
 
 KINDS = ("model", "optimizer")
+SPARE_BYTES = 16 << 20  # what else a checkpoint needs on the disk, and the logs beside it
 
 
 @dataclass(frozen=True)
 class Store:
-    """Checkpoints under ``folder``; the newest ``keep_last`` stay (``None``: all)."""
+    """Checkpoints under ``folder``; ``policy`` says which stay and how they are verified. ``files``: name → content of
+    what else every checkpoint holds."""
 
     folder: Path
-    keep_last: int | None = None
+    policy: Policy = field(default_factory=Policy)
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
-    def save(self, step: int, state: dict[str, Any], config_yaml: str, *, world: World) -> Path:
-        """Write the checkpoint of ``step``, each rank its own pieces, then prune.
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, state: dict[str, Any], *, world: World) -> int:
+        """Write the checkpoint of ``step``, each rank its own pieces, then prune; return its size in bytes.
 
         Raises ``UserError`` naming place and cause (disk full, no permission, …); earlier checkpoints stay good.
         """
-        path = self.folder / f"step-{step:08d}"
         rest = {"scaler": state["engine"]["scaler"]} | {k: v for k, v in state.items() if k != "engine"}
         one_file = {kind: world.sum(bool(state["engine"][kind])) == 1 for kind in KINDS}
 
-        def fill(fresh: Path) -> None:
+        def fill(fresh: Path) -> list[Path]:
+            written = []
             for kind in KINDS:
-                name = kind if one_file[kind] else f"{kind}.rank-{world.rank}"
-                tensors.write(fresh / f"{name}.safetensors", state["engine"][kind])
-            if world.is_main:
-                (fresh / "state.json").write_text(json.dumps(rest))
-                (fresh / "config.yaml").write_text(config_yaml)
+                file = fresh / (f"{kind}.safetensors" if one_file[kind] else f"{kind}.rank-{world.rank}.safetensors")
+                if tensors.write(file, state["engine"][kind]):
+                    written.append(file)
+            for name, content in self._small_files(rest).items() if world.is_main else ():
+                (fresh / name).write_bytes(content)
+                written.append(fresh / name)
+            return written
 
-        write_folder(path, fill, world=world, hint=self._last_good)
         if world.is_main:
-            self._prune(keep=step)
-        return path
+            self._clean_up()
+        size = write_folder(self.path(step), fill, world=world, hint=self.last_good)
+        if world.is_main:
+            self._prune()
+        return size
 
-    def _last_good(self) -> str:
-        kept = self.steps()
-        return f"the last good one is {self.folder / f'step-{kept[-1]:08d}'}" if kept else "there is none before it"
+    def _small_files(self, rest: dict[str, Any]) -> dict[str, bytes]:
+        return {"state.json": json.dumps(rest).encode(), **self.files}
+
+    def make_room(self, step: int, needed: int) -> str | None:
+        """Why ``needed`` bytes can't be written, or ``None``. Where space is short, checkpoints go that would go anyway
+        once the one of ``step`` is whole, but never the newest one.
+
+        Raises ``UserError`` when the folder can't be looked at.
+        """
+        if self._free() >= needed + SPARE_BYTES:
+            return None
+        losses = self._losses()
+        for old in sorted(set(losses) - self.policy.kept(losses | {step: {}}) - {max(losses, default=0)}):
+            self._remove(old)
+        free = self._free()
+        if free >= needed + SPARE_BYTES:
+            return None
+        return (
+            f"{self.path(step)} could not be written: it needs {needed / 2**30:.2f} GiB, {self.folder} has "
+            f"{free / 2**30:.2f} GiB free; {self.last_good()}"
+        )
+
+    def _free(self) -> int:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise UserError(f"{self.folder} can't be written: {error}; {self.last_good()}") from error
+
+    def last_good(self) -> str:
+        """Which checkpoint is left, for the end of an error message."""
+        kept = self.whole()
+        return f"the last good one is {self.path(kept[-1])}" if kept else "there is none before it"
 
     def steps(self) -> list[int]:
         """Steps of the folders that look like checkpoints, ascending; whole or not."""
         names = (re.fullmatch(r"step-(\d+)", p.name) for p in self.folder.glob("step-*"))
         return sorted(int(match[1]) for match in names if match)
 
+    def whole(self) -> list[int]:
+        """Steps of the whole checkpoints, by the sizes of their files."""
+        return [step for step in self.steps() if missing_or_torn(self.path(step)) is None]
+
     def newest(self) -> Path | None:
         """The newest whole checkpoint; says which newer ones were passed over and why. Deletes nothing."""
         for step in reversed(self.steps()):
-            path = self.folder / f"step-{step:08d}"
-            reason = missing_or_torn(path)
+            path = self.path(step)
+            reason = missing_or_torn(path, verify=self.policy.verify)
             if reason is None:
                 return path
             notice(f"checkpoint {path} passed over: {reason}")
@@ -77,17 +123,40 @@ class Store:
     def set_aside_after(self, step: int) -> None:
         """Rename the checkpoints beyond ``step``, so that a run that goes back to it never picks up the other branch."""
         for later in [s for s in self.steps() if s > step]:
-            path = self.folder / f"step-{later:08d}"
+            path = self.path(later)
             aside = self.folder / f"set-aside-{path.name}-{path.stat().st_mtime_ns}"
             path.rename(aside)
             notice(f"{path} is of the branch that was left: kept as {aside.name}")
 
-    def _prune(self, *, keep: int) -> None:
-        if self.keep_last is None:
-            return
-        whole = [s for s in self.steps() if missing_or_torn(self.folder / f"step-{s:08d}") is None]
-        for step in [s for s in whole[: -self.keep_last] if s != keep]:
-            shutil.rmtree(self.folder / f"step-{step:08d}", ignore_errors=True)
+    def _losses(self) -> dict[int, dict[str, float]]:
+        return {step: losses_of(self.path(step)) for step in self.whole()}
+
+    def _prune(self) -> None:
+        losses = self._losses()
+        for step in sorted(set(losses) - self.policy.kept(losses)):
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        """Renamed first: a half deleted checkpoint never looks like a torn one."""
+        doomed = self.folder / f"{self.path(step).name}.removed"
+        try:
+            self.path(step).rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            notice(f"checkpoint {self.path(step)} is no longer needed but can't be removed: {error}")
+
+    def _clean_up(self) -> None:
+        """What a kill has left of a folder being written or deleted."""
+        for pattern in ("step-*.partial", "step-*.removed"):
+            for left in self.folder.glob(pattern):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def losses_of(checkpoint: Path) -> dict[str, float]:
+    """Loss by domain of the evaluation at the checkpoint's very step; empty when there was none."""
+    progress = json.loads((checkpoint / "state.json").read_text())["progress"]
+    losses: dict[str, float] = progress.get("losses", {})
+    return losses if progress.get("evaluated_at") == progress["step"] else {}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -103,3 +172,9 @@ def load(path: Path) -> dict[str, Any]:
     kinds = {kind: TensorFiles(sorted(path.glob(f"{kind}*.safetensors"))) for kind in KINDS}
     state["engine"] = kinds | {"scaler": state.pop("scaler")}
     return state
+
+
+def bytes_of(state: dict[str, Any]) -> int:
+    """Size of this rank's tensors in ``state``."""
+    pieces = (piece.tensor for kind in KINDS for piece in state["engine"][kind].values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in pieces)

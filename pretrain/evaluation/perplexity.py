@@ -6,7 +6,7 @@ Bits per byte compares models with different tokenizers; perplexity is per token
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -41,17 +41,36 @@ class Evaluator:
 
     domains: list[Domain]
 
-    def run(self, engine: Scorer, *, baseline: dict[str, float] | None = None) -> list[DomainScore]:
-        """``baseline``: each domain's loss before this run, for ``delta_loss``; ``None``: these scores are the baseline."""
-        with evaluating(engine.model):
-            return [self._score(engine, domain, baseline) for domain in self.domains]
+    def run(
+        self,
+        engine: Scorer,
+        *,
+        baseline: dict[str, float] | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> list[DomainScore] | None:
+        """``baseline``: each domain's loss before this run, for ``delta_loss``; ``None``: these scores are the baseline.
 
-    def _score(self, engine: Scorer, domain: Domain, baseline: dict[str, float] | None) -> DomainScore:
+        ``interrupted`` is asked before every batch, on every rank; once it is true there are no scores: ``None``.
+        """
+        scores = []
+        with evaluating(engine.model):
+            for domain in self.domains:
+                score = self._score(engine, domain, baseline, interrupted)
+                if score is None:
+                    return None
+                scores.append(score)
+        return scores
+
+    def _score(
+        self, engine: Scorer, domain: Domain, baseline: dict[str, float] | None, interrupted: Callable[[], bool]
+    ) -> DomainScore | None:
         world = engine.world
         summed = torch.zeros((), dtype=torch.float64, device=world.device)
         tokens = 0
         with progress_bar(f"evaluating {domain.name}", total=len(domain.batches)) as advance:
             for first in range(0, len(domain.batches), world.size):
+                if interrupted():
+                    return None
                 mine = first + world.rank < len(domain.batches)
                 batch = domain.batches[first + world.rank if mine else first]  # a rank too many computes along
                 nats_here = engine.evaluate(batch.to(world.device))

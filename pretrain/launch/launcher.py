@@ -15,7 +15,8 @@ from pretrain.errors import UserError
 from pretrain.interrupt import Interrupt
 from pretrain.launch.layout import Layout, layout
 from pretrain.place import Place
-from pretrain.strategy.base import Setting
+from pretrain.split import Split
+from pretrain.strategy.base import Setting, Strategy
 
 
 def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
@@ -34,14 +35,16 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
     policy = build.instantiate(resolved["launch"])
     strategy = build.instantiate(resolved["strategy"])
     plan = layout(resolved, strategy, policy)
+    check_auto(resolved, strategy)
+    split = Split.asked(resolved)
     setting = Setting(
         device_type=plan.device_type,
         workers=plan.world_size,
         nodes=plan.nodes,
         devices_per_worker=plan.devices_per_worker,
         precision=build.instantiate(resolved["precision"]),
-        batch_size=resolved["batch_size"],
-        accumulation=resolved["gradient_accumulation_steps"],
+        batch_size=split.batch_size,
+        accumulation=split.accumulation,
         grad_clip=resolved["grad_clip"],
     )
     strategy.check(setting)
@@ -52,6 +55,15 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
     from pretrain.launch.agent import run_workers
 
     return run_workers(resolved, overrides, setting, policy)
+
+
+def check_auto(resolved: dict[str, Any], strategy: Strategy) -> None:
+    """Raises ``UserError`` where ``batch_size=auto`` can't be found out."""
+    if resolved["batch_size"] == "auto" and not strategy.computes_alone:
+        raise UserError(
+            f"batch_size=auto with strategy={strategy.name}: its ranks need each other in every forward, so one that runs "
+            "out of memory would leave the others waiting; give batch_size a number; single, dp and ddp can find it"
+        )
 
 
 def place_in(plan: Layout) -> Place:

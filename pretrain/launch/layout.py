@@ -6,9 +6,13 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pretrain.config import gpu_visible
+from omegaconf import OmegaConf
+
+from pretrain import build
+from pretrain.config import conf_dir, gpu_visible
 from pretrain.console import notice
 from pretrain.errors import UserError
+from pretrain.help import choices
 
 if TYPE_CHECKING:
     from pretrain.launch.policy import Policy
@@ -42,18 +46,28 @@ def layout(resolved: dict[str, Any], strategy: Strategy, policy: Policy) -> Layo
     workers, each = strategy.workers(devices), strategy.devices_per_worker(devices)
     if resolved["devices"] not in ("auto", workers * each):
         raise UserError(
-            f"devices={devices}: strategy={name} is one process on one device; allowed: auto, 1; "
-            "ddp, fsdp and deepspeed use several"
+            f"devices={devices}: strategy={name} is one process on one device; allowed: auto, 1; for several: "
+            f"strategy={_of_several()}"
         )
     if workers * each < devices:
-        notice(f"strategy={name} uses 1 of {devices} GPUs; strategy=ddp or strategy=fsdp use all of them")
+        notice(f"strategy={name} uses 1 of {devices} GPUs; to use all of them: strategy={_of_several()}")
     if policy.nodes > 1 and policy.endpoint is None:
         raise UserError(
             f"launch.nodes={policy.nodes}: the nodes have to meet: launch.endpoint=<host>:<port> of one of them"
         )
     if policy.nodes > 1 and strategy.workers(2) == 1:
-        raise UserError(f"launch.nodes={policy.nodes}: strategy={name} is one process; use ddp, fsdp or deepspeed")
+        raise UserError(f"launch.nodes={policy.nodes}: strategy={name} is one process; use {_of_several()}")
     return Layout(device_type, workers, policy.nodes, each)
+
+
+def _of_several() -> str:
+    """The choices of the strategy group that are several processes: "a, b or c"."""
+    found = []
+    for name in choices("strategy"):
+        options = OmegaConf.load(conf_dir() / f"strategy/{name}.yaml")
+        if build.instantiate({str(key): value for key, value in options.items()}).workers(2) > 1:
+            found.append(name)
+    return " or ".join(filter(None, (", ".join(found[:-1]), *found[-1:])))
 
 
 def _devices(asked: str | int) -> tuple[str, int]:
@@ -92,7 +106,7 @@ def _joined(asked: str | int, strategy: Strategy, name: str) -> Layout:
             raise UserError(f"WORLD_SIZE={size} in the environment without {variable}: torchrun sets all of them")
     if size > 1 and strategy.workers(2) == 1:
         raise UserError(
-            f"WORLD_SIZE={size}: strategy={name} is one process; start it without torchrun, or use ddp, fsdp or deepspeed"
+            f"WORLD_SIZE={size}: strategy={name} is one process; start it without torchrun, or use {_of_several()}"
         )
     gpus = _gpus() if gpu_visible() else 0
     if gpus and local > gpus:

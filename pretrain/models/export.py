@@ -52,6 +52,14 @@ def save(
         tokenizer.save_pretrained(str(folder))
 
 
+def own_files(folder: Path, *, world: World, sharded: bool) -> list[Path]:
+    """What this rank has written into ``folder``: of the main rank all but the others' shards."""
+    others = {_shard(rank, world.size) for rank in range(1, world.size)} if sharded else set()
+    if world.is_main:
+        return [f for f in folder.rglob("*") if f.is_file() and f.name not in others]
+    return [f for f in (folder / _shard(world.rank, world.size),) if f.exists()]
+
+
 def save_index(names: list[dict[str, int]], folder: Path) -> None:
     """Tell ``from_pretrained`` which file of a sharded folder has which weight. ``names``: name → bytes, by rank."""
     size = sum(sum(part.values()) for part in names)

@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 
 from pretrain.errors import UserError
+from pretrain.folders import is_below
 
 SAMPLE = Path(__file__).parent / "sample"
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
@@ -115,8 +116,11 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     if index.exists():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            outside = [shard for shard in shards if not is_below(shard)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"model_name={name}: {index} is broken: {type(error).__name__}: {error}") from None
+        if outside:
+            raise UserError(f"model_name={name}: {index} names {outside[0]!r}, which is outside the folder")
         gone = [shard for shard in shards if not (folder / shard).is_file()]
         if gone:
             raise UserError(f"model_name={name}: {len(gone)} of {len(shards)} weight files are missing, e.g. {gone[0]}")

@@ -36,6 +36,12 @@ class Strategy(ABC):
     """To add one: a file here with a frozen dataclass, and a YAML of the same name under ``conf/strategy``."""
 
     needs_group: bool = True  # whether even one process wants a process group
+    computes_alone: bool = True  # whether a rank can go forward and backward without the others
+
+    @property
+    def name(self) -> str:
+        """As it is chosen: ``strategy=<name>``."""
+        return type(self).__name__.lower()
 
     def workers(self, devices: int) -> int:
         """How many processes share a machine with ``devices`` devices."""
@@ -48,6 +54,10 @@ class Strategy(ABC):
     def check(self, setting: Setting) -> None:
         """Raises ``UserError`` for options that can't work there. Imports no torch."""
         return
+
+    def leaner(self, setting: Setting) -> list[str]:
+        """Overrides with which a device needs less memory there, the best first."""
+        return []
 
     @abstractmethod
     def setup(

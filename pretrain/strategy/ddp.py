@@ -44,6 +44,9 @@ class Ddp(Strategy):
                 "itself; use one of the two"
             )
 
+    def leaner(self, setting: Setting) -> list[str]:
+        return ["strategy=fsdp"] if setting.workers > 1 else []
+
     def setup(
         self,
         model: Blueprint,

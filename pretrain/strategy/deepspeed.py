@@ -50,6 +50,8 @@ class Deepspeed(Strategy):
     is written by rank 0 (full), or in as many files as there are ranks (sharded).
     """
 
+    computes_alone = False
+
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -105,6 +107,14 @@ class Deepspeed(Strategy):
             "fp16": {"loss_scale_window": 2000, "hysteresis": 1},  # as torch's GradScaler
         }
         return overlaid(defaults, agreed(decided, self.config))
+
+    def leaner(self, setting: Setting) -> list[str]:
+        ways = ["strategy.zero_stage=3"] if self.zero_stage < 3 and setting.workers > 1 else []
+        if setting.device_type == "cuda" and self.zero_stage > 0 and not self.offload_optimizer:
+            ways.append("strategy.offload_optimizer=true")
+        if setting.device_type == "cuda" and self.zero_stage == 3 and not self.offload_parameters:
+            ways.append("strategy.offload_parameters=true")
+        return ways
 
     def setup(
         self,

@@ -39,11 +39,13 @@ if TYPE_CHECKING:
 def begin(config: dict[str, Any]) -> None:
     """Join DeepSpeed to the process group that there is, and have it check its config.
 
-    Its own CPU communication is left out: a minute of C++ at the first use, and for inference alone. Raises
+    Its own CPU communication is left out: a minute of C++ at the first use, and for inference alone. So are its kernels
+    of Muon, an optimizer that no run here has: decorating them imports torch's whole compiler, for a second. Raises
     ``UserError`` for a config that DeepSpeed refuses.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     vars(import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
+    vars(import_module("deepspeed.runtime.compiler"))["compile"] = lambda: lambda function: function
     deepspeed.init_distributed()
     try:
         DeepSpeedConfig(config)

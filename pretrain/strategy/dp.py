@@ -38,6 +38,9 @@ class Dp(Strategy):
         if setting.device_type == "cpu":
             notice("strategy=dp: no GPU is visible, so this is one process on the CPU; ddp and fsdp use several")
 
+    def leaner(self, setting: Setting) -> list[str]:
+        return ["strategy=fsdp"] if setting.devices_per_worker > 1 else []
+
     def setup(
         self,
         model: Blueprint,

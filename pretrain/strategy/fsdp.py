@@ -47,6 +47,8 @@ class Fsdp(Strategy):
     (full), or in as many files as there are ranks (sharded).
     """
 
+    computes_alone = False
+
     auto_wrap_policy: str = "auto"
     sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"] = "FULL_SHARD"
     replicas: PositiveInt | None = None
@@ -67,6 +69,16 @@ class Fsdp(Strategy):
                 f"strategy.sharding_strategy=HYBRID_SHARD with strategy.replicas={replicas}: {setting.workers} processes "
                 f"can't be split into {replicas} equal groups of at least 2; change devices or strategy.replicas"
             )
+
+    def leaner(self, setting: Setting) -> list[str]:
+        ways = []
+        if setting.workers > 1 and self.sharding_strategy != "FULL_SHARD":
+            ways.append("strategy.sharding_strategy=FULL_SHARD")
+        if setting.workers > 1 and self.accumulate_unsharded:
+            ways.append("strategy.accumulate_unsharded=false")
+        if setting.device_type == "cuda" and not self.cpu_offload:
+            ways.append("strategy.cpu_offload=true")
+        return ways
 
     def setup(
         self,

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
+from pretrain.events import RunStarted
+
 
 class Jsonl:
     """One JSON object a line, flushed at once, so that a killed run has all lines up to the kill."""
@@ -14,10 +16,10 @@ class Jsonl:
     def __init__(self) -> None:
         self._file: TextIO | None = None
 
-    def open(self, run: Path, *, total_steps: int, resumed_at: int) -> None:
+    def open(self, run: Path, start: RunStarted) -> None:
         path = run / "metrics.jsonl"
         if path.exists():
-            cut_after(path, resumed_at)
+            cut_after(path, start.step, owes_evaluation=start.owes_evaluation)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -49,12 +51,23 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def cut_after(path: Path, step: int) -> None:
+def records_until(path: Path, step: int, *, owes_evaluation: bool = False) -> list[dict[str, Any]]:
+    """The records up to ``step``, of a run that goes on there: without the end it has not come to, and without the
+    evaluation of ``step`` where it ``owes_evaluation``, which is about to be made again."""
+
+    def holds(record: dict[str, Any]) -> bool:
+        again = record["step"] == step and owes_evaluation and record["event"] == "evaluation"
+        return record["step"] <= step and not again and record.get("status") != "finished"
+
+    return [record for record in read_records(path) if holds(record)]
+
+
+def cut_after(path: Path, step: int, *, owes_evaluation: bool = False) -> None:
     """Drop the records of steps beyond ``step``: they were lost with a crash and are about to be trained again.
 
     A run that starts over (step 0) drops everything.
     """
-    kept = [r for r in read_records(path) if 0 < step >= r["step"]]
+    kept = records_until(path, step, owes_evaluation=owes_evaluation) if step > 0 else []
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)

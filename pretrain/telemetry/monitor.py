@@ -56,7 +56,7 @@ class Monitor:
     def _start(self, event: RunStarted) -> None:
         self._started = True
         self._total_steps = event.total_steps
-        self._each(lambda s: s.open(self._run, total_steps=event.total_steps, resumed_at=event.step))
+        self._each(lambda s: s.open(self._run, event))
         self._write(
             "run_started", event.step, {"total_steps": event.total_steps, "resumed": event.resumed} | event.facts
         )
@@ -65,7 +65,8 @@ class Monitor:
     def _go_back(self, event: RolledBack) -> None:
         """For the sinks as if the run had been stopped and resumed there."""
         self._each(lambda s: s.close())
-        self._each(lambda s: s.open(self._run, total_steps=self._total_steps, resumed_at=event.step))
+        again = RunStarted(event.step, self._total_steps, resumed=True)
+        self._each(lambda s: s.open(self._run, again))
         self._write("rollback", event.step, fields_of(event))
         self._window.restart()
 

@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pretrain.telemetry.jsonl import read_records
+from pretrain.events import RunStarted
+from pretrain.telemetry.jsonl import records_until
 
 STYLE = """
 :root { color-scheme: light dark; --ink: light-dark(#1b1f24, #e6e8eb); --paper: light-dark(#fff, #16181c);
@@ -32,12 +33,13 @@ class Report:
         self._records: list[dict[str, Any]] = []
         self._path = Path("report.html")
 
-    def open(self, run: Path, *, total_steps: int, resumed_at: int) -> None:
+    def open(self, run: Path, start: RunStarted) -> None:
         self._path = run / "report.html"
         earlier = run / "metrics.jsonl"
-        if resumed_at:  # without a file: after a rollback, its own
-            known = read_records(earlier) if earlier.exists() else self._records
-            self._records = [r for r in known if r["step"] <= resumed_at]
+        if start.step and earlier.exists():
+            self._records = records_until(earlier, start.step, owes_evaluation=start.owes_evaluation)
+        else:  # without a file: after a rollback, its own
+            self._records = [r for r in self._records if r["step"] <= start.step]
 
     def write(self, record: dict[str, Any]) -> None:
         self._records.append(record)

@@ -39,7 +39,10 @@ class RunFile:
             self._facts["model"] = str(event.model) if event.model else None
         elif not isinstance(event, Saved | RolledBack):
             return
-        self._facts |= {"steps": event.step, "seconds": self._earlier_seconds + time.time() - self._started_at}
+        steps = event.step
+        if isinstance(event, Saved):  # a checkpoint may be told of some steps later
+            steps = max(steps, self._facts.get("steps", 0))
+        self._facts |= {"steps": steps, "seconds": self._earlier_seconds + time.time() - self._started_at}
         write_json(self._path, self._facts)
 
 

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pretrain.events import RunStarted
+
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.progress import Progress as RichProgress
@@ -27,16 +29,16 @@ class Terminal:
         self._total = 0
         self._folder = Path()
 
-    def open(self, run: Path, *, total_steps: int, resumed_at: int) -> None:
+    def open(self, run: Path, start: RunStarted) -> None:
         from rich.console import Console
 
         self._console = Console(highlight=False, soft_wrap=True)
-        self._total = total_steps
+        self._total = start.total_steps
         self._folder = run
         if self._console.is_terminal:
             self._bar = _progress(self._console)
             self._bar.start()
-            self._task = self._bar.add_task("train", total=total_steps, completed=resumed_at, numbers="")
+            self._task = self._bar.add_task("train", total=start.total_steps, completed=start.step, numbers="")
 
     def write(self, record: dict[str, Any]) -> None:
         getattr(self, f"_{record['event']}", lambda record: None)(record)

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from pretrain.checkpoint.atomic import MARKER, missing_or_torn, write_folder
+from pretrain.checkpoint.policy import Policy
 from pretrain.checkpoint.rng import rng_state, seed_everything, set_rng_state
 from pretrain.checkpoint.store import Store, load
 from pretrain.errors import UserError
@@ -29,9 +31,14 @@ def state(seed: int) -> dict:
     }
 
 
+def saved_at(store: Store, step: int, what: dict) -> Path:
+    store.save(step, what, world=ALONE)
+    return store.path(step)
+
+
 def test_reads_back_bit_for_bit(tmp_path):
     saved = state(3)
-    loaded = load(Store(tmp_path).save(3, saved, "seed: 0\n", world=ALONE))
+    loaded = load(saved_at(Store(tmp_path), 3, saved))
     for part in ("model", "optimizer"):
         assert loaded["engine"][part].keys() == saved["engine"][part].keys()
         for name, piece in saved["engine"][part].items():
@@ -42,9 +49,9 @@ def test_reads_back_bit_for_bit(tmp_path):
 
 
 def test_newest_passes_over_what_is_torn_and_says_why(tmp_path, capsys):
-    store = Store(tmp_path)
+    store = Store(tmp_path, Policy(keep_last=None))
     for step in (1, 2, 3, 4):
-        store.save(step, state(step), "", world=ALONE)
+        store.save(step, state(step), world=ALONE)
     (tmp_path / "step-00000004" / MARKER).unlink()
     weights = tmp_path / "step-00000003" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -57,26 +64,60 @@ def test_newest_passes_over_what_is_torn_and_says_why(tmp_path, capsys):
         load(tmp_path / "step-00000003")
 
 
-@pytest.mark.parametrize("damage", ["{", '{"format": 99, "sizes": {}}'])
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_flipped_byte_is_found_and_named(name, tmp_path, capsys):
+    store = Store(tmp_path, Policy(verify="full"))
+    saved_at(store, 1, state(1))
+    flip(saved_at(store, 2, state(2)) / name, -3)
+    assert missing_or_torn(store.path(2), verify="full") == f"{name} has other bytes than were written (checksum)"
+    assert store.newest() == store.path(1)
+    assert f"step-00000002 passed over: {name} has other bytes" in capsys.readouterr().err
+
+
+def test_the_quick_look_reads_small_files_and_headers_only(tmp_path, monkeypatch):
+    """A large file is known by its size; what is in its middle only the checksum tells."""
+    path = saved_at(Store(tmp_path), 1, state(1))
+    monkeypatch.setattr("pretrain.checkpoint.atomic.SMALL_BYTES", 0)
+    flip(path / "model.safetensors", -3)
+    assert missing_or_torn(path) is None
+    assert missing_or_torn(path, verify="full") is not None
+    flip(path / "model.safetensors", 9)
+    assert "model.safetensors can't be read" in missing_or_torn(path)
+
+
+@pytest.mark.parametrize(
+    "damage", ["{", "[]", '{"format": 3}', '{"format": 99, "files": {}}', '{"format": 3, "files": {"state.json": 5}}']
+)
 def test_a_marker_that_makes_no_sense_is_no_marker(tmp_path, damage):
-    path = Store(tmp_path).save(1, state(1), "", world=ALONE)
+    path = saved_at(Store(tmp_path), 1, state(1))
     (path / MARKER).write_text(damage)
     assert missing_or_torn(path) is not None
 
 
 def test_keep_last_counts_whole_ones_only(tmp_path):
-    store = Store(tmp_path, keep_last=2)
+    store = Store(tmp_path, Policy(keep_last=2))
     for step in (1, 2, 3):
-        store.save(step, state(step), "", world=ALONE)
+        store.save(step, state(step), world=ALONE)
     assert store.steps() == [2, 3]
     (tmp_path / "step-00000003" / MARKER).unlink()
-    store.save(4, state(4), "", world=ALONE)
+    store.save(4, state(4), world=ALONE)
     assert store.steps() == [2, 3, 4], "2 and 4 are the two whole ones; 3 is not ours to delete"
+
+
+def written(file: Path, text: str) -> list[Path]:
+    file.write_text(text)
+    return [file]
 
 
 def test_an_error_while_writing_leaves_the_older_folder(tmp_path):
     target = tmp_path / "model"
-    write_folder(target, lambda fresh: (fresh / "a").write_text("old"), world=ALONE, hint=str)
+    write_folder(target, lambda fresh: written(fresh / "a", "old"), world=ALONE, hint=str)
 
     def fail(fresh):
         (fresh / "a").write_text("new")
@@ -91,16 +132,16 @@ def test_an_error_while_writing_leaves_the_older_folder(tmp_path):
 
 def test_a_place_that_cannot_be_written_names_the_last_good_one(tmp_path):
     store = Store(tmp_path / "checkpoints")
-    good = store.save(1, state(1), "", world=ALONE)
+    good = saved_at(store, 1, state(1))
     (tmp_path / "checkpoints" / "step-00000002.partial").write_text("a file where the folder has to be")
     with pytest.raises(UserError, match=f"the last good one is {good}"):
-        store.save(2, state(2), "", world=ALONE)
+        store.save(2, state(2), world=ALONE)
     assert store.newest() == good
 
 
 def test_json_state_has_no_code_in_it(tmp_path):
-    path = Store(tmp_path).save(1, state(1), "", world=ALONE)
-    assert {p.suffix for p in path.iterdir()} == {".json", ".safetensors", ".yaml"}
+    path = saved_at(Store(tmp_path), 1, state(1))
+    assert {p.suffix for p in path.iterdir()} == {".json", ".safetensors"}
     assert json.loads((path / "state.json").read_text())["progress"]["baseline"] == {"d": 1.5}
 
 
@@ -122,7 +163,7 @@ def test_rng_goes_on_with_the_next_number():
 
 
 def test_half_written_folders_are_no_checkpoints(tmp_path):
-    store = Store(tmp_path)
-    path = store.save(1, state(1), "", world=ALONE)
+    store = Store(tmp_path, Policy(keep_last=None))
+    path = saved_at(store, 1, state(1))
     shutil.copytree(path, tmp_path / "step-00000002.partial")
     assert store.steps() == [1]

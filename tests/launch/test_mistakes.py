@@ -1,7 +1,11 @@
 """Where processes can't be had as asked: exit code 2 and one line, before anything is started where that can be known."""
 
+import os
+import socket
+
 import pytest
 
+from tests.conftest import sentences
 from tests.launch.test_launch import PAIR
 
 ENVIRONMENTS = [
@@ -33,7 +37,10 @@ def test_an_environment_that_does_not_fit(variables, more, says, command, monkey
 
 
 MISTAKES = [
-    (["devices=2"], "devices=2: strategy=single is one process on one device"),
+    (
+        ["devices=2"],
+        "strategy=single is one process on one device; allowed: auto, 1; for several: strategy=ddp, deepspeed",
+    ),
     (["strategy=fsdp", "strategy.sharding_strategy=HYBRID_SHARD", "devices=2"], "2 processes can't be split into 2"),
     (["strategy=fsdp", "strategy.sharding_strategy=HYBRID_SHARD", "devices=6", "strategy.replicas=4"], "6 processes"),
     (["strategy=fsdp", "strategy.replicas=2", "devices=2"], "only HYBRID_SHARD has replicas"),
@@ -56,6 +63,10 @@ MISTAKES = [
     (["strategy=ddp", "launch.nodes=2"], "launch.endpoint=<host>:<port>"),
     (["launch.nodes=2", "launch.endpoint=localhost:29511"], "strategy=single is one process"),
     (["strategy=ddp", "launch.endpoint=localhost"], "launch.endpoint='localhost'"),
+    (
+        ["strategy=ddp", "launch.nodes=2", "launch.endpoint=localhost:99999"],
+        "launch.endpoint=localhost:99999: a port is a number from 1 to 65535",
+    ),
     (["strategy=ddp", "launch.max_restarts=-1"], "launch.max_restarts=-1"),
     (["strategy=ddp", "devices=0"], "devices=0"),
 ]
@@ -93,6 +104,20 @@ def test_idle_gpus_are_mentioned(capsys, monkeypatch):
     assert "strategy=single uses 1 of 4 GPUs" in capsys.readouterr().err
 
 
+def test_a_strategy_of_ones_own_is_among_those_that_are_offered(monkeypatch, tmp_path):
+    from pretrain import help as help_page
+    from pretrain.config import conf_dir
+    from pretrain.launch import layout
+
+    (tmp_path / "strategy").mkdir()
+    for name in ("single", "dp", "fsdp"):
+        (tmp_path / f"strategy/{name}.yaml").write_text((conf_dir() / f"strategy/{name}.yaml").read_text())
+    (tmp_path / "strategy/zones.yaml").write_text("_target_: pretrain.strategy.fsdp.Fsdp\n")
+    for module in (layout, help_page):
+        monkeypatch.setattr(module, "conf_dir", lambda: tmp_path)
+    assert layout._of_several() == "fsdp or zones"
+
+
 def test_deepspeed_that_is_not_installed(command, base_arguments, tmp_path, monkeypatch):
     from pretrain.strategy import deepspeed
 
@@ -103,8 +128,6 @@ def test_deepspeed_that_is_not_installed(command, base_arguments, tmp_path, monk
 
 
 def test_a_port_in_use(command, base_arguments, tmp_path):
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -113,6 +136,36 @@ def test_a_port_in_use(command, base_arguments, tmp_path):
         code, _, err = command([*base_arguments, f"output_dir={tmp_path}", *more])
     assert code == 2, err
     assert f"launch.endpoint={endpoint}: another program listens there" in err
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("differs", "says"), [("lr", "configuration"), ("text", "data"), ("model", "model")], ids=["lr", "text", "model"]
+)
+def test_ranks_that_disagree(differs, says, spawn, base_arguments, exact_model, tmp_path):
+    """Two ranks as a cluster starts them, with another command or, under the same paths, other files on the other's disk."""
+    shapes = ["llama", "llama-tied" if differs == "model" else "llama"]
+    ranks = []
+    address = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    for rank, shape in enumerate(shapes):
+        disk = tmp_path / str(rank)
+        disk.mkdir()
+        (disk / "model").symlink_to(exact_model(shape))
+        (disk / "book.txt").write_text(sentences(rank if differs == "text" else 0, 400))
+        given = [*base_arguments, "model_name=model", "dataset.nameOrPath=book.txt", "strategy=ddp", "sink=jsonl"]
+        given += [f"lr={1 + rank}e-3"] if differs == "lr" else []
+        own = address | {"RANK": str(rank), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        ranks.append(spawn([*given, f"output_dir={tmp_path / 'run'}"], cwd=disk, env=own))
+    outs = [rank.communicate(timeout=180)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], outs
+    for out in outs:
+        assert out == f"error: rank 1 has another {says} than rank 0: all need the same command, model and text\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_of_another_shape_is_refused(base_arguments, exact_model, command, tmp_path):

@@ -1,5 +1,5 @@
 """Two nodes: two commands, each with an agent and workers of its own, in two network namespaces of this machine, which
-reach each other by a virtual cable only."""
+reach each other by a virtual cable only. Where it is about agents that do not come together, both are simply here."""
 
 import os
 import shutil
@@ -12,6 +12,7 @@ import pytest
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.launch.test_launch import steps, wait_for
+from tests.launch.test_mistakes import free_port
 
 pytestmark = pytest.mark.xdist_group("nodes")
 
@@ -104,3 +105,29 @@ def test_a_signal_on_one_node_stops_both(two_nodes, tmp_path):
     facts = read_run_file(run)
     assert facts["status"] == "stopped"
     assert (run / f"checkpoints/step-{facts['steps']:08d}/COMPLETE.json").exists()
+
+
+def here(base_arguments, run, *, timeout):
+    """A command of one of two nodes that meet on this machine."""
+    meeting = ["launch.nodes=2", f"launch.endpoint=127.0.0.1:{free_port()}", f"launch.timeout={timeout}"]
+    return [*base_arguments, *meeting, "strategy=ddp", "batch_size=1", "sink=jsonl", f"output_dir={run}"]
+
+
+def test_a_node_that_nobody_joins(spawn, base_arguments, tmp_path):
+    node = spawn([*here(base_arguments, tmp_path / "run", timeout=3), "devices=1"])
+    out, _ = node.communicate(timeout=180)
+    assert node.returncode == 1, out
+    meeting, failure = out.splitlines()
+    assert meeting.startswith("meeting 2 nodes at 127.0.0.1:")
+    assert failure.startswith("the nodes did not meet within launch.timeout")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nodes_with_unequal_devices(spawn, base_arguments, tmp_path):
+    given = here(base_arguments, tmp_path / "run", timeout=90)
+    nodes = [spawn([*given, f"devices={devices}"]) for devices in (1, 2)]
+    outs = [node.communicate(timeout=180)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [2, 2], outs
+    for out, meant in zip(outs, (2, 4), strict=True):
+        errors = [line for line in out.splitlines() if line.startswith("error: ")]
+        assert errors == [f"error: 3 processes have met, {meant} were meant to: give all nodes equal devices"]

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from pretrain.telemetry.jsonl import Jsonl, read_records
+from pretrain.events import RunStarted
+from pretrain.telemetry.jsonl import Jsonl, read_records, records_until
 
 
 def lines(path, steps):
@@ -17,7 +18,7 @@ def test_a_resumed_run_drops_the_records_it_will_write_again(tmp_path):
     with path.open("a") as file:
         file.write('{"event": "train", "st')  # killed in the middle of a line
     sink = Jsonl()
-    sink.open(tmp_path, total_steps=9, resumed_at=2)
+    sink.open(tmp_path, RunStarted(2, 9, resumed=True))
     sink.write({"event": "train", "step": 3, "time": 1.0})
     sink.close()
     assert [r["step"] for r in read_records(path)] == [0, 1, 2, 3]
@@ -28,7 +29,7 @@ def test_a_run_that_starts_over_starts_its_file_over(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines(path, [0, 0, 1])
     sink = Jsonl()
-    sink.open(tmp_path, total_steps=9, resumed_at=0)
+    sink.open(tmp_path, RunStarted(0, 9, resumed=False))
     sink.close()
     assert read_records(path) == []
 
@@ -42,6 +43,17 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 def test_not_a_number_is_refused(tmp_path):
     sink = Jsonl()
-    sink.open(tmp_path, total_steps=1, resumed_at=0)
+    sink.open(tmp_path, RunStarted(0, 1, resumed=False))
     with pytest.raises(ValueError, match="not JSON compliant"):
         sink.write({"event": "train", "step": 1, "time": 0.0, "loss": float("nan")})
+
+
+def test_a_run_that_goes_on_has_not_finished_and_evaluates_again_what_it_owes(tmp_path):
+    """Killed between its last record and its run.json, a finished run comes to its end a second time."""
+    path = tmp_path / "metrics.jsonl"
+    records = [{"event": "train", "step": 2}, {"event": "evaluation", "step": 1}, {"event": "evaluation", "step": 2}]
+    ends = [{"event": "run_finished", "step": 1, "status": "stopped"}]
+    ends += [{"event": "run_finished", "step": 2, "status": "finished"}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records + ends))
+    assert records_until(path, 2) == [*records, ends[0]]
+    assert records_until(path, 2, owes_evaluation=True) == [*records[:2], ends[0]]

@@ -62,7 +62,7 @@ def test_null_instead_of_nan(tmp_path):
 
 def test_a_failing_sink_is_dropped_and_said(tmp_path, capsys):
     class Broken:
-        def open(self, run, *, total_steps, resumed_at):
+        def open(self, run, start):
             pass
 
         def write(self, record):

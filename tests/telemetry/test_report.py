@@ -2,6 +2,7 @@
 
 import re
 
+from pretrain.events import RunStarted
 from pretrain.telemetry.report import Report, verdict
 
 
@@ -17,7 +18,7 @@ def train(step, loss):
 
 def test_page(tmp_path):
     report = Report()
-    report.open(tmp_path, total_steps=3, resumed_at=0)
+    report.open(tmp_path, RunStarted(0, 3, resumed=False))
     records = [
         {"event": "run_started", "step": 0, "time": 0.0, "total_steps": 3, "name": "<b>mine</b>"},
         evaluation(0, "python", "new", 3.0, 0.0),

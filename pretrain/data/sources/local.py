@@ -16,6 +16,7 @@ from pydantic import Field
 from pretrain.data.sources.base import Source
 from pretrain.data.units import SourceFile
 from pretrain.errors import UserError, did_you_mean
+from pretrain.folders import is_below
 
 FORMATS = {
     ".txt": "text",
@@ -110,9 +111,15 @@ def _saved_files(folder: Path) -> list[Path]:
             raise UserError(
                 f"{folder}: splits {', '.join(splits)}, none of them 'train'; name the folder of one of them"
             )
-        folder = folder / ("train" if "train" in splits else splits[0])
+        folder = _inside(folder, "train" if "train" in splits else splits[0])
     names = json.loads((folder / "state.json").read_text())["_data_files"]
-    return [folder / name["filename"] for name in names]
+    return [_inside(folder, name["filename"]) for name in names]
+
+
+def _inside(folder: Path, name: str) -> Path:
+    if not is_below(name):
+        raise UserError(f"{folder}: its JSON names {name!r}, which is outside the folder")
+    return folder / name
 
 
 def _visible(path: Path, folder: Path) -> bool:

@@ -1,0 +1,142 @@
+"""Saving while the run goes on: the loop waits for a copy of the state, a thread writes it.
+
+One checkpoint is written at a time. What goes wrong in the thread is raised by `collect`, which the loop calls after
+every step.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint.store import KINDS, bytes_of
+from pretrain.console import notice
+from pretrain.errors import UserError
+from pretrain.events import Saved
+from pretrain.tensors import Piece
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint.store import Store
+    from pretrain.world import World
+
+
+class Saver:
+    """Saves into ``store``; ``background``: in a thread, whose ranks agree in a process group of their own."""
+
+    def __init__(self, store: Store, *, world: World, background: bool) -> None:
+        self.store = store
+        self._world = world
+        self._apart = world.apart() if background else None
+        self._copies = HostCopies()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._saved: deque[Saved] = deque()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the thread of this rank has ended with an error that `collect` is going to raise."""
+        return self._error is not None
+
+    def save(self, step: int, state: dict[str, Any], *, at_once: bool) -> None:
+        """Save ``state`` as the checkpoint of ``step``. ``at_once``: before returning, because the run ends.
+
+        Where the disk has too little space the run goes on without this checkpoint. Raises ``UserError``, on every
+        rank, for what else keeps it from being written, and for that too when ``at_once``.
+        """
+        started_at = time.perf_counter()
+        self.wait()
+        needed = self._world.sum(bytes_of(state))
+        reason = self._world.on_main(lambda: self.store.make_room(step, needed))
+        if reason is not None:
+            if at_once:
+                raise UserError(reason)
+            if self._world.is_main:
+                notice(f"error: {reason}; the run goes on")
+            return
+        if at_once or self._apart is None:
+            self._write(step, state, lambda: None, started_at, None)
+            self._raise()
+            return
+        state, ready = self._copies.take(state)
+        blocked_seconds = time.perf_counter() - started_at
+        arguments = (step, state, ready, started_at, blocked_seconds)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="saver", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what kept a checkpoint from being written."""
+        self.close()
+        self._raise()
+
+    def close(self) -> None:
+        """Until nothing is being written, whatever came of it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def collect(self) -> Saved | None:
+        """The next checkpoint that has become whole since the last call, if any. Raises like `wait`."""
+        self._raise()
+        return self._saved.popleft() if self._saved else None
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write(
+        self,
+        step: int,
+        state: dict[str, Any],
+        ready: Callable[[], None],
+        started_at: float,
+        blocked_seconds: float | None,
+    ) -> None:
+        try:
+            ready()
+            world = self._world if blocked_seconds is None else self._apart
+            assert world is not None
+            size = self.store.save(step, state, world=world)
+            seconds = time.perf_counter() - started_at
+            blocked = seconds if blocked_seconds is None else blocked_seconds
+            self._saved.append(Saved(step, self.store.path(step), seconds, blocked, size))
+        except BaseException as error:  # raised where the loop will see it
+            self._error = error
+
+
+class HostCopies:
+    """Copies of a state's tensors in host memory, which is kept for the next time: new memory costs more than the copy.
+
+    From a GPU the copies are queued behind the step that made the state, and the host does not wait for them.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, str], Tensor] = {}
+
+    @torch.no_grad()
+    def take(self, state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
+        """``state`` with copied pieces, and what to call before they may be read."""
+        engine = dict(state["engine"])
+        for kind in KINDS:
+            engine[kind] = {name: self._copy((kind, name), piece) for name, piece in engine[kind].items()}
+        ready: Callable[[], None] = lambda: None  # noqa: E731
+        if torch.cuda.is_available():
+            event = torch.cuda.Event()
+            event.record()
+            ready = event.synchronize
+        return state | {"engine": engine}, ready
+
+    def _copy(self, key: tuple[str, str], piece: Piece) -> Piece:
+        source = piece.tensor
+        memory = self._memory.get(key)
+        if memory is None or memory.shape != source.shape or memory.dtype != source.dtype:
+            memory = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            self._memory[key] = memory
+        memory.copy_(source, non_blocking=True)
+        return Piece(memory, piece.start, piece.shape)

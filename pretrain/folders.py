@@ -1,0 +1,26 @@
+"""Whose a folder is, and whether a name that a file gives leads out of it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from functools import cache
+from pathlib import Path, PurePath
+
+from pretrain.console import notice
+
+
+def is_below(name: str) -> bool:
+    """Whether ``name``, read in a file, stays in that file's folder."""
+    return not os.path.isabs(name) and ".." not in PurePath(name).parts
+
+
+@cache
+def say_if_shared(folder: Path) -> None:
+    """One notice where somebody else may change what a run reads back. A notice, not a refusal: nothing in our folders
+    is ever executed, and on a shared scratch disk this can be meant. Root in a container owns few of its folders."""
+    found = folder.stat()
+    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+        notice(f"{folder} can be changed by every user of this machine, and with it what a run reads back: chmod o-w")
+    elif found.st_uid != os.geteuid() != 0:
+        notice(f"{folder} belongs to another user, who can change what a run reads back")

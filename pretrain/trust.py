@@ -1,0 +1,137 @@
+"""What a config file may not do, since it may come from somebody else: let code in.
+
+A file chooses among pretrain's own parts and sets their keys. What brings other code into the process, or other
+machines into the run, is said on the command line by the person who starts it; so is what Hydra itself would execute.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import UserError
+from pretrain.redact import held, secrets
+
+COMMAND_LINE_ONLY = {  # key → the value that a file may leave it at
+    "allow_targets": [],
+    "model.trust_remote_code": False,
+    "launch.endpoint": None,  # processes of one run send each other pickles
+}
+HYDRA_EXECUTES = (  # callbacks are instantiated, logging configs name factories, a sweeper's params become a command line
+    *("callbacks", "sweeper", "hydra_logging", "job_logging", "searchpath", "job.env_set", "job.env_copy"),
+    *("launcher.setup", "launcher.additional_parameters"),
+)
+OWN_NAME = re.compile(r"pretrain(\.[A-Za-z]\w*)+")
+
+
+def locate(path: str, target: Any, *, partial: bool = False, trusted: list[str] | None = None) -> Callable[..., Any]:
+    """The class or function a ``_target_`` names: a class of ours, with ``partial`` also a function, or one of ``trusted``.
+
+    Raises ``UserError`` for any other. The name is judged before anything is imported: to import is to run code. Making
+    one of our objects does nothing yet; calling a function might, so a config can't.
+    """
+    from hydra.utils import get_object
+
+    is_trusted = target in (trusted or ())
+    if not is_trusted and not (isinstance(target, str) and OWN_NAME.fullmatch(target)):
+        raise _refused(path, target)
+    try:
+        found: Callable[..., Any] = get_object(target)
+    except Exception as error:
+        raise UserError(f"{path}._target_={target!r}: {error}") from None
+    if is_trusted:
+        return found
+    real_name = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
+    if real_name != target or not (isinstance(found, type) or (partial and callable(found))):
+        raise _refused(path, target)
+    return found
+
+
+def _refused(path: str, target: Any) -> UserError:
+    return UserError(
+        f"{path}._target_={target!r}: a config may name pretrain's own parts only; if you trust this one, add "
+        f"'allow_targets=[{target}]' to the command line"
+    )
+
+
+def said(arguments: list[str]) -> dict[str, Any]:
+    """What the command line itself gives the keys in ``COMMAND_LINE_ONLY``; the last one counts."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    own = [a for a in arguments if a.partition("=")[0].lstrip("+") in COMMAND_LINE_ONLY and "=" in a]
+    return {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(own)}
+
+
+def check_said(config: dict[str, Any], spoken: dict[str, Any]) -> None:
+    """Raises ``UserError`` when a key that only the command line may set has another value than it gave (``spoken``)."""
+    for key, harmless in COMMAND_LINE_ONLY.items():
+        value: Any = config
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value not in (None, harmless, spoken.get(key)):
+            raise UserError(f"{key}={value}: set by a config file; if you trust it, put '{key}=…' on the command line")
+
+
+def check_hydra(flags: list[str], overrides: list[str], conf: Path) -> None:
+    """What Hydra would execute has to come from conf/config.yaml, the user's conf/local or the command line.
+
+    Called before ``hydra.main`` does so: it composes the config as that will, for a sweep over groups each choice.
+    Raises ``UserError`` when a file of a group, an experiment or ``--config-dir`` has set such a key.
+    """
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path, get_args_parser
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    given = get_args_parser().parse_args(flags)
+    for flag in ("config_path", "config_name", "experimental_rerun"):  # the last one is a pickle
+        if getattr(given, flag):
+            raise UserError(
+                f"--{flag.replace('_', '-')}: not here; a flat YAML is --config FILE, a folder --config-dir"
+            )
+    search = create_config_search_path(str(conf))
+    if given.config_dir:
+        folder = os.path.abspath(given.config_dir)
+        search.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
+    hydra = Hydra.create_main_hydra2("pretrain", search)
+    known = secrets()
+
+    def composed(words: list[str]) -> dict[str, Any]:
+        config = hydra.compose_config("config", words, RunMode.RUN, validate_sweep_overrides=False)
+        if secret := held(OmegaConf.to_yaml(config), known):  # Hydra writes it to multirun.yaml
+            raise UserError(f"a config file holds {secret}; no key takes a secret, set it in the environment alone")
+        node = config.hydra
+        found = {key: OmegaConf.select(node, key, throw_on_resolution_failure=False) or None for key in HYDRA_EXECUTES}
+        return {"overrides": [*node.overrides.task, *node.overrides.hydra]} | found
+
+    try:
+        own = [o for o in overrides if re.match(r"[+~]*hydra[./@]", o)]
+        by_command_line = composed(own)
+        for words in _without_sweeps(overrides, hydra.config_loader):
+            by_command_line["overrides"] = sorted(words)
+            for key, value in composed(words).items():
+                if (sorted(value) if key == "overrides" else value) != by_command_line[key]:
+                    raise UserError(f"hydra.{key}: set by a config file, which Hydra would execute; not allowed there")
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _without_sweeps(overrides: list[str], loader: Any) -> Iterator[list[str]]:
+    """The command line of every combination of the groups' choices that are swept; sweeps over mere keys left out."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    fixed: list[str] = []
+    swept: list[list[str]] = []
+    for o in OverridesParser.create(config_loader=loader).parse_overrides(overrides):
+        if not o.is_sweep_override():
+            fixed.append(str(o.input_line))
+        elif o.is_discrete_sweep() and loader.get_group_options(o.key_or_group):
+            swept.append([f"{o.get_key_element()}={choice}" for choice in o.sweep_string_iterator()])
+    for choices in itertools.product(*swept):
+        yield [*fixed, *choices]

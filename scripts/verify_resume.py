@@ -1,0 +1,190 @@
+"""Does your run, killed and started again, equal the one that was never interrupted? On your model, data and strategy.
+
+    python scripts/verify_resume.py model_name=path/to/model dataset=local dataset.nameOrPath=books/ strategy=fsdp devices=2
+
+The arguments are those of a run. It is made twice in a temporary folder: N steps at once; and with all its processes killed
+(SIGKILL) after N/2 steps, two steps past its last checkpoint, and the same command again. Then both are compared: weights,
+moments, random states, data cursor and progress of the last checkpoint, and the records of metrics.jsonl.
+
+difference: the largest of all numbers (absolute). On a CPU it is 0. Some kernels of GPUs add in no fixed order: --bound says
+what difference of weights, moments and records is accepted.
+
+Exit code 0: no difference; 1: one, or a run failed; 2: a mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.checkpoint.store import KINDS, Store, load
+from pretrain.telemetry.jsonl import read_records
+
+OWN = ["resume=auto", "log_every=1", "sink=[jsonl]"]
+CLOCKS = {"time", "step_seconds", "data_seconds", "tokens_per_second", "memory_gib", "mfu", "train_seconds"}
+PLACES = {"folder", "model", "path"}
+COMPARED = ("train", "evaluation", "run_finished")  # of starts a resumed run has more; a kill may come before a save's
+
+
+class Difference(NamedTuple):
+    """``largest``: absolute, infinite where something is on one side only. ``where`` it is."""
+
+    largest: float
+    where: str = ""
+
+
+# Two finished runs ------------------------------------------------------------------------------------------------------
+
+
+def compare(run: Path, reference: Path) -> dict[str, Difference]:
+    """What of ``run`` differs from ``reference``, in their last checkpoints and in their records."""
+    ours, theirs = (load(last_checkpoint(folder)) for folder in (run, reference))
+    found = {}
+    for kind, name in zip(KINDS, ("weights", "moments"), strict=True):
+        found[name] = _worst(_tensors(ours["engine"][kind], theirs["engine"][kind]))
+    found["random states"] = _worst(_values(ours["rng"], theirs["rng"]))
+    found["data cursor"] = _worst(_values(ours["loader"], theirs["loader"]))
+    found["progress"] = _worst(_values(ours["progress"], theirs["progress"]))
+    found["metrics"] = _worst(_values(records(run), records(reference)))
+    return found
+
+
+def last_checkpoint(run: Path) -> Path:
+    newest = Store(run / "checkpoints").newest()
+    if newest is None:
+        raise SystemExit(f"{run} has no whole checkpoint")
+    return newest
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """What a run has to have in common with the same run, uninterrupted: all but clocks and places."""
+    left_out = CLOCKS | PLACES
+    every = read_records(run / "metrics.jsonl")
+    kept = [r for r in every if r["event"] in COMPARED and r.get("status") != "stopped"]
+    return [{key: value for key, value in record.items() if key not in left_out} for record in kept]
+
+
+def _tensors(ours: Any, theirs: Any) -> Iterator[Difference]:
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours.keys() & theirs.keys() or ours.shape(name) != theirs.shape(name):
+            yield Difference(float("inf"), name)
+            continue
+        a, b = ours.read(name), theirs.read(name)
+        if not torch.equal(a, b):
+            yield Difference(float((a.double() - b.double()).abs().max()), name)
+
+
+def _values(a: Any, b: Any, where: str = "") -> Iterator[Difference]:
+    """Differences of two values of JSON."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        for key in a:
+            yield from _values(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from _values(x, y, f"{where}[{i}]")
+    elif isinstance(a, int | float) and isinstance(b, int | float):
+        if a != b:
+            yield Difference(abs(a - b), where)
+    elif a != b:
+        yield Difference(float("inf"), where)
+
+
+def _worst(differences: Iterator[Difference]) -> Difference:
+    return max(differences, default=Difference(0.0))
+
+
+# Making them ------------------------------------------------------------------------------------------------------------
+
+
+def start(arguments: list[str], run: Path, log: Path, **options: Any) -> subprocess.Popen[bytes]:
+    """The run as a group of processes of its own, what it says appended to ``log``."""
+    command = [sys.executable, "-m", "pretrain", *arguments, *OWN, f"output_dir={run}"]
+    with log.open("ab") as said:
+        return subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True, **options)
+
+
+def finish(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait for a run that has to end well. Leaves with 2 for a mistake of the user's, else with 1."""
+    code = process.wait()
+    if code:
+        last_words = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        print(f"{last_words}\nthe run left with exit code {code}", file=sys.stderr)
+        raise SystemExit(2 if code == 2 else 1)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to every process of the run."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def kill_after(process: subprocess.Popen[bytes], run: Path, step: int, log: Path) -> None:
+    while not any(r["event"] == "train" and r["step"] >= step for r in _so_far(run)):
+        if process.poll() is not None:
+            finish(process, log)
+            raise SystemExit(f"the run was over before it could be killed after {step} steps")
+        time.sleep(0.01)
+    kill(process)
+
+
+def _so_far(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return read_records(path) if path.exists() else []
+
+
+def show(found: dict[str, Difference], bound: float) -> bool:
+    """Print the verdict; whether nothing differs."""
+    table = Table("compared", "difference", "equal", "where", box=box.SIMPLE)
+    good = {}
+    for name, difference in found.items():
+        accepted = bound if name in ("weights", "moments", "metrics") else 0.0
+        good[name] = difference.largest <= accepted
+        where = difference.where if difference.largest else ""
+        table.add_row(name, f"{difference.largest:g}", "yes" if good[name] else "NO", where)
+    Console().print(table)
+    return all(good.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="of a run: key=value, group=choice")
+    parser.add_argument("--steps", type=int, default=12, help="N (default 12)")
+    parser.add_argument("--bound", type=float, default=0.0, help="of accepted differences (default 0)")
+    asked = parser.parse_args()
+    if asked.steps < 6:
+        parser.error(f"--steps {asked.steps}: at least 6, for a checkpoint before the middle")
+    half = asked.steps // 2
+    arguments = [*asked.overrides, f"max_steps={asked.steps}", f"save_every={half - 2}", f"evaluate_every={half}"]
+    with tempfile.TemporaryDirectory(prefix="verify-resume-") as scratch:
+        whole, killed, log = Path(scratch, "whole"), Path(scratch, "killed"), Path(scratch, "log")
+        print(f"{asked.steps} steps at once …", flush=True)
+        finish(start(arguments, whole, log), log)
+        print(f"again, killed after step {half} …", flush=True)
+        process = start(arguments, killed, log)
+        kill_after(process, killed, half, log)
+        print("and the same command …", flush=True)
+        finish(start(arguments, killed, log), log)
+        resumed = [r["step"] for r in read_records(killed / "metrics.jsonl") if r["event"] == "run_started"][-1]
+        facts = json.loads((killed / "run.json").read_text())
+        print(f"{facts['strategy']}, {facts['world_size']} process(es), {facts['device']}; went on from step {resumed}")
+        good = show(compare(killed, whole), asked.bound)
+    print("equal" if good else "NOT equal")
+    raise SystemExit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()

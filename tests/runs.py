@@ -1,0 +1,52 @@
+"""What tests ask of whole runs: their records without clocks, whether two are the same, how far one has come."""
+
+import time
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from pretrain.telemetry.jsonl import read_records
+
+TIMES = {"time", "step_seconds", "data_seconds", "tokens_per_second", "memory_gib", "seconds", "blocked_seconds"}
+TIMES |= {"train_seconds", "path", "folder", "model"}
+
+
+def numbers(run: Path) -> list[dict]:
+    """The records without clocks and places. Left out: starts, of which a resumed run has one more, and checkpoints,
+    whose record a kill can come before."""
+    kept = ("train", "evaluation", "run_finished")
+    return [
+        {k: v for k, v in record.items() if k not in TIMES}
+        for record in read_records(run / "metrics.jsonl")
+        if record["event"] in kept
+    ]
+
+
+def assert_same_numbers(run: Path, reference: Path) -> None:
+    """The first record that differs, said as it is."""
+    for ours, theirs in zip_longest(numbers(run), numbers(reference)):
+        assert ours == theirs
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    assert_same_numbers(run, reference)
+    for name in ("model", "optimizer"):
+        ours, theirs = (load_file(r / "checkpoints/step-00000020" / f"{name}.safetensors") for r in (run, reference))
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert torch.equal(ours[key], theirs[key]), key
+    state, expected = (
+        (r / "checkpoints/step-00000020/state.json").read_text().replace(str(r), "") for r in (run, reference)
+    )
+    assert state == expected
+
+
+def wait_for(run: Path, step: int, process) -> None:
+    """Until metrics.jsonl has a record of ``step``."""
+    while process.poll() is None:
+        path = run / "metrics.jsonl"
+        if path.exists() and any(r["step"] >= step and r["event"] == "train" for r in read_records(path)):
+            return
+        time.sleep(0.005)
