@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pretrain.evaluation.perplexity import Domain, Evaluator
     from pretrain.events import Event
     from pretrain.exporter import Exporter
+    from pretrain.guard.guard import Guard
     from pretrain.interrupt import Interrupt
     from pretrain.models.blueprint import Blueprint
     from pretrain.place import Place
@@ -259,6 +260,20 @@ def build_loader(resolved: dict[str, Any], prepared: Prepared, split: Split, wor
     )
 
 
+def build_guard(resolved: dict[str, Any], prepared: Prepared, engine: Engine, loader: Loader, folder: Path) -> Guard:
+    """The judge of every step; rank 0 writes quarantine.jsonl into ``folder``."""
+    from pretrain.guard.guard import Guard
+    from pretrain.guard.quarantine import Quarantine
+
+    file = folder / "quarantine.jsonl" if engine.world.is_main else None
+    return Guard(
+        instantiate(resolved["guard"]),
+        device=engine.world.device,
+        quarantine=Quarantine(file, loader=loader, tokenizer=prepared.tokenizer),
+        scaled=engine.scaler.is_enabled(),
+    )
+
+
 def build_split(
     resolved: dict[str, Any], prepared: Prepared, engine: Engine, *, setting: Setting, resume_from: Path | None
 ) -> Split:
@@ -323,12 +338,14 @@ def build_trainer(
     rng = rng_state()  # before anything is tried
     split = build_split(resolved, prepared, engine, setting=setting, resume_from=resume_from)
     micro_batch = split.batch_size * setting.devices_per_worker
+    loader = build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world)
     evaluate_every, save_every = cadences(resolved, prepared)
     facts = run_facts(resolved, world, engine, restarts=place.restarts) | split.facts()
     return Trainer(
         world=world,
         engine=engine,
-        loader=build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world),
+        loader=loader,
+        guard=build_guard(resolved, prepared, engine, loader, folder),
         schedule=build_schedule(resolved, steps),
         evaluator=build_evaluator(resolved, prepared, batch_size=split.batch_size),
         saver=Saver(store, world=world, background=store.policy.async_),

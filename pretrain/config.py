@@ -34,6 +34,7 @@ GROUPS = (
     "checkpoint",
     "evaluation",
     "generation",
+    "guard",
     "launch",
     "sink",
 )

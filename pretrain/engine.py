@@ -6,8 +6,9 @@ ranks change nothing but rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from pretrain.models.language_model import LanguageModel
     from pretrain.precision import Precision
     from pretrain.world import World
+
+
+def never(norm: Tensor) -> Tensor:
+    """Refuses no update."""
+    return torch.zeros_like(norm, dtype=torch.bool)
 
 
 class Scorer:
@@ -71,6 +77,8 @@ class Engine(Scorer):
         self.scaler = precision.grad_scaler(world.device.type)
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+        # Fused optimizers leave out an update by themselves; reading a tensor costs nothing on a CPU only.
+        self.decides_on_device = world.device.type != "cpu" and all(g.get("fused") for g in optimizer.param_groups)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -90,19 +98,31 @@ class Engine(Scorer):
         """The context of one micro-batch's forward and backward; ``last``: gradients must be exchanged in it."""
         return nullcontext()
 
-    def step(self, max_norm: float | None) -> Tensor:
+    def step(self, max_norm: float | None, *, refuse: Callable[[Tensor], Tensor] = never) -> Tensor:
         """Clip to the global norm ``max_norm`` (``None``: measure only), update, clear; return the norm, on the device.
 
-        Under 16-mixed a non-finite gradient leaves the weights alone and counts in ``skipped``.
+        ``refuse``: norm → whether weights and moments must stay as they are, a 0-d bool, equal on all ranks. Such a step
+        counts in ``skipped``, as does, under 16-mixed, one with a non-finite gradient.
         """
         self.scaler.unscale_(self.optimizer)
         norm = self.clip(max_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.scaler.is_enabled():
-            self.skipped += ~torch.isfinite(norm)
+        refused = refuse(norm)
+        self.update(refused)
+        self.skipped += refused | ~torch.isfinite(norm) if self.scaler.is_enabled() else refused
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def update(self, refused: Tensor) -> None:
+        """The optimizer's step, unless ``refused``, and the scaler's. A GPU is not waited for: it is told in the way in
+        which a loss scaler tells optimizers of infinite gradients, by their attribute ``found_inf``."""
+        if self.decides_on_device:
+            hook = self.optimizer.register_step_pre_hook(partial(_leave_out, refused))
+            self.scaler.step(self.optimizer)
+            hook.remove()
+            vars(self.optimizer).pop("found_inf", None)
+        elif not refused:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def clip(self, max_norm: float | None) -> Tensor:
         """The norm over all shards of all parameters; gradients are scaled down where it is more than ``max_norm``.
@@ -179,3 +199,10 @@ class Engine(Scorer):
                 value = torch.empty_like(parameter, dtype=rows.dtype, requires_grad=False)
                 tensors.local(value).copy_(rows)
             self.optimizer.state[parameter][key] = value
+
+
+def _leave_out(refused: Tensor, optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Before an optimizer's step: where ``refused`` it leaves all as it is; so it does where the scaler wants it to."""
+    found = refused.float()
+    by_scaler = getattr(optimizer, "found_inf", None)
+    optimizer.found_inf = found if by_scaler is None else torch.maximum(found, by_scaler)

@@ -33,7 +33,7 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class StepDone(Event):
-    """One optimizer step. ``loss``, ``grad_norm`` and ``skipped`` (fp16 steps without an update so far) are 0-d tensors.
+    """One optimizer step. ``loss``, ``grad_norm`` and ``skipped`` (steps without an update so far) are 0-d tensors.
 
     ``tokens``: target tokens so far, all ranks. ``step_tokens``: those of this step. ``epoch``: of the step's last
     sample, as a fraction. ``data_seconds``: how long the loop waited for its batch.
@@ -84,6 +84,15 @@ class Exported(Event):
     """``seconds``: how long the loop stood still for a model folder; 0 where none was asked for."""
 
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack(Event):
+    """The run has gone back to ``step``, the last good checkpoint, because of what its guard found in ``bad_step``
+    (``reason``: nonfinite · spike), and trains on from there."""
+
+    bad_step: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

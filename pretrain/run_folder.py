@@ -40,6 +40,7 @@ FREE |= {
     "checkpoint",
     "evaluation",
     "generation",
+    "guard",
     "task",
     "strategy",
     "launch",

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from pretrain.batch import Batch
 from pretrain.checkpoint import store
 from pretrain.checkpoint.rng import rng_state, set_rng_state
 from pretrain.console import notice
 from pretrain.errors import UserError
-from pretrain.events import Evaluated, Event, RunFinished, RunStarted, StepDone
+from pretrain.events import Evaluated, Event, RolledBack, RunFinished, RunStarted, StepDone
 from pretrain.out_of_memory import watched
 from pretrain.progress import Every, Progress
 from pretrain.telemetry.record import fields_of
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from pretrain.engine import Engine
     from pretrain.evaluation.perplexity import Evaluator
     from pretrain.exporter import Exporter
+    from pretrain.guard.guard import Bad, Guard
     from pretrain.interrupt import Interrupt
     from pretrain.world import World
 
@@ -49,6 +52,7 @@ class Trainer:
     engine: Engine
     loader: Loader
     schedule: Schedule
+    guard: Guard
     evaluator: Evaluator
     saver: Saver
     interrupt: Interrupt
@@ -65,6 +69,7 @@ class Trainer:
     listeners: list[Listener] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
     watchdog: Watchdog = field(default_factory=Watchdog)
+    _batches: Generator[Batch, None, None] = field(init=False)
 
     def run(self) -> Progress:
         """Train to ``total_steps`` or until a stop signal; save, and export the model of a finished run."""
@@ -77,6 +82,8 @@ class Trainer:
         for batch, data_seconds in self.batches():
             self.emit(self.train_step(batch, data_seconds))
             stop = self.agree()
+            if self.rolled_back(at_once=stop or self.pauses):
+                continue
             if self.evaluate_every.due(self.progress.step) or self.finished:
                 stop = not self.evaluate() or stop
             if self.save_every.due(self.progress.step) or self.finished or stop:
@@ -89,24 +96,23 @@ class Trainer:
         """Global batches up to the last step, each with the seconds the loop waited for it."""
         if self.finished or self.interrupted():
             return
-        batches = iter(self.loader)
+        self._batches = iter(self.loader)
         self.watchdog.rest()  # the first step compiles
         while not self.finished:
             asked_at = time.perf_counter()
-            batch = next(batches)
+            batch = next(self._batches)
             yield batch, time.perf_counter() - asked_at
 
     @watched("step")
     def train_step(self, batch: Batch, data_seconds: float) -> StepDone:
-        """One optimizer step on one global batch. Nothing here waits for the device."""
+        """One optimizer step on one global batch, or none where it is passed over. Nothing here waits for the device."""
         tokens = self.world.sum(batch.num_targets)
         lr = self.engine.set_lr(self.schedule(self.progress.step))
-        micros = list(batch.split(self.micro_batch))
-        loss = torch.zeros((), device=self.world.device)
-        for i, micro in enumerate(micros):
-            loss += self.engine.backward(micro.to(self.world.device), tokens=tokens, last=i == len(micros) - 1)
-            self.watchdog.pat()
-        norm = self.engine.step(self.grad_clip)
+        if batch.first_sample in self.guard.passed_over:
+            loss = norm = torch.full((), math.nan, device=self.world.device)
+            self.engine.skipped += 1
+        else:
+            loss, norm = self.update(batch, tokens)
         self.progress.step += 1
         self.progress.samples = self.loader.state_dict()["samples"]
         self.progress.tokens += tokens
@@ -115,12 +121,50 @@ class Trainer:
             epoch=self.loader.epoch,
             tokens=self.progress.tokens,
             step_tokens=tokens,
-            loss=self.world.add_up(loss),
+            loss=loss,
             lr=lr,
             grad_norm=norm,
             skipped=self.engine.skipped,
             data_seconds=data_seconds,
         )
+
+    def update(self, batch: Batch, tokens: int) -> tuple[Tensor, Tensor]:
+        """Train on ``batch``, unless the guard refuses what comes of it; loss and gradient norm, on the device.
+
+        ``tokens``: targets of the whole global batch.
+        """
+        micros = list(batch.split(self.micro_batch))
+        loss = torch.zeros((), device=self.world.device)
+        for i, micro in enumerate(micros):
+            loss += self.engine.backward(micro.to(self.world.device), tokens=tokens, last=i == len(micros) - 1)
+            self.watchdog.pat()
+        look = self.guard.look(self.world.add_up(loss))
+        norm = self.engine.step(self.grad_clip, refuse=look.refuses)
+        self.guard.note(look, norm, step=self.progress.step + 1, first_sample=batch.first_sample)
+        return loss, norm
+
+    def rolled_back(self, *, at_once: bool) -> bool:
+        """Hear of bad steps; whether the run has gone back to a checkpoint because of one."""
+        demands = (bad for bad in self.guard.found(at_once=at_once) if bad.action == "rollback")
+        return any(self.roll_back(bad) for bad in demands)
+
+    def roll_back(self, bad: Bad) -> bool:
+        """Go on from the last good checkpoint. False where there is none yet: then the step just was not trained."""
+        self.watchdog.rest()
+        self.saver.wait()
+        self.tell_saved()
+        checkpoint = self.world.on_main(self.saver.store.newest) or self.resume_from
+        if checkpoint is None:
+            notice("there is no checkpoint to go back to yet: the run goes on")
+            return False
+        self._batches.close()
+        self.restore(checkpoint)
+        self.progress.owes_evaluation = False  # whoever went on from there has made it
+        self._batches = iter(self.loader)
+        notice(f"back at {checkpoint}")
+        self.emit(RolledBack(self.progress.step, bad.step, bad.reason))
+        set_rng_state(self.rng)
+        return True
 
     @watched("evaluation")
     def evaluate(self) -> bool:
@@ -153,6 +197,7 @@ class Trainer:
             "engine": self.engine.state_dict(),
             "loader": self.loader.state_dict(),
             "progress": self.progress.state_dict(),
+            "guard": self.guard.state_dict(),
             "rng": self.world.each(rng_state),
             "identity": self.identity,
             "files": self.exporter.checkpoint_files(self.progress) if self.world.is_main else {},
@@ -179,14 +224,16 @@ class Trainer:
         return stop
 
     def resume(self) -> None:
-        """Put back the state of ``resume_from``; without one the run starts at step 0.
+        """Put back the state of ``resume_from``; without one the run starts at step 0."""
+        if self.resume_from is not None:
+            self.restore(self.resume_from)
 
-        The checkpoint may be of another strategy or number of ranks: then a rank it did not have keeps its own random
-        state.
+    def restore(self, checkpoint: Path) -> None:
+        """Put back the state of ``checkpoint``.
+
+        It may be of another strategy or number of ranks: then a rank it did not have keeps its own random state.
         """
-        if self.resume_from is None:
-            return
-        state = store.load(self.resume_from)
+        state = store.load(checkpoint)
         before = state["identity"]
         if any(before[part] != self.identity[part] for part in ("weights", "optimizer")):  # by resume_allow
             state["engine"]["optimizer"] = TensorFiles([])
@@ -197,6 +244,10 @@ class Trainer:
         # of another length by resume_allow: the same place in the text
         self.progress.samples = self.progress.samples * before["sequence_length"] // self.identity["sequence_length"]
         self.loader.load_state_dict({"samples": self.progress.samples})
+        guard = state.get("guard", {})
+        if any(before[part] != self.identity[part] for part in ("data", "sequence_length", "global_batch", "seed")):
+            guard["passed_over"] = []  # they were other batches
+        self.guard.load_state_dict(guard)
         if self.world.rank < len(state["rng"]):
             self.rng = state["rng"][self.world.rank]
 
@@ -211,6 +262,11 @@ class Trainer:
     @property
     def finished(self) -> bool:
         return self.progress.step >= self.total_steps
+
+    @property
+    def pauses(self) -> bool:
+        """Whether the run evaluates, saves or ends at this step."""
+        return self.finished or any(every.due(self.progress.step) for every in (self.evaluate_every, self.save_every))
 
     def interrupted(self) -> bool:
         """Whether a stop signal has come, to any rank. Every rank must ask."""

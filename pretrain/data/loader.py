@@ -4,7 +4,7 @@ resuming costs nothing at any depth, and the global batches do not depend on how
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from queue import Full, Queue
 
 import numpy as np
@@ -93,6 +93,19 @@ class Loader:
         view = self.blocks.view
         found = [view.document_ids(index * length, index * length + length + 1) for index in chosen.tolist()]
         return [view.store.document(number) for number in np.unique(np.concatenate(found)).tolist()]
+
+    def texts(self, first_sample: int) -> Iterator[tuple[Document, NDArray[np.int64]]]:
+        """Those documents, in the order of the batch, each with the first stretch of its tokens there."""
+        length, view = self.blocks.sequence_length, self.blocks.view
+        seen: set[int] = set()
+        for index in self._blocks_of(first_sample + np.arange(self.global_batch_size)).tolist():
+            start, stop = index * length, index * length + length + 1
+            borders = view.document_starts(start, stop) - start
+            stretches = np.split(view.read(start, stop), borders[borders > 0])
+            for number, tokens in zip(view.document_ids(start, stop).tolist(), stretches, strict=True):
+                if number not in seen:
+                    seen.add(number)
+                    yield view.store.document(number), tokens
 
     def state_dict(self) -> dict[str, int]:
         return {"samples": self.samples}

@@ -24,7 +24,8 @@ class CompensatedAdamW(Optimizer):
 
     The update is torch's own AdamW in fp32, of parameter + compensation; what the parameter's type can't hold goes back
     into the compensation (Kahan summation; for bf16 AdamW see arXiv:2010.06192, section 3). Deterministic: a resumed
-    run continues bit for bit. fp32 parameters have no compensation.
+    run continues bit for bit. fp32 parameters have no compensation. Like torch's fused AdamW it leaves all as it is where
+    its attribute ``found_inf``, a 0-d tensor that a loss scaler may have set, is 1.
     """
 
     def __init__(
@@ -42,13 +43,14 @@ class CompensatedAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = closure() if closure is not None else None
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+                    self._update(parameter, parameter.grad, group, found_inf)
         return loss
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
@@ -60,17 +62,24 @@ class CompensatedAdamW(Optimizer):
         for p, g, m, v, *compensation in _chunks(parameter, gradient, *slots):
             step = state["step"].clone()  # torch counts on with every chunk
             if not compensation:
-                _adamw(p, g, m, v, step, group)
+                _adamw(p, g, m, v, step, group, found_inf)
                 continue
-            exact, exp_avg = p.float().add_(compensation[0]), m.float()
-            _adamw(exact, g.float(), exp_avg, v, step, group)
+            lost = compensation[0]
+            exact, exp_avg = p.float().add_(lost), m.float()
+            _adamw(exact, g.float(), exp_avg, v, step, group, found_inf)
+            rounded = exact.to(p.dtype)
+            still_lost = exact.sub_(rounded)
+            if found_inf is not None:  # a sum that lies between two numbers must not be rounded anew
+                rounded, still_lost = (torch.where(found_inf == 1, a, b) for a, b in ((p, rounded), (lost, still_lost)))
             m.copy_(exp_avg)
-            p.copy_(exact)
-            compensation[0].copy_(exact.sub_(p))
-        state["step"] += 1
+            p.copy_(rounded)
+            lost.copy_(still_lost)
+        state["step"] += 1 if found_inf is None else 1 - found_inf
 
 
-def _adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, group: dict[str, Any]) -> None:
+def _adamw(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, group: dict[str, Any], found_inf: Tensor | None
+) -> None:
     adamw(
         [p],
         [g],
@@ -87,6 +96,7 @@ def _adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, group: dict
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=False,
+        found_inf=found_inf,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from io import StringIO
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pretrain.batch import Batch
-from pretrain.engine import Engine
+from pretrain.engine import Engine, never
 from pretrain.errors import UserError
 from pretrain.models.meta import cast_parameters, put_buffers
 from pretrain.tensors import Piece, TensorFiles
@@ -153,11 +153,25 @@ class DeepspeedEngine(Engine):
         self._wrapped.backward(loss * self.replicas, scale_wrt_gas=False)
         return loss.detach()
 
-    def step(self, max_norm: float | None) -> Tensor:
+    def step(self, max_norm: float | None, *, refuse: Callable[[Tensor], Tensor] = never) -> Tensor:
+        """``refuse`` is asked before the norm is known, with 0: DeepSpeed itself refuses what is not finite. It waits for
+        the device in every step, so reading the answer costs nothing more."""
         assert (max_norm or 0.0) == self._wrapped.gradient_clipping()
-        self._wrapped.step()
+        with self._infinite_norm() if refuse(torch.zeros((), device=self.world.device)) else nullcontext():
+            self._wrapped.step()
         self.skipped += int(self._zero.overflow)
         return torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self.world.device)
+
+    @contextmanager
+    def _infinite_norm(self) -> Iterator[None]:
+        """DeepSpeed finds a norm that is infinite, and leaves the step out, with all that it has to clear."""
+        measure = "scaled_global_norm" if self._stage < 3 else "_get_norm_groups"
+        infinite = torch.tensor(float("inf"), device=self.world.device)
+        setattr(self._zero, measure, lambda: infinite if self._stage < 3 else [infinite])
+        try:
+            yield
+        finally:
+            delattr(self._zero, measure)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:

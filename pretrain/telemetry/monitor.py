@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.console import notice
-from pretrain.events import Evaluated, Event, Exported, RunFinished, RunStarted, Saved, StepDone
+from pretrain.events import Evaluated, Event, Exported, RolledBack, RunFinished, RunStarted, Saved, StepDone
 from pretrain.progress import Every
 from pretrain.telemetry.record import Record, fields_of, json_safe
 
@@ -48,6 +48,8 @@ class Monitor:
                 self._window.exclude(event.blocked_seconds)
             case Exported():
                 self._window.exclude(event.seconds)
+            case RolledBack():
+                self._go_back(event)
             case RunStarted():
                 self._start(event)
             case RunFinished():
@@ -60,6 +62,14 @@ class Monitor:
         self._write(
             "run_started", event.step, {"total_steps": event.total_steps, "resumed": event.resumed} | event.facts
         )
+        self._window.restart()
+
+    def _go_back(self, event: RolledBack) -> None:
+        """For the sinks as if the run had been stopped and resumed there."""
+        self._each(lambda s: s.close())
+        again = RunStarted(event.step, self._total_steps, resumed=True)
+        self._each(lambda s: s.open(self._run, again))
+        self._write("rollback", event.step, fields_of(event))
         self._window.restart()
 
     def _step(self, event: StepDone) -> None:

@@ -38,6 +38,8 @@ class Report:
         earlier = run / "metrics.jsonl"
         if start.step and earlier.exists():
             self._records = records_until(earlier, start.step, owes_evaluation=start.owes_evaluation)
+        else:  # without a file: after a rollback, its own
+            self._records = [r for r in self._records if r["step"] <= start.step]
 
     def write(self, record: dict[str, Any]) -> None:
         self._records.append(record)

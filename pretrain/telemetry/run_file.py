@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.console import notice
-from pretrain.events import Evaluated, Event, RunFinished, RunStarted, Saved
+from pretrain.events import Evaluated, Event, RolledBack, RunFinished, RunStarted, Saved
 from pretrain.telemetry.record import fields_of
 
 
@@ -42,9 +42,11 @@ class RunFile:
         elif isinstance(event, RunFinished):
             self._facts |= {"status": event.status, "tokens": event.tokens}
             self._facts["model"] = str(event.model) if event.model else None
-        elif not isinstance(event, Saved):
+        elif not isinstance(event, Saved | RolledBack):
             return
-        steps = max(event.step, self._facts.get("steps", 0))  # a checkpoint may be told of some steps later
+        steps = event.step
+        if isinstance(event, Saved):  # a checkpoint may be told of some steps later
+            steps = max(steps, self._facts.get("steps", 0))
         self._facts |= {"steps": steps, "seconds": self._earlier_seconds + time.monotonic() - self._started_at}
         try:
             write_json(self._path, self._facts)

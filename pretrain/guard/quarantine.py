@@ -1,0 +1,60 @@
+"""quarantine.jsonl: the batches that were not trained, each with its documents, for people who want to see what was in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.guard.guard import Bad
+from pretrain.telemetry.jsonl import read_records
+from pretrain.telemetry.record import json_safe
+
+if TYPE_CHECKING:
+    from pretrain.data.loader import Loader
+
+EXCERPT_CHARS = 200
+NAMED = 3  # documents in a message
+
+
+class Quarantine:
+    """One record a batch: a step that is trained again takes the place of what was found in it before.
+
+    ``path``: the file, or ``None`` on ranks that write none.
+    """
+
+    def __init__(self, path: Path | None, *, loader: Loader, tokenizer: Any) -> None:
+        self._path = path
+        self._loader = loader
+        self._tokenizer = tokenizer
+
+    def __call__(self, bad: Bad) -> str:
+        """Write down what is in the batch of ``bad``; return its first documents as ``path#index``."""
+        documents = [
+            {
+                "path": document.path,
+                "start": document.start,
+                "index": document.index,
+                "hash": f"{document.hash:016x}",
+                "excerpt": self._tokenizer.decode(tokens.tolist())[:EXCERPT_CHARS],
+            }
+            for document, tokens in self._loader.texts(bad.first_sample)
+        ]
+        if self._path is not None:
+            numbers = {"loss": bad.loss, "grad_norm": bad.grad_norm, "zscore": bad.zscore}
+            what = {"step": bad.step, "time": time.time(), "reason": bad.reason, "action": bad.action}
+            where = {"first_sample": bad.first_sample, "documents": documents}
+            self._write(what | json_safe(numbers) | where)
+        names = [f"{d['path']}#{d['index']}" for d in documents[:NAMED]]
+        return ", ".join(names) + (f" and {len(documents) - NAMED} more" if len(documents) > NAMED else "")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        assert self._path is not None
+        earlier = read_records(self._path) if self._path.exists() else []
+        kept = [r for r in earlier if r["first_sample"] != record["first_sample"]]
+        partial = self._path.with_suffix(".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in [*kept, record])
+        os.replace(partial, self._path)
