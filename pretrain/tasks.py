@@ -27,7 +27,6 @@ from pretrain.watchdog import Watchdog
 from pretrain.world import leave
 
 if TYPE_CHECKING:
-    from pretrain.progress import Progress
     from pretrain.strategy.base import Setting
     from pretrain.trainer import Trainer
     from pretrain.world import World
@@ -81,9 +80,9 @@ def pretraining(
             )
         interrupt.patient = True
         with memory_explained(resolved, world, setting, trainer):
-            progress = run_logged(trainer)
+            run_logged(trainer)
     leave()
-    return 0 if progress.step >= trainer.total_steps else EXIT_CODE
+    return 0 if trainer.complete else EXIT_CODE
 
 
 def say_hung(timeout: float, log: Path, place: str) -> None:
@@ -131,10 +130,10 @@ def memory_explained(
         ) from failure
 
 
-def run_logged(trainer: Trainer) -> Progress:
+def run_logged(trainer: Trainer) -> None:
     """Run; put the traceback of a failure into the log, and its status into run.json."""
     try:
-        return trainer.run()
+        trainer.run()
     except BaseException:
         log_error(f"failed at step {trainer.progress.step}")
         trainer.emit(RunFinished(trainer.progress.step, "failed", trainer.progress.tokens))

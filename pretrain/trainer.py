@@ -77,8 +77,9 @@ class Trainer:
         resumed = self.resume_from is not None
         self.emit(RunStarted(self.progress.step, self.total_steps, resumed, self.progress.owes_evaluation, self.facts))
         set_rng_state(self.rng)  # only now: listeners may draw random numbers while they set themselves up
-        if self.progress.step == 0 or self.progress.owes_evaluation:
-            self.evaluate()
+        owed = self.progress.owes_evaluation
+        if (self.progress.step == 0 or owed) and self.evaluate() and owed:
+            self.save(at_once=self.finished)  # the checkpoint that this run goes on from has no scores
         for batch, data_seconds in self.batches():
             self.emit(self.train_step(batch, data_seconds))
             stop = self.agree()
@@ -254,14 +255,19 @@ class Trainer:
     def finish(self) -> Progress:
         """Export the model of a run that reached its end; tell how the run ended."""
         self.watchdog.rest()
-        model = self.exporter.at_end(self.progress) if self.finished else None
-        status = "finished" if self.finished else "stopped"
+        model = self.exporter.at_end(self.progress) if self.complete else None
+        status = "finished" if self.complete else "stopped"
         self.emit(RunFinished(self.progress.step, status, self.progress.tokens, model))
         return self.progress
 
     @property
     def finished(self) -> bool:
         return self.progress.step >= self.total_steps
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do but to export."""
+        return self.finished and not self.progress.owes_evaluation
 
     @property
     def pauses(self) -> bool:

@@ -56,7 +56,46 @@ def test_verify_strategies_on_a_mistake(verify):
     assert "dpd: allowed are" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["bench_startup.py", "verify_strategies.py"])
+def test_verify_resume(base_arguments, tmp_path):
+    done = script("verify_resume.py", *base_arguments, f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.stdout.splitlines()[-1] == "equal"
+    assert "went on from step 4" in done.stdout
+    assert not (tmp_path / "run").exists(), "the user's output_dir is not touched"
+
+
+def test_verify_resume_on_a_mistake():
+    done = script("verify_resume.py", "dataset=local", "dataset.nameOrPath=no/such/folder")
+    assert done.returncode == 2
+    assert "no/such/folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_two_runs_that_differ(base_arguments, command, tmp_path, monkeypatch):
+    """What the scripts call equal, they would call different."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from verify_resume import compare, show
+
+    for name, seed in (("a", 1), ("b", 2)):
+        code, _, err = command([*base_arguments, f"output_dir={tmp_path / name}", f"seed={seed}", "max_steps=5"])
+        assert code == 0, err
+    found = compare(tmp_path / "a", tmp_path / "b")
+    differ = {name for name, difference in found.items() if difference.largest}
+    assert {"weights", "moments", "random states", "metrics"} <= differ
+    assert not show(found, bound=0.0)
+    assert show(compare(tmp_path / "a", tmp_path / "a"), bound=0.0)
+
+
+@pytest.mark.slow
+def test_soak():
+    done = script("soak.py", "--minutes", "2")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "lost steps: 0 · wrong steps: 0" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "name", ["bench_checkpoint.py", "bench_startup.py", "soak.py", "verify_resume.py", "verify_strategies.py"]
+)
 def test_help(name):
     done = script(name, "--help")
     assert done.returncode == 0, done.stderr

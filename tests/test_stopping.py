@@ -1,0 +1,79 @@
+"""A stop signal is agreed by all ranks at the next safe point, wherever it comes: one checkpoint, exit code 75, and the same
+command ends with the run that was not stopped."""
+
+import json
+
+import pytest
+
+from pretrain.telemetry.jsonl import read_records
+from pretrain.telemetry.run_file import read_run_file
+from tests.runs import assert_same_numbers, assert_same_run
+
+PAIR = ["strategy=ddp", "devices=2", "batch_size=1"]
+
+
+def stopping(event: str, step: int) -> list[str]:
+    """A sink, which only rank 0 has: of several ranks one hears the signal."""
+    return [
+        "allow_targets=[tests.stopper.Stopper]",
+        f"+sink.stop={{_target_: tests.stopper.Stopper, event: {event}, at: {step}}}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("event", "step", "saved_at", "owes"),
+    [
+        ("train", 8, 8, True),  # an evaluation is due there: it is left to whoever continues
+        ("train", 5, 5, False),  # a save is due there: made once
+        ("evaluation", 8, 9, False),
+        ("checkpoint", 10, None, False),
+        ("train", 20, 20, True),  # the last step: evaluation and export are owed
+    ],
+)
+def test_one_process(event, step, saved_at, owes, uninterrupted, base_arguments, spawn, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*base_arguments, *stopping(event, step), f"output_dir={run}"]
+    process = spawn(arguments)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, out
+    facts = read_run_file(run)
+    assert facts["status"] == "stopped"
+    assert saved_at in (None, facts["steps"])
+    state = json.loads((run / f"checkpoints/step-{facts['steps']:08d}/state.json").read_text())
+    assert state["progress"]["owes_evaluation"] is owes
+    saves = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "checkpoint"]
+    assert saves.count(facts["steps"]) == 1, "saved once"
+    assert not (run / "model").exists()
+    process = spawn(arguments)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert_same_run(run, uninterrupted)
+
+
+def test_one_of_two_ranks(base_arguments, spawn, command, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    code, _, err = command([*base_arguments, *PAIR, f"output_dir={whole}"])
+    assert code == 0, err
+    arguments = [*base_arguments, *PAIR, *stopping("train", 8), f"output_dir={run}"]
+    process = spawn(arguments)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, out
+    assert read_run_file(run)["steps"] == 8
+    process = spawn(arguments)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert_same_numbers(run, whole)
+
+
+def test_the_very_first_evaluation(base_arguments, spawn, tmp_path):
+    """There is nothing to save yet; the same command starts anew."""
+    run = tmp_path / "run"
+    arguments = [*base_arguments, *stopping("run_started", 0), f"output_dir={run}"]
+    process = spawn(arguments)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, out
+    assert not list((run / "checkpoints").glob("*"))
+    process = spawn([*arguments, "sink.stop.at=-1"])
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"] == list(range(1, 21))
