@@ -165,8 +165,7 @@ def test_the_terminal_is_closed(nohup, more, base_arguments, tmp_path):
     arguments += ["max_steps=150" if nohup else "max_steps=100000"]
     pid, terminal = os.forkpty()
     if pid == 0:
-        if nohup:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)  # the tests may run under nohup
         os.execv(sys.executable, [sys.executable, "-m", "pretrain", *map(str, arguments)])
     records = tmp_path / "metrics.jsonl"
     until = time.monotonic() + 90
@@ -174,7 +173,13 @@ def test_the_terminal_is_closed(nohup, more, base_arguments, tmp_path):
         assert time.monotonic() < until
         os.read(terminal, 1 << 16)
     os.close(terminal)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    until = time.monotonic() + 60
+    while (left := os.waitpid(pid, os.WNOHANG))[0] == 0 and time.monotonic() < until:
+        time.sleep(0.05)
+    if left[0] == 0:
+        os.kill(pid, signal.SIGKILL)
+        pytest.fail("it neither stopped nor finished")
+    code = os.waitstatus_to_exitcode(left[1])
     facts = read_run_file(tmp_path)
     if nohup:
         assert (code, facts["status"]) == (0, "finished")
