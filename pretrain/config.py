@@ -79,7 +79,7 @@ class Root:
     output_dir: Annotated[str, Field(min_length=1)]
     model_name: Annotated[str, Field(min_length=1)]
     sequence_length: Annotated[int, Field(ge=2)]
-    batch_size: Literal["auto"] | PositiveInt
+    batch_size: PositiveInt | Literal["auto"]
     gradient_accumulation_steps: PositiveInt
     number_epochs: Annotated[PositiveFloat, Finite]
     max_steps: PositiveInt | None

@@ -6,6 +6,7 @@ is worth more than what it says.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import os
@@ -98,13 +99,15 @@ def ensure_open() -> None:
 
 
 def never_wait() -> None:
-    """From now on stdout and stderr are outlets. What is no descriptor (a test's, a notebook's) stays."""
+    """From now on stdout and stderr are outlets, settled at the latest when Python ends. What is no descriptor (a test's,
+    a notebook's) stays."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         with suppress(OSError):
             if not isinstance(stream, Outlet):
                 stream.flush()
                 setattr(sys, name, Outlet(stream))
+                atexit.register(settle)
 
 
 def settle() -> None:

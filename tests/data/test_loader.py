@@ -108,7 +108,7 @@ def test_an_error_of_the_thread_reaches_the_reader(view: TokenView, monkeypatch:
     from pretrain.data.parts import _mapped
 
     _mapped.cache_clear()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="the token cache has lost"):
         list(itertools.islice(batches, 10))
 
 
