@@ -307,9 +307,9 @@ def build_split(
 
 def check_best_by(policy: Policy, domains: list[str]) -> None:
     """Raises ``UserError`` when the best checkpoints are to be found by a domain that is not evaluated."""
-    if policy.keep_best is None:
-        return
-    if not domains or policy.best_by not in (None, *domains):
+    if policy.keep_best is None and policy.best_by is not None:
+        raise UserError(f"checkpoint.best_by={policy.best_by}: has no effect without checkpoint.keep_best")
+    if policy.keep_best is not None and (not domains or policy.best_by not in (None, *domains)):
         raise UserError(f"checkpoint.best_by={policy.best_by}: no such domain is evaluated{did_you_mean('', domains)}")
 
 
@@ -348,7 +348,13 @@ def build_trainer(
         guard=build_guard(resolved, prepared, engine, loader, folder),
         schedule=build_schedule(resolved, steps),
         evaluator=build_evaluator(resolved, prepared, batch_size=split.batch_size),
-        saver=Saver(store, world=world, background=store.policy.async_),
+        saver=Saver(
+            store,
+            world=world,
+            background=store.policy.async_,
+            timeout_seconds=instantiate(resolved["launch"]).timeout,
+            alive=watchdog.pat,
+        ),
         interrupt=interrupt,
         identity=prepared.identity,
         rng=rng,

@@ -96,7 +96,8 @@ def log_to(file: Path) -> None:
     logger.propagate = False
     for earlier in list(logger.handlers):  # of an earlier run in this process
         logger.removeHandler(earlier)
-        earlier.close()
+        with suppress(OSError):  # its disk may be full
+            earlier.close()
     logger.addHandler(handler)
     global _captured
     if _captured is not None:

@@ -182,6 +182,7 @@ class Engine(Scorer):
             self.scaler.load_state_dict(scaler)
 
     def load_moments(self, files: TensorFiles) -> None:
+        self.optimizer.state.clear()
         parameters = dict(self.model.hf_named_parameters())
         on_device = {
             id(p): group.get("fused") or group.get("capturable")

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """A mistake in the configuration or the input; the message names the key, the value and what is allowed."""
 
 
+class NoRoom(UserError):
+    """A disk, or a quota, is full."""
+
+
 class WorkersFailed(RuntimeError):
     """A worker process died or raised; the message holds what it said. The parent has no traceback of its own to show."""
 

@@ -106,6 +106,8 @@ class Exporter:
 
     def _prune(self, models: Path, step: int) -> None:
         """An earlier model goes when its checkpoint has gone."""
+        for left in (*models.glob("step-*.partial"), *models.glob("step-*.replaced")):  # of a kill
+            shutil.rmtree(left, ignore_errors=True)
         for old in models.glob("step-*[0-9]"):
             if old.name != f"step-{step:08d}" and not (self.run / "checkpoints" / old.name).exists():
                 shutil.rmtree(old, ignore_errors=True)

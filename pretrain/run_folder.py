@@ -33,18 +33,11 @@ FIXED = {  # part of a run's identity → the config keys it follows from
     "weights": ("precision",),
     "optimizer": ("optimizer",),
 }
-FREE = {"name", "output_dir", "resume", "resume_allow", "devices", "log_every", "evaluate_every", "save_every"}
-FREE |= {
-    "allow_targets",
-    "sink",
-    "checkpoint",
-    "evaluation",
-    "generation",
-    "guard",
-    "task",
-    "strategy",
-    "launch",
-}  # may differ in a run that is over
+FREE = {  # may differ in a run that is over; of the batch only its product counts, which is compared before
+    *("name", "output_dir", "task", "resume", "resume_allow", "allow_targets", "devices", "strategy", "launch"),
+    *("batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every", "save_every"),
+    *("sink", "checkpoint", "evaluation", "generation", "guard"),
+}
 
 DATA = "data.json"  # the files of the training data, as the run has read them
 RUN_ID = ".run_id"  # of the command whose processes have last claimed the folder
@@ -108,7 +101,8 @@ def begin(
     facts = read_run_file(folder.path)
     if resume_from is not None:
         check_same_run(resume_from, identity, resolved, differing(recall(folder.path / DATA), files))
-        store.set_aside_after(step_of(resume_from))
+        own = resume_from.resolve().parent == store.folder.resolve()
+        store.set_aside_after(step_of(resume_from) if own else -1)  # from elsewhere: all here is another branch
         if step_of(resume_from) >= steps and facts.get("status") == "finished":
             check_finished_run(folder, resolved)
             model = f"model in {facts['model']}" if facts["model"] else "no model was exported"

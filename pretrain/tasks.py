@@ -136,6 +136,7 @@ def run_logged(trainer: Trainer) -> None:
         trainer.run()
     except BaseException:
         log_error(f"failed at step {trainer.progress.step}")
+        trainer.settle()
         trainer.emit(RunFinished(trainer.progress.step, "failed", trainer.progress.tokens))
         raise
     finally:

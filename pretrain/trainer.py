@@ -16,7 +16,6 @@ from pretrain.batch import Batch
 from pretrain.checkpoint import store
 from pretrain.checkpoint.rng import rng_state, set_rng_state
 from pretrain.console import notice
-from pretrain.errors import UserError
 from pretrain.events import Evaluated, Event, RolledBack, RunFinished, RunStarted, StepDone
 from pretrain.out_of_memory import watched
 from pretrain.progress import Every, Progress
@@ -70,6 +69,8 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     watchdog: Watchdog = field(default_factory=Watchdog)
     _batches: Generator[Batch, None, None] = field(init=False)
+    _back_at: int = 0  # the step to which the guard has sent the run back last
+    _save_due: bool = False
 
     def run(self) -> Progress:
         """Train to ``total_steps`` or until a stop signal; save, and export the model of a finished run."""
@@ -77,9 +78,8 @@ class Trainer:
         resumed = self.resume_from is not None
         self.emit(RunStarted(self.progress.step, self.total_steps, resumed, self.progress.owes_evaluation, self.facts))
         set_rng_state(self.rng)  # only now: listeners may draw random numbers while they set themselves up
-        owed = self.progress.owes_evaluation
-        if (self.progress.step == 0 or owed) and self.evaluate() and owed:
-            self.save(at_once=self.finished)  # the checkpoint that this run goes on from has no scores
+        if self.progress.step == 0 or self.progress.owes_evaluation:
+            self.evaluate()
         for batch, data_seconds in self.batches():
             self.emit(self.train_step(batch, data_seconds))
             stop = self.agree()
@@ -87,7 +87,7 @@ class Trainer:
                 continue
             if self.evaluate_every.due(self.progress.step) or self.finished:
                 stop = not self.evaluate() or stop
-            if self.save_every.due(self.progress.step) or self.finished or stop:
+            if self.save_is_due() or self.finished or stop:
                 self.save(at_once=self.finished or stop)  # after the evaluation, so that a resumed run never repeats it
             if stop:
                 break
@@ -109,7 +109,7 @@ class Trainer:
         """One optimizer step on one global batch, or none where it is passed over. Nothing here waits for the device."""
         tokens = self.world.sum(batch.num_targets)
         lr = self.engine.set_lr(self.schedule(self.progress.step))
-        if batch.first_sample in self.guard.passed_over:
+        if self.guard.passes_over(batch.first_sample):
             loss = norm = torch.full((), math.nan, device=self.world.device)
             self.engine.skipped += 1
         else:
@@ -151,16 +151,19 @@ class Trainer:
 
     def roll_back(self, bad: Bad) -> bool:
         """Go on from the last good checkpoint. False where there is none yet: then the step just was not trained."""
-        self.watchdog.rest()
         self.saver.wait()
         self.tell_saved()
-        checkpoint = self.world.on_main(self.saver.store.newest) or self.resume_from
+        below = None if self.guard.recovered else self._back_at  # the last one was no better
+        newest = self.saver.store.newest
+        checkpoint = self.world.on_main(lambda: newest(below=below) or newest()) or self.resume_from
         if checkpoint is None:
             notice("there is no checkpoint to go back to yet: the run goes on")
             return False
         self._batches.close()
-        self.restore(checkpoint)
+        with self.watchdog.resting():
+            self.restore(checkpoint)
         self.progress.owes_evaluation = False  # whoever went on from there has made it
+        self.guard.doubtful, self.guard.recovered, self._back_at = True, False, self.progress.step
         self._batches = iter(self.loader)
         notice(f"back at {checkpoint}")
         self.emit(RolledBack(self.progress.step, bad.step, bad.reason))
@@ -193,7 +196,7 @@ class Trainer:
 
     def save(self, *, at_once: bool) -> None:
         """Make a checkpoint of exactly this moment; it is written while training goes on, or ``at_once``."""
-        self.watchdog.rest()
+        self._save_due = False
         state = {
             "engine": self.engine.state_dict(),
             "loader": self.loader.state_dict(),
@@ -203,10 +206,16 @@ class Trainer:
             "identity": self.identity,
             "files": self.exporter.checkpoint_files(self.progress) if self.world.is_main else {},
         }
-        self.saver.save(self.progress.step, state, at_once=at_once)
+        saved = self.saver.save(self.progress.step, state, at_once=at_once)
         self.tell_saved()
-        if not at_once:  # a run that ends exports its last model alone, one that was stopped none
-            self.emit(self.exporter.at_save(self.progress))
+        if saved and not at_once:  # a run that ends exports its last model alone, one that was stopped none
+            with self.watchdog.resting():
+                self.emit(self.exporter.at_save(self.progress))
+
+    def save_is_due(self) -> bool:
+        """Whether it is time for a checkpoint; after a step that was not trained it waits for one that is."""
+        self._save_due |= self.save_every.due(self.progress.step)
+        return self._save_due and not self.guard.doubtful
 
     def tell_saved(self) -> None:
         while (saved := self.saver.collect()) is not None:
@@ -215,14 +224,24 @@ class Trainer:
     def agree(self) -> bool:
         """Whether a stop signal has come, to any rank.
 
-        Raises ``UserError`` on every rank when a checkpoint could not be written on one.
+        Raises what kept a checkpoint from being written.
         """
         stop, failed = self.world.any(self.interrupt.requested, self.saver.failed)
         if failed:
             self.saver.wait()
-            raise UserError("another rank could not write its part of a checkpoint")
+            self.world.sum(0)  # it was another rank's, which ends the group
+            raise RuntimeError("another rank could not write its part of a checkpoint")
         self.tell_saved()
         return stop
+
+    def settle(self) -> None:
+        """Before a failed run ends: what was being saved becomes whole and is told of, or why it did not."""
+        self.saver.close()
+        try:
+            self.tell_saved()
+        except Exception as error:
+            notice(f"error: {error}")
+            self.tell_saved()
 
     def resume(self) -> None:
         """Put back the state of ``resume_from``; without one the run starts at step 0."""
@@ -254,8 +273,8 @@ class Trainer:
 
     def finish(self) -> Progress:
         """Export the model of a run that reached its end; tell how the run ended."""
-        self.watchdog.rest()
-        model = self.exporter.at_end(self.progress) if self.complete else None
+        with self.watchdog.resting():
+            model = self.exporter.at_end(self.progress) if self.complete else None
         status = "finished" if self.complete else "stopped"
         self.emit(RunFinished(self.progress.step, status, self.progress.tokens, model))
         return self.progress
@@ -272,7 +291,8 @@ class Trainer:
     @property
     def pauses(self) -> bool:
         """Whether the run evaluates, saves or ends at this step."""
-        return self.finished or any(every.due(self.progress.step) for every in (self.evaluate_every, self.save_every))
+        due = any(every.due(self.progress.step) for every in (self.evaluate_every, self.save_every))
+        return self.finished or due or self._save_due
 
     def interrupted(self) -> bool:
         """Whether a stop signal has come, to any rank. Every rank must ask."""

@@ -29,11 +29,13 @@ STILL_TICKS = 96
 
 
 class Watchdog:
-    """``pat``: something has moved. ``rest``: what comes now may take as long as it likes. Watches inside ``guarding``."""
+    """``pat``: something has moved. ``rest``: what comes until the next pat may take as long as it likes, and so may what
+    happens inside ``resting``. Watches inside ``guarding``."""
 
     def __init__(self) -> None:
         self._pats = 0
         self._resting = True
+        self._naps = 0
 
     def pat(self) -> None:
         self._pats += 1
@@ -41,6 +43,16 @@ class Watchdog:
 
     def rest(self) -> None:
         self._resting = True
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Inside, no pat ends the rest."""
+        self._naps += 1
+        try:
+            yield
+        finally:
+            self.pat()
+            self._naps -= 1
 
     @contextmanager
     def guarding(self, seconds: float, *, log: Path, tell: Callable[[str], None]) -> Iterator[None]:
@@ -67,7 +79,7 @@ class Watchdog:
         seen, still, last_tick = self._pats, 0.0, time.monotonic()
         while not over.wait(tick):
             passed, last_tick = time.monotonic() - last_tick, time.monotonic()
-            still = 0 if self._resting or self._pats != seen else still + min(passed, 2 * tick)
+            still = 0 if self._resting or self._naps or self._pats != seen else still + min(passed, 2 * tick)
             seen = self._pats
             if still >= STILL_TICKS * tick:
                 # The hang may be of the very disk that the log is on, so nothing waits for the log.

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.errors import UserError
+from pretrain.errors import NoRoom, UserError
 from pretrain.place import Place
 
 T = TypeVar("T")
@@ -33,9 +33,11 @@ class World:
     local_size: int = 1
     group: dist.ProcessGroup | None = None  # of what ranks agree on; None: the one of all
 
-    def apart(self) -> World:
+    def apart(self, *, timeout_seconds: float) -> World:
         """The same ranks in a group of their own, for a thread that agrees while the loop does so too. A collective."""
-        return self if self.size == 1 else replace(self, group=dist.new_group(backend="gloo"))
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)))
 
     @property
     def is_main(self) -> bool:
@@ -74,7 +76,7 @@ class World:
         try:
             done = (work(), None)
         except UserError as error:
-            done = (None, UserError(*error.args))
+            done = (None, (NoRoom if isinstance(error, NoRoom) else UserError)(*error.args))
         every: list[Any] = [None] * self.size
         dist.all_gather_object(every, done, group=self.group)
         for _, mistake in every:

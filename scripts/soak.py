@@ -164,6 +164,10 @@ OF_A_DISK = {"full disk": fill_disk, "read-only disk": read_only}
 DAMAGING = ("torn checkpoint", "flipped bit", "lost file")
 
 
+def run_was_resumed(run: Path) -> bool:
+    return any(r["event"] == "run_started" and r["resumed"] for r in read_records(run / "metrics.jsonl"))
+
+
 def newest_step(run: Path, *, in_full: bool) -> int:
     """Of the newest whole checkpoint, ``in_full``: by the checksums of its files; 0 where there is none."""
     newest = Store(run / "checkpoints", Policy(verify="full" if in_full else "size")).newest()
@@ -213,7 +217,7 @@ class Soak:
         if not run.exists():
             began_at = time.monotonic()
             finish(start([*RUN, *KINDS[kind]], run, self.log), self.log)
-            self.seconds[kind] = time.monotonic() - began_at
+            self.seconds[kind] = time.monotonic() - began_at  # the shortest so far: the machine may have been busy
         return run
 
     def disturb_until_finished(self, kind: str, until: float) -> None:
@@ -224,12 +228,14 @@ class Soak:
             began_at = time.time()
             process = start([*RUN, *KINDS[kind]], run, self.log)
             with suppress(subprocess.TimeoutExpired):
-                process.wait(random.uniform(0.2, 1.1) * self.seconds[kind])
+                process.wait(random.uniform(0.2, 1.0) * self.seconds[kind])
             if process.poll() is None:
                 name = self.fault(process, run)
                 self.check_start(run, saved, began_at)
                 saved = newest_step(run, in_full=name in DAMAGING)
             elif process.returncode == 0:
+                if not run_was_resumed(run):
+                    self.seconds[kind] = min(self.seconds[kind], time.time() - began_at)
                 self.check_start(run, saved, began_at)
                 self.check_end(run, reference)
                 break

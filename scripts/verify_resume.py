@@ -2,9 +2,10 @@
 
     python scripts/verify_resume.py model_name=path/to/model dataset=local dataset.nameOrPath=books/ strategy=fsdp devices=2
 
-The arguments are those of a run. It is made twice in a temporary folder: N steps at once; and with all its processes killed
-(SIGKILL) after N/2 steps, two steps past its last checkpoint, and the same command again. Then both are compared: weights,
-moments, random states, data cursor and progress of the last checkpoint, and the records of metrics.jsonl.
+The arguments are those of a run; max_steps, save_every, evaluate_every and output_dir are set here. It is made twice in a
+temporary folder: N steps at once; and with all its processes killed (SIGKILL) after N/2 steps, two steps past its last
+checkpoint, and the same command again. Then both are compared: weights, moments, random states, data cursor and progress of
+the last checkpoint, and the records of metrics.jsonl.
 
 difference: the largest of all numbers (absolute). On a CPU it is 0. Some kernels of GPUs add in no fixed order: --bound says
 what difference of weights, moments and records is accepted.

@@ -5,11 +5,11 @@ import signal
 
 
 class Stopper:
-    def __init__(self, event: str, at: int, number: int = signal.SIGTERM) -> None:
-        self.at, self.number = (event, at), number
+    def __init__(self, event: str, at: int, number: int = signal.SIGTERM, resumed_too: bool = False) -> None:
+        self.at, self.number, self.resumed_too = (event, at), number, resumed_too
 
     def open(self, run, start):
-        self.resumed = start.resumed
+        self.resumed = start.resumed and not self.resumed_too
 
     def write(self, record):
         if not self.resumed and (record["event"], record["step"]) == self.at:

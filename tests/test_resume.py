@@ -254,3 +254,32 @@ def test_what_is_allowed_to_differ(part, change, steps, uninterrupted, base_argu
     per_sequence = 2 if part == "sequence_length" else 1
     per_step = 8 if part == "global_batch" else 4
     assert after["samples"] == before["samples"] * per_sequence + 4 * per_step
+
+
+def test_from_a_named_checkpoint_elsewhere_all_that_lies_here_is_another_branch(
+    uninterrupted, base_arguments, command, spawn, tmp_path
+):
+    """Killed before its first own save, the run goes on from the named one again, never from what lay here before."""
+    run = tmp_path / "run"
+    code, _, err = command([*base_arguments, f"output_dir={run}", "max_steps=5", "lr=5e-3"])
+    assert code == 0, err
+    named = uninterrupted / "checkpoints/step-00000015"
+    arguments = [*base_arguments, f"output_dir={run}", f"resume={named}"]
+    sink = "{_target_: tests.stopper.Stopper, event: train, at: 17, number: 9, resumed_too: true}"
+    killed = spawn([*arguments, "allow_targets=[tests.stopper.Stopper]", f"+sink.stop={sink}"])
+    out, _ = killed.communicate(timeout=60)
+    assert killed.returncode == -9, out
+    code, out, err = command(arguments)
+    assert code == 0, err
+    assert "continues at step 15 of 20" in out
+    ours, theirs = (load(r / "checkpoints/step-00000020")["engine"]["model"] for r in (run, uninterrupted))
+    assert all(torch.equal(ours.read(name), theirs.read(name)) for name in sorted(theirs.keys()))
+
+
+def test_a_finished_run_split_otherwise_is_finished(uninterrupted, base_arguments, command, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    split = ["batch_size=1", "gradient_accumulation_steps=4"]
+    code, _, err = command([*base_arguments, f"output_dir={run}", *split])
+    assert code == 0, err
+    assert "is finished: 20 steps" in err

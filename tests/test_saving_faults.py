@@ -63,6 +63,28 @@ def test_a_disk_without_room(uninterrupted, base_arguments, command, small_disk)
     assert_same_run(run, uninterrupted)
 
 
+def test_a_disk_that_fills_up_during_a_save(uninterrupted, base_arguments, command, small_disk, monkeypatch):
+    """There was room when it was asked for (others write too): the error comes from the writing itself."""
+    run, ballast = small_disk / "run", small_disk / "ballast"
+    (run / "logs").mkdir(parents=True)
+    with pytest.raises(OSError, match="No space left"), ballast.open("wb", buffering=0) as file:
+        while file.write(bytes(MIB)):
+            pass
+    os.truncate(ballast, ballast.stat().st_size - MIB // 4)  # records have room, a checkpoint has not
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
+    arguments = [*base_arguments, f"output_dir={run}"]
+    code, _, err = command(arguments)
+    assert code == 2
+    assert [err.count(f"step-000000{step:02} could not be written") for step in (5, 10, 15, 20)] == [1, 1, 1, 1], err
+    assert "step-00000020 could not be written" in err.splitlines()[-1]
+    assert "No space left on device" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    ballast.unlink()
+    code, _, err = command(arguments)
+    assert code == 0, err
+    assert_same_run(run, uninterrupted)
+
+
 def test_a_disk_that_turns_read_only(uninterrupted, base_arguments, command, spawn, tmp_path):
     if os.geteuid():
         pytest.skip("only root may make a folder read-only for itself")

@@ -141,3 +141,57 @@ def test_a_rank_that_is_stopped_is_found_and_the_group_comes_back(
     assert [(r["step"], r["loss"]) for r in ours] == [(r["step"], r["loss"]) for r in theirs]
     ours, theirs = (load_file(f / "model/model.safetensors") for f in (run, tmp_path / "undisturbed"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_rests_is_not_ended_by_a_pat(guarded):
+    """An export in the middle of a run tells of what has been saved, and still takes its time."""
+    process, _ = guarded(["with watchdog.resting():", "    watchdog.pat()", "    time.sleep(2.5)", "time.sleep(0.2)"])
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "ended well\n")
+
+
+def injected(tmp_path, lines):
+    """The environment of a process whose Python does ``lines`` first."""
+    folder = tmp_path / "injected"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(lines)
+    return os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+FROZEN = """
+import os, time
+real = os.fsync
+def fsync(file):
+    if "/checkpoints/" in os.readlink(f"/proc/self/fd/{file}") and os.environ.get("RANK") != "0":
+        time.sleep(3600)
+    real(file)
+os.fsync = fsync
+"""
+
+
+SHARDED = ["strategy=fsdp", "devices=2", "batch_size=1"]
+
+
+@pytest.mark.parametrize("more", [[], SHARDED], ids=["single", "pair"])
+def test_a_disk_that_hangs_during_a_save(more, base_arguments, spawn, tmp_path):
+    """fsync never returns: of one process, or of one rank in its thread."""
+    environment = injected(tmp_path, FROZEN)
+    run = tmp_path / "run"
+    began_at = time.monotonic()
+    process = spawn([*base_arguments, *more, f"output_dir={run}", "launch.timeout=4"], env=environment)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    assert time.monotonic() - began_at < 90
+    assert "launch.timeout" in out
+    assert not list((run / "checkpoints").glob("step-*[0-9]"))
+    assert "fsync" in "".join(log.read_text() for log in (run / "logs").glob("rank-*.log"))
+
+
+def test_a_bug_in_one_ranks_saving_is_the_one_that_is_told(base_arguments, spawn, tmp_path):
+    fault = "import os\nfrom pretrain.checkpoint.store import Store\n"
+    fault += "def prune(self): raise KeyError('on purpose')\nStore._prune = prune\n"
+    process = spawn([*base_arguments, *PAIR, f"output_dir={tmp_path / 'run'}"], env=injected(tmp_path, fault))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    assert "KeyError: 'on purpose'" in out
+    assert "another rank" not in out

@@ -5,6 +5,7 @@ The ranks share the disk: on several nodes ``output_dir`` lies on a file system 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from pretrain.errors import UserError
+from pretrain.errors import NoRoom, UserError
 from pretrain.folders import is_below
 
 if TYPE_CHECKING:
@@ -40,12 +41,21 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_folder(path: Path, fill: Fill, *, world: World, hint: Callable[[], str], marker: bool = True) -> int:
+def write_folder(
+    path: Path,
+    fill: Fill,
+    *,
+    world: World,
+    hint: Callable[[], str],
+    marker: bool = True,
+    alive: Callable[[], None] = lambda: None,
+) -> int:
     """Let every rank ``fill`` a fresh folder and return the files it wrote; then it becomes ``path``, complete and on
     disk. Return its size in bytes, on every rank.
 
     The ``marker`` (sizes and checksums of all files) is written last. An error leaves nothing behind and an older
-    ``path`` as it was. Raises ``UserError`` on every rank, naming place, cause and ``hint()``, when one can't write.
+    ``path`` as it was. Raises ``UserError`` on every rank, naming place, cause and ``hint()``, when one can't write;
+    ``NoRoom`` where it is full. ``alive`` is called after every file.
     """
     partial = path.with_name(f"{path.name}.partial")
 
@@ -59,13 +69,14 @@ def write_folder(path: Path, fill: Fill, *, world: World, hint: Callable[[], str
             try:
                 return work()
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} could not be written: {error}; {hint()}") from error
+                kind = NoRoom if _is_full(error) else UserError
+                raise kind(f"{path} could not be written: {error}; {hint()}") from error
 
         return run
 
     try:
         world.on_main(told(begin))
-        parts = world.each(told(lambda: _settle(partial, fill(partial), checksums=marker)))
+        parts = world.each(told(lambda: _settle(partial, fill(partial), checksums=marker, alive=alive)))
         entries = {name: entry for part in parts for name, entry in part.items()}
         world.on_main(told(lambda: _complete(partial, path, entries if marker else None)))
     except BaseException:
@@ -75,7 +86,17 @@ def write_folder(path: Path, fill: Fill, *, world: World, hint: Callable[[], str
     return sum(entry["bytes"] for entry in entries.values())
 
 
-def _settle(folder: Path, files: Iterable[Path], *, checksums: bool) -> dict[str, dict[str, Any]]:
+def _is_full(error: OSError | SafetensorError) -> bool:
+    """Whether a disk or a quota is full; safetensors says so in words alone."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return any(f"(os error {number})" in str(error) for number in numbers)
+
+
+def _settle(
+    folder: Path, files: Iterable[Path], *, checksums: bool, alive: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
     """This rank's ``files`` on disk; size and checksum of each by its name in ``folder``."""
     entries = {}
     for file in files:
@@ -85,6 +106,7 @@ def _settle(folder: Path, files: Iterable[Path], *, checksums: bool) -> dict[str
             entry["xxh3_128"] = checksum(file)
         flush(file)
         entries[str(file.relative_to(folder))] = entry
+        alive()
     return entries
 
 

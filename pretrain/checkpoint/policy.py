@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -42,7 +43,9 @@ class Policy:
             kept |= {step for step in steps if step % self.keep_every == 0}
         if self.keep_best is not None:
             scores = {step: self._score(losses[step]) for step in steps}
-            scored = sorted((score, -step) for step, score in scores.items() if score is not None)
+            scored = sorted(
+                (score, -step) for step, score in scores.items() if score is not None and math.isfinite(score)
+            )
             kept |= {-step for _, step in scored[: self.keep_best]}
         return kept
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.store import KINDS, bytes_of
 from pretrain.console import notice
-from pretrain.errors import UserError
+from pretrain.errors import NoRoom
 from pretrain.events import Saved
 from pretrain.tensors import Piece
 
@@ -27,12 +27,22 @@ if TYPE_CHECKING:
 
 
 class Saver:
-    """Saves into ``store``; ``background``: in a thread, whose ranks agree in a process group of their own."""
+    """Saves into ``store``; ``background``: in a thread, whose ranks agree in a process group of their own and wait
+    ``timeout_seconds`` for each other. ``alive`` is called whenever a file has been written."""
 
-    def __init__(self, store: Store, *, world: World, background: bool) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        world: World,
+        background: bool,
+        timeout_seconds: float = 1800,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
         self.store = store
         self._world = world
-        self._apart = world.apart() if background else None
+        self._apart = world.apart(timeout_seconds=timeout_seconds) if background else None
+        self._alive = alive
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -43,11 +53,11 @@ class Saver:
         """Whether the thread of this rank has ended with an error that `collect` is going to raise."""
         return self._error is not None
 
-    def save(self, step: int, state: dict[str, Any], *, at_once: bool) -> None:
+    def save(self, step: int, state: dict[str, Any], *, at_once: bool) -> bool:
         """Save ``state`` as the checkpoint of ``step``. ``at_once``: before returning, because the run ends.
 
-        Where the disk has too little space the run goes on without this checkpoint. Raises ``UserError``, on every
-        rank, for what else keeps it from being written, and for that too when ``at_once``.
+        Where the disk has too little room the run goes on without this checkpoint; False when that is known at once.
+        Raises ``UserError``, on every rank, for what else keeps it from being written, and for that too when ``at_once``.
         """
         started_at = time.perf_counter()
         self.wait()
@@ -55,19 +65,23 @@ class Saver:
         reason = self._world.on_main(lambda: self.store.make_room(step, needed))
         if reason is not None:
             if at_once:
-                raise UserError(reason)
-            if self._world.is_main:
-                notice(f"error: {reason}; the run goes on")
-            return
-        if at_once or self._apart is None:
-            self._write(step, state, lambda: None, started_at, None)
-            self._raise()
-            return
-        state, ready = self._copies.take(state)
-        blocked_seconds = time.perf_counter() - started_at
-        arguments = (step, state, ready, started_at, blocked_seconds)
-        self._thread = threading.Thread(target=self._write, args=arguments, name="saver", daemon=True)
-        self._thread.start()
+                raise NoRoom(reason)
+            self._go_on(reason)
+            return False
+        if at_once:
+            self._write(step, state, self._world, started_at)
+        elif self._apart is None:
+            try:
+                self._write(step, state, self._world, started_at)
+            except NoRoom as error:
+                self._go_on(error)
+        else:
+            copied, ready = self._copies.take(state)
+            blocked_seconds = time.perf_counter() - started_at
+            arguments = (step, copied, self._apart, started_at, blocked_seconds)
+            self._thread = threading.Thread(target=self._behind, args=(ready, arguments), name="saver", daemon=True)
+            self._thread.start()
+        return True
 
     def wait(self) -> None:
         """Until nothing is being written. Raises what kept a checkpoint from being written."""
@@ -81,7 +95,7 @@ class Saver:
             self._thread = None
 
     def collect(self) -> Saved | None:
-        """The next checkpoint that has become whole since the last call, if any. Raises like `wait`."""
+        """The next checkpoint that has become whole since the last call, if any. Raises like `wait`, once."""
         self._raise()
         return self._saved.popleft() if self._saved else None
 
@@ -90,24 +104,32 @@ class Saver:
         if error is not None:
             raise error
 
+    def _go_on(self, reason: object) -> None:
+        if self._world.is_main:
+            notice(f"error: {reason}; the run goes on")
+
+    def _behind(self, ready: Callable[[], None], arguments: tuple[Any, ...]) -> None:
+        """What the thread does."""
+        try:
+            ready()
+            self._write(*arguments)
+        except NoRoom as error:
+            self._go_on(error)
+        except BaseException as error:  # raised where the loop will see it
+            self._error = error
+
     def _write(
         self,
         step: int,
         state: dict[str, Any],
-        ready: Callable[[], None],
+        world: World,
         started_at: float,
-        blocked_seconds: float | None,
+        blocked_seconds: float | None = None,
     ) -> None:
-        try:
-            ready()
-            world = self._world if blocked_seconds is None else self._apart
-            assert world is not None
-            size = self.store.save(step, state, world=world)
-            seconds = time.perf_counter() - started_at
-            blocked = seconds if blocked_seconds is None else blocked_seconds
-            self._saved.append(Saved(step, self.store.path(step), seconds, blocked, size))
-        except BaseException as error:  # raised where the loop will see it
-            self._error = error
+        size = self.store.save(step, state, world=world, alive=self._alive)
+        seconds = time.perf_counter() - started_at
+        blocked = seconds if blocked_seconds is None else blocked_seconds
+        self._saved.append(Saved(step, self.store.path(step), seconds, blocked, size))
 
 
 class HostCopies:

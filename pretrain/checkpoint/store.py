@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,11 +42,12 @@ class Store:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def save(self, step: int, state: dict[str, Any], *, world: World) -> int:
+    def save(self, step: int, state: dict[str, Any], *, world: World, alive: Callable[[], None] = lambda: None) -> int:
         """Write the checkpoint of ``step``, each rank its own pieces, then prune; return its size in bytes. ``state``: what
-        `load` returns, and ``files``: those of this moment, like ``self.files``.
+        `load` returns, and ``files``: those of this moment, like ``self.files``. ``alive`` is called after every file.
 
-        Raises ``UserError`` naming place and cause (disk full, no permission, …); earlier checkpoints stay good.
+        Raises ``UserError`` naming place and cause (no permission, …), ``NoRoom`` where the disk is full; earlier
+        checkpoints stay good.
         """
         rest = {"scaler": state["engine"]["scaler"]} | {k: v for k, v in state.items() if k not in ("engine", "files")}
         one_file = {kind: world.sum(bool(state["engine"][kind])) == 1 for kind in KINDS}
@@ -57,6 +58,7 @@ class Store:
                 file = fresh / (f"{kind}.safetensors" if one_file[kind] else f"{kind}.rank-{world.rank}.safetensors")
                 if tensors.write(file, state["engine"][kind]):
                     written.append(file)
+                alive()
             for name, content in (self._small_files(rest) | state.get("files", {})).items() if world.is_main else ():
                 (fresh / name).parent.mkdir(parents=True, exist_ok=True)
                 (fresh / name).write_bytes(content)
@@ -65,7 +67,7 @@ class Store:
 
         if world.is_main:
             self._clean_up()
-        size = write_folder(self.path(step), fill, world=world, hint=self.last_good)
+        size = write_folder(self.path(step), fill, world=world, hint=self.last_good, alive=alive)
         if world.is_main:
             self._prune()
         return size
@@ -113,9 +115,10 @@ class Store:
         """Steps of the whole checkpoints, by the sizes of their files."""
         return [step for step in self.steps() if missing_or_torn(self.path(step)) is None]
 
-    def newest(self) -> Path | None:
-        """The newest whole checkpoint; says which newer ones were passed over and why. Deletes nothing."""
-        for step in reversed(self.steps()):
+    def newest(self, *, below: int | None = None) -> Path | None:
+        """The newest whole checkpoint, of a step ``below``; says which newer ones were passed over and why. Deletes
+        nothing."""
+        for step in reversed([s for s in self.steps() if below is None or s < below]):
             path = self.path(step)
             reason = missing_or_torn(path, verify=self.policy.verify)
             if reason is None:
@@ -135,6 +138,8 @@ class Store:
         return {step: losses_of(self.path(step)) for step in self.whole()}
 
     def _prune(self) -> None:
+        if self.policy.keep_last is None:
+            return
         losses = self._losses()
         for step in sorted(set(losses) - self.policy.kept(losses)):
             self._remove(step)

@@ -64,6 +64,8 @@ class Guard:
         self.judge = Judge(policy, device=device, scaled=scaled)
         self.passed_over: set[int] = set()
         self._quarantine = quarantine
+        self.doubtful = False  # the last step was not trained: what the weights are worth the next one will show
+        self.recovered = True  # a step has been trained since the run went back
         self._skips_in_a_row = 0
         self._late = device.type == "cuda"
         self._unread: deque[Callable[[], Bad | None]] = deque()
@@ -93,7 +95,9 @@ class Guard:
             bad = self._unread.popleft()()
             if bad is None:
                 self._skips_in_a_row = 0
+                self.doubtful, self.recovered = False, True
                 continue
+            self.doubtful = True
             documents = self._quarantine(bad)
             limit = self._limit(bad)
             if limit is not None:
@@ -123,6 +127,12 @@ class Guard:
             return _exceeded("max_skips_in_a_row", self.policy.max_skips_in_a_row, self._skips_in_a_row)
         self.passed_over.add(bad.first_sample)
         return _exceeded("max_rollbacks", self.policy.max_rollbacks, len(self.passed_over))
+
+    def passes_over(self, first_sample: int) -> bool:
+        """Whether the batch that begins there is one that the run went back for: it is not trained."""
+        found = first_sample in self.passed_over
+        self.doubtful |= found
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps. Everything has been read before: `found` at once."""

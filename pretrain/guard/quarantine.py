@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.console import notice
 from pretrain.guard.guard import Bad
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.record import json_safe
@@ -46,7 +47,10 @@ class Quarantine:
             numbers = {"loss": bad.loss, "grad_norm": bad.grad_norm, "zscore": bad.zscore}
             what = {"step": bad.step, "time": time.time(), "reason": bad.reason, "action": bad.action}
             where = {"first_sample": bad.first_sample, "documents": documents}
-            self._write(what | json_safe(numbers) | where)
+            try:
+                self._write(what | json_safe(numbers) | where)
+            except (OSError, ValueError) as error:  # no room, or a file that was torn: worth less than the run
+                notice(f"{self._path} can't be written: {error}; the run goes on")
         names = [f"{d['path']}#{d['index']}" for d in documents[:NAMED]]
         return ", ".join(names) + (f" and {len(documents) - NAMED} more" if len(documents) > NAMED else "")
 

@@ -48,6 +48,8 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
         grad_clip=resolved["grad_clip"],
     )
     strategy.check(setting)
+    if policy.max_restarts and plan.world_size == 1:
+        notice("launch.max_restarts has no effect on one process: nobody would be left to start it again")
     if plan.joined or plan.world_size == 1:
         from pretrain import tasks
 

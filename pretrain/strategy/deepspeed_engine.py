@@ -222,6 +222,7 @@ class DeepspeedEngine(Engine):
         self._update_weights()
 
     def load_moments(self, files: TensorFiles) -> None:
+        self.optimizer.state.clear()
         parameters = dict(self.model.hf_named_parameters())
         slots = [(slot, *slot.rsplit("/", 1)) for slot in sorted(files.keys())]
         counts = {key: files.read(slot) for slot, _, key in slots if not files.shape(slot)}

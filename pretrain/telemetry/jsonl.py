@@ -53,13 +53,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Raises ``ValueError`` with file and line when any other line is broken.
     """
     records = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or cut in the middle of a character
             if number == len(lines):  # no newline at its end: torn
                 break
             raise ValueError(f"{path}:{number}: not JSON: {error}") from error

@@ -34,3 +34,8 @@ def test_best_by_another_domain():
     losses = {step: {"new": float(step), "old": float(-step)} for step in range(1, 6)}
     assert Policy(keep_last=1, keep_best=1).kept(losses) == {1, 5}
     assert Policy(keep_last=1, keep_best=2, best_by="old").kept(losses) == {4, 5}
+
+
+def test_a_loss_that_is_no_number_is_not_the_best():
+    losses = {5: {"a": 2.0}, 10: {"a": float("nan")}, 15: {"a": 1.0}, 20: {"a": 3.0}}
+    assert Policy(keep_last=1, keep_best=1).kept(losses) == {15, 20}

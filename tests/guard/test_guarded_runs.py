@@ -57,10 +57,11 @@ def ran(command, tmp_path):
 def test_skip_leaves_weights_and_moments_and_says_what_was_in_the_batch(nan_run, ran, bad_corpus):
     given, bad = nan_run(dropout=0.1)
     run = ran("run", [*given, "save_every=1", "checkpoint.keep_last=null"])
+    assert not (run / f"checkpoints/step-{bad:08d}").exists(), "no checkpoint of weights that nobody has seen at work"
+    ending = ran("ending", [*given, f"max_steps={bad}", "save_every=1"])
     for kind in ("model", "optimizer"):
-        before, after, later = (weights(run, step, kind) for step in (bad - 1, bad, bad + 1))
-        assert equal(before, after)
-        assert not equal(after, later)
+        assert equal(weights(ending, bad - 1, kind), weights(ending, bad, kind))
+        assert not equal(weights(run, bad - 1, kind), weights(run, bad + 1, kind))
     for record in train_records(run):
         assert (record["loss"] is None) == (record["grad_norm"] is None) == (record["step"] == bad)
         assert record["skipped_steps"] == (record["step"] >= bad)
@@ -252,7 +253,8 @@ def test_deepspeed_leaves_a_spike_out(stage, spike_run, ran):
     alone = ran("alone", given)
     sharded = [*given, "strategy=deepspeed", f"strategy.zero_stage={stage}", "devices=2", "batch_size=1"]
     sharded += ["save_every=1", "checkpoint.keep_last=null"]
-    ran("pair", [*sharded, "save_every=null", f"max_steps={bad - 1}"])
+    for last in (bad - 1, bad):  # where a run ends it saves, whatever the step was like
+        ran("pair", [*sharded, "save_every=null", f"max_steps={last}"])
     pair = ran("pair", [*sharded, f"max_steps={bad + 1}"])
     for kind in ("model", "optimizer"):
         before, after, later = (weights(pair, step, kind) for step in (bad - 1, bad, bad + 1))
@@ -275,3 +277,37 @@ def test_a_healthy_run_is_the_same_with_and_without(base_arguments, ran):
         assert equal(weights(unwatched, 20, kind), weights(watched, 20, kind))
     assert not (watched / "quarantine.jsonl").exists()
     assert json.loads((watched / "checkpoints/step-00000020/state.json").read_text())["guard"]["passed_over"] == []
+
+
+def test_a_quarantine_that_cannot_be_written_is_worth_less_than_the_run(nan_run, command, tmp_path):
+    given, _ = nan_run()
+    (tmp_path / "run" / "quarantine.partial").mkdir(parents=True)
+    code, _, err = command([*given, f"output_dir={tmp_path / 'run'}"])
+    assert code == 0, err
+    assert err.count("quarantine.jsonl can't be written") == 1
+
+
+def test_a_checkpoint_that_was_bad_itself_is_not_gone_back_to_twice(nan_run, command, tmp_path, monkeypatch):
+    """The weights of step 6 are NaN and are saved before anybody knows: the run goes back to them, then to those before."""
+    from pretrain.trainer import Trainer
+
+    given, _ = nan_run()
+    update = Trainer.update
+
+    def spoil(self, *arguments):
+        result = update(self, *arguments)
+        if self.progress.step == 5 and not getattr(self, "spoilt", False):
+            self.spoilt = True
+            with torch.no_grad():
+                next(self.engine.model.parameters()).fill_(math.nan)
+        return result
+
+    monkeypatch.setattr(Trainer, "update", spoil)
+    run = tmp_path / "run"
+    more = ["guard.nonfinite=rollback", "guard.max_rollbacks=9", "save_every=1", "evaluate_every=null", "max_steps=11"]
+    code, _, err = command([*given, *more, f"output_dir={run}"])
+    assert code == 0, err
+    assert err.count("back at ") == 2
+    assert "step-00000006" in err
+    assert "step-00000005" in err
+    assert not any(tensor.isnan().any() for tensor in weights(run, 11).values())

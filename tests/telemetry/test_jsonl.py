@@ -57,3 +57,10 @@ def test_a_run_that_goes_on_has_not_finished_and_evaluates_again_what_it_owes(tm
     path.write_text("".join(json.dumps(r) + "\n" for r in records + ends))
     assert records_until(path, 2) == [*records, ends[0]]
     assert records_until(path, 2, owes_evaluation=True) == [*records[:2], ends[0]]
+
+
+def test_a_line_torn_in_the_middle_of_a_character(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = json.dumps({"event": "evaluation", "step": 1, "domain": "да"}, ensure_ascii=False)
+    path.write_bytes(f"{whole}\n{whole[:-4]}".encode()[:-1])
+    assert read_records(path) == [json.loads(whole)]
