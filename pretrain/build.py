@@ -21,6 +21,7 @@ from pretrain.split import Split
 if TYPE_CHECKING:
     from pretrain.batch import Batch
     from pretrain.checkpoint.policy import Policy
+    from pretrain.checkpoint.saver import Saver
     from pretrain.checkpoint.store import Store
     from pretrain.data.fingerprint import Files
     from pretrain.data.loader import Loader
@@ -305,10 +306,18 @@ def build_split(
     return split
 
 
-def check_best_by(policy: Policy, domains: list[str]) -> None:
+def build_saver(resolved: dict[str, Any], store: Store, world: World, watchdog: Watchdog) -> Saver:
+    from pretrain.checkpoint.saver import Saver
+
+    timeout = instantiate(resolved["launch"]).timeout
+    return Saver(store, world=world, background=store.policy.async_, timeout_seconds=timeout, alive=watchdog.pat)
+
+
+def check_best_by(policy: Policy, prepared: Prepared) -> None:
     """Raises ``UserError`` when the best checkpoints are to be found by a domain that is not evaluated."""
     if policy.keep_best is None and policy.best_by is not None:
         raise UserError(f"checkpoint.best_by={policy.best_by}: has no effect without checkpoint.keep_best")
+    domains = [name for name, _, _ in prepared.domains]
     if policy.keep_best is not None and (not domains or policy.best_by not in (None, *domains)):
         raise UserError(f"checkpoint.best_by={policy.best_by}: no such domain is evaluated{did_you_mean('', domains)}")
 
@@ -327,14 +336,12 @@ def build_trainer(
     watchdog: Watchdog,
 ) -> Trainer:
     from pretrain.checkpoint.rng import rng_state
-    from pretrain.checkpoint.saver import Saver
     from pretrain.facts import run_facts
     from pretrain.progress import Every
     from pretrain.trainer import Trainer
 
     steps = total_steps(resolved, prepared)
     engine = build_engine(resolved, prepared, setting, world)
-    check_best_by(store.policy, [name for name, _, _ in prepared.domains])
     rng = rng_state()  # before anything is tried
     split = build_split(resolved, prepared, engine, setting=setting, resume_from=resume_from)
     micro_batch = split.batch_size * setting.devices_per_worker
@@ -348,13 +355,7 @@ def build_trainer(
         guard=build_guard(resolved, prepared, engine, loader, folder),
         schedule=build_schedule(resolved, steps),
         evaluator=build_evaluator(resolved, prepared, batch_size=split.batch_size),
-        saver=Saver(
-            store,
-            world=world,
-            background=store.policy.async_,
-            timeout_seconds=instantiate(resolved["launch"]).timeout,
-            alive=watchdog.pat,
-        ),
+        saver=build_saver(resolved, store, world, watchdog),
         interrupt=interrupt,
         identity=prepared.identity,
         rng=rng,

@@ -21,6 +21,7 @@ from pretrain.data.fingerprint import Files, differing, recall, remember
 from pretrain.errors import UserError
 from pretrain.folders import say_if_shared
 from pretrain.place import Place
+from pretrain.replace import replace_file
 from pretrain.telemetry.run_file import read_run_file
 
 FIXED = {  # part of a run's identity → the config keys it follows from
@@ -55,7 +56,7 @@ class RunFolder:
         """Write config.yaml and .hydra/overrides.yaml; return the former's text. Raises ``UserError``: a full disk."""
         text = OmegaConf.to_yaml(OmegaConf.create(resolved))
         with _writing(self.path):
-            (self.path / "config.yaml").write_text(text)
+            replace_file(self.path / "config.yaml", text)
             (self.path / ".hydra").mkdir(exist_ok=True)
             (self.path / ".hydra" / "config.yaml").write_text(text)
             (self.path / ".hydra" / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(overrides)))

@@ -51,6 +51,7 @@ def pretraining(
     agree(world, setting, {"configuration": resolved, "steps": steps} | prepared.identity)
     folder = Path(resolved["output_dir"])
     store = Store(folder / "checkpoints", build.instantiate(resolved["checkpoint"]))
+    build.check_best_by(store.policy, prepared)
     with ExitStack() as claims:
         files = prepared.train.store.files
         start = world.on_main(
@@ -63,8 +64,7 @@ def pretraining(
             return 0
         log = folder / "logs" / f"rank-{place.rank}.log"
         log_to(log)
-        watchdog, timeout = Watchdog(), build.instantiate(resolved["launch"]).timeout
-        claims.enter_context(watchdog.guarding(timeout, log=log, tell=on_hang or partial(say_hung, timeout, log)))
+        watchdog = guarded_by(resolved, log, on_hang, claims)
         with memory_explained(resolved, world, setting):
             trainer = build.build_trainer(
                 resolved,
@@ -83,6 +83,15 @@ def pretraining(
             run_logged(trainer)
     leave()
     return 0 if trainer.complete else EXIT_CODE
+
+
+def guarded_by(
+    resolved: dict[str, Any], log: Path, on_hang: Callable[[str], None] | None, claims: ExitStack
+) -> Watchdog:
+    """A watchdog that is at work until ``claims`` ends."""
+    watchdog, timeout = Watchdog(), build.instantiate(resolved["launch"]).timeout
+    claims.enter_context(watchdog.guarding(timeout, log=log, tell=on_hang or partial(say_hung, timeout, log)))
+    return watchdog
 
 
 def say_hung(timeout: float, log: Path, place: str) -> None:

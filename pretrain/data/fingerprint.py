@@ -4,7 +4,6 @@ and looked at while the run goes on."""
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from pretrain.console import notice
 from pretrain.data.units import Stamp, Unit, key_of, stamp_of
 from pretrain.events import Evaluated, Event, RunFinished, Saved
+from pretrain.replace import replace_file
 
 Files = dict[str, tuple[Stamp, str]]  # path → its stamp and the digest of what was read of it
 MOST_NAMED = 5
@@ -31,9 +31,7 @@ def files_of(units: Iterable[Unit], digests: Iterable[Sequence[str]]) -> Files:
 
 
 def remember(path: Path, files: Files) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(files))
-    os.replace(partial, path)
+    replace_file(path, json.dumps(files))
 
 
 def recall(path: Path) -> Files:

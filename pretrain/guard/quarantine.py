@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.console import notice
 from pretrain.guard.guard import Bad
+from pretrain.replace import replace_file
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.record import json_safe
 
@@ -58,7 +58,5 @@ class Quarantine:
         assert self._path is not None
         earlier = read_records(self._path) if self._path.exists() else []
         kept = [r for r in earlier if r["first_sample"] != record["first_sample"]]
-        partial = self._path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in [*kept, record])
-        os.replace(partial, self._path)
+        lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in [*kept, record])
+        replace_file(self._path, "".join(lines), flush=True)

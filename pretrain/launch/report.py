@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pretrain.errors import UserError
+from pretrain.replace import replace_file
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,7 @@ def cause_of_hang(hangs: dict[int, str], silent: list[int], timeout: float) -> R
 
 
 def _write(folder: Path, report: Report) -> None:
-    rank = report.rank
-    partial = folder / f"rank-{rank}.partial"
-    partial.write_text(json.dumps(asdict(report)))
-    partial.rename(folder / f"rank-{rank}.json")
+    replace_file(folder / f"rank-{report.rank}.json", json.dumps(asdict(report)))
 
 
 def read_reports(folder: Path) -> Iterator[Report]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from pretrain.console import notice
 from pretrain.events import RunStarted
+from pretrain.replace import replace_file
 
 
 class Jsonl:
@@ -83,9 +83,4 @@ def cut_after(path: Path, step: int, *, owes_evaluation: bool = False) -> None:
     A run that starts over (step 0) drops everything.
     """
     kept = records_until(path, step, owes_evaluation=owes_evaluation) if step > 0 else []
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    replace_file(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from pretrain.console import notice
 from pretrain.events import Evaluated, Event, RolledBack, RunFinished, RunStarted, Saved
+from pretrain.replace import replace_file
 from pretrain.telemetry.record import fields_of
 
 
@@ -75,6 +75,4 @@ def mark_failed(run: Path) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace ``path`` whole, so that a reader never sees half of it."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+    replace_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,5 +1,6 @@
 """Which checkpoints stay."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,3 +40,17 @@ def test_best_by_another_domain():
 def test_a_loss_that_is_no_number_is_not_the_best():
     losses = {5: {"a": 2.0}, 10: {"a": float("nan")}, 15: {"a": 1.0}, 20: {"a": 3.0}}
     assert Policy(keep_last=1, keep_best=1).kept(losses) == {15, 20}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["checkpoint.keep_best=1", "checkpoint.best_by=nope"], "checkpoint.best_by=nope: no such domain is evaluated"),
+        (["checkpoint.best_by=other"], "has no effect without checkpoint.keep_best"),
+    ],
+)
+def test_best_by_what_is_not_there(arguments, says, base_arguments, command, tmp_path):
+    code, _, err = command([*base_arguments, f"output_dir={tmp_path / 'run'}", *arguments])
+    assert code == 2
+    assert says in err
+    assert not (tmp_path / "run").exists()
