@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -14,6 +15,7 @@ SIGNALS: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIG
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it for us: the run outlives its terminal
     SIGNALS += (signal.SIGHUP,)
 ONE_CTRL_C_SECONDS = 1.0  # under torchrun a single one arrives twice, from the terminal and from torchrun
+IMPORT_SECONDS = 0.05  # then a signal that came in the middle of an import is sent again
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
 
 
@@ -40,11 +42,24 @@ class Interrupt:
             if number == signal.SIGINT and time.monotonic() - self._asked_at > ONE_CTRL_C_SECONDS:
                 os._exit(128 + number)
             return
+        if not self.patient and importing(frame):
+            threading.Timer(IMPORT_SECONDS, os.kill, (os.getpid(), number)).start()
+            return
         self.requested, self._asked_at = True, time.monotonic()
         if not self.patient:
             raise Stopped(name)
         if not self._silent:
             notice(f"{name}: finishing this step, then saving; Ctrl-C again leaves at once")
+
+
+def importing(frame: FrameType | None) -> bool:
+    """Whether ``frame`` is in the middle of an import: one that is left there (numpy's, torch's) can't be made again, and
+    whoever tries says that instead of why the program ends."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Stopped(BaseException):

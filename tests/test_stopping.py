@@ -2,6 +2,8 @@
 command ends with the run that was not stopped."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +28,7 @@ def stopping(event: str, step: int) -> list[str]:
         ("train", 8, 8, True),  # an evaluation is due there: it is left to whoever continues
         ("train", 5, 5, False),  # a save is due there: made once
         ("evaluation", 8, 9, False),
-        ("checkpoint", 10, None, False),
+        ("checkpoint", 10, None, None),  # known whenever it has become whole
         ("train", 20, 20, True),  # the last step: evaluation and export are owed
     ],
 )
@@ -40,7 +42,7 @@ def test_one_process(event, step, saved_at, owes, uninterrupted, base_arguments,
     assert facts["status"] == "stopped"
     assert saved_at in (None, facts["steps"])
     state = json.loads((run / f"checkpoints/step-{facts['steps']:08d}/state.json").read_text())
-    assert state["progress"]["owes_evaluation"] is owes
+    assert owes in (None, state["progress"]["owes_evaluation"])
     saves = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "checkpoint"]
     assert saves.count(facts["steps"]) == 1, "saved once"
     assert not (run / "model").exists()
@@ -80,3 +82,26 @@ def test_the_very_first_evaluation(base_arguments, spawn, tmp_path):
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
     assert [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"] == list(range(1, 21))
+
+
+IMPORT = """
+import os, signal, sys, types
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy" and not hasattr(self, "done"):
+            self.done = True
+            os.kill(os.getpid(), signal.SIGTERM)
+            sys.path_importer_cache.clear()
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_in_the_middle_of_an_import(base_arguments, spawn, tmp_path):
+    """An import that is left half way can't be made again: the signal waits for its end."""
+    (tmp_path / "sitecustomize.py").write_text(IMPORT)
+    path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"
+    process = spawn([*base_arguments, f"output_dir={tmp_path / 'run'}"], env=os.environ | {"PYTHONPATH": path})
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, out
+    assert "stopped (SIGTERM)" in out
+    assert "Traceback" not in out

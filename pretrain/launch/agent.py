@@ -15,8 +15,6 @@ import os
 import signal
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +54,8 @@ def _prepare_data(job: Job) -> None:
     process = multiprocessing.get_context("forkserver").Process(target=prepare, args=(job,))
     process.start()
     try:
-        with signals_later():
-            from pretrain.launch import elastic  # noqa: F401 (torch's agent, meanwhile)
+        from pretrain.launch import elastic  # noqa: F401 (torch's agent, meanwhile)
+
         process.join()
     finally:  # a signal has ended the waiting
         process.terminate()
@@ -69,20 +67,6 @@ def _prepare_data(job: Job) -> None:
         if report is not None and report.is_mistake:
             raise UserError(report.message)
         raise WorkersFailed(report.trace if report else f"preparing the data left with exit code {process.exitcode}")
-
-
-@contextmanager
-def signals_later() -> Iterator[None]:
-    """Raise a stop signal's ``Stopped`` at the end: in the middle of an import of torch it would abort the process."""
-    heard: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, frame: heard.append(number)) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if heard:
-        raise Stopped(signal.Signals(heard[0]).name)
 
 
 def _meeting(policy: Policy) -> dict[str, Any]:
