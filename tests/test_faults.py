@@ -150,7 +150,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", folder], check=False)
 
 
-@pytest.mark.parametrize("more", [[], PAIR], ids=["single", "pair"])
+@pytest.mark.parametrize("more", [[], pytest.param(PAIR, marks=pytest.mark.slow)], ids=["single", "pair"])
 def test_a_disk_that_is_full_from_the_start(more, base_arguments, spawn, small_disk):
     disk = small_disk("32k")
     (disk / "run").mkdir()

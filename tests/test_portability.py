@@ -51,7 +51,7 @@ def in_a_process(arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("shape", ["llama-tied", "gpt2"])
+@pytest.mark.parametrize("shape", ["llama-tied", pytest.param("gpt2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LEGS)
 def test_a_run_handed_on(name, shape, base_arguments, exact_model, command, tmp_path):
     legs = LEGS[name]

@@ -111,7 +111,7 @@ def test_a_signal_handler_may_speak_in_the_middle_of_a_line(pipe):
 # -- whole runs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [[], PAIR], ids=["single", "pair"])
+@pytest.mark.parametrize("more", [[], pytest.param(PAIR, marks=pytest.mark.slow)], ids=["single", "pair"])
 def test_a_full_pipe_does_not_stop_a_run(more, base_arguments, tmp_path):
     """Some 10 kB into a pipe of 4 kB that is never read."""
     command = [*base_arguments, *more, f"output_dir={tmp_path}", "max_steps=80", "evaluate_every=null"]
@@ -157,7 +157,7 @@ def test_a_mistake_without_a_stderr(shell):
     assert shell("run strategie=ddp 2>&1 | true")[0] == 2
 
 
-@pytest.mark.parametrize("more", [[], PAIR], ids=["single", "pair"])
+@pytest.mark.parametrize("more", [[], pytest.param(PAIR, marks=pytest.mark.slow)], ids=["single", "pair"])
 @pytest.mark.parametrize("nohup", [False, True])
 def test_the_terminal_is_closed(nohup, more, base_arguments, tmp_path):
     """A real terminal, whose other end goes. Without nohup that asks the run to stop, with it nothing happens."""
