@@ -42,6 +42,8 @@ LLAMA = "model_type:llama,hidden_size:64,intermediate_size:128,num_hidden_layers
 LLAMA += ",num_key_value_heads:2,max_position_embeddings:128,attention_dropout:0.1"
 RUN = ["model=scratch", f"model.overrides={{{LLAMA}}}", "sequence_length=64", "batch_size=2", "max_steps=240"]
 RUN += ["save_every=12", "evaluate_every=60", "evaluation.max_tokens=2000", "checkpoint.verify=full"]
+RUN += ["checkpoint.keep_last=3"]
+VERIFIED = Policy(verify="full")
 KINDS = {"single": ["batch_size=2"], "ddp": ["strategy=ddp", "devices=2", "batch_size=1"]}
 DISK_MIB = 96
 STOPPED = 75
@@ -161,16 +163,15 @@ FAULTS: dict[str, Callable[[Process, Path], None]] = {
     "torn metrics.jsonl": tear_records,
 }
 OF_A_DISK = {"full disk": fill_disk, "read-only disk": read_only}
-DAMAGING = ("torn checkpoint", "flipped bit", "lost file")
 
 
 def run_was_resumed(run: Path) -> bool:
     return any(r["event"] == "run_started" and r["resumed"] for r in read_records(run / "metrics.jsonl"))
 
 
-def newest_step(run: Path, *, in_full: bool) -> int:
-    """Of the newest whole checkpoint, ``in_full``: by the checksums of its files; 0 where there is none."""
-    newest = Store(run / "checkpoints", Policy(verify="full" if in_full else "size")).newest()
+def newest_step(run: Path) -> int:
+    """Of the newest whole checkpoint, as the next start is going to see it; 0 where there is none."""
+    newest = Store(run / "checkpoints", VERIFIED).newest()
     return int(newest.name.removeprefix("step-")) if newest else 0
 
 
@@ -230,9 +231,9 @@ class Soak:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(random.uniform(0.2, 1.0) * self.seconds[kind])
             if process.poll() is None:
-                name = self.fault(process, run)
+                self.fault(process, run)
                 self.check_start(run, saved, began_at)
-                saved = newest_step(run, in_full=name in DAMAGING)
+                saved = newest_step(run)
             elif process.returncode == 0:
                 if not run_was_resumed(run):
                     self.seconds[kind] = min(self.seconds[kind], time.time() - began_at)
@@ -243,8 +244,8 @@ class Soak:
                 raise Lost(f"{kind}: left with {process.returncode} and nobody had touched it")
         shutil.rmtree(run, ignore_errors=True)
 
-    def fault(self, process: Process, run: Path) -> str:
-        """Let something happen; its name."""
+    def fault(self, process: Process, run: Path) -> None:
+        """Let something happen."""
         name = random.choice(sorted(self.possible))
         self.moments[self.moment(run)] += 1
         self.possible[name](process, run)
@@ -252,7 +253,6 @@ class Soak:
         code = process.returncode
         if name in ("SIGTERM", "SIGUSR1") and code not in (0, STOPPED, -signal.SIGTERM, -signal.SIGUSR1):
             raise Lost(f"{name}: exit code {code}")
-        return name
 
     def moment(self, run: Path) -> str:
         """What the run was doing, by what it had written last."""
