@@ -15,7 +15,7 @@ from pretrain.telemetry.run_file import read_run_file
 from tests.runs import assert_same_run, numbers, wait_for
 
 
-@pytest.mark.parametrize("at", [1, 7, 13, 19])
+@pytest.mark.parametrize("at", [7, 19])
 def test_kill_9_and_the_same_command(at, uninterrupted, base_arguments, command, spawn, tmp_path):
     run = tmp_path / "run"
     arguments = [*base_arguments, f"output_dir={run}"]
@@ -29,7 +29,7 @@ def test_kill_9_and_the_same_command(at, uninterrupted, base_arguments, command,
     assert_same_run(run, uninterrupted)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed"])
+@pytest.mark.parametrize("strategy", ["fsdp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("ddp", "deepspeed"))])
 def test_kill_9_of_two_processes_and_the_same_command(strategy, base_arguments, command, spawn, tmp_path):
     """The model has dropout: each rank goes on with its own random numbers."""
     pair = [*base_arguments, f"strategy={strategy}", "devices=2", "batch_size=1"]

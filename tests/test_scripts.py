@@ -38,6 +38,7 @@ def test_verify_strategies_agree(verify, tmp_path):
     assert not (tmp_path / "run").exists(), "the user's output_dir is not touched"
 
 
+@pytest.mark.slow
 def test_verify_strategies_differ(verify):
     """bf16 rounds: a bound of nothing can't be met by sums that are taken in another order."""
     done = verify("precision=bf16-mixed", "--bound", "0")

@@ -27,8 +27,8 @@ def stopping(event: str, step: int) -> list[str]:
     [
         ("train", 8, 8, True),  # an evaluation is due there: it is left to whoever continues
         ("train", 5, 5, False),  # a save is due there: made once
-        ("evaluation", 8, 9, False),
-        ("checkpoint", 10, None, None),  # known whenever it has become whole
+        pytest.param("evaluation", 8, 9, False, marks=pytest.mark.slow),
+        pytest.param("checkpoint", 10, None, None, marks=pytest.mark.slow),  # known whenever it has become whole
         ("train", 20, 20, True),  # the last step: evaluation and export are owed
     ],
 )

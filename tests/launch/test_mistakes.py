@@ -145,7 +145,12 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("differs", "says"), [("lr", "configuration"), ("text", "data"), ("model", "model")], ids=["lr", "text", "model"]
+    ("differs", "says"),
+    [
+        pytest.param("lr", "configuration", id="lr", marks=pytest.mark.slow),
+        pytest.param("text", "data", id="text"),
+        pytest.param("model", "model", id="model", marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_that_disagree(differs, says, spawn, base_arguments, exact_model, tmp_path):
     """Two ranks as a cluster starts them, with another command or, under the same paths, other files on the other's disk."""

@@ -67,7 +67,7 @@ def losses(run):
     return [r["loss"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_two_nodes_equal_one_process(strategy, two_nodes, base_arguments, exact_model, command, tmp_path):
     nodes = two_nodes(tmp_path / "nodes", f"strategy={strategy}", "max_steps=6")
     for node in nodes:
@@ -123,6 +123,7 @@ def test_a_node_that_nobody_joins(spawn, base_arguments, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_nodes_with_unequal_devices(spawn, base_arguments, tmp_path):
     given = here(base_arguments, tmp_path / "run", timeout=90)
     nodes = [spawn([*given, f"devices={devices}"]) for devices in (1, 2)]
