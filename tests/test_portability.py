@@ -52,7 +52,7 @@ def in_a_process(arguments):
 
 
 @pytest.mark.parametrize("shape", ["llama-tied", pytest.param("gpt2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", LEGS)
+@pytest.mark.parametrize("name", ["ddp and fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_a_run_handed_on(name, shape, base_arguments, exact_model, command, tmp_path):
     legs = LEGS[name]
     common = [*base_arguments, f"model_name={exact_model(shape)}", "scheduler=constant", "warmup_proportion=0"]

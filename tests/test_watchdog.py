@@ -172,7 +172,7 @@ os.fsync = fsync
 SHARDED = ["strategy=fsdp", "devices=2", "batch_size=1"]
 
 
-@pytest.mark.parametrize("more", [[], SHARDED], ids=["single", "pair"])
+@pytest.mark.parametrize("more", [[], pytest.param(SHARDED, marks=pytest.mark.slow)], ids=["single", "pair"])
 def test_a_disk_that_hangs_during_a_save(more, base_arguments, spawn, tmp_path):
     """fsync never returns: of one process, or of one rank in its thread."""
     environment = injected(tmp_path, FROZEN)

@@ -126,7 +126,7 @@ def test_a_second_command_leaves_a_live_run_alone(long_run, base_arguments, comm
     assert read_run_file(run)["status"] == "running"
 
 
-@pytest.mark.parametrize("delay", [0.1, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("delay", [0.5, *(pytest.param(d, marks=pytest.mark.slow) for d in (0.1, 1.0, 2.0))])
 def test_a_stop_during_a_restart_is_heard(delay, long_run):
     process, workers, _ = long_run("launch.max_restarts=3")
     workers[1].kill()

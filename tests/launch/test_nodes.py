@@ -95,6 +95,7 @@ def test_a_rank_that_dies_on_one_node_restarts_both(two_nodes, tmp_path):
     assert seen == list(range(1, 401))
 
 
+@pytest.mark.slow
 def test_a_signal_on_one_node_stops_both(two_nodes, tmp_path):
     run = tmp_path / "run"
     nodes = two_nodes(run, "strategy=ddp", "max_steps=100000", "evaluate_every=null")

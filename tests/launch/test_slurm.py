@@ -75,6 +75,7 @@ def undisturbed(base_arguments, spawn, folder, *arguments):
     return records(folder)
 
 
+@pytest.mark.slow
 def test_sweep_in_local_processes_survives_the_warning_signal(sweep, base_arguments, spawn, tmp_path):
     process = sweep("hydra.launcher.cluster=local", "max_steps=300", "lr=1e-3,-1")
     folder = wait_for_steps(tmp_path, 10)
@@ -164,6 +165,7 @@ def test_preempted_job_saves_is_queued_again_and_goes_on(cluster, sweep, base_ar
     assert records(folder) == undisturbed(base_arguments, spawn, tmp_path / "alone", "max_steps=300")
 
 
+@pytest.mark.slow
 def test_leaving_the_wait_leaves_the_job(cluster, sweep, tmp_path):
     process = sweep("max_steps=100000")
     wait_for_steps(tmp_path, 1)
