@@ -82,7 +82,7 @@ def whole_model(folder):
 FP32 = {"loss": 1e-5, "norm": 1e-5, "weights": 2e-5}
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "llama", "llama-tied"])
+@pytest.mark.parametrize("shape", ["gpt2", "llama", pytest.param("llama-tied", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_equal_one(strategy, shape, reference, base_arguments, exact_model, command, tmp_path):
     split = ["devices=1", "batch_size=4"] if strategy == "single" else ["devices=2", "batch_size=2"]
@@ -100,7 +100,7 @@ def test_options_change_nothing(variant, reference, base_arguments, exact_model,
     assert_equal_runs(tmp_path, reference("llama-tied"), **FP32)
 
 
-@pytest.mark.parametrize("replicas", ["null", "1"])
+@pytest.mark.parametrize("replicas", ["null", pytest.param("1", marks=pytest.mark.slow)])
 def test_four_processes_in_copies_of_shards(replicas, reference, base_arguments, exact_model, command, tmp_path):
     hybrid = ["strategy=fsdp", "strategy.sharding_strategy=HYBRID_SHARD", f"strategy.replicas={replicas}"]
     given = arguments(base_arguments, exact_model("llama-tied"), tmp_path)
@@ -113,7 +113,7 @@ def test_four_processes_in_copies_of_shards(replicas, reference, base_arguments,
 BF16 = {"loss": 2e-2, "norm": 5e-2, "weights": 1e-2}
 
 
-@pytest.mark.parametrize("shape", ["llama-tied", "opt"])
+@pytest.mark.parametrize("shape", ["llama-tied", pytest.param("opt", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s not in ("single", "dp")])
 def test_bf16_agrees_within_its_rounding(strategy, shape, reference, base_arguments, exact_model, command, tmp_path):
     given = arguments(base_arguments, exact_model(shape), tmp_path)

@@ -144,7 +144,13 @@ def test_the_reader_of_help_leaves(line, shell):
     assert (code, len(out.splitlines()), err) == (0, 1, "")
 
 
-@pytest.mark.parametrize(("closed", "more"), [("2>&-", []), ("<&- >&- 2>&-", PAIR)], ids=["single", "pair"])
+@pytest.mark.parametrize(
+    ("closed", "more"),
+    [
+        pytest.param("2>&-", [], id="single"),
+        pytest.param("<&- >&- 2>&-", PAIR, id="pair", marks=pytest.mark.slow),
+    ],
+)
 def test_streams_that_were_never_there(closed, more, base_arguments, tmp_path, shell):
     code, _, err = shell(f'run "$@" {closed}', [*base_arguments, *more, f"output_dir={tmp_path}", "max_steps=6"])
     assert code == 0, err
