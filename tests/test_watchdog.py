@@ -109,7 +109,7 @@ def test_a_run_whose_disk_does_not_answer(base_arguments, spawn, tmp_path):
     wait_for(lambda: made_pipe(tmp_path / "run.partial"), process)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
-    assert "rank-0 stands still at telemetry/run_file.py" in out
+    assert "rank-0 stands still at replace.py" in out
     assert "nothing has moved for 4 s (launch.timeout)" in out
     assert "write_json" in (tmp_path / "logs/rank-0.log").read_text()
 
@@ -182,7 +182,7 @@ def test_a_disk_that_hangs_during_a_save(more, base_arguments, spawn, tmp_path):
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
     assert time.monotonic() - began_at < 90
-    assert "launch.timeout" in out
+    assert "launch.timeout" in out or "Timed out waiting" in out  # the watchdog's word, or that of the rank that waits
     assert not list((run / "checkpoints").glob("step-*[0-9]"))
     assert "fsync" in "".join(log.read_text() for log in (run / "logs").glob("rank-*.log"))
 
