@@ -12,11 +12,12 @@ import shutil
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 from safetensors import SafetensorError, safe_open
 
+from pretrain.checkpoint.policy import Verify
 from pretrain.errors import NoRoom, UserError
 from pretrain.folders import is_below
 
@@ -28,7 +29,6 @@ FORMAT = 3
 SMALL_BYTES = 1 << 20  # files up to this size have their checksum looked at always
 CHUNK_BYTES = 1 << 24
 
-Verify = Literal["size", "full"]
 Fill = Callable[[Path], Iterable[Path]]
 
 

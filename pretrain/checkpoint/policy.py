@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
+Verify = Literal["size", "full"]  # what is looked at before loading
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -24,7 +26,7 @@ class Policy:
     """
 
     async_: bool = True
-    verify: Literal["size", "full"] = "size"
+    verify: Verify = "size"
     keep_last: PositiveInt | None = 2
     keep_every: PositiveInt | None = None
     keep_best: PositiveInt | None = None
