@@ -221,11 +221,8 @@ def run(config: DictConfig, overrides: list[str], spoken: dict[str, Any]) -> int
     check(resolved)
     interrupt = Interrupt()
     interrupt.install()
-    if resolved["task"] in (
-        "pretraining",
-        "evaluation",
-    ):  # what the others say is their result: it waits for its reader
-        never_wait()
+    if resolved["task"] in ("pretraining", "evaluation"):
+        never_wait()  # what the other tasks say is their result: it waits for its reader
     quiet_libraries()
     if not gpu_visible():
         # Threads that spin while they wait make a CPU run 10 × slower as soon as another program wants a core.
