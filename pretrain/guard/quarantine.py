@@ -14,7 +14,11 @@ from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.record import json_safe
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from pretrain.data.loader import Loader
+    from pretrain.data.store import Document
 
 EXCERPT_CHARS = 200
 NAMED = 3  # documents in a message
@@ -33,6 +37,16 @@ class Quarantine:
 
     def __call__(self, bad: Bad) -> str:
         """Write down what is in the batch of ``bad``; return its first documents as ``path#index``."""
+        found = list(self._loader.texts(bad.first_sample))
+        if self._path is not None:
+            try:
+                self._write(self._record(bad, found))
+            except (OSError, ValueError) as error:  # no room, or a file that was torn: worth less than the run
+                notice(f"{self._path} can't be written: {error}; the run goes on")
+        names = ", ".join(f"{document.path}#{document.index}" for document, _ in found[:NAMED])
+        return names + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
+
+    def _record(self, bad: Bad, found: list[tuple[Document, NDArray[np.int64]]]) -> dict[str, Any]:
         documents = [
             {
                 "path": document.path,
@@ -41,18 +55,11 @@ class Quarantine:
                 "hash": f"{document.hash:016x}",
                 "excerpt": self._tokenizer.decode(tokens.tolist())[:EXCERPT_CHARS],
             }
-            for document, tokens in self._loader.texts(bad.first_sample)
+            for document, tokens in found
         ]
-        if self._path is not None:
-            numbers = {"loss": bad.loss, "grad_norm": bad.grad_norm, "zscore": bad.zscore}
-            what = {"step": bad.step, "time": time.time(), "reason": bad.reason, "action": bad.action}
-            where = {"first_sample": bad.first_sample, "documents": documents}
-            try:
-                self._write(what | json_safe(numbers) | where)
-            except (OSError, ValueError) as error:  # no room, or a file that was torn: worth less than the run
-                notice(f"{self._path} can't be written: {error}; the run goes on")
-        names = [f"{d['path']}#{d['index']}" for d in documents[:NAMED]]
-        return ", ".join(names) + (f" and {len(documents) - NAMED} more" if len(documents) > NAMED else "")
+        what = {"step": bad.step, "time": time.time(), "reason": bad.reason, "action": bad.action}
+        numbers = {"loss": bad.loss, "grad_norm": bad.grad_norm, "zscore": bad.zscore}
+        return what | json_safe(numbers) | {"first_sample": bad.first_sample, "documents": documents}
 
     def _write(self, record: dict[str, Any]) -> None:
         assert self._path is not None
