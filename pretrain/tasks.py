@@ -179,7 +179,7 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     world = build.build_world(resolved, Place(), group=False)
     with memory_explained(resolved, world):
         scorer = build.build_scorer(resolved, prepared, world)
-    listeners = build.build_listeners(resolved, folder.path, {})
+    listeners, _ = build.build_listeners(resolved, folder.path, {})
     with memory_explained(resolved, world), watched("evaluation"):
         scores = build.build_evaluator(resolved, prepared).run(scorer) or ()
     events: list[Event] = [
