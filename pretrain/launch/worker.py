@@ -50,6 +50,8 @@ def prepare(job: Job) -> None:
     except BaseException as error:
         write_report(Path(job.reports), 0, error)
         os._exit(1)
+    settle()
+    os._exit(0)  # taking the interpreter down would take longer than many a start has
 
 
 def work(job: Job) -> int:
