@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain import build
+from pretrain import build, collector
 from pretrain.checkpoint.store import Store
 from pretrain.console import log_error, log_to, mute
 from pretrain.errors import UserError
@@ -79,6 +79,7 @@ def pretraining(
                 watchdog=watchdog,
             )
         interrupt.patient = True
+        collector.as_usual()
         with memory_explained(resolved, world, setting, trainer):
             run_logged(trainer)
     leave()
