@@ -235,7 +235,7 @@ def build_listeners(
 
     sinks = {name: instantiate(node) for name, node in (resolved.get("sink") or {}).items()}
     monitor = Monitor(sinks, run=folder, log_every=resolved["log_every"])
-    return [monitor, RunFile(folder), FilesWatch(files)], monitor.unsaved
+    return [monitor, RunFile(folder, monitor.summary), FilesWatch(files)], monitor.unsaved
 
 
 def cadences(resolved: dict[str, Any], prepared: Prepared) -> tuple[int | None, int | None]:
@@ -340,7 +340,10 @@ def build_trainer(
     watchdog: Watchdog,
 ) -> Trainer:
     from pretrain.checkpoint.rng import rng_state
-    from pretrain.facts import run_facts
+    from pretrain.clock import StepClock
+    from pretrain.data.census import Census
+    from pretrain.facts import run_facts, speed_facts
+    from pretrain.layers import LayerWatch
     from pretrain.progress import Every
     from pretrain.trainer import Trainer
 
@@ -351,7 +354,10 @@ def build_trainer(
     micro_batch = split.batch_size * setting.devices_per_worker
     loader = build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world)
     evaluate_every, save_every = cadences(resolved, prepared)
+    telemetry = instantiate(resolved["telemetry"])
+    devices = setting.workers * setting.devices_per_worker
     facts = run_facts(resolved, world, engine, restarts=place.restarts) | split.facts()
+    facts |= speed_facts(resolved, engine, devices=devices, peak=telemetry.peak_flops)
     listeners, unsaved_records = (
         build_listeners(resolved, folder, prepared.train.store.files) if world.is_main else ([], list)
     )
@@ -372,6 +378,9 @@ def build_trainer(
         evaluate_every=Every(evaluate_every),
         save_every=Every(save_every),
         exporter=build_exporter(resolved, prepared, engine, folder, facts=facts, steps=steps),
+        layers=LayerWatch(engine, Every(telemetry.layers_every)),
+        census=Census(loader),
+        clock=StepClock(on_device=world.device.type == "cuda"),
         resume_from=resume_from,
         facts=facts,
         listeners=listeners,
