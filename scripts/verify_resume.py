@@ -38,7 +38,12 @@ from pretrain.telemetry.jsonl import read_records
 OWN = ["resume=auto", "log_every=1", "sink=[jsonl]"]
 CLOCKS = {"time", "step_seconds", "data_seconds", "tokens_per_second", "memory_gib", "mfu", "train_seconds"}
 PLACES = {"folder", "model", "path"}
-COMPARED = ("train", "evaluation", "run_finished")  # of starts a resumed run has more; a kill may come before a save's
+COMPARED = (
+    "train",
+    "evaluation",
+    "sample",
+    "run_finished",
+)  # of starts a resumed run has more; a kill may come before a save's
 
 
 class Difference(NamedTuple):

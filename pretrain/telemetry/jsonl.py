@@ -71,7 +71,7 @@ def records_until(path: Path, step: int, *, owes_evaluation: bool = False) -> li
     evaluation of ``step`` where it ``owes_evaluation``, which is about to be made again."""
 
     def holds(record: dict[str, Any]) -> bool:
-        again = record["step"] == step and owes_evaluation and record["event"] == "evaluation"
+        again = record["step"] == step and owes_evaluation and record["event"] in ("evaluation", "sample")
         return record["step"] <= step and not again and record.get("status") != "finished"
 
     return [record for record in read_records(path) if holds(record)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.console import notice
-from pretrain.events import Evaluated, Event, Exported, RolledBack, RunFinished, RunStarted, Saved, StepDone
+from pretrain.events import Evaluated, Event, Exported, RolledBack, RunFinished, RunStarted, Sampled, Saved, StepDone
 from pretrain.progress import Every
 from pretrain.telemetry.record import Record, fields_of, json_safe
 
@@ -42,6 +42,10 @@ class Monitor:
             case Evaluated():
                 for s in event.scores:
                     self._write_beside("evaluation", event.step, fields_of(s))
+                self._window.exclude(event.seconds)
+            case Sampled():
+                for sample in event.samples:
+                    self._write_beside("sample", event.step, fields_of(sample))
                 self._window.exclude(event.seconds)
             case Saved():
                 self._write_beside("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
