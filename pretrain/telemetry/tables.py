@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 40  # log points, one a column
+PROMPT_TAIL = 60  # characters of a prompt that are shown: its end, which the model goes on from
 NEEDED_SPARK = 8  # columns that the curve gets before a number that is less needed
 WORDS = {"data": "waiting for data", "compute": "forward+backward", "checkpoint": "checkpoints"}
-SHADES = {"training": "cyan", "compute": "cyan", "optimizer": "blue", "communication": "magenta", "data": "yellow"}
+SHADES = {"training": "cyan", "compute": "cyan", "optimizer": "magenta", "communication": "blue", "data": "yellow"}
 SHADES |= {"evaluation": "green", "checkpoint": "bright_black", "other": "white"}
 
 
@@ -30,7 +31,7 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
 
 def status(record: Record | None, tally: Tally, *, total: int, width: int, level: int, curve: bool) -> Table:
     """Two lines while a run goes: its bar, and its numbers with the curve of the loss (``curve``: the terminal has the
-    letters for it). The empty one below is where other bars and notices may be drawn."""
+    letters for it)."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
@@ -49,7 +50,6 @@ def status(record: Record | None, tally: Tally, *, total: int, width: int, level
     lines.width = min(width, 100)
     lines.add_row(bar)
     lines.add_row(numbers_line(record, tally, width=lines.width, level=level, curve=curve) if record else "")
-    lines.add_row("")
     return lines
 
 
@@ -108,39 +108,37 @@ def scores(tally: Tally) -> Table:
 
 
 def samples(tally: Tally) -> list[Text]:
-    """One sample a domain, before and after, each cut to a line of the terminal."""
+    """One sample a domain, before and after, each line to be cut where the terminal ends."""
     from rich.text import Text
 
     lines = []
-
-    def add(title: str, text: str, style: str = "") -> None:
-        line = Text.assemble((f"{title:<9}", "bright_black"), (one_line(text), style))
-        line.no_wrap, line.overflow = True, "ellipsis"
-        lines.append(line)
-
     for before, after in tally.samples.values():
-        if lines:
-            lines.append(Text(""))
-        add("prompt", f"{after['domain']} ({after['role']}): …{one_line(after['prompt'])[-60:]}")
-        if before["step"] < after["step"] and before["prompt"] == after["prompt"]:
-            add("before", before["text"])
-            add("after", after["text"], "bold")
-        else:
-            add("model", after["text"], "bold")
+        prompt = one_line(after["prompt"])
+        tail = prompt if len(prompt) <= PROMPT_TAIL else f"…{prompt[-PROMPT_TAIL:]}"
+        lines.append(Text.assemble((f"{after['domain']} ({after['role']})", "bold"), f"  {tail}"))
+        told = [("before", before, ""), ("after", after, "bold")]
+        if before["step"] == after["step"] or before["prompt"] != after["prompt"]:
+            told = [("model", after, "bold")]
+        for name, record, style in told:
+            lines.append(Text.assemble((f"  {name:<7}", "bright_black"), (one_line(record["text"]), style)))
+        lines.append(Text(""))
     return lines
 
 
 def time_line(tally: Tally) -> Text:
-    """Where the time went, each share in its colour."""
+    """Where the time went, each share in its colour; empty where nothing is known of it."""
     from rich.text import Text
 
-    line = Text()
-    for name, share in tally.shares():
-        line.append(", " if line else "").append("■ ", SHADES[name]).append(f"{WORDS.get(name, name)} {share:.0%}")
+    spent = tally.spent()
+    total = sum(spent.values())
+    line = Text(duration(total) if total else "")
+    for name, seconds in spent.items():
+        if seconds >= 0.005 * total:
+            line.append("  ■ ", SHADES[name]).append(f"{WORDS.get(name, name)} {seconds / total:.0%}")
     return line
 
 
-def change(before: Record, after: Record) -> Text:
+def change(before: Record, after: Record, unit: str = "") -> Text:
     """In nats per token, and whether that is good."""
     from rich.text import Text
 
@@ -150,7 +148,7 @@ def change(before: Record, after: Record) -> Text:
     if abs(delta) < 0.00005:
         return Text("= 0.0000")
     arrow, word, style = ("↓", "better", "green") if delta < 0 else ("↑", "worse", "red")
-    return Text(f"{arrow} {abs(delta):.4f} {word}", style)
+    return Text(f"{arrow} {abs(delta):.4f}{unit} {word}", style)
 
 
 def seconds_left(record: Record, total: int) -> float | None:

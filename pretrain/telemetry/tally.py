@@ -12,7 +12,8 @@ PAUSES = ("evaluation", "checkpoint")  # outside of the steps, in seconds a wind
 
 class Tally:
     """``before`` and ``after``: the first and the last evaluation of each domain. ``samples``: of each domain the first
-    sample of the first and of the last evaluation. ``losses``: (step, loss or None) of each log step."""
+    sample of the first and of the last evaluation. ``losses``: (step, loss or None) of each log step, the mean since the
+    one before where it is known."""
 
     def __init__(self) -> None:
         self.before: dict[str, Record] = {}
@@ -45,28 +46,27 @@ class Tally:
 
     def _train(self, r: Record) -> None:
         steps, self._step = r["step"] - self._step, r["step"]
-        self.losses.append((r["step"], r.get("loss")))
+        self.losses.append((r["step"], r.get("loss_mean", r.get("loss"))))
         self._spent("step", (r.get("step_seconds") or 0.0) * steps)
         for part in PARTS:
             self._spent(part, (r.get(f"{part}_seconds") or 0.0) * steps)
         for pause in PAUSES:
             self._spent(pause, r.get(f"{pause}_seconds") or 0.0)
-        for kind in ("memory_gib", "host_memory_gib"):
+        on_host = r.get("memory_reserved_gib") is None  # then all of it is the host's
+        for kind in ("memory_gib",) if on_host else ("memory_gib", "host_memory_gib"):
             if r.get(kind) is not None:
                 self.memory_gib[kind] = max(self.memory_gib.get(kind, 0.0), r[kind])
 
     def _spent(self, what: str, seconds: float) -> None:
         self.seconds[what] = self.seconds.get(what, 0.0) + seconds
 
-    def shares(self) -> list[tuple[str, float]]:
-        """(what, share of all seconds that are accounted for), the parts of a step first; its rest is ``other``, or
-        ``training`` where the records don't say how long the forward and the backward took."""
+    def spent(self) -> dict[str, float]:
+        """All seconds that are accounted for, by what they went into, the parts of a step first; its rest is ``other``,
+        or ``training`` where the records don't say how long the forward and the backward took."""
         parts = {name: self.seconds.get(name, 0.0) for name in (*PARTS, *PAUSES)}
         rest = self.seconds.get("step", 0.0) - sum(parts[name] for name in PARTS)
-        named = {"other" if parts["compute"] else "training": max(0.0, rest)} | parts
-        total = sum(named.values())
-        order = ("training", *PARTS, "other", *PAUSES)
-        return [(name, named[name] / total) for name in order if named.get(name, 0.0) > 0 and total > 0]
+        named = parts | {"other" if parts["compute"] else "training": max(0.0, rest)}
+        return {name: named[name] for name in ("training", *PARTS, "other", *PAUSES) if named.get(name, 0.0) > 0}
 
 
 def baseline(record: Record) -> Record:

@@ -12,9 +12,8 @@ from pretrain.telemetry.record import Record
 from pretrain.telemetry.tally import Tally
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.live import Live
-    from rich.table import Table
 
 
 class Terminal:
@@ -31,11 +30,12 @@ class Terminal:
         self._tally = Tally()
         self._last: Record | None = None
         self._total = 0
+        self._over = False
         self._folder = Path()
 
     def open(self, run: Path, start: RunStarted) -> None:
         self._console = self.console()
-        self._total, self._folder = start.total_steps, run
+        self._total, self._folder, self._over = start.total_steps, run, False
         if not self._tally.after and start.step:
             for record in _earlier(run, start):
                 self._tally.add(record)
@@ -62,14 +62,19 @@ class Terminal:
         getattr(self, f"_{record['event']}", lambda record: None)(record)
 
     def close(self) -> None:
+        self._over = True
         if self._live is not None:
             self._live.stop()
             self._live = None
 
-    def _status(self) -> Table:
+    def _status(self) -> RenderableType:
+        """The empty line is where the bar of an evaluation is drawn, which is another's."""
+        from rich.console import Group
+
         assert self._console is not None
         width, curve = self._console.width, self._console.encoding.lower().startswith("utf")
-        return tables.status(self._last, self._tally, total=self._total, width=width, level=self._level, curve=curve)
+        lines = tables.status(self._last, self._tally, total=self._total, width=width, level=self._level, curve=curve)
+        return lines if self._over else Group(lines, "")
 
     def _say(self, *parts: Any) -> None:
         """One line, however long: paths are there to be copied."""
@@ -107,9 +112,10 @@ class Terminal:
         if self._level < 2:
             return
         before = self._tally.before[r["domain"]]
-        since = ("  ", tables.change(before, r), " than at step 0") if before is not r else ()
-        domain = (r["domain"], "bold")
-        self._say(f"step {r['step']}  ", domain, f" ({r['role']}): perplexity {tables.number(r['perplexity'])}", *since)
+        since = ("  ", tables.change(before, r, " nats"), " than at step 0") if before is not r else ()
+        domain = (f"{r['domain']} ({r['role']})".ljust(16), "bold")
+        perplexity = f"perplexity {tables.number(r['perplexity']):>6}"
+        self._say(f"step {r['step']:>{len(str(self._total))}}  ", domain, f"  {perplexity}", *since)
 
     def _checkpoint(self, r: Record) -> None:
         if self._live is None and self._level >= 2:
@@ -121,9 +127,7 @@ class Terminal:
         if self._tally.after:
             self._console.print((tables.changes if self._total else tables.scores)(self._tally))
         for line in tables.samples(self._tally):
-            self._console.print(line)
-        if self._tally.samples:
-            self._console.print()
+            self._console.print(line, no_wrap=True, overflow="ellipsis")
         if self._total:
             self._totals(r)
 
@@ -136,8 +140,8 @@ class Terminal:
         speed += [f"goodput {r['goodput']:.0%}"] if r.get("goodput") is not None else []
         if speed:
             self._named("speed", " · ".join(speed))
-        if shares := tables.time_line(self._tally):
-            self._named("time", f"{tables.duration(r.get('train_seconds') or 0.0)} of training: ", shares)
+        if spent := tables.time_line(self._tally):
+            self._named("time", spent)
         if memory := self._tally.memory_gib:
             names = {"memory_gib": "GiB at most", "host_memory_gib": "GiB of the host's"}
             self._named("memory", " · ".join(f"{gib:.2f} {names[kind]}" for kind, gib in memory.items()))
