@@ -213,7 +213,7 @@ class Trainer:
         }
         saved = self.saver.save(self.progress.step, state, at_once=at_once)
         self.tell_saved()
-        if saved and not at_once:  # a run that ends exports its last model alone, one that was stopped none
+        if saved and not self.finished:  # the last model is exported at the end
             with self.watchdog.resting():
                 self.emit(self.exporter.at_save(self.progress))
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 40  # log points, one a column
+NARROW = 72  # columns
 PROMPT_TAIL = 60  # characters of a prompt that are shown: its end, which the model goes on from
 NEEDED_SPARK = 8  # columns that the curve gets before a number that is less needed
 WORDS = {"data": "waiting for data", "compute": "forward+backward", "checkpoint": "checkpoints"}
@@ -88,13 +89,16 @@ def numbers_line(r: Record, tally: Tally, *, width: int, level: int, curve: bool
     return line
 
 
-def changes(tally: Tally) -> Table:
-    """What the run did to each domain."""
-    table = _table("domain", "perplexity before", "after", "change in loss (nats)")
+def changes(tally: Tally, *, width: int) -> Table:
+    """What the run did to each domain; in few words where there are few columns."""
+    narrow = width < NARROW
+    titles = ("perplexity", "nats") if narrow else ("perplexity before", "after", "change in loss (nats)")
+    table = _table("domain", *titles)
     for domain, after in tally.after.items():
         before = tally.before[domain]
-        row = (number(before["perplexity"]), number(after["perplexity"]), change(before, after))
-        table.add_row(f"{domain} ({after['role']})", *row)
+        values = [number(before["perplexity"]), number(after["perplexity"])]
+        values = [" → ".join(values)] if narrow else values
+        table.add_row(f"{domain} ({after['role']})", *values, change(before, after, word=not narrow))
     return table
 
 
@@ -138,7 +142,7 @@ def time_line(tally: Tally) -> Text:
     return line
 
 
-def change(before: Record, after: Record, unit: str = "") -> Text:
+def change(before: Record, after: Record, *, unit: str = "", word: bool = True) -> Text:
     """In nats per token, and whether that is good."""
     from rich.text import Text
 
@@ -147,8 +151,8 @@ def change(before: Record, after: Record, unit: str = "") -> Text:
     delta = after["loss"] - before["loss"]
     if abs(delta) < 0.00005:
         return Text("= 0.0000")
-    arrow, word, style = ("↓", "better", "green") if delta < 0 else ("↑", "worse", "red")
-    return Text(f"{arrow} {abs(delta):.4f}{unit} {word}", style)
+    arrow, verdict, style = ("↓", "better", "green") if delta < 0 else ("↑", "worse", "red")
+    return Text(f"{arrow} {abs(delta):.4f}{unit}{f' {verdict}' if word else ''}", style)
 
 
 def seconds_left(record: Record, total: int) -> float | None:
@@ -188,5 +192,7 @@ def _table(*titles: str) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD)
     for title in titles:
-        table.add_column(title, justify="left" if title == "domain" else "right")
+        table.add_column(
+            title, justify="left" if title == "domain" else "right", no_wrap=title in ("perplexity", "nats")
+        )
     return table

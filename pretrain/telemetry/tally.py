@@ -11,14 +11,14 @@ PAUSES = ("evaluation", "checkpoint")  # outside of the steps, in seconds a wind
 
 
 class Tally:
-    """``before`` and ``after``: the first and the last evaluation of each domain. ``samples``: of each domain the first
-    sample of the first and of the last evaluation. ``losses``: (step, loss or None) of each log step, the mean since the
+    """``before`` and ``after``: the first and the last evaluation of each domain. ``samples``: at both, the first sample
+    of each domain and each of the user's prompts. ``losses``: (step, loss or None) of each log step, the mean since the
     one before where it is known."""
 
     def __init__(self) -> None:
         self.before: dict[str, Record] = {}
         self.after: dict[str, Record] = {}
-        self.samples: dict[str, tuple[Record, Record]] = {}
+        self.samples: dict[tuple[str, str], tuple[Record, Record]] = {}
         self.losses: list[tuple[int, float | None]] = []
         self.seconds: dict[str, float] = {}
         self.memory_gib: dict[str, float] = {}
@@ -33,11 +33,10 @@ class Tally:
                 self.before.setdefault(record["domain"], first)
                 self.after[record["domain"]] = record
             case "sample":
-                first, last = self.samples.get(record["domain"], (record, record))
+                key = (record["domain"], record["prompt"] if record["role"] == "user" else "")
+                first, last = self.samples.setdefault(key, (record, record))
                 if record["step"] > last["step"]:
-                    self.samples[record["domain"]] = (first, record)
-                else:
-                    self.samples.setdefault(record["domain"], (record, record))
+                    self.samples[key] = (first, record)
 
     def start(self, step: int) -> None:
         """Training goes on, or on again, at ``step``."""

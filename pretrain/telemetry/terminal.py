@@ -112,7 +112,7 @@ class Terminal:
         if self._level < 2:
             return
         before = self._tally.before[r["domain"]]
-        since = ("  ", tables.change(before, r, " nats"), " than at step 0") if before is not r else ()
+        since = ("  ", tables.change(before, r, unit=" nats"), " than at step 0") if before is not r else ()
         domain = (f"{r['domain']} ({r['role']})".ljust(16), "bold")
         perplexity = f"perplexity {tables.number(r['perplexity']):>6}"
         self._say(f"step {r['step']:>{len(str(self._total))}}  ", domain, f"  {perplexity}", *since)
@@ -125,7 +125,8 @@ class Terminal:
         assert self._console is not None
         self.close()
         if self._tally.after:
-            self._console.print((tables.changes if self._total else tables.scores)(self._tally))
+            width = self._console.width
+            self._console.print(tables.changes(self._tally, width=width) if self._total else tables.scores(self._tally))
         for line in tables.samples(self._tally):
             self._console.print(line, no_wrap=True, overflow="ellipsis")
         if self._total:

@@ -166,6 +166,25 @@ def test_no_terminal_has_plain_lines(forced, tmp_path, capsys, monkeypatch):
     assert "finished at step 40/40: 4,000 tokens" in plain
 
 
+@pytest.mark.parametrize("columns", [40, 71, 72, 100])
+def test_the_table_fits(columns, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    play(RUN, tmp_path)
+    table = capsys.readouterr().out.split("─ \n")[1].split("python (new)  def")[0]
+    assert max(map(len, table.splitlines())) <= columns
+    assert ("↓ 0.5000 better" in table) == (columns >= 72)
+    assert "↓ 0.5000" in table
+
+
+def test_every_prompt_of_the_user_s_is_shown(tmp_path, capsys):
+    own = [sample(step, f" text {step}", p) | {"role": "user"} for step in (0, 40) for p in ("one", "two")]
+    play([*RUN[:-1], *own, FINISHED], tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    for prompt in ("one", "two"):
+        at = lines.index(f"python (user)  {prompt}")
+        assert lines[at + 1 : at + 3] == ["  before text 0", "  after  text 40"]
+
+
 def test_samples_are_one_line_and_can_do_nothing_to_the_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     play(RUN, tmp_path)
