@@ -45,9 +45,19 @@ class Scorer:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
         """The summed loss of a batch (nats, fp32, on the device). The model must be in eval mode."""
+        return self.infer(batch.input_ids, batch.labels, batch.position_ids)
+
+    @torch.no_grad()
+    def next_tokens(self, input_ids: Tensor, ends: Tensor) -> Tensor:
+        """int64 [n]: the likeliest token after ``ends[i]`` of row i of ``input_ids`` [n, S]. In eval mode; where others
+        hold parts of the model a collective, for which all ranks must give the same shapes."""
+        return self.infer(input_ids, ends=ends).argmax(-1)
+
+    def infer(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
+        """A forward without a backward."""
         with self.autocast():
-            loss: Tensor = self.model(batch.input_ids, batch.labels, batch.position_ids)
-        return loss
+            found: Tensor = self.model(*inputs, **more)
+        return found
 
 
 class Engine(Scorer):

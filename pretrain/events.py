@@ -102,6 +102,24 @@ class Evaluated(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """``text``: how the model goes on after ``prompt``. ``role``: new · base · user (a prompt of the user's own)."""
+
+    domain: str
+    role: str
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled(Event):
+    """Told right after the scores of the same evaluation; ``seconds`` are not among theirs."""
+
+    samples: tuple[Sample, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Saved(Event):
     """The checkpoint of ``step`` has become whole, perhaps some steps later. ``blocked_seconds``: how long the loop stood
     still for it."""

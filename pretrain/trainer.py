@@ -16,7 +16,7 @@ from pretrain.batch import Batch
 from pretrain.checkpoint import store
 from pretrain.checkpoint.rng import rng_state, set_rng_state
 from pretrain.console import notice
-from pretrain.events import DataSeen, Evaluated, Event, RolledBack, RunFinished, RunStarted, StepDone
+from pretrain.events import DataSeen, Evaluated, Event, RolledBack, RunFinished, RunStarted, Sampled, StepDone
 from pretrain.out_of_memory import watched
 from pretrain.progress import Every, Progress
 from pretrain.telemetry.record import fields_of
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pretrain.data.loader import Loader
     from pretrain.engine import Engine
     from pretrain.evaluation.perplexity import Evaluator
+    from pretrain.evaluation.samples import Sampler
     from pretrain.exporter import Exporter
     from pretrain.guard.guard import Bad, Guard
     from pretrain.interrupt import Interrupt
@@ -59,6 +60,7 @@ class Trainer:
     schedule: Schedule
     guard: Guard
     evaluator: Evaluator
+    sampler: Sampler
     saver: Saver
     interrupt: Interrupt
     identity: dict[str, Any]
@@ -197,7 +199,7 @@ class Trainer:
 
     @watched("evaluation")
     def evaluate(self) -> bool:
-        """Score every domain; the first scores of a run are the baseline that forgetting is measured against.
+        """Score every domain, and continue the prompts; a run's first scores are the baseline of its forgetting.
 
         False: a stop signal came, and whoever continues here owes the evaluation.
         """
@@ -206,17 +208,20 @@ class Trainer:
         progress = self.progress
         untouched = progress.step == 0
         baseline = None if untouched else progress.baseline
-        scores = self.evaluator.run(
-            self.engine, baseline=baseline, interrupted=self.interrupted, alive=self.watchdog.pat
-        )
-        progress.owes_evaluation = scores is None
-        if scores is None:
+        hooks: dict[str, Callable[[], Any]] = {"interrupted": self.interrupted, "alive": self.watchdog.pat}
+        scores = self.evaluator.run(self.engine, baseline=baseline, **hooks)
+        scored_at = time.perf_counter()
+        samples = None if scores is None else self.sampler.run(self.engine, **hooks)
+        progress.owes_evaluation = samples is None
+        if scores is None or samples is None:
             return False
+        sampled_at = time.perf_counter()
         progress.losses, progress.evaluated_at = {s.domain: s.loss for s in scores}, progress.step
         progress.scores = [fields_of(s) for s in scores]
         if untouched:
             progress.baseline = progress.losses
-        self.emit(Evaluated(progress.step, tuple(scores), time.perf_counter() - started_at))
+        self.emit(Evaluated(progress.step, tuple(scores), scored_at - started_at))
+        self.emit(Sampled(progress.step, tuple(samples), sampled_at - scored_at))
         self.tell_data()
         return True
 
@@ -242,7 +247,7 @@ class Trainer:
         }
         saved = self.saver.save(self.progress.step, state, at_once=at_once)
         self.tell_saved()
-        if saved and not at_once:  # a run that ends exports its last model alone, one that was stopped none
+        if saved and not self.finished:  # the last model is exported at the end
             with self.watchdog.resting():
                 self.emit(self.exporter.at_save(self.progress))
 

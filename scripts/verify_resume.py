@@ -38,7 +38,12 @@ from pretrain.telemetry.record import is_clock
 
 OWN = ["resume=auto", "log_every=1", "sink=[jsonl]"]
 PLACES = {"folder", "model", "path"}
-COMPARED = ("train", "evaluation", "run_finished")  # of starts a resumed run has more; a kill may come before a save's
+COMPARED = (
+    "train",
+    "evaluation",
+    "sample",
+    "run_finished",
+)  # of starts a resumed run has more; a kill may come before a save's
 
 
 class Difference(NamedTuple):

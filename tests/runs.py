@@ -17,7 +17,7 @@ PLACES = {"path", "folder", "model"}
 def numbers(run: Path) -> list[dict]:
     """The records without clocks and places. Left out: starts and stops, of which a resumed run has more, and
     checkpoints, whose record a kill can come before."""
-    kept = ("train", "evaluation", "run_finished")
+    kept = ("train", "evaluation", "sample", "run_finished")
     return [
         {k: v for k, v in record.items() if k not in PLACES and not is_clock(k)}
         for record in read_records(run / "metrics.jsonl")

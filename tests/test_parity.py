@@ -23,6 +23,8 @@ VARIANTS = [
     ["strategy=fsdp", "strategy.auto_wrap_policy=LlamaMLP", "strategy.state_dict_type=sharded"],
     ["strategy=fsdp", "model.gradient_checkpointing=true"],
     ["strategy=ddp", "model.gradient_checkpointing=true"],
+    ["strategy=deepspeed", "strategy.zero_stage=3"],
+    *(pytest.param(["strategy=deepspeed", f"strategy.zero_stage={n}"], marks=pytest.mark.slow) for n in (0, 1)),
 ]
 
 
@@ -72,6 +74,10 @@ def assert_equal_runs(run, reference, *, loss, norm, weights):
         if a["event"] == "evaluation":
             assert a["loss"] == pytest.approx(b["loss"], abs=loss)
             assert a["tokens"] == b["tokens"]
+        if (
+            a["event"] == "sample" and loss < 1e-4
+        ):  # with rounding as coarse as bf16's another token may be the likeliest
+            assert (a["domain"], a["prompt"], a["text"]) == (b["domain"], b["prompt"], b["text"])
     assert clipped > 2, "the clipping must have something to do"
     a, b = (whole_model(folder / "model") for folder in (run, reference))
     assert a.keys() == b.keys()

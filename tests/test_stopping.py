@@ -34,7 +34,7 @@ def stopping(event: str, step: int) -> list[str]:
 )
 def test_one_process(event, step, saved_at, owes, uninterrupted, base_arguments, spawn, tmp_path):
     run = tmp_path / "run"
-    arguments = [*base_arguments, *stopping(event, step), f"output_dir={run}"]
+    arguments = [*base_arguments, *stopping(event, step), f"output_dir={run}", "checkpoint.export=save"]
     process = spawn(arguments)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
@@ -46,6 +46,8 @@ def test_one_process(event, step, saved_at, owes, uninterrupted, base_arguments,
     saves = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "checkpoint"]
     assert saves.count(facts["steps"]) == 1, "saved once"
     assert not (run / "model").exists()
+    beside = run / f"models/step-{facts['steps']:08d}/model.safetensors"
+    assert beside.exists() == (step != 20), "the last model is left to whoever continues"
     process = spawn(arguments)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out

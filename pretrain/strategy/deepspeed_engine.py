@@ -179,10 +179,9 @@ class DeepspeedEngine(Engine):
         finally:
             delattr(self._zero, measure)
 
-    @torch.no_grad()
-    def evaluate(self, batch: Batch) -> Tensor:
-        loss: Tensor = self.step_module(batch.input_ids, batch.labels, batch.position_ids)
-        return loss
+    def infer(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
+        found: Tensor = self.step_module(*inputs, **more)
+        return found
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from pretrain.events import (
     RolledBack,
     RunFinished,
     RunStarted,
+    Sampled,
     Saved,
     StepDone,
 )
@@ -70,6 +71,10 @@ class Monitor:
             case Evaluated():
                 for s in event.scores:
                     self._write_beside("evaluation", event.step, fields_of(s))
+                self._window.exclude(event.seconds)
+            case Sampled():
+                for sample in event.samples:
+                    self._write_beside("sample", event.step, fields_of(sample))
                 self._window.exclude(event.seconds)
             case Saved():
                 self._write_beside("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
