@@ -16,7 +16,7 @@ from pretrain.events import SourceSeen
 
 MAX_SOURCES = 16  # in a record
 OTHERS = "(others)"
-BATCH = 1 << 16  # samples looked up at a time
+BATCH = 1 << 18  # samples looked up at a time
 
 Counts = NDArray[np.int64]  # [sources, 2]: tokens, documents
 

@@ -53,7 +53,7 @@ def flops_per_token(hf: Any, sequence_length: int) -> Flops:
     A document mask leaves out attention across borders; packed sequences are counted whole nevertheless, as the kernels
     compute them.
     """
-    config = hf.config.get_text_config()
+    config = hf.config
     if config.model_type not in COUNTED:
         return Flops(unknown=f"the operations of a {config.model_type} are not counted")
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None

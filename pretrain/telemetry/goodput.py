@@ -8,6 +8,7 @@ steps are kept. (The word: https://cloud.google.com/blog/products/ai-machine-lea
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ class Goodput:
 
     def start(self, event: RunStarted) -> None:
         """Look at what earlier starts have left. Before sinks open, which cut it."""
-        file = self._run / "metrics.jsonl"
         records: list[dict[str, Any]] = []
-        if event.step and file.exists():
-            records = records_until(file, event.step, owes_evaluation=event.owes_evaluation)
+        if event.step:
+            with suppress(OSError, ValueError):  # no such file, or one that is broken: worth less than the run
+                file = self._run / "metrics.jsonl"
+                records = records_until(file, event.step, owes_evaluation=event.owes_evaluation)
         self._windows = list(trained(records))
         known = earlier_facts(self._run, event).get("started_at")
         if known is None and records:  # a run from before run.json said so

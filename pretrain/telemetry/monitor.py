@@ -171,7 +171,7 @@ class Monitor:
         return {
             "train_seconds": self._total.seconds,
             **{name: rates[name] for name in shown},
-            "goodput": self._goodput.share(),
+            "goodput": self._goodput.share() if self._total_steps else None,
         }
 
     def _finish(self, event: RunFinished) -> None:

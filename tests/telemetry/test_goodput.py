@@ -47,8 +47,9 @@ def test_a_run_from_before_run_json_knew_its_start(crashed):
     assert goodput.share() == pytest.approx(80 / 1000)
 
 
-def test_without_records_of_earlier_starts_there_is_no_number(crashed):
-    (crashed / "metrics.jsonl").unlink()
+@pytest.mark.parametrize("left", [None, '{"event": "run_sta\n{}\n'])
+def test_without_records_of_earlier_starts_there_is_no_number(crashed, left):
+    (crashed / "metrics.jsonl").unlink() if left is None else (crashed / "metrics.jsonl").write_text(left)
     goodput = Goodput(crashed)
     goodput.start(RunStarted(8, total_steps=20, resumed=True))
     goodput.add(9, 10.0)
