@@ -75,7 +75,7 @@ def test_a_model_of_somebody_elses_is_not_replaced(command, base_arguments, tmp_
 
 
 def test_a_domain_is_text_in_the_report():
-    from pretrain.telemetry.report import page
+    from pretrain.telemetry.report.page import page
 
     score = {
         "event": "evaluation",

@@ -3,7 +3,8 @@
 import re
 
 from pretrain.events import RunStarted
-from pretrain.telemetry.report import Report, verdict
+from pretrain.telemetry.report.page import verdict
+from pretrain.telemetry.report.sink import Report
 
 
 def evaluation(step, domain, role, loss, delta):
