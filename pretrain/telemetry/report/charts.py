@@ -168,7 +168,7 @@ def heat_chart(
     every = math.ceil(len(rows) / 12)
     drawing.axes.set_yticks(range(0, len(rows), every), [_short(name) for name in rows[::every]], fontsize=9)
     said = f"{compact(low)} (dark) to {compact(high)} (bright)"
-    return _figure(title, f"{unit} {said}".strip(), [], drawing.svg(f"{title}: {said}", ""))
+    return _figure(title, f"{unit}, {said}" if unit else said, [], drawing.svg(f"{title}: {said}", ""))
 
 
 class _Drawing:
@@ -210,7 +210,8 @@ class _Drawing:
         axes.yaxis.set_major_formatter(lambda value, _: self.form(value))
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point of the axes lies."""
+        """Where a point of the axes lies, once all is drawn into them."""
+        _ = self.axes.viewLim  # to read the limits is what makes matplotlib settle them
         across, up = self.axes.transData.transform((x, y))
         return float(across), self.height - float(up)
 

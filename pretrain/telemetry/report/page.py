@@ -101,7 +101,7 @@ def _tiles(run: Run) -> Iterator[Markup]:
     """The numbers that people ask for first, of those that are known."""
     history, last = run.history, run.history.last_train
     for name, domain in list(history.domains.items())[:4]:
-        yield tile(before_after(domain), f"perplexity of {plots.domain_label(name, domain.role)}")
+        yield tile(before_after(domain, digits=1), f"perplexity of {plots.domain_label(name, domain.role)}")
     speed = (history.end or {}).get("tokens_per_second") or history.train.median("tokens_per_second")
     if speed:
         yield tile(amount(speed), "tokens per second")

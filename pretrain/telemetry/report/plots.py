@@ -127,7 +127,7 @@ def _single(
     logarithmic: bool = False,
     form: Format = compact,
 ) -> Markup:
-    line = Line(title, history.train.steps, history.train.mean(key))
+    line = Line(key.replace("_", " "), history.train.steps, history.train.mean(key))
     return line_chart(title, [line], unit=unit, from_zero=from_zero, logarithmic=logarithmic, form=form)
 
 
@@ -139,7 +139,7 @@ def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> tuple[Markup, Mar
     domains: dict[str, str] = {}
     for run in runs:
         domains |= {name: d.role for name, d in run.history.domains.items()}
-    learned = [_curves("Training loss", runs, names, "loss", unit=NATS), trade_chart(runs, names)]
+    learned = [_curves("Training loss", runs, names, "loss", unit=NATS, large=True), trade_chart(runs, names)]
     for domain, role in domains.items():
         lines = [
             _line(name, run.history.domains[domain].scores, "delta_loss", i)
@@ -147,7 +147,9 @@ def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> tuple[Markup, Mar
             if domain in run.history.domains
         ]
         learned.append(
-            line_chart(f"Change on {domain_label(domain, role)}", lines, unit=f"{NATS} since step 0", zero=True)
+            line_chart(
+                f"Change on {domain_label(domain, role)}", lines, unit=f"{NATS} since step 0", zero=True, large=True
+            )
         )
     went = [
         _curves("Learning rate", runs, names, "lr", from_zero=True),
@@ -167,7 +169,12 @@ def trade_chart(runs: Sequence[Run], names: Sequence[str]) -> Markup:
         if gain is not None and lost is not None:
             points.append(Point(name, gain, lost, i % NUM_COLOURS, strong=len(runs) <= 8))
     return scatter_chart(
-        "Gain against forgetting", points, x_label="change of new domains", unit="change of base domains", zero=True
+        "Gain against forgetting",
+        points,
+        x_label="change of new domains",
+        unit="change of base domains",
+        zero=True,
+        large=True,
     )
 
 
@@ -186,9 +193,10 @@ def _curves(
     unit: str = "",
     from_zero: bool = False,
     form: Format = compact,
+    large: bool = False,
 ) -> Markup:
     lines = [_line(name, run.history.train, key, i) for i, (name, run) in enumerate(zip(names, runs, strict=True))]
-    return line_chart(title, lines, unit=unit, from_zero=from_zero, form=form)
+    return line_chart(title, lines, unit=unit, from_zero=from_zero, form=form, large=large)
 
 
 def _line(name: str, curves: Curves, key: str, number: int) -> Line:

@@ -28,8 +28,9 @@ def verdict(domains: dict[str, Domain]) -> str:
     return f"The model {listed}."
 
 
-def before_after(domain: Domain) -> str:
-    return f"{number(domain.first.get('perplexity'))} → {number(domain.last.get('perplexity'))}"
+def before_after(domain: Domain, digits: int = 2) -> str:
+    before, after = domain.first.get("perplexity"), domain.last.get("perplexity")
+    return f"{number(before, digits)} → {number(after, digits)}"
 
 
 def number(value: object, digits: int = 2) -> str:
