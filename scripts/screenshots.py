@@ -20,7 +20,7 @@ from pretrain.errors import UserError
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 DESKTOP, PHONE = (1180, 1560), (375, 1560)  # px, of the page that is shown
 NARROWEST = 500  # px of a window; what is narrower is shown in a frame
-COLOURS = 128  # of a picture: plenty for a page, and a third of the bytes
+COLOURS = 256  # of a picture: plenty for a page, and a third of the bytes
 
 
 def browse(page: Path, *options: str, dark: bool = False) -> subprocess.CompletedProcess[str]:
@@ -64,7 +64,7 @@ def shoot(page: Path, picture: Path, size: tuple[int, int], *, dark: bool = Fals
             raise UserError(f"{page}: no picture came: {done.stderr.strip()[-300:]}")
         image = Image.open(shot).convert("RGB").crop((0, 0, width, height))
     picture.parent.mkdir(parents=True, exist_ok=True)
-    image.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(picture, optimize=True)
+    image.quantize(COLOURS, kmeans=2, dither=Image.Dither.NONE).save(picture, optimize=True)
 
 
 def main() -> None:

@@ -109,7 +109,7 @@ def _tiles(run: Run) -> Iterator[Markup]:
     if is_number(mfu := end.get("mfu") or last.get("mfu")):
         yield tile(share(mfu), "MFU")
     if is_number(goodput := end.get("goodput") or last.get("goodput")):
-        yield tile(share(goodput), "of all time trained (goodput)")
+        yield tile(share(goodput), "goodput: share of the time that trained")
     if is_number(memory := last.get("memory_gib")):
         yield tile(f"{memory:.2f} GiB", "peak memory")
     if is_number(seconds := run.facts.get("seconds")):

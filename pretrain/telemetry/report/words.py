@@ -47,7 +47,10 @@ def amount(value: object) -> str:
 
 
 def share(value: object, digits: int = 0) -> str:
-    return f"{100 * value:.{digits}f} %" if is_number(value) else NOTHING
+    if not is_number(value):
+        return NOTHING
+    least = 10.0**-digits  # percent that can be told from none
+    return f"{100 * value:.{digits}f} %" if value == 0 or 100 * value >= least / 2 else f"<{least:g} %"
 
 
 def size(value: object) -> str:

@@ -57,6 +57,19 @@ def test_a_mark_under_the_pointer_lies_on_its_curve():
     )
 
 
+def test_a_column_names_the_lines_that_have_a_point_in_it():
+    figure = line_chart("Loss", [Line("train", [0, 10, 20], [5.0, 1.0, 3.0]), Line("law", [0, 19], [2.0, 7.0], 1)])
+    columns = [
+        [text.text for text in column.iter("text")] for column in svg(figure).iter("g") if column.get("class") == "at"
+    ]
+    assert columns == [
+        ["step 0", "train 5", "law 2"],
+        ["step 10", "train 1"],
+        ["step 19", "law 7"],
+        ["step 20", "train 3"],
+    ]
+
+
 def test_nothing_is_drawn_of_nothing():
     assert line_chart("Loss", [Line("a", [], []), Line("b", [1], [None]), Line("c", [1], [float("nan")])]) == ""
     assert scatter_chart("Points", [Point("p", float("nan"), 1.0)], x_label="x") == ""
