@@ -303,7 +303,7 @@ def _nearest(line: Line, x: float, left: float, right: float) -> tuple[float, fl
     return min(points, key=lambda point: abs(point[0] - x), default=None)
 
 
-def _short(name: str, length: int = 11) -> str:
+def _short(name: str, length: int = 12) -> str:
     return name if len(name) <= length else f"…{name[1 - length :]}"
 
 

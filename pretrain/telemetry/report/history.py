@@ -104,6 +104,15 @@ class Domain:
     last: Record
     scores: Curves = field(default_factory=lambda: Curves(200))
 
+    def curve(self, key: str) -> tuple[list[int], list[float | None]]:
+        """Steps and values; however thinned, it begins and ends with the first and the last score themselves."""
+        steps, values = self.scores.steps, self.scores.mean(key)
+        if self.scores.width == 1 or not steps:
+            return steps, values
+        ends = (value if is_number(value := record.get(key)) else None for record in (self.first, self.last))
+        first, last = ends
+        return [self.first["step"], *steps], [first, *values[:-1], last]
+
     def change(self) -> float | None:
         """Nats per token since step 0; ``None``: not known."""
         delta = self.last.get("delta_loss")

@@ -190,9 +190,10 @@ def _sources(history: History) -> Markup:
     more = f"{len(ranked) - MOST_ROWS} more sources; " if len(ranked) > MOST_ROWS else ""
     mean = f"{more}{number(history.data.get('tokens_per_document'), 0)} tokens per document"
     shares = bar("Tokens by source", parts) if len(parts) > 1 else Markup("")
-    return card(
-        shares, table(("source", "documents", "tokens", "share"), rows), Markup(f'<p class="soft">{escape(mean)}</p>')
-    )
+    listed = table(("source", "documents", "tokens", "share"), rows)
+    if len(rows) > len(parts):
+        listed = details(f"All {len(ranked)} sources", listed)
+    return card(shares, listed, Markup(f'<p class="soft">{escape(mean)}</p>'))
 
 
 def _layers(history: History) -> Markup:

@@ -3,7 +3,7 @@
 import pytest
 
 from pretrain.telemetry.report.history import POINTS, Curves, History
-from tests.telemetry.report.records import eventful, started, train
+from tests.telemetry.report.records import evaluation, eventful, started, train
 
 
 def test_a_long_run_becomes_few_points_that_stand_for_all_records():
@@ -61,3 +61,12 @@ def test_going_back_forgets_what_was_beyond():
 def test_samples_are_the_first_and_the_last():
     kept = History(eventful(400)).samples["law", "The court"]
     assert [r["step"] for r in kept] == [0, 400]
+
+
+def test_a_domain_begins_and_ends_with_its_own_scores():
+    records = [evaluation(0, "law", "new", 3.0, 0.0), *(evaluation(s, "law", "new", 2.0, -1.0) for s in range(1, 1000))]
+    law = History([*records, evaluation(1000, "law", "new", 1.0, -2.0)]).domains["law"]
+    steps, values = law.curve("delta_loss")
+    assert law.scores.width > 1
+    assert (steps[0], values[0], steps[-1], values[-1]) == (0, 0.0, 1000, -2.0)
+    assert len(steps) == len(values) <= 201
