@@ -18,7 +18,7 @@ from pretrain.console import complain
 from pretrain.errors import UserError
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
-DESKTOP, PHONE = (1180, 1560), (375, 1560)  # px, of the page that is shown
+DESKTOP, PHONE = (1180, 2360), (375, 1560)  # px, of the page that is shown
 NARROWEST = 500  # px of a window; what is narrower is shown in a frame
 COLOURS = 256  # of a picture: plenty for a page, and a third of the bytes
 

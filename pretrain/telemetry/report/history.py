@@ -104,6 +104,11 @@ class Domain:
     last: Record
     scores: Curves = field(default_factory=lambda: Curves(200))
 
+    @property
+    def once(self) -> bool:
+        """Whether it has been scored once only: there is no change to speak of."""
+        return len(self.scores.steps) == 1
+
     def curve(self, key: str) -> tuple[list[int], list[float | None]]:
         """Steps and values; however thinned, it begins and ends with the first and the last score themselves."""
         steps, values = self.scores.steps, self.scores.mean(key)

@@ -45,6 +45,8 @@ def loss_chart(history: History) -> Markup:
 
 def change_chart(history: History) -> Markup:
     """What the new domain gained against what the base domains lost."""
+    if all(domain.once for domain in history.domains.values()):
+        return Markup("")
     lines = _domain_lines(history, "delta_loss")
     return line_chart("Gain and forgetting", lines, unit=f"{NATS} since step 0, less is better", zero=True, large=True)
 

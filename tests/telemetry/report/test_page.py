@@ -137,7 +137,14 @@ def test_verdict_names_gain_and_forgetting():
     )
     assert verdict({"law": domain("new", 0.25)}).startswith("The model lost on law")
     assert verdict({"english": domain("base", 0.004)}).startswith("The model kept english")
-    assert verdict({"late": domain("base", None)}) == "Nothing has been scored yet but the start."
+    assert verdict({"late": domain("base", None)}) == "No change is known yet."
+
+
+def test_a_model_that_was_only_scored():
+    text = page([started(total=0), evaluation(0, "law", "new", 3.0, None), evaluation(0, "english", "base", 2.0, None)])
+    assert "The model has a perplexity of 20.09 on law and 7.39 on english." in text
+    assert "→" not in text
+    assert charts(text) == ["Loss"]
 
 
 def test_durations():

@@ -24,9 +24,12 @@ def test_it_is_written_once_an_evaluation_when_every_domain_has_been_scored(tmp_
     assert "forgot some of english" in written
     assert "running" in written
     report.write(train(6))
+    for domain, role in (("law", "new"), ("english", "base")):  # so soon that drawing would take most of the time
+        report.write(evaluation(6, domain, role, 2.0, -1.0))
     assert page.read_text() == written
     report.write({"event": "run_finished", "step": 9, "time": 9.0, "status": "stopped"})
     assert "stopped" in page.read_text()
+    assert "perplexity 20.09 → 7.39" in page.read_text()
 
 
 def test_it_goes_on_from_the_records_of_the_run_it_continues(tmp_path):
