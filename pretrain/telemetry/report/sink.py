@@ -21,6 +21,7 @@ class Report:
 
     def __init__(self) -> None:
         self._run = Path()
+        self._due = False
         self._next_at = 0.0  # on the monotonic clock
         self.history = History()
 
@@ -28,7 +29,8 @@ class Report:
         self._run = run
         earlier = run / RECORDS
         if start.step and earlier.exists():
-            self.history = History(records_until(earlier, start.step, owes_evaluation=start.owes_evaluation))
+            owed = start.owes_evaluation
+            self.history = History(records_until(earlier, start.step, owes_evaluation=owed, brought=start.records))
         else:  # without a file: after a rollback, its own
             self.history.cut(start.step)
 
@@ -36,7 +38,10 @@ class Report:
         self.history.add(record)
         evaluated = record["event"] == "evaluation" and self._all_scored(record["step"])
         if record["event"] == "run_finished" or (evaluated and time.monotonic() >= self._next_at):
+            self._due = True
+        if self._due:
             self._draw()
+            self._due = False  # with a full disk it stays due, and is tried again with the next record
 
     def close(self) -> None:
         pass

@@ -1,5 +1,7 @@
 """When report.html is written, and of which records."""
 
+import pytest
+
 from pretrain.events import RunStarted
 from pretrain.telemetry.jsonl import Jsonl
 from pretrain.telemetry.report.sink import Report
@@ -46,3 +48,14 @@ def test_it_goes_on_from_the_records_of_the_run_it_continues(tmp_path):
     jsonl.close()
     assert report.history.train.steps == [*range(1, 202)]
     assert report.history.domains["law"].change() == -1.0
+
+
+def test_what_could_not_be_written_is_tried_again_with_the_next_record(tmp_path):
+    report, page = Report(), tmp_path / "report.html"
+    report.open(tmp_path, RunStarted(0, 9, resumed=False))
+    page.mkdir()  # no file can take its place
+    with pytest.raises(OSError, match=r"report\.html"):
+        report.write(evaluation(5, "law", "new", 2.5, -0.5))
+    page.rmdir()
+    report.write(train(6))
+    assert page.is_file()
