@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -53,18 +53,22 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     Raises ``ValueError`` with file and line when any other line is broken.
     """
-    records = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:  # no JSON, or cut in the middle of a character
-            if number == len(lines):  # no newline at its end: torn
-                break
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
-    return records
+    return list(iter_records(path))
+
+
+def iter_records(path: Path, *, torn: Callable[[str], None] = lambda where: None) -> Iterator[dict[str, Any]]:
+    """The same one by one, of files that are better not held whole. ``torn`` is told of a torn last line: file and number."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line == b"\n":
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:  # no JSON, or cut in the middle of a character
+                if not line.endswith(b"\n"):
+                    torn(f"{path}:{number}")
+                    return
+                raise ValueError(f"{path}:{number}: not JSON: {error}") from error
 
 
 def records_until(

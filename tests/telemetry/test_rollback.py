@@ -5,7 +5,7 @@ import torch
 from pretrain.events import DomainScore, Evaluated, RolledBack, RunFinished, RunStarted, StepDone
 from pretrain.telemetry.jsonl import Jsonl, read_records
 from pretrain.telemetry.monitor import Monitor
-from pretrain.telemetry.report import Report
+from pretrain.telemetry.report.sink import Report
 from pretrain.telemetry.run_file import RunFile, read_run_file
 from pretrain.telemetry.terminal import Terminal
 
@@ -39,7 +39,7 @@ def test_each_step_is_told_once(tmp_path, capsys):
     (rollback,) = [r for r in records if r["event"] == "rollback"]
     assert (rollback["step"], rollback["bad_step"], rollback["reason"]) == (1, 3, "spike")
     assert at_rollback == 1
-    assert [r["step"] for r in report._records if r["event"] == "train"] == [1, 2, 3, 4]
+    assert report.history.train.steps == [1, 2, 3, 4]
     assert "finished at step 4/4" in capsys.readouterr().out
 
 
@@ -48,4 +48,4 @@ def test_a_report_without_a_file_of_records_cuts_its_own(tmp_path):
     monitor = Monitor({"report": report}, run=tmp_path, log_every=1)
     for event in events():
         monitor(event)
-    assert [r["step"] for r in report._records if r["event"] == "train"] == [1, 2, 3, 4]
+    assert report.history.train.steps == [1, 2, 3, 4]

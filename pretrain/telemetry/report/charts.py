@@ -1,0 +1,327 @@
+"""Charts as inline SVG in the page's colours: matplotlib lays out and draws; what it wrote as colours becomes the page's
+variables, so that one drawing reads in light and in dark.
+
+Numbers are read off by pointing (or tapping) at a chart. That is CSS alone: columns, each of which shows its values while the
+pointer is over it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeGuard
+
+from pretrain.telemetry.report.style import NUM_COLOURS, Markup, escape, join, key
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LEFT, RIGHT, TOP, BOTTOM = 44, 10, 8, 34  # px around the axes, for the labels
+SOFT, GRID = "#fd0000", "#fd0001"  # stand for --soft and --line; #fe00xx for the colour xx
+READOUTS, COLUMNS = 200, 70  # values that can be pointed at in one chart, over all of its lines; steps at most
+MARKED = 30  # a line of fewer points shows each of them
+
+
+@dataclass(frozen=True)
+class Line:
+    """``y``: as many numbers as ``x``, ``None`` where there is none. ``low`` and ``high``: a band around it, of the same
+    length. ``colour``: 0 … 9, one that stays the same for a thing in all charts of a page."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    colour: int = 0
+    dashed: bool = False
+    low: Sequence[float | None] = ()
+    high: Sequence[float | None] = ()
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mark at ``x``, ``y``. ``strong``: larger, with its name beside it; other names come under the pointer."""
+
+    name: str
+    x: float
+    y: float
+    colour: int = 0
+    strong: bool = False
+
+
+Format = Callable[[float], str]
+
+
+def compact(value: float) -> str:
+    """A number as an axis and a legend say it: 12k, 3.4M, 0.042, 1e-05."""
+    size = abs(value)
+    if size == 0 or not math.isfinite(value):
+        return "0" if size == 0 else "—"
+    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= factor:
+            return f"{value / factor:.3g}{letter}".replace("-", "−", 1)
+    return ("−" if value < 0 else "") + f"{size:.3g}"
+
+
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    unit: str = "",
+    x_label: str = "step",
+    zero: bool = False,
+    from_zero: bool = False,
+    logarithmic: bool = False,
+    large: bool = False,
+    form: Format = compact,
+) -> Markup:
+    """A figure with a curve a line and a legend that says its last value; nothing when no line has a number.
+
+    ``unit``: of y, beside the title. ``zero``: draw the line y = 0. ``from_zero``: the axis begins there. ``large``: for two
+    charts beside each other, not three. ``form``: a number of y in words.
+    """
+    lines = [line for line in lines if any(map(_is_number, line.y))]
+    if not lines:
+        return Markup("")
+    drawing = _Drawing(x_label, form, large=large, logarithmic=logarithmic)
+    axes = drawing.axes
+    for line in lines:
+        colour = _colour(line.colour)
+        marker = "o" if sum(map(_is_number, line.y)) < MARKED else None
+        style = (0, (4, 2)) if line.dashed else "-"
+        axes.plot(line.x, _floats(line.y), color=colour, lw=1.7, ls=style, marker=marker, ms=3.4, zorder=3)
+        if line.low:
+            axes.fill_between(line.x, _floats(line.low), _floats(line.high), color=colour, alpha=0.16, lw=0)
+    if zero:
+        axes.axhline(0, color=SOFT, lw=1, zorder=2)
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    keys = [(line.name, line.colour, _last(line.y, form)) for line in lines]
+    said = "; ".join(f"{line.name} from {_first(line.y, form)} to {_last(line.y, form)}" for line in lines)
+    return _figure(title, unit, keys, drawing.svg(f"{title}: {said}", drawing.readouts(lines)), large=large)
+
+
+def area_chart(
+    title: str, lines: Sequence[Line], *, form: Format, unit: str = "", x_label: str = "step", large: bool = False
+) -> Markup:
+    """Parts of a whole, one upon another: ``lines`` of the same ``x`` with numbers everywhere. The legend says means."""
+    drawing = _Drawing(x_label, form, large=large)
+    colours = [_colour(line.colour) for line in lines]
+    drawing.axes.stackplot(lines[0].x, [_floats(line.y) for line in lines], colors=colours, alpha=0.85, lw=0)
+    drawing.axes.set_ylim(bottom=0)
+    drawing.axes.margins(x=0)
+    keys = [(line.name, line.colour, form(sum(_floats(line.y)) / len(line.y))) for line in lines]
+    said = "; ".join(f"{name} {mean}" for name, _, mean in keys)
+    return _figure(
+        title, unit, keys, drawing.svg(f"{title}: {said}", drawing.readouts(lines, marks=False)), large=large
+    )
+
+
+def scatter_chart(
+    title: str,
+    points: Sequence[Point],
+    *,
+    x_label: str,
+    unit: str = "",
+    front: Sequence[tuple[float, float]] = (),
+    zero: bool = False,
+    large: bool = False,
+) -> Markup:
+    """Points with their names; ``front``: corners of a line drawn through some of them. ``unit``: of y. ``zero``: draw the
+    lines x = 0 and y = 0."""
+    points = [p for p in points if _is_number(p.x) and _is_number(p.y)]
+    if not points:
+        return Markup("")
+    drawing = _Drawing(x_label, compact, large=large)
+    axes = drawing.axes
+    axes.grid(axis="x", color=GRID, lw=0.8)
+    if front:
+        axes.plot(*zip(*front, strict=True), color=SOFT, lw=1.2, ls=(0, (4, 2)), zorder=2)
+    for p in points:
+        axes.scatter([p.x], [p.y], s=70 if p.strong else 34, color=_colour(p.colour), zorder=3, linewidths=0)
+    if zero:
+        axes.axhline(0, color=SOFT, lw=1, zorder=1)
+        axes.axvline(0, color=SOFT, lw=1, zorder=1)
+    axes.margins(0.12)
+    said = "; ".join(f"{p.name} at {compact(p.x)}, {compact(p.y)}" for p in points)
+    return _figure(title, unit, [], drawing.svg(f"{title}: {said}", drawing.names(points)), large=large)
+
+
+def heat_chart(
+    title: str, rows: Sequence[str], x: Sequence[float], values: Sequence[Sequence[float | None]], *, unit: str = ""
+) -> Markup:
+    """A row of colour a name, darkest at the lowest value; ``values``: positive, one list a row, on a logarithmic scale."""
+    from matplotlib.colors import LogNorm
+
+    numbers = [v for row in values for v in row if _is_number(v) and v > 0]
+    if not numbers or len(x) < 2:
+        return Markup("")
+    low, high = min(numbers), max(max(numbers), min(numbers) * 1.01)
+    drawing = _Drawing("step", compact, left=70)
+    drawing.axes.grid(visible=False)
+    image = [[v if v > 0 else math.nan for v in _floats(row)] for row in values]
+    extent = (x[0], x[-1], len(rows) - 0.5, -0.5)
+    drawing.axes.imshow(
+        image, aspect="auto", cmap="viridis", norm=LogNorm(low, high), interpolation="nearest", extent=extent
+    )
+    every = math.ceil(len(rows) / 12)
+    drawing.axes.set_yticks(range(0, len(rows), every), [_short(name) for name in rows[::every]], fontsize=9)
+    said = f"{compact(low)} (dark) to {compact(high)} (bright)"
+    return _figure(title, f"{unit}, {said}" if unit else said, [], drawing.svg(f"{title}: {said}", ""))
+
+
+class _Drawing:
+    """Axes in the style of the page, and what lies over them for the pointer. All in px of the SVG, whose y runs down."""
+
+    def __init__(
+        self, x_label: str, form: Format, *, large: bool = False, logarithmic: bool = False, left: int = LEFT
+    ) -> None:
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+
+        self.width, self.height = (440, 250) if large else (340, 205)
+        self.form, self._x_label, self._left, self._font = form, x_label, left, 12 if large else 11
+        self._figure = Figure(figsize=(self.width / 72, self.height / 72), dpi=72)
+        FigureCanvasSVG(self._figure)
+        across, up = (self.width - left - RIGHT) / self.width, (self.height - TOP - BOTTOM) / self.height
+        self.axes: Axes = self._figure.add_axes((left / self.width, BOTTOM / self.height, across, up))
+        self._style(logarithmic)
+        place = (1 - RIGHT / self.width, 2 / self.height)
+        self._figure.text(*place, x_label, fontsize=self._font - 1, color=SOFT, ha="right", va="bottom")
+
+    def _style(self, logarithmic: bool) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        axes, steps = self.axes, [1, 2, 2.5, 5, 10]
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(GRID)
+        axes.grid(axis="y", color=GRID, lw=0.8)
+        axes.tick_params(length=0, labelsize=self._font, labelcolor=SOFT, pad=5)
+        axes.margins(x=0.015)
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=steps))
+        axes.xaxis.set_major_formatter(lambda value, _: compact(value))
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.minorticks_off()
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=steps))
+        axes.yaxis.set_major_formatter(lambda value, _: self.form(value))
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point of the axes lies, once all is drawn into them."""
+        _ = self.axes.viewLim  # to read the limits is what makes matplotlib settle them
+        across, up = self.axes.transData.transform((x, y))
+        return float(across), self.height - float(up)
+
+    def readouts(self, lines: Sequence[Line], *, marks: bool = True) -> str:
+        """Columns over the axes; the one under the pointer shows its x and the value of every line there."""
+        places = sorted({x for line in lines for x, y in zip(line.x, line.y, strict=True) if _is_number(y)})
+        wanted = min(COLUMNS, max(8, READOUTS // len(lines)))
+        if len(places) > wanted:
+            places = [places[round(i * (len(places) - 1) / (wanted - 1))] for i in range(wanted)]
+        borders = [-math.inf, *((a + b) / 2 for a, b in pairwise(places)), math.inf]
+        columns = []
+        for place, (left, right) in zip(places, pairwise(borders), strict=True):
+            found = [(line, *point) for line in lines if (point := _nearest(line, place, left, right))]
+            shown = [f"{self._x_label} {place:,.6g}", *(f"{line.name} {self.form(y)}" for line, _, y in found)]
+            dots = [(*self.at(x, y), line.colour) for line, x, y in found] if marks else []
+            sides = max(self._left, self.at(left, 1)[0]), min(self.width - RIGHT, self.at(right, 1)[0])
+            columns.append(self._column(self.at(place, 1)[0], sides, shown, dots))
+        return "".join(columns)
+
+    def _column(
+        self, x: float, sides: tuple[float, float], shown: list[str], dots: list[tuple[float, float, int]]
+    ) -> str:
+        anchor, offset = ("start", 7) if x < self.width / 2 else ("end", -7)
+        rows = "".join(
+            f'<text x="{x + offset:.1f}" y="{TOP + 11 + 14 * i}" text-anchor="{anchor}">{escape(text)}</text>'
+            for i, text in enumerate(shown)
+        )
+        circles = "".join(
+            f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" style="fill:var(--c{c % NUM_COLOURS})"/>' for a, b, c in dots
+        )
+        bottom, (left, right) = self.height - BOTTOM, sides
+        return (
+            f'<g class="at"><rect x="{left:.1f}" y="0" width="{right - left:.1f}" height="{bottom}"/>'
+            f'<path d="M{x:.1f} {TOP}V{bottom}"/>{circles}{rows}</g>'
+        )
+
+    def names(self, points: Sequence[Point]) -> str:
+        """The names of points: of the strong ones always, of the others under the pointer."""
+        marks = []
+        for p in points:
+            x, y = self.at(p.x, p.y)
+            anchor, offset = ("start", 9) if x < self.width / 2 else ("end", -9)
+            kind = "name" if p.strong else "at"
+            name = f'<text x="{x + offset:.1f}" y="{y - 7:.1f}" text-anchor="{anchor}">{escape(p.name)}</text>'
+            marks.append(
+                f'<g class="{kind}"><rect x="{x - 10:.1f}" y="{y - 10:.1f}" width="20" height="20"/>{name}</g>'
+            )
+        return "".join(marks)
+
+    def svg(self, description: str, over: str) -> str:
+        """The drawing as a part of an HTML page; ``over``: more SVG on top."""
+        from matplotlib import rc_context
+
+        text = io.StringIO()
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):  # text stays text; ids that repeat
+            self._figure.savefig(text, format="svg", transparent=True)
+        return (
+            f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(description)}">'
+            f'{_cleaned(text.getvalue())}<g aria-hidden="true">{over}</g></svg>'
+        )
+
+
+def _cleaned(svg: str) -> str:
+    """What matplotlib drew, without what it says of itself, in the page's font and colours."""
+    inner = svg.partition("<defs>")[2].partition("</defs>")[2].rpartition("</svg>")[0]
+    inner = re.sub(r"<g id=\"[^\"]*\">", "<g>", inner)  # ids are for references, and these have none
+    inner = re.sub(r"font-family: [^;\"]*;?", "", inner)
+    inner = re.sub(r"\s+(?=[LMCz]\b|<)|(?<=>)\s+", "", inner)
+    inner = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d)\d{2,}", r"\1", tag[0]), inner)  # a tenth of a px is enough
+    inner = re.sub(r"#fe00([0-9a-f]{2})", lambda found: f"var(--c{int(found[1], 16)})", inner)
+    return inner.replace(SOFT, "var(--soft)").replace(GRID, "var(--line)")
+
+
+def _figure(title: str, unit: str, keys: Sequence[tuple[str, int, str]], svg: str, *, large: bool = False) -> Markup:
+    small = f" <small>{escape(unit)}</small>" if unit else ""
+    caption = f"<figcaption>{escape(title)}{small}</figcaption>"
+    legend = join(key(*entry) for entry in keys)
+    return Markup(
+        f'<figure class="card{" large" if large else ""}">{caption}{svg}<div class="keys">{legend}</div></figure>'
+    )
+
+
+def _nearest(line: Line, x: float, left: float, right: float) -> tuple[float, float] | None:
+    """The line's point nearest to ``x`` of those between ``left`` and ``right``, if it has one there."""
+    first, last = bisect_left(line.x, left), bisect_left(line.x, right)
+    points = [(a, b) for a, b in zip(line.x[first:last], line.y[first:last], strict=True) if _is_number(b)]
+    return min(points, key=lambda point: abs(point[0] - x), default=None)
+
+
+def _short(name: str, length: int = 12) -> str:
+    return name if len(name) <= length else f"…{name[1 - length :]}"
+
+
+def _is_number(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
+
+
+def _floats(values: Iterable[float | None]) -> list[float]:
+    return [math.nan if v is None else v for v in values]
+
+
+def _first(values: Sequence[float | None], form: Format) -> str:
+    return next(form(v) for v in values if _is_number(v))
+
+
+def _last(values: Sequence[float | None], form: Format) -> str:
+    return _first(values[::-1], form)
+
+
+def _colour(number: int) -> str:
+    return f"#fe00{number % NUM_COLOURS:02x}"
