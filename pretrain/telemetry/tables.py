@@ -30,13 +30,13 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
     return "".join("×" if v is None else BLOCKS[round((v - low) / span * 7) if span > 0 else 0] for v in shown)
 
 
-def status(record: Record | None, tally: Tally, *, total: int, width: int, level: int, curve: bool) -> Table:
+def status(record: Record, tally: Tally, *, total: int, width: int, level: int, curve: bool) -> Table:
     """Two lines while a run goes: its bar, and its numbers with the curve of the loss (``curve``: the terminal has the
-    letters for it)."""
+    letters for it). ``record``: the last one of a log step; before there is one, just its ``step``."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
-    step = record["step"] if record else 0
+    step = record["step"]
     bar = Table.grid(padding=(0, 1), expand=True)
     bar.add_column(no_wrap=True)
     bar.add_column(ratio=1)
@@ -50,14 +50,12 @@ def status(record: Record | None, tally: Tally, *, total: int, width: int, level
     lines = Table.grid(expand=False)
     lines.width = min(width, 100)
     lines.add_row(bar)
-    lines.add_row(numbers_line(record, tally, width=lines.width, level=level, curve=curve) if record else "")
+    lines.add_row(numbers_line(record, tally, width=lines.width, level=level, curve=curve) if "lr" in record else "")
     return lines
 
 
-def progress_text(record: Record | None, total: int) -> str:
+def progress_text(record: Record, total: int) -> str:
     """How far it is, and how long it is going to take."""
-    if record is None:
-        return "  0%"
     if record["step"] >= total:
         return "done"
     left = seconds_left(record, total)

@@ -28,7 +28,7 @@ class Terminal:
         self._console: Console | None = None
         self._live: Live | None = None
         self._tally = Tally()
-        self._last: Record | None = None
+        self._last: Record = {"step": 0}
         self._total = 0
         self._over = False
         self._folder = Path()
@@ -40,6 +40,7 @@ class Terminal:
             for record in _earlier(run, start):
                 self._tally.add(record)
         self._tally.start(start.step)
+        self._last = {"step": start.step}
         # a terminal that can't go back a line gets the lines of a file
         if self._level >= 3 and self._total and self._console.is_interactive and self._console.file.isatty():
             self._live = self._drawn(self._console)

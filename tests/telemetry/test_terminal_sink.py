@@ -122,6 +122,12 @@ def test_a_terminal_has_a_bar_and_a_curve(terminal):
     assert "↑ 0.2000 nats worse than at step 0" in plain
 
 
+def test_a_run_that_goes_on_begins_where_it_was(terminal):
+    shown = terminal([STARTED | {"step": 20, "resumed": True}, train(21, 3.0)])
+    counts = re.findall(r"(\d+)/40 ━", re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown))
+    assert list(dict.fromkeys(counts)) == ["20", "21"]
+
+
 def test_no_color_is_respected(terminal, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     shown = terminal()
