@@ -47,7 +47,7 @@ CONFIGS = {
     "a method of ours": ["optimizer._target_=pretrain.optim.adamw.AdamW.__call__"],
     "a function of ours": ["dataset._target_=pretrain.checkpoint.atomic.replace_folder"],
     "our command line": ["dataset._target_=pretrain.cli.main", "+dataset.argv=['allow_targets=[os.system]']"],
-    "a private name": ["dataset._target_=pretrain.cli._fresh_process"],
+    "a private name": ["dataset._target_=pretrain.cli._hydra_main"],
     "no name": ["optimizer._target_={_target_: foreign.run}"],
     "an interpolation of one": [r"optimizer._target_=\${oc.decode:foreign.run}"],
 }
