@@ -21,8 +21,10 @@ from pretrain.telemetry.run_file import write_json
 COMMAND_LOCK = "command.lock"  # held by a sweep command as long as it lives
 
 
-def write(folder: Path, *, command: str, metric: str, direction: str, status: str = "running") -> dict[str, Any]:
-    """Rewrite sweep.json and sweep.html; the table that stands in them now.
+def write(
+    folder: Path, *, command: str, metric: str, direction: str, status: str = "running", with_page: bool = True
+) -> dict[str, Any]:
+    """Rewrite sweep.json and sweep.html (``with_page``); the table that stands in them now.
 
     Any process of the sweep may do so at any time: one at a time, and each from all that is there.
     """
@@ -31,7 +33,8 @@ def write(folder: Path, *, command: str, metric: str, direction: str, status: st
     with alone_in(folder):
         table = collect(folder, command=command, metric=metric, direction=direction, status=status)
         write_json(folder / "sweep.json", table)
-        replace_file(folder / "sweep.html", page(folder, table))
+        if with_page:
+            replace_file(folder / "sweep.html", page(folder, table))
     return table
 
 
