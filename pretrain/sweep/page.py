@@ -34,7 +34,7 @@ def page(folder: Path, table: Row) -> str:
         Markup(f'<p class="verdict">{escape(verdict(table, ranked))}</p>'),
         _tiles(rows, ranked, table),
         style.section("What each key does", parallel_chart(_axes(ranked, table), _lines(ranked))),
-        style.section("Gain and forgetting", style.grid([_front(rows, table), *_curves(folder, ranked)], "two")),
+        style.section("Gain and forgetting", style.grid([_front(rows, table), *_curves(folder, ranked)])),
         style.section("Jobs", style.card(_jobs(folder, rows, ranked, table))),
         style.section("The best run again", style.copyable(ranked[0]["command"])) if ranked else "",
         style.section("This sweep again, or on from here", style.copyable(table["command"])),
@@ -123,7 +123,7 @@ def _front(rows: list[Row], table: Row) -> Markup:
         "Forgetting against gain",
         points,
         x_label="gain on the new domain (nats per token)",
-        unit="nats per token; the line joins jobs that no other beats in both",
+        unit="nats per token; on the line: beaten by no other in both",
         front=line if len(line) > 1 else (),
     )
 
@@ -137,7 +137,8 @@ def _curves(folder: Path, ranked: list[Row]) -> list[Markup]:
         for role, lines in of_roles.items():
             steps = sorted({r["step"] for r in records if r["role"] == role})
             at = [mean(r["delta_loss"] for r in records if r["role"] == role and r["step"] == s) for s in steps]
-            lines.append(Line(row["name"], steps, at, colour))
+            twin = colour % 2 == 1  # of jobs that come to the same, neighbours in rank, both show
+            lines.append(Line(row["name"], steps, at, colour, dashed=twin))
     few = f", the best {len(shown)} jobs" if len(shown) < len(ranked) else ""
     titles = {"new": f"New domain: change of the loss{few}", "base": f"Base domains: change of the loss{few}"}
     unit = "nats per token since step 0"
@@ -167,7 +168,7 @@ def _jobs(folder: Path, rows: list[Row], ranked: list[Row], table: Row) -> Marku
                 _time(row["seconds"]) if row["seconds"] else "—",
             ]
         )
-    return style.table([*HEAD[:3], *own, *HEAD[3:]], lines, text=(0, 1, 2))
+    return style.table([*HEAD[:3], *own, *HEAD[3:]], lines, text=(1, 2))
 
 
 def _named(folder: Path, row: Row, table: Row) -> Markup:

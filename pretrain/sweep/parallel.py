@@ -61,14 +61,16 @@ def parallel_chart(axes: Sequence[Axis], names: Sequence[str]) -> Markup:
         return Markup("")
     step = (WIDTH - 2 * SIDE) / (len(axes) - 1)
     x = [SIDE + i * step for i in range(len(axes))]
-    frame = "".join(_axis(axis, at, last=i == len(axes) - 1) for i, (axis, at) in enumerate(zip(axes, x, strict=True)))
+    placed = list(zip(axes, x, strict=True))
+    frame = "".join(_axis(axis, at) for axis, at in placed)
+    words = "".join(_ticks(axis, at, last=at == x[-1]) for axis, at in placed)  # on top of the lines
     lines = [_job(name, rank, len(names), axes, x) for rank, name in enumerate(names)]
     said = f"Parallel coordinates of {len(names)} jobs; best: {names[0]}"
     return Markup(
         f'{CSS}<figure class="card parallel"><figcaption>Every job, through its keys to what came of them '
         f"<small>the best in blue; point at a line</small></figcaption>"
         f'<div class="scroll"><svg viewBox="0 0 {WIDTH} {HEIGHT}" style="min-width:40rem" role="img" '
-        f'aria-label="{escape(said)}">{frame}{"".join(lines[::-1])}</svg></div></figure>'
+        f'aria-label="{escape(said)}">{frame}{"".join(lines[::-1])}{words}</svg></div></figure>'
     )
 
 
@@ -84,17 +86,20 @@ def _job(name: str, rank: int, jobs: int, axes: Sequence[Axis], x: Sequence[floa
     )
 
 
-def _axis(axis: Axis, x: float, *, last: bool) -> str:
+def _axis(axis: Axis, x: float) -> str:
     line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_y(1)}" y2="{_y(0)}" stroke="var(--soft)" stroke-width="1"/>'
     head = f'<text x="{x:.1f}" y="16" text-anchor="middle" font-size="12" font-weight="600">{escape(axis.name)}</text>'
+    return line + head
+
+
+def _ticks(axis: Axis, x: float, *, last: bool) -> str:
     anchor, beside = ("start", x + 8) if last else ("end", x - 8)
-    halo = "paint-order:stroke;stroke:var(--card);stroke-width:4px"
-    ticks = "".join(
+    halo = "paint-order:stroke;stroke:var(--card);stroke-width:5px;stroke-linejoin:round;pointer-events:none"
+    return "".join(
         f'<text x="{beside:.1f}" y="{_y(place) + 4:.1f}" text-anchor="{anchor}" font-size="11" style="{halo}">'
         f"{escape(_short(text))}</text>"
         for place, text in axis.ticks
     )
-    return line + head + ticks
 
 
 def _y(place: float) -> float:
