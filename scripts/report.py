@@ -55,7 +55,9 @@ def write(path: Path, text: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder (output_dir), or one sweep folder")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run folder (output_dir), or one sweep folder"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the page goes")
     asked = parser.parse_args()
     try:

@@ -18,6 +18,7 @@ from pretrain.sweep.job import Job, alone_in, jobs_in, lock_of
 from pretrain.sweep.measure import measures_of, objective_in
 from pretrain.telemetry.run_file import write_json
 
+DECIMALS = 4  # of nats per token: strategies agree to more, and a smaller difference beats nobody
 COMMAND_LOCK = "command.lock"  # held by a sweep command as long as it lives
 
 
@@ -79,7 +80,7 @@ def ranking(rows: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:
 def pareto(rows: list[dict[str, Any]]) -> list[int]:
     """Numbers of the finished jobs that no other beats in both gain and forgetting, the largest gain first."""
     points = [
-        (row["new_delta"], row["forgetting"], row["number"])
+        (round(row["new_delta"], DECIMALS), round(row["forgetting"], DECIMALS), row["number"])
         for row in rows
         if row["status"] == "finished" and row["new_delta"] is not None and row["forgetting"] is not None
     ]
