@@ -48,7 +48,8 @@ class Plan:
         if "sweep_dir" in self.keys or any(k == "sweep" or k.startswith("sweep.") for k in self.keys):
             raise UserError("sweep_dir and sweep.* are of the whole sweep; they can't be swept")
         one = self.jobs is not None and len(self.jobs) == 1
-        here = "slurm" not in self._config.hydra.launcher._target_.lower()
+        launcher = self._config.hydra.launcher
+        here = "slurm" not in launcher._target_.lower() or launcher.get("cluster") == "local"
         for words in self.jobs if self.jobs is not None else self._one_by_one():
             config = self._loader.load_sweep_config(self._config, words)
             with open_dict(config):
