@@ -1,7 +1,7 @@
 """The command line: compose, check, run. Imports no torch, so that help and mistakes answer at once.
 
-A plain run is composed with Hydra's compose API; sweeps and Hydra's own flags (`-m`, `--cfg`, `--help`, …) go through
-`hydra.main`, where every job of a sweep is this command again in a fresh process.
+A plain run is composed with Hydra's compose API; Hydra's own flags (`--cfg`, `--info`, …) go through `hydra.main`, sweeps
+(`-m`) through pretrain.sweep, where every job is this command again in a fresh process.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import faulthandler
 import logging
 import os
 import re
-import signal
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -19,20 +17,21 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from pretrain import collector
-from pretrain.config import GROUPS, check, conf_dir, gpu_visible
+from pretrain.compose import forced, in_plain_words, resolve
+from pretrain.config import check, conf_dir, gpu_visible
 from pretrain.console import complain, notice, quiet_libraries
-from pretrain.errors import UserError, WorkersFailed, did_you_mean
+from pretrain.errors import UserError, WorkersFailed
 from pretrain.flat import overrides_from
-from pretrain.help import choices, help_text
-from pretrain.interrupt import EXIT_CODE, SIGNALS, Interrupt, Stopped
+from pretrain.help import help_text
+from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
 from pretrain.redact import held, redact, secrets
 from pretrain.streams import ensure_open, never_wait, settle
+from pretrain.sweep.child import enter, note_failure
 from pretrain.trust import COMMAND_LINE_ONLY, check_hydra, check_said, said
 
 
@@ -45,11 +44,12 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except UserError as error:
         code = _mistake(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        code = _mistake(_in_plain_words(error))
+        code = _mistake(in_plain_words(error))
     except (Stopped, KeyboardInterrupt) as stop:
         notice(f"stopped ({stop or 'Ctrl-C'}); the same command goes on from here")
         code = EXIT_CODE
     except WorkersFailed as failure:
+        note_failure(str(failure))
         notice(str(failure))
         code = 1
     except BrokenPipeError:  # `| head` has seen enough
@@ -64,12 +64,14 @@ def program() -> NoReturn:
     may want the interpreter while that is being taken down, which aborts the process in a few of a hundred ends."""
     collector.rarely()
     ensure_open()
+    enter()
     faulthandler.enable()  # a bus error, a segmentation fault: say where
     try:
         main()
     except SystemExit as left:
         code = left.code
     except BaseException:
+        note_failure(traceback.format_exc())
         sys.stderr.write(redact(traceback.format_exc()))
         settle()
         code = 1
@@ -80,6 +82,7 @@ def program() -> NoReturn:
 
 
 def _mistake(message: str) -> int:
+    note_failure(message)
     complain(f"error: {message}")
     return 2
 
@@ -100,12 +103,12 @@ def _dispatch(arguments: list[str]) -> int:
         arguments = ["-m", *arguments]  # launchers are for sweeps; one run is a sweep of one job
     if any(a.startswith("-") for a in arguments):
         return _hydra_main(arguments, spoken)
-    overrides = [_forced(a) for a in arguments]
+    overrides = [forced(a) for a in arguments]
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             config = hydra.compose("config", overrides=overrides)
         except ValueError as error:  # Hydra's word for a group override that makes no sense
-            raise UserError(_in_plain_words(error)) from None
+            raise UserError(in_plain_words(error)) from None
     return run(config, overrides, spoken)
 
 
@@ -121,99 +124,27 @@ def _with_flat_file(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def _forced(override: str) -> str:
-    """``key=value`` → ``++key=value``: an unknown key then composes and `check`, who knows the keys, explains it."""
-    key = override.split("=", 1)[0]
-    if key.lstrip("+") in ("hydra.run.dir", "hydra.output_subdir"):
-        raise UserError(f"{key}: the run folder is output_dir=...")
-    groups = (*GROUPS, "experiment", "local")
-    if "=" not in override or not re.match(r"[A-Za-z_]", key) or key in groups or re.search(r"[@/]", key):
-        return override
-    return override if key.split(".")[0] == "hydra" else f"++{override}"
-
-
 def _hydra_main(arguments: list[str], spoken: dict[str, Any]) -> int:
     """Sweeps and Hydra's own flags. ``spoken``: see `trust.said`."""
-    from pretrain.launch import slurm
-
-    codes: list[int] = []
-    slurm.register(codes)  # the launcher's jobs put their exit codes there too
+    overrides = [forced(a) for a in arguments if re.match(r"[+~A-Za-z_].*=|~", a)]
+    flags = [a for a in arguments if not re.match(r"[+~A-Za-z_].*=|~", a)]  # argparse wants its own flags in one piece
+    check_hydra(flags, overrides, conf_dir())
     logging.getLogger("pretrain").propagate = False  # notices are on stderr already; Hydra would say them again
+    if {"-m", "--multirun"} & set(flags):
+        from pretrain.launch import slurm
+        from pretrain.sweep.command import sweep
+
+        slurm.register()
+        return sweep(arguments, flags, overrides, spoken)
+    codes: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     def job(config: DictConfig) -> None:
-        settings = HydraConfig.get()
-        overrides = list(settings.overrides.task)
-        if settings.mode == RunMode.MULTIRUN:
-            codes.append(_fresh_process(overrides, Path(settings.sweep.dir) / settings.sweep.subdir))
-        else:
-            codes.append(run(config, overrides, spoken))
+        codes.append(run(config, list(HydraConfig.get().overrides.task), spoken))
 
-    overrides = [a for a in arguments if re.match(r"[+~A-Za-z_].*=|~", a)]
-    flags = [a for a in arguments if a not in overrides]  # argparse wants its own flags in one piece
-    if {"-m", "--multirun"} & set(flags):
-        # A job's folder is named by what distinguishes it from the other jobs.
-        swept = {o.split("=", 1)[0] for o in overrides if re.search(r"=.*(,|range\(|glob\(|choice\()", o)}
-        common = {o.split("=", 1)[0] for o in overrides} - swept
-        overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(common))}]")
-    else:
-        overrides = [_forced(o) for o in overrides]
-    check_hydra(flags, overrides, conf_dir())
     sys.argv[1:] = flags + overrides
     job()
-    return _worst(codes)
-
-
-def _fresh_process(overrides: list[str], output_dir: Path) -> int:
-    """One job of a sweep, in its own folder. A fresh process: no state of an earlier job can leak into it."""
-    from pretrain.launch.slurm import command_line
-
-    process = subprocess.Popen(command_line(overrides, output_dir))
-    # The job decides when to stop. A terminal sends it Ctrl-C by itself; the other signals are passed on.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in SIGNALS[1:]:
-        signal.signal(number, lambda received, frame: process.send_signal(received))
-    code = process.wait()
-    if code == EXIT_CODE:
-        raise Stopped("a job of the sweep was stopped and has saved")
-    if code:
-        notice(f"job {' '.join(overrides)} left with exit code {code}")
-    return code
-
-
-def _worst(codes: list[int]) -> int:
-    """A bug before a mistake before a stop; a job that was killed counts as a bug."""
-    known = {0: 0, EXIT_CODE: EXIT_CODE, 2: 2}
-    codes = [known.get(code, 1) for code in codes]
-    return next((code for code in (1, 2, EXIT_CODE) if code in codes), 0)
-
-
-def resolve(config: DictConfig) -> dict[str, Any]:
-    """The composed config as a plain dict, with the run's name filled in.
-
-    Raises ``UserError`` for an interpolation that leads nowhere.
-    """
-    OmegaConf.set_struct(config, False)
-    if config.get("name") is None:
-        config["name"] = default_name(config)
-    try:
-        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(_in_plain_words(error)) from None
-    assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}
-
-
-def default_name(config: DictConfig) -> str:
-    """``<model>-<dataset>``, with the task in front where it isn't pretraining."""
-    dataset = config.get("dataset") or {}
-    data = dataset.get("name") or Path(str(dataset.get("nameOrPath") or "data")).stem
-    model = Path(str(config.get("model_name")))
-    of_run = [model.parent.parent.name] if model.parent.name == "checkpoints" else []
-    parts = [*of_run, model.name] + ([str(data)] if config.get("task") != "export" else [])
-    if config.get("task") != "pretraining":
-        parts.insert(0, str(config.get("task")))
-    return re.sub(r"[^\w.-]+", "_", "-".join(parts))
+    return max(codes, default=0)
 
 
 def run(config: DictConfig, overrides: list[str], spoken: dict[str, Any]) -> int:
@@ -232,16 +163,3 @@ def run(config: DictConfig, overrides: list[str], spoken: dict[str, Any]) -> int
     from pretrain.launch.launcher import launch
 
     return launch(resolved, overrides, interrupt)
-
-
-def _in_plain_words(error: Exception) -> str:
-    """Hydra's message in one line, with the key it is about and the nearest names where a choice does not exist."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={choice}: no such choice{did_you_mean(choice, choices(group))}"
-    key = getattr(error, "full_key", None)
-    if isinstance(error, MissingMandatoryValue):
-        return f"{key} has no value; give it one: {key}=..."
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = " ".join(line for line in lines if not re.match(r"(full_key|object_type|See https|Set the env)", line))
-    return f"{key}: {message}" if key else message

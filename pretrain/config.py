@@ -38,6 +38,7 @@ GROUPS = (
     "guard",
     "telemetry",
     "launch",
+    "sweep",
     "sink",
 )
 OTHER_NAMES = {  # what the Hugging Face Trainer and others call our root keys
@@ -93,6 +94,7 @@ class Root:
     grad_clip: Annotated[PositiveFloat, Finite] | None
     seed: NonNegativeInt
     devices: Literal["auto"] | PositiveInt
+    sweep_dir: Annotated[str, Field(min_length=1)] | None
     resume: Annotated[str, Field(min_length=1)]
     resume_allow: list[Literal["tokenizer", "data", "sequence_length", "global_batch", "seed", "weights", "optimizer"]]
     log_every: PositiveInt
@@ -101,8 +103,10 @@ class Root:
     allow_targets: list[str]
 
 
-def check(config: dict[str, Any]) -> Root:
+def check(config: dict[str, Any], *, here: bool = True) -> Root:
     """Check a resolved config, whole: unknown keys, types, ranges, and combinations that can't work.
+
+    ``here``: it is to run on this machine, not on one that may have other devices.
 
     Raises ``UserError`` naming the key, its value and what is allowed.
     """
@@ -123,7 +127,8 @@ def check(config: dict[str, Any]) -> Root:
                 raise UserError(f"sink.{name}: {name!r} is not among the chosen sinks; add it: sink=[…,{name}]")
         for path, found in nodes:
             check_node(path, found, config["allow_targets"])
-    check_device(config)
+    if here:
+        check_device(config)
     return Root(**{key: config[key] for key in root_keys})
 
 

@@ -76,15 +76,29 @@ def check_said(config: dict[str, Any], spoken: dict[str, Any]) -> None:
             raise UserError(f"{key}={value}: set by a config file; if you trust it, put '{key}=…' on the command line")
 
 
+def make_hydra(conf: Path, config_dir: str | None) -> Any:
+    """The Hydra that composes from ``conf``, and from the folder of ``--config-dir`` before it, as ``hydra.main`` makes it.
+
+    Whoever makes one clears ``GlobalHydra`` in the end.
+    """
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.config_search_path import SearchPathQuery
+
+    search = create_config_search_path(str(conf))
+    if config_dir:
+        folder = f"file://{os.path.abspath(config_dir)}"
+        search.prepend("command-line", folder, anchor=SearchPathQuery(provider="schema"))
+    return Hydra.create_main_hydra2("pretrain", search)
+
+
 def check_hydra(flags: list[str], overrides: list[str], conf: Path) -> None:
     """What Hydra would execute has to come from conf/config.yaml, the user's conf/local or the command line.
 
     Called before ``hydra.main`` does so: it composes the config as that will, for a sweep over groups each choice.
     Raises ``UserError`` when a file of a group, an experiment or ``--config-dir`` has set such a key.
     """
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path, get_args_parser
-    from hydra.core.config_search_path import SearchPathQuery
+    from hydra._internal.utils import get_args_parser
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
     from omegaconf import OmegaConf
@@ -95,11 +109,7 @@ def check_hydra(flags: list[str], overrides: list[str], conf: Path) -> None:
             raise UserError(
                 f"--{flag.replace('_', '-')}: not here; a flat YAML is --config FILE, a folder --config-dir"
             )
-    search = create_config_search_path(str(conf))
-    if given.config_dir:
-        folder = os.path.abspath(given.config_dir)
-        search.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
-    hydra = Hydra.create_main_hydra2("pretrain", search)
+    hydra = make_hydra(conf, given.config_dir)
     known = secrets()
 
     def composed(words: list[str]) -> dict[str, Any]:

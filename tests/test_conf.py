@@ -4,7 +4,7 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from pretrain.cli import resolve
+from pretrain.compose import resolve
 from pretrain.config import GROUPS, check, conf_dir
 
 NEEDS = {  # keys without a default

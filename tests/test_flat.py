@@ -8,7 +8,7 @@ import hydra
 import pytest
 import yaml
 
-from pretrain.cli import _forced, resolve
+from pretrain.compose import forced, resolve
 from pretrain.config import check, conf_dir
 from pretrain.errors import UserError
 from pretrain.flat import KEYS, overrides_from, schema
@@ -41,7 +41,7 @@ def compose(tmp_path):
     def run(text: str, *later: str) -> dict:
         file = tmp_path / "flat.yaml"
         file.write_text(text)
-        overrides = [_forced(o) for o in overrides_from(file, list(later))]
+        overrides = [forced(o) for o in overrides_from(file, list(later))]
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             resolved = resolve(hydra.compose("config", overrides=overrides))
         check(resolved)

@@ -29,11 +29,11 @@ def prepared_of(base_arguments):
     import hydra
 
     from pretrain import build
-    from pretrain.cli import _forced, resolve
+    from pretrain.compose import forced, resolve
     from pretrain.config import conf_dir
 
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        resolved = resolve(hydra.compose("config", overrides=[_forced(a) for a in base_arguments]))
+        resolved = resolve(hydra.compose("config", overrides=[forced(a) for a in base_arguments]))
     return resolved, build.prepare(resolved)
 
 

@@ -47,7 +47,7 @@ CONFIGS = {
     "a method of ours": ["optimizer._target_=pretrain.optim.adamw.AdamW.__call__"],
     "a function of ours": ["dataset._target_=pretrain.checkpoint.atomic.replace_folder"],
     "our command line": ["dataset._target_=pretrain.cli.main", "+dataset.argv=['allow_targets=[os.system]']"],
-    "a private name": ["dataset._target_=pretrain.cli._fresh_process"],
+    "a private name": ["dataset._target_=pretrain.cli._hydra_main"],
     "no name": ["optimizer._target_={_target_: foreign.run}"],
     "an interpolation of one": [r"optimizer._target_=\${oc.decode:foreign.run}"],
 }
@@ -112,13 +112,6 @@ def test_what_hydra_would_execute(key, sweep, command, tmp_path, mark, monkeypat
     experiment(tmp_path, "# @package _global_\nlr: 1e-4\n", "experiment/good.yaml")
     assert_mistake(command([*theirs, *sweep, "lr=0"]), f"hydra.{key}: set by a config file")
     assert not mark.exists()
-
-
-def test_hydras_own_sweep_still_runs(command, tmp_path, monkeypatch):
-    """The jobs are refused for their own mistake, in their own processes."""
-    monkeypatch.chdir(tmp_path)
-    code, _, err = command(["-m", "lr=0", "hydra.sweeper.max_batch_size=1", "seed=0,1"])
-    assert (code, err.count("left with exit code 2")) == (2, 2)
 
 
 @pytest.mark.parametrize("flag", ["--config-name", "--config-path", "--experimental-rerun"])

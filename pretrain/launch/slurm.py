@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import math
 import os
 import re
 import shutil
@@ -15,23 +16,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from pretrain.config import check_value
 from pretrain.console import notice
 from pretrain.errors import UserError
-from pretrain.interrupt import EXIT_CODE
+from pretrain.interrupt import EXIT_CODE, Stopped
+from pretrain.sweep import child
+from pretrain.sweep.job import DONE
+from pretrain.sweep.job import Job as JobOfSweep
+from pretrain.sweep.jobs import Sweep
 
 if TYPE_CHECKING:
     import submitit
@@ -39,13 +43,10 @@ if TYPE_CHECKING:
 QUEUE_SECONDS = 30
 
 
-def register(codes: list[int]) -> None:
-    """Make the launcher known to Hydra, which drops what launchers return: exit codes are appended to ``codes``.
-
-    Hydra looks a launcher up by its name and takes names in the package ``hydra_plugins`` only.
-    """
-    launcher = cast(type[Launcher], partial(SlurmLauncher, codes))
-    Plugins.instance().class_name_to_class["hydra_plugins.pretrain.SlurmLauncher"] = launcher
+def register() -> None:
+    """Make the launcher known to Hydra, which looks one up by its name and takes names in the package ``hydra_plugins``
+    only."""
+    Plugins.instance().class_name_to_class["hydra_plugins.pretrain.SlurmLauncher"] = SlurmLauncher
 
 
 @dataclass(frozen=True)
@@ -96,36 +97,51 @@ class Options:
 
 
 class SlurmLauncher(Launcher):
-    def __init__(self, codes: list[int], **options: Any) -> None:
-        self.codes = codes
+    def __init__(self, **options: Any) -> None:
         self.options = Options(**options)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Called by Hydra. ``task_function`` stays unused: what the jobs run are command lines."""
+        """Called by Hydra. ``task_function``: the `Sweep`; it is not called, what SLURM runs are its jobs' commands."""
         self.options.check()
+        assert isinstance(task_function, Sweep)
         self.hydra_context = hydra_context
+        self.sweep = task_function
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Submit the jobs, wait for them, return their exit codes; a job that fails stops no other."""
+        """Submit the jobs that are not done, wait for them, return the objectives; a job that fails stops no other."""
+        known: dict[str, JobOfSweep] = {}
         callables = {}
-        for number, overrides in enumerate(job_overrides, initial_job_idx):
+        for overrides in job_overrides:
             config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-            with open_dict(config):
-                config.hydra.job.id = config.hydra.job.num = number
-            name = str(config.hydra.sweep.subdir)
-            command = command_line(list(config.hydra.overrides.task), Path(config.hydra.sweep.dir) / name)
-            callables[name] = Job(command, Path.cwd())
+            job = self.sweep.job(list(config.hydra.overrides.task))
+            known[job.name] = job
+            if self.sweep.begin(job)["status"] not in DONE:
+                callables[job.name] = Job(self._command(job), Path.cwd(), job)
+        if callables:
+            self._run(callables)
+        objectives = [self.sweep.outcome(job).objective for job in known.values()]
+        values = [math.nan if value is None else value for value in objectives]
+        return [JobReturn(status=JobStatus.COMPLETED, _return_value=value) for value in values]
+
+    def _command(self, job: JobOfSweep) -> list[str]:
+        return [sys.executable, "-m", "pretrain", *self.sweep.words(job)]
+
+    def _run(self, callables: dict[str, Job]) -> None:
+        """Raises ``Stopped`` when Ctrl-C ends the waiting."""
+        started_at = time.monotonic()
         jobs = self._submit(callables)
         try:
-            codes = self._wait(jobs)
-        except KeyboardInterrupt:
+            for name, code in self._wait(jobs):
+                own = callables[name].of
+                assert own is not None
+                self.sweep.end(own, own.read(), code, time.monotonic() - started_at)
+                self.sweep.write_table()
+        except (KeyboardInterrupt, Stopped):
             if self.options.cluster == "slurm":
                 ids = " ".join(job.job_id for job in jobs.values())
                 notice(f"no longer waiting; the jobs go on. To cancel them: scancel {ids}")
-            sys.exit(EXIT_CODE)
-        self.codes.extend(codes.values())
-        return [JobReturn(status=JobStatus.COMPLETED, _return_value=codes[name]) for name in callables]
+            raise
 
     def _submit(self, callables: dict[str, Job]) -> dict[str, submitit.Job[int]]:
         """Raises ``UserError`` where there is no SLURM, or where it refuses the jobs."""
@@ -150,8 +166,8 @@ class SlurmLauncher(Launcher):
         notice(f"submitted {ids}; logs in {self.options.folder}{leaving}")
         return jobs
 
-    def _wait(self, jobs: dict[str, submitit.Job[int]]) -> dict[str, int]:
-        """Exit codes by the jobs' names; says a line when one is over.
+    def _wait(self, jobs: dict[str, submitit.Job[int]]) -> Iterator[tuple[str, int]]:
+        """The name and the exit code of each job, and a line, when it is over.
 
         A job is over when it has left a result, or when the queue has twice not shown it any more; the second look
         gives a shared file system the time to show the result.
@@ -166,10 +182,10 @@ class SlurmLauncher(Launcher):
                 if code is not None:
                     codes[name] = code
                     notice(f"job {job.job_id} ({name}): {_how(code, job.task(0).paths.stdout)}")
+                    yield name, code
             if len(codes) == len(jobs):
                 break
             time.sleep(1)
-        return codes
 
     def _live(self, jobs: Iterable[submitit.Job[int]]) -> set[str]:
         """Ids of the jobs that are queued or running. squeue needs no accounting database, as sacct does."""
@@ -202,12 +218,6 @@ def _how(code: int, log: Path) -> str:
     return f"exit code {code}, see {log}" if log.exists() else "ended before it could start"
 
 
-def command_line(overrides: list[str], output_dir: Path) -> list[str]:
-    """One job of a sweep as a command of its own, with a folder of its own."""
-    own_folder = any(o.lstrip("+").startswith("output_dir=") for o in overrides)
-    return [sys.executable, "-m", "pretrain", *overrides, *([] if own_folder else [f"output_dir='{output_dir}'"])]
-
-
 @dataclass
 class Job:
     """What submitit pickles and calls in SLURM's job, once on each node: the command, as a child process.
@@ -218,11 +228,16 @@ class Job:
 
     command: list[str]
     folder: Path
+    of: JobOfSweep | None = None
     pid: int = 0
 
     def __call__(self) -> int:
         command = [*self.command, *_meeting_point()]
-        process = subprocess.Popen(command, cwd=self.folder, preexec_fn=_ignore_warning_signal)
+        environment = None
+        if self.of is not None:
+            self.of.write(status="running", locked=False)
+            environment = child.environment(self.of.note)
+        process = subprocess.Popen(command, cwd=self.folder, env=environment, preexec_fn=_ignore_warning_signal)
         self.pid = process.pid
         code = _exit_code(self.pid)
         if code not in (0, EXIT_CODE):
@@ -237,7 +252,7 @@ class Job:
             os.kill(self.pid, signal.SIGTERM)
             if _exit_code(self.pid) not in (0, EXIT_CODE):
                 return None
-        return submitit.helpers.DelayedSubmission(Job(self.command, self.folder))
+        return submitit.helpers.DelayedSubmission(Job(self.command, self.folder, self.of))
 
 
 def _ignore_warning_signal() -> None:

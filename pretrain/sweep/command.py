@@ -1,0 +1,114 @@
+"""`python -m pretrain -m …`: plan, check, run, and say what came of it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from hydra.utils import instantiate
+
+from pretrain.config import conf_dir
+from pretrain.console import complain, notice
+from pretrain.errors import UserError
+from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
+from pretrain.sweep import table
+from pretrain.sweep.job import KEPT, jobs_in
+from pretrain.sweep.jobs import Sweep, quoted
+from pretrain.sweep.plan import Plan
+from pretrain.sweep.policy import Policy
+from pretrain.sweep.show import show
+from pretrain.trust import make_hydra
+
+
+def sweep(arguments: list[str], flags: list[str], overrides: list[str], spoken: dict[str, Any]) -> int:
+    """Run a sweep; its exit code is the worst of its jobs'. ``arguments``: as they were typed; ``flags`` and ``overrides``:
+    as Hydra gets them; ``spoken``: see `trust.said`.
+
+    Raises ``UserError`` for a mistake in any job, before the first one starts.
+    """
+    config_dir = get_args_parser().parse_args(flags).config_dir
+    hydra = make_hydra(conf_dir(), config_dir)
+    try:
+        config = hydra.compose_config("config", [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
+        plan = Plan(hydra.config_loader, config)
+        plan.check(spoken)
+        folder = Path(config.sweep_dir or config.hydra.sweep.dir)
+        policy: Policy = instantiate(config.sweep)
+        this = Sweep(
+            folder=folder,
+            keys=plan.keys,
+            metric=policy.metric,
+            direction=policy.direction,
+            command=tuple(arguments),
+            began_at=time.time(),
+            total=None if plan.jobs is None else len(plan.jobs),
+            config_dir=config_dir and os.path.abspath(config_dir),
+        )
+        words = [*overrides, f"hydra.sweep.dir={quoted(folder)}", "hydra.mode=MULTIRUN"]
+        return _carry_out(this, plan, lambda: hydra.multirun("config", this, words))
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
+    """The exit code of the sweep, once its folder and the terminal say what came of it."""
+    Interrupt().install()
+    status, stopped_by = "failed", None
+    with _at_work(this.folder):
+        try:
+            for words in plan.jobs or ():
+                this.expect(this.job(words))
+            this.write_table()
+            multirun()
+            status = ""
+        except (Stopped, KeyboardInterrupt) as stop:
+            status, stopped_by = "stopped", str(stop) or "Ctrl-C"
+        finally:
+            told = this.write_table(status or _status(this))
+    code = EXIT_CODE if stopped_by else worst(_codes(this))
+    show(this.folder, told)
+    rows = told["jobs"]
+    if stopped_by:
+        notice(f"stopped ({stopped_by}); to go on: {this.command_line}")
+    elif rows and all(row["status"] == "failed" for row in rows):
+        complain(f"error: every job of the sweep failed; the first one: {rows[0]['error']}")
+    return code
+
+
+def _codes(this: Sweep) -> list[int]:
+    """The exit codes of this command's jobs."""
+    states = [state for _, state in jobs_in(this.folder) if state.get("began_at") == this.began_at]
+    return [0 if state["status"] == "pruned" else state["exit_code"] or 0 for state in states]
+
+
+def _status(this: Sweep) -> str:
+    codes = _codes(this)
+    return "failed" if codes and all(codes) else "finished"
+
+
+def worst(codes: list[int]) -> int:
+    """A bug before a mistake before a stop; a job that was killed counts as a bug."""
+    known = {0: 0, EXIT_CODE: EXIT_CODE, 2: 2}
+    codes = [known.get(code, 1) for code in codes]
+    return next((code for code in (1, 2, EXIT_CODE) if code in codes), 0)
+
+
+@contextmanager
+def _at_work(folder: Path) -> Iterator[None]:
+    """Meanwhile whoever reads the folder can see that a sweep is at work in it; several may be."""
+    try:
+        (folder / KEPT).mkdir(parents=True, exist_ok=True)
+        file = (folder / KEPT / table.COMMAND_LOCK).open("w")
+    except OSError as error:
+        raise UserError(f"sweep_dir={folder}: can't be written: {error.strerror}") from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield

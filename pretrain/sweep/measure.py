@@ -1,0 +1,69 @@
+"""What came out of a run, read from its folder: the numbers by which the jobs of a sweep are compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pretrain.sweep.policy import OF_A_RUN
+from pretrain.telemetry.run_file import read_run_file
+
+TAIL_BYTES = 1 << 16  # of metrics.jsonl: the last records, of however long a run
+
+
+def measures_of(run: Path) -> dict[str, Any]:
+    """``new_loss``, ``new_delta``, ``forgetting`` (nats per token, means over domains), ``train_loss``,
+    ``tokens_per_second`` and ``results`` (the last evaluation of each domain); ``None`` where a run has no such number.
+    """
+    results: dict[str, dict[str, Any]] = read_run_file(run).get("results") or {}
+    last: dict[str, dict[str, Any]] = {}
+    for record in tail(run / "metrics.jsonl"):
+        last[record.get("event", "")] = record
+    train, finished = last.get("train", {}), last.get("run_finished", {})
+    speeds = (finished.get("tokens_per_second"), train.get("tokens_per_second_run"), train.get("tokens_per_second"))
+    losses = (train.get("loss_mean"), train.get("loss"))
+    return {
+        "new_loss": mean(s.get("loss") for s in results.values() if s.get("role") == "new"),
+        "new_delta": mean(s.get("delta_loss") for s in results.values() if s.get("role") == "new"),
+        "forgetting": mean(s.get("delta_loss") for s in results.values() if s.get("role") == "base"),
+        "train_loss": next((loss for loss in losses if loss is not None), None),
+        "tokens_per_second": next((speed for speed in speeds if speed is not None), None),
+        "results": results,
+    }
+
+
+def objective_in(measures: dict[str, Any], metric: str) -> float | None:
+    """The number that ``metric`` (conf/sweep/default.yaml) names; ``None`` where the run has none."""
+    domain, _, field = metric.rpartition(".")
+    of: dict[str, float | None] = measures if metric in OF_A_RUN else measures["results"].get(domain, {})
+    return of.get(field)
+
+
+def tail(file: Path) -> Iterator[dict[str, Any]]:
+    """The last records of a metrics.jsonl; what is torn at either end is passed over."""
+    with suppress(OSError), file.open("rb") as lines:
+        lines.seek(max(0, lines.seek(0, 2) - TAIL_BYTES))
+        for line in lines.read().split(b"\n"):
+            with suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    yield record
+
+
+def evaluations(file: Path) -> list[dict[str, Any]]:
+    """The evaluation records of a metrics.jsonl, without reading the many others as JSON."""
+    found = []
+    with suppress(OSError):
+        for line in file.read_bytes().split(b"\n"):
+            if b'"evaluation"' in line:
+                with suppress(ValueError):
+                    found.append(json.loads(line))
+    return [record for record in found if record.get("event") == "evaluation"]
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,84 @@
+"""Before the first job of a sweep starts: which jobs there will be, and whether each of them could start at all."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from omegaconf import DictConfig, open_dict
+
+from pretrain.compose import resolve
+from pretrain.config import check
+from pretrain.errors import UserError
+from pretrain.trust import check_said, said
+
+
+class Plan:
+    """What a sweep over ``words`` (the command line's, and the sweeper's ``params``) comes to.
+
+    ``jobs``: the overrides of every job where the sweep lists them; ``None`` where a sweeper searches.
+    """
+
+    def __init__(self, loader: Any, config: DictConfig) -> None:
+        self._loader = loader
+        self._config = config
+        params = config.hydra.sweeper.get("params") or {}
+        words = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
+        parser = OverridesParser.create(config_loader=loader)
+        parsed = parser.parse_overrides(words)
+        self._overrides = {o.get_key_element().lstrip("+~"): o for o in parsed}  # the last one of a key counts
+        self.keys = tuple(key for key, o in self._overrides.items() if o.is_sweep_override())
+        self.jobs: list[list[str]] | None = None
+        if "BasicSweeper" in config.hydra.sweeper._target_:
+            for o in parsed:
+                if o.is_sweep_override() and not o.is_discrete_sweep():
+                    raise UserError(
+                        f"{o.input_line}: only a sweeper that searches knows intervals; a list is key=a,b,c"
+                    )
+            self.jobs = [list(words) for words in itertools.product(*map(_choices, self._overrides.values()))]
+
+    def check(self, spoken: dict[str, Any]) -> None:
+        """Compose and check every job's configuration. ``spoken``: see `trust.said`.
+
+        Raises ``UserError`` for the first mistake, whatever job it is in.
+        """
+        if "sweep_dir" in self.keys or any(k == "sweep" or k.startswith("sweep.") for k in self.keys):
+            raise UserError("sweep_dir and sweep.* are of the whole sweep; they can't be swept")
+        one = self.jobs is not None and len(self.jobs) == 1
+        launcher = self._config.hydra.launcher
+        here = "slurm" not in launcher._target_.lower() or launcher.get("cluster") == "local"
+        for words in self.jobs if self.jobs is not None else self._one_by_one():
+            config = self._loader.load_sweep_config(self._config, words)
+            with open_dict(config):
+                del config["hydra"]
+            resolved = resolve(config)
+            check_said(resolved, spoken | said(words))
+            check(resolved, here=here)
+        if "output_dir" in self._overrides and "output_dir" not in self.keys and not one:
+            raise UserError(
+                "output_dir: every job of a sweep has a folder of its own; their common one is sweep_dir=..."
+            )
+
+    def _one_by_one(self) -> Iterator[list[str]]:
+        """Each value of each key once, with the first of the others: a search may come to any of them."""
+        choices = {key: _choices(o) for key, o in self._overrides.items()}
+        first = {key: values[0] for key, values in choices.items()}
+        yield list(first.values())
+        for key, values in choices.items():
+            for value in values[1:]:
+                yield list((first | {key: value}).values())
+
+
+def _choices(override: Override) -> Sequence[str]:
+    """An override for each value of a swept one; the ends of an interval."""
+    key = override.get_key_element()
+    if override.is_discrete_sweep():
+        return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    if override.is_sweep_override():
+        sweep = override.value()
+        assert isinstance(sweep, IntervalSweep), sweep
+        return [f"{key}={end}" for end in (sweep.start, sweep.end)]
+    return [f"{key}={override.get_value_element_as_str()}"]

@@ -1,0 +1,125 @@
+"""sweep.json: every job of a sweep folder with what came out of it, made anew from the jobs' folders each time.
+
+Jobs that are no longer part of the command stay listed: the folder is the record of everything that was tried in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import UserError
+from pretrain.replace import replace_file
+from pretrain.sweep.job import Job, alone_in, jobs_in, lock_of
+from pretrain.sweep.measure import measures_of, objective_in
+from pretrain.telemetry.run_file import write_json
+
+DECIMALS = 4  # of nats per token: strategies agree to more, and a smaller difference beats nobody
+COMMAND_LOCK = "command.lock"  # held by a sweep command as long as it lives
+
+
+def write(
+    folder: Path, *, command: str, metric: str, direction: str, status: str = "running", with_page: bool = True
+) -> dict[str, Any]:
+    """Rewrite sweep.json and sweep.html (``with_page``); the table that stands in them now.
+
+    Any process of the sweep may do so at any time: one at a time, and each from all that is there.
+    """
+    from pretrain.sweep.page import page
+
+    with alone_in(folder):
+        table = collect(folder, command=command, metric=metric, direction=direction, status=status)
+        write_json(folder / "sweep.json", table)
+        if with_page:
+            replace_file(folder / "sweep.html", page(folder, table))
+    return table
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The table of a sweep folder as things stand now, with the metric of its last command.
+
+    Raises ``UserError`` when the folder is none of a sweep.
+    """
+    try:
+        told = json.loads((folder / "sweep.json").read_text())
+        facts = {"command": told["command"], "metric": told["metric"]["name"], "status": told["status"]}
+        facts["direction"] = told["metric"]["direction"]
+    except OSError:
+        raise UserError(f"{folder}: no sweep.json in it, so it is no sweep's folder") from None
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{folder / 'sweep.json'} can't be read: {type(error).__name__}: {error}") from None
+    if facts["status"] == "running" and not _held(folder, COMMAND_LOCK):
+        facts["status"] = "stopped"
+    return collect(folder, **facts)
+
+
+def collect(folder: Path, *, command: str, metric: str, direction: str, status: str) -> dict[str, Any]:
+    """The table, from the jobs' folders. A job's number is its place in the order in which jobs were thought of."""
+    rows = [_row(number, job, state, metric) for number, (job, state) in enumerate(jobs_in(folder))]
+    ranked = ranking(rows, direction)
+    return {
+        "command": command,
+        "status": status,
+        "metric": {"name": metric, "direction": direction},
+        "jobs": rows,
+        "best": ranked[0]["number"] if ranked else None,
+        "pareto": pareto(rows),
+    }
+
+
+def ranking(rows: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:
+    """The finished jobs that have an objective, the best first."""
+    judged = [row for row in rows if row["status"] == "finished" and row["objective"] is not None]
+    return sorted(judged, key=lambda row: row["objective"], reverse=direction == "maximize")
+
+
+def pareto(rows: list[dict[str, Any]]) -> list[int]:
+    """Numbers of the finished jobs that no other beats in both gain and forgetting, the largest gain first."""
+    points = [
+        (round(row["new_delta"], DECIMALS), round(row["forgetting"], DECIMALS), row["number"])
+        for row in rows
+        if row["status"] == "finished" and row["new_delta"] is not None and row["forgetting"] is not None
+    ]
+    front = [
+        point
+        for point in points
+        if not any(o[0] <= point[0] and o[1] <= point[1] and o[:2] != point[:2] for o in points)
+    ]
+    return [number for _, _, number in sorted(front)]
+
+
+def _row(number: int, job: Job, state: dict[str, Any], metric: str) -> dict[str, Any]:
+    measures = measures_of(job.folder)
+    status = state["status"]
+    if status == "running" and state.get("locked") and not _held(job.sweep, f"{job.name}.lock"):
+        status = "stopped"  # killed, so that it could not say so
+    return {
+        "number": number,
+        "name": job.name,
+        "overrides": list(job.overrides),
+        "folder": os.path.relpath(job.folder, job.sweep),
+        "status": status,
+        "exit_code": state["exit_code"],
+        "error": state["error"],
+        "objective": objective_in(measures, metric) if status in ("finished", "pruned") else None,
+        "new_loss": measures["new_loss"],
+        "new_delta": measures["new_delta"],
+        "forgetting": measures["forgetting"],
+        "tokens_per_second": measures["tokens_per_second"],
+        "seconds": state["seconds"],
+        "results": measures["results"],
+        "command": shlex.join(["python", "-m", "pretrain", *job.overrides]),
+    }
+
+
+def _held(folder: Path, lock: str) -> bool:
+    with suppress(OSError):  # a folder that is somebody else's, to be read only
+        held = lock_of(folder, lock, wait=False)
+        if held is None:
+            return True
+        os.close(held)
+    return False
