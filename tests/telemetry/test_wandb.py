@@ -95,12 +95,15 @@ def resumed(tmp_path_factory):
     """The folder of a job of a sweep that was stopped at step 4, and went on from step 3: (run, first id)."""
     sweep = tmp_path_factory.mktemp("nightly")
     (sweep / "sweep.json").write_text("{}")
-    run, keys = sweep / "job", {"name": "mine", "tags": ["a"], "notes": "why"}
+    run, keys = sweep / "job", {"name": "mine", "tags": ["a"], "notes": "why", "log_model": True}
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "model.safetensors").write_bytes(b"weights")
     first = [STARTED, evaluation(0), train(1), train(2, skipped_steps=1), LAYERS, evaluation(2), SAMPLE, DATA, ROLLBACK]
     again = [train(3, skipped_steps=1), train(4, skipped_steps=1)]
     write(run, RunStarted(0, 9, resumed=False), [*first, *again, STOPPED], **keys)
     before = (run / RUN_ID).read_text()
-    write(run, RunStarted(3, 9, resumed=True), [STARTED | {"step": 3}, again[1], evaluation(4), FINISHED], **keys)
+    end = FINISHED | {"model": str(run / "model")}
+    write(run, RunStarted(3, 9, resumed=True), [STARTED | {"step": 3}, again[1], evaluation(4), end], **keys)
     assert (run / RUN_ID).read_text() == before
     return run
 
@@ -140,6 +143,14 @@ def test_what_a_run_is_and_how_it_ended(resumed):
     assert of_kind(run_file(now), "alert") == [], "what was told is not told again"
     (facts,) = [i for c in of_kind(run_file(now), "config") for i in c.update if i.key == "facts" or i.nested_key]
     assert json.loads(facts.value_json) == {"parameters": 27_000}
+
+
+def test_the_final_model_is_an_artifact(resumed):
+    (folder,) = offline_folders(resumed)
+    (artifact,) = [a for a in of_kind(run_file(folder), "artifact") if a.type == "model"]
+    assert [(e.path, e.local_path) for e in artifact.manifest.contents] == [
+        ("model.safetensors", str(resumed / "model" / "model.safetensors"))
+    ]
 
 
 def test_charts_have_the_step_as_their_axis(resumed):
