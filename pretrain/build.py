@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from pretrain.data.store import TokenStore, TokenView
     from pretrain.engine import Engine, Scorer
     from pretrain.evaluation.perplexity import Domain, Evaluator
-    from pretrain.events import Event
     from pretrain.exporter import Exporter
     from pretrain.guard.guard import Guard
     from pretrain.interrupt import Interrupt
     from pretrain.models.blueprint import Blueprint
     from pretrain.place import Place
     from pretrain.strategy.base import Setting
-    from pretrain.trainer import Schedule, Trainer
+    from pretrain.telemetry.record import Record
+    from pretrain.trainer import Listener, Schedule, Trainer
     from pretrain.watchdog import Watchdog
     from pretrain.world import World
 
@@ -224,14 +224,18 @@ def build_schedule(resolved: dict[str, Any], steps: int) -> Schedule:
     return partial(instantiate(resolved["scheduler"]), total_steps=steps, warmup_steps=warmup_steps)
 
 
-def build_listeners(resolved: dict[str, Any], folder: Path, files: Files) -> list[Callable[[Event], None]]:
-    """``files``: of the training data, to be watched."""
+def build_listeners(
+    resolved: dict[str, Any], folder: Path, files: Files
+) -> tuple[list[Listener], Callable[[], list[Record]]]:
+    """Who hears of the run's events, and what tells the records that belong into the next checkpoint. ``files``: of the
+    training data, to be watched."""
     from pretrain.data.fingerprint import FilesWatch
     from pretrain.telemetry.monitor import Monitor
     from pretrain.telemetry.run_file import RunFile
 
     sinks = {name: instantiate(node) for name, node in (resolved.get("sink") or {}).items()}
-    return [Monitor(sinks, run=folder, log_every=resolved["log_every"]), RunFile(folder), FilesWatch(files)]
+    monitor = Monitor(sinks, run=folder, log_every=resolved["log_every"])
+    return [monitor, RunFile(folder, monitor.summary), FilesWatch(files)], monitor.unsaved
 
 
 def cadences(resolved: dict[str, Any], prepared: Prepared) -> tuple[int | None, int | None]:
@@ -336,7 +340,10 @@ def build_trainer(
     watchdog: Watchdog,
 ) -> Trainer:
     from pretrain.checkpoint.rng import rng_state
-    from pretrain.facts import run_facts
+    from pretrain.clock import StepClock
+    from pretrain.data.census import Census
+    from pretrain.facts import run_facts, speed_facts
+    from pretrain.layers import LayerWatch
     from pretrain.progress import Every
     from pretrain.trainer import Trainer
 
@@ -347,7 +354,13 @@ def build_trainer(
     micro_batch = split.batch_size * setting.devices_per_worker
     loader = build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world)
     evaluate_every, save_every = cadences(resolved, prepared)
+    telemetry = instantiate(resolved["telemetry"])
+    devices = setting.workers * setting.devices_per_worker
     facts = run_facts(resolved, world, engine, restarts=place.restarts) | split.facts()
+    facts |= speed_facts(resolved, engine, devices=devices, peak=telemetry.peak_flops)
+    listeners, unsaved_records = (
+        build_listeners(resolved, folder, prepared.train.store.files) if world.is_main else ([], list)
+    )
     return Trainer(
         world=world,
         engine=engine,
@@ -365,8 +378,12 @@ def build_trainer(
         evaluate_every=Every(evaluate_every),
         save_every=Every(save_every),
         exporter=build_exporter(resolved, prepared, engine, folder, facts=facts, steps=steps),
+        layers=LayerWatch(engine, Every(telemetry.layers_every)),
+        census=Census(loader),
+        clock=StepClock(on_device=world.device.type == "cuda"),
         resume_from=resume_from,
         facts=facts,
-        listeners=build_listeners(resolved, folder, prepared.train.store.files) if world.is_main else [],
+        listeners=listeners,
+        unsaved_records=unsaved_records,
         watchdog=watchdog,
     )

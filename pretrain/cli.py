@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from pretrain import collector
 from pretrain.config import GROUPS, check, conf_dir, gpu_visible
 from pretrain.console import complain, notice, quiet_libraries
 from pretrain.errors import UserError, WorkersFailed, did_you_mean
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 def program() -> NoReturn:
     """`main` as a process of its own. One that was in a process group ends without Python's clean-up: a thread of gloo's
     may want the interpreter while that is being taken down, which aborts the process in a few of a hundred ends."""
+    collector.rarely()
     ensure_open()
     faulthandler.enable()  # a bus error, a segmentation fault: say where
     try:

@@ -35,6 +35,7 @@ GROUPS = (
     "evaluation",
     "generation",
     "guard",
+    "telemetry",
     "launch",
     "sink",
 )

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.clock import StepTimes
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -23,20 +25,32 @@ class Event:
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
     """``facts``: what stands in run.json (world size, strategy, versions, number of parameters, …). ``owes_evaluation``:
-    this step is going to be evaluated, whatever is known of it from before."""
+    this step is going to be evaluated, whatever is known of it from before. ``records``: those that came along with the
+    checkpoint; a full disk or a lost machine may have kept them from metrics.jsonl."""
 
     total_steps: int
     resumed: bool
     owes_evaluation: bool = False
+    records: tuple[dict[str, Any], ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorms:
+    """``norms`` fp32 [len(names), 4] on the device: weight (before the update), gradient (before clipping), update, and
+    update to weight of every layer, over the shards of all ranks."""
+
+    names: tuple[str, ...]
+    norms: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone(Event):
     """One optimizer step. ``loss``, ``grad_norm`` and ``skipped`` (steps without an update so far) are 0-d tensors.
 
-    ``tokens``: target tokens so far, all ranks. ``step_tokens``: those of this step. ``epoch``: of the step's last
-    sample, as a fraction. ``data_seconds``: how long the loop waited for its batch.
+    ``tokens``: target tokens so far, all ranks. ``step_tokens``, ``step_samples``: those of this step. ``epoch``: of the
+    step's last sample, as a fraction. ``times``: where the time of this rank's step went. ``loss_scale``: that of fp16,
+    ``None`` without a scaler. ``layers``: where this step was looked at.
     """
 
     epoch: float
@@ -46,7 +60,26 @@ class StepDone(Event):
     lr: float
     grad_norm: Tensor
     skipped: Tensor
-    data_seconds: float
+    step_samples: int = 0
+    times: StepTimes = field(default_factory=StepTimes)
+    loss_scale: Tensor | float | None = None
+    layers: LayerNorms | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSeen:
+    """``tokens`` of one source that the run has read so far, all epochs, and ``documents`` that began in them."""
+
+    tokens: int
+    documents: int
+
+
+@dataclass(frozen=True, slots=True)
+class DataSeen(Event):
+    """What the run has read up to this step, by source. ``seconds``: how long the loop stood still to count it."""
+
+    sources: dict[str, SourceSeen]
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ FIXED = {  # part of a run's identity → the config keys it follows from
 FREE = {  # may differ in a run that is over; of the batch only its product counts, which is compared before
     *("name", "output_dir", "task", "resume", "resume_allow", "allow_targets", "devices", "strategy", "launch"),
     *("batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every", "save_every"),
-    *("sink", "checkpoint", "evaluation", "generation", "guard"),
+    *("sink", "checkpoint", "evaluation", "generation", "guard", "telemetry"),
 }
 
 DATA = "data.json"  # the files of the training data, as the run has read them

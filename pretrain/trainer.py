@@ -16,7 +16,7 @@ from pretrain.batch import Batch
 from pretrain.checkpoint import store
 from pretrain.checkpoint.rng import rng_state, set_rng_state
 from pretrain.console import notice
-from pretrain.events import Evaluated, Event, RolledBack, RunFinished, RunStarted, StepDone
+from pretrain.events import DataSeen, Evaluated, Event, RolledBack, RunFinished, RunStarted, StepDone
 from pretrain.out_of_memory import watched
 from pretrain.progress import Every, Progress
 from pretrain.telemetry.record import fields_of
@@ -25,12 +25,15 @@ from pretrain.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.saver import Saver
+    from pretrain.clock import StepClock
+    from pretrain.data.census import Census
     from pretrain.data.loader import Loader
     from pretrain.engine import Engine
     from pretrain.evaluation.perplexity import Evaluator
     from pretrain.exporter import Exporter
     from pretrain.guard.guard import Bad, Guard
     from pretrain.interrupt import Interrupt
+    from pretrain.layers import LayerWatch
     from pretrain.world import World
 
 Schedule = Callable[[int], float]
@@ -44,7 +47,10 @@ class Trainer:
     ``loader`` yields this rank's share of one global batch per step, ``micro_batch`` sequences at a time.
     ``identity``: what a checkpoint must share with the run that continues it. ``rng``: this rank's random state at
     step 0. Only rank 0 has ``listeners``.
-    ``resume_from``: a checkpoint folder of this run, or ``None``. ``exporter`` writes the model as Hugging Face folders.
+    ``unsaved_records``: what listeners have noted since the last checkpoint, to lie in the next; ``records``: those of the
+    checkpoint that the run goes on from. ``resume_from``: a checkpoint folder of this run, or ``None``. ``exporter`` writes
+    the model as Hugging Face folders.
+    ``census`` counts what has been read, for rank 0 to tell.
     """
 
     world: World
@@ -63,7 +69,12 @@ class Trainer:
     evaluate_every: Every
     save_every: Every
     exporter: Exporter
+    layers: LayerWatch
+    census: Census
+    clock: StepClock
     resume_from: Path | None = None
+    unsaved_records: Callable[[], list[dict[str, Any]]] = list
+    records: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     listeners: list[Listener] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
@@ -76,12 +87,18 @@ class Trainer:
         """Train to ``total_steps`` or until a stop signal; save, and export the model of a finished run."""
         self.resume()
         resumed = self.resume_from is not None
-        self.emit(RunStarted(self.progress.step, self.total_steps, resumed, self.progress.owes_evaluation, self.facts))
+        self.emit(
+            RunStarted(
+                *(self.progress.step, self.total_steps, resumed, self.progress.owes_evaluation),
+                records=tuple(self.records),
+                facts=self.facts,
+            )
+        )
         set_rng_state(self.rng)  # only now: listeners may draw random numbers while they set themselves up
         if self.progress.step == 0 or self.progress.owes_evaluation:
             self.evaluate()
-        for batch, data_seconds in self.batches():
-            self.emit(self.train_step(batch, data_seconds))
+        for batch in self.batches():
+            self.emit(self.train_step(batch))
             stop = self.agree()
             if self.rolled_back(at_once=stop or self.pauses):
                 continue
@@ -93,21 +110,22 @@ class Trainer:
                 break
         return self.finish()
 
-    def batches(self) -> Iterator[tuple[Batch, float]]:
-        """Global batches up to the last step, each with the seconds the loop waited for it."""
+    def batches(self) -> Iterator[Batch]:
+        """Global batches up to the last step."""
         if self.finished or self.interrupted():
             return
         self._batches = iter(self.loader)
         self.watchdog.rest()  # the first step compiles
         while not self.finished:
-            asked_at = time.perf_counter()
-            batch = next(self._batches)
-            yield batch, time.perf_counter() - asked_at
+            with self.clock.part("data"):
+                batch = next(self._batches)
+            yield batch
 
     @watched("step")
-    def train_step(self, batch: Batch, data_seconds: float) -> StepDone:
+    def train_step(self, batch: Batch) -> StepDone:
         """One optimizer step on one global batch, or none where it is passed over. Nothing here waits for the device."""
-        tokens = self.world.sum(batch.num_targets)
+        with self.clock.part("communication"):
+            tokens = self.world.sum(batch.num_targets)
         lr = self.engine.set_lr(self.schedule(self.progress.step))
         if self.guard.passes_over(batch.first_sample):
             loss = norm = torch.full((), math.nan, device=self.world.device)
@@ -126,7 +144,10 @@ class Trainer:
             lr=lr,
             grad_norm=norm,
             skipped=self.engine.skipped,
-            data_seconds=data_seconds,
+            step_samples=self.loader.global_batch_size,
+            times=self.clock.take(),
+            loss_scale=self.engine.loss_scale,
+            layers=self.layers.take(),
         )
 
     def update(self, batch: Batch, tokens: int) -> tuple[Tensor, Tensor]:
@@ -136,11 +157,15 @@ class Trainer:
         """
         micros = list(batch.split(self.micro_batch))
         loss = torch.zeros((), device=self.world.device)
-        for i, micro in enumerate(micros):
-            loss += self.engine.backward(micro.to(self.world.device), tokens=tokens, last=i == len(micros) - 1)
-            self.watchdog.pat()
-        look = self.guard.look(self.world.add_up(loss))
-        norm = self.engine.step(self.grad_clip, refuse=look.refuses)
+        with self.clock.part("compute"):
+            for i, micro in enumerate(micros):
+                loss += self.engine.backward(micro.to(self.world.device), tokens=tokens, last=i == len(micros) - 1)
+                self.watchdog.pat()
+        with self.clock.part("communication"):
+            self.world.add_up(loss)
+        look = self.guard.look(loss)
+        with self.clock.part("optimizer"):
+            norm = self.layers.step(self.progress.step + 1, self.grad_clip, refuse=look.refuses)
         self.guard.note(look, norm, step=self.progress.step + 1, first_sample=batch.first_sample)
         return loss, norm
 
@@ -192,7 +217,15 @@ class Trainer:
         if untouched:
             progress.baseline = progress.losses
         self.emit(Evaluated(progress.step, tuple(scores), time.perf_counter() - started_at))
+        self.tell_data()
         return True
+
+    def tell_data(self) -> None:
+        """Tell what has been read so far. Only rank 0 counts it, and only it tells."""
+        if self.world.is_main and self.progress.samples:
+            started_at = time.perf_counter()
+            sources = self.census.at(self.progress.samples)
+            self.emit(DataSeen(self.progress.step, sources, time.perf_counter() - started_at))
 
     def save(self, *, at_once: bool) -> None:
         """Make a checkpoint of exactly this moment; it is written while training goes on, or ``at_once``."""
@@ -204,6 +237,7 @@ class Trainer:
             "guard": self.guard.state_dict(),
             "rng": self.world.each(rng_state),
             "identity": self.identity,
+            "records": self.unsaved_records(),
             "files": self.exporter.checkpoint_files(self.progress) if self.world.is_main else {},
         }
         saved = self.saver.save(self.progress.step, state, at_once=at_once)
@@ -226,7 +260,8 @@ class Trainer:
 
         Raises what kept a checkpoint from being written.
         """
-        stop, failed = self.world.any(self.interrupt.requested, self.saver.failed)
+        with self.clock.part("communication"):
+            stop, failed = self.world.any(self.interrupt.requested, self.saver.failed)
         if failed:
             self.saver.wait()
             self.world.sum(0)  # it was another rank's, which ends the group
@@ -268,11 +303,14 @@ class Trainer:
         if any(before[part] != self.identity[part] for part in ("data", "sequence_length", "global_batch", "seed")):
             guard["passed_over"] = []  # they were other batches
         self.guard.load_state_dict(guard)
+        self.records = state.get("records", [])
         if self.world.rank < len(state["rng"]):
             self.rng = state["rng"][self.world.rank]
 
     def finish(self) -> Progress:
         """Export the model of a run that reached its end; tell how the run ended."""
+        if self.progress.evaluated_at != self.progress.step:
+            self.tell_data()
         with self.watchdog.resting():
             model = self.exporter.at_end(self.progress) if self.complete else None
         status = "finished" if self.complete else "stopped"

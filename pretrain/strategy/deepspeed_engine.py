@@ -101,6 +101,8 @@ class DeepspeedEngine(Engine):
     scale. A step with a non-finite gradient is skipped in every precision.
     """
 
+    has_gradients = False
+
     def __init__(self, *args: Any, wrapped: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._wrapped = wrapped
@@ -144,6 +146,10 @@ class DeepspeedEngine(Engine):
             engine._assign(parameter, fp32.pop(parameter))
         engine.num_parameters = num_parameters
         return engine
+
+    @property
+    def loss_scale(self) -> Tensor | float | None:
+        return float(self._zero.loss_scaler.cur_scale) if self.scaler.is_enabled() else None
 
     # -- one step -----------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ class Courier:
             )
         self._waiting: Queue[dict[str, Any] | None] = Queue(MOST_WAITING)
         self._lost = 0
+        self._killed = False
         self._listener = threading.Thread(target=self._listen, name="courier", daemon=True)
         self._listener.start()
         threading.Thread(target=self._carry, name="courier", daemon=True).start()
@@ -58,6 +59,7 @@ class Courier:
             try:
                 self._process.wait(seconds - PATIENCE_SECONDS)
             except subprocess.TimeoutExpired:
+                self._killed = True
                 self._process.kill()
                 notice(f"{self._log.stem} did not end in {seconds:g} s and was killed")
 
@@ -76,5 +78,6 @@ class Courier:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             notice(line.decode(errors="replace").rstrip("\n"))
-        if code := self._process.wait():
+        code = self._process.wait()
+        if code and not self._killed:
             notice(f"{self._log.stem} has ended with {code}, see {self._log}; the run goes on without it")

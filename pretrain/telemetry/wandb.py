@@ -76,15 +76,16 @@ class Wandb:
             if self._asked() is None and mode == "offline":
                 notice(f"W&B: no key for {wandb_key.server()}, so this run is recorded offline")
             self._courier = Courier("pretrain.telemetry.wandb_process", log=run / "logs" / "wandb.log")
-        records = run / "metrics.jsonl"
-        earlier = start.step > 0 and records.exists()
+        file, earlier = run / "metrics.jsonl", None
+        if start.step > 0 and file.exists():
+            earlier = records_until(file, start.step, owes_evaluation=start.owes_evaluation, brought=start.records)
         order = {
             "mode": mode,
             "id": run_id(run, fresh=start.step == 0),
             "folder": str(run),
             "group": self._group or sweep_of(run),
             # W&B can't put two offline parts of a run together: each start writes the whole of it
-            "records": records_until(records, start.step, owes_evaluation=start.owes_evaluation) if earlier else None,
+            "records": earlier,
         }
         self._courier.send({"start": order | self._given | self._wishes})
 

@@ -64,3 +64,13 @@ def test_a_line_torn_in_the_middle_of_a_character(tmp_path):
     whole = json.dumps({"event": "evaluation", "step": 1, "domain": "да"}, ensure_ascii=False)
     path.write_bytes(f"{whole}\n{whole[:-4]}".encode()[:-1])
     assert read_records(path) == [json.loads(whole)]
+
+
+def test_records_that_a_checkpoint_brought_are_put_back_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines(path, [0, 1, 2])
+    brought = tuple({"event": "train", "step": s, "time": 0.0} for s in (2, 3, 4, 5))
+    sink = Jsonl()
+    sink.open(tmp_path, RunStarted(4, 9, resumed=True, records=brought))
+    sink.close()
+    assert [r["step"] for r in read_records(path)] == [0, 1, 2, 3, 4]

@@ -213,9 +213,11 @@ def test_records_that_nobody_takes_are_dropped_and_said_once(tmp_path, monkeypat
     for _ in range(100):
         courier.send({"record": "x" * 10_000})
     courier.finish(seconds=0.2)
+    courier._listener.join(10)
     err = capsys.readouterr().err
     assert err.count("deaf does not take its records") == 1
     assert "deaf did not end in 0.2 s and was killed" in err
+    assert "has ended" not in err
     assert courier._process.wait(10) == -9
 
 
