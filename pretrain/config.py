@@ -10,7 +10,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from keyword import iskeyword
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -128,7 +128,7 @@ def check(config: dict[str, Any], *, here: bool = True) -> Root:
         for path, found in nodes:
             check_node(path, found, config["allow_targets"])
     if here:
-        check_device(config)
+        check_here(config)
     return Root(**{key: config[key] for key in root_keys})
 
 
@@ -176,7 +176,10 @@ def check_node(path: str, node: dict[str, Any], trusted: list[str]) -> None:
     """Bind the node's keys against the signature of its target, and their values against its annotations."""
     target = locate(path, node["_target_"], partial=bool(node.get("_partial_")), trusted=trusted)
     parameters = {in_yaml(name): p for name, p in inspect.signature(target).parameters.items()}
-    hints = {in_yaml(name): hint for name, hint in get_type_hints(target, include_extras=True).items()}
+    annotated: Any = target  # a dataclass names its types itself, another class those of its constructor
+    if isinstance(target, type) and not is_dataclass(target):
+        annotated = target.__init__  # type: ignore[misc]
+    hints = {in_yaml(name): hint for name, hint in get_type_hints(annotated, include_extras=True).items()}
     for key, value in node.items():
         if key in HYDRA_KEYS:
             continue
@@ -215,11 +218,14 @@ def check_value(key: str, value: Any, hint: Any) -> None:
         raise UserError(f"{key}={shown}: {' or '.join(reasons)}") from None
 
 
-def check_device(config: dict[str, Any]) -> None:
+def check_here(config: dict[str, Any]) -> None:
     """Ask the parts that can't work everywhere whether they can work here."""
     from hydra.utils import instantiate
 
     instantiate(config["precision"], _convert_="all").check("cuda" if gpu_visible() else "cpu")
+    for name, sink in (config.get("sink") or {}).items():
+        if hasattr(locate(f"sink.{name}", sink["_target_"], trusted=config["allow_targets"]), "check"):
+            instantiate(sink, _convert_="all").check()
 
 
 def gpu_visible() -> bool:

@@ -20,7 +20,7 @@ from yaml import YAMLError
 from pretrain.config import Root, check_value, conf_dir
 from pretrain.console import notice
 from pretrain.errors import UserError, did_you_mean
-from pretrain.help import choices
+from pretrain.help import choices, default_choices
 from pretrain.trust import COMMAND_LINE_ONLY, locate
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # lr_scheduler → scheduler group, and what else it sets
@@ -121,12 +121,23 @@ def _strategy_config(flat: Flat, value: dict[str, Any]) -> None:
     flat.routed.update(value)
 
 
-def _wandb(flat: Flat, value: str) -> None:
+def _logging(flat: Flat, value: str | None) -> None:
     if value == "wandb":
-        notice("logging_config=wandb: this version has no W&B sink yet; metrics.jsonl holds every record")
+        flat.choices["sink"] = f"[{','.join([*default_choices('sink'), 'wandb'])}]"
 
 
-_WITHOUT_SINK = "this version has no W&B sink yet"
+def _wandb(key: str) -> Callable[[Flat, Any], None]:
+    """Set ``sink.wandb.<key>``; without logging_config, which stands before it in the table, it has no effect."""
+
+    def apply(flat: Flat, value: Any) -> None:
+        if "sink" in flat.choices and value is not None:
+            flat.values[f"sink.wandb.{key}"] = bool(value) if key == "log_model" else value
+        elif value:
+            notice(f"wandb {key}={value}: has no effect without logging_config: wandb")
+
+    return apply
+
+
 KEYS: dict[str, Key] = {
     "task": Key(
         Literal["pretraining", "clm_training", "tokenization", "evaluation", "generation", "export"],
@@ -175,11 +186,11 @@ KEYS: dict[str, Key] = {
     "verbose_level": Key(Annotated[int, Field(ge=1, le=4)], _to("sink.console.level")),
     "log_iter_interval": Key(PositiveInt, _to("log_every")),
     "log_every_n_steps": Key(PositiveInt, _to("log_every")),
-    "logging_config": Key(Literal["none", "wandb"] | None, _wandb),
-    "wandb_project": Key(str | None, _no_effect("wandb_project", _WITHOUT_SINK)),
-    "wandb_entity": Key(str | None, _no_effect("wandb_entity", _WITHOUT_SINK)),
-    "wandb_run_name": Key(str | None, _no_effect("wandb_run_name", _WITHOUT_SINK)),
-    "log_model": Key(bool | str, _no_effect("log_model", _WITHOUT_SINK)),
+    "logging_config": Key(Literal["none", "wandb"] | None, _logging),
+    "wandb_project": Key(str | None, _wandb("project")),
+    "wandb_entity": Key(str | None, _wandb("entity")),
+    "wandb_run_name": Key(str | None, _wandb("name")),
+    "log_model": Key(bool | str, _wandb("log_model")),
 }
 _FIRST_ROOT_KEY = len(KEYS)
 for _name, _hint in get_type_hints(Root, include_extras=True).items():

@@ -73,3 +73,8 @@ def choices(group: str) -> list[str]:
     """The names of a group's YAML files."""
     folder: Path = conf_dir() / group
     return sorted(file.stem for file in folder.glob("*.yaml"))
+
+
+def default_choices(group: str) -> list[str]:
+    """What conf/config.yaml chooses of a group."""
+    return [choice for of, choice in _defaults() if of == group]

@@ -62,6 +62,15 @@ KEYS = [
     (["sink.console.colour=red"], "sink.console: Terminal has no 'colour'"),
     (["scheduler=cosin"], "scheduler=cosin: no such choice; did you mean 'cosine'"),
     (["sink=[consol]"], "sink=consol: no such choice; did you mean 'console'"),
+    (["sink.console.level=9"], "sink.console.level=9: input should be 1, 2, 3 or 4"),
+    (["sink=[console,wandbb]"], "sink=wandbb: no such choice; did you mean 'wandb'"),
+    (["sink=wandb", "sink.wandb.projekt=x"], "sink.wandb: Wandb has no 'projekt'; did you mean 'project'"),
+    (["sink=wandb", "sink.wandb.mode=on"], "sink.wandb.mode='on': input should be 'online', 'offline' or 'disabled'"),
+    (["sink=wandb", "sink.wandb.timeout=0"], "sink.wandb.timeout=0: input should be greater than 0"),
+    (["sink=wandb", "sink.wandb.mode=online"], "sink.wandb.mode=online: there is no key for https://api.wandb.ai"),
+    (["sink.wandb.mode=offline"], "sink.wandb: 'wandb' is not among the chosen sinks; add it: sink=[…,wandb]"),
+    (["sink=csv", "sink.csv.columns=[step]"], "sink.csv: Csv has no 'columns'"),
+    (["sink=tensorboard", "sink.tensorboard.folder=x"], "sink.tensorboard: TensorBoard has no 'folder'"),
     (["experiment=nope"], "experiment=nope: no such choice; allowed: "),
     (["model=null"], "group override must be a string or a list"),
     (["lr=fast"], "lr='fast': input should be a valid number"),
@@ -92,6 +101,9 @@ KEYS = [
 @pytest.mark.parametrize(("arguments", "says"), KEYS, ids=[" ".join(a) for a, _ in KEYS])
 def test_mistakes_in_keys(arguments, says, command, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("NETRC", "/nowhere")
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
     assert_mistake(command(arguments), says)
 
 

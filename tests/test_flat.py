@@ -108,6 +108,11 @@ def test_the_command_line_wins(compose):
     assert "nameOrPath" not in resolved["dataset"]
 
 
+def test_wandb_comes_beside_the_usual_sinks(compose):
+    assert list(compose("logging_config: wandb")["sink"]) == [*compose("seed: 1")["sink"], "wandb"]
+    assert list(compose("logging_config: wandb\nwandb_project: p", "sink=jsonl")["sink"]) == ["jsonl"]
+
+
 MEANINGS = [
     ("task: clm_training", {"task": "pretraining"}),
     ("experiment_name: mine", {"name": "mine", "output_dir": "outputs/mine"}),
@@ -130,6 +135,11 @@ MEANINGS = [
     ("log_every_n_steps: 3", {"log_every": 3}),
     ("verbose_level: 2", {"sink.console.level": 2}),
     ("train_data_ratio: 0.5", {"dataset.train_data_ratio": 0.5}),
+    (
+        "logging_config: wandb\nwandb_project: p\nwandb_entity: e\nwandb_run_name: r\nlog_model: all",
+        {"sink.wandb.project": "p", "sink.wandb.entity": "e", "sink.wandb.name": "r", "sink.wandb.log_model": True},
+    ),
+    ("logging_config: wandb\nexperiment_name: mine\nwandb_project: null", {"sink.wandb.name": "mine"}),
     ("num_workers: 3", {"dataset.num_workers": 3}),
     ("gradient_checkpointing: true", {"model.gradient_checkpointing": True}),
     ("parallelization_strategy: none", {"strategy._target_": "pretrain.strategy.single.Single"}),
@@ -154,7 +164,8 @@ def test_meanings(text, meaning, compose):
     [
         ("limit_all_gathers: true", "limit_all_gathers: has no effect with strategy single"),
         ("validate_on_end: false", "the end is always evaluated"),
-        ("logging_config: wandb", "no W&B sink yet"),
+        ("wandb_project: p", "wandb project=p: has no effect without logging_config: wandb"),
+        ("logging_config: none\nlog_model: true", "wandb log_model=True: has no effect"),
         ("dataset: {source: local, nameOrPath: x, format: hf}", "dataset.format: has no effect"),
     ],
 )

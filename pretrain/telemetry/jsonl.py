@@ -4,47 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from pretrain.console import notice
 from pretrain.events import RunStarted
 from pretrain.replace import replace_file
+from pretrain.telemetry.patient_file import PatientFile
+from pretrain.telemetry.record import WITH_EVALUATION
 
 
 class Jsonl:
-    """One JSON object a line, written at once, so that a killed run has all lines up to the kill. What a disk does not
-    take waits, and is tried again with the next record."""
+    """One JSON object a line."""
 
     def __init__(self) -> None:
-        self._file: FileIO | None = None
-        self._waiting = b""
-        self._said = False
+        self._file: PatientFile | None = None
 
     def open(self, run: Path, start: RunStarted) -> None:
         path = run / "metrics.jsonl"
         if path.exists():
             cut_after(path, start.step, owes_evaluation=start.owes_evaluation, brought=start.records)
-        self._file = path.open("ab", buffering=0)
+        self._file = PatientFile(path)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._waiting += (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        self._write()
-
-    def _write(self) -> None:
         assert self._file is not None
-        try:
-            while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
-        except OSError as error:
-            if not self._said:
-                notice(f"{self._file.name} can't be written: {error.strerror}; its records wait, the run goes on")
-            self._said = True
+        self._file.write((json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
     def close(self) -> None:
         if self._file is not None:
-            self._write()
             self._file.close()
 
 
@@ -75,11 +61,11 @@ def records_until(
     path: Path, step: int, *, owes_evaluation: bool = False, brought: Iterable[dict[str, Any]] = ()
 ) -> list[dict[str, Any]]:
     """The records up to ``step``, of a run that goes on there: without the end it has not come to, and without the
-    evaluation of ``step`` where it ``owes_evaluation``, which is about to be made again. ``brought``: the latest ones, as
-    the checkpoint knows them; those that the file lost are put at its end."""
+    evaluation of ``step``, and what comes with it, where it ``owes_evaluation``: that is about to be made again.
+    ``brought``: the latest ones, as the checkpoint knows them; those that the file lost are put at its end."""
 
     def holds(record: dict[str, Any]) -> bool:
-        again = record["step"] == step and owes_evaluation and record["event"] in ("evaluation", "sample")
+        again = record["step"] == step and owes_evaluation and record["event"] in WITH_EVALUATION
         return record["step"] <= step and not again and record.get("status") != "finished"
 
     records = read_records(path)

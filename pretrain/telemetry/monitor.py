@@ -6,6 +6,7 @@ docs/monitoring.md says what each number is.
 
 from __future__ import annotations
 
+import errno
 import math
 import resource
 import sys
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 
 NORMS = ("weight_norm", "grad_norm", "update_norm", "update_ratio")  # the columns of `LayerNorms.norms`
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Monitor:
@@ -46,6 +48,7 @@ class Monitor:
 
     def __init__(self, sinks: dict[str, Sink], *, run: Path, log_every: int) -> None:
         self._sinks = dict(sinks)
+        self._said: set[str] = set()  # names of sinks that have found the disk full
         self._run = run
         self._every = Every(log_every)
         self._window = Window()
@@ -198,14 +201,20 @@ class Monitor:
     def _write(self, kind: str, step: int, fields: Record) -> None:
         record = {"event": kind, "step": step, "time": time.time()} | json_safe(fields)
         self._unsaved.append(record)
-        self._each(lambda s: s.write(record))
+        self._each(lambda s: s.write(record), patient=True)
 
-    def _each(self, call: Callable[[Sink], None]) -> None:
-        """A sink that fails is dropped with one line; numbers are worth less than the run."""
+    def _each(self, call: Callable[[Sink], None], *, patient: bool = False) -> None:
+        """A sink that fails is dropped with one line; numbers are worth less than the run. ``patient``: one that finds the
+        disk full stays, for there may be room again."""
         for name, sink in list(self._sinks.items()):
             try:
                 call(sink)
             except Exception as error:
+                if patient and isinstance(error, OSError) and error.errno in DISK_FULL:
+                    if name not in self._said:
+                        notice(f"sink {name}: {error.strerror}; it tries again with the next record")
+                    self._said.add(name)
+                    continue
                 del self._sinks[name]
                 notice(f"sink {name} stopped: {type(error).__name__}: {error}; the run goes on without it")
 

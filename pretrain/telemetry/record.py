@@ -27,3 +27,25 @@ def _safe(value: Any) -> Any:
     if isinstance(value, dict):
         return json_safe(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+WITH_EVALUATION = ("evaluation", "sample", "data")  # events that are made again where an evaluation is
+FAMILIES = ("layers", "sources")  # fields that hold a record for each of several names
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """The numbers of a record by a path of the kind that dashboards group by: ``train/loss``,
+    ``evaluation/<domain>/perplexity``, ``layers/<name>/grad_norm``, ``data/<source>/tokens``."""
+    found: dict[str, float] = {}
+
+    def add(path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                add(path if key in FAMILIES else f"{path}/{key}", part)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[path] = value
+
+    event, domain = record["event"], record.get("domain")
+    own = {key: value for key, value in record.items() if key not in ("step", "time")}
+    add(f"{event}/{domain}" if domain else event, own)
+    return found

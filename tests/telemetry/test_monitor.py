@@ -1,6 +1,7 @@
 """The monitor reads the device at log steps only, writes null for what is no number, and survives its sinks."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +133,29 @@ def test_a_failing_sink_is_dropped_and_said(tmp_path, capsys):
     monitor(RunFinished(1, "finished", 10))
     assert [r["event"] for r in read_records(tmp_path / "metrics.jsonl")] == ["run_started", "train", "run_finished"]
     assert capsys.readouterr().err.count("sink broken stopped: ConnectionError: no route") == 1
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_sink(tmp_path, capsys):
+    class OnTheDisk:
+        def open(self, run, start):
+            self.written = []
+
+        def write(self, record):
+            if record["step"] in (1, 2):
+                Path("/dev/full").write_text("x")
+            self.written.append(record["step"])
+
+        def close(self):
+            pass
+
+    sink = OnTheDisk()
+    monitor = Monitor({"page": sink}, run=tmp_path, log_every=1)
+    monitor(RunStarted(0, total_steps=3, resumed=False))
+    for step in (1, 2, 3):
+        monitor(step_done(step))
+    monitor(RunFinished(3, "finished", 30))
+    assert sink.written == [0, 3, 3]
+    assert capsys.readouterr().err.count("sink page: No space left on device; it tries again with the next record") == 1
 
 
 def test_run_json_tells_status_and_results(tmp_path):

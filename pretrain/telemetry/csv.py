@@ -1,0 +1,111 @@
+"""train.csv, evaluation.csv and, where there are such records, layers.csv and data.csv: tables for spreadsheets and pandas
+(RFC 4180: a header, commas, CRLF; null is an empty field)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pretrain.events import RunStarted
+from pretrain.replace import replace_file
+from pretrain.telemetry.patient_file import PatientFile
+from pretrain.telemetry.record import WITH_EVALUATION, Record
+
+FAMILY = {
+    "train": None,
+    "evaluation": None,
+    "layers": "layers",
+    "data": "sources",
+}  # event → what has a row for each name
+Row = Mapping[str, object]
+
+
+class Csv:
+    """One table an event. Its header is that of its first record; where a later one has more (another version has gone on
+    with the run), the table is written once more with new columns at its end."""
+
+    def __init__(self) -> None:
+        self._tables: dict[str, Table] = {}
+
+    def open(self, run: Path, start: RunStarted) -> None:
+        self._tables = {event: Table(run / f"{event}.csv", start) for event in FAMILY}
+
+    def write(self, record: Record) -> None:
+        if record["event"] in FAMILY:
+            for row in rows(record):
+                self._tables[record["event"]].write(row)
+
+    def close(self) -> None:
+        for table in self._tables.values():
+            table.close()
+
+
+class Table:
+    """A CSV file with a column ``step``. Rows of steps beyond ``start.step`` are cut: they are about to be written again."""
+
+    def __init__(self, path: Path, start: RunStarted) -> None:
+        self._path = path
+        self._columns: list[str] = []
+        self._file: PatientFile | None = None
+        if path.exists():
+            self._rewrite(
+                [row for row in read_rows(path) if start.step and not _comes_again(path.stem, row, start)], []
+            )
+
+    def write(self, row: Row) -> None:
+        new = [column for column in row if column not in self._columns]
+        if new and self._columns:
+            self.close()
+            self._rewrite(read_rows(self._path), new)
+        elif new:
+            self._columns = new
+            self._append(self._line(dict(zip(new, new, strict=True))))
+        self._append(self._line(row))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _append(self, line: str) -> None:
+        if self._file is None:
+            self._file = PatientFile(self._path)
+        self._file.write(line.encode())
+
+    def _line(self, row: Row) -> str:
+        text = io.StringIO()
+        csv.writer(text).writerow(["" if row.get(c) is None else row[c] for c in self._columns])
+        return text.getvalue()
+
+    def _rewrite(self, kept: Sequence[Row], new: list[str]) -> None:
+        """Replace the file by the rows ``kept``, with ``new`` columns at its end; without rows there is no file."""
+        if not kept:
+            self._columns = []
+            self._path.unlink()
+            return
+        self._columns = [*kept[0], *new]
+        header = dict(zip(self._columns, self._columns, strict=True))
+        replace_file(self._path, "".join(self._line(row) for row in [header, *kept]))
+
+
+def rows(record: Record) -> list[Row]:
+    """A row for the record, or one for each of its layers or sources."""
+    family = FAMILY[record["event"]]
+    own = {key: value for key, value in record.items() if key not in ("event", family)}
+    if family is None:
+        return [own]
+    return [own | {family.removesuffix("s"): name} | numbers for name, numbers in record[family].items()]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table; a torn last one (the run was killed while writing it) is left out."""
+    text = path.read_bytes().decode(errors="replace")
+    whole = text[: text.rfind("\r\n") + 2]
+    return list(csv.DictReader(io.StringIO(whole, newline="")))
+
+
+def _comes_again(event: str, row: dict[str, str], start: RunStarted) -> bool:
+    step = int(row["step"])
+    return step > start.step or (step == start.step and event in WITH_EVALUATION and start.owes_evaluation)

@@ -1,0 +1,34 @@
+"""A file that records are appended to, on disks that are full for a while."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pretrain.console import notice
+
+
+class PatientFile:
+    """Bytes are written at once, so that a killed run has all of them up to the kill. What a disk does not take waits, in
+    order, and is tried again with the next write; it is said once."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._said = False
+
+    def write(self, data: bytes) -> None:
+        self._waiting += data
+        self.flush()
+
+    def flush(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._said:
+                notice(f"{self._file.name} can't be written: {error.strerror}; its records wait, the run goes on")
+            self._said = True
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()

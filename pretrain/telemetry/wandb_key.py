@@ -1,0 +1,41 @@
+"""Whether W&B would find a key, and for which server, without importing wandb: from where wandb itself takes them.
+
+No key of ours names the server: a config file from somebody else could have the key sent to a server of theirs.
+"""
+
+from __future__ import annotations
+
+import configparser
+import netrc
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+
+def server() -> str:
+    """The URL of W&B's cloud, or of a server of one's own (``WANDB_BASE_URL``, ``wandb login --host``)."""
+    return os.environ.get("WANDB_BASE_URL") or settings().get("base_url", "https://api.wandb.ai")
+
+
+def has_key() -> bool:
+    """Whether there is a key (or an identity token) for ``server()``: in the environment, netrc or W&B's settings."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings().get("api_key"):
+        return True
+    home = Path("~/.netrc").expanduser()
+    file = Path(os.environ.get("NETRC") or (home if home.exists() else "~/_netrc")).expanduser()
+    try:
+        entry = netrc.netrc(file).authenticators(urlsplit(server()).netloc)
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return bool(entry and entry[2])
+
+
+def settings() -> dict[str, str]:
+    """What ``wandb login`` and ``wandb offline`` have left, for this user and, before that, for this folder."""
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read([folder / "settings", Path(os.environ.get("WANDB_DIR", "."), "wandb", "settings")])
+        return dict(parser["default"]) if "default" in parser else {}
+    except (configparser.Error, UnicodeDecodeError):
+        return {}

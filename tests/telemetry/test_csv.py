@@ -1,0 +1,97 @@
+"""train.csv and its like: whole tables, each row once, whatever happened on the way."""
+
+import csv
+
+import pandas
+import pytest
+
+from pretrain.events import RunStarted
+from pretrain.telemetry.csv import Csv
+
+FRESH = RunStarted(0, 9, resumed=False)
+
+
+def train(step, **more):
+    return {"event": "train", "step": step, "time": 1.5, "loss": 0.1 * step, "mfu": None, **more}
+
+
+def evaluation(step, domain="books"):
+    return {"event": "evaluation", "step": step, "time": 2.0, "domain": domain, "loss": 1 / 3}
+
+
+def written(folder, start, *records):
+    sink = Csv()
+    sink.open(folder, start)
+    for record in records:
+        sink.write(record)
+    sink.close()
+
+
+def table(file):
+    with file.open(newline="") as text:
+        return list(csv.DictReader(text, strict=True))
+
+
+def test_tables(tmp_path):
+    hard = 'a "b", c\nd; é'
+    written(tmp_path, FRESH, {"event": "run_started", "step": 0}, evaluation(0, hard), train(1), train(2))
+    assert (tmp_path / "train.csv").read_bytes() == b"step,time,loss,mfu\r\n1,1.5,0.1,\r\n2,1.5,0.2,\r\n"
+    (row,) = table(tmp_path / "evaluation.csv")
+    assert row["domain"] == hard
+    frame = pandas.read_csv(tmp_path / "evaluation.csv")
+    assert (frame.domain[0], frame.loss[0]) == (hard, 1 / 3)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["evaluation.csv", "train.csv"]
+
+
+def test_a_row_for_each_layer_and_source(tmp_path):
+    layers = {"event": "layers", "step": 2, "time": 1.0, "layers": {"a": {"norm": 1.0}, "b": {"norm": 2.0}}}
+    data = {"event": "data", "step": 2, "time": 1.0, "tokens_per_document": 9.5, "sources": {"x": {"tokens": 5}}}
+    written(tmp_path, FRESH, layers, data)
+    assert [(r["step"], r["layer"], r["norm"]) for r in table(tmp_path / "layers.csv")] == [
+        ("2", "a", "1.0"),
+        ("2", "b", "2.0"),
+    ]
+    (row,) = table(tmp_path / "data.csv")
+    assert (row["source"], row["tokens"], row["tokens_per_document"]) == ("x", "5", "9.5")
+
+
+@pytest.mark.parametrize("torn", [b"", b"4,1.5,0.", b"4,1.5,0.4,\r"])
+def test_a_resumed_run_has_each_row_once(torn, tmp_path):
+    written(tmp_path, FRESH, evaluation(0), train(1), train(2), evaluation(2), train(3))
+    with (tmp_path / "train.csv").open("ab") as file:
+        file.write(torn)
+    again = [evaluation(2), train(3), train(4)]
+    written(tmp_path, RunStarted(2, 9, resumed=True, owes_evaluation=True), *again)
+    assert [r["step"] for r in table(tmp_path / "train.csv")] == ["1", "2", "3", "4"]
+    assert [r["step"] for r in table(tmp_path / "evaluation.csv")] == ["0", "2"]
+    written(tmp_path, FRESH, train(1))
+    assert [r["step"] for r in table(tmp_path / "train.csv")] == ["1"]
+    assert not (tmp_path / "evaluation.csv").exists()
+
+
+def test_records_that_have_gained_keys_and_lost_some(tmp_path):
+    """Another version goes on with the run."""
+    written(tmp_path, FRESH, train(1), train(2))
+    later = train(3, goodput=0.9)
+    del later["mfu"]
+    written(tmp_path, RunStarted(2, 9, resumed=True), later, train(4))
+    rows = table(tmp_path / "train.csv")
+    assert list(rows[0]) == ["step", "time", "loss", "mfu", "goodput"]
+    assert [(r["step"], r["goodput"]) for r in rows] == [("1", ""), ("2", ""), ("3", "0.9"), ("4", "")]
+
+
+def test_a_full_disk_costs_no_row(tmp_path, capsys):
+    sink = Csv()
+    sink.open(tmp_path, FRESH)
+    sink.write(train(1))
+    file = sink._tables["train"]._file
+    real = file._file
+    with open("/dev/full", "ab", buffering=0) as full:
+        file._file = full
+        sink.write(train(2))
+        sink.write(train(3))
+    file._file = real
+    sink.write(train(4))
+    sink.close()
+    assert [r["step"] for r in table(tmp_path / "train.csv")] == ["1", "2", "3", "4"]
+    assert capsys.readouterr().err.count("can't be written: No space left on device; its records wait") == 1
