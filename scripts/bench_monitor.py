@@ -120,7 +120,7 @@ def setting_of(resolved: dict[str, Any]) -> Setting:
     )
 
 
-def clock_seconds(parts: int = 5, count: int = 2000) -> float:
+def clock_seconds(parts: int = 6, count: int = 2000) -> float:
     """Processor time of a step's clock: ``parts`` measured, taken, and read at the log step."""
     clock, started_at = StepClock(), time.thread_time()
     for _ in range(count):
