@@ -5,8 +5,8 @@
 Two trainers of the default run in one process, one with the clock and the listeners that a run has (monitor, console, jsonl,
 report, run.json), one with neither, take turns of ``--steps`` steps; nothing is evaluated or saved. Turns are short and
 alternate, so that whatever else the machine does falls on both; which one begins changes every round. The first round is
-not counted. Beside the ratios stands what hardly depends on the rest of the machine: the processor time that this thread
-spends in the listeners and the clock. Prints a Markdown table.
+not counted. Processor time is told beside wall time, as it hardly depends on the rest of the machine, and so is the part of
+it that listeners and clock take. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ class NoClock(StepClock):
 
 @dataclass
 class Turn:
-    """Seconds a step; ``listening``: of processor time of them in the listeners."""
+    """Seconds a step: by the wall, of all processors, and of this thread's processor in the listeners."""
 
-    step: float
+    wall: float
+    processor: float
     listening: float
 
 
@@ -68,13 +69,14 @@ class Contestant:
 
     def turn(self, steps: int) -> Turn:
         """What `Trainer.run` does in a step, ``steps`` times."""
-        self._listening, started_at = 0.0, time.perf_counter()
+        self._listening, started_at, worked_at = 0.0, time.perf_counter(), time.process_time()
         for batch in self._some(steps):
             event = self.trainer.train_step(batch)
             self._emit(event)
             self.trainer.agree()
             list(self.trainer.guard.found(at_once=False))
-        return Turn((time.perf_counter() - started_at) / steps, self._listening / steps)
+        wall, processor = time.perf_counter() - started_at, time.process_time() - worked_at
+        return Turn(wall / steps, processor / steps, self._listening / steps)
 
     def _some(self, steps: int) -> Iterator[Batch]:
         return (next(self.batches) for _ in range(steps))
@@ -118,7 +120,7 @@ def setting_of(resolved: dict[str, Any]) -> Setting:
     )
 
 
-def clock_seconds(parts: int = 5, count: int = 2000) -> float:
+def clock_seconds(parts: int = 6, count: int = 2000) -> float:
     """Processor time of a step's clock: ``parts`` measured, taken, and read at the log step."""
     clock, started_at = StepClock(), time.thread_time()
     for _ in range(count):
@@ -141,15 +143,24 @@ def main() -> None:
         for number in range(asked.rounds + 1):
             for who in list(measured)[:: 1 if number % 2 else -1]:
                 measured[who].append(contestants[who].turn(asked.steps))
-    medians = {who: statistics.median(turn.step for turn in turns[1:]) for who, turns in measured.items()}
-    ratios = [w.step / u.step for w, u in zip(measured["watched"][1:], measured["unwatched"][1:], strict=True)]
-    own = statistics.mean(turn.listening for turn in measured["watched"][1:]) + clock_seconds()
-    print("| | ms a step |\n|---|---|")
-    for who, seconds in medians.items():
-        print(f"| {who} | {seconds * 1e3:.2f} |")
-    print(f"\nratio of the medians {medians['watched'] / medians['unwatched']:.3f}, median ratio of a round ", end="")
-    print(f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
-    print(f"processor time of listeners and clock: {own * 1e3:.3f} ms a step, {own / medians['unwatched']:.2%} of one")
+    watched, unwatched = (turns[1:] for turns in measured.values())
+    print("\n".join(table(watched, unwatched)))
+    own = statistics.mean(turn.listening for turn in watched) + clock_seconds()
+    share = own / statistics.median(turn.processor for turn in unwatched)
+    print(f"\nlisteners and clock: {own * 1e3:.3f} ms of processor time a step, {share:.2%} of an unwatched step's")
+
+
+def table(watched: list[Turn], unwatched: list[Turn]) -> Iterator[str]:
+    yield "| time of a step | watched ms | unwatched ms | ratio of medians | median ratio of a round (least, most) |"
+    yield "|---|---|---|---|---|"
+    for name in ("wall", "processor"):
+        ours, theirs = ([getattr(turn, name) for turn in turns] for turns in (watched, unwatched))
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        medians = statistics.median(ours), statistics.median(theirs)
+        yield (
+            f"| {name} | {medians[0] * 1e3:.1f} | {medians[1] * 1e3:.1f} | {medians[0] / medians[1]:.3f} "
+            f"| {statistics.median(ratios):.3f} ({min(ratios):.3f}, {max(ratios):.3f}) |"
+        )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from pretrain.clock import StepClock
+from pretrain.clock import StepClock, StepTimes
 
 
 def test_parts_add_up_and_are_taken_once():
@@ -22,6 +22,27 @@ def test_parts_add_up_and_are_taken_once():
     assert 0.02 <= seconds["compute"] <= took - seconds["data"]
     assert seconds["optimizer"] == seconds["communication"] == 0.0
     assert sum(clock.take().seconds().values()) == 0.0
+
+
+class Event:
+    """As a device's: how far it is from another can be asked once the device has passed both. Milliseconds."""
+
+    def __init__(self, at: float) -> None:
+        self.at, self.passed = at, False
+
+    def synchronize(self) -> None:
+        self.passed = True
+
+    def elapsed_time(self, later: "Event") -> float:
+        assert later.passed, "asked before the device was there"
+        return later.at - self.at
+
+
+def test_events_are_waited_for_and_told_in_seconds():
+    spans = (("compute", Event(0.0), Event(1500.0)), ("compute", Event(2000.0), Event(2500.0)))
+    times = StepTimes((*spans, ("data", Event(1500.0), Event(2000.0))), on_device=True)
+    assert not any(event.passed for _, *events in times.spans for event in events)
+    assert times.seconds() == {"data": 0.5, "communication": 0.0, "compute": 2.0, "optimizer": 0.0}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

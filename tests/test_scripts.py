@@ -100,7 +100,7 @@ def test_soak():
 @pytest.mark.parametrize(
     "name",
     [
-        *("bench_checkpoint.py", "bench_startup.py", "report.py", "screenshots.py", "soak.py"),
+        *("bench_checkpoint.py", "bench_monitor.py", "bench_startup.py", "report.py", "screenshots.py", "soak.py"),
         *("verify_resume.py", "verify_strategies.py"),
     ],
 )
