@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pretrain.data.store import TokenStore, TokenView
     from pretrain.engine import Engine, Scorer
     from pretrain.evaluation.perplexity import Domain, Evaluator
+    from pretrain.evaluation.samples import Sampler
     from pretrain.exporter import Exporter
     from pretrain.guard.guard import Guard
     from pretrain.interrupt import Interrupt
@@ -165,7 +166,7 @@ def build_evaluator(resolved: dict[str, Any], prepared: Prepared, *, batch_size:
 
     Raises ``UserError`` for auto without one.
     """
-    from pretrain.data.loader import evaluation_batches
+    from pretrain.data.evaluation import evaluation_batches, first_tokens
     from pretrain.evaluation.perplexity import Domain, Evaluator
 
     policy = instantiate(resolved["evaluation"])
@@ -181,9 +182,22 @@ def build_evaluator(resolved: dict[str, Any], prepared: Prepared, *, batch_size:
             document_mask=resolved["dataset"].get("document_mask", False),
             max_tokens=policy.max_tokens,
         )
-        return Domain(name, role, batches, batches.num_bytes)
+        prompts = first_tokens(batches.view, policy.samples, policy.sample_prompt_tokens)
+        return Domain(name, role, batches, batches.num_bytes, prompts)
 
     return Evaluator([domain(*d) for d in prepared.domains])
+
+
+def build_sampler(resolved: dict[str, Any], prepared: Prepared, scorer: Scorer, evaluator: Evaluator) -> Sampler:
+    """What continues the first tokens of the evaluated documents, and the user's own prompts.
+
+    Raises ``UserError`` for a prompt longer than the model has positions.
+    """
+    from pretrain.evaluation.samples import Sampler, prompts_of
+
+    policy, tokenizer = instantiate(resolved["evaluation"]), prepared.tokenizer
+    prompts = prompts_of(evaluator.domains, policy, tokenizer, num_positions=scorer.model.num_positions)
+    return Sampler(prompts, tokenizer, policy.sample_tokens)
 
 
 def total_steps(resolved: dict[str, Any], prepared: Prepared) -> int:
@@ -235,7 +249,7 @@ def build_listeners(
 
     sinks = {name: instantiate(node) for name, node in (resolved.get("sink") or {}).items()}
     monitor = Monitor(sinks, run=folder, log_every=resolved["log_every"])
-    return [monitor, RunFile(folder), FilesWatch(files)], monitor.unsaved
+    return [monitor, RunFile(folder, monitor.summary), FilesWatch(files)], monitor.unsaved
 
 
 def cadences(resolved: dict[str, Any], prepared: Prepared) -> tuple[int | None, int | None]:
@@ -340,7 +354,10 @@ def build_trainer(
     watchdog: Watchdog,
 ) -> Trainer:
     from pretrain.checkpoint.rng import rng_state
-    from pretrain.facts import run_facts
+    from pretrain.clock import StepClock
+    from pretrain.data.census import Census
+    from pretrain.facts import run_facts, speed_facts
+    from pretrain.layers import LayerWatch
     from pretrain.progress import Every
     from pretrain.trainer import Trainer
 
@@ -351,7 +368,11 @@ def build_trainer(
     micro_batch = split.batch_size * setting.devices_per_worker
     loader = build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world)
     evaluate_every, save_every = cadences(resolved, prepared)
+    telemetry = instantiate(resolved["telemetry"])
+    devices = setting.workers * setting.devices_per_worker
+    evaluator = build_evaluator(resolved, prepared, batch_size=split.batch_size)
     facts = run_facts(resolved, world, engine, restarts=place.restarts) | split.facts()
+    facts |= speed_facts(resolved, engine, devices=devices, peak=telemetry.peak_flops)
     listeners, unsaved_records = (
         build_listeners(resolved, folder, prepared.train.store.files) if world.is_main else ([], list)
     )
@@ -361,7 +382,8 @@ def build_trainer(
         loader=loader,
         guard=build_guard(resolved, prepared, engine, loader, folder),
         schedule=build_schedule(resolved, steps),
-        evaluator=build_evaluator(resolved, prepared, batch_size=split.batch_size),
+        evaluator=evaluator,
+        sampler=build_sampler(resolved, prepared, engine, evaluator),
         saver=build_saver(resolved, store, world, watchdog),
         interrupt=interrupt,
         identity=prepared.identity,
@@ -372,6 +394,9 @@ def build_trainer(
         evaluate_every=Every(evaluate_every),
         save_every=Every(save_every),
         exporter=build_exporter(resolved, prepared, engine, folder, facts=facts, steps=steps),
+        layers=LayerWatch(engine, Every(telemetry.layers_every)),
+        census=Census(loader),
+        clock=StepClock(on_device=world.device.type == "cuda"),
         resume_from=resume_from,
         facts=facts,
         listeners=listeners,

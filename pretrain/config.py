@@ -36,6 +36,7 @@ GROUPS = (
     "evaluation",
     "generation",
     "guard",
+    "telemetry",
     "launch",
     "sweep",
     "sink",

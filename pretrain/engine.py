@@ -45,9 +45,19 @@ class Scorer:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
         """The summed loss of a batch (nats, fp32, on the device). The model must be in eval mode."""
+        return self.infer(batch.input_ids, batch.labels, batch.position_ids)
+
+    @torch.no_grad()
+    def next_tokens(self, input_ids: Tensor, ends: Tensor) -> Tensor:
+        """int64 [n]: the likeliest token after ``ends[i]`` of row i of ``input_ids`` [n, S]. In eval mode; where others
+        hold parts of the model a collective, for which all ranks must give the same shapes."""
+        return self.infer(input_ids, ends=ends).argmax(-1)
+
+    def infer(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
+        """A forward without a backward."""
         with self.autocast():
-            loss: Tensor = self.model(batch.input_ids, batch.labels, batch.position_ids)
-        return loss
+            found: Tensor = self.model(*inputs, **more)
+        return found
 
 
 class Engine(Scorer):
@@ -55,8 +65,11 @@ class Engine(Scorer):
 
     A strategy that spreads them over ranks derives from it: ``replicas`` is the number of ranks over whose gradients
     it averages (so that the loss is multiplied by it), ``step_module`` what is called for a training step;
-    ``sharded_export``: the final model is written by all ranks and not by one.
+    ``sharded_export``: the final model is written by all ranks and not by one. ``has_gradients``: at the optimizer's step
+    every parameter's gradient (its shard) is in its ``grad``.
     """
+
+    has_gradients = True
 
     def __init__(
         self,
@@ -79,6 +92,11 @@ class Engine(Scorer):
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         # Fused optimizers leave out an update by themselves; reading a tensor costs nothing on a CPU only.
         self.decides_on_device = world.device.type != "cpu" and all(g.get("fused") for g in optimizer.param_groups)
+
+    @property
+    def loss_scale(self) -> Tensor | float | None:
+        """What the loss scaler multiplies by, on the device; ``None`` without one."""
+        return self.scaler._scale if self.scaler.is_enabled() else None
 
     # -- one step -----------------------------------------------------------------------------------------------------
 

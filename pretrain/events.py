@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.clock import StepTimes
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -34,11 +36,21 @@ class RunStarted(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class LayerNorms:
+    """``norms`` fp32 [len(names), 4] on the device: weight (before the update), gradient (before clipping), update, and
+    update to weight of every layer, over the shards of all ranks."""
+
+    names: tuple[str, ...]
+    norms: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class StepDone(Event):
     """One optimizer step. ``loss``, ``grad_norm`` and ``skipped`` (steps without an update so far) are 0-d tensors.
 
-    ``tokens``: target tokens so far, all ranks. ``step_tokens``: those of this step. ``epoch``: of the step's last
-    sample, as a fraction. ``data_seconds``: how long the loop waited for its batch.
+    ``tokens``: target tokens so far, all ranks. ``step_tokens``, ``step_samples``: those of this step. ``epoch``: of the
+    step's last sample, as a fraction. ``times``: where the time of this rank's step went. ``loss_scale``: that of fp16,
+    ``None`` without a scaler. ``layers``: where this step was looked at.
     """
 
     epoch: float
@@ -48,7 +60,26 @@ class StepDone(Event):
     lr: float
     grad_norm: Tensor
     skipped: Tensor
-    data_seconds: float
+    step_samples: int = 0
+    times: StepTimes = field(default_factory=StepTimes)
+    loss_scale: Tensor | float | None = None
+    layers: LayerNorms | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSeen:
+    """``tokens`` of one source that the run has read so far, all epochs, and ``documents`` that began in them."""
+
+    tokens: int
+    documents: int
+
+
+@dataclass(frozen=True, slots=True)
+class DataSeen(Event):
+    """What the run has read up to this step, by source. ``seconds``: how long the loop stood still to count it."""
+
+    sources: dict[str, SourceSeen]
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +98,24 @@ class DomainScore:
 @dataclass(frozen=True, slots=True)
 class Evaluated(Event):
     scores: tuple[DomainScore, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """``text``: how the model goes on after ``prompt``. ``role``: new · base · user (a prompt of the user's own)."""
+
+    domain: str
+    role: str
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled(Event):
+    """Told right after the scores of the same evaluation; ``seconds`` are not among theirs."""
+
+    samples: tuple[Sample, ...]
     seconds: float
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from pretrain.engine import Scorer
+    from pretrain.engine import Engine, Scorer
     from pretrain.world import World
 
 LIBRARIES = ("pretrain", "torch", "transformers", "tokenizers", "datasets", "hydra-core")
@@ -35,6 +35,16 @@ def run_facts(resolved: dict[str, Any], world: World, scorer: Scorer, *, restart
         "git_commit": git_commit(),
         "host_cores": os.cpu_count(),
     }
+
+
+def speed_facts(resolved: dict[str, Any], engine: Engine, *, devices: int, peak: float | None) -> dict[str, Any]:
+    """What rates are worked out from. ``devices``: of all processes; ``peak``: FLOP/s of one, where the user says so."""
+    from pretrain.models.flops import flops_per_token
+    from pretrain.telemetry.peaks import peak_flops
+
+    known = peak_flops(device_name(engine.world.device), engine.precision.products) if peak is None else peak
+    shape = {"sequence_length": resolved["sequence_length"], "devices": devices, "peak_flops": known}
+    return shape | flops_per_token(engine.model.hf, resolved["sequence_length"]).facts()
 
 
 def device_name(device: torch.device) -> str:

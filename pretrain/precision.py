@@ -50,6 +50,11 @@ class Precision:
 
         return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[self.compute]
 
+    @property
+    def products(self) -> str:
+        """What a device's peak goes by: float32, tf32, float16 or bfloat16."""
+        return "tf32" if self.compute == "float32" and self.tf32 else self.compute
+
     def autocast(self, device_type: str) -> AbstractContextManager[object]:
         """The context of every forward; no context where weights and products have the same type."""
         import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ FREE = {  # may differ in a run that is over; of the batch only its product coun
     *("name", "output_dir", "task", "resume", "resume_allow", "allow_targets", "devices", "strategy", "launch"),
     *("sweep", "sweep_dir"),
     *("batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every", "save_every"),
-    *("sink", "checkpoint", "evaluation", "generation", "guard"),
+    *("sink", "checkpoint", "evaluation", "generation", "guard", "telemetry"),
 }
 
 DATA = "data.json"  # the files of the training data, as the run has read them
@@ -174,10 +174,11 @@ def _move_aside(path: Path) -> Path:
 
 
 def resume_point(folder: RunFolder, store: Store, mode: str) -> Path | None:
-    """The checkpoint to continue from: the newest whole one (``auto``), the one named, or none (``never``).
+    """The checkpoint to continue from: the newest whole one (``auto``), the one named, the newest whole one of the run
+    named, or none (``never``).
 
     A run that was stopped after it had gone on from a named one goes on from its own newest when the same command comes
-    again. Raises ``UserError`` when the named one is no whole checkpoint.
+    again. Raises ``UserError`` when the named one is no whole checkpoint, the named run has none.
     """
     if mode == "never":
         return None
@@ -186,8 +187,15 @@ def resume_point(folder: RunFolder, store: Store, mode: str) -> Path | None:
         if mode == "auto" or newest is not None:
             return newest
     named = Path(mode)
+    if (named / "checkpoints").is_dir():
+        newest = replace(store, folder=named / "checkpoints").newest()
+        if newest is None:
+            raise UserError(f"resume={mode}: a run without a whole checkpoint")
+        return newest
     if not (named / "state.json").is_file():
-        raise UserError(f"resume={mode}: not a checkpoint folder; allowed: auto, never, or <run>/checkpoints/step-…")
+        raise UserError(
+            f"resume={mode}: not a checkpoint folder; allowed: auto, never, <run>/checkpoints/step-…, or <run>"
+        )
     reason = missing_or_torn(named, verify=store.policy.verify)
     if reason is not None:
         raise UserError(f"resume={mode}: not a whole checkpoint: {reason}")

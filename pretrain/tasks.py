@@ -167,7 +167,7 @@ def tokenization(resolved: dict[str, Any], overrides: list[str], interrupt: Inte
 
 def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
     """Score the model on the held-out documents of every configured domain."""
-    from pretrain.events import Evaluated, Event, RunStarted
+    from pretrain.events import Evaluated, Event, RunStarted, Sampled
     from pretrain.facts import run_facts
 
     prepared = build.prepare(resolved)
@@ -182,10 +182,13 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
         scorer = build.build_scorer(resolved, prepared, world)
     listeners, _ = build.build_listeners(resolved, folder.path, {})
     with memory_explained(resolved, world), watched("evaluation"):
-        scores = build.build_evaluator(resolved, prepared).run(scorer) or ()
+        evaluator = build.build_evaluator(resolved, prepared)
+        sampler = build.build_sampler(resolved, prepared, scorer, evaluator)
+        scores, samples = evaluator.run(scorer) or (), sampler.run(scorer) or ()
     events: list[Event] = [
         RunStarted(0, 0, resumed=False, facts=run_facts(resolved, world, scorer)),
         Evaluated(0, tuple(scores), 0.0),
+        Sampled(0, tuple(samples), 0.0),
         RunFinished(0, "finished", 0),
     ]
     for event in events:

@@ -16,7 +16,7 @@ from pretrain.batch import Batch
 from pretrain.checkpoint import store
 from pretrain.checkpoint.rng import rng_state, set_rng_state
 from pretrain.console import notice
-from pretrain.events import Evaluated, Event, RolledBack, RunFinished, RunStarted, StepDone
+from pretrain.events import DataSeen, Evaluated, Event, RolledBack, RunFinished, RunStarted, Sampled, StepDone
 from pretrain.out_of_memory import watched
 from pretrain.progress import Every, Progress
 from pretrain.telemetry.record import fields_of
@@ -25,12 +25,16 @@ from pretrain.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.saver import Saver
+    from pretrain.clock import StepClock
+    from pretrain.data.census import Census
     from pretrain.data.loader import Loader
     from pretrain.engine import Engine
     from pretrain.evaluation.perplexity import Evaluator
+    from pretrain.evaluation.samples import Sampler
     from pretrain.exporter import Exporter
     from pretrain.guard.guard import Bad, Guard
     from pretrain.interrupt import Interrupt
+    from pretrain.layers import LayerWatch
     from pretrain.world import World
 
 Schedule = Callable[[int], float]
@@ -47,6 +51,7 @@ class Trainer:
     ``unsaved_records``: what listeners have noted since the last checkpoint, to lie in the next; ``records``: those of the
     checkpoint that the run goes on from. ``resume_from``: a checkpoint folder of this run, or ``None``. ``exporter`` writes
     the model as Hugging Face folders.
+    ``census`` counts what has been read, for rank 0 to tell.
     """
 
     world: World
@@ -55,6 +60,7 @@ class Trainer:
     schedule: Schedule
     guard: Guard
     evaluator: Evaluator
+    sampler: Sampler
     saver: Saver
     interrupt: Interrupt
     identity: dict[str, Any]
@@ -65,6 +71,9 @@ class Trainer:
     evaluate_every: Every
     save_every: Every
     exporter: Exporter
+    layers: LayerWatch
+    census: Census
+    clock: StepClock
     resume_from: Path | None = None
     unsaved_records: Callable[[], list[dict[str, Any]]] = list
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -90,8 +99,8 @@ class Trainer:
         set_rng_state(self.rng)  # only now: listeners may draw random numbers while they set themselves up
         if self.progress.step == 0 or self.progress.owes_evaluation:
             self.evaluate()
-        for batch, data_seconds in self.batches():
-            self.emit(self.train_step(batch, data_seconds))
+        for batch in self.batches():
+            self.emit(self.train_step(batch))
             stop = self.agree()
             if self.rolled_back(at_once=stop or self.pauses):
                 continue
@@ -103,21 +112,22 @@ class Trainer:
                 break
         return self.finish()
 
-    def batches(self) -> Iterator[tuple[Batch, float]]:
-        """Global batches up to the last step, each with the seconds the loop waited for it."""
+    def batches(self) -> Iterator[Batch]:
+        """Global batches up to the last step."""
         if self.finished or self.interrupted():
             return
         self._batches = iter(self.loader)
         self.watchdog.rest()  # the first step compiles
         while not self.finished:
-            asked_at = time.perf_counter()
-            batch = next(self._batches)
-            yield batch, time.perf_counter() - asked_at
+            with self.clock.part("data"):
+                batch = next(self._batches)
+            yield batch
 
     @watched("step")
-    def train_step(self, batch: Batch, data_seconds: float) -> StepDone:
+    def train_step(self, batch: Batch) -> StepDone:
         """One optimizer step on one global batch, or none where it is passed over. Nothing here waits for the device."""
-        tokens = self.world.sum(batch.num_targets)
+        with self.clock.part("communication"):
+            tokens = self.world.sum(batch.num_targets)
         lr = self.engine.set_lr(self.schedule(self.progress.step))
         if self.guard.passes_over(batch.first_sample):
             loss = norm = torch.full((), math.nan, device=self.world.device)
@@ -136,7 +146,10 @@ class Trainer:
             lr=lr,
             grad_norm=norm,
             skipped=self.engine.skipped,
-            data_seconds=data_seconds,
+            step_samples=self.loader.global_batch_size,
+            times=self.clock.take(),
+            loss_scale=self.engine.loss_scale,
+            layers=self.layers.take(),
         )
 
     def update(self, batch: Batch, tokens: int) -> tuple[Tensor, Tensor]:
@@ -146,11 +159,15 @@ class Trainer:
         """
         micros = list(batch.split(self.micro_batch))
         loss = torch.zeros((), device=self.world.device)
-        for i, micro in enumerate(micros):
-            loss += self.engine.backward(micro.to(self.world.device), tokens=tokens, last=i == len(micros) - 1)
-            self.watchdog.pat()
-        look = self.guard.look(self.world.add_up(loss))
-        norm = self.engine.step(self.grad_clip, refuse=look.refuses)
+        with self.clock.part("compute"):
+            for i, micro in enumerate(micros):
+                loss += self.engine.backward(micro.to(self.world.device), tokens=tokens, last=i == len(micros) - 1)
+                self.watchdog.pat()
+        with self.clock.part("communication"):
+            self.world.add_up(loss)
+        look = self.guard.look(loss)
+        with self.clock.part("optimizer"):
+            norm = self.layers.step(self.progress.step + 1, self.grad_clip, refuse=look.refuses)
         self.guard.note(look, norm, step=self.progress.step + 1, first_sample=batch.first_sample)
         return loss, norm
 
@@ -182,7 +199,7 @@ class Trainer:
 
     @watched("evaluation")
     def evaluate(self) -> bool:
-        """Score every domain; the first scores of a run are the baseline that forgetting is measured against.
+        """Score every domain, and continue the prompts; a run's first scores are the baseline of its forgetting.
 
         False: a stop signal came, and whoever continues here owes the evaluation.
         """
@@ -191,18 +208,29 @@ class Trainer:
         progress = self.progress
         untouched = progress.step == 0
         baseline = None if untouched else progress.baseline
-        scores = self.evaluator.run(
-            self.engine, baseline=baseline, interrupted=self.interrupted, alive=self.watchdog.pat
-        )
-        progress.owes_evaluation = scores is None
-        if scores is None:
+        hooks: dict[str, Callable[[], Any]] = {"interrupted": self.interrupted, "alive": self.watchdog.pat}
+        scores = self.evaluator.run(self.engine, baseline=baseline, **hooks)
+        scored_at = time.perf_counter()
+        samples = None if scores is None else self.sampler.run(self.engine, **hooks)
+        progress.owes_evaluation = samples is None
+        if scores is None or samples is None:
             return False
+        sampled_at = time.perf_counter()
         progress.losses, progress.evaluated_at = {s.domain: s.loss for s in scores}, progress.step
         progress.scores = [fields_of(s) for s in scores]
         if untouched:
             progress.baseline = progress.losses
-        self.emit(Evaluated(progress.step, tuple(scores), time.perf_counter() - started_at))
+        self.emit(Evaluated(progress.step, tuple(scores), scored_at - started_at))
+        self.emit(Sampled(progress.step, tuple(samples), sampled_at - scored_at))
+        self.tell_data()
         return True
+
+    def tell_data(self) -> None:
+        """Tell what has been read so far. Only rank 0 counts it, and only it tells."""
+        if self.world.is_main and self.progress.samples:
+            started_at = time.perf_counter()
+            sources = self.census.at(self.progress.samples)
+            self.emit(DataSeen(self.progress.step, sources, time.perf_counter() - started_at))
 
     def save(self, *, at_once: bool) -> None:
         """Make a checkpoint of exactly this moment; it is written while training goes on, or ``at_once``."""
@@ -219,7 +247,7 @@ class Trainer:
         }
         saved = self.saver.save(self.progress.step, state, at_once=at_once)
         self.tell_saved()
-        if saved and not at_once:  # a run that ends exports its last model alone, one that was stopped none
+        if saved and not self.finished:  # the last model is exported at the end
             with self.watchdog.resting():
                 self.emit(self.exporter.at_save(self.progress))
 
@@ -237,7 +265,8 @@ class Trainer:
 
         Raises what kept a checkpoint from being written.
         """
-        stop, failed = self.world.any(self.interrupt.requested, self.saver.failed)
+        with self.clock.part("communication"):
+            stop, failed = self.world.any(self.interrupt.requested, self.saver.failed)
         if failed:
             self.saver.wait()
             self.world.sum(0)  # it was another rank's, which ends the group
@@ -285,6 +314,8 @@ class Trainer:
 
     def finish(self) -> Progress:
         """Export the model of a run that reached its end; tell how the run ended."""
+        if self.progress.evaluated_at != self.progress.step:
+            self.tell_data()
         with self.watchdog.resting():
             model = self.exporter.at_end(self.progress) if self.complete else None
         status = "finished" if self.complete else "stopped"

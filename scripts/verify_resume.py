@@ -34,11 +34,16 @@ from rich.table import Table
 
 from pretrain.checkpoint.store import KINDS, Store, load
 from pretrain.telemetry.jsonl import read_records
+from pretrain.telemetry.record import is_clock
 
 OWN = ["resume=auto", "log_every=1", "sink=[jsonl]"]
-CLOCKS = {"time", "step_seconds", "data_seconds", "tokens_per_second", "memory_gib", "mfu", "train_seconds"}
 PLACES = {"folder", "model", "path"}
-COMPARED = ("train", "evaluation", "run_finished")  # of starts a resumed run has more; a kill may come before a save's
+COMPARED = (
+    "train",
+    "evaluation",
+    "sample",
+    "run_finished",
+)  # of starts a resumed run has more; a kill may come before a save's
 
 
 class Difference(NamedTuple):
@@ -73,10 +78,9 @@ def last_checkpoint(run: Path) -> Path:
 
 def records(run: Path) -> list[dict[str, Any]]:
     """What a run has to have in common with the same run, uninterrupted: all but clocks and places."""
-    left_out = CLOCKS | PLACES
     every = read_records(run / "metrics.jsonl")
     kept = [r for r in every if r["event"] in COMPARED and r.get("status") != "stopped"]
-    return [{key: value for key, value in record.items() if key not in left_out} for record in kept]
+    return [{key: value for key, value in r.items() if key not in PLACES and not is_clock(key)} for r in kept]
 
 
 def _tensors(ours: Any, theirs: Any) -> Iterator[Difference]:

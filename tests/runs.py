@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.telemetry.jsonl import read_records
+from pretrain.telemetry.record import is_clock
 
-TIMES = {"time", "step_seconds", "data_seconds", "tokens_per_second", "memory_gib", "seconds", "blocked_seconds"}
-TIMES |= {"train_seconds", "path", "folder", "model"}
+PLACES = {"path", "folder", "model"}
 
 
 def numbers(run: Path) -> list[dict]:
     """The records without clocks and places. Left out: starts and stops, of which a resumed run has more, and
     checkpoints, whose record a kill can come before."""
-    kept = ("train", "evaluation", "run_finished")
+    kept = ("train", "evaluation", "sample", "run_finished")
     return [
-        {k: v for k, v in record.items() if k not in TIMES}
+        {k: v for k, v in record.items() if k not in PLACES and not is_clock(k)}
         for record in read_records(run / "metrics.jsonl")
         if record["event"] in kept and record.get("status") != "stopped"
     ]

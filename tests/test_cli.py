@@ -151,6 +151,10 @@ FILES = {
     "tokenizer too large": (lambda t, m: broken_model(t, m, shrink_embedding), "290 rows"),
     "sequence too long": (lambda t, m: [f"model_name={m}", "sequence_length=256"], "has 128 positions"),
     "Hub id without network": (lambda t, m: ["model_name=someone/some-model"], "model_name=sample, a local folder"),
+    "a run without a checkpoint to resume": (
+        lambda t, m: [f"resume={make(t, 'r/checkpoints/x', '').parents[1]}"],
+        "a run without a whole checkpoint",
+    ),
     "no checkpoint to resume": (lambda t, m: [f"resume={t}"], "not a checkpoint folder"),
     "output_dir below a file": (lambda t, m: [f"output_dir={make(t, 'f', 'x')}/run"], "output_dir="),
     "flat YAML that is a list": (lambda t, m: ["--config", str(make(t, "f.yaml", "- a\n- b\n"))], "not a YAML mapping"),

@@ -99,6 +99,20 @@ def test_resume_from_a_named_checkpoint_leaves_the_other_branch(uninterrupted, b
     assert_same_run(run, uninterrupted)
 
 
+def test_resume_from_a_run_is_from_its_newest_whole_checkpoint(uninterrupted, base_arguments, command, tmp_path):
+    named, run = tmp_path / "named", tmp_path / "run"
+    shutil.copytree(uninterrupted, named)
+    shutil.copytree(named / "checkpoints/step-00000020", named / "checkpoints/step-00000021")
+    (named / "checkpoints/step-00000021/optimizer.safetensors").write_bytes(b"torn")
+    before = sorted(named.rglob("*"))
+    code, _, err = command([*base_arguments, f"output_dir={run}", f"resume={named}", "max_steps=22"])
+    assert code == 0, err
+    assert "step-00000021 passed over" in err
+    steps = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
+    assert steps == [21, 22]
+    assert sorted(named.rglob("*")) == before, "the run that is named stays as it is"
+
+
 def test_a_torn_checkpoint_is_passed_over(uninterrupted, base_arguments, command, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)

@@ -1,10 +1,13 @@
 """The scripts that people are told to run."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -105,3 +108,17 @@ def test_help(name):
     done = script(name, "--help")
     assert done.returncode == 0, done.stderr
     assert "python scripts/" + name in done.stdout
+
+
+def test_picture_of_a_console(tmp_path):
+    assert script("picture_console.py", tmp_path).returncode == 2, "no run"
+    started = {"event": "run_started", "step": 0, "total_steps": 1, "resumed": False, "model": "tiny", "device": "cpu"}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(started) + "\n")
+    done = script("picture_console.py", tmp_path, "--out", tmp_path / "console.png")
+    if shutil.which("chromium") is None:
+        assert (done.returncode, "chromium is needed" in done.stderr) == (2, True)
+        return
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "console.png") as image:
+        assert image.width > 1000, "a hundred columns"
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 20, "letters"

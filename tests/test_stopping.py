@@ -3,6 +3,8 @@ command ends with the run that was not stopped."""
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,7 @@ def stopping(event: str, step: int) -> list[str]:
 )
 def test_one_process(event, step, saved_at, owes, uninterrupted, base_arguments, spawn, tmp_path):
     run = tmp_path / "run"
-    arguments = [*base_arguments, *stopping(event, step), f"output_dir={run}"]
+    arguments = [*base_arguments, *stopping(event, step), f"output_dir={run}", "checkpoint.export=save"]
     process = spawn(arguments)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
@@ -46,6 +48,8 @@ def test_one_process(event, step, saved_at, owes, uninterrupted, base_arguments,
     saves = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "checkpoint"]
     assert saves.count(facts["steps"]) == 1, "saved once"
     assert not (run / "model").exists()
+    beside = run / f"models/step-{facts['steps']:08d}/model.safetensors"
+    assert beside.exists() == (step != 20), "the last model is left to whoever continues"
     process = spawn(arguments)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
@@ -82,6 +86,35 @@ def test_the_very_first_evaluation(base_arguments, spawn, tmp_path):
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
     assert [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"] == list(range(1, 21))
+
+
+AMID_SAMPLES = """
+import os, signal
+from pretrain.evaluation.samples import Sampler
+from pretrain.cli import program
+going_on, rounds = Sampler._continue, []
+def signalled(*given):
+    rounds.append(1)
+    if len(rounds) == 2:  # step 8: the first are those of step 0
+        os.kill(os.getpid(), signal.SIGTERM)
+    return going_on(*given)
+Sampler._continue = signalled
+program()
+"""
+
+
+@pytest.mark.slow
+def test_amid_samples(uninterrupted, base_arguments, command, tmp_path):
+    """The domains are scored, the samples cut short: nothing of the evaluation is told, and all of it is owed."""
+    run = tmp_path / "run"
+    arguments = [*base_arguments, f"output_dir={run}"]
+    done = subprocess.run([sys.executable, "-c", AMID_SAMPLES, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 75, done.stderr
+    assert read_run_file(run)["steps"] == 8
+    assert {r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] in ("evaluation", "sample")} == {0}
+    code, _, err = command(arguments)
+    assert code == 0, err
+    assert_same_run(run, uninterrupted)
 
 
 IMPORT = """

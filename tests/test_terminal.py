@@ -3,11 +3,15 @@ is closed."""
 
 import fcntl
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -156,6 +160,31 @@ def test_streams_that_were_never_there(closed, more, base_arguments, tmp_path, s
     assert code == 0, err
     assert read_run_file(tmp_path)["status"] == "finished"
     assert b"\0" not in (tmp_path / "metrics.jsonl").read_bytes()
+
+
+def test_a_terminal_shows_the_run(base_arguments, tmp_path):
+    """A real one: the bar with the curve of the loss, which is drawn over; above it what stays."""
+    pid, terminal = os.forkpty()
+    if pid == 0:
+        fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        os.environ["TERM"] = "xterm-256color"
+        os.execv(
+            sys.executable, [sys.executable, "-m", "pretrain", *map(str, base_arguments), f"output_dir={tmp_path}"]
+        )
+    shown = b""
+    with suppress(OSError):  # the other end is closed: Linux says EIO
+        while piece := os.read(terminal, 1 << 16):
+            shown += piece
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, shown.decode()
+    assert re.search(rb"\x1b\[\d+A", shown), "it is drawn over"
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode())
+    assert "10/20 ━" in text
+    assert re.search("loss \\d.*[▁▂▃▄▅▆▇█]{10}", text)
+    assert "step 10/20" not in text
+    assert re.search("step  8  .*(better|worse) than at step 0", text)
+    assert re.search("after +[^\r]", text), "a sample"
+    assert f"records  {tmp_path}/metrics.jsonl" in text
 
 
 def test_a_mistake_without_a_stderr(shell):

@@ -175,5 +175,6 @@ def test_fp16_counts_the_steps_it_skips(base_arguments, command, tmp_path):
     assert skipped == sorted(skipped)
     infinite = [r["grad_norm"] is None for r in train]
     assert skipped[-1] == sum(infinite)
+    assert [r["loss_scale"] for r in train] == [65536 / 2**n for n in skipped]
     assert not (run / "quarantine.jsonl").exists(), "the scaler finds its scale; no batch is to blame"
     assert train[-1]["loss"] < train[0]["loss"]

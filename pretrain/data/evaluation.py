@@ -11,6 +11,8 @@ from pretrain.batch import IGNORE, Batch
 from pretrain.data.blocks import packed
 from pretrain.data.store import TokenView
 
+PROMPT_WINDOW = 1 << 16  # tokens in which prompts are looked for: a view may be far too long to look at all of it
+
 
 class EvaluationBatches(Sequence[Batch]):
     """A sequence of batches made when asked for. ``num_bytes`` of text, ``num_tokens`` targets, ``num_documents``.
@@ -61,6 +63,16 @@ def evaluation_batches(
     return EvaluationBatches(
         chosen, sequence_length=sequence_length, batch_size=batch_size, document_mask=document_mask
     )
+
+
+def first_tokens(view: TokenView, count: int, length: int) -> list[list[int]]:
+    """The first ``length`` tokens of ``count`` documents, the same each time: the first ones that are so long, then the
+    others, without their end-of-text token. Documents of the view's first ``PROMPT_WINDOW`` tokens only."""
+    stop = min(view.num_tokens, PROMPT_WINDOW)
+    starts = view.document_starts(0, stop)
+    lengths = np.diff(starts, append=stop) - 1
+    chosen = np.argsort(lengths < length, kind="stable")[:count]
+    return [view.read(starts[i], starts[i] + min(length, lengths[i])).tolist() for i in chosen if lengths[i] > 0]
 
 
 def _rows(stream: np.ndarray, rows: int, length: int) -> np.ndarray:

@@ -83,12 +83,12 @@ class Loader:
 
     def batch(self, first_sample: int) -> Batch:
         """This rank's share of the global batch that begins at ``first_sample``."""
-        chosen = self._blocks_of(first_sample + self._own)
+        chosen = self.blocks_of(first_sample + self._own)
         return self.blocks.batch(chosen, document_mask=self.document_mask, first_sample=first_sample)
 
     def documents(self, first_sample: int) -> list[Document]:
         """All documents with a token in the global batch (of all ranks) that begins at ``first_sample``."""
-        chosen = self._blocks_of(first_sample + np.arange(self.global_batch_size))
+        chosen = self.blocks_of(first_sample + np.arange(self.global_batch_size))
         length = self.blocks.sequence_length
         view = self.blocks.view
         found = [view.document_ids(index * length, index * length + length + 1) for index in chosen.tolist()]
@@ -98,7 +98,7 @@ class Loader:
         """Those documents, in the order of the batch, each with the first stretch of its tokens there."""
         length, view = self.blocks.sequence_length, self.blocks.view
         seen: set[int] = set()
-        for index in self._blocks_of(first_sample + np.arange(self.global_batch_size)).tolist():
+        for index in self.blocks_of(first_sample + np.arange(self.global_batch_size)).tolist():
             start, stop = index * length, index * length + length + 1
             borders = view.document_starts(start, stop) - start
             stretches = np.split(view.read(start, stop), borders[borders > 0])
@@ -114,7 +114,8 @@ class Loader:
         """Takes effect with the next ``iter(loader)``."""
         self.samples = state["samples"]
 
-    def _blocks_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    def blocks_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The block that each of the run's ``samples`` is."""
         epochs, positions = np.divmod(samples, len(self.blocks))
         chosen = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():

@@ -69,6 +69,10 @@ class TokenStore:
         path, start = self._units[index][int(part.pieces[inside])]
         return Document(number, path, start, int(part.indices[inside]), int(part.hashes[inside]))
 
+    def paths(self, index: int) -> list[str]:
+        """The file of each piece of part ``index``."""
+        return [path for path, _ in self._units[index]]
+
     def views(
         self, *, held_out: float, train_data_ratio: float = 1.0, deduplicate: bool = False
     ) -> tuple[TokenView, TokenView]:
@@ -125,7 +129,7 @@ class TokenView:
     def gather(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
         """int64 [len(starts), length]: the windows that begin at ``starts``, each wholly inside the stream."""
         found = np.empty(len(starts) * length, np.int64)
-        parts, begins, ends, targets = self._segments(starts, length)
+        parts, begins, ends, targets = self.segments(starts, length)
         tokens = {int(index): self.store.parts[index].tokens for index in np.unique(parts)}
         stops = targets + (ends - begins)
         for part, begin, end, target, stop in zip(
@@ -137,13 +141,13 @@ class TokenView:
     def gather_starts(self, starts: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
         """bool [len(starts), length]: where in those windows a document begins."""
         found = np.zeros(len(starts) * length, bool)
-        parts, begins, ends, targets = self._segments(starts, length)
+        parts, begins, ends, targets = self.segments(starts, length)
         for index in np.unique(parts):
             here = parts == index
             bounds = self.store.parts[index].ends  # document k begins at bounds[k - 1], the first at 0
             low = np.searchsorted(bounds, begins[here]) + (begins[here] > 0)
             high = np.searchsorted(bounds, ends[here]) + 1
-            which = _aranges(low, high)
+            which = aranges(low, high)
             positions = np.where(which > 0, bounds[which - 1], 0)
             found[positions + np.repeat(targets[here] - begins[here], high - low)] = True
         return found.reshape(len(starts), length)
@@ -155,7 +159,7 @@ class TokenView:
     def document_ids(self, start: int, stop: int) -> NDArray[np.int64]:
         """Numbers in the store of the documents that have a token in [start, stop), in order."""
         found = [np.empty(0, np.int64)]
-        for index, begin, end, _ in zip(*self._segments(np.array([start]), stop - start), strict=True):
+        for index, begin, end, _ in zip(*self.segments(np.array([start]), stop - start), strict=True):
             ends = self.store.parts[index].ends
             first, last = np.searchsorted(ends, [begin, end - 1], "right")
             found.append(np.arange(first, last + 1) + self.store.part_documents[index])
@@ -184,11 +188,11 @@ class TokenView:
         first, last = self.store.part_documents[index : index + 2]
         return mask & self._keep[first:last]
 
-    def _segments(self, starts: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], ...]:
+    def segments(self, starts: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], ...]:
         """The windows cut at runs: (part, begin and end in its tokens, position in the flattened result)."""
         low = np.searchsorted(self._run_start, starts, "right") - 1
         high = np.searchsorted(self._run_start, starts + length, "left")
-        runs = _aranges(low, high)
+        runs = aranges(low, high)
         window = np.repeat(np.arange(len(starts)), high - low)
         begin = np.maximum(starts[window], self._run_start[runs])
         end = np.minimum(starts[window] + length, self._run_start[runs + 1])
@@ -196,7 +200,7 @@ class TokenView:
         return self._run_part[runs], begin + shift, end + shift, window * length + begin - starts[window]
 
 
-def _aranges(low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.int64]:
+def aranges(low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.int64]:
     """[low[0], …, high[0]-1, low[1], …, high[1]-1, …]."""
     counts = high - low
     return np.repeat(high - np.cumsum(counts), counts) + np.arange(counts.sum())

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 class Domain:
     """A named set of held-out batches. ``role``: ``new`` (what the run trains on) or ``base`` (what it may forget).
 
-    ``num_bytes`` is the size of exactly their text (0: unknown).
+    ``num_bytes`` is the size of exactly their text (0: unknown); ``prompts`` the first tokens of some of its documents.
     """
 
     name: str
     role: str
     batches: Sequence[Batch]
     num_bytes: int
+    prompts: Sequence[list[int]] = ()
 
 
 @dataclass(frozen=True)

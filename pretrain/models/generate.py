@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pretrain.errors import UserError
-from pretrain.models.files import POSITION_KEYS
 
 if TYPE_CHECKING:
     from pretrain.models.language_model import LanguageModel
@@ -30,9 +28,7 @@ def generate(
 
     Raises ``UserError`` for a prompt as long as the model has positions; a continuation stops where they end.
     """
-    hf, training = model.hf, model.training
-    limits = [getattr(hf.config, key, None) for key in POSITION_KEYS]
-    positions = min((n for n in limits if isinstance(n, int) and n > 0), default=sys.maxsize)
+    hf, training, positions = model.hf, model.training, model.num_positions
     device = next(hf.parameters()).device
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}

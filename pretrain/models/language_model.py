@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from pretrain.batch import IGNORE
 from pretrain.errors import UserError
+from pretrain.models.files import POSITION_KEYS
 from pretrain.models.loss import linear_cross_entropy
 from pretrain.tensors import TensorFiles, fill
 
@@ -42,13 +44,25 @@ class LanguageModel(nn.Module):
         self.lean = has_plain_head(self.hf)
         self.separation = document_separation(self.hf)
 
-    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        ends: Tensor | None = None,
+    ) -> Tensor:
         """The loss summed over all labels that are not ``IGNORE``: nats, an fp32 scalar.
 
         ``input_ids``, ``labels`` (already shifted) int64 [n, S]. ``position_ids`` [n, S] restart at each document and
         keep attention inside it; ``None``: one context a row. Raises ``UserError`` for positions that the model heeds
         neither by themselves nor through a mask.
+
+        With ``ends``, int64 [n], instead of labels: the logits [n, V] of what follows the token at ``ends[i]`` of row i.
         """
+        if ends is not None:
+            return self._logits(input_ids, ends)
+        assert labels is not None
         if self._compiled is not None and self.training and torch.is_grad_enabled():
             return self._compiled(input_ids, labels, position_ids)
         return self._loss(input_ids, labels, position_ids)
@@ -61,6 +75,22 @@ class LanguageModel(nn.Module):
         hidden = self.hf.base_model(**given, use_cache=False).last_hidden_state
         head = self.hf.get_output_embeddings()
         return linear_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, labels.flatten())
+
+    def _logits(self, input_ids: Tensor, ends: Tensor) -> Tensor:
+        """What is right of an end is not seen by it: attention is causal."""
+        rows = torch.arange(len(ends), device=ends.device)
+        if not self.lean:
+            logits: Tensor = self.hf(input_ids=input_ids, use_cache=False).logits[rows, ends]
+            return logits
+        hidden = self.hf.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[rows, ends]
+        head = self.hf.get_output_embeddings()
+        return F.linear(hidden, head.weight, head.bias)
+
+    @property
+    def num_positions(self) -> int:
+        """How many tokens the model can see at once; ``sys.maxsize`` where its config does not say."""
+        limits = [getattr(self.hf.config, key, None) for key in POSITION_KEYS]
+        return min((n for n in limits if isinstance(n, int) and n > 0), default=sys.maxsize)
 
     def _documents(self, position_ids: Tensor | None) -> dict[str, Tensor]:
         if position_ids is None:

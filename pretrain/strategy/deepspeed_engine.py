@@ -101,6 +101,8 @@ class DeepspeedEngine(Engine):
     scale. A step with a non-finite gradient is skipped in every precision.
     """
 
+    has_gradients = False
+
     def __init__(self, *args: Any, wrapped: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._wrapped = wrapped
@@ -145,6 +147,10 @@ class DeepspeedEngine(Engine):
         engine.num_parameters = num_parameters
         return engine
 
+    @property
+    def loss_scale(self) -> Tensor | float | None:
+        return float(self._zero.loss_scaler.cur_scale) if self.scaler.is_enabled() else None
+
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def backward(self, batch: Batch, *, tokens: int, last: bool) -> Tensor:
@@ -173,10 +179,9 @@ class DeepspeedEngine(Engine):
         finally:
             delattr(self._zero, measure)
 
-    @torch.no_grad()
-    def evaluate(self, batch: Batch) -> Tensor:
-        loss: Tensor = self.step_module(batch.input_ids, batch.labels, batch.position_ids)
-        return loss
+    def infer(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
+        found: Tensor = self.step_module(*inputs, **more)
+        return found
 
     # -- state --------------------------------------------------------------------------------------------------------
 

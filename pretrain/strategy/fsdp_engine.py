@@ -5,11 +5,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from pretrain.batch import Batch
 from pretrain.engine import Engine
 
 
@@ -28,11 +26,10 @@ class FsdpEngine(Engine):
         self.model.set_requires_gradient_sync(last or self._exchange_always)
         return nullcontext()
 
-    @torch.no_grad()
-    def evaluate(self, batch: Batch) -> Tensor:
-        loss = super().evaluate(batch)
+    def infer(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
+        found = super().infer(*inputs, **more)
         free_gathered(self.model)
-        return loss
+        return found
 
 
 def free_gathered(model: nn.Module) -> None:

@@ -79,7 +79,7 @@ def records_until(
     the checkpoint knows them; those that the file lost are put at its end."""
 
     def holds(record: dict[str, Any]) -> bool:
-        again = record["step"] == step and owes_evaluation and record["event"] == "evaluation"
+        again = record["step"] == step and owes_evaluation and record["event"] in ("evaluation", "sample")
         return record["step"] <= step and not again and record.get("status") != "finished"
 
     records = read_records(path)

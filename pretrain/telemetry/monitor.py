@@ -1,10 +1,12 @@
-"""Turns the loop's events into records and hands them to the sinks. It owns the clocks; nothing of it is saved.
+"""Turns the loop's events into records and hands them to the sinks; nothing of it is saved with a checkpoint.
 
-Losses and norms stay on the device until a log step: reading them is the only time the monitor waits for the device.
+Losses, norms and times stay on the device until a log step: reading them is the only time the monitor waits for the device.
+docs/monitoring.md says what each number is.
 """
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -13,12 +15,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.console import notice
-from pretrain.events import Evaluated, Event, Exported, RolledBack, RunFinished, RunStarted, Saved, StepDone
+from pretrain.events import (
+    DataSeen,
+    Evaluated,
+    Event,
+    Exported,
+    LayerNorms,
+    RolledBack,
+    RunFinished,
+    RunStarted,
+    Sampled,
+    Saved,
+    StepDone,
+)
+from pretrain.memory import resident_bytes
 from pretrain.progress import Every
+from pretrain.telemetry.goodput import Goodput
 from pretrain.telemetry.record import Record, fields_of, json_safe
+from pretrain.telemetry.window import Window
 
 if TYPE_CHECKING:
     from pretrain.telemetry.sink import Sink
+
+
+NORMS = ("weight_norm", "grad_norm", "update_norm", "update_ratio")  # the columns of `LayerNorms.norms`
 
 
 class Monitor:
@@ -28,11 +48,15 @@ class Monitor:
         self._sinks = dict(sinks)
         self._run = run
         self._every = Every(log_every)
-        self._window = _Window()
-        self._run_seconds = 0.0
-        self._run_tokens = 0
+        self._window = Window()
+        self._total = _Total()
+        self._goodput = Goodput(run)
+        self._facts: Record = {}
+        self._layers: list[tuple[int, LayerNorms]] = []
+        self._last: StepDone | None = None
+        self._paced_from: tuple[int, float] | None = None
         self._total_steps = 0
-        self._first_logged = False
+        self._logged = False
         self._started = False
         self._unsaved: list[Record] = []
 
@@ -48,11 +72,18 @@ class Monitor:
                 for s in event.scores:
                     self._write_beside("evaluation", event.step, fields_of(s))
                 self._window.exclude(event.seconds)
+            case Sampled():
+                for sample in event.samples:
+                    self._write_beside("sample", event.step, fields_of(sample))
+                self._window.exclude(event.seconds)
             case Saved():
                 self._write_beside("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
-                self._window.exclude(event.blocked_seconds)
+                self._window.exclude(event.blocked_seconds, "checkpoint")
                 self._unsaved = [r for r in self._unsaved if r["step"] > event.step]
             case Exported():
+                self._window.exclude(event.seconds, "checkpoint")
+            case DataSeen():
+                self._write_beside("data", event.step, data_fields(event))
                 self._window.exclude(event.seconds)
             case RolledBack():
                 self._go_back(event)
@@ -65,6 +96,8 @@ class Monitor:
         self._started = True
         self._unsaved = list(event.records)
         self._total_steps = event.total_steps
+        self._facts = event.facts
+        self._goodput.start(event)
         self._each(lambda s: s.open(self._run, event))
         self._write(
             "run_started", event.step, {"total_steps": event.total_steps, "resumed": event.resumed} | event.facts
@@ -78,47 +111,78 @@ class Monitor:
         again = RunStarted(event.step, self._total_steps, resumed=True)
         self._each(lambda s: s.open(self._run, again))
         self._write("rollback", event.step, fields_of(event))
+        self._goodput.go_back(event.step)
+        self._layers.clear()
+        self._paced_from = self._last = None
         self._window.restart()
 
     def _step(self, event: StepDone) -> None:
-        window = self._window
-        window.add(event)
-        if self._first_logged and not self._every.due(event.step) and event.step != self._total_steps:
+        self._window.add(event)
+        if event.layers is not None:
+            self._layers.append((event.step, event.layers))
+        self._last = event
+        if self._logged and not self._every.due(event.step) and event.step != self._total_steps:
             return
-        self._first_logged = True
-        loss, grad_norm, skipped = (
-            float(event.loss),
-            float(event.grad_norm),
-            int(event.skipped),
-        )  # the device syncs here
+        self._log(event)
+
+    def _log(self, event: StepDone) -> None:
+        """Write the record of the window that ends with ``event``, and the layers that were looked at in it."""
+        window, facts = self._window, self._facts
+        numbers = window.numbers(event)  # the device is waited for here, so the clock is read after it
         seconds = window.seconds()
-        self._run_seconds += seconds
-        self._run_tokens += window.tokens
+        self._logged = True
+        self._total.add(window, seconds)
+        self._goodput.add(event.step, seconds)
         record = {
             "epoch": event.epoch,
             "tokens": event.tokens,
-            "loss": loss,
             "lr": event.lr,
-            "grad_norm": grad_norm,
             "step_seconds": seconds / window.steps,
-            "data_seconds": window.data_seconds / window.steps,
-            "tokens_per_second": window.tokens / seconds if seconds > 0 else None,
-            "mfu": None,  # the table of device peaks is not there yet; null is the contract's word for unknown
-            "memory_gib": peak_memory_gib(event.loss.device.type),
-            "skipped_steps": skipped,
+            **numbers,
+            **window.split(),
+            **speed(window.tokens, window.samples, seconds, facts),
+            "tokens_per_second_run": self._total.tokens / self._total.seconds if self._total.seconds > 0 else None,
+            **memory_gib(event.loss.device.type),
+            "eta_seconds": self._eta_seconds(event.step),
+            "goodput": self._goodput.share(),
         }
-        self._write("train", event.step, record)
+        if facts.get("devices", 1) > facts.get("world_size", 1):  # inside a step of `dp`, where no clock can look
+            record["communication_seconds"] = None
         window.restart()
+        self._write("train", event.step, record)
+        for step, layers in self._layers:
+            rows = zip(layers.names, layers.norms.tolist(), strict=True)
+            self._write("layers", step, {"layers": {name: dict(zip(NORMS, row, strict=True)) for name, row in rows}})
+        self._layers.clear()
+
+    def _eta_seconds(self, step: int) -> float | None:
+        """By the pace since the first log step of this start, evaluations and checkpoints included."""
+        if self._paced_from is None:
+            self._paced_from = (step, time.perf_counter())
+            return 0.0 if step >= self._total_steps else None
+        first_step, first_at = self._paced_from
+        pace = (time.perf_counter() - first_at) / max(1, step - first_step)
+        return pace * max(0, self._total_steps - step)
+
+    def summary(self) -> Record:
+        """What there is to say of the whole run: its speed since this start, its goodput since its first."""
+        rates = speed(self._total.tokens, self._total.samples, self._total.seconds, self._facts)
+        shown = ("tokens_per_second", "model_flops_per_second", "mfu")
+        return {
+            "train_seconds": self._total.seconds,
+            **{name: rates[name] for name in shown},
+            "goodput": self._goodput.share() if self._total_steps else None,
+        }
 
     def _finish(self, event: RunFinished) -> None:
         if not self._started:
             return
-        speed = self._run_tokens / self._run_seconds if self._run_seconds > 0 else None
+        if event.status == "stopped" and self._last is not None and self._window.steps:
+            self._log(self._last)
         fields = {
             "status": event.status,
             "tokens": event.tokens,
-            "train_seconds": self._run_seconds,
-            "tokens_per_second": speed,
+            **self.summary(),
             "model": str(event.model) if event.model else None,
             "folder": str(self._run),
         }
@@ -146,36 +210,53 @@ class Monitor:
                 notice(f"sink {name} stopped: {type(error).__name__}: {error}; the run goes on without it")
 
 
-class _Window:
-    """Steps, tokens and training time since the last log step; evaluation and saving are not training time."""
+class _Total:
+    """Of all windows since this start."""
 
     def __init__(self) -> None:
-        self.restart()
+        self.tokens = self.samples = 0
+        self.seconds = 0.0
 
-    def restart(self) -> None:
-        self.steps = 0
-        self.tokens = 0
-        self.data_seconds = 0.0
-        self._excluded = 0.0
-        self._started_at = time.perf_counter()
-
-    def add(self, event: StepDone) -> None:
-        self.steps += 1
-        self.tokens += event.step_tokens
-        self.data_seconds += event.data_seconds
-
-    def exclude(self, seconds: float) -> None:
-        self._excluded += seconds
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started_at - self._excluded
+    def add(self, window: Window, seconds: float) -> None:
+        self.tokens += window.tokens
+        self.samples += window.samples
+        self.seconds += seconds
 
 
-def peak_memory_gib(device_type: str) -> float:
-    """Peak memory so far in GiB: allocated on the GPU, or resident on the host where there is none."""
+def data_fields(event: DataSeen) -> Record:
+    tokens, documents = (sum(getattr(s, name) for s in event.sources.values()) for name in ("tokens", "documents"))
+    return {
+        "tokens_per_document": tokens / documents if documents else None,
+        "sources": {
+            n: {**fields_of(s), "share": s.tokens / tokens if tokens else None} for n, s in event.sources.items()
+        },
+    }
+
+
+def speed(tokens: int, samples: int, seconds: float, facts: Record) -> Record:
+    """Rates of ``tokens`` and ``samples`` (all devices) in ``seconds``. ``facts``: of the run; what they lack stays null."""
+    devices, length = facts.get("devices", 1), facts.get("sequence_length")
+    flops, peak = facts.get("flops_per_token"), facts.get("peak_flops")
+    seconds = seconds if seconds > 0 else math.nan
+    model_flops = samples * length * flops / seconds / devices if flops and length else None
+    return {
+        "tokens_per_second": tokens / seconds,
+        "tokens_per_second_per_device": tokens / seconds / devices,
+        "samples_per_second": samples / seconds,
+        "model_flops_per_second": model_flops,
+        "mfu": model_flops / peak if model_flops is not None and peak else None,
+    }
+
+
+def memory_gib(device_type: str) -> Record:
+    """``memory_gib``: the peak so far, allocated on the GPU, or resident on the host where there is none;
+    ``memory_reserved_gib``: what the GPU's allocator has held at most; ``host_memory_gib``: resident now."""
+    resident = resident_bytes()
+    host = {"host_memory_gib": None if resident is None else resident / 2**30}
     if device_type == "cuda":
         import torch
 
-        return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {"memory_gib": peak / 2**30, "memory_reserved_gib": reserved / 2**30} | host
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"memory_gib": peak / 2**30, "memory_reserved_gib": None} | host

@@ -14,5 +14,16 @@ def fields_of(event: Any) -> Record:
     return json_safe({name: getattr(event, name) for name in names})
 
 
+def is_clock(name: str) -> bool:
+    """Whether a field tells of time or of the machine: two runs that are equal need not share it."""
+    return name in ("time", "goodput", "mfu") or name.endswith(("seconds", "_gib")) or "_per_second" in name
+
+
 def json_safe(record: Record) -> Record:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return {k: _safe(v) for k, v in record.items()}
+
+
+def _safe(value: Any) -> Any:
+    if isinstance(value, dict):
+        return json_safe(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ from typing import Any
 from pretrain.console import notice
 from pretrain.events import Evaluated, Event, RolledBack, RunFinished, RunStarted, Saved
 from pretrain.replace import replace_file
-from pretrain.telemetry.record import fields_of
+from pretrain.telemetry.record import fields_of, json_safe
 
 
 class RunFile:
-    """A listener. Status: running · finished · stopped · failed; ``results``: the last evaluation of each domain.
+    """A listener. Status: running · finished · stopped · failed; ``results``: the last evaluation of each domain;
+    ``started_at``: of the first start, Unix seconds. ``summary``: the numbers of the whole run that are asked at every event.
 
     A disk that does not take it is said once and does not stop the run; the next event tries again."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, summary: Callable[[], dict[str, Any]] = dict) -> None:
         self._path = run / "run.json"
+        self._summary = summary
         self._facts: dict[str, Any] = {}
         self._started_at = time.monotonic()
         self._earlier_seconds = 0.0
@@ -29,10 +32,11 @@ class RunFile:
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             facts = dict(event.facts)
-            relaunched = facts.pop("launch_restarts", 0)
-            earlier = read_run_file(self._path.parent) if event.resumed or relaunched else {}
+            facts.pop("launch_restarts", 0)
+            earlier = earlier_facts(self._path.parent, event)
             self._earlier_seconds = earlier.get("seconds", 0.0)
             kept = {"results": earlier.get("results", {}), "restarts": earlier.get("restarts", -1) + 1}
+            kept["started_at"] = earlier.get("started_at", time.time() - self._earlier_seconds)
             self._facts = kept | facts | {"status": "running", "total_steps": event.total_steps}
         elif not self._facts:  # it failed before it began: what an earlier start left stays
             return
@@ -48,6 +52,7 @@ class RunFile:
         if isinstance(event, Saved):  # a checkpoint may be told of some steps later
             steps = max(steps, self._facts.get("steps", 0))
         self._facts |= {"steps": steps, "seconds": self._earlier_seconds + time.monotonic() - self._started_at}
+        self._facts |= json_safe(self._summary())
         try:
             write_json(self._path, self._facts)
         except OSError as error:
@@ -63,6 +68,11 @@ def read_run_file(run: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return facts
+
+
+def earlier_facts(run: Path, start: RunStarted) -> dict[str, Any]:
+    """What earlier starts of the same run have left in run.json; nothing for a new run in the folder of an old one."""
+    return read_run_file(run) if start.resumed or start.facts.get("launch_restarts", 0) else {}
 
 
 def mark_failed(run: Path) -> None:

@@ -1,158 +1,162 @@
-"""What a person sees while a run goes: a live bar on a terminal, a line per log step elsewhere, a table at the end."""
+"""What a person sees while a run goes: a live bar on a terminal, a line per log step elsewhere, a summary at the end."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pretrain.events import RunStarted
+from pretrain.telemetry import tables
+from pretrain.telemetry.jsonl import records_until
+from pretrain.telemetry.record import Record
+from pretrain.telemetry.tally import Tally
 
 if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
-    from rich.progress import Progress as RichProgress
-    from rich.table import Table
+    from rich.console import Console, RenderableType
+    from rich.live import Live
 
 
 class Terminal:
-    """Writes to stdout. The table compares each domain's perplexity before this run with the one after it.
+    """Writes to stdout; without escape codes where that is no terminal, without colours where NO_COLOR is set. The table
+    at the end compares each domain before this run with after it.
 
     ``level``: 1 start and end · 2 and evaluations and checkpoints · 3 and steps · 4 with gradient norm and memory.
     """
 
     def __init__(self, level: Literal[1, 2, 3, 4] = 3) -> None:
         self._level = level
-        self._console: RichConsole | None = None
-        self._bar: RichProgress | None = None
-        self._before: dict[str, dict[str, Any]] = {}
-        self._after: dict[str, dict[str, Any]] = {}
+        self._console: Console | None = None
+        self._live: Live | None = None
+        self._tally = Tally()
+        self._last: Record = {"step": 0}
         self._total = 0
+        self._over = False
         self._folder = Path()
 
     def open(self, run: Path, start: RunStarted) -> None:
+        self._console = self.console()
+        self._total, self._folder, self._over = start.total_steps, run, False
+        if not self._tally.after and start.step:
+            for record in _earlier(run, start):
+                self._tally.add(record)
+        self._tally.start(start.step)
+        self._last = {"step": start.step}
+        # a terminal that can't go back a line gets the lines of a file
+        if self._level >= 3 and self._total and self._console.is_interactive and self._console.file.isatty():
+            self._live = self._drawn(self._console)
+
+    def console(self) -> Console:
         from rich.console import Console
 
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._total = start.total_steps
-        self._folder = run
-        if self._console.is_terminal:
-            self._bar = _progress(self._console)
-            self._bar.start()
-            self._task = self._bar.add_task("train", total=start.total_steps, completed=start.step, numbers="")
+        return Console(highlight=False)
 
-    def write(self, record: dict[str, Any]) -> None:
+    def _drawn(self, console: Console) -> Live:
+        """Redrawn at log steps and by nothing else: no thread works beside the training."""
+        from rich.live import Live
+
+        live = Live(console=console, auto_refresh=False, get_renderable=self._status, vertical_overflow="visible")
+        live.start()
+        return live
+
+    def write(self, record: Record) -> None:
+        self._tally.add(record)
         getattr(self, f"_{record['event']}", lambda record: None)(record)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._over = True
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
-    def _say(self, line: str) -> None:
+    def _status(self) -> RenderableType:
+        """The empty line is where the bar of an evaluation is drawn, which is another's."""
+        from rich.console import Group
+
         assert self._console is not None
-        self._console.print(line, markup=False)
+        width, curve = self._console.width, self._console.encoding.lower().startswith("utf")
+        lines = tables.status(self._last, self._tally, total=self._total, width=width, level=self._level, curve=curve)
+        return lines if self._over else Group(lines, "")
 
-    def _run_started(self, r: dict[str, Any]) -> None:
+    def _say(self, *parts: Any) -> None:
+        """One line, however long: paths are there to be copied."""
+        from rich.text import Text
+
+        assert self._console is not None
+        self._console.print(Text.assemble(*parts), soft_wrap=True)
+
+    def _named(self, name: str, *parts: Any) -> None:
+        self._say((f"{name:<9}", "bright_black"), *parts)
+
+    def _run_started(self, r: Record) -> None:
         parameters = f"{r['parameters'] / 1e6:.1f} M parameters" if "parameters" in r else ""
         work = f"trains {r['total_steps']} steps" if r["total_steps"] else "is scored"
         if r["resumed"]:
             work = f"continues at step {r['step']} of {r['total_steps']}"
-        self._say(f"{r.get('model', 'model')} ({parameters}) {work} on {r.get('device')}; {self._folder}")
+        name = (str(r.get("model", "model")), "bold")
+        self._say(name, f" ({parameters}) {work} on {r.get('device')}; {self._folder}")
 
-    def _train(self, r: dict[str, Any]) -> None:
-        loss = "nan" if r["loss"] is None else f"{r['loss']:.4f}"
-        numbers = f"loss {loss}  lr {r['lr']:.2e}  {r['tokens_per_second'] or 0:,.0f} tokens/s"
-        if self._level >= 4:
-            numbers += f"  grad norm {_number(r['grad_norm'])}  {r['memory_gib']:.2f} GiB"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=r["step"], numbers=numbers)
+    def _train(self, r: Record) -> None:
+        self._last = r
+        if self._live is not None:
+            self._live.refresh()
         elif self._level >= 3:
+            numbers = (
+                f"loss {tables.loss_text(r['loss'])}  lr {r['lr']:.2e}  {r['tokens_per_second'] or 0:,.0f} tokens/s"
+            )
+            if r.get("mfu") is not None:
+                numbers += f"  MFU {r['mfu']:.1%}"
+            if self._level >= 4:
+                numbers += f"  grad norm {tables.number(r['grad_norm'])}  {r['memory_gib']:.2f} GiB"
             self._say(f"step {r['step']:>{len(str(self._total))}}/{self._total}  {numbers}")
 
-    def _evaluation(self, r: dict[str, Any]) -> None:
-        before = self._before.setdefault(r["domain"], r if r["step"] == 0 else _baseline(r))
-        self._after[r["domain"]] = r
+    def _evaluation(self, r: Record) -> None:
         if self._level < 2:
             return
-        change = "" if before is r else f"  ({_change(before, r)} nats since step 0)"
-        self._say(f"step {r['step']}  {r['domain']} ({r['role']}): perplexity {_number(r['perplexity'])}{change}")
+        before = self._tally.before[r["domain"]]
+        since = ("  ", tables.change(before, r, unit=" nats"), " than at step 0") if before is not r else ()
+        domain = (f"{r['domain']} ({r['role']})".ljust(16), "bold")
+        perplexity = f"perplexity {tables.number(r['perplexity']):>6}"
+        self._say(f"step {r['step']:>{len(str(self._total))}}  ", domain, f"  {perplexity}", *since)
 
-    def _checkpoint(self, r: dict[str, Any]) -> None:
-        if self._bar is None and self._level >= 2:
+    def _checkpoint(self, r: Record) -> None:
+        if self._live is None and self._level >= 2:
             self._say(f"step {r['step']}  saved {r['path']}")
 
-    def _run_finished(self, r: dict[str, Any]) -> None:
+    def _run_finished(self, r: Record) -> None:
         assert self._console is not None
         self.close()
-        self._console.print(self._changes() if self._total else self._scores())
-        if not self._total:
-            return
-        speed = f", {r['tokens_per_second']:,.0f} tokens/s" if r["tokens_per_second"] else ""
-        self._say(f"{r['status']} at step {r['step']}/{self._total}: {r['tokens']:,} tokens{speed}")
+        if self._tally.after:
+            width = self._console.width
+            self._console.print(tables.changes(self._tally, width=width) if self._total else tables.scores(self._tally))
+        for line in tables.samples(self._tally):
+            self._console.print(line, no_wrap=True, overflow="ellipsis")
+        if self._total:
+            self._totals(r)
+
+    def _totals(self, r: Record) -> None:
+        """How it ended, how fast it was, where everything is."""
+        colour = {"finished": "green", "stopped": "yellow"}.get(r["status"], "red")
+        self._say((r["status"], f"bold {colour}"), f" at step {r['step']}/{self._total}: {r['tokens']:,} tokens")
+        speed = [f"{r['tokens_per_second']:,.0f} tokens/s"] if r["tokens_per_second"] else []
+        speed += [f"MFU {r['mfu']:.1%}"] if r.get("mfu") is not None else []
+        speed += [f"goodput {r['goodput']:.0%}"] if r.get("goodput") is not None else []
+        if speed:
+            self._named("speed", " · ".join(speed))
+        if spent := tables.time_line(self._tally):
+            self._named("time", spent)
+        if memory := self._tally.memory_gib:
+            names = {"memory_gib": "GiB at most", "host_memory_gib": "GiB of the host's"}
+            self._named("memory", " · ".join(f"{gib:.2f} {names[kind]}" for kind, gib in memory.items()))
         if r["model"]:
-            self._say(f"model    {r['model']}")
+            self._named("model", r["model"])
         if (self._folder / "report.html").exists():
-            self._say(f"report   {self._folder / 'report.html'}")
-        self._say(f"records  {self._folder / 'metrics.jsonl'}")
-
-    def _changes(self) -> Table:
-        """What the run did to each domain."""
-        table = _table("domain", "perplexity before", "after", "change in loss (nats)")
-        for domain, after in self._after.items():
-            before = self._before[domain]
-            numbers = (_number(before["perplexity"]), _number(after["perplexity"]), _change(before, after))
-            table.add_row(f"{domain} ({after['role']})", *numbers)
-        return table
-
-    def _scores(self) -> Table:
-        """What `task=evaluation` found."""
-        table = _table("domain", "loss (nats)", "perplexity", "bits per byte", "tokens")
-        for domain, r in self._after.items():
-            bits = "—" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.4f}"
-            numbers = (
-                "—" if r["loss"] is None else f"{r['loss']:.4f}",
-                _number(r["perplexity"]),
-                bits,
-                f"{r['tokens']:,}",
-            )
-            table.add_row(f"{domain} ({r['role']})", *numbers)
-        return table
+            self._named("report", str(self._folder / "report.html"))
+        self._named("records", str(self._folder / "metrics.jsonl"))
 
 
-def _table(*titles: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for title in titles:
-        table.add_column(title, justify="left" if title == "domain" else "right")
-    return table
-
-
-def _baseline(record: dict[str, Any]) -> dict[str, Any]:
-    """The record of step 0, worked out from a later one (a resumed process has not seen step 0)."""
-    if record["loss"] is None or record["delta_loss"] is None:  # no number, or a domain added on resume
-        return record | {"step": 0, "loss": None, "perplexity": None}
-    loss = record["loss"] - record["delta_loss"]
-    return record | {"step": 0, "loss": loss, "perplexity": math.exp(loss)}
-
-
-def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
-    known = before["loss"] is not None and after["loss"] is not None
-    return f"{after['loss'] - before['loss']:+.4f}" if known else "—"
-
-
-def _number(value: float | None) -> str:
-    return "—" if value is None else f"{value:,.2f}"
-
-
-def _progress(console: RichConsole) -> RichProgress:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
-    )
-    return Progress(*columns, TimeRemainingColumn(), console=console)
+def _earlier(run: Path, start: RunStarted) -> list[Record]:
+    """The records of the run that goes on; none where they can't be read, which others will say."""
+    try:
+        return records_until(run / "metrics.jsonl", start.step, owes_evaluation=start.owes_evaluation)
+    except (OSError, ValueError):
+        return []

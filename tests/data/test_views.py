@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pretrain.batch import IGNORE
 from pretrain.data.blocks import Blocks
 from pretrain.data.cache import write_whole
-from pretrain.data.evaluation import evaluation_batches
+from pretrain.data.evaluation import evaluation_batches, first_tokens
 from pretrain.data.parts import PartWriter, _mapped, open_part
 from pretrain.data.store import TokenStore, TokenView
 
@@ -191,3 +191,16 @@ def test_a_torn_part_is_no_part(tmp_path: Path, lost: int) -> None:
     path = store.parts[0].path
     path.write_bytes(path.read_bytes()[:-lost])
     assert open_part(path) is None
+
+
+@same_folder
+@given(parts=documents_strategy, count=st.integers(0, 4), length=st.integers(1, 9))
+def test_prompts_are_beginnings_of_documents(tmp_path: Path, parts, count: int, length: int) -> None:
+    store, documents = store_with(tmp_path, parts)
+    texts = [tokens[:-1].tolist() for _, tokens in documents]
+    long = [text[:length] for text in texts if len(text) >= length]
+    short = [text for text in texts if 0 < len(text) < length]
+    found = first_tokens(store.views(held_out=0)[0], count, length)
+    assert found[: len(long)] == long[:count]
+    assert all(prompt in short for prompt in found[len(long) :])
+    assert len(found) == count or len(found) >= len(long)

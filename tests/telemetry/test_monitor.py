@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from pretrain.events import DomainScore, Evaluated, RunFinished, RunStarted, StepDone
+from pretrain.events import DomainScore, Evaluated, LayerNorms, RunFinished, RunStarted, StepDone
 from pretrain.telemetry.jsonl import Jsonl, read_records
 from pretrain.telemetry.monitor import Monitor
 from pretrain.telemetry.run_file import RunFile, read_run_file
@@ -16,12 +16,14 @@ class CountedReads(torch.Tensor):
 
     reads = 0
 
-    def __float__(self):
-        CountedReads.reads += 1
-        return super().__float__()
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ in ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy", "cpu"):
+            CountedReads.reads += 1
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def step_done(step, loss=1.0):
+def step_done(step, loss=1.0, **more):
     tensor = torch.tensor(loss).as_subclass(CountedReads)
     return StepDone(
         step,
@@ -32,7 +34,7 @@ def step_done(step, loss=1.0):
         lr=0.1,
         grad_norm=torch.tensor(1.0),
         skipped=torch.tensor(0),
-        data_seconds=0.0,
+        **more,
     )
 
 
@@ -58,6 +60,59 @@ def test_null_instead_of_nan(tmp_path):
     assert train["loss"] is None
     assert evaluation["perplexity"] is None
     assert evaluation["loss"] == 800.0
+
+
+def test_the_mean_is_of_the_steps_of_a_window_that_had_a_loss(tmp_path):
+    monitor = Monitor({"jsonl": Jsonl()}, run=tmp_path, log_every=4)
+    monitor(RunStarted(0, total_steps=8, resumed=False))
+    losses = [9.0, 4.0, float("nan"), 2.0, 1.0, 1.0, float("inf"), float("nan")]
+    for step, loss in enumerate(losses, start=1):
+        monitor(step_done(step, loss))
+    train = [r for r in read_records(tmp_path / "metrics.jsonl") if r["event"] == "train"]
+    assert [(r["step"], r["loss"], r["loss_mean"]) for r in train] == [(1, 9.0, 9.0), (4, 2.0, 3.0), (8, None, 1.0)]
+
+
+def test_what_is_not_known_is_null(tmp_path):
+    """No facts of the device, no loss scaler; then one, as a tensor and as DeepSpeed's number."""
+    monitor = Monitor({"jsonl": Jsonl()}, run=tmp_path, log_every=1)
+    monitor(RunStarted(0, total_steps=3, resumed=False))
+    for step, scale in enumerate((None, torch.tensor(65536.0), 1024.0), start=1):
+        monitor(step_done(step, loss_scale=scale))
+    train = [r for r in read_records(tmp_path / "metrics.jsonl") if r["event"] == "train"]
+    assert [r["loss_scale"] for r in train] == [None, 65536.0, 1024.0]
+    assert {(r["model_flops_per_second"], r["mfu"]) for r in train} == {(None, None)}
+
+
+def test_several_devices_in_one_process_hide_what_they_say_to_each_other(tmp_path):
+    monitor = Monitor({"jsonl": Jsonl()}, run=tmp_path, log_every=1)
+    monitor(RunStarted(0, total_steps=1, resumed=False, facts={"devices": 4, "world_size": 1}))
+    monitor(step_done(1))
+    (train,) = [r for r in read_records(tmp_path / "metrics.jsonl") if r["event"] == "train"]
+    assert train["communication_seconds"] is None
+    assert train["tokens_per_second_per_device"] == pytest.approx(train["tokens_per_second"] / 4)
+
+
+def test_a_run_that_is_stopped_between_log_steps_tells_of_its_last(tmp_path):
+    monitor = Monitor({"jsonl": Jsonl()}, run=tmp_path, log_every=4)
+    monitor(RunStarted(0, total_steps=9, resumed=False))
+    for step in (1, 2, 3):
+        monitor(step_done(step))
+    monitor(RunFinished(3, "stopped", 30))
+    assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [0, 1, 3, 3]
+
+
+def test_layers_are_read_at_log_steps_and_a_nan_in_them_is_null(tmp_path):
+    monitor = Monitor({"jsonl": Jsonl()}, run=tmp_path, log_every=2)
+    monitor(RunStarted(0, total_steps=9, resumed=False))
+    monitor(step_done(1))
+    CountedReads.reads = 0
+    norms = torch.tensor([[1.0, float("nan"), 0.5, 0.5]]).as_subclass(CountedReads)
+    monitor(step_done(3, layers=LayerNorms(("wte",), norms)))
+    assert CountedReads.reads == 0
+    monitor(step_done(4))
+    (record,) = [r for r in read_records(tmp_path / "metrics.jsonl") if r["event"] == "layers"]
+    row = {"weight_norm": 1.0, "grad_norm": None, "update_norm": 0.5, "update_ratio": 0.5}
+    assert (record["step"], record["layers"]) == (3, {"wte": row})
 
 
 def test_a_failing_sink_is_dropped_and_said(tmp_path, capsys):

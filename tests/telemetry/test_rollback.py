@@ -13,7 +13,7 @@ from pretrain.telemetry.terminal import Terminal
 def events():
     def step(number):
         numbers = {"loss": torch.tensor(2.0), "grad_norm": torch.tensor(1.0), "skipped": torch.tensor(0)}
-        return StepDone(number, epoch=0.1, tokens=number, step_tokens=1, lr=0.1, data_seconds=0.0, **numbers)
+        return StepDone(number, epoch=0.1, tokens=number, step_tokens=1, lr=0.1, **numbers)
 
     yield RunStarted(0, total_steps=4, resumed=False)
     yield from (step(number) for number in (1, 2, 3))

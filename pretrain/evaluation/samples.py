@@ -1,0 +1,116 @@
+"""How the model continues a few prompts at every evaluation: what a change in perplexity looks like.
+
+A plain greedy loop through the engine's own forward, without a cache of keys, and not transformers' ``generate``: under
+FSDP and ZeRO a forward is a collective of all ranks, so all take the same prompts for the same number of steps, whatever
+each of them finds. It is a few dozen short forwards; `task=generation` is for longer texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pretrain.errors import UserError
+from pretrain.evaluation.perplexity import evaluating
+from pretrain.events import Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pretrain.engine import Scorer
+    from pretrain.evaluation.perplexity import Domain
+    from pretrain.evaluation.policy import Policy
+
+AT_ONCE = 8  # prompts; their logits are one row each
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``tokens`` begin with an end-of-text token, after which a document begins in training too."""
+
+    domain: str
+    role: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Continues ``prompts`` by ``num_tokens``, a few at once. Draws no random number and leaves the model as it
+    was, so that a run with samples is bit for bit the run without."""
+
+    prompts: Sequence[Prompt]
+    tokenizer: Any
+    num_tokens: int
+
+    def run(
+        self,
+        engine: Scorer,
+        *,
+        interrupted: Callable[[], bool] = lambda: False,
+        alive: Callable[[], None] = lambda: None,
+    ) -> list[Sample] | None:
+        """One sample a prompt, in order. ``interrupted`` and ``alive`` are as in ``Evaluator.run``, for every token."""
+        samples = []
+        with evaluating(engine.model):
+            for start in range(0, len(self.prompts), AT_ONCE):
+                prompts = self.prompts[start : start + AT_ONCE]
+                rows = self._continue(engine, prompts, interrupted, alive)
+                if rows is None:
+                    return None
+                samples += [self._sample(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+        return samples
+
+    def _continue(
+        self, engine: Scorer, prompts: Sequence[Prompt], interrupted: Callable[[], bool], alive: Callable[[], None]
+    ) -> list[list[int]] | None:
+        """The tokens that follow each prompt; the host waits for the device once, at the end."""
+        device, eos = engine.world.device, self.tokenizer.eos_token_id
+        lengths = torch.tensor([len(p.tokens) for p in prompts], device=device)
+        longest = max(len(p.tokens) for p in prompts)
+        steps = min(self.num_tokens, engine.model.num_positions - longest)
+        ids = torch.full((len(prompts), longest + steps), eos, device=device)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt.tokens)] = torch.tensor(prompt.tokens, device=device)
+        rows = torch.arange(len(prompts), device=device)
+        for n in range(steps):
+            if interrupted():
+                return None
+            ids[rows, lengths + n] = engine.next_tokens(ids[:, : longest + n], lengths + n - 1)
+            alive()
+        return [self._until_end(row, start, steps) for row, start in zip(ids, lengths.tolist(), strict=True)]
+
+    def _until_end(self, row: Tensor, start: int, steps: int) -> list[int]:
+        found = row[start : start + steps].tolist()
+        eos = self.tokenizer.eos_token_id
+        return found[: found.index(eos)] if eos in found else found
+
+    def _sample(self, prompt: Prompt, continuation: list[int]) -> Sample:
+        before = self._text(prompt.tokens)
+        whole = self._text((*prompt.tokens, *continuation))  # some tokenizers drop a space where a text begins
+        text = whole.removeprefix(before) if whole.startswith(before) else self._text(continuation)
+        return Sample(prompt.domain, prompt.role, before, text)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+def prompts_of(domains: Sequence[Domain], policy: Policy, tokenizer: Any, *, num_positions: int) -> list[Prompt]:
+    """Of each domain, then the user's own. A document's is cut to half of the model's positions.
+
+    Raises ``UserError`` for a prompt of the user's that leaves no position for a continuation.
+    """
+    eos = tokenizer.eos_token_id
+    found = [Prompt(d.name, d.role, (eos, *tokens[: num_positions // 2])) for d in domains for tokens in d.prompts]
+    for text in policy.sample_prompts:
+        tokens = (eos, *tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(tokens) >= num_positions:
+            raise UserError(
+                f"evaluation.sample_prompts: one of {len(tokens)} tokens leaves no room: the model has {num_positions} "
+                "positions"
+            )
+        found.append(Prompt("prompts", "user", tokens))
+    return found

@@ -1,0 +1,63 @@
+"""The share of a run's wall time, since it was first started, that went into training steps that count.
+
+The rest: starting, evaluating, saving, standing still between two starts, and steps that were lost with a crash or a
+rollback and are trained again. It is had from what a run leaves anyway: run.json says when it began, metrics.jsonl which
+steps are kept. (The word: https://cloud.google.com/blog/products/ai-machine-learning/goodput-metric-as-measure-of-ml-productivity)
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pretrain.events import RunStarted
+from pretrain.telemetry.jsonl import records_until
+from pretrain.telemetry.run_file import earlier_facts
+
+
+class Goodput:
+    """Counts whole windows of steps: of one that is cut in its middle nothing is kept."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._windows: list[tuple[int, float]] = []  # (last step, seconds)
+        self._started_at: float | None = time.time()
+
+    def start(self, event: RunStarted) -> None:
+        """Look at what earlier starts have left. Before sinks open, which cut it."""
+        records: list[dict[str, Any]] = []
+        if event.step:
+            with suppress(OSError, ValueError):  # no such file, or one that is broken: worth less than the run
+                file = self._run / "metrics.jsonl"
+                records = records_until(file, event.step, owes_evaluation=event.owes_evaluation)
+        self._windows = list(trained(records))
+        known = earlier_facts(self._run, event).get("started_at")
+        if known is None and records:  # a run from before run.json said so
+            known = records[0]["time"]
+        self._started_at = None if event.step and not records else known or time.time()
+
+    def add(self, step: int, seconds: float) -> None:
+        self._windows.append((step, seconds))
+
+    def go_back(self, step: int) -> None:
+        self._windows = [window for window in self._windows if window[0] <= step]
+
+    def share(self) -> float | None:
+        """0–1; ``None`` where an earlier start has left no records."""
+        if self._started_at is None:
+            return None
+        wall = time.time() - self._started_at
+        return min(1.0, sum(seconds for _, seconds in self._windows) / wall) if wall > 0 else None
+
+
+def trained(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(last step, seconds) of every window of steps among the records of a run."""
+    windows, before = [], 0
+    for record in records:
+        if record["event"] == "train":
+            windows.append((record["step"], (record["step"] - before) * record["step_seconds"]))
+        if record["event"] in ("train", "run_started", "rollback"):
+            before = record["step"]
+    return windows

@@ -1,0 +1,76 @@
+"""What the records of a run come to so far: before and after of each domain, the losses, where the time went."""
+
+from __future__ import annotations
+
+import math
+
+from pretrain.telemetry.record import Record
+
+PARTS = ("data", "compute", "optimizer", "communication")  # of a step, in seconds a step
+PAUSES = ("evaluation", "checkpoint")  # outside of the steps, in seconds a window
+
+
+class Tally:
+    """``before`` and ``after``: the first and the last evaluation of each domain. ``samples``: at both, the first sample
+    of each domain and each of the user's prompts. ``losses``: (step, loss or None) of each log step, the mean since the
+    one before where it is known."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, Record] = {}
+        self.after: dict[str, Record] = {}
+        self.samples: dict[tuple[str, str], tuple[Record, Record]] = {}
+        self.losses: list[tuple[int, float | None]] = []
+        self.seconds: dict[str, float] = {}
+        self.memory_gib: dict[str, float] = {}
+        self._step = 0
+
+    def add(self, record: Record) -> None:
+        match record["event"]:
+            case "train":
+                self._train(record)
+            case "evaluation":
+                first = record if record["step"] == 0 else baseline(record)
+                self.before.setdefault(record["domain"], first)
+                self.after[record["domain"]] = record
+            case "sample":
+                key = (record["domain"], record["prompt"] if record["role"] == "user" else "")
+                first, last = self.samples.setdefault(key, (record, record))
+                if record["step"] > last["step"]:
+                    self.samples[key] = (first, record)
+
+    def start(self, step: int) -> None:
+        """Training goes on, or on again, at ``step``."""
+        self.losses = [point for point in self.losses if point[0] <= step]
+        self._step = step
+
+    def _train(self, r: Record) -> None:
+        steps, self._step = r["step"] - self._step, r["step"]
+        self.losses.append((r["step"], r.get("loss_mean", r.get("loss"))))
+        self._spent("step", (r.get("step_seconds") or 0.0) * steps)
+        for part in PARTS:
+            self._spent(part, (r.get(f"{part}_seconds") or 0.0) * steps)
+        for pause in PAUSES:
+            self._spent(pause, r.get(f"{pause}_seconds") or 0.0)
+        on_host = r.get("memory_reserved_gib") is None  # then all of it is the host's
+        for kind in ("memory_gib",) if on_host else ("memory_gib", "host_memory_gib"):
+            if r.get(kind) is not None:
+                self.memory_gib[kind] = max(self.memory_gib.get(kind, 0.0), r[kind])
+
+    def _spent(self, what: str, seconds: float) -> None:
+        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+
+    def spent(self) -> dict[str, float]:
+        """All seconds that are accounted for, by what they went into, the parts of a step first; its rest is ``other``,
+        or ``training`` where the records don't say how long the forward and the backward took."""
+        parts = {name: self.seconds.get(name, 0.0) for name in (*PARTS, *PAUSES)}
+        rest = self.seconds.get("step", 0.0) - sum(parts[name] for name in PARTS)
+        named = parts | {"other" if parts["compute"] else "training": max(0.0, rest)}
+        return {name: named[name] for name in ("training", *PARTS, "other", *PAUSES) if named.get(name, 0.0) > 0}
+
+
+def baseline(record: Record) -> Record:
+    """The record of step 0, worked out from a later one (a resumed process may not have seen step 0)."""
+    if record["loss"] is None or record["delta_loss"] is None:  # no number, or a domain added on resume
+        return record | {"step": 0, "loss": None, "perplexity": None}
+    loss = record["loss"] - record["delta_loss"]
+    return record | {"step": 0, "loss": loss, "perplexity": math.exp(loss) if loss < 700 else None}

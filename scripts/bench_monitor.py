@@ -1,0 +1,156 @@
+"""What monitoring costs: training steps of the default run beside the same loop that nobody watches.
+
+    python scripts/bench_monitor.py [--rounds 10] [--steps 20] [key=value ...]
+
+Two trainers of the default run in one process, one with the clock and the listeners that a run has (monitor, console, jsonl,
+report, run.json), one with neither, take turns of ``--steps`` steps; nothing is evaluated or saved. Turns are short and
+alternate, so that whatever else the machine does falls on both; which one begins changes every round. The first round is
+not counted. Beside the ratios stands what hardly depends on the rest of the machine: the processor time that this thread
+spends in the listeners and the clock. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the program does on a CPU
+
+import hydra
+
+from pretrain import build
+from pretrain.batch import Batch
+from pretrain.checkpoint.store import Store
+from pretrain.cli import resolve
+from pretrain.clock import StepClock, StepTimes
+from pretrain.config import conf_dir
+from pretrain.events import Event, RunStarted
+from pretrain.interrupt import Interrupt
+from pretrain.place import Place
+from pretrain.strategy.base import Setting
+from pretrain.trainer import Trainer
+from pretrain.watchdog import Watchdog
+
+OWN = ["max_steps=1000000", "evaluation=new_only", "evaluate_every=null", "save_every=null"]
+
+
+class NoClock(StepClock):
+    def part(self, part: str) -> Any:
+        return nullcontext()
+
+    def take(self) -> StepTimes:
+        return StepTimes()
+
+
+@dataclass
+class Turn:
+    """Seconds a step; ``listening``: of processor time of them in the listeners."""
+
+    step: float
+    listening: float
+
+
+class Contestant:
+    def __init__(self, trainer: Trainer, *, watched: bool) -> None:
+        self.trainer, self.batches, self._listening = trainer, trainer.batches(), 0.0
+        if watched:
+            trainer.emit(RunStarted(0, trainer.total_steps, resumed=False, facts=trainer.facts))
+        else:
+            trainer.listeners, trainer.clock = [], NoClock()
+
+    def turn(self, steps: int) -> Turn:
+        """What `Trainer.run` does in a step, ``steps`` times."""
+        self._listening, started_at = 0.0, time.perf_counter()
+        for batch in self._some(steps):
+            event = self.trainer.train_step(batch)
+            self._emit(event)
+            self.trainer.agree()
+            list(self.trainer.guard.found(at_once=False))
+        return Turn((time.perf_counter() - started_at) / steps, self._listening / steps)
+
+    def _some(self, steps: int) -> Iterator[Batch]:
+        return (next(self.batches) for _ in range(steps))
+
+    def _emit(self, event: Event) -> None:
+        started_at = time.thread_time()
+        self.trainer.emit(event)
+        self._listening += time.thread_time() - started_at
+
+
+def build_trainer(arguments: list[str], folder: Path) -> Trainer:
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        resolved = resolve(hydra.compose("config", overrides=[*OWN, *arguments, f"output_dir={folder}"]))
+    folder.mkdir()
+    place, setting = Place(), setting_of(resolved)
+    return build.build_trainer(
+        resolved,
+        build.prepare(resolved),
+        folder,
+        Store(folder / "checkpoints", build.instantiate(resolved["checkpoint"])),
+        resume_from=None,
+        interrupt=Interrupt(silent=True),
+        setting=setting,
+        place=place,
+        world=build.build_world(resolved, place, group=False),
+        watchdog=Watchdog(),
+    )
+
+
+def setting_of(resolved: dict[str, Any]) -> Setting:
+    """One process on a CPU."""
+    return Setting(
+        device_type="cpu",
+        workers=1,
+        nodes=1,
+        devices_per_worker=1,
+        precision=build.instantiate(resolved["precision"]),
+        batch_size=resolved["batch_size"],
+        accumulation=resolved["gradient_accumulation_steps"],
+        grad_clip=resolved["grad_clip"],
+    )
+
+
+def clock_seconds(parts: int = 5, count: int = 2000) -> float:
+    """Processor time of a step's clock: ``parts`` measured, taken, and read at the log step."""
+    clock, started_at = StepClock(), time.thread_time()
+    for _ in range(count):
+        for _ in range(parts):
+            with clock.part("compute"):
+                pass
+        clock.take().seconds()
+    return (time.thread_time() - started_at) / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10, help="after a first one")
+    parser.add_argument("--steps", type=int, default=20, help="of one turn")
+    asked, overrides = parser.parse_known_args()
+    measured: dict[str, list[Turn]] = {"watched": [], "unwatched": []}
+    with tempfile.TemporaryDirectory() as name, Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        trainers = {who: build_trainer(overrides, Path(name) / who) for who in measured}
+        contestants = {who: Contestant(trainer, watched=who == "watched") for who, trainer in trainers.items()}
+        for number in range(asked.rounds + 1):
+            for who in list(measured)[:: 1 if number % 2 else -1]:
+                measured[who].append(contestants[who].turn(asked.steps))
+    medians = {who: statistics.median(turn.step for turn in turns[1:]) for who, turns in measured.items()}
+    ratios = [w.step / u.step for w, u in zip(measured["watched"][1:], measured["unwatched"][1:], strict=True)]
+    own = statistics.mean(turn.listening for turn in measured["watched"][1:]) + clock_seconds()
+    print("| | ms a step |\n|---|---|")
+    for who, seconds in medians.items():
+        print(f"| {who} | {seconds * 1e3:.2f} |")
+    print(f"\nratio of the medians {medians['watched'] / medians['unwatched']:.3f}, median ratio of a round ", end="")
+    print(f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    print(f"processor time of listeners and clock: {own * 1e3:.3f} ms a step, {own / medians['unwatched']:.2%} of one")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Goodput counts the time since a run was first started, and of its steps only those that are kept."""
+
+import json
+import time
+
+import pytest
+
+from pretrain.events import RunStarted
+from pretrain.telemetry.goodput import Goodput, trained
+
+NOW = 10_000.0
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: NOW)
+
+
+def record(event, step, at, **numbers):
+    return {"event": event, "step": step, "time": at} | numbers
+
+
+@pytest.fixture
+def crashed(tmp_path):
+    """Started 1000 s ago; ten steps of 10 s, a checkpoint at 8, then a crash; started again 500 s ago at 8; two more steps."""
+    records = [record("run_started", 0, NOW - 1000)]
+    records += [record("train", step, NOW - 990 + 10 * step, step_seconds=10.0) for step in (1, 4, 8, 10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (tmp_path / "run.json").write_text(json.dumps({"started_at": NOW - 1000}))
+    return tmp_path
+
+
+def test_steps_that_were_lost_and_the_time_between_starts_are_not_good(crashed):
+    goodput = Goodput(crashed)
+    goodput.start(RunStarted(8, total_steps=20, resumed=True))
+    assert goodput.share() == pytest.approx(80 / 1000)
+    goodput.add(10, 20.0)
+    assert goodput.share() == pytest.approx(100 / 1000)
+    goodput.go_back(8)
+    assert goodput.share() == pytest.approx(80 / 1000)
+
+
+def test_a_run_from_before_run_json_knew_its_start(crashed):
+    (crashed / "run.json").unlink()
+    goodput = Goodput(crashed)
+    goodput.start(RunStarted(8, total_steps=20, resumed=True))
+    assert goodput.share() == pytest.approx(80 / 1000)
+
+
+@pytest.mark.parametrize("left", [None, '{"event": "run_sta\n{}\n'])
+def test_without_records_of_earlier_starts_there_is_no_number(crashed, left):
+    (crashed / "metrics.jsonl").unlink() if left is None else (crashed / "metrics.jsonl").write_text(left)
+    goodput = Goodput(crashed)
+    goodput.start(RunStarted(8, total_steps=20, resumed=True))
+    goodput.add(9, 10.0)
+    assert goodput.share() is None
+
+
+def test_a_new_run_in_an_old_folder_has_its_own_time(crashed, monkeypatch):
+    goodput = Goodput(crashed)
+    goodput.start(RunStarted(0, total_steps=20, resumed=False))
+    monkeypatch.setattr(time, "time", lambda: NOW + 100)
+    goodput.add(1, 50.0)
+    assert goodput.share() == pytest.approx(0.5)
+
+
+def test_workers_that_were_restarted_before_the_first_checkpoint_have_lost_that_time(crashed, monkeypatch):
+    goodput = Goodput(crashed)
+    goodput.start(RunStarted(0, total_steps=20, resumed=False, facts={"launch_restarts": 1}))
+    goodput.add(1, 50.0)
+    assert goodput.share() == pytest.approx(50 / 1000)
+
+
+def test_a_window_begins_where_its_process_did():
+    records = [record("run_started", 0, 0.0), record("train", 5, 0.0, step_seconds=2.0)]
+    records += [record("run_started", 7, 0.0), record("train", 8, 0.0, step_seconds=3.0)]
+    records += [record("rollback", 8, 0.0), record("train", 10, 0.0, step_seconds=1.0)]
+    assert trained(records) == [(5, 10.0), (8, 3.0), (10, 2.0)]

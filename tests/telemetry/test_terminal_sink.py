@@ -1,0 +1,279 @@
+"""The console sink, given records: on a real terminal, on a narrow one, without colours, where there is none."""
+
+import os
+import re
+import sys
+
+import pytest
+
+from pretrain.events import RunStarted
+from pretrain.telemetry.jsonl import Jsonl
+from pretrain.telemetry.tables import BLOCKS, duration, one_line, sparkline
+from pretrain.telemetry.tally import Tally
+from pretrain.telemetry.terminal import Terminal
+
+ESCAPE = "\x1b"
+COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|4[0-7]|9[0-7]|38;[\d;]+|48;[\d;]+)(?:;\d+)*m")
+CURSOR = re.compile(r"\x1b\[\d+A")
+
+
+def train(step, loss, **more):
+    old = {"event": "train", "step": step, "loss": loss, "lr": 1e-3, "tokens_per_second": 5000.0, "memory_gib": 0.5}
+    return old | {"grad_norm": 1.5, "step_seconds": 0.5, "data_seconds": 0.0, "mfu": None} | more
+
+
+def evaluation(step, domain, role, loss, before):
+    numbers = {"perplexity": 2.718**loss, "bits_per_byte": None, "tokens": 100, "delta_loss": loss - before}
+    return {"event": "evaluation", "step": step, "domain": domain, "role": role, "loss": loss} | numbers
+
+
+def sample(step, text, prompt="def f(x):\n    return"):
+    return {"event": "sample", "step": step, "domain": "python", "role": "new", "prompt": prompt, "text": text}
+
+
+STARTED = {"event": "run_started", "step": 0, "total_steps": 40, "resumed": False, "model": "tiny", "device": "cpu"}
+FINISHED = {"event": "run_finished", "step": 40, "status": "finished", "tokens": 4000, "tokens_per_second": 5000.0}
+FINISHED |= {"model": None}
+RUN = [
+    STARTED,
+    evaluation(0, "python", "new", 4.0, 4.0),
+    evaluation(0, "english", "base", 3.0, 3.0),
+    sample(0, " x.\x1b[31mred\x07\n\n    y"),
+    *(train(step, 4.0 - step / 40) for step in range(1, 40)),
+    train(40, None),
+    evaluation(40, "python", "new", 3.5, 4.0),
+    evaluation(40, "english", "base", 3.2, 3.0),
+    sample(40, " x + 1" * 40),
+    FINISHED,
+]
+SPLIT = {"compute_seconds": 0.3, "optimizer_seconds": 0.1, "evaluation_seconds": 5.0, "checkpoint_seconds": 0.0}
+SPLIT |= {"mfu": 0.412, "memory_reserved_gib": 1.0, "host_memory_gib": 2.0, "eta_seconds": 3723.0}
+
+
+def play(records, tmp_path, level=3):
+    sink = Terminal(level)
+    sink.open(tmp_path, RunStarted(records[0]["step"], 40, resumed=records[0]["resumed"]))
+    for record in records:
+        sink.write(record)
+    sink.close()
+
+
+@pytest.fixture
+def terminal(monkeypatch, tmp_path):
+    """``terminal(records, columns)``: what a real terminal is sent."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_INTERACTIVE", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+    def run(records=RUN, columns=100, level=3):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        reader, writer = os.openpty()
+        read = b""
+        os.set_blocking(reader, False)
+        with os.fdopen(writer, "w", encoding="utf-8") as stream:
+            monkeypatch.setattr(sys, "stdout", Drained(stream, reader))
+            play(records, tmp_path, level)
+            read = sys.stdout.read
+        monkeypatch.undo()
+        os.close(reader)
+        return read.decode()
+
+    return run
+
+
+class Drained:
+    """A terminal that is read as it is written, so that its buffer never fills."""
+
+    def __init__(self, stream, reader):
+        self.stream, self.reader, self.read = stream, reader, b""
+        self.encoding = "utf-8"
+
+    def write(self, text):
+        for start in range(0, len(text), 500):
+            self.stream.write(text[start : start + 500])
+            self.flush()
+        return len(text)
+
+    def flush(self):
+        self.stream.flush()
+        try:
+            while piece := os.read(self.reader, 1 << 16):
+                self.read += piece
+        except BlockingIOError:
+            pass
+
+    def isatty(self):
+        return self.stream.isatty()
+
+    def fileno(self):
+        return self.stream.fileno()
+
+
+def test_a_terminal_has_a_bar_and_a_curve(terminal):
+    shown = terminal()
+    assert CURSOR.search(shown), "the bar is drawn over"
+    assert COLOUR.search(shown)
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown)
+    assert "20/40 ━" in plain
+    assert re.search(f"[{BLOCKS}]{{30}}", plain), "the curve of the losses"
+    assert "×" in plain, "where the loss was no number"
+    assert "step 20/40" not in plain, "no line a step beside the bar"
+    assert "↓ 0.5000 nats better than at step 0" in plain
+    assert "↑ 0.2000 nats worse than at step 0" in plain
+
+
+def test_a_run_that_goes_on_begins_where_it_was(terminal):
+    shown = terminal([STARTED | {"step": 20, "resumed": True}, train(21, 3.0)])
+    counts = re.findall(r"(\d+)/40 ━", re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown))
+    assert list(dict.fromkeys(counts)) == ["20", "21"]
+
+
+def test_no_color_is_respected(terminal, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown = terminal()
+    assert CURSOR.search(shown)
+    assert not COLOUR.search(shown)
+
+
+def test_a_dumb_terminal_gets_lines(terminal, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    shown = terminal()
+    assert ESCAPE not in shown
+    assert "step 20/40  loss 3.5000" in shown
+
+
+@pytest.mark.parametrize("columns", [40, 60, 100])
+def test_it_fits_the_terminal(columns, terminal):
+    """Whatever is redrawn must not wrap: a line that does is not drawn over but left behind."""
+    records = [r | SPLIT if r["event"] == "train" else r for r in RUN]
+    frames = re.split(r"\x1b\[\d+A\x1b\[2K", terminal(records, columns))
+    lines = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", frame).split("\r\n")[:2] for frame in frames[1:]]
+    drawn = [line.strip("\r") for frame in lines for line in frame if "━" in line or line.startswith("loss ")]
+    assert len(drawn) > 40
+    assert max(map(len, drawn)) <= columns
+    assert any(line.startswith("loss 3.5") and any(b in line for b in BLOCKS) for line in drawn)
+    assert any("1:02:03 left" in line for line in drawn)
+    assert any("MFU 41.2%" in line for line in drawn) == (columns == 100)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_no_terminal_has_plain_lines(forced, tmp_path, capsys, monkeypatch):
+    """With FORCE_COLOR too nothing is drawn over: a log keeps every line."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if forced:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    play(RUN, tmp_path)
+    out = capsys.readouterr().out
+    assert not CURSOR.search(out)
+    assert forced or ESCAPE not in out
+    plain = re.sub(r"\x1b\[[\d;?]*m", "", out)
+    assert len(re.findall(r"^step +\d+/40  loss", plain, re.MULTILINE)) == 40
+    assert "finished at step 40/40: 4,000 tokens" in plain
+
+
+@pytest.mark.parametrize("columns", [40, 71, 72, 100])
+def test_the_table_fits(columns, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    play(RUN, tmp_path)
+    table = capsys.readouterr().out.split("─ \n")[1].split("python (new)  def")[0]
+    assert max(map(len, table.splitlines())) <= columns
+    assert ("↓ 0.5000 better" in table) == (columns >= 72)
+    assert "↓ 0.5000" in table
+
+
+def test_every_prompt_of_the_user_s_is_shown(tmp_path, capsys):
+    own = [sample(step, f" text {step}", p) | {"role": "user"} for step in (0, 40) for p in ("one", "two")]
+    play([*RUN[:-1], *own, FINISHED], tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    for prompt in ("one", "two"):
+        at = lines.index(f"python (user)  {prompt}")
+        assert lines[at + 1 : at + 3] == ["  before text 0", "  after  text 40"]
+
+
+def test_samples_are_one_line_and_can_do_nothing_to_the_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    play(RUN, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    before = next(line for line in lines if line.startswith("  before "))
+    after = next(line for line in lines if line.startswith("  after "))
+    assert before == "  before x.·[31mred· ⏎ y"
+    assert after.startswith("  after  x + 1 x + 1")
+    assert after.endswith("…")
+    assert len(after) == 80
+    assert "python (new)  def f(x): ⏎ return" in lines
+
+
+@pytest.mark.parametrize(
+    ("level", "has", "has_not"),
+    [
+        (1, ["trains 40 steps", "finished at"], ["than at step 0", "step 20/40"]),
+        (2, ["than at step 0"], ["step 20/40"]),
+        (3, ["step 20/40"], ["grad norm"]),
+        (4, ["grad norm 1.50  0.50 GiB"], []),
+    ],
+)
+def test_levels(level, has, has_not, tmp_path, capsys):
+    play(RUN, tmp_path, level)
+    out = capsys.readouterr().out
+    assert all(words in out for words in has)
+    assert not any(words in out for words in has_not)
+
+
+def test_the_summary_says_where_the_time_went(tmp_path, capsys):
+    """Of 20 s in steps 12 are forward+backward, 4 the optimizer, 4 are left; beside them 40 × 0.5 s of evaluation."""
+    records = [r | SPLIT | {"evaluation_seconds": 0.5} if r["event"] == "train" else r for r in RUN]
+    records[-1] = FINISHED | {"mfu": 0.412, "goodput": 0.5}
+    play(records, tmp_path)
+    out = capsys.readouterr().out
+    assert "5,000 tokens/s · MFU 41.2% · goodput 50%" in out
+    assert "0:40  ■ forward+backward 30%  ■ optimizer 10%  ■ other 10%  ■ evaluation 50%" in out
+    assert "0.50 GiB at most · 2.00 GiB of the host's" in out
+
+
+def test_records_of_an_older_run(tmp_path, capsys):
+    """Without samples, without the split of a step."""
+    play([r for r in RUN if r["event"] != "sample"], tmp_path)
+    out = capsys.readouterr().out
+    assert "training 100%" in out
+    assert "before " not in out.split("finished at")[1]
+
+
+def test_a_resumed_run_remembers_what_was_before(tmp_path, capsys):
+    jsonl = Jsonl()
+    jsonl.open(tmp_path, RunStarted(0, 40, resumed=False))
+    for record in RUN[:24]:
+        jsonl.write(record)
+    jsonl.close()
+    resumed = [STARTED | {"step": 20, "resumed": True}, train(21, 3.0), *RUN[-5:]]
+    play(resumed, tmp_path)
+    out = capsys.readouterr().out
+    assert "  before x.·[31mred·" in out
+    assert "↓ 0.5000 better" in out
+
+
+def test_a_curve():
+    assert sparkline([1.0, 2.0, 3.0, 4.0, None, 8.0], 5) == "▁▂▃×█"
+    assert sparkline([1.0] * 3, 40) == "▁▁▁"
+    assert sparkline([None, None], 40) == "××"
+    assert sparkline([], 40) == sparkline([1.0], 0) == ""
+
+
+def test_a_rollback_takes_the_curve_back():
+    tally = Tally()
+    tally.start(0)
+    for step in (1, 2, 3):
+        tally.add(train(step, float(step)))
+    tally.start(1)
+    tally.add(train(2, 5.0))
+    assert tally.losses == [(1, 1.0), (2, 5.0)]
+    assert tally.seconds["step"] == 2.0  # four steps of half a second: what was lost took its time too
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3723, "1:02:03"), (90000, "1 d 1:00:00")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_one_line():
+    assert one_line("a\n\n  b\tc\x9b31m") == "a ⏎ b·c·31m"
