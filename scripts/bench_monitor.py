@@ -29,8 +29,8 @@ import hydra
 from pretrain import build
 from pretrain.batch import Batch
 from pretrain.checkpoint.store import Store
-from pretrain.cli import resolve
 from pretrain.clock import StepClock, StepTimes
+from pretrain.compose import resolve
 from pretrain.config import conf_dir
 from pretrain.events import Event, RunStarted
 from pretrain.interrupt import Interrupt
