@@ -6,7 +6,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from pretrain.sweep.job import KEPT, jobs_in
 from pretrain.sweep.jobs import Sweep, quoted
 from pretrain.sweep.plan import Plan
 from pretrain.sweep.policy import Policy
+from pretrain.sweep.show import show
 from pretrain.trust import make_hydra
 
 
@@ -48,6 +49,7 @@ def sweep(arguments: list[str], flags: list[str], overrides: list[str], spoken: 
             direction=policy.direction,
             command=tuple(arguments),
             began_at=time.time(),
+            total=None if plan.jobs is None else len(plan.jobs),
             config_dir=config_dir and os.path.abspath(config_dir),
         )
         words = [*overrides, f"hydra.sweep.dir={quoted(folder)}", "hydra.mode=MULTIRUN"]
@@ -70,9 +72,10 @@ def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
         except (Stopped, KeyboardInterrupt) as stop:
             status, stopped_by = "stopped", str(stop) or "Ctrl-C"
         finally:
-            rows = this.write_table(status or _status(this))["jobs"]
+            told = this.write_table(status or _status(this))
     code = EXIT_CODE if stopped_by else worst(_codes(this))
-    show(rows, this)
+    show(this.folder, told)
+    rows = told["jobs"]
     if stopped_by:
         notice(f"stopped ({stopped_by}); to go on: {this.command_line}")
     elif rows and all(row["status"] == "failed" for row in rows):
@@ -109,19 +112,3 @@ def _at_work(folder: Path) -> Iterator[None]:
     with file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
-
-
-def show(rows: list[dict[str, Any]], this: Sweep) -> None:
-    """The jobs as a table on stdout, the best first."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    ranked = table.ranking(rows, this.direction)
-    shown = Table("job", "name", "status", this.metric, "", box=SIMPLE_HEAD)
-    for row in [*ranked, *(row for row in rows if row not in ranked)]:
-        objective = "" if row["objective"] is None else f"{row['objective']:,.4f}"
-        shown.add_row(str(row["number"]), row["name"], row["status"], objective, row["error"] or "")
-    with suppress(OSError):
-        Console().print(shown, markup=False)
-        print(f"sweep    {this.folder / 'sweep.html'}", flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -22,12 +23,13 @@ from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig
 
 from pretrain.console import notice
 from pretrain.interrupt import EXIT_CODE, SIGNALS, Stopped
 from pretrain.sweep import child
-from pretrain.sweep.job import DONE, Job, job_of
+from pretrain.sweep.job import DONE, Job, job_of, jobs_in
 from pretrain.sweep.measure import measures_of, objective_in
 from pretrain.sweep.table import write
 
@@ -47,7 +49,8 @@ class Outcome:
 @dataclass(frozen=True)
 class Sweep:
     """``keys``: those that are swept. ``command``: the words after ``python -m pretrain``. ``began_at``: Unix seconds; the
-    jobs of this command bear it, whichever process runs them. ``config_dir``: of ``--config-dir``."""
+    jobs of this command bear it, whichever process runs them. ``total``: how many, where that is known.
+    ``config_dir``: of ``--config-dir``."""
 
     folder: Path
     keys: tuple[str, ...]
@@ -55,6 +58,7 @@ class Sweep:
     direction: str
     command: tuple[str, ...]
     began_at: float
+    total: int | None = None
     config_dir: str | None = None
 
     def __call__(self, config: DictConfig) -> float:
@@ -68,6 +72,11 @@ class Sweep:
     def job(self, overrides: list[str]) -> Job:
         """The job with these overrides, in whatever order; one that is new gets its folder."""
         return job_of(self.folder, overrides, self.keys)
+
+    def place(self, job: Job) -> str:
+        """``3 of 8``: which of this command's jobs it is."""
+        own = [other.name for other, state in jobs_in(self.folder) if state.get("began_at") == self.began_at]
+        return f"{own.index(job.name) + 1}" + (f" of {self.total}" if self.total else "")
 
     def words(self, job: Job) -> list[str]:
         """The words of the job as a command, with its own folder."""
@@ -139,6 +148,7 @@ def run_job(
             notice(f"{job.name}: {state['status']} before, not run again")
             return sweep.outcome(job)
         job.write(status="running", locked=True)
+        notice(f"job {sweep.place(job)}: {job.name}")
         sweep.write_table()
         for left in (job.note, job.prune_file):
             left.unlink(missing_ok=True)
@@ -206,5 +216,6 @@ def _reason(job: Job, code: int) -> str:
 
 def quoted(path: Path) -> str:
     """A path as a value that Hydra's grammar leaves alone."""
-    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    if re.fullmatch(r"[\w./-]+", str(path)):
+        return str(path)
+    return QuotedString(str(path), Quote.single).with_quotes()

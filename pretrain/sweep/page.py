@@ -1,10 +1,197 @@
-"""sweep.html: the jobs of a sweep on one page."""
+"""sweep.html: the jobs of a sweep on one page: which is best, what each key does, what gain costs in forgetting."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
+from pretrain.sweep.measure import evaluations, mean
+from pretrain.sweep.parallel import Axis, parallel_chart
+from pretrain.sweep.table import ranking
+from pretrain.telemetry.report import style
+from pretrain.telemetry.report.charts import Line, Point, compact, line_chart, scatter_chart
+from pretrain.telemetry.report.style import NUM_COLOURS, Markup, escape, join
+
+Row = dict[str, Any]
+KINDS = {"finished": "good", "failed": "bad", "running": "warn", "stopped": "warn", "pruned": "", "waiting": ""}
+HEAD = ("", "job", "status", "new-domain loss", "change", "forgetting", "tokens/s", "time")
+WORDS = {"new_loss": "new-domain loss", "new_delta": "change of the new-domain loss", "train_loss": "training loss"}
+WORDS |= {"forgetting": "forgetting", "tokens_per_second": "tokens/s"}
 
 
-def page(folder: Path, table: dict[str, Any]) -> str:
-    return "<!doctype html>"
+def page(folder: Path, table: Row) -> str:
+    """The whole page as HTML text. ``table``: what stands in sweep.json."""
+    rows: list[Row] = table["jobs"]
+    ranked = ranking(rows, table["metric"]["direction"])
+    title = folder.absolute().name
+    status = table["status"]
+    parts = [
+        Markup(f"<h1>{escape(title)}{style.pill(status, KINDS.get(status, ''))}</h1>"),
+        Markup(f'<p class="soft">{escape(_counted(rows))}</p>'),
+        Markup(f'<p class="verdict">{escape(verdict(table, ranked))}</p>'),
+        _tiles(rows, ranked, table),
+        style.section("What each key does", parallel_chart(_axes(ranked, table), _lines(ranked))),
+        style.section("Gain and forgetting", style.grid([_front(rows, table), *_curves(folder, ranked)], "two")),
+        style.section("Jobs", style.card(_jobs(folder, rows, ranked, table))),
+        style.section("The best run again", style.copyable(ranked[0]["command"])) if ranked else "",
+        style.section("This sweep again, or on from here", style.copyable(table["command"])),
+    ]
+    return style.document(f"{title} · sweep", join(parts))
+
+
+def verdict(table: Row, ranked: list[Row]) -> str:
+    """One sentence: which job is best, and what it has learned and forgotten."""
+    if not ranked:
+        failed = sum(row["status"] == "failed" for row in table["jobs"])
+        return f"No job has finished yet{f'; {failed} failed' if failed else ''}."
+    best, metric = ranked[0], table["metric"]
+    text = f"Best of {len(ranked)}: {best['name']}, {_word(metric)} {_number(best['objective'])}"
+    if best["new_delta"] is not None:
+        verb = "gained" if best["new_delta"] <= 0 else "lost"
+        text += f"; it {verb} {abs(best['new_delta']):.3f} nats per token on the new domain"
+    if best["forgetting"] is not None:
+        verb = "forgot" if best["forgetting"] > 0 else "gained"
+        text += f" and {verb} {abs(best['forgetting']):.3f} on the base domains"
+    return text + "."
+
+
+def varying(rows: list[Row]) -> dict[str, list[str | None]]:
+    """Key → its value in each job, of the keys that are not the same in all; ``None`` where a job has no such key."""
+    said = [dict(o.lstrip("+~").split("=", 1) for o in row["overrides"] if "=" in o) for row in rows]
+    keys = dict.fromkeys(key for words in said for key in words)
+    values = {key: [words.get(key) for words in said] for key in keys}
+    return {key: column for key, column in values.items() if len(set(column)) > 1}
+
+
+def _counted(rows: list[Row]) -> str:
+    counts = Counter(row["status"] for row in rows)
+    return f"{len(rows)} jobs: " + ", ".join(f"{counts[status]} {status}" for status in KINDS if counts[status])
+
+
+def _tiles(rows: list[Row], ranked: list[Row], table: Row) -> Markup:
+    tiles = [style.tile(f"{sum(r['status'] == 'finished' for r in rows)} of {len(rows)}", "jobs finished")]
+    if ranked:
+        objectives = [row["objective"] for row in ranked]
+        tiles += [
+            style.tile(_number(objectives[0]), f"best {_word(table['metric'])}"),
+            style.tile(_number(abs(objectives[-1] - objectives[0])), "between the best and the last"),
+        ]
+    speeds = [row["tokens_per_second"] for row in rows if row["tokens_per_second"]]
+    if speeds:
+        tiles.append(style.tile(compact(max(speeds)), "tokens/s, the fastest job"))
+    tiles.append(style.tile(_time(sum(row["seconds"] for row in rows)), "of work"))
+    return style.grid(tiles, "tiles")
+
+
+def _axes(ranked: list[Row], table: Row) -> list[Axis]:
+    """Of the parallel coordinates: the keys that vary, then what came of them, the objective last."""
+    if len(ranked) < 2:
+        return []
+    axes = [Axis.of_words(key, values) for key, values in varying(ranked).items()]
+    metric = table["metric"]["name"]
+    for name in ("tokens_per_second", "forgetting", "new_loss"):
+        values = [row[name] for row in ranked]
+        if name != metric and None not in values:
+            axes.append(Axis.of_numbers(WORDS[name], values))
+    return [*axes, Axis.of_numbers(_word(table["metric"]), [row["objective"] for row in ranked])]
+
+
+def _lines(ranked: list[Row]) -> list[str]:
+    return [f"{row['name']}: {_number(row['objective'])}" for row in ranked]
+
+
+def _front(rows: list[Row], table: Row) -> Markup:
+    """Every finished job by gain and forgetting; the line joins those that no other beats in both."""
+    known = [r for r in rows if r["status"] == "finished" and None not in (r["new_delta"], r["forgetting"])]
+    by_number = {row["number"]: row for row in known}
+    front = [by_number[number] for number in table["pareto"]]
+    points = [
+        Point(
+            row["name"],
+            -row["new_delta"],
+            row["forgetting"],
+            colour=0 if row in front else 9,
+            strong=row["number"] == table["best"] or row in (front[0], front[-1]),
+        )
+        for row in known
+    ]
+    line = sorted((-row["new_delta"], row["forgetting"]) for row in front)
+    return scatter_chart(
+        "Forgetting against gain",
+        points,
+        x_label="gain on the new domain (nats per token)",
+        unit="nats per token; the line joins jobs that no other beats in both",
+        front=line if len(line) > 1 else (),
+    )
+
+
+def _curves(folder: Path, ranked: list[Row]) -> list[Markup]:
+    """The way of the best jobs: the change of the loss since step 0, new domains and base domains."""
+    shown = ranked[:NUM_COLOURS]
+    of_roles: dict[str, list[Line]] = {"new": [], "base": []}
+    for colour, row in enumerate(shown):
+        records = evaluations(folder / row["folder"] / "metrics.jsonl")
+        for role, lines in of_roles.items():
+            steps = sorted({r["step"] for r in records if r["role"] == role})
+            at = [mean(r["delta_loss"] for r in records if r["role"] == role and r["step"] == s) for s in steps]
+            lines.append(Line(row["name"], steps, at, colour))
+    few = f", the best {len(shown)} jobs" if len(shown) < len(ranked) else ""
+    titles = {"new": f"New domain: change of the loss{few}", "base": f"Base domains: change of the loss{few}"}
+    unit = "nats per token since step 0"
+    return [line_chart(titles[role], lines, unit=unit, zero=True) for role, lines in of_roles.items()]
+
+
+def _jobs(folder: Path, rows: list[Row], ranked: list[Row], table: Row) -> Markup:
+    """The ranked table; a job's name leads to its report."""
+    others = [row for row in rows if row not in ranked]
+    metric = table["metric"]
+    own = () if metric["name"] in ("new_loss", "new_delta", "forgetting", "tokens_per_second") else (_word(metric),)
+    lines = []
+    for place, row in enumerate([*ranked, *others], start=1):
+        status: Any = style.pill(row["status"], KINDS[row["status"]])
+        if row["error"]:
+            status = Markup(f'{status}<br><span class="soft">{escape(row["error"])}</span>')
+        lines.append(
+            [
+                place if row in ranked else "",
+                _named(folder, row, table),
+                status,
+                *([_number(row["objective"])] if own else []),
+                _number(row["new_loss"]),
+                _signed(row["new_delta"]),
+                _signed(row["forgetting"]),
+                "—" if row["tokens_per_second"] is None else compact(row["tokens_per_second"]),
+                _time(row["seconds"]) if row["seconds"] else "—",
+            ]
+        )
+    return style.table([*HEAD[:3], *own, *HEAD[3:]], lines, text=(0, 1, 2))
+
+
+def _named(folder: Path, row: Row, table: Row) -> Markup:
+    name = escape(row["name"])
+    if (folder / row["folder"] / "report.html").exists():
+        name = Markup(f'<a href="{escape(quote(row["folder"]))}/report.html">{name}</a>')
+    best = style.pill("best", "good") if row["number"] == table["best"] else ""
+    front = style.pill("front") if row["number"] in table["pareto"] else ""
+    return join([name, best, front])
+
+
+def _word(metric: Row) -> str:
+    name: str = metric["name"]
+    return WORDS.get(name, re.sub(r"_(?=[a-z])", " ", name))
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:,.4f}" if abs(value) < 1000 else compact(value)
+
+
+def _signed(value: float | None) -> str:
+    return "—" if value is None else f"{value:+.4f}".replace("-", "−")
+
+
+def _time(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"

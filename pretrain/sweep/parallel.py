@@ -1,0 +1,113 @@
+"""Parallel coordinates: one line a job, through its place on every axis; the better the job, the stronger its line.
+
+Drawn by hand as SVG: a few straight lines and words, in the page's own colours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pretrain.telemetry.report.charts import compact
+from pretrain.telemetry.report.style import Markup, escape
+
+WIDTH, HEIGHT = 960, 270  # px; a narrow page scrolls it sideways
+TOP, BOTTOM, SIDE = 34, 14, 70  # px around the axes, for names and values
+DECADE = 10.0  # positive numbers that span as much lie on a logarithmic axis
+MOST_WORDS = 12  # an axis with more values says the ends of them only
+CSS = """<style>.parallel path { fill: none; stroke-linejoin: round; } .parallel g:hover path { stroke: var(--c1);
+stroke-width: 4; } .parallel g text { opacity: 0; font-weight: 600; } .parallel g:hover text { opacity: 1; fill: var(--ink); }
+</style>"""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """``places``: where each job lies, 0 (bottom) … 1; ``ticks``: (place, what it says)."""
+
+    name: str
+    places: Sequence[float]
+    ticks: Sequence[tuple[float, str]]
+
+    @classmethod
+    def of_numbers(cls, name: str, values: Sequence[float], *, words: Sequence[str] | None = None) -> Axis:
+        """``words``: what the values are called, at each of them; else the ends say their numbers."""
+        low, high = min(values), max(values)
+        logarithmic = low > 0 and high / low >= DECADE
+        scale = math.log if logarithmic else float
+        span = (scale(high) - scale(low)) or 1.0
+        places = [(scale(v) - scale(low)) / span if high > low else 0.5 for v in values]
+        if words is None:
+            return cls(
+                name, places, [(0.0, compact(low)), (1.0, compact(high))] if high > low else [(0.5, compact(low))]
+            )
+        return cls(name, places, _spaced(dict(zip(places, words, strict=True))))
+
+    @classmethod
+    def of_words(cls, name: str, values: Sequence[str | None]) -> Axis:
+        """Numbers by their size, anything else in the order in which it comes."""
+        words = ["default" if value is None else value for value in values]
+        try:
+            return cls.of_numbers(name, [float(word) for word in words], words=words)
+        except ValueError:
+            known = list(dict.fromkeys(words))
+            at = {word: i / (len(known) - 1) if len(known) > 1 else 0.5 for i, word in enumerate(known)}
+            return cls(name, [at[word] for word in words], _spaced({place: word for word, place in at.items()}))
+
+
+def parallel_chart(axes: Sequence[Axis], names: Sequence[str]) -> Markup:
+    """``names``: of the jobs, the best first, in the order of every axis's ``places``. Nothing for fewer than two axes."""
+    if len(axes) < 2:
+        return Markup("")
+    step = (WIDTH - 2 * SIDE) / (len(axes) - 1)
+    x = [SIDE + i * step for i in range(len(axes))]
+    frame = "".join(_axis(axis, at, last=i == len(axes) - 1) for i, (axis, at) in enumerate(zip(axes, x, strict=True)))
+    lines = [_job(name, rank, len(names), axes, x) for rank, name in enumerate(names)]
+    said = f"Parallel coordinates of {len(names)} jobs; best: {names[0]}"
+    return Markup(
+        f'{CSS}<figure class="card parallel"><figcaption>Every job, through its keys to what came of them '
+        f"<small>the best in blue; point at a line</small></figcaption>"
+        f'<div class="scroll"><svg viewBox="0 0 {WIDTH} {HEIGHT}" style="min-width:40rem" role="img" '
+        f'aria-label="{escape(said)}">{frame}{"".join(lines[::-1])}</svg></div></figure>'
+    )
+
+
+def _job(name: str, rank: int, jobs: int, axes: Sequence[Axis], x: Sequence[float]) -> str:
+    points = " ".join(f"{at:.1f} {_y(axis.places[rank]):.1f}" for axis, at in zip(axes, x, strict=True))
+    share = 100 if rank == 0 else round(70 * (1 - rank / jobs))
+    colour = f"color-mix(in oklab, var(--c0) {share}%, var(--line))"
+    wide = 'stroke="transparent" stroke-width="12"'  # easier to point at
+    return (
+        f'<g><path d="M{points}" style="stroke:{colour};stroke-width:{3 if rank == 0 else 1.6}"/>'
+        f'<path d="M{points}" {wide} style="stroke-opacity:0"/>'
+        f'<text x="{WIDTH / 2}" y="{HEIGHT - 1}" text-anchor="middle" font-size="12">{escape(name)}</text></g>'
+    )
+
+
+def _axis(axis: Axis, x: float, *, last: bool) -> str:
+    line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_y(1)}" y2="{_y(0)}" stroke="var(--soft)" stroke-width="1"/>'
+    head = f'<text x="{x:.1f}" y="16" text-anchor="middle" font-size="12" font-weight="600">{escape(axis.name)}</text>'
+    anchor, beside = ("start", x + 8) if last else ("end", x - 8)
+    halo = "paint-order:stroke;stroke:var(--card);stroke-width:4px"
+    ticks = "".join(
+        f'<text x="{beside:.1f}" y="{_y(place) + 4:.1f}" text-anchor="{anchor}" font-size="11" style="{halo}">'
+        f"{escape(_short(text))}</text>"
+        for place, text in axis.ticks
+    )
+    return line + head + ticks
+
+
+def _y(place: float) -> float:
+    return round(HEIGHT - BOTTOM - 14 - place * (HEIGHT - TOP - BOTTOM - 14), 1)
+
+
+def _spaced(words: dict[float, str]) -> list[tuple[float, str]]:
+    """Ticks that do not lie upon each other: all, or the ends where there are too many."""
+    places = sorted(words)
+    if len(places) > MOST_WORDS:
+        places = [places[0], places[-1]]
+    return [(place, words[place]) for place in places]
+
+
+def _short(text: str, length: int = 22) -> str:
+    return text if len(text) <= length else f"…{text[1 - length :]}"
