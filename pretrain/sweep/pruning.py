@@ -37,7 +37,8 @@ def _watch(trials: dict[Job, Trial], metric: str, over: threading.Event) -> None
     given_up: set[Job] = set()
     while not over.wait(LOOK_SECONDS):
         for job, trial in trials.items():
-            if job.read().get("status") != "running":
+            state = job.read()
+            if state.get("status") != "running" or not state.get("locked"):  # nobody on this machine waits for it
                 continue
             if job not in given_up and _looks_bad(job, trial, metric, reported[job]):
                 given_up.add(job)
