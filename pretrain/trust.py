@@ -122,21 +122,26 @@ def check_hydra(flags: list[str], overrides: list[str], conf: Path) -> None:
         found = {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in found.items()}
         return {"overrides": [*node.overrides.task, *node.overrides.hydra]} | found
 
+    def judge(words: list[str]) -> dict[str, Any]:
+        """What the files add to the command line is refused; what is left."""
+        found = composed(words)
+        for key, value in found.items():
+            expected = sorted(words) if key == "overrides" else by_command_line[key]
+            same = (sorted(value) if key == "overrides" else value) == expected
+            if not same and not (key == "sweeper" and _only_sweeps(value)):
+                raise UserError(f"hydra.{key}: set by a config file, which Hydra would execute; not allowed there")
+        return found
+
     try:
-        own = [o for o in overrides if re.match(r"[+~]*hydra[./@]", o)]
-        by_command_line = composed(own)
-        fixed, _ = _sweeps(overrides, hydra.config_loader)
-        of_files = (composed(fixed)["sweeper"] or {}).get("params") or {}  # Hydra takes them as further words
-        fixed, swept = _sweeps(
-            [*(f"{key}={value}" for key, value in of_files.items()), *overrides], hydra.config_loader
-        )
+        by_command_line = composed([o for o in overrides if re.match(r"[+~]*hydra[./@]", o)])
+        params = (judge(_sweeps(overrides, hydra.config_loader)[0])["sweeper"] or {}).get("params") or {}
+        words = [
+            *(f"{key}={value}" for key, value in params.items()),
+            *overrides,
+        ]  # so Hydra takes an experiment's params
+        fixed, swept = _sweeps(words, hydra.config_loader)
         for choices in itertools.product(*swept):
-            words = [*fixed, *choices]
-            by_command_line["overrides"] = sorted(words)
-            for key, value in composed(words).items():
-                same = (sorted(value) if key == "overrides" else value) == by_command_line[key]
-                if not same and not (key == "sweeper" and _only_sweeps(value)):
-                    raise UserError(f"hydra.{key}: set by a config file, which Hydra would execute; not allowed there")
+            judge([*fixed, *choices])
     finally:
         GlobalHydra.instance().clear()
 

@@ -29,7 +29,7 @@ def sweep(base_arguments, spawn, tmp_path):
 
 
 def finish(process, code=0):
-    out, _ = process.communicate(timeout=240)
+    out, _ = process.communicate(timeout=500)
     assert process.returncode == code, out
     return out
 
@@ -128,7 +128,7 @@ def test_bad_trials_are_pruned(launcher, sweep, tmp_path):
     assert set(statuses(tmp_path)) == {"finished", "pruned"}, out
     for job in jobs(tmp_path):
         run = json.loads((tmp_path / "sweep" / job["folder"] / "run.json").read_text())
-        assert (run["status"], run["step"] < 600) == (
+        assert (run["status"], run["steps"] < 600) == (
             ("finished", False) if job["status"] == "finished" else ("stopped", True)
         )
         assert (f"{job['name']}: worse than the median" in out) is (job["status"] == "pruned")
@@ -151,7 +151,7 @@ def test_jobs_side_by_side_stop_and_go_on(kind, how, sweep, tmp_path):
     assert statuses(tmp_path) == ["finished"] * 2, out
     for job in jobs(tmp_path):
         run = json.loads((tmp_path / "sweep" / job["folder"] / "run.json").read_text())
-        assert (run["step"], run["restarts"], run["world_size"]) == (600, 1, 2)
+        assert (run["steps"], run["restarts"], run["world_size"]) == (600, 1, 2)
 
 
 @pytest.mark.slow
