@@ -20,6 +20,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from pretrain.errors import UserError, did_you_mean
 from pretrain.redact import held, secrets
+from pretrain.shipped import conf_dir
 from pretrain.trust import locate
 
 Finite = Field(allow_inf_nan=False)
@@ -99,13 +100,6 @@ class Root:
     evaluate_every: PositiveInt | None
     save_every: PositiveInt | None
     allow_targets: list[str]
-
-
-def conf_dir() -> Path:
-    """The folder of YAML: inside the package when installed from a wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
 
 
 def check(config: dict[str, Any], *, here: bool = True) -> Root:

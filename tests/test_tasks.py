@@ -104,12 +104,3 @@ def test_tokenization_fills_the_cache_for_the_run(base_arguments, command, tmp_p
     code, _, err = command([*base_arguments, f"output_dir={tmp_path / 'run'}", "max_steps=1"])
     assert code == 0, err
     assert parts == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "parts").rglob("*") if p.is_file()}
-
-
-def test_a_sweep_runs_each_job_in_its_own_process_and_folder(base_arguments, spawn, tmp_path):
-    process = spawn([*base_arguments, "-m", "max_steps=2", "lr=1e-3,2e-3", f"hydra.sweep.dir={tmp_path / 'sweep'}"])
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    runs = sorted((tmp_path / "sweep").glob("*/run.json"))
-    assert len(runs) == 2
-    assert all(json.loads(r.read_text())["status"] == "finished" for r in runs)

@@ -144,13 +144,6 @@ def test_an_experiment_may_be_a_sweep(sweeper, command, tmp_path, monkeypatch):
     assert_mistake(command([*theirs, "experiment=theirs"]), "lerning_rate")
 
 
-def test_hydras_own_sweep_still_runs(command, tmp_path, monkeypatch):
-    """The jobs are refused for their own mistake, in their own processes."""
-    monkeypatch.chdir(tmp_path)
-    code, _, err = command(["-m", "lr=0", "hydra.sweeper.max_batch_size=1", "seed=0,1"])
-    assert (code, err.count("left with exit code 2")) == (2, 2)
-
-
 @pytest.mark.parametrize("flag", ["--config-name", "--config-path", "--experimental-rerun"])
 def test_no_other_primary_config(flag, command, tmp_path):
     assert_mistake(command([flag, str(tmp_path)]), f"{flag}: not here")

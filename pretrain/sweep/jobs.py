@@ -112,11 +112,10 @@ class Sweep:
         objective = objective_in(measures_of(job.folder), self.metric) if status in DONE else None
         return Outcome(job, status, state.get("exit_code") or 0, objective)
 
-    def write_table(self, status: str = "running") -> dict[str, Any]:
-        """Bring sweep.json and sweep.html up to date; what stands in the former."""
-        return write(
-            self.folder, command=self.command_line, metric=self.metric, direction=self.direction, status=status
-        )
+    def write_table(self, status: str = "running", *, with_page: bool = True) -> dict[str, Any]:
+        """Bring sweep.json up to date, and sweep.html; what stands in the former."""
+        told = {"command": self.command_line, "metric": self.metric, "direction": self.direction, "status": status}
+        return write(self.folder, **told, with_page=with_page)
 
     @property
     def command_line(self) -> str:
@@ -161,7 +160,7 @@ def run_job(
         with passing_on(process, asked):
             code = _wait(process, job, asked)
         outcome = sweep.end(job, state, code, time.monotonic() - started_at)
-    sweep.write_table()
+    sweep.write_table(with_page=False)  # the next job's start and the end of the sweep draw it
     if outcome.status == "failed":
         notice(f"{job.name}: failed: {job.read()['error']}")
     if asked or outcome.status == "stopped":

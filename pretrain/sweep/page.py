@@ -18,6 +18,7 @@ from pretrain.telemetry.report.style import NUM_COLOURS, Markup, escape, join
 Row = dict[str, Any]
 KINDS = {"finished": "good", "failed": "bad", "running": "warn", "stopped": "warn", "pruned": "", "waiting": ""}
 HEAD = ("", "job", "status", "new-domain loss", "change", "forgetting", "tokens/s", "time")
+LONGEST_VALUE = 24  # characters
 WORDS = {"new_loss": "new-domain loss", "new_delta": "change of the new-domain loss", "train_loss": "training loss"}
 WORDS |= {"forgetting": "forgetting", "tokens_per_second": "tokens/s"}
 
@@ -34,7 +35,7 @@ def page(folder: Path, table: Row) -> str:
         Markup(f'<p class="verdict">{escape(verdict(table, ranked))}</p>'),
         _tiles(rows, ranked, table),
         style.section("What each key does", parallel_chart(_axes(ranked, table), _lines(ranked))),
-        style.section("Gain and forgetting", style.grid([_front(rows, table), *_curves(folder, ranked)], "two")),
+        style.section("Gain and forgetting", style.grid([_front(rows, table), *_curves(folder, ranked)])),
         style.section("Jobs", style.card(_jobs(folder, rows, ranked, table))),
         style.section("The best run again", style.copyable(ranked[0]["command"])) if ranked else "",
         style.section("This sweep again, or on from here", style.copyable(table["command"])),
@@ -64,6 +65,13 @@ def varying(rows: list[Row]) -> dict[str, list[str | None]]:
     keys = dict.fromkeys(key for words in said for key in words)
     values = {key: [words.get(key) for words in said] for key in keys}
     return {key: column for key, column in values.items() if len(set(column)) > 1}
+
+
+def short_names(rows: list[Row]) -> dict[int, str]:
+    """Number → ``0.001 · ddp``: the values of the keys that vary, for where there is little room."""
+    values = [[str(value or "default")[:LONGEST_VALUE] for value in column] for column in varying(rows).values()]
+    said = [" · ".join(of_job) for of_job in zip(*values, strict=True)]
+    return {row["number"]: name for row, name in zip(rows, said or [row["name"] for row in rows], strict=True)}
 
 
 def _counted(rows: list[Row]) -> str:
@@ -108,9 +116,10 @@ def _front(rows: list[Row], table: Row) -> Markup:
     known = [r for r in rows if r["status"] == "finished" and None not in (r["new_delta"], r["forgetting"])]
     by_number = {row["number"]: row for row in known}
     front = [by_number[number] for number in table["pareto"]]
+    names = short_names(known)
     points = [
         Point(
-            row["name"],
+            names[row["number"]],
             -row["new_delta"],
             row["forgetting"],
             colour=0 if row in front else 9,
@@ -123,7 +132,7 @@ def _front(rows: list[Row], table: Row) -> Markup:
         "Forgetting against gain",
         points,
         x_label="gain on the new domain (nats per token)",
-        unit="nats per token; the line joins jobs that no other beats in both",
+        unit="nats per token; on the line: beaten by no other in both",
         front=line if len(line) > 1 else (),
     )
 
@@ -131,13 +140,15 @@ def _front(rows: list[Row], table: Row) -> Markup:
 def _curves(folder: Path, ranked: list[Row]) -> list[Markup]:
     """The way of the best jobs: the change of the loss since step 0, new domains and base domains."""
     shown = ranked[:NUM_COLOURS]
+    names = short_names(ranked)
     of_roles: dict[str, list[Line]] = {"new": [], "base": []}
     for colour, row in enumerate(shown):
         records = evaluations(folder / row["folder"] / "metrics.jsonl")
         for role, lines in of_roles.items():
             steps = sorted({r["step"] for r in records if r["role"] == role})
             at = [mean(r["delta_loss"] for r in records if r["role"] == role and r["step"] == s) for s in steps]
-            lines.append(Line(row["name"], steps, at, colour))
+            twin = colour % 2 == 1  # of jobs that come to the same, neighbours in rank, both show
+            lines.append(Line(names[row["number"]], steps, at, colour, dashed=twin))
     few = f", the best {len(shown)} jobs" if len(shown) < len(ranked) else ""
     titles = {"new": f"New domain: change of the loss{few}", "base": f"Base domains: change of the loss{few}"}
     unit = "nats per token since step 0"
@@ -151,9 +162,11 @@ def _jobs(folder: Path, rows: list[Row], ranked: list[Row], table: Row) -> Marku
     own = () if metric["name"] in ("new_loss", "new_delta", "forgetting", "tokens_per_second") else (_word(metric),)
     lines = []
     for place, row in enumerate([*ranked, *others], start=1):
-        status: Any = style.pill(row["status"], KINDS[row["status"]])
+        status: Any = Markup(
+            f'<span style="white-space:nowrap">{style.pill(row["status"], KINDS[row["status"]])}</span>'
+        )
         if row["error"]:
-            status = Markup(f'{status}<br><span class="soft">{escape(row["error"])}</span>')
+            status = Markup(f'{status}<div class="soft" style="min-width:14rem">{escape(row["error"])}</div>')
         lines.append(
             [
                 place if row in ranked else "",
@@ -167,7 +180,7 @@ def _jobs(folder: Path, rows: list[Row], ranked: list[Row], table: Row) -> Marku
                 _time(row["seconds"]) if row["seconds"] else "—",
             ]
         )
-    return style.table([*HEAD[:3], *own, *HEAD[3:]], lines, text=(0, 1, 2))
+    return style.table([*HEAD[:3], *own, *HEAD[3:]], lines, text=(1, 2))
 
 
 def _named(folder: Path, row: Row, table: Row) -> Markup:
@@ -176,7 +189,7 @@ def _named(folder: Path, row: Row, table: Row) -> Markup:
         name = Markup(f'<a href="{escape(quote(row["folder"]))}/report.html">{name}</a>')
     best = style.pill("best", "good") if row["number"] == table["best"] else ""
     front = style.pill("front") if row["number"] in table["pareto"] else ""
-    return join([name, best, front])
+    return Markup(f'<div style="min-width:13rem">{name}{best}{front}</div>')
 
 
 def _word(metric: Row) -> str:

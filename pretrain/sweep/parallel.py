@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pretrain.telemetry.report.charts import compact
 from pretrain.telemetry.report.style import Markup, escape
 
-WIDTH, HEIGHT = 960, 270  # px; a narrow page scrolls it sideways
-TOP, BOTTOM, SIDE = 34, 14, 70  # px around the axes, for names and values
+WIDTH, HEIGHT = 960, 290  # px; a narrow page scrolls it sideways
+TOP, BOTTOM, SIDE = 46, 42, 80  # px around the axes, for names and values
 DECADE = 10.0  # positive numbers that span as much lie on a logarithmic axis
 MOST_WORDS = 12  # an axis with more values says the ends of them only
 CSS = """<style>.parallel path { fill: none; stroke-linejoin: round; } .parallel g:hover path { stroke: var(--c1);
@@ -61,14 +61,16 @@ def parallel_chart(axes: Sequence[Axis], names: Sequence[str]) -> Markup:
         return Markup("")
     step = (WIDTH - 2 * SIDE) / (len(axes) - 1)
     x = [SIDE + i * step for i in range(len(axes))]
-    frame = "".join(_axis(axis, at, last=i == len(axes) - 1) for i, (axis, at) in enumerate(zip(axes, x, strict=True)))
+    placed = list(zip(axes, x, strict=True))
+    frame = "".join(_axis(axis, at) for axis, at in placed)
+    words = "".join(_ticks(axis, at, last=at == x[-1]) for axis, at in placed)  # on top of the lines
     lines = [_job(name, rank, len(names), axes, x) for rank, name in enumerate(names)]
     said = f"Parallel coordinates of {len(names)} jobs; best: {names[0]}"
     return Markup(
         f'{CSS}<figure class="card parallel"><figcaption>Every job, through its keys to what came of them '
-        f"<small>the best in blue; point at a line</small></figcaption>"
+        f"<small>the best in full blue; point at a line for its name</small></figcaption>"
         f'<div class="scroll"><svg viewBox="0 0 {WIDTH} {HEIGHT}" style="min-width:40rem" role="img" '
-        f'aria-label="{escape(said)}">{frame}{"".join(lines[::-1])}</svg></div></figure>'
+        f'aria-label="{escape(said)}">{frame}{"".join(lines[::-1])}{words}</svg></div></figure>'
     )
 
 
@@ -80,25 +82,31 @@ def _job(name: str, rank: int, jobs: int, axes: Sequence[Axis], x: Sequence[floa
     return (
         f'<g><path d="M{points}" style="stroke:{colour};stroke-width:{3 if rank == 0 else 1.6}"/>'
         f'<path d="M{points}" {wide} style="stroke-opacity:0"/>'
-        f'<text x="{WIDTH / 2}" y="{HEIGHT - 1}" text-anchor="middle" font-size="12">{escape(name)}</text></g>'
+        f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle" font-size="12">{escape(name)}</text></g>'
     )
 
 
-def _axis(axis: Axis, x: float, *, last: bool) -> str:
+def _axis(axis: Axis, x: float) -> str:
     line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_y(1)}" y2="{_y(0)}" stroke="var(--soft)" stroke-width="1"/>'
     head = f'<text x="{x:.1f}" y="16" text-anchor="middle" font-size="12" font-weight="600">{escape(axis.name)}</text>'
-    anchor, beside = ("start", x + 8) if last else ("end", x - 8)
-    halo = "paint-order:stroke;stroke:var(--card);stroke-width:4px"
-    ticks = "".join(
-        f'<text x="{beside:.1f}" y="{_y(place) + 4:.1f}" text-anchor="{anchor}" font-size="11" style="{halo}">'
-        f"{escape(_short(text))}</text>"
-        for place, text in axis.ticks
-    )
-    return line + head + ticks
+    return line + head
+
+
+def _ticks(axis: Axis, x: float, *, last: bool) -> str:
+    """What an axis says: at its ends, where all lines pass beside it, and between them to its side."""
+    halo = "paint-order:stroke;stroke:var(--card);stroke-width:5px;stroke-linejoin:round;pointer-events:none"
+    said = []
+    for place, text in axis.ticks:
+        side, down = ("middle", 0), 15 if place == 0 else -7 if place == 1 else 4
+        if 0 < place < 1:
+            side = ("start", 8) if last else ("end", -8)
+        at = f'x="{x + side[1]:.1f}" y="{_y(place) + down:.1f}" text-anchor="{side[0]}"'
+        said.append(f'<text {at} font-size="11" style="{halo}">{escape(_short(text))}</text>')
+    return "".join(said)
 
 
 def _y(place: float) -> float:
-    return round(HEIGHT - BOTTOM - 14 - place * (HEIGHT - TOP - BOTTOM - 14), 1)
+    return round(HEIGHT - BOTTOM - place * (HEIGHT - TOP - BOTTOM), 1)
 
 
 def _spaced(words: dict[float, str]) -> list[tuple[float, str]]:

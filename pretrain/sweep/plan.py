@@ -28,14 +28,17 @@ class Plan:
         params = config.hydra.sweeper.get("params") or {}
         words = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
         parser = OverridesParser.create(config_loader=loader)
-        self._overrides = {
-            o.get_key_element().lstrip("+~"): o for o in parser.parse_overrides(words)
-        }  # the last of a key counts
+        parsed = parser.parse_overrides(words)
+        self._overrides = {o.get_key_element().lstrip("+~"): o for o in parsed}  # the last one of a key counts
         self.keys = tuple(key for key, o in self._overrides.items() if o.is_sweep_override())
-        lists = "BasicSweeper" in config.hydra.sweeper._target_
-        self.jobs = (
-            [list(words) for words in itertools.product(*map(_choices, self._overrides.values()))] if lists else None
-        )
+        self.jobs: list[list[str]] | None = None
+        if "BasicSweeper" in config.hydra.sweeper._target_:
+            for o in parsed:
+                if o.is_sweep_override() and not o.is_discrete_sweep():
+                    raise UserError(
+                        f"{o.input_line}: only a sweeper that searches knows intervals; a list is key=a,b,c"
+                    )
+            self.jobs = [list(words) for words in itertools.product(*map(_choices, self._overrides.values()))]
 
     def check(self, spoken: dict[str, Any]) -> None:
         """Compose and check every job's configuration. ``spoken``: see `trust.said`.

@@ -18,11 +18,14 @@ from pretrain.sweep.job import Job, alone_in, jobs_in, lock_of
 from pretrain.sweep.measure import measures_of, objective_in
 from pretrain.telemetry.run_file import write_json
 
+DECIMALS = 4  # of nats per token: strategies agree to more, and a smaller difference beats nobody
 COMMAND_LOCK = "command.lock"  # held by a sweep command as long as it lives
 
 
-def write(folder: Path, *, command: str, metric: str, direction: str, status: str = "running") -> dict[str, Any]:
-    """Rewrite sweep.json and sweep.html; the table that stands in them now.
+def write(
+    folder: Path, *, command: str, metric: str, direction: str, status: str = "running", with_page: bool = True
+) -> dict[str, Any]:
+    """Rewrite sweep.json and sweep.html (``with_page``); the table that stands in them now.
 
     Any process of the sweep may do so at any time: one at a time, and each from all that is there.
     """
@@ -31,7 +34,8 @@ def write(folder: Path, *, command: str, metric: str, direction: str, status: st
     with alone_in(folder):
         table = collect(folder, command=command, metric=metric, direction=direction, status=status)
         write_json(folder / "sweep.json", table)
-        replace_file(folder / "sweep.html", page(folder, table))
+        if with_page:
+            replace_file(folder / "sweep.html", page(folder, table))
     return table
 
 
@@ -76,7 +80,7 @@ def ranking(rows: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:
 def pareto(rows: list[dict[str, Any]]) -> list[int]:
     """Numbers of the finished jobs that no other beats in both gain and forgetting, the largest gain first."""
     points = [
-        (row["new_delta"], row["forgetting"], row["number"])
+        (round(row["new_delta"], DECIMALS), round(row["forgetting"], DECIMALS), row["number"])
         for row in rows
         if row["status"] == "finished" and row["new_delta"] is not None and row["forgetting"] is not None
     ]

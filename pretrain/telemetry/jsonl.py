@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -52,21 +53,25 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     Raises ``ValueError`` with file and line when any other line is broken.
     """
-    records = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:  # no JSON, or cut in the middle of a character
-            if number == len(lines):  # no newline at its end: torn
-                break
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
-    return records
+    return list(iter_records(path))
 
 
-def records_until(path: Path, step: int, *, owes_evaluation: bool = False) -> list[dict[str, Any]]:
+def iter_records(path: Path, *, torn: Callable[[str], None] = lambda where: None) -> Iterator[dict[str, Any]]:
+    """The same one by one, of files that are better not held whole. ``torn`` is told of a torn last line: file and number."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line == b"\n":
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:  # no JSON, or cut in the middle of a character
+                if not line.endswith(b"\n"):
+                    torn(f"{path}:{number}")
+                    return
+                raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+
+
+def records_until(path: Path, step: int, *, owes_evaluation: bool = False) -> Iterator[dict[str, Any]]:
     """The records up to ``step``, of a run that goes on there: without the end it has not come to, and without the
     evaluation of ``step`` where it ``owes_evaluation``, which is about to be made again."""
 
@@ -74,7 +79,7 @@ def records_until(path: Path, step: int, *, owes_evaluation: bool = False) -> li
         again = record["step"] == step and owes_evaluation and record["event"] == "evaluation"
         return record["step"] <= step and not again and record.get("status") != "finished"
 
-    return [record for record in read_records(path) if holds(record)]
+    return filter(holds, iter_records(path))
 
 
 def cut_after(path: Path, step: int, *, owes_evaluation: bool = False) -> None:
@@ -82,5 +87,5 @@ def cut_after(path: Path, step: int, *, owes_evaluation: bool = False) -> None:
 
     A run that starts over (step 0) drops everything.
     """
-    kept = records_until(path, step, owes_evaluation=owes_evaluation) if step > 0 else []
+    kept = list(records_until(path, step, owes_evaluation=owes_evaluation)) if step > 0 else []
     replace_file(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), flush=True)

@@ -10,7 +10,7 @@ from pretrain.sweep.job import job_of
 @pytest.fixture
 def fabricate(tmp_path):
     """``fabricate(*overrides, …) -> Job``: a job as a sweep leaves one, swept over lr and strategy. ``new``, ``base``:
-    (loss, change of the loss) of the domains, where it was evaluated; ``evaluated``: its records, (step, domain, role, change)."""
+    (loss, change of the loss) of the domains; ``evaluated``: its records, (step, domain, role, change)."""
 
     def make(*overrides, status="finished", new=None, base=None, speed=1000.0, error=None, evaluated=()):
         job = job_of(tmp_path / "sweep", list(overrides), ("lr", "strategy"))

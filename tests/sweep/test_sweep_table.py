@@ -49,7 +49,7 @@ def test_another_metric_ranks_the_same_jobs_anew(sweep):
 
 
 def test_a_job_at_work_is_running(sweep):
-    job, state = table.jobs_in(sweep)[5]
+    job, _ = table.jobs_in(sweep)[5]
     with job.alone():
         assert table.write(sweep, **FACTS)["jobs"][5]["status"] == "running"
 
@@ -73,8 +73,10 @@ POINTS = [(-1.0, 0.2), (-0.5, 0.1), (-0.4, 0.1), (-2.0, 0.9), (-0.5, 0.1), (-0.9
 
 @pytest.mark.parametrize(
     ("metric", "value"),
-    [("new_loss", 4.0), ("new_delta", -1.0), ("forgetting", 0.5), ("train_loss", 5.0), ("tokens_per_second", 7.0)]
-    + [("books.loss", 4.0), ("old.delta_loss", 0.5), ("old.perplexity", None), ("nobody.loss", None)],
+    (
+        {"new_loss": 4.0, "new_delta": -1.0, "forgetting": 0.5, "train_loss": 5.0, "tokens_per_second": 7.0}
+        | {"books.loss": 4.0, "old.delta_loss": 0.5, "old.perplexity": None, "nobody.loss": None}
+    ).items(),
 )
 def test_objectives(metric, value, fabricate):
     job = fabricate("lr=1", new=(4.0, -1.0), base=(6.0, 0.5), speed=7.0)

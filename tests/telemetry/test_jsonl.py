@@ -55,8 +55,8 @@ def test_a_run_that_goes_on_has_not_finished_and_evaluates_again_what_it_owes(tm
     ends = [{"event": "run_finished", "step": 1, "status": "stopped"}]
     ends += [{"event": "run_finished", "step": 2, "status": "finished"}]
     path.write_text("".join(json.dumps(r) + "\n" for r in records + ends))
-    assert records_until(path, 2) == [*records, ends[0]]
-    assert records_until(path, 2, owes_evaluation=True) == [*records[:2], ends[0]]
+    assert list(records_until(path, 2)) == [*records, ends[0]]
+    assert list(records_until(path, 2, owes_evaluation=True)) == [*records[:2], ends[0]]
 
 
 def test_a_line_torn_in_the_middle_of_a_character(tmp_path):

@@ -1,86 +1,306 @@
-"""The page about a run, for people who would rather look than read."""
+"""The page about one run, for people who would rather look than read."""
 
 from __future__ import annotations
 
-import html
-import json
+import time
+from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Any
 
-from pretrain.telemetry.report.charts import Line, line_chart
-from pretrain.telemetry.report.style import document
+from pretrain.shipped import defaults_for
+from pretrain.telemetry.report import plots
+from pretrain.telemetry.report.folder import Run
+from pretrain.telemetry.report.history import History, Record, is_number
+from pretrain.telemetry.report.settings import differing, flat, said
+from pretrain.telemetry.report.style import (
+    Markup,
+    bar,
+    card,
+    copyable,
+    details,
+    document,
+    escape,
+    facts,
+    grid,
+    join,
+    pill,
+    section,
+    table,
+    tile,
+)
+from pretrain.telemetry.report.words import (
+    amount,
+    before_after,
+    duration,
+    instant,
+    number,
+    share,
+    signed,
+    size,
+    verdict,
+)
+
+KINDS = {"finished": "good", "running": "", "stopped": "warn", "failed": "bad"}  # of a status
+MOST_ROWS = 40  # of a table that could become any length
+MOST_SAMPLES = 12
 
 
-def page(records: list[dict[str, Any]]) -> str:
+def run_page(run: Run) -> str:
     """The whole page as HTML text."""
-    started = next((r for r in records if r["event"] == "run_started"), {})
-    finished = next((r for r in reversed(records) if r["event"] == "run_finished"), None)
-    train = [r for r in records if r["event"] == "train"]
-    domains: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        if record["event"] == "evaluation":
-            domains.setdefault(record["domain"], []).append(record)
-    title = html.escape(str(started.get("name", "run")))
-    status = finished["status"] if finished else "running"
-    step = records[-1]["step"] if records else 0
-    facts = json.dumps(
-        {k: v for k, v in started.items() if k not in ("event", "step", "time")}, indent=2, ensure_ascii=False
+    history = run.history
+    domains = history.domains
+    body = join(
+        [
+            _head(run),
+            Markup(f'<p class="verdict">{escape(verdict(domains))}</p>'),
+            grid(_tiles(run), "tiles"),
+            section(
+                "What it learned",
+                grid([plots.loss_chart(history), plots.change_chart(history)], "two"),
+                _scores(history),
+            ),
+            section("What it writes", *_samples(history)),
+            section(
+                "How it went",
+                _time_bar(history),
+                grid([plots.training_charts(history), plots.speed_charts(history)]),
+            ),
+            section("Data seen", _sources(history)),
+            section("Health by layer", grid([plots.layer_charts(history)]), _layers(history)),
+            section("Faults and resumes", _events(run)),
+            section("Checkpoints", _checkpoints(history)),
+            section("Configuration", *_configuration(run)),
+            section("Environment", _environment(history.start)),
+            _foot(history),
+        ]
     )
-    return document(
-        started.get("name", "run"),
-        f"""<h1>{title}</h1>
-<p class="soft">{status} · step {step} of {started.get("total_steps", "?")} · {_speed(train)}</p>
-<p class="verdict">{html.escape(verdict(domains))}</p>
-{_table(domains)}
-<div class="grid two">{_charts(train, domains)}</div>
-<h2>What ran</h2><pre>{html.escape(facts)}</pre>""",
-    )
+    return document(run.name, body)
 
 
-def verdict(domains: dict[str, list[dict[str, Any]]]) -> str:
-    """One sentence: what the new domain gained and what the base domains paid."""
-    parts = []
-    for name, scores in domains.items():
-        delta = scores[-1]["delta_loss"]
-        if delta is None or scores[-1]["loss"] is None:
-            continue
-        role, verb = ("new", "learned") if scores[-1]["role"] == "new" else ("base", "forgot")
-        if (delta > 0) == (role == "new"):
-            verb = "lost on" if role == "new" else "improved on"
-        parts.append(f"{verb} {name} ({abs(delta):.3f} nats per token)")
-    return f"The model {' and '.join(parts)}." if parts else "Nothing was scored yet."
-
-
-def _speed(train: list[dict[str, Any]]) -> str:
-    rates = sorted(r["tokens_per_second"] for r in train if r["tokens_per_second"])
-    return (
-        f"{rates[len(rates) // 2]:,.0f} tokens/s (median), {train[-1]['tokens']:,} tokens" if rates else "no step yet"
-    )
-
-
-def _table(domains: dict[str, list[dict[str, Any]]]) -> str:
-    def number(value: float | None) -> str:
-        return "—" if value is None else f"{value:,.2f}"
-
-    rows = "".join(
-        f"<tr><td>{html.escape(name)} ({scores[-1]['role']})</td><td>{number(scores[0]['perplexity'])}</td>"
-        f"<td>{number(scores[-1]['perplexity'])}</td><td>{number(scores[-1]['bits_per_byte'])}</td>"
-        f"<td>{number(scores[-1]['delta_loss'])}</td></tr>"
-        for name, scores in domains.items()
-    )
-    head = (
-        "<tr><th>domain</th><th>perplexity before</th><th>after</th><th>bits per byte</th><th>change (nats)</th></tr>"
-    )
-    return f"<table>{head}{rows}</table>"
-
-
-def _charts(train: list[dict[str, Any]], domains: dict[str, list[dict[str, Any]]]) -> str:
-    steps = [r["step"] for r in train]
-    change = [
-        Line(name, [s["step"] for s in scores], [s["delta_loss"] for s in scores], i)
-        for i, (name, scores) in enumerate(domains.items())
+def _head(run: Run) -> Markup:
+    start, history = run.history.start, run.history
+    total = start.get("total_steps")
+    processes = start.get("world_size")
+    parts = [
+        f"{start['model']} ({amount(start.get('parameters'))} parameters)" if "model" in start else None,
+        start.get("strategy") if processes in (None, 1) else f"{start.get('strategy')} × {processes}",
+        start.get("precision"),
+        start.get("device"),
+        f"step {history.step:,} of {total:,}" if is_number(total) else f"step {history.step:,}",
+        f"{history.last_train['tokens']:,} tokens" if is_number(history.last_train.get("tokens")) else None,
+        instant(history.first.get("time")),
     ]
-    loss = line_chart("Training loss", [Line("loss", steps, [r["loss"] for r in train])], unit="nats per token")
-    forgetting = line_chart("Change since step 0", change, unit="nats per token", zero=True)
-    rate = line_chart("Learning rate", [Line("lr", steps, [r["lr"] for r in train])])
-    speed = line_chart("Speed", [Line("tokens/s", steps, [r["tokens_per_second"] for r in train])])
-    return loss + forgetting + rate + speed
+    line = " · ".join(str(part) for part in parts if part)
+    return Markup(
+        f"<header><h1>{escape(run.name)}{pill(run.status, KINDS.get(run.status, ''))}</h1>"
+        f'<p class="soft">{escape(line)}</p></header>'
+    )
+
+
+def _tiles(run: Run) -> Iterator[Markup]:
+    """The numbers that people ask for first, of those that are known."""
+    history, last = run.history, run.history.last_train
+    for name, domain in list(history.domains.items())[:4]:
+        yield tile(before_after(domain, digits=1), f"perplexity of {plots.domain_label(name, domain.role)}")
+    speed = (history.end or {}).get("tokens_per_second") or history.train.median("tokens_per_second")
+    if speed:
+        yield tile(amount(speed), "tokens per second")
+    end = history.end or {}
+    if is_number(mfu := end.get("mfu") or last.get("mfu")):
+        yield tile(share(mfu), "MFU")
+    if is_number(goodput := end.get("goodput") or last.get("goodput")):
+        yield tile(share(goodput), "of all time trained (goodput)")
+    if is_number(memory := last.get("memory_gib")):
+        yield tile(f"{memory:.2f} GiB", "peak memory")
+    if is_number(seconds := run.facts.get("seconds")):
+        yield tile(duration(seconds), "run time, all starts")
+    if run.status == "running" and is_number(eta := last.get("eta_seconds")):
+        yield tile(duration(eta), "to go")
+
+
+def _coloured(text: str, kind: str) -> Markup:
+    """``kind``: good · bad · warn · empty."""
+    return Markup(f'<span class="{kind}">{escape(text)}</span>')
+
+
+def _scores(history: History) -> Markup:
+    if not history.domains:
+        return Markup("")
+    head = ("domain", "perplexity before", "after", "loss (nats)", "bits per byte", "change (nats)")
+    rows = []
+    for name, domain in history.domains.items():
+        change = domain.change()
+        kind = "" if change is None else "good" if change < 0 else "bad" if change > 0 else ""
+        rows.append(
+            (
+                plots.domain_label(name, domain.role),
+                number(domain.first.get("perplexity")),
+                number(domain.last.get("perplexity")),
+                number(domain.last.get("loss"), 4),
+                number(domain.last.get("bits_per_byte"), 4),
+                _coloured(signed(change), kind),
+            )
+        )
+    return card(table(head, rows))
+
+
+def _samples(history: History) -> Iterator[Markup]:
+    """A prompt and what the model made of it, before the run and now."""
+    known = [kept for kept in history.samples.values() if kept]
+    cards = []
+    for kept in known[:MOST_SAMPLES]:
+        first, last = kept[0], kept[-1]
+        texts = [(f"step {r['step']:,}", str(r.get("text", ""))) for r in ([first, last] if len(kept) > 1 else [first])]
+        columns = (
+            Markup(f'<div><p class="soft">{escape(when)}</p><pre class="wrote">{escape(text)}</pre></div>')
+            for when, text in texts
+        )
+        prompt = f'<pre class="prompt">{escape(first.get("prompt", ""))}</pre>'
+        about = plots.domain_label(str(first.get("domain")), str(first.get("role")))
+        cards.append(card(Markup(f'<p class="soft">{escape(about)}</p>{prompt}'), grid(columns, "two")))
+    if cards:
+        yield Markup(f'<div class="stack">{join(cards)}</div>')
+    if len(known) > MOST_SAMPLES:
+        yield Markup(f'<p class="soft">{len(known) - MOST_SAMPLES} more are in metrics.jsonl.</p>')
+
+
+def _time_bar(history: History) -> Markup:
+    """What all of the run's time went to, added up."""
+    total = sum(history.seconds.values())
+    if total <= 0:
+        return Markup("")
+    parts = [
+        (plots.part_label(history, name), colour, spent, f"{duration(spent)}, {share(spent / total)}")
+        for colour, (name, spent) in enumerate(history.seconds.items())
+        if spent > 0
+    ]
+    return card(bar("Time by what it went to, between the first step and the last record", parts))
+
+
+def _sources(history: History) -> Markup:
+    sources: dict[str, Any] = history.data.get("sources") or {}
+    if not sources:
+        return Markup("")
+    ranked = sorted(sources.items(), key=lambda item: -(item[1].get("tokens") or 0))
+    rows = [
+        (name, amount(s.get("documents")), amount(s.get("tokens")), share(s.get("share"), 1))
+        for name, s in ranked[:MOST_ROWS]
+    ]
+    parts = [(name, i, s.get("tokens") or 0, share(s.get("share"))) for i, (name, s) in enumerate(ranked[:8])]
+    more = f"{len(ranked) - MOST_ROWS} more sources; " if len(ranked) > MOST_ROWS else ""
+    mean = f"{more}{number(history.data.get('tokens_per_document'), 0)} tokens per document"
+    shares = bar("Tokens by source", parts) if len(parts) > 1 else Markup("")
+    return card(
+        shares, table(("source", "documents", "tokens", "share"), rows), Markup(f'<p class="soft">{escape(mean)}</p>')
+    )
+
+
+def _layers(history: History) -> Markup:
+    if not history.layers:
+        return Markup("")
+    keys = ("weight_norm", "grad_norm", "update_norm", "update_ratio")
+    rows = [(name, *(amount(c.mean(k)[-1]) for k in keys)) for name, c in history.layers.items() if c.steps]
+    head = ("layer", "weight norm", "gradient norm", "update norm", "update against weight")
+    return card(details(f"Last values of {len(rows)} layers", table(head, rows)))
+
+
+def _events(run: Run) -> Markup:
+    """Starts, resumes, stops, rollbacks and quarantined batches, by time."""
+    found = [(r.get("time"), r["step"], *_happened(r)) for r in run.history.happened]
+    found += [(r.get("time"), r.get("step", 0), *_quarantined(r)) for r in run.quarantine]
+    found.sort(key=lambda row: row[0] if is_number(row[0]) else 0.0)
+    restarts = run.facts.get("restarts")
+    resumed = sum(r["event"] == "run_started" and bool(r.get("resumed")) for r in run.history.happened)
+    rollbacks = sum(r["event"] == "rollback" for r in run.history.happened)
+    counts = [(resumed, "resume"), (rollbacks, "rollback"), (len(run.quarantine), "quarantined batch")]
+    if is_number(restarts) and restarts > resumed:
+        counts.append((int(restarts) - resumed, "restart from the beginning"))
+    told = ", ".join(f"{n} {what}{'' if n == 1 else 'es' if what.endswith('ch') else 's'}" for n, what in counts if n)
+    rows = [(instant(when), f"{step:,}", _coloured(what, kind)) for when, step, what, kind in found]
+    shown = rows[-MOST_ROWS:]
+    summary = told or "None: one start, no rollback, nothing quarantined."
+    left_out = f" The last {MOST_ROWS} of {len(rows)} events:" if len(rows) > len(shown) else ""
+    return card(
+        Markup(f"<p>{escape(summary + left_out)}</p>"),
+        table(("time", "step", "what"), shown, text=(0, 2)) if rows else "",
+    )
+
+
+def _happened(record: Record) -> tuple[str, str]:
+    """A start, a stop or a rollback in words, and how it is coloured."""
+    if record["event"] == "rollback":
+        return f"went back from step {record.get('bad_step')}: {record.get('reason')}", "bad"
+    if record["event"] == "run_finished":
+        status = str(record.get("status"))
+        return status, KINDS.get(status, "")
+    where = f"on {record.get('world_size')} × {record.get('device')}" if record.get("device") else ""
+    return (f"resumed {where}", "warn") if record.get("resumed") else (f"started {where}", "")
+
+
+def _quarantined(record: Record) -> tuple[str, str]:
+    documents = [f"{d.get('path')}#{d.get('index')}" for d in record.get("documents") or [] if isinstance(d, dict)]
+    more = f" and {len(documents) - 3} more" if len(documents) > 3 else ""
+    return f"quarantined ({record.get('reason')}): {', '.join(documents[:3])}{more}", "bad"
+
+
+def _checkpoints(history: History) -> Markup:
+    if not history.checkpoints:
+        return Markup("")
+    rows = [
+        (
+            "/".join(PurePath(str(r.get("path"))).parts[-2:]),
+            f"{r['step']:,}",
+            size(r.get("bytes")),
+            duration(r.get("seconds")),
+            duration(r.get("blocked_seconds")),
+        )
+        for r in reversed(history.checkpoints)
+    ]
+    head = ("folder", "step", "size", "written in", "training stood still")
+    more = history.num_checkpoints - len(rows)
+    note = (
+        f'<p class="soft">and {more} before these; old ones are removed as the configuration says</p>'
+        if more > 0
+        else ""
+    )
+    return card(table(head, rows), Markup(note))
+
+
+def _configuration(run: Run) -> Iterator[Markup]:
+    if run.overrides:
+        yield card(
+            Markup("<p>Typed, or from a file:</p>"), copyable("\n".join(o.removeprefix("++") for o in run.overrides))
+        )
+    if not run.config:
+        return
+    changed = differing([defaults_for(run.config), run.config])
+    rows = [
+        (key, Markup(f"<del>{escape(before)}</del>"), Markup(f"<ins>{escape(now)}</ins>"))
+        for key, (before, now) in changed
+    ]
+    if rows:
+        yield card(table(("key", "default", "this run"), rows, text=(0, 1, 2)))
+    else:
+        yield card(Markup("<p>The defaults, all of them.</p>"))
+    every = table((), [(key, said(value)) for key, value in flat(run.config)], text=(0, 1))
+    yield card(details("The whole configuration", every))
+
+
+def _environment(start: Record) -> Markup:
+    known = {k: v for k, v in start.items() if k not in ("event", "step", "time", "resumed") and v is not None}
+    rows = [(key.replace(".", " · ").replace("_", " "), said(value)) for key, value in flat(known)]
+    return card(facts(rows)) if rows else Markup("")
+
+
+def _foot(history: History) -> Markup:
+    thinned = ""
+    if history.train.width > 1:
+        points = len(history.train.steps)
+        thinned = (
+            f" Curves show {points} points of {history.num_train:,} records: each the mean of {history.train.width}, "
+            "in the loss with their lowest and highest as a band; all are in metrics.jsonl."
+        )
+    return Markup(
+        f'<footer class="soft"><p>Written {instant(time.time())}, last record {instant(history.last.get("time"))}. '
+        f"Point at a chart for its numbers.{thinned}</p></footer>"
+    )

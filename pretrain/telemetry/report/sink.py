@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pretrain.events import RunStarted
 from pretrain.replace import replace_file
 from pretrain.telemetry.jsonl import records_until
-from pretrain.telemetry.report.page import page
+from pretrain.telemetry.record import Record
+from pretrain.telemetry.report.folder import RECORDS, run_of
+from pretrain.telemetry.report.history import History
 
 
 class Report:
-    """Written at every evaluation and at the end, from the records of the run and of the runs it continues."""
+    """Written once at every evaluation but the first, and at the end, about the run and what it continues."""
 
     def __init__(self) -> None:
-        self._records: list[dict[str, Any]] = []
-        self._path = Path("report.html")
+        self._run = Path()
+        self.history = History()
 
     def open(self, run: Path, start: RunStarted) -> None:
-        self._path = run / "report.html"
-        earlier = run / "metrics.jsonl"
+        self._run = run
+        earlier = run / RECORDS
         if start.step and earlier.exists():
-            self._records = records_until(earlier, start.step, owes_evaluation=start.owes_evaluation)
+            self.history = History(records_until(earlier, start.step, owes_evaluation=start.owes_evaluation))
         else:  # without a file: after a rollback, its own
-            self._records = [r for r in self._records if r["step"] <= start.step]
+            self.history.cut(start.step)
 
-    def write(self, record: dict[str, Any]) -> None:
-        self._records.append(record)
-        if record["event"] == "run_finished" or (record["event"] == "evaluation" and record["step"]):
-            replace_file(self._path, page(self._records))
+    def write(self, record: Record) -> None:
+        self.history.add(record)
+        if record["event"] == "run_finished" or (record["event"] == "evaluation" and self._all_scored(record["step"])):
+            self._draw()
 
     def close(self) -> None:
         pass
+
+    def _all_scored(self, step: int) -> bool:
+        """Whether every domain has its record of ``step``: they come one by one."""
+        return step > 0 and all(domain.last["step"] == step for domain in self.history.domains.values())
+
+    def _draw(self) -> None:
+        from pretrain.telemetry.report.page import run_page
+
+        replace_file(self._run / "report.html", run_page(run_of(self._run, self.history)))

@@ -37,9 +37,9 @@ p { margin: .5rem 0; overflow-wrap: anywhere; } a { color: var(--accent); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: .9rem 1rem; min-width: 0; }
 .grid { display: grid; gap: .9rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
 .grid.two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); }
-.grid.tiles { grid-template-columns: repeat(auto-fit, minmax(min(100%, 9rem), 1fr)); }
+.grid.tiles { grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)); }
 .grid > *, .stack > * { margin: 0; } .stack { display: grid; gap: .9rem; grid-template-columns: minmax(0, 1fr); }
-.tile { padding: .7rem .9rem; } .tile b { display: block; font-size: 1.3rem; line-height: 1.3; font-weight: 650;
+.tile { padding: .7rem .9rem; } .tile b { display: block; font-size: 1.2rem; line-height: 1.3; font-weight: 650;
   letter-spacing: -.01em; } .tile span { color: var(--soft); font-size: .82rem; display: block; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { color: var(--soft); font-weight: 500; font-size: .82rem; } tbody th { color: var(--ink); font-size: inherit; }
@@ -55,13 +55,20 @@ figure svg text { fill: var(--soft); font-family: inherit; }
   overflow-wrap: anywhere; }
 .key::before { content: ""; display: inline-block; width: .7rem; height: .7rem; border-radius: .2rem; margin-right: .35rem;
   background: var(--key); vertical-align: -.05em; }
+.name rect { fill: none; } figure svg .name text { fill: var(--ink); font-size: 11px; font-weight: 600; }
 .at > * { opacity: 0; } .at:hover > * { opacity: 1; } .at rect { fill: transparent; opacity: 1; }
 .at path { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 2; } figure svg .at text { fill: var(--ink);
   font-size: 11px; font-weight: 600; paint-order: stroke; stroke: var(--card); stroke-width: 5px; stroke-linejoin: round;
   pointer-events: none; } .at circle { stroke: var(--card); stroke-width: 1.5; }
+.bar { display: flex; gap: 2px; height: 1.2rem; border-radius: .35rem; overflow: hidden; margin: .5rem 0 .4rem; }
+.bar i { background: var(--key); min-width: 2px; }
 code, pre { font: .85em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0; } code { overflow-wrap: anywhere; }
-pre.copy { background: var(--paper); user-select: all; border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
+pre.copy { background: var(--paper); user-select: all; border: 1px solid var(--line); border-radius: .5rem; 
+  padding: .6rem .8rem; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 11rem), 1fr)); gap: .6rem 1rem; margin: 0; }
+dt { color: var(--soft); font-size: .82rem; } dd { margin: 0; overflow-wrap: anywhere; }
+pre.prompt { color: var(--soft); } pre.wrote { border-left: 3px solid var(--line); padding-left: .7rem; }
 summary { cursor: pointer; color: var(--soft); font-size: .9rem; } del { color: var(--soft); } ins { text-decoration: none; }
 @media (max-width: 30rem) { main { padding: 1.1rem .8rem 3rem; } .card { padding: .8rem; } .verdict { font-size: 1.1rem; }
   .tile b { font-size: 1.15rem; } .grid.tiles { grid-template-columns: 1fr 1fr; } }
@@ -140,3 +147,35 @@ def pill(text: str, kind: str = "") -> Markup:
 def copyable(command: str) -> Markup:
     """A command line; one click selects all of it."""
     return Markup(f'<pre class="copy">{escape(command)}</pre>')
+
+
+def facts(pairs: Iterable[tuple[object, object]]) -> Markup:
+    """Names and what they are, in as many columns as fit."""
+    content = join(Markup(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>") for name, value in pairs)
+    return Markup(f"<dl>{content}</dl>") if content else Markup("")
+
+
+def details(summary: str, *parts: object) -> Markup:
+    """What opens when it is asked for."""
+    return Markup(f"<details><summary>{escape(summary)}</summary>{join(parts)}</details>")
+
+
+def key(name: str, colour: int, value: str) -> Markup:
+    """An entry of a legend."""
+    return Markup(
+        f'<span class="key" style="--key: var(--c{colour % NUM_COLOURS})">{escape(name)} {escape(value)}</span>'
+    )
+
+
+def bar(title: str, parts: Sequence[tuple[str, int, float, str]]) -> Markup:
+    """One bar of all ``parts`` (name, colour, how much, in words), with a legend under it."""
+    pieces = "".join(
+        f'<i style="--key: var(--c{colour % NUM_COLOURS}); flex: {value:.6g}" title="{escape(name)} {escape(said)}"></i>'
+        for name, colour, value, said in parts
+    )
+    label = escape(f"{title}: " + "; ".join(f"{name} {said}" for name, _, _, said in parts))
+    legend = join(key(name, colour, said) for name, colour, _, said in parts)
+    return Markup(
+        f'<figure><figcaption>{escape(title)}</figcaption><div class="bar" role="img" aria-label="{label}">{pieces}</div>'
+        f'<div class="keys">{legend}</div></figure>'
+    )

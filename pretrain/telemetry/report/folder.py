@@ -1,0 +1,97 @@
+"""A run as its folder tells it, finished or still going."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pretrain.console import notice
+from pretrain.errors import UserError
+from pretrain.telemetry.jsonl import iter_records, read_records
+from pretrain.telemetry.report.history import History, Record, is_number
+from pretrain.telemetry.run_file import read_run_file
+
+RECORDS = "metrics.jsonl"
+
+
+@dataclass
+class Run:
+    """``facts``: of run.json. ``config``: empty where the folder has none. ``quarantine``: batches that were left out."""
+
+    name: str
+    history: History
+    facts: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    quarantine: list[Record] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        """running · finished · stopped · failed; of a run whose processes were killed: running."""
+        if self.history.end is not None:
+            return str(self.history.end.get("status"))
+        return "failed" if self.facts.get("status") == "failed" else "running"
+
+
+def run_of(path: Path, history: History) -> Run:
+    """``history`` with what else lies in the run folder; a file that is missing or torn is worth less than the page."""
+    name = str(history.start.get("name") or path.resolve().name)
+    config, overrides = _yaml(path / "config.yaml"), _yaml(path / ".hydra" / "overrides.yaml")
+    try:
+        quarantine = read_records(path / "quarantine.jsonl")
+    except (OSError, ValueError):
+        quarantine = []
+    return Run(
+        name,
+        history,
+        read_run_file(path),
+        config if isinstance(config, dict) else {},
+        [str(o) for o in overrides] if isinstance(overrides, list) else [],
+        [r for r in quarantine if isinstance(r, dict)],
+    )
+
+
+def read_run(path: Path) -> Run:
+    """The run in the folder ``path``. A torn last line of its records is passed over, with a notice.
+
+    Raises ``UserError`` for a folder that is no run, and for a line that is no record.
+    """
+    file = path / RECORDS
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder")
+    if not file.is_file():
+        raise UserError(f"{path}: not a run folder: it has no {RECORDS}")
+    history = History()
+    try:
+        for number, record in enumerate(iter_records(file, torn=_say_torn), start=1):
+            _check(record, f"{file}: record {number}")
+            history.add(record)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: record {number} can't be read: {type(error).__name__}: {error}") from None
+    return run_of(path, history)
+
+
+def _say_torn(where: str) -> None:
+    notice(f"{where}: torn (the run was killed while writing it, or writes it now); passed over")
+
+
+def _check(record: Any, where: str) -> None:
+    if not isinstance(record, dict) or not isinstance(record.get("event"), str) or not is_number(record.get("step")):
+        raise UserError(f"{where} is no record: each has an event and a step")
+
+
+def _yaml(path: Path) -> Any:
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None

@@ -1,0 +1,210 @@
+"""What a page needs of a run, in memory that does not grow with it: curves keep at most some hundred points.
+
+Where more records come than that, neighbours become one point, their mean, whose lowest and highest value are kept too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+Record = dict[str, Any]  # one of metrics.jsonl; any field may be absent, of an older run
+
+POINTS = 400  # of a curve at most, and at least half as many where there are more records
+KEPT = 12  # the last checkpoints that are listed
+LISTED = 200  # starts and rollbacks that are listed
+
+STEP_PARTS = ("data", "compute", "optimizer", "communication")  # seconds of a mean step
+WINDOW_PARTS = ("evaluation", "checkpoint")  # seconds between two records, beside its steps
+PARTS = (*STEP_PARTS, *WINDOW_PARTS, "other")
+
+
+@dataclass(slots=True)
+class _Point:
+    """``numbers``: key → how many, their sum, the lowest, the highest."""
+
+    step: int
+    records: int = 0
+    numbers: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, other: dict[str, list[float]], *, step: int, records: int) -> None:
+        self.step, self.records = step, self.records + records
+        for key, (count, total, low, high) in other.items():
+            if (known := self.numbers.get(key)) is None:
+                self.numbers[key] = [count, total, low, high]
+            else:
+                known[:] = known[0] + count, known[1] + total, min(known[2], low), max(known[3], high)
+
+
+class Curves:
+    """Numbers by step, any number of keys on the same steps, thinned to ``points``."""
+
+    def __init__(self, points: int = POINTS) -> None:
+        self._limit = points
+        self._points: list[_Point] = []
+        self.width = 1  # records a point
+
+    def add(self, step: int, record: Record) -> None:
+        """Every finite number of ``record``; what is none is left out."""
+        numbers = {k: [1.0, float(v), float(v), float(v)] for k, v in record.items() if is_number(v)}
+        if not self._points or self._points[-1].records >= self.width:
+            self._points.append(_Point(step))
+        self._points[-1].add(numbers, step=step, records=1)
+        if len(self._points) > self._limit:
+            self._halve()
+
+    def _halve(self) -> None:
+        for left, right in zip(self._points[::2], self._points[1::2], strict=False):
+            left.add(right.numbers, step=right.step, records=right.records)
+        self._points = self._points[::2]
+        self.width *= 2
+
+    def cut(self, step: int) -> None:
+        """Forget what is beyond ``step``; of a point that reaches beyond it, all."""
+        self._points = [p for p in self._points if p.step <= step]
+
+    @property
+    def steps(self) -> list[int]:
+        return [p.step for p in self._points]
+
+    def mean(self, key: str) -> list[float | None]:
+        found = (p.numbers.get(key) for p in self._points)
+        return [None if n is None else n[1] / n[0] for n in found]
+
+    def low(self, key: str) -> list[float | None]:
+        return [p.numbers[key][2] if key in p.numbers else None for p in self._points]
+
+    def high(self, key: str) -> list[float | None]:
+        return [p.numbers[key][3] if key in p.numbers else None for p in self._points]
+
+    def has(self, key: str) -> bool:
+        return any(key in p.numbers for p in self._points)
+
+    def median(self, key: str) -> float | None:
+        values = sorted(v for v in self.mean(key) if v is not None)
+        return values[len(values) // 2] if values else None
+
+
+@dataclass
+class Domain:
+    """The scores of one domain; ``first`` is that of step 0 where the run has one."""
+
+    role: str
+    first: Record
+    last: Record
+    scores: Curves = field(default_factory=lambda: Curves(200))
+
+    def change(self) -> float | None:
+        """Nats per token since step 0; ``None``: not known."""
+        delta = self.last.get("delta_loss")
+        return delta if is_number(delta) and is_number(self.last.get("loss")) else None
+
+
+class History:
+    """Filled with records in their order, from a file or while they are made."""
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        self.train = Curves()
+        self.last_train: Record = {}
+        self.num_train = 0
+        self.domains: dict[str, Domain] = {}
+        self.layers: dict[str, Curves] = {}
+        self.samples: dict[tuple[str, str], list[Record]] = {}  # by domain and prompt: the first and the last
+        self.data: Record = {}
+        self.checkpoints: deque[Record] = deque(maxlen=KEPT)
+        self.num_checkpoints = 0
+        self.happened: deque[Record] = deque(maxlen=LISTED)  # starts, rollbacks, ends
+        self.first: Record = {}  # of all records
+        self.start: Record = {}  # the last one
+        self.end: Record | None = None  # of the last start, if it has come
+        self.last: Record = {}
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._counted = 0  # the step up to which seconds are counted
+        for record in records:
+            self.add(record)
+
+    @property
+    def step(self) -> int:
+        return int(self.last.get("step", 0))
+
+    def add(self, record: Record) -> None:
+        match record["event"]:
+            case "train":
+                self._train(record)
+            case "evaluation":
+                self._evaluation(record)
+            case "layers":
+                for name, numbers in record["layers"].items():
+                    self.layers.setdefault(name, Curves(120)).add(record["step"], numbers)
+            case "sample":
+                self._sample(record)
+            case "data":
+                self.data = record
+            case "checkpoint":
+                self.checkpoints.append(record)
+                self.num_checkpoints += 1
+            case "run_started" | "rollback" | "run_finished":
+                self._happen(record)
+        self.first = self.first or record
+        self.last = {"step": record["step"], "time": record.get("time")}
+
+    def cut(self, step: int) -> None:
+        """As if the run had been stopped after ``step``, which it has gone back to."""
+        for curves in (self.train, *(d.scores for d in self.domains.values()), *self.layers.values()):
+            curves.cut(step)
+        for domain in self.domains.values():
+            if domain.last["step"] > step and domain.scores.steps:
+                kept = ("loss", "perplexity", "bits_per_byte", "delta_loss")
+                numbers = {key: domain.scores.mean(key)[-1] for key in kept}
+                domain.last = domain.last | numbers | {"step": domain.scores.steps[-1]}
+        self.domains = {name: d for name, d in self.domains.items() if d.scores.steps}
+        self.samples = {k: [r for r in v if r["step"] <= step] for k, v in self.samples.items()}
+        self.checkpoints = deque((r for r in self.checkpoints if r["step"] <= step), maxlen=KEPT)
+        self._counted = min(self._counted, step)
+
+    def _happen(self, record: Record) -> None:
+        self.happened.append(record)
+        self._counted = record["step"]
+        if record["event"] == "run_started":
+            self.start, self.end = record, None
+        elif record["event"] == "run_finished":
+            self.end = record
+
+    def _train(self, record: Record) -> None:
+        self.num_train += 1
+        self.last_train = record
+        parts = self._parts(record)
+        self.train.add(record["step"], record | {f"part/{name}": seconds for name, seconds in parts.items()})
+        for name, seconds in parts.items():
+            self.seconds[name] += seconds
+        self._counted = record["step"]
+
+    def _parts(self, record: Record) -> dict[str, float]:
+        """The seconds since the record before, by what they went to. A run that does not say what its steps were made of
+        has them under ``other``, but for the data."""
+        steps = max(record["step"] - self._counted, 1)
+        parts = {name: _seconds(record, name) * steps for name in STEP_PARTS}
+        rest = _seconds(record, "step") * steps - sum(parts.values())
+        return parts | {name: _seconds(record, name) for name in WINDOW_PARTS} | {"other": max(rest, 0.0)}
+
+    def _evaluation(self, record: Record) -> None:
+        domain = self.domains.setdefault(str(record["domain"]), Domain(str(record.get("role")), record, record))
+        domain.last = record
+        domain.scores.add(record["step"], record)
+
+    def _sample(self, record: Record) -> None:
+        kept = self.samples.setdefault((str(record.get("domain")), str(record.get("prompt"))), [])
+        kept[1:] = [record]  # beside the first, the last; a slice beyond the end appends
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """A finite number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _seconds(record: Record, name: str) -> float:
+    value = record.get(f"{name}_seconds")
+    return float(value) if is_number(value) else 0.0

@@ -1,0 +1,203 @@
+"""The charts of one run, and of several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pretrain.telemetry.report.charts import (
+    Format,
+    Line,
+    Point,
+    area_chart,
+    compact,
+    heat_chart,
+    line_chart,
+    scatter_chart,
+)
+from pretrain.telemetry.report.folder import Run
+from pretrain.telemetry.report.history import PARTS, Curves, History
+from pretrain.telemetry.report.style import NUM_COLOURS, Markup, join
+from pretrain.telemetry.report.words import share
+
+NATS = "nats per token"
+TRAINING = 0  # colours: that of training; those of the domains follow
+
+
+def percent(value: float) -> str:
+    return share(value).replace(" ", "")
+
+
+def domain_label(name: str, role: str) -> str:
+    return f"{name} ({role})"
+
+
+# One run ----------------------------------------------------------------------------------------------------------------
+
+
+def loss_chart(history: History) -> Markup:
+    """Training and every domain."""
+    train = history.train
+    key = "loss_mean" if train.has("loss_mean") else "loss"
+    band = (train.low("loss"), train.high("loss")) if train.width > 1 else ((), ())
+    lines = [Line("training", train.steps, train.mean(key), TRAINING, low=band[0], high=band[1])]
+    return line_chart("Loss", lines + _domain_lines(history, "loss"), unit=NATS, large=True)
+
+
+def change_chart(history: History) -> Markup:
+    """What the new domain gained against what the base domains lost."""
+    lines = _domain_lines(history, "delta_loss")
+    return line_chart("Gain and forgetting", lines, unit=f"{NATS} since step 0, less is better", zero=True, large=True)
+
+
+def _domain_lines(history: History, key: str) -> list[Line]:
+    return [
+        Line(domain_label(name, d.role), d.scores.steps, d.scores.mean(key), TRAINING + i, dashed=d.role == "base")
+        for i, (name, d) in enumerate(history.domains.items(), start=1)
+    ]
+
+
+def training_charts(history: History) -> Markup:
+    lr = _single(history, "Learning rate", "lr", from_zero=True)
+    norm = _single(history, "Gradient norm", "grad_norm", unit="before clipping", from_zero=True)
+    scale = _single(history, "Loss scale", "loss_scale", logarithmic=True)
+    skipped = Markup("")
+    if history.last_train.get("skipped_steps"):
+        skipped = _single(history, "Steps without an update", "skipped_steps", unit="so far", from_zero=True)
+    return join([lr, norm, scale, skipped])
+
+
+def speed_charts(history: History) -> Markup:
+    speed = _single(history, "Throughput", "tokens_per_second", unit="tokens per second", from_zero=True)
+    mfu = _single(history, "MFU", "mfu", unit="of the device's peak", from_zero=True, form=percent)
+    return join([speed, time_chart(history), mfu, memory_chart(history)])
+
+
+def time_chart(history: History) -> Markup:
+    """Each part's share of the time, by step."""
+    curves = history.train
+    columns = {name: curves.mean(f"part/{name}") for name in PARTS}
+    totals = [sum(v or 0.0 for v in row) for row in zip(*columns.values(), strict=True)]
+    kept = [i for i, total in enumerate(totals) if total > 0]
+    if len(kept) < 2:
+        return Markup("")
+    steps = [curves.steps[i] for i in kept]
+    lines = [
+        Line(part_label(history, name), steps, [(columns[name][i] or 0.0) / totals[i] for i in kept], colour)
+        for colour, name in enumerate(PARTS)
+        if history.seconds[name] > 0
+    ]
+    return area_chart("Where the time went", lines, unit="share, by step", form=percent)
+
+
+def part_label(history: History, part: str) -> str:
+    """``other`` is what is left; where nothing else is known of the steps, it is them."""
+    return "steps" if part == "other" and not history.seconds["compute"] else part
+
+
+def memory_chart(history: History) -> Markup:
+    names = {"memory_gib": "peak", "memory_reserved_gib": "reserved", "host_memory_gib": "host"}
+    train = history.train
+    lines = [
+        Line(name, train.steps, train.mean(key), colour)
+        for colour, (key, name) in enumerate(names.items())
+        if train.has(key)
+    ]
+    return line_chart("Memory", lines, unit="GiB", from_zero=True)
+
+
+def layer_charts(history: History) -> Markup:
+    titles = {"update_ratio": "Update against weight", "grad_norm": "Gradient norm", "weight_norm": "Weight norm"}
+    layers = history.layers
+    steps = next(iter(layers.values())).steps if layers else []
+    same = {name: curves for name, curves in layers.items() if curves.steps == steps}
+    charts = (
+        heat_chart(title, list(same), steps, [curves.mean(key) for curves in same.values()], unit="by layer")
+        for key, title in titles.items()
+    )
+    return join(charts)
+
+
+def _single(
+    history: History,
+    title: str,
+    key: str,
+    *,
+    unit: str = "",
+    from_zero: bool = False,
+    logarithmic: bool = False,
+    form: Format = compact,
+) -> Markup:
+    line = Line(key.replace("_", " "), history.train.steps, history.train.mean(key))
+    return line_chart(title, [line], unit=unit, from_zero=from_zero, logarithmic=logarithmic, form=form)
+
+
+# Several runs -----------------------------------------------------------------------------------------------------------
+
+
+def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> tuple[Markup, Markup]:
+    """What they learned, and how they went: a line a run in every chart, each run in one colour throughout."""
+    domains: dict[str, str] = {}
+    for run in runs:
+        domains |= {name: d.role for name, d in run.history.domains.items()}
+    learned = [_curves("Training loss", runs, names, "loss", unit=NATS, large=True), trade_chart(runs, names)]
+    for domain, role in domains.items():
+        lines = [
+            _line(name, run.history.domains[domain].scores, "delta_loss", i)
+            for i, (name, run) in enumerate(zip(names, runs, strict=True))
+            if domain in run.history.domains
+        ]
+        learned.append(
+            line_chart(
+                f"Change on {domain_label(domain, role)}", lines, unit=f"{NATS} since step 0", zero=True, large=True
+            )
+        )
+    went = [
+        _curves("Learning rate", runs, names, "lr", from_zero=True),
+        _curves("Gradient norm", runs, names, "grad_norm", from_zero=True),
+        _curves("Throughput", runs, names, "tokens_per_second", unit="tokens per second", from_zero=True),
+        _curves("MFU", runs, names, "mfu", from_zero=True, form=percent),
+        _curves("Memory", runs, names, "memory_gib", unit="GiB, peak", from_zero=True),
+    ]
+    return join(learned), join(went)
+
+
+def trade_chart(runs: Sequence[Run], names: Sequence[str]) -> Markup:
+    """Gain on the new domains against forgetting of the base domains, a point a run."""
+    points = []
+    for i, (name, run) in enumerate(zip(names, runs, strict=True)):
+        gain, lost = mean_change(run.history, "new"), mean_change(run.history, "base")
+        if gain is not None and lost is not None:
+            points.append(Point(name, gain, lost, i % NUM_COLOURS, strong=len(runs) <= 8))
+    return scatter_chart(
+        "Gain against forgetting",
+        points,
+        x_label="change of new domains",
+        unit="change of base domains",
+        zero=True,
+        large=True,
+    )
+
+
+def mean_change(history: History, role: str) -> float | None:
+    """Of the loss since step 0, over the domains of a role."""
+    changes = [c for d in history.domains.values() if d.role == role and (c := d.change()) is not None]
+    return sum(changes) / len(changes) if changes else None
+
+
+def _curves(
+    title: str,
+    runs: Sequence[Run],
+    names: Sequence[str],
+    key: str,
+    *,
+    unit: str = "",
+    from_zero: bool = False,
+    form: Format = compact,
+    large: bool = False,
+) -> Markup:
+    lines = [_line(name, run.history.train, key, i) for i, (name, run) in enumerate(zip(names, runs, strict=True))]
+    return line_chart(title, lines, unit=unit, from_zero=from_zero, form=form, large=large)
+
+
+def _line(name: str, curves: Curves, key: str, number: int) -> Line:
+    return Line(name, curves.steps, curves.mean(key), number % NUM_COLOURS, dashed=number >= NUM_COLOURS)

@@ -1,0 +1,71 @@
+"""One page about a run, or about several side by side, from what lies in their folders; a run may be still going.
+
+    python scripts/report.py outputs/books
+    python scripts/report.py outputs/books outputs/books-2 --output books.html
+    python scripts/report.py multirun/lr                       # a sweep: the ranked page of its jobs
+
+Of one run the page is its report.html, of a sweep its sweep.html; of several runs it is report.html in the current folder,
+where --output does not say otherwise.
+
+Exit code 0: written; 2: a mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pretrain.console import complain
+from pretrain.errors import UserError
+from pretrain.replace import replace_file
+
+
+def write_report(folders: list[Path], output: Path | None) -> Path:
+    """Read the runs, write the page, return where it is. Raises ``UserError``."""
+    from pretrain.telemetry.report.compare import compare_page, names_of
+    from pretrain.telemetry.report.folder import read_run
+    from pretrain.telemetry.report.page import run_page
+
+    folders = list(dict.fromkeys(folders))
+    if len(folders) == 1 and (folders[0] / "sweep.json").is_file():
+        return write_sweep(folders[0], output)
+    runs = [read_run(folder) for folder in folders]
+    if len(runs) == 1:
+        text, usual = run_page(runs[0]), folders[0] / "report.html"
+    else:
+        text, usual = compare_page(runs, names_of(folders)), Path("report.html")
+    return write(output or usual, text)
+
+
+def write_sweep(folder: Path, output: Path | None) -> Path:
+    """The page of a sweep as things stand now; sweep.json stays the sweep's own. Raises ``UserError``."""
+    from pretrain.sweep.page import page
+    from pretrain.sweep.table import read
+
+    return write(output or folder / "sweep.html", page(folder, read(folder)))
+
+
+def write(path: Path, text: str) -> Path:
+    try:
+        replace_file(path, text)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror}") from None
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run folder (output_dir), or one sweep folder"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where the page goes")
+    asked = parser.parse_args()
+    try:
+        print(write_report(asked.runs, asked.output))
+    except UserError as error:
+        complain(f"error: {error}")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
