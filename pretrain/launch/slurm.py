@@ -235,7 +235,7 @@ class Job:
         command = [*self.command, *_meeting_point()]
         environment = None
         if self.of is not None:
-            self.of.write(status="running")
+            self.of.write(status="running", locked=False)
             environment = child.environment(self.of.note)
         process = subprocess.Popen(command, cwd=self.folder, env=environment, preexec_fn=_ignore_warning_signal)
         self.pid = process.pid

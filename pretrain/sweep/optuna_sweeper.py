@@ -37,7 +37,7 @@ class Options:
     startup_trials: NonNegativeInt
     prune: bool
     seed: NonNegativeInt
-    params: dict[str, Any]
+    params: dict[str, Any] | None
 
     def check(self) -> None:
         for key, hint in get_type_hints(Options, include_extras=True).items():
@@ -60,7 +60,7 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run trials until there are ``n_trials`` with a result; one that fails counts, until the command is run again."""
-        self.space = parse_space(self.options.params, arguments, self.loader)
+        self.space = parse_space(self.options.params or {}, arguments, self.loader)
         with search_alone(self.jobs.folder):
             study = Study(
                 self.jobs.folder,

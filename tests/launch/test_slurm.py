@@ -77,14 +77,15 @@ def undisturbed(base_arguments, spawn, folder, *arguments):
 
 @pytest.mark.slow
 def test_sweep_in_local_processes_survives_the_warning_signal(sweep, base_arguments, spawn, tmp_path):
-    process = sweep("hydra.launcher.cluster=local", "max_steps=300", "lr=1e-3,-1")
+    process = sweep("hydra.launcher.cluster=local", "max_steps=300", "devices=1,2")
     folder = wait_for_steps(tmp_path, 10)
     controllers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for controller in controllers:
         for task in Path(f"/proc/{controller}/task/{controller}/children").read_text().split():
             os.kill(int(task), signal.SIGUSR2)
-    out = finish(process, code=2)  # of the job with the impossible learning rate
+    out = finish(process, code=2)  # of the job that can't have its devices
     assert "exit code 2" in out
+    assert "failed: devices=2: strategy=single is one process" in out
     [run] = runs(tmp_path)
     assert (run["status"], run["restarts"]) == ("finished", 1)
     assert records(folder) == undisturbed(base_arguments, spawn, tmp_path / "alone", "max_steps=300")

@@ -6,11 +6,18 @@ import signal
 import time
 
 import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 
 from pretrain.compose import asks_for_sweep
+from pretrain.config import conf_dir
 from pretrain.errors import UserError
+from pretrain.sweep.plan import Plan
 from pretrain.sweep.side_by_side import shares
 from pretrain.telemetry.jsonl import read_records
+from pretrain.trust import make_hydra
 from tests.test_cli import assert_mistake
 
 pytest.importorskip("optuna")
@@ -77,6 +84,30 @@ def test_an_experiment_of_another_folder_can_be_a_sweep(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nhydra: {mode: MULTIRUN}\n")
     assert asks_for_sweep(["--config-dir", str(tmp_path), "experiment=mine"])
+
+
+@pytest.mark.parametrize(
+    ("more", "jobs"),
+    [
+        (
+            [],
+            [f"lr={lr} scheduler={s}" for lr in ("0.0001", "0.0003", "0.001", "0.003") for s in ("cosine", "constant")],
+        ),
+        (["++lr=1e-5,1e-4", "scheduler=cosine"], ["++lr=1e-05 scheduler=cosine", "++lr=0.0001 scheduler=cosine"]),
+    ],
+)
+def test_the_command_line_wins_over_an_experiments_params(more, jobs):
+    """As planned, and as Hydra's sweeper will have it."""
+    hydra = make_hydra(conf_dir(), None)
+    try:
+        words = ["experiment=lr_rewarming", *more]
+        plan = Plan(hydra.config_loader, hydra.compose_config("config", words, RunMode.MULTIRUN))
+    finally:
+        GlobalHydra.instance().clear()
+    parsed = OverridesParser.create().parse_overrides(plan.words)
+    [launched] = BasicSweeper.split_arguments(parsed, None)
+    for found in (plan.jobs, launched):
+        assert [" ".join(w for w in job if not w.startswith("experiment")) for job in found] == jobs
 
 
 def test_every_place_has_its_gpus():
@@ -162,8 +193,10 @@ def test_submitit_local(sweep, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["lr_rewarming", "global_batch", "strategies"])
-def test_experiments(experiment, sweep, tmp_path):
-    arguments = [f"experiment={experiment}", "hydra/launcher=joblib", "max_steps=4", "log_every=1"]
-    finish(sweep(*arguments))
+def test_experiments(experiment, base_arguments, spawn, tmp_path):
+    own = ("lr=", "gradient_accumulation_steps=", "evaluate_every=", "save_every=", "max_steps=")
+    arguments = [a for a in base_arguments if not a.startswith(own)]
+    arguments += [f"experiment={experiment}", "hydra/launcher=joblib", "max_steps=4", f"sweep_dir={tmp_path / 'sweep'}"]
+    finish(spawn([*arguments, "sink=jsonl"]))
     assert set(statuses(tmp_path)) == {"finished"}
     assert len(jobs(tmp_path)) == {"lr_rewarming": 8, "global_batch": 9, "strategies": 3}[experiment]

@@ -1,6 +1,7 @@
 """sweep.json and sweep.html from the folders of jobs."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from pretrain.sweep.measure import measures_of, objective_in
 from pretrain.sweep.page import page, varying
 from pretrain.sweep.show import show
 
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 FACTS = {"command": "python -m pretrain -m lr=1,2", "metric": "new_loss", "direction": "minimize"}
 
 
@@ -126,6 +128,19 @@ def test_the_page_of_a_sweep_without_any_result(fabricate, tmp_path):
     html = page(tmp_path / "sweep", table.write(tmp_path / "sweep", **FACTS))
     assert "No job has finished yet; 1 failed." in html
     assert "<figure" not in html
+
+
+def test_the_script_draws_the_page_of_a_sweep(sweep, tmp_path, monkeypatch):
+    """As things stand now, and sweep.json stays the sweep's own."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from report import write_report
+
+    table.write(sweep, **FACTS)
+    told = (sweep / "sweep.json").read_bytes()
+    assert write_report([sweep], None) == sweep / "sweep.html"
+    assert ">stopped</span></h1>" in (sweep / "sweep.html").read_text()
+    assert write_report([sweep], tmp_path / "page.html").read_text() == (sweep / "sweep.html").read_text()
+    assert (sweep / "sweep.json").read_bytes() == told
 
 
 def test_keys_that_vary():
