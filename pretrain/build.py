@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from pretrain.data.store import TokenStore, TokenView
     from pretrain.engine import Engine, Scorer
     from pretrain.evaluation.perplexity import Domain, Evaluator
-    from pretrain.events import Event
     from pretrain.exporter import Exporter
     from pretrain.guard.guard import Guard
     from pretrain.interrupt import Interrupt
     from pretrain.models.blueprint import Blueprint
     from pretrain.place import Place
     from pretrain.strategy.base import Setting
-    from pretrain.trainer import Schedule, Trainer
+    from pretrain.telemetry.record import Record
+    from pretrain.trainer import Listener, Schedule, Trainer
     from pretrain.watchdog import Watchdog
     from pretrain.world import World
 
@@ -224,14 +224,18 @@ def build_schedule(resolved: dict[str, Any], steps: int) -> Schedule:
     return partial(instantiate(resolved["scheduler"]), total_steps=steps, warmup_steps=warmup_steps)
 
 
-def build_listeners(resolved: dict[str, Any], folder: Path, files: Files) -> list[Callable[[Event], None]]:
-    """``files``: of the training data, to be watched."""
+def build_listeners(
+    resolved: dict[str, Any], folder: Path, files: Files
+) -> tuple[list[Listener], Callable[[], list[Record]]]:
+    """Who hears of the run's events, and what tells the records that belong into the next checkpoint. ``files``: of the
+    training data, to be watched."""
     from pretrain.data.fingerprint import FilesWatch
     from pretrain.telemetry.monitor import Monitor
     from pretrain.telemetry.run_file import RunFile
 
     sinks = {name: instantiate(node) for name, node in (resolved.get("sink") or {}).items()}
-    return [Monitor(sinks, run=folder, log_every=resolved["log_every"]), RunFile(folder), FilesWatch(files)]
+    monitor = Monitor(sinks, run=folder, log_every=resolved["log_every"])
+    return [monitor, RunFile(folder), FilesWatch(files)], monitor.unsaved
 
 
 def cadences(resolved: dict[str, Any], prepared: Prepared) -> tuple[int | None, int | None]:
@@ -348,6 +352,9 @@ def build_trainer(
     loader = build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world)
     evaluate_every, save_every = cadences(resolved, prepared)
     facts = run_facts(resolved, world, engine, restarts=place.restarts) | split.facts()
+    listeners, unsaved_records = (
+        build_listeners(resolved, folder, prepared.train.store.files) if world.is_main else ([], list)
+    )
     return Trainer(
         world=world,
         engine=engine,
@@ -367,6 +374,7 @@ def build_trainer(
         exporter=build_exporter(resolved, prepared, engine, folder, facts=facts, steps=steps),
         resume_from=resume_from,
         facts=facts,
-        listeners=build_listeners(resolved, folder, prepared.train.store.files) if world.is_main else [],
+        listeners=listeners,
+        unsaved_records=unsaved_records,
         watchdog=watchdog,
     )

@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from pretrain import collector
 from pretrain.compose import asks_for_sweep, forced, in_plain_words, resolve
 from pretrain.config import check, conf_dir, gpu_visible
 from pretrain.console import complain, notice, quiet_libraries
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 def program() -> NoReturn:
     """`main` as a process of its own. One that was in a process group ends without Python's clean-up: a thread of gloo's
     may want the interpreter while that is being taken down, which aborts the process in a few of a hundred ends."""
+    collector.rarely()
     ensure_open()
     enter()
     faulthandler.enable()  # a bus error, a segmentation fault: say where

@@ -23,11 +23,13 @@ class Event:
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
     """``facts``: what stands in run.json (world size, strategy, versions, number of parameters, …). ``owes_evaluation``:
-    this step is going to be evaluated, whatever is known of it from before."""
+    this step is going to be evaluated, whatever is known of it from before. ``records``: those that came along with the
+    checkpoint; a full disk or a lost machine may have kept them from metrics.jsonl."""
 
     total_steps: int
     resumed: bool
     owes_evaluation: bool = False
+    records: tuple[dict[str, Any], ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
 

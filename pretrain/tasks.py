@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain import build
+from pretrain import build, collector
 from pretrain.checkpoint.store import Store
 from pretrain.console import log_error, log_to, mute
 from pretrain.errors import UserError
@@ -79,6 +79,7 @@ def pretraining(
                 watchdog=watchdog,
             )
         interrupt.patient = True
+        collector.as_usual()
         with memory_explained(resolved, world, setting, trainer):
             run_logged(trainer)
     leave()
@@ -179,7 +180,7 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     world = build.build_world(resolved, Place(), group=False)
     with memory_explained(resolved, world):
         scorer = build.build_scorer(resolved, prepared, world)
-    listeners = build.build_listeners(resolved, folder.path, {})
+    listeners, _ = build.build_listeners(resolved, folder.path, {})
     with memory_explained(resolved, world), watched("evaluation"):
         scores = build.build_evaluator(resolved, prepared).run(scorer) or ()
     events: list[Event] = [

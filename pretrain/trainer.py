@@ -44,7 +44,9 @@ class Trainer:
     ``loader`` yields this rank's share of one global batch per step, ``micro_batch`` sequences at a time.
     ``identity``: what a checkpoint must share with the run that continues it. ``rng``: this rank's random state at
     step 0. Only rank 0 has ``listeners``.
-    ``resume_from``: a checkpoint folder of this run, or ``None``. ``exporter`` writes the model as Hugging Face folders.
+    ``unsaved_records``: what listeners have noted since the last checkpoint, to lie in the next; ``records``: those of the
+    checkpoint that the run goes on from. ``resume_from``: a checkpoint folder of this run, or ``None``. ``exporter`` writes
+    the model as Hugging Face folders.
     """
 
     world: World
@@ -64,6 +66,8 @@ class Trainer:
     save_every: Every
     exporter: Exporter
     resume_from: Path | None = None
+    unsaved_records: Callable[[], list[dict[str, Any]]] = list
+    records: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     listeners: list[Listener] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
@@ -76,7 +80,13 @@ class Trainer:
         """Train to ``total_steps`` or until a stop signal; save, and export the model of a finished run."""
         self.resume()
         resumed = self.resume_from is not None
-        self.emit(RunStarted(self.progress.step, self.total_steps, resumed, self.progress.owes_evaluation, self.facts))
+        self.emit(
+            RunStarted(
+                *(self.progress.step, self.total_steps, resumed, self.progress.owes_evaluation),
+                records=tuple(self.records),
+                facts=self.facts,
+            )
+        )
         set_rng_state(self.rng)  # only now: listeners may draw random numbers while they set themselves up
         if self.progress.step == 0 or self.progress.owes_evaluation:
             self.evaluate()
@@ -204,6 +214,7 @@ class Trainer:
             "guard": self.guard.state_dict(),
             "rng": self.world.each(rng_state),
             "identity": self.identity,
+            "records": self.unsaved_records(),
             "files": self.exporter.checkpoint_files(self.progress) if self.world.is_main else {},
         }
         saved = self.saver.save(self.progress.step, state, at_once=at_once)
@@ -268,6 +279,7 @@ class Trainer:
         if any(before[part] != self.identity[part] for part in ("data", "sequence_length", "global_batch", "seed")):
             guard["passed_over"] = []  # they were other batches
         self.guard.load_state_dict(guard)
+        self.records = state.get("records", [])
         if self.world.rank < len(state["rng"]):
             self.rng = state["rng"][self.world.rank]
 

@@ -75,7 +75,9 @@ def test_a_model_of_somebody_elses_is_not_replaced(command, base_arguments, tmp_
 
 
 def test_a_domain_is_text_in_the_report():
-    from pretrain.telemetry.report.page import page
+    from pretrain.telemetry.report.folder import Run
+    from pretrain.telemetry.report.history import History
+    from pretrain.telemetry.report.page import run_page
 
     score = {
         "event": "evaluation",
@@ -87,7 +89,7 @@ def test_a_domain_is_text_in_the_report():
     }
     records = [score | {"step": step, "domain": "<script>alert(1)</script>"} for step in (0, 1)]
     records.append({"event": "run_started", "step": 0, "time": 0, "name": "</title><script>"})
-    assert "<script" not in page(records)
+    assert "<script" not in run_page(Run("</title><script>", History(records)))
 
 
 @pytest.mark.parametrize(

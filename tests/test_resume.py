@@ -29,6 +29,20 @@ def test_kill_9_and_the_same_command(at, uninterrupted, base_arguments, command,
     assert_same_run(run, uninterrupted)
 
 
+def test_records_that_did_not_reach_the_disk_come_with_the_checkpoint(uninterrupted, base_arguments, command, tmp_path):
+    """As a full disk leaves it, or a machine that lost power: the checkpoint is whole, the records before it are not."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "run.json").unlink()
+    shutil.rmtree(run / "model")
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    saved = next(n for n, line in enumerate(lines) if b'"checkpoint"' in line and json.loads(line)["step"] == 15)
+    (run / "metrics.jsonl").write_bytes(b"".join(lines[: saved + 2]) + lines[saved + 2][:20])
+    code, _, err = command([*base_arguments, f"output_dir={run}"])
+    assert code == 0, err
+    assert_same_run(run, uninterrupted)
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("ddp", "deepspeed"))])
 def test_kill_9_of_two_processes_and_the_same_command(strategy, base_arguments, command, spawn, tmp_path):
     """The model has dropout: each rank goes on with its own random numbers."""

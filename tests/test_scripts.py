@@ -95,7 +95,11 @@ def test_soak():
 
 
 @pytest.mark.parametrize(
-    "name", ["bench_checkpoint.py", "bench_startup.py", "soak.py", "verify_resume.py", "verify_strategies.py"]
+    "name",
+    [
+        *("bench_checkpoint.py", "bench_startup.py", "report.py", "screenshots.py", "soak.py"),
+        *("verify_resume.py", "verify_strategies.py"),
+    ],
 )
 def test_help(name):
     done = script(name, "--help")

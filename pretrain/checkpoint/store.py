@@ -1,9 +1,9 @@
 """Checkpoints of one run: safetensors and JSON only, so that reading one never runs code and needs no tool of ours.
 
 ``step-00000020/``: ``model.safetensors`` (Hugging Face names), ``optimizer.safetensors`` (``<parameter>/<moment>``),
-``state.json`` (progress, data cursor, RNG, loss scaler), ``config.yaml``, what makes it a model folder by itself (config,
-tokenizer, …), and the marker of a whole folder. A sharding strategy writes ``model.rank-0.safetensors``, … instead, each
-with its rank's rows.
+``state.json`` (progress, data cursor, RNG, loss scaler, the records since the checkpoint before), ``config.yaml``, what
+makes it a model folder by itself (config, tokenizer, …), and the marker of a whole folder. A sharding strategy writes
+``model.rank-0.safetensors``, … instead, each with its rank's rows.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def _remember(memory: Path, units: list[Unit], outcomes: list[Outcome], started_
         for unit, (_, digests) in zip(units, outcomes, strict=True)
         for piece, digest in zip(unit.pieces, digests, strict=True)
     ]
-    raw = json.dumps([[*asdict(piece).values()] for piece in pieces]).encode()
+    raw = json.dumps([[*vars(piece).values()] for piece in pieces]).encode()
     if not memory.exists() or memory.read_bytes() != raw:
         write_whole(memory, raw)
 

@@ -51,11 +51,11 @@ def _prepare_data(job: Job) -> None:
 
     Raises ``UserError``, ``Stopped`` or ``WorkersFailed`` as that process did.
     """
+    from pretrain.launch import elastic  # noqa: F401 (torch's agent, while the server imports: start() waits for it)
+
     process = multiprocessing.get_context("forkserver").Process(target=prepare, args=(job,))
     process.start()
     try:
-        from pretrain.launch import elastic  # noqa: F401 (torch's agent, meanwhile)
-
         process.join()
     finally:  # a signal has ended the waiting
         process.terminate()

@@ -12,7 +12,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
-from pretrain import build
+from pretrain import build, collector
 from pretrain.console import capture_stderr, quiet_libraries
 from pretrain.interrupt import EXIT_CODE, SIGNALS, Interrupt, Stopped
 from pretrain.launch.report import write_hang, write_report
@@ -50,6 +50,8 @@ def prepare(job: Job) -> None:
     except BaseException as error:
         write_report(Path(job.reports), 0, error)
         os._exit(1)
+    settle()
+    os._exit(0)  # taking the interpreter down would take longer than many a start has
 
 
 def work(job: Job) -> int:
@@ -81,6 +83,7 @@ def work(job: Job) -> int:
 
 def _enter(job: Job) -> None:
     """Stand where the parent stands: the server was started earlier, perhaps elsewhere."""
+    collector.rarely()
     os.environ.update({k: v for k, v in job.environment.items() if k not in FROM_AGENT})
     os.chdir(job.folder)
     threading.Thread(target=_leave_with_parent, daemon=True).start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ class Jsonl:
     def open(self, run: Path, start: RunStarted) -> None:
         path = run / "metrics.jsonl"
         if path.exists():
-            cut_after(path, start.step, owes_evaluation=start.owes_evaluation)
+            cut_after(path, start.step, owes_evaluation=start.owes_evaluation, brought=start.records)
         self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -71,21 +71,27 @@ def iter_records(path: Path, *, torn: Callable[[str], None] = lambda where: None
                 raise ValueError(f"{path}:{number}: not JSON: {error}") from error
 
 
-def records_until(path: Path, step: int, *, owes_evaluation: bool = False) -> Iterator[dict[str, Any]]:
+def records_until(
+    path: Path, step: int, *, owes_evaluation: bool = False, brought: Iterable[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
     """The records up to ``step``, of a run that goes on there: without the end it has not come to, and without the
-    evaluation of ``step`` where it ``owes_evaluation``, which is about to be made again."""
+    evaluation of ``step`` where it ``owes_evaluation``, which is about to be made again. ``brought``: the latest ones, as
+    the checkpoint knows them; those that the file lost are put at its end."""
 
     def holds(record: dict[str, Any]) -> bool:
         again = record["step"] == step and owes_evaluation and record["event"] == "evaluation"
         return record["step"] <= step and not again and record.get("status") != "finished"
 
-    return filter(holds, iter_records(path))
+    records = read_records(path)
+    known = {json.dumps(record) for record in records}
+    return [r for r in records + [b for b in brought if json.dumps(b) not in known] if holds(r)]
 
 
-def cut_after(path: Path, step: int, *, owes_evaluation: bool = False) -> None:
-    """Drop the records of steps beyond ``step``: they were lost with a crash and are about to be trained again.
+def cut_after(path: Path, step: int, *, owes_evaluation: bool = False, brought: Iterable[dict[str, Any]] = ()) -> None:
+    """Drop the records of steps beyond ``step``: they were lost with a crash and are about to be trained again. ``brought``:
+    see `records_until`.
 
     A run that starts over (step 0) drops everything.
     """
-    kept = list(records_until(path, step, owes_evaluation=owes_evaluation)) if step > 0 else []
+    kept = records_until(path, step, owes_evaluation=owes_evaluation, brought=brought) if step > 0 else []
     replace_file(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), flush=True)

@@ -34,6 +34,11 @@ class Monitor:
         self._total_steps = 0
         self._first_logged = False
         self._started = False
+        self._unsaved: list[Record] = []
+
+    def unsaved(self) -> list[Record]:
+        """The records that no whole checkpoint has brought into safety yet."""
+        return list(self._unsaved)
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -46,6 +51,7 @@ class Monitor:
             case Saved():
                 self._write_beside("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
                 self._window.exclude(event.blocked_seconds)
+                self._unsaved = [r for r in self._unsaved if r["step"] > event.step]
             case Exported():
                 self._window.exclude(event.seconds)
             case RolledBack():
@@ -57,6 +63,7 @@ class Monitor:
 
     def _start(self, event: RunStarted) -> None:
         self._started = True
+        self._unsaved = list(event.records)
         self._total_steps = event.total_steps
         self._each(lambda s: s.open(self._run, event))
         self._write(
@@ -67,6 +74,7 @@ class Monitor:
     def _go_back(self, event: RolledBack) -> None:
         """For the sinks as if the run had been stopped and resumed there."""
         self._each(lambda s: s.close())
+        self._unsaved = [r for r in self._unsaved if r["step"] <= event.step]
         again = RunStarted(event.step, self._total_steps, resumed=True)
         self._each(lambda s: s.open(self._run, again))
         self._write("rollback", event.step, fields_of(event))
@@ -125,6 +133,7 @@ class Monitor:
 
     def _write(self, kind: str, step: int, fields: Record) -> None:
         record = {"event": kind, "step": step, "time": time.time()} | json_safe(fields)
+        self._unsaved.append(record)
         self._each(lambda s: s.write(record))
 
     def _each(self, call: Callable[[Sink], None]) -> None:

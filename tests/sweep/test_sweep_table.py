@@ -1,6 +1,7 @@
 """sweep.json and sweep.html from the folders of jobs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,20 @@ def test_the_page_shows_the_jobs_ranked_and_escaped(sweep):
     assert "no <b>" not in html
     assert html.count("<figure") == 4, "parallel coordinates, the front, the way of both kinds of domains"
     assert "python -m pretrain lr=0.1 strategy=ddp" in html
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium (Debian's package of that name)")
+def test_the_page_in_a_browser(sweep):
+    from tests.telemetry.report.test_browser import look
+
+    table.write(sweep, **FACTS)
+    seen, console = look(sweep / "sweep.html")
+    assert console == []
+    assert [frame["width"] for frame in seen] == [frame["scrolled"] for frame in seen], "no sideways scrolling"
+    for frame in seen:
+        assert frame["scripts"] == 0
+        assert len(frame["charts"]) == 4
+        assert all(width > 250 and height > 140 and len(label) > 15 for width, height, label in frame["charts"])
 
 
 def test_the_page_of_a_sweep_without_any_result(fabricate, tmp_path):

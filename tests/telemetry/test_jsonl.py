@@ -55,8 +55,8 @@ def test_a_run_that_goes_on_has_not_finished_and_evaluates_again_what_it_owes(tm
     ends = [{"event": "run_finished", "step": 1, "status": "stopped"}]
     ends += [{"event": "run_finished", "step": 2, "status": "finished"}]
     path.write_text("".join(json.dumps(r) + "\n" for r in records + ends))
-    assert list(records_until(path, 2)) == [*records, ends[0]]
-    assert list(records_until(path, 2, owes_evaluation=True)) == [*records[:2], ends[0]]
+    assert records_until(path, 2) == [*records, ends[0]]
+    assert records_until(path, 2, owes_evaluation=True) == [*records[:2], ends[0]]
 
 
 def test_a_line_torn_in_the_middle_of_a_character(tmp_path):
@@ -64,3 +64,13 @@ def test_a_line_torn_in_the_middle_of_a_character(tmp_path):
     whole = json.dumps({"event": "evaluation", "step": 1, "domain": "да"}, ensure_ascii=False)
     path.write_bytes(f"{whole}\n{whole[:-4]}".encode()[:-1])
     assert read_records(path) == [json.loads(whole)]
+
+
+def test_records_that_a_checkpoint_brought_are_put_back_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines(path, [0, 1, 2])
+    brought = tuple({"event": "train", "step": s, "time": 0.0} for s in (2, 3, 4, 5))
+    sink = Jsonl()
+    sink.open(tmp_path, RunStarted(4, 9, resumed=True, records=brought))
+    sink.close()
+    assert [r["step"] for r in read_records(path)] == [0, 1, 2, 3, 4]

@@ -101,7 +101,7 @@ def line_chart(
         axes.set_ylim(bottom=0)
     keys = [(line.name, line.colour, _last(line.y, form)) for line in lines]
     said = "; ".join(f"{line.name} from {_first(line.y, form)} to {_last(line.y, form)}" for line in lines)
-    return _figure(title, unit, keys, drawing.svg(f"{title}: {said}", drawing.readouts(lines)))
+    return _figure(title, unit, keys, drawing.svg(f"{title}: {said}", drawing.readouts(lines)), large=large)
 
 
 def area_chart(
@@ -115,7 +115,9 @@ def area_chart(
     drawing.axes.margins(x=0)
     keys = [(line.name, line.colour, form(sum(_floats(line.y)) / len(line.y))) for line in lines]
     said = "; ".join(f"{name} {mean}" for name, _, mean in keys)
-    return _figure(title, unit, keys, drawing.svg(f"{title}: {said}", drawing.readouts(lines, marks=False)))
+    return _figure(
+        title, unit, keys, drawing.svg(f"{title}: {said}", drawing.readouts(lines, marks=False)), large=large
+    )
 
 
 def scatter_chart(
@@ -145,7 +147,7 @@ def scatter_chart(
         axes.axvline(0, color=SOFT, lw=1, zorder=1)
     axes.margins(0.12)
     said = "; ".join(f"{p.name} at {compact(p.x)}, {compact(p.y)}" for p in points)
-    return _figure(title, unit, [], drawing.svg(f"{title}: {said}", drawing.names(points)))
+    return _figure(title, unit, [], drawing.svg(f"{title}: {said}", drawing.names(points)), large=large)
 
 
 def heat_chart(
@@ -221,24 +223,26 @@ class _Drawing:
         wanted = min(COLUMNS, max(8, READOUTS // len(lines)))
         if len(places) > wanted:
             places = [places[round(i * (len(places) - 1) / (wanted - 1))] for i in range(wanted)]
-        across = [self.at(x, 1)[0] for x in places]
-        edges = [self._left, *((a + b) / 2 for a, b in pairwise(across)), self.width - RIGHT]
+        borders = [-math.inf, *((a + b) / 2 for a, b in pairwise(places)), math.inf]
         columns = []
-        for place, x, sides in zip(places, across, pairwise(edges), strict=True):
-            found = [(line, y) for line in lines if (y := _value_at(line, place)) is not None]
-            shown = [f"{self._x_label} {place:,.6g}", *(f"{line.name} {self.form(y)}" for line, y in found)]
-            dots = [(self.at(place, y)[1], line.colour) for line, y in found] if marks else []
-            columns.append(self._column(x, sides, shown, dots))
+        for place, (left, right) in zip(places, pairwise(borders), strict=True):
+            found = [(line, *point) for line in lines if (point := _nearest(line, place, left, right))]
+            shown = [f"{self._x_label} {place:,.6g}", *(f"{line.name} {self.form(y)}" for line, _, y in found)]
+            dots = [(*self.at(x, y), line.colour) for line, x, y in found] if marks else []
+            sides = max(self._left, self.at(left, 1)[0]), min(self.width - RIGHT, self.at(right, 1)[0])
+            columns.append(self._column(self.at(place, 1)[0], sides, shown, dots))
         return "".join(columns)
 
-    def _column(self, x: float, sides: tuple[float, float], shown: list[str], dots: list[tuple[float, int]]) -> str:
+    def _column(
+        self, x: float, sides: tuple[float, float], shown: list[str], dots: list[tuple[float, float, int]]
+    ) -> str:
         anchor, offset = ("start", 7) if x < self.width / 2 else ("end", -7)
         rows = "".join(
             f'<text x="{x + offset:.1f}" y="{TOP + 11 + 14 * i}" text-anchor="{anchor}">{escape(text)}</text>'
             for i, text in enumerate(shown)
         )
         circles = "".join(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" style="fill:var(--c{c % NUM_COLOURS})"/>' for y, c in dots
+            f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" style="fill:var(--c{c % NUM_COLOURS})"/>' for a, b, c in dots
         )
         bottom, (left, right) = self.height - BOTTOM, sides
         return (
@@ -283,25 +287,23 @@ def _cleaned(svg: str) -> str:
     return inner.replace(SOFT, "var(--soft)").replace(GRID, "var(--line)")
 
 
-def _figure(title: str, unit: str, keys: Sequence[tuple[str, int, str]], svg: str) -> Markup:
+def _figure(title: str, unit: str, keys: Sequence[tuple[str, int, str]], svg: str, *, large: bool = False) -> Markup:
     small = f" <small>{escape(unit)}</small>" if unit else ""
     caption = f"<figcaption>{escape(title)}{small}</figcaption>"
     legend = join(key(*entry) for entry in keys)
-    return Markup(f'<figure class="card">{caption}{svg}<div class="keys">{legend}</div></figure>')
+    return Markup(
+        f'<figure class="card{" large" if large else ""}">{caption}{svg}<div class="keys">{legend}</div></figure>'
+    )
 
 
-def _value_at(line: Line, x: float) -> float | None:
-    """The line's value at the point nearest to ``x``; ``None`` beyond its ends."""
-    if not line.x or not line.x[0] <= x <= line.x[-1]:
-        return None
-    i = bisect_left(line.x, x)
-    if i and x - line.x[i - 1] < line.x[i] - x:
-        i -= 1
-    y = line.y[i]
-    return y if _is_number(y) else None
+def _nearest(line: Line, x: float, left: float, right: float) -> tuple[float, float] | None:
+    """The line's point nearest to ``x`` of those between ``left`` and ``right``, if it has one there."""
+    first, last = bisect_left(line.x, left), bisect_left(line.x, right)
+    points = [(a, b) for a, b in zip(line.x[first:last], line.y[first:last], strict=True) if _is_number(b)]
+    return min(points, key=lambda point: abs(point[0] - x), default=None)
 
 
-def _short(name: str, length: int = 11) -> str:
+def _short(name: str, length: int = 12) -> str:
     return name if len(name) <= length else f"…{name[1 - length :]}"
 
 

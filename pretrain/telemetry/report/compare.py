@@ -24,8 +24,6 @@ from pretrain.telemetry.report.style import (
 )
 from pretrain.telemetry.report.words import amount, before_after, duration, instant, share, signed, verdict
 
-MOST_CHARS = 28  # of a run's name in a legend
-
 
 def compare_page(runs: Sequence[Run], names: Sequence[str]) -> str:
     """``names``: of the runs, each another, as `names_of` finds them."""

@@ -59,7 +59,7 @@ def read_run(path: Path) -> Run:
     """
     file = path / RECORDS
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder")
+        raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}")
     if not file.is_file():
         raise UserError(f"{path}: not a run folder: it has no {RECORDS}")
     history = History()

@@ -30,13 +30,21 @@ class _Point:
     records: int = 0
     numbers: dict[str, list[float]] = field(default_factory=dict)
 
-    def add(self, other: dict[str, list[float]], *, step: int, records: int) -> None:
-        self.step, self.records = step, self.records + records
-        for key, (count, total, low, high) in other.items():
-            if (known := self.numbers.get(key)) is None:
-                self.numbers[key] = [count, total, low, high]
-            else:
-                known[:] = known[0] + count, known[1] + total, min(known[2], low), max(known[3], high)
+    def add(self, step: int, record: Record) -> None:
+        self.step, self.records = step, self.records + 1
+        for key, value in record.items():
+            if is_number(value):
+                known = self.numbers.get(key)
+                if known is None:
+                    self.numbers[key] = [1, value, value, value]
+                else:
+                    known[:] = known[0] + 1, known[1] + value, min(known[2], value), max(known[3], value)
+
+    def merge(self, later: _Point) -> None:
+        self.step, self.records = later.step, self.records + later.records
+        for key, (count, total, low, high) in later.numbers.items():
+            known = self.numbers.setdefault(key, [0, 0.0, low, high])
+            known[:] = known[0] + count, known[1] + total, min(known[2], low), max(known[3], high)
 
 
 class Curves:
@@ -49,16 +57,15 @@ class Curves:
 
     def add(self, step: int, record: Record) -> None:
         """Every finite number of ``record``; what is none is left out."""
-        numbers = {k: [1.0, float(v), float(v), float(v)] for k, v in record.items() if is_number(v)}
         if not self._points or self._points[-1].records >= self.width:
             self._points.append(_Point(step))
-        self._points[-1].add(numbers, step=step, records=1)
+        self._points[-1].add(step, record)
         if len(self._points) > self._limit:
             self._halve()
 
     def _halve(self) -> None:
         for left, right in zip(self._points[::2], self._points[1::2], strict=False):
-            left.add(right.numbers, step=right.step, records=right.records)
+            left.merge(right)
         self._points = self._points[::2]
         self.width *= 2
 
@@ -96,6 +103,20 @@ class Domain:
     first: Record
     last: Record
     scores: Curves = field(default_factory=lambda: Curves(200))
+
+    @property
+    def once(self) -> bool:
+        """Whether it has been scored once only: there is no change to speak of."""
+        return len(self.scores.steps) == 1
+
+    def curve(self, key: str) -> tuple[list[int], list[float | None]]:
+        """Steps and values; however thinned, it begins and ends with the first and the last score themselves."""
+        steps, values = self.scores.steps, self.scores.mean(key)
+        if self.scores.width == 1 or not steps:
+            return steps, values
+        ends = (value if is_number(value := record.get(key)) else None for record in (self.first, self.last))
+        first, last = ends
+        return [self.first["step"], *steps], [first, *values[:-1], last]
 
     def change(self) -> float | None:
         """Nats per token since step 0; ``None``: not known."""
@@ -202,7 +223,7 @@ class History:
 
 def is_number(value: object) -> TypeGuard[float]:
     """A finite number, and no truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _seconds(record: Record, name: str) -> float:

@@ -109,7 +109,7 @@ def _tiles(run: Run) -> Iterator[Markup]:
     if is_number(mfu := end.get("mfu") or last.get("mfu")):
         yield tile(share(mfu), "MFU")
     if is_number(goodput := end.get("goodput") or last.get("goodput")):
-        yield tile(share(goodput), "of all time trained (goodput)")
+        yield tile(share(goodput), "goodput: share of the time that trained")
     if is_number(memory := last.get("memory_gib")):
         yield tile(f"{memory:.2f} GiB", "peak memory")
     if is_number(seconds := run.facts.get("seconds")):
@@ -190,9 +190,10 @@ def _sources(history: History) -> Markup:
     more = f"{len(ranked) - MOST_ROWS} more sources; " if len(ranked) > MOST_ROWS else ""
     mean = f"{more}{number(history.data.get('tokens_per_document'), 0)} tokens per document"
     shares = bar("Tokens by source", parts) if len(parts) > 1 else Markup("")
-    return card(
-        shares, table(("source", "documents", "tokens", "share"), rows), Markup(f'<p class="soft">{escape(mean)}</p>')
-    )
+    listed = table(("source", "documents", "tokens", "share"), rows)
+    if len(rows) > len(parts):
+        listed = details(f"All {len(ranked)} sources", listed)
+    return card(shares, listed, Markup(f'<p class="soft">{escape(mean)}</p>'))
 
 
 def _layers(history: History) -> Markup:

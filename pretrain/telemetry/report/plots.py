@@ -15,7 +15,7 @@ from pretrain.telemetry.report.charts import (
     scatter_chart,
 )
 from pretrain.telemetry.report.folder import Run
-from pretrain.telemetry.report.history import PARTS, Curves, History
+from pretrain.telemetry.report.history import PARTS, History
 from pretrain.telemetry.report.style import NUM_COLOURS, Markup, join
 from pretrain.telemetry.report.words import share
 
@@ -45,13 +45,15 @@ def loss_chart(history: History) -> Markup:
 
 def change_chart(history: History) -> Markup:
     """What the new domain gained against what the base domains lost."""
+    if all(domain.once for domain in history.domains.values()):
+        return Markup("")
     lines = _domain_lines(history, "delta_loss")
     return line_chart("Gain and forgetting", lines, unit=f"{NATS} since step 0, less is better", zero=True, large=True)
 
 
 def _domain_lines(history: History, key: str) -> list[Line]:
     return [
-        Line(domain_label(name, d.role), d.scores.steps, d.scores.mean(key), TRAINING + i, dashed=d.role == "base")
+        Line(domain_label(name, d.role), *d.curve(key), TRAINING + i, dashed=d.role == "base")
         for i, (name, d) in enumerate(history.domains.items(), start=1)
     ]
 
@@ -110,11 +112,18 @@ def layer_charts(history: History) -> Markup:
     layers = history.layers
     steps = next(iter(layers.values())).steps if layers else []
     same = {name: curves for name, curves in layers.items() if curves.steps == steps}
+    names = [layer_label(name) for name in same]
     charts = (
-        heat_chart(title, list(same), steps, [curves.mean(key) for curves in same.values()], unit="by layer")
+        heat_chart(title, names, steps, [curves.mean(key) for curves in same.values()], unit="by layer")
         for key, title in titles.items()
     )
     return join(charts)
+
+
+def layer_label(name: str) -> str:
+    """model.layers.3 is layers.3, model.embed_tokens is embed_tokens."""
+    parts = name.split(".")
+    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
 def _single(
@@ -142,7 +151,7 @@ def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> tuple[Markup, Mar
     learned = [_curves("Training loss", runs, names, "loss", unit=NATS, large=True), trade_chart(runs, names)]
     for domain, role in domains.items():
         lines = [
-            _line(name, run.history.domains[domain].scores, "delta_loss", i)
+            _line(name, *run.history.domains[domain].curve("delta_loss"), i)
             for i, (name, run) in enumerate(zip(names, runs, strict=True))
             if domain in run.history.domains
         ]
@@ -195,9 +204,10 @@ def _curves(
     form: Format = compact,
     large: bool = False,
 ) -> Markup:
-    lines = [_line(name, run.history.train, key, i) for i, (name, run) in enumerate(zip(names, runs, strict=True))]
+    curves = [run.history.train for run in runs]
+    lines = [_line(name, c.steps, c.mean(key), i) for i, (name, c) in enumerate(zip(names, curves, strict=True))]
     return line_chart(title, lines, unit=unit, from_zero=from_zero, form=form, large=large)
 
 
-def _line(name: str, curves: Curves, key: str, number: int) -> Line:
-    return Line(name, curves.steps, curves.mean(key), number % NUM_COLOURS, dashed=number >= NUM_COLOURS)
+def _line(name: str, steps: list[int], values: list[float | None], number: int) -> Line:
+    return Line(name, steps, values, number % NUM_COLOURS, dashed=number >= NUM_COLOURS)

@@ -71,6 +71,7 @@ dt { color: var(--soft); font-size: .82rem; } dd { margin: 0; overflow-wrap: any
 pre.prompt { color: var(--soft); } pre.wrote { border-left: 3px solid var(--line); padding-left: .7rem; }
 summary { cursor: pointer; color: var(--soft); font-size: .9rem; } del { color: var(--soft); } ins { text-decoration: none; }
 @media (max-width: 30rem) { main { padding: 1.1rem .8rem 3rem; } .card { padding: .8rem; } .verdict { font-size: 1.1rem; }
+  figure.large svg text { font-size: 15px !important; }
   .tile b { font-size: 1.15rem; } .grid.tiles { grid-template-columns: 1fr 1fr; } }
 @media print { body { background: none; } .card { break-inside: avoid; } }
 """

@@ -13,6 +13,9 @@ UNCHANGED = 0.005  # nats per token; a change of less than half a percent in per
 
 def verdict(domains: dict[str, Domain]) -> str:
     """One sentence: what the new domain gained and what the base domains paid."""
+    if domains and all(domain.once for domain in domains.values()):
+        scores = [f"{number(domain.last.get('perplexity'))} on {name}" for name, domain in domains.items()]
+        return f"The model has a perplexity of {_listed(scores)}."
     parts = []
     for name, domain in domains.items():
         delta = domain.change()
@@ -23,12 +26,18 @@ def verdict(domains: dict[str, Domain]) -> str:
         verb = "kept" if abs(delta) < UNCHANGED else better if delta < 0 else worse
         parts.append(f"{verb} {name} (perplexity {before_after(domain)}, {signed(delta, 3)} nats per token)")
     if not parts:
-        return "Nothing has been scored yet but the start." if domains else "Nothing has been scored yet."
-    listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-    return f"The model {listed}."
+        return "No change is known yet." if domains else "Nothing has been scored yet."
+    return f"The model {_listed(parts)}."
+
+
+def _listed(parts: list[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def before_after(domain: Domain, digits: int = 2) -> str:
+    """Its perplexity at the start of the run and now."""
+    if domain.once:
+        return number(domain.last.get("perplexity"), digits)
     before, after = domain.first.get("perplexity"), domain.last.get("perplexity")
     return f"{number(before, digits)} → {number(after, digits)}"
 
@@ -47,7 +56,10 @@ def amount(value: object) -> str:
 
 
 def share(value: object, digits: int = 0) -> str:
-    return f"{100 * value:.{digits}f} %" if is_number(value) else NOTHING
+    if not is_number(value):
+        return NOTHING
+    least = 10.0**-digits  # percent that can be told from none
+    return f"{100 * value:.{digits}f} %" if value == 0 or 100 * value >= least / 2 else f"<{least:g} %"
 
 
 def size(value: object) -> str:

@@ -1,52 +1,232 @@
-"""report.html is one page without network or script, says the truth in a sentence, and survives a resume."""
+"""The page about a run: one file without network or script, which says the truth in a sentence and then in pictures."""
 
 import re
+import shutil
+from pathlib import Path
 
-from pretrain.events import RunStarted
-from pretrain.telemetry.report.page import verdict
-from pretrain.telemetry.report.sink import Report
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from pretrain.config import conf_dir
+from pretrain.shipped import defaults_for
+from pretrain.telemetry.report.compare import compare_page, names_of
+from pretrain.telemetry.report.folder import Run, read_run
+from pretrain.telemetry.report.history import Domain, History
+from pretrain.telemetry.report.page import run_page
+from pretrain.telemetry.report.settings import differing
+from pretrain.telemetry.report.words import duration, verdict
+from tests.telemetry.report.records import SCRIPT, evaluation, eventful, started, train, write_run
 
 
-def evaluation(step, domain, role, loss, delta):
-    numbers = {"loss": loss, "perplexity": 9.0, "bits_per_byte": None, "tokens": 5, "delta_loss": delta}
-    return {"event": "evaluation", "step": step, "time": 0.0, "domain": domain, "role": role} | numbers
+def page(records):
+    return run_page(Run("mine", History(records)))
 
 
-def train(step, loss):
-    numbers = {"epoch": 0.1, "tokens": 10 * step, "loss": loss, "lr": 1e-3, "tokens_per_second": 100.0}
-    return {"event": "train", "step": step, "time": 0.0} | numbers
+@pytest.fixture(scope="module")
+def eventful_page():
+    return page(eventful())
 
 
-def test_page(tmp_path):
-    report = Report()
-    report.open(tmp_path, RunStarted(0, 3, resumed=False))
-    records = [
-        {"event": "run_started", "step": 0, "time": 0.0, "total_steps": 3, "name": "<b>mine</b>"},
-        evaluation(0, "python", "new", 3.0, 0.0),
-        *(train(step, None if step == 2 else 2.5) for step in (1, 2, 3)),
-        evaluation(3, "python", "new", 2.5, -0.5),
-        {"event": "run_finished", "step": 3, "time": 0.0, "status": "finished"},
+def headings(text):
+    return re.findall(r"<h2>([^<]+)</h2>", text)
+
+
+def charts(text):
+    return re.findall(r"<figcaption>([^<]+?) ?<", text)
+
+
+def test_everything_that_is_known_is_shown(eventful_page):
+    learned, went = ["What it learned", "What it writes"], ["How it went", "Data seen", "Health by layer"]
+    assert headings(eventful_page) == [*learned, *went, "Faults and resumes", "Checkpoints", "Environment"]
+    assert charts(eventful_page) == [
+        *("Loss", "Gain and forgetting", "Time by what it went to, between the first step and the last record"),
+        *(
+            "Learning rate",
+            "Gradient norm",
+            "Steps without an update",
+            "Throughput",
+            "Where the time went",
+            "MFU",
+            "Memory",
+        ),
+        *("Tokens by source", "Update against weight", "Gradient norm", "Weight norm"),
     ]
-    for record in records:
-        report.write(record)
-    text = (tmp_path / "report.html").read_text()
-    assert "The model learned python (0.500 nats per token)." in text
-    assert "&lt;b&gt;mine" in text
-    assert "<b>mine" not in text
-    assert text.count("<svg") == 4
-    assert "<script" not in text
-    outside = [u for u in re.findall(r"https?://[^\"' )]+", text) if "www.w3.org" not in u]
-    assert not outside, "nothing is loaded from elsewhere (SVG's own names are not loads)"
-    assert len(text) < 2_000_000
+    for said in (
+        "held at step 400",
+        "is a place where kings",
+        "1 resume, 1 rollback",
+        "went back from step 262: spike",
+    ):
+        assert said in eventful_page
+    assert "held at step 300" not in eventful_page, "of the samples the first and the last"
+    assert "compute 4 min, 48 %" in eventful_page
+    assert "checkpoints/step-00000400" in eventful_page
+    assert "14.8 GB" in eventful_page
+
+
+def test_nothing_is_loaded_and_nothing_can_run(eventful_page):
+    assert SCRIPT not in eventful_page
+    assert eventful_page.count("&lt;script&gt;alert(1)") == 3, "a prompt and two texts"
+    assert "<script" not in eventful_page
+    assert "default-src 'none'" in eventful_page
+    outside = [u for u in re.findall(r"https?://[^\"' )]+", eventful_page) if "www.w3.org" not in u]
+    assert not outside, "SVG's own names are not loads"
+    loads = re.findall(r"(?:src|href)=\"([^\"#][^\"]{0,20})", eventful_page)
+    assert all(load.startswith("data:image/") for load in loads)
+
+
+def test_a_long_run_is_a_small_page():
+    text = page([started(total=20_000), *(train(step) for step in range(1, 20_001))])
+    assert len(text.encode()) < 1_000_000
+    assert "points of 20,000 records: each the mean of 64" in text
+
+
+def test_a_run_of_before(eventful_page):
+    """The fields of the first records there were."""
+    numbers = {
+        "tokens": 9,
+        "loss": 2.5,
+        "lr": 1e-3,
+        "step_seconds": 1.0,
+        "data_seconds": 0.5,
+        "tokens_per_second": 100.0,
+    }
+    records = [
+        {"event": "train", "step": s, "time": 0.0} | numbers | ({"loss": None} if s == 2 else {}) for s in (1, 2, 3)
+    ]
+    text = page([{"event": "run_started", "step": 0, "time": 0.0, "name": "old"}, *records])
+    assert charts(text)[0] == "Loss"
+    assert "steps 1.5 s, 50 %" in text, "what is not known of a step is not called other"
+    assert "Nothing has been scored yet." in text
+
+
+def test_a_run_that_has_just_begun():
+    assert "running" in page([started()])
+    assert "Nothing has been scored yet." in page([])
+
+
+def test_how_a_run_ended():
+    def status(records, **facts):
+        return Run("r", History(records), facts).status
+
+    stopped = {"event": "run_finished", "step": 1, "time": 0.0, "status": "stopped"}
+    assert status([started(), stopped]) == "stopped"
+    assert status([started(), stopped, started(1, resumed=True)]) == "running"
+    assert status([started()], status="failed") == "failed"
+
+
+def test_quarantined_batches_are_named(tmp_path):
+    run = Run("r", History([started()]), quarantine=[{"step": 7, "time": 1.0, "reason": "nonfinite", "documents": []}])
+    run.quarantine[0]["documents"] = [{"path": f"{name}.txt", "index": 3} for name in "abcde"]
+    text = run_page(run)
+    assert "1 quarantined batch" in text
+    assert "quarantined (nonfinite): a.txt#3, b.txt#3, c.txt#3 and 2 more" in text
 
 
 def test_verdict_names_gain_and_forgetting():
-    domains = {
-        "law": [evaluation(9, "law", "new", 2.0, -0.25)],
-        "english": [evaluation(9, "english", "base", 3.0, 0.125)],
-        "code": [evaluation(9, "code", "base", 3.0, -0.5)],
-    }
+    def domain(role, delta):
+        first, last = evaluation(0, "d", role, 3.0, 0.0), evaluation(9, "d", role, 3.0 + (delta or 0), delta)
+        return Domain(role, first, last)
+
+    domains = {"law": domain("new", -0.25), "english": domain("base", 0.125), "code": domain("base", -0.5)}
     assert verdict(domains) == (
-        "The model learned law (0.250 nats per token) and forgot english (0.125 nats per token) "
-        "and improved on code (0.500 nats per token)."
+        "The model learned law (perplexity 20.09 → 15.64, −0.250 nats per token), forgot some of english (perplexity "
+        "20.09 → 22.76, +0.125 nats per token) and improved on code (perplexity 20.09 → 12.18, −0.500 nats per token)."
     )
+    assert verdict({"law": domain("new", 0.25)}).startswith("The model lost on law")
+    assert verdict({"english": domain("base", 0.004)}).startswith("The model kept english")
+    assert verdict({"late": domain("base", None)}) == "No change is known yet."
+
+
+def test_a_model_that_was_only_scored():
+    text = page([started(total=0), evaluation(0, "law", "new", 3.0, None), evaluation(0, "english", "base", 2.0, None)])
+    assert "The model has a perplexity of 20.09 on law and 7.39 on english." in text
+    assert "→" not in text
+    assert charts(text) == ["Loss"]
+
+
+def test_durations():
+    seconds = {
+        0.004: "4 ms",
+        8.44: "8.4 s",
+        75: "75 s",
+        720: "12 min",
+        11_100: "3 h 05 min",
+        187_300: "2 d 4 h",
+        None: "—",
+    }
+    assert {s: duration(s) for s in seconds} == seconds
+
+
+# What the run was told --------------------------------------------------------------------------------------------------
+
+
+def composed(*overrides):
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return OmegaConf.to_container(hydra.compose("config", overrides=[*overrides, "name=x"]), resolve=True)
+
+
+def changes(*overrides):
+    config = composed(*overrides)
+    return dict(differing([defaults_for(config), config]))
+
+
+def test_the_defaults_do_not_differ_from_themselves():
+    assert changes() == {}
+
+
+def test_a_choice_is_listed_once_and_what_follows_it_is_not():
+    assert changes("lr=3e-4", "output_dir=elsewhere") == {"lr": ["0.001", "0.0003"]}
+    assert changes("optimizer.lr=3e-4") == {"optimizer.lr": ["0.001", "0.0003"]}
+    found = changes("strategy=ddp", "evaluate_every=null")
+    assert found["evaluate_every"] == ["100", "null"]
+    assert [value.rpartition(".")[2] for value in found["strategy._target_"]] == ["Single", "Ddp"]
+    assert all(key == "evaluate_every" or key.startswith("strategy.") for key in found)
+
+
+def test_composing_leaves_hydra_as_it_is():
+    """A run that was started through Hydra writes its page inside of it."""
+    config = composed()
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        before = GlobalHydra.instance().hydra
+        defaults_for(config)
+        assert GlobalHydra.instance().hydra is before
+        assert hydra.compose("config", overrides=["lr=2"]).lr == 2
+    defaults_for(config)
+    assert not GlobalHydra.instance().is_initialized()
+
+
+# Several runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(tmp_path):
+    folders = [write_run(tmp_path / name, eventful(100 * (i + 1))) for i, name in enumerate(("a/run", "b/run"))]
+    for folder, lr in zip(folders, ("1e-3", "3e-4"), strict=True):
+        OmegaConf.save(OmegaConf.create(composed(f"lr={lr}", f"output_dir={folder}")), folder / "config.yaml")
+    return folders
+
+
+def test_side_by_side(runs):
+    names = names_of(runs)
+    assert names == ["a/run", "b/run"]
+    text = compare_page([read_run(run) for run in runs], names)
+    assert {"Training loss", "Gain against forgetting", "Change on law (new)", "Throughput"} <= set(charts(text))
+    rows = re.findall(r"<tr><td class=\"text\">(\w[\w.]*)</td>", text)
+    assert rows == ["optimizer.lr", "lr"], "both follow from one choice, and stand in both config.yaml"
+    results = text.partition("<h2>Results</h2>")[2]
+    assert results.index("b/run") < results.index("a/run"), "the larger gain first"
+    assert re.search(r"--c1\)\">b/run</span></td>", text), "in its colour"
+
+
+def test_runs_without_a_configuration_are_compared_too(runs):
+    shutil.rmtree(runs[0].parent)
+    write_run(runs[0], eventful(100))
+    assert "Where they differ" not in headings(compare_page([read_run(run) for run in runs], ["a", "b"]))
+
+
+def test_names_are_as_short_as_they_can_be():
+    assert names_of([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
+    assert names_of([Path("/x/a")]) == ["a"]

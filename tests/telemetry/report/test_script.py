@@ -1,0 +1,92 @@
+"""`scripts/report.py`: pages of any run folders, and one line about what is none."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.errors import UserError
+from pretrain.telemetry.report.folder import read_run
+from tests.telemetry.report.records import eventful, started, train, write_run
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "report.py"
+
+
+def script(*arguments, cwd):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "run", [started(total=9), train(1), train(2)])
+
+
+def test_a_run_still_going_with_a_torn_last_line(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')
+    done = script("run", cwd=run.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "run/report.html"
+    assert done.stderr.startswith("run/metrics.jsonl:4: torn")
+    assert done.stderr.count("\n") == 1
+    text = (run / "report.html").read_text()
+    assert "running" in text
+    assert "step 2 of 9" in text
+
+
+def test_several_runs_and_another_place(run):
+    write_run(run.parent / "other", eventful(100))
+    done = script("run", "other", "other/", cwd=run.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "report.html"
+    text = (run.parent / "report.html").read_text()
+    assert "<h1>2 runs</h1>" in text
+    assert not (run / "report.html").exists()
+
+
+def test_a_mistake_is_one_line(run):
+    done = script(run.parent, cwd=run.parent)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {run.parent}: not a run folder: it has no metrics.jsonl\n"
+    done = script("run", "--output", "no/such/folder/page.html", cwd=run.parent)
+    assert done.returncode == 2
+    assert "no/such/folder/page.html: can't be written: No such file" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+BROKEN = {
+    '{"event": "train", "st': "metrics.jsonl:2: not JSON",
+    "3": "record 2 is no record",
+    '{"event": "train"}': "record 2 is no record",
+    '{"event": "evaluation", "step": 1}': "record 2 can't be read: KeyError: 'domain'",
+    '{"event": "layers", "step": 1, "layers": 7}': "record 2 can't be read",
+}
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_a_broken_line_in_the_middle_is_named(line, tmp_path):
+    first, last = json.dumps(started()), json.dumps(train(1))
+    (tmp_path / "metrics.jsonl").write_text(f"{first}\n{line}\n{last}\n")
+    with pytest.raises(UserError) as error:
+        read_run(tmp_path)
+    assert BROKEN[line] in str(error.value)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        read_run(tmp_path / "absent")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="not a folder"):
+        read_run(tmp_path / "file")
+
+
+def test_what_else_lies_in_the_folder_may_be_torn(run):
+    for name in ("run.json", "config.yaml", "quarantine.jsonl"):
+        (run / name).write_text('{"a: [')
+    found = read_run(run)
+    assert (found.facts, found.config, found.quarantine) == ({}, {}, [])
+    assert found.name == "law-llama"

@@ -1,0 +1,61 @@
+"""When report.html is written, and of which records."""
+
+import pytest
+
+from pretrain.events import RunStarted
+from pretrain.telemetry.jsonl import Jsonl
+from pretrain.telemetry.report.sink import Report
+from tests.telemetry.report.records import evaluation, eventful, started, train, write_run
+
+
+def test_it_is_written_once_an_evaluation_when_every_domain_has_been_scored(tmp_path):
+    report, page = Report(), tmp_path / "report.html"
+    report.open(tmp_path, RunStarted(0, 9, resumed=False))
+    start = [
+        started(total=9),
+        evaluation(0, "law", "new", 3.0, 0.0),
+        evaluation(0, "english", "base", 2.0, 0.0),
+        train(1),
+    ]
+    for record in [*start, evaluation(5, "law", "new", 2.5, -0.5)]:
+        report.write(record)
+    assert not page.exists()
+    report.write(evaluation(5, "english", "base", 2.25, 0.25))
+    written = page.read_text()
+    assert "learned law (perplexity 20.09 → 12.18" in written
+    assert "forgot some of english" in written
+    assert "running" in written
+    report.write(train(6))
+    for domain, role in (("law", "new"), ("english", "base")):  # so soon that drawing would take most of the time
+        report.write(evaluation(6, domain, role, 2.0, -1.0))
+    assert page.read_text() == written
+    report.write({"event": "run_finished", "step": 9, "time": 9.0, "status": "stopped"})
+    assert "stopped" in page.read_text()
+    assert "perplexity 20.09 → 7.39" in page.read_text()
+
+
+def test_it_goes_on_from_the_records_of_the_run_it_continues(tmp_path):
+    write_run(tmp_path, eventful(400))
+    jsonl, report = Jsonl(), Report()
+    again = RunStarted(200, 400, resumed=True, owes_evaluation=True)
+    for sink in (report, jsonl):
+        sink.open(tmp_path, again)
+    assert report.history.train.steps[-1] == 200
+    assert report.history.domains["law"].last["step"] == 100, "that of step 200 is made again"
+    for record in (started(200, resumed=True), evaluation(200, "law", "new", 2.0, -1.0), train(201)):
+        for sink in (report, jsonl):
+            sink.write(record)
+    jsonl.close()
+    assert report.history.train.steps == [*range(1, 202)]
+    assert report.history.domains["law"].change() == -1.0
+
+
+def test_what_could_not_be_written_is_tried_again_with_the_next_record(tmp_path):
+    report, page = Report(), tmp_path / "report.html"
+    report.open(tmp_path, RunStarted(0, 9, resumed=False))
+    page.mkdir()  # no file can take its place
+    with pytest.raises(OSError, match=r"report\.html"):
+        report.write(evaluation(5, "law", "new", 2.5, -0.5))
+    page.rmdir()
+    report.write(train(6))
+    assert page.is_file()
