@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain import collector
-from pretrain.compose import forced, in_plain_words, resolve
+from pretrain.compose import asks_for_sweep, forced, in_plain_words, resolve
 from pretrain.config import check, conf_dir, gpu_visible
 from pretrain.console import complain, notice, quiet_libraries
 from pretrain.errors import UserError, WorkersFailed
@@ -99,8 +99,8 @@ def _dispatch(arguments: list[str]) -> int:
     for argument in arguments:
         if secret := held(argument, known):
             raise UserError(f"{argument}: holds {secret}; others see a command line, set it in the environment alone")
-    if any(a.startswith("hydra/launcher=") for a in arguments) and not any(a.startswith("-") for a in arguments):
-        arguments = ["-m", *arguments]  # launchers are for sweeps; one run is a sweep of one job
+    if asks_for_sweep(arguments):
+        arguments = ["-m", *arguments]
     if any(a.startswith("-") for a in arguments):
         return _hydra_main(arguments, spoken)
     overrides = [forced(a) for a in arguments]
@@ -132,9 +132,11 @@ def _hydra_main(arguments: list[str], spoken: dict[str, Any]) -> int:
     logging.getLogger("pretrain").propagate = False  # notices are on stderr already; Hydra would say them again
     if {"-m", "--multirun"} & set(flags):
         from pretrain.launch import slurm
+        from pretrain.sweep import plugins
         from pretrain.sweep.command import sweep
 
         slurm.register()
+        plugins.register()
         return sweep(arguments, flags, overrides, spoken)
     codes: list[int] = []
 

@@ -10,9 +10,10 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from pretrain.config import GROUPS
+from pretrain.config import GROUPS, conf_dir
 from pretrain.errors import UserError, did_you_mean
 from pretrain.help import choices
+from pretrain.trust import make_hydra
 
 
 def forced(override: str) -> str:
@@ -26,6 +27,28 @@ def forced(override: str) -> str:
     if "=" not in override or not re.match(r"[A-Za-z_]", key) or key in groups or re.search(r"[@/]", key):
         return override
     return override if key.split(".")[0] == "hydra" else f"++{override}"
+
+
+def asks_for_sweep(arguments: list[str]) -> bool:
+    """Whether a command line without ``-m`` means a sweep: it names a launcher (one run is a sweep of one job) or a sweeper,
+    or its experiment is one (``hydra.mode: MULTIRUN``)."""
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    given, _ = get_args_parser().parse_known_args(arguments)
+    if given.multirun or given.run or given.cfg or given.info or given.hydra_help or given.shell_completion:
+        return False
+    if any(a.startswith(("hydra/launcher=", "hydra/sweeper=")) for a in arguments):
+        return True
+    words = [a for a in arguments if re.match(r"\+?experiment=|hydra\.mode=", a)]
+    if not words:
+        return False
+    try:
+        found = make_hydra(conf_dir(), given.config_dir).get_mode("config", words)  # None: whoever composes it says why
+    finally:
+        GlobalHydra.instance().clear()
+    return bool(found == RunMode.MULTIRUN)
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:

@@ -15,6 +15,8 @@ Use
   python -m pretrain --config run.yaml lr=3e-4            a flat YAML; later keys win
   python -m pretrain strategy=fsdp devices=2               two processes; devices=auto: every visible GPU
   python -m pretrain -m lr=1e-4,3e-4                      a sweep, each job in a fresh process; docs/sweeps.md
+  python -m pretrain hydra/sweeper=optuna 'lr=tag(log,interval(1e-5,1e-2))'   a search; hydra/sweeper=optuna --help
+  python -m pretrain hydra/launcher=joblib ...            jobs side by side on this machine
   python -m pretrain hydra/launcher=slurm ...             the same as SLURM jobs; hydra/launcher=slurm --help
   python -m pretrain task=evaluation model_name=outputs/sample-python/model
   python -m pretrain task=generation model_name=outputs/sample-python/model 'generation.prompts=["def "]'

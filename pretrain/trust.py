@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ COMMAND_LINE_ONLY = {  # key → the value that a file may leave it at
     "model.trust_remote_code": False,
     "launch.endpoint": None,  # processes of one run send each other pickles
 }
-HYDRA_EXECUTES = (  # callbacks are instantiated, logging configs name factories, a sweeper's params become a command line
+HYDRA_EXECUTES = (  # callbacks and sweepers are instantiated, logging configs name factories
     *("callbacks", "sweeper", "hydra_logging", "job_logging", "searchpath", "job.env_set", "job.env_copy"),
     *("launcher.setup", "launcher.additional_parameters"),
 )
+SWEEPERS = ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "hydra_plugins.pretrain.OptunaSweeper")
 OWN_NAME = re.compile(r"pretrain(\.[A-Za-z]\w*)+")
 
 
@@ -118,22 +119,53 @@ def check_hydra(flags: list[str], overrides: list[str], conf: Path) -> None:
             raise UserError(f"a config file holds {secret}; no key takes a secret, set it in the environment alone")
         node = config.hydra
         found = {key: OmegaConf.select(node, key, throw_on_resolution_failure=False) or None for key in HYDRA_EXECUTES}
+        found = {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in found.items()}
         return {"overrides": [*node.overrides.task, *node.overrides.hydra]} | found
 
+    def judge(words: list[str]) -> dict[str, Any]:
+        """What the files add to the command line is refused; what is left."""
+        found = composed(words)
+        for key, value in found.items():
+            expected = sorted(words) if key == "overrides" else by_command_line[key]
+            same = (sorted(value) if key == "overrides" else value) == expected
+            if not same and not (key == "sweeper" and _only_sweeps(value)):
+                raise UserError(f"hydra.{key}: set by a config file, which Hydra would execute; not allowed there")
+        return found
+
     try:
-        own = [o for o in overrides if re.match(r"[+~]*hydra[./@]", o)]
-        by_command_line = composed(own)
-        for words in _without_sweeps(overrides, hydra.config_loader):
-            by_command_line["overrides"] = sorted(words)
-            for key, value in composed(words).items():
-                if (sorted(value) if key == "overrides" else value) != by_command_line[key]:
-                    raise UserError(f"hydra.{key}: set by a config file, which Hydra would execute; not allowed there")
+        by_command_line = composed([o for o in overrides if re.match(r"[+~]*hydra[./@]", o)])
+        params = (judge(_sweeps(overrides, hydra.config_loader)[0])["sweeper"] or {}).get("params") or {}
+        words = [
+            *(f"{key}={value}" for key, value in params.items()),
+            *overrides,
+        ]  # so Hydra takes an experiment's params
+        fixed, swept = _sweeps(words, hydra.config_loader)
+        for choices in itertools.product(*swept):
+            judge([*fixed, *choices])
     finally:
         GlobalHydra.instance().clear()
 
 
-def _without_sweeps(overrides: list[str], loader: Any) -> Iterator[list[str]]:
-    """The command line of every combination of the groups' choices that are swept; sweeps over mere keys left out."""
+def _only_sweeps(sweeper: Any) -> bool:
+    """Whether a sweeper that a file has set does nothing but choose keys that a file may set: an experiment may be a sweep.
+
+    Hydra makes the node with all that is in it, and ``params`` become the command lines of jobs.
+    """
+    options = dict(sweeper or {})
+    params = options.pop("params", None) or {}
+    if options.get("_target_") not in SWEEPERS or not isinstance(params, dict):
+        return False
+    if not all(
+        v is None or (isinstance(v, str | int | float) and "${" not in str(v)) for v in (options | params).values()
+    ):
+        return False
+    keys = [str(key).lstrip("+") for key in params]
+    allowed = [key not in COMMAND_LINE_ONLY and not key.startswith("hydra") for key in keys]
+    return all(allowed) and all(re.fullmatch(r"[A-Za-z_][\w./@-]*", key) for key in keys)
+
+
+def _sweeps(overrides: list[str], loader: Any) -> tuple[list[str], list[list[str]]]:
+    """The overrides that are the same in every job, and of every group that is swept the choices; swept keys left out."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     fixed: list[str] = []
@@ -143,5 +175,4 @@ def _without_sweeps(overrides: list[str], loader: Any) -> Iterator[list[str]]:
             fixed.append(str(o.input_line))
         elif o.is_discrete_sweep() and loader.get_group_options(o.key_or_group):
             swept.append([f"{o.get_key_element()}={choice}" for choice in o.sweep_string_iterator()])
-    for choices in itertools.product(*swept):
-        yield [*fixed, *choices]
+    return fixed, swept

@@ -84,6 +84,8 @@ def test_command(words, place, command, spawn, monkeypatch, tiny_model):
         return
     if "hydra/launcher=slurm" in words:  # in processes of this machine
         small += ["hydra.launcher.cluster=local", "hydra.launcher.nodes=1", "hydra.launcher.gpus_per_node=0"]
+    if "hydra/sweeper=optuna" in words:
+        small.append("hydra.sweeper.n_trials=2")
     if words[0] == "torchrun":
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", *words[1:], *small],
@@ -93,7 +95,7 @@ def test_command(words, place, command, spawn, monkeypatch, tiny_model):
         )
         assert done.returncode == 0, done.stderr
         return
-    if "-m" in words or "hydra/launcher=slurm" in words:
+    if "-m" in words or any(w.startswith(("hydra/launcher=", "hydra/sweeper=")) for w in words):
         process = spawn([*words, *small])
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 0, out

@@ -114,6 +114,36 @@ def test_what_hydra_would_execute(key, sweep, command, tmp_path, mark, monkeypat
     assert not mark.exists()
 
 
+SWEEPERS = {
+    "a key of the command line's": "{params: {++launch.endpoint: 'elsewhere:1'}}",
+    "a node": "{params: {lr: {_target_: foreign.run}}}",
+    "an interpolation": "{params: {lr: '${oc.create:{_target_: foreign.run}}'}}",
+    "Hydra's keys": "{params: {hydra.job.env_set.LD_PRELOAD: /tmp/x.so}}",
+    "a flag": "{params: {--config-dir: /tmp}}",
+    "another sweeper": "{_target_: foreign.run}",
+}
+
+
+@pytest.mark.parametrize("name", SWEEPERS)
+def test_an_experiment_that_is_a_sweep_lets_nothing_in(name, command, tmp_path, mark, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep = f"hydra: {{mode: MULTIRUN, sweeper: {SWEEPERS[name]}}}\n"
+    theirs = experiment(tmp_path, f"# @package _global_\n{sweep}")
+    assert_mistake(command([*theirs, "experiment=theirs"]), "hydra.sweeper: set by a config file")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("sweeper", ["basic", "optuna"])
+def test_an_experiment_may_be_a_sweep(sweeper, command, tmp_path, monkeypatch):
+    """It gets past this check, to a mistake of its own."""
+    monkeypatch.chdir(tmp_path)
+    params = "{lr: '1e-4,1e-3', strategy: 'ddp,fsdp', lerning_rate: 1}"
+    defaults = f"defaults: [{{override /hydra/sweeper: {sweeper}}}]\n"
+    sweep = f"hydra: {{mode: MULTIRUN, sweeper: {{params: {params}}}}}\n"
+    theirs = experiment(tmp_path, f"# @package _global_\n{defaults}{sweep}")
+    assert_mistake(command([*theirs, "experiment=theirs"]), "lerning_rate")
+
+
 @pytest.mark.parametrize("flag", ["--config-name", "--config-path", "--experimental-rerun"])
 def test_no_other_primary_config(flag, command, tmp_path):
     assert_mistake(command([flag, str(tmp_path)]), f"{flag}: not here")

@@ -52,7 +52,8 @@ def sweep(arguments: list[str], flags: list[str], overrides: list[str], spoken: 
             total=None if plan.jobs is None else len(plan.jobs),
             config_dir=config_dir and os.path.abspath(config_dir),
         )
-        words = [*overrides, f"hydra.sweep.dir={quoted(folder)}", "hydra.mode=MULTIRUN"]
+        own = [f"hydra.sweep.dir={quoted(folder)}", "hydra.sweeper.params=null"]  # the params are among plan.words
+        words = [*plan.words, *config.hydra.overrides.hydra, *own]
         return _carry_out(this, plan, lambda: hydra.multirun("config", this, words))
     finally:
         GlobalHydra.instance().clear()

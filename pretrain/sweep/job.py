@@ -58,6 +58,12 @@ class Job:
         return Path(said[-1].strip("'\"")) if said else self.sweep / self.name
 
     @property
+    def words(self) -> list[str]:
+        """As one run on a command line: of an experiment that is a sweep, this job alone."""
+        one = ["hydra.mode=RUN"] if any(o.lstrip("+").startswith("experiment=") for o in self.overrides) else []
+        return [*self.overrides, *one]
+
+    @property
     def note(self) -> Path:
         """Where a job that fails says why, in a line."""
         return self.sweep / KEPT / f"{self.name}.error"

@@ -82,7 +82,7 @@ class Sweep:
         """The words of the job as a command, with its own folder."""
         config_dir = ["--config-dir", self.config_dir] if self.config_dir else []
         own = [] if any(o.startswith("output_dir=") for o in job.overrides) else [f"output_dir={quoted(job.folder)}"]
-        return [*config_dir, *job.overrides, *own]
+        return [*config_dir, *job.words, *own]
 
     def expect(self, job: Job) -> None:
         """List the job as one of this command, unless another command is at work on it."""
@@ -128,12 +128,18 @@ class Sweep:
         return shlex.join(["python", "-m", "pretrain", *self.command, *said])
 
 
-def run_job(sweep: Sweep, overrides: list[str]) -> Outcome:
+def run_job(
+    sweep: Sweep, overrides: list[str], *, asked: list[str] | None = None, environment: dict[str, str] | None = None
+) -> Outcome:
     """Run one job in a fresh process and wait for it; at once when it is known to be done.
 
     A job that fails has an exit code and no objective. Raises ``Stopped`` when this process or the job's was asked to
-    stop; a job whose ``prune_file`` appears is stopped alone.
+    stop; a job whose ``prune_file`` appears is stopped alone. ``asked``: the signals that came to a caller who runs several
+    jobs, each in a thread, filled at any time; ``environment``: of the job, besides this process's.
     """
+    if asked:
+        raise Stopped(asked[0])
+    asked = [] if asked is None else asked
     job = sweep.job(overrides)
     with job.alone() as held:
         state = sweep.begin(job)
@@ -148,11 +154,11 @@ def run_job(sweep: Sweep, overrides: list[str]) -> Outcome:
         started_at = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-m", "pretrain", *sweep.words(job)],
-            env=child.environment(job.note),
+            env=child.environment(job.note) | (environment or {}),
             pass_fds=(held,),  # the job is at work as long as this process lives, whatever becomes of ours
         )
-        with passing_on(process) as asked:
-            code = _wait(process, job)
+        with passing_on(process, asked):
+            code = _wait(process, job, asked)
         outcome = sweep.end(job, state, code, time.monotonic() - started_at)
     sweep.write_table(with_page=False)  # the next job's start and the end of the sweep draw it
     if outcome.status == "failed":
@@ -162,38 +168,37 @@ def run_job(sweep: Sweep, overrides: list[str]) -> Outcome:
     return outcome
 
 
-def _wait(process: subprocess.Popen[bytes], job: Job) -> int:
+def _wait(process: subprocess.Popen[bytes], job: Job, asked: list[str]) -> int:
     """The exit code; 128 + the signal that killed the process, as shells say it."""
-    pruned = False
+    told = False
     while True:
         try:
             code = process.wait(LOOK_SECONDS)
         except subprocess.TimeoutExpired:
-            if not pruned and job.prune_file.exists():
-                pruned = True
+            if not told and (asked or job.prune_file.exists()):
+                told = True
                 process.terminate()
         else:
             return code if code >= 0 else EXIT_CODE if -code == signal.SIGTERM else 128 - code
 
 
 @contextmanager
-def passing_on(process: subprocess.Popen[bytes]) -> Iterator[list[str]]:
-    """Meanwhile the job decides when to stop: it gets every signal that arrives here, whose names are yielded.
+def passing_on(process: subprocess.Popen[bytes], asked: list[str]) -> Iterator[None]:
+    """Meanwhile the job decides when to stop: it gets every signal that arrives here, whose names are added to ``asked``.
 
     A terminal sends Ctrl-C to the job too, who passes over the second word for the same wish.
     """
-    asked: list[str] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         asked.append(signal.Signals(number).name)
         process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
     if threading.current_thread() is not threading.main_thread():  # signals arrive there only
-        yield asked
+        yield
         return
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
-        yield asked
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

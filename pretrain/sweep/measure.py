@@ -25,14 +25,33 @@ def measures_of(run: Path) -> dict[str, Any]:
     train, finished = last.get("train", {}), last.get("run_finished", {})
     speeds = (finished.get("tokens_per_second"), train.get("tokens_per_second_run"), train.get("tokens_per_second"))
     losses = (train.get("loss_mean"), train.get("loss"))
+    return _of_domains(results) | {
+        "train_loss": next((loss for loss in losses if loss is not None), None),
+        "tokens_per_second": next((speed for speed in speeds if speed is not None), None),
+    }
+
+
+def _of_domains(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "new_loss": mean(s.get("loss") for s in results.values() if s.get("role") == "new"),
         "new_delta": mean(s.get("delta_loss") for s in results.values() if s.get("role") == "new"),
         "forgetting": mean(s.get("delta_loss") for s in results.values() if s.get("role") == "base"),
-        "train_loss": next((loss for loss in losses if loss is not None), None),
-        "tokens_per_second": next((speed for speed in speeds if speed is not None), None),
         "results": results,
     }
+
+
+def objectives(run: Path, metric: str) -> dict[int, float]:
+    """``metric`` at every evaluation so far, by step, the one before the first step left out: it is the same in every run.
+
+    Empty for a metric that no evaluation measures.
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    for record in evaluations(run / "metrics.jsonl"):
+        by_step.setdefault(record["step"], {})[record["domain"]] = record
+    domains = len(by_step.pop(0, {}))
+    whole = {step: results for step, results in by_step.items() if len(results) == domains}
+    values = {step: objective_in(_of_domains(results), metric) for step, results in whole.items()}
+    return {step: value for step, value in values.items() if value is not None}
 
 
 def objective_in(measures: dict[str, Any], metric: str) -> float | None:

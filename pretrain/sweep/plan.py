@@ -19,7 +19,8 @@ from pretrain.trust import check_said, said
 class Plan:
     """What a sweep over ``words`` (the command line's, and the sweeper's ``params``) comes to.
 
-    ``jobs``: the overrides of every job where the sweep lists them; ``None`` where a sweeper searches.
+    ``jobs``: the overrides of every job where the sweep lists them; ``None`` where a sweeper searches. ``words``: params and
+    command line in one, each key once; to Hydra ``lr`` of the one and ``++lr`` of the other would be two.
     """
 
     def __init__(self, loader: Any, config: DictConfig) -> None:
@@ -30,6 +31,7 @@ class Plan:
         parser = OverridesParser.create(config_loader=loader)
         parsed = parser.parse_overrides(words)
         self._overrides = {o.get_key_element().lstrip("+~"): o for o in parsed}  # the last one of a key counts
+        self.words = [str(o.input_line) for o in self._overrides.values()]
         self.keys = tuple(key for key, o in self._overrides.items() if o.is_sweep_override())
         self.jobs: list[list[str]] | None = None
         if "BasicSweeper" in config.hydra.sweeper._target_:

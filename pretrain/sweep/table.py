@@ -112,7 +112,7 @@ def _row(number: int, job: Job, state: dict[str, Any], metric: str) -> dict[str,
         "tokens_per_second": measures["tokens_per_second"],
         "seconds": state["seconds"],
         "results": measures["results"],
-        "command": shlex.join(["python", "-m", "pretrain", *job.overrides]),
+        "command": shlex.join(["python", "-m", "pretrain", *job.words]),
     }
 
 

@@ -1,0 +1,127 @@
+"""The study of a search: Optuna's journal in the sweep's folder. It remembers what was chosen and what came of it, so that
+the same command goes on where it was stopped or killed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.errors import UserError
+from pretrain.sweep.job import lock_of, plain
+from pretrain.sweep.jobs import Outcome
+from pretrain.sweep.space import Space
+
+if TYPE_CHECKING:
+    from optuna import Study as OptunaStudy
+    from optuna.trial import FrozenTrial, Trial
+
+FILE = "optuna.journal"
+
+
+@contextmanager
+def search_alone(folder: Path) -> Iterator[None]:
+    """Only one command searches in a folder: another could not tell its open trials from those of a killed one.
+
+    Raises ``UserError`` when there is one.
+    """
+    held = lock_of(folder, "search.lock", wait=False)
+    if held is None:
+        raise UserError(f"sweep_dir={folder}: another command is searching in it")
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+class Study:
+    """Chooses by the tree-structured Parzen estimator (Bergstra et al. 2011), prunes below the median of the other trials
+    (Golovin et al. 2017). Raises ``UserError`` when ``folder`` holds a search of something else, or Optuna is missing."""
+
+    def __init__(
+        self, folder: Path, *, space: Space, metric: str, direction: str, startup_trials: int, seed: int
+    ) -> None:
+        optuna = _optuna()
+        self._space = space
+        self._open: list[Trial] = []  # trials of a command that was stopped
+        _cut_torn_line(folder / FILE)
+        self._study: OptunaStudy = optuna.create_study(
+            study_name="sweep",
+            storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / FILE))),
+            direction=direction,
+            load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=startup_trials),
+        )
+        # Another seed each time: a random state that starts again would draw the same trials again.
+        seed += len(self._study.trials)
+        self._study.sampler = optuna.samplers.TPESampler(n_startup_trials=startup_trials, seed=seed, constant_liar=True)
+        searched = {key: optuna.distributions.distribution_to_json(d) for key, d in space.searched.items()}
+        about = {"searched": searched, "fixed": sorted(plain(space.fixed)), "metric": metric, "direction": direction}
+        known = self._study.user_attrs.get("about")
+        if known is None:
+            self._study.set_user_attr("about", about)
+        elif known != about:
+            raise UserError(
+                f"sweep_dir={folder} holds another search, {_difference(known, about)}; take another folder"
+            )
+
+    def resume(self) -> int:
+        """Take up the open trials, try the failed ones again; how many trials have a result already."""
+        from optuna.trial import Trial, TrialState
+
+        trials = self._study.trials
+        self._open = [Trial(self._study, t._trial_id) for t in trials if t.state == TrialState.RUNNING]
+        others = [_params(t) for t in trials if t.state != TrialState.FAIL]
+        for trial in trials:
+            if trial.state == TrialState.FAIL and trial.params not in others:
+                self._study.enqueue_trial(trial.params)
+                others.append(trial.params)
+        return sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials)
+
+    def next(self) -> Trial:
+        """An open trial if there is one, else one that the study chooses."""
+        return self._open.pop(0) if self._open else self._study.ask(self._space.searched)
+
+    def tell(self, trial: Trial, outcome: Outcome) -> None:
+        """What came of a trial. One that was stopped stays open."""
+        from optuna.trial import TrialState
+
+        if outcome.status == "finished" and outcome.objective is not None:
+            self._study.tell(trial, outcome.objective)
+        elif outcome.status == "pruned":
+            self._study.tell(trial, state=TrialState.PRUNED)
+        elif outcome.status in ("finished", "failed"):
+            self._study.tell(trial, state=TrialState.FAIL)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise UserError("hydra/sweeper=optuna needs optuna: pip install 'pretrain[sweep]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _params(trial: FrozenTrial) -> dict[str, Any]:
+    """Also of one that waits to be tried again."""
+    params: dict[str, Any] = trial.system_attrs.get("fixed_params", trial.params)
+    return params
+
+
+def _cut_torn_line(file: Path) -> None:
+    """The power failed while a line was written: Optuna would write the next one behind it and read neither."""
+    if file.exists():
+        whole = file.read_bytes()
+        os.truncate(file, whole.rfind(b"\n") + 1)
+
+
+def _difference(known: dict[str, Any], about: dict[str, Any]) -> str:
+    """``of metric new_loss, not forgetting``: the first thing that differs, before and now."""
+    if known["fixed"] != about["fixed"]:
+        was, now = (sorted(set(a["fixed"]) - set(b["fixed"])) for a, b in ((known, about), (about, known)))
+        return f"with {' '.join(was) or 'less'}, not {' '.join(now) or 'less'}"
+    key = next(key for key in about if known[key] != about[key])
+    return f"of {key} {known[key]}, not {about[key]}"

@@ -1,0 +1,241 @@
+"""hydra/sweeper=optuna: the words of the search space, a study that goes on where it was left, and bad trials pruned."""
+
+import json
+import math
+import statistics
+import time
+from contextlib import suppress
+
+import pytest
+from hydra.core.utils import JobReturn, JobStatus
+
+pytest.importorskip("optuna")
+
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from pretrain.errors import UserError
+from pretrain.interrupt import Stopped
+from pretrain.sweep.jobs import Sweep
+from pretrain.sweep.measure import objectives
+from pretrain.sweep.optuna_sweeper import Options, OptunaSweeper
+from pretrain.sweep.pruning import pruning
+from pretrain.sweep.space import parse_space
+from pretrain.sweep.study import Study, search_alone
+
+LR = "lr=tag(log,interval(1e-5,1e-1))"
+
+
+@pytest.mark.parametrize(
+    ("word", "distribution"),
+    [
+        ("lr=interval(1e-5,1e-2)", FloatDistribution(1e-5, 1e-2)),
+        ("lr=tag(log,interval(1e-5,1e-2))", FloatDistribution(1e-5, 1e-2, log=True)),
+        ("x=int(interval(1,64))", IntDistribution(1, 64)),
+        ("x=range(8,65,8)", IntDistribution(8, 64, step=8)),
+        ("x=range(4,0,-1)", IntDistribution(1, 4)),
+        ("x=tag(log,range(1,9))", IntDistribution(1, 8, log=True)),
+        ("x=range(0,1,step=0.25)", FloatDistribution(0.0, 0.75, step=0.25)),
+        ("strategy=ddp,fsdp", CategoricalDistribution(["ddp", "fsdp"])),
+        ("x=choice(1,'a b')", CategoricalDistribution(["1", "a\\ b"])),
+        ("sink=[console,jsonl],jsonl", CategoricalDistribution(["[console,jsonl]", "jsonl"])),
+    ],
+)
+def test_the_words_of_the_search_space(word, distribution):
+    space = parse_space({}, [word, "seed=1"], None)
+    assert list(space.searched.values()) == [distribution]
+    assert space.fixed == ["seed=1"]
+
+
+def test_an_argument_wins_over_the_experiments_params():
+    space = parse_space({"lr": "1e-4,1e-3", "seed": "1,2"}, ["++lr=interval(1,2)", "++seed=3"], None)
+    assert space.searched == {"lr": FloatDistribution(1.0, 2.0)}
+    assert space.overrides({"lr": 1.23456789}) == ["++seed=3", "++lr=1.23457"]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["lr=1e-3"], "nothing to search"),
+        (["lr=interval(2,1)"], "lr=interval(2,1): `low <= high` must hold"),
+        (["lr=tag(log,interval(0,1))"], "`low > 0` must hold"),
+        (["x=range(3,3)"], "x=range(3,3): there is no number in this range"),
+    ],
+)
+def test_a_mistake_in_the_search_space(words, reason):
+    with pytest.raises(UserError, match=reason.replace("(", r"\(").replace(")", r"\)")):
+        parse_space({}, words, None)
+
+
+class Fabricator:
+    """A launcher whose jobs are made up: the loss is smallest at lr=1e-3. ``fate(n)`` may end the n-th of them otherwise."""
+
+    def __init__(self, sweep, fate=lambda number: "finished"):
+        self.sweep, self.fate, self.launched = sweep, fate, []
+
+    def launch(self, job_overrides, initial_job_idx):
+        returns = []
+        for overrides in job_overrides:
+            job = self.sweep.job(list(overrides))
+            state = self.sweep.begin(job)
+            self.launched.append(job.name)
+            fate = self.fate(len(self.launched))
+            if fate == "killed":
+                raise KeyboardInterrupt
+            lr = float(job.overrides[-1].partition("=")[2])
+            results = {"books": {"role": "new", "loss": abs(math.log10(lr) + 3), "delta_loss": 0.0}}
+            (job.folder / "run.json").write_text(json.dumps({"results": results}))
+            outcome = self.sweep.end(job, state, {"finished": 0, "failed": 1, "stopped": 75}[fate], 1.0)
+            if fate == "stopped":
+                raise Stopped("SIGTERM")
+            returns.append(JobReturn(status=JobStatus.COMPLETED, _return_value=outcome.objective))
+        return returns
+
+
+@pytest.fixture
+def search(tmp_path):
+    """``search(n_trials, words, fate) -> names of the jobs launched``, by the real sweeper in one folder."""
+
+    def run(n_trials, words=(LR,), fate=lambda number: "finished", n_jobs=1, metric="new_loss"):
+        options = {"n_trials": n_trials, "n_jobs": n_jobs, "startup_trials": 3, "prune": True, "seed": 0, "params": {}}
+        sweeper = OptunaSweeper(**options)
+        sweep = Sweep(tmp_path / "sweep", ("lr",), metric, "minimize", ("-m",), time.time())
+        sweeper.loader, sweeper.jobs, sweeper.at_once, sweeper.starter = None, sweep, n_jobs, Fabricator(sweep, fate)
+        with suppress(Stopped, KeyboardInterrupt):
+            sweeper.sweep(["seed=1", *words])
+        return sweeper.starter.launched
+
+    return run
+
+
+def states(folder):
+    import optuna
+
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(folder / "sweep/optuna.journal"))
+    )
+    return [trial.state.name for trial in optuna.load_study(study_name="sweep", storage=storage).trials]
+
+
+def test_a_search_finds_what_is_good(search):
+    names = search(40)
+    found = [abs(math.log10(float(name.partition("=")[2])) + 3) for name in names]
+    assert len(names) == 40
+    assert statistics.median(found[20:]) < 0.6, "chance comes to 1"
+
+
+@pytest.mark.parametrize("fate", ["stopped", "killed"])
+def test_the_same_command_goes_on(fate, search, tmp_path):
+    first = search(6, fate=lambda number: fate if number == 3 else "finished")
+    assert len(first) == 3
+    assert states(tmp_path) == ["COMPLETE", "COMPLETE", "RUNNING"]
+    second = search(6)
+    assert second[0] == first[2], "the interrupted one first"
+    assert len(second) == 4
+    assert not set(second) & set(first[:2]), "what is finished is not run again, nor drawn again"
+    assert states(tmp_path) == ["COMPLETE"] * 6
+    assert search(6) == []
+    assert len(search(8)) == 2, "a larger number goes on"
+
+
+def test_trials_side_by_side_differ_and_each_is_resumed(search, tmp_path):
+    first = search(4, n_jobs=2, fate=lambda number: "killed" if number == 4 else "finished")
+    assert len(set(first)) == 4
+    assert states(tmp_path) == ["COMPLETE", "COMPLETE", "RUNNING", "RUNNING"]
+    assert search(4, n_jobs=2) == first[2:]
+
+
+def test_a_failed_trial_counts_once_and_is_tried_again_by_the_next_command(search, tmp_path):
+    first = search(4, fate=lambda number: "failed" if number == 2 else "finished")
+    assert len(first) == 4
+    assert states(tmp_path) == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert search(4) == [first[1]]
+    assert search(4) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"words": (LR, "max_steps=7")}, "with less, not max_steps=7"),
+        ({"words": ("lr=interval(1e-5,1e-1)",)}, "of searched"),
+        ({"metric": "forgetting"}, "of metric new_loss, not forgetting"),
+    ],
+)
+def test_another_search_needs_another_folder(changed, reason, search):
+    search(1)
+    with pytest.raises(UserError, match=f"holds another search, {reason}"):
+        search(2, **changed)
+
+
+def test_a_line_that_was_torn_by_a_power_failure_is_passed_over(search, tmp_path):
+    search(2)
+    with (tmp_path / "sweep/optuna.journal").open("a") as journal:
+        journal.write('{"op_code":4,"worker')
+    assert len(search(3)) == 1
+    assert states(tmp_path) == ["COMPLETE"] * 3
+
+
+def test_only_one_command_searches(search, tmp_path):
+    with search_alone(tmp_path / "sweep"), pytest.raises(UserError, match="another command is searching"):
+        search(1)
+    assert len(search(1)) == 1
+
+
+@pytest.mark.parametrize("options", [{"n_trials": 0}, {"n_jobs": 0}, {"seed": -1}, {"startup_trials": 1.5}])
+def test_options_are_checked(options):
+    good = {"n_trials": 1, "n_jobs": None, "startup_trials": 1, "prune": True, "seed": 0, "params": {}}
+    Options(**good).check()
+    with pytest.raises(UserError, match=f"hydra.sweeper.{next(iter(options))}="):
+        Options(**good | options).check()
+
+
+def evaluated(job, losses):
+    """Evaluations of two domains at steps 0, 10, 20, …; the last one is still being made."""
+    records = [
+        {"event": "evaluation", "step": 10 * i, "domain": domain, "role": role, "loss": loss, "delta_loss": loss - 9}
+        for i, loss in enumerate(losses)
+        for domain, role in (("books", "new"), ("old", "base"))
+    ]
+    job.folder.mkdir(exist_ok=True)
+    (job.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:-1]) + '{"event": "eval')
+
+
+def test_objectives_of_whole_evaluations(tmp_path):
+    job = Sweep(tmp_path, ("lr",), "new_loss", "minimize", (), 0.0).job(["lr=1"])
+    evaluated(job, [9.0, 5.0, 4.0, 3.0])
+    assert objectives(job.folder, "new_loss") == {10: 5.0, 20: 4.0}
+    assert objectives(job.folder, "forgetting") == {10: -4.0, 20: -5.0}
+    assert objectives(job.folder, "old.loss") == {10: 5.0, 20: 4.0}
+    assert objectives(job.folder, "tokens_per_second") == {}
+    assert objectives(tmp_path / "nowhere", "new_loss") == {}
+
+
+def test_a_trial_worse_than_the_median_is_asked_to_stop(tmp_path, capsys):
+    (tmp_path / "sweep").mkdir()
+    sweep = Sweep(tmp_path / "sweep", ("lr",), "new_loss", "minimize", (), 0.0)
+    space = parse_space({}, [LR], None)
+    study = Study(sweep.folder, space=space, metric="new_loss", direction="minimize", startup_trials=1, seed=0)
+
+    def trial_of(losses):
+        trial = study.next()
+        job = sweep.job(space.overrides(trial.params))
+        sweep.begin(job)
+        evaluated(job, losses)
+        job.write(status="running", locked=True)
+        return job, trial
+
+    def watch(*pairs, until):
+        with pruning(dict(pairs), "new_loss"):
+            deadline = time.monotonic() + 30
+            while not until() and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+    earlier, good, bad = (trial_of([9.0, loss, 1.0]) for loss in (5.0, 4.0, 6.0))
+    watch(earlier, until=lambda: study._study.trials[0].intermediate_values)
+    (earlier[0].folder / "run.json").write_text(json.dumps({"results": {"books": {"role": "new", "loss": 1.0}}}))
+    study.tell(earlier[1], sweep.end(earlier[0], earlier[0].read(), 0, 1.0))
+    watch(good, bad, until=bad[0].prune_file.exists)
+    assert bad[0].prune_file.exists()
+    assert not good[0].prune_file.exists()
+    assert f"{bad[0].name}: worse than the median at step 10; pruned" in capsys.readouterr().err
+    study.tell(bad[1], sweep.end(bad[0], bad[0].read(), 75, 1.0))
+    assert states(tmp_path) == ["COMPLETE", "RUNNING", "PRUNED"]
