@@ -131,6 +131,8 @@ def _hydra_main(arguments: list[str], spoken: dict[str, Any]) -> int:
     check_hydra(flags, overrides, conf_dir())
     logging.getLogger("pretrain").propagate = False  # notices are on stderr already; Hydra would say them again
     if {"-m", "--multirun"} & set(flags):
+        if shown := {"--cfg", "-c", "--info", "-i"} & {flag.split("=")[0] for flag in flags}:
+            raise UserError(f"{shown.pop()} shows one configuration: leave -m and the lists of values out")
         from pretrain.launch import slurm
         from pretrain.sweep import plugins
         from pretrain.sweep.command import sweep

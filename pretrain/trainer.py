@@ -97,8 +97,9 @@ class Trainer:
             )
         )
         set_rng_state(self.rng)  # only now: listeners may draw random numbers while they set themselves up
-        if self.progress.step == 0 or self.progress.owes_evaluation:
-            self.evaluate()
+        owed = self.progress.owes_evaluation
+        if (self.progress.step == 0 or owed) and self.evaluate() and owed:
+            self.save(at_once=self.finished)  # in the place of the one without these scores
         for batch in self.batches():
             self.emit(self.train_step(batch))
             stop = self.agree()

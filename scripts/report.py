@@ -13,6 +13,7 @@ Exit code 0: written; 2: a mistake.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from pretrain.console import complain
@@ -46,6 +47,8 @@ def write_sweep(folder: Path, output: Path | None) -> Path:
 
 
 def write(path: Path, text: str) -> Path:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; --output names the page's file")
     try:
         replace_file(path, text)
     except OSError as error:
@@ -61,7 +64,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the page goes")
     asked = parser.parse_args()
     try:
-        print(write_report(asked.runs, asked.output))
+        print(write_report(asked.runs, asked.output), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except UserError as error:
         complain(f"error: {error}")
         raise SystemExit(2) from None

@@ -117,7 +117,10 @@ class Store:
 
     def newest(self, *, below: int | None = None) -> Path | None:
         """The newest whole checkpoint, of a step ``below``; says which newer ones were passed over and why. Deletes
-        nothing."""
+        nothing; one that a kill kept from being replaced is put back."""
+        for old in self.folder.glob("step-*.replaced"):
+            if not old.with_suffix("").exists():
+                old.rename(old.with_suffix(""))
         for step in reversed([s for s in self.steps() if below is None or s < below]):
             path = self.path(step)
             reason = missing_or_torn(path, verify=self.policy.verify)
@@ -155,7 +158,7 @@ class Store:
 
     def _clean_up(self) -> None:
         """What a kill has left of a folder being written or deleted."""
-        for pattern in ("step-*.partial", "step-*.removed"):
+        for pattern in ("step-*.partial", "step-*.removed", "step-*.replaced"):
             for left in self.folder.glob(pattern):
                 shutil.rmtree(left, ignore_errors=True)
 

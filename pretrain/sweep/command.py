@@ -19,6 +19,7 @@ from pretrain.config import conf_dir
 from pretrain.console import complain, notice
 from pretrain.errors import UserError
 from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
+from pretrain.streams import never_wait
 from pretrain.sweep import table
 from pretrain.sweep.job import KEPT, jobs_in
 from pretrain.sweep.jobs import Sweep, quoted
@@ -39,9 +40,9 @@ def sweep(arguments: list[str], flags: list[str], overrides: list[str], spoken: 
     try:
         config = hydra.compose_config("config", [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
         plan = Plan(hydra.config_loader, config)
-        plan.check(spoken)
         folder = Path(config.sweep_dir or config.hydra.sweep.dir)
         policy: Policy = instantiate(config.sweep)
+        plan.check(spoken, policy.metric)
         this = Sweep(
             folder=folder,
             keys=plan.keys,
@@ -62,6 +63,7 @@ def sweep(arguments: list[str], flags: list[str], overrides: list[str], spoken: 
 def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
     """The exit code of the sweep, once its folder and the terminal say what came of it."""
     Interrupt().install()
+    never_wait()
     status, stopped_by = "failed", None
     with _at_work(this.folder):
         try:

@@ -8,11 +8,12 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
 
 from pretrain.compose import resolve
 from pretrain.config import check
-from pretrain.errors import UserError
+from pretrain.errors import UserError, did_you_mean
 from pretrain.trust import check_said, said
 
 
@@ -38,12 +39,12 @@ class Plan:
             for o in parsed:
                 if o.is_sweep_override() and not o.is_discrete_sweep():
                     raise UserError(
-                        f"{o.input_line}: only a sweeper that searches knows intervals; a list is key=a,b,c"
+                        f"{str(o.input_line).lstrip('+')}: only a sweeper that searches knows intervals; a list is key=a,b,c"
                     )
             self.jobs = [list(words) for words in itertools.product(*map(_choices, self._overrides.values()))]
 
-    def check(self, spoken: dict[str, Any]) -> None:
-        """Compose and check every job's configuration. ``spoken``: see `trust.said`.
+    def check(self, spoken: dict[str, Any], metric: str) -> None:
+        """Compose and check every job's configuration. ``spoken``: see `trust.said`; ``metric``: must be measured in each.
 
         Raises ``UserError`` for the first mistake, whatever job it is in.
         """
@@ -59,6 +60,7 @@ class Plan:
             resolved = resolve(config)
             check_said(resolved, spoken | said(words))
             check(resolved, here=here)
+            check_metric(metric, resolved)
         if "output_dir" in self._overrides and "output_dir" not in self.keys and not one:
             raise UserError(
                 "output_dir: every job of a sweep has a folder of its own; their common one is sweep_dir=..."
@@ -72,6 +74,15 @@ class Plan:
         for key, values in choices.items():
             for value in values[1:]:
                 yield list((first | {key: value}).values())
+
+
+def check_metric(metric: str, resolved: dict[str, Any]) -> None:
+    """Raises ``UserError`` where ``metric`` is of a domain that is not evaluated."""
+    domain = metric.rpartition(".")[0]
+    sources = [resolved["dataset"], *resolved["evaluation"].get("domains", {}).values()]
+    domains = [instantiate(source, _convert_="all").domain for source in sources]
+    if domain and domain not in domains:
+        raise UserError(f"sweep.metric={metric}: no such domain is evaluated{did_you_mean(domain, domains)}")
 
 
 def _choices(override: Override) -> Sequence[str]:

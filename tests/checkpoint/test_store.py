@@ -70,6 +70,14 @@ def flip(file: Path, at: int) -> None:
     file.write_bytes(content)
 
 
+def test_one_that_a_kill_kept_from_being_replaced_is_put_back(tmp_path):
+    store = Store(tmp_path)
+    path = saved_at(store, 3, state(3))
+    path.rename(path.with_name(f"{path.name}.replaced"))
+    assert store.newest() == path
+    assert load(path)["progress"]["step"] == 3
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_flipped_byte_is_found_and_named(name, tmp_path, capsys):
     store = Store(tmp_path, Policy(verify="full"))

@@ -1,6 +1,7 @@
 """`scripts/report.py`: pages of any run folders, and one line about what is none."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,16 @@ def test_a_broken_line_in_the_middle_is_named(line, tmp_path):
     assert BROKEN[line] in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_page_that_cannot_go_there_and_a_reader_that_has_left(run):
+    done = script("run", "--output", ".", cwd=run.parent)
+    assert (done.returncode, done.stderr) == (2, "error: .: is a folder; --output names the page's file\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, SCRIPT, run], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_is_no_run(tmp_path):
