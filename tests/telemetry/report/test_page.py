@@ -186,6 +186,19 @@ def test_a_choice_is_listed_once_and_what_follows_it_is_not():
     assert all(key == "evaluate_every" or key.startswith("strategy.") for key in found)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lr": "${oc.env:NOT_YOURS}"},
+        {"lr": "${oc.env:NOT_YOURS", "name": "${nothing}"},
+        {"resume_allow": ["${oc.env:NOT_YOURS}"], "seed": {"a": "${oc.env:NOT_YOURS}"}},
+    ],
+)
+def test_a_stranger_s_configuration_reads_nothing(config, monkeypatch):
+    monkeypatch.setenv("NOT_YOURS", "the-secret")
+    assert defaults_for(config) == defaults_for({})
+
+
 def test_composing_leaves_hydra_as_it_is():
     """A run that was started through Hydra writes its page inside of it."""
     config = composed()

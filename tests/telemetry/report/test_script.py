@@ -76,6 +76,12 @@ def test_a_broken_line_in_the_middle_is_named(line, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["[1]", '{"status"', "null"])
+def test_a_run_json_that_is_none_is_passed_over(text, run):
+    (run / "run.json").write_text(text)
+    assert read_run(run).status == "running"
+
+
 def test_what_is_no_run(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         read_run(tmp_path / "absent")
