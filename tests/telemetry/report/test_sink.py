@@ -7,7 +7,6 @@ from pretrain.telemetry.jsonl import Jsonl
 from pretrain.telemetry.report.sink import Report
 from tests.telemetry.report.records import evaluation, eventful, sample, started, train, write_run
 
-
 DATA = {"event": "data", "step": 5, "time": 5.0, "tokens_per_document": 9.0, "sources": {"statutes": {"tokens": 9}}}
 
 
