@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 
 from pretrain.config import conf_dir
 from pretrain.shipped import defaults_for
+from pretrain.telemetry.numbers import duration
 from pretrain.telemetry.report.compare import compare_page, names_of
 from pretrain.telemetry.report.folder import Run, read_run
 from pretrain.telemetry.report.history import Domain, History
 from pretrain.telemetry.report.page import run_page
 from pretrain.telemetry.report.settings import differing
-from pretrain.telemetry.report.words import duration, verdict
+from pretrain.telemetry.report.words import verdict
 from tests.telemetry.report.records import SCRIPT, evaluation, eventful, started, train, write_run
 
 
