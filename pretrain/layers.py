@@ -70,7 +70,7 @@ class LayerWatch:
         for name, parameter in self._engine.model.hf_named_parameters():
             after, old = local(parameter).float(), before.pop(name)
             weight = squares(old)
-            gradient = gradients.get(name, torch.full_like(weight, torch.nan))
+            gradient = gradients[name] if gradients else torch.full_like(weight, torch.nan)
             three = torch.stack([weight, gradient, squares(after - old)]).to(device, non_blocking=True)
             layer = layer_of(name)
             sums[layer] = sums.get(layer, 0) + three / copies(parameter, size)

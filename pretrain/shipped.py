@@ -16,12 +16,15 @@ def conf_dir() -> Path:
 
 def defaults_for(config: dict[str, Any]) -> dict[str, Any]:
     """The shipped defaults, with what of their groups follows a root key (``optimizer.lr`` the ``lr``) following those of
-    ``config``: what is left to differ was chosen."""
+    ``config``: what is left to differ was chosen. No interpolation of ``config`` is followed: a stranger's could read the
+    environment of whoever looks at the run."""
     from omegaconf import OmegaConf
 
     ours = _composed()
     root = {
-        k: v for k, v in config.items() if k in ours and not OmegaConf.is_config(ours[k]) and not isinstance(v, dict)
+        k: v
+        for k, v in config.items()
+        if k in ours and not OmegaConf.is_config(ours[k]) and not isinstance(v, dict) and "${" not in str(v)
     }
     resolved = OmegaConf.to_container(OmegaConf.merge(ours, root), resolve=True)
     assert isinstance(resolved, dict)

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
-import subprocess
 import tempfile
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.console import Console
+from screenshots import shoot
 
+from pretrain.errors import UserError
 from pretrain.events import RunStarted
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.terminal import Terminal
 
-COLOURS = 256  # in a third of the bytes that all of them take
 FONT = "'DejaVu Sans Mono', monospace"  # it has the blocks of the curve; nothing is fetched from a network
 
 
@@ -79,15 +77,10 @@ def photograph(svg: str, out: Path) -> None:
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     assert size is not None
     width, height = (round(float(n)) for n in size.groups())
-    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "console.html"
-        page.write_text(f'<body style="margin:0;background:transparent">{svg}</body>', encoding="utf-8")
-        chromium = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        chromium += [f"--user-data-dir={folder}/profile", f"--window-size={width},{height}", f"--screenshot={out}"]
-        subprocess.run([*chromium, page.as_uri()], check=True, capture_output=True)
-    with Image.open(out) as image:
-        image.convert("RGB").quantize(COLOURS).save(out, optimize=True)
+        page.write_text(f'<body style="margin:0">{svg}</body>', encoding="utf-8")
+        shoot(page, out, (width, height))
 
 
 def main() -> None:
@@ -98,9 +91,10 @@ def main() -> None:
     given = parser.parse_args()
     if not (given.run / "metrics.jsonl").exists():
         parser.error(f"{given.run} is no run: it has no metrics.jsonl")
-    if shutil.which("chromium") is None:
-        parser.error("chromium is needed: apt-get install -y chromium")
-    photograph(picture(given.run, width=given.width), given.out.absolute())
+    try:
+        photograph(picture(given.run, width=given.width), given.out.absolute())
+    except UserError as error:
+        parser.error(str(error))
     print(f"{given.out}: {given.out.stat().st_size:,} bytes")
 
 

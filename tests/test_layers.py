@@ -28,12 +28,13 @@ def norm(tensors) -> float:
     return float(sum(t.square().sum() for t in tensors)) ** 0.5
 
 
-def test_norms_of_a_clipped_step(engine):
+def test_norms_of_a_clipped_step(engine, monkeypatch):
     named = dict(engine.model.hf_named_parameters())
     mine = [name for name in named if name.startswith("model.layers.1.")]
     before = {name: p.detach().clone() for name, p in named.items()}
     gradient = norm(named[name].grad for name in mine)
     watch = LayerWatch(engine, Every(2))
+    monkeypatch.setattr(torch, "full_like", pytest.fail)  # a kernel a parameter, for a step without gradients only
     total = watch.step(2, 0.5, refuse=never)
     assert total > 0.5, "clipping must have something to do"
     found = watch.take()

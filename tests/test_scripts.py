@@ -116,7 +116,7 @@ def test_picture_of_a_console(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(started) + "\n")
     done = script("picture_console.py", tmp_path, "--out", tmp_path / "console.png")
     if shutil.which("chromium") is None:
-        assert (done.returncode, "chromium is needed" in done.stderr) == (2, True)
+        assert (done.returncode, "chromium: not found" in done.stderr) == (2, True)
         return
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "console.png") as image:

@@ -80,8 +80,7 @@ class Census:
         high = np.searchsorted(bounds, ends, "left")
         which, window = aranges(low, high), np.repeat(np.arange(len(begins)), high - low)
         first, last = np.maximum(begins[window], bounds[which]), np.minimum(ends[window], bounds[which + 1])
-        starts = np.concatenate([[0], part.ends[:-1]])
-        documents = np.searchsorted(starts, last) - np.searchsorted(starts, first)
+        documents = _begun(part.ends, last) - _begun(part.ends, first)
         np.add.at(counts, sources[which], np.stack([last - first, documents], 1))
 
     @cached_property
@@ -107,6 +106,11 @@ class Census:
         documents = np.searchsorted(part.pieces, np.arange(len(paths)), "right")  # up to the end of each piece
         bounds = np.concatenate([[0], part.ends])[np.concatenate([[0], documents])]
         return np.array([numbers[self._by_path[path]] for path in paths]), bounds
+
+
+def _begun(ends: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many documents begin in the first ``tokens`` tokens of a part: the first one at 0, and one at the end of each."""
+    return np.searchsorted(ends, tokens) + (tokens > 0)
 
 
 def names(paths: set[str]) -> dict[str, str]:

@@ -11,12 +11,12 @@ from urllib.parse import quote
 from pretrain.sweep.measure import evaluations, mean
 from pretrain.sweep.parallel import Axis, parallel_chart
 from pretrain.sweep.table import ranking
+from pretrain.telemetry.numbers import amount, compact, duration, number, signed
 from pretrain.telemetry.report import style
-from pretrain.telemetry.report.charts import Line, Point, compact, line_chart, scatter_chart
-from pretrain.telemetry.report.style import NUM_COLOURS, Markup, escape, join
+from pretrain.telemetry.report.charts import Line, Point, line_chart, scatter_chart
+from pretrain.telemetry.report.style import KINDS, NUM_COLOURS, Markup, escape, join
 
 Row = dict[str, Any]
-KINDS = {"finished": "good", "failed": "bad", "running": "warn", "stopped": "warn", "pruned": "", "waiting": ""}
 HEAD = ("", "job", "status", "new-domain loss", "change", "forgetting", "tokens/s", "time")
 LONGEST_VALUE = 24  # characters
 WORDS = {"new_loss": "new-domain loss", "new_delta": "change of the new-domain loss", "train_loss": "training loss"}
@@ -90,7 +90,7 @@ def _tiles(rows: list[Row], ranked: list[Row], table: Row) -> Markup:
     speeds = [row["tokens_per_second"] for row in rows if row["tokens_per_second"]]
     if speeds:
         tiles.append(style.tile(compact(max(speeds)), "tokens/s, the fastest job"))
-    tiles.append(style.tile(_time(sum(row["seconds"] for row in rows)), "of work"))
+    tiles.append(style.tile(duration(sum(row["seconds"] for row in rows)), "of work"))
     return style.grid(tiles, "tiles")
 
 
@@ -174,10 +174,10 @@ def _jobs(folder: Path, rows: list[Row], ranked: list[Row], table: Row) -> Marku
                 status,
                 *([_number(row["objective"])] if own else []),
                 _number(row["new_loss"]),
-                _signed(row["new_delta"]),
-                _signed(row["forgetting"]),
-                "—" if row["tokens_per_second"] is None else compact(row["tokens_per_second"]),
-                _time(row["seconds"]) if row["seconds"] else "—",
+                signed(row["new_delta"]),
+                signed(row["forgetting"]),
+                amount(row["tokens_per_second"]),
+                duration(row["seconds"] or None),
             ]
         )
     return style.table([*HEAD[:3], *own, *HEAD[3:]], lines, text=(1, 2))
@@ -198,13 +198,4 @@ def _word(metric: Row) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "—" if value is None else f"{value:,.4f}" if abs(value) < 1000 else compact(value)
-
-
-def _signed(value: float | None) -> str:
-    return "—" if value is None else f"{value:+.4f}".replace("-", "−")
-
-
-def _time(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
+    return number(value, 4) if value is None or abs(value) < 1000 else compact(value)

@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pretrain.telemetry.report.charts import compact
-from pretrain.telemetry.report.style import Markup, escape
+from pretrain.telemetry.numbers import compact
+from pretrain.telemetry.report.style import Markup, escape, short
 
 WIDTH, HEIGHT = 960, 290  # px; a narrow page scrolls it sideways
 TOP, BOTTOM, SIDE = 46, 42, 80  # px around the axes, for names and values
@@ -101,7 +101,7 @@ def _ticks(axis: Axis, x: float, *, last: bool) -> str:
         if 0 < place < 1:
             side = ("start", 8) if last else ("end", -8)
         at = f'x="{x + side[1]:.1f}" y="{_y(place) + down:.1f}" text-anchor="{side[0]}"'
-        said.append(f'<text {at} font-size="11" style="{halo}">{escape(_short(text))}</text>')
+        said.append(f'<text {at} font-size="11" style="{halo}">{escape(short(text, 22))}</text>')
     return "".join(said)
 
 
@@ -115,7 +115,3 @@ def _spaced(words: dict[float, str]) -> list[tuple[float, str]]:
     if len(places) > MOST_WORDS:
         places = [places[0], places[-1]]
     return [(place, words[place]) for place in places]
-
-
-def _short(text: str, length: int = 22) -> str:
-    return text if len(text) <= length else f"…{text[1 - length :]}"

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-Record = dict[str, Any]  # one line of metrics.jsonl: `event`, `step`, `time`, then numbers, strings or None
+Record = dict[str, Any]  # one line of metrics.jsonl: `event`, `step`, `time`, then numbers, strings or None; of another
+# version's run any other field may be absent
+
+STEP_PARTS = ("data", "compute", "optimizer", "communication")  # seconds of a mean step
+WINDOW_PARTS = ("evaluation", "checkpoint")  # seconds between two records, beside its steps
 
 
 def fields_of(event: Any) -> Record:

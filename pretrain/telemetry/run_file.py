@@ -62,12 +62,12 @@ class RunFile:
 
 
 def read_run_file(run: Path) -> dict[str, Any]:
-    """The run.json of a run folder; empty when there is none or it is torn."""
+    """The run.json of a run folder; empty when there is none, or it is torn or something else."""
     try:
-        facts: dict[str, Any] = json.loads((run / "run.json").read_text())
+        facts = json.loads((run / "run.json").read_text())
     except (OSError, ValueError):
         return {}
-    return facts
+    return facts if isinstance(facts, dict) else {}
 
 
 def earlier_facts(run: Path, start: RunStarted) -> dict[str, Any]:

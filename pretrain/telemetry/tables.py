@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pretrain.telemetry.numbers import duration, number
 from pretrain.telemetry.record import Record
 from pretrain.telemetry.tally import Tally
 
@@ -161,23 +162,10 @@ def seconds_left(record: Record, total: int) -> float | None:
     return None if pace is None else float(pace) * (total - record["step"])
 
 
-def duration(seconds: float) -> str:
-    """As ``1:02:03``, or ``2:03`` below an hour, with the days in front above one."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    clock = f"{hours}:{minutes:02}:{rest:02}" if hours or days else f"{minutes}:{rest:02}"
-    return f"{days} d {clock}" if days else clock
-
-
 def one_line(text: str) -> str:
     """``text`` for a terminal: what a model writes may hold line breaks, and what a terminal would obey."""
     broken = " ⏎ ".join(line.strip() for line in text.splitlines() if line.strip())
     return "".join(c if c.isprintable() else "·" for c in broken)
-
-
-def number(value: float | None) -> str:
-    return "—" if value is None else f"{value:,.2f}"
 
 
 def loss_text(value: float | None) -> str:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
-from pretrain.telemetry.record import Record
+from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record
 
-PARTS = ("data", "compute", "optimizer", "communication")  # of a step, in seconds a step
-PAUSES = ("evaluation", "checkpoint")  # outside of the steps, in seconds a window
+KEPT = 100  # log steps whose loss is kept, of however many: a terminal's curve has a column for each
 
 
 class Tally:
     """``before`` and ``after``: the first and the last evaluation of each domain. ``samples``: at both, the first sample
-    of each domain and each of the user's prompts. ``losses``: (step, loss or None) of each log step, the mean since the
-    one before where it is known."""
+    of each domain and each of the user's prompts. ``losses``: (step, loss or None) of the last log steps, the mean since
+    the one before where it is known."""
 
     def __init__(self) -> None:
         self.before: dict[str, Record] = {}
         self.after: dict[str, Record] = {}
         self.samples: dict[tuple[str, str], tuple[Record, Record]] = {}
-        self.losses: list[tuple[int, float | None]] = []
+        self.losses: deque[tuple[int, float | None]] = deque(maxlen=KEPT)
         self.seconds: dict[str, float] = {}
         self.memory_gib: dict[str, float] = {}
         self._step = 0
@@ -40,16 +40,16 @@ class Tally:
 
     def start(self, step: int) -> None:
         """Training goes on, or on again, at ``step``."""
-        self.losses = [point for point in self.losses if point[0] <= step]
+        self.losses = deque((point for point in self.losses if point[0] <= step), maxlen=KEPT)
         self._step = step
 
     def _train(self, r: Record) -> None:
         steps, self._step = r["step"] - self._step, r["step"]
         self.losses.append((r["step"], r.get("loss_mean", r.get("loss"))))
         self._spent("step", (r.get("step_seconds") or 0.0) * steps)
-        for part in PARTS:
+        for part in STEP_PARTS:
             self._spent(part, (r.get(f"{part}_seconds") or 0.0) * steps)
-        for pause in PAUSES:
+        for pause in WINDOW_PARTS:
             self._spent(pause, r.get(f"{pause}_seconds") or 0.0)
         on_host = r.get("memory_reserved_gib") is None  # then all of it is the host's
         for kind in ("memory_gib",) if on_host else ("memory_gib", "host_memory_gib"):
@@ -62,10 +62,12 @@ class Tally:
     def spent(self) -> dict[str, float]:
         """All seconds that are accounted for, by what they went into, the parts of a step first; its rest is ``other``,
         or ``training`` where the records don't say how long the forward and the backward took."""
-        parts = {name: self.seconds.get(name, 0.0) for name in (*PARTS, *PAUSES)}
-        rest = self.seconds.get("step", 0.0) - sum(parts[name] for name in PARTS)
+        parts = {name: self.seconds.get(name, 0.0) for name in (*STEP_PARTS, *WINDOW_PARTS)}
+        rest = self.seconds.get("step", 0.0) - sum(parts[name] for name in STEP_PARTS)
         named = parts | {"other" if parts["compute"] else "training": max(0.0, rest)}
-        return {name: named[name] for name in ("training", *PARTS, "other", *PAUSES) if named.get(name, 0.0) > 0}
+        return {
+            name: named[name] for name in ("training", *STEP_PARTS, "other", *WINDOW_PARTS) if named.get(name, 0.0) > 0
+        }
 
 
 def baseline(record: Record) -> Record:

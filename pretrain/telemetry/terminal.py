@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pretrain.events import RunStarted
 from pretrain.telemetry import tables
 from pretrain.telemetry.jsonl import records_until
+from pretrain.telemetry.numbers import number
 from pretrain.telemetry.record import Record
 from pretrain.telemetry.tally import Tally
 
@@ -106,7 +107,7 @@ class Terminal:
             if r.get("mfu") is not None:
                 numbers += f"  MFU {r['mfu']:.1%}"
             if self._level >= 4:
-                numbers += f"  grad norm {tables.number(r['grad_norm'])}  {r['memory_gib']:.2f} GiB"
+                numbers += f"  grad norm {number(r['grad_norm'])}  {r['memory_gib']:.2f} GiB"
             self._say(f"step {r['step']:>{len(str(self._total))}}/{self._total}  {numbers}")
 
     def _evaluation(self, r: Record) -> None:
@@ -115,7 +116,7 @@ class Terminal:
         before = self._tally.before[r["domain"]]
         since = ("  ", tables.change(before, r, unit=" nats"), " than at step 0") if before is not r else ()
         domain = (f"{r['domain']} ({r['role']})".ljust(16), "bold")
-        perplexity = f"perplexity {tables.number(r['perplexity']):>6}"
+        perplexity = f"perplexity {number(r['perplexity']):>6}"
         self._say(f"step {r['step']:>{len(str(self._total))}}  ", domain, f"  {perplexity}", *since)
 
     def _checkpoint(self, r: Record) -> None:

@@ -70,13 +70,14 @@ class Run:
                 self._keep(record)
 
     def end(self, exit_code: int | None = None) -> None:
-        self._flush()
         try:
+            self._flush()
             self._run.finish(exit_code=self._exit_code if exit_code is None else exit_code)
         except TimeoutError:
             send = f"wandb sync --include-online {self._run.sync_dir}"
             print(f"W&B has not taken everything in time; to send it: {send}", file=self._say)
-        self._lock.release()
+        finally:
+            self._lock.release()
 
     def _begin(self) -> Any:
         """Online where that works; else offline, so that nothing is lost."""
@@ -181,10 +182,10 @@ class Orders:
             elif self._run is not None and "record" in message:
                 self._run.record(message["record"])
             elif self._run is not None:
-                self._run.end()
-                self._run = None
+                run, self._run = self._run, None
+                run.end()
         except Exception as error:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr, end="")
             if not self._said:
                 print(f"W&B: {type(error).__name__}: {' '.join(redact(str(error)).split())[:300]}", file=self._say)
             self._said = True

@@ -1,13 +1,15 @@
 """What a run has read, by source, against a count of its samples one by one; from any cursor, as often as one likes."""
 
 import json
+import tracemalloc
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from pretrain.data.census import MAX_SOURCES, OTHERS, Census, names
+from pretrain.data.census import MAX_SOURCES, OTHERS, Census, _begun, names
 from pretrain.data.loader import Loader
+from pretrain.data.parts import Part
 from tests.conftest import sentences
 
 LENGTH = 24
@@ -53,6 +55,27 @@ def test_equals_a_count_one_by_one_at_every_cursor(make):
         assert pairs(census.at(samples)) == expected
         assert census.at(samples) == Census(loader).at(samples), "as a process that has just been started has it"
         assert sum(seen.tokens for seen in census.at(samples).values()) == samples * LENGTH
+
+
+@pytest.mark.parametrize("ends", [[3], [0, 0, 3, 3, 5, 8], [2, 4, 4], [1, 2, 3], [4, 4]])
+def test_documents_that_have_begun(ends):
+    starts = np.array([0, *ends[:-1]])
+    tokens = np.arange(ends[-1] + 1)
+    assert _begun(np.array(ends), tokens).tolist() == [(starts < t).sum() for t in tokens]
+
+
+def test_a_count_copies_no_table_of_documents(make, monkeypatch):
+    """A part may have 10⁸ of them, and every evaluation counts."""
+    loader = make(["a.jsonl", "b.jsonl"])
+    census, (part, *_) = Census(loader), loader.blocks.view.store.parts
+    census.at(4)  # what is looked up once
+    ends = np.append(part.ends, np.full(1_000_000, part.ends[-1]))  # with empty documents
+    monkeypatch.setattr(Part, "ends", ends)
+    tracemalloc.start()
+    census.at(8)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < ends.nbytes / 2
 
 
 def test_many_files_are_counted_by_folder_and_many_folders_in_part(make):

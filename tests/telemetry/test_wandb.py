@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from pretrain.errors import UserError
 from pretrain.events import RunStarted
@@ -15,6 +16,7 @@ from pretrain.telemetry import wandb_key
 from pretrain.telemetry.courier import Courier
 from pretrain.telemetry.jsonl import Jsonl, read_records
 from pretrain.telemetry.wandb import RUN_ID, Wandb
+from pretrain.telemetry.wandb_process import Orders, Run
 from tests.runs import assert_same_numbers, assert_same_run
 from tests.stopper import Stopper
 from tests.wandb_tools import Server, of_kind, rows, run_file
@@ -353,3 +355,25 @@ def wandb_sync(*arguments: str | Path) -> None:
     run = Path(arguments[-1]).parents[1]  # the program leaves a log where it is started
     done = subprocess.run(program, cwd=run, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_that_w_and_b_cannot_end_is_over_all_the_same(tmp_path, monkeypatch, capsys):
+    """Its lock is free, no second end is tried, and the log has no secret."""
+    monkeypatch.setenv("SOME_API_KEY", "a-secret-of-mine")
+
+    class Broken:
+        def finish(self, **_):
+            raise RuntimeError("a-secret-of-mine was refused")
+
+    run = Run.__new__(Run)
+    run._held, run._exit_code, run._run, run._lock = {}, 0, Broken(), FileLock(tmp_path / "lock")
+    run._lock.acquire()
+    orders = Orders(sys.stdout)
+    orders._run = run
+    orders.obey({"end": None})
+    orders.give_up()
+    assert not run._lock.is_locked
+    out, err = capsys.readouterr()
+    assert "RuntimeError: *** was refused" in out
+    assert "Traceback" in err
+    assert "a-secret-of-mine" not in out + err

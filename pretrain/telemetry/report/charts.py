@@ -14,9 +14,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
-from pretrain.telemetry.report.style import NUM_COLOURS, Markup, escape, join, key
+from pretrain.telemetry.numbers import compact, is_number
+from pretrain.telemetry.report.style import NUM_COLOURS, Markup, escape, join, key, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,17 +56,6 @@ class Point:
 Format = Callable[[float], str]
 
 
-def compact(value: float) -> str:
-    """A number as an axis and a legend say it: 12k, 3.4M, 0.042, 1e-05."""
-    size = abs(value)
-    if size == 0 or not math.isfinite(value):
-        return "0" if size == 0 else "—"
-    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= factor:
-            return f"{value / factor:.3g}{letter}".replace("-", "−", 1)
-    return ("−" if value < 0 else "") + f"{size:.3g}"
-
-
 def line_chart(
     title: str,
     lines: Sequence[Line],
@@ -83,14 +73,14 @@ def line_chart(
     ``unit``: of y, beside the title. ``zero``: draw the line y = 0. ``from_zero``: the axis begins there. ``large``: for two
     charts beside each other, not three. ``form``: a number of y in words.
     """
-    lines = [line for line in lines if any(map(_is_number, line.y))]
+    lines = [line for line in lines if any(map(is_number, line.y))]
     if not lines:
         return Markup("")
     drawing = _Drawing(x_label, form, large=large, logarithmic=logarithmic)
     axes = drawing.axes
     for line in lines:
         colour = _colour(line.colour)
-        marker = "o" if sum(map(_is_number, line.y)) < MARKED else None
+        marker = "o" if sum(map(is_number, line.y)) < MARKED else None
         style = (0, (4, 2)) if line.dashed else "-"
         axes.plot(line.x, _floats(line.y), color=colour, lw=1.7, ls=style, marker=marker, ms=3.4, zorder=3)
         if line.low:
@@ -132,7 +122,7 @@ def scatter_chart(
 ) -> Markup:
     """Points with their names; ``front``: corners of a line drawn through some of them. ``unit``: of y. ``zero``: draw the
     lines x = 0 and y = 0."""
-    points = [p for p in points if _is_number(p.x) and _is_number(p.y)]
+    points = [p for p in points if is_number(p.x) and is_number(p.y)]
     if not points:
         return Markup("")
     drawing = _Drawing(x_label, compact, large=large)
@@ -156,7 +146,7 @@ def heat_chart(
     """A row of colour a name, darkest at the lowest value; ``values``: positive, one list a row, on a logarithmic scale."""
     from matplotlib.colors import LogNorm
 
-    numbers = [v for row in values for v in row if _is_number(v) and v > 0]
+    numbers = [v for row in values for v in row if is_number(v) and v > 0]
     if not numbers or len(x) < 2:
         return Markup("")
     low, high = min(numbers), max(max(numbers), min(numbers) * 1.01)
@@ -168,7 +158,7 @@ def heat_chart(
         image, aspect="auto", cmap="viridis", norm=LogNorm(low, high), interpolation="nearest", extent=extent
     )
     every = math.ceil(len(rows) / 12)
-    drawing.axes.set_yticks(range(0, len(rows), every), [_short(name) for name in rows[::every]], fontsize=9)
+    drawing.axes.set_yticks(range(0, len(rows), every), [short(name) for name in rows[::every]], fontsize=9)
     said = f"{compact(low)} (dark) to {compact(high)} (bright)"
     return _figure(title, f"{unit}, {said}" if unit else said, [], drawing.svg(f"{title}: {said}", ""))
 
@@ -219,7 +209,7 @@ class _Drawing:
 
     def readouts(self, lines: Sequence[Line], *, marks: bool = True) -> str:
         """Columns over the axes; the one under the pointer shows its x and the value of every line there."""
-        places = sorted({x for line in lines for x, y in zip(line.x, line.y, strict=True) if _is_number(y)})
+        places = sorted({x for line in lines for x, y in zip(line.x, line.y, strict=True) if is_number(y)})
         wanted = min(COLUMNS, max(8, READOUTS // len(lines)))
         if len(places) > wanted:
             places = [places[round(i * (len(places) - 1) / (wanted - 1))] for i in range(wanted)]
@@ -299,16 +289,8 @@ def _figure(title: str, unit: str, keys: Sequence[tuple[str, int, str]], svg: st
 def _nearest(line: Line, x: float, left: float, right: float) -> tuple[float, float] | None:
     """The line's point nearest to ``x`` of those between ``left`` and ``right``, if it has one there."""
     first, last = bisect_left(line.x, left), bisect_left(line.x, right)
-    points = [(a, b) for a, b in zip(line.x[first:last], line.y[first:last], strict=True) if _is_number(b)]
+    points = [(a, b) for a, b in zip(line.x[first:last], line.y[first:last], strict=True) if is_number(b)]
     return min(points, key=lambda point: abs(point[0] - x), default=None)
-
-
-def _short(name: str, length: int = 12) -> str:
-    return name if len(name) <= length else f"…{name[1 - length :]}"
-
-
-def _is_number(value: float | None) -> TypeGuard[float]:
-    return value is not None and math.isfinite(value)
 
 
 def _floats(values: Iterable[float | None]) -> list[float]:
@@ -316,7 +298,7 @@ def _floats(values: Iterable[float | None]) -> list[float]:
 
 
 def _first(values: Sequence[float | None], form: Format) -> str:
-    return next(form(v) for v in values if _is_number(v))
+    return next(form(v) for v in values if is_number(v))
 
 
 def _last(values: Sequence[float | None], form: Format) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 from pretrain.console import notice
 from pretrain.errors import UserError
 from pretrain.telemetry.jsonl import iter_records, read_records
-from pretrain.telemetry.report.history import History, Record, is_number
+from pretrain.telemetry.numbers import is_number
+from pretrain.telemetry.record import Record
+from pretrain.telemetry.report.history import History
 from pretrain.telemetry.run_file import read_run_file
 
 RECORDS = "metrics.jsonl"

@@ -5,20 +5,17 @@ Where more records come than that, neighbours become one point, their mean, whos
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
 
-Record = dict[str, Any]  # one of metrics.jsonl; any field may be absent, of an older run
+from pretrain.telemetry.numbers import is_number
+from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record
 
 POINTS = 400  # of a curve at most, and at least half as many where there are more records
 KEPT = 12  # the last checkpoints that are listed
 LISTED = 200  # starts and rollbacks that are listed
 
-STEP_PARTS = ("data", "compute", "optimizer", "communication")  # seconds of a mean step
-WINDOW_PARTS = ("evaluation", "checkpoint")  # seconds between two records, beside its steps
 PARTS = (*STEP_PARTS, *WINDOW_PARTS, "other")
 
 
@@ -219,11 +216,6 @@ class History:
     def _sample(self, record: Record) -> None:
         kept = self.samples.setdefault((str(record.get("domain")), str(record.get("prompt"))), [])
         kept[1:] = [record]  # beside the first, the last; a slice beyond the end appends
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """A finite number, and no truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _seconds(record: Record, name: str) -> float:

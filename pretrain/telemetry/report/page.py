@@ -8,11 +8,14 @@ from pathlib import PurePath
 from typing import Any
 
 from pretrain.shipped import defaults_for
+from pretrain.telemetry.numbers import amount, duration, instant, is_number, number, share, signed, size
+from pretrain.telemetry.record import Record
 from pretrain.telemetry.report import plots
 from pretrain.telemetry.report.folder import Run
-from pretrain.telemetry.report.history import History, Record, is_number
+from pretrain.telemetry.report.history import History
 from pretrain.telemetry.report.settings import differing, flat, said
 from pretrain.telemetry.report.style import (
+    KINDS,
     Markup,
     bar,
     card,
@@ -28,19 +31,8 @@ from pretrain.telemetry.report.style import (
     table,
     tile,
 )
-from pretrain.telemetry.report.words import (
-    amount,
-    before_after,
-    duration,
-    instant,
-    number,
-    share,
-    signed,
-    size,
-    verdict,
-)
+from pretrain.telemetry.report.words import before_after, verdict
 
-KINDS = {"finished": "good", "running": "", "stopped": "warn", "failed": "bad"}  # of a status
 MOST_ROWS = 40  # of a table that could become any length
 MOST_SAMPLES = 12
 

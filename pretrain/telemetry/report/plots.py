@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pretrain.telemetry.numbers import compact, share
 from pretrain.telemetry.report.charts import (
     Format,
     Line,
     Point,
     area_chart,
-    compact,
     heat_chart,
     line_chart,
     scatter_chart,
@@ -17,7 +17,6 @@ from pretrain.telemetry.report.charts import (
 from pretrain.telemetry.report.folder import Run
 from pretrain.telemetry.report.history import PARTS, History
 from pretrain.telemetry.report.style import NUM_COLOURS, Markup, join
-from pretrain.telemetry.report.words import share
 
 NATS = "nats per token"
 TRAINING = 0  # colours: that of training; those of the domains follow

@@ -8,7 +8,7 @@ from pathlib import Path
 from pretrain.events import RunStarted
 from pretrain.replace import replace_file
 from pretrain.telemetry.jsonl import records_until
-from pretrain.telemetry.record import Record
+from pretrain.telemetry.record import WITH_EVALUATION, Record
 from pretrain.telemetry.report.folder import RECORDS, run_of
 from pretrain.telemetry.report.history import History
 
@@ -16,12 +16,14 @@ LARGEST_SHARE = 0.05  # of a run's time
 
 
 class Report:
-    """Written once at every evaluation but the first, and at the end, about the run and what it continues. Where evaluations
-    come so fast that drawing would take more than a share of the time, some are passed over."""
+    """Written after every evaluation but the first, and at the end, about the run and what it continues. Where evaluations
+    come so fast that drawing would take more than a share of the time, some are passed over. A page that a full disk does
+    not take waits, and is tried again with the next record; it is not drawn again, which costs more than a step."""
 
     def __init__(self) -> None:
         self._run = Path()
-        self._due = False
+        self._evaluated = False
+        self._page = ""  # drawn, and not yet written
         self._next_at = 0.0  # on the monotonic clock
         self.history = History()
 
@@ -36,24 +38,25 @@ class Report:
 
     def write(self, record: Record) -> None:
         self.history.add(record)
-        evaluated = record["event"] == "evaluation" and self._all_scored(record["step"])
-        if record["event"] == "run_finished" or (evaluated and time.monotonic() >= self._next_at):
-            self._due = True
-        if self._due:
-            self._draw()
-            self._due = False  # with a full disk it stays due, and is tried again with the next record
+        event, over = record["event"], record["event"] == "run_finished"
+        self._evaluated |= event == "evaluation" and record["step"] > 0
+        complete = event == "data" or event not in WITH_EVALUATION  # `data` is the last that comes with an evaluation
+        if over or (self._evaluated and complete):
+            self._evaluated = False
+            if over or time.monotonic() >= self._next_at:
+                self._page = self._drawn()
+        if self._page:
+            replace_file(self._run / "report.html", self._page)
+            self._page = ""
 
     def close(self) -> None:
         pass
 
-    def _all_scored(self, step: int) -> bool:
-        """Whether every domain has its record of ``step``: they come one by one."""
-        return step > 0 and all(domain.last["step"] == step for domain in self.history.domains.values())
-
-    def _draw(self) -> None:
+    def _drawn(self) -> str:
         from pretrain.telemetry.report.page import run_page
 
         started_at = time.monotonic()
-        replace_file(self._run / "report.html", run_page(run_of(self._run, self.history)))
+        page = run_page(run_of(self._run, self.history))
         now = time.monotonic()
         self._next_at = now + (now - started_at) / LARGEST_SHARE
+        return page

@@ -9,6 +9,14 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+KINDS = {
+    "finished": "good",
+    "failed": "bad",
+    "running": "",
+    "stopped": "warn",
+    "pruned": "",
+    "waiting": "",
+}  # of a status
 NUM_COLOURS = 10  # --c0 … --c9, for lines; each has a shade for light and one for dark pages
 
 STYLE = """
@@ -138,6 +146,11 @@ def grid(parts: Iterable[object], kind: str = "") -> Markup:
 def tile(value: object, label: object) -> Markup:
     """One number that matters, and what it is."""
     return Markup(f'<div class="card tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>')
+
+
+def short(text: str, length: int = 12) -> str:
+    """Its end, where it is longer than that."""
+    return text if len(text) <= length else f"…{text[1 - length :]}"
 
 
 def pill(text: str, kind: str = "") -> Markup:

@@ -1,13 +1,10 @@
-"""What a run has come to, in words, and numbers as people read them."""
+"""What a run has come to, in words."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from pretrain.telemetry.numbers import number, signed
+from pretrain.telemetry.report.history import Domain
 
-from pretrain.telemetry.report.charts import compact
-from pretrain.telemetry.report.history import Domain, is_number
-
-NOTHING = "—"
 UNCHANGED = 0.005  # nats per token; a change of less than half a percent in perplexity is none
 
 
@@ -40,56 +37,3 @@ def before_after(domain: Domain, digits: int = 2) -> str:
         return number(domain.last.get("perplexity"), digits)
     before, after = domain.first.get("perplexity"), domain.last.get("perplexity")
     return f"{number(before, digits)} → {number(after, digits)}"
-
-
-def number(value: object, digits: int = 2) -> str:
-    return f"{value:,.{digits}f}".replace("-", "−") if is_number(value) else NOTHING
-
-
-def signed(value: object, digits: int = 4) -> str:
-    return f"{value:+,.{digits}f}".replace("-", "−") if is_number(value) else NOTHING
-
-
-def amount(value: object) -> str:
-    """A count or a rate, short: 12.3k."""
-    return compact(value) if is_number(value) else NOTHING
-
-
-def share(value: object, digits: int = 0) -> str:
-    if not is_number(value):
-        return NOTHING
-    least = 10.0**-digits  # percent that can be told from none
-    return f"{100 * value:.{digits}f} %" if value == 0 or 100 * value >= least / 2 else f"<{least:g} %"
-
-
-def size(value: object) -> str:
-    """Bytes."""
-    if not is_number(value):
-        return NOTHING
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(value) < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
-def duration(seconds: object) -> str:
-    """4 ms, 8.4 s, 12 min, 3 h 05 min, 2 d 4 h."""
-    if not is_number(seconds):
-        return NOTHING
-    if seconds < 0.1:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
-def instant(seconds: object) -> str:
-    """Unix seconds as a date and a time of day."""
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC" if is_number(seconds) else NOTHING

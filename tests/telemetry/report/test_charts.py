@@ -3,7 +3,8 @@
 import re
 import xml.etree.ElementTree as ElementTree
 
-from pretrain.telemetry.report.charts import Line, Point, area_chart, compact, heat_chart, line_chart, scatter_chart
+from pretrain.telemetry.numbers import compact
+from pretrain.telemetry.report.charts import Line, Point, area_chart, heat_chart, line_chart, scatter_chart
 
 STEPS = list(range(0, 1000, 50))
 

@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 
 from pretrain.config import conf_dir
 from pretrain.shipped import defaults_for
+from pretrain.telemetry.numbers import duration
 from pretrain.telemetry.report.compare import compare_page, names_of
 from pretrain.telemetry.report.folder import Run, read_run
 from pretrain.telemetry.report.history import Domain, History
 from pretrain.telemetry.report.page import run_page
 from pretrain.telemetry.report.settings import differing
-from pretrain.telemetry.report.words import duration, verdict
+from pretrain.telemetry.report.words import verdict
 from tests.telemetry.report.records import SCRIPT, evaluation, eventful, started, train, write_run
 
 
@@ -184,6 +185,19 @@ def test_a_choice_is_listed_once_and_what_follows_it_is_not():
     assert found["evaluate_every"] == ["100", "null"]
     assert [value.rpartition(".")[2] for value in found["strategy._target_"]] == ["Single", "Ddp"]
     assert all(key == "evaluate_every" or key.startswith("strategy.") for key in found)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lr": "${oc.env:NOT_YOURS}"},
+        {"lr": "${oc.env:NOT_YOURS", "name": "${nothing}"},
+        {"resume_allow": ["${oc.env:NOT_YOURS}"], "seed": {"a": "${oc.env:NOT_YOURS}"}},
+    ],
+)
+def test_a_stranger_s_configuration_reads_nothing(config, monkeypatch):
+    monkeypatch.setenv("NOT_YOURS", "the-secret")
+    assert defaults_for(config) == defaults_for({})
 
 
 def test_composing_leaves_hydra_as_it_is():

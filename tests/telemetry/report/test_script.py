@@ -87,6 +87,12 @@ def test_a_page_that_cannot_go_there_and_a_reader_that_has_left(run):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("text", ["[1]", '{"status"', "null"])
+def test_a_run_json_that_is_none_is_passed_over(text, run):
+    (run / "run.json").write_text(text)
+    assert read_run(run).status == "running"
+
+
 def test_what_is_no_run(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         read_run(tmp_path / "absent")

@@ -5,33 +5,51 @@ import pytest
 from pretrain.events import RunStarted
 from pretrain.telemetry.jsonl import Jsonl
 from pretrain.telemetry.report.sink import Report
-from tests.telemetry.report.records import evaluation, eventful, started, train, write_run
+from tests.telemetry.report.records import evaluation, eventful, sample, started, train, write_run
+
+DATA = {"event": "data", "step": 5, "time": 5.0, "tokens_per_document": 9.0, "sources": {"statutes": {"tokens": 9}}}
 
 
-def test_it_is_written_once_an_evaluation_when_every_domain_has_been_scored(tmp_path):
+def test_it_is_written_once_an_evaluation_with_all_that_comes_with_it(tmp_path):
     report, page = Report(), tmp_path / "report.html"
     report.open(tmp_path, RunStarted(0, 9, resumed=False))
     start = [
         started(total=9),
         evaluation(0, "law", "new", 3.0, 0.0),
         evaluation(0, "english", "base", 2.0, 0.0),
+        sample(0, " as it was."),
         train(1),
     ]
-    for record in [*start, evaluation(5, "law", "new", 2.5, -0.5)]:
+    scores = [evaluation(5, "law", "new", 2.5, -0.5), evaluation(5, "english", "base", 2.25, 0.25)]
+    for record in [*start, *scores, sample(5, " as it is now.")]:
         report.write(record)
     assert not page.exists()
-    report.write(evaluation(5, "english", "base", 2.25, 0.25))
+    report.write(DATA)
     written = page.read_text()
     assert "learned law (perplexity 20.09 → 12.18" in written
     assert "forgot some of english" in written
+    assert "as it is now." in written
+    assert "statutes" in written
     assert "running" in written
     report.write(train(6))
-    for domain, role in (("law", "new"), ("english", "base")):  # so soon that drawing would take most of the time
+    for domain, role in (("law", "new"), ("english", "base")):
         report.write(evaluation(6, domain, role, 2.0, -1.0))
+    report.write(DATA | {"step": 6})  # so soon that drawing would take most of the time
     assert page.read_text() == written
     report.write({"event": "run_finished", "step": 9, "time": 9.0, "status": "stopped"})
     assert "stopped" in page.read_text()
     assert "perplexity 20.09 → 7.39" in page.read_text()
+
+
+@pytest.mark.parametrize("after", [train(6), {"event": "checkpoint", "step": 5, "time": 5.0}])
+def test_where_no_data_comes_with_an_evaluation(after, tmp_path):
+    report, page = Report(), tmp_path / "report.html"
+    report.open(tmp_path, RunStarted(0, 9, resumed=False))
+    for record in (train(5), evaluation(5, "law", "new", 2.5, -0.5), sample(5, " as it is now.")):
+        report.write(record)
+    assert not page.exists()
+    report.write(after)
+    assert "as it is now." in page.read_text()
 
 
 def test_it_goes_on_from_the_records_of_the_run_it_continues(tmp_path):
@@ -50,12 +68,17 @@ def test_it_goes_on_from_the_records_of_the_run_it_continues(tmp_path):
     assert report.history.domains["law"].change() == -1.0
 
 
-def test_what_could_not_be_written_is_tried_again_with_the_next_record(tmp_path):
-    report, page = Report(), tmp_path / "report.html"
+def test_what_could_not_be_written_is_tried_again_and_not_drawn_again(tmp_path, monkeypatch):
+    """With every record of a run that goes on for days: what that costs must not be a drawing."""
+    report, page, drawn = Report(), tmp_path / "report.html", []
+    monkeypatch.setattr("pretrain.telemetry.report.page.run_page", lambda run: drawn.append(run) or "page")
     report.open(tmp_path, RunStarted(0, 9, resumed=False))
     page.mkdir()  # no file can take its place
-    with pytest.raises(OSError, match=r"report\.html"):
-        report.write(evaluation(5, "law", "new", 2.5, -0.5))
+    report.write(evaluation(5, "law", "new", 2.5, -0.5))
+    for step in (6, 7):
+        with pytest.raises(OSError, match=r"report\.html"):
+            report.write(train(step))
     page.rmdir()
-    report.write(train(6))
-    assert page.is_file()
+    report.write(train(8))
+    assert page.read_text() == "page"
+    assert len(drawn) == 1
