@@ -116,6 +116,17 @@ def test_a_stopped_job_that_was_to_be_pruned_is_pruned_and_stays_so(tmp_path):
     assert sweep.begin(job)["status"] == "pruned"
 
 
+def test_what_an_earlier_attempt_left_is_not_the_next_ones(tmp_path):
+    """Whatever launcher begins it: nothing else takes it away under SLURM."""
+    sweep = sweep_in(tmp_path)
+    job = sweep.job(["lr=1"])
+    job.prune_file.touch()
+    job.note.write_text("error: an old one")
+    assert sweep.end(job, sweep.begin(job), 75, 1.0).status == "stopped"
+    assert sweep.end(job, sweep.begin(job), 3, 1.0).status == "failed"
+    assert job.read()["error"] == "exit code 3"
+
+
 def test_finished_jobs_are_not_run_again(fabricate, tmp_path):
     """No process is started: the model it would need is nowhere."""
     job = fabricate("lr=1", "model_name=/nowhere", new=(4.0, -1.0))
