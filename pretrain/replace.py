@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -11,10 +12,20 @@ def replace_file(path: Path, text: str, *, flush: bool = False) -> None:
 
     Raises ``OSError`` where it can't be written; then ``path`` is as it was.
     """
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        if flush:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = partial_of(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def partial_of(path: Path, *, process: int | None = None) -> Path:
+    """What a process (this one) writes before it is ``path``: its own, since others may be writing the same file."""
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{process or os.getpid()}.partial")

@@ -232,10 +232,13 @@ class Job:
     pid: int = 0
 
     def __call__(self) -> int:
+        import submitit
+
         command = [*self.command, *_meeting_point()]
         environment = None
         if self.of is not None:
-            self.of.write(status="running", locked=False)
+            if submitit.JobEnvironment().global_rank == 0:  # one node speaks for all
+                self.of.write(status="running", locked=False)
             environment = child.environment(self.of.note)
         process = subprocess.Popen(command, cwd=self.folder, env=environment, preexec_fn=_ignore_warning_signal)
         self.pid = process.pid

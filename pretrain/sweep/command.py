@@ -78,18 +78,28 @@ def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
             told = this.write_table(status or _status(this))
     code = EXIT_CODE if stopped_by else worst(_codes(this))
     show(this.folder, told)
-    rows = told["jobs"]
+    failed = _failures(this)
     if stopped_by:
         notice(f"stopped ({stopped_by}); to go on: {this.command_line}")
-    elif rows and all(row["status"] == "failed" for row in rows):
-        complain(f"error: every job of the sweep failed; the first one: {rows[0]['error']}")
+    elif failed:
+        complain(f"error: every job of the sweep failed; the first one: {failed[0]['error']}")
     return code
+
+
+def _states(this: Sweep) -> list[dict[str, Any]]:
+    """Of this command's jobs; the folder may hold others."""
+    return [state for _, state in jobs_in(this.folder) if state.get("began_at") == this.began_at]
 
 
 def _codes(this: Sweep) -> list[int]:
     """The exit codes of this command's jobs."""
-    states = [state for _, state in jobs_in(this.folder) if state.get("began_at") == this.began_at]
-    return [0 if state["status"] == "pruned" else state["exit_code"] or 0 for state in states]
+    return [0 if state["status"] == "pruned" else state["exit_code"] or 0 for state in _states(this)]
+
+
+def _failures(this: Sweep) -> list[dict[str, Any]]:
+    """This command's jobs where every one of them failed, else nothing."""
+    states = _states(this)
+    return states if all(state["status"] == "failed" for state in states) else []
 
 
 def _status(this: Sweep) -> str:

@@ -91,7 +91,10 @@ class Sweep:
             os.close(held)
 
     def begin(self, job: Job) -> dict[str, Any]:
-        """The job's state, marked as one of this command; ``waiting`` unless there is nothing left to do."""
+        """The job's state, marked as one of this command; ``waiting`` unless there is nothing left to do. What an earlier
+        attempt has left, the reason it failed and the wish to prune it, is not this one's."""
+        for left in (job.note, job.prune_file):
+            left.unlink(missing_ok=True)
         state = job.read()
         status = state.get("status") if state.get("status") in DONE else "waiting"
         job.write(began_at=self.began_at, status=status, error=None if status == "waiting" else state.get("error"))
@@ -149,8 +152,6 @@ def run_job(
         job.write(status="running", locked=True)
         notice(f"job {sweep.place(job)}: {job.name}")
         sweep.write_table()
-        for left in (job.note, job.prune_file):
-            left.unlink(missing_ok=True)
         started_at = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-m", "pretrain", *sweep.words(job)],

@@ -34,17 +34,30 @@ def pruning(trials: dict[Job, Trial], metric: str) -> Iterator[None]:
 
 def _watch(trials: dict[Job, Trial], metric: str, over: threading.Event) -> None:
     reported: dict[Job, set[int]] = {job: set() for job in trials}
+    seen: dict[Job, int] = {}
     given_up: set[Job] = set()
     while not over.wait(LOOK_SECONDS):
         for job, trial in trials.items():
             state = job.read()
             if state.get("status") != "running" or not state.get("locked"):  # nobody on this machine waits for it
                 continue
-            if job not in given_up and _looks_bad(job, trial, metric, reported[job]):
+            if job not in given_up and evaluated_since(job, seen) and _looks_bad(job, trial, metric, reported[job]):
                 given_up.add(job)
                 notice(f"{job.name}: worse than the median at step {max(reported[job])}; pruned")
             if job in given_up:  # again at every look: a job that starts takes away what an earlier one has left
                 job.prune_file.touch()
+
+
+def evaluated_since(job: Job, seen: dict[Job, int]) -> bool:
+    """Whether there may be an evaluation since the last look, of which ``seen`` keeps the time. metrics.jsonl can be long;
+    run.json is written anew right after each evaluation's records."""
+    try:
+        written_at = (job.folder / "run.json").stat().st_mtime_ns
+    except OSError:
+        return False
+    known = seen.get(job)
+    seen[job] = written_at
+    return written_at != known
 
 
 def _looks_bad(job: Job, trial: Trial, metric: str, reported: set[int]) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from pretrain.checkpoint.store import load
 from pretrain.guard.guard import Guard
+from pretrain.replace import partial_of
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.runs import assert_same_run, numbers, wait_for
@@ -279,7 +280,7 @@ def test_a_healthy_run_is_the_same_with_and_without(base_arguments, ran):
 
 def test_a_quarantine_that_cannot_be_written_is_worth_less_than_the_run(nan_run, command, tmp_path):
     given, _ = nan_run()
-    (tmp_path / "run" / "quarantine.partial").mkdir(parents=True)
+    partial_of(tmp_path / "run" / "quarantine.jsonl").mkdir(parents=True)
     code, _, err = command([*given, f"output_dir={tmp_path / 'run'}"])
     assert code == 0, err
     assert err.count("quarantine.jsonl can't be written") == 1

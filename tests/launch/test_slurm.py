@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.launch.slurm import Job
+from pretrain.sweep.job import job_of
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
@@ -120,6 +121,17 @@ def test_job_is_queued_again_unless_saving_failed(on_signal, queued_again, monke
     signal.signal(signal.SIGALRM, earlier)
     assert [answer is not None for answer in answers] == [queued_again]
     assert (code, at_exit) == ((75, []) if queued_again else (1, [(os._exit, 1)]))
+
+
+@pytest.mark.parametrize(("rank", "status"), [("0", "running"), ("1", "waiting")])
+def test_one_node_speaks_for_all(rank, status, monkeypatch, tmp_path):
+    """The nodes of a job would else rewrite its job.json all at once."""
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    monkeypatch.setenv("SUBMITIT_LOCAL_GLOBALID", rank)
+    of = job_of(tmp_path, ["lr=1"], ("lr",))
+    assert Job([sys.executable, "-c", ""], tmp_path, of)() == 0
+    assert of.read()["status"] == status
 
 
 @pytest.mark.parametrize(

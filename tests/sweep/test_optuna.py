@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 import time
 from contextlib import suppress
@@ -18,7 +19,7 @@ from pretrain.interrupt import Stopped
 from pretrain.sweep.jobs import Sweep
 from pretrain.sweep.measure import objectives
 from pretrain.sweep.optuna_sweeper import Options, OptunaSweeper
-from pretrain.sweep.pruning import pruning
+from pretrain.sweep.pruning import evaluated_since, pruning
 from pretrain.sweep.space import parse_space
 from pretrain.sweep.study import Study, search_alone
 
@@ -197,6 +198,7 @@ def evaluated(job, losses):
     ]
     job.folder.mkdir(exist_ok=True)
     (job.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:-1]) + '{"event": "eval')
+    (job.folder / "run.json").write_text("{}")
 
 
 def test_objectives_of_whole_evaluations(tmp_path):
@@ -207,6 +209,19 @@ def test_objectives_of_whole_evaluations(tmp_path):
     assert objectives(job.folder, "old.loss") == {10: 5.0, 20: 4.0}
     assert objectives(job.folder, "tokens_per_second") == {}
     assert objectives(tmp_path / "nowhere", "new_loss") == {}
+
+
+def test_a_long_metrics_file_is_read_after_evaluations_only(tmp_path):
+    job = Sweep(tmp_path, ("lr",), "new_loss", "minimize", (), 0.0).job(["lr=1"])
+    seen = {}
+    assert not evaluated_since(job, seen), "it has not begun"
+    evaluated(job, [9.0, 5.0])
+    assert evaluated_since(job, seen)
+    with (job.folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write("\n")
+    assert not evaluated_since(job, seen)
+    os.utime(job.folder / "run.json", ns=(1, 1))
+    assert evaluated_since(job, seen)
 
 
 def test_a_trial_worse_than_the_median_is_asked_to_stop(tmp_path, capsys):

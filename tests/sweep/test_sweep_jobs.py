@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.sweep.command import _codes, _failures, worst
 from pretrain.sweep.job import LONGEST_NAME, job_of, jobs_in, readable_name
 from pretrain.sweep.jobs import Sweep, quoted, run_job
 
@@ -114,6 +115,30 @@ def test_a_stopped_job_that_was_to_be_pruned_is_pruned_and_stays_so(tmp_path):
     job.prune_file.touch()
     assert sweep.end(job, state, 75, 1.0).status == "pruned"
     assert sweep.begin(job)["status"] == "pruned"
+
+
+def test_what_an_earlier_attempt_left_is_not_the_next_ones(tmp_path):
+    """Whatever launcher begins it: nothing else takes it away under SLURM."""
+    sweep = sweep_in(tmp_path)
+    job = sweep.job(["lr=1"])
+    job.prune_file.touch()
+    job.note.write_text("error: an old one")
+    assert sweep.end(job, sweep.begin(job), 75, 1.0).status == "stopped"
+    assert sweep.end(job, sweep.begin(job), 3, 1.0).status == "failed"
+    assert job.read()["error"] == "exit code 3"
+
+
+def test_whether_every_job_failed_is_asked_of_this_commands_jobs(fabricate, tmp_path):
+    fabricate("lr=9", new=(4.0, -1.0))  # an earlier command's, which is no longer in this one
+    sweep = sweep_in(tmp_path / "sweep")
+    for code in (2, 1):
+        job = sweep.job([f"lr={code}"])
+        sweep.end(job, sweep.begin(job), code, 1.0)
+    assert [state["exit_code"] for state in _failures(sweep)] == [2, 1]
+    assert worst(_codes(sweep)) == 1
+    good = sweep.job(["lr=3"])
+    sweep.end(good, sweep.begin(good), 0, 1.0)
+    assert _failures(sweep) == []
 
 
 def test_finished_jobs_are_not_run_again(fabricate, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from pretrain.errors import UserError
 from pretrain.sweep import table
+from pretrain.sweep.job import lock_of
 from pretrain.sweep.measure import measures_of, objective_in
 from pretrain.sweep.page import page, varying
 from pretrain.sweep.show import show
@@ -156,6 +157,15 @@ def test_the_script_draws_the_page_of_a_sweep(sweep, tmp_path, monkeypatch):
     assert ">stopped</span></h1>" in (sweep / "sweep.html").read_text()
     assert write_report([sweep], tmp_path / "page.html").read_text() == (sweep / "sweep.html").read_text()
     assert (sweep / "sweep.json").read_bytes() == told
+
+
+def test_the_script_does_not_write_into_a_table_being_written(sweep, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import report
+
+    table.write(sweep, **FACTS)
+    monkeypatch.setattr(report, "write", lambda path, text: lock_of(sweep, "table.lock", wait=False))
+    assert report.write_report([sweep], None) is None, "it holds the lock while it writes"
 
 
 def test_keys_that_vary():
