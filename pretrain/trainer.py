@@ -49,7 +49,7 @@ class Trainer:
     ``identity``: what a checkpoint must share with the run that continues it. ``rng``: this rank's random state at
     step 0. Only rank 0 has ``listeners``.
     ``unsaved_records``: what listeners have noted since the last checkpoint, to lie in the next; ``records``: those of the
-    checkpoint that the run goes on from. ``resume_from``: a checkpoint folder of this run, or ``None``. ``exporter`` writes
+    checkpoint that the run goes on from, if it is its own. ``resume_from``: a checkpoint folder, or ``None``. ``exporter`` writes
     the model as Hugging Face folders.
     ``census`` counts what has been read, for rank 0 to tell.
     """
@@ -308,7 +308,8 @@ class Trainer:
         if any(before[part] != self.identity[part] for part in ("data", "sequence_length", "global_batch", "seed")):
             guard["passed_over"] = []  # they were other batches
         self.guard.load_state_dict(guard)
-        self.records = state.get("records", [])
+        own = checkpoint.resolve().parent == self.saver.store.folder.resolve()
+        self.records = state.get("records", []) if own else []  # another run's are told by its own files
         if self.world.rank < len(state["rng"]):
             self.rng = state["rng"][self.world.rank]
 
