@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pretrain.clock import StepTimes
 
@@ -131,10 +131,12 @@ class Saved(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Exported(Event):
-    """``seconds``: how long the loop stood still for a model folder; 0 where none was asked for."""
+class StoodStill(Event):
+    """``seconds`` that have gone by ``for_`` a checkpoint and the model folder beside it, or an evaluation that a stop
+    signal has ended; told at once, whenever the checkpoint becomes whole."""
 
     seconds: float
+    for_: Literal["evaluation", "checkpoint"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pretrain.checkpoint.atomic import write_folder
 from pretrain.console import notice
 from pretrain.errors import UserError
-from pretrain.events import Exported
 from pretrain.models import export
 
 if TYPE_CHECKING:
@@ -55,17 +53,13 @@ class Exporter:
     def _card(self, progress: Progress) -> dict[str, bytes]:
         return {"README.md": self.card(progress).encode()}
 
-    def at_save(self, progress: Progress) -> Exported:
+    def at_save(self, progress: Progress) -> None:
         """Export beside a checkpoint, where asked to; the last model of a run comes from ``at_end``.
 
         A folder that can't be written costs a line and not the run: the checkpoint is there.
         """
-        started_at = time.perf_counter()
-        if self.when == "save":
-            self._at_save(progress)
-        return Exported(progress.step, time.perf_counter() - started_at)
-
-    def _at_save(self, progress: Progress) -> None:
+        if self.when != "save":
+            return
         models = self.run / "models"
         try:
             self._write(models / f"step-{progress.step:08d}", progress)

@@ -16,7 +16,17 @@ from pretrain.batch import Batch
 from pretrain.checkpoint import store
 from pretrain.checkpoint.rng import rng_state, set_rng_state
 from pretrain.console import notice
-from pretrain.events import DataSeen, Evaluated, Event, RolledBack, RunFinished, RunStarted, Sampled, StepDone
+from pretrain.events import (
+    DataSeen,
+    Evaluated,
+    Event,
+    RolledBack,
+    RunFinished,
+    RunStarted,
+    Sampled,
+    StepDone,
+    StoodStill,
+)
 from pretrain.out_of_memory import watched
 from pretrain.progress import Every, Progress
 from pretrain.telemetry.record import fields_of
@@ -49,7 +59,7 @@ class Trainer:
     ``identity``: what a checkpoint must share with the run that continues it. ``rng``: this rank's random state at
     step 0. Only rank 0 has ``listeners``.
     ``unsaved_records``: what listeners have noted since the last checkpoint, to lie in the next; ``records``: those of the
-    checkpoint that the run goes on from. ``resume_from``: a checkpoint folder of this run, or ``None``. ``exporter`` writes
+    checkpoint that the run goes on from, if it is its own. ``resume_from``: a checkpoint folder, or ``None``. ``exporter`` writes
     the model as Hugging Face folders.
     ``census`` counts what has been read, for rank 0 to tell.
     """
@@ -84,11 +94,12 @@ class Trainer:
     _batches: Generator[Batch, None, None] = field(init=False)
     _back_at: int = 0  # the step to which the guard has sent the run back last
     _save_due: bool = False
+    _started_at_step: int = 0
 
     def run(self) -> Progress:
         """Train to ``total_steps`` or until a stop signal; save, and export the model of a finished run."""
         self.resume()
-        resumed = self.resume_from is not None
+        resumed, self._started_at_step = self.resume_from is not None, self.progress.step
         self.emit(
             RunStarted(
                 *(self.progress.step, self.total_steps, resumed, self.progress.owes_evaluation),
@@ -215,6 +226,7 @@ class Trainer:
         samples = None if scores is None else self.sampler.run(self.engine, **hooks)
         progress.owes_evaluation = samples is None
         if scores is None or samples is None:
+            self.emit(StoodStill(progress.step, time.perf_counter() - started_at, "evaluation"))
             return False
         sampled_at = time.perf_counter()
         progress.losses, progress.evaluated_at = {s.domain: s.loss for s in scores}, progress.step
@@ -236,6 +248,7 @@ class Trainer:
     def save(self, *, at_once: bool) -> None:
         """Make a checkpoint of exactly this moment; it is written while training goes on, or ``at_once``."""
         self._save_due = False
+        started_at = time.perf_counter()
         state = {
             "engine": self.engine.state_dict(),
             "loader": self.loader.state_dict(),
@@ -247,10 +260,11 @@ class Trainer:
             "files": self.exporter.checkpoint_files(self.progress) if self.world.is_main else {},
         }
         saved = self.saver.save(self.progress.step, state, at_once=at_once)
-        self.tell_saved()
         if saved and not self.finished:  # the last model is exported at the end
             with self.watchdog.resting():
-                self.emit(self.exporter.at_save(self.progress))
+                self.exporter.at_save(self.progress)
+        self.emit(StoodStill(self.progress.step, time.perf_counter() - started_at, "checkpoint"))
+        self.tell_saved()
 
     def save_is_due(self) -> bool:
         """Whether it is time for a checkpoint; after a step that was not trained it waits for one that is."""
@@ -309,13 +323,14 @@ class Trainer:
         if any(before[part] != self.identity[part] for part in ("data", "sequence_length", "global_batch", "seed")):
             guard["passed_over"] = []  # they were other batches
         self.guard.load_state_dict(guard)
-        self.records = state.get("records", [])
+        own = checkpoint.resolve().parent == self.saver.store.folder.resolve()
+        self.records = state.get("records", []) if own else []  # another run's are told by its own files
         if self.world.rank < len(state["rng"]):
             self.rng = state["rng"][self.world.rank]
 
     def finish(self) -> Progress:
         """Export the model of a run that reached its end; tell how the run ended."""
-        if self.progress.evaluated_at != self.progress.step:
+        if self.progress.step not in (self.progress.evaluated_at, self._started_at_step):  # then it has been told
             self.tell_data()
         with self.watchdog.resting():
             model = self.exporter.at_end(self.progress) if self.complete else None

@@ -110,6 +110,11 @@ def test_resume_from_a_run_is_from_its_newest_whole_checkpoint(uninterrupted, ba
     assert "step-00000021 passed over" in err
     steps = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
     assert steps == [21, 22]
+    brought = json.loads((named / "checkpoints/step-00000020/state.json").read_text())["records"]
+    assert brought
+    kept = read_records(run / "metrics.jsonl")
+    assert kept[0]["event"] == "run_started"
+    assert not [r for r in kept if r in brought], "they are the named run's"
     assert sorted(named.rglob("*")) == before, "the run that is named stays as it is"
 
 

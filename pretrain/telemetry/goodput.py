@@ -23,40 +23,48 @@ class Goodput:
     def __init__(self, run: Path) -> None:
         self._run = run
         self._windows: list[tuple[int, float]] = []  # (last step, seconds)
+        self._seconds = 0.0  # of them all
         self._started_at: float | None = time.time()
 
     def start(self, event: RunStarted) -> None:
         """Look at what earlier starts have left. Before sinks open, which cut it."""
         records: list[dict[str, Any]] = []
+        windows: list[tuple[int, float]] = []
         if event.step:
-            with suppress(OSError, ValueError):  # no such file, or one that is broken: worth less than the run
-                file = self._run / "metrics.jsonl"
-                records = records_until(file, event.step, owes_evaluation=event.owes_evaluation)
-        self._windows = list(trained(records))
+            with suppress(OSError, ValueError, KeyError, TypeError):  # a file that is broken is worth less than the run
+                earlier = records_until(self._run / "metrics.jsonl", event)
+                windows, records = trained(earlier), earlier
+        self._keep(windows)
         known = earlier_facts(self._run, event).get("started_at")
         if known is None and records:  # a run from before run.json said so
-            known = records[0]["time"]
+            known = records[0].get("time")
         self._started_at = None if event.step and not records else known or time.time()
 
     def add(self, step: int, seconds: float) -> None:
         self._windows.append((step, seconds))
+        self._seconds += seconds
 
     def go_back(self, step: int) -> None:
-        self._windows = [window for window in self._windows if window[0] <= step]
+        self._keep([window for window in self._windows if window[0] <= step])
+
+    def _keep(self, windows: list[tuple[int, float]]) -> None:
+        self._windows = windows
+        self._seconds = sum(seconds for _, seconds in windows)
 
     def share(self) -> float | None:
         """0–1; ``None`` where an earlier start has left no records."""
         if self._started_at is None:
             return None
         wall = time.time() - self._started_at
-        return min(1.0, sum(seconds for _, seconds in self._windows) / wall) if wall > 0 else None
+        return min(1.0, self._seconds / wall) if wall > 0 else None
 
 
 def trained(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(last step, seconds) of every window of steps among the records of a run."""
-    windows, before = [], 0
+    """(last step, seconds) of every window of steps among the records of a run, whose first may be lost."""
+    windows: list[tuple[int, float]] = []
+    before: int | None = None
     for record in records:
-        if record["event"] == "train":
+        if record["event"] == "train" and before is not None:
             windows.append((record["step"], (record["step"] - before) * record["step_seconds"]))
         if record["event"] in ("train", "run_started", "rollback"):
             before = record["step"]

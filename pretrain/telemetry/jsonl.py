@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ class Jsonl:
 
     def open(self, run: Path, start: RunStarted) -> None:
         path = run / "metrics.jsonl"
-        if path.exists():
-            cut_after(path, start.step, owes_evaluation=start.owes_evaluation, brought=start.records)
+        if path.exists() or start.records:
+            cut(path, start)
         self._file = PatientFile(path)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -57,27 +57,27 @@ def iter_records(path: Path, *, torn: Callable[[str], None] = lambda where: None
                 raise ValueError(f"{path}:{number}: not JSON: {error}") from error
 
 
-def records_until(
-    path: Path, step: int, *, owes_evaluation: bool = False, brought: Iterable[dict[str, Any]] = ()
-) -> list[dict[str, Any]]:
-    """The records up to ``step``, of a run that goes on there: without the end it has not come to, and without the
-    evaluation of ``step``, and what comes with it, where it ``owes_evaluation``: that is about to be made again.
-    ``brought``: the latest ones, as the checkpoint knows them; those that the file lost are put at its end."""
+def records_until(path: Path, start: RunStarted) -> list[dict[str, Any]]:
+    """The records up to the step where a run goes on: without the end it has not come to, and without the evaluation of that
+    step, and what comes with it, where it owes that: it is about to be made again. Those that the checkpoint brought and the
+    file lost stand at the end; without a file they are all there is."""
 
     def holds(record: dict[str, Any]) -> bool:
-        again = record["step"] == step and owes_evaluation and record["event"] in WITH_EVALUATION
-        return record["step"] <= step and not again and record.get("status") != "finished"
+        again = record["step"] == start.step and start.owes_evaluation and record["event"] in WITH_EVALUATION
+        return record["step"] <= start.step and not again and record.get("status") != "finished"
 
-    records = read_records(path)
-    known = {json.dumps(record) for record in records}
-    return [r for r in records + [b for b in brought if json.dumps(b) not in known] if holds(r)]
+    records = read_records(path) if path.exists() else []
+    if start.records:
+        oldest = min(record["step"] for record in start.records)
+        known = {json.dumps(record) for record in records if record["step"] >= oldest}
+        records += [record for record in start.records if json.dumps(record) not in known]
+    return [record for record in records if holds(record)]
 
 
-def cut_after(path: Path, step: int, *, owes_evaluation: bool = False, brought: Iterable[dict[str, Any]] = ()) -> None:
-    """Drop the records of steps beyond ``step``: they were lost with a crash and are about to be trained again. ``brought``:
-    see `records_until`.
+def cut(path: Path, start: RunStarted) -> None:
+    """Drop the records of steps beyond that of ``start``: they were lost with a crash and are about to be trained again.
 
     A run that starts over (step 0) drops everything.
     """
-    kept = records_until(path, step, owes_evaluation=owes_evaluation, brought=brought) if step > 0 else []
+    kept = records_until(path, start) if start.step > 0 else []
     replace_file(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), flush=True)

@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,6 @@ from pretrain.events import (
     DataSeen,
     Evaluated,
     Event,
-    Exported,
     LayerNorms,
     RolledBack,
     RunFinished,
@@ -28,6 +28,7 @@ from pretrain.events import (
     Sampled,
     Saved,
     StepDone,
+    StoodStill,
 )
 from pretrain.memory import resident_bytes
 from pretrain.progress import Every
@@ -80,11 +81,10 @@ class Monitor:
                     self._write_beside("sample", event.step, fields_of(sample))
                 self._window.exclude(event.seconds)
             case Saved():
-                self._write_beside("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
-                self._window.exclude(event.blocked_seconds, "checkpoint")
                 self._unsaved = [r for r in self._unsaved if r["step"] > event.step]
-            case Exported():
-                self._window.exclude(event.seconds, "checkpoint")
+                self._write_beside("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
+            case StoodStill():
+                self._window.exclude(event.seconds, event.for_)
             case DataSeen():
                 self._write_beside("data", event.step, data_fields(event))
                 self._window.exclude(event.seconds)
@@ -111,7 +111,7 @@ class Monitor:
         """For the sinks as if the run had been stopped and resumed there."""
         self._each(lambda s: s.close())
         self._unsaved = [r for r in self._unsaved if r["step"] <= event.step]
-        again = RunStarted(event.step, self._total_steps, resumed=True)
+        again = RunStarted(event.step, self._total_steps, resumed=True, records=tuple(self._unsaved))
         self._each(lambda s: s.open(self._run, again))
         self._write("rollback", event.step, fields_of(event))
         self._goodput.go_back(event.step)
@@ -172,7 +172,7 @@ class Monitor:
         rates = speed(self._total.tokens, self._total.samples, self._total.seconds, self._facts)
         shown = ("tokens_per_second", "model_flops_per_second", "mfu")
         return {
-            "train_seconds": self._total.seconds,
+            "train_seconds": self._total.train_seconds,
             **{name: rates[name] for name in shown},
             "goodput": self._goodput.share() if self._total_steps else None,
         }
@@ -216,17 +216,25 @@ class Monitor:
                     self._said.add(name)
                     continue
                 del self._sinks[name]
+                with suppress(Exception):  # a bar that is drawn leaves a cursor hidden
+                    sink.close()
                 notice(f"sink {name} stopped: {type(error).__name__}: {error}; the run goes on without it")
 
 
 class _Total:
-    """Of all windows since this start."""
+    """Of all windows since this start; the first, whose step compiles and sets itself up, counts in no speed unless there is
+    no other. ``train_seconds``: with it."""
 
     def __init__(self) -> None:
-        self.tokens = self.samples = 0
-        self.seconds = 0.0
+        self.tokens = self.samples = self._windows = 0
+        self.seconds = self.train_seconds = 0.0
 
     def add(self, window: Window, seconds: float) -> None:
+        if self._windows == 1:
+            self.tokens = self.samples = 0
+            self.seconds = 0.0
+        self._windows += 1
+        self.train_seconds += seconds
         self.tokens += window.tokens
         self.samples += window.samples
         self.seconds += seconds

@@ -158,6 +158,6 @@ class Terminal:
 def _earlier(run: Path, start: RunStarted) -> list[Record]:
     """The records of the run that goes on; none where they can't be read, which others will say."""
     try:
-        return records_until(run / "metrics.jsonl", start.step, owes_evaluation=start.owes_evaluation)
+        return records_until(run / "metrics.jsonl", start)
     except (OSError, ValueError):
         return []

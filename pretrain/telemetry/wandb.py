@@ -78,7 +78,7 @@ class Wandb:
             self._courier = Courier("pretrain.telemetry.wandb_process", log=run / "logs" / "wandb.log")
         file, earlier = run / "metrics.jsonl", None
         if start.step > 0 and file.exists():
-            earlier = records_until(file, start.step, owes_evaluation=start.owes_evaluation, brought=start.records)
+            earlier = records_until(file, start)
         order = {
             "mode": mode,
             "id": run_id(run, fresh=start.step == 0),

@@ -76,3 +76,28 @@ def test_a_window_begins_where_its_process_did():
     records += [record("run_started", 7, 0.0), record("train", 8, 0.0, step_seconds=3.0)]
     records += [record("rollback", 8, 0.0), record("train", 10, 0.0, step_seconds=1.0)]
     assert trained(records) == [(5, 10.0), (8, 3.0), (10, 2.0)]
+
+
+def test_a_window_whose_beginning_is_lost_is_not_counted():
+    records = [record("train", step, 0.0, step_seconds=2.0) for step in (40, 50)]
+    assert trained(records) == [(50, 20.0)]
+    assert trained([record("run_started", 30, 0.0), *records]) == [(40, 20.0), (50, 20.0)]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"event": "train", "step": 8}', '{"event": "train", "step": 8, "step_seconds": null}', "7"]
+)
+def test_a_record_that_is_none_is_worth_less_than_the_run(crashed, line):
+    with (crashed / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    goodput = Goodput(crashed)
+    goodput.start(RunStarted(8, total_steps=20, resumed=True))
+    assert goodput.share() is None
+
+
+def test_records_that_came_with_a_checkpoint_count(crashed):
+    lines = (crashed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (crashed / "metrics.jsonl").write_text("".join(lines[:2]))
+    goodput = Goodput(crashed)
+    goodput.start(RunStarted(8, 20, resumed=True, records=tuple(json.loads(line) for line in lines[2:])))
+    assert goodput.share() == pytest.approx(80 / 1000)

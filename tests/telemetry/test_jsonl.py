@@ -55,8 +55,8 @@ def test_a_run_that_goes_on_has_not_finished_and_evaluates_again_what_it_owes(tm
     ends = [{"event": "run_finished", "step": 1, "status": "stopped"}]
     ends += [{"event": "run_finished", "step": 2, "status": "finished"}]
     path.write_text("".join(json.dumps(r) + "\n" for r in records + ends))
-    assert records_until(path, 2) == [*records, ends[0]]
-    assert records_until(path, 2, owes_evaluation=True) == [*records[:2], ends[0]]
+    assert records_until(path, RunStarted(2, 9, resumed=True)) == [*records, ends[0]]
+    assert records_until(path, RunStarted(2, 9, resumed=True, owes_evaluation=True)) == [*records[:2], ends[0]]
 
 
 def test_a_line_torn_in_the_middle_of_a_character(tmp_path):
@@ -74,3 +74,12 @@ def test_records_that_a_checkpoint_brought_are_put_back_once(tmp_path):
     sink.open(tmp_path, RunStarted(4, 9, resumed=True, records=brought))
     sink.close()
     assert [r["step"] for r in read_records(path)] == [0, 1, 2, 3, 4]
+
+
+def test_without_a_file_the_records_that_a_checkpoint_brought_stand_first(tmp_path):
+    brought = tuple({"event": "train", "step": s, "time": 0.0} for s in (3, 4, 5))
+    sink = Jsonl()
+    sink.open(tmp_path, RunStarted(4, 9, resumed=True, records=brought))
+    sink.write({"event": "train", "step": 5, "time": 1.0})
+    sink.close()
+    assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [3, 4, 5]

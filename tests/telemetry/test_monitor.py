@@ -1,12 +1,23 @@
 """The monitor reads the device at log steps only, writes null for what is no number, and survives its sinks."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from pretrain.events import DomainScore, Evaluated, LayerNorms, RunFinished, RunStarted, StepDone
+from pretrain.events import (
+    DomainScore,
+    Evaluated,
+    LayerNorms,
+    RolledBack,
+    RunFinished,
+    RunStarted,
+    Saved,
+    StepDone,
+    StoodStill,
+)
 from pretrain.telemetry.jsonl import Jsonl, read_records
 from pretrain.telemetry.monitor import Monitor
 from pretrain.telemetry.run_file import RunFile, read_run_file
@@ -124,15 +135,20 @@ def test_a_failing_sink_is_dropped_and_said(tmp_path, capsys):
         def write(self, record):
             raise ConnectionError("no route")
 
-        def close(self):
-            raise AssertionError("it was dropped")
+        closed = 0
 
-    monitor = Monitor({"broken": Broken(), "jsonl": Jsonl()}, run=tmp_path, log_every=1)
+        def close(self):
+            self.closed += 1
+            raise ConnectionError("nor now")
+
+    broken = Broken()
+    monitor = Monitor({"broken": broken, "jsonl": Jsonl()}, run=tmp_path, log_every=1)
     monitor(RunStarted(0, total_steps=1, resumed=False))
     monitor(step_done(1))
     monitor(RunFinished(1, "finished", 10))
     assert [r["event"] for r in read_records(tmp_path / "metrics.jsonl")] == ["run_started", "train", "run_finished"]
     assert capsys.readouterr().err.count("sink broken stopped: ConnectionError: no route") == 1
+    assert broken.closed == 1, "a bar that is drawn has to go"
 
 
 def test_a_disk_that_is_full_for_a_while_costs_no_sink(tmp_path, capsys):
@@ -176,3 +192,76 @@ def test_run_json_has_no_infinity(tmp_path):
     listener(Evaluated(0, (DomainScore("d", "new", 800.0, float("inf"), None, 5, 0.0),), 0.1))
     text = (tmp_path / "run.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["results"]["d"]["perplexity"] is None
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Stands still unless it is put forward."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def trained(run):
+    return [r for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
+
+
+def test_what_stood_still_is_taken_from_the_window_it_happened_in(tmp_path, clock):
+    """A checkpoint becomes whole behind the run, in the window after."""
+    monitor = Monitor({"jsonl": Jsonl()}, run=tmp_path, log_every=1)
+    monitor(RunStarted(0, total_steps=9, resumed=False))
+    for step in (1, 2, 3):
+        clock[0] += 1.0
+        monitor(step_done(step))
+        if step == 1:
+            clock[0] += 0.5
+            monitor(StoodStill(1, 0.5, "checkpoint"))
+        if step == 2:
+            monitor(Saved(1, Path("step-1"), seconds=1.0, blocked_seconds=0.5, bytes=1))
+    assert [r["step_seconds"] for r in trained(tmp_path)] == [1.0, 1.0, 1.0]
+    assert [r["checkpoint_seconds"] for r in trained(tmp_path)] == [0.0, 0.5, 0.0]
+
+
+def test_an_evaluation_that_a_stop_has_ended_is_no_training(tmp_path, clock):
+    monitor = Monitor({"jsonl": Jsonl()}, run=tmp_path, log_every=4)
+    monitor(RunStarted(0, total_steps=9, resumed=False))
+    for step in (1, 2):
+        clock[0] += 1.0
+        monitor(step_done(step))
+    clock[0] += 7.0
+    monitor(StoodStill(2, 7.0, "evaluation"))
+    monitor(RunFinished(2, "stopped", 20))
+    assert [r["step_seconds"] for r in trained(tmp_path)] == [1.0, 1.0]
+
+
+def test_the_speed_of_a_run_is_without_its_first_step(tmp_path, clock):
+    monitor = Monitor({"jsonl": Jsonl()}, run=tmp_path, log_every=2)
+    monitor(RunStarted(0, total_steps=4, resumed=False))
+    for step, seconds in enumerate((30.0, 1.0, 1.0, 1.0), start=1):
+        clock[0] += seconds
+        monitor(step_done(step))
+    rates = [r["tokens_per_second_run"] for r in trained(tmp_path)]
+    assert rates == [pytest.approx(10 / 30), 10.0, 10.0]
+    assert monitor.summary()["tokens_per_second"] == 10.0
+    assert monitor.summary()["train_seconds"] == 33.0
+
+
+def test_a_checkpoint_is_the_first_of_what_the_next_brings_along(tmp_path):
+    """Its own record came when it was written already."""
+    monitor = Monitor({"jsonl": Jsonl()}, run=tmp_path, log_every=1)
+    monitor(RunStarted(0, total_steps=9, resumed=False))
+    monitor(step_done(1))
+    monitor(Saved(1, Path("step-1"), seconds=1.0, blocked_seconds=0.5, bytes=1))
+    assert [(r["event"], r["step"]) for r in monitor.unsaved()] == [("checkpoint", 1)]
+
+
+def test_a_rollback_brings_the_records_that_the_file_has_lost(tmp_path):
+    """As a disk leaves it that was full up to then."""
+    monitor = Monitor({"jsonl": Jsonl()}, run=tmp_path, log_every=1)
+    monitor(RunStarted(0, total_steps=9, resumed=False))
+    for step in (1, 2, 3):
+        monitor(step_done(step))
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    monitor(RolledBack(2, bad_step=3, reason="spike"))
+    found = [(r["event"], r["step"]) for r in read_records(tmp_path / "metrics.jsonl")]
+    assert found == [("run_started", 0), ("train", 1), ("train", 2), ("rollback", 2)]

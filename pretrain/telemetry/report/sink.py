@@ -31,8 +31,7 @@ class Report:
         self._run = run
         earlier = run / RECORDS
         if start.step and earlier.exists():
-            owed = start.owes_evaluation
-            self.history = History(records_until(earlier, start.step, owes_evaluation=owed, brought=start.records))
+            self.history = History(records_until(earlier, start))
         else:  # without a file: after a rollback, its own
             self.history.cut(start.step)
 
