@@ -73,6 +73,7 @@ class Monitor:
             case StepDone():
                 self._step(event)
             case Evaluated():
+                self._tell_layers()
                 for s in event.scores:
                     self._write_beside("evaluation", event.step, fields_of(s))
                 self._window.exclude(event.seconds)
@@ -152,7 +153,11 @@ class Monitor:
         if facts.get("devices", 1) > facts.get("world_size", 1):  # inside a step of `dp`, where no clock can look
             record["communication_seconds"] = None
         window.restart()
+        self._tell_layers()
         self._write("train", event.step, record)
+
+    def _tell_layers(self) -> None:
+        """Before what is told of a later step: W&B takes no row of a step it has passed."""
         for step, layers in self._layers:
             rows = zip(layers.names, layers.norms.tolist(), strict=True)
             self._write("layers", step, {"layers": {name: dict(zip(NORMS, row, strict=True)) for name, row in rows}})

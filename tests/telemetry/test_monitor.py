@@ -265,3 +265,18 @@ def test_a_rollback_brings_the_records_that_the_file_has_lost(tmp_path):
     monitor(RolledBack(2, bad_step=3, reason="spike"))
     found = [(r["event"], r["step"]) for r in read_records(tmp_path / "metrics.jsonl")]
     assert found == [("run_started", 0), ("train", 1), ("train", 2), ("rollback", 2)]
+
+
+def test_layers_come_in_the_order_of_steps(tmp_path):
+    """W&B passes over a row of a step before the one it has."""
+    monitor = Monitor({"jsonl": Jsonl()}, run=tmp_path, log_every=4)
+    norms = LayerNorms(("wte",), torch.ones(1, 4))
+    monitor(RunStarted(0, total_steps=9, resumed=False))
+    for step in range(1, 10):
+        monitor(step_done(step, layers=norms if step in (2, 3, 6) else None))
+        if step == 7:
+            monitor(Evaluated(7, (DomainScore("d", "new", 1.0, 2.7, None, 5),), 0.0))
+    monitor(RunFinished(9, "finished", 90))
+    records = [(r["event"], r["step"]) for r in read_records(tmp_path / "metrics.jsonl")[1:-1]]
+    expected = [("train", 1), ("layers", 2), ("layers", 3), ("train", 4), ("layers", 6), ("evaluation", 7)]
+    assert records == [*expected, ("train", 8), ("train", 9)]
