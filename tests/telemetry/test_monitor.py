@@ -265,3 +265,13 @@ def test_a_rollback_brings_the_records_that_the_file_has_lost(tmp_path):
     monitor(RolledBack(2, bad_step=3, reason="spike"))
     found = [(r["event"], r["step"]) for r in read_records(tmp_path / "metrics.jsonl")]
     assert found == [("run_started", 0), ("train", 1), ("train", 2), ("rollback", 2)]
+
+
+def test_a_run_that_saves_nothing_keeps_a_bounded_number_of_records(tmp_path, monkeypatch):
+    monkeypatch.setattr("pretrain.telemetry.monitor.MOST_UNSAVED", 3)
+    monitor = Monitor({}, run=tmp_path, log_every=1)
+    monitor(RunStarted(0, total_steps=9, resumed=False))
+    for step in range(1, 9):
+        monitor(step_done(step))
+    assert [r["step"] for r in monitor.unsaved()] == [6, 7, 8]
+    assert monitor.summary()["tokens"] == 80
