@@ -25,6 +25,10 @@ class StepTimes:
     spans: tuple[Span, ...] = ()
     on_device: bool = False
 
+    def over(self) -> bool:
+        """Whether `seconds` would wait for nothing."""
+        return not self.on_device or all(after.query() for _, _, after in self.spans[-1:])  # the stream goes in order
+
     def seconds(self) -> dict[Part, float]:
         """Seconds of each part. Waits for the device, if it has not come so far: for log steps only."""
         found: dict[Part, float] = {"data": 0.0, "communication": 0.0, "compute": 0.0, "optimizer": 0.0}

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from pretrain.clock import StepClock, StepTimes
+from pretrain.events import StepDone
+from pretrain.telemetry.window import Window
 
 
 def test_parts_add_up_and_are_taken_once():
@@ -33,6 +35,9 @@ class Event:
     def synchronize(self) -> None:
         self.passed = True
 
+    def query(self) -> bool:
+        return self.passed
+
     def elapsed_time(self, later: "Event") -> float:
         assert later.passed, "asked before the device was there"
         return later.at - self.at
@@ -43,6 +48,19 @@ def test_events_are_waited_for_and_told_in_seconds():
     times = StepTimes((*spans, ("data", Event(1500.0), Event(2000.0))), on_device=True)
     assert not any(event.passed for _, *events in times.spans for event in events)
     assert times.seconds() == {"data": 0.5, "communication": 0.0, "compute": 2.0, "optimizer": 0.0}
+
+
+def test_times_of_steps_that_are_over_are_folded_and_no_other_is_waited_for():
+    window = Window()
+    steps = [StepTimes((("compute", Event(0.0), Event(1000.0 * n)),), on_device=True) for n in (1, 2, 3)]
+    tensors = {"loss": torch.ones(()), "grad_norm": torch.ones(()), "skipped": torch.zeros(())}
+    for number, times in enumerate(steps, start=1):
+        if number == 3:
+            steps[0].spans[0][2].passed = True
+        window.add(StepDone(number, epoch=0.0, tokens=1, step_tokens=1, lr=0.1, times=times, **tensors))
+    assert list(window._times) == steps[1:]
+    assert not any(times.over() for times in steps[1:])
+    assert window.split()["compute_seconds"] == pytest.approx(2.0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,6 +11,7 @@ import math
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 
 NORMS = ("weight_norm", "grad_norm", "update_norm", "update_ratio")  # the columns of `LayerNorms.norms`
+MOST_UNSAVED = 1_000  # records that a checkpoint brings along at most; metrics.jsonl has them as a rule
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -62,11 +64,14 @@ class Monitor:
         self._total_steps = 0
         self._logged = False
         self._started = False
-        self._unsaved: list[Record] = []
+        self._unsaved: deque[Record] = deque(maxlen=MOST_UNSAVED)
 
     def unsaved(self) -> list[Record]:
-        """The records that no whole checkpoint has brought into safety yet."""
+        """The latest records that no whole checkpoint has brought into safety yet."""
         return list(self._unsaved)
+
+    def _keep_unsaved(self, holds: Callable[[Record], bool]) -> None:
+        self._unsaved = deque(filter(holds, self._unsaved), maxlen=MOST_UNSAVED)
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -82,7 +87,7 @@ class Monitor:
                     self._write_beside("sample", event.step, fields_of(sample))
                 self._window.exclude(event.seconds)
             case Saved():
-                self._unsaved = [r for r in self._unsaved if r["step"] > event.step]
+                self._keep_unsaved(lambda r: r["step"] > event.step)
                 self._write_beside("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
             case StoodStill():
                 self._window.exclude(event.seconds, event.for_)
@@ -98,7 +103,7 @@ class Monitor:
 
     def _start(self, event: RunStarted) -> None:
         self._started = True
-        self._unsaved = list(event.records)
+        self._unsaved.extend(event.records)
         self._total_steps = event.total_steps
         self._facts = event.facts
         self._goodput.start(event)
@@ -111,7 +116,7 @@ class Monitor:
     def _go_back(self, event: RolledBack) -> None:
         """For the sinks as if the run had been stopped and resumed there."""
         self._each(lambda s: s.close())
-        self._unsaved = [r for r in self._unsaved if r["step"] <= event.step]
+        self._keep_unsaved(lambda r: r["step"] <= event.step)
         again = RunStarted(event.step, self._total_steps, resumed=True, records=tuple(self._unsaved))
         self._each(lambda s: s.open(self._run, again))
         self._write("rollback", event.step, fields_of(event))
@@ -177,6 +182,7 @@ class Monitor:
         rates = speed(self._total.tokens, self._total.samples, self._total.seconds, self._facts)
         shown = ("tokens_per_second", "model_flops_per_second", "mfu")
         return {
+            **({} if self._last is None else {"tokens": self._last.tokens}),
             "train_seconds": self._total.train_seconds,
             **{name: rates[name] for name in shown},
             "goodput": self._goodput.share() if self._total_steps else None,
@@ -189,8 +195,8 @@ class Monitor:
             self._log(self._last)
         fields = {
             "status": event.status,
-            "tokens": event.tokens,
             **self.summary(),
+            "tokens": event.tokens,
             "model": str(event.model) if event.model else None,
             "folder": str(self._run),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Literal
 
 from pretrain.events import StepDone
@@ -18,15 +19,17 @@ Beside = Literal["evaluation", "checkpoint"]  # what a run does beside training
 
 
 class Window:
-    """Steps, tokens and seconds; evaluation and saving are told apart from training. Losses stay where they are."""
+    """Steps, tokens and seconds; evaluation and saving are told apart from training. Losses stay where they are;
+    what is kept does not grow with the number of steps."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
         self.steps = self.tokens = self.samples = 0
-        self._losses: list[Tensor] = []
-        self._times: list[StepTimes] = []
+        self._losses: Tensor | None = None  # [sum, number] of those that are finite, on their device
+        self._times: deque[StepTimes] = deque()  # of steps that the device may not have done yet
+        self._parts: dict[str, float] = {}
         self._beside: dict[Beside, float] = {"evaluation": 0.0, "checkpoint": 0.0}
         self._started_at = time.perf_counter()
 
@@ -34,8 +37,21 @@ class Window:
         self.steps += 1
         self.tokens += event.step_tokens
         self.samples += event.step_samples
-        self._losses.append(event.loss)
+        self._losses = self._add_loss(event.loss)
         self._times.append(event.times)
+        while self._times and self._times[0].over():
+            self._fold()
+
+    def _add_loss(self, loss: Tensor) -> Tensor:
+        import torch
+
+        finite, exact = loss.isfinite(), torch.float32 if loss.device.type == "mps" else torch.float64
+        pair = torch.stack([torch.where(finite, loss, 0).to(exact), finite.to(exact)])
+        return pair if self._losses is None else self._losses + pair
+
+    def _fold(self) -> None:
+        for part, seconds in self._times.popleft().seconds().items():
+            self._parts[part] = self._parts.get(part, 0.0) + seconds
 
     def exclude(self, seconds: float, what: Beside = "evaluation") -> None:
         self._beside[what] += seconds
@@ -45,11 +61,12 @@ class Window:
         ``event``: the last of them."""
         import torch
 
-        losses = torch.stack(self._losses).double()
-        mean = torch.where(losses.isfinite(), losses, math.nan).nanmean()  # of the steps that had a loss
+        assert self._losses is not None
+        total, number = self._losses
         scale = math.nan if event.loss_scale is None else event.loss_scale
-        last = (torch.as_tensor(x, device=losses.device).double() for x in (event.grad_norm, event.skipped, scale))
-        loss, loss_mean, grad_norm, skipped, loss_scale = torch.stack([losses[-1], mean, *last]).tolist()
+        last = (event.loss, total / number, event.grad_norm, event.skipped, scale)  # 0/0 where no step had a loss
+        together = torch.stack([torch.as_tensor(x, device=total.device).to(total.dtype) for x in last])
+        loss, loss_mean, grad_norm, skipped, loss_scale = together.tolist()
         return {
             "loss": loss,
             "loss_mean": loss_mean,
@@ -64,9 +81,7 @@ class Window:
 
     def split(self) -> Record:
         """Seconds of the parts of a step, on average, and all that went to something else."""
-        totals: dict[str, float] = {}
-        for times in self._times:
-            for part, seconds in times.seconds().items():
-                totals[part] = totals.get(part, 0.0) + seconds
-        parts = {f"{part}_seconds": total / self.steps for part, total in totals.items()}
+        while self._times:
+            self._fold()
+        parts = {f"{part}_seconds": total / self.steps for part, total in self._parts.items()}
         return parts | {f"{what}_seconds": seconds for what, seconds in self._beside.items()}

@@ -280,3 +280,13 @@ def test_layers_come_in_the_order_of_steps(tmp_path):
     records = [(r["event"], r["step"]) for r in read_records(tmp_path / "metrics.jsonl")[1:-1]]
     expected = [("train", 1), ("layers", 2), ("layers", 3), ("train", 4), ("layers", 6), ("evaluation", 7)]
     assert records == [*expected, ("train", 8), ("train", 9)]
+
+
+def test_a_run_that_saves_nothing_keeps_a_bounded_number_of_records(tmp_path, monkeypatch):
+    monkeypatch.setattr("pretrain.telemetry.monitor.MOST_UNSAVED", 3)
+    monitor = Monitor({}, run=tmp_path, log_every=1)
+    monitor(RunStarted(0, total_steps=9, resumed=False))
+    for step in range(1, 9):
+        monitor(step_done(step))
+    assert [r["step"] for r in monitor.unsaved()] == [6, 7, 8]
+    assert monitor.summary()["tokens"] == 80
