@@ -131,12 +131,13 @@ def _hydra_main(arguments: list[str], spoken: dict[str, Any]) -> int:
     check_hydra(flags, overrides, conf_dir())
     logging.getLogger("pretrain").propagate = False  # notices are on stderr already; Hydra would say them again
     if {"-m", "--multirun"} & set(flags):
-        from pretrain.launch import slurm
-        from pretrain.sweep import plugins
+        from pretrain.launch.slurm import SlurmLauncher
         from pretrain.sweep.command import sweep
+        from pretrain.sweep.optuna_sweeper import OptunaSweeper
+        from pretrain.sweep.plugins import register
+        from pretrain.sweep.side_by_side import SideBySideLauncher
 
-        slurm.register()
-        plugins.register()
+        register(OptunaSweeper, SideBySideLauncher, SlurmLauncher)
         return sweep(arguments, flags, overrides, spoken)
     codes: list[int] = []
 
