@@ -133,12 +133,13 @@ def _hydra_main(arguments: list[str], spoken: dict[str, Any]) -> int:
     if {"-m", "--multirun"} & set(flags):
         if shown := {"--cfg", "-c", "--info", "-i"} & {flag.split("=")[0] for flag in flags}:
             raise UserError(f"{shown.pop()} shows one configuration: leave -m and the lists of values out")
-        from pretrain.launch import slurm
-        from pretrain.sweep import plugins
+        from pretrain.launch.slurm import SlurmLauncher
         from pretrain.sweep.command import sweep
+        from pretrain.sweep.optuna_sweeper import OptunaSweeper
+        from pretrain.sweep.plugins import register
+        from pretrain.sweep.side_by_side import SideBySideLauncher
 
-        slurm.register()
-        plugins.register()
+        register(OptunaSweeper, SideBySideLauncher, SlurmLauncher)
         return sweep(arguments, flags, overrides, spoken)
     codes: list[int] = []
 

@@ -218,6 +218,12 @@ def check_value(key: str, value: Any, hint: Any) -> None:
         raise UserError(f"{key}={shown}: {' or '.join(reasons)}") from None
 
 
+def check_options(prefix: str, options: Any) -> None:
+    """The fields of a dataclass against their types. Raises ``UserError`` that calls them ``<prefix>.<field>``."""
+    for key, hint in get_type_hints(type(options), include_extras=True).items():
+        check_value(f"{prefix}.{key}", getattr(options, key), hint)
+
+
 def check_here(config: dict[str, Any]) -> None:
     """Ask the parts that can't work everywhere whether they can work here."""
     from hydra.utils import instantiate

@@ -138,7 +138,13 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def kill_after(process: subprocess.Popen[bytes], run: Path, step: int, log: Path) -> None:
-    while not any(r["event"] == "train" and r["step"] >= step for r in _so_far(run)):
+    """Kill it once it has trained ``step`` steps and a checkpoint, which is written in the background, is whole."""
+
+    def far_enough() -> bool:
+        trained = any(r["event"] == "train" and r["step"] >= step for r in _so_far(run))
+        return trained and Store(run / "checkpoints").newest() is not None
+
+    while not far_enough():
         if process.poll() is not None:
             finish(process, log)
             raise SystemExit(f"the run was over before it could be killed after {step} steps")

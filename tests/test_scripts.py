@@ -1,6 +1,7 @@
 """The scripts that people are told to run."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_verify_resume(base_arguments, tmp_path):
     done = script("verify_resume.py", *base_arguments, f"output_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stdout.splitlines()[-1] == "equal"
-    assert "went on from step 4" in done.stdout
+    assert re.search(r"went on from step (4|8)", done.stdout), "a slow machine may have saved once more before the kill"
     assert not (tmp_path / "run").exists(), "the user's output_dir is not touched"
 
 

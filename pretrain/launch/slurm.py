@@ -19,16 +19,15 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from pretrain.config import check_value
+from pretrain.config import check_options
 from pretrain.console import notice
 from pretrain.errors import UserError
 from pretrain.interrupt import EXIT_CODE, Stopped
@@ -41,12 +40,6 @@ if TYPE_CHECKING:
     import submitit
 
 QUEUE_SECONDS = 30
-
-
-def register() -> None:
-    """Make the launcher known to Hydra, which looks one up by its name and takes names in the package ``hydra_plugins``
-    only."""
-    Plugins.instance().class_name_to_class["hydra_plugins.pretrain.SlurmLauncher"] = SlurmLauncher
 
 
 @dataclass(frozen=True)
@@ -71,8 +64,7 @@ class Options:
     folder: str
 
     def check(self) -> None:
-        for key, hint in get_type_hints(Options, include_extras=True).items():
-            check_value(f"hydra.launcher.{key}", getattr(self, key), hint)
+        check_options("hydra.launcher", self)
         if self.cluster == "local" and self.nodes > 1:
             raise UserError(f"hydra.launcher.nodes={self.nodes}: cluster=local is one node, this machine")
 

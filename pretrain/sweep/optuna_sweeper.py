@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
@@ -17,7 +17,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveInt
 
-from pretrain.config import check_value
+from pretrain.config import check_options
 from pretrain.interrupt import Stopped
 from pretrain.sweep.jobs import Sweep
 from pretrain.sweep.pruning import pruning
@@ -37,20 +37,16 @@ class Options:
     startup_trials: NonNegativeInt
     prune: bool
     seed: NonNegativeInt
-    params: dict[str, Any] | None
-
-    def check(self) -> None:
-        for key, hint in get_type_hints(Options, include_extras=True).items():
-            check_value(f"hydra.sweeper.{key}", getattr(self, key), hint)
 
 
 class OptunaSweeper(Sweeper):
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, params: None, **options: Any) -> None:
+        """``params``: Hydra gives them too, but they are among the arguments of `sweep` by then (`Plan.words`)."""
         self.options = Options(**options)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra. Raises ``UserError`` for options that can't work."""
-        self.options.check()
+        check_options("hydra.sweeper", self.options)
         self.loader = hydra_context.config_loader
         self.jobs = cast(Sweep, task_function)
         self.at_once = self.options.n_jobs or config.hydra.launcher.get("n_jobs", 1)
@@ -60,7 +56,7 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run trials until there are ``n_trials`` with a result; one that fails counts, until the command is run again."""
-        self.space = parse_space(self.options.params or {}, arguments, self.loader)
+        self.space = parse_space(arguments, self.loader)
         with search_alone(self.jobs.folder):
             study = Study(
                 self.jobs.folder,

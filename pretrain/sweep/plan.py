@@ -13,8 +13,11 @@ from omegaconf import DictConfig, open_dict
 
 from pretrain.compose import resolve
 from pretrain.config import check
+from pretrain.console import notice
 from pretrain.errors import UserError, did_you_mean
 from pretrain.trust import check_said, said
+
+MANY = 50  # jobs, of which checking takes seconds
 
 
 class Plan:
@@ -53,11 +56,16 @@ class Plan:
         one = self.jobs is not None and len(self.jobs) == 1
         launcher = self._config.hydra.launcher
         here = "slurm" not in launcher._target_.lower() or launcher.get("cluster") == "local"
-        for words in self.jobs if self.jobs is not None else self._one_by_one():
+        jobs = self.jobs if self.jobs is not None else list(self._one_by_one())
+        if len(jobs) > MANY:
+            notice(f"checking the configurations of {len(jobs)} jobs before the first one starts")
+        for words in jobs:
             config = self._loader.load_sweep_config(self._config, words)
             with open_dict(config):
                 del config["hydra"]
             resolved = resolve(config)
+            # words hold a file's hydra.sweeper.params too: trust._only_sweeps has judged them, so they say nothing that
+            # only the command line may
             check_said(resolved, spoken | said(words))
             check(resolved, here=here)
             check_metric(metric, resolved)

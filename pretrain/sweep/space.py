@@ -37,13 +37,12 @@ class Space:
         return [*self.fixed, *(f"{self.keys[key]}={word}" for key, word in words.items())]
 
 
-def parse_space(params: dict[str, Any], arguments: list[str], config_loader: ConfigLoader) -> Space:
-    """``params``: of an experiment's ``hydra.sweeper.params``; an argument of the same key wins.
+def parse_space(arguments: list[str], config_loader: ConfigLoader) -> Space:
+    """``arguments``: an experiment's ``hydra.sweeper.params`` are the first of them; the last one of a key counts.
 
     Raises ``UserError`` when nothing is left to choose, or for a range that is none.
     """
-    words = [f"{key}={value}" for key, value in params.items()] + arguments
-    parsed = OverridesParser.create(config_loader=config_loader).parse_overrides(words)
+    parsed = OverridesParser.create(config_loader=config_loader).parse_overrides(arguments)
     last = {(o.key_or_group, o.package): o for o in parsed}  # dict keeps the first place and the last value
     swept = [o for o in last.values() if o.is_sweep_override()]
     if not swept:

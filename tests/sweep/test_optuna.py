@@ -14,6 +14,7 @@ pytest.importorskip("optuna")
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from pretrain.config import check_options
 from pretrain.errors import UserError
 from pretrain.interrupt import Stopped
 from pretrain.sweep.jobs import Sweep
@@ -42,13 +43,13 @@ LR = "lr=tag(log,interval(1e-5,1e-1))"
     ],
 )
 def test_the_words_of_the_search_space(word, distribution):
-    space = parse_space({}, [word, "seed=1"], None)
+    space = parse_space([word, "seed=1"], None)
     assert list(space.searched.values()) == [distribution]
     assert space.fixed == ["seed=1"]
 
 
 def test_an_argument_wins_over_the_experiments_params():
-    space = parse_space({"lr": "1e-4,1e-3", "seed": "1,2"}, ["++lr=interval(1,2)", "++seed=3"], None)
+    space = parse_space(["lr=1e-4,1e-3", "seed=1,2", "++lr=interval(1,2)", "++seed=3"], None)
     assert space.searched == {"lr": FloatDistribution(1.0, 2.0)}
     assert space.overrides({"lr": 1.23456789}) == ["++seed=3", "++lr=1.23457"]
 
@@ -64,7 +65,7 @@ def test_an_argument_wins_over_the_experiments_params():
 )
 def test_a_mistake_in_the_search_space(words, reason):
     with pytest.raises(UserError, match=reason.replace("(", r"\(").replace(")", r"\)")):
-        parse_space({}, words, None)
+        parse_space(words, None)
 
 
 class Fabricator:
@@ -97,8 +98,8 @@ def search(tmp_path):
     """``search(n_trials, words, fate) -> names of the jobs launched``, by the real sweeper in one folder."""
 
     def run(n_trials, words=(LR,), fate=lambda number: "finished", n_jobs=1, metric="new_loss"):
-        options = {"n_trials": n_trials, "n_jobs": n_jobs, "startup_trials": 3, "prune": True, "seed": 0, "params": {}}
-        sweeper = OptunaSweeper(**options)
+        options = {"n_trials": n_trials, "n_jobs": n_jobs, "startup_trials": 3, "prune": True, "seed": 0}
+        sweeper = OptunaSweeper(params=None, **options)
         sweep = Sweep(tmp_path / "sweep", ("lr",), metric, "minimize", ("-m",), time.time())
         sweeper.loader, sweeper.jobs, sweeper.at_once, sweeper.starter = None, sweep, n_jobs, Fabricator(sweep, fate)
         with suppress(Stopped, KeyboardInterrupt):
@@ -183,10 +184,10 @@ def test_only_one_command_searches(search, tmp_path):
 
 @pytest.mark.parametrize("options", [{"n_trials": 0}, {"n_jobs": 0}, {"seed": -1}, {"startup_trials": 1.5}])
 def test_options_are_checked(options):
-    good = {"n_trials": 1, "n_jobs": None, "startup_trials": 1, "prune": True, "seed": 0, "params": {}}
-    Options(**good).check()
+    good = {"n_trials": 1, "n_jobs": None, "startup_trials": 1, "prune": True, "seed": 0}
+    check_options("hydra.sweeper", Options(**good))
     with pytest.raises(UserError, match=f"hydra.sweeper.{next(iter(options))}="):
-        Options(**good | options).check()
+        check_options("hydra.sweeper", Options(**good | options))
 
 
 def evaluated(job, losses):
@@ -227,7 +228,7 @@ def test_a_long_metrics_file_is_read_after_evaluations_only(tmp_path):
 def test_a_trial_worse_than_the_median_is_asked_to_stop(tmp_path, capsys):
     (tmp_path / "sweep").mkdir()
     sweep = Sweep(tmp_path / "sweep", ("lr",), "new_loss", "minimize", (), 0.0)
-    space = parse_space({}, [LR], None)
+    space = parse_space([LR], None)
     study = Study(sweep.folder, space=space, metric="new_loss", direction="minimize", startup_trials=1, seed=0)
 
     def trial_of(losses):

@@ -110,6 +110,19 @@ def test_the_command_line_wins_over_an_experiments_params(more, jobs):
         assert [" ".join(w for w in job if not w.startswith("experiment")) for job in found] == jobs
 
 
+@pytest.mark.parametrize(("jobs", "says"), [(2, False), (3, True)])
+def test_checking_many_jobs_is_announced(jobs, says, monkeypatch, capsys):
+    monkeypatch.setattr("pretrain.sweep.plan.MANY", 2)
+    monkeypatch.setattr("pretrain.sweep.plan.check", lambda *given, **options: None)
+    hydra = make_hydra(conf_dir(), None)
+    try:
+        words = ["seed=" + ",".join(map(str, range(jobs)))]
+        Plan(hydra.config_loader, hydra.compose_config("config", words, RunMode.MULTIRUN)).check({})
+    finally:
+        GlobalHydra.instance().clear()
+    assert (f"checking the configurations of {jobs} jobs" in capsys.readouterr().err) is says
+
+
 def test_every_place_has_its_gpus():
     assert shares([], 3) == [[], [], []]
     assert shares(["0", "1", "2", "3", "4"], 2) == [["0", "1"], ["2", "3"]]
