@@ -118,7 +118,7 @@ def _coloured(text: str, kind: str) -> Markup:
 def _scores(history: History) -> Markup:
     if not history.domains:
         return Markup("")
-    head = ("domain", "perplexity before", "after", "loss (nats)", "bits per byte", "change (nats)")
+    head = ("domain", "perplexity before", "after", "change (nats)", "loss (nats)", "bits per byte")
     rows = []
     for name, domain in history.domains.items():
         change = domain.change()
@@ -128,9 +128,9 @@ def _scores(history: History) -> Markup:
                 plots.domain_label(name, domain.role),
                 number(domain.first.get("perplexity")),
                 number(domain.last.get("perplexity")),
+                _coloured(signed(change), kind),
                 number(domain.last.get("loss"), 4),
                 number(domain.last.get("bits_per_byte"), 4),
-                _coloured(signed(change), kind),
             )
         )
     return card(table(head, rows))
