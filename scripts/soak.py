@@ -165,8 +165,11 @@ FAULTS: dict[str, Callable[[Process, Path], None]] = {
 OF_A_DISK = {"full disk": fill_disk, "read-only disk": read_only}
 
 
-def run_was_resumed(run: Path) -> bool:
-    return any(r["event"] == "run_started" and r["resumed"] for r in read_records(run / "metrics.jsonl"))
+def ran_whole(run: Path, began_at: float) -> bool:
+    """Whether the run was made from its first step to its last by the start of ``began_at``; a finished one that is
+    started once more is over at once."""
+    starts = [r for r in read_records(run / "metrics.jsonl") if r["event"] == "run_started"]
+    return len(starts) == 1 and not starts[0]["resumed"] and starts[0]["time"] >= began_at
 
 
 def newest_step(run: Path) -> int:
@@ -235,7 +238,7 @@ class Soak:
                 self.check_start(run, saved, began_at)
                 saved = newest_step(run)
             elif process.returncode == 0:
-                if not run_was_resumed(run):
+                if ran_whole(run, began_at):
                     self.seconds[kind] = min(self.seconds[kind], time.time() - began_at)
                 self.check_start(run, saved, began_at)
                 self.check_end(run, reference)
