@@ -40,9 +40,9 @@ def sweep(arguments: list[str], flags: list[str], overrides: list[str], spoken: 
     try:
         config = hydra.compose_config("config", [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
         plan = Plan(hydra.config_loader, config)
+        plan.check(spoken)
         folder = Path(config.sweep_dir or config.hydra.sweep.dir)
         policy: Policy = instantiate(config.sweep)
-        plan.check(spoken, policy.metric)
         this = Sweep(
             folder=folder,
             keys=plan.keys,

@@ -46,8 +46,8 @@ class Plan:
                     )
             self.jobs = [list(words) for words in itertools.product(*map(_choices, self._overrides.values()))]
 
-    def check(self, spoken: dict[str, Any], metric: str) -> None:
-        """Compose and check every job's configuration. ``spoken``: see `trust.said`; ``metric``: must be measured in each.
+    def check(self, spoken: dict[str, Any]) -> None:
+        """Compose and check every job's configuration. ``spoken``: see `trust.said`.
 
         Raises ``UserError`` for the first mistake, whatever job it is in.
         """
@@ -68,7 +68,7 @@ class Plan:
             # only the command line may
             check_said(resolved, spoken | said(words))
             check(resolved, here=here)
-            check_metric(metric, resolved)
+            check_metric(resolved["sweep"]["metric"], resolved)
         if "output_dir" in self._overrides and "output_dir" not in self.keys and not one:
             raise UserError(
                 "output_dir: every job of a sweep has a folder of its own; their common one is sweep_dir=..."

@@ -117,7 +117,7 @@ def test_checking_many_jobs_is_announced(jobs, says, monkeypatch, capsys):
     hydra = make_hydra(conf_dir(), None)
     try:
         words = ["seed=" + ",".join(map(str, range(jobs)))]
-        Plan(hydra.config_loader, hydra.compose_config("config", words, RunMode.MULTIRUN)).check({}, "new_loss")
+        Plan(hydra.config_loader, hydra.compose_config("config", words, RunMode.MULTIRUN)).check({})
     finally:
         GlobalHydra.instance().clear()
     assert (f"checking the configurations of {jobs} jobs" in capsys.readouterr().err) is says

@@ -120,6 +120,7 @@ MISTAKES = [
     (["seed=0,1", "sweep.metric=new_los"], "sweep.metric='new_los': string should match"),
     (["seed=0,1", "sweep.direction=up"], "sweep.direction='up': input should be 'minimize' or 'maximize'"),
     (["seed=0,1", "output_dir=there"], "every job of a sweep has a folder of its own"),
+    (["seed=0,1", "sweep.metrik=new_loss"], "sweep: Policy has no 'metrik'; did you mean 'metric'"),
     (["seed=0,1", "sweep.metric=pyton.loss"], "no such domain is evaluated; did you mean 'python'"),
     (["lr=1e-3,2e-3", "--cfg", "job"], "--cfg shows one configuration"),
     (["sweep_dir=a,b"], "can't be swept"),
