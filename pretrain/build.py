@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 from hydra.utils import instantiate as hydra_instantiate
 
-from pretrain.errors import UserError, did_you_mean
+from pretrain.errors import UserError
 from pretrain.split import Split
 
 if TYPE_CHECKING:
     from pretrain.batch import Batch
-    from pretrain.checkpoint.policy import Policy
     from pretrain.checkpoint.saver import Saver
     from pretrain.checkpoint.store import Store
     from pretrain.data.fingerprint import Files
@@ -238,6 +237,17 @@ def build_schedule(resolved: dict[str, Any], steps: int) -> Schedule:
     return partial(instantiate(resolved["scheduler"]), total_steps=steps, warmup_steps=warmup_steps)
 
 
+def build_facts(
+    resolved: dict[str, Any], engine: Engine, *, split: Split, setting: Setting, place: Place
+) -> dict[str, Any]:
+    """What stands in run.json and what rates are worked out from."""
+    from pretrain.facts import run_facts, speed_facts
+
+    peak = instantiate(resolved["telemetry"]).peak_flops
+    facts = run_facts(resolved, engine.world, engine, restarts=place.restarts) | split.facts()
+    return facts | speed_facts(resolved, engine, devices=setting.devices, peak=peak)
+
+
 def build_listeners(
     resolved: dict[str, Any], folder: Path, files: Files
 ) -> tuple[list[Listener], Callable[[], list[Record]]]:
@@ -331,15 +341,6 @@ def build_saver(resolved: dict[str, Any], store: Store, world: World, watchdog: 
     return Saver(store, world=world, background=store.policy.async_, timeout_seconds=timeout, alive=watchdog.pat)
 
 
-def check_best_by(policy: Policy, prepared: Prepared) -> None:
-    """Raises ``UserError`` when the best checkpoints are to be found by a domain that is not evaluated."""
-    if policy.keep_best is None and policy.best_by is not None:
-        raise UserError(f"checkpoint.best_by={policy.best_by}: has no effect without checkpoint.keep_best")
-    domains = [name for name, _, _ in prepared.domains]
-    if policy.keep_best is not None and (not domains or policy.best_by not in (None, *domains)):
-        raise UserError(f"checkpoint.best_by={policy.best_by}: no such domain is evaluated{did_you_mean('', domains)}")
-
-
 def build_trainer(
     resolved: dict[str, Any],
     prepared: Prepared,
@@ -356,7 +357,6 @@ def build_trainer(
     from pretrain.checkpoint.rng import rng_state
     from pretrain.clock import StepClock
     from pretrain.data.census import Census
-    from pretrain.facts import run_facts, speed_facts
     from pretrain.layers import LayerWatch
     from pretrain.progress import Every
     from pretrain.trainer import Trainer
@@ -368,11 +368,8 @@ def build_trainer(
     micro_batch = split.batch_size * setting.devices_per_worker
     loader = build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world)
     evaluate_every, save_every = cadences(resolved, prepared)
-    telemetry = instantiate(resolved["telemetry"])
-    devices = setting.workers * setting.devices_per_worker
     evaluator = build_evaluator(resolved, prepared, batch_size=split.batch_size)
-    facts = run_facts(resolved, world, engine, restarts=place.restarts) | split.facts()
-    facts |= speed_facts(resolved, engine, devices=devices, peak=telemetry.peak_flops)
+    facts = build_facts(resolved, engine, split=split, setting=setting, place=place)
     listeners, unsaved_records = (
         build_listeners(resolved, folder, prepared.train.store.files) if world.is_main else ([], list)
     )
@@ -394,7 +391,7 @@ def build_trainer(
         evaluate_every=Every(evaluate_every),
         save_every=Every(save_every),
         exporter=build_exporter(resolved, prepared, engine, folder, facts=facts, steps=steps),
-        layers=LayerWatch(engine, Every(telemetry.layers_every)),
+        layers=LayerWatch(engine, Every(instantiate(resolved["telemetry"]).layers_every)),
         census=Census(loader),
         clock=StepClock(on_device=world.device.type == "cuda"),
         resume_from=resume_from,

@@ -44,14 +44,14 @@ def pretraining(
     is about to be ended stands still; by default the person at the terminal does."""
     if place.rank > 0:
         mute()
-    prepared = build.prepare(resolved, devices=setting.workers * setting.devices_per_worker)
+    prepared = build.prepare(resolved, devices=setting.devices)
     steps = build.total_steps(resolved, prepared)
     interrupt.patient = place.size > 1  # from here on the others would wait for a process that leaves
     world = build.build_world(resolved, place, group=build.instantiate(resolved["strategy"]).needs_group)
     agree(world, setting, {"configuration": resolved, "steps": steps} | prepared.identity)
     folder = Path(resolved["output_dir"])
     store = Store(folder / "checkpoints", build.instantiate(resolved["checkpoint"]))
-    build.check_best_by(store.policy, prepared)
+    store.policy.check([name for name, _, _ in prepared.domains])
     with ExitStack() as claims:
         files = prepared.train.store.files
         start = world.on_main(
@@ -62,9 +62,7 @@ def pretraining(
         if start is None:
             leave()
             return 0
-        log = folder / "logs" / f"rank-{place.rank}.log"
-        log_to(log)
-        watchdog = guarded_by(resolved, log, on_hang, claims)
+        watchdog = guarded_by(resolved, folder / "logs" / f"rank-{place.rank}.log", on_hang, claims)
         with memory_explained(resolved, world, setting):
             trainer = build.build_trainer(
                 resolved,
@@ -89,7 +87,8 @@ def pretraining(
 def guarded_by(
     resolved: dict[str, Any], log: Path, on_hang: Callable[[str], None] | None, claims: ExitStack
 ) -> Watchdog:
-    """A watchdog that is at work until ``claims`` ends."""
+    """A watchdog that is at work until ``claims`` ends; it writes into ``log``, as from now on everything does."""
+    log_to(log)
     watchdog, timeout = Watchdog(), build.instantiate(resolved["launch"]).timeout
     claims.enter_context(watchdog.guarding(timeout, log=log, tell=on_hang or partial(say_hung, timeout, log)))
     return watchdog

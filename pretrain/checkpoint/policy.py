@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
+
+from pretrain.errors import UserError, did_you_mean
 
 Verify = Literal["size", "full"]  # what is looked at before loading
 
@@ -34,6 +36,15 @@ class Policy:
     with_evaluation: bool = False
     export: Literal["end", "save", "never"] = "end"
     export_shard_size: Annotated[str, Field(pattern=r"^[1-9]\d*(KB|MB|GB)$")] = "5GB"
+
+    def check(self, domains: Sequence[str]) -> None:
+        """Raises ``UserError`` when the best are to be found by a domain that is not among the evaluated ``domains``."""
+        if self.keep_best is None and self.best_by is not None:
+            raise UserError(f"checkpoint.best_by={self.best_by}: has no effect without checkpoint.keep_best")
+        if self.keep_best is not None and (not domains or self.best_by not in (None, *domains)):
+            raise UserError(
+                f"checkpoint.best_by={self.best_by}: no such domain is evaluated{did_you_mean('', domains)}"
+            )
 
     def kept(self, losses: Mapping[int, Mapping[str, float]]) -> set[int]:
         """Of the steps of whole checkpoints, each with its losses by domain (empty: not evaluated), those that stay."""

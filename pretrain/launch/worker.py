@@ -43,7 +43,7 @@ def prepare(job: Job) -> None:
     setting = job.setting
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        prepared = build.prepare(job.resolved, devices=setting.workers * setting.devices_per_worker)
+        prepared = build.prepare(job.resolved, devices=setting.devices)
         build.total_steps(job.resolved, prepared)
     except Stopped:
         os._exit(EXIT_CODE)

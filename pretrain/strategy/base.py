@@ -31,6 +31,11 @@ class Setting:
     accumulation: int
     grad_clip: float | None
 
+    @property
+    def devices(self) -> int:
+        """Of all processes."""
+        return self.workers * self.devices_per_worker
+
 
 class Strategy(ABC):
     """To add one: a file here with a frozen dataclass, and a YAML of the same name under ``conf/strategy``."""
