@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from hydra.types import RunMode
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, RunMode
 from hydra.utils import instantiate
 
 from pretrain.config import conf_dir
@@ -55,9 +58,25 @@ def sweep(arguments: list[str], flags: list[str], overrides: list[str], spoken: 
         )
         own = [f"hydra.sweep.dir={quoted(folder)}", "hydra.sweeper.params=null"]  # the params are among plan.words
         words = [*plan.words, *config.hydra.overrides.hydra, *own]
-        return _carry_out(this, plan, lambda: hydra.multirun("config", this, words))
+        return _carry_out(this, plan, _multirun(hydra, this, words))
     finally:
         GlobalHydra.instance().clear()
+
+
+def _multirun(hydra: Hydra, this: Sweep, words: list[str]) -> Callable[[], Any]:
+    """Hydra's multirun, ready to be started: so sweeper and launcher refuse what is wrong with their keys before anything is
+    written."""
+    config = hydra.compose_config("config", words, RunMode.MULTIRUN)
+    callbacks = Callbacks(config)
+    context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
+    sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=this)
+
+    def run() -> None:
+        callbacks.on_multirun_start(config=config, config_name="config")
+        sweeper.sweep(arguments=list(config.hydra.overrides.task))
+        callbacks.on_multirun_end(config=config, config_name="config")
+
+    return run
 
 
 def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:

@@ -45,9 +45,9 @@ class OptunaSweeper(Sweeper):
         self.options = Options(**options)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Called by Hydra. Raises ``UserError`` for options that can't work."""
+        """Called by Hydra. Raises ``UserError`` for options that can't work and for a space that is none."""
         check_options("hydra.sweeper", self.options)
-        self.loader = hydra_context.config_loader
+        self.space = parse_space(list(config.hydra.overrides.task), hydra_context.config_loader)
         self.jobs = cast(Sweep, task_function)
         self.at_once = self.options.n_jobs or config.hydra.launcher.get("n_jobs", 1)
         self.starter = Plugins.instance().instantiate_launcher(
@@ -55,8 +55,7 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run trials until there are ``n_trials`` with a result; one that fails counts, until the command is run again."""
-        self.space = parse_space(arguments, self.loader)
+        """``arguments`` are those that `setup` has read. Run trials until there are ``n_trials`` with a result; one that fails counts, until the command is run again."""
         with search_alone(self.jobs.folder):
             study = Study(
                 self.jobs.folder,

@@ -1,4 +1,4 @@
-"""Turns the loop's events into records and hands them to the sinks; nothing of it is saved with a checkpoint.
+"""Turns the loop's events into records and hands them to the sinks. Of it a checkpoint holds the latest records alone.
 
 Losses, norms and times stay on the device until a log step: reading them is the only time the monitor waits for the device.
 docs/monitoring.md says what each number is.
@@ -135,7 +135,7 @@ class Monitor:
         self._log(event)
 
     def _log(self, event: StepDone) -> None:
-        """Write the record of the window that ends with ``event``, and the layers that were looked at in it."""
+        """Write the record of the window that ends with ``event``, after the layers that were looked at in it."""
         window, facts = self._window, self._facts
         numbers = window.numbers(event)  # the device is waited for here, so the clock is read after it
         seconds = window.seconds()

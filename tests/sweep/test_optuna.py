@@ -101,7 +101,8 @@ def search(tmp_path):
         options = {"n_trials": n_trials, "n_jobs": n_jobs, "startup_trials": 3, "prune": True, "seed": 0}
         sweeper = OptunaSweeper(params=None, **options)
         sweep = Sweep(tmp_path / "sweep", ("lr",), metric, "minimize", ("-m",), time.time())
-        sweeper.loader, sweeper.jobs, sweeper.at_once, sweeper.starter = None, sweep, n_jobs, Fabricator(sweep, fate)
+        sweeper.space = parse_space(["seed=1", *words], None)
+        sweeper.jobs, sweeper.at_once, sweeper.starter = sweep, n_jobs, Fabricator(sweep, fate)
         with suppress(Stopped, KeyboardInterrupt):
             sweeper.sweep(["seed=1", *words])
         return sweeper.starter.launched

@@ -124,6 +124,9 @@ MISTAKES = [
     (["seed=0,1", "sweep.metric=pyton.loss"], "no such domain is evaluated; did you mean 'python'"),
     (["lr=1e-3,2e-3", "--cfg", "job"], "--cfg shows one configuration"),
     (["sweep_dir=a,b"], "can't be swept"),
+    (["seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0: input should be"),
+    (["hydra/sweeper=optuna", "lr=1e-3"], "nothing to search"),
+    (["hydra/sweeper=optuna", "lr=interval(1e-3,1e-5)"], "error: lr=interval(1e-3,1e-5): "),
     (["seed=0,1", "hydra.sweep.subdir=x"], "a job's folder is named by its overrides"),
     (["lr=interval(1e-4,1e-3)"], "only a sweeper that searches knows intervals"),
 ]
@@ -139,7 +142,7 @@ def test_a_mistake_in_any_job_is_found_before_the_first_starts(arguments, says, 
     assert len(errors) == 1, err
     assert says in errors[0]
     assert "Traceback" not in err
-    assert not list(tmp_path.rglob("*/job.json"))
+    assert not list(tmp_path.iterdir()), "nothing is written"
 
 
 def test_every_job_fails(spawn, tmp_path):
