@@ -20,6 +20,7 @@ from pretrain.events import RunFinished
 from pretrain.interrupt import EXIT_CODE, Interrupt
 from pretrain.out_of_memory import OutOfMemory, explained, watched
 from pretrain.place import Place
+from pretrain.prepare import instantiate, model_spec, prepare, total_steps
 from pretrain.run_folder import begin, claim
 from pretrain.split import Split
 from pretrain.telemetry.run_file import mark_failed
@@ -44,13 +45,13 @@ def pretraining(
     is about to be ended stands still; by default the person at the terminal does."""
     if place.rank > 0:
         mute()
-    prepared = build.prepare(resolved, devices=setting.devices)
-    steps = build.total_steps(resolved, prepared)
+    prepared = prepare(resolved, devices=setting.devices)
+    steps = total_steps(resolved, prepared)
     interrupt.patient = place.size > 1  # from here on the others would wait for a process that leaves
-    world = build.build_world(resolved, place, group=build.instantiate(resolved["strategy"]).needs_group)
+    world = build.build_world(resolved, place, group=instantiate(resolved["strategy"]).needs_group)
     agree(world, setting, {"configuration": resolved, "steps": steps} | prepared.identity)
     folder = Path(resolved["output_dir"])
-    store = Store(folder / "checkpoints", build.instantiate(resolved["checkpoint"]))
+    store = Store(folder / "checkpoints", instantiate(resolved["checkpoint"]))
     store.policy.check([name for name, _, _ in prepared.domains])
     with ExitStack() as claims:
         files = prepared.train.store.files
@@ -89,7 +90,7 @@ def guarded_by(
 ) -> Watchdog:
     """A watchdog that is at work until ``claims`` ends; it writes into ``log``, as from now on everything does."""
     log_to(log)
-    watchdog, timeout = Watchdog(), build.instantiate(resolved["launch"]).timeout
+    watchdog, timeout = Watchdog(), instantiate(resolved["launch"]).timeout
     claims.enter_context(watchdog.guarding(timeout, log=log, tell=on_hang or partial(say_hung, timeout, log)))
     return watchdog
 
@@ -133,7 +134,7 @@ def memory_explained(
             failure,
             resolved,
             split=Split.asked(resolved if trainer is None else trainer.facts),
-            leaner=build.instantiate(resolved["strategy"]).leaner(setting) if setting is not None else [],
+            leaner=instantiate(resolved["strategy"]).leaner(setting) if setting is not None else [],
             device=world.device,
             step=0 if trainer is None else trainer.progress.step,
         ) from failure
@@ -154,7 +155,7 @@ def run_logged(trainer: Trainer) -> None:
 
 def tokenization(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
     """Fill the token cache and say what is in it."""
-    prepared = build.prepare(resolved)
+    prepared = prepare(resolved)
     rows = [("training", prepared.train)] + [
         (f"held out, {name} ({role})", view) for name, role, view in prepared.domains
     ]
@@ -169,7 +170,7 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     from pretrain.events import Evaluated, Event, RunStarted, Sampled
     from pretrain.facts import run_facts
 
-    prepared = build.prepare(resolved)
+    prepared = prepare(resolved)
     folder = claim(resolved["output_dir"], start_over=False)
     if (folder.path / "checkpoints").exists():
         raise UserError(
@@ -200,9 +201,9 @@ def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     """Print the model's continuation of each prompt; keep them in samples.jsonl."""
     from pretrain.models.generate import generate
 
-    asked = build.instantiate(resolved["generation"])
+    asked = instantiate(resolved["generation"])
     folder = claim(resolved["output_dir"], start_over=False).path
-    model = build.model_spec(resolved)
+    model = model_spec(resolved)
     model.check(resolved["sequence_length"])
     world = build.build_world(resolved, Place(), group=False)
     tokenizer = model.tokenizer(None)
@@ -231,8 +232,8 @@ def export(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
     folder = claim(resolved["output_dir"], start_over=False).path
     if (folder / "checkpoints").exists() and (folder / "model").exists():
         raise UserError(f"output_dir={folder} holds a run and its model; choose another output_dir for the export")
-    shard_size = build.instantiate(resolved["checkpoint"]).export_shard_size
-    path = export_folder(build.model_spec(resolved), folder / "model", shard_size=shard_size)
+    shard_size = instantiate(resolved["checkpoint"]).export_shard_size
+    path = export_folder(model_spec(resolved), folder / "model", shard_size=shard_size)
     files = [f.stat().st_size for f in path.glob("*.safetensors")]
     print(f"model    {path} ({len(files)} weight file{'s' * (len(files) > 1)}, {sum(files):,} bytes)")
     return 0

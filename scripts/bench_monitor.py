@@ -35,6 +35,7 @@ from pretrain.config import conf_dir
 from pretrain.events import Event, RunStarted
 from pretrain.interrupt import Interrupt
 from pretrain.place import Place
+from pretrain.prepare import instantiate, prepare
 from pretrain.strategy.base import Setting
 from pretrain.trainer import Trainer
 from pretrain.watchdog import Watchdog
@@ -94,9 +95,9 @@ def build_trainer(arguments: list[str], folder: Path) -> Trainer:
     place, setting = Place(), setting_of(resolved)
     return build.build_trainer(
         resolved,
-        build.prepare(resolved),
+        prepare(resolved),
         folder,
-        Store(folder / "checkpoints", build.instantiate(resolved["checkpoint"])),
+        Store(folder / "checkpoints", instantiate(resolved["checkpoint"])),
         resume_from=None,
         interrupt=Interrupt(silent=True),
         setting=setting,
@@ -113,7 +114,7 @@ def setting_of(resolved: dict[str, Any]) -> Setting:
         workers=1,
         nodes=1,
         devices_per_worker=1,
-        precision=build.instantiate(resolved["precision"]),
+        precision=instantiate(resolved["precision"]),
         batch_size=resolved["batch_size"],
         accumulation=resolved["gradient_accumulation_steps"],
         grad_clip=resolved["grad_clip"],

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from pretrain.data.loader import Loader
+from pretrain.prepare import prepare
 from pretrain.telemetry.jsonl import read_records
 
 
@@ -28,13 +29,12 @@ def prepared_of(base_arguments):
     """The resolved configuration of `base_arguments`, and its data as the run itself prepares it."""
     import hydra
 
-    from pretrain import build
     from pretrain.compose import forced, resolve
     from pretrain.config import conf_dir
 
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         resolved = resolve(hydra.compose("config", overrides=[forced(a) for a in base_arguments]))
-    return resolved, build.prepare(resolved)
+    return resolved, prepare(resolved)
 
 
 @pytest.mark.parametrize("document_mask", [False, True])

@@ -23,7 +23,7 @@ from pretrain.errors import UserError, WorkersFailed
 from pretrain.interrupt import EXIT_CODE, SIGNALS, Stopped
 from pretrain.launch.network import interface_of, is_here, own_address
 from pretrain.launch.report import read_reports
-from pretrain.launch.worker import Job, prepare, work
+from pretrain.launch.worker import Job, prepare_data, work
 
 if TYPE_CHECKING:
     from pretrain.launch.policy import Policy
@@ -41,19 +41,19 @@ def run_workers(resolved: dict[str, Any], overrides: list[str], setting: Setting
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)
     with tempfile.TemporaryDirectory(prefix="pretrain-") as reports:
         job = Job(resolved, overrides, setting, reports, environment, os.getcwd())
-        _prepare_data(job)
+        _wait_for_data(job)
         codes = _run_agent(job, setting.workers // setting.nodes, policy, meeting)
     return next((code for code in codes if code), 0)
 
 
-def _prepare_data(job: Job) -> None:
+def _wait_for_data(job: Job) -> None:
     """Tokenize what the cache does not hold yet, in a process of the warm server: this one imports too little for it.
 
     Raises ``UserError``, ``Stopped`` or ``WorkersFailed`` as that process did.
     """
     from pretrain.launch import elastic  # noqa: F401 (torch's agent, while the server imports: start() waits for it)
 
-    process = multiprocessing.get_context("forkserver").Process(target=prepare, args=(job,))
+    process = multiprocessing.get_context("forkserver").Process(target=prepare_data, args=(job,))
     process.start()
     try:
         process.join()

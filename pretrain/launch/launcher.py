@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pretrain import build
 from pretrain.console import notice
 from pretrain.errors import UserError
 from pretrain.interrupt import Interrupt
 from pretrain.launch.layout import Layout, layout
 from pretrain.place import Place
+from pretrain.prepare import instantiate
 from pretrain.split import Split
 from pretrain.strategy.base import Setting, Strategy
 
@@ -32,8 +32,8 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
         if resolved["devices"] not in ("auto", 1):
             notice(f"task={resolved['task']} is one process: strategy and devices have no effect")
         return tasks.TASKS[resolved["task"]](resolved, overrides, interrupt)
-    policy = build.instantiate(resolved["launch"])
-    strategy = build.instantiate(resolved["strategy"])
+    policy = instantiate(resolved["launch"])
+    strategy = instantiate(resolved["strategy"])
     plan = layout(resolved, strategy, policy)
     check_auto(resolved, strategy)
     split = Split.asked(resolved)
@@ -42,7 +42,7 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
         workers=plan.world_size,
         nodes=plan.nodes,
         devices_per_worker=plan.devices_per_worker,
-        precision=build.instantiate(resolved["precision"]),
+        precision=instantiate(resolved["precision"]),
         batch_size=split.batch_size,
         accumulation=split.accumulation,
         grad_clip=resolved["grad_clip"],

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from pretrain import build
 from pretrain.config import conf_dir, gpu_visible
 from pretrain.console import notice
 from pretrain.errors import UserError
 from pretrain.help import choices
+from pretrain.prepare import instantiate
 
 if TYPE_CHECKING:
     from pretrain.launch.policy import Policy
@@ -65,7 +65,7 @@ def _of_several() -> str:
     found = []
     for name in choices("strategy"):
         options = OmegaConf.load(conf_dir() / f"strategy/{name}.yaml")
-        if build.instantiate({str(key): value for key, value in options.items()}).workers(2) > 1:
+        if instantiate({str(key): value for key, value in options.items()}).workers(2) > 1:
             found.append(name)
     return " or ".join(filter(None, (", ".join(found[:-1]), *found[-1:])))
 

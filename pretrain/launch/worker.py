@@ -12,11 +12,12 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
-from pretrain import build, collector
+from pretrain import collector
 from pretrain.console import capture_stderr, quiet_libraries
 from pretrain.interrupt import EXIT_CODE, SIGNALS, Interrupt, Stopped
 from pretrain.launch.report import write_hang, write_report
 from pretrain.place import Place
+from pretrain.prepare import prepare, total_steps
 from pretrain.strategy.base import Setting
 from pretrain.streams import never_wait, settle
 
@@ -35,7 +36,7 @@ class Job:
     folder: str
 
 
-def prepare(job: Job) -> None:
+def prepare_data(job: Job) -> None:
     """Prepare the data, before any worker exists. Leaves with 0, with 75 when stopped, or reports and leaves with 1."""
     _enter(job)
     Interrupt().install()
@@ -43,8 +44,8 @@ def prepare(job: Job) -> None:
     setting = job.setting
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        prepared = build.prepare(job.resolved, devices=setting.devices)
-        build.total_steps(job.resolved, prepared)
+        prepared = prepare(job.resolved, devices=setting.devices)
+        total_steps(job.resolved, prepared)
     except Stopped:
         os._exit(EXIT_CODE)
     except BaseException as error:

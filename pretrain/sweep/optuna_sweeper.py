@@ -55,7 +55,8 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """``arguments`` are those that `setup` has read. Run trials until there are ``n_trials`` with a result; one that fails counts, until the command is run again."""
+        """Run trials until there are ``n_trials`` with a result; one that fails counts, until the command is run again.
+        ``arguments`` are those that `setup` has read."""
         with search_alone(self.jobs.folder):
             study = Study(
                 self.jobs.folder,
