@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +158,8 @@ def run_job(
             env=child.environment(job.note) | (environment or {}),
             pass_fds=(held,),  # the job is at work as long as this process lives, whatever becomes of ours
         )
-        with passing_on(process, asked):
+        # The job decides when to stop. A terminal sends Ctrl-C to it too, and it passes over the second word for one wish.
+        with hearing(asked, lambda n: process.send_signal(signal.SIGTERM if n == signal.SIGINT else n)):
             code = _wait(process, job, asked)
         outcome = sweep.end(job, state, code, time.monotonic() - started_at)
     sweep.write_table(with_page=False)  # the next job's start and the end of the sweep draw it
@@ -184,20 +185,18 @@ def _wait(process: subprocess.Popen[bytes], job: Job, asked: list[str]) -> int:
 
 
 @contextmanager
-def passing_on(process: subprocess.Popen[bytes], asked: list[str]) -> Iterator[None]:
-    """Meanwhile the job decides when to stop: it gets every signal that arrives here, whose names are added to ``asked``.
+def hearing(asked: list[str], pass_on: Callable[[int], None] = lambda number: None) -> Iterator[None]:
+    """Meanwhile the signals that ask to stop are added to ``asked`` by name and passed on; in the main thread, as they
+    arrive in no other."""
 
-    A terminal sends Ctrl-C to the job too, who passes over the second word for the same wish.
-    """
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def hear(number: int, frame: FrameType | None) -> None:
         asked.append(signal.Signals(number).name)
-        process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+        pass_on(number)
 
-    if threading.current_thread() is not threading.main_thread():  # signals arrive there only
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    before = {number: signal.signal(number, hear) for number in SIGNALS}
     try:
         yield
     finally:

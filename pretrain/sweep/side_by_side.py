@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import os
 import queue
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from typing import cast
 
 from hydra.core.utils import JobReturn, JobStatus
@@ -23,8 +21,8 @@ from pydantic import PositiveInt
 
 from pretrain.config import check_value, gpu_visible
 from pretrain.errors import UserError
-from pretrain.interrupt import SIGNALS, Stopped
-from pretrain.sweep.jobs import Sweep, run_job
+from pretrain.interrupt import Stopped
+from pretrain.sweep.jobs import Sweep, hearing, run_job
 
 
 class SideBySideLauncher(Launcher):
@@ -46,7 +44,8 @@ class SideBySideLauncher(Launcher):
 
         Raises ``Stopped`` when a signal came, or a job was stopped: the others are then stopped too, and have saved.
         """
-        with _signals() as asked, ThreadPoolExecutor(self.n_jobs) as pool:
+        asked: list[str] = []
+        with hearing(asked), ThreadPoolExecutor(self.n_jobs) as pool:
             futures = [pool.submit(self._run, list(overrides), asked) for overrides in job_overrides]
             wait(futures)
         if asked:
@@ -84,15 +83,3 @@ def _gpus() -> list[str]:
     import torch
 
     return [str(i) for i in range(torch.cuda.device_count())]
-
-
-@contextmanager
-def _signals() -> Iterator[list[str]]:
-    """The names of the signals that come to this process meanwhile."""
-    asked: list[str] = []
-    before = {n: signal.signal(n, lambda number, frame: asked.append(signal.Signals(number).name)) for n in SIGNALS}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
