@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pretrain.redact import RedactingFormatter, redact
+
+LATER_SECONDS = 5.0  # by how much a rank may be slower than another to find the same mistake
 
 _muted = False
 _captured: Path | None = None  # where stderr goes before there is a log
@@ -29,8 +32,14 @@ def notice(message: str) -> None:
 
 def complain(message: str) -> None:
     """Say why this command ends, once a machine where torchrun has started it for several ranks: another machine may
-    have other files, and a terminal of its own."""
-    _say(message, aloud=os.environ["LOCAL_RANK"] == "0" if "LOCAL_RANK" in os.environ else not _muted)
+    have other files, and a terminal of its own.
+
+    The first rank that leaves makes torchrun end the others: those that say nothing let the one that does come first.
+    """
+    aloud = os.environ["LOCAL_RANK"] == "0" if "LOCAL_RANK" in os.environ else not _muted
+    _say(message, aloud=aloud)
+    if not aloud and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(LATER_SECONDS)
 
 
 def _say(message: str, *, aloud: bool) -> None:

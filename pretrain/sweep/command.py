@@ -22,7 +22,7 @@ from pretrain.config import conf_dir
 from pretrain.console import complain, notice
 from pretrain.errors import UserError
 from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
-from pretrain.streams import never_wait
+from pretrain.streams import never_wait, settle
 from pretrain.sweep import table
 from pretrain.sweep.job import KEPT, jobs_in
 from pretrain.sweep.jobs import Sweep, quoted
@@ -82,7 +82,6 @@ def _multirun(hydra: Hydra, this: Sweep, words: list[str]) -> Callable[[], Any]:
 def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
     """The exit code of the sweep, once its folder and the terminal say what came of it."""
     Interrupt().install()
-    never_wait()
     status, stopped_by = "failed", None
     with _at_work(this.folder):
         try:
@@ -96,7 +95,9 @@ def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
         finally:
             told = this.write_table(status or _status(this))
     code = EXIT_CODE if stopped_by else worst(_codes(this))
+    never_wait()  # a reader of the table that has left is no failure
     show(this.folder, told)
+    settle()  # what is said next is on stderr, and comes after it
     failed = _failures(this)
     if stopped_by:
         notice(f"stopped ({stopped_by}); to go on: {this.command_line}")
