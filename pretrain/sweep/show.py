@@ -18,15 +18,15 @@ def show(folder: Path, table: dict[str, Any]) -> None:
     rows, metric = table["jobs"], table["metric"]
     ranked = ranking(rows, metric["direction"])
     others = [row for row in rows if row not in ranked]
-    shown = Table("job", "name", "status", box=SIMPLE_HEAD)
+    shown = Table("job", "status", box=SIMPLE_HEAD)
     shown.add_column(metric["name"], justify="right")
     for row in [*ranked, *others]:
         objective = "" if row["objective"] is None else f"{row['objective']:,.4f}"
-        shown.add_row(str(row["number"]), row["name"], row["status"], objective)
+        shown.add_row(row["name"], row["status"], objective)
     console = Console(markup=False, highlight=False, emoji=False)
     with suppress(OSError):  # nobody is reading any more
         console.print(shown)
         for row in others:
             if row["error"]:
-                console.print(f"job {row['number']} failed: {row['error']}", soft_wrap=True)
+                console.print(f"{row['name']} failed: {row['error']}", soft_wrap=True)
         console.print(f"sweep    {folder / 'sweep.html'}", soft_wrap=True)

@@ -58,7 +58,7 @@ def test_a_job_that_fails_stops_no_other_and_is_named(sweep):
     assert failed["error"].startswith("devices=2: strategy=single is one process")
     assert (finished["status"], finished["exit_code"], finished["error"]) == ("finished", 0, None)
     table = sweep["out"].partition("new_loss")[2]
-    assert f"job 0 failed: {failed['error']}" in table
+    assert f"{failed['name']} failed: {failed['error']}" in table
     assert table.strip().endswith("sweep.html")
     assert "Traceback" not in sweep["out"]
 
