@@ -103,9 +103,13 @@ def _pieces(source: Source, remembered: dict[str, list[Piece]]) -> Iterator[Piec
     """The pieces of all files. A file that looks as it did last time (size, time, inode) is not opened."""
     for file in source.files():
         known = remembered.get(file.path)
-        with reading(file.path):
-            same = known and known[0].stamp == stamp_of(file.path) and known[0].format == file.format
-        yield from known if known and same else cut(file, source.options())
+        if known and known[0].format == file.format:
+            with reading(file.path):
+                same = known[0].stamp == stamp_of(file.path)
+            if same:
+                yield from known
+                continue
+        yield from cut(file, source.options())
 
 
 def _recall(memory: Path) -> dict[str, list[Piece]]:
@@ -119,11 +123,11 @@ def _recall(memory: Path) -> dict[str, list[Piece]]:
 def _remember(memory: Path, units: list[Unit], outcomes: list[Outcome], started_at: float) -> None:
     """So that the next start opens no file; but a file so young that it may change under the same time is read
     again."""
-    pieces = [
-        replace(piece, digest=digest if started_at - piece.stamp[1] / 1e9 > YOUNG_SECONDS else None)
-        for unit, (_, digests) in zip(units, outcomes, strict=True)
-        for piece, digest in zip(unit.pieces, digests, strict=True)
-    ]
+    pieces = []
+    for unit, (_, digests) in zip(units, outcomes, strict=True):
+        for piece, digest in zip(unit.pieces, digests, strict=True):
+            known = digest if started_at - piece.stamp[1] / 1e9 > YOUNG_SECONDS else None
+            pieces.append(piece if piece.digest == known else replace(piece, digest=known))
     raw = json.dumps([[*vars(piece).values()] for piece in pieces]).encode()
     if not memory.exists() or memory.read_bytes() != raw:
         write_whole(memory, raw)

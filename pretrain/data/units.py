@@ -5,6 +5,7 @@ every run makes the same parts; and one new file among thousands changes one uni
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class Unit:
 
 
 def stamp_of(path: str | Path) -> Stamp:
-    found = Path(path).stat()
+    found = os.stat(path)
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
@@ -94,7 +95,10 @@ def group(pieces: Iterable[Piece]) -> list[Unit]:
             waiting, waiting_bytes = [], 0
         waiting.append(piece)
         waiting_bytes += piece.size
-        may_end = waiting_bytes >= UNIT_BYTES // 4 and xxhash.xxh3_64_intdigest(Path(piece.path).name.encode()) % 8 == 0
+        may_end = (
+            waiting_bytes >= UNIT_BYTES // 4
+            and xxhash.xxh3_64_intdigest(os.path.basename(piece.path).encode()) % 8 == 0
+        )
         if alone or may_end or waiting_bytes >= UNIT_BYTES:
             units.append(Unit(tuple(waiting)))
             waiting, waiting_bytes = [], 0

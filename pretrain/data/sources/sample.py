@@ -108,12 +108,13 @@ class English(Source):
 
 
 def _package_files(package: importlib.metadata.Distribution) -> list[SourceFile]:
-    found = []
+    root, found = str(package.locate_file("")), []
     for name in _names(package):
-        last = name.rpartition("/")[2]
-        kind = "description" if last == "METADATA" else PROSE_FORMATS.get(os.path.splitext(last)[1])
-        if kind and not NOT_PROSE.intersection(name.split("/")) and not last.upper().startswith(("LICENSE", "NOTICE")):
-            found.append((name, SourceFile(os.path.abspath(str(package.locate_file(name))), kind)))
+        kind = PROSE_FORMATS.get(name[name.rfind(".") :]) or ("description" if name.endswith("/METADATA") else None)
+        if kind is None or NOT_PROSE.intersection(parts := name.split("/")):
+            continue
+        if not parts[-1].upper().startswith(("LICENSE", "NOTICE")):
+            found.append((name, SourceFile(os.path.abspath(os.path.join(root, name)), kind)))
     return [file for _, file in sorted(found, key=lambda pair: pair[0]) if os.path.isfile(file.path)]
 
 
