@@ -22,6 +22,7 @@ from pretrain.errors import UserError
 from pretrain.folders import say_if_shared
 from pretrain.place import Place
 from pretrain.replace import replace_file
+from pretrain.telemetry.jsonl import tail
 from pretrain.telemetry.run_file import read_run_file
 
 FIXED = {  # part of a run's identity → the config keys it follows from
@@ -105,7 +106,7 @@ def begin(
         check_same_run(resume_from, identity, resolved, differing(recall(folder.path / DATA), files))
         own = resume_from.resolve().parent == store.folder.resolve()
         store.set_aside_after(step_of(resume_from) if own else -1)  # from elsewhere: all here is another branch
-        if step_of(resume_from) >= steps and facts.get("status") == "finished":
+        if step_of(resume_from) >= steps and facts.get("status") == "finished" and _end_is_told(folder.path, resolved):
             check_finished_run(folder, resolved)
             model = f"model in {facts['model']}" if facts["model"] else "no model was exported"
             notice(f"{folder.path} is finished: {facts['steps']} steps; {model}")
@@ -116,6 +117,12 @@ def begin(
     with _writing(folder.path):
         remember(folder.path / DATA, files)
     return Start(resume_from, folder.write_config(resolved, overrides))
+
+
+def _end_is_told(run: Path, resolved: dict[str, Any]) -> bool:
+    """Whether metrics.jsonl has the record of a finished run's end: a crash or a full disk may have kept it out."""
+    told = any(record.get("status") == "finished" for record in tail(run / "metrics.jsonl"))
+    return told or "jsonl" not in resolved["sink"]
 
 
 def claimed_by(path: Path) -> str | None:

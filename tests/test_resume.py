@@ -1,6 +1,7 @@
 """Interrupted and resumed equals uninterrupted, bit for bit: weights, moments, data, random numbers, records."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -128,6 +129,18 @@ def test_a_torn_checkpoint_is_passed_over(uninterrupted, base_arguments, command
     assert code == 0, err
     assert "step-00000020 passed over: optimizer.safetensors has" in err
     assert_same_run(run, uninterrupted)
+
+
+def test_the_end_of_a_finished_run_that_its_records_lost_is_told_again(
+    uninterrupted, base_arguments, command, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    os.truncate(run / "metrics.jsonl", (run / "metrics.jsonl").stat().st_size - 7)
+    code, _, err = command([*base_arguments, f"output_dir={run}"])
+    assert code == 0, err
+    assert_same_run(run, uninterrupted)
+    assert [r["status"] for r in read_records(run / "metrics.jsonl") if r["event"] == "run_finished"] == ["finished"]
 
 
 def test_a_finished_run_is_left_alone_and_can_be_extended(uninterrupted, base_arguments, command, tmp_path):

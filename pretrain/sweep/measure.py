@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pretrain.sweep.policy import OF_A_RUN
+from pretrain.telemetry.jsonl import tail
 from pretrain.telemetry.run_file import read_run_file
-
-TAIL_BYTES = 1 << 16  # of metrics.jsonl: the last records, of however long a run
 
 
 def measures_of(run: Path) -> dict[str, Any]:
@@ -59,17 +58,6 @@ def objective_in(measures: dict[str, Any], metric: str) -> float | None:
     domain, _, field = metric.rpartition(".")
     of: dict[str, float | None] = measures if metric in OF_A_RUN else measures["results"].get(domain, {})
     return of.get(field)
-
-
-def tail(file: Path) -> Iterator[dict[str, Any]]:
-    """The last records of a metrics.jsonl; what is torn at either end is passed over."""
-    with suppress(OSError), file.open("rb") as lines:
-        lines.seek(max(0, lines.seek(0, 2) - TAIL_BYTES))
-        for line in lines.read().split(b"\n"):
-            with suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict):
-                    yield record
 
 
 def evaluations(file: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from pretrain.events import RunStarted
 from pretrain.replace import replace_file
 from pretrain.telemetry.patient_file import PatientFile
 from pretrain.telemetry.record import WITH_EVALUATION
+
+TAIL_BYTES = 1 << 16
 
 
 class Jsonl:
@@ -55,6 +58,17 @@ def iter_records(path: Path, *, torn: Callable[[str], None] = lambda where: None
                     torn(f"{path}:{number}")
                     return
                 raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+
+
+def tail(file: Path) -> Iterator[dict[str, Any]]:
+    """The last records of a metrics.jsonl; what is torn at either end is passed over."""
+    with suppress(OSError), file.open("rb") as lines:
+        lines.seek(max(0, lines.seek(0, 2) - TAIL_BYTES))
+        for line in lines.read().split(b"\n"):
+            with suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    yield record
 
 
 def records_until(path: Path, start: RunStarted) -> list[dict[str, Any]]:
