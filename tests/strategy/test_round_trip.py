@@ -53,7 +53,7 @@ def test_a_checkpoint_comes_back(strategy, size, blueprint, setup, as_rank, batc
     for kind, files in read(saved).items():
         found = read(again)[kind]
         assert found.keys() == files.keys()
-        for name in files.keys():
+        for name in sorted(files.keys()):
             ours, theirs = found.read(name), files.read(name)
             assert ours.dtype == theirs.dtype, name
             assert torch.equal(ours, theirs), name
