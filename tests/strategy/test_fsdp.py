@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from pretrain.strategy.fsdp import Fsdp, mixed_precision
 from pretrain.tensors import local
+from tests.strategy.ranks import as_rank, set_up
 from tests.test_precision import load
 
 
@@ -24,9 +25,9 @@ from tests.test_precision import load
         ("opt", "auto", {"FSDPOPTDecoderLayer": 2}),
     ],
 )
-def test_the_policy_names_the_modules(shape, policy, modules, blueprint, setup, as_rank):
+def test_the_policy_names_the_modules(shape, policy, modules, blueprint):
     with as_rank(0, 2) as world:
-        model = setup(Fsdp(auto_wrap_policy=policy), blueprint(shape), world).model
+        model = set_up(Fsdp(auto_wrap_policy=policy), blueprint(shape), world).model
         assert isinstance(model, FSDPModule)
         parts = [m for m in model.modules() if isinstance(m, FSDPModule) and m is not model]
         assert Counter(type(m).__name__ for m in parts) == modules
@@ -43,10 +44,10 @@ def test_the_policy_names_the_modules(shape, policy, modules, blueprint, setup, 
     ],
     ids=lambda value: f"{value.sharding_strategy} {value.replicas}" if isinstance(value, Fsdp) else "",
 )
-def test_how_weights_lie_and_when_they_are_let_go(strategy, mesh, share, let_go, blueprint, setup, as_rank, batch):
+def test_how_weights_lie_and_when_they_are_let_go(strategy, mesh, share, let_go, blueprint, batch):
     """Of a block, after its forward."""
     with as_rank(0, 4) as world:
-        engine = setup(strategy, blueprint("llama-tied"), world)
+        engine = set_up(strategy, blueprint("llama-tied"), world)
         for parameter in engine.model.parameters():
             assert tuple(parameter.device_mesh.shape) == mesh
             assert len(local(parameter)) * share == len(parameter)
@@ -56,11 +57,11 @@ def test_how_weights_lie_and_when_they_are_let_go(strategy, mesh, share, let_go,
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_precision_and_offload_reach_every_module(offload, blueprint, setup, as_rank, monkeypatch):
+def test_precision_and_offload_reach_every_module(offload, blueprint, monkeypatch):
     given, real = [], fsdp.fully_shard
     monkeypatch.setattr(fsdp, "fully_shard", lambda module, **options: given.append(options) or real(module, **options))
     with as_rank(0, 2) as world:
-        setup(Fsdp(cpu_offload=offload), blueprint("llama"), world, "bf16-mixed")
+        set_up(Fsdp(cpu_offload=offload), blueprint("llama"), world, "bf16-mixed")
     assert len(given) == 4
     for options in given:
         assert options["mp_policy"] == MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
