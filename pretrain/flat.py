@@ -33,8 +33,21 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # lr_scheduler → schedu
     "warmup_cosine": ("cosine", {}),
     "warmup_cosine_restart": ("cosine", {"scheduler.cycles": 2}),
 }
-STRATEGIES = {name: name for name in ("single", "dp", "ddp", "fsdp", "deepspeed")}
-STRATEGIES |= {"none": "single", "deep_speed": "deepspeed"}
+STRATEGIES = {name: name for name in choices("strategy")} | {"none": "single", "deep_speed": "deepspeed"}
+ROUTED = {  # keys of some strategy or model, with the type of their values
+    "zero_stage": int,
+    "offload_optimizer": bool,
+    "offload_parameters": bool,
+    "auto_wrap_policy": str,
+    "sharding_strategy": str,
+    "cpu_offload": bool,
+    "gradient_checkpointing": bool,
+    "state_dict_type": Literal["full", "sharded"],
+    "limit_all_gathers": bool,
+    "static_graph": bool,
+    "find_unused_parameters": bool,
+    "backend": Literal["nccl", "gloo"],
+}
 
 
 @dataclass
@@ -118,6 +131,10 @@ def _dataset(flat: Flat, value: dict[str, Any]) -> None:
 
 
 def _strategy_config(flat: Flat, value: dict[str, Any]) -> None:
+    known = ROUTED.keys() | {key for choice in choices("strategy") for key in _signature("strategy", choice, [])}
+    for key in value:
+        if key not in known:
+            raise UserError(f"parallelization_config.{key}: no strategy has such a key{did_you_mean(str(key), known)}")
     flat.routed.update(value)
 
 
@@ -153,23 +170,7 @@ KEYS: dict[str, Key] = {
     "gradient_accumulation": Key(bool, _accumulation),
     "parallelization_strategy": Key(Literal[tuple(STRATEGIES)], _choose("strategy", STRATEGIES)),
     "parallelization_config": Key(dict[str, Any], _strategy_config),
-    **{
-        name: Key(hint, _route(name))
-        for name, hint in {
-            "zero_stage": int,
-            "offload_optimizer": bool,
-            "offload_parameters": bool,
-            "auto_wrap_policy": str,
-            "sharding_strategy": str,
-            "cpu_offload": bool,
-            "gradient_checkpointing": bool,
-            "state_dict_type": Literal["full", "sharded"],
-            "limit_all_gathers": bool,
-            "static_graph": bool,
-            "find_unused_parameters": bool,
-            "backend": Literal["nccl", "gloo"],
-        }.items()
-    },
+    **{name: Key(hint, _route(name)) for name, hint in ROUTED.items()},
     "dataset": Key(dict[str, Any], _dataset),
     "num_workers": Key(NonNegativeInt, lambda flat, value: flat.values.update({"dataset.num_workers": value or 1})),
     "train_data_ratio": Key(Annotated[float, Field(gt=0, le=1)], _to("dataset.train_data_ratio")),

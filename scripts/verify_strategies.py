@@ -8,8 +8,8 @@ micro-batch; single computes b × N of them, so that all train on the same globa
 b × N × gradient_accumulation_steps sequences in the same order, and differ by rounding alone.
 
 agrees: neither the loss of a step (absolute) nor its gradient norm (relative) differs from single's by more than the bound.
-tokens/s: the median of the steps after the second, of all processes together. GiB: the peak of one process; on a CPU with
-all libraries. start-up: seconds from the command to the end of the first step, the data already tokenized.
+tokens/s: the median of the steps after the second, of all processes together. GiB: the peak of the first process; on a CPU
+with all libraries. start-up: seconds from the command to the end of the first step, the data already tokenized.
 
 A model with dropout can't agree, each process draws its own numbers: set it to 0, model.overrides.attention_dropout=0.0 or as
 your model calls it. The single run must fit one device, and a checkpoint and a model into TMPDIR.

@@ -19,12 +19,17 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands():
+    """Each once, however many pages have it."""
+    met = set()
     for page in PAGES:
         for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
             for line in block.splitlines() if language in ("", "bash") else ():
                 if line.startswith(("python -m pretrain", "torchrun --nproc_per_node")):
                     words = shlex.split(line, comments=True)
                     words = words[3:] if words[0] == "python" else words
+                    if tuple(words) in met:
+                        continue
+                    met.add(tuple(words))
                     yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:120])
 
 

@@ -163,6 +163,10 @@ def test_meanings(text, meaning, compose):
     ("text", "says"),
     [
         ("limit_all_gathers: true", "limit_all_gathers: has no effect with strategy single"),
+        (
+            "parallelization_strategy: ddp\nparallelization_config: {zero_stage: 2, bucket_cap_mb: 5}",
+            "zero_stage: has no effect with strategy ddp",
+        ),
         ("validate_on_end: false", "the end is always evaluated"),
         ("wandb_project: p", "wandb project=p: has no effect without logging_config: wandb"),
         ("logging_config: none\nlog_model: true", "wandb log_model=True: has no effect"),
@@ -186,6 +190,10 @@ def test_a_key_without_effect_says_so(text, says, compose, capsys):
         ("- a", "not a YAML mapping"),
         ("", "not a YAML mapping"),
         ("parallelization_strategy: tpu", "parallelization_strategy='tpu'"),
+        (
+            "parallelization_strategy: fsdp\nparallelization_config: {sharding_strategi: NO_SHARD}",
+            "parallelization_config.sharding_strategi: no strategy has such a key; did you mean 'sharding_strategy'",
+        ),
     ],
 )
 def test_mistakes(text, says, compose):

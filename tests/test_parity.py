@@ -3,14 +3,17 @@
 A strategy YAML is picked up by its name alone.
 """
 
+import json
 import shutil
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pretrain.config import conf_dir
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.tensors import PIECES
 
 STRATEGIES = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
 VARIANTS = [
@@ -24,7 +27,25 @@ VARIANTS = [
     ["strategy=fsdp", "model.gradient_checkpointing=true"],
     ["strategy=ddp", "model.gradient_checkpointing=true"],
     ["strategy=deepspeed", "strategy.zero_stage=3"],
-    *(pytest.param(["strategy=deepspeed", f"strategy.zero_stage={n}"], marks=pytest.mark.slow) for n in (0, 1)),
+    *(
+        pytest.param(variant, marks=pytest.mark.slow)
+        for variant in (
+            ["strategy=ddp", "strategy.static_graph=true", "gradient_accumulation_steps=1", "batch_size=4"],
+            ["strategy=deepspeed", "strategy.zero_stage=0"],
+            ["strategy=deepspeed", "strategy.zero_stage=1"],
+            ["strategy=deepspeed", "strategy.zero_stage=1", "strategy.offload_optimizer=true"],
+            ["strategy=deepspeed", "strategy.zero_stage=2", "strategy.offload_optimizer=true"],
+            ["strategy=deepspeed", "strategy.zero_stage=3", "strategy.offload_optimizer=true"],
+            ["strategy=deepspeed", "strategy.zero_stage=3", "strategy.offload_parameters=true"],
+            [
+                "strategy=deepspeed",
+                "strategy.zero_stage=3",
+                "strategy.offload_optimizer=true",
+                "strategy.offload_parameters=true",
+            ],
+            ["strategy=deepspeed", "strategy.config.zero_optimization.reduce_bucket_size=5000"],
+        )
+    ),
 ]
 
 
@@ -98,6 +119,24 @@ def whole_model(folder):
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
+def shares(run):
+    """What part of its tensors each writer of the last checkpoint has written, by the rows."""
+    written = []
+    for file in sorted((run / "checkpoints/step-00000010").glob("*.safetensors")):
+        tensors = safe_open(file, framework="pt")
+        parts = json.loads(tensors.metadata().get(PIECES, "{}"))
+        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+        written.append(
+            {shape[0] / parts[name][1][0] if name in parts else 1 for name, shape in shapes.items() if shape}
+        )
+    return written
+
+
+def assert_shared(run, *, ranks):
+    """Model and optimizer each lie in equal parts on so many ranks."""
+    assert shares(run) == 2 * ranks * [{1 / ranks}]
+
+
 FP32 = {"loss": 1e-5, "norm": 1e-5, "weights": 2e-5}
 
 
@@ -109,14 +148,18 @@ def test_two_processes_equal_one(strategy, shape, reference, base_arguments, exa
     code, _, err = command([*given, f"strategy={strategy}", *split])
     assert code == 0, err
     assert_equal_runs(tmp_path, reference(shape), **FP32)
+    if strategy != "deepspeed":  # whose ranks share the names
+        assert_shared(tmp_path, ranks=2 if strategy == "fsdp" else 1)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
 def test_options_change_nothing(variant, reference, base_arguments, exact_model, command, tmp_path):
     given = arguments(base_arguments, exact_model("llama-tied"), tmp_path)
-    code, _, err = command([*given, *variant, "devices=2", "batch_size=2"])
+    code, _, err = command([*given, "devices=2", "batch_size=2", *variant])
     assert code == 0, err
     assert_equal_runs(tmp_path, reference("llama-tied"), **FP32)
+    if "strategy=fsdp" in variant:
+        assert_shared(tmp_path, ranks=1 if "strategy.sharding_strategy=NO_SHARD" in variant else 2)
 
 
 @pytest.mark.parametrize("replicas", ["null", pytest.param("1", marks=pytest.mark.slow)])
@@ -126,19 +169,36 @@ def test_four_processes_in_copies_of_shards(replicas, reference, base_arguments,
     code, _, err = command([*given, *hybrid, "devices=4", "batch_size=1"])
     assert code == 0, err
     assert_equal_runs(tmp_path, reference("llama-tied"), **FP32)
+    assert_shared(tmp_path, ranks=2 if replicas == "null" else 4)
 
 
 # bf16 has 8 significant bits: the bounds are what its rounding does to a loss of 5.7 and to gradients.
 BF16 = {"loss": 2e-2, "norm": 5e-2, "weights": 1e-2}
 
 
+STAGES = [["strategy=deepspeed", f"strategy.zero_stage={stage}"] for stage in (0, 1, 3)]
+
+
 @pytest.mark.parametrize("shape", ["llama-tied", pytest.param("opt", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s not in ("single", "dp")])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        *([f"strategy={s}"] for s in STRATEGIES if s not in ("single", "dp")),
+        *(pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES),
+    ],
+    ids=" ".join,
+)
 def test_bf16_agrees_within_its_rounding(strategy, shape, reference, base_arguments, exact_model, command, tmp_path):
+    """And is bf16: fp32's losses are others."""
     given = arguments(base_arguments, exact_model(shape), tmp_path)
-    code, _, err = command([*given, f"strategy={strategy}", "devices=2", "batch_size=2", "precision=bf16-mixed"])
+    code, _, err = command([*given, *strategy, "devices=2", "batch_size=2", "precision=bf16-mixed"])
     assert code == 0, err
     assert_equal_runs(tmp_path, reference(shape, "bf16-mixed"), **BF16)
+    ours, exact = (
+        [r["loss"] for r in read_records(f / "metrics.jsonl") if r["event"] == "train"]
+        for f in (tmp_path, reference(shape))
+    )
+    assert max(abs(a - b) for a, b in zip(ours, exact, strict=True)) > FP32["loss"]
 
 
 def test_random_weights_are_those_of_one_process(reference, base_arguments, exact_model, command, tmp_path):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, did_you_mean
 from pretrain.strategy.base import Setting, Strategy
 
 if TYPE_CHECKING:
@@ -40,6 +40,28 @@ OWNERS = {  # what decides a key of DeepSpeed's config in this program
     "bfloat16": "precision",
     "torch_autocast": "precision",
 }
+COMPILED = {  # what DeepSpeed compiles C++ or CUDA for at its first use
+    "zero_optimization.zero_quantized_weights",
+    "zero_optimization.zero_quantized_nontrainable_weights",
+    "zero_optimization.zero_quantized_gradients",
+    "zero_optimization.zenflow",
+    "zero_optimization.offload_optimizer.super_offload",
+    "hybrid_engine.enabled",
+    "compile.deepcompile",
+}
+ROOT_KEYS = set(  # of DeepSpeed 0.19's config; it passes over any other without a word
+    """
+    activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type
+    compile csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather
+    disable_python_gc dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps
+    gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine log_level
+    managed_gradient_accumulation memory_breakdown optimizer pipeline prescale_gradients scheduler
+    seq_parallel_communication_data_type steps_per_print tensor_parallel tensorboard timers torch_autocast
+    train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size
+    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    zero_optimization
+    """.split()
+)
 
 
 @dataclass(frozen=True)
@@ -82,8 +104,11 @@ class Deepspeed(Strategy):
     def ds_config(self, setting: Setting) -> dict[str, Any]:
         """DeepSpeed's config: what the run decides, what ``config`` adds, defaults for what both leave open.
 
-        Raises ``UserError`` where ``config`` says otherwise than the run.
+        Raises ``UserError`` where ``config`` says otherwise than the run, or what DeepSpeed does not know.
         """
+        for key in self.config:
+            if key not in ROOT_KEYS:
+                raise UserError(f"strategy.config.{key}: DeepSpeed has no such key{did_you_mean(key, ROOT_KEYS)}")
         zero: dict[str, Any] = {"stage": self.zero_stage}
         for name, wanted in (("optimizer", self.offload_optimizer), ("param", self.offload_parameters)):
             zero[f"offload_{name}"] = {"device": "cpu" if wanted else "none"}
@@ -143,14 +168,17 @@ class Deepspeed(Strategy):
 def agreed(decided: Mapping[str, Any], given: Mapping[str, Any], path: str = "strategy.config.") -> dict[str, Any]:
     """``decided`` and what ``given`` adds to it; "auto" stands for what the run decides.
 
-    Raises ``UserError`` where ``given`` has another value than the run.
+    Raises ``UserError`` where ``given`` has another value than the run, or wants something compiled.
     """
     result = dict(decided)
     for key, value in given.items():
         name, ours = f"{path}{key}", decided.get(key, value)
-        owner = OWNERS.get(name.removeprefix("strategy.config."))
+        short = name.removeprefix("strategy.config.")
+        owner = OWNERS.get(short)
         if value == "auto":
             continue
+        if short in COMPILED and value:
+            raise UserError(f"{name}: DeepSpeed compiles code for that at its first use; this program runs without")
         if isinstance(ours, Mapping) and isinstance(value, Mapping) and owner is None:
             result[key] = agreed(decided.get(key, {}), value, f"{name}.")
         elif owner is not None and key not in decided:

@@ -17,7 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed import utils as ds_utils
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -40,19 +40,29 @@ def begin(config: dict[str, Any]) -> None:
     """Join DeepSpeed to the process group that there is, and have it check its config.
 
     Its own CPU communication is left out: a minute of C++ at the first use, and for inference alone. So are its kernels
-    of Muon, an optimizer that no run here has: decorating them imports torch's whole compiler, for a second. Raises
-    ``UserError`` for a config that DeepSpeed refuses.
+    of Muon, an optimizer that no run here has: decorating them imports torch's whole compiler, for a second.
+
+    Raises ``UserError`` for a config that DeepSpeed refuses.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    vars(import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
+    communication = vars(import_module("deepspeed.comm.torch"))
+    assert "build_shm_op" in communication, f"DeepSpeed {deepspeed.__version__} builds its CPU communication elsewhere"
+    communication["build_shm_op"] = lambda: None
     vars(import_module("deepspeed.runtime.compiler"))["compile"] = lambda: lambda function: function
     deepspeed.init_distributed()
+    check_config(config)
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Raises ``UserError`` for a config that DeepSpeed refuses."""
     try:
         DeepSpeedConfig(config)
     except ValidationError as error:
         wrong = error.errors()[0]
         key = ".".join(str(part) for part in wrong["loc"])
         raise UserError(f"strategy.config: {error.title}.{key}: {wrong['msg']}") from None
+    except (DeepSpeedConfigError, AssertionError, TypeError, ValueError) as error:
+        raise UserError(f"strategy.config: DeepSpeed refuses it: {error}") from None
 
 
 def wrap(model: LanguageModel, optimizer: Optimizer, config: dict[str, Any]) -> Any:

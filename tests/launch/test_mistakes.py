@@ -60,6 +60,10 @@ MISTAKES = [
         ["strategy=deepspeed", "strategy.config.gradient_clipping=5"],
         "gradient_clipping=5: the run sets it to 1.0 (grad_clip)",
     ),
+    (
+        ["strategy=deepspeed", "strategy.config.zero_optimisation.stage=3"],
+        "zero_optimisation: DeepSpeed has no such key; did you mean 'zero_optimization'?",
+    ),
     (["strategy=ddp", "launch.nodes=2"], "launch.endpoint=<host>:<port>"),
     (["launch.nodes=2", "launch.endpoint=localhost:29511"], "strategy=single is one process"),
     (["strategy=ddp", "launch.endpoint=localhost"], "launch.endpoint='localhost'"),

@@ -1,0 +1,29 @@
+"""A process that stands for one rank of several: its collectives return at once, and exchange nothing."""
+
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from pretrain.strategy.base import Setting
+from pretrain.world import World
+from tests.test_precision import load
+
+
+@contextmanager
+def as_rank(rank, size):
+    """The world of a process among ``size``, of whom nobody else is there. torch remembers by the shape of a mesh what
+    depends on the rank: a process can only ever be the same one."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield World(rank, size, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def set_up(strategy, blueprint, world, precision="32-true"):
+    """The engine of ``strategy``, with AdamW."""
+    sizes = {"workers": world.size, "nodes": 1, "devices_per_worker": 1, "batch_size": 2, "accumulation": 3}
+    setting = Setting("cpu", precision=load(precision), grad_clip=None, **sizes)
+    return strategy.setup(blueprint, lambda m: torch.optim.AdamW(m.parameters()), setting=setting, world=world)

@@ -1,0 +1,30 @@
+"""What DDP's options do, seen from its communication hook."""
+
+import pytest
+import torch
+
+from pretrain.strategy.ddp import Ddp
+from tests.strategy.ranks import as_rank, set_up
+
+
+@pytest.mark.parametrize("view", [True, False])
+def test_gradients_travel_with_the_last_micro_batch_alone(view, blueprint, batch):
+    """And lie where they travel from, or in memory of their own."""
+    with as_rank(0, 2) as world:
+        engine = set_up(Ddp(gradient_as_bucket_view=view), blueprint("llama-tied"), world)
+        buckets = set()
+
+        def hook(state, bucket):
+            buckets.add(bucket.buffer().untyped_storage().data_ptr())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        engine.step_module.register_comm_hook(None, hook)
+        for _ in range(2):
+            engine.backward(batch, tokens=96, last=False)
+        assert not buckets
+        engine.backward(batch, tokens=96, last=True)
+        assert buckets
+        gradients = {p.grad.untyped_storage().data_ptr() for p in engine.model.parameters()}
+        assert (gradients == buckets) is view

@@ -1,0 +1,125 @@
+"""DeepSpeed's config as the run, ``strategy.config`` and our defaults make it, and as DeepSpeed itself reads it."""
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+from pretrain.errors import UserError
+from pretrain.strategy.base import Setting
+from pretrain.strategy.deepspeed import COMPILED, ROOT_KEYS, Deepspeed
+from tests.test_precision import load
+
+
+def setting(precision: str = "16-mixed", device_type: str = "cuda") -> Setting:
+    sizes: dict[str, Any] = {"workers": 1, "nodes": 1, "devices_per_worker": 1, "batch_size": 4, "accumulation": 8}
+    return Setting(device_type, precision=load(precision), grad_clip=0.5, **sizes)
+
+
+def nested(dotted: str, value: Any) -> dict[str, Any]:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def test_fp16_on_a_gpu():
+    config = Deepspeed(zero_stage=2, offload_optimizer=True).ds_config(setting())
+    assert config["fp16"] == {"enabled": True, "loss_scale_window": 2000, "hysteresis": 1}
+    assert config["bf16"] == {"enabled": False}
+    assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert config["zero_optimization"]["offload_param"] == {"device": "none", "pin_memory": True}
+    assert (config["train_batch_size"], config["gradient_clipping"]) == (32, 0.5)
+
+
+def test_on_a_cpu_nothing_is_pinned():
+    zero = Deepspeed(zero_stage=3, offload_parameters=True).ds_config(setting("bf16-mixed", "cpu"))["zero_optimization"]
+    assert zero["offload_param"] == {"device": "cpu", "pin_memory": False}
+
+
+def test_stage_0_leaves_clipping_and_precision_to_the_run():
+    config = Deepspeed(zero_stage=0).ds_config(setting())
+    assert (config["gradient_clipping"], config["fp16"]["enabled"], config["bf16"]["enabled"]) == (0.0, False, False)
+
+
+def test_more_keys_are_merged_and_auto_is_what_the_run_decides():
+    more = {
+        "zero_optimization": {"stage": "auto", "reduce_bucket_size": 1000, "offload_optimizer": {"ratio": 0.5}},
+        "fp16": {"initial_scale_power": 8, "hysteresis": 2},
+        "wall_clock_breakdown": True,
+    }
+    config = Deepspeed(config=more).ds_config(setting())
+    zero = config["zero_optimization"]
+    assert (zero["stage"], zero["reduce_bucket_size"]) == (2, 1000)
+    assert zero["offload_optimizer"] == {"device": "none", "pin_memory": True, "ratio": 0.5}
+    assert config["fp16"] == {"enabled": True, "loss_scale_window": 2000, "hysteresis": 2, "initial_scale_power": 8}
+    assert config["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"zero_optimisation": {}}, "config.zero_optimisation: DeepSpeed has no such key; did you mean 'zero_optimiz"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3: the run sets it to 2 (strategy.zero_stage)"),
+        ({"scheduler": {"type": "WarmupLR"}}, "config.scheduler: this program has the scheduler group for that"),
+        *((nested(key, True), f"config.{key}: DeepSpeed compiles code for that") for key in sorted(COMPILED)),
+    ],
+    ids=str,
+)
+def test_what_can_not_be_said_there(given, says):
+    with pytest.raises(UserError) as raised:
+        Deepspeed(config=given).ds_config(setting())
+    assert says in str(raised.value)
+
+
+class Asked(dict):
+    """A config that notes which keys it is asked for."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.names = set()
+
+    def __contains__(self, key):
+        self.names.add(key)
+        return super().__contains__(key)
+
+    def get(self, key, default=None):
+        return super().get(key, default) if key in self else default
+
+    def keys(self):
+        return self
+
+
+def test_the_root_keys_are_those_that_deepspeed_asks_for():
+    from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS as REMOVED
+
+    from pretrain.strategy.deepspeed_engine import check_config
+
+    config = Asked(Deepspeed().ds_config(setting()))
+    del config["bf16"]  # it has an older name
+    check_config(config)
+    assert config.names - REMOVED.keys() == ROOT_KEYS
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"zero_optimization": {"reduce_bucket_sise": 5}}, "reduce_bucket_sise: Extra inputs are not permitted"),
+        ({"checkpoint": {"tag_validation": "maybe"}}, "DeepSpeed refuses it: "),
+        ({"data_types": {"keep_in_fp32_modules": 5}}, "DeepSpeed refuses it: data_types.keep_in_fp32_modules must be"),
+    ],
+    ids=str,
+)
+def test_what_deepspeed_refuses_is_the_user_s_mistake(given, says):
+    from pretrain.strategy.deepspeed_engine import check_config
+
+    with pytest.raises(UserError) as raised:
+        check_config(Deepspeed(config=given).ds_config(setting()))
+    assert says in str(raised.value)
+
+
+def test_a_deepspeed_that_builds_elsewhere_is_not_let_to(monkeypatch):
+    from pretrain.strategy.deepspeed_engine import begin
+
+    monkeypatch.delattr(import_module("deepspeed.comm.torch"), "build_shm_op")
+    with pytest.raises(AssertionError, match="builds its CPU communication elsewhere"):
+        begin({})

@@ -1,0 +1,79 @@
+"""A checkpoint loaded and saved again is the same to the last bit, on any number of ranks and however they share it."""
+
+import multiprocessing
+
+import pytest
+import torch
+
+from pretrain import tensors
+from pretrain.launch.agent import warm_up
+from pretrain.strategy.ddp import Ddp
+from pretrain.strategy.fsdp import Fsdp
+from pretrain.strategy.single import Single
+from pretrain.tensors import TensorFiles
+from pretrain.world import World
+from tests.strategy.ranks import as_rank, set_up
+
+KINDS = ("model", "optimizer")
+
+
+def read(folder):
+    return {kind: TensorFiles(sorted(folder.glob(f"{kind}*"))) for kind in KINDS}
+
+
+def write(engine, folder):
+    state = engine.state_dict()
+    for kind in KINDS:
+        tensors.write(folder / f"{kind}.rank-{engine.world.rank}.safetensors", state[kind])
+
+
+def save_again(strategy, blueprint, rank, size, saved, again):
+    with as_rank(rank, size) as world:
+        engine = set_up(strategy, blueprint, world)
+        engine.load_state_dict({**read(saved), "scaler": {}})
+        write(engine, again)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "size"),
+    [
+        (Ddp(), 2),
+        (Fsdp(), 3),
+        *(
+            pytest.param(*given, marks=pytest.mark.slow)
+            for given in (
+                (Fsdp(), 1),
+                (Fsdp(), 7),  # divides no dimension
+                (Fsdp(sharding_strategy="SHARD_GRAD_OP", cpu_offload=True), 2),
+                (Fsdp(sharding_strategy="HYBRID_SHARD"), 4),
+                (Fsdp(sharding_strategy="NO_SHARD"), 2),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_comes_back(strategy, size, blueprint, batch, tmp_path):
+    saved, again = tmp_path / "saved", tmp_path / "again"
+    saved.mkdir()
+    again.mkdir()
+    origin = set_up(Single(), blueprint("llama-tied"), World(0, 1, torch.device("cpu")))
+    for _ in range(2):
+        origin.backward(batch, tokens=32, last=True)
+        origin.step(None)
+    write(origin, saved)
+    warm_up()
+    ranks = multiprocessing.get_context("forkserver")
+    given = (strategy, blueprint("llama-tied"))
+    children = [ranks.Process(target=save_again, args=(*given, rank, size, saved, again)) for rank in range(size)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    for kind, files in read(saved).items():
+        found = read(again)[kind]
+        assert found.keys() == files.keys()
+        for name in sorted(files.keys()):
+            ours, theirs = found.read(name), files.read(name)
+            assert ours.dtype == theirs.dtype, name
+            assert torch.equal(ours, theirs), name
