@@ -13,6 +13,7 @@ from pretrain.console import notice
 from pretrain.errors import UserError
 from pretrain.interrupt import Interrupt
 from pretrain.launch.layout import Layout, layout
+from pretrain.launch.policy import Policy
 from pretrain.place import Place
 from pretrain.prepare import instantiate
 from pretrain.split import Split
@@ -48,15 +49,27 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
         grad_clip=resolved["grad_clip"],
     )
     strategy.check(setting)
-    if policy.max_restarts and plan.world_size == 1:
+    place = place_in(plan)
+    if plan.joined and place.rank == 0:
+        say_ignored(policy)
+    elif policy.max_restarts and plan.world_size == 1:
         notice("launch.max_restarts has no effect on one process: nobody would be left to start it again")
     if plan.joined or plan.world_size == 1:
         from pretrain import tasks
 
-        return tasks.pretraining(resolved, overrides, interrupt, setting, place_in(plan))
+        return tasks.pretraining(resolved, overrides, interrupt, setting, place)
     from pretrain.launch.agent import run_workers
 
     return run_workers(resolved, overrides, setting, policy)
+
+
+def say_ignored(policy: Policy) -> None:
+    """Of a run that others have started: they decide on nodes and restarts."""
+    default = Policy()
+    keys = [f for f in ("max_restarts", "nodes", "endpoint") if getattr(policy, f) != getattr(default, f)]
+    if keys:
+        keys = [f"launch.{key}" for key in keys]
+        notice(f"{', '.join(keys)}: no effect where torchrun, or whoever sets RANK, has started the processes")
 
 
 def check_auto(resolved: dict[str, Any], strategy: Strategy) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from pretrain.split import Split
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
+from tests.runs import starts
 
 LONG = ["max_steps=100000", "evaluate_every=null", "save_every=10", "sink=jsonl"]
 PAIR = ["strategy=ddp", "devices=2", "batch_size=1"]
@@ -209,6 +210,7 @@ def test_a_restart_goes_on_from_the_last_checkpoint(base_arguments, command, tmp
     assert "(restart 2 of 2)" in done.stderr
     facts = read_run_file(run)
     assert (facts["status"], facts["steps"], facts["restarts"]) == ("finished", 20, 2)
+    assert starts(run) == [(0, False), (5, True), (5, True)]
     code, _, err = command([*given, f"output_dir={tmp_path / 'undisturbed'}"])
     assert code == 0, err
     losses = [
@@ -218,6 +220,23 @@ def test_a_restart_goes_on_from_the_last_checkpoint(base_arguments, command, tmp
     assert losses[0] == losses[1]
     ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (run, tmp_path / "undisturbed"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("resume", ["never", pytest.param("named", marks=pytest.mark.slow)])
+def test_what_resume_says_is_done_once(resume, base_arguments, command, tmp_path):
+    """Not again after a restart: then the run's own newest checkpoint counts."""
+    earlier, run = tmp_path / "earlier", tmp_path / "run"
+    if resume == "never":
+        run = earlier
+    code, _, err = command([*base_arguments, f"output_dir={earlier}", "max_steps=2", "sink=jsonl"])
+    assert code == 0, err
+    named = "never" if resume == "never" else earlier / "checkpoints/step-00000002"
+    more = [f"output_dir={run}", f"resume={named}", "launch.max_restarts=1", "max_steps=10", "sink=jsonl"]
+    done = broken_run([*base_arguments, *PAIR, *more], tmp_path, at=7, times=1)
+    assert done.returncode == 0, done.stderr
+    assert "(restart 1 of 1)" in done.stderr
+    assert starts(run) == [(0, False) if resume == "never" else (2, True), (5, True)]
+    assert len(list(tmp_path.glob("earlier.old-*"))) == (1 if resume == "never" else 0)
 
 
 def test_a_mistake_found_by_a_worker_is_not_retried(base_arguments, command, tmp_path):

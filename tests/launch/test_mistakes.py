@@ -24,6 +24,11 @@ ENVIRONMENTS = [
         "2 processes were started",
     ),
     ({"RANK": "0", "WORLD_SIZE": "2"}, ["task=evaluation"], "task=evaluation is one process"),
+    (
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "99999"},
+        ["strategy=ddp"],
+        "MASTER_PORT=99999 in the environment: a port is a number from 1 to 65535",
+    ),
 ]
 
 
@@ -136,6 +141,19 @@ def test_a_port_in_use(command, base_arguments, tmp_path):
         code, _, err = command([*base_arguments, f"output_dir={tmp_path}", *more])
     assert code == 2, err
     assert f"launch.endpoint={endpoint}: another program listens there" in err
+
+
+def test_a_port_in_use_where_ranks_meet(command, base_arguments, monkeypatch, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        code, _, err = command([*base_arguments, f"output_dir={tmp_path / 'run'}", "strategy=ddp"])
+    assert code == 2, err
+    assert err == f"error: MASTER_PORT={port}: another program listens there; choose a free port\n"
+    assert not (tmp_path / "run").exists()
 
 
 def free_port() -> int:

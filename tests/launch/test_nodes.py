@@ -13,6 +13,7 @@ from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.launch.test_launch import steps, wait_for
 from tests.launch.test_mistakes import free_port
+from tests.runs import starts
 
 pytestmark = pytest.mark.xdist_group("nodes")
 
@@ -91,6 +92,9 @@ def test_a_rank_that_dies_on_one_node_restarts_both(two_nodes, tmp_path):
     assert any("was killed by SIGKILL; all ranks start again" in out for out in outs), outs
     facts = read_run_file(run)
     assert (facts["status"], facts["steps"], facts["restarts"]) == ("finished", 400, 1)
+    [_, (step, resumed)] = starts(run)
+    assert resumed
+    assert step >= 10, "of the last checkpoints"
     seen = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
     assert seen == list(range(1, 401))
 
