@@ -65,11 +65,12 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
 
 def say_ignored(policy: Policy) -> None:
     """Of a run that others have started: they decide on nodes and restarts."""
-    default = Policy()
-    keys = [f for f in ("max_restarts", "nodes", "endpoint") if getattr(policy, f) != getattr(default, f)]
+    keys = [k for k in ("max_restarts", "nodes", "endpoint") if getattr(policy, k) != getattr(Policy, k)]
     if keys:
-        keys = [f"launch.{key}" for key in keys]
-        notice(f"{', '.join(keys)}: no effect where torchrun, or whoever sets RANK, has started the processes")
+        given = ", ".join(f"launch.{key}" for key in keys)
+        notice(
+            f"{given}: no effect under RANK and WORLD_SIZE: whoever has started the processes decides (torchrun's own options)"
+        )
 
 
 def check_auto(resolved: dict[str, Any], strategy: Strategy) -> None:

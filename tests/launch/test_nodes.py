@@ -13,7 +13,7 @@ from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.launch.test_launch import steps, wait_for
 from tests.launch.test_mistakes import free_port
-from tests.runs import starts
+from tests.runs import losses, starts
 
 pytestmark = pytest.mark.xdist_group("nodes")
 
@@ -62,10 +62,6 @@ def two_nodes(namespaces, base_arguments, exact_model):
         if process.poll() is None:
             process.kill()
         process.communicate()
-
-
-def losses(run):
-    return [r["loss"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
