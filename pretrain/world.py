@@ -6,7 +6,6 @@ for a GPU.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -94,7 +93,7 @@ def enter(place: Place, *, group: bool, timeout_seconds: float = 1800) -> World:
     """The world of a process at ``place``. ``group``: with a process group even where it is alone. Ends with ``leave``.
 
     nccl for tensors on GPUs, gloo for the host's. MASTER_ADDR and MASTER_PORT in the environment say where several
-    processes meet. Raises ``UserError`` when that port, if it was a person's choice, is another program's.
+    processes meet.
     """
     device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -104,14 +103,7 @@ def enter(place: Place, *, group: bool, timeout_seconds: float = 1800) -> World:
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         global group_entered
         group_entered = True
-        try:
-            dist.init_process_group(backends, timeout=timedelta(seconds=timeout_seconds), **meeting)
-        except dist.DistNetworkError as error:
-            if place.run_id or "EADDRINUSE" not in str(error):  # an agent that restarts chooses another port
-                raise
-            raise UserError(
-                f"MASTER_PORT={os.environ['MASTER_PORT']}: another program listens there; choose a free port"
-            ) from error
+        dist.init_process_group(backends, timeout=timedelta(seconds=timeout_seconds), **meeting)
     return World(place.rank, place.size, device, place.local_rank, place.local_size)
 
 

@@ -13,6 +13,7 @@ from pretrain.console import notice
 from pretrain.errors import UserError
 from pretrain.interrupt import Interrupt
 from pretrain.launch.layout import Layout, layout
+from pretrain.launch.network import check_master
 from pretrain.launch.policy import Policy
 from pretrain.place import Place
 from pretrain.prepare import instantiate
@@ -50,8 +51,8 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
     )
     strategy.check(setting)
     place = place_in(plan)
-    if plan.joined and place.rank == 0:
-        say_ignored(policy)
+    if plan.joined:
+        check_joined(place, policy)
     elif policy.max_restarts and plan.world_size == 1:
         notice("launch.max_restarts has no effect on one process: nobody would be left to start it again")
     if plan.joined or plan.world_size == 1:
@@ -63,14 +64,14 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
     return run_workers(resolved, overrides, setting, policy)
 
 
-def say_ignored(policy: Policy) -> None:
-    """Of a run that others have started: they decide on nodes and restarts."""
+def check_joined(place: Place, policy: Policy) -> None:
+    """Of a run that others have started, say what they decide. Raises ``UserError`` when its port is another program's."""
     keys = [k for k in ("max_restarts", "nodes", "endpoint") if getattr(policy, k) != getattr(Policy, k)]
-    if keys:
+    if keys and place.rank == 0:
         given = ", ".join(f"launch.{key}" for key in keys)
-        notice(
-            f"{given}: no effect under RANK and WORLD_SIZE: whoever has started the processes decides (torchrun's own options)"
-        )
+        notice(f"{given}: no effect under RANK and WORLD_SIZE; whoever has started the processes decides that")
+    if place.size > 1 and not place.run_id:  # else torchrun has chosen the port
+        check_master(place.rank)
 
 
 def check_auto(resolved: dict[str, Any], strategy: Strategy) -> None:

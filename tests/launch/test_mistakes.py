@@ -148,16 +148,17 @@ def test_a_port_in_use(command, base_arguments, tmp_path):
     assert f"launch.endpoint={endpoint}: another program listens there" in err
 
 
-def test_a_port_in_use_where_ranks_meet(command, base_arguments, monkeypatch, tmp_path):
+@pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_a_port_in_use_where_ranks_meet(rank, command, base_arguments, monkeypatch, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
         code, _, err = command([*base_arguments, f"output_dir={tmp_path / 'run'}", "strategy=ddp"])
     assert code == 2, err
-    assert err == f"error: MASTER_PORT={port}: another program listens there; choose a free port\n"
+    assert err == f"error: MASTER_PORT={port}: another program listens there at 127.0.0.1; choose a free port\n"
     assert not (tmp_path / "run").exists()
 
 
