@@ -65,11 +65,17 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
 
 
 def check_joined(place: Place, policy: Policy) -> None:
-    """Of a run that others have started, say what they decide. Raises ``UserError`` when its port is another program's."""
+    """Of a run that others have started, say what they decide. Raises ``UserError`` when its port is another program's.
+    Of attempts that share torchrun's store, the next one may find the addresses of the one that has died."""
     keys = [k for k in ("max_restarts", "nodes", "endpoint") if getattr(policy, k) != getattr(Policy, k)]
     if keys and place.rank == 0:
         given = ", ".join(f"launch.{key}" for key in keys)
         notice(f"{given}: no effect under RANK and WORLD_SIZE; whoever has started the processes decides that")
+    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if place.rank == 0 and shares_store and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        notice(
+            "torchrun --max-restarts works reliably with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment only"
+        )
     if place.size > 1 and not place.run_id:  # else torchrun has chosen the port
         check_master(place.rank)
 

@@ -71,10 +71,27 @@ def test_a_mistake_under_torchrun_is_one_line_and_no_hang(base_arguments, tmp_pa
     assert done.stderr.count("error: devices=3, but 2 processes were started on this machine") == 1
 
 
+def test_what_torchrun_decides_is_said(given, command, monkeypatch, tmp_path):
+    torchruns = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_MAX_RESTARTS": "1",
+    }
+    for name, value in torchruns.items():
+        monkeypatch.setenv(name, value)
+    more = ["max_steps=1", "launch.max_restarts=2", "launch.endpoint=node1:29500", f"output_dir={tmp_path}"]
+    code, _, err = command([*given, *more])
+    assert code == 0, err
+    assert "launch.max_restarts, launch.endpoint: no effect under RANK and WORLD_SIZE" in err
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in err
+
+
 @pytest.mark.slow
 def test_torchrun_starts_them_again(given, tmp_path):
     run = tmp_path / "run"
     environment = injected(tmp_path, BREAK.format(mark=str(tmp_path / "mark"), at=7, times=1))
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     arguments = [*given, "strategy=ddp", "batch_size=1", f"output_dir={run}", "max_steps=20"]
     done = torchrun(arguments, "--max-restarts=1", env=environment)
     assert done.returncode == 0, done.stderr
