@@ -72,7 +72,7 @@ def check_joined(place: Place, policy: Policy) -> None:
         given = ", ".join(f"launch.{key}" for key in keys)
         notice(f"{given}: no effect under RANK and WORLD_SIZE; whoever has started the processes decides that")
     shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if place.rank == 0 and shares_store and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+    if place.rank == 0 and shares_store and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         notice(
             "torchrun --max-restarts works reliably with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment only"
         )
