@@ -10,6 +10,7 @@ import pytest
 from pretrain.telemetry.run_file import read_run_file
 from tests.test_watchdog import injected
 
+pytestmark = pytest.mark.slow
 STOP = """
 import torch
 step = torch.optim.AdamW.step
@@ -39,7 +40,6 @@ def test_answers_from_a_pipe(stopped_run, tmp_path):
     assert read_run_file(tmp_path / "run")["steps"] == 2
 
 
-@pytest.mark.slow
 def test_answers_from_a_terminal(stopped_run, tmp_path):
     words, environment = stopped_run
     ours, theirs = pty.openpty()

@@ -28,7 +28,7 @@ def ip(*words):
 
 @pytest.fixture(scope="module")
 def namespaces():
-    """Two network namespaces, 10.77.0.1 and 10.77.0.2, and their names."""
+    """Two network namespaces, 10.77.0.1 and 10.77.0.2: their names, and each one's interface."""
     if os.geteuid() or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and the command ip (iproute2)")
     names = [f"pretrain-{os.getpid()}-{letter}" for letter in "ab"]
@@ -43,7 +43,7 @@ def namespaces():
         ip("-n", name, "link", "set", "lo", "up")
         up = ip("-n", name, "link", "set", cable, "up")
         assert up.returncode == 0, up.stderr
-    yield names
+    yield dict(zip(names, cables, strict=True))
     for name in names:
         ip("netns", "del", name)
 
@@ -126,15 +126,16 @@ def machines(namespaces, tmp_path):
     processes."""
     started = []
 
-    def start(words, *, own, **options):
-        for number, name in enumerate(namespaces, start=1):
+    def start(words, *, own):
+        for number, (name, cable) in enumerate(namespaces.items(), start=1):
             hosts = tmp_path / f"hosts-{number}"
             lines = {f"node{n}": f"10.77.0.{n}" for n in (1, 2)} | {f"node{number}": own or f"10.77.0.{number}"}
             hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{at} {node}\n" for node, at in lines.items()))
             command = ["ip", "netns", "exec", name, "unshare", "--mount", "--uts", "sh", "-ec", MACHINE, "sh"]
             command += [hosts, f"node{number}", *words]
+            environment = os.environ | ({"GLOO_SOCKET_IFNAME": cable} if own else {})
             started.append(
-                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
             )
         return started
 
