@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -79,6 +80,7 @@ def begin(
     identity: dict[str, Any],
     steps: int,
     *,
+    model_config: dict[str, Any],
     files: Files,
     place: Place,
     store: Store,
@@ -103,7 +105,8 @@ def begin(
     resume_from = resume_point(folder, store, mode)
     facts = read_run_file(folder.path)
     if resume_from is not None:
-        check_same_run(resume_from, identity, resolved, differing(recall(folder.path / DATA), files))
+        changed_files = differing(recall(folder.path / DATA), files)
+        check_same_run(resume_from, identity, resolved, model_config=model_config, files=changed_files)
         own = resume_from.resolve().parent == store.folder.resolve()
         store.set_aside_after(step_of(resume_from) if own else -1)  # from elsewhere: all here is another branch
         if step_of(resume_from) >= steps and facts.get("status") == "finished" and _end_is_told(folder.path, resolved):
@@ -239,10 +242,12 @@ def recorded_batch_size(checkpoint: Path | None, *, device: str) -> int | None:
     return facts.get("batch_size") if facts.get("device") == device else None
 
 
-def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[str, Any], files: str) -> None:
+def check_same_run(
+    checkpoint: Path, identity: dict[str, Any], resolved: dict[str, Any], *, model_config: dict[str, Any], files: str
+) -> None:
     """Raises ``UserError`` listing old and new values when ``checkpoint`` is of a run with another model, tokenizer,
-    data, sequence length, global batch or seed; such a run can't be continued exactly. ``files``: which ones of the data
-    are others now."""
+    data, sequence length, global batch or seed; such a run can't be continued exactly. ``model_config``: the model's
+    config.json of now; ``files``: which ones of the data are others now."""
     before = read_state(checkpoint)["identity"]
     changed = [p for p in FIXED if before.get(p) != identity[p] and p not in resolved["resume_allow"]]
     if not changed:
@@ -255,11 +260,23 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any], resolved: dict[st
         if part == "data" and files:
             keys.append(f"the data is not what the run began with: {files}")
         reasons += keys or [f"{part}: {before.get(part)} → {identity[part]}{why}"]
+        if part == "model":
+            reasons += other_shape(checkpoint, model_config)
     raise UserError(
         f"{checkpoint} can't be continued with other settings: {'; '.join(dict.fromkeys(reasons))}. "
         "Choose another output_dir, or resume=never to start over"
         f"{_allowing(changed)}"
     )
+
+
+def other_shape(checkpoint: Path, model_config: dict[str, Any]) -> list[str]:
+    """The numbers of the model's config that are others in the checkpoint's, as ``differences`` tells them."""
+    try:
+        saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    both = [key for key in model_config if key in saved and isinstance(saved[key], int)]
+    return differences({key: saved[key] for key in both}, {key: model_config[key] for key in both})
 
 
 def _allowing(changed: list[str]) -> str:

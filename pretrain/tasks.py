@@ -54,10 +54,14 @@ def pretraining(
     store = Store(folder / "checkpoints", instantiate(resolved["checkpoint"]))
     store.policy.check([name for name, _, _ in prepared.domains])
     with ExitStack() as claims:
-        files = prepared.train.store.files
         start = world.on_main(
             lambda: begin(
-                *(resolved, overrides, prepared.identity, steps), files=files, place=place, store=store, claims=claims
+                *(resolved, overrides, prepared.identity, steps),
+                model_config=prepared.model.config(),
+                files=prepared.train.store.files,
+                place=place,
+                store=store,
+                claims=claims,
             )
         )
         if start is None:

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from pretrain.errors import UserError
+
 PIECES = "pieces"  # metadata of a file: {name: [first row, shape of the whole]} for what is not whole in it
 
 
@@ -113,10 +115,21 @@ class TensorFiles:
 def fill(tensor: Tensor, files: TensorFiles, name: str) -> None:
     """Copy what ``files`` holds under ``name`` into ``tensor``, of a sharded one this rank's rows.
 
-    Raises ``RuntimeError`` when the shapes differ.
+    Raises ``UserError`` when the shapes differ.
     """
-    if tuple(tensor.shape) != files.shape(name):
-        raise RuntimeError(f"{name}: shape {files.shape(name)}, the model has {tuple(tensor.shape)}")
+    check_shape(name, files, tuple(tensor.shape))
     part, start = local(tensor), start_of(tensor)
     with torch.no_grad():
         part.copy_(files.read(name, start, start + len(part)) if part.ndim else files.read(name))
+
+
+def check_names(names: Iterable[str], files: TensorFiles) -> None:
+    """Raises ``UserError`` when ``files`` hold other names than those of the model."""
+    if odd := set(names) ^ files.keys():
+        raise UserError(f"weights that do not fit the model: {', '.join(sorted(odd)[:5])} on one side only")
+
+
+def check_shape(name: str, files: TensorFiles, wanted: tuple[int, ...]) -> None:
+    """Raises ``UserError`` when the tensor in ``files`` has another shape."""
+    if wanted != files.shape(name):
+        raise UserError(f"weights that do not fit the model: {name} is {files.shape(name)}, the model's {wanted}")

@@ -25,6 +25,16 @@ def numbers(run: Path) -> list[dict]:
     ]
 
 
+def starts(run: Path) -> list[tuple[int, bool]]:
+    """Of every start that its records know: the step, and whether it went on from a checkpoint."""
+    return [(r["step"], r["resumed"]) for r in read_records(run / "metrics.jsonl") if r["event"] == "run_started"]
+
+
+def losses(run: Path) -> list[float]:
+    """Of every step that was trained."""
+    return [r["loss"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
+
+
 def assert_same_numbers(run: Path, reference: Path) -> None:
     """The first record that differs, said as it is."""
     for ours, theirs in zip_longest(numbers(run), numbers(reference)):

@@ -17,6 +17,7 @@ from pretrain.replace import partial_of
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.launch.test_launch import LONG, PAIR, steps, wait_for, workers_of
+from tests.runs import starts
 
 ROOT = Path(__file__).parents[1]
 GUARDED = """
@@ -124,7 +125,7 @@ def test_a_rank_that_is_stopped_is_found_and_the_group_comes_back(
     given = [*base_arguments, f"model_name={exact_model('llama')}", *PAIR, "sink=jsonl", "max_steps=150"]
     given += ["evaluate_every=null", "save_every=10"]
     process = spawn([*given, f"output_dir={run}", "launch.timeout=8", "launch.max_restarts=1"])
-    wait_for(lambda: steps(run) >= 15, process)
+    wait_for(lambda: steps(run) >= 25, process)
     workers_of(process.pid)[1].send_signal(signal.SIGSTOP)
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
@@ -135,6 +136,9 @@ def test_a_rank_that_is_stopped_is_found_and_the_group_comes_back(
     assert not [p for p in psutil.process_iter() if p.status() == psutil.STATUS_STOPPED and p.ppid() == process.pid]
     facts = read_run_file(run)
     assert (facts["status"], facts["restarts"]) == ("finished", 1)
+    [_, (step, resumed)] = starts(run)
+    assert resumed
+    assert step >= 10
     code, _, err = command([*given, f"output_dir={tmp_path / 'undisturbed'}"])
     assert code == 0, err
     ours, theirs = (

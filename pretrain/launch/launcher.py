@@ -13,6 +13,8 @@ from pretrain.console import notice
 from pretrain.errors import UserError
 from pretrain.interrupt import Interrupt
 from pretrain.launch.layout import Layout, layout
+from pretrain.launch.network import check_master
+from pretrain.launch.policy import Policy
 from pretrain.place import Place
 from pretrain.prepare import instantiate
 from pretrain.split import Split
@@ -48,15 +50,34 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
         grad_clip=resolved["grad_clip"],
     )
     strategy.check(setting)
-    if policy.max_restarts and plan.world_size == 1:
+    place = place_in(plan)
+    if plan.joined:
+        check_joined(place, policy)
+    elif policy.max_restarts and plan.world_size == 1:
         notice("launch.max_restarts has no effect on one process: nobody would be left to start it again")
     if plan.joined or plan.world_size == 1:
         from pretrain import tasks
 
-        return tasks.pretraining(resolved, overrides, interrupt, setting, place_in(plan))
+        return tasks.pretraining(resolved, overrides, interrupt, setting, place)
     from pretrain.launch.agent import run_workers
 
     return run_workers(resolved, overrides, setting, policy)
+
+
+def check_joined(place: Place, policy: Policy) -> None:
+    """Of a run that others have started, say what they decide. Raises ``UserError`` when its port is another program's.
+    Of attempts that share torchrun's store, the next one may find the addresses of the one that has died."""
+    keys = [k for k in ("max_restarts", "nodes", "endpoint") if getattr(policy, k) != getattr(Policy, k)]
+    if keys and place.rank == 0:
+        given = ", ".join(f"launch.{key}" for key in keys)
+        notice(f"{given}: no effect under RANK and WORLD_SIZE; whoever has started the processes decides that")
+    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if place.rank == 0 and shares_store and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        notice(
+            "torchrun --max-restarts works reliably with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment only"
+        )
+    if place.size > 1 and not place.run_id:  # else torchrun has chosen the port
+        check_master(place.rank)
 
 
 def check_auto(resolved: dict[str, Any], strategy: Strategy) -> None:

@@ -104,6 +104,10 @@ def _joined(asked: str | int, strategy: Strategy, name: str) -> Layout:
     for variable in ("MASTER_ADDR", "MASTER_PORT"):
         if size > 1 and variable not in os.environ:
             raise UserError(f"WORLD_SIZE={size} in the environment without {variable}: torchrun sets all of them")
+    if size > 1 and not 0 < _number("MASTER_PORT") < 2**16:
+        raise UserError(
+            f"MASTER_PORT={os.environ['MASTER_PORT']} in the environment: a port is a number from 1 to 65535"
+        )
     if size > 1 and strategy.workers(2) == 1:
         raise UserError(
             f"WORLD_SIZE={size}: strategy={name} is one process; start it without torchrun, or use {_of_several()}"

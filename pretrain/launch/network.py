@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import socket
 import struct
 import threading
@@ -67,6 +68,18 @@ def interface_of(address: str) -> str | None:
                 if socket.inet_ntoa(found[20:24]) == address:
                     return name
     return None
+
+
+def check_master(rank: int) -> None:
+    """Raises ``UserError`` when another program listens at MASTER_ADDR and MASTER_PORT, which rank 0 is to open: torch's
+    ranks would wait for its answer without end."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_connection((address, port), timeout=ANSWER_SECONDS).close()
+    except OSError:  # nobody is there yet
+        return
+    if rank == 0 or not _is_meeting_point(address, port):
+        raise UserError(f"MASTER_PORT={port}: another program listens there at {address}; choose a free port")
 
 
 def _is_meeting_point(address: str, port: int) -> bool:

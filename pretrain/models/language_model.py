@@ -14,7 +14,7 @@ from pretrain.batch import IGNORE
 from pretrain.errors import UserError
 from pretrain.models.files import POSITION_KEYS
 from pretrain.models.loss import linear_cross_entropy
-from pretrain.tensors import TensorFiles, fill
+from pretrain.tensors import TensorFiles, check_names, fill
 
 PROBE_LOGIT = 100.0  # beyond any soft cap in use (Gemma 2: 30), so that a cap can't pass for a straight line
 
@@ -119,11 +119,10 @@ class LanguageModel(nn.Module):
         return state
 
     def load(self, files: TensorFiles) -> None:
-        """Fill every weight from ``files``, this rank's rows of a sharded one. Raises ``RuntimeError`` when a name or a
+        """Fill every weight from ``files``, this rank's rows of a sharded one. Raises ``UserError`` when a name or a
         shape does not fit."""
         own = self.hf_state()
-        if own.keys() != files.keys():
-            raise RuntimeError(f"weights do not fit: {sorted(own.keys() ^ files.keys())[:5]} on one side only")
+        check_names(own, files)
         for name, tensor in own.items():
             fill(tensor, files, name)
 

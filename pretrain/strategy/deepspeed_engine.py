@@ -25,7 +25,7 @@ from pretrain.batch import Batch
 from pretrain.engine import Engine, never
 from pretrain.errors import UserError
 from pretrain.models.meta import cast_parameters, put_buffers
-from pretrain.tensors import Piece, TensorFiles
+from pretrain.tensors import Piece, TensorFiles, check_names, check_shape
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -227,12 +227,9 @@ class DeepspeedEngine(Engine):
 
     def _load_weights(self, files: TensorFiles) -> None:
         own = self.model.hf_state()
-        if own.keys() != files.keys():
-            raise RuntimeError(f"weights do not fit: {sorted(own.keys() ^ files.keys())[:5]} on one side only")
+        check_names(own, files)
         for name, tensor in own.items():
-            shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
-            if shape != files.shape(name):
-                raise RuntimeError(f"{name}: shape {files.shape(name)}, the model has {shape}")
+            check_shape(name, files, tuple(getattr(tensor, "ds_shape", tensor.shape)))
             self._assign(tensor, files.read(name))
         self._update_weights()
 

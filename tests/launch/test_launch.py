@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from pretrain.split import Split
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
+from tests.runs import starts
 
 LONG = ["max_steps=100000", "evaluate_every=null", "save_every=10", "sink=jsonl"]
 PAIR = ["strategy=ddp", "devices=2", "batch_size=1"]
@@ -61,9 +63,12 @@ def ended(process, workers, seconds=60) -> str:
     return out
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_takes_the_group_down(rank, long_run):
-    process, workers, run = long_run()
+DEEPSPEED = pytest.param("strategy=deepspeed strategy.zero_stage=3", 1, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("strategy", "rank"), [("strategy=ddp", 0), ("strategy=fsdp", 1), DEEPSPEED])
+def test_a_rank_that_is_killed_takes_the_group_down(strategy, rank, long_run):
+    process, workers, run = long_run(*strategy.split())
     workers[rank].kill()
     out = ended(process, workers)
     assert process.returncode == 1
@@ -73,9 +78,17 @@ def test_a_rank_that_is_killed_takes_the_group_down(rank, long_run):
     assert read_run_file(run)["status"] == "failed"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_to_the_parent_saves_and_exits_75(number, long_run, base_arguments, command):
-    process, workers, run = long_run()
+@pytest.mark.parametrize(
+    ("strategy", "number"),
+    [
+        ("strategy=fsdp", signal.SIGTERM),
+        ("strategy=ddp", signal.SIGINT),
+        ("strategy=ddp", signal.SIGUSR1),
+        pytest.param("strategy=deepspeed strategy.zero_stage=3", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_the_parent_saves_and_exits_75(strategy, number, long_run, base_arguments, command):
+    process, workers, run = long_run(*strategy.split())
     if number == signal.SIGINT:  # a terminal sends Ctrl-C to all of them
         for worker in workers:
             worker.send_signal(number)
@@ -87,7 +100,7 @@ def test_a_signal_to_the_parent_saves_and_exits_75(number, long_run, base_argume
     assert facts["status"] == "stopped"
     assert (run / f"checkpoints/step-{facts['steps']:08d}/COMPLETE.json").exists()
     more = ["evaluate_every=null", "sink=jsonl", f"max_steps={facts['steps'] + 2}"]
-    code, _, err = command([*base_arguments, *PAIR, f"output_dir={run}", *more])
+    code, _, err = command([*base_arguments, *PAIR, *strategy.split(), f"output_dir={run}", *more])
     assert code == 0, err
     assert steps(run) == facts["steps"] + 2
 
@@ -166,7 +179,7 @@ torch.optim.AdamW.step = broken
 
 def broken_run(arguments, tmp_path, *, at, times):
     """The program with an optimizer that raises on rank 1 at update ``at``, the first ``times`` times. The fork server
-    imports it with everything else."""
+    imports it with everything else. However it ends, nothing of it is left behind."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "break_it.py").write_text(BREAK.format(mark=str(tmp_path / "mark"), at=at, times=times))
@@ -182,7 +195,19 @@ def broken_run(arguments, tmp_path, *, at, times):
     )
     environment = os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{Path(__file__).parents[2]}"}
     command = [sys.executable, "-c", start, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    assert not left_behind(environment["PYTHONPATH"])
+    return done
+
+
+def left_behind(python_path: str) -> list[psutil.Process]:
+    """The processes that were started with this PYTHONPATH and do not end."""
+    left = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("PYTHONPATH") == python_path:
+                left.append(process)
+    return psutil.wait_procs(left, timeout=10)[1]
 
 
 def test_an_exception_on_one_rank_is_told_once(base_arguments, tmp_path):
@@ -209,6 +234,7 @@ def test_a_restart_goes_on_from_the_last_checkpoint(base_arguments, command, tmp
     assert "(restart 2 of 2)" in done.stderr
     facts = read_run_file(run)
     assert (facts["status"], facts["steps"], facts["restarts"]) == ("finished", 20, 2)
+    assert starts(run) == [(0, False), (5, True), (5, True)]
     code, _, err = command([*given, f"output_dir={tmp_path / 'undisturbed'}"])
     assert code == 0, err
     losses = [
@@ -220,6 +246,23 @@ def test_a_restart_goes_on_from_the_last_checkpoint(base_arguments, command, tmp
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("resume", ["never", pytest.param("named", marks=pytest.mark.slow)])
+def test_what_resume_says_is_done_once(resume, base_arguments, command, tmp_path):
+    """Not again after a restart: then the run's own newest checkpoint counts."""
+    earlier, run = tmp_path / "earlier", tmp_path / "run"
+    if resume == "never":
+        run = earlier
+    code, _, err = command([*base_arguments, f"output_dir={earlier}", "max_steps=2", "sink=jsonl"])
+    assert code == 0, err
+    named = "never" if resume == "never" else earlier / "checkpoints/step-00000002"
+    more = [f"output_dir={run}", f"resume={named}", "launch.max_restarts=1", "max_steps=10", "sink=jsonl"]
+    done = broken_run([*base_arguments, *PAIR, *more], tmp_path, at=7, times=1)
+    assert done.returncode == 0, done.stderr
+    assert "(restart 1 of 1)" in done.stderr
+    assert starts(run) == [(0, False) if resume == "never" else (2, True), (5, True)]
+    assert len(list(tmp_path.glob("earlier.old-*"))) == (1 if resume == "never" else 0)
+
+
 def test_a_mistake_found_by_a_worker_is_not_retried(base_arguments, command, tmp_path):
     given = [*base_arguments, "strategy=fsdp", "devices=2", "batch_size=1", f"output_dir={tmp_path}", "sink=jsonl"]
     code, _, err = command([*given, "strategy.auto_wrap_policy=LlamaLayer", "launch.max_restarts=3"])
@@ -229,6 +272,7 @@ def test_a_mistake_found_by_a_worker_is_not_retried(base_arguments, command, tmp
     assert "strategy.auto_wrap_policy=LlamaLayer: LlamaForCausalLM has no such class" in errors[0]
     assert "LlamaDecoderLayer" in errors[0]
     assert "restart" not in err
+    assert not psutil.wait_procs(workers_of(os.getpid()), timeout=10)[1], "no orphans"
 
 
 def test_every_rank_has_a_log_with_its_stderr(base_arguments, tmp_path):
@@ -247,36 +291,6 @@ def test_only_one_rank_talks(base_arguments, spawn, tmp_path):
     assert process.returncode == 0, out
     assert out.count("\nstep 2/2") == 1
     assert "Warning" not in out
-
-
-# -- started by others ------------------------------------------------------------------------------------------------
-
-
-def torchrun(arguments, *, processes=2, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", "pretrain", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=180, **options)
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_under_torchrun_it_joins(strategy, base_arguments, exact_model, command, tmp_path):
-    given = [*base_arguments, f"model_name={exact_model('llama')}", "max_steps=6", "sink=jsonl"]
-    done = torchrun([*given, f"strategy={strategy}", "batch_size=1", f"output_dir={tmp_path / 'joined'}"])
-    assert done.returncode == 0, done.stderr
-    assert read_run_file(tmp_path / "joined")["world_size"] == 2
-    code, _, err = command([*given, f"output_dir={tmp_path / 'alone'}"])
-    assert code == 0, err
-    joined, alone = (
-        [r["loss"] for r in read_records(tmp_path / name / "metrics.jsonl") if r["event"] == "train"]
-        for name in ("joined", "alone")
-    )
-    assert joined == pytest.approx(alone, abs=1e-5)
-
-
-def test_a_mistake_under_torchrun_is_one_line_and_no_hang(base_arguments, tmp_path):
-    done = torchrun([*base_arguments, "strategy=ddp", "devices=3", f"output_dir={tmp_path}"])
-    assert done.returncode == 1  # torchrun's own
-    assert done.stderr.count("error: devices=3, but 2 processes were started on this machine") == 1
 
 
 # -- the data ---------------------------------------------------------------------------------------------------------

@@ -1,10 +1,15 @@
 """Where processes can't be had as asked: exit code 2 and one line, before anything is started where that can be known."""
 
+import json
 import os
+import re
+import shutil
 import socket
+from pathlib import Path
 
 import pytest
 
+from pretrain.checkpoint.atomic import MARKER, checksum
 from tests.conftest import sentences
 from tests.launch.test_launch import PAIR
 
@@ -24,6 +29,11 @@ ENVIRONMENTS = [
         "2 processes were started",
     ),
     ({"RANK": "0", "WORLD_SIZE": "2"}, ["task=evaluation"], "task=evaluation is one process"),
+    (
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "99999"},
+        ["strategy=ddp"],
+        "MASTER_PORT=99999 in the environment: a port is a number from 1 to 65535",
+    ),
 ]
 
 
@@ -142,6 +152,20 @@ def test_a_port_in_use(command, base_arguments, tmp_path):
     assert f"launch.endpoint={endpoint}: another program listens there" in err
 
 
+@pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_a_port_in_use_where_ranks_meet(rank, command, base_arguments, monkeypatch, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        code, _, err = command([*base_arguments, f"output_dir={tmp_path / 'run'}", "strategy=ddp"])
+    assert code == 2, err
+    assert err == f"error: MASTER_PORT={port}: another program listens there at 127.0.0.1; choose a free port\n"
+    assert not (tmp_path / "run").exists()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -177,13 +201,69 @@ def test_ranks_that_disagree(differs, says, spawn, base_arguments, exact_model, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_of_another_shape_is_refused(base_arguments, exact_model, command, tmp_path):
-    given = [*base_arguments, *PAIR, f"output_dir={tmp_path}", "sink=jsonl"]
-    code, _, err = command([*given, f"model_name={exact_model('llama')}", "max_steps=1"])
+@pytest.fixture
+def wider(exact_model, tmp_path):
+    """``wider(folder)``: the same model with twice the width, in ``folder``."""
+
+    def make(folder):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        shutil.copytree(exact_model("llama"), folder, dirs_exist_ok=True)
+        config = AutoConfig.from_pretrained(folder)
+        config.hidden_size = 64
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def test_a_checkpoint_of_another_shape_is_refused(base_arguments, exact_model, wider, command, tmp_path):
+    """Another model's, or the same folder's with its content exchanged, here or from elsewhere: the message has the shapes."""
+    model, run = shutil.copytree(exact_model("llama"), tmp_path / "model"), tmp_path / "run"
+    given = [*base_arguments, "sink=jsonl"]
+    code, _, err = command([*given, f"model_name={model}", f"output_dir={run}", "max_steps=1"])
     assert code == 0, err
-    before = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    code, _, err = command([*given, f"model_name={exact_model('llama-tied')}", "max_steps=4"])
-    assert code == 2
-    assert "can't be continued with other settings: " in err
-    assert f"{exact_model('llama')} → {exact_model('llama-tied')}" in err
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == before
+    before = sorted(p.name for p in (run / "checkpoints").iterdir())
+    elsewhere = [f"output_dir={tmp_path / 'elsewhere'}", f"resume={run}"]
+    other = exact_model("llama-tied")
+    wider(model)
+    for more, says in (
+        ([f"model_name={model}", *PAIR, f"output_dir={run}"], "hidden_size: 32 → 64"),
+        ([f"model_name={model}", *elsewhere], "hidden_size: 32 → 64"),
+        ([f"model_name={other}", f"output_dir={run}"], f"{model} → {other}; tie_word_embeddings: False → True"),
+    ):
+        code, _, err = command([*given, *more, "max_steps=4"])
+        assert code == 2, err
+        assert "can't be continued with other settings: " in err
+        assert says in err
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == before
+
+
+def test_a_run_from_scratch_of_another_shape_is_refused(base_arguments, exact_model, command, tmp_path):
+    given = [*base_arguments, f"model_name={exact_model('llama')}", "model=scratch", f"output_dir={tmp_path}"]
+    code, _, err = command([*given, "max_steps=1", "sink=jsonl"])
+    assert code == 0, err
+    code, _, err = command([*given, "max_steps=2", "+model.overrides.hidden_size=64"])
+    assert code == 2, err
+    assert "model.overrides.hidden_size: None → 64" in err
+    assert "hidden_size: 32 → 64" in err
+
+
+@pytest.mark.parametrize(
+    "strategy", ["single", *(pytest.param(s, marks=pytest.mark.slow) for s in ("fsdp", "deepspeed"))]
+)
+def test_a_checkpoint_with_the_weights_of_another_shape(
+    strategy, base_arguments, exact_model, wider, command, tmp_path
+):
+    """Exchanged by hand, marker and all: what it says of itself fits, what it holds does not."""
+    given = [*base_arguments, f"model_name={exact_model('llama')}", f"output_dir={tmp_path / 'run'}", "sink=jsonl"]
+    code, _, err = command([*given, "max_steps=1"])
+    assert code == 0, err
+    checkpoint = tmp_path / "run/checkpoints/step-00000001"
+    weights = Path(shutil.copy(wider(tmp_path / "wider") / "model.safetensors", checkpoint))
+    marker = json.loads((checkpoint / MARKER).read_text())
+    marker["files"][weights.name] = {"bytes": weights.stat().st_size, "xxh3_128": checksum(weights)}
+    (checkpoint / MARKER).write_text(json.dumps(marker))
+    code, _, err = command([*given, f"strategy={strategy}", "max_steps=2"])
+    assert code == 2, err
+    assert re.search(r"error: weights that do not fit the model: \S+ is \(.*64.*\), the model's \(.*32.*\)\n", err)

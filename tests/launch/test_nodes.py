@@ -2,9 +2,12 @@
 reach each other by a virtual cable only. Where it is about agents that do not come together, both are simply here."""
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,7 +16,9 @@ from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.launch.test_launch import steps, wait_for
 from tests.launch.test_mistakes import free_port
+from tests.runs import losses, starts
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("nodes")
 
 
@@ -23,7 +28,7 @@ def ip(*words):
 
 @pytest.fixture(scope="module")
 def namespaces():
-    """Two network namespaces, 10.77.0.1 and 10.77.0.2, and their names."""
+    """Two network namespaces, 10.77.0.1 and 10.77.0.2: their names, and each one's interface."""
     if os.geteuid() or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and the command ip (iproute2)")
     names = [f"pretrain-{os.getpid()}-{letter}" for letter in "ab"]
@@ -38,7 +43,7 @@ def namespaces():
         ip("-n", name, "link", "set", "lo", "up")
         up = ip("-n", name, "link", "set", cable, "up")
         assert up.returncode == 0, up.stderr
-    yield names
+    yield dict(zip(names, cables, strict=True))
     for name in names:
         ip("netns", "del", name)
 
@@ -61,10 +66,6 @@ def two_nodes(namespaces, base_arguments, exact_model):
         if process.poll() is None:
             process.kill()
         process.communicate()
-
-
-def losses(run):
-    return [r["loss"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
@@ -91,6 +92,9 @@ def test_a_rank_that_dies_on_one_node_restarts_both(two_nodes, tmp_path):
     assert any("was killed by SIGKILL; all ranks start again" in out for out in outs), outs
     facts = read_run_file(run)
     assert (facts["status"], facts["steps"], facts["restarts"]) == ("finished", 400, 1)
+    [_, (step, resumed)] = starts(run)
+    assert resumed
+    assert step >= 10, "of the last checkpoints"
     seen = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
     assert seen == list(range(1, 401))
 
@@ -106,6 +110,72 @@ def test_a_signal_on_one_node_stops_both(two_nodes, tmp_path):
     facts = read_run_file(run)
     assert facts["status"] == "stopped"
     assert (run / f"checkpoints/step-{facts['steps']:08d}/COMPLETE.json").exists()
+
+
+MACHINE = """
+mount --bind "$1" /etc/hosts
+python3 -c 'import socket, sys; socket.sethostname(sys.argv[1])' "$2"
+shift 2
+exec "$@"
+"""
+
+
+@pytest.fixture
+def machines(namespaces, tmp_path):
+    """The same command on machines called node1 and node2, whose ``own`` names lead each to one address; both
+    processes."""
+    started = []
+
+    def start(words, *, own):
+        for number, (name, cable) in enumerate(namespaces.items(), start=1):
+            hosts = tmp_path / f"hosts-{number}"
+            lines = {f"node{n}": f"10.77.0.{n}" for n in (1, 2)} | {f"node{number}": own or f"10.77.0.{number}"}
+            hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{at} {node}\n" for node, at in lines.items()))
+            command = ["ip", "netns", "exec", name, "unshare", "--mount", "--uts", "sh", "-ec", MACHINE, "sh"]
+            command += [hosts, f"node{number}", *words]
+            environment = os.environ | ({"GLOO_SOCKET_IFNAME": cable} if own else {})
+            started.append(
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+            )
+        return started
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def documented_torchrun():
+    """The line of docs/strategies.md that stands for several machines."""
+    page = (ROOT / "docs/strategies.md").read_text()
+    [line] = re.findall(r"^torchrun --nnodes .*$", page, re.MULTILINE)
+    return shlex.split(line)[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [None, "127.0.1.1"], ids=["by name", "as Debian names itself"])
+def test_the_documented_torchrun_line(own, machines, base_arguments, exact_model, command, tmp_path):
+    """With one process a node. Where a machine's own name leads to itself only, gloo is told the interface."""
+    given = [*base_arguments, f"model_name={exact_model('llama')}", "max_steps=6", "sink=jsonl"]
+    line = [word.replace("/shared", str(tmp_path)) for word in documented_torchrun()]
+    line[line.index("--nproc_per_node") + 1] = "1"
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *line,
+        *given,
+        "batch_size=1",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    nodes = machines(words, own=own)
+    outs = [node.communicate(timeout=180)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outs
+    assert read_run_file(tmp_path / "run")["world_size"] == 2
+    code, _, err = command([*given, f"output_dir={tmp_path / 'alone'}"])
+    assert code == 0, err
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
 
 
 def here(base_arguments, run, *, timeout):

@@ -166,16 +166,19 @@ def test_two_nodes_are_one_run(cluster, sweep, tmp_path):
     assert (run["status"], run["world_size"]) == ("finished", 2)
 
 
-def test_preempted_job_saves_is_queued_again_and_goes_on(cluster, sweep, base_arguments, spawn, tmp_path):
-    process = sweep("max_steps=300")
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_preempted_job_saves_is_queued_again_and_goes_on(nodes, cluster, sweep, base_arguments, spawn, tmp_path):
+    given = ["max_steps=300", *(["strategy=ddp", "batch_size=1"] if nodes > 1 else [])]
+    process = sweep(*given, f"hydra.launcher.nodes={nodes}", "devices=1")
     folder = wait_for_steps(tmp_path, 10)
     job = subprocess.check_output(["squeue", "--noheader", "--format=%i"], text=True).strip()
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     finish(process)
     [run] = runs(tmp_path)
     assert (run["status"], run["restarts"]) == ("finished", 1)
+    assert run["world_size"] == nodes
     assert "Restarts=1" in subprocess.check_output(["scontrol", "show", "job", job], text=True)
-    assert records(folder) == undisturbed(base_arguments, spawn, tmp_path / "alone", "max_steps=300")
+    assert records(folder) == undisturbed(base_arguments, spawn, tmp_path / "alone", *given, f"devices={nodes}")
 
 
 @pytest.mark.slow
