@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint.atomic import MARKER, missing_or_torn, write_folder
+from pretrain.checkpoint.atomic import missing_or_torn, write_folder
 from pretrain.checkpoint.policy import Policy
 from pretrain.checkpoint.rng import rng_state, seed_everything, set_rng_state
 from pretrain.checkpoint.store import Store, load
 from pretrain.errors import UserError
+from pretrain.folders import MARKER
 from pretrain.tensors import Piece
 from pretrain.world import World
 
