@@ -45,6 +45,15 @@ def assert_same_run(run: Path, reference: Path) -> None:
     assert state | {"records": []} == expected | {"records": []}, "apart from their clocks the records are above"
 
 
+def assert_same_bytes(run: Path, reference: Path) -> None:
+    """The same of runs of several processes, whose checkpoints may be in pieces."""
+    assert_same_numbers(run, reference)
+    files = list((reference / "checkpoints/step-00000020").glob("*.safetensors"))
+    assert files
+    for file in files:
+        assert (run / "checkpoints/step-00000020" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def wait_for(run: Path, step: int, process) -> None:
     """Until metrics.jsonl has a record of ``step``."""
     while process.poll() is None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from pretrain.checkpoint.store import load
+from pretrain.checkpoint.weights import weights_folder
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
-from tests.runs import assert_same_run, numbers, wait_for
+from tests.runs import assert_same_bytes, assert_same_run, numbers, wait_for
 
 
 @pytest.mark.parametrize("at", [7, 19])
@@ -128,6 +129,60 @@ def test_a_torn_checkpoint_is_passed_over(uninterrupted, base_arguments, command
     assert code == 0, err
     assert "step-00000020 passed over: optimizer.safetensors has" in err
     assert_same_run(run, uninterrupted)
+
+
+def test_a_flipped_bit_in_a_large_file(base_arguments, command, tmp_path):
+    """The quick look does not see it. In full the file is named: a run goes on from the checkpoint before, and nothing
+    starts from its weights."""
+    run = tmp_path / "run"
+    larger = ["model=scratch", "model.overrides.hidden_size=128", "model.overrides.intermediate_size=512"]
+    arguments = [*base_arguments, f"output_dir={run}", *larger, "max_steps=10"]
+    code, _, err = command(arguments)
+    assert code == 0, err
+    newest = run / "checkpoints/step-00000010"
+    weights = newest / "model.safetensors"
+    written = weights.read_bytes()
+    assert len(written) > 1 << 20
+    damaged = bytearray(written)
+    damaged[len(written) // 2] ^= 1
+    weights.write_bytes(damaged)
+    export = ["task=export", f"model_name={newest}"]
+    assert command([*export, f"output_dir={tmp_path / 'quick'}"])[0] == 0
+    code, _, err = command([*export, f"output_dir={tmp_path / 'full'}", "checkpoint.verify=full"])
+    assert code == 2
+    reason = "model.safetensors has other bytes than were written (checksum)"
+    assert f"error: model_name={newest}: not a whole checkpoint: {reason}" in err
+    assert weights_folder(str(run), key="model_name", verify="full") == str(run / "checkpoints/step-00000005")
+    code, _, err = command([*arguments, "checkpoint.verify=full"])
+    assert code == 0, err
+    assert f"{newest} passed over: {reason}" in err
+    assert weights.read_bytes() == written
+
+
+@pytest.mark.slow
+def test_torn_checkpoints_of_two_processes(base_arguments, command, tmp_path):
+    """A missing shard, another version, a shard too many: each time the run ends as it was."""
+    run, before, last = tmp_path / "run", "checkpoints/step-00000015", "checkpoints/step-00000020"
+    arguments = [*base_arguments, "strategy=fsdp", "devices=2", "batch_size=1", f"output_dir={run}"]
+    code, _, err = command(arguments)
+    assert code == 0, err
+    whole = shutil.copytree(run, tmp_path / "whole")
+
+    def goes_on(*says):
+        code, _, err = command([*arguments, "checkpoint.verify=full"])
+        assert code == 0, err
+        for words in says:
+            assert words in err
+        assert_same_bytes(run, whole)
+
+    (run / last / "model.rank-1.safetensors").unlink()
+    goes_on(f"{run / last} passed over: model.rank-1.safetensors is missing")
+    marker = run / last / "COMPLETE.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": 99}))
+    goes_on(f"{run / last} passed over: format 99, this version reads 3")
+    shutil.rmtree(run / last)
+    shutil.copy(run / before / "model.rank-1.safetensors", run / before / "model.rank-7.safetensors")
+    goes_on()
 
 
 def test_a_finished_run_is_left_alone_and_can_be_extended(uninterrupted, base_arguments, command, tmp_path):

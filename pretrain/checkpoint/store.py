@@ -64,6 +64,7 @@ class Store:
                 (fresh / name).parent.mkdir(parents=True, exist_ok=True)
                 (fresh / name).write_bytes(content)
                 written.append(fresh / name)
+                alive()
             return written
 
         if world.is_main:
