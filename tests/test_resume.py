@@ -11,8 +11,10 @@ import torch
 
 from pretrain.checkpoint.store import load
 from pretrain.checkpoint.weights import weights_folder
+from pretrain.models.bpe import train_bpe
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
+from tests.conftest import sentences
 from tests.runs import assert_same_bytes, assert_same_run, numbers, wait_for
 
 
@@ -312,6 +314,23 @@ def test_an_evaluation_does_not_write_over_a_run(uninterrupted, base_arguments, 
     assert_same_run(run, uninterrupted)
 
 
+def test_more_epochs_and_other_sinks(base_arguments, command, tmp_path):
+    """A run whose learning rate does not depend on its end goes on as if it had been told so at first."""
+    same = [*base_arguments, "max_steps=null", "scheduler=constant", "warmup_proportion=0", "checkpoint.export=never"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    for more in (
+        ["number_epochs=0.1", "sink=jsonl", f"output_dir={whole}"],
+        ["number_epochs=0.05", "sink=jsonl", f"output_dir={run}"],
+        ["number_epochs=0.1", "sink=[jsonl,csv]", f"output_dir={run}"],
+    ):
+        code, _, err = command([*same, *more])
+        assert code == 0, err
+    trained, expected = ([r for r in numbers(f) if r["event"] == "train"] for f in (run, whole))
+    assert trained == expected
+    first = int((run / "train.csv").read_text().splitlines()[1].split(",")[0])
+    assert 1 < first < len(trained)
+
+
 @pytest.mark.parametrize(
     ("part", "change", "steps"),
     [
@@ -320,12 +339,17 @@ def test_an_evaluation_does_not_write_over_a_run(uninterrupted, base_arguments, 
         ("sequence_length", ["sequence_length=16"], 24),
         ("global_batch", ["batch_size=4"], 24),
         ("weights", ["precision=bf16-true"], 24),
+        ("optimizer", ["optimizer.compensate=false"], 24),
+        ("tokenizer", ["model.tokenizer_name={tokenizer}"], 24),
     ],
 )
 def test_what_is_allowed_to_differ(part, change, steps, uninterrupted, base_arguments, command, tmp_path):
     """Refused, with the word that allows it; with it the run goes on where it was."""
-    run = tmp_path / "run"
+    run, tokenizer = tmp_path / "run", tmp_path / "tokenizer"
     shutil.copytree(uninterrupted, run)
+    if part == "tokenizer":
+        train_bpe(iter(sentences(i, 200) for i in range(5)), vocab_size=299).save_pretrained(tokenizer)
+    change = [c.format(tokenizer=tokenizer) for c in change]
     arguments = [*base_arguments, f"output_dir={run}", f"max_steps={steps}", *change]
     code, _, err = command(arguments)
     assert code == 2
