@@ -182,12 +182,13 @@ def test_one_rank_that_cannot_write(base_arguments, spawn, command, tmp_path):
     code, _, err = command([*pair, f"output_dir={whole}"])
     assert code == 0, err
     for name, says in (("ENOSPC", "No space left on device"), ("EIO", "Input/output error")):
-        run = tmp_path / name
-        run.mkdir()
+        folder = tmp_path / name
+        folder.mkdir()
+        run = folder / "run"
         fault = WHILE_FLUSHING.format(
             path=shard, action=f"raise OSError(errno.{name}, os.strerror(errno.{name}), path)"
         )
-        process = spawn([*pair, f"output_dir={run}", "checkpoint.keep_last=null"], env=injected(run, fault))
+        process = spawn([*pair, f"output_dir={run}", "checkpoint.keep_last=null"], env=injected(folder, fault))
         out, _ = process.communicate(timeout=120)
         (error,) = [line for line in out.splitlines() if line.startswith("error:")]
         good = run / "checkpoints/step-00000005"
