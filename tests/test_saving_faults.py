@@ -13,7 +13,7 @@ import pytest
 
 from pretrain.checkpoint.store import Store
 from pretrain.telemetry.jsonl import read_records
-from tests.runs import assert_same_bytes, assert_same_run, wait_for
+from tests.runs import assert_same_run, wait_for
 from tests.test_watchdog import injected
 
 MIB = 1 << 20
@@ -201,7 +201,7 @@ def test_one_rank_that_cannot_write(base_arguments, spawn, command, tmp_path):
         assert Store(run / "checkpoints").steps() == ([5, 15, 20] if goes_on else [5])
         code, _, err = command([*pair, f"output_dir={run}", "checkpoint.keep_last=null"])
         assert code == 0, err
-        assert_same_bytes(run, whole)
+        assert_same_run(run, whole)
 
 
 SLOW_DISK = """
@@ -267,7 +267,6 @@ def test_kill_9_at_random_moments(processes, kills, base_arguments, spawn, tmp_p
     print(f"PRETRAIN_KILL_SEED={seed}")
     draw = random.Random(seed)
     arguments = base_arguments if processes == 1 else [*base_arguments, "strategy=ddp", "devices=2", "batch_size=1"]
-    same = assert_same_run if processes == 1 else assert_same_bytes
     whole = tmp_path / "whole"
     began_at = time.monotonic()
     process = spawn([*arguments, f"output_dir={whole}"])
@@ -287,9 +286,9 @@ def test_kill_9_at_random_moments(processes, kills, base_arguments, spawn, tmp_p
             done += 1
             continue
         assert process.returncode == 0, process.communicate(timeout=10)[0]
-        same(run, whole)
+        assert_same_run(run, whole)
         finished += 1
     process = spawn([*arguments, f"output_dir={run}"])
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
-    same(run, whole)
+    assert_same_run(run, whole)
