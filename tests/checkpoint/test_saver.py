@@ -143,7 +143,7 @@ def test_no_rank_gathers_the_whole_state(base_arguments, spawn, tmp_path):
     environment = injected(tmp_path, NO_GATHERING)
     for begun, steps, export, code in ((0, 10, "never", 0), (10, 20, "never", 0), (20, 25, "end", 1)):
         process = spawn([*pair, f"max_steps={steps}", f"checkpoint.export={export}"], env=environment)
-        out, _ = process.communicate(timeout=120)
+        out, _ = process.communicate(timeout=240)
         assert process.returncode == code, out
         assert Store(tmp_path / "run/checkpoints").newest() == tmp_path / f"run/checkpoints/step-{steps:08d}"
         assert ("a rank gathers the whole" in out) == bool(code)
