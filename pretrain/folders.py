@@ -1,18 +1,32 @@
-"""Whose a folder is, and whether a name that a file gives leads out of it."""
+"""Whose a folder is, what makes it whole, and whether a name that a file gives leads out of it."""
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path, PurePath
 
 from pretrain.console import notice
 
+MARKER = "COMPLETE.json"  # of a folder that is whole: its files, with sizes and checksums
+
 
 def is_below(name: str) -> bool:
     """Whether ``name``, read in a file, stays in that file's folder."""
     return not os.path.isabs(name) and ".." not in PurePath(name).parts
+
+
+def marked_files(folder: Path, pattern: str) -> list[str]:
+    """Names of the files that match ``pattern`` among those that make a folder whole; what else lies there is not its
+    own. None without a marker that can be read."""
+    try:
+        names = json.loads((folder / MARKER).read_text())["files"]
+        return [name for name in sorted(names) if fnmatch(name, pattern) and is_below(name)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 @cache

@@ -33,9 +33,9 @@ def model_spec(resolved: dict[str, Any]) -> Any:
     """
     from pretrain.checkpoint.weights import weights_folder
 
-    spec = instantiate(resolved["model"])
-    folder = weights_folder(spec.name_or_path, key="model_name")
-    tokenizer = spec.tokenizer_name and weights_folder(spec.tokenizer_name, key="model.tokenizer_name")
+    spec, verify = instantiate(resolved["model"]), instantiate(resolved["checkpoint"]).verify
+    folder = weights_folder(spec.name_or_path, key="model_name", verify=verify)
+    tokenizer = spec.tokenizer_name and weights_folder(spec.tokenizer_name, key="model.tokenizer_name", verify=verify)
     return replace(spec, name_or_path=folder, tokenizer_name=tokenizer)
 
 

@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from pretrain.checkpoint.atomic import FORMAT, MARKER, missing_or_torn
+from pretrain.checkpoint.atomic import FORMAT, missing_or_torn
 from pretrain.data.sources.local import Local
 from pretrain.errors import UserError
-from pretrain.folders import say_if_shared
+from pretrain.folders import MARKER, say_if_shared
 from pretrain.models.files import weight_files
 from tests.test_cli import assert_mistake
 

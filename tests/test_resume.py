@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from pretrain.checkpoint.store import load
+from pretrain.checkpoint.weights import weights_folder
+from pretrain.models.bpe import train_bpe
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
+from tests.conftest import sentences
 from tests.runs import assert_same_run, numbers, wait_for
 
 
@@ -143,6 +146,62 @@ def test_the_end_of_a_finished_run_that_its_records_lost_is_told_again(
     assert [r["status"] for r in read_records(run / "metrics.jsonl") if r["event"] == "run_finished"] == ["finished"]
 
 
+def test_a_flipped_bit_in_a_large_file(base_arguments, command, tmp_path):
+    """The quick look does not see it. In full the file is named: a run goes on from the checkpoint before, and nothing
+    starts from its weights."""
+    run = tmp_path / "run"
+    larger = ["model=scratch", "model.overrides.hidden_size=128", "model.overrides.intermediate_size=512"]
+    arguments = [*base_arguments, f"output_dir={run}", *larger, "max_steps=10"]
+    code, _, err = command(arguments)
+    assert code == 0, err
+    newest = run / "checkpoints/step-00000010"
+    weights = newest / "model.safetensors"
+    written = weights.read_bytes()
+    assert len(written) > 1 << 20
+    damaged = bytearray(written)
+    damaged[len(written) // 2] ^= 1
+    weights.write_bytes(damaged)
+    export = ["task=export", f"model_name={newest}"]
+    assert command([*export, f"output_dir={tmp_path / 'quick'}"])[0] == 0
+    code, _, err = command([*export, f"output_dir={tmp_path / 'full'}", "checkpoint.verify=full"])
+    assert code == 2
+    reason = "model.safetensors has other bytes than were written (checksum)"
+    assert f"error: model_name={newest}: not a whole checkpoint: {reason}" in err
+    assert weights_folder(str(run), key="model_name", verify="full") == str(run / "checkpoints/step-00000005")
+    code, _, err = command([*arguments, "checkpoint.verify=full"])
+    assert code == 0, err
+    assert f"{newest} passed over: {reason}" in err
+    assert weights.read_bytes() == written
+
+
+@pytest.mark.slow
+def test_torn_checkpoints_of_two_processes(base_arguments, spawn, tmp_path):
+    """A missing shard, another version, a shard too many: each time the run ends as it was."""
+    run, before, last = tmp_path / "run", "checkpoints/step-00000015", "checkpoints/step-00000020"
+    arguments = [*base_arguments, "strategy=fsdp", "devices=2", "batch_size=1", f"output_dir={run}"]
+
+    def goes_on(says):
+        process = spawn([*arguments, "checkpoint.verify=full"])
+        out, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, out
+        assert says in out
+
+    goes_on("trains 20 steps")
+    whole = shutil.copytree(run, tmp_path / "whole")
+
+    (run / last / "model.rank-1.safetensors").unlink()
+    goes_on(f"{run / last} passed over: model.rank-1.safetensors is missing")
+    assert_same_run(run, whole)
+    marker = run / last / "COMPLETE.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": 99}))
+    goes_on(f"{run / last} passed over: format 99, this version reads 3")
+    assert_same_run(run, whole)
+    shutil.rmtree(run / last)
+    shutil.copy(run / before / "model.rank-1.safetensors", run / before / "model.rank-7.safetensors")
+    goes_on("continues at step 15 of 20")
+    assert_same_run(run, whole)
+
+
 def test_a_finished_run_is_left_alone_and_can_be_extended(uninterrupted, base_arguments, command, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
@@ -270,6 +329,23 @@ def test_an_evaluation_does_not_write_over_a_run(uninterrupted, base_arguments, 
     assert_same_run(run, uninterrupted)
 
 
+def test_more_epochs_and_other_sinks(base_arguments, command, tmp_path):
+    """A run whose learning rate does not depend on its end goes on as if it had been told so at first."""
+    same = [*base_arguments, "max_steps=null", "scheduler=constant", "warmup_proportion=0", "checkpoint.export=never"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    for more in (
+        ["number_epochs=0.1", "sink=jsonl", f"output_dir={whole}"],
+        ["number_epochs=0.05", "sink=jsonl", f"output_dir={run}"],
+        ["number_epochs=0.1", "sink=[jsonl,csv]", f"output_dir={run}"],
+    ):
+        code, _, err = command([*same, *more])
+        assert code == 0, err
+    trained, expected = ([r for r in numbers(f) if r["event"] == "train"] for f in (run, whole))
+    assert trained == expected
+    first = int((run / "train.csv").read_text().splitlines()[1].split(",")[0])
+    assert 1 < first < len(trained)
+
+
 @pytest.mark.parametrize(
     ("part", "change", "steps"),
     [
@@ -278,12 +354,17 @@ def test_an_evaluation_does_not_write_over_a_run(uninterrupted, base_arguments, 
         ("sequence_length", ["sequence_length=16"], 24),
         ("global_batch", ["batch_size=4"], 24),
         ("weights", ["precision=bf16-true"], 24),
+        ("optimizer", ["optimizer.compensate=false"], 24),
+        ("tokenizer", ["model.tokenizer_name={tokenizer}"], 24),
     ],
 )
 def test_what_is_allowed_to_differ(part, change, steps, uninterrupted, base_arguments, command, tmp_path):
     """Refused, with the word that allows it; with it the run goes on where it was."""
-    run = tmp_path / "run"
+    run, tokenizer = tmp_path / "run", tmp_path / "tokenizer"
     shutil.copytree(uninterrupted, run)
+    if part == "tokenizer":
+        train_bpe(iter(sentences(i, 200) for i in range(5)), vocab_size=299).save_pretrained(tokenizer)
+    change = [c.format(tokenizer=tokenizer) for c in change]
     arguments = [*base_arguments, f"output_dir={run}", f"max_steps={steps}", *change]
     code, _, err = command(arguments)
     assert code == 2

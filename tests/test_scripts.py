@@ -98,6 +98,19 @@ def test_soak():
     assert "lost steps: 0 · wrong steps: 0" in done.stdout
 
 
+@pytest.mark.slow
+def test_bench_checkpoint(tmp_path):
+    done = script("bench_checkpoint.py", "--rounds", "1", "--folder", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^5\d\.\d M parameters, 1 rounds after the first", done.stdout, re.M)
+    header, _, *rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    assert header[0] == "blocked s"
+    took = {name: [float(cell) for cell in cells] for name, *cells in rows}
+    assert {"ours", "ours, sync", "torch.save", "DCP", "DCP async"} <= took.keys()
+    assert all(len(cells) == 5 for cells in took.values())
+    assert not list(tmp_path.iterdir()), "what it wrote is taken away"
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,11 @@ from safetensors import SafetensorError, safe_open
 
 from pretrain.checkpoint.policy import Verify
 from pretrain.errors import NoRoom, UserError
-from pretrain.folders import is_below
+from pretrain.folders import MARKER, is_below
 
 if TYPE_CHECKING:
     from pretrain.world import World
 
-MARKER = "COMPLETE.json"
 FORMAT = 3
 SMALL_BYTES = 1 << 20  # files up to this size have their checksum looked at always
 CHUNK_BYTES = 1 << 24
@@ -39,6 +39,15 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and what is missing above it, on disk."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        with suppress(PermissionError):  # of a folder that may be written but not read
+            flush(path.parent)
 
 
 def write_folder(
@@ -60,7 +69,7 @@ def write_folder(
     partial = path.with_name(f"{path.name}.partial")
 
     def begin() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
 
@@ -111,11 +120,12 @@ def _settle(
 
 
 def _complete(partial: Path, path: Path, entries: dict[str, dict[str, Any]] | None) -> None:
-    """The marker of a whole folder, last, and the folder in its place."""
+    """The marker of a whole folder, after its files; its folders on disk, and it in its place."""
     if entries is not None:
         (partial / MARKER).write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
         flush(partial / MARKER)
-    flush(partial)
+    for folder in (*filter(Path.is_dir, partial.rglob("*")), partial):
+        flush(folder)
     replace_folder(partial, path)
 
 

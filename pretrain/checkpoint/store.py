@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain import tensors
-from pretrain.checkpoint.atomic import missing_or_torn, write_folder
+from pretrain.checkpoint.atomic import make_folder, missing_or_torn, write_folder
 from pretrain.checkpoint.policy import Policy
 from pretrain.console import notice
 from pretrain.errors import UserError
+from pretrain.folders import marked_files
 from pretrain.tensors import TensorFiles
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Store:
                 (fresh / name).parent.mkdir(parents=True, exist_ok=True)
                 (fresh / name).write_bytes(content)
                 written.append(fresh / name)
+                alive()
             return written
 
         if world.is_main:
@@ -96,7 +98,7 @@ class Store:
 
     def _free(self) -> int:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             return shutil.disk_usage(self.folder).free
         except OSError as error:
             raise UserError(f"{self.folder} can't be written: {error}; {self.last_good()}") from error
@@ -180,7 +182,7 @@ def load(path: Path) -> dict[str, Any]:
     if reason is not None:
         raise UserError(f"resume={path}: not a whole checkpoint: {reason}")
     state = read_state(path)
-    kinds = {kind: TensorFiles(sorted(path.glob(f"{kind}*.safetensors"))) for kind in KINDS}
+    kinds = {kind: TensorFiles(path / n for n in marked_files(path, f"{kind}*.safetensors")) for kind in KINDS}
     state["engine"] = kinds | {"scaler": state.pop("scaler")}
     return state
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.checkpoint.atomic import MARKER, missing_or_torn
+from pretrain.checkpoint.atomic import missing_or_torn
+from pretrain.checkpoint.policy import Policy, Verify
 from pretrain.checkpoint.store import Store
 from pretrain.errors import UserError
+from pretrain.folders import MARKER
 
 
-def weights_folder(name: str, *, key: str) -> str:
+def weights_folder(name: str, *, key: str, verify: Verify = "size") -> str:
     """The model folder that ``name`` stands for: a run's newest whole checkpoint, or its ``model/`` where it has none; any
     other name is returned as it is.
 
@@ -19,11 +21,11 @@ def weights_folder(name: str, *, key: str) -> str:
     if not path.is_dir():
         return name
     if any((path / file).exists() for file in (MARKER, "state.json")) or path.parent.name == "checkpoints":
-        reason = missing_or_torn(path)
+        reason = missing_or_torn(path, verify=verify)
         if reason is not None:
             raise UserError(f"{key}={name}: not a whole checkpoint: {reason}")
     elif not (path / "config.json").exists() and any((path / f).exists() for f in ("run.json", "checkpoints")):
-        newest = Store(path / "checkpoints").newest()
+        newest = Store(path / "checkpoints", Policy(verify=verify)).newest()
         if newest is None and not (path / "model").is_dir():
             raise UserError(f"{key}={name}: a run that has neither a whole checkpoint nor a model/")
         return str(newest or path / "model")

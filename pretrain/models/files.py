@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from pretrain.errors import UserError
-from pretrain.folders import is_below
+from pretrain.folders import is_below, marked_files
 
 SAMPLE = Path(__file__).parent / "sample"
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
@@ -112,9 +112,10 @@ def vocabulary_size(folder: Path) -> int:
 def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files. Raises ``UserError`` when there are none, pickled ones only, or one of several is gone."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
+    shards = marked_files(folder, "model*.safetensors")  # of a checkpoint
+    if not shards and single.exists():
         return [single]
-    if index.exists():
+    if not shards and index.exists():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             outside = [shard for shard in shards if not is_below(shard)]
@@ -122,9 +123,10 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             raise UserError(f"model_name={name}: {index} is broken: {type(error).__name__}: {error}") from None
         if outside:
             raise UserError(f"model_name={name}: {index} names {outside[0]!r}, which is outside the folder")
-        gone = [shard for shard in shards if not (folder / shard).is_file()]
-        if gone:
-            raise UserError(f"model_name={name}: {len(gone)} of {len(shards)} weight files are missing, e.g. {gone[0]}")
+    gone = [shard for shard in shards if not (folder / shard).is_file()]
+    if gone:
+        raise UserError(f"model_name={name}: {len(gone)} of {len(shards)} weight files are missing, e.g. {gone[0]}")
+    if shards:
         return [folder / shard for shard in shards]
     pieces = sorted(folder.glob(PIECES))
     if pieces:

@@ -5,6 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.checkpoint.policy import Policy
+from pretrain.checkpoint.store import Store
+from pretrain.telemetry.jsonl import read_records
 
 COUNT = st.none() | st.integers(1, 4)
 LOSSES = st.dictionaries(
@@ -40,6 +42,23 @@ def test_best_by_another_domain():
 def test_a_loss_that_is_no_number_is_not_the_best():
     losses = {5: {"a": 2.0}, 10: {"a": float("nan")}, 15: {"a": 1.0}, 20: {"a": 3.0}}
     assert Policy(keep_last=1, keep_best=1).kept(losses) == {15, 20}
+
+
+def test_the_best_by_the_records_is_kept(base_arguments, command, tmp_path):
+    """The learning rate rises until nothing is learnt any more. Written while training waits, for once."""
+    rising = ["scheduler=constant", "warmup_proportion=1", "lr=0.3", "evaluate_every=5"]
+    kept = ["checkpoint.keep_last=1", "checkpoint.keep_best=1", "checkpoint.async=false", "checkpoint.export=never"]
+    code, _, err = command([*base_arguments, *rising, *kept, f"output_dir={tmp_path}"])
+    assert code == 0, err
+    records = read_records(tmp_path / "metrics.jsonl")
+    losses = {r["step"]: r["loss"] for r in records if r["event"] == "evaluation" and r["role"] == "new" and r["step"]}
+    assert list(losses) == [5, 10, 15, 20]
+    best = min(losses, key=losses.__getitem__)
+    assert best != 20
+    assert Store(tmp_path / "checkpoints").whole() == [best, 20]
+    saved = [r for r in records if r["event"] == "checkpoint"]
+    assert [r["step"] for r in saved] == [5, 10, 15, 20]
+    assert all(r["blocked_seconds"] == r["seconds"] for r in saved)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.store import Store, load
 from pretrain.errors import UserError
 from tests.checkpoint.test_store import ALONE, state
+from tests.test_watchdog import injected
 
 ALL = Policy(keep_last=None)
 
@@ -123,3 +124,27 @@ def test_room_is_made_of_what_would_go_anyway(tmp_path, free):
     free(lambda: 0)
     assert "0.00 GiB free" in one.make_room(4, 1000)
     assert store.steps() == [3], "the last whole one is never removed before the next is whole"
+
+
+NO_GATHERING = """
+from torch.distributed.tensor import DTensor
+real = DTensor.full_tensor
+def full_tensor(self, *given, **more):
+    assert not self.ndim, "a rank gathers the whole"
+    return real(self, *given, **more)
+DTensor.full_tensor = full_tensor
+"""
+
+
+@pytest.mark.slow
+def test_no_rank_gathers_the_whole_state(base_arguments, spawn, tmp_path):
+    """Of two processes that shard, each writes and reads its own rows. Only an exported model is one."""
+    pair = [*base_arguments, "strategy=fsdp", "devices=2", "batch_size=1", f"output_dir={tmp_path / 'run'}"]
+    environment = injected(tmp_path, NO_GATHERING)
+    for begun, steps, export, code in ((0, 10, "never", 0), (10, 20, "never", 0), (20, 25, "end", 1)):
+        process = spawn([*pair, f"max_steps={steps}", f"checkpoint.export={export}"], env=environment)
+        out, _ = process.communicate(timeout=240)
+        assert process.returncode == code, out
+        assert Store(tmp_path / "run/checkpoints").newest() == tmp_path / f"run/checkpoints/step-{steps:08d}"
+        assert ("a rank gathers the whole" in out) == bool(code)
+        assert f"continues at step {begun} of" in out or not begun

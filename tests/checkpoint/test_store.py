@@ -1,17 +1,20 @@
 """A checkpoint is whole or absent, reads back bit for bit, and an older one survives whatever happens to a newer one."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from pretrain.checkpoint.atomic import MARKER, missing_or_torn, write_folder
+from pretrain.checkpoint.atomic import missing_or_torn, write_folder
 from pretrain.checkpoint.policy import Policy
 from pretrain.checkpoint.rng import rng_state, seed_everything, set_rng_state
 from pretrain.checkpoint.store import Store, load
 from pretrain.errors import UserError
+from pretrain.folders import MARKER
+from pretrain.models.files import weight_files
 from pretrain.tensors import Piece
 from pretrain.world import World
 
@@ -76,6 +79,75 @@ def test_one_that_a_kill_kept_from_being_replaced_is_put_back(tmp_path):
     path.rename(path.with_name(f"{path.name}.replaced"))
     assert store.newest() == path
     assert load(path)["progress"]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: (path / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
+        (lambda path: (path / MARKER).write_text('{"format": 99, "files": {}}'), "format 99, this version reads 3"),
+    ],
+    ids=["a missing file", "another version"],
+)
+def test_the_one_before_is_used_and_the_reason_said(damage, reason, tmp_path, capsys):
+    store = Store(tmp_path)
+    saved_at(store, 1, state(1))
+    damage(saved_at(store, 2, state(2)))
+    assert store.newest() == store.path(1)
+    assert f"{store.path(2)} passed over: {reason}" in capsys.readouterr().err
+
+
+def test_what_the_marker_does_not_name_is_not_read(tmp_path):
+    saved = state(1)
+    path = saved_at(Store(tmp_path), 1, saved)
+    for name in ("model.rank-7.safetensors", "model copy.safetensors", "optimizer.rank-1.safetensors"):
+        shutil.copy(path / f"{name[: name.index('.')].split()[0]}.safetensors", path / name)
+    loaded = load(path)["engine"]
+    for kind in ("model", "optimizer"):
+        for name, piece in saved["engine"][kind].items():
+            assert torch.equal(loaded[kind].read(name), piece.tensor), name
+    assert weight_files(path, "m") == [path / "model.safetensors"]
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """What is flushed and renamed, in order, by its path below ``tmp_path``."""
+    seen, fsync, rename = [], os.fsync, os.rename
+
+    def below(path):
+        return os.path.relpath(path, tmp_path)
+
+    def flushed(handle):
+        seen.append(f"flush {below(os.readlink(f'/proc/self/fd/{handle}'))}")
+        fsync(handle)
+
+    def renamed(old, new):
+        seen.append(f"rename {below(old)} {below(new)}")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "rename", renamed)
+    return seen
+
+
+def test_the_order_in_which_it_reaches_the_disk(calls, tmp_path):
+    """A machine that loses power at any moment has the old checkpoint or the new one: files, marker, folders, the name,
+    and only then the old one goes."""
+    store = Store(tmp_path / "run/checkpoints", Policy(keep_last=1), {"code/model.py": b"pass"})
+    saved_at(store, 1, state(1))
+    assert calls[:2] == ["flush .", "flush run"], "the folders that it makes on the way"
+    calls.clear()
+    saved_at(store, 2, state(2))
+    here = "run/checkpoints"
+    new = f"{here}/step-00000002.partial"
+    names = ["model.safetensors", "optimizer.safetensors", "state.json", "code/model.py", MARKER, "code"]
+    assert calls == [
+        *(f"flush {new}/{name}" for name in names),
+        f"flush {new}",
+        f"rename {new} {here}/step-00000002",
+        f"flush {here}",
+        f"rename {here}/step-00000001 {here}/step-00000001.removed",
+    ]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
