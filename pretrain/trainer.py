@@ -330,6 +330,8 @@ class Trainer:
 
     def finish(self) -> Progress:
         """Export the model of a run that reached its end; tell how the run ended."""
+        self.saver.close()
+        self.agree()  # a save that no step came after: it is told of, or why it failed
         if self.progress.step not in (self.progress.evaluated_at, self._started_at_step):  # then it has been told
             self.tell_data()
         with self.watchdog.resting():

@@ -231,9 +231,8 @@ time.time = lambda: real() + (-1) ** next(looks) * 5 * 3600
 def test_a_clock_that_jumps_under_a_run(more, base_arguments, command, spawn, tmp_path):
     """Five hours ahead and back with every look at it, over a stop and a resume."""
     run, whole, environment = tmp_path / "run", tmp_path / "whole", injected(tmp_path, JUMPING)
-    arguments = [*base_arguments, *more, f"output_dir={run}"]
-    for event, expected in (["train", 75], ["none", 0]):
-        process = spawn([*arguments, *stopping(event, 8)], env=environment)
+    for expected in (75, 0):
+        process = spawn([*base_arguments, *more, *stopping("train", 8), f"output_dir={run}"], env=environment)
         out, _ = process.communicate(timeout=120)
         assert process.returncode == expected, out
     assert command([*base_arguments, *more, f"output_dir={whole}"])[0] == 0

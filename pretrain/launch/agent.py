@@ -103,9 +103,9 @@ def warm_up() -> None:
     """Start the server that workers are forked from: it imports what they need while this process goes on."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that has asked CUDA can't be forked
     multiprocessing.get_context("forkserver").set_forkserver_preload(["pretrain.launch.preload"])
-    multiprocessing.resource_tracker.ensure_running()  # its start would unblock what is held back
-    with held_back():  # a worker hears them when it knows what to do
-        multiprocessing.forkserver.ensure_running()
+    for module in (multiprocessing.resource_tracker, multiprocessing.forkserver):  # the former's start ends the holding
+        with held_back():  # a worker hears them when it knows what to do
+            module.ensure_running()
 
 
 def _run_agent(job: Job, workers: int, policy: Policy, meeting: dict[str, Any]) -> list[int]:

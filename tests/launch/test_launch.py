@@ -73,13 +73,24 @@ def test_a_rank_that_is_killed_takes_the_group_down(rank, long_run):
     assert read_run_file(run)["status"] == "failed"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_to_the_parent_saves_and_exits_75(number, long_run, base_arguments, command):
+@pytest.mark.parametrize(
+    ("number", "everyone"),
+    [
+        (signal.SIGTERM, True),  # as a scheduler sends it, or `timeout`
+        (signal.SIGINT, True),  # as a terminal sends Ctrl-C
+        (signal.SIGUSR1, False),
+        *(
+            pytest.param(number, everyone, marks=pytest.mark.slow)
+            for number, everyone in ((signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGHUP, True))
+        ),
+    ],
+)
+def test_a_signal_saves_and_exits_75(number, everyone, long_run, base_arguments, command):
+    """To the command alone, or to all that belongs to it: the fork server and Python's own helper, too."""
     process, workers, run = long_run()
-    if number == signal.SIGINT:  # a terminal sends Ctrl-C to all of them
-        for worker in workers:
-            worker.send_signal(number)
-    process.send_signal(number)
+    others = psutil.Process(process.pid).children(recursive=True) if everyone else []
+    for one in (*others, process):
+        one.send_signal(number)
     out = ended(process, workers)
     assert process.returncode == 75, out
     assert out.count("finishing this step, then saving") == 1
