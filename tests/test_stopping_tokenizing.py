@@ -57,7 +57,6 @@ def slow(*values):
         slow(signal.SIGTERM, IN_WORKERS, 0, ALONE),
         slow(signal.SIGINT, IN_WORKERS, 2, ALONE),
         slow(signal.SIGUSR1, IN_WORKERS, 2, ALONE),
-        slow(signal.SIGHUP, IN_WORKERS, 2, ALONE),
         *(slow(number, IN_PROCESS, 2, ALONE) for number in (signal.SIGINT, signal.SIGTERM)),
         *(
             slow(number, IN_WORKERS, finished, PAIR)

@@ -81,7 +81,7 @@ def test_a_rank_that_is_killed_takes_the_group_down(rank, long_run):
         (signal.SIGUSR1, False),
         *(
             pytest.param(number, everyone, marks=pytest.mark.slow)
-            for number, everyone in ((signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGHUP, True))
+            for number, everyone in ((signal.SIGTERM, False), (signal.SIGUSR1, True))
         ),
     ],
 )
