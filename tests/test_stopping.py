@@ -102,7 +102,7 @@ def test_one_of_two_ranks(rank, number, base_arguments, undisturbed_pair, spawn,
     process = spawn(arguments, env=injected(tmp_path, AMID_STEPS.format(rank=rank, number=number)))
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
-    assert read_run_file(run)["steps"] == 7, "whatever it was doing at 6, the next is the last"
+    assert read_run_file(run)["steps"] in (6, 7), "rank 0 may be past its step 6"
     code, _, err = command(arguments)
     assert code == 0, err
     assert_same_numbers(run, undisturbed_pair())
