@@ -242,7 +242,7 @@ def test_while_compiling(name, target, base_arguments, spawn, tmp_path):
     arguments = [*base_arguments, "model.compile=true", "max_steps=6", "evaluation.samples=0"]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled"), "CXX": str(compiler)}
     process = spawn([*arguments, f"output_dir={run}"], env=environment, start_new_session=True)
-    to = process.pid if target == "the run" else f"-- -{process.pid}"
+    to = process.pid if target == "the run" else -process.pid
     compiler.write_text(COMPILER.format(run=run, signal=name, to=to))
     compiler.chmod(0o755)
     out, _ = process.communicate(timeout=300)
