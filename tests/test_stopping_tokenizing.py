@@ -3,6 +3,7 @@ left, and what was finished is used by the next start."""
 
 import os
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -75,7 +76,12 @@ def test_while_tokenizing(number, workers_from, finished, more, texts, base_argu
     wait_for(lambda: workers_from or tokenizing_workers(process.pid), process)
     wait_for(lambda: len(parts(cache)) >= finished, process)
     everyone = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGSTOP)  # the slowest of all to hear it
     os.killpg(process.pid, number)
+    time.sleep(0.5)
+    if more is ALONE:
+        assert not [worker for worker in everyone if worker.status() == psutil.STATUS_ZOMBIE], "the caller decides"
+    process.send_signal(signal.SIGCONT)
     out = ended(process, everyone)
     assert process.returncode == 75, out
     assert "Traceback" not in out
