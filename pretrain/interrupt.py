@@ -7,6 +7,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from pretrain.console import notice
@@ -50,6 +52,16 @@ class Interrupt:
             raise Stopped(name)
         if not self._silent:
             notice(f"{name}: finishing this step, then saving; Ctrl-C again leaves at once")
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Inside, signals that ask to stop wait; processes that are started inside never hear one, unless they unblock them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def importing(frame: FrameType | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from pretrain.events import (
     StepDone,
     StoodStill,
 )
+from pretrain.interrupt import held_back
 from pretrain.out_of_memory import watched
 from pretrain.progress import Every, Progress
 from pretrain.telemetry.record import fields_of
@@ -171,7 +173,9 @@ class Trainer:
         """
         micros = list(batch.split(self.micro_batch))
         loss = torch.zeros((), device=self.world.device)
-        with self.clock.part("compute"):
+        # A compiler that they start would die of a signal to the whole group; other threads hear it for this one.
+        held = held_back() if self.engine.model.is_compiled else nullcontext()
+        with self.clock.part("compute"), held:
             for i, micro in enumerate(micros):
                 loss += self.engine.backward(micro.to(self.world.device), tokens=tokens, last=i == len(micros) - 1)
                 self.watchdog.pat()
@@ -330,6 +334,8 @@ class Trainer:
 
     def finish(self) -> Progress:
         """Export the model of a run that reached its end; tell how the run ended."""
+        self.saver.close()
+        self.agree()  # a save that no step came after: it is told of, or why it failed
         if self.progress.step not in (self.progress.evaluated_at, self._started_at_step):  # then it has been told
             self.tell_data()
         with self.watchdog.resting():

@@ -11,7 +11,7 @@ lies on a small disk of its own (tmpfs), which is also filled up and made read-o
 faults: by kind · resumes: starts that went on from a checkpoint · lost steps: of a whole checkpoint that the next start did
 not go on from · wrong steps: records or tensors that differ in the end.
 
-Exit code 0: nothing lost, nothing wrong.
+Ctrl-C and SIGTERM end it early, with the figures so far. Exit code 0: nothing lost, nothing wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors.torch import load_file
-from verify_resume import compare, finish, kill, start
+from verify_resume import compare, kill, make, started
 
 from pretrain.checkpoint.policy import Policy
 from pretrain.checkpoint.store import Store
@@ -220,7 +220,7 @@ class Soak:
         run = self.scratch / kind
         if not run.exists():
             began_at = time.monotonic()
-            finish(start([*RUN, *KINDS[kind]], run, self.log), self.log)
+            make([*RUN, *KINDS[kind]], run, self.log)
             self.seconds[kind] = time.monotonic() - began_at  # the shortest so far: the machine may have been busy
         return run
 
@@ -230,22 +230,28 @@ class Soak:
         saved = 0  # the step that the next start has to go on from
         while time.monotonic() < until:
             began_at = time.time()
-            process = start([*RUN, *KINDS[kind]], run, self.log)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(random.uniform(0.2, 1.0) * self.seconds[kind])
-            if process.poll() is None:
-                self.fault(process, run)
-                self.check_start(run, saved, began_at)
-                saved = newest_step(run)
-            elif process.returncode == 0:
-                if ran_whole(run, began_at):
-                    self.seconds[kind] = min(self.seconds[kind], time.time() - began_at)
-                self.check_start(run, saved, began_at)
-                self.check_end(run, reference)
-                break
-            else:
-                raise Lost(f"{kind}: left with {process.returncode} and nobody had touched it")
+            with started([*RUN, *KINDS[kind]], run, self.log) as process:
+                if self.disturb(process, run, kind):
+                    self.check_start(run, saved, began_at)
+                    saved = newest_step(run)
+                    continue
+            if ran_whole(run, began_at):
+                self.seconds[kind] = min(self.seconds[kind], time.time() - began_at)
+            self.check_start(run, saved, began_at)
+            self.check_end(run, reference)
+            break
         shutil.rmtree(run, ignore_errors=True)
+
+    def disturb(self, process: Process, run: Path, kind: str) -> bool:
+        """Let something happen at a random moment; False where the run was over before, and well."""
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(random.uniform(0.2, 1.0) * self.seconds[kind])
+        if process.returncode is None:
+            self.fault(process, run)
+            return True
+        if process.returncode:
+            raise Lost(f"{kind}: left with {process.returncode} and nobody had touched it")
+        return False
 
     def fault(self, process: Process, run: Path) -> None:
         """Let something happen."""
@@ -310,6 +316,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for the runs; a new folder in it is used (default: TMPDIR)")
     asked = parser.parse_args()
     random.seed(asked.seed)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     until = time.monotonic() + asked.minutes * 60
     with tempfile.TemporaryDirectory(prefix="soak-", dir=asked.folder) as folder:
         with disk(Path(folder, "disk")) as with_disk:
@@ -324,6 +331,8 @@ def main() -> None:
             except Lost as error:
                 print(f"FAILED: {error}\n" + "\n".join(soak.log.read_text(errors="replace").splitlines()[-15:]))
                 soak.wrong_steps += 1
+            except KeyboardInterrupt:
+                print("stopped")
         print(soak.told())
     sys.exit(1 if soak.lost_steps or soak.wrong_steps else 0)
 

@@ -10,7 +10,7 @@ the last checkpoint, and the records of metrics.jsonl.
 difference: the largest of all numbers (absolute). On a CPU it is 0. Some kernels of GPUs add in no fixed order: --bound says
 what difference of weights, moments and records is accepted.
 
-Exit code 0: no difference; 1: one, or a run failed; 2: a mistake.
+Exit code 0: no difference; 1: one, or a run failed, or it was stopped; 2: a mistake.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,11 +116,23 @@ def _worst(differences: Iterator[Difference]) -> Difference:
 # Making them ------------------------------------------------------------------------------------------------------------
 
 
-def start(arguments: list[str], run: Path, log: Path, **options: Any) -> subprocess.Popen[bytes]:
-    """The run as a group of processes of its own, what it says appended to ``log``."""
+@contextmanager
+def started(arguments: list[str], run: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The run as a group of processes of its own, what it says appended to ``log``; what is left of it at the end is
+    killed."""
     command = [sys.executable, "-m", "pretrain", *arguments, *OWN, f"output_dir={run}"]
     with log.open("ab") as said:
-        return subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True, **options)
+        process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+    try:
+        yield process
+    finally:
+        kill(process)
+
+
+def make(arguments: list[str], run: Path, log: Path) -> None:
+    """A run that has to end well."""
+    with started(arguments, run, log) as process:
+        finish(process, log)
 
 
 def finish(process: subprocess.Popen[bytes], log: Path) -> None:
@@ -132,8 +145,9 @@ def finish(process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to every process of the run."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL to every process of the run that is left."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -183,12 +197,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as scratch:
         whole, killed, log = Path(scratch, "whole"), Path(scratch, "killed"), Path(scratch, "log")
         print(f"{asked.steps} steps at once …", flush=True)
-        finish(start(arguments, whole, log), log)
+        make(arguments, whole, log)
         print(f"again, killed after step {half} …", flush=True)
-        process = start(arguments, killed, log)
-        kill_after(process, killed, half, log)
+        with started(arguments, killed, log) as process:
+            kill_after(process, killed, half, log)
         print("and the same command …", flush=True)
-        finish(start(arguments, killed, log), log)
+        make(arguments, killed, log)
         resumed = [r["step"] for r in read_records(killed / "metrics.jsonl") if r["event"] == "run_started"][-1]
         facts = json.loads((killed / "run.json").read_text())
         print(f"{facts['strategy']}, {facts['world_size']} process(es), {facts['device']}; went on from step {resumed}")
@@ -198,4 +212,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None

@@ -21,7 +21,10 @@ from pretrain.telemetry.jsonl import Jsonl, read_records
 from pretrain.telemetry.monitor import Monitor
 from pretrain.telemetry.run_file import RunFile, read_run_file
 from tests.launch.test_launch import PAIR, steps, wait_for
+from tests.runs import assert_same_numbers
 from tests.telemetry.test_monitor import step_done
+from tests.test_stopping import stopping
+from tests.test_watchdog import injected
 
 # -- the data -----------------------------------------------------------------------------------------------------------
 
@@ -215,6 +218,31 @@ def test_a_clock_that_jumps_changes_no_duration(tmp_path, monkeypatch):
     trained = [r for r in read_records(tmp_path / "metrics.jsonl") if r["event"] == "train"]
     assert all(0 <= r["step_seconds"] < 3600 for r in trained)
     assert 0 <= read_run_file(tmp_path)["seconds"] < 3600
+
+
+JUMPING = """
+import itertools, time
+real, looks = time.time, itertools.count()
+time.time = lambda: real() + (-1) ** next(looks) * 5 * 3600
+"""
+
+
+@pytest.mark.parametrize("more", [[], pytest.param(PAIR, marks=pytest.mark.slow)], ids=["single", "pair"])
+def test_a_clock_that_jumps_under_a_run(more, base_arguments, command, spawn, tmp_path):
+    """Five hours ahead and back with every look at it, over a stop and a resume."""
+    run, whole, environment = tmp_path / "run", tmp_path / "whole", injected(tmp_path, JUMPING)
+    for expected in (75, 0):
+        process = spawn([*base_arguments, *more, *stopping("train", 8), f"output_dir={run}"], env=environment)
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == expected, out
+    assert command([*base_arguments, *more, f"output_dir={whole}"])[0] == 0
+    assert_same_numbers(run, whole)
+    trained = [r for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
+    assert all(0 < r["goodput"] <= 1 for r in trained[1:7])
+    assert all(r["goodput"] is None or 0 <= r["goodput"] <= 1 for r in trained)
+    assert all(0 <= (r["eta_seconds"] or 0) < 3600 for r in trained)
+    assert all(0 <= r["step_seconds"] < 3600 for r in trained)
+    assert 0 <= read_run_file(run)["seconds"] < 3600
 
 
 # -- locks --------------------------------------------------------------------------------------------------------------

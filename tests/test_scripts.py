@@ -1,12 +1,16 @@
 """The scripts that people are told to run."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -79,6 +83,7 @@ def test_verify_resume_on_a_mistake():
 def test_two_runs_that_differ(base_arguments, command, tmp_path, monkeypatch):
     """What the scripts call equal, they would call different."""
     monkeypatch.syspath_prepend(SCRIPTS)
+    from soak import Soak
     from verify_resume import compare, show
 
     for name, seed in (("a", 1), ("b", 2)):
@@ -89,6 +94,61 @@ def test_two_runs_that_differ(base_arguments, command, tmp_path, monkeypatch):
     assert {"weights", "moments", "random states", "metrics"} <= differ
     assert not show(found, bound=0.0)
     assert show(compare(tmp_path / "a", tmp_path / "a"), bound=0.0)
+    soak = Soak(tmp_path, tmp_path, with_disk=False)
+    soak.check_end(tmp_path / "a", tmp_path / "a")
+    assert soak.wrong_steps == 0
+    soak.check_end(tmp_path / "b", tmp_path / "a")
+    assert soak.wrong_steps > len(differ), "of the exported model, too"
+
+
+@pytest.mark.parametrize(("went_on_from", "lost"), [(12, 12), (24, 0), (30, 0)])
+def test_the_soak_finds_lost_steps(went_on_from, lost, tmp_path, monkeypatch):
+    """Of the last start; what an earlier one did is over."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from soak import Soak
+
+    starts = [{"event": "run_started", "step": 0, "resumed": False, "time": 1.0}]
+    starts += [{"event": "run_started", "step": went_on_from, "resumed": True, "time": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    soak = Soak(tmp_path, tmp_path, with_disk=False)
+    soak.check_start(tmp_path, 24, began_at=4.0)
+    assert (soak.resumes, soak.lost_steps) == (0, 0), "it was killed before it said anything"
+    soak.check_start(tmp_path, 24, began_at=2.0)
+    assert (soak.resumes, soak.lost_steps) == (1, lost)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "said"),
+    [
+        ("soak.py", signal.SIGINT, "faults: 0 ()"),
+        pytest.param("soak.py", signal.SIGTERM, "faults: 0 ()", marks=pytest.mark.slow),
+        pytest.param("verify_resume.py", signal.SIGINT, "stopped", marks=pytest.mark.slow),
+        pytest.param("verify_resume.py", signal.SIGTERM, "stopped", marks=pytest.mark.slow),
+    ],
+)
+def test_a_script_that_is_stopped_leaves_no_run_behind(name, number, said, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, SCRIPTS / name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=SCRIPTS.parent,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    try:
+        while not (runs := [c for c in psutil.Process(process.pid).children() if "pretrain" in c.cmdline()]):
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.2)  # it was just about to look after it
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == (0 if name == "soak.py" else 1), out
+    assert said in out
+    assert "Traceback" not in out
+    assert not psutil.wait_procs(runs, timeout=5)[1]
+    assert not list(tmp_path.iterdir()), "its folder is removed"
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.runs import assert_same_numbers, assert_same_run
+from tests.test_watchdog import injected
 
 PAIR = ["strategy=ddp", "devices=2", "batch_size=1"]
 
@@ -56,19 +57,55 @@ def test_one_process(event, step, saved_at, owes, uninterrupted, base_arguments,
     assert_same_run(run, uninterrupted)
 
 
-def test_one_of_two_ranks(base_arguments, spawn, command, tmp_path):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    code, _, err = command([*base_arguments, *PAIR, f"output_dir={whole}"])
-    assert code == 0, err
-    arguments = [*base_arguments, *PAIR, *stopping("train", 8), f"output_dir={run}"]
-    process = spawn(arguments)
+AMID_STEPS = """
+import os, signal
+from pretrain.progress import Every
+due = Every.due
+def signalled(self, step):
+    if step == 6 and os.environ.get("RANK") == "{rank}":
+        os.kill(os.getpid(), signal.{number})
+    return due(self, step)
+Every.due = signalled
+"""
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Where undisturbed runs of two processes lie, by their strategy."""
+    return tmp_path_factory.mktemp("pairs")
+
+
+@pytest.fixture
+def undisturbed_pair(pairs, base_arguments, command):
+    def make(strategy="ddp"):
+        run = pairs / strategy
+        if not run.exists():
+            code, _, err = command([*base_arguments, *PAIR, f"strategy={strategy}", f"output_dir={run}"])
+            assert code == 0, err
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [
+        (1, "SIGUSR1"),
+        pytest.param(1, "SIGTERM", marks=pytest.mark.slow),
+        pytest.param(0, "SIGTERM", marks=pytest.mark.slow),
+    ],
+)
+def test_one_of_two_ranks(rank, number, base_arguments, undisturbed_pair, spawn, command, tmp_path):
+    """It alone hears the signal, neither the other one nor the command."""
+    run = tmp_path / "run"
+    arguments = [*base_arguments, *PAIR, f"output_dir={run}"]
+    process = spawn(arguments, env=injected(tmp_path, AMID_STEPS.format(rank=rank, number=number)))
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
-    assert read_run_file(run)["steps"] == 8
-    process = spawn(arguments)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
-    assert_same_numbers(run, whole)
+    assert read_run_file(run)["steps"] in (6, 7), "rank 0 may be past its step 6"
+    code, _, err = command(arguments)
+    assert code == 0, err
+    assert_same_numbers(run, undisturbed_pair())
 
 
 def test_the_very_first_evaluation(base_arguments, spawn, tmp_path):
@@ -83,6 +120,57 @@ def test_the_very_first_evaluation(base_arguments, spawn, tmp_path):
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
     assert [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"] == list(range(1, 21))
+
+
+AMID_BATCHES = """
+import os, signal
+from pretrain.evaluation.perplexity import Evaluator
+run, runs, batches = Evaluator.run, [], []
+def signalled(self, engine, *, alive, **options):
+    runs.append(1)
+    def scored():
+        alive()
+        if len(runs) == 2:  # step 8: the first is that of step 0
+            batches.append(1)
+            if len(batches) == 2 and os.environ.get("RANK", "1") == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+    return run(self, engine, alive=scored, **options)
+Evaluator.run = signalled
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], PAIR], ids=["single", "rank 1 of a pair"])
+def test_amid_the_batches_of_an_evaluation(
+    more, base_arguments, uninterrupted, undisturbed_pair, spawn, command, tmp_path
+):
+    run = tmp_path / "run"
+    arguments = [*base_arguments, *more, f"output_dir={run}"]
+    process = spawn(arguments, env=injected(tmp_path, AMID_BATCHES))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, out
+    assert read_run_file(run)["steps"] == 8
+    assert {r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "evaluation"} == {0}
+    code, _, err = command(arguments)
+    assert code == 0, err
+    assert_same_numbers(run, undisturbed_pair() if more else uninterrupted)
+
+
+def test_after_an_evaluation_that_was_owed(base_arguments, uninterrupted, spawn, command, tmp_path):
+    """Its scores are saved in the place of the checkpoint without them; no step is trained."""
+    run = tmp_path / "run"
+    arguments = [*base_arguments, f"output_dir={run}"]
+    for event in (stopping("train", 8), [*stopping("evaluation", 8), "+sink.stop.resumed_too=true"]):
+        process = spawn([*arguments, *event])
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 75, out
+    state = json.loads((run / "checkpoints/step-00000008/state.json").read_text())
+    assert not state["progress"]["owes_evaluation"]
+    saves = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "checkpoint"]
+    assert saves[-1] == 8, "and told of"
+    code, _, err = command(arguments)
+    assert code == 0, err
+    assert_same_run(run, uninterrupted)
 
 
 AMID_SAMPLES = """
@@ -135,3 +223,36 @@ def test_in_the_middle_of_an_import(base_arguments, spawn, tmp_path):
     assert process.returncode == 75, out
     assert "stopped (SIGTERM)" in out
     assert "Traceback" not in out
+
+
+COMPILER = """#!{python} -SE
+import os, signal, sys
+from contextlib import suppress
+if any(word.endswith(".cpp") for word in sys.argv) and "evaluation" in open("{run}/metrics.jsonl").read():
+    with suppress(FileExistsError):
+        os.mkdir("{run}.signalled")
+        os.{kill}({pid}, signal.{number})
+os.execvp("g++", ["g++", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kill", "number"), [("kill", "SIGTERM"), ("killpg", "SIGTERM"), ("killpg", "SIGINT")])
+def test_while_compiling(kill, number, base_arguments, spawn, tmp_path):
+    """The compiler that the first step starts sends it: to the run, or as a terminal to all that belongs to it."""
+    whole, run, compiler = tmp_path / "whole", tmp_path / "run", tmp_path / "g++"
+    arguments = [*base_arguments, "model.compile=true", "max_steps=6", "evaluation.samples=0"]
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled"), "CXX": str(compiler)}
+    process = spawn([*arguments, f"output_dir={run}"], env=environment, start_new_session=True)
+    compiler.write_text(COMPILER.format(python=sys.executable, run=run, kill=kill, pid=process.pid, number=number))
+    compiler.chmod(0o755)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 75, out
+    assert "Traceback" not in out
+    assert read_run_file(run)["steps"] == 1
+    environment["CXX"] = "g++"
+    for folder in (run, whole):
+        process = spawn([*arguments, f"output_dir={folder}"], env=environment)
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
+    assert_same_numbers(run, whole)

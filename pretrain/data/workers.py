@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ import pretrain
 from pretrain.data.encode import Encoder, Outcome, Progress
 from pretrain.data.units import Piece, ReadOptions, Unit
 from pretrain.errors import UserError
+from pretrain.interrupt import held_back
 
 
 def encode_in_workers(
@@ -34,7 +34,7 @@ def encode_in_workers(
     for index in units:
         waiting.put(index)
     outcomes: dict[int, Outcome] = {}
-    workers = [_Worker(encoder) for _ in range(num_workers)]
+    workers: list[_Worker] = []
 
     def work(worker: _Worker) -> None:
         try:
@@ -49,8 +49,11 @@ def encode_in_workers(
             raise
 
     with ThreadPoolExecutor(num_workers) as pool:
-        futures = [pool.submit(work, worker) for worker in workers]
+        futures: list[Future[None]] = []
         try:
+            with held_back():  # of what reaches the whole group the caller decides
+                workers.extend(_Worker(encoder) for _ in range(num_workers))
+            futures.extend(pool.submit(work, worker) for worker in workers)
             for future in futures:
                 future.result()
         except UserError:
@@ -60,8 +63,9 @@ def encode_in_workers(
                 worker.process.kill()
             raise
         finally:
-            for future, worker in zip(futures, workers, strict=True):
+            for future in futures:
                 future.exception()
+            for worker in workers:
                 worker.close()
     return outcomes
 
@@ -125,7 +129,9 @@ def serve() -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    setup = json.loads(sys.stdin.readline())
+    if not (line := sys.stdin.readline()):  # the caller was stopped
+        return
+    setup = json.loads(line)
     setup |= {name: Path(setup[name]) for name in ("folder", "tokenizer_path")}
     encoder = Encoder(**{**setup, "options": ReadOptions(**setup["options"])})
     for line in sys.stdin:
@@ -142,7 +148,6 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the caller decides
     try:
         serve()
     except BrokenPipeError:  # the caller is gone

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
-import signal
 import tempfile
 import uuid
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.console import notice
 from pretrain.errors import UserError, WorkersFailed
-from pretrain.interrupt import EXIT_CODE, SIGNALS, Stopped
+from pretrain.interrupt import EXIT_CODE, Stopped, held_back
 from pretrain.launch.network import interface_of, is_here, own_address
 from pretrain.launch.report import read_reports
 from pretrain.launch.worker import Job, prepare_data, work
@@ -59,7 +59,7 @@ def _wait_for_data(job: Job) -> None:
         process.join()
     finally:  # a signal has ended the waiting
         process.terminate()
-    process.join()
+        process.join()
     if process.exitcode == EXIT_CODE:
         raise Stopped("while preparing the data")
     if process.exitcode:
@@ -103,9 +103,9 @@ def warm_up() -> None:
     """Start the server that workers are forked from: it imports what they need while this process goes on."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that has asked CUDA can't be forked
     multiprocessing.get_context("forkserver").set_forkserver_preload(["pretrain.launch.preload"])
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: a worker hears them when it knows what to do
-    multiprocessing.forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    for module in (multiprocessing.resource_tracker, multiprocessing.forkserver):  # the former's start ends the holding
+        with held_back():  # a worker hears them when it knows what to do
+            module.ensure_running()
 
 
 def _run_agent(job: Job, workers: int, policy: Policy, meeting: dict[str, Any]) -> list[int]:

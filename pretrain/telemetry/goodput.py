@@ -24,7 +24,8 @@ class Goodput:
         self._run = run
         self._windows: list[tuple[int, float]] = []  # (last step, seconds)
         self._seconds = 0.0  # of them all
-        self._started_at: float | None = time.time()
+        self._earlier_seconds: float | None = 0.0  # since the first start, until this one
+        self._started_at = time.monotonic()
 
     def start(self, event: RunStarted) -> None:
         """Look at what earlier starts have left. Before sinks open, which cut it."""
@@ -38,7 +39,9 @@ class Goodput:
         known = earlier_facts(self._run, event).get("started_at")
         if known is None and records:  # a run from before run.json said so
             known = records[0].get("time")
-        self._started_at = None if event.step and not records else known or time.time()
+        now = time.time()
+        self._earlier_seconds = None if event.step and not records else max(0.0, now - (known or now))
+        self._started_at = time.monotonic()
 
     def add(self, step: int, seconds: float) -> None:
         self._windows.append((step, seconds))
@@ -53,9 +56,9 @@ class Goodput:
 
     def share(self) -> float | None:
         """0–1; ``None`` where an earlier start has left no records."""
-        if self._started_at is None:
+        if self._earlier_seconds is None:
             return None
-        wall = time.time() - self._started_at
+        wall = self._earlier_seconds + time.monotonic() - self._started_at
         return min(1.0, self._seconds / wall) if wall > 0 else None
 
 

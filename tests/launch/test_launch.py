@@ -79,20 +79,22 @@ def test_a_rank_that_is_killed_takes_the_group_down(strategy, rank, long_run):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "number"),
+    ("strategy", "number", "everyone"),
     [
-        ("strategy=fsdp", signal.SIGTERM),
-        ("strategy=ddp", signal.SIGINT),
-        ("strategy=ddp", signal.SIGUSR1),
-        pytest.param("strategy=deepspeed strategy.zero_stage=3", signal.SIGTERM, marks=pytest.mark.slow),
+        ("strategy=fsdp", signal.SIGTERM, True),  # as a scheduler sends it, or `timeout`
+        ("strategy=ddp", signal.SIGINT, True),  # as a terminal sends Ctrl-C
+        ("strategy=ddp", signal.SIGUSR1, False),
+        pytest.param("strategy=ddp", signal.SIGTERM, False, marks=pytest.mark.slow),
+        pytest.param("strategy=ddp", signal.SIGUSR1, True, marks=pytest.mark.slow),
+        pytest.param("strategy=deepspeed strategy.zero_stage=3", signal.SIGTERM, False, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_to_the_parent_saves_and_exits_75(strategy, number, long_run, base_arguments, command):
+def test_a_signal_saves_and_exits_75(strategy, number, everyone, long_run, base_arguments, command):
+    """To the command alone, or to all that belongs to it: the fork server and Python's own helper, too."""
     process, workers, run = long_run(*strategy.split())
-    if number == signal.SIGINT:  # a terminal sends Ctrl-C to all of them
-        for worker in workers:
-            worker.send_signal(number)
-    process.send_signal(number)
+    others = psutil.Process(process.pid).children(recursive=True) if everyone else []
+    for one in (*others, process):
+        one.send_signal(number)
     out = ended(process, workers)
     assert process.returncode == 75, out
     assert out.count("finishing this step, then saving") == 1

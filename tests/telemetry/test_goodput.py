@@ -14,6 +14,7 @@ NOW = 10_000.0
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
     monkeypatch.setattr(time, "time", lambda: NOW)
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
 
 
 def record(event, step, at, **numbers):
@@ -59,9 +60,17 @@ def test_without_records_of_earlier_starts_there_is_no_number(crashed, left):
 def test_a_new_run_in_an_old_folder_has_its_own_time(crashed, monkeypatch):
     goodput = Goodput(crashed)
     goodput.start(RunStarted(0, total_steps=20, resumed=False))
-    monkeypatch.setattr(time, "time", lambda: NOW + 100)
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
     goodput.add(1, 50.0)
     assert goodput.share() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("hours", [-3, 3])
+def test_a_clock_that_jumps_after_the_start_does_not_count(hours, crashed, monkeypatch):
+    goodput = Goodput(crashed)
+    goodput.start(RunStarted(8, total_steps=20, resumed=True))
+    monkeypatch.setattr(time, "time", lambda: NOW + hours * 3600)
+    assert goodput.share() == pytest.approx(80 / 1000)
 
 
 def test_workers_that_were_restarted_before_the_first_checkpoint_have_lost_that_time(crashed, monkeypatch):
