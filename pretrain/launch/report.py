@@ -12,6 +12,8 @@ from pathlib import Path
 from pretrain.errors import UserError
 from pretrain.replace import replace_file
 
+WAITING = ("world.py", "distributed_c10d.py", "_fsdp", "graph.py")  # collectives, and autograd, in whose backward some are
+
 
 @dataclass(frozen=True)
 class Report:
@@ -52,11 +54,11 @@ def write_hang(folder: Path, rank: int, place: str, how_long: str) -> None:
 
 def cause_of_hang(hangs: dict[int, Report], silent: list[int]) -> Report:
     """One report out of all: ``hangs`` (by rank, the earliest first) and the ranks that gave no sign at all. Those are the
-    cause, else whoever stands where nobody, or the fewest, stand; in ``world.py`` a rank waits for the others."""
+    cause, else whoever stands where nobody, or the fewest, stand, and not where a rank waits for the others."""
     first, places = next(iter(hangs.values())), dict[str, list[int]]()
     for rank, report in sorted(hangs.items()):
         places.setdefault(report.stands_at or "", []).append(rank)
-    rare = min(places, key=lambda place: ("world.py" in place, len(places[place])))
+    rare = min(places, key=lambda place: (any(name in place for name in WAITING), len(places[place])))
     where = [f"rank {', '.join(map(str, ranks))} at {place}" for place, ranks in places.items()]
     rank, how = (silent[0], "does not answer") if silent else (places[rare][0], "stands still")
     return Report(
