@@ -84,7 +84,7 @@ def last_checkpoint(run: Path) -> Path:
 def records(run: Path) -> list[dict[str, Any]]:
     """What a run has to have in common with the same run, uninterrupted: all but clocks and places."""
     every = read_records(run / "metrics.jsonl")
-    kept = [r for r in every if r["event"] in COMPARED and r.get("status") != "stopped"]
+    kept = [r for r in every if r["event"] in COMPARED and r.get("status", "finished") == "finished"]
     return [{key: value for key, value in r.items() if key not in PLACES and not is_clock(key)} for r in kept]
 
 

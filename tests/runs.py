@@ -23,7 +23,7 @@ def numbers(run: Path) -> list[dict]:
     return [
         {k: v for k, v in record.items() if k not in PLACES and not is_clock(k)}
         for record in read_records(run / "metrics.jsonl")
-        if record["event"] in kept and record.get("status") != "stopped"
+        if record["event"] in kept and record.get("status", "finished") == "finished"
     ]
 
 

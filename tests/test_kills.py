@@ -55,7 +55,7 @@ KILLS_A_RUN = 5
 
 
 class Killer:
-    """Starts ``arguments`` and kills them. ``seconds``: how long an undisturbed run takes."""
+    """Kills runs, and counts the phases in which it did."""
 
     def __init__(self, spawn, draw, folder):
         self.spawn, self.draw, self.folder = spawn, draw, folder
@@ -73,7 +73,8 @@ class Killer:
         return min((p for p in self.hits if whole or not PHASES[p].resumed), key=self.hits.__getitem__)
 
     def kill(self, name, arguments, run, *, ranks, seconds):
-        """Start, and kill in the phase ``name``; whether it came to that."""
+        """Start a run of so many ``ranks``, which undisturbed takes ``seconds``, and kill it in the phase ``name``; whether it
+        came to that."""
         self.starts += 1
         if name == "any moment":
             return self._at_any_moment(arguments, self.draw.uniform(0.2, 1.05) * seconds, name)
