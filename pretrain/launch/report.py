@@ -12,7 +12,8 @@ from pathlib import Path
 from pretrain.errors import UserError
 from pretrain.replace import replace_file
 
-WAITING = ("world.py", "distributed_c10d.py", "_fsdp", "graph.py")  # collectives, and autograd, in whose backward some are
+# Where a rank waits for the others: in collectives, and in autograd's backward, which has some.
+WAITING = ("world.py", "distributed_c10d.py", "_fsdp", "graph.py")
 
 
 @dataclass(frozen=True)
