@@ -19,7 +19,7 @@ FAULTS = {
 }
 
 
-def arm(module, *, function, at, after, rank, paths, fault, mark, **_):
+def arm(module, /, *, function, at, after, rank, paths, fault, mark, **_):
     *owners, name = function.split(".")
     owner = functools.reduce(getattr, owners, module)
     real, calls = getattr(owner, name), itertools.count(1)
