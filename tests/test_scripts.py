@@ -88,8 +88,8 @@ Loader.load_state_dict = load_state_dict
 @pytest.mark.parametrize(
     ("fault", "differ"),
     [
-        (FORGETFUL, {"weights", "moments", "random states", "metrics"}),
-        (DISORDERLY, {"weights", "moments", "metrics", "data order"}),
+        (FORGETFUL, {"weights", "moments", "random states", "progress", "metrics"}),
+        (DISORDERLY, {"weights", "moments", "progress", "metrics", "data order"}),
     ],
     ids=["random states", "data order"],
 )
