@@ -37,7 +37,7 @@ def build_world(resolved: dict[str, Any], place: Place, *, group: bool) -> World
     from pretrain.checkpoint.rng import seed_everything
     from pretrain.world import enter
 
-    world = enter(place, group=group, timeout_seconds=instantiate(resolved["launch"]).timeout)
+    world = enter(place, group=group, timeout_seconds=instantiate(resolved["launch"]).patience)
     seed_everything(resolved["seed"], rank=place.rank)
     return world
 

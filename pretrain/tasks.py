@@ -39,10 +39,10 @@ def pretraining(
     interrupt: Interrupt,
     setting: Setting,
     place: Place,
-    on_hang: Callable[[str], None] | None = None,
+    on_hang: Callable[[str, str], None] | None = None,
 ) -> int:
-    """Continue the run in output_dir, or start it, as one of its processes. ``on_hang(place)`` hears where a process that
-    is about to be ended stands still; by default the person at the terminal does."""
+    """Continue the run in output_dir, or start it, as one of its processes. ``on_hang(place, how_long)`` hears where
+    a process that is about to be ended stands still; by default the person at the terminal does."""
     if place.rank > 0:
         mute()
     prepared = prepare(resolved, devices=setting.devices)
@@ -90,21 +90,22 @@ def pretraining(
 
 
 def guarded_by(
-    resolved: dict[str, Any], log: Path, on_hang: Callable[[str], None] | None, claims: ExitStack
+    resolved: dict[str, Any], log: Path, on_hang: Callable[[str, str], None] | None, claims: ExitStack
 ) -> Watchdog:
     """A watchdog that is at work until ``claims`` ends; it writes into ``log``, as from now on everything does."""
     log_to(log)
-    watchdog, timeout = Watchdog(), instantiate(resolved["launch"]).timeout
-    claims.enter_context(watchdog.guarding(timeout, log=log, tell=on_hang or partial(say_hung, timeout, log)))
+    watchdog, policy = Watchdog(), instantiate(resolved["launch"])
+    tell = on_hang or partial(say_hung, log)
+    claims.enter_context(watchdog.guarding(policy.timeout, policy.patience, log=log, tell=tell))
     return watchdog
 
 
-def say_hung(timeout: float, log: Path, place: str) -> None:
+def say_hung(log: Path, place: str, how_long: str) -> None:
     """Say that this process stands still, and note it in run.json. Neither waits: what hangs may be the disk, or whatever
     holds a lock that logging needs."""
     sys.stderr.write(
-        f"{log.stem} stands still at {place}: nothing has moved for {timeout:g} s (launch.timeout), so it ends; "
-        f"all stacks are in {log}; the same command goes on from the last checkpoint\n"
+        f"{log.stem} stands still at {place}: {how_long}, so it ends; all stacks are in {log}; the same command goes on "
+        "from the last checkpoint\n"
     )
     threading.Thread(target=mark_failed, args=(log.parent.parent,), daemon=True).start()
 

@@ -1,7 +1,8 @@
 """Notices that a run stands still, and ends the process with the stacks of all its threads in its log.
 
 It watches what has no business to take long: a micro-batch, a batch of an evaluation, the loader, what is told to sinks. What
-may take long rests: the first batch (it compiles), saving, exporting, building the model. Patting costs two assignments.
+may take long rests, and has a longer limit: the first batch (it compiles), resuming, exporting, building the model. Patting
+costs two assignments.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ STILL_TICKS = 96
 
 
 class Watchdog:
-    """``pat``: something has moved. ``rest``: what comes until the next pat may take as long as it likes, and so may what
-    happens inside ``resting``. Watches inside ``guarding``."""
+    """``pat``: something has moved. ``rest``: what comes until the next pat may take long, and so may what happens inside
+    ``resting``. Watches inside ``guarding``, which begins at rest."""
 
     def __init__(self) -> None:
         self._pats = 0
@@ -55,8 +56,11 @@ class Watchdog:
             self._naps -= 1
 
     @contextmanager
-    def guarding(self, seconds: float, *, log: Path, tell: Callable[[str], None]) -> Iterator[None]:
-        """Inside, ``seconds`` without a pat end this process with 1, after ``tell(place)`` has said where it stands.
+    def guarding(
+        self, timeout: float, slow_timeout: float, *, log: Path, tell: Callable[[str, str], None]
+    ) -> Iterator[None]:
+        """Inside, ``timeout`` seconds without a pat end this process with 1, or ``slow_timeout`` at rest, after
+        ``tell(place, how_long)`` has heard where it stands.
 
         SIGUSR2 writes the stacks into ``log`` at any time.
         """
@@ -64,7 +68,7 @@ class Watchdog:
         with log.open("a") as file:
             faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
             thread = threading.Thread(
-                target=self._watch, args=(seconds, file, tell, over), name="watchdog", daemon=True
+                target=self._watch, args=(timeout, slow_timeout, file, tell, over), name="watchdog", daemon=True
             )
             thread.start()
             try:
@@ -74,17 +78,27 @@ class Watchdog:
                 thread.join()
                 faulthandler.unregister(signal.SIGUSR2)
 
-    def _watch(self, seconds: float, log: IO[str], tell: Callable[[str], None], over: threading.Event) -> None:
-        tick = seconds / TICKS
+    def _watch(
+        self,
+        timeout: float,
+        slow_timeout: float,
+        log: IO[str],
+        tell: Callable[[str, str], None],
+        over: threading.Event,
+    ) -> None:
+        tick = timeout / TICKS
         seen, still, last_tick = self._pats, 0.0, time.monotonic()
         while not over.wait(tick):
             passed, last_tick = time.monotonic() - last_tick, time.monotonic()
-            still = 0 if self._resting or self._naps or self._pats != seen else still + min(passed, 2 * tick)
+            rests = self._resting or self._naps  # asked first: a rest ends after its pat
+            still = 0 if self._pats != seen else still + min(passed, 2 * tick)
             seen = self._pats
-            if still >= STILL_TICKS * tick:
+            limit, key = (slow_timeout, "launch.slow_timeout") if rests else (timeout, "launch.timeout")
+            if still >= STILL_TICKS / TICKS * limit:
+                how_long = f"nothing has moved for {limit:g} s ({key})"
                 # The hang may be of the very disk that the log is on, so nothing waits for the log.
-                threading.Thread(target=_dump, args=(log, seconds), daemon=True).start()
-                tell(place_of(sys._current_frames()[threading.main_thread().ident or 0]))
+                threading.Thread(target=_dump, args=(log, how_long), daemon=True).start()
+                tell(place_of(sys._current_frames()[threading.main_thread().ident or 0]), how_long)
                 time.sleep(2 * tick)
                 settle()
                 os._exit(1)
@@ -100,8 +114,8 @@ def place_of(frame: FrameType) -> str:
     return where if stack[0] == own else f"{where} ({Path(stack[0][0]).name}:{stack[0][1]} {stack[0][2]})"
 
 
-def _dump(log: IO[str], seconds: float) -> None:
+def _dump(log: IO[str], how_long: str) -> None:
     with suppress(OSError, ValueError):
-        log.write(f"nothing has moved for {seconds:g} s (launch.timeout); the stacks of all threads:\n")
+        log.write(f"{how_long}; the stacks of all threads:\n")
         log.flush()
         faulthandler.dump_traceback(log, all_threads=True)

@@ -1,11 +1,12 @@
 """Does your run, killed and started again, equal the one that was never interrupted? On your model, data and strategy.
 
     python scripts/verify_resume.py model_name=path/to/model dataset=local dataset.nameOrPath=books/ strategy=fsdp devices=2
+    python scripts/verify_resume.py --config run.yaml
 
 The arguments are those of a run; max_steps, save_every, evaluate_every and output_dir are set here. It is made twice in a
 temporary folder: N steps at once; and with all its processes killed (SIGKILL) after N/2 steps, two steps past its last
-checkpoint, and the same command again. Then both are compared: weights, moments, random states, data cursor and progress of
-the last checkpoint, and the records of metrics.jsonl.
+checkpoint, and the same command again. Then both are compared: of the last checkpoint weights, moments, random states, data
+cursor, progress, guard and loss scaler; the records of metrics.jsonl; and, on every rank, the tokens of every step.
 
 difference: the largest of all numbers (absolute). On a CPU it is 0. Some kernels of GPUs add in no fixed order: --bound says
 what difference of weights, moments and records is accepted.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -44,7 +46,8 @@ COMPARED = (
     "evaluation",
     "sample",
     "run_finished",
-)  # of starts a resumed run has more; a kill may come before a save's
+)  # a resumed run has more starts; a kill may precede a save's
+ORDER = Path(__file__).parent / "data_order"
 
 
 class Difference(NamedTuple):
@@ -66,6 +69,8 @@ def compare(run: Path, reference: Path) -> dict[str, Difference]:
     found["random states"] = _worst(_values(ours["rng"], theirs["rng"]))
     found["data cursor"] = _worst(_values(ours["loader"], theirs["loader"]))
     found["progress"] = _worst(_values(ours["progress"], theirs["progress"]))
+    found["guard"] = _worst(_values(ours.get("guard"), theirs.get("guard")))
+    found["loss scaler"] = _worst(_values(ours["engine"]["scaler"], theirs["engine"]["scaler"]))
     found["metrics"] = _worst(_values(records(run), records(reference)))
     return found
 
@@ -80,8 +85,18 @@ def last_checkpoint(run: Path) -> Path:
 def records(run: Path) -> list[dict[str, Any]]:
     """What a run has to have in common with the same run, uninterrupted: all but clocks and places."""
     every = read_records(run / "metrics.jsonl")
-    kept = [r for r in every if r["event"] in COMPARED and r.get("status") != "stopped"]
+    kept = [r for r in every if r["event"] in COMPARED and r.get("status", "finished") == "finished"]
     return [{key: value for key, value in r.items() if key not in PLACES and not is_clock(key)} for r in kept]
+
+
+def trained_on(notes: Path) -> dict[str, list[str]]:
+    """Of every rank and step the hash of its tokens; several where a step that was trained again had others."""
+    found: dict[str, set[str]] = {}
+    for file in notes.glob("rank-*"):
+        for step, digest in map(str.split, file.read_text().splitlines()):
+            found.setdefault(f"{file.name}, step {step}", set()).add(digest)
+    assert found, "a run has steps"
+    return {name: sorted(digests) for name, digests in sorted(found.items())}
 
 
 def _tensors(ours: Any, theirs: Any) -> Iterator[Difference]:
@@ -91,7 +106,8 @@ def _tensors(ours: Any, theirs: Any) -> Iterator[Difference]:
             continue
         a, b = ours.read(name), theirs.read(name)
         if not torch.equal(a, b):
-            yield Difference(float((a.double() - b.double()).abs().max()), name)
+            apart = torch.where(a == b, 0.0, (a.double() - b.double()).abs()).nan_to_num(nan=float("inf"))
+            yield Difference(float(apart.max()), name)
 
 
 def _values(a: Any, b: Any, where: str = "") -> Iterator[Difference]:
@@ -104,7 +120,7 @@ def _values(a: Any, b: Any, where: str = "") -> Iterator[Difference]:
             yield from _values(x, y, f"{where}[{i}]")
     elif isinstance(a, int | float) and isinstance(b, int | float):
         if a != b:
-            yield Difference(abs(a - b), where)
+            yield Difference(float("inf") if math.isnan(a - b) else abs(a - b), where)
     elif a != b:
         yield Difference(float("inf"), where)
 
@@ -117,22 +133,29 @@ def _worst(differences: Iterator[Difference]) -> Difference:
 
 
 @contextmanager
-def started(arguments: list[str], run: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(arguments: list[str], run: Path, log: Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """The run as a group of processes of its own, what it says appended to ``log``; what is left of it at the end is
     killed."""
     command = [sys.executable, "-m", "pretrain", *arguments, *OWN, f"output_dir={run}"]
     with log.open("ab") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+        process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True, **options)
     try:
         yield process
     finally:
         kill(process)
 
 
-def make(arguments: list[str], run: Path, log: Path) -> None:
+def make(arguments: list[str], run: Path, log: Path, **options: Any) -> None:
     """A run that has to end well."""
-    with started(arguments, run, log) as process:
+    with started(arguments, run, log, **options) as process:
         finish(process, log)
+
+
+def noting(notes: Path) -> dict[str, str]:
+    """The environment of a run that notes in the new folder ``notes`` what it trains on."""
+    notes.mkdir()
+    path = os.pathsep.join(filter(None, (str(ORDER), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PYTHONPATH": path, "PRETRAIN_DATA_ORDER": str(notes)}
 
 
 def finish(process: subprocess.Popen[bytes], log: Path) -> None:
@@ -185,28 +208,32 @@ def show(found: dict[str, Difference], bound: float) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of a run: key=value, group=choice")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--steps", type=int, default=12, help="N (default 12)")
     parser.add_argument("--bound", type=float, default=0.0, help="of accepted differences (default 0)")
-    asked = parser.parse_args()
+    asked, given = parser.parse_known_args()
     if asked.steps < 6:
         parser.error(f"--steps {asked.steps}: at least 6, for a checkpoint before the middle")
     half = asked.steps // 2
-    arguments = [*asked.overrides, f"max_steps={asked.steps}", f"save_every={half - 2}", f"evaluate_every={half}"]
+    arguments = [*given, f"max_steps={asked.steps}", f"save_every={half - 2}", f"evaluate_every={half}"]
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as scratch:
         whole, killed, log = Path(scratch, "whole"), Path(scratch, "killed"), Path(scratch, "log")
+        notes = {run: run.with_suffix(".notes") for run in (whole, killed)}
+        environments = {run: noting(folder) for run, folder in notes.items()}
         print(f"{asked.steps} steps at once …", flush=True)
-        make(arguments, whole, log)
+        make(arguments, whole, log, env=environments[whole])
         print(f"again, killed after step {half} …", flush=True)
-        with started(arguments, killed, log) as process:
+        with started(arguments, killed, log, env=environments[killed]) as process:
             kill_after(process, killed, half, log)
         print("and the same command …", flush=True)
-        make(arguments, killed, log)
+        make(arguments, killed, log, env=environments[killed])
         resumed = [r["step"] for r in read_records(killed / "metrics.jsonl") if r["event"] == "run_started"][-1]
         facts = json.loads((killed / "run.json").read_text())
         print(f"{facts['strategy']}, {facts['world_size']} process(es), {facts['device']}; went on from step {resumed}")
-        good = show(compare(killed, whole), asked.bound)
+        order = _worst(_values(trained_on(notes[killed]), trained_on(notes[whole])))
+        good = show(compare(killed, whole) | {"data order": order}, asked.bound)
     print("equal" if good else "NOT equal")
     raise SystemExit(0 if good else 1)
 

@@ -1,16 +1,18 @@
 """What tests ask of whole runs: their records without clocks, whether two are the same, how far one has come."""
 
 import json
+import os
 import time
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
+from pretrain.checkpoint.store import KINDS, load
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.record import is_clock
 
+ROOT = Path(__file__).parents[1]
 PLACES = {"path", "folder", "model"}
 
 
@@ -21,7 +23,7 @@ def numbers(run: Path) -> list[dict]:
     return [
         {k: v for k, v in record.items() if k not in PLACES and not is_clock(k)}
         for record in read_records(run / "metrics.jsonl")
-        if record["event"] in kept and record.get("status") != "stopped"
+        if record["event"] in kept and record.get("status", "finished") == "finished"
     ]
 
 
@@ -44,13 +46,12 @@ def assert_same_numbers(run: Path, reference: Path) -> None:
 def assert_same_run(run: Path, reference: Path) -> None:
     """Of one process or several, whose weights and moments may lie in many files."""
     assert_same_numbers(run, reference)
-    names = [file.name for file in (reference / "checkpoints/step-00000020").glob("*.safetensors")]
-    assert len(names) >= 2
-    for name in names:
-        ours, theirs = (load_file(r / "checkpoints/step-00000020" / name) for r in (run, reference))
+    engines = [load(r / "checkpoints/step-00000020")["engine"] for r in (run, reference)]
+    for kind in KINDS:
+        ours, theirs = (engine[kind] for engine in engines)
         assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert torch.equal(ours[key], theirs[key]), f"{name}: {key}"
+        for key in sorted(ours.keys()):
+            assert torch.equal(ours.read(key), theirs.read(key)), key
     state, expected = (
         json.loads((r / "checkpoints/step-00000020/state.json").read_text().replace(str(r), ""))
         for r in (run, reference)
@@ -65,3 +66,23 @@ def wait_for(run: Path, step: int, process) -> None:
         if path.exists() and any(r["step"] >= step and r["event"] == "train" for r in read_records(path)):
             return
         time.sleep(0.005)
+
+
+def injected(tmp_path, lines):
+    """The environment of a process whose Python does ``lines`` first."""
+    folder = tmp_path / "injected"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(lines)
+    return os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+def at_call(where, fault, mark, *, at=1, after=False, rank="0", paths=""):
+    """The environment of a run to which ``fault`` (kill · kill all · hang) happens once, with the file ``mark`` to show for it.
+
+    ``where``: ``module:function``; it is the call number ``at`` of the process ``rank``, counted among those that have a path
+    among their arguments in which ``paths`` is found; before or ``after`` the function has done its work.
+    """
+    module, function = where.split(":")
+    order = {"module": module, "function": function, "fault": fault, "mark": str(mark), "at": at, "after": after}
+    path = f"{ROOT / 'tests/injected'}{os.pathsep}{ROOT}"
+    return os.environ | {"PYTHONPATH": path, "PRETRAIN_FAULT": json.dumps(order | {"rank": rank, "paths": paths})}

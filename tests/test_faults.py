@@ -21,10 +21,9 @@ from pretrain.telemetry.jsonl import Jsonl, read_records
 from pretrain.telemetry.monitor import Monitor
 from pretrain.telemetry.run_file import RunFile, read_run_file
 from tests.launch.test_launch import PAIR, steps, wait_for
-from tests.runs import assert_same_numbers
+from tests.runs import assert_same_numbers, injected
 from tests.telemetry.test_monitor import step_done
 from tests.test_stopping import stopping
-from tests.test_watchdog import injected
 
 # -- the data -----------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@ command goes on from it to the very run that was never disturbed."""
 
 import ctypes
 import os
-import random
 import shutil
 import subprocess
 import time
@@ -13,8 +12,7 @@ import pytest
 
 from pretrain.checkpoint.store import Store
 from pretrain.telemetry.jsonl import read_records
-from tests.runs import assert_same_run, wait_for
-from tests.test_watchdog import injected
+from tests.runs import assert_same_run, injected, wait_for
 
 MIB = 1 << 20
 
@@ -250,45 +248,3 @@ def test_a_folder_that_is_removed(uninterrupted, base_arguments, spawn, tmp_path
         return
     assert process.returncode == 0, out
     assert_same_run(run, uninterrupted)
-
-
-@pytest.mark.parametrize(
-    ("processes", "kills"),
-    [
-        (1, 2),
-        pytest.param(1, 25, marks=pytest.mark.slow),
-        pytest.param(2, 25, marks=pytest.mark.slow),
-    ],
-)
-def test_kill_9_at_random_moments(processes, kills, base_arguments, spawn, tmp_path, monkeypatch):
-    """Over tokenization, steps, saves, evaluation and export: the same command again and again, killed at any moment,
-    ends with the very run that was never killed. Told to the second: PRETRAIN_KILL_SEED repeats a failure."""
-    seed = int(os.environ.get("PRETRAIN_KILL_SEED", time.time_ns() % 10**6))
-    print(f"PRETRAIN_KILL_SEED={seed}")
-    draw = random.Random(seed)
-    arguments = base_arguments if processes == 1 else [*base_arguments, "strategy=ddp", "devices=2", "batch_size=1"]
-    whole = tmp_path / "whole"
-    began_at = time.monotonic()
-    process = spawn([*arguments, f"output_dir={whole}"])
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    seconds = time.monotonic() - began_at
-    done = finished = 0
-    while done < kills:
-        run = tmp_path / f"run-{finished}"
-        monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / f"cache-{finished}"))  # tokenize anew
-        process = spawn([*arguments, f"output_dir={run}"], start_new_session=True)
-        try:
-            process.wait(draw.uniform(0.2, 1.05) * seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
-            done += 1
-            continue
-        assert process.returncode == 0, process.communicate(timeout=10)[0]
-        assert_same_run(run, whole)
-        finished += 1
-    process = spawn([*arguments, f"output_dir={run}"])
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    assert_same_run(run, whole)

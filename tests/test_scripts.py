@@ -1,6 +1,7 @@
 """The scripts that people are told to run."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -12,14 +13,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from PIL import Image
+
+from tests.launch.test_launch import PAIR
+from tests.runs import injected
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
-def script(name, *arguments):
+def script(name, *arguments, **options):
     command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPTS.parent)
+    return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPTS.parent, **options)
 
 
 def verdict(done):
@@ -71,6 +76,59 @@ def test_verify_resume(base_arguments, tmp_path):
     assert done.stdout.splitlines()[-1] == "equal"
     assert re.search(r"went on from step (4|8)", done.stdout), "a slow machine may have saved once more before the kill"
     assert not (tmp_path / "run").exists(), "the user's output_dir is not touched"
+
+
+FORGETFUL = "import torch\ntorch.set_rng_state = lambda state: None\n"
+DISORDERLY = """
+from pretrain.data.loader import Loader
+def load_state_dict(self, state):
+    self.samples = state["samples"]
+    self.permutation = type(self.permutation)(len(self.blocks), 4711)
+Loader.load_state_dict = load_state_dict
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "differ"),
+    [
+        (FORGETFUL, {"weights", "moments", "random states", "progress", "metrics"}),
+        (DISORDERLY, {"weights", "moments", "progress", "metrics", "data order"}),
+    ],
+    ids=["random states", "data order"],
+)
+@pytest.mark.parametrize("more", [[], PAIR], ids=["single", "pair"])
+def test_verify_resume_finds_what_differs(more, fault, differ, base_arguments, tmp_path):
+    """A resume that forgets the random states (the model has dropout), or goes on in another order."""
+    done = script("verify_resume.py", *base_arguments, *more, env=injected(tmp_path, fault))
+    assert done.returncode == 1, done.stderr + done.stdout
+    assert done.stdout.splitlines()[-1] == "NOT equal"
+    assert {line.strip().split("  ")[0] for line in done.stdout.splitlines() if " NO " in line} == differ, done.stdout
+
+
+@pytest.mark.slow
+def test_verify_resume_of_a_flat_file(corpus, tiny_model, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"model_name: {tiny_model}\ndataset: {{source: local, nameOrPath: {corpus}}}\nbatch_size: 2\n"
+    )
+    done = script("verify_resume.py", "--config", tmp_path / "run.yaml", "sequence_length=32", "--bound", "1e-9")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.stdout.splitlines()[-1] == "equal"
+
+
+def test_what_is_no_number_is_never_equal(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from verify_resume import _tensors, _values, _worst
+
+    class Files(dict):
+        shape = staticmethod(lambda name: (3,))
+        read = dict.__getitem__
+
+    weights = Files(a=torch.tensor([1.0, 2.0, math.inf]), b=torch.zeros(3))
+    others = Files(a=torch.tensor([1.0, math.nan, math.inf]), b=torch.full((3,), 0.5))
+    assert _worst(_tensors(weights, others)) == (math.inf, "a")
+    assert _worst(_tensors(Files(b=weights["b"]), Files(b=others["b"]))) == (0.5, "b")
+    assert _worst(_values([0.0, math.nan], [5.0, 1.0])) == (math.inf, "[1]")
 
 
 def test_verify_resume_on_a_mistake():

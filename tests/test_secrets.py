@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.redact import redact
+from tests.launch.test_launch import PAIR
+from tests.runs import injected
 from tests.test_cli import assert_mistake
 
 HF = "hf_" + "PlantedPlantedPlanted"
@@ -34,6 +36,17 @@ def planted(tmp_path, monkeypatch) -> list[str]:
     return [*PLANTED.values(), *IN_FILES]
 
 
+QUOTING = """
+import os, torch
+step = torch.optim.AdamW.step
+def broken(*given, **named):
+    if os.environ.get("RANK") == "1":
+        raise RuntimeError("broken: " + repr(os.environ["PLANTED"].split()))
+    return step(*given, **named)
+torch.optim.AdamW.step = broken
+"""
+
+
 def assert_nowhere(secrets: list[str], folder: Path, *texts: str) -> None:
     files = [file for file in folder.rglob("*") if file.is_file()]
     leaks = [(file, s) for file in files for s in secrets if s.encode() in file.read_bytes()]
@@ -58,6 +71,33 @@ def test_a_run_leaves_none(planted, spawn, base_arguments, tmp_path):
         "checkpoints",
         "model",
     } <= written
+    assert_nowhere(planted, run, text)
+
+
+@pytest.mark.slow
+def test_no_sink_writes_any(planted, spawn, base_arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "run"
+    process = spawn([*base_arguments, f"output_dir={run}", "sink=[csv,tensorboard,wandb]"])
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, text
+    names = {file.name.partition(".")[0] for file in run.rglob("*") if file.is_file()}
+    assert "events" in names, "TensorBoard's"
+    assert list(run.rglob("*.csv"))
+    assert list(run.rglob("*.wandb"))
+    assert_nowhere(planted, run, text)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_says_none(planted, spawn, base_arguments, tmp_path, monkeypatch):
+    """Its exception quotes every secret: to the parent, who tells it, and in its log."""
+    monkeypatch.setenv("PLANTED", " ".join(planted))
+    run = tmp_path / "run"
+    process = spawn([*base_arguments, *PAIR, f"output_dir={run}"], env=injected(tmp_path, QUOTING))
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == 1, text
+    assert "RuntimeError: broken: ['***', " in text
+    assert "RuntimeError: broken: ['***', " in (run / "logs/rank-1.log").read_text()
     assert_nowhere(planted, run, text)
 
 

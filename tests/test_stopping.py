@@ -11,8 +11,7 @@ import pytest
 
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
-from tests.runs import assert_same_numbers, assert_same_run
-from tests.test_watchdog import injected
+from tests.runs import assert_same_numbers, assert_same_run, injected
 
 PAIR = ["strategy=ddp", "devices=2", "batch_size=1"]
 

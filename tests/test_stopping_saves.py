@@ -11,8 +11,8 @@ from pretrain.checkpoint.store import Store
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.launch.test_launch import ended, wait_for
-from tests.runs import assert_same_numbers
-from tests.test_watchdog import SHARDED, injected
+from tests.runs import assert_same_numbers, injected
+from tests.test_watchdog import SHARDED
 
 SLOW_DISK = """
 import os, time

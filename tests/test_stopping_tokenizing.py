@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import sentences
 from tests.launch.test_launch import PAIR, ended, wait_for
-from tests.test_watchdog import injected
+from tests.runs import injected
 
 UNITS = 12
 MANY_UNITS = """

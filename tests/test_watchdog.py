@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import psutil
 import pytest
@@ -17,15 +16,15 @@ from pretrain.replace import partial_of
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.launch.test_launch import LONG, PAIR, steps, wait_for, workers_of
-from tests.runs import starts
+from tests.runs import ROOT, at_call, injected, starts
 
-ROOT = Path(__file__).parents[1]
 GUARDED = """
 import sys, time
 from pathlib import Path
 from pretrain.watchdog import Watchdog
 watchdog = Watchdog()
-with watchdog.guarding(float(sys.argv[2]), log=Path(sys.argv[1]), tell=lambda place: print("at", place, flush=True)):
+limits, tell = map(float, sys.argv[2:]), lambda place, how_long: print("at", place, flush=True)
+with watchdog.guarding(*limits, log=Path(sys.argv[1]), tell=tell):
 {work}
 print("ended well")
 """
@@ -33,14 +32,17 @@ print("ended well")
 
 @pytest.fixture
 def guarded(tmp_path):
-    """``guarded(lines, seconds)``: a process that does ``lines`` under a watchdog, and its log."""
+    """``guarded(lines, timeout, slow_timeout)``: a process that does ``lines`` under a watchdog, and its log."""
     started = []
 
-    def start(lines, seconds=1.0):
+    def start(lines, timeout=1.0, slow_timeout=60.0):
         text = GUARDED.format(work="\n".join(f"    {line}" for line in lines))
         log = tmp_path / "rank-0.log"
         process = subprocess.Popen(
-            [sys.executable, "-c", text, log, str(seconds)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, "-c", text, log, str(timeout), str(slow_timeout)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
         )
         started.append(process)
         return process, log
@@ -75,6 +77,18 @@ def test_what_is_no_hang(lines, guarded):
     assert process.communicate(timeout=30)[0] == "ended well\n"
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [["stuck()"], ["with watchdog.resting():", "    watchdog.pat()", "    stuck()"]],
+    ids=["before the first pat", "rests"],
+)
+def test_what_rests_for_too_long_is_a_hang_too(lines, guarded):
+    process, log = guarded(["def stuck(): time.sleep(60)", *lines], timeout=0.2, slow_timeout=1.5)
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, "stuck" in out) == (1, True)
+    assert "nothing has moved for 1.5 s (launch.slow_timeout)" in log.read_text()
+
+
 def test_a_process_that_was_stopped_for_long_goes_on(guarded):
     """Ctrl-Z and fg, a job that the cluster has suspended."""
     process, log = guarded(["watchdog.pat()", "print('begins', flush=True)", "time.sleep(0.5)"])
@@ -88,7 +102,7 @@ def test_a_process_that_was_stopped_for_long_goes_on(guarded):
 
 def test_stacks_on_demand(guarded):
     process, log = guarded(
-        ["def busy():", "    print('begins', flush=True)", "    time.sleep(1)", "busy()"], seconds=100
+        ["def busy():", "    print('begins', flush=True)", "    time.sleep(1)", "busy()"], timeout=100
     )
     assert process.stdout.readline() == "begins\n"
     process.send_signal(signal.SIGUSR2)
@@ -156,12 +170,50 @@ def test_what_rests_is_not_ended_by_a_pat(guarded):
     assert (process.returncode, out) == (0, "ended well\n")
 
 
-def injected(tmp_path, lines):
-    """The environment of a process whose Python does ``lines`` first."""
-    folder = tmp_path / "injected"
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(lines)
-    return os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+SLOW = ["launch.timeout=4", "launch.slow_timeout=4"]
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "pretrain.engine:Scorer.evaluate",
+        *(
+            pytest.param(where, marks=pytest.mark.slow)
+            for where in (
+                "pretrain.engine:Engine.backward",
+                "pretrain.trainer:Trainer.restore",
+                "pretrain.models.export:save_whole",
+            )
+        ),
+    ],
+)
+def test_what_may_be_slow_has_an_end(where, base_arguments, spawn, command, tmp_path):
+    """The first forward of an evaluation and of a step, resuming, exporting."""
+    run = tmp_path / "run"
+    arguments = [*base_arguments, f"output_dir={run}", *SLOW]
+    if "restore" in where:
+        assert command([*arguments, "max_steps=5"])[0] == 0
+    process = spawn(arguments, env=at_call(where, "hang", tmp_path / "mark"))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    assert "nothing has moved for 4 s (launch.slow_timeout), so it ends" in out
+    assert (tmp_path / "mark").exists()
+    assert "sitecustomize.py" in (run / "logs/rank-0.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["pretrain.engine:Scorer.evaluate", "pretrain.engine:Engine.backward"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_that_stands_still_in_its_first_forward(strategy, where, base_arguments, spawn, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*base_arguments, f"strategy={strategy}", "devices=2", "batch_size=1", *SLOW, f"output_dir={run}"]
+    process = spawn(arguments, env=at_call(where, "hang", tmp_path / "mark", rank="1"))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    assert "rank 1 stands still: nothing has moved for 4 s (launch.slow_timeout)" in out
+    assert "rank 0 at " in out
+    for rank in (0, 1):
+        assert "Thread 0x" in (run / f"logs/rank-{rank}.log").read_text()
 
 
 FROZEN = """

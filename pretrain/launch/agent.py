@@ -128,5 +128,5 @@ def _run_agent(job: Job, workers: int, policy: Policy, meeting: dict[str, Any]) 
         monitor_interval=0.05,
     )
     logs = DefaultLogsSpecs(log_dir=f"{job.reports}/elastic")
-    agent = Agent(spec, logs_specs=logs, start_method="forkserver", reports=Path(job.reports), timeout=policy.timeout)
+    agent = Agent(spec, logs_specs=logs, start_method="forkserver", reports=Path(job.reports))
     return agent.outcome(Path(job.resolved["output_dir"]))

@@ -32,13 +32,11 @@ STACKS_SECONDS = 0.5  # and then those who have not, to write their stacks
 
 
 class Agent(LocalElasticAgent):
-    """``reports``: the folder in which a failing worker says why. ``stop``: the signal that asked the run to stop.
-    ``timeout``: seconds after which a worker that stands still ends itself."""
+    """``reports``: the folder in which a failing worker says why. ``stop``: the signal that asked the run to stop."""
 
-    def __init__(self, *args: Any, reports: Path, timeout: float, **options: Any) -> None:
+    def __init__(self, *args: Any, reports: Path, **options: Any) -> None:
         super().__init__(*args, **options)
         self.reports = reports
-        self.timeout = timeout
         self.stop: str | None = None
         self._asked_at = 0.0
         self._pids: list[int] = []
@@ -76,9 +74,9 @@ class Agent(LocalElasticAgent):
         reports = sorted(read_reports(self.reports), key=lambda report: (not report.is_mistake, report.time))
         if reports and reports[0].is_mistake:
             return reports[0]
-        hangs = {report.rank: report.stands_at for report in reports if report.stands_at}
+        hangs = {report.rank: report for report in reports if report.stands_at}
         if hangs:
-            return cause_of_hang(hangs, sorted(self.stuck - hangs.keys()), self.timeout)
+            return cause_of_hang(hangs, sorted(self.stuck - hangs.keys()))
         for rank, code in self.deaths.items():
             if -code in KILLERS:
                 return Report(rank, f"was killed by {signal.Signals(-code).name}", "", time.monotonic())

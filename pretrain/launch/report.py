@@ -12,6 +12,9 @@ from pathlib import Path
 from pretrain.errors import UserError
 from pretrain.replace import replace_file
 
+# Where a rank waits for the others: in collectives, and in autograd's backward, which has some.
+WAITING = ("world.py", "distributed_c10d.py", "_fsdp", "graph.py")
+
 
 @dataclass(frozen=True)
 class Report:
@@ -46,26 +49,24 @@ def write_report(folder: Path, rank: int, error: BaseException) -> None:
     _write(folder, Report(rank, message, trace, time.monotonic(), mistake))
 
 
-def write_hang(folder: Path, rank: int, place: str) -> None:
-    _write(folder, Report(rank, "stands still", "", time.monotonic(), stands_at=place))
+def write_hang(folder: Path, rank: int, place: str, how_long: str) -> None:
+    _write(folder, Report(rank, how_long, "", time.monotonic(), stands_at=place))
 
 
-def cause_of_hang(hangs: dict[int, str], silent: list[int], timeout: float) -> Report:
-    """One report out of all: ``hangs`` (rank → where it stands) and the ranks that gave no sign at all. Those are the
-    cause, else whoever stands where nobody, or the fewest, stand; in ``world.py`` a rank waits for the others."""
-    places: dict[str, list[int]] = {}
-    for rank, place in sorted(hangs.items()):
-        places.setdefault(place, []).append(rank)
-    rare = min(places, key=lambda place: ("world.py" in place, len(places[place])))
+def cause_of_hang(hangs: dict[int, Report], silent: list[int]) -> Report:
+    """One report out of all: ``hangs`` (by rank, the earliest first) and the ranks that gave no sign at all. Those are the
+    cause, else whoever stands where nobody, or the fewest, stand, and not where a rank waits for the others."""
+    first, places = next(iter(hangs.values())), dict[str, list[int]]()
+    for rank, report in sorted(hangs.items()):
+        places.setdefault(report.stands_at or "", []).append(rank)
+    rare = min(places, key=lambda place: (any(name in place for name in WAITING), len(places[place])))
     where = [f"rank {', '.join(map(str, ranks))} at {place}" for place, ranks in places.items()]
     rank, how = (silent[0], "does not answer") if silent else (places[rare][0], "stands still")
     return Report(
         rank,
-        f"{how}: nothing has moved for {timeout:g} s (launch.timeout); {'; '.join(where)}; "
-        "the stacks of every rank are in its log",
+        f"{how}: {hangs.get(rank, first).message}; {'; '.join(where)}; the stacks of every rank are in its log",
         "",
         time.monotonic(),
-        stands_at=hangs.get(rank),
     )
 
 

@@ -12,7 +12,7 @@ from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.store import Store, load
 from pretrain.errors import UserError
 from tests.checkpoint.test_store import ALONE, state
-from tests.test_watchdog import injected
+from tests.runs import injected
 
 ALL = Policy(keep_last=None)
 

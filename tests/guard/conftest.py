@@ -40,6 +40,24 @@ def overflowing_model(exact_model, tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="session")
+def steep_model(exact_model, tmp_path_factory) -> Path:
+    """A Llama that finds the embedding of "~", whatever its size, by a norm without an epsilon: as small as it is here, the
+    loss of a batch with it is finite and its gradient is not."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("steep") / "model"
+    shutil.copytree(exact_model("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.0}))
+    weights = load_file(folder / "model.safetensors")
+    (token,) = AutoTokenizer.from_pretrained(folder).encode("~", add_special_tokens=False)
+    weights["model.embed_tokens.weight"][token] = 1e-18
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.fixture
 def bad_run(base_arguments, bad_corpus, exact_model):
     """``bad_run(first, last)``: the arguments of a run, and the one step from ``first`` to ``last`` (and the only one up to

@@ -211,6 +211,31 @@ def assert_close_runs(run: Path, reference: Path) -> None:
     assert ours == theirs
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["skip", "stop"])
+def test_an_infinite_gradient_of_a_finite_loss(action, bad_run, steep_model, command, ran, tmp_path):
+    """Judged by the norm alone, in a whole run."""
+    given, bad = bad_run(12, 14)
+    given += [f"model_name={steep_model}", "save_every=1", "checkpoint.keep_last=null"]
+    run = tmp_path / "run"
+    code, _, err = command([*given, f"guard.nonfinite={action}", f"output_dir={run}"])
+    assert code == (2 if action == "stop" else 0), err
+    assert ("guard.nonfinite=stop: step" in err) == (action == "stop")
+    for record in train_records(run):
+        assert math.isfinite(record["loss"])
+        assert (record["grad_norm"] is None) == (record["step"] == bad)
+    (record,) = quarantined(run)
+    assert (record["step"], record["reason"], record["action"]) == (bad, "nonfinite", action)
+    assert math.isfinite(record["loss"])
+    assert record["grad_norm"] is None
+    ran("run", given)
+    assert [r["skipped_steps"] for r in train_records(run)] == [int(step >= bad) for step in range(1, 21)]
+    ending = ran("ending", [*given, f"max_steps={bad}"])
+    for kind in ("model", "optimizer"):
+        assert equal(weights(ending, bad - 1, kind), weights(ending, bad, kind))
+        assert all(tensor.isfinite().all() for tensor in weights(run, 20, kind).values())
+
+
 # -- spikes -----------------------------------------------------------------------------------------------------------
 
 SPIKE = ["guard.spike=skip", "guard.window=16", "lr=1e-2", "scheduler=constant", "warmup_proportion=0", "max_steps=50"]
@@ -242,6 +267,23 @@ def test_a_spike_is_rolled_back(spike_run, ran):
     skipped, back = ran("skip", given), ran("rollback", [*given, "guard.spike=rollback"])
     assert equal(weights(skipped, 50), weights(back, 50))
     assert [r["bad_step"] for r in read_records(back / "metrics.jsonl") if r["event"] == "rollback"] == [bad]
+
+
+@pytest.mark.slow
+def test_a_spike_stops_the_run_and_the_same_command_goes_on(spike_run, ran, command, tmp_path):
+    given, bad = spike_run
+    run = tmp_path / "run"
+    code, _, err = command([*given, f"output_dir={run}", "guard.spike=stop"])
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert f"guard.spike=stop: step {bad}: loss " in line
+    assert "robust standard deviations up" in line
+    assert "garbage.txt#0" in line
+    assert "Traceback" not in err
+    assert read_run_file(run)["status"] == "failed"
+    assert max(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").iterdir()) == 40
+    assert numbers(ran("run", given)) == numbers(ran("whole", given))
+    assert quarantined(run) == quarantined(tmp_path / "whole")
 
 
 @pytest.mark.slow

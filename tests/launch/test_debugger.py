@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pretrain.telemetry.run_file import read_run_file
-from tests.test_watchdog import injected
+from tests.runs import injected
 
 pytestmark = pytest.mark.slow
 STOP = """

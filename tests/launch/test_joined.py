@@ -13,8 +13,7 @@ from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.launch.test_launch import BREAK, LONG, steps, wait_for
 from tests.launch.test_mistakes import free_port
-from tests.runs import losses, starts
-from tests.test_watchdog import injected
+from tests.runs import injected, losses, starts
 
 STRATEGIES = ["ddp", "fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)]
 
