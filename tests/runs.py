@@ -32,8 +32,12 @@ def assert_same_numbers(run: Path, reference: Path) -> None:
 
 
 def assert_same_run(run: Path, reference: Path) -> None:
-    """Of one process or several, whose weights and moments may lie in many files."""
     assert_same_numbers(run, reference)
+    assert_same_checkpoint(run, reference)
+
+
+def assert_same_checkpoint(run: Path, reference: Path) -> None:
+    """Of one process or several, whose weights and moments may lie in many files."""
     names = [file.name for file in (reference / "checkpoints/step-00000020").glob("*.safetensors")]
     assert len(names) >= 2
     for name in names:
