@@ -95,7 +95,7 @@ def begin(
     again = place.restarts > 0 and claimed_by(Path(resolved["output_dir"])) == place.run_id
     folder = claim(resolved["output_dir"], start_over=resolved["resume"] == "never" and not again)
     claims.callback(folder.lock.release)
-    if (folder.path / "model").exists() and not (folder.path / "config.yaml").exists():
+    if (folder.path / "model").exists() and not (folder.path / "config.yaml").exists() and not store.steps():
         raise UserError(
             f"output_dir={folder.path}: its folder `model` is no run's and would be replaced; choose another"
         )
@@ -110,7 +110,7 @@ def begin(
         own = resume_from.resolve().parent == store.folder.resolve()
         store.set_aside_after(step_of(resume_from) if own else -1)  # from elsewhere: all here is another branch
         if step_of(resume_from) >= steps and facts.get("status") == "finished" and _end_is_told(folder.path, resolved):
-            check_finished_run(folder, resolved)
+            check_finished_run(resume_from, resolved)
             model = f"model in {facts['model']}" if facts["model"] else "no model was exported"
             notice(f"{folder.path} is finished: {facts['steps']} steps; {model}")
             if not facts["model"]:
@@ -285,9 +285,9 @@ def _allowing(changed: list[str]) -> str:
     return f"; or continue, no longer exactly, with resume_allow=[{','.join(changed)}]"
 
 
-def check_finished_run(folder: RunFolder, resolved: dict[str, Any]) -> None:
-    """Raises ``UserError`` when the finished run in ``folder`` was made with other settings than these."""
-    old = read_config(folder.path)
+def check_finished_run(checkpoint: Path, resolved: dict[str, Any]) -> None:
+    """Raises ``UserError`` when the finished run whose last ``checkpoint`` it is was made with other settings than these."""
+    old = read_config(checkpoint)
     changed = [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] not in FREE]
     if changed:
         raise UserError(

@@ -12,7 +12,7 @@ import pytest
 
 from pretrain.checkpoint.store import Store
 from pretrain.telemetry.jsonl import read_records
-from tests.runs import assert_same_run, injected, wait_for
+from tests.runs import assert_same_checkpoint, assert_same_run, injected, wait_for
 
 MIB = 1 << 20
 
@@ -173,6 +173,23 @@ def test_in_the_very_middle_of_a_save(action, says, left, uninterrupted, base_ar
 
 
 @pytest.mark.slow
+def test_the_whole_run_removed_between_two_saves(uninterrupted, base_arguments, command, spawn, tmp_path):
+    """Training goes on and is saved again. What lay in the folder is lost, and it is said that records are."""
+    run = tmp_path / "run"
+    arguments = [*base_arguments, f"output_dir={run}"]
+    remove = f"os.path.exists('{run}/checkpoints/step-00000005') and shutil.rmtree('{run}')"
+    fault = WHILE_FLUSHING.format(path="/run/checkpoints", action=remove)  # the last that is flushed of a save
+    process = spawn(arguments, env=injected(tmp_path, fault))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert f"{run}/run.json can't be written: No such file or directory; the run goes on" in out
+    assert_same_checkpoint(run, uninterrupted)
+    code, _, err = command(arguments)
+    assert code == 0, err
+    assert "is finished: 20 steps" in err
+
+
+@pytest.mark.slow
 def test_one_rank_that_cannot_write(base_arguments, spawn, command, tmp_path):
     """Full: the run goes on without this checkpoint, on all ranks. Anything else ends it, with the error of that rank."""
     pair = [*base_arguments, "strategy=fsdp", "devices=2", "batch_size=1"]
@@ -207,11 +224,11 @@ import io, os, time
 real_sync, real_open = os.fsync, io.open
 def fsync(file):
     if "/checkpoints" in os.readlink(f"/proc/self/fd/{file}"):
-        time.sleep(0.6)
+        time.sleep(0.8)
     real_sync(file)
 def open(file, mode="r", *more, **given):
     if "w" in mode and "/checkpoints/" in str(file):
-        time.sleep(0.6)
+        time.sleep(0.8)
     return real_open(file, mode, *more, **given)
 os.fsync, io.open = fsync, open
 """
@@ -223,7 +240,7 @@ def test_a_slow_disk(uninterrupted, base_arguments, spawn, tmp_path):
     due training goes on."""
     run = tmp_path / "run"
     process = spawn(
-        [*base_arguments, f"output_dir={run}", "save_every=10", "launch.timeout=4"],
+        [*base_arguments, f"output_dir={run}", "save_every=10", "launch.timeout=6"],
         env=injected(tmp_path, SLOW_DISK),
     )
     out, _ = process.communicate(timeout=240)
