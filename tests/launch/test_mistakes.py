@@ -72,7 +72,7 @@ MISTAKES = [
     ),
     (
         ["strategy=deepspeed", "strategy.config.zero_optimisation.stage=3"],
-        "zero_optimisation: DeepSpeed has no such key; did you mean 'zero_optimization'?",
+        "zero_optimisation: DeepSpeed has no such key; did you mean 'zero_optimization'",
     ),
     (["strategy=ddp", "launch.nodes=2"], "launch.endpoint=<host>:<port>"),
     (["launch.nodes=2", "launch.endpoint=localhost:29511"], "strategy=single is one process"),
