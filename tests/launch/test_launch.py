@@ -110,11 +110,12 @@ def test_a_signal_saves_and_exits_75(strategy, number, everyone, long_run, base_
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("delay", [1.0, 2.0, 2.5, 3.0])
 def test_a_signal_while_it_starts(delay, number, base_arguments, spawn, tmp_path):
-    """In the middle of imports, preparing the data, starting workers, building models: the end is as clean."""
-    process = spawn([*base_arguments, *LONG, *PAIR, f"output_dir={tmp_path}"])
+    """In the middle of imports, preparing the data, starting workers, building models: the end is as clean. Ctrl-C reaches
+    all of them."""
+    process = spawn([*base_arguments, *LONG, *PAIR, f"output_dir={tmp_path}"], start_new_session=True)
     time.sleep(delay)
     everyone = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(number)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     out = ended(process, everyone)
     assert process.returncode == 75, out
     assert "Traceback" not in out
