@@ -68,6 +68,23 @@ Every.due = signalled
 """
 
 
+FIRST_IMPORTS = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "omegaconf":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_ctrl_c_during_the_first_imports(base_arguments, spawn, tmp_path):
+    process = spawn([*base_arguments, f"output_dir={tmp_path / 'run'}"], env=injected(tmp_path, FIRST_IMPORTS))
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, out
+    assert out == "stopped (Ctrl-C); the same command goes on from here\n"
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """Where undisturbed runs of two processes lie, by their strategy."""
