@@ -10,6 +10,7 @@ set -euo pipefail
 action=${1:-}
 folder=$(realpath -m "${2:-${TMPDIR:-/tmp}/slurm-local}")
 export SLURM_CONF=$folder/slurm.conf
+export PATH=$PATH:/usr/sbin:/sbin # where the daemons are; a user's own path may lack it
 port=${SLURM_LOCAL_PORT:-17000} # of the controller; the nodes use the next two
 
 fail() { # MESSAGE [EXIT CODE]: 2 where it can't work at all

@@ -178,7 +178,7 @@ def test_a_trusted_part_is_made(command, base_arguments, tmp_path, mark):
 FLAT = {
     "a target": ("dataset: {source: local, _target_: foreign.run}", "only; if you trust"),
     "trust": ("allow_targets: [foreign.run]", "unknown key 'allow_targets'"),
-    "remote code": ("parallelization_config: {trust_remote_code: true}", "a file may not set"),
+    "remote code": ("parallelization_config: {trust_remote_code: true}", "no strategy has such a key"),
     "a Python object": ("seed: !!python/object/apply:foreign.run []", "can't be read as YAML"),
 }
 

@@ -237,9 +237,9 @@ def test_state_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     model = LanguageModel(tiny("llama"))
     state = model.hf_state()
     head = state.pop("lm_head.weight")
-    with pytest.raises(RuntimeError, match=r"lm_head\.weight"):
+    with pytest.raises(UserError, match=r"lm_head\.weight"):
         model.load(written(state, tmp_path))
-    with pytest.raises(RuntimeError, match=r"lm_head\.weight: shape \(96, 32\), the model has \(97, 32\)"):
+    with pytest.raises(UserError, match=r"lm_head\.weight is \(96, 32\), the model's \(97, 32\)"):
         model.load(written(state | {"lm_head.weight": head[:96]}, tmp_path))
 
 
