@@ -12,10 +12,8 @@ import torch
 
 from pretrain.checkpoint.store import load
 from pretrain.checkpoint.weights import weights_folder
-from pretrain.models.bpe import train_bpe
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
-from tests.conftest import sentences
 from tests.runs import assert_same_run, numbers, wait_for
 
 
@@ -202,58 +200,6 @@ def test_torn_checkpoints_of_two_processes(base_arguments, spawn, tmp_path):
     assert_same_run(run, whole)
 
 
-def test_a_finished_run_is_left_alone_and_can_be_extended(uninterrupted, base_arguments, command, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(uninterrupted, run)
-    before = (run / "metrics.jsonl").read_bytes()
-    code, _, err = command([*base_arguments, f"output_dir={run}"])
-    assert code == 0
-    assert "is finished: 20 steps" in err
-    assert (run / "metrics.jsonl").read_bytes() == before
-    code, _, err = command([*base_arguments, f"output_dir={run}", "lr=0.5"])
-    assert code == 2
-    assert "lr: 0.001 → 0.5" in err
-    code, _, err = command([*base_arguments, f"output_dir={run}", "max_steps=25"])
-    assert code == 0, err
-    steps = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
-    assert steps == list(range(1, 26))
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ("sequence_length=64", "sequence_length: 32 → 64"),
-        ("batch_size=4", "batch_size: 2 → 4"),
-        ("seed=1", "seed: 0 → 1"),
-        ("dataset.held_out=0.2", "dataset.held_out: 0.05 → 0.2"),
-        ("dataset.nameOrPath={other}", "dataset.nameOrPath: "),
-        ("model_name={model}", "model_name: "),
-    ],
-)
-def test_another_run_is_not_continued(
-    change, says, uninterrupted, base_arguments, command, tmp_path, other_corpus, tiny_model
-):
-    run = tmp_path / "run"
-    shutil.copytree(uninterrupted, run)
-    model = tmp_path / "copy"
-    shutil.copytree(tiny_model, model)
-    change = change.format(other=other_corpus, model=model)
-    code, _, err = command([*base_arguments, f"output_dir={run}", change, "max_steps=40"])
-    assert code == 2
-    assert says in err
-    assert "→" in err
-    assert_same_run(run, uninterrupted)
-
-
-def test_the_split_of_an_equal_global_batch_may_change(uninterrupted, base_arguments, command, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(uninterrupted, run)
-    split = ["batch_size=4", "gradient_accumulation_steps=1", "max_steps=22"]
-    code, _, err = command([*base_arguments, f"output_dir={run}", *split])
-    assert code == 0, err
-    assert read_run_file(run)["steps"] == 22
-
-
 def test_resume_never_keeps_the_earlier_run_aside(uninterrupted, base_arguments, command, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
@@ -284,16 +230,6 @@ def test_a_live_run_is_not_moved_aside(base_arguments, command, spawn, tmp_path)
     assert not (tmp_path / "run.old-1").exists()
 
 
-def test_a_refused_resume_changes_nothing(uninterrupted, base_arguments, command, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(uninterrupted, run)
-    before = sorted(p.name for p in (run / "checkpoints").iterdir())
-    arguments = [*base_arguments, f"output_dir={run}", f"resume={run}/checkpoints/step-00000015"]
-    code, _, err = command([*arguments, "sequence_length=64"])
-    assert code == 2, err
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == before
-
-
 def test_a_checkpoint_of_another_run_in_a_folder_with_later_ones(uninterrupted, base_arguments, command, tmp_path):
     """The branch that was left is set aside, so that the new one is neither pruned nor passed over."""
     run = tmp_path / "run"
@@ -304,22 +240,6 @@ def test_a_checkpoint_of_another_run_in_a_folder_with_later_ones(uninterrupted, 
     assert sorted(p.name for p in (run / "checkpoints").glob("step-*")) == ["step-00000016", "step-00000017"]
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ("precision=bf16-true", "precision.weights: float32 → bfloat16"),
-        ("dataset.document_mask=true", "document_mask: "),
-    ],
-)
-def test_what_would_change_the_numbers_is_refused(change, says, uninterrupted, base_arguments, command, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(uninterrupted, run)
-    code, _, err = command([*base_arguments, f"output_dir={run}", "max_steps=40", change])
-    assert code == 2
-    assert says in err
-    assert_same_run(run, uninterrupted)
-
-
 def test_an_evaluation_does_not_write_over_a_run(uninterrupted, base_arguments, command, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
@@ -327,60 +247,6 @@ def test_an_evaluation_does_not_write_over_a_run(uninterrupted, base_arguments, 
     assert code == 2
     assert "holds a pretraining run" in err
     assert_same_run(run, uninterrupted)
-
-
-def test_more_epochs_and_other_sinks(base_arguments, command, tmp_path):
-    """A run whose learning rate does not depend on its end goes on as if it had been told so at first."""
-    same = [*base_arguments, "max_steps=null", "scheduler=constant", "warmup_proportion=0", "checkpoint.export=never"]
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    for more in (
-        ["number_epochs=0.1", "sink=jsonl", f"output_dir={whole}"],
-        ["number_epochs=0.05", "sink=jsonl", f"output_dir={run}"],
-        ["number_epochs=0.1", "sink=[jsonl,csv]", f"output_dir={run}"],
-    ):
-        code, _, err = command([*same, *more])
-        assert code == 0, err
-    trained, expected = ([r for r in numbers(f) if r["event"] == "train"] for f in (run, whole))
-    assert trained == expected
-    first = int((run / "train.csv").read_text().splitlines()[1].split(",")[0])
-    assert 1 < first < len(trained)
-
-
-@pytest.mark.parametrize(
-    ("part", "change", "steps"),
-    [
-        ("data", ["dataset.train_data_ratio=0.5"], 24),
-        ("seed", ["seed=1"], 24),
-        ("sequence_length", ["sequence_length=16"], 24),
-        ("global_batch", ["batch_size=4"], 24),
-        ("weights", ["precision=bf16-true"], 24),
-        ("optimizer", ["optimizer.compensate=false"], 24),
-        ("tokenizer", ["model.tokenizer_name={tokenizer}"], 24),
-    ],
-)
-def test_what_is_allowed_to_differ(part, change, steps, uninterrupted, base_arguments, command, tmp_path):
-    """Refused, with the word that allows it; with it the run goes on where it was."""
-    run, tokenizer = tmp_path / "run", tmp_path / "tokenizer"
-    shutil.copytree(uninterrupted, run)
-    if part == "tokenizer":
-        train_bpe(iter(sentences(i, 200) for i in range(5)), vocab_size=299).save_pretrained(tokenizer)
-    change = [c.format(tokenizer=tokenizer) for c in change]
-    arguments = [*base_arguments, f"output_dir={run}", f"max_steps={steps}", *change]
-    code, _, err = command(arguments)
-    assert code == 2
-    allow = err.strip().splitlines()[-1].rsplit(" ", 1)[1]
-    assert part in allow.removeprefix("resume_allow=[").removesuffix("]").split(",")
-    code, _, err = command([*arguments, allow])
-    assert code == 0, err
-    records = [r for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
-    assert [r["step"] for r in records] == list(range(1, steps + 1))
-    assert records[20]["loss"] < records[0]["loss"] - 0.01, "it has not started over"
-    before = json.loads((uninterrupted / "checkpoints/step-00000020/state.json").read_text())["progress"]
-    after = json.loads((run / f"checkpoints/step-{steps:08d}/state.json").read_text())["progress"]
-    assert after["tokens"] > before["tokens"]
-    per_sequence = 2 if part == "sequence_length" else 1
-    per_step = 8 if part == "global_batch" else 4
-    assert after["samples"] == before["samples"] * per_sequence + 4 * per_step
 
 
 def test_from_a_named_checkpoint_elsewhere_all_that_lies_here_is_another_branch(
@@ -401,12 +267,3 @@ def test_from_a_named_checkpoint_elsewhere_all_that_lies_here_is_another_branch(
     assert "continues at step 15 of 20" in out
     ours, theirs = (load(r / "checkpoints/step-00000020")["engine"]["model"] for r in (run, uninterrupted))
     assert all(torch.equal(ours.read(name), theirs.read(name)) for name in sorted(theirs.keys()))
-
-
-def test_a_finished_run_split_otherwise_is_finished(uninterrupted, base_arguments, command, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(uninterrupted, run)
-    split = ["batch_size=1", "gradient_accumulation_steps=4"]
-    code, _, err = command([*base_arguments, f"output_dir={run}", *split])
-    assert code == 0, err
-    assert "is finished: 20 steps" in err
