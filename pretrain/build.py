@@ -263,12 +263,10 @@ def build_trainer(
     split = build_split(resolved, prepared, engine, setting=setting, resume_from=resume_from)
     micro_batch = split.batch_size * setting.devices_per_worker
     loader = build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world)
-    evaluate_every, save_every = cadences(resolved, prepared)
+    evaluate_every, save_every = map(Every, cadences(resolved, prepared))
     evaluator = build_evaluator(resolved, prepared, batch_size=split.batch_size)
     facts = build_facts(resolved, engine, split=split, setting=setting, place=place)
-    listeners, unsaved_records = (
-        build_listeners(resolved, folder, prepared.train.store.files) if world.is_main else ([], list)
-    )
+    listeners, unsaved = build_listeners(resolved, folder, prepared.train.store.files) if world.is_main else ([], list)
     return Trainer(
         world=world,
         engine=engine,
@@ -284,8 +282,8 @@ def build_trainer(
         total_steps=steps,
         micro_batch=micro_batch,
         grad_clip=resolved["grad_clip"],
-        evaluate_every=Every(evaluate_every),
-        save_every=Every(save_every),
+        evaluate_every=evaluate_every,
+        save_every=save_every,
         exporter=build_exporter(resolved, prepared, engine, folder, facts=facts, steps=steps),
         layers=LayerWatch(engine, Every(instantiate(resolved["telemetry"]).layers_every)),
         census=Census(loader),
@@ -293,6 +291,6 @@ def build_trainer(
         resume_from=resume_from,
         facts=facts,
         listeners=listeners,
-        unsaved_records=unsaved_records,
+        unsaved_records=unsaved,
         watchdog=watchdog,
     )

@@ -62,6 +62,11 @@ def two_nodes(namespaces, base_arguments, exact_model):
         return started
 
     yield start
+    end(started)
+
+
+def end(started):
+    """Of whatever a test has left of its nodes."""
     for process in started:
         if process.poll() is None:
             process.kill()
@@ -140,10 +145,7 @@ def machines(namespaces, tmp_path):
         return started
 
     yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    end(started)
 
 
 def documented_torchrun():
