@@ -157,7 +157,7 @@ def copies(text: str, folder: Path, total_bytes: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--rounds", type=int, default=5)

@@ -8,8 +8,9 @@ micro-batch; single computes b × N of them, so that all train on the same globa
 b × N × gradient_accumulation_steps sequences in the same order, and differ by rounding alone.
 
 agrees: neither the loss of a step (absolute) nor its gradient norm (relative) differs from single's by more than the bound.
-tokens/s: the median of the steps after the second, of all processes together. GiB: the peak of the first process; on a CPU
-with all libraries. start-up: seconds from the command to the end of the first step, the data already tokenized.
+tokens/s: the median of the steps after the second, of all processes together; MFU of the same, where the device's peak is
+known. GiB: the peak of the first process, allocated on its GPU; on a CPU with all libraries. start-up: seconds from the
+command to the end of the first step, the data already tokenized.
 
 A model with dropout can't agree, each process draws its own numbers: set it to 0, model.overrides.attention_dropout=0.0 or as
 your model calls it. The single run must fit one device, and a checkpoint and a model into TMPDIR.
@@ -68,10 +69,12 @@ class Run:
 
     @property
     def cells(self) -> list[str]:
-        speeds = [r["tokens_per_second"] for r in self.train[UNCOUNTED:] or self.train[-1:]]
+        counted = self.train[UNCOUNTED:] or self.train[-1:]
+        speed = statistics.median(r["tokens_per_second"] for r in counted)
+        mfu = f"{statistics.median(r['mfu'] for r in counted):.3f}" if counted[0]["mfu"] is not None else ""
         memory = max(r["memory_gib"] for r in self.train)
         start_up = self.train[0]["time"] - self.started_at
-        return [f"{statistics.median(speeds):,.0f}", f"{memory:.2f}", f"{start_up:.1f}"]
+        return [f"{speed:,.0f}", mfu, f"{memory:.2f}", f"{start_up:.1f}"]
 
 
 def pretrain(arguments: list[str]) -> str:
@@ -146,7 +149,7 @@ def verify(asked: argparse.Namespace, overrides: list[str], console: Console) ->
         pretrain([*common, "strategy=single", "task=tokenization", f"output_dir={folder}"])
     reference = told("single", ["strategy=single", "devices=1", f"batch_size={batch_size * devices}"])
     table = Table(box=box.SIMPLE if console.is_terminal else None)
-    for i, column in enumerate(["strategy", "Δ loss", "Δ grad norm", "agrees", "tokens/s", "GiB", "start-up s"]):
+    for i, column in enumerate(["strategy", "Δ loss", "Δ grad norm", "agrees", "tokens/s", "MFU", "GiB", "start-up s"]):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
     table.add_row("single", "", "", "", *reference.cells)
     verdicts: list[bool] = []

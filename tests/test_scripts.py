@@ -229,9 +229,19 @@ def test_bench_checkpoint(tmp_path):
     assert not list(tmp_path.iterdir()), "what it wrote is taken away"
 
 
+@pytest.mark.slow
+def test_bench_train():
+    done = script("bench_train.py", "--rounds", "1", "--steps", "4", "--only", "eager-bf16")
+    assert done.returncode == 0, done.stderr
+    speeds = dict(re.findall(r"^\| (ours|bare|trainer) \| ([\d,]+) \|", done.stdout, re.M))
+    assert {"ours", "bare"} <= speeds.keys()
+    assert float(re.search(r"ours to bare: (\S+)", done.stdout)[1]) < 1e-2, "all train on the same"
+
+
 @pytest.mark.parametrize(
     "name",
     [
+        *("bench_train.py", "bench_data.py"),
         *("bench_checkpoint.py", "bench_monitor.py", "bench_startup.py", "report.py", "screenshots.py", "soak.py"),
         *("verify_resume.py", "verify_strategies.py"),
     ],

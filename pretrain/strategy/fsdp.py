@@ -88,6 +88,7 @@ class Fsdp(Strategy):
         setting: Setting,
         world: World,
     ) -> Engine:
+        import torch
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         from pretrain.strategy.fsdp_engine import FsdpEngine, free_gathered
@@ -106,7 +107,7 @@ class Fsdp(Strategy):
         materialise(built, world, offload=self.cpu_offload)
         load_weights(model, built, world)
         register_fsdp_forward_method(built, "probe")
-        built.probe()
+        built.probe(torch.empty(0))  # on a GPU its hooks can't do without an argument
         free_gathered(built)
         return FsdpEngine(
             built,

@@ -1,0 +1,228 @@
+"""Runs on a GPU: `pytest -m gpu` on a machine that has one. What a CPU shows as well is tested there, elsewhere."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pretrain.telemetry.jsonl import read_records
+from pretrain.telemetry.run_file import read_run_file
+from tests.runs import at_call, injected, losses, numbers
+from tests.test_parity import BF16, FP32, STRATEGIES, arguments, assert_equal_runs
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+OTHERS = [
+    *([f"strategy={name}"] for name in STRATEGIES if name not in ("single", "deepspeed")),
+    ["strategy=fsdp", "strategy.sharding_strategy=SHARD_GRAD_OP"],
+    ["strategy=fsdp", "strategy.sharding_strategy=NO_SHARD"],
+    ["strategy=fsdp", "strategy.cpu_offload=true"],
+    *(["strategy=deepspeed", f"strategy.zero_stage={stage}"] for stage in range(4)),
+    ["strategy=deepspeed", "strategy.zero_stage=2", "strategy.offload_optimizer=true"],
+    ["strategy=deepspeed", "strategy.zero_stage=3", "strategy.offload_parameters=true"],
+]
+FP16 = BF16  # ZeRO keeps the weights in fp16, the others compute in it
+BOUNDS = {"32-true": FP32, "bf16-mixed": BF16, "16-mixed": FP16}
+
+
+@pytest.fixture
+def ran(spawn, tmp_path):
+    """``ran(name, arguments)``: the folder of a run, a process of its own, that must end well; and all it said."""
+
+    def run(name, arguments, **options):
+        process = spawn([*arguments, f"output_dir={tmp_path / name}"], **options)
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
+        return tmp_path / name, out
+
+    return run
+
+
+@pytest.fixture
+def given(base_arguments, exact_model, tmp_path):
+    return [*arguments(base_arguments, exact_model("llama-tied"), tmp_path), "batch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def references():
+    return {}
+
+
+@pytest.fixture
+def reference(references, given, ran, tmp_path_factory):
+    """``reference(precision)``: the folder of the run of strategy=single."""
+
+    def run(precision):
+        if precision not in references:
+            references[precision] = tmp_path_factory.mktemp("gpu") / "run"
+            shutil.copytree(ran("reference", [*given, f"precision={precision}"])[0], references[precision])
+        return references[precision]
+
+    return run
+
+
+@pytest.mark.parametrize("precision", sorted(BOUNDS))
+@pytest.mark.parametrize("strategy", OTHERS, ids=" ".join)
+def test_every_strategy_equals_single(strategy, precision, given, reference, ran):
+    run, _ = ran("run", [*given, *strategy, f"precision={precision}"])
+    assert read_run_file(run)["device"] != "cpu"
+    assert_equal_runs(run, reference(precision), **BOUNDS[precision])
+
+
+def test_a_gpu_equals_a_cpu(given, reference, ran):
+    run, _ = ran("run", given, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert_equal_runs(run, reference("32-true"), loss=1e-4, norm=1e-3, weights=1e-3)
+
+
+def test_tf32_is_used_when_asked_for(given, reference, ran):
+    run, _ = ran("run", [*given, "precision.tf32=true"])
+    difference = max(abs(a - b) for a, b in zip(losses(run), losses(reference("32-true")), strict=True))
+    assert 0 < difference < BF16["loss"]
+
+
+STRICT = """
+import torch
+from pretrain.cli import program
+from pretrain.events import StepDone
+from pretrain.trainer import Trainer
+
+def strictly(work, due):
+    def strict(self, given):
+        torch.cuda.set_sync_debug_mode("error" if due(self, given) else "default")
+        try:
+            return work(self, given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return strict
+
+steps = range(3, 19)  # the first sets itself up, the last is logged
+Trainer.train_step = strictly(Trainer.train_step, lambda self, batch: self.progress.step in steps)
+Trainer.emit = strictly(Trainer.emit, lambda self, event: isinstance(event, StepDone) and event.step in steps)
+program()
+"""
+
+
+@pytest.mark.parametrize("precision", sorted(BOUNDS))
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
+def test_no_step_waits_for_the_device(strategy, precision, base_arguments, exact_model, tmp_path):
+    """From one log step to the next; torch makes an error of whatever would wait. Without the document mask, at which
+    transformers looks in every forward."""
+    chosen = [f"model_name={exact_model('llama')}", f"strategy={strategy}", f"precision={precision}", "sink=jsonl"]
+    rarely = ["log_every=1000", "evaluate_every=null", "evaluation.per_epoch=null", "save_every=null"]
+    command = [sys.executable, "-c", STRICT, *base_arguments, *chosen, *rarely]
+    done = subprocess.run(
+        [*command, f"output_dir={tmp_path / 'run'}"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("strategy", ["single", "fsdp", "deepspeed"])
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_kill_9_and_the_same_command(strategy, precision, base_arguments, ran, spawn, tmp_path):
+    """The model has dropout: a lost random state of the GPU would show in the very next loss. So would a lost loss scale."""
+    same = [*base_arguments, f"strategy={strategy}", f"precision={precision}", "save_every=5"]
+    whole, _ = ran("whole", same)
+    mark = tmp_path / "mark"
+    killed = spawn(
+        [*same, f"output_dir={tmp_path / 'run'}"],
+        env=at_call("pretrain.trainer:Trainer.train_step", "kill", mark, at=13),
+    )
+    out, _ = killed.communicate(timeout=300)
+    assert killed.returncode == -signal.SIGKILL, out
+    assert mark.exists()
+    run, _ = ran("run", same)
+    assert losses(run) == pytest.approx(losses(whole), abs=1e-5 if precision == "32-true" else 1e-2)
+    scales = [
+        [r["loss_scale"] for r in read_records(f / "metrics.jsonl") if r["event"] == "train"] for f in (run, whole)
+    ]
+    assert scales[0] == scales[1]
+
+
+def test_single_goes_on_bit_for_bit(given, ran, spawn, tmp_path):
+    whole, _ = ran("whole", [*given, "save_every=5"])
+    mark = tmp_path / "mark"
+    environment = at_call("pretrain.trainer:Trainer.train_step", "kill", mark, at=8)
+    same = [*given, "save_every=5", "resume=auto"]
+    spawn([*same, f"output_dir={tmp_path / 'run'}"], env=environment).wait(timeout=300)
+    assert mark.exists()
+    run, _ = ran("run", same)
+    assert numbers(run) == numbers(whole)
+
+
+def test_sigterm_saves_and_exits_75(base_arguments, ran, spawn, tmp_path):
+    same = [*base_arguments, "max_steps=20000", "save_every=null", "evaluate_every=null", "evaluation.per_epoch=null"]
+    process = spawn([*same, f"output_dir={tmp_path / 'run'}"])
+    while not (tmp_path / "run/metrics.jsonl").exists() or not losses(tmp_path / "run"):
+        assert process.poll() is None, process.communicate()[0]
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 75, out
+    assert list((tmp_path / "run/checkpoints").glob("step-*/COMPLETE.json"))
+
+
+def test_the_monitor_knows_the_device(given, ran):
+    run, _ = ran("run", [*given, "precision=bf16-mixed", "max_steps=20"])
+    train = [r for r in read_records(run / "metrics.jsonl") if r["event"] == "train"][5:]
+    for record in train:
+        assert 0 < record["memory_gib"] <= record["memory_reserved_gib"] < 10
+        parts = sum(record[f"{part}_seconds"] for part in ("data", "communication", "compute", "optimizer"))
+        assert 0 < parts < 1.5 * record["step_seconds"]
+        assert record["mfu"] is None or 0 < record["mfu"] < 1
+
+
+def test_compiled_equals_eager(given, reference, ran):
+    run, _ = ran("run", [*given, "precision=bf16-mixed", "model.compile=true"])
+    assert_equal_runs(run, reference("bf16-mixed"), **BF16)
+
+
+@pytest.fixture
+def little_memory(tmp_path):
+    """``little_memory(mib)``: the environment of a process to which the GPU refuses more."""
+
+    def limit(mib):
+        share = mib * 2**20 / torch.cuda.get_device_properties(0).total_memory
+        return injected(tmp_path, f"import torch\ntorch.cuda.set_per_process_memory_fraction({share})\n")
+
+    return limit
+
+
+def test_out_of_memory_is_told_with_what_would_fit(base_arguments, little_memory, spawn, tmp_path):
+    large = ["batch_size=64", "sequence_length=128", f"output_dir={tmp_path / 'run'}"]
+    out, _ = (process := spawn([*base_arguments, *large], env=little_memory(64))).communicate(timeout=300)
+    assert process.returncode == 2, out
+    (error,) = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert "out of memory at step 1 with batch_size=64 × sequence_length=128 on cuda:0: tried to allocate" in error
+    assert "batch_size=32 gradient_accumulation_steps=4 keeps the global batch" in error
+
+
+def test_auto_finds_what_fits(base_arguments, little_memory, ran):
+    auto = ["batch_size=auto", "gradient_accumulation_steps=512", "max_steps=2"]
+    run, out = ran("run", [*base_arguments, *auto], env=little_memory(128))  # cuBLAS alone takes 32
+    assert "(more does not fit: tried to allocate" in out
+    assert 1 <= read_run_file(run)["batch_size"] < 512
+
+
+def test_torchrun_with_one_process(given, reference, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "pretrain"]
+    run = tmp_path / "joined"
+    done = subprocess.run(
+        [*command, *given, "strategy=fsdp", f"output_dir={run}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_equal_runs(run, reference("32-true"), **FP32)
+
+
+def test_more_devices_than_gpus(given, spawn):
+    count = torch.cuda.device_count()
+    process = spawn([*given, "strategy=ddp", f"devices={count + 1}"])
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 2, out
+    assert f"error: devices={count + 1}: {count} GPU" in out
