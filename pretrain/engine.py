@@ -90,8 +90,11 @@ class Engine(Scorer):
         self.scaler = precision.grad_scaler(world.device.type)
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
-        # Fused optimizers leave out an update by themselves; reading a tensor costs nothing on a CPU only.
-        self.decides_on_device = world.device.type != "cpu" and all(g.get("fused") for g in optimizer.param_groups)
+        # Fused optimizers leave out an update by themselves; reading a tensor costs nothing on a CPU only. Of parameters on
+        # the host they do not: torch copies found_inf there without waiting for it to arrive.
+        on_device = all(p.device.type == world.device.type for g in optimizer.param_groups for p in g["params"])
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        self.decides_on_device = world.device.type != "cpu" and on_device and fused
 
     @property
     def loss_scale(self) -> Tensor | float | None:

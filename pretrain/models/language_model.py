@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from pretrain.batch import IGNORE
 from pretrain.errors import UserError
+from pretrain.models import packing
 from pretrain.models.files import POSITION_KEYS
 from pretrain.models.loss import linear_cross_entropy
 from pretrain.tensors import TensorFiles, check_names, fill
@@ -65,7 +67,9 @@ class LanguageModel(nn.Module):
         assert labels is not None
         if self._compiled is not None and self.training and torch.is_grad_enabled():
             return self._compiled(input_ids, labels, position_ids)
-        return self._loss(input_ids, labels, position_ids)
+        on_host = input_ids.device.type == "cpu"  # where looking costs nothing
+        with nullcontext() if on_host else packing.known(packed=position_ids is not None):
+            return self._loss(input_ids, labels, position_ids)
 
     def _loss(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> Tensor:
         given = {"input_ids": input_ids} | self._documents(position_ids)

@@ -63,6 +63,12 @@ class Fsdp(Strategy):
                 f"strategy.replicas={self.replicas} with strategy.sharding_strategy={self.sharding_strategy}: only "
                 "HYBRID_SHARD has replicas"
             )
+        if self.cpu_offload and setting.device_type == "cuda" and setting.precision.compute == "float16":
+            raise UserError(
+                f"strategy.cpu_offload=true with precision={setting.precision.name}: torch's loss scaler does not wait for "
+                "what it copies from the GPU to the gradients on the host; use bf16-mixed, or strategy=deepspeed "
+                "strategy.offload_optimizer=true"
+            )
         replicas = self.replicas or max(setting.nodes, 2)
         if hybrid and (setting.workers % replicas or setting.workers // replicas < 2):
             raise UserError(
@@ -76,7 +82,7 @@ class Fsdp(Strategy):
             ways.append("strategy.sharding_strategy=FULL_SHARD")
         if setting.workers > 1 and self.accumulate_unsharded:
             ways.append("strategy.accumulate_unsharded=false")
-        if setting.device_type == "cuda" and not self.cpu_offload:
+        if setting.device_type == "cuda" and not self.cpu_offload and setting.precision.compute != "float16":
             ways.append("strategy.cpu_offload=true")
         return ways
 

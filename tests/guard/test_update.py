@@ -72,3 +72,15 @@ def test_an_infinite_gradient_that_the_scaler_finds_is_left_out_once():
     step(engine, 1, refused=True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(engine).items())
     assert int(engine.skipped) == 1
+
+
+def test_of_parameters_on_the_host_the_host_decides():
+    """As FSDP's cpu_offload leaves them on a GPU; any device that is not theirs will do."""
+    given = Precision("32-true", "float32", "float32")
+    model = LanguageModel(tiny("llama"))
+    world = World(0, 1, torch.device("meta"))
+    assert not Engine(
+        model, AdamW(lr=1e-2)(model.hf_named_parameters()), precision=given, world=world
+    ).decides_on_device
+    model.to("meta")
+    assert Engine(model, AdamW(lr=1e-2)(model.hf_named_parameters()), precision=given, world=world).decides_on_device

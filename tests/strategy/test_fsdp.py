@@ -8,9 +8,11 @@ import torch.distributed.fsdp as fsdp
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
+from pretrain.errors import UserError
 from pretrain.strategy.fsdp import Fsdp, mixed_precision
 from pretrain.tensors import local
 from tests.strategy.ranks import as_rank, set_up
+from tests.strategy.test_ds_config import setting
 from tests.test_precision import load
 
 
@@ -75,3 +77,14 @@ def test_weights_are_gathered_in_the_type_of_the_products(precision, gathered):
     policy = mixed_precision(load(precision))
     assert policy.param_dtype == gathered
     assert policy.reduce_dtype == (gathered and torch.float32)
+
+
+def test_a_loss_scaler_and_gradients_on_the_host_are_refused_on_a_gpu():
+    """The scale would be read there before it has arrived: gradients came out as 0 on an H200."""
+    with pytest.raises(
+        UserError, match=r"cpu_offload=true with precision=16-mixed: .*use bf16-mixed, or strategy=deeps"
+    ):
+        Fsdp(cpu_offload=True).check(setting("16-mixed"))
+    Fsdp(cpu_offload=True).check(setting("bf16-mixed"))
+    assert "strategy.cpu_offload=true" not in Fsdp().leaner(setting("16-mixed"))
+    assert "strategy.cpu_offload=true" in Fsdp().leaner(setting("bf16-mixed"))
