@@ -114,7 +114,7 @@ def test_tokens_that_vanish_from_the_cache_are_made_anew(on_own_corpus, command,
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("left", [None, 0, 100])
+@pytest.mark.parametrize("left", [None, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 100))])
 def test_tokens_that_vanish_under_a_run_are_named(left, corpus, base_arguments, monkeypatch, tmp_path, command):
     monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
     assert command([*base_arguments, "task=tokenization", f"output_dir={tmp_path / 'run'}"])[0] == 0
@@ -226,7 +226,8 @@ time.time = lambda: real() + (-1) ** next(looks) * 5 * 3600
 """
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(PAIR, marks=pytest.mark.slow)], ids=["single", "pair"])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], PAIR], ids=["single", "pair"])
 def test_a_clock_that_jumps_under_a_run(more, base_arguments, command, spawn, tmp_path):
     """Five hours ahead and back with every look at it, over a stop and a resume."""
     run, whole, environment = tmp_path / "run", tmp_path / "whole", injected(tmp_path, JUMPING)

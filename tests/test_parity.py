@@ -17,19 +17,19 @@ from pretrain.tensors import PIECES
 
 STRATEGIES = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
 VARIANTS = [
-    ["strategy=ddp", "strategy.gradient_as_bucket_view=false"],
-    ["strategy=ddp", "strategy.find_unused_parameters=true"],
     ["strategy=fsdp", "strategy.sharding_strategy=SHARD_GRAD_OP"],
     ["strategy=fsdp", "strategy.sharding_strategy=NO_SHARD"],
-    ["strategy=fsdp", "strategy.accumulate_unsharded=true"],
     ["strategy=fsdp", "strategy.cpu_offload=true"],
     ["strategy=fsdp", "strategy.auto_wrap_policy=LlamaMLP", "strategy.state_dict_type=sharded"],
     ["strategy=fsdp", "model.gradient_checkpointing=true"],
-    ["strategy=ddp", "model.gradient_checkpointing=true"],
     ["strategy=deepspeed", "strategy.zero_stage=3"],
     *(
         pytest.param(variant, marks=pytest.mark.slow)
         for variant in (
+            ["strategy=ddp", "strategy.gradient_as_bucket_view=false"],
+            ["strategy=ddp", "strategy.find_unused_parameters=true"],
+            ["strategy=ddp", "model.gradient_checkpointing=true"],
+            ["strategy=fsdp", "strategy.accumulate_unsharded=true"],
             ["strategy=ddp", "strategy.static_graph=true", "gradient_accumulation_steps=1", "batch_size=4"],
             ["strategy=deepspeed", "strategy.zero_stage=0"],
             ["strategy=deepspeed", "strategy.zero_stage=1"],

@@ -31,7 +31,8 @@ def stopping(event: str, step: int) -> list[str]:
         ("train", 5, 5, False),  # a save is due there: made once
         pytest.param("evaluation", 8, 9, False, marks=pytest.mark.slow),
         pytest.param("checkpoint", 10, None, None, marks=pytest.mark.slow),  # known whenever it has become whole
-        ("train", 20, 20, True),  # the last step: evaluation and export are owed
+        # the last step: evaluation and export are owed
+        pytest.param("train", 20, 20, True, marks=pytest.mark.slow),
     ],
 )
 def test_one_process(event, step, saved_at, owes, uninterrupted, base_arguments, spawn, tmp_path):
@@ -172,6 +173,7 @@ def test_amid_the_batches_of_an_evaluation(
     assert_same_numbers(run, undisturbed_pair() if more else uninterrupted)
 
 
+@pytest.mark.slow
 def test_after_an_evaluation_that_was_owed(base_arguments, uninterrupted, spawn, command, tmp_path):
     """Its scores are saved in the place of the checkpoint without them; no step is trained."""
     run = tmp_path / "run"

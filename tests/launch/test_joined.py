@@ -49,7 +49,8 @@ def test_under_torchrun_it_joins(strategy, given, losses_alone, tmp_path):
     assert losses(tmp_path / "joined") == pytest.approx(losses_alone, abs=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("fsdp", "deepspeed"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed"])
 def test_with_rank_and_world_size_alone_it_joins(strategy, given, losses_alone, spawn, tmp_path):
     """As a script starts processes; DeepSpeed by itself would want LOCAL_RANK too."""
     run = tmp_path / "joined"

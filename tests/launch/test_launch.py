@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -107,8 +108,17 @@ def test_a_signal_saves_and_exits_75(strategy, number, everyone, long_run, base_
     assert steps(run) == facts["steps"] + 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("delay", [1.0, 2.0, 2.5, 3.0])
+@pytest.mark.parametrize(
+    ("delay", "number"),
+    [
+        (1.5, signal.SIGTERM),
+        (2.5, signal.SIGINT),
+        *(
+            pytest.param(*both, marks=pytest.mark.slow)
+            for both in product((1.0, 2.0, 3.0), (signal.SIGTERM, signal.SIGINT))
+        ),
+    ],
+)
 def test_a_signal_while_it_starts(delay, number, base_arguments, spawn, tmp_path):
     """In the middle of imports, preparing the data, starting workers, building models: the end is as clean. Ctrl-C reaches
     all of them."""
