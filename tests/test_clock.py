@@ -63,6 +63,7 @@ def test_times_of_steps_that_are_over_are_folded_and_no_other_is_waited_for():
     assert window.split()["compute_seconds"] == pytest.approx(2.0)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_timed_without_being_waited_for():
     clock, matrix = StepClock(on_device=True), torch.randn(4096, 4096, device="cuda")
