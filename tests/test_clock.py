@@ -64,7 +64,7 @@ def test_times_of_steps_that_are_over_are_folded_and_no_other_is_waited_for():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and `pytest -m gpu`")
 def test_a_gpu_is_timed_without_being_waited_for():
     clock, matrix = StepClock(on_device=True), torch.randn(4096, 4096, device="cuda")
     torch.cuda.set_sync_debug_mode("error")

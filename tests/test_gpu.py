@@ -14,7 +14,9 @@ from pretrain.telemetry.run_file import read_run_file
 from tests.runs import at_call, injected, losses, numbers
 from tests.test_parity import BF16, FP32, STRATEGIES, arguments, assert_equal_runs
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+if not torch.cuda.is_available():
+    pytest.skip("need a GPU, and `pytest -m gpu`", allow_module_level=True)
+pytestmark = pytest.mark.gpu
 
 OTHERS = [
     *([f"strategy={name}"] for name in STRATEGIES if name not in ("single", "deepspeed")),
