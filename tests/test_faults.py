@@ -257,6 +257,7 @@ def test_a_stale_lock_is_taken_over(base_arguments, command, tmp_path):
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_a_folder_at_work_names_who_works_in_it(base_arguments, spawn, command, tmp_path):
     arguments = [*base_arguments, *PAIR, f"output_dir={tmp_path}", "max_steps=100000", "sink=jsonl"]
     process = spawn(arguments)

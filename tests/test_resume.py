@@ -66,6 +66,7 @@ def test_kill_9_of_two_processes_and_the_same_command(strategy, base_arguments, 
         assert all(torch.equal(ours.read(key), theirs.read(key)) for key in sorted(theirs.keys()))
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_exits_75(uninterrupted, base_arguments, command, spawn, tmp_path):
     run = tmp_path / "run"
     arguments = [*base_arguments, f"output_dir={run}"]

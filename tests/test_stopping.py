@@ -28,7 +28,7 @@ def stopping(event: str, step: int) -> list[str]:
     ("event", "step", "saved_at", "owes"),
     [
         ("train", 8, 8, True),  # an evaluation is due there: it is left to whoever continues
-        ("train", 5, 5, False),  # a save is due there: made once
+        pytest.param("train", 5, 5, False, marks=pytest.mark.slow),  # a save is due there: made once
         pytest.param("evaluation", 8, 9, False, marks=pytest.mark.slow),
         pytest.param("checkpoint", 10, None, None, marks=pytest.mark.slow),  # known whenever it has become whole
         # the last step: evaluation and export are owed

@@ -15,7 +15,7 @@ from tests.launch.test_launch import BREAK, LONG, steps, wait_for
 from tests.launch.test_mistakes import free_port
 from tests.runs import injected, losses, starts
 
-STRATEGIES = ["ddp", "fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)]
+STRATEGIES = ["fsdp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("ddp", "deepspeed"))]
 
 
 def torchrun_words(arguments, *flags):

@@ -64,10 +64,11 @@ def ended(process, workers, seconds=60) -> str:
     return out
 
 
+DDP = pytest.param("strategy=ddp", 0, marks=pytest.mark.slow)
 DEEPSPEED = pytest.param("strategy=deepspeed strategy.zero_stage=3", 1, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("strategy", "rank"), [("strategy=ddp", 0), ("strategy=fsdp", 1), DEEPSPEED])
+@pytest.mark.parametrize(("strategy", "rank"), [("strategy=fsdp", 1), DDP, DEEPSPEED])
 def test_a_rank_that_is_killed_takes_the_group_down(strategy, rank, long_run):
     process, workers, run = long_run(*strategy.split())
     workers[rank].kill()
@@ -84,7 +85,7 @@ def test_a_rank_that_is_killed_takes_the_group_down(strategy, rank, long_run):
     [
         ("strategy=fsdp", signal.SIGTERM, True),  # as a scheduler sends it, or `timeout`
         ("strategy=ddp", signal.SIGINT, True),  # as a terminal sends Ctrl-C
-        ("strategy=ddp", signal.SIGUSR1, False),
+        pytest.param("strategy=ddp", signal.SIGUSR1, False, marks=pytest.mark.slow),
         pytest.param("strategy=ddp", signal.SIGTERM, False, marks=pytest.mark.slow),
         pytest.param("strategy=ddp", signal.SIGUSR1, True, marks=pytest.mark.slow),
         pytest.param("strategy=deepspeed strategy.zero_stage=3", signal.SIGTERM, False, marks=pytest.mark.slow),
@@ -143,6 +144,7 @@ def test_a_second_ctrl_c_leaves_at_once(long_run):
     assert read_run_file(run)["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_second_command_leaves_a_live_run_alone(long_run, base_arguments, command):
     process, _, run = long_run()
     code, _, err = command([*base_arguments, *LONG, *PAIR, f"output_dir={run}"])
@@ -152,7 +154,8 @@ def test_a_second_command_leaves_a_live_run_alone(long_run, base_arguments, comm
     assert read_run_file(run)["status"] == "running"
 
 
-@pytest.mark.parametrize("delay", [0.5, *(pytest.param(d, marks=pytest.mark.slow) for d in (0.1, 1.0, 2.0))])
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.1, 0.5, 1.0, 2.0])
 def test_a_stop_during_a_restart_is_heard(delay, long_run):
     process, workers, _ = long_run("launch.max_restarts=3")
     workers[1].kill()
@@ -259,7 +262,8 @@ def test_a_restart_goes_on_from_the_last_checkpoint(base_arguments, command, tmp
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("resume", ["never", pytest.param("named", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("resume", ["never", "named"])
 def test_what_resume_says_is_done_once(resume, base_arguments, command, tmp_path):
     """Not again after a restart: then the run's own newest checkpoint counts."""
     earlier, run = tmp_path / "earlier", tmp_path / "run"

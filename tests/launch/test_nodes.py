@@ -86,6 +86,7 @@ def test_two_nodes_equal_one_process(strategy, two_nodes, base_arguments, exact_
     assert losses(tmp_path / "nodes") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_on_one_node_restarts_both(two_nodes, tmp_path):
     run = tmp_path / "run"
     nodes = two_nodes(run, "strategy=ddp", "max_steps=400", "evaluate_every=null", "launch.max_restarts=1")
@@ -186,6 +187,7 @@ def here(base_arguments, run, *, timeout):
     return [*base_arguments, *meeting, "strategy=ddp", "batch_size=1", "sink=jsonl", f"output_dir={run}"]
 
 
+@pytest.mark.slow
 def test_a_node_that_nobody_joins(spawn, base_arguments, tmp_path):
     node = spawn([*here(base_arguments, tmp_path / "run", timeout=3), "devices=1"])
     out, _ = node.communicate(timeout=180)

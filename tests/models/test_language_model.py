@@ -243,7 +243,8 @@ def test_state_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         model.load(written(state | {"lm_head.weight": head[:96]}, tmp_path))
 
 
-@pytest.mark.parametrize(("precision", "packed"), [pytest.param("fp32", True, marks=pytest.mark.slow), ("bf16", False)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "packed"), [("fp32", True), ("bf16", False)])
 def test_compiled_equals_eager_and_evaluation_compiles_nothing(precision: str, packed: bool) -> None:
     hf = tiny("gpt2")
     model = LanguageModel(hf, compile=True)
