@@ -18,10 +18,6 @@ UNITS = 12
 MANY_UNITS = """
 from pretrain.data import tokenize, units
 tokenize.WORKERS_FROM_BYTES, units.OWN_UNIT_BYTES = {workers_from}, 10_000
-import time
-from pretrain.data.parts import PartWriter
-append = PartWriter.append
-PartWriter.append = lambda self, *given: (time.sleep(0.05), append(self, *given))[1]  # or all are made before anybody stops
 """
 IN_WORKERS, IN_PROCESS = 0, 2**60
 ALONE = ["task=tokenization"]
