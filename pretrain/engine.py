@@ -90,11 +90,12 @@ class Engine(Scorer):
         self.scaler = precision.grad_scaler(world.device.type)
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
-        # Fused optimizers leave out an update by themselves; reading a tensor costs nothing on a CPU only. Of parameters on
-        # the host they do not: torch copies found_inf there without waiting for it to arrive.
-        on_device = all(p.device.type == world.device.type for g in optimizer.param_groups for p in g["params"])
-        fused = all(group.get("fused") for group in optimizer.param_groups)
-        self.decides_on_device = world.device.type != "cpu" and on_device and fused
+        # Fused optimizers leave out an update by themselves, but for parameters on the host, to which torch copies found_inf
+        # without waiting for it to arrive. Reading a tensor costs nothing on a CPU only.
+        self.decides_on_device = world.device.type != "cpu" and all(
+            group.get("fused") and all(p.device.type == world.device.type for p in group["params"])
+            for group in optimizer.param_groups
+        )
 
     @property
     def loss_scale(self) -> Tensor | float | None:

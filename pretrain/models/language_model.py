@@ -42,7 +42,9 @@ class LanguageModel(nn.Module):
         self._compiled: Callable[..., Tensor] | None = torch.compile(self._loss, dynamic=False) if compile else None
 
     def probe(self, _: Tensor | None = None) -> None:
-        """Find out what this model's head and its attention are like. A model on the meta device is probed later."""
+        """Find out what this model's head and its attention are like. A model on the meta device is probed later.
+
+        The argument is for hooks of FSDP, which can't do without one."""
         self.lean = has_plain_head(self.hf)
         self.separation = document_separation(self.hf)
 

@@ -8,27 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import masking_utils
 
 ASKED = "find_packed_sequence_indices"
+_asks = vars(masking_utils).get(ASKED)
+_lock, _inside = Lock(), 0
 
 
 @contextmanager
 def known(*, packed: bool) -> Iterator[None]:
-    """Inside, no model asks: documents are kept apart where positions restart, or each row is one. Not for compiled graphs,
-    in which nothing is asked, and no help where this transformers asks elsewhere."""
-    before = vars(masking_utils).get(ASKED)
-    if before is None:
-        yield
-        return
-    setattr(masking_utils, ASKED, sequences if packed else lambda position_ids: None)
+    """Inside, no model asks: documents are kept apart where positions restart, or each row is one. Threads may be inside
+    together, with parts of one batch (``strategy=dp``). Not for compiled graphs, in which nothing is asked, and no help where
+    this transformers asks elsewhere."""
+    _enter(1, sequences if packed else lambda position_ids: None)
     try:
         yield
     finally:
-        setattr(masking_utils, ASKED, before)
+        _enter(-1, _asks)
+
+
+def _enter(change: int, answer: Any) -> None:
+    """Count the threads inside; the first and the last change what transformers asks."""
+    global _inside
+    with _lock:
+        _inside += change
+        if _asks is not None and _inside == max(change, 0):
+            setattr(masking_utils, ASKED, answer)
 
 
 def sequences(position_ids: Tensor) -> Tensor:

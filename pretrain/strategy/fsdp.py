@@ -113,7 +113,7 @@ class Fsdp(Strategy):
         materialise(built, world, offload=self.cpu_offload)
         load_weights(model, built, world)
         register_fsdp_forward_method(built, "probe")
-        built.probe(torch.empty(0))  # on a GPU its hooks can't do without an argument
+        built.probe(torch.empty(0))
         free_gathered(built)
         return FsdpEngine(
             built,

@@ -1,5 +1,8 @@
 """What is told about a batch instead of looked for in it: the same numbers, and nothing is read from the device."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Event
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,6 +60,25 @@ def test_it_ends_with_an_error_too() -> None:
     with pytest.raises(KeyError), packing.known(packed=True):
         assert vars(masking_utils)[packing.ASKED] is not before
         raise KeyError
+    assert vars(masking_utils)[packing.ASKED] is before
+
+
+def test_threads_are_inside_together() -> None:
+    """As the copies of DataParallel are; whoever leaves first takes nothing from the other."""
+    before, both, left = vars(masking_utils)[packing.ASKED], Barrier(2), Event()
+
+    def second() -> None:
+        with packing.known(packed=False):
+            both.wait()
+            left.wait()
+            assert vars(masking_utils)[packing.ASKED](PACKED) is None
+
+    with ThreadPoolExecutor() as pool:
+        with packing.known(packed=False):
+            other = pool.submit(second)
+            both.wait()
+        left.set()
+        other.result()
     assert vars(masking_utils)[packing.ASKED] is before
 
 
