@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from pretrain.exporter import Exporter
     from pretrain.guard.guard import Guard
     from pretrain.interrupt import Interrupt
+    from pretrain.layers import LayerWatch
     from pretrain.models.blueprint import Blueprint
     from pretrain.place import Place
+    from pretrain.progress import Every
     from pretrain.strategy.base import Setting
     from pretrain.telemetry.record import Record
     from pretrain.trainer import Listener, Schedule, Trainer
@@ -158,14 +160,16 @@ def build_listeners(
     return [monitor, RunFile(folder, monitor.summary), FilesWatch(files)], monitor.unsaved
 
 
-def cadences(resolved: dict[str, Any], prepared: Prepared) -> tuple[int | None, int | None]:
+def cadences(resolved: dict[str, Any], prepared: Prepared) -> tuple[Every, Every]:
     """After how many steps the run evaluates, and saves."""
+    from pretrain.progress import Every
+
     policy, kept = instantiate(resolved["evaluation"]), instantiate(resolved["checkpoint"])
     evaluate_every = resolved["evaluate_every"]
     if policy.per_epoch:
         sequences = (prepared.train.num_tokens - 1) // resolved["sequence_length"]
         evaluate_every = max(1, max(1, sequences // prepared.global_batch) // policy.per_epoch)
-    return evaluate_every, evaluate_every if kept.with_evaluation else resolved["save_every"]
+    return Every(evaluate_every), Every(evaluate_every if kept.with_evaluation else resolved["save_every"])
 
 
 def build_loader(resolved: dict[str, Any], prepared: Prepared, split: Split, world: World) -> Loader:
@@ -237,6 +241,13 @@ def build_saver(resolved: dict[str, Any], store: Store, world: World, watchdog: 
     return Saver(store, world=world, background=store.policy.async_, timeout_seconds=timeout, alive=watchdog.pat)
 
 
+def build_layers(resolved: dict[str, Any], engine: Engine) -> LayerWatch:
+    from pretrain.layers import LayerWatch
+    from pretrain.progress import Every
+
+    return LayerWatch(engine, Every(instantiate(resolved["telemetry"]).layers_every))
+
+
 def build_trainer(
     resolved: dict[str, Any],
     prepared: Prepared,
@@ -251,10 +262,6 @@ def build_trainer(
     watchdog: Watchdog,
 ) -> Trainer:
     from pretrain.checkpoint.rng import rng_state
-    from pretrain.clock import StepClock
-    from pretrain.data.census import Census
-    from pretrain.layers import LayerWatch
-    from pretrain.progress import Every
     from pretrain.trainer import Trainer
 
     steps = total_steps(resolved, prepared)
@@ -263,7 +270,7 @@ def build_trainer(
     split = build_split(resolved, prepared, engine, setting=setting, resume_from=resume_from)
     micro_batch = split.batch_size * setting.devices_per_worker
     loader = build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world)
-    evaluate_every, save_every = map(Every, cadences(resolved, prepared))
+    evaluate_every, save_every = cadences(resolved, prepared)
     evaluator = build_evaluator(resolved, prepared, batch_size=split.batch_size)
     facts = build_facts(resolved, engine, split=split, setting=setting, place=place)
     listeners, unsaved = build_listeners(resolved, folder, prepared.train.store.files) if world.is_main else ([], list)
@@ -285,9 +292,7 @@ def build_trainer(
         evaluate_every=evaluate_every,
         save_every=save_every,
         exporter=build_exporter(resolved, prepared, engine, folder, facts=facts, steps=steps),
-        layers=LayerWatch(engine, Every(instantiate(resolved["telemetry"]).layers_every)),
-        census=Census(loader),
-        clock=StepClock(on_device=world.device.type == "cuda"),
+        layers=build_layers(resolved, engine),
         resume_from=resume_from,
         facts=facts,
         listeners=listeners,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ def run_facts(resolved: dict[str, Any], world: World, scorer: Scorer, *, restart
         "launch_restarts": restarts,
         "device": device_name(world.device),
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
+        "versions": {"python": platform.python_version()} | versions(),
         "git_commit": git_commit(),
         "host_cores": os.cpu_count(),
     }
@@ -54,12 +55,13 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _version(package: str) -> str | None:
-    """``None``: it is not installed, as this program is not where it runs from a checkout."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def versions() -> dict[str, str]:
+    """Of what is installed; this program is not, where it runs from a bare checkout."""
+    found = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def git_commit() -> str | None:

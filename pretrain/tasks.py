@@ -20,7 +20,7 @@ from pretrain.events import RunFinished
 from pretrain.interrupt import EXIT_CODE, Interrupt
 from pretrain.out_of_memory import OutOfMemory, explained, watched
 from pretrain.place import Place
-from pretrain.prepare import instantiate, model_spec, prepare, total_steps
+from pretrain.prepare import Prepared, instantiate, model_spec, prepare, total_steps
 from pretrain.run_folder import begin, claim
 from pretrain.split import Split
 from pretrain.telemetry.run_file import mark_failed
@@ -43,13 +43,7 @@ def pretraining(
 ) -> int:
     """Continue the run in output_dir, or start it, as one of its processes. ``on_hang(place, how_long)`` hears where
     a process that is about to be ended stands still; by default the person at the terminal does."""
-    if place.rank > 0:
-        mute()
-    prepared = prepare(resolved, devices=setting.devices)
-    steps = total_steps(resolved, prepared)
-    interrupt.patient = place.size > 1  # from here on the others would wait for a process that leaves
-    world = build.build_world(resolved, place, group=instantiate(resolved["strategy"]).needs_group)
-    agree(world, setting, {"configuration": resolved, "steps": steps} | prepared.identity)
+    prepared, steps, world = meet(resolved, interrupt, setting, place)
     folder = Path(resolved["output_dir"])
     store = Store(folder / "checkpoints", instantiate(resolved["checkpoint"]))
     store.policy.check([name for name, _, _ in prepared.domains])
@@ -87,6 +81,18 @@ def pretraining(
             run_logged(trainer)
     leave()
     return 0 if trainer.complete else EXIT_CODE
+
+
+def meet(resolved: dict[str, Any], interrupt: Interrupt, setting: Setting, place: Place) -> tuple[Prepared, int, World]:
+    """Prepare the data, alone, and only then meet the other ranks; all have found the same. The data, and the run's steps."""
+    if place.rank > 0:
+        mute()
+    prepared = prepare(resolved, devices=setting.devices)
+    steps = total_steps(resolved, prepared)
+    interrupt.patient = place.size > 1  # from here on the others would wait for a process that leaves
+    world = build.build_world(resolved, place, group=instantiate(resolved["strategy"]).needs_group)
+    agree(world, setting, {"configuration": resolved, "steps": steps} | prepared.identity)
+    return prepared, steps, world
 
 
 def guarded_by(

@@ -16,7 +16,9 @@ from torch import Tensor
 from pretrain.batch import Batch
 from pretrain.checkpoint import store
 from pretrain.checkpoint.rng import rng_state, set_rng_state
+from pretrain.clock import StepClock
 from pretrain.console import notice
+from pretrain.data.census import Census
 from pretrain.events import (
     DataSeen,
     Evaluated,
@@ -37,8 +39,6 @@ from pretrain.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.saver import Saver
-    from pretrain.clock import StepClock
-    from pretrain.data.census import Census
     from pretrain.data.loader import Loader
     from pretrain.engine import Engine
     from pretrain.evaluation.perplexity import Evaluator
@@ -84,8 +84,6 @@ class Trainer:
     save_every: Every
     exporter: Exporter
     layers: LayerWatch
-    census: Census
-    clock: StepClock
     resume_from: Path | None = None
     unsaved_records: Callable[[], list[dict[str, Any]]] = list
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -93,10 +91,16 @@ class Trainer:
     listeners: list[Listener] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
     watchdog: Watchdog = field(default_factory=Watchdog)
+    clock: StepClock = field(init=False)
+    census: Census = field(init=False)
     _batches: Generator[Batch, None, None] = field(init=False)
     _back_at: int = 0  # the step to which the guard has sent the run back last
     _save_due: bool = False
     _started_at_step: int = 0
+
+    def __post_init__(self) -> None:
+        self.clock = StepClock(on_device=self.world.device.type == "cuda")
+        self.census = Census(self.loader)
 
     def run(self) -> Progress:
         """Train to ``total_steps`` or until a stop signal; save, and export the model of a finished run."""
