@@ -184,10 +184,10 @@ def test_the_whole_run_removed_between_two_saves(uninterrupted, base_arguments, 
     assert process.returncode == 0, out
     assert f"{run}/run.json can't be written: No such file or directory; the run goes on" in out
     assert_same_checkpoint(run, uninterrupted)
-    for number in range(2):  # the records of its end were lost too: first it is told again
+    for known in (False, True):  # the records of its end were lost too: first it is told again
         code, _, err = command(arguments)
         assert code == 0, err
-        assert ("is finished: 20 steps" in err) == bool(number)
+        assert ("is finished: 20 steps" in err) == known
     assert numbers(run)[-1]["event"] == "run_finished"
 
 
