@@ -14,10 +14,22 @@ from tests.conftest import sentences
 from tests.launch.test_launch import PAIR, ended, wait_for
 from tests.runs import injected
 
-UNITS = 12
+UNITS = 24
 MANY_UNITS = """
 from pretrain.data import tokenize, units
 tokenize.WORKERS_FROM_BYTES, units.OWN_UNIT_BYTES = {workers_from}, 10_000
+"""
+TAKEN_BY_ANOTHER_THREAD = """
+import os, signal, sys, threading, time
+from pathlib import Path
+
+def take():
+    while not list(Path(os.environ["PRETRAIN_CACHE"]).glob("parts/*/*.tokens")):
+        time.sleep(0.005)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+if "pretrain.data.workers" not in sys.orig_argv:
+    threading.Thread(target=take, daemon=True).start()
 """
 IN_WORKERS, IN_PROCESS = 0, 2**60
 ALONE = ["task=tokenization"]
@@ -25,7 +37,7 @@ ALONE = ["task=tokenization"]
 
 @pytest.fixture
 def texts(tmp_path) -> Path:
-    """A dozen files that are a unit each."""
+    """Files that are a unit each."""
     folder, text = tmp_path / "texts", sentences(0, 4000)
     folder.mkdir()
     for i in range(UNITS):
@@ -92,3 +104,16 @@ def test_while_tokenizing(number, workers_from, finished, more, texts, base_argu
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
     assert kept.items() < parts(cache).items(), "what was finished is not made again"
+
+
+def test_a_signal_that_another_thread_takes(texts, base_arguments, spawn, tmp_path):
+    """As may happen to one that was sent to a process that stood still: the thread that waits for workers does not wake of it."""
+    cache = tmp_path / "cache"
+    fault = MANY_UNITS.format(workers_from=IN_WORKERS) + TAKEN_BY_ANOTHER_THREAD
+    arguments = [*base_arguments, f"dataset.nameOrPath={texts}", "dataset.num_workers=2", *ALONE]
+    process = spawn(
+        [*arguments, f"output_dir={tmp_path / 'run'}"], env=injected(tmp_path, fault) | {"PRETRAIN_CACHE": str(cache)}
+    )
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, out
+    assert 0 < len(parts(cache)) < UNITS

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import traceback
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,8 @@ from pretrain.data.encode import Encoder, Outcome, Progress
 from pretrain.data.units import Piece, ReadOptions, Unit
 from pretrain.errors import UserError
 from pretrain.interrupt import held_back
+
+POLL_SECONDS = 0.1  # a stop signal that another thread has taken (after SIGCONT, say) does not wake the main one
 
 
 def encode_in_workers(
@@ -54,6 +56,8 @@ def encode_in_workers(
             with held_back():  # of what reaches the whole group the caller decides
                 workers.extend(_Worker(encoder) for _ in range(num_workers))
             futures.extend(pool.submit(work, worker) for worker in workers)
+            while wait(futures, POLL_SECONDS).not_done:
+                pass
             for future in futures:
                 future.result()
         except UserError:
