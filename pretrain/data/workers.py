@@ -20,9 +20,7 @@ import pretrain
 from pretrain.data.encode import Encoder, Outcome, Progress
 from pretrain.data.units import Piece, ReadOptions, Unit
 from pretrain.errors import UserError
-from pretrain.interrupt import held_back
-
-POLL_SECONDS = 0.1  # a stop signal that another thread has taken (after SIGCONT, say) does not wake the main one
+from pretrain.interrupt import HEARING_SECONDS, held_back
 
 
 def encode_in_workers(
@@ -56,7 +54,7 @@ def encode_in_workers(
             with held_back():  # of what reaches the whole group the caller decides
                 workers.extend(_Worker(encoder) for _ in range(num_workers))
             futures.extend(pool.submit(work, worker) for worker in workers)
-            while wait(futures, POLL_SECONDS).not_done:
+            while wait(futures, HEARING_SECONDS).not_done:
                 pass
             for future in futures:
                 future.result()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.console import notice
 from pretrain.errors import UserError, WorkersFailed
-from pretrain.interrupt import EXIT_CODE, Stopped, held_back
+from pretrain.interrupt import EXIT_CODE, HEARING_SECONDS, Stopped, held_back
 from pretrain.launch.network import interface_of, is_here, own_address
 from pretrain.launch.report import read_reports
 from pretrain.launch.worker import Job, prepare_data, work
@@ -56,7 +56,8 @@ def _wait_for_data(job: Job) -> None:
     process = multiprocessing.get_context("forkserver").Process(target=prepare_data, args=(job,))
     process.start()
     try:
-        process.join()
+        while process.exitcode is None:
+            process.join(HEARING_SECONDS)
     finally:  # a signal has ended the waiting
         process.terminate()
         process.join()

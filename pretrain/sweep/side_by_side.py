@@ -21,7 +21,7 @@ from pydantic import PositiveInt
 
 from pretrain.config import check_value, gpu_visible
 from pretrain.errors import UserError
-from pretrain.interrupt import Stopped
+from pretrain.interrupt import HEARING_SECONDS, Stopped
 from pretrain.sweep.jobs import Sweep, hearing, run_job
 
 
@@ -47,7 +47,8 @@ class SideBySideLauncher(Launcher):
         asked: list[str] = []
         with hearing(asked), ThreadPoolExecutor(self.n_jobs) as pool:
             futures = [pool.submit(self._run, list(overrides), asked) for overrides in job_overrides]
-            wait(futures)
+            while wait(futures, HEARING_SECONDS).not_done:
+                pass
         if asked:
             raise Stopped(asked[0])
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=future.result()) for future in futures]
