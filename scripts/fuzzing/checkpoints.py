@@ -38,8 +38,18 @@ def newest(run: Path) -> Path:
     return run / f"checkpoints/step-{SAVED[-1]:08d}"
 
 
-def make_run(place: Path, model: Path, *, ranks: int = 1) -> list[str]:
-    """A run that was interrupted after its last step in ``SAVED``; its command. ``ranks``: of those that wrote them."""
+def interrupted(place: Path, model: Path, *, ranks: int = 1) -> list[str]:
+    """A copy in ``place`` of a run that was interrupted after its last step in ``SAVED``; its command. It is made once, beside
+    the model, by so many ``ranks``."""
+    made = model.with_name(f"interrupted-{ranks}")
+    if not made.exists():
+        made.mkdir()
+        make_run(made, model, ranks=ranks)
+    shutil.copytree(made, place, symlinks=True, dirs_exist_ok=True)
+    return ["model_name=model", *RUN]
+
+
+def make_run(place: Path, model: Path, *, ranks: int) -> None:
     write_texts(place / "data", documents(24))
     shutil.copytree(model, place / "model")
     arguments = ["model_name=model", *RUN]
@@ -55,7 +65,6 @@ def make_run(place: Path, model: Path, *, ranks: int = 1) -> list[str]:
     shutil.rmtree(place / "run/model", ignore_errors=True)
     for name in (".out", ".err"):
         (place / name).unlink(missing_ok=True)
-    return arguments
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -85,7 +94,7 @@ class Checkpoints(Kind):
     names = ("resume=", "checkpoints/", "model_name=", "output_dir=")
 
     def make(self, variant: str, place: Path) -> Base:
-        arguments = make_run(place, self.model, ranks=2 if variant == "of two ranks" else 1)
+        arguments = interrupted(place, self.model, ranks=2 if variant == "of two ranks" else 1)
         arguments.append(f"checkpoint.verify={'full' if variant != 'resumed' else 'size'}")
         path = newest(Path("run"))
         if variant == "named":
@@ -143,7 +152,7 @@ class Runs(Kind):
     names = ("output_dir", "run/", "cache/", "token cache", "dataset")
 
     def make(self, variant: str, place: Path) -> Base:
-        arguments = [word for word in make_run(place, self.model) if not word.startswith("sink=")]
+        arguments = [word for word in interrupted(place, self.model) if not word.startswith("sink=")]
         arguments.append("sink=[jsonl,csv,report,console]")
         if variant == "finished":
             done = command(arguments, place)

@@ -102,7 +102,7 @@ class Values:
         return self.any(draw)
 
 
-def pool(number: int, count: int = 300) -> list[Any]:
+def pool(number: int, count: int = 100) -> list[Any]:
     """``count`` values fit for JSON, as hypothesis draws them with the seed ``number``."""
     leaves = (
         st.none()
