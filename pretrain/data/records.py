@@ -150,8 +150,3 @@ def column_index(names: list[str], place: Place, options: ReadOptions) -> int:
         f"{place()}: no column {options.text_column!r} (dataset.text_column); "
         f"the columns there: {', '.join(names) or 'none'}"
     )
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of another library's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
-from pretrain.data.records import Document, column_index, decode_value, document_of, one_line
-from pretrain.data.units import Piece, ReadOptions, Stamp
+from pretrain.data.records import Document, column_index, decode_value, document_of
+from pretrain.data.units import Piece, ReadOptions, Stamp, one_line
 from pretrain.errors import UserError
 
 ROWS = 256  # rows of a column that are Python objects at a time
