@@ -85,17 +85,17 @@ def _csv(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
 
 def _parquet(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
     """Ranges of row groups whose text column makes about UNIT_BYTES."""
+    start = size = 0
     with readable_table(file.path, "parquet"):
         metadata = parquet_metadata(file.path, stamp_of(file.path))
-    start = size = 0
-    for index in range(metadata.num_row_groups):
-        row_group = metadata.row_group(index)
-        columns = [row_group.column(number) for number in range(row_group.num_columns)]
-        wanted = [c for c in columns if is_wanted(c.path_in_schema, options)] or columns
-        size += sum(column.total_uncompressed_size for column in wanted)
-        if size >= UNIT_BYTES or index == metadata.num_row_groups - 1:
-            yield start, index + 1, size
-            start, size = index + 1, 0
+        for index in range(metadata.num_row_groups):
+            row_group = metadata.row_group(index)
+            columns = [row_group.column(number) for number in range(row_group.num_columns)]
+            wanted = [c for c in columns if is_wanted(c.path_in_schema, options)] or columns
+            size += sum(column.total_uncompressed_size for column in wanted)
+            if size >= UNIT_BYTES or index == metadata.num_row_groups - 1:
+                yield start, index + 1, size
+                start, size = index + 1, 0
 
 
 def _arrow(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:

@@ -21,9 +21,9 @@ OURS = (  # what lies in a folder of a run (of any task), of a sweep, in a token
 
 def in_folder(folder: str, pattern: str) -> list[str]:
     """Files in ``folder`` and below whose name, or path from some folder there, matches ``pattern``; hidden ones left out."""
-    found = {
-        name for path in _folders(folder, follow=False) for name in _files(os.path.join(glob.escape(path), pattern))
-    }
+    pattern = pattern.removeprefix("**/")
+    patterns = (os.path.join(glob.escape(path), pattern) for path in _folders(folder, follow=False))
+    found = {name for below in patterns for name in matching(below)}
     visible = sorted(name for name in found if not _hidden(os.path.relpath(name, folder)))
     away = [name for name in visible if os.path.islink(name) and not _below(os.path.realpath(name), folder)]
     if away:
