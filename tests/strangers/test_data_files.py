@@ -221,6 +221,32 @@ def test_broken_saved_folders(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
+COMMANDS = [
+    "zst cut off",
+    "something behind the list",
+    "half a surrogate pair",
+    "arrow cut off between batches",
+    "two lists, one after the other",
+]
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_through_the_command(case: str, tmp_path: Path, base_arguments, command) -> None:
+    name, content, _, expected = TABLE[case]
+    (tmp_path / name).write_bytes(content)
+    arguments = ["task=tokenization", f"dataset.nameOrPath={tmp_path / name}", f"output_dir={tmp_path / 'run'}"]
+    code, out, err = command([*base_arguments, *arguments])
+    if isinstance(expected, list):
+        assert code == 0, err
+        assert " 1 documents, 1 bytes of text" in out  # of two, one is held out
+        return
+    assert code == 2
+    assert re.search(expected, err), err
+    assert len([line for line in err.splitlines() if name in line]) == 1
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
 # Whatever documents, whatever bytes ----------------------------------------------------------------------------------
 
 same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
@@ -255,8 +281,11 @@ def test_any_edit_ends_in_documents_or_one_line(ending: str, tmp_path: Path, dat
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(raw) - footer))
         lost = data.draw(st.sampled_from([0, 1, 4, len(raw)]))
-        footer = 0 if lost == len(raw) else footer
-        raw[at : at + lost] = data.draw(st.binary(max_size=8))
+        if lost < len(raw):
+            raw[at : min(at + lost, len(raw) - footer)] = data.draw(st.binary(max_size=8))
+        else:  # cut off: the footer is gone
+            del raw[at:]
+            footer = 0
     path = tmp_path / f"a.{ending}"
     path.write_bytes(raw)
     for text in read_or_refused(path, errors):
