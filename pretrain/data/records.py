@@ -68,20 +68,26 @@ def decode(raw: bytes, piece: Piece, offset: int, options: ReadOptions) -> str:
     """
     if offset == 0 and (encoding := _other_encoding(raw)):
         raise UserError(f"{piece.path}: {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8")
-    inside = " of the decompressed file" if is_compressed(piece) else ""
-    text = decode_value(raw, lambda: piece.path, options, offset=offset, inside=inside)
+    try:
+        text = raw.decode("utf-8", options.errors)
+    except UnicodeDecodeError as error:
+        inside = " of the decompressed file" if is_compressed(piece) else ""
+        raise _not_utf8(piece.path, offset + error.start, inside, raw[error.start]) from error
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
-def decode_value(raw: bytes, place: Place, options: ReadOptions, *, offset: int = 0, inside: str = "") -> str:
-    """Text out of its bytes, which an error counts from ``offset`` on."""
+def decode_value(raw: bytes, place: Place, options: ReadOptions) -> str:
+    """Text out of the bytes that a table has for it."""
     try:
         return raw.decode("utf-8", options.errors)
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{place()}: not UTF-8 at byte {offset + error.start}{inside} (0x{raw[error.start]:02x}); "
-            "convert the file, or read it with dataset.errors=replace"
-        ) from error
+        raise _not_utf8(place(), error.start, " of the text", raw[error.start]) from error
+
+
+def _not_utf8(where: str, at: int, inside: str, byte: int) -> UserError:
+    return UserError(
+        f"{where}: not UTF-8 at byte {at}{inside} (0x{byte:02x}); convert the file, or read it with dataset.errors=replace"
+    )
 
 
 def _other_encoding(raw: bytes) -> str | None:
