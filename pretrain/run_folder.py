@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,14 +14,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from pretrain.checkpoint.atomic import missing_or_torn
-from pretrain.checkpoint.store import Store, read_state
+from pretrain.checkpoint.schema import read_state, validation_error
+from pretrain.checkpoint.store import Store
 from pretrain.console import log_to, notice
 from pretrain.data.fingerprint import Files, differing, recall, remember
 from pretrain.errors import UserError
 from pretrain.folders import say_if_shared
 from pretrain.place import Place
 from pretrain.replace import replace_file
+from pretrain.strict_json import read_json
 from pretrain.telemetry.jsonl import tail
 from pretrain.telemetry.run_file import read_run_file
 
@@ -206,7 +206,7 @@ def resume_point(folder: RunFolder, store: Store, mode: str) -> Path | None:
         raise UserError(
             f"resume={mode}: not a checkpoint folder; allowed: auto, never, <run>/checkpoints/step-…, or <run>"
         )
-    reason = missing_or_torn(named, verify=store.policy.verify)
+    reason = validation_error(named, verify=store.policy.verify)
     if reason is not None:
         raise UserError(f"resume={mode}: not a whole checkpoint: {reason}")
     return named
@@ -223,7 +223,7 @@ def read_config(folder: Path) -> dict[Any, Any]:
     file = folder / "config.yaml"
     try:
         config = OmegaConf.to_container(OmegaConf.load(file))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"{file} can't be read: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} can't be read: not a mapping of keys to values")
@@ -272,8 +272,10 @@ def check_same_run(
 def other_shape(checkpoint: Path, model_config: dict[str, Any]) -> list[str]:
     """The numbers of the model's config that are others in the checkpoint's, as ``differences`` tells them."""
     try:
-        saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        saved = read_json(checkpoint / "config.json")
     except (OSError, ValueError):
+        return []
+    if not isinstance(saved, dict):
         return []
     both = [key for key in model_config if key in saved and isinstance(saved[key], int)]
     return differences({key: saved[key] for key in both}, {key: model_config[key] for key in both})

@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from pretrain.checkpoint.atomic import FORMAT, missing_or_torn
+from pretrain.checkpoint.marker import missing_or_torn, write_marker
 from pretrain.data.sources.local import Local
 from pretrain.errors import UserError
-from pretrain.folders import MARKER, say_if_shared
+from pretrain.folders import say_if_shared
 from pretrain.models.files import weight_files
 from tests.test_cli import assert_mistake
 
@@ -49,7 +49,7 @@ def test_a_checkpoint_is_made_of_its_own_files(name, tmp_path):
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "out.safetensors").write_bytes(b"12345678")
     size = os.path.getsize(folder / name)
-    (folder / MARKER).write_text(json.dumps({"format": FORMAT, "files": {name: {"bytes": size, "xxh3_128": ""}}}))
+    write_marker(folder, {name: {"bytes": size, "xxh3_128": "0" * 32}})
     assert "outside the folder" in str(missing_or_torn(folder))
 
 
