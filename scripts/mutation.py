@@ -143,7 +143,7 @@ def table(results: list[Result]) -> str:
         counts = Counter(result.outcomes.values())
         made, other = len(result.outcomes), counts["survived"]
         numbers = (result.total, made, result.noticed, other, made - result.noticed - other)
-        rows.append((result.group.name, *map(str, numbers), f"{result.share:.1f} %"))
+        rows.append((result.group.name, *map(str, numbers), f"{result.share:.1f} %" if made else ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     aligned = (
         [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))] for row in rows

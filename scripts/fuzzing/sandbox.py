@@ -114,6 +114,7 @@ def _be_the_child(work: Callable[[], int | None], out: Path, err: Path) -> NoRet
             os.dup2(opened, descriptor)
             os.close(opened)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1, errors="replace") for n in (1, 2))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         faulthandler.enable(2)
