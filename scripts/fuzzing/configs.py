@@ -27,7 +27,14 @@ GUARD = [
     "sequence_length=16",
     "gradient_accumulation_steps=1",
 ]
-GUARD += ["evaluation.max_tokens=100", "dataset.num_workers=1", "launch.nodes=1", "resume=never", "task=pretraining"]
+GUARD += [
+    "evaluation.max_tokens=100",
+    "evaluation.samples=0",
+    "dataset.num_workers=1",
+    "launch.nodes=1",
+    "resume=never",
+    "task=pretraining",
+]
 FLAT: dict[str, Any] = {
     "task": "pretraining",
     "output_dir": "run",
@@ -56,13 +63,12 @@ EXPERIMENT = """# @package _global_
 defaults:
   - override /optimizer: mine
   - override /dataset: local
+  - override /evaluation: new_only
 lr: 0.001
 model_name: model
 max_steps: 1
 dataset:
   nameOrPath: data
-evaluation:
-  domains: {}
 """
 WORDS = [
     "model_name=model",
@@ -168,7 +174,7 @@ class Configs(Kind):
             (place / "theirs" / group).mkdir(parents=True)
             (place / "theirs" / group / f"{name}.yaml").write_text(text)
         first = {
-            "flat": ["--config", "run.yaml"],
+            "flat": ["--config", "run.yaml", "evaluation=new_only"],
             "folder": ["--config-dir", "theirs", "experiment=theirs"],
             "words": WORDS,
         }
