@@ -75,9 +75,12 @@ def build_evaluator(resolved: dict[str, Any], prepared: Prepared, *, batch_size:
 
     Raises ``UserError`` for auto without one.
     """
+    from pretrain.console import notice
     from pretrain.data.evaluation import evaluation_batches, first_tokens
     from pretrain.evaluation.perplexity import Domain, Evaluator
 
+    for line in prepared.notices:
+        notice(line)
     policy = instantiate(resolved["evaluation"])
     scored = batch_size if policy.batch_size == "auto" else policy.batch_size
     if scored is None:
