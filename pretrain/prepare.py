@@ -103,7 +103,9 @@ def _not_scored(source: Source, held_out: TokenView, left_out: int) -> list[str]
     if held_out.num_tokens <= 1 and source.held_out > 0:
         notices.append(f"dataset {source.domain!r} is a single document: none is held out, so it is not scored")
     if left_out:
-        notices.append(f"evaluation.domains: {source.domain!r} is also the training data; it is scored once, as new domain")
+        notices.append(
+            f"evaluation.domains: {source.domain!r} is also the training data; it is scored once, as new domain"
+        )
     return notices
 
 

@@ -133,7 +133,7 @@ def test_verdict_names_gain_and_forgetting():
 
     domains = {"law": domain("new", -0.25), "english": domain("base", 0.125), "code": domain("base", -0.5)}
     assert verdict(domains) == (
-        "The model learned law (perplexity 20.09 → 15.64, −0.250 nats per token), forgot some of english (perplexity "
+        "The model learned some of law (perplexity 20.09 → 15.64, −0.250 nats per token), forgot some of english (perplexity "
         "20.09 → 22.76, +0.125 nats per token) and improved on code (perplexity 20.09 → 12.18, −0.500 nats per token)."
     )
     assert verdict({"law": domain("new", 0.25)}).startswith("The model lost on law")
