@@ -46,7 +46,7 @@ def pretraining(
     prepared, steps, world = meet(resolved, interrupt, setting, place)
     folder = Path(resolved["output_dir"])
     store = Store(folder / "checkpoints", instantiate(resolved["checkpoint"]))
-    store.policy.check([name for name, _, _ in prepared.domains])
+    store.policy.check({name: role for name, role, _ in prepared.domains})
     with ExitStack() as claims:
         start = world.on_main(
             lambda: begin(
