@@ -121,7 +121,7 @@ def _results(progress: Progress) -> str:
 
 def _before_after(s: dict[str, Any]) -> tuple[str, ...]:
     """A row of the results, from a domain's last score and how far it is from the untouched model's on the same text."""
-    loss, delta, bits = s["loss"], s["delta_loss"], s["bits_per_byte"]
+    loss, delta, bits = s["loss"], s.get("delta_loss"), s["bits_per_byte"]
     before = None if loss is None or delta is None else loss - delta
     earlier_bits = bits * before / loss if bits and before and loss else None  # of the same text in the same tokens
     losses, bits_per_byte = f"{_n(before)} → {_n(loss)}", f"{_n(earlier_bits)} → {_n(bits)}"

@@ -24,7 +24,8 @@ def scored_before(known: Record | None, record: Record) -> Record:
     are ``None`` where that is not known either."""
     if record["step"] == 0:
         return record
-    return known if known and known.get("digest") == record.get("digest") else _worked_out(record)
+    same = known is not None and known.get("digest") == record.get("digest") and known.get("loss") is not None
+    return known if known and same else _worked_out(record)
 
 
 def change_of(record: Record) -> float | None:
