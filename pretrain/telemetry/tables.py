@@ -126,8 +126,8 @@ def scores(tally: Tally) -> Table:
     return table
 
 
-def samples(tally: Tally) -> list[Text]:
-    """One sample a domain, before and after, each line to be cut where the terminal ends."""
+def samples(tally: Tally, step: int) -> list[Text]:
+    """One sample a domain, before and after, each line to be cut where the terminal ends. ``step``: the run is at."""
     from rich.text import Text
 
     lines = []
@@ -137,7 +137,7 @@ def samples(tally: Tally) -> list[Text]:
         lines.append(Text.assemble((f"{after['domain']} ({after['role']})", "bold"), f"  {tail}"))
         told = [("before", before, ""), ("after", after, "bold")]
         if before["step"] == after["step"] or before["prompt"] != after["prompt"]:
-            told = [("model", after, "bold")]
+            told = [("before" if after["step"] == 0 < step else "model", after, "bold")]
         for name, record, style in told:
             lines.append(Text.assemble((f"  {name:<7}", "bright_black"), (one_line(record["text"]), style)))
         lines.append(Text(""))
@@ -171,9 +171,11 @@ def change(record: Record, *, unit: str = "", word: bool = True) -> Text:
 
 
 def seconds_left(record: Record, total: int) -> float | None:
-    """As the record says, or by the pace of its steps."""
-    if record.get("eta_seconds") is not None:
-        return float(record["eta_seconds"])
+    """As the record says: not before there is a pace, which the first step, that compiles, is none of. Of a record of an
+    earlier version by the pace of its steps."""
+    if "eta_seconds" in record:
+        eta = record["eta_seconds"]
+        return None if eta is None else float(eta)
     pace = record.get("step_seconds")
     return None if pace is None else float(pace) * (total - record["step"])
 

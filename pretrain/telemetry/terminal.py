@@ -135,7 +135,7 @@ class Terminal:
             self._console.print(self._domains(r["step"]))
             for reason in tables.reasons(self._tally):
                 self._say(reason)
-        for line in tables.samples(self._tally):
+        for line in tables.samples(self._tally, r["step"]):
             self._console.print(line, no_wrap=True, overflow="ellipsis")
         if self._total:
             self._totals(r)

@@ -46,7 +46,7 @@ def test_the_digest_is_of_what_the_model_reads(base_arguments):
         return evaluation_batches(view, length, size, mask, most).digest()
 
     assert of(size=1) == of(size=4) == of(size=7)
-    different = [of(), of(length=16), of(mask=True), of(most=300), of(most=None)]
+    different = [of(), of(length=16), of(mask=True), of(most=2000), of(most=None)]
     assert all(a != b for a, b in combinations(different, 2))
 
 

@@ -115,6 +115,10 @@ def test_two_base_domains_of_one_name_have_a_baseline_each(trains, base_argument
     assert [r["delta_loss"] for r in before] == [0.0, 0.0, 0.0]
     assert [r["delta_loss"] for r in after] == [a["loss"] - b["loss"] for a, b in zip(after, before, strict=True)]
     assert "than at step 0" not in out.split("step 1/1")[0]
+    announced = [line for line in err.splitlines() if line.startswith("evaluating ")]
+    assert announced == [f"evaluating {r['domain']} ({r['role']}): {r['tokens']:,} tokens" for r in before], (
+        "before the first evaluation, which may take minutes; no other one"
+    )
 
 
 def test_a_sweep_s_metric_may_be_of_such_a_domain(trains):

@@ -264,8 +264,10 @@ def test_a_run_that_is_stopped_before_its_second_evaluation(tmp_path, capsys, mo
     """It said `after 54.58, change 0.0000`, of what nobody had measured."""
     monkeypatch.setenv("COLUMNS", "100")
     stopped = FINISHED | {"step": 5, "status": "stopped"}
-    play([*RUN[:3], train(1, 3.9), train(5, 3.8), stopped], tmp_path)
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  python (new)")]
+    play([*RUN[:4], train(1, 3.9), train(5, 3.8), stopped], tmp_path)
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.startswith("  python (new)")]
+    assert "  before x." in out, "the sample of step 0 is not how the model continues now"
     assert rows == [["python", "(new)", "54.58", "—", "not", "scored", "since", "step", "0"]]
 
 
@@ -287,6 +289,13 @@ def test_a_change_that_is_not_known_says_why(tmp_path, capsys, monkeypatch):
     assert re.search(r"python \(new\) +— +33.10 +—", out)
     assert "python: no change since step 0 is known: step 0 was scored with other text\n" in out
     assert "54.58" not in out.split("step 40")[1], "the perplexity of other text"
+
+
+def test_there_is_no_time_left_before_there_is_a_pace(terminal):
+    """The first step compiles: by its seconds a run of hours would take days."""
+    shown = terminal([STARTED, train(1, 4.0, step_seconds=60.0, eta_seconds=None)])
+    assert "1/40 ━" in re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown)
+    assert not re.search(r"\d s left|min left|h left", shown)
 
 
 def test_a_speed_that_is_not_known_is_not_zero(tmp_path, capsys):
