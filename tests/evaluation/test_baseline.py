@@ -173,3 +173,46 @@ def test_where_the_untouched_model_can_t_be_had_the_change_is_not_known(base_arg
     assert [measures[name] for name in ("new_delta", "forgetting")] == [None, None]
     assert objective_in(measures, "other.delta_loss") is None
     assert objective_in(measures, "other.loss") == scores["other"]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        ["strategy=ddp"],
+        ["strategy=fsdp"],
+        ["strategy=fsdp", "strategy.cpu_offload=true"],
+        ["strategy=deepspeed", "strategy.zero_stage=1"],
+        ["strategy=deepspeed", "strategy.zero_stage=3"],
+    ],
+    ids="-".join,
+)
+def test_the_untouched_model_is_scored_again_under_every_strategy(
+    strategy, base_arguments, exact_model, spawn, tmp_path
+):
+    """And the steps after it are those of a run that was resumed without."""
+    if "deepspeed" in strategy[0]:
+        pytest.importorskip("deepspeed")
+    lr = "lr=1e-3"
+    model = [*base_arguments, *STILL, f"model_name={exact_model('llama')}", "devices=2", "batch_size=1", lr, *strategy]
+    for name, steps, more in (
+        ("plain", 4, []),
+        ("again", 4, []),
+        ("plain", 8, []),
+        ("again", 8, ["evaluation.max_tokens=700"]),
+    ):
+        process = spawn([*model, f"max_steps={steps}", f"output_dir={tmp_path / name}", "sink=[jsonl]", *more])
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
+        assert ("scored again" in out) == bool(more), out
+    assert trained(tmp_path / "again") == trained(tmp_path / "plain")
+    (base,) = (r for r in read_records(tmp_path / "again/metrics.jsonl") if r["step"] == 8 and r.get("domain") == "other"
+               and r["event"] == "evaluation")  # fmt: skip
+    process = spawn([*model, "task=evaluation", "evaluation.max_tokens=700", f"output_dir={tmp_path / 'untouched'}", "devices=1",
+                     "strategy=single", "sink=[jsonl]"])  # fmt: skip
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    untouched = {
+        r["domain"]: r["loss"] for r in read_records(tmp_path / "untouched/metrics.jsonl") if r["event"] == "evaluation"
+    }
+    assert base["loss"] - base["delta_loss"] == pytest.approx(untouched["other"], abs=1e-5)
