@@ -97,8 +97,10 @@ class Fabricator:
 def search(tmp_path):
     """``search(n_trials, words, fate) -> names of the jobs launched``, by the real sweeper in one folder."""
 
-    def run(n_trials, words=(LR,), fate=lambda number: "finished", n_jobs=1, metric="new_loss", direction="minimize"):
-        options = {"n_trials": n_trials, "n_jobs": n_jobs, "startup_trials": 3, "prune": True, "seed": 0}
+    def run(
+        n_trials, words=(LR,), fate=lambda number: "finished", n_jobs=1, metric="new_loss", direction="minimize", seed=0
+    ):
+        options = {"n_trials": n_trials, "n_jobs": n_jobs, "startup_trials": 3, "prune": True, "seed": seed}
         sweeper = OptunaSweeper(params=None, **options)
         sweep = Sweep(tmp_path / "sweep", ("lr",), metric, direction, ("-m",), time.time())
         sweeper.space = parse_space(["seed=1", *words], None)
@@ -160,6 +162,14 @@ def test_the_seed_decides_what_is_drawn_and_a_resumed_study_draws_something_else
     more = drawn(tmp_path / "one", 7, 3, start=3)
     assert len(set(first + more)) == 6, "a random state that starts again draws the same again"
     assert drawn(tmp_path / "same", 7, 3, start=3) == more
+
+
+def test_the_sweeper_s_seed_is_that_of_the_study(search, tmp_path):
+    first = search(2, seed=3)
+    (tmp_path / "sweep").rename(tmp_path / "first")
+    assert not set(search(2, seed=4)) & set(first)
+    (tmp_path / "sweep").rename(tmp_path / "second")
+    assert search(2, seed=3) == first
 
 
 @pytest.mark.parametrize(("direction", "best"), [("minimize", 1e-3), ("maximize", 1e-5)])
