@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain.batch import Batch
-from pretrain.checkpoint import store
+from pretrain.checkpoint import schema, store
 from pretrain.checkpoint.rng import rng_state, set_rng_state
 from pretrain.clock import StepClock
 from pretrain.console import notice
@@ -318,7 +318,7 @@ class Trainer:
         """Before ``checkpoint`` replaces the weights that the run began with: score them where its baseline is of other
         text than this run evaluates."""
         self.watchdog.rest()
-        self.untouched.score_again(self.engine, store.read_state(checkpoint), self.identity, **self.hooks)
+        self.untouched.score_again(self.engine, schema.read_state(checkpoint), self.identity, **self.hooks)
 
     def restore(self, checkpoint: Path) -> None:
         """Put back the state of ``checkpoint``.

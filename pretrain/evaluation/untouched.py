@@ -52,7 +52,7 @@ class Untouched:
         progress = state["progress"]
         if progress["step"] == 0 or any(state["identity"][p] != identity[p] for p in self.weights_follow_from):
             return
-        found = self._known(progress["baseline"], progress.get("measured_on", {}))
+        found = self._known(progress.get("baseline", {}), progress.get("measured_on", {}))
         missing: dict[str, str] = engine.world.on_main(lambda: {n: k.reason for n, k in found.items() if k.reason})
         if not missing:
             return
