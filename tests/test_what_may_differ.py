@@ -115,9 +115,9 @@ def test_more_epochs_and_other_sinks(base_arguments, command, tmp_path):
     same = [*base_arguments, "max_steps=null", "scheduler=constant", "warmup_proportion=0", "checkpoint.export=never"]
     whole, run = tmp_path / "whole", tmp_path / "run"
     for more in (
-        ["number_epochs=0.02", "sink=jsonl", f"output_dir={whole}"],
+        ["number_epochs=0.1", "sink=jsonl", f"output_dir={whole}"],
         ["number_epochs=0.05", "sink=jsonl", f"output_dir={run}"],
-        ["number_epochs=0.02", "sink=[jsonl,csv]", f"output_dir={run}"],
+        ["number_epochs=0.1", "sink=[jsonl,csv]", f"output_dir={run}"],
     ):
         code, _, err = command([*same, *more])
         assert code == 0, err
