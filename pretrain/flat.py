@@ -21,7 +21,7 @@ from pretrain.config import Root, check_value, conf_dir
 from pretrain.console import notice
 from pretrain.errors import UserError, did_you_mean
 from pretrain.help import choices, default_choices
-from pretrain.trust import COMMAND_LINE_ONLY, locate
+from pretrain.trust import COMMAND_LINE_ONLY, PARTS, locate
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # lr_scheduler → scheduler group, and what else it sets
     "constant": ("constant", {}),
@@ -255,7 +255,7 @@ def _signature(group: str, choice: str | None, later: list[str]) -> set[str]:
         raise UserError(f"{group}={choice}: no such choice{did_you_mean(str(choice), choices(group))}")
     node = OmegaConf.to_container(OmegaConf.load(file))
     assert isinstance(node, dict)
-    return set(inspect.signature(locate(group, node["_target_"])).parameters)
+    return set(inspect.signature(locate(group, node["_target_"], PARTS[group])).parameters)
 
 
 def _quote(value: Any) -> str:

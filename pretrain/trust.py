@@ -6,10 +6,11 @@ machines into the run, is said on the command line by the person who starts it; 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +27,72 @@ HYDRA_EXECUTES = (  # callbacks and sweepers are instantiated, logging configs n
     *("launcher.setup", "launcher.additional_parameters"),
 )
 SWEEPERS = ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "hydra_plugins.pretrain.OptunaSweeper")
+SCHEDULES = "pretrain.optim.schedule"
+PARTS = {  # group → the class whose subclasses it may make; schedules are functions of one module
+    "model": "pretrain.models.causal_lm.CausalLM",
+    "dataset": "pretrain.data.sources.base.Source",
+    "strategy": "pretrain.strategy.base.Strategy",
+    "precision": "pretrain.precision.Precision",
+    "optimizer": "pretrain.optim.base.OptimizerFactory",
+    "scheduler": SCHEDULES,
+    "checkpoint": "pretrain.checkpoint.policy.Policy",
+    "evaluation": "pretrain.evaluation.policy.Policy",
+    "generation": "pretrain.evaluation.prompts.Prompts",
+    "guard": "pretrain.guard.policy.Policy",
+    "telemetry": "pretrain.telemetry.policy.Policy",
+    "launch": "pretrain.launch.policy.Policy",
+    "sweep": "pretrain.sweep.policy.Policy",
+    "sink": "pretrain.telemetry.sink.Sink",
+}
 OWN_NAME = re.compile(r"pretrain(\.[A-Za-z]\w*)+")
 
 
-def locate(path: str, target: Any, *, partial: bool = False, trusted: list[str] | None = None) -> Callable[..., Any]:
-    """The class or function a ``_target_`` names: a class of ours, with ``partial`` also a function, or one of ``trusted``.
+def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] = ()) -> Callable[..., Any]:
+    """The class or function that the ``_target_`` at ``path`` names: one of ours that belongs to ``base`` (see ``PARTS``), or
+    one of ``trusted``, which names classes, functions and packages.
 
     Raises ``UserError`` for any other. The name is judged before anything is imported: to import is to run code. Making
-    one of our objects does nothing yet; calling a function might, so a config can't.
+    one of our parts does nothing yet; to call any function of ours would do what its arguments say, so a config can't.
     """
-    from hydra.utils import get_object
-
-    is_trusted = target in (trusted or ())
+    is_trusted = trusts(trusted, target)
     if not is_trusted and not (isinstance(target, str) and OWN_NAME.fullmatch(target)):
         raise _refused(path, target)
     try:
-        found: Callable[..., Any] = get_object(target)
+        found = _find(target)
     except Exception as error:
-        raise UserError(f"{path}._target_={target!r}: {error}") from None
-    if is_trusted:
+        raise UserError(f"{path}._target_={target!r}: {' '.join(str(error).split())}") from None
+    if target in trusted:
         return found
     real_name = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
-    if real_name != target or not (isinstance(found, type) or (partial and callable(found))):
+    if real_name != target:  # what that module, or a trusted package, has imported: `pretrain.x.subprocess.Popen`
         raise _refused(path, target)
+    if not is_trusted and not _belongs(found, base):
+        what = base if isinstance(base, str) else f"{base.__module__}.{base.__qualname__}"
+        raise UserError(f"{path}._target_={target!r}: not a part that can stand here; allowed are those of {what}")
     return found
+
+
+def trusts(trusted: Sequence[str], target: Any) -> bool:
+    """Whether ``target`` is one of ``trusted``, or lies in a package among them."""
+    return isinstance(target, str) and any(target == name or target.startswith(f"{name}.") for name in trusted)
+
+
+def _find(name: str) -> Callable[..., Any]:
+    from hydra.utils import get_object
+
+    found: Callable[..., Any] = get_object(name)
+    if not callable(found):
+        raise TypeError("not a class or a function")
+    return found
+
+
+def _belongs(found: Any, base: str | type) -> bool:
+    """Whether ``found`` is a class of ``base`` that can be made, or a schedule."""
+    if base == SCHEDULES:
+        names = set(inspect.signature(found).parameters) if inspect.isfunction(found) else set()
+        return found.__module__ == base and {"step", "total_steps", "warmup_steps"} <= names
+    kind: Any = _find(base) if isinstance(base, str) else base
+    return isinstance(found, type) and kind in found.__mro__ and not inspect.isabstract(found)
 
 
 def _refused(path: str, target: Any) -> UserError:

@@ -6,6 +6,7 @@ asked for, and pickled weights are never read.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +31,7 @@ OLD_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}  # transformers 
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalLM:
+class CausalLM(ABC):
     """What both kinds share. ``tokenizer_name``: a folder or Hub id, if not the model's own. ``revision``: of a Hub id.
     ``save_dtype``: type of the weights in the final folder (``None``: as they were trained)."""
 
@@ -42,6 +43,10 @@ class CausalLM:
     compile: bool = False
     trust_remote_code: bool = False
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @abstractmethod
+    def check(self, sequence_length: int) -> None:
+        """Raises ``UserError`` for a model that can't be had, or a sequence it has no positions for."""
 
     def folder(self) -> Path:
         return files.model_folder(self.name_or_path, revision=self.revision, code=self.trust_remote_code)
