@@ -12,8 +12,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from pretrain.checkpoint.atomic import missing_or_torn
 from pretrain.checkpoint.store import Store, read_state
@@ -25,6 +23,7 @@ from pretrain.place import Place
 from pretrain.replace import replace_file
 from pretrain.telemetry.jsonl import tail
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.yaml_file import read_yaml
 
 FIXED = {  # part of a run's identity → the config keys it follows from
     "model": ("model_name", "model"),
@@ -221,10 +220,7 @@ def _continues(folder: RunFolder, mode: str) -> bool:
 def read_config(folder: Path) -> dict[Any, Any]:
     """config.yaml of a run or a checkpoint. Raises ``UserError`` when it is no YAML mapping of plain values."""
     file = folder / "config.yaml"
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(file))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{file} can't be read: {' '.join(str(error).split())}") from None
+    config = read_yaml(file)
     if not isinstance(config, dict):
         raise UserError(f"{file} can't be read: not a mapping of keys to values")
     return config
