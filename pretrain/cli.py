@@ -12,6 +12,8 @@ import os
 import sys
 import traceback
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -175,11 +177,24 @@ def _show(given: Namespace, overrides: list[str], spoken: dict[str, Any]) -> int
         if given.cfg:
             hydra.show_cfg("config", overrides, given.cfg, given.package, given.resolve)
         elif given.info:
-            hydra.show_info(given.info, "config", overrides)
+            with _own_logging():
+                hydra.show_info(given.info, "config", overrides)
         else:
             given.overrides = overrides
             hydra.hydra_help("config", get_args_parser(), given)
     return 0
+
+
+@contextmanager
+def _own_logging() -> Iterator[None]:
+    """Hydra makes the root logger say everything on stdout; afterwards that is as it was."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def _complete(words: list[str]) -> int:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from pretrain.errors import UserError, did_you_mean
-from pretrain.redact import held, secrets
+from pretrain.redact import held, redact, secrets
 from pretrain.shipped import conf_dir
 from pretrain.trust import PARTS, SCHEDULES, locate, trusts
 
@@ -71,7 +71,7 @@ class Root:
     sequence_length: Annotated[int, Field(ge=2)]
     batch_size: PositiveInt | Literal["auto"]
     gradient_accumulation_steps: PositiveInt
-    number_epochs: Annotated[PositiveFloat, Finite]
+    number_epochs: Annotated[float, Field(gt=0, le=1_000_000)]
     max_steps: PositiveInt | None
     lr: Annotated[PositiveFloat, Finite]
     warmup_proportion: Annotated[float, Field(ge=0, le=1)]
@@ -79,7 +79,7 @@ class Root:
     beta1: Beta
     beta2: Beta
     grad_clip: Annotated[PositiveFloat, Finite] | None
-    seed: NonNegativeInt
+    seed: Annotated[int, Field(ge=0, lt=2**63)]  # each rank adds to it, and generators take 64 bits
     devices: Literal["auto"] | PositiveInt
     sweep_dir: Annotated[str, Field(min_length=1)] | None
     resume: Annotated[str, Field(min_length=1)]
@@ -100,7 +100,7 @@ def check(config: dict[str, Any], *, here: bool = True) -> Root:
     root_keys = {field.name for field in fields(Root)}
     for key in config:
         if key not in root_keys and key not in GROUPS:
-            raise UserError(f"unknown key {key!r}{_known_as(key, root_keys | set(GROUPS))}")
+            raise UserError(f"unknown key {key!r}{known_as(key, root_keys | set(GROUPS))}")
     for key, hint in get_type_hints(Root, include_extras=True).items():
         check_value(key, config.get(key), hint)
     check_leaves(config)
@@ -120,10 +120,11 @@ def check(config: dict[str, Any], *, here: bool = True) -> Root:
     return Root(**{key: config[key] for key in root_keys})
 
 
-def _known_as(key: str, known: set[str]) -> str:
+def known_as(key: str, known: set[str]) -> str:
     """The nearest known key, also by the name that other trainers give it."""
-    near = difflib.get_close_matches(key, [*known, *OTHER_NAMES], n=1, cutoff=0.7)
-    if near and near[0] in OTHER_NAMES:
+    others = [name for name, here in OTHER_NAMES.items() if here in known]
+    near = difflib.get_close_matches(key, [*known, *others], n=1, cutoff=0.7)
+    if near and near[0] in others:
         return f"; here it is {OTHER_NAMES[near[0]]!r}"
     return did_you_mean(key, known)
 
@@ -141,15 +142,35 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_leaves(config: dict[str, Any]) -> None:
-    """Raises ``UserError`` for a secret, which would be written to config.yaml and with every checkpoint, and for an
-    interpolation that came out of one: resolved once more, it could become a node that nobody has checked."""
+    """Raises ``UserError`` for a secret, which would be written to config.yaml and with every checkpoint, for an interpolation
+    that came out of one (resolved once more, it could become a node that nobody has checked), and for what no file or tensor
+    can hold: integers of more than 64 bits, NaN, texts that are not UTF-8."""
     known = secrets()
     for path, value in leaves(config):
-        secret = held(path, known) or held(str(value), known)
+        if not _is_text(path):
+            raise UserError(f"{path!a}: a key of other characters than UTF-8 has, or with a zero byte")
+        secret = held(path, known) or held(str(value) if _is_number_of_64_bits(value) else "", known)
         if secret:
-            raise UserError(f"{path}: holds {secret}; no key takes a secret, set it in the environment alone")
+            raise UserError(f"{redact(path)}: holds {secret}; no key takes a secret, set it in the environment alone")
         if isinstance(value, str) and "${" in value:
             raise UserError(f"{path}={value!r}: a value can't hold '${{', the mark of an interpolation")
+        if isinstance(value, str) and not _is_text(value):
+            raise UserError(f"{path}={value!a}: not UTF-8, or with a zero byte")
+        if not _is_number_of_64_bits(value):
+            raise UserError(f"{path}: an integer of more than 64 bits, or NaN")
+        if not isinstance(value, str | int | float | None):
+            raise UserError(
+                f"{path}={value!r}: a {type(value).__name__}; allowed are texts, numbers, true, false and null"
+            )
+
+
+def _is_text(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _is_number_of_64_bits(value: Any) -> bool:
+    """Whether a number fits into 64 bits and is one; everything else does."""
+    return not (isinstance(value, int) and abs(value) >= 2**63) and value == value
 
 
 def check_part(path: str, node: Any, base: str | type, trusted: list[str]) -> None:

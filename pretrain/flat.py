@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from omegaconf import OmegaConf
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
 
-from pretrain.config import Root, check_value, conf_dir
+from pretrain.config import Root, check_value, conf_dir, known_as
 from pretrain.console import notice
 from pretrain.errors import UserError, did_you_mean
 from pretrain.help import choices, default_choices
@@ -228,7 +228,7 @@ def _read(file: Path) -> Flat:
     flat = Flat()
     for name in sorted(content, key=_rank):
         if name not in KEYS:
-            raise UserError(f"--config {file}: unknown key {name!r}{did_you_mean(str(name), KEYS)}")
+            raise UserError(f"--config {file}: unknown key {name!r}{known_as(str(name), set(KEYS))}")
         check_value(str(name), content[name], KEYS[str(name)].hint)
         KEYS[str(name)].apply(flat, content[name])
     return flat

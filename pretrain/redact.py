@@ -51,9 +51,7 @@ SHAPES = {  # what is replaced is the match, or of one with a group `secret` tha
     ),
     # A password may have slashes in it; `host:8080/` is no password.
     "a password in a URL": re.compile(rf"(?<=://)(?P<secret>{WORD}*:(?!\d{{1,5}}[/?#])[^\s@\"'<>,]*)(?=@[\w.\[-])"),
-    "a token in a URL": re.compile(
-        rf"\bhttps?://(?P<secret>(?={WORD}*\d){WORD}{{8,}}|{WORD}{{20,}})(?=@[\w.\[-])"
-    ),
+    "a token in a URL": re.compile(rf"\bhttps?://(?P<secret>(?={WORD}*\d){WORD}{{8,}}|{WORD}{{20,}})(?=@[\w.\[-])"),
     "a key in a URL": re.compile(
         r"(?i:[?&](?:access_token|api_?key|password|secret|sig|signature|token|x-amz-signature)=)(?P<secret>[^\s&\"'<>]{8,})"
     ),

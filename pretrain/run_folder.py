@@ -175,6 +175,10 @@ def _locked(path: Path) -> FileLock:
 
 
 def _move_aside(path: Path) -> Path:
+    """Raises ``UserError`` where this process works in the folder: relative paths would lead elsewhere."""
+    path = Path(os.path.abspath(path))
+    if Path.cwd().is_relative_to(path):
+        raise UserError(f"output_dir={path}: resume=never would move aside the folder that you are in; choose another")
     number = 1
     while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
         number += 1
