@@ -98,6 +98,8 @@ def in_plain_words(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice}: no such choice{did_you_mean(choice, choices(group))}"
+    if "maximum recursion depth" in str(error):
+        return "nested too deeply for a config"
     key = getattr(error, "full_key", None)
     if isinstance(error, MissingMandatoryValue):
         return f"{key} has no value; give it one: {key}=..."

@@ -71,6 +71,8 @@ def compose_config(
         return hydra.compose_config("config", words, mode, validate_sweep_overrides=validate_sweep_overrides)
     except (UserError, HydraException, OmegaConfBaseException):
         raise
+    except RecursionError:
+        raise UserError("nested too deeply for a config") from None
     except Exception as error:  # of its words for a group override that makes no sense, ValueError is one of many
         raise UserError(" ".join(str(error).split()) or type(error).__name__) from None
 

@@ -87,7 +87,7 @@ WORDS = {  # what was typed → (what the line says)
     "a zero byte": (["dataset.name=a\0b"], "zero byte"),
     "a name that is no UTF-8": (["dataset.name=\udcff"], "not UTF-8"),
     "an unclosed bracket": (["generation.prompts=[a"], "no viable alternative"),
-    "deep nesting": (["generation.prompts=" + "[" * 400 + "]" * 400], "generation.prompts="),
+    "deep nesting": (["generation.prompts=" + "[" * 400 + "]" * 400], "nested too deeply"),
     "a list for a path": (["resume_allow=[everything]"], "resume_allow="),
 }
 
