@@ -232,9 +232,10 @@ def test_the_home_folder_in_a_flat_file(tmp_path, monkeypatch):
 
 def test_the_current_folder_is_not_moved_aside(command, base_arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("config.yaml").write_text("lr: 1\n")
+    for name in ("config.yaml", ".run_id", "metrics.jsonl"):
+        Path(name).write_text("lr: 1\n")
     outcome = command([*base_arguments, "output_dir=.", "resume=never"])
-    assert_mistake(outcome, "resume=never would move aside the folder that you are in")
+    assert_mistake(outcome, "can't be moved aside, you are in it")
     assert Path("config.yaml").read_text() == "lr: 1\n"
 
 
