@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {
         128: """max_position_embeddings n_positions n_ctx max_seq_len model_max_length max_target_positions context_length
              original_max_position_embeddings max_source_positions position_bias_max_distance""",
         64: "d_inner emb_hidden",
-        32: """hidden_size d_model n_embd emb_dim embedding_dim embedding_size attention_hidden_size lru_width dim_model_base
+        32: """index_n_heads hidden_size d_model n_embd emb_dim embedding_dim embedding_size attention_hidden_size lru_width dim_model_base
             word_embed_proj_dim input_embedding_size output_embedding_size ple_embed_dim q_lora_rank kv_lora_rank mamba_d_ssm""",
         48: """intermediate_size moe_intermediate_size ffn_dim dff dim_ff decoder_ffn_dim encoder_ffn_dim ffn_hidden_size
             feed_forward_size shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp
@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {
            dim_head d_head index_topk adapter_rank chunk_size mamba_chunk_size time_step_rank attention_head_size
            ngram_vocab_size_base make_ngram_vocab_size_divisible_by mamba_headdim query_pre_attn_scalar rotary_dim block_size""",
         4: """num_attention_heads decoder_attention_heads encoder_attention_heads n_head n_heads num_heads attention_heads
-           linear_num_heads linear_num_value_heads index_n_heads swa_num_attention_heads num_decoder_attention_heads
+           linear_num_heads linear_num_value_heads swa_num_attention_heads num_decoder_attention_heads
            num_encoder_attention_heads n_mamba_heads num_experts n_routed_experts num_local_experts moe_num_experts
            split_ngram_parts o_groups mamba_num_heads num_query_groups num_random_blocks""",
         2: """num_hidden_layers decoder_layers encoder_layers n_layer n_layers num_layers num_decoder_layers num_encoder_layers
@@ -54,7 +54,15 @@ OWN: dict[str, dict[str, Any]] = {
     ),
     "bamba": {"mamba_n_heads": 8},
     "deepseek_v2": LATENT | {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "moe_intermediate_size": 48, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "dots1": {
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 48,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
     "falcon_h1": {"mamba_n_heads": 4},
     "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -89,7 +97,9 @@ NAMES = [name for name in ALL if name not in LEFT_OUT]
 
 def small(config: dict[str, Any]) -> dict[str, Any]:
     """The values of a default config, shrunk; lists with an entry for each layer keep two of them, of different kinds."""
-    layers = next((config[k] for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if config.get(k)), None)
+    layers = next(
+        (config[k] for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if config.get(k)), None
+    )
     result = {}
     for key, value in config.items():
         if key in SMALL and isinstance(value, int) and not isinstance(value, bool):
@@ -101,7 +111,11 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
             result[key] = [value[0], next((v for v in value if str(v) == kinds[-1]), value[-1])]
         elif isinstance(value, dict) and "vocab_size" in value:
             result[key] = small(value)
-    if "layer_types" in result and len(set(result["layer_types"])) == 1 and "sliding_attention" in result["layer_types"]:
+    if (
+        "layer_types" in result
+        and len(set(result["layer_types"])) == 1
+        and "sliding_attention" in result["layer_types"]
+    ):
         result["layer_types"] = ["sliding_attention", "full_attention"]
     return result
 
