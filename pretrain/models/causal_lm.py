@@ -118,14 +118,15 @@ class CausalLM:
         """The model in training mode with its parameters on the meta device and its buffers on the CPU."""
         from transformers import AutoModelForCausalLM
 
-        from pretrain.models.meta import cast_parameters, parameters_on_meta
+        from pretrain.models.dtypes import keep_fp32
+        from pretrain.models.meta import parameters_on_meta
 
         def make(**given: Any) -> Any:
             with parameters_on_meta():
                 return AutoModelForCausalLM.from_config(self.hf_config(), dtype=param_dtype, **given)
 
         hf = self.load(make)
-        cast_parameters(hf, param_dtype)
+        keep_fp32(hf, param_dtype)
         return self.finish(hf, None)
 
     def finish(self, hf: Any, device: torch.device | None) -> LanguageModel:
@@ -278,7 +279,7 @@ class Scratch(CausalLM):
         import torch
         from transformers import AutoModelForCausalLM
 
-        from pretrain.models.meta import cast_parameters
+        from pretrain.models.dtypes import cast
 
         def make(**given: Any) -> Any:
             with torch.random.fork_rng(devices=[]):
@@ -286,7 +287,7 @@ class Scratch(CausalLM):
                 return AutoModelForCausalLM.from_config(self.hf_config(), dtype=torch.float32, **given)
 
         hf = self.load(make)
-        cast_parameters(hf, param_dtype)
+        cast(hf, param_dtype)
         hf.config.dtype = param_dtype
         return self.finish(hf, device)
 

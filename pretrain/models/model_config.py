@@ -17,7 +17,8 @@ from pretrain.models.files import text_part
 NOT_FOR_FILES = re.compile(
     r".*_implementation(_internal|_autoset)?|_?use_(hub_)?kernels|kernel_config|fusion_config|distributed_config"
     r"|base_model_\w+_plan|transformers_weights|extra_files|output_attentions|_?use_flash_attention_2"
-    r"|_flash_attn_2_enabled|custom_generate|compile_config|cache_implementation|num_labels|id2label|label2id"  # the last three: tables of any size
+    r"|_flash_attn_2_enabled|custom_generate|compile_config|cache_implementation"
+    r"|num_labels|id2label|label2id"  # tables of any size, of what no language model has
 )
 
 

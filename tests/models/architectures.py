@@ -18,7 +18,8 @@ SMALL: dict[str, Any] = {
         128: """max_position_embeddings n_positions n_ctx max_seq_len model_max_length max_target_positions context_length
              original_max_position_embeddings max_source_positions position_bias_max_distance""",
         64: "d_inner emb_hidden",
-        32: """index_n_heads hidden_size d_model n_embd emb_dim embedding_dim embedding_size attention_hidden_size lru_width dim_model_base
+        32: """index_n_heads
+            hidden_size d_model n_embd emb_dim embedding_dim embedding_size attention_hidden_size lru_width dim_model_base
             word_embed_proj_dim input_embedding_size output_embedding_size ple_embed_dim q_lora_rank kv_lora_rank mamba_d_ssm""",
         48: """intermediate_size moe_intermediate_size ffn_dim dff dim_ff decoder_ffn_dim encoder_ffn_dim ffn_hidden_size
             feed_forward_size shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp
