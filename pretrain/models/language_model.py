@@ -16,7 +16,14 @@ from pretrain.errors import UserError
 from pretrain.models import packing
 from pretrain.models.files import POSITION_KEYS
 from pretrain.models.loss import linear_cross_entropy
-from pretrain.models.probe import Way, check_causal, document_separation, has_plain_head
+from pretrain.models.probe import (
+    Way,
+    balancing_coefficient,
+    by_masks,
+    check_causal,
+    document_separation,
+    has_plain_head,
+)
 from pretrain.tensors import TensorFiles, check_names, fill
 
 
@@ -24,7 +31,8 @@ class LanguageModel(nn.Module):
     """``hf``: the wrapped model. ``lean``: its logits are just ``head(last hidden state)``, found out on a probe, so
     that the loss can be worked out without them; models that cap or scale their logits go through their own head.
 
-    Dropout is as the model's config has it. Auxiliary losses (a mixture of experts' load balancing) are not added.
+    ``balancing``: the weight of the mixture of experts' load balancing loss, 0 unless the config has
+    ``output_router_logits: true``. Dropout is as the model's config has it.
     ``compile``: backbone and loss of the training step become one graph; evaluation, whose last batch is smaller than
     the others, stays eager. Strategies wrap this module and not ``hf``, whose head is used outside of its own forward.
     """
@@ -35,6 +43,7 @@ class LanguageModel(nn.Module):
         hf.config.use_cache = False
         self.lean = False
         self.separation: Way | None = None
+        self.balancing = 0.0
         if not any(p.is_meta for p in hf.parameters()):
             self.probe()
         self.is_compiled = compile
@@ -48,6 +57,7 @@ class LanguageModel(nn.Module):
         check_causal(self.hf)
         self.lean = has_plain_head(self.hf)
         self.separation = document_separation(self.hf)
+        self.balancing = balancing_coefficient(self.hf)
 
     def forward(
         self,
@@ -57,7 +67,8 @@ class LanguageModel(nn.Module):
         *,
         ends: Tensor | None = None,
     ) -> Tensor:
-        """The loss summed over all labels that are not ``IGNORE``: nats, an fp32 scalar.
+        """The loss summed over all labels that are not ``IGNORE``: nats, an fp32 scalar. Its value is the cross entropy;
+        the load balancing loss adds to its gradient alone.
 
         ``input_ids``, ``labels`` (already shifted) int64 [n, S]. ``position_ids`` [n, S] restart at each document and
         keep attention inside it; ``None``: one context a row. Raises ``UserError`` for positions that the model heeds
@@ -76,12 +87,22 @@ class LanguageModel(nn.Module):
 
     def _loss(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> Tensor:
         given = {"input_ids": input_ids} | self._documents(position_ids)
+        if self.balancing and self.training and torch.is_grad_enabled():
+            return self._balanced_loss(given, labels)
         if not self.lean:
             logits = self.hf(**given, use_cache=False).logits
             return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
         hidden = self.hf.base_model(**given, use_cache=False).last_hidden_state
         head = self.hf.get_output_embeddings()
         return linear_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, labels.flatten())
+
+    def _balanced_loss(self, given: dict[str, Any], labels: Tensor) -> Tensor:
+        """The cross entropy, and in its gradient ``balancing`` × the model's own loss of this micro-batch for each target:
+        divided by the targets of a global batch that is the mean over micro-batches, weighted by their targets."""
+        out = self.hf(**given, use_cache=False, output_router_logits=True)
+        loss = F.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        pull = self.balancing * out.aux_loss * (labels != IGNORE).sum()
+        return loss + (pull - pull.detach())
 
     def _logits(self, input_ids: Tensor, ends: Tensor) -> Tensor:
         """What is right of an end is not seen by it: attention is causal."""
@@ -105,6 +126,11 @@ class LanguageModel(nn.Module):
         if self.separation is None:
             raise UserError(
                 f"dataset.document_mask=true: {type(self.hf).__name__} can't keep packed documents apart; use false"
+            )
+        if self.balancing and self.separation is by_masks:
+            raise UserError(
+                f"dataset.document_mask=true: {type(self.hf).__name__} works out its load balancing loss from plain masks only; "
+                "set output_router_logits: false in its config.json, or document_mask=false"
             )
         # The embedding's type and not the model's: under FSDP it is, here, that of the gathered weights.
         return self.separation(self.hf, position_ids, self.hf.get_input_embeddings().weight.dtype)

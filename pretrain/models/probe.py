@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
+from pretrain.console import notice
 from pretrain.errors import UserError
 from pretrain.models.files import POSITION_KEYS
 
@@ -132,6 +133,31 @@ def has_plain_head(hf: Any) -> bool:
         hf.train(training)
 
 
+@torch.no_grad()
+def balancing_coefficient(hf: Any) -> float:
+    """By what the load balancing loss of a mixture of experts (Fedus et al., arXiv:2101.03961) is multiplied before it is
+    added; 0 where the config does not ask for it (``output_router_logits``) or the architecture has none."""
+    config = hf.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return 0.0
+    found = [getattr(config, key, None) for key in ("router_aux_loss_coef", "aux_loss_coef")]
+    coefficient = next((float(value) for value in found if isinstance(value, (int, float))), 0.0)
+    ids = _documents(hf)
+    if not coefficient or ids is None:
+        return 0.0
+    with _trial(hf):
+        try:
+            loss = hf(input_ids=ids[:1], use_cache=False, output_router_logits=True).aux_loss
+        except (TypeError, AttributeError):
+            loss = None
+    if not isinstance(loss, Tensor):
+        notice(
+            f"output_router_logits: true in config.json: {type(hf).__name__} has no load balancing loss; none is added"
+        )
+        return 0.0
+    return coefficient
+
+
 # -- tools ------------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +209,9 @@ def _trial(hf: Any) -> Iterator[None]:
                 if isinstance(size, int) and size > WINDOW:
                     setattr(config, key, WINDOW)
                     stack.callback(setattr, config, key, size)
+            if getattr(config, "output_router_logits", False):  # its loss takes no masks of documents
+                config.output_router_logits = False
+                stack.callback(setattr, config, "output_router_logits", True)
         for module in hf.modules():
             if _is_experts(module):
                 module.forward = _token_by_token(module.forward)  # type: ignore[method-assign, assignment]
