@@ -203,7 +203,8 @@ def _trial(hf: Any) -> Iterator[None]:
         cuda = [hf.device] if hf.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(_deterministic(active=bool(cuda)))
-        for config in {id(c): c for c in (getattr(m, "config", None) for m in hf.modules())}.values():
+        configs: dict[int, Any] = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
+        for config in configs.values():
             for key in WINDOWS:
                 size = getattr(config, key, None)
                 if isinstance(size, int) and size > WINDOW:
@@ -214,7 +215,7 @@ def _trial(hf: Any) -> Iterator[None]:
                 stack.callback(setattr, config, "output_router_logits", True)
         for module in hf.modules():
             if _is_experts(module):
-                module.forward = _token_by_token(module.forward)  # type: ignore[method-assign, assignment]
+                module.forward = _token_by_token(module.forward)
                 stack.callback(delattr, module, "forward")
         hf.eval()
         stack.callback(hf.train, training)
