@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.loader import Loader
-from pretrain.data.store import TokenStore, aranges
+from pretrain.data.store import TokenStore, aranges, by_value
+from pretrain.data.units import printable
 from pretrain.events import SourceSeen
 
 MAX_SOURCES = 16  # in a record
@@ -68,8 +69,7 @@ class Census:
         """Of the windows of ``length`` tokens of the view that begin at ``starts``."""
         counts = self._zeros()
         parts, begins, ends, _ = self._view.segments(starts, length)
-        for index in np.unique(parts).tolist():
-            here = parts == index
+        for index, here in by_value(parts):
             self._count_part(index, begins[here], ends[here], counts)
         return counts
 
@@ -122,5 +122,5 @@ def names(paths: set[str]) -> dict[str, str]:
         root = ""
     inside = {path: PurePath(os.path.relpath(path, root) if root else path) for path in paths}
     if len(paths) <= MAX_SOURCES:
-        return {path: str(short) for path, short in inside.items()}
-    return {path: short.parts[0] if len(short.parts) > 1 else "." for path, short in inside.items()}
+        return {path: printable(str(short)) for path, short in inside.items()}
+    return {path: printable(short.parts[0]) if len(short.parts) > 1 else "." for path, short in inside.items()}
