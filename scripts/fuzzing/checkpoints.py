@@ -134,6 +134,20 @@ class Checkpoints(Kind):
         step = ask(place, lambda: continued_from(place / "run"))
         return Verdict(BEFORE) if step != SAVED[-1] else verdict
 
+    def differs(self, base: Base, place: Path, result: Result, outcome: Any) -> Verdict:
+        """Steps that two ranks had trained and one trains again end in other last bits: as without the edited checkpoint."""
+        if base.notes["variant"] != "of two ranks":
+            return super().differs(base, place, result, outcome)
+        if "before" not in base.notes:
+            trial = self.folder / "before.trial"
+            shutil.copytree(base.folder, trial, symlinks=True)
+            shutil.rmtree(newest(trial / "run"))
+            base.notes["before"] = self.outcome(base, trial, command(base.arguments, trial))
+            shutil.rmtree(trial)
+        step = ask(place, lambda: continued_from(place / "run"))
+        is_before = step == SAVED[0] and outcome == base.notes["before"]
+        return Verdict(BEFORE) if is_before else super().differs(base, place, result, outcome)
+
     def lost(self, base: Base, place: Path, changed: list[str]) -> str:
         """A file of a checkpoint that was not edited, and is not there any more as it was."""
         now = set(digests(place / "run").values())
