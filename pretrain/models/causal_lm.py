@@ -212,8 +212,20 @@ class Pretrained(CausalLM):
         if loaded["unexpected_keys"]:
             unused = sorted(loaded["unexpected_keys"])
             notice(f"model_name={self.name_or_path}: {len(unused)} tensors in its files are not used, e.g. {unused[0]}")
+        self._check_ties(hf)
         self._adopt_generation_config(hf)
         return self.finish(hf, device)
+
+    def _check_ties(self, hf: Any) -> None:
+        """Raises ``UserError`` where config.json ties the head to the embedding and the files hold another head: transformers
+        then takes both, and nothing would say which model is trained, or what its config means."""
+        if _is_tied(hf) or not getattr(hf.config.get_text_config(), "tie_word_embeddings", False):
+            return
+        if _is_tied(self.outline(param_dtype=hf.dtype).hf):
+            raise UserError(
+                f"model_name={self.name_or_path}: {self.folder() / 'config.json'} says tie_word_embeddings: true, but the weight "
+                "files hold a head that is not the embedding; set it to false, or remove the head from the files"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +307,12 @@ class Scratch(CausalLM):
         cast(hf, param_dtype)
         hf.config.dtype = param_dtype
         return self.finish(hf, device)
+
+
+def _is_tied(hf: Any) -> bool:
+    """Whether head and embedding are one weight."""
+    head, embedding = hf.get_output_embeddings(), hf.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
 
 
 def _is_known(model_type: str) -> bool:
