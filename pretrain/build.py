@@ -105,8 +105,10 @@ def build_sampler(resolved: dict[str, Any], prepared: Prepared, scorer: Scorer, 
     from pretrain.evaluation.samples import Sampler, prompts_of
 
     policy, tokenizer = instantiate(resolved["evaluation"]), prepared.tokenizer
-    prompts = prompts_of(evaluator.domains, policy, tokenizer, num_positions=scorer.model.num_positions)
-    return Sampler(prompts, tokenizer, policy.sample_tokens)
+    around, positions = prepared.boundaries, scorer.model.num_positions
+    first = around.separator if around.bos is None else around.bos
+    prompts = prompts_of(evaluator.domains, policy, tokenizer, first=first, num_positions=positions)
+    return Sampler(prompts, tokenizer, policy.sample_tokens, separator=around.separator)
 
 
 def build_exporter(
@@ -127,6 +129,7 @@ def build_exporter(
         shard_size=policy.export_shard_size,
         save_dtype=prepared.model.save_dtype,
         card=partial(model_card, resolved, data=data, facts=facts, total_steps=steps),
+        separator=prepared.boundaries.separator,
     )
 
 

@@ -211,6 +211,7 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
 def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
     """Print the model's continuation of each prompt; keep them in samples.jsonl."""
     from pretrain.models.generate import generate
+    from pretrain.models.tokenizer import boundaries
 
     asked = instantiate(resolved["generation"])
     folder = claim(resolved["output_dir"], start_over=False).path
@@ -219,11 +220,15 @@ def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     world = build.build_world(resolved, Place(), group=False)
     tokenizer = model.tokenizer(None)
     language_model = build.blueprint(resolved, model).build(world.device)
-    prompts = [prompt for prompt in asked.prompts for _ in range(asked.num_samples)]
+    prompts, data = (
+        [prompt for prompt in asked.prompts for _ in range(asked.num_samples)],
+        instantiate(resolved["dataset"]),
+    )
     texts = generate(
         language_model,
         tokenizer,
         prompts,
+        around=boundaries(tokenizer, bos=data.bos, separator=data.separator),
         max_new_tokens=asked.max_new_tokens,
         temperature=asked.temperature,
         top_p=asked.top_p,

@@ -69,15 +69,9 @@ class CausalLM:
 
         Raises ``UserError`` when there is none or it has tokens that the model has no embedding for.
         """
-        from transformers import AutoTokenizer
+        from pretrain.models.tokenizer import folder_tokenizer
 
-        folder = self.tokenizer_folder()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # transformers raises whatever the broken file made it raise
-            raise UserError(f"{folder}: no usable tokenizer: {_first_line(error)}") from None
-        if not tokenizer.is_fast:
-            raise UserError(f"{folder}: no fast tokenizer (tokenizer.json)")
+        tokenizer = folder_tokenizer(self.tokenizer_folder(), code=self.trust_remote_code)
         largest = max(tokenizer.get_vocab().values(), default=-1)
         files.check_vocabulary(self.config(), largest + 1, self.name_or_path)
         return tokenizer
