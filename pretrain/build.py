@@ -134,8 +134,10 @@ def build_exporter(
 
 
 def build_schedule(resolved: dict[str, Any], steps: int) -> Schedule:
-    warmup_steps = round(steps * resolved["warmup_proportion"])
-    return partial(instantiate(resolved["scheduler"]), total_steps=steps, warmup_steps=warmup_steps)
+    from pretrain.optim.learning_rate import warmup_steps
+
+    warm = warmup_steps(steps, resolved["warmup_proportion"])
+    return partial(instantiate(resolved["scheduler"]), total_steps=steps, warmup_steps=warm)
 
 
 def build_facts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from pretrain.console import log_to, notice
 from pretrain.data.fingerprint import Files, differing, recall, remember
 from pretrain.errors import UserError
 from pretrain.folders import say_if_shared
+from pretrain.optim.learning_rate import AUTO, change, stable_until, with_lr
 from pretrain.place import Place
 from pretrain.replace import replace_file
 from pretrain.telemetry.jsonl import tail
@@ -43,6 +44,7 @@ FREE = {  # may differ in a run that is over; of the batch only its product coun
     *("sink", "checkpoint", "evaluation", "generation", "guard", "telemetry"),
 }
 
+LATER = ("dataset.bos", "dataset.separator")  # keys that the configs of earlier runs lack
 DATA = "data.json"  # the files of the training data, as the run has read them
 RUN_ID = ".run_id"  # of the command whose processes have last claimed the folder
 PATIENCE_SECONDS = 1.0  # the workers of a killed command need a moment to notice
@@ -68,10 +70,11 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: from which checkpoint, and its config.yaml."""
+    """How a run begins: from which checkpoint, its config.yaml, and the peak learning rate."""
 
     resume_from: Path | None
     config_yaml: str
+    lr: float
 
 
 def begin(
@@ -81,13 +84,14 @@ def begin(
     steps: int,
     *,
     model_config: dict[str, Any],
+    lr_by_size: Callable[[], float],
     files: Files,
     place: Place,
     store: Store,
     claims: ExitStack,
 ) -> Start | None:
     """Claim output_dir until ``claims`` ends, and decide what to continue in it; ``None``: it holds this very run,
-    finished.
+    finished. ``lr_by_size``: the peak learning rate of a new run with ``lr=auto``.
 
     Raises ``UserError`` when the folder can't be had, or holds a run that this one can't continue. After a restart of
     the workers ``resume=never`` and a named checkpoint have done their work: the run's own newest checkpoint counts.
@@ -104,6 +108,7 @@ def begin(
     mode = "auto" if again and resolved["resume"] == "never" else resolved["resume"]
     resume_from = resume_point(folder, store, mode)
     facts = read_run_file(folder.path)
+    asked, resolved = resolved["lr"], with_lr(resolved, chosen_lr(resolved, resume_from, lr_by_size))
     if resume_from is not None:
         changed_files = differing(recall(folder.path / DATA), files)
         check_same_run(resume_from, identity, resolved, model_config=model_config, files=changed_files)
@@ -117,9 +122,40 @@ def begin(
                 notice(f"to export it: task=export model_name={folder.path} output_dir={folder.path}")
             notice("to train longer raise max_steps or number_epochs; to start over add resume=never")
             return None
+        say_lr_change(resume_from, resolved, steps)
+    if asked == AUTO:
+        why = "by the model's size; docs/runs.md" if resume_from is None else "as this run has had it so far"
+        notice(f"lr=auto: {resolved['lr']:g} ({why})")
     with _writing(folder.path):
         remember(folder.path / DATA, files)
-    return Start(resume_from, folder.write_config(resolved, overrides))
+    return Start(resume_from, folder.write_config(resolved, overrides), resolved["lr"])
+
+
+def chosen_lr(resolved: dict[str, Any], resume_from: Path | None, by_size: Callable[[], float]) -> float:
+    """The peak that the config gives, else that of the run that is continued, else that of the model's size."""
+    if resolved["lr"] != AUTO:
+        return float(resolved["lr"])
+    earlier = read_config(resume_from).get("lr") if resume_from is not None else None
+    return float(earlier) if isinstance(earlier, int | float) and earlier > 0 else by_size()
+
+
+def say_lr_change(checkpoint: Path, resolved: dict[str, Any], steps: int) -> None:
+    """Say where the learning rate leaves its curve because the run has another length, peak or schedule than before."""
+    old, run, step = read_config(checkpoint), checkpoint.resolve().parents[1], step_of(checkpoint)
+    planned = read_run_file(run).get("total_steps")
+    if not isinstance(planned, int) or planned < 1 or step < 1:
+        return
+    found = change(old, planned, resolved, steps, step=step)
+    if found is None:
+        return
+    better = ""
+    if steps > planned and found[1] > found[0]:
+        better = (
+            f": the schedule was made for {planned} steps and is now for {steps}. Better: a new run that warms up again, "
+            f"model_name={run} output_dir=...; or {_before_decay(old, planned, run)} (docs/runs.md)"
+        )
+    verb = "jumps" if found[1] > found[0] else "drops"
+    notice(f"the learning rate {verb} from {found[0]:.3g} to {found[1]:.3g} at step {step + 1}{better}")
 
 
 def _end_is_told(run: Path, resolved: dict[str, Any]) -> bool:
@@ -252,13 +288,18 @@ def check_same_run(
     changed = [p for p in FIXED if before.get(p) != identity[p] and p not in resolved["resume_allow"]]
     if not changed:
         return
-    old = read_config(checkpoint)
+    earlier = read_config(checkpoint)
+    old = with_later_keys(earlier, resolved)
     reasons = []
     for part in changed:
         keys = [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] in FIXED[part]]
         why = " (the files changed since the run began)" if part in ("model", "tokenizer", "data") else ""
         if part == "data" and files:
             keys.append(f"the data is not what the run began with: {files}")
+        if part == "data" and not keys and old != earlier:
+            keys.append(
+                f"{'; '.join(LATER)}: the run began without BOS before documents; {LATER[0]}=false continues it"
+            )
         reasons += keys or [f"{part}: {before.get(part)} → {identity[part]}{why}"]
         if part == "model":
             reasons += other_shape(checkpoint, model_config)
@@ -287,13 +328,32 @@ def _allowing(changed: list[str]) -> str:
 
 def check_finished_run(checkpoint: Path, resolved: dict[str, Any]) -> None:
     """Raises ``UserError`` when the finished run whose last ``checkpoint`` it is was made with other settings than these."""
-    old = read_config(checkpoint)
+    old = with_later_keys(read_config(checkpoint), resolved)
     changed = [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] not in FREE]
     if changed:
         raise UserError(
             f"output_dir={resolved['output_dir']} holds a finished run with other settings: {'; '.join(changed)}. "
             "Choose another output_dir, or resume=never to start over"
         )
+
+
+def _before_decay(old: dict[Any, Any], planned: int, run: Path) -> str:
+    """How a run with scheduler=wsd, or the next one, is extended without a jump."""
+    first = stable_until(old, planned)
+    if first is None:
+        return "scheduler=wsd from the start, which can be extended from a checkpoint before its decay"
+    return f"resume={run}/checkpoints/step-... of at most step {first}, before its decay"
+
+
+def with_later_keys(old: dict[Any, Any], new: dict[str, Any]) -> dict[Any, Any]:
+    """The config of a run begun before there were ``LATER`` keys, with the values of ``new`` for those that it lacks: what
+    they do to the run is in its identity."""
+    for path in LATER:
+        group, _, key = path.partition(".")
+        node = old.get(group)
+        if isinstance(node, dict) and key not in node and key in new[group]:
+            old = old | {group: node | {key: new[group][key]}}
+    return old
 
 
 def differences(old: dict[Any, Any], new: dict[Any, Any], prefix: str = "") -> list[str]:

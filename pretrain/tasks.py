@@ -18,6 +18,7 @@ from pretrain.console import log_error, log_to, mute
 from pretrain.errors import UserError
 from pretrain.events import RunFinished
 from pretrain.interrupt import EXIT_CODE, Interrupt
+from pretrain.optim.learning_rate import peak_lr, with_lr
 from pretrain.out_of_memory import OutOfMemory, explained, watched
 from pretrain.place import Place
 from pretrain.prepare import Prepared, instantiate, model_spec, prepare, total_steps
@@ -52,6 +53,7 @@ def pretraining(
             lambda: begin(
                 *(resolved, overrides, prepared.identity, steps),
                 model_config=prepared.model.config(),
+                lr_by_size=lambda: peak_lr(prepared.model.num_parameters()),
                 files=prepared.train.store.files,
                 place=place,
                 store=store,
@@ -61,6 +63,7 @@ def pretraining(
         if start is None:
             leave()
             return 0
+        resolved = with_lr(resolved, start.lr)
         watchdog = guarded_by(resolved, folder / "logs" / f"rank-{place.rank}.log", on_hang, claims)
         with memory_explained(resolved, world, setting):
             trainer = build.build_trainer(

@@ -4,12 +4,13 @@ import json
 import shutil
 
 import pytest
+from omegaconf import OmegaConf
 
 from pretrain.models.bpe import train_bpe
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.conftest import sentences
-from tests.runs import assert_same_run, numbers
+from tests.runs import assert_same_numbers, assert_same_run, numbers
 
 
 def test_a_finished_run_is_left_alone_and_can_be_extended(uninterrupted, base_arguments, command, tmp_path):
@@ -25,6 +26,8 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(uninterrupted, base_ar
     assert "lr: 0.001 → 0.5" in err
     code, _, err = command([*base_arguments, f"output_dir={run}", "max_steps=25"])
     assert code == 0, err
+    assert "the learning rate jumps from 0.0001 to 0.000166 at step 21: the schedule was made for 20 steps" in err
+    assert f"model_name={run.resolve()}" in err
     steps = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
     assert steps == list(range(1, 26))
 
@@ -142,6 +145,49 @@ def test_what_is_allowed_to_differ(part, change, steps, uninterrupted, base_argu
     per_sequence = 2 if part == "sequence_length" else 1
     per_step = 8 if part == "global_batch" else 4
     assert after["samples"] == before["samples"] * per_sequence + 4 * per_step
+
+
+def edited(config, **changes):
+    """Root keys of a config.yaml replaced; ``None``: removed, ``group__key`` one of a group."""
+    text = OmegaConf.load(config)
+    for name, value in changes.items():
+        node, key = (text[name.split("__")[0]], name.split("__")[1]) if "__" in name else (text, name)
+        if value is None:
+            del node[key]
+        else:
+            node[key] = value
+    OmegaConf.save(text, config)
+
+
+def test_lr_auto_is_the_number_of_the_size_then_that_of_the_run(uninterrupted, base_arguments, command, tmp_path):
+    auto = [a for a in base_arguments if not a.startswith("lr=")]
+    run = tmp_path / "run"
+    code, _, err = command([*auto, f"output_dir={run}"])
+    assert code == 0, err
+    assert err.count("lr=auto: 0.001 (by the model's size") == 1
+    assert OmegaConf.load(run / "config.yaml").lr == OmegaConf.load(run / "config.yaml").optimizer.lr == 0.001
+    assert_same_numbers(run, uninterrupted)
+    for config in run.rglob("config.yaml"):
+        edited(config, lr=0.002, optimizer__lr=0.002)
+    code, _, err = command([*auto, f"output_dir={run}"])
+    assert (code, "is finished" in err, "lr=auto" in err) == (0, True, False), err
+    code, _, err = command([*auto, f"output_dir={run}", "max_steps=21"])
+    assert code == 0, err
+    assert "lr=auto: 0.002 (as this run has had it so far)" in err
+    assert OmegaConf.load(run / "config.yaml").lr == 0.002
+
+
+def test_a_run_from_before_there_were_keys_for_documents_borders(uninterrupted, base_arguments, command, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    for config in run.rglob("config.yaml"):
+        edited(config, dataset__bos=None, dataset__separator=None)
+    code, _, err = command([*base_arguments, f"output_dir={run}"])
+    assert code == 0, err
+    assert "is finished" in err
+    code, _, err = command([*base_arguments, f"output_dir={run}", "dataset.bos=true", "max_steps=21"])
+    assert code == 2
+    assert "dataset.bos=false continues it" in err
 
 
 def test_a_finished_run_split_otherwise_is_finished(uninterrupted, base_arguments, command, tmp_path):

@@ -6,6 +6,7 @@ asked for, and pickled weights are never read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -99,6 +100,12 @@ class CausalLM:
         except Exception as error:  # whatever its validation raises
             raise UserError(f"model_name={self.name_or_path}: config.json: {_first_line(error)}") from None
 
+    def num_parameters(self) -> int:
+        """Of the model, without making its weights."""
+        import torch
+
+        return int(self.outline(param_dtype=torch.float32).hf.num_parameters())
+
     def outline(self, *, param_dtype: torch.dtype) -> LanguageModel:
         """The model in training mode with its parameters on the meta device and its buffers on the CPU."""
         from transformers import AutoModelForCausalLM
@@ -149,6 +156,11 @@ class Pretrained(CausalLM):
         from pretrain.tensors import TensorFiles
 
         return TensorFiles(files.weight_files(self.folder(), self.name_or_path))
+
+    def num_parameters(self) -> int:
+        """Numbers in the weight files; their headers say how many."""
+        found = self.weights()
+        return sum(math.prod(found.shape(name)) for name in found.keys())  # noqa: SIM118 (not a dict)
 
     def outline(self, *, param_dtype: torch.dtype) -> LanguageModel:
         model = super().outline(param_dtype=param_dtype)
