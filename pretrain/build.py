@@ -152,17 +152,19 @@ def build_facts(
 
 
 def build_listeners(
-    resolved: dict[str, Any], folder: Path, files: Files
+    resolved: dict[str, Any], folder: Path, files: Files, *, uniform_loss: float | None
 ) -> tuple[list[Listener], Callable[[], list[Record]]]:
     """Who hears of the run's events, and what tells the records that belong into the next checkpoint. ``files``: of the
-    training data, to be watched."""
+    training data, to be watched. ``uniform_loss``: see ``BaselineCheck``."""
     from pretrain.data.fingerprint import FilesWatch
+    from pretrain.telemetry.baseline import BaselineCheck
     from pretrain.telemetry.monitor import Monitor
     from pretrain.telemetry.run_file import RunFile
 
     sinks = {name: instantiate(node) for name, node in (resolved.get("sink") or {}).items()}
     monitor = Monitor(sinks, run=folder, log_every=resolved["log_every"])
-    return [monitor, RunFile(folder, monitor.summary), FilesWatch(files)], monitor.unsaved
+    watchers: list[Listener] = [FilesWatch(files), BaselineCheck(uniform_loss)]
+    return [monitor, RunFile(folder, monitor.summary), *watchers], monitor.unsaved
 
 
 def cadences(resolved: dict[str, Any], prepared: Prepared) -> tuple[Every, Every]:
@@ -277,8 +279,12 @@ def build_trainer(
     loader = build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world)
     evaluate_every, save_every = cadences(resolved, prepared)
     evaluator = build_evaluator(resolved, prepared, batch_size=split.batch_size)
-    facts = build_facts(resolved, engine, split=split, setting=setting, place=place)
-    listeners, unsaved = build_listeners(resolved, folder, prepared.train.store.files) if world.is_main else ([], list)
+    uniform = prepared.model.uniform_loss()
+    facts = build_facts(resolved, engine, split=split, setting=setting, place=place) | {"uniform_loss": uniform}
+    heard = (
+        build_listeners(resolved, folder, prepared.train.store.files, uniform_loss=uniform) if world.is_main else None
+    )
+    listeners, unsaved = heard or ([], list)
     return Trainer(
         world=world,
         engine=engine,

@@ -194,13 +194,14 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     world = build.build_world(resolved, Place(), group=False)
     with memory_explained(resolved, world):
         scorer = build.build_scorer(resolved, prepared, world)
-    listeners, _ = build.build_listeners(resolved, folder.path, {})
+    uniform = prepared.model.uniform_loss()
+    listeners, _ = build.build_listeners(resolved, folder.path, {}, uniform_loss=uniform)
     with memory_explained(resolved, world), watched("evaluation"):
         evaluator = build.build_evaluator(resolved, prepared)
         sampler = build.build_sampler(resolved, prepared, scorer, evaluator)
         scores, samples = evaluator.run(scorer) or (), sampler.run(scorer) or ()
     events: list[Event] = [
-        RunStarted(0, 0, resumed=False, facts=run_facts(resolved, world, scorer)),
+        RunStarted(0, 0, resumed=False, facts=run_facts(resolved, world, scorer) | {"uniform_loss": uniform}),
         Evaluated(0, tuple(scores), 0.0),
         Sampled(0, tuple(samples), 0.0),
         RunFinished(0, "finished", 0),

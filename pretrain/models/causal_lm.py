@@ -100,6 +100,10 @@ class CausalLM:
         except Exception as error:  # whatever its validation raises
             raise UserError(f"model_name={self.name_or_path}: config.json: {_first_line(error)}") from None
 
+    def uniform_loss(self) -> float | None:
+        """Nats per token of a guess among all tokens alike; ``None``: the weights are random, nothing better is expected."""
+        return None
+
     def num_parameters(self) -> int:
         """Of the model, without making its weights."""
         import torch
@@ -156,6 +160,11 @@ class Pretrained(CausalLM):
         from pretrain.tensors import TensorFiles
 
         return TensorFiles(files.weight_files(self.folder(), self.name_or_path))
+
+    def uniform_loss(self) -> float | None:
+        config = self.config()
+        rows = (config.get("text_config") or config).get("vocab_size")
+        return math.log(rows) if isinstance(rows, int) and rows > 0 else None
 
     def num_parameters(self) -> int:
         """Numbers in the weight files; their headers say how many."""
