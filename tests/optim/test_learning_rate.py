@@ -46,7 +46,7 @@ WSD = run("wsd", min_lr_ratio=0.0, decay_proportion=0.2)
 @pytest.mark.parametrize(
     ("old", "old_steps", "new", "new_steps", "step", "expected"),
     [
-        (COSINE, 101, COSINE, 201, 101, (1e-4, 1e-3 * 0.5464658)),
+        (COSINE, 101, COSINE, 201, 101, (1e-4, 1e-3 * (0.1 + 0.45 * (1 - 0.0157073)))),
         (WSD, 100, WSD, 200, 100, (1e-3 * (1 - (19 / 20) ** 0.5), 1e-3)),
         (COSINE, 101, COSINE, 101, 50, None),
         (COSINE, 101, COSINE, 102, 2, None),  # hardly noticeable
