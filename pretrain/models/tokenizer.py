@@ -27,7 +27,6 @@ FILES = (  # of a tokenizer, in a model folder
     *("chat_template.jinja", "chat_template.json", "tokenization_*.py"),
 )
 CONVERTED_BY = {"*.model": "sentencepiece", "*.tiktoken": "tiktoken", "tekken.json": "mistral_common"}  # file → package
-PLAIN = ("vocab.json", "vocab.txt")  # what transformers reads without a further package
 TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # a document's; a chat model's eos_token ends a turn
 DOCUMENT_ENDS = (*TEXT_ENDS, "</s>", "<eos>")
 LINES = (  # in which rules differ: digits, spaces, contractions, accents, scripts, line ends
@@ -37,9 +36,10 @@ LINES = (  # in which rules differ: digits, spaces, contractions, accents, scrip
     "漢字かな交じり文 한국어 العربية हिन्दी 🙂👩‍👩‍👧",
     "def f(x):\n    return x**2 + 0x1F  # <html> &amp;\r\n",
 )
-ADD_TOKENIZER_JSON = (
-    "make one where these packages are: python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{0}')"
-    ".save_pretrained('{0}')\""
+CONVERT = "python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{0}').save_pretrained('{0}')\""
+OTHERWISE = (
+    "copy tokenizer.json from the model's own folder, name another folder or Hub id as model.tokenizer_name, or convert the "
+    "files with the class that they were made for (tokenizer_class in tokenizer_config.json)"
 )
 
 
@@ -156,33 +156,31 @@ def _end_of_text(tokenizer: Any) -> str | None:
 
 def _converted(folder: Path, code: bool) -> Any:
     """What transformers makes of older files. Raises ``UserError`` that says what is missing."""
-    for pattern, package in CONVERTED_BY.items():
-        for file in sorted(folder.glob(pattern)):
-            if importlib.util.find_spec(package) is None and not any((folder / name).exists() for name in PLAIN):
-                raise UserError(
-                    f"{folder}: no usable tokenizer: it has {file.name} but no tokenizer.json, and to convert it needs "
-                    f"{package} (pip install {package} protobuf); or {ADD_TOKENIZER_JSON.format(folder)}"
-                )
-    if not any(any(folder.glob(pattern)) for pattern in (*PLAIN, *CONVERTED_BY)) and not code:
-        raise UserError(
-            f"{folder}: no usable tokenizer: it has no tokenizer.json; copy it from the model's own folder, or name another "
-            "folder or Hub id as model.tokenizer_name"
-        )
+    missing = f"{folder}: no usable tokenizer: it has no tokenizer.json"
+    listed = max(len(_read_json(folder, "vocab.json")), _lines(folder / "vocab.txt"))
+    for file, package in [(f, p) for kind, p in CONVERTED_BY.items() for f in sorted(folder.glob(kind))]:
+        if importlib.util.find_spec(package) is None and not listed:
+            raise UserError(
+                f"{missing} but {file.name}; make one, once, where {package} and protobuf are installed: "
+                f"{CONVERT.format(folder)}"
+            )
+    if not listed and not code and not any(any(folder.glob(kind)) for kind in CONVERTED_BY):
+        raise UserError(f"{missing}; {OTHERWISE}")
     auto = _auto(folder, code)
     if isinstance(auto, str):
-        raise UserError(
-            f"{folder}: no usable tokenizer: it has no tokenizer.json and transformers can't make one ({auto}); "
-            f"{ADD_TOKENIZER_JSON.format(folder)}"
-        )
+        raise UserError(f"{missing}, and transformers can't make one ({auto}); {OTHERWISE}")
     if not auto.is_fast:
         raise UserError(f"{folder}: no fast tokenizer (tokenizer.json)")
-    listed = _read_json(folder, "vocab.json")
-    if len(auto.get_vocab()) < len(listed):
+    if len(auto.get_vocab()) < listed:  # a class that does not read such files has a handful of tokens of its own
         raise UserError(
-            f"{folder}: no usable tokenizer: of the {len(listed)} tokens of vocab.json transformers' "
-            f"{type(auto).__name__} has {len(auto.get_vocab())}; {ADD_TOKENIZER_JSON.format(folder)}"
+            f"{missing}, and transformers' {type(auto).__name__} has {len(auto.get_vocab())} tokens where the folder's files "
+            f"have {listed}; {OTHERWISE}"
         )
     return auto
+
+
+def _lines(file: Path) -> int:
+    return len(file.read_bytes().splitlines()) if file.exists() else 0
 
 
 def _auto(folder: Path, code: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from itertools import product
@@ -49,7 +50,7 @@ def assert_is_the_file(path: Path, out: Path) -> Any:
     library = Tokenizer.from_file(str(path / "tokenizer.json"))
     assert ids(tokenizer) == ids_of_file(path)
     assert tokenizer.get_vocab() == library.get_vocab()
-    assert tokenizer.decode(ids(tokenizer)[0]) == library.decode(ids(tokenizer)[0])
+    assert tokenizer.decode(ids(tokenizer)[0]) == library.decode(ids(tokenizer)[0], skip_special_tokens=False)
     out.mkdir(parents=True)
     tokenizer.save_pretrained(out)
     before = {file.name: file.read_bytes() for file in path.iterdir() if file.name != "config.json"}
@@ -211,3 +212,80 @@ def test_older_files_are_what_transformers_makes_of_them(model_type: str, tmp_pa
     shutil.copy(path / "config.json", out)
     assert len(tokenizer.get_vocab()) == 500
     assert ids(folder_tokenizer(out)) == ids(tokenizer) == ids(AutoTokenizer.from_pretrained(out))
+
+
+WITHOUT: dict[str, tuple[str, bytes, str, str]] = {  # file, its content, model type, words
+    "sentencepiece": (
+        "tokenizer.model",
+        b"\n\x05",
+        "llama",
+        r"no tokenizer.json but tokenizer.model; make one, once, where senten",
+    ),
+    "tiktoken": (
+        "qwen.tiktoken",
+        b"IQ== 0\n",
+        "qwen2",
+        "no tokenizer.json but qwen.tiktoken; make one, once, where tiktoken",
+    ),
+    "tekken": (
+        "tekken.json",
+        b"{}",
+        "mistral",
+        "no tokenizer.json but tekken.json; make one, once, where mistral_common",
+    ),
+    "nothing": ("notes", b"", "llama", "no tokenizer.json; copy tokenizer.json from the model's own folder"),
+    "a class that reads no vocab.txt": (
+        "vocab.txt",
+        b"a\nb\nc\nd\ne\nf\n",
+        "gpt2",
+        "GPT2Tokenizer has . tokens where .* have 6",
+    ),
+    "vocab.json that is none": ("vocab.json", b"[1]", "gpt2", "vocab.json: not an object"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT)
+def test_what_is_missing_is_said(case: str, tmp_path: Path) -> None:
+    name, content, model_type, words = WITHOUT[case]
+    if case in ("sentencepiece", "tiktoken", "tekken") and importlib.util.find_spec(
+        module.CONVERTED_BY[PATTERNS[case]]
+    ):
+        pytest.skip("the package that converts the file is installed here; without it this would be refused")
+    path = folder(tmp_path, "byte_level", model_type=model_type)
+    (path / "tokenizer.json").unlink()
+    (path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        folder_tokenizer(path)
+
+
+PATTERNS = {"sentencepiece": "*.model", "tiktoken": "*.tiktoken", "tekken": "tekken.json"}
+
+BROKEN: dict[str, tuple[str, bytes]] = {
+    "no JSON": ("tokenizer.json", b"{"),
+    "an empty object": ("tokenizer.json", b"{}"),
+    "a list": ("tokenizer.json", b"[]"),
+    "nested deeply": ("tokenizer.json", b"[" * 100_000),
+    "a pickle": ("tokenizer.json", b"\x80\x04K\x01."),
+    "an unknown model": ("tokenizer.json", b'{"version": "1.0", "model": {"type": "Nothing", "vocab": {}}}'),
+    "merges of unknown tokens": (
+        "tokenizer.json",
+        b'{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["x y"]}}',
+    ),
+    "a Unigram without tokens": (
+        "tokenizer.json",
+        b'{"version": "1.0", "model": {"type": "Unigram", "vocab": [], "unk_id": 3}}',
+    ),
+    "config that is no JSON": ("tokenizer_config.json", b"\x80\x04K\x01."),
+    "config that is a list": ("tokenizer_config.json", b"[]"),
+    "config that is nested deeply": ("tokenizer_config.json", b"[" * 100_000),
+    "map that is no JSON": ("special_tokens_map.json", b"nothing"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_named(case: str, tmp_path: Path) -> None:
+    name, content = BROKEN[case]
+    path = folder(tmp_path, "byte_level")
+    (path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"no usable tokenizer: {name}"):
+        folder_tokenizer(path)
