@@ -6,7 +6,9 @@ import shutil
 import pytest
 from omegaconf import OmegaConf
 
+from pretrain.errors import UserError
 from pretrain.models.bpe import train_bpe
+from pretrain.run_folder import check_finished_run, check_same_run, differences, read_config
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.conftest import sentences
@@ -177,17 +179,17 @@ def test_lr_auto_is_the_number_of_the_size_then_that_of_the_run(uninterrupted, b
     assert OmegaConf.load(run / "config.yaml").lr == 0.002
 
 
-def test_a_run_from_before_there_were_keys_for_documents_borders(uninterrupted, base_arguments, command, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(uninterrupted, run)
-    for config in run.rglob("config.yaml"):
-        edited(config, dataset__bos=None, dataset__separator=None)
-    code, _, err = command([*base_arguments, f"output_dir={run}"])
-    assert code == 0, err
-    assert "is finished" in err
-    code, _, err = command([*base_arguments, f"output_dir={run}", "dataset.bos=true", "max_steps=21"])
-    assert code == 2
-    assert "dataset.bos=false continues it" in err
+def test_a_run_from_before_there_were_keys_for_documents_borders(uninterrupted, tmp_path):
+    checkpoint = tmp_path / "step-00000020"
+    shutil.copytree(uninterrupted / "checkpoints/step-00000020", checkpoint)
+    now = read_config(checkpoint)
+    edited(checkpoint / "config.yaml", dataset__bos=None, dataset__separator=None)
+    assert differences(read_config(checkpoint), now) == ["dataset.bos: None → auto", "dataset.separator: None → auto"]
+    identity = json.loads((checkpoint / "state.json").read_text())["identity"]
+    check_finished_run(checkpoint, now)
+    check_same_run(checkpoint, identity, now, model_config={}, files="")
+    with pytest.raises(UserError, match=r"dataset\.bos=false continues it"):
+        check_same_run(checkpoint, identity | {"data": "with BOS"}, now, model_config={}, files="")
 
 
 def test_a_finished_run_split_otherwise_is_finished(uninterrupted, base_arguments, command, tmp_path):

@@ -76,16 +76,19 @@ def folder_tokenizer(folder: Path, *, code: bool = False) -> Any:
         return _converted(folder, code)
     backend, config = _read_backend(folder), _read_json(folder, "tokenizer_config.json")
     auto = _auto(folder, code)
+    named, unknown = _special_tokens(folder, config, backend, auto)
+    said = f"tokenizer.json has no {', '.join(unknown)}, named in tokenizer_config.json" if unknown else None
     if isinstance(auto, str):
-        notice(f"{folder}: AutoTokenizer can't load it ({auto}); the run uses its tokenizer.json")
+        said = f"AutoTokenizer can't load it ({auto})"
+    elif _rules(auto.backend_tokenizer) == _rules(backend):
+        backend = (
+            auto.backend_tokenizer
+        )  # the same in other words: those by which the cache has named its tokens so far
     else:
-        # The same rules in other words; the words name the tokens in the cache, and were those of AutoTokenizer.
-        if _rules(auto.backend_tokenizer) == _rules(backend):
-            backend = auto.backend_tokenizer
-        elif difference := _difference(auto, backend):
-            notice(f"{folder}: {difference}; the run uses tokenizer.json as it is, and exports it unchanged")
+        said = _difference(auto, backend) or said
+    if said:
+        notice(f"{folder}: {said}; the run uses tokenizer.json as it is, and exports it unchanged")
     given = config | {"chat_template": _chat_template(folder, config)}
-    named = _special_tokens(folder, config, backend, auto)
     kept = {key: given[key] for key in ("add_bos_token", "chat_template") if given.get(key) is not None}
     return FolderTokenizer(backend, _files(folder), **named, **kept)
 
@@ -229,8 +232,10 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> Any:
     )
 
 
-def _special_tokens(folder: Path, config: dict[str, Any], backend: Tokenizer, auto: Any) -> dict[str, str]:
-    """Those that the folder names, else those of the class; only tokens that tokenizer.json has."""
+def _special_tokens(
+    folder: Path, config: dict[str, Any], backend: Tokenizer, auto: Any
+) -> tuple[dict[str, str], list[str]]:
+    """Those that the folder names, else those of the class, of the tokens that tokenizer.json has; and what it has not."""
     named = _read_json(folder, "special_tokens_map.json") | config
     found, unknown = {}, []
     for key in SPECIAL:
@@ -240,9 +245,7 @@ def _special_tokens(folder: Path, config: dict[str, Any], backend: Tokenizer, au
             found[key] = token
         elif key in named and token is not None:
             unknown.append(f"{key} {token!r}")
-    if unknown:
-        notice(f"{folder}: tokenizer.json has no {', '.join(unknown)}, named in tokenizer_config.json: left out")
-    return found
+    return found, unknown
 
 
 # What transformers would make of it ------------------------------------------------------------------------------------
