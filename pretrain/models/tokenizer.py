@@ -77,20 +77,19 @@ def folder_tokenizer(folder: Path, *, code: bool = False) -> Any:
     backend, config = _read_backend(folder), _read_json(folder, "tokenizer_config.json")
     auto = _auto(folder, code)
     named, unknown = _special_tokens(folder, config, backend, auto)
+    adds = _adds_bos(backend, named.get("bos_token"), config.get("add_bos_token"))
     said = f"tokenizer.json has no {', '.join(unknown)}, named in tokenizer_config.json" if unknown else None
     if isinstance(auto, str):
         said = f"AutoTokenizer can't load it ({auto})"
     elif _rules(auto.backend_tokenizer) == _rules(backend):
-        backend = (
-            auto.backend_tokenizer
-        )  # the same in other words: those by which the cache has named its tokens so far
+        # The same in other words; by those of AutoTokenizer the cache has named its tokens so far.
+        backend = auto.backend_tokenizer
     else:
         said = _difference(auto, backend) or said
     if said:
         notice(f"{folder}: {said}; the run uses tokenizer.json as it is, and exports it unchanged")
-    given = config | {"chat_template": _chat_template(folder, config)}
-    kept = {key: given[key] for key in ("add_bos_token", "chat_template") if given.get(key) is not None}
-    return FolderTokenizer(backend, _files(folder), **named, **kept)
+    template = _chat_template(folder, config)
+    return FolderTokenizer(backend, _files(folder), **named, add_bos_token=adds, chat_template=template)
 
 
 def boundaries(tokenizer: Any, *, bos: bool | str, separator: str | int) -> Boundaries:
@@ -108,13 +107,15 @@ def boundaries(tokenizer: Any, *, bos: bool | str, separator: str | int) -> Boun
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself puts a BOS before a text: what its config says, else what its post-processor does."""
-    if tokenizer.bos_token_id is None:
-        return False
-    said = tokenizer.init_kwargs.get("add_bos_token")
-    if isinstance(said, bool):
-        return said
-    return _bare(tokenizer.backend_tokenizer).encode("").ids[:1] == [tokenizer.bos_token_id]
+    """Whether the tokenizer itself puts a BOS before a text."""
+    return _adds_bos(tokenizer.backend_tokenizer, tokenizer.bos_token, tokenizer.init_kwargs.get("add_bos_token"))
+
+
+def _adds_bos(backend: Tokenizer, bos: str | None, said: Any) -> bool:
+    """What ``add_bos_token`` says, else what the post-processor does."""
+    if bos is None or isinstance(said, bool):
+        return bos is not None and said is True
+    return _bare(backend).encode("").ids[:1] == [backend.token_to_id(bos)]
 
 
 def _separator(tokenizer: Any, asked: str | int) -> int:

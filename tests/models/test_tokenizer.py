@@ -154,6 +154,7 @@ AROUND: dict[str, tuple[dict[str, Any], dict[str, Any], Boundaries]] = {
     "not wanted": ({"changes": ["bos_only"]}, {"bos": False}, Boundaries(None, 2)),
     "the config adds it": ({"add_bos_token": True}, {}, Boundaries(1, 2)),
     "the config adds none": ({"changes": ["bos_only"], "add_bos_token": False}, {}, Boundaries(None, 2)),
+    "the config adds one that is not there": ({"bos_token": None, "add_bos_token": True}, {}, Boundaries(None, 2)),
     "padded": ({"changes": ["pads"]}, {}, Boundaries(None, 2)),
     "one token is both": ({"bos_token": "</s>", "add_bos_token": True}, {}, Boundaries(None, 2)),
     "one token is both, asked for": ({"bos_token": "</s>"}, {"bos": True}, Boundaries(2, 2)),
