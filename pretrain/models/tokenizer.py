@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -74,7 +76,13 @@ def folder_tokenizer(folder: Path, *, code: bool = False) -> Any:
     """
     if not (folder / "tokenizer.json").exists():
         return _converted(folder, code)
-    backend, config = _read_backend(folder), _read_json(folder, "tokenizer_config.json")
+    with _usable(f"{folder}: no usable tokenizer: tokenizer.json"):
+        return _of_file(folder, code)
+
+
+def _of_file(folder: Path, code: bool) -> FolderTokenizer:
+    backend, config = Tokenizer.from_file(str(folder / "tokenizer.json")), _read_json(folder, "tokenizer_config.json")
+    expected = [_bare(backend).encode(line, add_special_tokens=False).ids for line in LINES]
     auto = _auto(folder, code)
     named, unknown = _special_tokens(folder, config, backend, auto)
     adds = _adds_bos(backend, named.get("bos_token"), config.get("add_bos_token"))
@@ -85,7 +93,7 @@ def folder_tokenizer(folder: Path, *, code: bool = False) -> Any:
         # The same in other words; by those of AutoTokenizer the cache has named its tokens so far.
         backend = auto.backend_tokenizer
     else:
-        said = _difference(auto, backend) or said
+        said = _difference(auto, backend, expected) or said
     if said:
         notice(f"{folder}: {said}; the run uses tokenizer.json as it is, and exports it unchanged")
     template = _chat_template(folder, config)
@@ -190,19 +198,27 @@ def _lines(file: Path) -> int:
 def _auto(folder: Path, code: bool) -> Any:
     """transformers' own tokenizer, or why there is none."""
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=code)
-    except Exception as error:  # whatever the broken file made it raise
-        return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+        with _usable(""):
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=code)
+    except UserError as error:
+        return str(error)
 
 
 # Of the folder's files -------------------------------------------------------------------------------------------------
 
 
-def _read_backend(folder: Path) -> Tokenizer:
+@contextmanager
+def _usable(what: str) -> Iterator[None]:
+    """Whatever a broken file made the libraries raise becomes a ``UserError``; a panic in Rust is no ``Exception``."""
     try:
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises nothing else
-        raise UserError(f"{folder}: no usable tokenizer: tokenizer.json: {error}") from None
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+        raise UserError(f"{what}: {reason}" if what else reason) from None
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -282,19 +298,17 @@ def _bare(backend: Tokenizer) -> Tokenizer:
     return copy
 
 
-def _difference(auto: Any, backend: Tokenizer) -> str | None:
-    """How AutoTokenizer's tokens differ from the file's, on a few lines and in the vocabulary."""
-    name, ours, bare = type(auto).__name__, backend.get_vocab(), _bare(backend)
-    for line in LINES:
-        expected = bare.encode(line, add_special_tokens=False).ids
+def _difference(auto: Any, backend: Tokenizer, expected: list[list[int]]) -> str | None:
+    """How AutoTokenizer's tokens differ from the file's, ``expected`` of the lines, and in the vocabulary."""
+    name, ours = type(auto).__name__, backend.get_vocab()
+    for line, ids in zip(LINES, expected, strict=True):
         try:
-            found = auto(line, add_special_tokens=False)["input_ids"]
-        except Exception as error:  # a class whose unknown token is not in the vocabulary
+            with _usable(""):
+                found = auto(line, add_special_tokens=False)["input_ids"]
+        except UserError as error:  # a class whose unknown token is not in the vocabulary
             return f"AutoTokenizer ({name}) can't encode {line!r} ({error})"
-        if found != expected:
-            return (
-                f"AutoTokenizer ({name}) would make other tokens ({len(found)} instead of {len(expected)}) of {line!r}"
-            )
+        if found != ids:
+            return f"AutoTokenizer ({name}) would make other tokens ({len(found)} instead of {len(ids)}) of {line!r}"
     invented = sorted(auto.get_vocab().keys() - ours.keys())
     if invented:
         return f"AutoTokenizer ({name}) would add {len(invented)} tokens, such as {invented[0]!r}"

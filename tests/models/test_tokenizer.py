@@ -284,6 +284,16 @@ BROKEN: dict[str, tuple[str, bytes]] = {
         "tokenizer.json",
         b'{"version": "1.0", "model": {"type": "Unigram", "vocab": [], "unk_id": 3}}',
     ),
+    "no unknown token": (
+        "tokenizer.json",
+        b'{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}}',
+    ),
+    "a template of a token it does not list": (
+        "tokenizer.json",
+        b'{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"<s>": 0, "<unk>": 1}, "unk_token": "<unk>"},'
+        b'"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],'
+        b'"pair": [], "special_tokens": {}}}',
+    ),
     "config that is no JSON": ("tokenizer_config.json", b"\x80\x04K\x01."),
     "config that is a list": ("tokenizer_config.json", b"[]"),
     "config that is nested deeply": ("tokenizer_config.json", b"[" * 100_000),
