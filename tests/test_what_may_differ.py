@@ -7,8 +7,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from pretrain.errors import UserError
+from pretrain.leftovers import read_config
 from pretrain.models.bpe import train_bpe
-from pretrain.run_folder import check_finished_run, check_same_run, differences, read_config
+from pretrain.run_folder import check_finished_run, check_same_run, differences
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.conftest import sentences
@@ -186,7 +187,7 @@ def test_a_run_from_before_there_were_keys_for_documents_borders(uninterrupted, 
     edited(checkpoint / "config.yaml", dataset__bos=None, dataset__separator=None)
     assert differences(read_config(checkpoint), now) == ["dataset.bos: None → auto", "dataset.separator: None → auto"]
     identity = json.loads((checkpoint / "state.json").read_text())["identity"]
-    check_finished_run(checkpoint, now)
+    check_finished_run(read_config(checkpoint), now)
     check_same_run(checkpoint, identity, now, model_config={}, files="")
     with pytest.raises(UserError, match=r"dataset\.bos=false continues it"):
         check_same_run(checkpoint, identity | {"data": "with BOS"}, now, model_config={}, files="")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.checkpoint.atomic import missing_or_torn
+from pretrain.checkpoint.marker import missing_or_torn
 from pretrain.checkpoint.policy import Policy, Verify
 from pretrain.checkpoint.store import Store
 from pretrain.errors import UserError
