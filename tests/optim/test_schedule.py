@@ -47,6 +47,7 @@ def test_ends(schedule: Schedule) -> None:
     assert at(6) == pytest.approx(0.55)
     assert at(10) == pytest.approx(0.1)
     assert at(1000) == pytest.approx(0.1)
+    assert schedule(10, total_steps=11, warmup_steps=2) == pytest.approx(0), "unless another end is asked for"
 
 
 def test_no_warmup_starts_at_the_peak() -> None:
@@ -80,6 +81,7 @@ def test_restart() -> None:
 def test_wsd() -> None:
     at = partial(wsd, total_steps=100, warmup_steps=10, decay_proportion=0.2)
     assert at(80) == at(79) == at(10) == 1
+    assert at(81) == pytest.approx(1 - math.sqrt(1 / 20))
     assert at(85) == pytest.approx(1 - math.sqrt(5 / 20))
     assert at(99) == pytest.approx(1 - math.sqrt(19 / 20))
 
