@@ -47,7 +47,8 @@ def test_ends(schedule: Schedule) -> None:
     assert at(6) == pytest.approx(0.55)
     assert at(10) == pytest.approx(0.1)
     assert at(1000) == pytest.approx(0.1)
-    assert schedule(10, total_steps=11, warmup_steps=2) == pytest.approx(0), "unless another end is asked for"
+    assert schedule(11, total_steps=11, warmup_steps=2) == pytest.approx(0), "unless another end is asked for"
+    assert schedule(10, total_steps=11, warmup_steps=2) > 0, "and then the last step trains too"
 
 
 def test_no_warmup_starts_at_the_peak() -> None:
