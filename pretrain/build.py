@@ -75,13 +75,23 @@ def build_evaluator(resolved: dict[str, Any], prepared: Prepared, *, batch_size:
 
     Raises ``UserError`` for auto without one.
     """
+    from pretrain.console import notice
     from pretrain.data.evaluation import evaluation_batches, first_tokens
     from pretrain.evaluation.perplexity import Domain, Evaluator
 
+    for line in prepared.notices:
+        notice(line)
     policy = instantiate(resolved["evaluation"])
     scored = batch_size if policy.batch_size == "auto" else policy.batch_size
     if scored is None:
         raise UserError("evaluation.batch_size=auto is that of a training; here it needs a number")
+
+    settings = {
+        "sequence_length": resolved["sequence_length"],
+        "document_mask": resolved["dataset"].get("document_mask", False),
+        "tokenizer": prepared.identity["tokenizer"],
+        "precision": instantiate(resolved["precision"]).name,
+    }
 
     def domain(name: str, role: str, held_out: TokenView) -> Domain:
         batches = evaluation_batches(
@@ -92,7 +102,7 @@ def build_evaluator(resolved: dict[str, Any], prepared: Prepared, *, batch_size:
             max_tokens=policy.max_tokens,
         )
         prompts = first_tokens(batches.view, policy.samples, policy.sample_prompt_tokens)
-        return Domain(name, role, batches, batches.num_bytes, prompts)
+        return Domain(name, role, batches, prompts, settings)
 
     return Evaluator([domain(*d) for d in prepared.domains])
 
@@ -262,6 +272,7 @@ def build_trainer(
     watchdog: Watchdog,
 ) -> Trainer:
     from pretrain.checkpoint.rng import rng_state
+    from pretrain.evaluation.untouched import Untouched
     from pretrain.trainer import Trainer
 
     steps = total_steps(resolved, prepared)
@@ -272,6 +283,7 @@ def build_trainer(
     loader = build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world)
     evaluate_every, save_every = cadences(resolved, prepared)
     evaluator = build_evaluator(resolved, prepared, batch_size=split.batch_size)
+    weights_follow_from = ("model", "seed") if prepared.model.weights() is None else ("model",)
     facts = build_facts(resolved, engine, split=split, setting=setting, place=place)
     listeners, unsaved = build_listeners(resolved, folder, prepared.train.store.files) if world.is_main else ([], list)
     return Trainer(
@@ -280,7 +292,7 @@ def build_trainer(
         loader=loader,
         guard=build_guard(resolved, prepared, engine, loader, folder),
         schedule=build_schedule(resolved, steps),
-        evaluator=evaluator,
+        untouched=Untouched(evaluator, weights_follow_from=weights_follow_from),
         sampler=build_sampler(resolved, prepared, engine, evaluator),
         saver=build_saver(resolved, store, world, watchdog),
         interrupt=interrupt,

@@ -110,6 +110,7 @@ def begin(
     if resume_from is not None:
         changed_files = differing(recall(folder.path / DATA), files)
         check_same_run(resume_from, identity, resolved, model_config=model_config, files=changed_files)
+        check_not_beyond(resume_from, resolved, steps)
         if finished(folder.path, resume_from, resolved, steps):
             return None
     elif not _may_begin(folder.path, resolved, steps):
@@ -338,6 +339,18 @@ def check_same_run(
         "Choose another output_dir, or resume=never to start over"
         f"{_allowing(changed)}"
     )
+
+
+def check_not_beyond(checkpoint: Path, resolved: dict[str, Any], steps: int) -> None:
+    """Raises ``UserError`` when ``checkpoint`` was made at a later step than the last one of this run, ``steps``."""
+    reached = step_of(checkpoint)
+    if reached > steps:
+        key = "max_steps" if resolved["max_steps"] else "number_epochs"
+        came = "" if resolved["max_steps"] else f" ({steps} steps)"
+        raise UserError(
+            f"{key}={resolved[key]}{came}: {checkpoint} is at step {reached} already. Choose at least {reached} steps, an "
+            "earlier checkpoint (resume=<run>/checkpoints/step-…), another output_dir, or resume=never to start over"
+        )
 
 
 def other_shape(checkpoint: Path, model_config: dict[str, Any]) -> list[str]:

@@ -47,7 +47,7 @@ def pretraining(
     prepared, steps, world = meet(resolved, interrupt, setting, place)
     folder = Path(resolved["output_dir"])
     store = Store(folder / "checkpoints", instantiate(resolved["checkpoint"]))
-    store.policy.check([name for name, _, _ in prepared.domains])
+    store.policy.check({name: role for name, role, _ in prepared.domains})
     with ExitStack() as claims:
         start = world.on_main(
             lambda: begin(
@@ -195,7 +195,7 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     with memory_explained(resolved, world), watched("evaluation"):
         evaluator = build.build_evaluator(resolved, prepared)
         sampler = build.build_sampler(resolved, prepared, scorer, evaluator)
-        scores, samples = evaluator.run(scorer) or (), sampler.run(scorer) or ()
+        scores, samples = evaluator.run(scorer, announce=True) or (), sampler.run(scorer) or ()
     events: list[Event] = [
         RunStarted(0, 0, resumed=False, facts=run_facts(resolved, world, scorer)),
         Evaluated(0, tuple(scores), 0.0),

@@ -30,6 +30,26 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(uninterrupted, base_ar
 
 
 @pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["max_steps=8"], "max_steps=8: "),
+        (["max_steps=null", "number_epochs=0.02"], "number_epochs=0.02 ("),
+        (["max_steps=8", "resume={run}/checkpoints/step-00000015"], "step-00000015 is at step 15 already"),
+    ],
+)
+def test_a_last_step_that_is_behind_is_refused(words, says, uninterrupted, base_arguments, command, tmp_path):
+    """It said `finished at step 20/8`."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    code, _, err = command([*base_arguments, f"output_dir={run}", *(word.format(run=run) for word in words)])
+    assert code == 2
+    assert says in err
+    assert err.count("\n") == 1
+    assert "already. Choose at least" in err
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize(
     ("change", "says"),
     [
         ("sequence_length=64", "sequence_length: 32 → 64"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import xxhash
 
 from pretrain.batch import IGNORE, Batch
 from pretrain.data.blocks import packed
@@ -31,6 +32,15 @@ class EvaluationBatches(Sequence[Batch]):
         self.num_bytes, self.num_documents = view.num_bytes, view.num_documents
         self.num_tokens = view.num_tokens - (view.num_documents if document_mask else 0)
         self.num_blocks = -(-view.num_tokens // sequence_length)
+
+    def digest(self) -> str:
+        """A hash of every token that is read, every target and every position, independent of ``batch_size``. Two streams
+        with one digest have one loss, up to rounding."""
+        hashes = [xxhash.xxh3_64() for _ in range(3)]
+        for batch in self:
+            for found, tensor in zip(hashes, (batch.input_ids, batch.labels, batch.position_ids), strict=True):
+                found.update(b"" if tensor is None else tensor.numpy().tobytes())
+        return "".join(found.hexdigest() for found in hashes)
 
     def __len__(self) -> int:
         return -(-self.num_blocks // self.batch_size)

@@ -89,7 +89,7 @@ def test_a_stop_signal_ends_it_at_once_with_nothing(after: int) -> None:
 
 
 def test_a_user_s_prompt_that_leaves_no_position() -> None:
-    domains = [Domain("d", "new", [], 0, [list(range(1, 20))])]
+    domains = [Domain("d", "new", [], [list(range(1, 20))])]
     policy = Policy(batch_size=1, sample_prompts=["1 2 3"])
     prompts = prompts_of(domains, policy, Numbers(), num_positions=16)
     assert [p.tokens for p in prompts] == [(0, *range(1, 9)), (0, 1, 2, 3)]

@@ -46,6 +46,7 @@ def test_ends(schedule: Schedule) -> None:
     assert at(6) == pytest.approx(0.55)
     assert at(10) == pytest.approx(0.1)
     assert at(1000) == pytest.approx(0.1)
+    assert schedule(10, total_steps=11, warmup_steps=2) == pytest.approx(0), "unless another end is asked for"
 
 
 def test_no_warmup_starts_at_the_peak() -> None:
@@ -78,6 +79,7 @@ def test_restart() -> None:
 def test_wsd() -> None:
     at = partial(wsd, total_steps=100, warmup_steps=10, decay_proportion=0.2)
     assert at(79) == at(10) == 1
+    assert at(80) == pytest.approx(1 - math.sqrt(1 / 20)), "the decay begins at its first step, not after it"
     assert at(85) == pytest.approx(1 - math.sqrt(6 / 20))
     assert at(98) > 0
     assert at(99) == pytest.approx(0)
