@@ -1,11 +1,13 @@
 """Which checkpoints stay."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.checkpoint.policy import Policy
-from pretrain.checkpoint.store import Store
+from pretrain.checkpoint.store import Store, losses_of
 from pretrain.telemetry.jsonl import read_records
 
 COUNT = st.none() | st.integers(1, 4)
@@ -42,6 +44,31 @@ def test_best_by_another_domain():
 def test_a_loss_that_is_no_number_is_not_the_best():
     losses = {5: {"a": 2.0}, 10: {"a": float("nan")}, 15: {"a": 1.0}, 20: {"a": 3.0}}
     assert Policy(keep_last=1, keep_best=1).kept(losses) == {15, 20}
+
+
+def test_losses_of_other_text_are_not_ranked_with_each_other():
+    """Steps 1 to 3 were scored on one text, 4 and 5 on another; of a checkpoint of an earlier version it is not known."""
+    losses = {step: {"new": loss} for step, loss in ((1, 1.5), (2, 1.0), (3, 2.0), (4, 9.0), (5, 8.0), (6, 9.5))}
+    digests = {step: {"new": "one" if step < 4 else "other"} for step in losses}
+    assert Policy(keep_last=1, keep_best=1).kept(losses, digests) == {2, 5, 6}
+    assert Policy(keep_last=1, keep_best=1).kept(losses, digests | {1: {}}) == {1, 2, 5, 6}
+    assert Policy(keep_last=1, keep_best=1).kept(losses) == {2, 6}
+
+
+def test_a_checkpoint_is_not_ranked_by_an_older_evaluation(tmp_path):
+    """That of step 3 carries the scores of step 2, the best there are."""
+    store = Store(tmp_path, Policy(keep_last=1, keep_best=1))
+    for step, evaluated_at, loss in ((1, 1, 5.0), (2, 2, 1.0), (3, 2, 1.0), (4, 4, 3.0)):
+        folder = store.path(step)
+        folder.mkdir()
+        scores = [{"domain": "new", "loss": loss, "digest": "one"}]
+        progress = {"step": step, "evaluated_at": evaluated_at, "losses": {"new": loss}, "scores": scores}
+        (folder / "state.json").write_text(json.dumps({"progress": progress}))
+    found = [losses_of(store.path(step)) for step in (1, 2, 3, 4)]
+    one = {"new": "one"}
+    assert found == [({"new": 5.0}, one), ({"new": 1.0}, one), ({}, {}), ({"new": 3.0}, one)]
+    losses = {step: losses for step, (losses, _) in enumerate(found, start=1)}
+    assert store.policy.kept(losses) == {2, 4}, "by the older evaluation it would be step 3"
 
 
 def test_the_best_by_the_records_is_kept(base_arguments, command, tmp_path):

@@ -1,104 +1,161 @@
-"""The cross entropy in chunks: its two ways to work out a chunk, rows without a target, and fp16's room, in numbers."""
+"""The loss in chunks against the plain cross entropy in fp64: its value, and the gradients of states, weight and bias."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.batch import IGNORE
 from pretrain.models import loss as module
-from pretrain.models.loss import ROOM, linear_cross_entropy
+from pretrain.models.loss import chunk_rows, linear_cross_entropy
 
-ROWS, HIDDEN, VOCABULARY = 48, 16, 40
-
-
-def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """hidden, weight, bias and labels, of which some rows of every chunk, and one whole chunk, have no target."""
-    draw = torch.Generator().manual_seed(seed)
-    hidden, weight = torch.randn(ROWS, HIDDEN, generator=draw), torch.randn(VOCABULARY, HIDDEN, generator=draw) / 4
-    labels = torch.randint(0, VOCABULARY, (ROWS,), generator=draw)
-    labels[3:6], labels[20], labels[32:40] = IGNORE, IGNORE, IGNORE
-    return hidden.requires_grad_(), weight.requires_grad_(), torch.randn(VOCABULARY, generator=draw), labels
+ROWS, WIDTH, WORDS = 37, 16, 53
 
 
-def reference(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
-) -> tuple[float, torch.Tensor, torch.Tensor]:
-    loss = F.cross_entropy(F.linear(hidden, weight, bias), labels, ignore_index=IGNORE, reduction="sum")
-    return loss.item(), *torch.autograd.grad(loss, [hidden, weight])
+def inputs(
+    *, bias: bool = True, scale: float = 1.0, words: int = WORDS
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    randn = partial(torch.randn, generator=draw)
+    labels = torch.randint(0, words, (ROWS,), generator=draw)
+    labels[[0, 8, 9, 36]] = torch.tensor([0, words - 1, IGNORE, IGNORE])
+    return randn(ROWS, WIDTH), randn(words, WIDTH) * scale, randn(words) if bias else None, labels
 
 
-@pytest.fixture(autouse=True)
-def chunks_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_LOGITS", 8 * VOCABULARY)
-    assert module.chunk_rows(ROWS, VOCABULARY) == 8
+def leaves(*tensors: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
 
 
-@pytest.mark.parametrize("chunk", [module._eager_chunk, module._traced_chunk])
-def test_a_chunk_by_hand(chunk: Any) -> None:
-    """Two rows, of which one has no target: the loss is -log softmax of the other's, the gradient p - one-hot, and 0."""
-    logits = torch.tensor([[0.0, 1.0, 2.0], [5.0, -3.0, 0.5]])
-    p = torch.tensor([0.09003057, 0.24472848, 0.66524094])
-    loss, grad = chunk(logits.clone(), torch.tensor([1, IGNORE]))
-    assert loss.item() == pytest.approx(1.40760597, rel=1e-6)
-    assert torch.allclose(grad[0], p - torch.tensor([0.0, 1.0, 0.0]), atol=1e-6)
-    assert torch.equal(grad[1], torch.zeros(3))
+def exact(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[float, list[Tensor | None]]:
+    """The loss and the gradients of its three inputs, in fp64."""
+    given = leaves(hidden, weight, bias, dtype=torch.float64)
+    value = F.cross_entropy(F.linear(*given), labels, ignore_index=IGNORE, reduction="sum")  # type: ignore[arg-type]
+    value.backward()
+    return value.item(), [None if t is None else t.grad for t in given]
 
 
-@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
-def test_rows_without_a_target(traced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def off(ours: Tensor | None, theirs: Tensor | None) -> float:
+    assert ours is not None
+    assert theirs is not None
+    return float((ours.double() - theirs).norm() / theirs.norm())
+
+
+@pytest.fixture(params=["one chunk", "chunks", "traced"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """``traced``: in chunks, as the compiler gets them."""
+    if request.param != "one chunk":
+        monkeypatch.setattr(module, "CHUNK_LOGITS", 8 * WORDS)
+        assert chunk_rows(ROWS, WORDS) == 8, "five chunks, the last of five rows"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param == "traced")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_value_and_gradients(bias: bool, chunks: str) -> None:
+    want, want_grads = exact(*inputs(bias=bias))
+    *tensors, labels = inputs(bias=bias)
+    given = leaves(*tensors, dtype=torch.float32)
+    value = linear_cross_entropy(*given, labels)  # type: ignore[arg-type]
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(want, rel=1e-6)
+    (value * 3).backward()
+    for ours, theirs in zip(given, want_grads, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert off(ours.grad, 3 * theirs) < 1e-6
+    assert given[0].grad[[9, 36]].count_nonzero() == 0, "rows without a target"  # type: ignore[union-attr, index]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1.5e-3), (torch.bfloat16, 1e-2)])
+def test_16_bits(dtype: torch.dtype, tolerance: float, chunks: str) -> None:
+    """Products in 16 bits, the sum over chunks in fp32; the value is that of logits in 16 bits, with a gradient or without."""
     hidden, weight, bias, labels = inputs()
-    want, want_hidden, want_weight = reference(hidden, weight, bias, labels)
-    if traced:
-        monkeypatch.setattr(module, "_eager_chunk", module._traced_chunk)
-    loss = linear_cross_entropy(hidden, weight, bias, labels)
-    got_hidden, got_weight = torch.autograd.grad(loss, [hidden, weight])
-    assert loss.item() == pytest.approx(want, rel=1e-6)
-    assert torch.allclose(got_hidden, want_hidden, atol=1e-5)
-    assert torch.allclose(got_weight, want_weight, atol=1e-5)
-    assert torch.equal(got_hidden[labels == IGNORE], torch.zeros(int((labels == IGNORE).sum()), HIDDEN))
-
-
-def test_what_is_compiled_leaves_them_out_too() -> None:
-    """Traced as `torch.compile` traces it, and run as it is: no compiler is needed for that."""
-    hidden, weight, bias, labels = inputs()
-    want, want_hidden, want_weight = reference(hidden, weight, bias, labels)
-    seen: list[str] = []
-
-    def note(graph: Any, examples: Any) -> Any:
-        seen.append(graph.print_readable(print_output=False))
-        return graph
-
-    compiled = torch.compile(linear_cross_entropy, backend=note, fullgraph=True)
-    loss = compiled(hidden, weight, bias, labels)
-    got_hidden, got_weight = torch.autograd.grad(loss, [hidden, weight])
-    assert any("logsumexp" in code for code in seen), "the traced way was taken"
-    assert loss.item() == pytest.approx(want, rel=1e-6)
-    assert torch.allclose(got_hidden, want_hidden, atol=1e-5)
-    assert torch.allclose(got_weight, want_weight, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_chunks_gradients_are_as_large_as_they_are(dtype: torch.dtype) -> None:
-    """fp16's gradients go through the products times 64: each chunk's must come down again, of hidden and of the head."""
-    hidden, weight, _, labels = inputs()
-    bias = torch.zeros(VOCABULARY)
-    _, want_hidden, want_weight = reference(hidden, weight, bias, labels)
+    given = leaves(hidden, weight, bias, dtype=torch.float32)
+    _, want = exact(hidden, weight, bias, labels)
+    assert bias is not None
+    logits = F.linear(hidden.to(dtype), weight.to(dtype)).float() + bias
+    rounded = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum").item()
     with torch.autocast("cpu", dtype):
-        loss = linear_cross_entropy(hidden, weight, None, labels)
-    got_hidden, got_weight = torch.autograd.grad(loss, [hidden, weight])
-    assert ROOM == 64
-    tolerance = 2e-2 if dtype == torch.bfloat16 else 3e-3
-    assert float((got_weight - want_weight).norm() / want_weight.norm()) < tolerance
-    for rows in range(0, ROWS, 8):
-        size = want_hidden[rows : rows + 8].norm()
-        assert float((got_hidden[rows : rows + 8] - want_hidden[rows : rows + 8]).norm()) <= tolerance * float(size)
-    only = torch.full_like(labels, IGNORE)
-    only[8:16] = labels[8:16]  # the second chunk alone: what it adds to the first's nothing
-    _, _, want_second = reference(hidden, weight, bias, only)
-    with torch.autocast("cpu", dtype):
-        (got_second,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, None, only), [weight])
-    assert float(got_second.norm() / want_second.norm()) == pytest.approx(1.0, abs=tolerance)
+        value = linear_cross_entropy(*given, labels)  # type: ignore[arg-type]
+        with torch.no_grad():
+            alone = linear_cross_entropy(hidden, weight, bias, labels)
+    assert value.item() == alone.item() == pytest.approx(rounded, rel=1e-6)
+    assert value.item() != pytest.approx(exact(hidden, weight, bias, labels)[0], rel=1e-6)
+    value.backward()
+    for ours, theirs in zip(given, want, strict=True):
+        assert ours is not None
+        assert off(ours.grad, theirs) < tolerance
+
+
+def test_fp16_keeps_what_is_smaller_than_its_normal_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of words with a probability of 1e-6 keep 10 bits; without room about 4 would be left."""
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 8 * 4096)
+    hidden, weight, bias, labels = inputs(words=4096, scale=0.1)
+    assert bias is not None
+    hidden, labels, bias = hidden[:16], labels[:16] % 8, torch.where(torch.arange(4096) < 8, 0.0, -11.0)
+    _, want = exact(hidden, weight, bias, labels)
+    given = leaves(hidden, weight, bias, dtype=torch.float32)
+    with torch.autocast("cpu", torch.float16):
+        linear_cross_entropy(*given, labels).backward()  # type: ignore[arg-type]
+    p = torch.softmax(hidden.double() @ weight.double().T + bias, 1)
+    assert 1e-7 < p[:, 8:].min() < p[:, 8:].max() < 2e-5
+    assert given[1] is not None
+    assert want[1] is not None
+    assert off(given[1].grad[8:], want[1][8:]) < 3e-3  # type: ignore[index]
+
+
+def test_the_scale_of_a_loss_may_be_more_than_fp16_holds() -> None:
+    *tensors, labels = inputs()
+    _, want = exact(*inputs())
+    given = leaves(*tensors, dtype=torch.float16)
+    (linear_cross_entropy(*given, labels) * 1e-3 * 2.0**17).backward()  # type: ignore[arg-type]
+    for ours, theirs in zip(given, want, strict=True):
+        assert ours is not None
+        assert off(ours.grad, theirs * 1e-3 * 2.0**17) < 2e-2
+
+
+def test_weights_in_bf16_have_gradients_in_bf16(chunks: str) -> None:
+    *tensors, labels = inputs()
+    given = leaves(*tensors, dtype=torch.bfloat16)
+    _, want = exact(*[None if t is None else t.detach() for t in given], labels)  # type: ignore[arg-type]
+    (linear_cross_entropy(*given, labels) * 2).backward()  # type: ignore[arg-type]
+    for ours, theirs in zip(given, want, strict=True):
+        assert ours is not None
+        assert ours.grad is not None
+        assert ours.grad.dtype == torch.bfloat16
+        assert off(ours.grad, 2 * theirs) < 1e-2
+
+
+@pytest.mark.parametrize("frozen", range(3))
+def test_what_is_frozen_has_no_gradient(frozen: int) -> None:
+    *tensors, labels = inputs()
+    _, want = exact(*inputs())
+    given = leaves(*tensors, dtype=torch.float32)
+    assert given[frozen] is not None
+    given[frozen].requires_grad_(False)  # type: ignore[union-attr]
+    linear_cross_entropy(*given, labels).backward()  # type: ignore[arg-type]
+    for index, (ours, theirs) in enumerate(zip(given, want, strict=True)):
+        assert ours is not None
+        assert (ours.grad is None) == (index == frozen)
+        if index != frozen:
+            assert off(ours.grad, theirs) < 1e-6
+
+
+def test_the_logits_of_a_chunk_are_its_gradients_memory() -> None:
+    """What the peak of memory depends on."""
+    logits = torch.randn(8, 5)
+    _, grad = module._eager_chunk(logits, torch.arange(8) % 5)
+    assert grad.data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "expected"),
+    [(1, 1, 8), (100, 50_000, 104), (1000, 2**25, 8), (4096, 2**15, 1024), (4100, 2**15, 1032), (2**14, 2**12, 2**13)],
+)
+def test_rows_of_a_chunk(rows: int, words: int, expected: int) -> None:
+    """Near 2^25 logits in each of equal chunks, rounded up to eight rows."""
+    assert chunk_rows(rows, words) == expected
