@@ -16,6 +16,7 @@ from pretrain.config import check
 from pretrain.console import notice
 from pretrain.data.domains import base_domains
 from pretrain.errors import UserError, did_you_mean
+from pretrain.hydra_configs import plain_mistakes
 from pretrain.trust import check_said, said
 
 MANY = 50  # jobs, of which checking takes seconds
@@ -61,7 +62,8 @@ class Plan:
         if len(jobs) > MANY:
             notice(f"checking the configurations of {len(jobs)} jobs before the first one starts")
         for words in jobs:
-            config = self._loader.load_sweep_config(self._config, words)
+            with plain_mistakes():
+                config = self._loader.load_sweep_config(self._config, words)
             with open_dict(config):
                 del config["hydra"]
             resolved = resolve(config)
