@@ -115,8 +115,10 @@ def build_sampler(resolved: dict[str, Any], prepared: Prepared, scorer: Scorer, 
     from pretrain.evaluation.samples import Sampler, prompts_of
 
     policy, tokenizer = instantiate(resolved["evaluation"]), prepared.tokenizer
-    prompts = prompts_of(evaluator.domains, policy, tokenizer, num_positions=scorer.model.num_positions)
-    return Sampler(prompts, tokenizer, policy.sample_tokens)
+    around, positions = prepared.boundaries, scorer.model.num_positions
+    first = around.separator if around.bos is None else around.bos
+    prompts = prompts_of(evaluator.domains, policy, tokenizer, first=first, num_positions=positions)
+    return Sampler(prompts, tokenizer, policy.sample_tokens, separator=around.separator)
 
 
 def build_exporter(
@@ -137,12 +139,15 @@ def build_exporter(
         shard_size=policy.export_shard_size,
         save_dtype=prepared.model.save_dtype,
         card=partial(model_card, resolved, data=data, facts=facts, total_steps=steps),
+        separator=prepared.boundaries.separator,
     )
 
 
 def build_schedule(resolved: dict[str, Any], steps: int) -> Schedule:
-    warmup_steps = round(steps * resolved["warmup_proportion"])
-    return partial(instantiate(resolved["scheduler"]), total_steps=steps, warmup_steps=warmup_steps)
+    from pretrain.optim.learning_rate import warmup_steps
+
+    warm = warmup_steps(steps, resolved["warmup_proportion"])
+    return partial(instantiate(resolved["scheduler"]), total_steps=steps, warmup_steps=warm)
 
 
 def build_facts(
@@ -157,17 +162,19 @@ def build_facts(
 
 
 def build_listeners(
-    resolved: dict[str, Any], folder: Path, files: Files
+    resolved: dict[str, Any], folder: Path, files: Files, *, uniform_loss: float | None
 ) -> tuple[list[Listener], Callable[[], list[Record]]]:
     """Who hears of the run's events, and what tells the records that belong into the next checkpoint. ``files``: of the
-    training data, to be watched."""
+    training data, to be watched. ``uniform_loss``: see ``BaselineCheck``."""
     from pretrain.data.fingerprint import FilesWatch
+    from pretrain.telemetry.baseline import BaselineCheck
     from pretrain.telemetry.monitor import Monitor
     from pretrain.telemetry.run_file import RunFile
 
     sinks = {name: instantiate(node) for name, node in (resolved.get("sink") or {}).items()}
     monitor = Monitor(sinks, run=folder, log_every=resolved["log_every"])
-    return [monitor, RunFile(folder, monitor.summary), FilesWatch(files)], monitor.unsaved
+    watchers: list[Listener] = [FilesWatch(files), BaselineCheck(uniform_loss)]
+    return [monitor, RunFile(folder, monitor.summary), *watchers], monitor.unsaved
 
 
 def cadences(resolved: dict[str, Any], prepared: Prepared) -> tuple[Every, Every]:
@@ -284,8 +291,12 @@ def build_trainer(
     evaluate_every, save_every = cadences(resolved, prepared)
     evaluator = build_evaluator(resolved, prepared, batch_size=split.batch_size)
     weights_follow_from = ("model", "seed") if prepared.model.weights() is None else ("model",)
-    facts = build_facts(resolved, engine, split=split, setting=setting, place=place)
-    listeners, unsaved = build_listeners(resolved, folder, prepared.train.store.files) if world.is_main else ([], list)
+    uniform = prepared.model.uniform_loss()
+    facts = build_facts(resolved, engine, split=split, setting=setting, place=place) | {"uniform_loss": uniform}
+    heard = (
+        build_listeners(resolved, folder, prepared.train.store.files, uniform_loss=uniform) if world.is_main else None
+    )
+    listeners, unsaved = heard or ([], list)
     return Trainer(
         world=world,
         engine=engine,

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from keyword import iskeyword
@@ -21,6 +21,7 @@ from pretrain.split import Split
 if TYPE_CHECKING:
     from pretrain.data.sources.base import Source
     from pretrain.data.store import TokenStore, TokenView
+    from pretrain.models.tokenizer import Boundaries
 
 
 def instantiate(node: dict[str, Any]) -> Any:
@@ -44,8 +45,8 @@ def model_spec(resolved: dict[str, Any]) -> Any:
 @dataclass(frozen=True)
 class Prepared:
     """What exists before the first process trains. ``domains``: name, role and held-out documents of each domain.
-    ``global_batch``: sequences of all devices and micro-batches in one step. ``notices``: what to say of the domains,
-    once a run."""
+    ``global_batch``: sequences of all devices and micro-batches in one step. ``boundaries``: the tokens around documents.
+    ``notices``: what to say of the domains, once a run."""
 
     model: Any
     tokenizer: Any
@@ -53,6 +54,7 @@ class Prepared:
     domains: list[tuple[str, str, TokenView]]
     identity: dict[str, Any]
     global_batch: int
+    boundaries: Boundaries
     notices: Sequence[str] = ()
 
 
@@ -64,22 +66,26 @@ def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
     """
     from pretrain.data.tokenize import prepare as tokenize
     from pretrain.data.tokenize import training_texts
+    from pretrain.models.tokenizer import boundaries
 
     model = model_spec(resolved)
     model.check(resolved["sequence_length"])
     source = instantiate(resolved["dataset"])
     tokenizer = model.tokenizer(partial(training_texts, source))
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model_name={resolved['model_name']}: its tokenizer has no end-of-text token (eos_token)")
+    around = boundaries(tokenizer, bos=source.bos, separator=source.separator)
     tokenizer_json = tokenizer.backend_tokenizer.to_str()
-    encode = partial(tokenize, tokenizer_json=tokenizer_json, eot=tokenizer.eos_token_id)
 
-    store = encode(source)
+    def encode(source: Source, around: Boundaries) -> TokenStore:
+        return tokenize(source, tokenizer_json=tokenizer_json, eot=around.separator, bos=around.bos)
+
+    store = encode(source, around)
     train, held_out = views(store, source)
     domains = [(source.domain, "new", held_out)] if held_out.num_tokens > 1 else []
     configured = instantiate(resolved["evaluation"]).domains
     bases = base_domains(source, configured)
-    domains += [(name, "base", _held_out(name, base, encode)) for name, base in bases.items()]
+    for name, base in bases.items():
+        tokenized = encode(base, of_domain(base, tokenizer, around))
+        domains.append((name, "base", _held_out(name, base, tokenized)))
     global_batch = Split.asked(resolved).total * devices
     identity = {
         "model": model.identity(),
@@ -94,7 +100,19 @@ def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
         "optimizer": [resolved["optimizer"].get(key) for key in ("_target_", "compensate")],
     }
     notices = _not_scored(source, held_out, len(configured) - len(bases))
-    return Prepared(model, tokenizer, train, domains, identity, global_batch, notices)
+    return Prepared(model, tokenizer, train, domains, identity, global_batch, around, notices)
+
+
+def of_domain(domain: Source, tokenizer: Any, around: Boundaries) -> Boundaries:
+    """The tokens around the documents of an evaluation domain: those of the run, ``around``, where it names no others.
+
+    Raises ``UserError`` for a token that the tokenizer does not have.
+    """
+    from pretrain.models.tokenizer import boundaries
+
+    bos = around.bos is not None if domain.bos == "auto" else domain.bos
+    separator = around.separator if domain.separator == "auto" else domain.separator
+    return boundaries(tokenizer, bos=bos, separator=separator)
 
 
 def _not_scored(source: Source, held_out: TokenView, left_out: int) -> list[str]:
@@ -109,9 +127,9 @@ def _not_scored(source: Source, held_out: TokenView, left_out: int) -> list[str]
     return notices
 
 
-def _held_out(name: str, base: Source, encode: Callable[[Source], TokenStore]) -> TokenView:
+def _held_out(name: str, base: Source, tokenized: TokenStore) -> TokenView:
     """The held-out documents of a base domain. Raises ``UserError`` where there are none: nothing could be scored."""
-    held_out = views(encode(base), base)[1]
+    held_out = views(tokenized, base)[1]
     if held_out.num_tokens > 1:
         return held_out
     why = "held_out=0" if base.held_out == 0 else "it is a single document; give it at least two"

@@ -1,7 +1,5 @@
 """Which checkpoints stay."""
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +7,7 @@ from hypothesis import strategies as st
 from pretrain.checkpoint.policy import Policy
 from pretrain.checkpoint.store import Store, losses_of
 from pretrain.telemetry.jsonl import read_records
+from tests.checkpoint.test_store import saved_at, state
 
 COUNT = st.none() | st.integers(1, 4)
 LOSSES = st.dictionaries(
@@ -56,19 +55,29 @@ def test_losses_of_other_text_are_not_ranked_with_each_other():
 
 
 def test_a_checkpoint_is_not_ranked_by_an_older_evaluation(tmp_path):
-    """That of step 3 carries the scores of step 2, the best there are."""
-    store = Store(tmp_path, Policy(keep_last=1, keep_best=1))
-    for step, evaluated_at, loss in ((1, 1, 5.0), (2, 2, 1.0), (3, 2, 1.0), (4, 4, 3.0)):
-        folder = store.path(step)
-        folder.mkdir()
-        scores = [{"domain": "new", "loss": loss, "digest": "one"}]
-        progress = {"step": step, "evaluated_at": evaluated_at, "losses": {"new": loss}, "scores": scores}
-        (folder / "state.json").write_text(json.dumps({"progress": progress}))
-    found = [losses_of(store.path(step)) for step in (1, 2, 3, 4)]
+    """That of step 3 carries the scores of step 2, the best there are, and was not evaluated itself."""
+    store = Store(tmp_path, Policy(keep_last=2, keep_best=1))
     one = {"new": "one"}
-    assert found == [({"new": 5.0}, one), ({"new": 1.0}, one), ({}, {}), ({"new": 3.0}, one)]
-    losses = {step: losses for step, (losses, _) in enumerate(found, start=1)}
-    assert store.policy.kept(losses) == {2, 4}, "by the older evaluation it would be step 3"
+    expected = {
+        1: ({"new": 5.0}, one),
+        2: ({"new": 1.0}, one),
+        3: ({}, {}),
+        4: ({"new": 3.0}, one),
+        5: ({"new": 4.0}, one),
+    }
+    for step, evaluated_at, loss in ((1, 1, 5.0), (2, 2, 1.0), (3, 2, 1.0), (4, 4, 3.0), (5, 5, 4.0)):
+        saved = state(step)
+        score = {
+            "domain": "new",
+            "role": "new",
+            "loss": loss,
+            "perplexity": 1.0,
+            "bits_per_byte": None,
+            "digest": "one",
+        }
+        saved["progress"] |= {"evaluated_at": evaluated_at, "losses": {"new": loss}, "scores": [score]}
+        assert losses_of(saved_at(store, step, saved)) == expected[step]
+    assert store.whole() == [2, 4, 5], "by the older evaluation step 3 were as good as step 2, and newer"
 
 
 def test_the_best_by_the_records_is_kept(base_arguments, command, tmp_path):

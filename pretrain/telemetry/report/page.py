@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from pretrain.shipped import defaults_for
+from pretrain.telemetry.baseline import doubt
 from pretrain.telemetry.numbers import NOTHING, amount, duration, instant, is_number, number, share, signed, size
 from pretrain.telemetry.record import Record
 from pretrain.telemetry.report import plots
@@ -45,6 +46,7 @@ def run_page(run: Run) -> str:
         [
             _head(run),
             Markup(f'<p class="verdict">{escape(verdict(domains, history.step))}</p>'),
+            _doubt(history),
             grid(_tiles(run), "tiles"),
             section(
                 "What it learned",
@@ -87,6 +89,14 @@ def _head(run: Run) -> Markup:
         f"<header><h1>{escape(run.name)}{pill(run.status, KINDS.get(run.status, ''))}</h1>"
         f'<p class="soft">{escape(line)}</p></header>'
     )
+
+
+def _doubt(history: History) -> Markup:
+    """A warning, where the model knew less than nothing when the run began."""
+    first = {name: d.first.get("loss") for name, d in history.domains.items() if d.first.get("step") == 0}
+    uniform = history.start.get("uniform_loss")
+    text = doubt({n: x for n, x in first.items() if is_number(x)}, uniform if is_number(uniform) else None)
+    return Markup(f'<p class="verdict bad">{escape(text)}</p>') if text else Markup("")
 
 
 def _tiles(run: Run) -> Iterator[Markup]:
