@@ -17,9 +17,11 @@ from pretrain.checkpoint.store import Store
 from pretrain.console import log_to, notice
 from pretrain.data.fingerprint import Files, differing, recall, remember
 from pretrain.errors import UserError
-from pretrain.folders import say_if_shared
+from pretrain.folders import check_links, check_private, make_folder
 from pretrain.leftovers import (
+    RESULTS,
     RUN_ID,
+    SETTINGS,
     check_not_foreign,
     describe,
     found_in,
@@ -31,6 +33,7 @@ from pretrain.leftovers import (
 )
 from pretrain.place import Place
 from pretrain.replace import replace_file
+from pretrain.safe_files import open_file, own_folder
 from pretrain.strict_json import read_json
 from pretrain.telemetry.jsonl import tail
 from pretrain.telemetry.run_file import read_run_file
@@ -52,6 +55,7 @@ FREE = {  # may differ in a run that is over; of the batch only its product coun
     *("sink", "checkpoint", "evaluation", "generation", "guard", "telemetry"),
 }
 
+OWN_NAMES = (".lock", RUN_ID, ".hydra", "logs", "logs/*", "tensorboard", "wandb", "samples.jsonl")
 DATA = "data.json"  # the files of the training data, as the run has read them
 PATIENCE_SECONDS = 1.0  # the workers of a killed command need a moment to notice
 
@@ -68,9 +72,9 @@ class RunFolder:
         text = OmegaConf.to_yaml(OmegaConf.create(resolved))
         with _writing(self.path):
             replace_file(self.path / "config.yaml", text)
-            (self.path / ".hydra").mkdir(exist_ok=True)
-            (self.path / ".hydra" / "config.yaml").write_text(text)
-            (self.path / ".hydra" / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(overrides)))
+            hydra = own_folder(self.path / ".hydra")
+            replace_file(hydra / "config.yaml", text)
+            replace_file(hydra / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
         return text
 
 
@@ -122,7 +126,7 @@ def begin(
         own = resume_from.resolve().parent == store.folder.resolve()
         store.set_aside_after(step_of(resume_from) if own else -1)  # from elsewhere: all here is another branch
     with _writing(folder.path):
-        (folder.path / RUN_ID).write_text(place.run_id)
+        replace_file(folder.path / RUN_ID, place.run_id)
         remember(folder.path / DATA, files)
     return Start(resume_from, folder.write_config(resolved, overrides))
 
@@ -243,12 +247,9 @@ def _renewed(folder: RunFolder, why: str) -> RunFolder:
 
 
 def _open_logs(path: Path) -> None:
-    (path / "logs").mkdir(exist_ok=True)
-    log_to(path / "logs" / "rank-0.log")
-    (path / ".lock").write_text(f"{os.uname().nodename} {os.getpid()}\n")
-    for folder in (path, path / "checkpoints"):
-        if folder.exists():
-            say_if_shared(folder)
+    log_to(own_folder(path / "logs") / "rank-0.log")
+    with os.fdopen(open_file(path / ".lock", os.O_WRONLY, truncate=True), "w") as lock:
+        lock.write(f"{os.uname().nodename} {os.getpid()}\n")
 
 
 @contextmanager
@@ -260,7 +261,9 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> FileLock:
-    os.makedirs(os.path.realpath(path), exist_ok=True)  # where a link leads to, once that was moved aside
+    make_folder(Path(os.path.realpath(path)))  # where a link leads to, once that was moved aside
+    check_private(path, "output_dir")
+    check_links(path, "output_dir", (*RESULTS, *SETTINGS, *OWN_NAMES))
     lock = FileLock(path / ".lock")
     lock.acquire(timeout=PATIENCE_SECONDS)
     return lock

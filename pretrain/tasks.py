@@ -23,6 +23,7 @@ from pretrain.out_of_memory import OutOfMemory, explained, watched
 from pretrain.place import Place
 from pretrain.prepare import Prepared, instantiate, model_spec, prepare, total_steps
 from pretrain.run_folder import begin, check_task, claim, start_over
+from pretrain.safe_files import open_new
 from pretrain.split import Split
 from pretrain.telemetry.run_file import mark_failed
 from pretrain.watchdog import Watchdog
@@ -231,7 +232,7 @@ def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     )
     if (aside := keep_aside(folder / "samples.jsonl")) is not None:
         notice(f"the earlier samples are kept as {aside}")
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+    with open_new(folder / "samples.jsonl", mode="w", encoding="utf-8") as file:
         for prompt, text in zip(prompts, texts, strict=True):
             file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
             print(f"─── {prompt!r}\n{prompt}{text}")
