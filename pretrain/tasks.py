@@ -245,7 +245,7 @@ def export(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
 
     folder = claim(resolved["output_dir"], foreign=True).path
     if found_in(folder, ("model",)):
-        raise UserError(f"output_dir={folder} holds a model already, {folder / 'model'}; choose another for the export")
+        raise UserError(f"output_dir={folder} holds a model already; choose another output_dir for the export")
     shard_size = instantiate(resolved["checkpoint"]).export_shard_size
     path = export_folder(model_spec(resolved), folder / "model", shard_size=shard_size)
     files = [f.stat().st_size for f in path.glob("*.safetensors")]
