@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from pretrain.data.units import ReadOptions, SourceFile
+from pretrain.data.units import ReadOptions, SourceFile, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Source(ABC):
     @property
     def domain(self) -> str:
         """The name of this dataset in metrics and messages."""
-        return self.name or self.default_name()
+        return self.name or printable(self.default_name())
 
     def options(self) -> ReadOptions:
         return ReadOptions(self.text_column, self.errors, self.max_document_chars)

@@ -27,7 +27,7 @@ def in_folder(folder: str, pattern: str) -> list[str]:
     visible = sorted(name for name in found if not _hidden(os.path.relpath(name, folder)))
     away = [name for name in visible if os.path.islink(name) and not _below(os.path.realpath(name), folder)]
     if away:
-        _say_once(
+        say_once(
             f"{folder}: {len(away)} of its files are links out of the folder, such as {away[0]} → {os.path.realpath(away[0])}"
         )
     return visible
@@ -75,7 +75,7 @@ def _folders(root: str, *, follow: bool) -> Iterator[str]:
         return False
 
     def unreadable(error: OSError) -> None:
-        _say_once(f"{error.filename}: not read ({error.strerror})")
+        say_once(f"{error.filename}: not read ({error.strerror})")
 
     for path, names, _ in os.walk(root, followlinks=follow, onerror=unreadable):
         names[:] = [name for name in sorted(names) if not name.startswith(".") and is_new(os.path.join(path, name))]
@@ -85,7 +85,7 @@ def _folders(root: str, *, follow: bool) -> Iterator[str]:
         (links, "links to folders, which a glob such as 'd/**/*' follows"),
     ):
         if found:
-            _say_once(f"{root}: not read in it: {len(found)} {what}, such as {found[0]}")
+            say_once(f"{root}: not read in it: {len(found)} {what}, such as {found[0]}")
 
 
 def _is_ours(path: str) -> bool:
@@ -108,5 +108,5 @@ def _hidden(relative: str) -> bool:
 
 
 @cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
     notice(message)
