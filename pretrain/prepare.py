@@ -19,6 +19,7 @@ from pretrain.split import Split
 if TYPE_CHECKING:
     from pretrain.data.sources.base import Source
     from pretrain.data.store import TokenStore, TokenView
+    from pretrain.remains import Remains
 
 
 def instantiate(node: dict[str, Any]) -> Any:
@@ -39,10 +40,32 @@ def model_spec(resolved: dict[str, Any]) -> Any:
     return replace(spec, name_or_path=folder, tokenizer_name=tokenizer)
 
 
+def _checked_model(resolved: dict[str, Any]) -> tuple[Any, Remains | None]:
+    """The model that the config names, checked; where it is gone, that of the checkpoint from which the run continues.
+
+    Raises ``UserError`` where neither can be used.
+    """
+    from pretrain.remains import remains_of
+
+    length = resolved["sequence_length"]
+    try:
+        model = model_spec(resolved)
+        model.check(length)
+        return model, None
+    except UserError:
+        found = remains_of(resolved)
+        if found is None:
+            raise
+    model = found.in_place_of(instantiate(resolved["model"]))
+    model.check(length)
+    return model, found
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What exists before the first process trains. ``domains``: name, role and held-out documents of each domain.
-    ``global_batch``: sequences of all devices and micro-batches in one step."""
+    ``global_batch``: sequences of all devices and micro-batches in one step. ``base_gone``: what to say of a run whose base
+    model is no longer there."""
 
     model: Any
     tokenizer: Any
@@ -50,6 +73,7 @@ class Prepared:
     domains: list[tuple[str, str, TokenView]]
     identity: dict[str, Any]
     global_batch: int
+    base_gone: str | None = None
 
 
 def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
@@ -61,8 +85,7 @@ def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
     from pretrain.data.tokenize import prepare as tokenize
     from pretrain.data.tokenize import training_texts
 
-    model = model_spec(resolved)
-    model.check(resolved["sequence_length"])
+    model, gone = _checked_model(resolved)
     source = instantiate(resolved["dataset"])
     tokenizer = model.tokenizer(partial(training_texts, source))
     if tokenizer.eos_token_id is None:
@@ -78,7 +101,7 @@ def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
             domains.append((base.domain, "base", views(encode(base), base)[1]))
     global_batch = Split.asked(resolved).total * devices
     identity = {
-        "model": model.identity(),
+        "model": gone.identity if gone else model.identity(),
         "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json.encode()),
         "data": xxhash.xxh3_64_hexdigest(
             repr([[part.path.name for part in store.parts], view_options(source), source.document_mask]).encode()
@@ -89,7 +112,7 @@ def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
         "weights": instantiate(resolved["precision"]).weights,
         "optimizer": [resolved["optimizer"].get(key) for key in ("_target_", "compensate")],
     }
-    return Prepared(model, tokenizer, train, domains, identity, global_batch)
+    return Prepared(model, tokenizer, train, domains, identity, global_batch, base_gone=gone.notice if gone else None)
 
 
 def view_options(source: Source) -> dict[str, Any]:

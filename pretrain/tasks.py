@@ -63,6 +63,8 @@ def pretraining(
         if start is None:
             leave()
             return 0
+        if prepared.base_gone:
+            notice(prepared.base_gone)
         watchdog = guarded_by(resolved, folder / "logs" / f"rank-{place.rank}.log", on_hang, claims)
         with memory_explained(resolved, world, setting):
             trainer = build.build_trainer(

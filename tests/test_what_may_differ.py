@@ -37,7 +37,7 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(uninterrupted, base_ar
         ("seed=1", "seed: 0 → 1"),
         ("dataset.held_out=0.2", "dataset.held_out: 0.05 → 0.2"),
         ("dataset.nameOrPath={other}", "dataset.nameOrPath: "),
-        ("model_name={model}", "model_name: "),
+        ("model_name={model}", "model_name: "),  # of other weights
     ],
 )
 def test_another_run_is_not_continued(
@@ -47,6 +47,7 @@ def test_another_run_is_not_continued(
     shutil.copytree(uninterrupted, run)
     model = tmp_path / "copy"
     shutil.copytree(tiny_model, model)
+    (model / "config.json").write_text((model / "config.json").read_text() + "\n")
     change = change.format(other=other_corpus, model=model)
     code, _, err = command([*base_arguments, f"output_dir={run}", change, "max_steps=40"])
     assert code == 2
