@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from pretrain.errors import UserError
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.yaml_file import read_yaml
 
 RUN_ID = ".run_id"  # of the command whose processes have last claimed the folder
 RESULTS = (  # what took time to make
@@ -122,10 +119,7 @@ def keep_aside(file: Path) -> Path | None:
 def read_config(folder: Path) -> dict[Any, Any]:
     """config.yaml of a run or a checkpoint. Raises ``UserError`` when it is no YAML mapping of plain values."""
     file = folder / "config.yaml"
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(file))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise UserError(f"{file} can't be read: {' '.join(str(error).split())}") from None
+    config = read_yaml(file)
     if not isinstance(config, dict):
         raise UserError(f"{file} can't be read: not a mapping of keys to values")
     return config

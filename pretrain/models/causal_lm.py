@@ -6,6 +6,7 @@ asked for, and pickled weights are never read.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,9 @@ from pydantic import Field
 
 from pretrain.console import notice
 from pretrain.errors import UserError, did_you_mean
-from pretrain.models import files
+from pretrain.models import files, model_config
+from pretrain.models.model_config import first_line
+from pretrain.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +33,7 @@ OLD_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}  # transformers 
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalLM:
+class CausalLM(ABC):
     """What both kinds share. ``tokenizer_name``: a folder or Hub id, if not the model's own. ``revision``: of a Hub id.
     ``save_dtype``: type of the weights in the final folder (``None``: as they were trained)."""
 
@@ -42,6 +45,10 @@ class CausalLM:
     compile: bool = False
     trust_remote_code: bool = False
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @abstractmethod
+    def check(self, sequence_length: int) -> None:
+        """Raises ``UserError`` for a model that can't be had, or a sequence it has no positions for."""
 
     def folder(self) -> Path:
         return files.model_folder(self.name_or_path, revision=self.revision, code=self.trust_remote_code)
@@ -75,7 +82,7 @@ class CausalLM:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=self.trust_remote_code)
         except Exception as error:  # transformers raises whatever the broken file made it raise
-            raise UserError(f"{folder}: no usable tokenizer: {_first_line(error)}") from None
+            raise UserError(f"{folder}: no usable tokenizer: {first_line(error)}") from None
         if not tokenizer.is_fast:
             raise UserError(f"{folder}: no fast tokenizer (tokenizer.json)")
         largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -90,33 +97,41 @@ class CausalLM:
         given |= {"trust_remote_code": self.trust_remote_code}
         try:
             return make(attn_implementation=self.attention, **given)
-        except (ValueError, ImportError) as error:
+        except Exception as error:  # whatever a foreign config's values make of its architecture
             if self.attention == "sdpa" and "scaled_dot_product_attention" in str(error):
                 notice(f"model.attention=sdpa: {self.name_or_path} has no such attention; it runs with eager")
                 return make(attn_implementation="eager", **given)
-            raise UserError(f"model_name={self.name_or_path}: can't be built: {_first_line(error)}") from None
+            if is_out_of_memory(error) or isinstance(error, UserError):
+                raise
+            raise UserError(f"model_name={self.name_or_path}: can't be built: {first_line(error)}") from None
 
     def hf_config(self) -> Any:
-        """The transformers config object. Raises ``UserError`` when it can't be read."""
+        """The transformers config object. Raises ``UserError`` when it can't be read, or is of quantized weights."""
         from transformers import AutoConfig
 
+        config, folder = self.config(), self.folder()
+        model_config.check_unquantized(config, self.name_or_path)
+        model_config.check_sizes(config, self.name_or_path)
         try:
-            return AutoConfig.from_pretrained(str(self.folder()), trust_remote_code=self.trust_remote_code)
+            if "auto_map" in config and self.trust_remote_code:
+                return AutoConfig.from_pretrained(str(folder), trust_remote_code=True)
+            return model_config.config_object(config, folder)
         except Exception as error:  # whatever its validation raises
-            raise UserError(f"model_name={self.name_or_path}: config.json: {_first_line(error)}") from None
+            raise UserError(f"model_name={self.name_or_path}: {folder / 'config.json'}: {first_line(error)}") from None
 
     def outline(self, *, param_dtype: torch.dtype) -> LanguageModel:
         """The model in training mode with its parameters on the meta device and its buffers on the CPU."""
         from transformers import AutoModelForCausalLM
 
-        from pretrain.models.meta import cast_parameters, parameters_on_meta
+        from pretrain.models.dtypes import keep_fp32
+        from pretrain.models.meta import parameters_on_meta
 
         def make(**given: Any) -> Any:
             with parameters_on_meta():
                 return AutoModelForCausalLM.from_config(self.hf_config(), dtype=param_dtype, **given)
 
         hf = self.load(make)
-        cast_parameters(hf, param_dtype)
+        keep_fp32(hf, param_dtype)
         return self.finish(hf, None)
 
     def finish(self, hf: Any, device: torch.device | None) -> LanguageModel:
@@ -141,8 +156,9 @@ class Pretrained(CausalLM):
         config = files.read_config(folder, self.name_or_path)
         files.check_positions(config, sequence_length, self.name_or_path)
         files.check_weights(folder, self.name_or_path)
+        model_config.read_generation_config(folder, self.name_or_path)
         files.check_vocabulary(config, files.vocabulary_size(self.tokenizer_folder()), self.name_or_path)
-        self.config()
+        self.hf_config()
 
     def identity(self) -> str:
         """Changes with config and weights; where they lie, and how that was typed, is no part of it."""
@@ -162,19 +178,20 @@ class Pretrained(CausalLM):
 
     def _adopt_generation_config(self, hf: Any) -> None:
         """What ``from_pretrained`` does for a model that it reads from its folder."""
-        from transformers import GenerationConfig
-
-        if (self.folder() / "generation_config.json").exists():
-            hf.generation_config = GenerationConfig.from_pretrained(str(self.folder()))
+        found = model_config.generation_config(self.folder(), self.name_or_path)
+        if found is not None:
+            hf.generation_config = found
 
     def _reader(self, param_dtype: torch.dtype) -> Callable[..., Any]:
         """``from_pretrained`` of the folder; where weights lie in pieces of rows, which it can't read, of themselves."""
         from transformers import AutoModelForCausalLM
 
         if not any(self.folder().glob(files.PIECES)):
-            return partial(AutoModelForCausalLM.from_pretrained, str(self.folder()))
-        architecture, found = type(self.outline(param_dtype=param_dtype).hf), self.weights()
-        weights = {name: found.read(name) for name in sorted(found.keys())}
+            found = model_config.generation_config(self.folder(), self.name_or_path)
+            given = {"config": self.hf_config(), "generation_config": found}
+            return partial(AutoModelForCausalLM.from_pretrained, str(self.folder()), **given)
+        architecture, pieces = type(self.outline(param_dtype=param_dtype).hf), self.weights()
+        weights = {name: pieces.read(name) for name in sorted(pieces.keys())}
         return partial(architecture.from_pretrained, None, config=self.hf_config(), state_dict=weights)
 
     def build(self, *, param_dtype: torch.dtype, device: torch.device, seed: int) -> LanguageModel:
@@ -247,9 +264,10 @@ class Scratch(CausalLM):
         try:
             if not _is_known(config["model_type"]):
                 return AutoConfig.from_pretrained(str(self.folder()), trust_remote_code=True, **self.overrides)
-            return AutoConfig.for_model(**config)
+            config.pop("quantization_config", None)  # of weights that are not used
+            return AutoConfig.for_model(**model_config.without_kernels(config))
         except Exception as error:  # whatever its validation raises
-            raise UserError(f"model.overrides: {_first_line(error)}") from None
+            raise UserError(f"model.overrides: {first_line(error)}") from None
 
     def tokenizer(self, texts: Texts | None) -> Any:
         if self.train_tokenizer is None:
@@ -265,7 +283,7 @@ class Scratch(CausalLM):
         import torch
         from transformers import AutoModelForCausalLM
 
-        from pretrain.models.meta import cast_parameters
+        from pretrain.models.dtypes import cast
 
         def make(**given: Any) -> Any:
             with torch.random.fork_rng(devices=[]):
@@ -273,7 +291,7 @@ class Scratch(CausalLM):
                 return AutoModelForCausalLM.from_config(self.hf_config(), dtype=torch.float32, **given)
 
         hf = self.load(make)
-        cast_parameters(hf, param_dtype)
+        cast(hf, param_dtype)
         hf.config.dtype = param_dtype
         return self.finish(hf, device)
 
@@ -290,7 +308,3 @@ def _default_config(model_type: str) -> list[str]:
 
     config = AutoConfig.for_model(model_type)
     return [*config.to_dict(), *config.attribute_map]
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pretrain.models.dtypes import dtypes_in
 from pretrain.tensors import Piece, write
 
 if TYPE_CHECKING:
@@ -22,23 +24,32 @@ Sizes = dict[str, int]  # weight → bytes
 
 
 def own_share(
-    weights: Iterable[tuple[str, Tensor]], *, dtype: str | None, world: World, sharded: bool
+    weights: Iterable[tuple[str, Tensor]], *, dtypes: Mapping[str, torch.dtype], world: World, sharded: bool
 ) -> dict[str, Tensor]:
-    """The weights that this rank will write, whole, on the host, in ``dtype`` (``None``: their own).
+    """The weights that this rank will write, whole, on the host, each in its type of ``dtypes`` (not there: its own).
 
     ``sharded``: every rank takes its part of the names, so that none ever holds the model; else rank 0 takes all.
     """
-    target: torch.dtype | None = getattr(torch, dtype) if dtype else None
     own = {}
     for number, (name, tensor) in enumerate(weights):
         if world.rank == (number % world.size if sharded else 0):
-            own[name] = tensor.to("cpu", target if tensor.is_floating_point() else None)
+            own[name] = tensor.to("cpu", dtypes.get(name) if tensor.is_floating_point() else None)
     return own
 
 
+def dtypes_for(hf: Any, save_dtype: str | None) -> dict[str, torch.dtype]:
+    """What each weight of ``hf`` is saved in for ``model.save_dtype``: what transformers keeps in fp32 stays in it. Empty:
+    each in its own."""
+    return dtypes_in(hf, getattr(torch, save_dtype)) if save_dtype else {}
+
+
 def dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype | None:
-    """The type of the first weight that is no count; ``None`` when there is none."""
-    return next((t.dtype for t in weights.values() if t.is_floating_point()), None)
+    """The type of most numbers that are no counts; ``None`` when there are none."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in weights.values():
+        sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+    found = sizes.most_common(1)
+    return found[0][0] if found and found[0][1] else None
 
 
 def save_whole(hf: Any, own: dict[str, Tensor], folder: Path, *, shard_size: str) -> list[Path]:

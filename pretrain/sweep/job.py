@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.console import notice
+from pretrain.quoting import unquoted
 from pretrain.safe_files import open_file, own_folder
 from pretrain.telemetry.run_file import write_json
 
@@ -56,7 +57,7 @@ class Job:
     def folder(self) -> Path:
         """The run's: its own one, unless the command line says ``output_dir``."""
         said = [o.partition("=")[2] for o in self.overrides if o.startswith("output_dir=")]
-        return Path(said[-1].strip("'\"")) if said else self.sweep / self.name
+        return Path(os.path.expanduser(unquoted(said[-1]))) if said else self.sweep / self.name
 
     @property
     def words(self) -> list[str]:

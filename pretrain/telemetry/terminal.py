@@ -10,6 +10,7 @@ from pretrain.telemetry import tables
 from pretrain.telemetry.jsonl import records_until
 from pretrain.telemetry.numbers import number
 from pretrain.telemetry.record import Record
+from pretrain.telemetry.sink import Sink
 from pretrain.telemetry.tally import Tally
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 
-class Terminal:
+class Terminal(Sink):
     """Writes to stdout; without escape codes where that is no terminal, without colours where NO_COLOR is set. The table
     at the end compares each domain before this run with after it.
 

@@ -45,7 +45,8 @@ def build(spec: Pretrained | Scratch, dtype: torch.dtype = torch.float32, seed: 
 
 def save(spec: Pretrained | Scratch, model: LanguageModel, folder: Path) -> None:
     alone = World(0, 1, CPU)
-    own = export.own_share(model.hf_state().items(), dtype=spec.save_dtype, world=alone, sharded=False)
+    dtypes = export.dtypes_for(model.hf, spec.save_dtype)
+    own = export.own_share(model.hf_state().items(), dtypes=dtypes, world=alone, sharded=False)
     beside = export.beside(model.hf, spec.tokenizer(lambda: iter(TEXTS)), dtype=export.dtype_of(own))
     export.save_whole(model.hf, own, folder, shard_size="5GB")
     export.write_beside(beside, folder)
