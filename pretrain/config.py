@@ -20,6 +20,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAd
 from pydantic.errors import PydanticSchemaGenerationError
 
 from pretrain.errors import UserError, did_you_mean
+from pretrain.optim.learning_rate import with_lr
 from pretrain.redact import held, redact, secrets
 from pretrain.shipped import conf_dir
 from pretrain.trust import PARTS, SCHEDULES, locate, trusts
@@ -73,7 +74,7 @@ class Root:
     gradient_accumulation_steps: PositiveInt
     number_epochs: Annotated[float, Field(gt=0, le=1_000_000)]
     max_steps: PositiveInt | None
-    lr: Annotated[PositiveFloat, Finite]
+    lr: Annotated[PositiveFloat, Finite] | Literal["auto"]
     warmup_proportion: Annotated[float, Field(ge=0, le=1)]
     weight_decay: Annotated[NonNegativeFloat, Finite]
     beta1: Beta
@@ -97,13 +98,14 @@ def check(config: dict[str, Any], *, here: bool = True) -> Root:
 
     Raises ``UserError`` naming the key, its value and what is allowed.
     """
-    root_keys = {field.name for field in fields(Root)}
+    root_keys, given = {field.name for field in fields(Root)}, config
     for key in config:
         if key not in root_keys and key not in GROUPS:
             raise UserError(f"unknown key {key!r}{known_as(key, root_keys | set(GROUPS))}")
     for key, hint in get_type_hints(Root, include_extras=True).items():
         check_value(key, config.get(key), hint)
     check_leaves(config)
+    config = with_lr(config, 1e-3)  # any number will do for the check of what follows it
     for group in GROUPS:
         node = config.get(group) or {}
         if group != "sink":
@@ -117,7 +119,7 @@ def check(config: dict[str, Any], *, here: bool = True) -> Root:
             check_part(f"sink.{name}", sink, PARTS[group], config["allow_targets"])
     if here:
         check_here(config)
-    return Root(**{key: config[key] for key in root_keys})
+    return Root(**{key: given[key] for key in root_keys})
 
 
 def known_as(key: str, known: set[str]) -> str:

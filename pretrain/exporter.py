@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Exporter:
     """``run``: the run's folder · ``when``, ``shard_size``: see ``checkpoint.policy`` · ``save_dtype``: type of the exported
-    weights (``None``: as they were trained) · ``card``: the model card of a moment.
+    weights (``None``: as they were trained) · ``card``: the model card of a moment · ``separator``: the token that ends
+    documents.
 
     Every rank calls every method: weights may lie on all of them.
     """
@@ -43,6 +44,7 @@ class Exporter:
     shard_size: str
     save_dtype: str | None
     card: Callable[[Progress], str]
+    separator: int | None = None
 
     def checkpoint_files(self, progress: Progress) -> dict[str, bytes]:
         """What a checkpoint holds beside its state, by name, so that it is a model by itself."""
@@ -50,7 +52,7 @@ class Exporter:
 
     @cached_property
     def _beside(self) -> dict[str, bytes]:
-        return export.beside(self.engine.model.hf, self.tokenizer, dtype=None)
+        return export.beside(self.engine.model.hf, self.tokenizer, dtype=None, separator=self.separator)
 
     def _card(self, progress: Progress) -> dict[str, bytes]:
         return {"README.md": self.card(progress).encode()}
@@ -95,7 +97,7 @@ class Exporter:
             elif world.is_main:
                 written = export.save_whole(engine.model.hf, own, fresh, shard_size=self.shard_size)
             if world.is_main:
-                files = export.beside(engine.model.hf, self.tokenizer, dtype=dtype)
+                files = export.beside(engine.model.hf, self.tokenizer, dtype=dtype, separator=self.separator)
                 written += export.write_beside(files | self._card(progress), fresh)
             return written
 

@@ -62,19 +62,26 @@ def composing(conf: Path, config_dir: str | None) -> Iterator[Hydra]:
         GlobalHydra.instance().clear()
 
 
-def compose_config(
-    hydra: Hydra, words: list[str], mode: RunMode, *, validate_sweep_overrides: bool = True
-) -> DictConfig:
-    """What conf/config.yaml and ``words`` come to. To compose executes nothing, so what Hydra or OmegaConf stumbles over is a
-    mistake in a word or in a file. Raises ``UserError``, ``HydraException`` or ``OmegaConfBaseException``."""
+@contextmanager
+def plain_mistakes() -> Iterator[None]:
+    """To compose executes nothing, so whatever Hydra or OmegaConf stumbles over is a mistake in a word or in a file. Raises
+    ``UserError``, ``HydraException`` or ``OmegaConfBaseException`` for any exception."""
     try:
-        return hydra.compose_config("config", words, mode, validate_sweep_overrides=validate_sweep_overrides)
+        yield
     except (UserError, HydraException, OmegaConfBaseException):
         raise
     except RecursionError:
         raise UserError("nested too deeply for a config") from None
     except Exception as error:  # of its words for a group override that makes no sense, ValueError is one of many
         raise UserError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def compose_config(
+    hydra: Hydra, words: list[str], mode: RunMode, *, validate_sweep_overrides: bool = True
+) -> DictConfig:
+    """What conf/config.yaml and ``words`` come to. Raises as `plain_mistakes` says."""
+    with plain_mistakes():
+        return hydra.compose_config("config", words, mode, validate_sweep_overrides=validate_sweep_overrides)
 
 
 def options_of(hydra: Hydra, group: str) -> list[str]:

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from pretrain.errors import UserError
-from pretrain.hydra_configs import compose_config, composing, options_of
+from pretrain.hydra_configs import compose_config, composing, options_of, plain_mistakes
 from pretrain.redact import held, secrets
 from pretrain.trust import COMMAND_LINE_ONLY
 
@@ -147,7 +147,9 @@ def _sweeps(overrides: list[str], hydra: Hydra) -> tuple[list[str], list[list[st
     """The overrides that are the same in every job, and of every group that is swept the choices; swept keys left out."""
     fixed: list[str] = []
     swept: list[list[str]] = []
-    for o in OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(overrides):
+    with plain_mistakes():
+        parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(overrides)
+    for o in parsed:
         if not o.is_sweep_override():
             fixed.append(str(o.input_line))
         elif o.is_discrete_sweep() and hydra.config_loader.get_group_options(o.key_or_group):

@@ -18,6 +18,7 @@ RESULTS = (  # what took time to make
 )
 SETTINGS = ("config.yaml", "data.json", ".hydra/config.yaml", ".hydra/overrides.yaml")
 MOST_NAMED = 4
+LATER = ("dataset.bos", "dataset.separator")  # keys that the configs of earlier runs lack
 
 
 def found_in(folder: Path, names: tuple[str, ...] = RESULTS) -> list[str]:
@@ -125,3 +126,14 @@ def read_config(folder: Path) -> dict[Any, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{file} can't be read: not a mapping of keys to values")
     return config
+
+
+def with_later_keys(old: dict[Any, Any], new: dict[str, Any]) -> dict[Any, Any]:
+    """The config of a run begun before there were ``LATER`` keys, with the values of ``new`` for those that it lacks: what
+    they do to the run is in its identity."""
+    for path in LATER:
+        group, _, key = path.partition(".")
+        node = old.get(group)
+        if isinstance(node, dict) and key not in node and key in new[group]:
+            old = old | {group: node | {key: new[group][key]}}
+    return old

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,8 @@ from pretrain.leftovers import (
     read_config,
     task_of,
 )
+from pretrain.lr_of_run import chosen_lr, say_lr, say_lr_change
+from pretrain.optim.learning_rate import with_lr
 from pretrain.place import Place
 from pretrain.replace import replace_file
 from pretrain.safe_files import open_file, own_folder
@@ -63,10 +65,11 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: from which checkpoint, and its config.yaml."""
+    """How a run begins: from which checkpoint, its config.yaml, and the peak learning rate."""
 
     resume_from: Path | None
     config_yaml: str
+    lr: float
 
 
 def begin(
@@ -76,13 +79,14 @@ def begin(
     steps: int,
     *,
     model_config: dict[str, Any],
+    lr_by_size: Callable[[], float],
     files: Files,
     place: Place,
     store: Store,
     claims: ExitStack,
 ) -> Start | None:
     """Claim output_dir until ``claims`` ends, and decide what to continue in it; ``None``: it holds this very run,
-    finished.
+    finished. ``lr_by_size``: the peak learning rate of a new run with ``lr=auto``.
 
     Raises ``UserError`` when the folder can't be had, or holds a run that this one can't continue. After a restart of
     the workers ``resume=never`` and a named checkpoint have done their work: the run's own newest checkpoint counts.
@@ -94,9 +98,11 @@ def begin(
     mode = "auto" if again and resolved["resume"] == "never" else resolved["resume"]
     continues = mode in ("auto", "never") or _continues(folder, mode)
     resume_from = resume_point(folder, store, mode)
+    asked, resolved = resolved["lr"], with_lr(resolved, chosen_lr(resolved, resume_from, lr_by_size))
     if resume_from is not None:
         changed_files = differing(recall(folder.path / DATA), files)
         check_same_run(resume_from, identity, resolved, model_config=model_config, files=changed_files)
+        check_not_beyond(resume_from, resolved, steps)
         if finished(folder.path, resume_from, resolved, steps):
             return None
     elif not _may_begin(folder.path, resolved, steps):
@@ -108,10 +114,13 @@ def begin(
     elif resume_from is not None:
         own = resume_from.resolve().parent == store.folder.resolve()
         store.set_aside_after(step_of(resume_from) if own else -1)  # from elsewhere: all here is another branch
+    if resume_from is not None:
+        say_lr_change(resume_from, resolved, steps)
+    say_lr(asked, resolved["lr"], continued=resume_from is not None)
     with _writing(folder.path):
         replace_file(folder.path / RUN_ID, place.run_id)
         remember(folder.path / DATA, files)
-    return Start(resume_from, folder.write_config(resolved, overrides))
+    return Start(resume_from, folder.write_config(resolved, overrides), resolved["lr"])
 
 
 def check_task(folder: Path, task: str) -> None:
@@ -299,3 +308,15 @@ def recorded_batch_size(checkpoint: Path | None, *, device: str) -> int | None:
     same last bits."""
     facts = read_run_file(checkpoint.parents[1]) if checkpoint is not None else {}
     return facts.get("batch_size") if facts.get("device") == device else None
+
+
+def check_not_beyond(checkpoint: Path, resolved: dict[str, Any], steps: int) -> None:
+    """Raises ``UserError`` when ``checkpoint`` was made at a later step than the last one of this run, ``steps``."""
+    reached = step_of(checkpoint)
+    if reached > steps:
+        key = "max_steps" if resolved["max_steps"] else "number_epochs"
+        came = "" if resolved["max_steps"] else f" ({steps} steps)"
+        raise UserError(
+            f"{key}={resolved[key]}{came}: {checkpoint} is at step {reached} already. Choose at least {reached} steps, an "
+            "earlier checkpoint (resume=<run>/checkpoints/step-…), another output_dir, or resume=never to start over"
+        )

@@ -8,7 +8,7 @@ from typing import Any
 
 from pretrain.checkpoint.schema import read_state
 from pretrain.errors import UserError
-from pretrain.leftovers import read_config
+from pretrain.leftovers import LATER, read_config, with_later_keys
 from pretrain.strict_json import read_json
 
 FIXED = {  # part of a run's identity → the config keys it follows from
@@ -38,16 +38,21 @@ def check_same_run(
     data, sequence length, global batch or seed; such a run can't be continued exactly. ``model_config``: the model's
     config.json of now; ``files``: which ones of the data are others now."""
     before = read_state(checkpoint)["identity"]
-    changed = [p for p in FIXED if not is_same(before.get(p), identity[p]) and p not in resolved["resume_allow"]]
+    changed = [p for p in FIXED if before.get(p) != identity[p] and p not in resolved["resume_allow"]]
     if not changed:
         return
-    old = read_config(checkpoint)
+    earlier = read_config(checkpoint)
+    old = with_later_keys(earlier, resolved)
     reasons = []
     for part in changed:
         keys = [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] in FIXED[part]]
         why = " (the files changed since the run began)" if part in ("model", "tokenizer", "data") else ""
         if part == "data" and files:
             keys.append(f"the data is not what the run began with: {files}")
+        if part == "data" and not keys and old != earlier:
+            keys.append(
+                f"{'; '.join(LATER)}: the run began without BOS before documents; {LATER[0]}=false continues it"
+            )
         reasons += keys or [f"{part}: {before.get(part)} → {identity[part]}{why}"]
         if part == "model":
             reasons += other_shape(checkpoint, model_config)
@@ -85,14 +90,11 @@ def check_finished_run(old: dict[Any, Any], resolved: dict[str, Any]) -> None:
         )
 
 
-def is_same(before: Any, now: Any) -> bool:
-    """Whether a part of a run's identity is the same. That of a model had its name in front, in earlier checkpoints."""
-    return before == now or (isinstance(before, str) and before.rpartition(" ")[2] == now)
-
-
 def changed_settings(old: dict[Any, Any], resolved: dict[str, Any], *, same_content: bool = False) -> list[str]:
     """The settings of a run that are others now, but for those that may differ in one that is over. Where the model and the
     data lie is none of them: ``same_content``, if it is known to be the same, wherever it lies; else of the same place."""
+
+    old = with_later_keys(old, resolved)
 
     def without_places(config: dict[Any, Any]) -> dict[Any, Any]:
         return {key: _at_its_place(key, value, same_content) for key, value in config.items() if key not in FREE}

@@ -2,11 +2,11 @@
 fresh process.
 
     python scripts/bench_data.py [--text FILE --tokenizer FOLDER] [--rounds 5]
-    python scripts/bench_data.py --formats 20 200 [--rounds 5]
+    python scripts/bench_data.py --formats 20 200 [--reading-alone] [--rounds 5]
 
-The second form puts the formats beside plain text, with so many MB of the same documents in each. Without ``--text`` the
-text is the source code of this Python's standard library, without ``--tokenizer`` a BPE of 4,096 tokens is trained on it
-first. Prints a Markdown table.
+The second form puts the formats beside plain text, with so many MB of the same documents in each, tokenized and only read.
+Without ``--text`` the text is the source code of this Python's standard library, without ``--tokenizer`` a BPE of 4,096
+tokens is trained on it first. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -224,39 +224,37 @@ FORMATS = {
 }
 
 
-def report_formats(folder: Path, text: str, tokenizer: Path, megabytes: list[int], rounds: int) -> None:
-    """The same documents in each format: tokenized in one process, and only read."""
+def report_formats(
+    folder: Path, text: str, tokenizer: Path, megabytes: list[int], rounds: int, measures: list[str]
+) -> None:
+    """The same documents in each format: tokenized in one process (``ours``), and only read."""
+    bench = Bench(folder, tokenizer, workers=1)
+    print("| measure | MB of text | format | MB/s | time × text | processor time × text |\n|---|---|---|---|---|---|")
+    for size in megabytes:
+        source, corpora = in_formats(text, folder, size)
+        real = sum(path.stat().st_size for path in source.iterdir()) / 1e6
+        for measure in measures:
+            runs = [{name: bench.run(measure, corpus) for name, corpus in corpora.items()} for _ in range(rounds)]
+            medians = {
+                name: [statistics.median(run[name][what] for run in runs) for what in ("seconds", "processor_seconds")]
+                for name in FORMATS
+            }
+            for name, times in medians.items():
+                ratios = " | ".join(f"{own / plain:.2f}" for own, plain in zip(times, medians["text"], strict=True))
+                print(f"| {measure} | {real:.0f} | {name} | {real / times[0]:.1f} | {ratios} |", flush=True)
+
+
+def in_formats(text: str, folder: Path, megabytes: int) -> tuple[Path, dict[str, Path]]:
+    """(the text, format → a folder with the same documents)."""
     from pretrain.data.sections import sections
 
-    bench = Bench(folder, tokenizer, workers=1)
-    print("| format | MB of text | tokenizing, MB/s | × text | processor time × text | reading alone, MB/s | × text |")
-    print("|---|---|---|---|---|---|---|")
-    for size in megabytes:
-        source = copies(text, folder / f"source{size}", size * 1_000_000)
-        corpora = {name: folder / f"{name}{size}" for name in FORMATS}
-        for name, corpus in corpora.items():
-            corpus.mkdir()
-            for path in sorted(source.iterdir()):
-                FORMATS[name](corpus / path.stem, list(sections(path.read_text(), 20_000)))
-        real = sum(path.stat().st_size for path in source.iterdir()) / 1e6
-        found: dict[str, dict[str, float]] = {}
-        measured = {name: {measure: [] for measure in ("ours", "reading_alone")} for name in FORMATS}
-        for _ in range(rounds):
-            for name, corpus in corpora.items():
-                for measure, runs in measured[name].items():
-                    runs.append(bench.run(measure, corpus))
-        for name, measures in measured.items():
-            found[name] = {
-                f"{measure} {what}": statistics.median(run[what] for run in runs)
-                for measure, runs in measures.items()
-                for what in ("seconds", "processor_seconds")
-            }
-            own, plain = found[name], found["text"]
-            cells = [name, f"{real:.0f}", f"{real / own['ours seconds']:.1f}"]
-            cells += [f"{own[key] / plain[key]:.2f}" for key in ("ours seconds", "ours processor_seconds")]
-            cells += [f"{real / own['reading_alone seconds']:.0f}"]
-            cells += [f"{own['reading_alone processor_seconds'] / plain['reading_alone processor_seconds']:.2f}"]
-            print("| " + " | ".join(cells) + " |", flush=True)
+    source = copies(text, folder / f"source{megabytes}", megabytes * 1_000_000)
+    corpora = {name: folder / f"{name}{megabytes}" for name in FORMATS}
+    for name, corpus in corpora.items():
+        corpus.mkdir()
+        for path in sorted(source.iterdir()):
+            FORMATS[name](corpus / path.stem, list(sections(path.read_text(), 20_000)))
+    return source, corpora
 
 
 def main() -> None:
@@ -265,6 +263,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--formats", type=int, nargs="+", metavar="MB")
+    parser.add_argument("--reading-alone", action="store_true", help="of the formats: without tokenizing")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -276,7 +275,8 @@ def main() -> None:
         own = arguments.tokenizer
         tokenizer = own / "tokenizer.json" if own else train_tokenizer(text, Path(folder))
         if arguments.formats:
-            report_formats(Path(folder), text, tokenizer, arguments.formats, arguments.rounds)
+            measures = ["reading_alone"] if arguments.reading_alone else ["ours", "reading_alone"]
+            report_formats(Path(folder), text, tokenizer, arguments.formats, arguments.rounds, measures)
         else:
             report(Path(folder), text, tokenizer, arguments.rounds)
 

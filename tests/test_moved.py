@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from pretrain.same_run import is_same
+from tests.damage import as_format_3, edit_state
 from tests.test_cli import assert_mistake
 
 
@@ -90,11 +90,14 @@ def test_a_model_that_is_gone_begins_no_other_run(model, begun, command, tmp_pat
     assert_mistake(command(["task=evaluation", f"model_name={model}", *begun]), gone)
 
 
-def test_the_identity_of_earlier_checkpoints_is_known():
-    """They have the name in front of the content."""
-    assert is_same("models/m@None 0123456789abcdef", "0123456789abcdef")
-    assert not is_same("models/m@None 0123456789abcdef", "fedcba9876543210")
-    assert not is_same(None, "0123456789abcdef")
+def test_the_identity_of_earlier_checkpoints_is_known(model, begun, command, tmp_path):
+    """They are of format 3, and have the name in front of the content."""
+    newest = tmp_path / "run/checkpoints/step-00000010"
+    edit_state(lambda s: s["identity"].update(model=f"models/m@None {s['identity']['model']}"))(newest)
+    as_format_3(newest)
+    code, out, err = command([f"model_name={model}", *begun, "max_steps=12"])
+    assert code == 0, err
+    assert "continues at step 10 of 12" in out
 
 
 @pytest.mark.slow

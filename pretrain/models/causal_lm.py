@@ -6,6 +6,7 @@ asked for, and pickled weights are never read.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -76,15 +77,9 @@ class CausalLM(ABC):
 
         Raises ``UserError`` when there is none or it has tokens that the model has no embedding for.
         """
-        from transformers import AutoTokenizer
+        from pretrain.models.tokenizer import folder_tokenizer
 
-        folder = self.tokenizer_folder()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # transformers raises whatever the broken file made it raise
-            raise UserError(f"{folder}: no usable tokenizer: {first_line(error)}") from None
-        if not tokenizer.is_fast:
-            raise UserError(f"{folder}: no fast tokenizer (tokenizer.json)")
+        tokenizer = folder_tokenizer(self.tokenizer_folder(), code=self.trust_remote_code)
         largest = max(tokenizer.get_vocab().values(), default=-1)
         files.check_vocabulary(self.config(), largest + 1, self.name_or_path)
         return tokenizer
@@ -118,6 +113,16 @@ class CausalLM(ABC):
             return model_config.config_object(config, folder)
         except Exception as error:  # whatever its validation raises
             raise UserError(f"model_name={self.name_or_path}: {folder / 'config.json'}: {first_line(error)}") from None
+
+    def uniform_loss(self) -> float | None:
+        """Nats per token of a guess among all tokens alike; ``None``: the weights are random, nothing better is expected."""
+        return None
+
+    def num_parameters(self) -> int:
+        """Of the model, without making its weights."""
+        import torch
+
+        return int(self.outline(param_dtype=torch.float32).hf.num_parameters())
 
     def outline(self, *, param_dtype: torch.dtype) -> LanguageModel:
         """The model in training mode with its parameters on the meta device and its buffers on the CPU."""
@@ -171,6 +176,16 @@ class Pretrained(CausalLM):
 
         return TensorFiles(files.weight_files(self.folder(), self.name_or_path))
 
+    def uniform_loss(self) -> float | None:
+        config = self.config()
+        rows = (config.get("text_config") or config).get("vocab_size")
+        return math.log(rows) if isinstance(rows, int) and rows > 0 else None
+
+    def num_parameters(self) -> int:
+        """Numbers in the weight files; their headers say how many."""
+        found = self.weights()
+        return sum(math.prod(found.shape(name)) for name in found.keys())  # noqa: SIM118 (not a dict)
+
     def outline(self, *, param_dtype: torch.dtype) -> LanguageModel:
         model = super().outline(param_dtype=param_dtype)
         self._adopt_generation_config(model.hf)
@@ -211,8 +226,20 @@ class Pretrained(CausalLM):
         if loaded["unexpected_keys"]:
             unused = sorted(loaded["unexpected_keys"])
             notice(f"model_name={self.name_or_path}: {len(unused)} tensors in its files are not used, e.g. {unused[0]}")
+        self._check_ties(hf)
         self._adopt_generation_config(hf)
         return self.finish(hf, device)
+
+    def _check_ties(self, hf: Any) -> None:
+        """Raises ``UserError`` where config.json ties the head to the embedding and the files hold another head: transformers
+        then takes both, and nothing would say which model is trained, or what its config means."""
+        if _is_tied(hf) or not getattr(hf.config.get_text_config(), "tie_word_embeddings", False):
+            return
+        if _is_tied(self.outline(param_dtype=hf.dtype).hf):
+            raise UserError(
+                f"model_name={self.name_or_path}: {self.folder() / 'config.json'} says tie_word_embeddings: true, but the weight "
+                "files hold a head that is not the embedding; set it to false, or remove the head from the files"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +321,12 @@ class Scratch(CausalLM):
         cast(hf, param_dtype)
         hf.config.dtype = param_dtype
         return self.finish(hf, device)
+
+
+def _is_tied(hf: Any) -> bool:
+    """Whether head and embedding are one weight."""
+    head, embedding = hf.get_output_embeddings(), hf.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
 
 
 def _is_known(model_type: str) -> bool:

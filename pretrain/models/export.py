@@ -94,16 +94,16 @@ def save_shards(own: dict[str, Tensor], folder: Path, *, plan: list[list[Sizes]]
     return written
 
 
-def beside(hf: Any, tokenizer: Any, *, dtype: torch.dtype | None) -> dict[str, bytes]:
+def beside(hf: Any, tokenizer: Any, *, dtype: torch.dtype | None, separator: int | None = None) -> dict[str, bytes]:
     """The files that make weights a model, by name: both configs, the tokenizer, the code of a model that brings its own.
 
-    ``dtype``: of the weights; ``None``: whoever loads them finds out.
+    ``dtype``: of the weights; ``None``: left to the program that loads them. ``separator``: the token that documents were
+    trained to end with; ``None``: the tokenizer's eos_token.
     """
     from transformers.dynamic_module_utils import custom_object_save
 
     config, generation = deepcopy(hf.config), deepcopy(hf.generation_config)
-    for each in (config, generation):
-        _adopt_special_tokens(each, hf.config.eos_token_id, tokenizer)
+    _adopt_special_tokens(config, generation, tokenizer, separator)
     config.use_cache = True  # off only for training
     config.dtype = dtype
     config.architectures = [type(hf).__name__.removeprefix("FSDP")]
@@ -124,9 +124,22 @@ def write_beside(files: Mapping[str, bytes], folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
-def _adopt_special_tokens(config: Any, ends: int | list[int] | None, tokenizer: Any) -> None:
-    """Let a config name the tokens that documents really ended with (a config from nothing names others: ``ends``)."""
-    if tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends]):
-        return
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, key, getattr(tokenizer, key))
+def _adopt_special_tokens(config: Any, generation: Any, tokenizer: Any, separator: int | None) -> None:
+    """Let the configs name the tokens that documents really ended with. A config from nothing names others; those of a
+    trained model stay, and generation also ends at ``separator``."""
+    end = separator if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if end not in (*end_ids(config), *end_ids(generation)):
+        for each in (config, generation):
+            each.bos_token_id, each.eos_token_id, each.pad_token_id = (
+                tokenizer.bos_token_id,
+                end,
+                tokenizer.pad_token_id,
+            )
+    if separator is not None and separator not in end_ids(generation):
+        generation.eos_token_id = [*end_ids(generation), separator]
+
+
+def end_ids(config: Any) -> list[int]:
+    """The tokens at which a text ends, of a config that names one, several or none."""
+    named = getattr(config, "eos_token_id", None)
+    return named if isinstance(named, list) else [] if named is None else [named]

@@ -106,7 +106,9 @@ def check_vocabulary(config: dict[str, Any], tokens: int, name: str) -> None:
     rows = text_part(config).get("vocab_size")
     if isinstance(rows, int) and tokens > rows:
         raise UserError(
-            f"model_name={name}: the tokenizer has {tokens} token ids, the embedding {rows} rows: not of one model"
+            f"model_name={name}: the tokenizer has {tokens} token ids, the embedding {rows} rows: not of one model; name the "
+            "model's own as model.tokenizer_name, or give the model the rows once (transformers: "
+            f"model.resize_token_embeddings({tokens}), then save_pretrained)"
         )
 
 

@@ -63,8 +63,7 @@ def check_causal(hf: Any) -> None:
         return
     with _trial(hf):
         one, two = (_logits(hf, ids[order])[:, : ids.shape[1]] for order in ([0, 1, 2], [0, 3, 4]))
-    # In fp32 some models round by the whole sequence (ProphetNet); in 16 bits such a difference vanishes.
-    if not torch.equal(one, two) and not (one.dtype == torch.float32 and _close(one, two)):
+    if not _is_rounding(one, two):
         raise UserError(
             f"{type(hf).__name__} sees the tokens that it should predict: its logits change with later tokens, so it can't "
             "be trained or scored as a causal model; an encoder (BERT, RoBERTa) needs is_decoder: true in its config.json "
@@ -261,10 +260,22 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= ULPS * eps * b.abs().max())
 
 
+def _is_rounding(a: Tensor, b: Tensor) -> bool:
+    """Equal but for what some models (ProphetNet) round by the whole sequence: in 16 bits that changes few tokens, where what
+    is seen changes all."""
+    if a.dtype == torch.float32:
+        return torch.equal(a, b) or _close(a, b)
+    return bool(_errors(a, b).median() < torch.finfo(torch.bfloat16).eps / 8)
+
+
+def _errors(a: Tensor, b: Tensor) -> Tensor:
+    """Of each token of [.., n, V], relative to its norm."""
+    a, b = a.float(), b.float()
+    return torch.linalg.vector_norm(a - b, dim=-1) / torch.linalg.vector_norm(b, dim=-1)
+
+
 def _similar(a: Tensor, b: Tensor) -> bool:
     """Of the tokens [.., n, V] at least half differ by rounding only: in 16 bits a few may have gone to other experts."""
     if a.dtype == torch.float32:
         return _close(a, b)
-    a, b = a.float(), b.float()
-    error = torch.linalg.vector_norm(a - b, dim=-1) / torch.linalg.vector_norm(b, dim=-1)
-    return bool(error.median() <= 1.5 * torch.finfo(torch.bfloat16).eps)
+    return bool(_errors(a, b).median() <= 1.5 * torch.finfo(torch.bfloat16).eps)

@@ -19,6 +19,7 @@ from pretrain.models.bpe import END_OF_TEXT, train_bpe
 from pretrain.models.causal_lm import CausalLM, Pretrained, Scratch
 from pretrain.models.generate import generate
 from pretrain.models.language_model import LanguageModel
+from pretrain.models.tokenizer import Boundaries
 from pretrain.world import World
 
 CPU = torch.device("cpu")
@@ -292,7 +293,7 @@ def speaker(whole: Path) -> tuple[Any, Any]:
 
 def say(speaker: tuple[Any, Any], prompts: list[str], **given: Any) -> list[str]:
     asked = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95, "seed": 0} | given
-    return generate(*speaker, prompts, **asked)
+    return generate(*speaker, prompts, around=Boundaries(None, 0), **asked)
 
 
 def test_greedy_is_the_argmax(speaker: tuple[Any, Any]) -> None:

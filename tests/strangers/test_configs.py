@@ -26,7 +26,7 @@ from tests.test_cli import assert_mistake
 from tests.test_conf import FILES
 
 SMALL = settings(deadline=None, derandomize=True, max_examples=25, suppress_health_check=list(HealthCheck))
-LARGE = settings(SMALL, derandomize=False, max_examples=1500)
+LARGE = settings(SMALL, derandomize=False, max_examples=300)
 
 
 def composed(arguments: list[str]) -> dict:

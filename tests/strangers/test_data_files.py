@@ -24,6 +24,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pretrain.data.compressed import _gzip_blocks, _zstd_blocks
 from pretrain.errors import UserError
 from tests.data.formats import WRITERS, arrow, arrow_file, documents_of, parquet, save_to_disk, zst
 
@@ -213,6 +214,16 @@ def test_text_without_a_line_end(name: str, text: str, tmp_path: Path) -> None:
     assert "".join(found) == text
     assert max(map(len, found)) <= 20_000
     assert text is LONG_CJK or all(document.endswith(" ") for document in found[:-1])
+
+
+@pytest.mark.parametrize(
+    ("pack", "blocks"), [(lambda raw: gzip.compress(raw, 1), _gzip_blocks), (zst, _zstd_blocks)], ids=["gz", "zst"]
+)
+def test_a_compressed_bomb_is_not_in_memory_at_once(pack: Callable, blocks: Callable) -> None:
+    """100 MB out of some kB: what one step makes is bounded."""
+    sizes = [len(block) for block in blocks(io.BytesIO(pack(bytes(100 << 20))))]
+    assert sum(sizes) == 100 << 20
+    assert max(sizes) <= 64 << 20
 
 
 SAVED: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -22,6 +22,7 @@ from pretrain.data.readers import read
 from pretrain.data.sources import listing
 from pretrain.data.sources.huggingface import HuggingFace
 from pretrain.data.sources.local import Local
+from pretrain.data.sources.own_files import check_data_files
 from pretrain.data.tokenize import prepare
 from pretrain.errors import UserError
 from tests.data.formats import documents_of, jsonl
@@ -119,6 +120,26 @@ def test_a_dataset_folder_reads_nothing_elsewhere(case: str, folder: Path) -> No
         if path.is_file() and SECRET.encode() in path.read_bytes()
     ]
     assert not written, "not even in the cache of datasets"
+
+
+@pytest.mark.parametrize(("found", "words"), [
+    ("/etc/passwd", "its data lies elsewhere"),
+    ("hf://datasets/a/other@0123/x.jsonl", "its data lies elsewhere"),
+    ("https://example.invalid/x.jsonl", "its data lies elsewhere"),
+    ("hf://datasets/a/b@0123/x.tar.gz", "archives are not unpacked"),
+])  # fmt: skip
+def test_a_dataset_of_the_hub_reads_nothing_elsewhere(found: str, words: str) -> None:
+    """What ``datasets`` has found for it, before anything is fetched: a README.md of the Hub can name the same."""
+    mine = "hf://datasets/a/b@0123/x.jsonl"
+    check_data_files({"train": [mine]}, None, HuggingFace(nameOrPath="a/b")._repository())
+    with pytest.raises(UserError, match=words):
+        check_data_files({"train": [mine, found]}, None, "datasets/a/b")
+
+
+def test_a_folder_that_is_called_like_a_format(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.rename(folder.parent / "json")
+    monkeypatch.chdir(folder.parent)
+    assert len(HuggingFace(nameOrPath="json").files()) == 1
 
 
 def test_a_dataset_folder_with_a_card_is_read(folder: Path) -> None:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pretrain.data.units import ReadOptions, SourceFile, printable
 
@@ -15,7 +15,9 @@ from pretrain.data.units import ReadOptions, SourceFile, printable
 @dataclass(frozen=True, kw_only=True)
 class Source(ABC):
     """``held_out`` and ``train_data_ratio`` choose documents by the hash of their text: the same ones on every
-    machine."""
+    machine. ``bos``: put the tokenizer's bos_token before each document (auto: if the tokenizer itself does so).
+    ``separator``: the token that ends each document, or its id (auto: the tokenizer's eos_token, in a chat model's the token
+    that ends a text). In an evaluation domain auto means: as in the run's dataset."""
 
     name: str | None = None
     text_column: str = "text"
@@ -25,6 +27,8 @@ class Source(ABC):
     train_data_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     deduplicate: bool = False
     document_mask: bool = False
+    bos: Literal["auto"] | bool = "auto"
+    separator: Annotated[str, Field(min_length=1)] | NonNegativeInt = "auto"
     num_workers: PositiveInt | None = None
 
     @property

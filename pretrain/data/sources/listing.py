@@ -10,6 +10,7 @@ from functools import cache
 
 from pretrain.console import notice
 from pretrain.data.cache import cache_dir
+from pretrain.data.units import reading
 
 OURS = (  # what lies in a folder of a run (of any task), of a sweep, in a token cache
     (".lock", "logs"),
@@ -50,7 +51,8 @@ def without_doubles(names: Iterable[str]) -> list[str]:
     """``names`` without further names of the same file, by symbolic or hard link. What is no symbolic link stays."""
     kept: dict[object, str] = {}
     for name in sorted(names, key=lambda name: (os.path.islink(name), name)):
-        found = os.stat(name)
+        with reading(name):
+            found = os.stat(name)
         same = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) if found.st_ino else name
         kept.setdefault(same, name)
     return sorted(kept.values())
@@ -95,7 +97,8 @@ def _is_ours(path: str) -> bool:
 
 
 def _identity(path: str) -> tuple[int, int]:
-    found = os.stat(path)
+    with reading(path):
+        found = os.stat(path)
     return found.st_dev, found.st_ino
 
 
