@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from pretrain.errors import UserError
 from pretrain.leftovers import read_config
 from pretrain.models.bpe import train_bpe
-from pretrain.run_folder import check_finished_run, check_same_run, differences
+from pretrain.same_run import check_finished_run, check_same_run, differences
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.conftest import sentences
