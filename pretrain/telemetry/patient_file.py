@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.console import notice
+from pretrain.safe_files import open_append
 
 
 class PatientFile:
@@ -12,7 +13,7 @@ class PatientFile:
     order, and is tried again with the next write; it is said once."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+        self._file = open_append(path, mode="ab", buffering=0)
         self._waiting = b""
         self._said = False
 
