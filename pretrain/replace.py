@@ -6,6 +6,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from pretrain.safe_files import open_new
+
 
 def replace_file(path: Path, text: str, *, flush: bool = False) -> None:
     """Write ``text`` beside ``path`` and put it in its place. ``flush``: on disk first (fsync), to survive a power cut too.
@@ -14,7 +16,7 @@ def replace_file(path: Path, text: str, *, flush: bool = False) -> None:
     """
     partial = partial_of(path)
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with open_new(partial, mode="w", encoding="utf-8") as file:
             file.write(text)
             if flush:
                 file.flush()

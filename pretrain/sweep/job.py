@@ -19,6 +19,7 @@ from typing import Any
 
 from pretrain.console import notice
 from pretrain.quoting import unquoted
+from pretrain.safe_files import open_file, own_folder
 from pretrain.telemetry.run_file import write_json
 
 LONGEST_NAME = 100  # characters; file systems allow 255 bytes, and people read them in a table
@@ -109,8 +110,8 @@ class Job:
 
 
 def lock_of(sweep: Path, name: str, *, wait: bool = True) -> int | None:
-    (sweep / KEPT).mkdir(parents=True, exist_ok=True)
-    file = os.open(sweep / KEPT / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    sweep.mkdir(parents=True, exist_ok=True)
+    file = open_file(own_folder(sweep / KEPT) / name, os.O_RDWR, 0o644)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
