@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +25,15 @@ def replace_file(path: Path, text: str, *, flush: bool = False) -> None:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def keep_copy(path: Path) -> None:
+    """Keep what is in ``path`` as ``<name>.broken`` beside it, before it is rewritten without what can't be read of it;
+    the first such copy stays."""
+    copy = path.with_name(f"{path.name}.broken")
+    if not copy.exists():
+        with suppress(OSError):  # no room: the records that can be read are worth more
+            shutil.copyfile(path, copy)
 
 
 def partial_of(path: Path, *, process: int | None = None) -> Path:
