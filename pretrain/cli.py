@@ -91,6 +91,10 @@ def _dispatch(arguments: list[str]) -> int:
     if {"--help", "-h"} & set(arguments):
         print(help_text(arguments))
         return 0
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(f"the current folder is gone: {error.strerror}; change to another one") from None
     spoken = said(arguments)
     arguments = _with_flat_file(arguments)
     if said(arguments) != spoken:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pretrain import tensors
 from pretrain.batch import Batch
+from pretrain.errors import UserError
 from pretrain.tensors import Piece, TensorFiles
 
 if TYPE_CHECKING:
@@ -186,15 +187,17 @@ class Engine(Scorer):
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """What this rank has to write. ``model``: pieces by Hugging Face parameter name · ``optimizer``: pieces by
-        ``<parameter>/<key>`` · ``scaler``: numbers."""
+        ``<parameter>/<key>`` · ``scaler``: numbers · ``tensors``: type and shape of what all ranks write, as a list."""
         moments = {
             f"{name}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
             for name, parameter in self.model.hf_named_parameters()
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
+        weights = self.model.hf_state()
         return {
-            "model": self._own(self.model.hf_state()),
+            "model": self._own(weights),
             "optimizer": self._own(moments),
+            "tensors": {"model": tensors.manifest(weights), "optimizer": tensors.manifest(moments)},
             "scaler": self.scaler.state_dict() | {"skipped": int(self.skipped)},
         }
 
@@ -217,14 +220,33 @@ class Engine(Scorer):
         """The reverse, from files written by any strategy on any number of ranks. Moments are put back as they were
         saved, never cast to the parameter's type.
 
-        Raises ``KeyError`` when a parameter's moments name a parameter that the model has not.
+        Raises ``UserError`` for other names or shapes than the model's.
         """
+        self.check_moments(state)
         self.model.load(state["model"])
         self.load_moments(state["optimizer"])
         scaler = dict(state["scaler"])
         self.skipped.fill_(scaler.pop("skipped", 0))
         if self.scaler.is_enabled() and scaler:
             self.scaler.load_state_dict(scaler)
+
+    def check_moments(self, state: dict[str, Any]) -> None:
+        """Raises ``UserError`` for moments that do not fit the parameters, and for a parameter without any where the
+        checkpoint does not say that it had none: what is missing would silently start anew."""
+        files: TensorFiles = state["optimizer"]
+        trained = {n: p for n, p in self.model.hf_named_parameters() if p.requires_grad}
+        slots = [(slot, *slot.rpartition("/")[::2]) for slot in sorted(files.keys())]
+        for slot, name, key in slots:
+            if name not in trained:
+                raise UserError(f"optimizer state {slot}: the model has no such parameter that is trained")
+            shape = () if key == "step" else tuple(getattr(trained[name], "ds_shape", trained[name].shape))
+            tensors.check_shape(slot, files, shape)
+        missing = sorted(trained.keys() - {name for _, name, _ in slots})
+        if slots and missing and state.get("tensors") is None:
+            raise UserError(
+                f"the checkpoint has no optimizer state of {len(missing)} parameters, e.g. {missing[0]}; continue from an "
+                "earlier one (resume=<run>/checkpoints/step-…), or start a new run from its weights (model_name=<checkpoint>)"
+            )
 
     def load_moments(self, files: TensorFiles) -> None:
         self.optimizer.state.clear()

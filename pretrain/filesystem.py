@@ -12,13 +12,21 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from pretrain.errors import UserError
 
-CANNOT = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY}  # the file system has no such thing
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+CANNOT = {
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+    errno.ENOTTY,
+}  # the file system has no such thing
 MAY_NOT = {errno.EPERM, errno.EACCES}  # nor for this user
 SOCKET_BYTES = 60  # what a temporary folder's name may have: a socket's has 107, with a folder and a name of its own
 
@@ -61,7 +69,10 @@ def move(path: Path, to: Path) -> None:
 
 
 def mapped(path: Path) -> NDArray[np.uint8]:
-    """The bytes of a file: mapped into memory, or read where files can't be mapped."""
+    """The bytes of a file: mapped into memory, or read where files can't be mapped. Raises ``OSError``, and ``ValueError`` for
+    an empty one."""
+    import numpy as np
+
     try:
         return np.asarray(np.memmap(path, np.uint8, "r"))
     except OSError as error:
@@ -95,4 +106,6 @@ def check_temporary_folder() -> None:
     except OSError as error:
         raise UserError(f"no folder for temporary files: {error.strerror or error}; set TMPDIR to one") from None
     if len(os.fsencode(folder)) > SOCKET_BYTES:
-        raise UserError(f"TMPDIR={folder}: too long a name for the sockets of several processes; set it to a shorter one")
+        raise UserError(
+            f"TMPDIR={folder}: too long a name for the sockets of several processes; set it to a shorter one"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from fnmatch import fnmatch
@@ -10,6 +9,7 @@ from functools import cache
 from pathlib import Path, PurePath
 
 from pretrain.console import notice
+from pretrain.strict_json import read_json
 
 MARKER = "COMPLETE.json"  # of a folder that is whole: its files, with sizes and checksums
 
@@ -23,7 +23,7 @@ def marked_files(folder: Path, pattern: str) -> list[str]:
     """Names of the files that match ``pattern`` among those that make a folder whole; what else lies there is not its
     own. None without a marker that can be read."""
     try:
-        names = json.loads((folder / MARKER).read_text())["files"]
+        names = read_json(folder / MARKER)["files"]
         return [name for name in sorted(names) if fnmatch(name, pattern) and is_below(name)]
     except (OSError, ValueError, KeyError, TypeError):
         return []

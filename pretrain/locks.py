@@ -49,7 +49,13 @@ class Lock:
             time.sleep(POLL_SECONDS)
         return self
 
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What a child that is to hold it too must inherit."""
+        return () if self._file is None else (self._file,)
+
     def release(self) -> None:
+        """A child that has inherited it still holds it."""
         self._released.set()
         if self._claim is not None:
             with suppress(OSError):

@@ -12,6 +12,8 @@ import os
 import re
 from pathlib import Path
 
+from pretrain.filesystem import expanded
+
 NAMES = re.compile(r"TOKEN(?!IZER)|API_?KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)  # of environment variables
 SHORTEST = 8  # characters; a shorter value stands in innocent words
 SHAPES = {
@@ -25,9 +27,9 @@ def secrets() -> dict[str, str]:
     """Value → where it stands, of every secret this process can know. A path is none: it says where one lies."""
     found = {value: f"the value of ${name}" for name, value in os.environ.items() if NAMES.search(name)}
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    file = Path(os.environ.get("HF_TOKEN_PATH", f"{home}/token")).expanduser()
+    file = expanded(os.environ.get("HF_TOKEN_PATH", f"{home}/token"))
     found[_text(file).strip()] = f"the token in {file}"
-    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    file = expanded(os.environ.get("NETRC", "~/.netrc"))
     try:
         logins = netrc.netrc(str(file)).hosts if _text(file) else {}
     except netrc.NetrcParseError:

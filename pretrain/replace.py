@@ -7,6 +7,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from pretrain.filesystem import flush as fsync
+
 
 def replace_file(path: Path, text: str, *, flush: bool = False) -> None:
     """Write ``text`` beside ``path`` and put it in its place. ``flush``: on disk first (fsync), to survive a power cut too.
@@ -19,7 +21,7 @@ def replace_file(path: Path, text: str, *, flush: bool = False) -> None:
             file.write(text)
             if flush:
                 file.flush()
-                os.fsync(file.fileno())
+                fsync(partial)
         os.replace(partial, path)
     except BaseException:
         with suppress(OSError):

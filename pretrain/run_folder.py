@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,19 +9,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from pretrain.checkpoint.atomic import missing_or_torn
-from pretrain.checkpoint.store import Store, read_state
+from pretrain.checkpoint.schema import read_state, validation_error
+from pretrain.checkpoint.store import Store
 from pretrain.console import log_to, notice
 from pretrain.data.fingerprint import Files, differing, recall, remember
 from pretrain.errors import UserError
 from pretrain.folders import say_if_shared
+from pretrain.leftovers import (
+    RUN_ID,
+    check_not_foreign,
+    describe,
+    found_in,
+    has_saved,
+    has_trained,
+    move_aside,
+    read_config,
+    task_of,
+)
+from pretrain.locks import Busy, Lock
 from pretrain.place import Place
 from pretrain.replace import replace_file
+from pretrain.strict_json import read_json
 from pretrain.telemetry.jsonl import tail
 from pretrain.telemetry.run_file import read_run_file
 
@@ -44,7 +53,6 @@ FREE = {  # may differ in a run that is over; of the batch only its product coun
 }
 
 DATA = "data.json"  # the files of the training data, as the run has read them
-RUN_ID = ".run_id"  # of the command whose processes have last claimed the folder
 PATIENCE_SECONDS = 1.0  # the workers of a killed command need a moment to notice
 
 
@@ -53,7 +61,7 @@ class RunFolder:
     """``output_dir``, claimed by this process until it ends."""
 
     path: Path
-    lock: FileLock
+    lock: Lock
 
     def write_config(self, resolved: dict[str, Any], overrides: list[str]) -> str:
         """Write config.yaml and .hydra/overrides.yaml; return the former's text. Raises ``UserError``: a full disk."""
@@ -95,31 +103,93 @@ def begin(
     again = place.restarts > 0 and claimed_by(Path(resolved["output_dir"])) == place.run_id
     folder = claim(resolved["output_dir"], start_over=resolved["resume"] == "never" and not again)
     claims.callback(folder.lock.release)
-    if (folder.path / "model").exists() and not (folder.path / "config.yaml").exists() and not store.steps():
-        raise UserError(
-            f"output_dir={folder.path}: its folder `model` is no run's and would be replaced; choose another"
-        )
-    with _writing(folder.path):
-        (folder.path / RUN_ID).write_text(place.run_id)
+    check_task(folder.path, "pretraining")
     mode = "auto" if again and resolved["resume"] == "never" else resolved["resume"]
+    continues = mode in ("auto", "never") or _continues(folder, mode)
     resume_from = resume_point(folder, store, mode)
-    facts = read_run_file(folder.path)
     if resume_from is not None:
         changed_files = differing(recall(folder.path / DATA), files)
         check_same_run(resume_from, identity, resolved, model_config=model_config, files=changed_files)
+        if finished(folder.path, resume_from, resolved, steps):
+            return None
+    elif not _may_begin(folder.path, resolved, steps):
+        return None
+    aside = not continues and not _is_inside(resume_from, folder.path) and bool(found_in(folder.path))
+    if aside or (resume_from is None and is_left_behind(folder.path, resolved)):
+        folder = start_over(folder)
+        claims.callback(folder.lock.release)
+    elif resume_from is not None:
         own = resume_from.resolve().parent == store.folder.resolve()
         store.set_aside_after(step_of(resume_from) if own else -1)  # from elsewhere: all here is another branch
-        if step_of(resume_from) >= steps and facts.get("status") == "finished" and _end_is_told(folder.path, resolved):
-            check_finished_run(resume_from, resolved)
-            model = f"model in {facts['model']}" if facts["model"] else "no model was exported"
-            notice(f"{folder.path} is finished: {facts['steps']} steps; {model}")
-            if not facts["model"]:
-                notice(f"to export it: task=export model_name={folder.path} output_dir={folder.path}")
-            notice("to train longer raise max_steps or number_epochs; to start over add resume=never")
-            return None
     with _writing(folder.path):
+        (folder.path / RUN_ID).write_text(place.run_id)
         remember(folder.path / DATA, files)
     return Start(resume_from, folder.write_config(resolved, overrides))
+
+
+def check_task(folder: Path, task: str) -> None:
+    """Raises ``UserError`` for a folder with the results of another task than ``task``."""
+    found = task_of(folder) or (task if not found_in(folder, ("checkpoints", "model", "models")) else "pretraining")
+    if found != task:
+        kind = "an evaluation" if found == "evaluation" else f"a {found} run"
+        raise UserError(f"output_dir={folder} holds {kind}; choose another output_dir for the {task}")
+
+
+def finished(folder: Path, resume_from: Path, resolved: dict[str, Any], steps: int) -> bool:
+    """Whether the run in ``folder`` is over and nothing is left to do; then it is said.
+
+    Raises ``UserError`` when it is, but of other settings.
+    """
+    facts = read_run_file(folder)
+    if step_of(resume_from) < steps or facts.get("status") != "finished" or not _end_is_told(folder, resolved):
+        return False
+    check_finished_run(read_config(resume_from), resolved)
+    say_finished(folder, facts)
+    return True
+
+
+def say_finished(folder: Path, facts: dict[str, Any]) -> None:
+    model = f"model in {facts['model']}" if facts.get("model") else "no model was exported"
+    notice(f"{folder} is finished: {facts.get('steps')} steps; {model}")
+    if not facts.get("model"):
+        notice(f"to export it: task=export model_name={folder} output_dir={folder}")
+    notice("to train longer raise max_steps or number_epochs; to start over add resume=never")
+
+
+def _may_begin(folder: Path, resolved: dict[str, Any], steps: int) -> bool:
+    """Whether a run may begin at step 0 in a folder without a checkpoint to continue from; False: it holds this very run,
+    finished.
+
+    Raises ``UserError`` where it holds another run that has come to a checkpoint: to train over it would lose it.
+    """
+    if resolved["resume"] == "never" or not has_saved(folder):
+        return True
+    facts = read_run_file(folder)
+    changed = (
+        _changed(read_config(folder), resolved) if (folder / "config.yaml").exists() else ["config.yaml is missing"]
+    )
+    if changed:
+        raise UserError(
+            f"output_dir={folder} holds {describe(folder)} without a checkpoint that could be continued, with other settings: "
+            f"{'; '.join(changed)}. Choose another output_dir, or resume=never to keep it aside and start over"
+        )
+    if facts.get("status") == "finished":
+        say_finished(folder, facts)
+        return False
+    return True
+
+
+def is_left_behind(folder: Path, resolved: dict[str, Any]) -> bool:
+    """Whether what lies in a folder without a checkpoint to continue from must be kept aside: all but the records of this
+    very run up to a kill before its first checkpoint, which are about to be made again."""
+    if has_saved(folder):
+        return True
+    same = (folder / "config.yaml").exists() and not _changed(read_config(folder), resolved)
+    return has_trained(folder) and not same
+
+
+def _is_inside(path: Path | None, folder: Path) -> bool:
+    return path is not None and folder.resolve() in path.resolve().parents
 
 
 def _end_is_told(run: Path, resolved: dict[str, Any]) -> bool:
@@ -134,30 +204,51 @@ def claimed_by(path: Path) -> str | None:
     return file.read_text() if file.exists() else None
 
 
-def claim(output_dir: str, *, start_over: bool) -> RunFolder:
-    """Make the folder and lock it; with ``start_over`` an earlier run in it is moved aside, never deleted.
+def claim(output_dir: str, *, start_over: bool = False, foreign: bool = False) -> RunFolder:
+    """Make the folder and lock it; with ``start_over`` an earlier run in it is moved aside, never deleted. ``foreign``: what
+    lies there may be anybody's.
 
-    Raises ``UserError`` when it can't be written or another process runs in it.
+    Raises ``UserError`` when it can't be written, another process runs in it, or it holds files that are no run's.
     """
     path = Path(output_dir)
     try:
         lock = _locked(path)
-        if start_over and (path / "config.yaml").exists():
-            notice(f"resume=never: the earlier run is kept as {_move_aside(path)}")
-            lock.release()
-            lock = _locked(path)
-        (path / "logs").mkdir(exist_ok=True)
-        log_to(path / "logs" / "rank-0.log")
-        (path / ".lock").write_text(f"{os.uname().nodename} {os.getpid()}\n")
-        for folder in (path, path / "checkpoints"):
-            if folder.exists():
-                say_if_shared(folder)
-    except Timeout:
+        if not foreign:
+            check_not_foreign(path)
+        folder = RunFolder(path, lock)
+        if start_over and found_in(path):
+            return _renewed(folder, "resume=never: ")
+        _open_logs(path)
+    except Busy:
         holder = (path / ".lock").read_text().strip() or "unknown"
         raise UserError(f"output_dir={output_dir}: another run is at work in it (host and pid: {holder})") from None
     except OSError as error:
         raise UserError(f"output_dir={output_dir}: can't be written: {error.strerror}") from None
-    return RunFolder(path, lock)
+    return folder
+
+
+def start_over(folder: RunFolder) -> RunFolder:
+    """Keep what lies in a claimed folder aside, and claim a new one in its place."""
+    with _writing(folder.path):
+        return _renewed(folder, "")
+
+
+def _renewed(folder: RunFolder, why: str) -> RunFolder:
+    aside = move_aside(folder.path)
+    folder.lock.release()
+    lock = _locked(folder.path)
+    _open_logs(folder.path)
+    notice(f"{why}the earlier run is kept as {aside}")
+    return RunFolder(folder.path, lock)
+
+
+def _open_logs(path: Path) -> None:
+    (path / "logs").mkdir(exist_ok=True)
+    log_to(path / "logs" / "rank-0.log")
+    (path / ".lock").write_text(f"{os.uname().nodename} {os.getpid()}\n")
+    for folder in (path, path / "checkpoints"):
+        if folder.exists():
+            say_if_shared(folder)
 
 
 @contextmanager
@@ -168,19 +259,9 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(f"output_dir={path}: can't be written: {error.strerror}") from error
 
 
-def _locked(path: Path) -> FileLock:
-    path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / ".lock")
-    lock.acquire(timeout=PATIENCE_SECONDS)
-    return lock
-
-
-def _move_aside(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
-    path.rename(aside)
-    return aside
+def _locked(path: Path) -> Lock:
+    os.makedirs(os.path.realpath(path), exist_ok=True)  # where a link leads to, once that was moved aside
+    return Lock(path / ".lock").acquire(timeout=PATIENCE_SECONDS)
 
 
 def resume_point(folder: RunFolder, store: Store, mode: str) -> Path | None:
@@ -206,7 +287,7 @@ def resume_point(folder: RunFolder, store: Store, mode: str) -> Path | None:
         raise UserError(
             f"resume={mode}: not a checkpoint folder; allowed: auto, never, <run>/checkpoints/step-…, or <run>"
         )
-    reason = missing_or_torn(named, verify=store.policy.verify)
+    reason = validation_error(named, verify=store.policy.verify)
     if reason is not None:
         raise UserError(f"resume={mode}: not a whole checkpoint: {reason}")
     return named
@@ -216,18 +297,6 @@ def _continues(folder: RunFolder, mode: str) -> bool:
     """Whether the run in ``folder`` is the one that this very ``resume=`` began."""
     config = folder.path / "config.yaml"
     return config.exists() and read_config(folder.path).get("resume") == mode
-
-
-def read_config(folder: Path) -> dict[Any, Any]:
-    """config.yaml of a run or a checkpoint. Raises ``UserError`` when it is no YAML mapping of plain values."""
-    file = folder / "config.yaml"
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(file))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{file} can't be read: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file} can't be read: not a mapping of keys to values")
-    return config
 
 
 def step_of(checkpoint: Path) -> int:
@@ -272,8 +341,10 @@ def check_same_run(
 def other_shape(checkpoint: Path, model_config: dict[str, Any]) -> list[str]:
     """The numbers of the model's config that are others in the checkpoint's, as ``differences`` tells them."""
     try:
-        saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        saved = read_json(checkpoint / "config.json")
     except (OSError, ValueError):
+        return []
+    if not isinstance(saved, dict):
         return []
     both = [key for key in model_config if key in saved and isinstance(saved[key], int)]
     return differences({key: saved[key] for key in both}, {key: model_config[key] for key in both})
@@ -285,15 +356,18 @@ def _allowing(changed: list[str]) -> str:
     return f"; or continue, no longer exactly, with resume_allow=[{','.join(changed)}]"
 
 
-def check_finished_run(checkpoint: Path, resolved: dict[str, Any]) -> None:
-    """Raises ``UserError`` when the finished run whose last ``checkpoint`` it is was made with other settings than these."""
-    old = read_config(checkpoint)
-    changed = [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] not in FREE]
-    if changed:
+def check_finished_run(old: dict[Any, Any], resolved: dict[str, Any]) -> None:
+    """Raises ``UserError`` when the finished run of the config ``old`` was made with other settings than these."""
+    if changed := _changed(old, resolved):
         raise UserError(
             f"output_dir={resolved['output_dir']} holds a finished run with other settings: {'; '.join(changed)}. "
             "Choose another output_dir, or resume=never to start over"
         )
+
+
+def _changed(old: dict[Any, Any], resolved: dict[str, Any]) -> list[str]:
+    """The settings of a run that are others now, but for those that may differ in one that is over."""
+    return [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] not in FREE]
 
 
 def differences(old: dict[Any, Any], new: dict[Any, Any], prefix: str = "") -> list[str]:

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain import build, collector
 from pretrain.checkpoint.store import Store
-from pretrain.console import log_error, log_to, mute
+from pretrain.console import log_error, log_to, mute, notice
 from pretrain.errors import UserError
 from pretrain.events import RunFinished
 from pretrain.interrupt import EXIT_CODE, Interrupt
+from pretrain.leftovers import found_in, keep_aside
 from pretrain.out_of_memory import OutOfMemory, explained, watched
 from pretrain.place import Place
 from pretrain.prepare import Prepared, instantiate, model_spec, prepare, total_steps
-from pretrain.run_folder import begin, claim
+from pretrain.run_folder import begin, check_task, claim, start_over
 from pretrain.split import Split
 from pretrain.telemetry.run_file import mark_failed
 from pretrain.watchdog import Watchdog
@@ -182,11 +183,10 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     from pretrain.facts import run_facts
 
     prepared = prepare(resolved)
-    folder = claim(resolved["output_dir"], start_over=False)
-    if (folder.path / "checkpoints").exists():
-        raise UserError(
-            f"output_dir={folder.path} holds a pretraining run; choose another output_dir for the evaluation"
-        )
+    folder = claim(resolved["output_dir"])
+    check_task(folder.path, "evaluation")
+    if found_in(folder.path):
+        folder = start_over(folder)
     folder.write_config(resolved, overrides)
     world = build.build_world(resolved, Place(), group=False)
     with memory_explained(resolved, world):
@@ -213,7 +213,7 @@ def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     from pretrain.models.generate import generate
 
     asked = instantiate(resolved["generation"])
-    folder = claim(resolved["output_dir"], start_over=False).path
+    folder = claim(resolved["output_dir"], foreign=True).path
     model = model_spec(resolved)
     model.check(resolved["sequence_length"])
     world = build.build_world(resolved, Place(), group=False)
@@ -229,6 +229,8 @@ def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
         top_p=asked.top_p,
         seed=resolved["seed"],
     )
+    if (aside := keep_aside(folder / "samples.jsonl")) is not None:
+        notice(f"the earlier samples are kept as {aside}")
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for prompt, text in zip(prompts, texts, strict=True):
             file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
@@ -240,9 +242,9 @@ def export(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
     """Write a checkpoint, or any other model, as a Hugging Face folder: output_dir/model."""
     from pretrain.exporter import export_folder
 
-    folder = claim(resolved["output_dir"], start_over=False).path
-    if (folder / "checkpoints").exists() and (folder / "model").exists():
-        raise UserError(f"output_dir={folder} holds a run and its model; choose another output_dir for the export")
+    folder = claim(resolved["output_dir"], foreign=True).path
+    if found_in(folder, ("model",)):
+        raise UserError(f"output_dir={folder} holds a model already, {folder / 'model'}; choose another for the export")
     shard_size = instantiate(resolved["checkpoint"]).export_shard_size
     path = export_folder(model_spec(resolved), folder / "model", shard_size=shard_size)
     files = [f.stat().st_size for f in path.glob("*.safetensors")]

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from pretrain.errors import UserError
+from pretrain.strict_json import parse_json
 
 CHECKSUM_NUMBERS = 1 << 24
 PIECES = "pieces"  # metadata of a file: {name: [first row, shape of the whole]} for what is not whole in it
@@ -93,21 +94,60 @@ class TensorFiles:
     """The tensors of several safetensors files. Nothing is read before it is asked for."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        self._parts: dict[str, list[tuple[int, Any]]] = {}  # name → (first row, open file)
+        """Raises ``UserError`` for a file that can't be read, and for pieces that do not make whole tensors."""
+        self._parts: dict[str, list[tuple[int, Any]]] = {}  # name → (first row, open file), by row
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         for file in files:
-            handle = safe_open(file, framework="pt", device="cpu")
-            parts = json.loads((handle.metadata() or {}).get(PIECES, "{}"))
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                start, shape = parts.get(name) or (0, handle.get_slice(name).get_shape())
-                self._parts.setdefault(name, []).append((start, handle))
-                self._shapes[name] = tuple(shape)
+            try:
+                self._add(file)
+            except (OSError, ValueError, SafetensorError) as error:
+                raise UserError(f"{file} can't be read: {error}") from None
+        for name, parts in self._parts.items():
+            parts.sort(
+                key=lambda part: (part[0], _shape_in(part[1], name)[:1])
+            )  # an empty piece lies before its neighbour
+            if reason := self._gap(name):
+                raise UserError(f"{file}: {name}: {reason}")
+
+    def _add(self, file: Path) -> None:
+        handle = safe_open(file, framework="pt", device="cpu")
+        pieces = _pieces_of(handle)
+        for name in handle.keys():  # noqa: SIM118 (not a dict)
+            start, shape = pieces.pop(name) if name in pieces else (0, _shape_in(handle, name))
+            dtype = str(handle.get_slice(name).get_dtype())
+            if self._shapes.setdefault(name, shape) != shape or self._dtypes.setdefault(name, dtype) != dtype:
+                raise ValueError(f"{name} is another tensor than in the other files")
+            self._parts.setdefault(name, []).append((start, handle))
+        if pieces:
+            raise ValueError(f"{min(pieces)} is not in it")
+
+    def _gap(self, name: str) -> str | None:
+        """Why the parts of a tensor are not all of it, each row once, or ``None``."""
+        parts, shape = self._parts[name], self._shapes[name]
+        if not shape:
+            return None if len(parts) == 1 and _shape_in(parts[0][1], name) == () else "more than one number"
+        rows = 0
+        for first, handle in parts:
+            own = _shape_in(handle, name)
+            if own[1:] != shape[1:] or len(own) != len(shape):
+                return f"a piece of shape {list(own)} in one of {list(shape)}"
+            if first != rows:
+                return (
+                    f"rows {min(rows, first)} to {max(rows, first)} are {'missing' if first > rows else 'there twice'}"
+                )
+            rows += own[0]
+        return None if rows == shape[0] else f"{rows} rows of {shape[0]}"
 
     def keys(self) -> set[str]:
         return set(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
+
+    def dtype(self, name: str) -> str:
+        """Its type, such as ``"float32"``."""
+        return described(self.read(name, 0, 0))[0]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a tensor, on the CPU; a 0-d tensor whole."""
@@ -117,7 +157,7 @@ class TensorFiles:
             return tensor
         stop = shape[0] if stop is None else stop
         found = []
-        for first, handle in sorted(self._parts[name], key=lambda part: part[0]):
+        for first, handle in self._parts[name]:
             rows = handle.get_slice(name)
             begin, end = max(start - first, 0), min(stop - first, rows.get_shape()[0])
             if begin < end:
@@ -127,6 +167,35 @@ class TensorFiles:
         read: Tensor = found[0] if len(found) == 1 else torch.cat(found)
         assert len(read) == stop - start, f"{name}: rows {start} to {stop} are not all in the files"
         return read
+
+
+def _shape_in(handle: Any, name: str) -> tuple[int, ...]:
+    """The shape of a file's piece of a tensor."""
+    return tuple(handle.get_slice(name).get_shape())
+
+
+def _pieces_of(handle: Any) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """``PIECES`` of a file: name → (first row, shape of the whole). Raises ``ValueError`` when it is anything else."""
+    found = parse_json((handle.metadata() or {}).get(PIECES, "{}"))
+    if not isinstance(found, dict) or not all(_is_piece(piece) for piece in found.values()):
+        raise ValueError(f"its {PIECES} are no first rows and shapes")
+    return {name: (start, tuple(shape)) for name, (start, shape) in found.items()}
+
+
+def _is_piece(piece: Any) -> bool:
+    if not (isinstance(piece, list) and len(piece) == 2 and isinstance(piece[1], list)):
+        return False
+    return all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (piece[0], *piece[1]))
+
+
+def described(tensor: Tensor) -> tuple[str, list[int]]:
+    """Type and shape of the whole tensor, such as ``("float32", [5, 3])``."""
+    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
+
+
+def manifest(named: Mapping[str, Tensor]) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of each tensor, by name."""
+    return {name: described(tensor) for name, tensor in named.items()}
 
 
 def fill(tensor: Tensor, files: TensorFiles, name: str) -> None:

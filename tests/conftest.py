@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+pytest_plugins = ["tests.time_limit"]
+
 
 def pytest_configure(config):
     """Tests are of processes on a CPU, whatever the machine has, but for those that `-m gpu` asks for."""

@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from pretrain.checkpoint.atomic import FORMAT, missing_or_torn
+from pretrain.checkpoint.marker import missing_or_torn, write_marker
 from pretrain.data.sources.local import Local
 from pretrain.errors import UserError
-from pretrain.folders import MARKER, say_if_shared
+from pretrain.folders import say_if_shared
 from pretrain.models.files import weight_files
 from tests.test_cli import assert_mistake
 
@@ -49,7 +49,7 @@ def test_a_checkpoint_is_made_of_its_own_files(name, tmp_path):
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "out.safetensors").write_bytes(b"12345678")
     size = os.path.getsize(folder / name)
-    (folder / MARKER).write_text(json.dumps({"format": FORMAT, "files": {name: {"bytes": size, "xxh3_128": ""}}}))
+    write_marker(folder, {name: {"bytes": size, "xxh3_128": "0" * 32}})
     assert "outside the folder" in str(missing_or_torn(folder))
 
 
@@ -66,12 +66,26 @@ def test_a_saved_dataset_is_made_of_its_own_files(name, tmp_path):
         Local(nameOrPath=str(folder)).files()
 
 
-def test_a_model_of_somebody_elses_is_not_replaced(command, base_arguments, tmp_path):
-    """The run's final model goes to output_dir/model; a folder that was there before any run is not ours to remove."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "precious").write_text("x")
-    assert_mistake(command([*base_arguments, f"output_dir={tmp_path}"]), "its folder `model` is no run's")
-    assert (tmp_path / "model" / "precious").exists()
+THEIRS = ["model/precious", "models/precious", "config.yaml", "data.json", "metrics.jsonl", "run.json", "report.html"]
+THEIRS += ["quarantine.jsonl", "train.csv", ".hydra/config.yaml", "checkpoints/step-00000001/precious"]
+
+
+@pytest.mark.parametrize("more", [[], ["resume=never"], ["task=evaluation"]], ids=" ".join)
+@pytest.mark.parametrize("name", THEIRS)
+def test_files_of_somebody_elses_are_not_replaced(name, more, command, base_arguments, tmp_path):
+    """Names alone do not make a run: what no command of this program has left is not ours to replace or to move. Asked
+    twice: the first refusal leaves nothing that would make it one."""
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("x")
+    for _ in range(2):
+        given = [*base_arguments, f"output_dir={tmp_path / 'run'}", *more]
+        assert_mistake(
+            command(given),
+            f"{name if name.startswith('.') else name.partition('/')[0]} in it is no run's and would be replaced",
+        )
+    assert file.read_text() == "x"
+    assert os.listdir(tmp_path) == ["run"]
 
 
 def test_a_domain_is_text_in_the_report():

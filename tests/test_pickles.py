@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.atomic import MARKER, checksum
+from pretrain.folders import MARKER
+from tests.damage import forge
 from tests.test_cli import assert_mistake
 
 pytestmark = pytest.mark.xdist_group("pickles")
@@ -71,14 +72,6 @@ def run_arguments(made, base_arguments, command):
 def put(file: Path, content: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
-
-
-def forge(checkpoint: Path) -> None:
-    """A completion marker that believes what lies there: whoever can change a checkpoint can do that."""
-    marker = json.loads((checkpoint / MARKER).read_text())
-    files = [f for f in checkpoint.rglob("*") if f.is_file() and f.name != MARKER]
-    entries = {str(f.relative_to(checkpoint)): {"bytes": f.stat().st_size, "xxh3_128": checksum(f)} for f in files}
-    (checkpoint / MARKER).write_text(json.dumps(marker | {"files": entries}))
 
 
 def test_the_payload_works(payload, unpickled):

@@ -193,7 +193,7 @@ def test_torn_checkpoints_of_two_processes(base_arguments, spawn, tmp_path):
     assert_same_run(run, whole)
     marker = run / last / "COMPLETE.json"
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": 99}))
-    goes_on(f"{run / last} passed over: format 99, this version reads 3")
+    goes_on(f"{run / last} passed over: format 99, this version reads 3 to 4")
     assert_same_run(run, whole)
     shutil.rmtree(run / last)
     shutil.copy(run / before / "model.rank-1.safetensors", run / before / "model.rank-7.safetensors")

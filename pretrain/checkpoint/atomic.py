@@ -6,39 +6,23 @@ The ranks share the disk: on several nodes ``output_dir`` lies on a file system 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from pretrain.checkpoint.policy import Verify
+from pretrain.checkpoint.marker import entry_of, write_marker
 from pretrain.errors import NoRoom, UserError
-from pretrain.folders import MARKER, is_below
+from pretrain.filesystem import flush, move, set_mode
 
 if TYPE_CHECKING:
     from pretrain.world import World
 
-FORMAT = 3
-SMALL_BYTES = 1 << 20  # files up to this size have their checksum looked at always
-CHUNK_BYTES = 1 << 24
-
 Fill = Callable[[Path], Iterable[Path]]
-
-
-def flush(path: Path) -> None:
-    """fsync a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def make_folder(path: Path) -> None:
@@ -46,8 +30,7 @@ def make_folder(path: Path) -> None:
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        with suppress(PermissionError):  # of a folder that may be written but not read
-            flush(path.parent)
+        flush(path.parent)
 
 
 def write_folder(
@@ -109,12 +92,9 @@ def _settle(
     """This rank's ``files`` on disk; size and checksum of each by its name in ``folder``."""
     entries = {}
     for file in files:
-        file.chmod(0o666 & ~_umask())  # safetensors makes its files for the owner alone
-        entry: dict[str, Any] = {"bytes": file.stat().st_size}
-        if checksums:
-            entry["xxh3_128"] = checksum(file)
+        set_mode(file, 0o666 & ~_umask())  # safetensors makes its files for the owner alone
+        entries[str(file.relative_to(folder))] = entry_of(file) if checksums else {"bytes": file.stat().st_size}
         flush(file)
-        entries[str(file.relative_to(folder))] = entry
         alive()
     return entries
 
@@ -122,20 +102,10 @@ def _settle(
 def _complete(partial: Path, path: Path, entries: dict[str, dict[str, Any]] | None) -> None:
     """The marker of a whole folder, after its files; its folders on disk, and it in its place."""
     if entries is not None:
-        (partial / MARKER).write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
-        flush(partial / MARKER)
+        flush(write_marker(partial, entries))
     for folder in (*filter(Path.is_dir, partial.rglob("*")), partial):
         flush(folder)
     replace_folder(partial, path)
-
-
-def checksum(file: Path) -> str:
-    """xxh3-128 of a file's bytes, in hexadecimal digits."""
-    digest = xxhash.xxh3_128()
-    with file.open("rb", buffering=0) as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @cache  # asking means setting it for a moment, for all threads
@@ -150,44 +120,7 @@ def replace_folder(new: Path, path: Path) -> None:
     old = path.with_name(f"{path.name}.replaced")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
-    os.rename(new, path)
+        move(path, old)
+    move(new, path)
     flush(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def missing_or_torn(path: Path, *, verify: Verify = "size") -> str | None:
-    """Why the folder can't be trusted, or ``None`` when it is whole: the marker is there, and every file with the size
-    it had. ``full``: and with the bytes; small files and the headers of large ones are looked into in any case."""
-    try:
-        marker: dict[str, Any] = json.loads((path / MARKER).read_text())
-        written = marker.get("format")
-        if written != FORMAT:
-            return f"format {written!r}, this version reads {FORMAT}"
-        for name, entry in marker["files"].items():
-            if reason := _damage(path, name, entry, verify):
-                return reason
-    except FileNotFoundError:
-        return f"no {MARKER}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"unreadable {MARKER}: {type(error).__name__}: {error}"
-    return None
-
-
-def _damage(folder: Path, name: str, entry: dict[str, Any], verify: Verify) -> str | None:
-    file = folder / name
-    if not is_below(name):
-        return f"{MARKER} names {name!r}, which is outside the folder"
-    if not file.is_file():
-        return f"{name} is missing"
-    size = file.stat().st_size
-    if size != entry["bytes"]:
-        return f"{name} has {size} bytes, {entry['bytes']} were written"
-    try:
-        if (verify == "full" or size <= SMALL_BYTES) and checksum(file) != entry["xxh3_128"]:
-            return f"{name} has other bytes than were written (checksum)"
-        if file.suffix == ".safetensors":
-            safe_open(file, framework="numpy")
-    except (OSError, SafetensorError) as error:
-        return f"{name} can't be read: {error}"
-    return None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NUMPY_KEYS = 624  # of its Mersenne Twister
 BETWEEN_RANKS = 1_000_003  # seeds that people choose are smaller
 
 
@@ -35,6 +36,22 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(_decode(state["cuda"]))
 
 
+def check_rng_state(state: dict[str, Any]) -> None:
+    """Raises ``ValueError`` for what ``set_rng_state`` could not set; sets nothing."""
+    try:
+        version, internal, gauss = state["python"]
+        random.Random().setstate((version, tuple(internal), gauss))
+        name, keys, position, has_gauss, cached = state["numpy"]
+        if not (0 <= position <= NUMPY_KEYS and has_gauss in (0, 1)):  # numpy itself believes them
+            raise ValueError("numpy: out of range")
+        np.random.RandomState().set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, float(cached)))
+        torch.Generator().set_state(_decode(state["torch"]))
+        if state["cuda"] is not None and len(_decode(state["cuda"])) == 0:
+            raise ValueError("cuda: empty")
+    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"no random state: {type(error).__name__}: {error}".splitlines()[0][:200]) from None
+
+
 def seed_everything(seed: int, *, rank: int = 0) -> None:
     """Ranks draw different numbers, or dropout would be the same on all; rank 0 draws those of a single process."""
     seed += rank * BETWEEN_RANKS
@@ -48,4 +65,4 @@ def _encode(state: Tensor) -> str:
 
 
 def _decode(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)

@@ -12,22 +12,23 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain import tensors
-from pretrain.checkpoint.atomic import make_folder, missing_or_torn, write_folder
+from pretrain.checkpoint.atomic import make_folder, write_folder
+from pretrain.checkpoint.marker import missing_or_torn
 from pretrain.checkpoint.policy import Policy
+from pretrain.checkpoint.schema import KINDS, read_state, tensor_files, validation_error
 from pretrain.console import notice
 from pretrain.errors import UserError
-from pretrain.folders import marked_files
-from pretrain.tensors import TensorFiles
+from pretrain.filesystem import free_bytes, move
 
 if TYPE_CHECKING:
     from pretrain.world import World
 
-KINDS = ("model", "optimizer")
 SPARE_BYTES = 16 << 20  # what else a checkpoint needs on the disk, and the logs beside it
 
 
@@ -50,7 +51,8 @@ class Store:
         Raises ``UserError`` naming place and cause (no permission, …), ``NoRoom`` where the disk is full; earlier
         checkpoints stay good.
         """
-        rest = {"scaler": state["engine"]["scaler"]} | {k: v for k, v in state.items() if k not in ("engine", "files")}
+        engine = {key: state["engine"][key] for key in ("scaler", "tensors")}
+        rest = engine | {k: v for k, v in state.items() if k not in ("engine", "files")} | {"ranks": world.size}
         one_file = {kind: world.sum(bool(state["engine"][kind])) == 1 for kind in KINDS}
 
         def fill(fresh: Path) -> list[Path]:
@@ -96,10 +98,11 @@ class Store:
             f"{free / 2**30:.2f} GiB free; {self.last_good()}"
         )
 
-    def _free(self) -> int:
+    def _free(self) -> float:
         try:
             make_folder(self.folder)
-            return shutil.disk_usage(self.folder).free
+            free = free_bytes(self.folder)
+            return math.inf if free is None else free
         except OSError as error:
             raise UserError(f"{self.folder} can't be written: {error}; {self.last_good()}") from error
 
@@ -122,10 +125,10 @@ class Store:
         nothing; one that a kill kept from being replaced is put back."""
         for old in self.folder.glob("step-*.replaced"):
             if not old.with_suffix("").exists():
-                old.rename(old.with_suffix(""))
+                move(old, old.with_suffix(""))
         for step in reversed([s for s in self.steps() if below is None or s < below]):
             path = self.path(step)
-            reason = missing_or_torn(path, verify=self.policy.verify)
+            reason = validation_error(path, verify=self.policy.verify)
             if reason is None:
                 return path
             notice(f"checkpoint {path} passed over: {reason}")
@@ -136,11 +139,17 @@ class Store:
         for later in [s for s in self.steps() if s > step]:
             path = self.path(later)
             aside = self.folder / f"set-aside-{path.name}-{path.stat().st_mtime_ns}"
-            path.rename(aside)
+            move(path, aside)
             notice(f"{path} is of the branch that was left: kept as {aside.name}")
 
     def _losses(self) -> dict[int, dict[str, float]]:
-        return {step: losses_of(self.path(step)) for step in self.whole()}
+        """Of every whole checkpoint; one whose state can't be read counts as not evaluated."""
+        losses: dict[int, dict[str, float]] = {}
+        for step in self.whole():
+            losses[step] = {}
+            with suppress(UserError):
+                losses[step] = losses_of(self.path(step))
+        return losses
 
     def _prune(self) -> None:
         if self.policy.keep_last is None:
@@ -153,7 +162,7 @@ class Store:
         """Renamed first: a half deleted checkpoint never looks like a torn one."""
         doomed = self.folder / f"{self.path(step).name}.removed"
         try:
-            self.path(step).rename(doomed)
+            move(self.path(step), doomed)
             shutil.rmtree(doomed)
         except OSError as error:
             notice(f"checkpoint {self.path(step)} is no longer needed but can't be removed: {error}")
@@ -173,26 +182,18 @@ def losses_of(checkpoint: Path) -> dict[str, float]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint: ``{engine: {model, optimizer, scaler}, loader, progress, rng}``; of model and optimizer the
+    """A checkpoint: ``{engine: {model, optimizer, scaler, tensors}, loader, progress, rng}``; of model and optimizer the
     ``TensorFiles``, from which every rank reads its own rows.
 
     Raises ``UserError`` when the folder is no whole checkpoint.
     """
-    reason = missing_or_torn(path)
+    reason = validation_error(path)
     if reason is not None:
         raise UserError(f"resume={path}: not a whole checkpoint: {reason}")
     state = read_state(path)
-    kinds = {kind: TensorFiles(path / n for n in marked_files(path, f"{kind}*.safetensors")) for kind in KINDS}
-    state["engine"] = kinds | {"scaler": state.pop("scaler")}
-    return state
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's state.json. Raises ``UserError`` when it is something else than JSON."""
-    try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'state.json'} can't be read: {error}") from None
+    state.pop("ranks", None)  # has said how many random states there must be
+    engine: dict[str, Any] = {kind: tensor_files(path, kind) for kind in KINDS}
+    state["engine"] = engine | {"scaler": state.pop("scaler"), "tensors": state.pop("tensors", None)}
     return state
 
 

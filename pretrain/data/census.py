@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.loader import Loader
-from pretrain.data.store import TokenStore, aranges
+from pretrain.data.store import TokenStore, aranges, by_value
 from pretrain.events import SourceSeen
 
 MAX_SOURCES = 16  # in a record
@@ -68,8 +68,7 @@ class Census:
         """Of the windows of ``length`` tokens of the view that begin at ``starts``."""
         counts = self._zeros()
         parts, begins, ends, _ = self._view.segments(starts, length)
-        for index in np.unique(parts).tolist():
-            here = parts == index
+        for index, here in by_value(parts):
             self._count_part(index, begins[here], ends[here], counts)
         return counts
 

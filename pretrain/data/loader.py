@@ -86,16 +86,9 @@ class Loader:
         chosen = self.blocks_of(first_sample + self._own)
         return self.blocks.batch(chosen, document_mask=self.document_mask, first_sample=first_sample)
 
-    def documents(self, first_sample: int) -> list[Document]:
-        """All documents with a token in the global batch (of all ranks) that begins at ``first_sample``."""
-        chosen = self.blocks_of(first_sample + np.arange(self.global_batch_size))
-        length = self.blocks.sequence_length
-        view = self.blocks.view
-        found = [view.document_ids(index * length, index * length + length + 1) for index in chosen.tolist()]
-        return [view.store.document(number) for number in np.unique(np.concatenate(found)).tolist()]
-
     def texts(self, first_sample: int) -> Iterator[tuple[Document, NDArray[np.int64]]]:
-        """Those documents, in the order of the batch, each with the first stretch of its tokens there."""
+        """All documents with a token in the global batch (of all ranks) that begins at ``first_sample``, in its order, each with
+        the first stretch of its tokens there."""
         length, view = self.blocks.sequence_length, self.blocks.view
         seen: set[int] = set()
         for index in self.blocks_of(first_sample + np.arange(self.global_batch_size)).tolist():

@@ -4,7 +4,7 @@ the parts, not a copy of them: another fraction, another share, another sequence
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,8 +142,7 @@ class TokenView:
         """bool [len(starts), length]: where in those windows a document begins."""
         found = np.zeros(len(starts) * length, bool)
         parts, begins, ends, targets = self.segments(starts, length)
-        for index in np.unique(parts):
-            here = parts == index
+        for index, here in by_value(parts):
             bounds = self.store.parts[index].ends  # document k begins at bounds[k - 1], the first at 0
             low = np.searchsorted(bounds, begins[here]) + (begins[here] > 0)
             high = np.searchsorted(bounds, ends[here]) + 1
@@ -198,6 +197,15 @@ class TokenView:
         end = np.minimum(starts[window] + length, self._run_start[runs + 1])
         shift = self._run_begin[runs] - self._run_start[runs]
         return self._run_part[runs], begin + shift, end + shift, window * length + begin - starts[window]
+
+
+def by_value(values: NDArray[Any]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """(value, where it stands) for each that occurs, in one sort: a comparison with all of them for every value would be
+    quadratic in the size of a corpus, of which a stretch in each part is looked up."""
+    order = np.argsort(values, kind="stable")
+    found, starts = np.unique(values[order], return_index=True)
+    if len(found):
+        yield from zip(found.tolist(), np.split(order, starts[1:]), strict=True)
 
 
 def aranges(low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -82,6 +82,11 @@ def reading(path: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of another library's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def group(pieces: Iterable[Piece]) -> list[Unit]:
     """Small neighbours share a unit. A unit may end only at a file whose *name* says so, until it is full: then a
     new file shifts the groups near it and no others (content-defined chunking)."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.console import notice
 from pretrain.errors import UserError, WorkersFailed
+from pretrain.filesystem import check_temporary_folder
 from pretrain.interrupt import EXIT_CODE, HEARING_SECONDS, Stopped, held_back
 from pretrain.launch.network import is_here, own_address
 from pretrain.launch.report import read_reports
@@ -35,6 +36,8 @@ def run_workers(resolved: dict[str, Any], overrides: list[str], setting: Setting
 
     Raises ``UserError`` for a mistake that a worker found, ``WorkersFailed`` when the group failed for good.
     """
+    check_temporary_folder()
+    check_semaphores()
     warm_up()
     meeting = _meeting(policy)
     with tempfile.TemporaryDirectory(prefix="pretrain-") as reports:
@@ -80,6 +83,17 @@ def _meeting(policy: Policy) -> dict[str, Any]:
     found = {"is_host": is_here(policy.endpoint), "local_address": own_address(policy.endpoint)}
     notice(f"meeting {policy.nodes} nodes at {policy.endpoint}")
     return {"endpoint": policy.endpoint, "nodes": policy.nodes, "timeout_seconds": policy.timeout} | found
+
+
+def check_semaphores() -> None:
+    """Raises ``UserError`` where processes can't have one, which lies in /dev/shm: the results of workers need some."""
+    try:
+        multiprocessing.get_context("forkserver").Lock()
+    except OSError as error:
+        raise UserError(
+            f"several processes need shared memory: {error.strerror or error}; mount a tmpfs at /dev/shm that you can write "
+            "(docker run --ipc=host or --shm-size=1g), or use one process: strategy=single"
+        ) from None
 
 
 def warm_up() -> None:

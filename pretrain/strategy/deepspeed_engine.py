@@ -25,7 +25,7 @@ from pretrain.batch import Batch
 from pretrain.engine import Engine, never
 from pretrain.errors import UserError
 from pretrain.models.meta import cast_parameters, put_buffers
-from pretrain.tensors import Piece, TensorFiles, check_names, check_shape
+from pretrain.tensors import Piece, TensorFiles, check_names, check_shape, described
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -201,10 +201,12 @@ class DeepspeedEngine(Engine):
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         own: dict[str, dict[str, Piece]] = {"model": {}, "optimizer": {}}
+        every: dict[str, Any] = {"model": {}, "optimizer": {}}
         for i, (kind, name, tensor) in enumerate(self._whole_tensors()):
+            every[kind][name] = described(tensor)
             if i % self.world.size == self.world.rank:
                 own[kind][name] = Piece(tensor.detach().cpu(), 0, tuple(tensor.shape))
-        return own | {"scaler": self._loss_scale() | {"skipped": int(self.skipped)}}
+        return own | {"tensors": every, "scaler": self._loss_scale() | {"skipped": int(self.skipped)}}
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """Below stage 3 the weights that the forward uses; all else lies in shards."""
@@ -225,6 +227,7 @@ class DeepspeedEngine(Engine):
                     yield "optimizer", f"{name}/{key}", ds_utils.safe_get_full_optimizer_state(parameter, key)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.check_moments(state)
         self._load_weights(state["model"])
         self.load_moments(state["optimizer"])
         self.skipped.fill_(state["scaler"].get("skipped", 0))

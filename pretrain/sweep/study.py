@@ -4,7 +4,6 @@ the same command goes on where it was stopped or killed."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +36,7 @@ def search_alone(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(held)
+        held.release()
 
 
 class Study:

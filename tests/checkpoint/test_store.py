@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint.atomic import missing_or_torn, write_folder
+from pretrain.checkpoint.atomic import write_folder
+from pretrain.checkpoint.marker import missing_or_torn
 from pretrain.checkpoint.policy import Policy
 from pretrain.checkpoint.rng import rng_state, seed_everything, set_rng_state
 from pretrain.checkpoint.store import Store, load
 from pretrain.errors import UserError
 from pretrain.folders import MARKER
 from pretrain.models.files import weight_files
-from pretrain.tensors import Piece
+from pretrain.tensors import Piece, manifest
 from pretrain.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -26,8 +27,12 @@ def state(seed: int) -> dict:
     weights = {"w": torch.randn(5, 3, generator=generator), "b": torch.randn(3, generator=generator).bfloat16()}
     moments = {"w/exp_avg": torch.randn(5, 3, generator=generator), "w/step": torch.tensor(float(seed))}
     pieces = [{name: Piece(t, 0, tuple(t.shape)) for name, t in named.items()} for named in (weights, moments)]
+    scaler = {"scale": 2.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 3}
+    engine = {"model": pieces[0], "optimizer": pieces[1], "scaler": scaler}
+    identity = dict.fromkeys(("model", "tokenizer", "data", "weights"), "x") | {"seed": 0, "optimizer": []}
     return {
-        "engine": {"model": pieces[0], "optimizer": pieces[1], "scaler": {"scale": 2.0}},
+        "engine": engine | {"tensors": {"model": manifest(weights), "optimizer": manifest(moments)}},
+        "identity": identity | {"sequence_length": 8, "global_batch": 2},
         "loader": {"samples": seed},
         "progress": {"step": seed, "samples": seed, "tokens": 7, "baseline": {"d": 1.5}},
         "rng": [rng_state()],
@@ -48,7 +53,7 @@ def test_reads_back_bit_for_bit(tmp_path):
             assert loaded["engine"][part].read(name).dtype == piece.tensor.dtype
             assert torch.equal(loaded["engine"][part].read(name), piece.tensor)
     assert {k: v for k, v in loaded.items() if k != "engine"} == {k: v for k, v in saved.items() if k != "engine"}
-    assert loaded["engine"]["scaler"] == {"scale": 2.0}
+    assert loaded["engine"]["scaler"] == saved["engine"]["scaler"]
 
 
 def test_newest_passes_over_what_is_torn_and_says_why(tmp_path, capsys):
@@ -85,7 +90,10 @@ def test_one_that_a_kill_kept_from_being_replaced_is_put_back(tmp_path):
     ("damage", "reason"),
     [
         (lambda path: (path / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
-        (lambda path: (path / MARKER).write_text('{"format": 99, "files": {}}'), "format 99, this version reads 3"),
+        (
+            lambda path: (path / MARKER).write_text('{"format": 99, "files": {}}'),
+            "format 99, this version reads 3 to 4",
+        ),
     ],
     ids=["a missing file", "another version"],
 )
@@ -163,7 +171,7 @@ def test_a_flipped_byte_is_found_and_named(name, tmp_path, capsys):
 def test_the_quick_look_reads_small_files_and_headers_only(tmp_path, monkeypatch):
     """A large file is known by its size; what is in its middle only the checksum tells."""
     path = saved_at(Store(tmp_path), 1, state(1))
-    monkeypatch.setattr("pretrain.checkpoint.atomic.SMALL_BYTES", 0)
+    monkeypatch.setattr("pretrain.checkpoint.marker.SMALL_BYTES", 0)
     flip(path / "model.safetensors", -3)
     assert missing_or_torn(path) is None
     assert missing_or_torn(path, verify="full") is not None

@@ -123,11 +123,12 @@ def test_the_thread_ends_with_the_iterator(view: TokenView) -> None:
 def test_the_documents_behind_a_batch_hold_its_tokens(view: TokenView, tokenizer) -> None:
     one = loader(view)
     batch = one.batch(16)
-    texts = [Path(document.path).read_text() for document in one.documents(16)]
+    documents = [document for document, _ in one.texts(16)]
+    texts = [Path(document.path).read_text() for document in documents]
     for row in batch.input_ids.tolist():
         longest = max("".join(tokenizer.decode(row, skip_special_tokens=False)).split("<|endoftext|>"), key=len)
         assert any(longest.strip("\ufffd") in text for text in texts)
-    assert len(texts) < len(list(Path(texts and one.documents(16)[0].path).parent.glob("*.txt")))
+    assert len(texts) < len(list(Path(documents[0].path).parent.glob("*.txt")))
 
 
 def test_too_little_text_for_one_global_batch(view: TokenView) -> None:

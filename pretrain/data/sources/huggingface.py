@@ -1,16 +1,18 @@
-"""Datasets of the Hub, or local folders, through ``datasets.load_dataset``. Its arrow files are read where it put
-them."""
+"""Datasets of the Hub, or local folders, through ``datasets``. Its arrow files are read where it put them."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from pretrain.data.cache import cache_dir
 from pretrain.data.sources.base import Source
-from pretrain.data.units import SourceFile
+from pretrain.data.sources.own_files import check_cards, check_data_files, download_manager
+from pretrain.data.units import SourceFile, one_line
 from pretrain.errors import UserError
 
 LOCAL_WAYS = (
@@ -48,22 +50,46 @@ class HuggingFace(Source):
         return [SourceFile(name, "arrow") for name in found]
 
     def _load(self) -> Any:
+        """``datasets.load_dataset`` in its three steps: between them is looked at what would be read.
+
+        Raises ``UserError`` for whatever ``datasets`` says: all it gets here is the user's.
+        """
         import datasets
 
         try:
-            return datasets.load_dataset(self.nameOrPath, self.subset, split=self.split, revision=self.revision)
+            return self._checked_load()
+        except UserError:
+            raise
         except (
             ConnectionError,
             OSError,
         ) as error:  # DatasetNotFoundError is an OSError, offline mode a ConnectionError
-            raise UserError(f"dataset.nameOrPath={self.nameOrPath}: {_first_line(error)}; {LOCAL_WAYS}") from error
-        except (
-            ValueError,
-            RuntimeError,
-            datasets.exceptions.DatasetsError,
-        ) as error:  # unknown subset or split, a script
-            raise UserError(f"{self.described()}: {_first_line(error)}") from error
+            raise UserError(f"dataset.nameOrPath={self.nameOrPath}: {_reason(error)}; {LOCAL_WAYS}") from error
+        except datasets.exceptions.DatasetGenerationError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise UserError(f"{self.described()}: {_reason(error.__cause__ or error)}") from error
+        except Exception as error:  # unknown subset or split, a script, a broken file
+            raise UserError(f"{self.described()}: {_reason(error)}") from error
+
+    def _checked_load(self) -> Any:
+        import datasets
+
+        folder = Path(self.nameOrPath) if os.path.isdir(self.nameOrPath) else None
+        if folder and any((folder / mark).exists() for mark in ("state.json", "dataset_dict.json")):
+            raise UserError(f"{self.described()}: a folder saved by datasets.save_to_disk is read with dataset=local")
+        if folder:
+            check_cards(folder)
+        builder = datasets.load_dataset_builder(self.nameOrPath, self.subset, revision=self.revision)
+        check_data_files(builder.config.data_files, folder, self._repository())
+        builder.download_and_prepare(dl_manager=download_manager(builder))
+        return builder.as_dataset(split=self.split)
+
+    def _repository(self) -> str:
+        """How ``datasets`` begins the addresses of a Hub dataset's files."""
+        name = self.nameOrPath.removeprefix("hf://")
+        return name if name.startswith(("buckets/", "datasets/")) else f"datasets/{name}"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _reason(error: BaseException) -> str:
+    return one_line(error).rstrip(".")

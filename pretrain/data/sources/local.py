@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pretrain.data.sources.base import Source
-from pretrain.data.units import SourceFile
+from pretrain.data.sources.listing import in_folder, matching, without_doubles
+from pretrain.data.units import SourceFile, one_line
 from pretrain.errors import UserError, did_you_mean
 from pretrain.folders import is_below
 
@@ -63,8 +64,7 @@ class Local(Source):
         if os.path.isdir(path):
             return self._in_folder(Path(path))
         if glob.has_magic(path):
-            found = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
-            if found:
+            if found := without_doubles(matching(path)):
                 return [SourceFile(name, format_of(name) or "text") for name in found]
             raise UserError(f"dataset.nameOrPath={self.nameOrPath}: no file matches")
         raise UserError(f"dataset.nameOrPath={self.nameOrPath}: no such file or folder{_near(Path(path))}")
@@ -74,13 +74,11 @@ class Local(Source):
         if self.format == "hf" and not saved:
             raise UserError(f"{self.described()}: not a folder saved by datasets.save_to_disk (dataset.format=hf)")
         if saved and self.format != "files":
-            return [SourceFile(str(name), "arrow") for name in _saved_files(folder)]
-        every = sorted(
-            str(name) for name in folder.rglob(self.pattern or "*") if name.is_file() and _visible(name, folder)
-        )
-        files = [SourceFile(name, kind) for name in every if (kind := format_of(name) or (self.pattern and "text"))]
-        if files:
-            return files
+            return [SourceFile(str(name), "arrow") for name in saved_files(folder)]
+        every = in_folder(str(folder), self.pattern or "*")
+        known = {name: kind for name in every if (kind := format_of(name) or (self.pattern and "text"))}
+        if known:
+            return [SourceFile(name, known[name]) for name in without_doubles(known)]
         if self.pattern:
             raise UserError(f"dataset.pattern={self.pattern}: no file in {self.nameOrPath} matches")
         if not every:
@@ -100,30 +98,44 @@ def format_of(path: str) -> str | None:
     return FORMATS.get(ending)
 
 
-def _saved_files(folder: Path) -> list[Path]:
+def saved_files(folder: Path) -> list[Path]:
     """The arrow files of a saved dataset, of its ``train`` split when it has several.
 
     https://huggingface.co/docs/datasets/process#save
     """
     if (folder / "dataset_dict.json").exists():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        splits = _field(folder / "dataset_dict.json", "splits")
+        if not splits or not all(isinstance(name, str) for name in splits):
+            raise UserError(f"{folder / 'dataset_dict.json'}: 'splits' is no list of names")
         if "train" not in splits and len(splits) != 1:
             raise UserError(
                 f"{folder}: splits {', '.join(splits)}, none of them 'train'; name the folder of one of them"
             )
         folder = _inside(folder, "train" if "train" in splits else splits[0])
-    names = json.loads((folder / "state.json").read_text())["_data_files"]
-    return [_inside(folder, name["filename"]) for name in names]
+    names = [
+        isinstance(entry, dict) and entry.get("filename") for entry in _field(folder / "state.json", "_data_files")
+    ]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{folder / 'state.json'}: '_data_files' names no files")
+    return [_inside(folder, str(name)) for name in names]
+
+
+def _field(path: Path, key: str) -> list[Any]:
+    """A list in a JSON file that ``datasets`` wrote."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else one_line(error)
+        raise UserError(f"{path}: cannot be read ({reason}); save the dataset again") from error
+    if not isinstance(found, dict) or not isinstance(found.get(key), list):
+        raise UserError(f"{path}: no list {key!r} in it; save the dataset again")
+    return list(found[key])
 
 
 def _inside(folder: Path, name: str) -> Path:
     if not is_below(name):
         raise UserError(f"{folder}: its JSON names {name!r}, which is outside the folder")
     return folder / name
-
-
-def _visible(path: Path, folder: Path) -> bool:
-    return not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _near(path: Path) -> str:

@@ -1,0 +1,212 @@
+"""What a checkpoint must look like to be loaded: one schema, at the border, so that nothing behind it meets a surprise.
+
+`validation_error` looks at the marker and the files, then at state.json, then at the headers of the weight files; it needs no
+model, so that a run can pass over a checkpoint before it has built anything.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+
+from pretrain.checkpoint.marker import first_error, missing_or_torn
+from pretrain.checkpoint.policy import Verify
+from pretrain.checkpoint.rng import check_rng_state
+from pretrain.errors import UserError
+from pretrain.folders import marked_files
+from pretrain.progress import Progress
+from pretrain.strict_json import read_json
+from pretrain.tensors import TensorFiles
+
+KINDS = ("model", "optimizer")
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Tensors = dict[str, tuple[str, list[Count]]]  # name → type and shape of the whole
+
+
+class _Part(BaseModel):
+    """Keys that later versions add are left alone."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class Cursor(_Part):
+    samples: Count
+
+
+class Scaler(_Part):
+    """torch's ``GradScaler`` and DeepSpeed's; all of its numbers or none."""
+
+    skipped: Count = 0
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    growth_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    backoff_factor: Annotated[float, Field(gt=0, lt=1)] | None = None
+    growth_interval: Annotated[int, Field(gt=0, lt=2**31)] | None = None
+    _growth_tracker: Count | None = None
+
+
+class Guard(_Part):
+    losses: list[float] = []
+    skips_in_a_row: Count = 0
+    passed_over: list[Count] = []
+
+
+class Identity(_Part):
+    """What a run that continues must share."""
+
+    model: str
+    tokenizer: str
+    data: str
+    sequence_length: Annotated[int, Field(gt=0, lt=2**31)]
+    global_batch: Annotated[int, Field(gt=0, lt=2**63)]
+    seed: int
+    weights: str
+    optimizer: list[Any]
+
+
+class Score(_Part):
+    domain: str
+    role: str
+    loss: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+
+
+class Record(_Part):
+    event: str
+    step: Count
+
+
+class Manifest(_Part):
+    """Every tensor of the checkpoint, whichever files they lie in."""
+
+    model: Tensors
+    optimizer: Tensors
+
+
+class State(_Part):
+    """state.json. ``tensors`` and ``ranks`` are missing in checkpoints of format 3."""
+
+    progress: dict[str, Any]
+    loader: Cursor
+    rng: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    scaler: Scaler
+    guard: Guard = Guard()
+    identity: Identity
+    records: list[Record] = []
+    tensors: Manifest | None = None
+    ranks: Annotated[int, Field(gt=0)] | None = None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json. Raises ``UserError`` when it can't be one."""
+    file = path / "state.json"
+    try:
+        state: dict[str, Any] = read_json(file)
+        check_state(state)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} can't be read: {error}") from None
+    return state
+
+
+def check_state(content: Any) -> None:
+    """Raises ``ValueError`` for what is no state of a run."""
+    try:
+        state = State.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise ValueError(first_error(error)) from None
+    scaler = content["scaler"]
+    numbers = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+    if 0 < len(numbers & scaler.keys()) < len(numbers) or not isinstance(scaler.get("_growth_tracker", 0), int):
+        raise ValueError("scaler: not all of its numbers")
+    progress = _checked_progress(state.progress)
+    if progress.samples != state.loader.samples:
+        raise ValueError(f"loader is at sample {state.loader.samples}, progress at {progress.samples}")
+    if state.ranks not in (None, len(state.rng)):
+        raise ValueError(f"rng is of {len(state.rng)} processes, {state.ranks} have saved")
+    for number, rng in enumerate(content["rng"]):
+        try:
+            check_rng_state(rng)
+        except ValueError as error:
+            raise ValueError(f"rng.{number}: {error}") from None
+
+
+def _checked_progress(given: dict[str, Any]) -> Progress:
+    checks = _field_checks()
+    if unknown := given.keys() - checks.keys():
+        raise ValueError(f"progress: unknown key {min(unknown)!r}")
+    if missing := {"step", "samples", "tokens"} - given.keys():
+        raise ValueError(f"progress: no {min(missing)}")
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        try:
+            found[key] = checks[key].validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            raise ValueError(f"progress.{key}: {first_error(error)}") from None
+    return Progress(**found)
+
+
+@cache
+def _field_checks() -> dict[str, TypeAdapter[Any]]:
+    """Each field of Progress by its own type; counts are not negative."""
+    hints = get_type_hints(Progress) | dict.fromkeys(("step", "samples", "tokens"), Count) | {"scores": list[Score]}
+    return {f.name: TypeAdapter(hints[f.name]) for f in fields(Progress)}
+
+
+def validation_error(path: Path, *, verify: Verify = "size") -> str | None:
+    """Why a checkpoint can't be loaded, or ``None``: not complete, or not what a run of this program has saved."""
+    if reason := missing_or_torn(path, verify=verify):
+        return reason
+    try:
+        state = read_state(path)
+        check_folder_name(path, state["progress"]["step"])
+        found = {kind: tensor_files(path, kind) for kind in KINDS}
+        check_tensors(found, state)
+    except (UserError, ValueError, SafetensorError) as error:
+        return str(error).removeprefix(f"{path}/")
+    return None
+
+
+def check_folder_name(path: Path, step: int) -> None:
+    """Raises ``ValueError`` for a checkpoint under the name of another step."""
+    number = path.name.removeprefix("step-")
+    if number != path.name and number.isdecimal() and int(number) != step:
+        raise ValueError(f"state.json is of step {step}")
+
+
+def tensor_files(path: Path, kind: str) -> TensorFiles:
+    """The tensors of a checkpoint that are of ``kind``, unread. Raises ``UserError`` where its files can't be put
+    together."""
+    return TensorFiles(path / name for name in marked_files(path, f"{kind}*.safetensors"))
+
+
+def check_tensors(found: dict[str, TensorFiles], state: dict[str, Any]) -> None:
+    """Raises ``ValueError`` where the files hold other tensors than were saved. Of format 3 only what must be there is
+    known: weights, and moments that fit them once a step has been trained."""
+    weights = found["model"].keys()
+    if not weights:
+        raise ValueError("no weights")
+    manifest = state.get("tensors")
+    if manifest is not None:
+        for kind in KINDS:
+            _compare(kind, manifest[kind], found[kind])
+    elif not found["optimizer"].keys() and state["progress"]["step"] > state["scaler"].get("skipped", 0):
+        raise ValueError(f"no optimizer state, after {state['progress']['step']} steps")
+    for slot in sorted(found["optimizer"].keys()):
+        parameter, _, key = slot.rpartition("/")
+        if not key or parameter not in weights:
+            raise ValueError(f"optimizer state {slot!r} is of no weight")
+
+
+def _compare(kind: str, saved: dict[str, Any], files: TensorFiles) -> None:
+    if odd := sorted(saved.keys() ^ files.keys()):
+        raise ValueError(f"{kind}: {odd[0]!r} {'is missing' if odd[0] in saved else 'was not saved'}")
+    for name, (kind_of_number, shape) in saved.items():
+        known = [files.dtype(name), list(files.shape(name))]
+        if known != [kind_of_number, shape]:
+            raise ValueError(f"{kind}: {name} is {known[0]} {known[1]}, {kind_of_number} {shape} was saved")

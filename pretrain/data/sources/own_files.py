@@ -1,0 +1,116 @@
+"""What a dataset's own files may make ``datasets`` read: files of that folder or Hub repository and nothing else, and no
+archive. A README.md can name any path and URL as its data, and so can a link in the folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pretrain.data.units import one_line
+from pretrain.errors import UserError
+from pretrain.folders import is_below
+
+ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".rar", ".7z")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+CARDS = ("README.md", ".huggingface.yaml")
+NOT_UNPACKED = "archives are not unpacked; unpack it and name the folder with dataset=local"
+
+
+def check_cards(folder: Path) -> None:
+    """Refuse paths and URLs that lead out of ``folder`` before ``datasets`` looks them up.
+
+    https://huggingface.co/docs/hub/datasets-manual-configuration
+    """
+    for card in (folder / name for name in CARDS):
+        if card.is_file():
+            for name in _named_in(_card(card)):
+                if "://" in name or "::" in name or name.startswith("~") or not is_below(name):
+                    raise UserError(f"{card}: it names data outside its folder ({name!r}), which is not read")
+
+
+def check_data_files(found: Any, folder: Path | None, repository: str) -> None:
+    """Refuse what ``datasets`` has found for its builder (split → paths) where it is an archive or lies outside ``folder``;
+    of a Hub dataset (``folder`` is ``None``): outside ``repository``."""
+    for name in (str(path) for paths in (found or {}).values() for path in paths):
+        if _ending(name) in ARCHIVES:
+            raise UserError(f"{name}: {NOT_UNPACKED}")
+        inside = (
+            _is_inside(Path(name), folder)
+            if folder
+            else name.startswith((f"hf://{repository}@", f"hf://{repository}/"))
+        )
+        if not inside:
+            raise UserError(
+                f"dataset.nameOrPath={folder or repository}: its data lies elsewhere ({name}) and is not read"
+            )
+
+
+def download_manager(builder: Any) -> Any:
+    """The ``DownloadManager`` that ``builder`` would make for itself, except that it opens no archive, whatever its name."""
+    from datasets import DownloadConfig, DownloadManager
+    from datasets.utils.extract import Extractor
+    from datasets.utils.py_utils import NestedDataStructure
+
+    class SingleFiles(DownloadManager):
+        def extract(self, path_or_paths: Any) -> Any:
+            for path in NestedDataStructure(path_or_paths).flatten():
+                if Extractor.infer_extractor_format(path) in ("tar", "zip", "rar", "7z"):
+                    raise UserError(f"{path}: {NOT_UNPACKED}")
+            return super().extract(path_or_paths)
+
+        def iter_archive(self, path_or_buf: Any) -> Any:
+            raise UserError(f"{path_or_buf}: {NOT_UNPACKED}")
+
+    options = DownloadConfig(cache_dir=builder._cache_downloaded_dir, use_etag=False, token=builder.token)
+    return SingleFiles(
+        dataset_name=builder.dataset_name,
+        data_dir=builder.config.data_dir,
+        download_config=options,
+        base_path=builder.base_path,
+        record_checksums=False,
+    )
+
+
+def _card(path: Path) -> Any:
+    import yaml
+    from huggingface_hub import DatasetCard
+
+    try:
+        if path.suffix == ".yaml":
+            return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return DatasetCard.load(path).data.to_dict()
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: its YAML cannot be read ({one_line(error)})") from error
+
+
+def _named_in(card: Any) -> Iterator[str]:
+    """Every path that a configuration of the card gives."""
+    configs = card.get("configs") if isinstance(card, dict) else None
+    for config in configs if isinstance(configs, list) else []:
+        if isinstance(config, dict):
+            yield from _strings([config.get("data_files"), config.get("data_dir")], set())
+
+
+def _strings(value: Any, seen: set[int]) -> Iterator[str]:
+    """All strings in nested lists and mappings, each of which is looked at once: YAML can repeat one without end."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list) and id(value) not in seen:
+        seen.add(id(value))
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item, seen)
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether the file itself, links followed, lies in ``folder``. In the Hub's cache all files of a snapshot are links into
+    the ``blobs`` of the same repository."""
+    target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    blobs = root.parent.parent / "blobs"
+    return target.is_relative_to(root) or (root.parent.name == "snapshots" and target.parent == blobs)
+
+
+def _ending(name: str) -> str:
+    stem, ending = os.path.splitext(name.lower())
+    return os.path.splitext(stem)[1] if ending in COMPRESSIONS and os.path.splitext(stem)[1] in ARCHIVES else ending
