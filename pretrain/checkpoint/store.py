@@ -9,6 +9,7 @@ makes it a model folder by itself (config, tokenizer, …), and the marker of a 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
