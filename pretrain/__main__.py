@@ -6,7 +6,8 @@ import sys
 
 
 def main() -> None:
-    if locale.getencoding().lower().replace("-", "") != "utf8" and not sys.flags.utf8_mode:
+    is_utf8 = sys.flags.utf8_mode or locale.getencoding().lower().replace("-", "") == "utf8"
+    if not is_utf8 and os.environ.get("PYTHONUTF8") != "1":  # else it has been tried
         # Text of any language is read, written and printed: every process of the run does it in UTF-8.
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
     try:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.checkpoint.atomic import missing_or_torn
+from pretrain.checkpoint.marker import missing_or_torn
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.tensors import checksum
