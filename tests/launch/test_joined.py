@@ -95,10 +95,10 @@ def test_what_torchrun_has_restarted_continues(given, command, monkeypatch, tmp_
         monkeypatch.setenv(name, value)
     more = ["resume=never", "save_every=2", f"output_dir={run}"]
     seen = []
-    for count, command_id, steps in (("0", "one", 2), ("1", "one", 4), ("7", "one", 5), ("1", "two", 6)):
+    for count, command_id, last in (("0", "one", 2), ("1", "one", 4), ("7", "one", 5), ("1", "two", 6)):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", command_id)
-        code, _, err = command([*given, *more, f"max_steps={steps}"])
+        code, _, err = command([*given, *more, f"max_steps={last}"])
         assert code == 0, err
         seen.append([step for step, _ in starts(run)])
     assert seen == [[0], [0, 2], [0, 2, 4], [0]], "another command's restart is none of this run's"
