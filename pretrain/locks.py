@@ -54,6 +54,12 @@ class Lock:
         """What a child that is to hold it too must inherit."""
         return () if self._file is None else (self._file,)
 
+    def moved(self, path: Path) -> None:
+        """The file is now ``path``: the folder in which it lies was renamed."""
+        self.path = path
+        if self._claim is not None:
+            self._claim = _claim_of(path)
+
     def release(self) -> None:
         """A child that has inherited it still holds it."""
         self._released.set()
@@ -82,7 +88,7 @@ class Lock:
     # -- without the kernel's ------------------------------------------------------------------------------------------
 
     def _try_to_claim(self) -> bool:
-        claim = self.path.with_name(f"{self.path.name}.held")
+        claim = _claim_of(self.path)
         if (holder := _read(claim)) is not None:
             if _is_alive(holder, claim):
                 return False
@@ -102,6 +108,10 @@ class Lock:
         while not self._released.wait(RENEW_SECONDS):
             with suppress(OSError):
                 os.utime(claim)
+
+
+def _claim_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.held")
 
 
 def _read(claim: Path) -> dict[str, Any] | None:

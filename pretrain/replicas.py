@@ -57,8 +57,7 @@ def _digest(values: Iterable[object]) -> str:
 def _odd(sums: Sequence[dict[str, int]]) -> dict[int, list[str]]:
     """The ranks, by their place in ``sums``, that are not as most are (of equally many: as the first is), and the names
     under which they are not."""
-    kinds = [tuple(s.items()) for s in sums]
-    usual = dict(max(kinds, key=lambda kind: (kinds.count(kind), -kinds.index(kind))))
+    usual = max(sums, key=lambda one: (sums.count(one), -sums.index(one)))
     return {i: [n for n in s if s[n] != usual[n]] for i, s in enumerate(sums) if s != usual}
 
 

@@ -235,6 +235,7 @@ def start_over(folder: RunFolder) -> RunFolder:
 
 def _renewed(folder: RunFolder, why: str) -> RunFolder:
     aside = move_aside(folder.path)
+    folder.lock.moved(aside / ".lock")
     folder.lock.release()
     lock = _locked(folder.path)
     _open_logs(folder.path)

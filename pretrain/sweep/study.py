@@ -120,7 +120,8 @@ def _leave_out_broken_lines(file: Path) -> None:
     if not file.exists():
         return
     before = file.read_bytes()
-    kept, odd = [], []
+    kept: list[tuple[int, bytes]] = []
+    odd: list[tuple[int, bytes]] = []
     for number, line in enumerate(before[: before.rfind(b"\n") + 1].splitlines(keepends=True), start=1):
         (kept if _is_entry(line) else odd).append((number, line))
     after = b"".join(line for _, line in kept)
