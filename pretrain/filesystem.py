@@ -65,7 +65,18 @@ def move(path: Path, to: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        shutil.move(path, to)
+        _copy(path, to)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _copy(path: Path, to: Path) -> None:
+    """The content alone: modes and times can't be kept everywhere."""
+    if not path.is_dir():
+        shutil.copyfile(path, to)
+        return
+    to.mkdir()
+    for inner in path.iterdir():
+        _copy(inner, to / inner.name)
 
 
 def mapped(path: Path) -> NDArray[np.uint8]:
