@@ -75,13 +75,23 @@ def build_evaluator(resolved: dict[str, Any], prepared: Prepared, *, batch_size:
 
     Raises ``UserError`` for auto without one.
     """
+    from pretrain.console import notice
     from pretrain.data.evaluation import evaluation_batches, first_tokens
     from pretrain.evaluation.perplexity import Domain, Evaluator
 
+    for line in prepared.notices:
+        notice(line)
     policy = instantiate(resolved["evaluation"])
     scored = batch_size if policy.batch_size == "auto" else policy.batch_size
     if scored is None:
         raise UserError("evaluation.batch_size=auto is that of a training; here it needs a number")
+
+    settings = {
+        "sequence_length": resolved["sequence_length"],
+        "document_mask": resolved["dataset"].get("document_mask", False),
+        "tokenizer": prepared.identity["tokenizer"],
+        "precision": instantiate(resolved["precision"]).name,
+    }
 
     def domain(name: str, role: str, held_out: TokenView) -> Domain:
         batches = evaluation_batches(
@@ -92,7 +102,7 @@ def build_evaluator(resolved: dict[str, Any], prepared: Prepared, *, batch_size:
             max_tokens=policy.max_tokens,
         )
         prompts = first_tokens(batches.view, policy.samples, policy.sample_prompt_tokens)
-        return Domain(name, role, batches, batches.num_bytes, prompts)
+        return Domain(name, role, batches, prompts, settings)
 
     return Evaluator([domain(*d) for d in prepared.domains])
 
@@ -105,8 +115,10 @@ def build_sampler(resolved: dict[str, Any], prepared: Prepared, scorer: Scorer, 
     from pretrain.evaluation.samples import Sampler, prompts_of
 
     policy, tokenizer = instantiate(resolved["evaluation"]), prepared.tokenizer
-    prompts = prompts_of(evaluator.domains, policy, tokenizer, num_positions=scorer.model.num_positions)
-    return Sampler(prompts, tokenizer, policy.sample_tokens)
+    around, positions = prepared.boundaries, scorer.model.num_positions
+    first = around.separator if around.bos is None else around.bos
+    prompts = prompts_of(evaluator.domains, policy, tokenizer, first=first, num_positions=positions)
+    return Sampler(prompts, tokenizer, policy.sample_tokens, separator=around.separator)
 
 
 def build_exporter(
@@ -127,12 +139,15 @@ def build_exporter(
         shard_size=policy.export_shard_size,
         save_dtype=prepared.model.save_dtype,
         card=partial(model_card, resolved, data=data, facts=facts, total_steps=steps),
+        separator=prepared.boundaries.separator,
     )
 
 
 def build_schedule(resolved: dict[str, Any], steps: int) -> Schedule:
-    warmup_steps = round(steps * resolved["warmup_proportion"])
-    return partial(instantiate(resolved["scheduler"]), total_steps=steps, warmup_steps=warmup_steps)
+    from pretrain.optim.learning_rate import warmup_steps
+
+    warm = warmup_steps(steps, resolved["warmup_proportion"])
+    return partial(instantiate(resolved["scheduler"]), total_steps=steps, warmup_steps=warm)
 
 
 def build_facts(
@@ -147,17 +162,19 @@ def build_facts(
 
 
 def build_listeners(
-    resolved: dict[str, Any], folder: Path, files: Files
+    resolved: dict[str, Any], folder: Path, files: Files, *, uniform_loss: float | None
 ) -> tuple[list[Listener], Callable[[], list[Record]]]:
     """Who hears of the run's events, and what tells the records that belong into the next checkpoint. ``files``: of the
-    training data, to be watched."""
+    training data, to be watched. ``uniform_loss``: see ``BaselineCheck``."""
     from pretrain.data.fingerprint import FilesWatch
+    from pretrain.telemetry.baseline import BaselineCheck
     from pretrain.telemetry.monitor import Monitor
     from pretrain.telemetry.run_file import RunFile
 
     sinks = {name: instantiate(node) for name, node in (resolved.get("sink") or {}).items()}
     monitor = Monitor(sinks, run=folder, log_every=resolved["log_every"])
-    return [monitor, RunFile(folder, monitor.summary), FilesWatch(files)], monitor.unsaved
+    watchers: list[Listener] = [FilesWatch(files), BaselineCheck(uniform_loss)]
+    return [monitor, RunFile(folder, monitor.summary), *watchers], monitor.unsaved
 
 
 def cadences(resolved: dict[str, Any], prepared: Prepared) -> tuple[Every, Every]:
@@ -263,6 +280,7 @@ def build_trainer(
     watchdog: Watchdog,
 ) -> Trainer:
     from pretrain.checkpoint.rng import rng_state
+    from pretrain.evaluation.untouched import Untouched
     from pretrain.trainer import Trainer
 
     steps = total_steps(resolved, prepared)
@@ -273,15 +291,20 @@ def build_trainer(
     loader = build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world)
     evaluate_every, save_every = cadences(resolved, prepared)
     evaluator = build_evaluator(resolved, prepared, batch_size=split.batch_size)
-    facts = build_facts(resolved, engine, split=split, setting=setting, place=place)
-    listeners, unsaved = build_listeners(resolved, folder, prepared.train.store.files) if world.is_main else ([], list)
+    weights_follow_from = ("model", "seed") if prepared.model.weights() is None else ("model",)
+    uniform = prepared.model.uniform_loss()
+    facts = build_facts(resolved, engine, split=split, setting=setting, place=place) | {"uniform_loss": uniform}
+    heard = (
+        build_listeners(resolved, folder, prepared.train.store.files, uniform_loss=uniform) if world.is_main else None
+    )
+    listeners, unsaved = heard or ([], list)
     return Trainer(
         world=world,
         engine=engine,
         loader=loader,
         guard=build_guard(resolved, prepared, engine, loader, folder),
         schedule=build_schedule(resolved, steps),
-        evaluator=evaluator,
+        untouched=Untouched(evaluator, weights_follow_from=weights_follow_from),
         sampler=build_sampler(resolved, prepared, engine, evaluator),
         saver=build_saver(resolved, store, world, watchdog),
         interrupt=interrupt,

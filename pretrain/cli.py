@@ -1,7 +1,7 @@
 """The command line: compose, check, run. Imports no torch, so that help and mistakes answer at once.
 
-A plain run is composed with Hydra's compose API; Hydra's own flags (`--cfg`, `--info`, …) go through `hydra.main`, sweeps
-(`-m`) through pretrain.sweep, where every job is this command again in a fresh process.
+Hydra composes and shows (`--cfg`, `--info`, …); it starts nothing but sweeps (`-m`), in pretrain.sweep, where every job is
+this command again in a fresh process.
 """
 
 from __future__ import annotations
@@ -9,30 +9,35 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-import re
 import sys
 import traceback
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
+from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain import collector
-from pretrain.compose import asks_for_sweep, forced, in_plain_words, resolve
+from pretrain.compose import asks_for_sweep, compose, forced, in_plain_words, resolve
 from pretrain.config import check, conf_dir, gpu_visible
 from pretrain.console import complain, notice, quiet_libraries
 from pretrain.errors import UserError, WorkersFailed
+from pretrain.flags import parse
 from pretrain.flat import overrides_from
 from pretrain.help import help_text
+from pretrain.hydra_configs import composing
+from pretrain.hydra_trust import check_hydra
 from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
+from pretrain.quoting import quoted, quoted_word
 from pretrain.redact import held, redact, secrets
 from pretrain.streams import ensure_open, never_wait, settle
 from pretrain.sweep.child import enter, note_failure
-from pretrain.trust import COMMAND_LINE_ONLY, check_hydra, check_said, said
+from pretrain.trust import COMMAND_LINE_ONLY, check_said, said
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -91,6 +96,9 @@ def _dispatch(arguments: list[str]) -> int:
     if {"--help", "-h"} & set(arguments):
         print(help_text(arguments))
         return 0
+    if "--version" in arguments:
+        print(f"pretrain {_version()}")
+        return 0
     try:
         os.getcwd()
     except OSError as error:
@@ -102,58 +110,105 @@ def _dispatch(arguments: list[str]) -> int:
     known = secrets()
     for argument in arguments:
         if secret := held(argument, known):
-            raise UserError(f"{argument}: holds {secret}; others see a command line, set it in the environment alone")
-    if asks_for_sweep(arguments):
-        arguments = ["-m", *arguments]
-    if any(a.startswith("-") for a in arguments):
-        return _hydra_main(arguments, spoken)
-    overrides = [forced(a) for a in arguments]
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        try:
-            config = hydra.compose("config", overrides=overrides)
-        except ValueError as error:  # Hydra's word for a group override that makes no sense
-            raise UserError(in_plain_words(error)) from None
-    return run(config, overrides, spoken)
+            raise UserError(
+                f"{redact(argument)}: holds {secret}; others see a command line, set it in the environment alone"
+            )
+    given = parse(arguments)
+    if given.shell_completion:
+        return _complete(given.overrides)
+    if given.multirun or asks_for_sweep(given):
+        return _sweep(arguments, given, spoken)
+    overrides = [forced(quoted_word(word, sweeping=False)) for word in given.overrides]
+    if given.config_dir or given.cfg or given.info or given.hydra_help:
+        check_hydra(overrides, conf_dir(), given.config_dir)
+    if given.cfg or given.info or given.hydra_help:
+        return _show(given, overrides, spoken)
+    return run(compose(overrides, given.config_dir), overrides, spoken)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("pretrain")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def _with_flat_file(arguments: list[str]) -> list[str]:
     """Replace ``--config FILE`` by what the file stands for."""
+    given = [a for a in arguments if a == "--config" or a.startswith("--config=")]
+    if len(given) > 1:
+        raise UserError("--config: one file, once")
     for i, argument in enumerate(arguments):
         if argument == "--config":
             if i + 1 == len(arguments):
                 raise UserError("--config: which file?")
             return overrides_from(Path(arguments[i + 1]), arguments[:i] + arguments[i + 2 :])
         if argument.startswith("--config="):
-            return overrides_from(Path(argument.split("=", 1)[1]), arguments[:i] + arguments[i + 1 :])
+            file = Path(os.path.expanduser(argument.split("=", 1)[1]))  # a shell leaves this one as it is
+            return overrides_from(file, arguments[:i] + arguments[i + 1 :])
     return arguments
 
 
-def _hydra_main(arguments: list[str], spoken: dict[str, Any]) -> int:
-    """Sweeps and Hydra's own flags. ``spoken``: see `trust.said`."""
-    overrides = [forced(a) for a in arguments if re.match(r"[+~A-Za-z_].*=|~", a)]
-    flags = [a for a in arguments if not re.match(r"[+~A-Za-z_].*=|~", a)]  # argparse wants its own flags in one piece
-    check_hydra(flags, overrides, conf_dir())
+def _sweep(arguments: list[str], given: Namespace, spoken: dict[str, Any]) -> int:
+    """``arguments``: as they were typed; ``spoken``: see `trust.said`."""
+    overrides = [forced(quoted_word(word, sweeping=True)) for word in given.overrides]
+    check_hydra(overrides, conf_dir(), given.config_dir)
     logging.getLogger("pretrain").propagate = False  # notices are on stderr already; Hydra would say them again
-    if {"-m", "--multirun"} & set(flags):
-        if shown := {"--cfg", "-c", "--info", "-i"} & {flag.split("=")[0] for flag in flags}:
-            raise UserError(f"{shown.pop()} shows one configuration: leave -m and the lists of values out")
-        from pretrain.launch.slurm import SlurmLauncher
-        from pretrain.sweep.command import sweep
-        from pretrain.sweep.optuna_sweeper import OptunaSweeper
-        from pretrain.sweep.plugins import register
-        from pretrain.sweep.side_by_side import SideBySideLauncher
+    from pretrain.launch.slurm import SlurmLauncher
+    from pretrain.sweep.command import sweep
+    from pretrain.sweep.optuna_sweeper import OptunaSweeper
+    from pretrain.sweep.plugins import register
+    from pretrain.sweep.side_by_side import SideBySideLauncher
 
-        register(OptunaSweeper, SideBySideLauncher, SlurmLauncher)
-        return sweep(arguments, flags, overrides, spoken)
-    codes: list[int] = []
+    register(OptunaSweeper, SideBySideLauncher, SlurmLauncher)
+    return sweep(arguments, given.config_dir, overrides, spoken)
 
-    @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-    def job(config: DictConfig) -> None:
-        codes.append(run(config, list(HydraConfig.get().overrides.task), spoken))
 
-    sys.argv[1:] = flags + overrides
-    job()
-    return max(codes, default=0)
+def _show(given: Namespace, overrides: list[str], spoken: dict[str, Any]) -> int:
+    """What Hydra shows of a configuration, once that is one with which a run could start somewhere."""
+    if given.cfg in ("job", "all"):
+        config = compose(overrides, given.config_dir)
+        if given.package and OmegaConf.select(config, given.package, throw_on_missing=False) is None:
+            raise UserError(f"--package={given.package}: the configuration has no such key")
+        resolved = resolve(config)
+        check_said(resolved, spoken)
+        check(resolved, here=False)
+        if given.resolve:
+            overrides = [*overrides, f"++name={quoted(resolved['name'])}"]  # output_dir follows from it
+    with composing(conf_dir(), given.config_dir) as hydra:
+        if given.cfg:
+            hydra.show_cfg("config", overrides, given.cfg, given.package, given.resolve)
+        elif given.info:
+            with _own_logging():
+                hydra.show_info(given.info, "config", overrides)
+        else:
+            given.overrides = overrides
+            hydra.hydra_help("config", get_args_parser(), given)
+    return 0
+
+
+@contextmanager
+def _own_logging() -> Iterator[None]:
+    """Hydra makes the root logger say everything on stdout; afterwards that is as it was."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def _complete(words: list[str]) -> int:
+    """For the shell's Tab key: `install=bash`, `query=bash`."""
+    with composing(conf_dir(), None) as hydra:
+        try:
+            hydra.shell_completion("config", words)
+        except ValueError as error:  # no such shell, or nothing asked
+            raise UserError(" ".join(str(error).split())) from None
+    return 0
 
 
 def run(config: DictConfig, overrides: list[str], spoken: dict[str, Any]) -> int:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pretrain.config import GROUPS, conf_dir
 from pretrain.errors import UserError, did_you_mean
 from pretrain.help import choices
-from pretrain.trust import make_hydra
+from pretrain.hydra_configs import compose_config, composing
+from pretrain.quoting import PATH_KEYS
 
 
 def forced(override: str) -> str:
@@ -23,36 +27,39 @@ def forced(override: str) -> str:
         raise UserError(f"{key}: the run folder is output_dir=...")
     if key.lstrip("+") == "hydra.sweep.subdir":
         raise UserError(f"{key}: a job's folder is named by its overrides; their common one is sweep_dir=...")
+    if key.lstrip("+") == "hydra.searchpath":
+        raise UserError(f"{key}: another folder of configs is --config-dir FOLDER")
     groups = (*GROUPS, "experiment", "local")
     if "=" not in override or not re.match(r"[A-Za-z_]", key) or key in groups or re.search(r"[@/]", key):
         return override
     return override if key.split(".")[0] == "hydra" else f"++{override}"
 
 
-def asks_for_sweep(arguments: list[str]) -> bool:
-    """Whether a command line without ``-m`` means a sweep: it names a launcher (one run is a sweep of one job) or a sweeper,
-    or its experiment is one (``hydra.mode: MULTIRUN``)."""
-    from hydra._internal.utils import get_args_parser
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.types import RunMode
-
-    given, _ = get_args_parser().parse_known_args(arguments)
-    if given.multirun or given.run or given.cfg or given.info or given.hydra_help or given.shell_completion:
+def asks_for_sweep(given: Namespace) -> bool:
+    """Whether a command line (`flags.parse`) without ``-m`` means a sweep: it names a launcher (one run is a sweep of one job)
+    or a sweeper, or its experiment is one (``hydra.mode: MULTIRUN``)."""
+    if given.run or given.cfg or given.info or given.hydra_help:
         return False
-    if any(a.startswith(("hydra/launcher=", "hydra/sweeper=")) for a in arguments):
+    if any(word.startswith(("hydra/launcher=", "hydra/sweeper=")) for word in given.overrides):
         return True
-    words = [a for a in arguments if re.match(r"\+?experiment=|hydra\.mode=", a)]
+    words = [word for word in given.overrides if re.match(r"\+?experiment=|hydra\.mode=", word)]
     if not words:
         return False
-    try:
-        found = make_hydra(conf_dir(), given.config_dir).get_mode("config", words)  # None: whoever composes it says why
-    finally:
-        GlobalHydra.instance().clear()
-    return bool(found == RunMode.MULTIRUN)
+    with composing(conf_dir(), given.config_dir) as hydra:
+        return bool(hydra.get_mode("config", words) == RunMode.MULTIRUN)  # None: the one that composes it says why
+
+
+def compose(words: list[str], config_dir: str | None = None) -> DictConfig:
+    """The config of one run: what conf/config.yaml, the files it names and ``words`` come to, without Hydra's own node."""
+    with composing(conf_dir(), config_dir) as hydra:
+        config = compose_config(hydra, words, RunMode.RUN)
+    with open_dict(config):
+        del config["hydra"]
+    return config
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:
-    """The composed config as a plain dict, with the run's name filled in.
+    """The composed config as a plain dict, with the run's name filled in and ``~`` in paths replaced by the home folder.
 
     Raises ``UserError`` for an interpolation that leads nowhere.
     """
@@ -64,7 +71,14 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise UserError(in_plain_words(error)) from None
     assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}
+    return {str(key): _at_home(str(key), value) for key, value in resolved.items()}
+
+
+def _at_home(key: str, value: Any) -> Any:
+    """``value`` with ``~/x`` and ``~user/x`` as the paths they stand for, wherever a path is the value of a key."""
+    if isinstance(value, dict):
+        return {name: _at_home(str(name), item) for name, item in value.items()}
+    return os.path.expanduser(value) if key in PATH_KEYS and isinstance(value, str) else value
 
 
 def default_name(config: DictConfig) -> str:
@@ -84,6 +98,8 @@ def in_plain_words(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice}: no such choice{did_you_mean(choice, choices(group))}"
+    if "maximum recursion depth" in str(error):
+        return "nested too deeply for a config"
     key = getattr(error, "full_key", None)
     if isinstance(error, MissingMandatoryValue):
         return f"{key} has no value; give it one: {key}=..."

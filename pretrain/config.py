@@ -13,34 +13,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from keyword import iskeyword
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
 
 from pretrain.errors import UserError, did_you_mean
-from pretrain.redact import held, secrets
+from pretrain.optim.learning_rate import with_lr
+from pretrain.redact import held, redact, secrets
 from pretrain.shipped import conf_dir
-from pretrain.trust import locate
+from pretrain.trust import PARTS, SCHEDULES, locate, trusts
 
 Finite = Field(allow_inf_nan=False)
 Beta = Annotated[float, Field(ge=0, lt=1)]
-GROUPS = (
-    "model",
-    "dataset",
-    "strategy",
-    "precision",
-    "optimizer",
-    "scheduler",
-    "checkpoint",
-    "evaluation",
-    "generation",
-    "guard",
-    "telemetry",
-    "launch",
-    "sweep",
-    "sink",
-)
+GROUPS = tuple(PARTS)
 OTHER_NAMES = {  # what the Hugging Face Trainer and others call our root keys
     "learning_rate": "lr",
     "max_learning_rate": "lr",
@@ -69,7 +56,8 @@ OTHER_NAMES = {  # what the Hugging Face Trainer and others call our root keys
     "parallelization_strategy": "strategy",
     "report_to": "sink",
 }
-HYDRA_KEYS = {"_target_", "_partial_"}  # Hydra has more; arguments without a name, or unconverted, can't be checked
+HYDRA_KEYS = ("_target_", "_partial_")  # of a part; with Hydra's others arguments have no name, or no type, to check
+ALL_HYDRA_KEYS = (*HYDRA_KEYS, "_args_", "_recursive_", "_convert_")
 RUNTIME_ARGUMENTS = {"step", "total_steps", "warmup_steps"}  # of a schedule: given by the builder, never by YAML
 
 
@@ -84,15 +72,15 @@ class Root:
     sequence_length: Annotated[int, Field(ge=2)]
     batch_size: PositiveInt | Literal["auto"]
     gradient_accumulation_steps: PositiveInt
-    number_epochs: Annotated[PositiveFloat, Finite]
+    number_epochs: Annotated[float, Field(gt=0, le=1_000_000)]
     max_steps: PositiveInt | None
-    lr: Annotated[PositiveFloat, Finite]
+    lr: Annotated[PositiveFloat, Finite] | Literal["auto"]
     warmup_proportion: Annotated[float, Field(ge=0, le=1)]
     weight_decay: Annotated[NonNegativeFloat, Finite]
     beta1: Beta
     beta2: Beta
     grad_clip: Annotated[PositiveFloat, Finite] | None
-    seed: NonNegativeInt
+    seed: Annotated[int, Field(ge=0, lt=2**63)]  # each rank adds to it, and generators take 64 bits
     devices: Literal["auto"] | PositiveInt
     sweep_dir: Annotated[str, Field(min_length=1)] | None
     resume: Annotated[str, Field(min_length=1)]
@@ -110,42 +98,37 @@ def check(config: dict[str, Any], *, here: bool = True) -> Root:
 
     Raises ``UserError`` naming the key, its value and what is allowed.
     """
-    root_keys = {field.name for field in fields(Root)}
+    root_keys, given = {field.name for field in fields(Root)}, config
     for key in config:
         if key not in root_keys and key not in GROUPS:
-            raise UserError(f"unknown key {key!r}{_known_as(key, root_keys | set(GROUPS))}")
+            raise UserError(f"unknown key {key!r}{known_as(key, root_keys | set(GROUPS))}")
     for key, hint in get_type_hints(Root, include_extras=True).items():
         check_value(key, config.get(key), hint)
     check_leaves(config)
+    config = with_lr(config, 1e-3)  # any number will do for the check of what follows it
     for group in GROUPS:
         node = config.get(group) or {}
-        nodes = list(targets(group, node))
-        if group != "sink" and not nodes:
-            raise UserError(f"{group}={node or None!r}: not a choice of this group; --help lists them")
-        for name, sink in node.items() if group == "sink" else ():
+        if group != "sink":
+            check_part(group, node, PARTS[group], config["allow_targets"])
+            continue
+        if not isinstance(node, dict):
+            raise UserError(f"sink={node!r}: not a choice of this group; --help lists them")
+        for name, sink in node.items():
             if not isinstance(sink, dict) or "_target_" not in sink:
                 raise UserError(f"sink.{name}: {name!r} is not among the chosen sinks; add it: sink=[…,{name}]")
-        for path, found in nodes:
-            check_node(path, found, config["allow_targets"])
+            check_part(f"sink.{name}", sink, PARTS[group], config["allow_targets"])
     if here:
         check_here(config)
-    return Root(**{key: config[key] for key in root_keys})
+    return Root(**{key: given[key] for key in root_keys})
 
 
-def _known_as(key: str, known: set[str]) -> str:
+def known_as(key: str, known: set[str]) -> str:
     """The nearest known key, also by the name that other trainers give it."""
-    near = difflib.get_close_matches(key, [*known, *OTHER_NAMES], n=1, cutoff=0.7)
-    if near and near[0] in OTHER_NAMES:
+    others = [name for name, here in OTHER_NAMES.items() if here in known]
+    near = difflib.get_close_matches(key, [*known, *others], n=1, cutoff=0.7)
+    if near and near[0] in others:
         return f"; here it is {OTHER_NAMES[near[0]]!r}"
     return did_you_mean(key, known)
-
-
-def targets(path: str, node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every node with a ``_target_`` at or below ``node``, in lists too, with its dotted path."""
-    if isinstance(node, dict) and "_target_" in node:
-        yield path, node
-    for key, value in _items(node):
-        yield from targets(f"{path}.{key}", value)
 
 
 def _items(node: Any) -> Iterable[tuple[Any, Any]]:
@@ -161,39 +144,117 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_leaves(config: dict[str, Any]) -> None:
-    """Raises ``UserError`` for a secret, which would be written to config.yaml and with every checkpoint, and for an
-    interpolation that came out of one: resolved once more, it could become a node that nobody has checked."""
+    """Raises ``UserError`` for a secret, which would be written to config.yaml and with every checkpoint, for an interpolation
+    that came out of one (resolved once more, it could become a node that nobody has checked), and for what no file or tensor
+    can hold: integers of more than 64 bits, NaN, texts that are not UTF-8."""
     known = secrets()
     for path, value in leaves(config):
-        secret = held(path, known) or held(str(value), known)
+        if not _is_text(path):
+            raise UserError(f"{path!a}: a key of other characters than UTF-8 has, or with a zero byte")
+        secret = held(path, known) or held(str(value) if _is_number_of_64_bits(value) else "", known)
         if secret:
-            raise UserError(f"{path}: holds {secret}; no key takes a secret, set it in the environment alone")
+            raise UserError(f"{redact(path)}: holds {secret}; no key takes a secret, set it in the environment alone")
         if isinstance(value, str) and "${" in value:
             raise UserError(f"{path}={value!r}: a value can't hold '${{', the mark of an interpolation")
+        if isinstance(value, str) and not _is_text(value):
+            raise UserError(f"{path}={value!a}: not UTF-8, or with a zero byte")
+        if not _is_number_of_64_bits(value):
+            raise UserError(f"{path}: an integer of more than 64 bits, or NaN")
+        if not isinstance(value, str | int | float | None):
+            raise UserError(
+                f"{path}={value!r}: a {type(value).__name__}; allowed are texts, numbers, true, false and null"
+            )
 
 
-def check_node(path: str, node: dict[str, Any], trusted: list[str]) -> None:
-    """Bind the node's keys against the signature of its target, and their values against its annotations."""
-    target = locate(path, node["_target_"], partial=bool(node.get("_partial_")), trusted=trusted)
-    parameters = {in_yaml(name): p for name, p in inspect.signature(target).parameters.items()}
-    annotated: Any = target  # a dataclass names its types itself, another class those of its constructor
-    if isinstance(target, type) and not is_dataclass(target):
-        annotated = target.__init__  # type: ignore[misc]
-    hints = {in_yaml(name): hint for name, hint in get_type_hints(annotated, include_extras=True).items()}
+def _is_text(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _is_number_of_64_bits(value: Any) -> bool:
+    """Whether a number fits into 64 bits and is one; everything else does."""
+    return not (isinstance(value, int) and abs(value) >= 2**63) and value == value
+
+
+def check_part(path: str, node: Any, base: str | type, trusted: list[str]) -> None:
+    """A node that becomes an object: whether it may be made at ``path``, where a part of ``base`` stands (see `trust.PARTS`);
+    its keys against the signature of its target and their values against its annotations."""
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise UserError(f"{path}={node or None!r}: not a choice of this group; --help lists them")
+    target = locate(path, node["_target_"], base, trusted=trusted)
+    _check_partial(path, node, base, is_trusted=trusts(trusted, node["_target_"]))
+    parameters, hints = _arguments(path, target)
     for key, value in node.items():
         if key in HYDRA_KEYS:
             continue
         if key not in parameters or key in RUNTIME_ARGUMENTS:
             allowed = set(parameters) - RUNTIME_ARGUMENTS
             raise UserError(
-                f"{path}: {target.__name__} has no {key!r}{_owner(path, key) or did_you_mean(key, allowed)}"
+                f"{path}: {target.__name__} has no {key!r}{_owner(path, key) or did_you_mean(str(key), allowed)}"
             )
-        if key in hints:
-            check_value(f"{path}.{key}", value, hints[key])
+        check_nested(f"{path}.{key}", value, hints.get(key, Any), trusted)
     if not node.get("_partial_"):
         for key, parameter in parameters.items():
             if parameter.default is inspect.Parameter.empty and key not in node:
                 raise UserError(f"{path}.{key} is missing: {target.__name__} needs it")
+
+
+def _arguments(path: str, target: Any) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """The parameters of a target, and their annotations as far as they are known, by their keys in YAML."""
+    annotated: Any = target  # a dataclass names its types itself, another class those of its constructor
+    if isinstance(target, type) and not is_dataclass(target):
+        annotated = target.__init__  # type: ignore[misc]
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # written in C
+        raise UserError(f"{path}._target_={target.__name__!r}: has no signature to check its keys against") from None
+    try:
+        hints = get_type_hints(annotated, include_extras=True)
+    except Exception:  # a trusted part may name types that only a type checker imports
+        hints = {}
+    return {in_yaml(name): p for name, p in parameters.items()}, {in_yaml(name): hint for name, hint in hints.items()}
+
+
+def _check_partial(path: str, node: dict[str, Any], base: str | type, *, is_trusted: bool) -> None:
+    """A schedule is a function with some of its arguments; everything else of ours is made, not bound."""
+    partial = node.get("_partial_", False)
+    wanted = [True, False] if is_trusted else [base == SCHEDULES]
+    if not isinstance(partial, bool) or partial not in wanted:
+        raise UserError(f"{path}._partial_={partial!r}: here it is {str(wanted[0]).lower()}")
+
+
+def check_nested(path: str, value: Any, hint: Any, trusted: list[str]) -> None:
+    """A value of a part against its annotation. Parts stand in it only where the annotation says which, a `Source` of a
+    ``dict[str, Source]``; anywhere else a node with a ``_target_`` has to be trusted."""
+    if isinstance(value, dict) and trusts(trusted, value.get("_target_")):
+        check_part(path, value, Any, trusted)
+        return
+    base = part_in(hint)
+    check_value(path, value, hint if base is None else _with_nodes(hint, base))
+    for key, item in _items(value):
+        if base is not None:
+            check_part(f"{path}.{key}", item, base, trusted)
+        elif key in ALL_HYDRA_KEYS:
+            raise UserError(
+                f"{path}.{key}={item!r}: nothing is made here from what a config names; if you trust it, add "
+                f"'allow_targets=[{item}]' to the command line"
+            )
+        else:
+            check_nested(f"{path}.{key}", item, Any, trusted)
+
+
+def part_in(hint: Any) -> type | None:
+    """The class of parts that an annotation names, itself or of the items of a mapping."""
+    if isinstance(hint, type) and f"{hint.__module__}.{hint.__qualname__}" in PARTS.values():
+        return hint
+    return next((part for part in map(part_in, get_args(hint)) if part is not None), None)
+
+
+def _with_nodes(hint: Any, base: type) -> Any:
+    """The annotation of a part's node in place of the part."""
+    if hint is base:
+        return dict[str, Any]
+    arguments = tuple(_with_nodes(argument, base) for argument in get_args(hint))
+    return get_origin(hint)[arguments] if arguments else hint
 
 
 def in_yaml(name: str) -> str:
@@ -212,6 +273,8 @@ def _owner(group: str, key: str) -> str | None:
 def check_value(key: str, value: Any, hint: Any) -> None:
     try:
         TypeAdapter(hint).validate_python(value, strict=True)
+    except PydanticSchemaGenerationError:  # a class of a trusted part's own
+        return
     except ValidationError as error:
         reasons = dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in error.errors(include_url=False))
         shown = "null" if value is None else f"{value!r}"
@@ -230,7 +293,7 @@ def check_here(config: dict[str, Any]) -> None:
 
     instantiate(config["precision"], _convert_="all").check("cuda" if gpu_visible() else "cpu")
     for name, sink in (config.get("sink") or {}).items():
-        if hasattr(locate(f"sink.{name}", sink["_target_"], trusted=config["allow_targets"]), "check"):
+        if hasattr(locate(f"sink.{name}", sink["_target_"], PARTS["sink"], trusted=config["allow_targets"]), "check"):
             instantiate(sink, _convert_="all").check()
 
 

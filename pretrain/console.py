@@ -56,13 +56,18 @@ def log_error(message: str) -> None:
     logging.getLogger("pretrain").error(message, exc_info=True)
 
 
+def shows_progress() -> bool:
+    """Whether what this command prints is seen on a terminal, with the bars of long work."""
+    return sys.stderr.isatty() and sys.stdout.isatty()
+
+
 @contextmanager
 def progress_bar(description: str, *, total: float | None, unit: str = "") -> Iterator[Callable[[float], None]]:
     """Yield ``advance(amount)``. A bar on a terminal; elsewhere nothing is drawn.
 
     ``total`` is in the same unit as the amounts (``None``: unknown); ``unit`` ``"B"`` shows sizes as bytes.
     """
-    if _muted or not sys.stderr.isatty():
+    if _muted or not sys.stderr.isatty():  # not `shows_progress`: stdout may be a file while a person sees stderr
         yield lambda amount: None
         return
     from rich.console import Console

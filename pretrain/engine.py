@@ -6,7 +6,7 @@ ranks change nothing but rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -160,17 +160,16 @@ class Engine(Scorer):
 
     def clip(self, max_norm: float | None) -> Tensor:
         """The norm over all shards of all parameters, on the device wherever they lie; gradients are scaled down where it is
-        more than ``max_norm``.
-
-        Rows first: on a CPU torch's norm of a whole matrix of 38 M fp32 numbers is off by 3e-3, of its rows by 3e-7.
-        """
+        more than ``max_norm``."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        grads = [p.grad for p in parameters if p.grad is not None]
-        rows = [torch.linalg.vector_norm(grad, dim=-1) if grad.ndim > 1 else grad for grad in grads]
-        norm = tensors.whole(nn.utils.get_total_norm(rows))
+        norm = self.norm(parameters)
         if max_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm.to(self.world.device, non_blocking=True)
+
+    def norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Of the gradients of ``parameters``, over all their shards."""
+        return norm_of(parameters)
 
     def set_lr(self, scale: float) -> float:
         """Set every group's learning rate to its base × ``scale``; return the first group's."""
@@ -267,6 +266,16 @@ class Engine(Scorer):
                 value = torch.empty_like(parameter, dtype=rows.dtype, requires_grad=False)
                 tensors.local(value).copy_(rows)
             self.optimizer.state[parameter][key] = value
+
+
+def norm_of(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of the gradients, over all shards of all ranks: a collective where there are shards.
+
+    Rows first: on a CPU torch's norm of a whole matrix of 38 M fp32 numbers is off by 3e-3, of its rows by 3e-7.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    rows = [torch.linalg.vector_norm(grad, dim=-1) if grad.ndim > 1 else grad for grad in grads]
+    return tensors.whole(nn.utils.get_total_norm(rows))
 
 
 def _leave_out(refused: Tensor, optimizer: Any, args: Any, kwargs: Any) -> None:

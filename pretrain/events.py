@@ -84,7 +84,9 @@ class DataSeen(Event):
 
 @dataclass(frozen=True, slots=True)
 class DomainScore:
-    """``loss`` in nats per target token; ``bytes`` of the text behind ``tokens``. ``delta_loss`` is against step 0."""
+    """``loss`` in nats per target token. ``delta_loss`` is against step 0, the model before this run; ``None`` with a
+    ``delta_reason`` where that was not scored on the same tokens. ``digest``: of the tokens and the settings with which
+    they were scored; two losses can be compared where it is the same."""
 
     domain: str
     role: str
@@ -93,6 +95,8 @@ class DomainScore:
     bits_per_byte: float | None
     tokens: int
     delta_loss: float | None = None
+    delta_reason: str | None = None
+    digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

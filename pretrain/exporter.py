@@ -3,8 +3,10 @@ there lies in every checkpoint as well, which so is a model by itself."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Exporter:
     """``run``: the run's folder · ``when``, ``shard_size``: see ``checkpoint.policy`` · ``save_dtype``: type of the exported
-    weights (``None``: as they were trained) · ``card``: the model card of a moment.
+    weights (``None``: as they were trained) · ``card``: the model card of a moment · ``separator``: the token that ends
+    documents.
 
     Every rank calls every method: weights may lie on all of them.
     """
@@ -41,6 +44,7 @@ class Exporter:
     shard_size: str
     save_dtype: str | None
     card: Callable[[Progress], str]
+    separator: int | None = None
 
     def checkpoint_files(self, progress: Progress) -> dict[str, bytes]:
         """What a checkpoint holds beside its state, by name, so that it is a model by itself."""
@@ -48,7 +52,7 @@ class Exporter:
 
     @cached_property
     def _beside(self) -> dict[str, bytes]:
-        return export.beside(self.engine.model.hf, self.tokenizer, dtype=None)
+        return export.beside(self.engine.model.hf, self.tokenizer, dtype=None, separator=self.separator)
 
     def _card(self, progress: Progress) -> dict[str, bytes]:
         return {"README.md": self.card(progress).encode()}
@@ -81,7 +85,8 @@ class Exporter:
     def _write(self, path: Path, progress: Progress) -> None:
         engine, world = self.engine, self.engine.world
         sharded = engine.sharded_export and world.size > 1
-        own = export.own_share(engine.whole_weights(), dtype=self.save_dtype, world=world, sharded=sharded)
+        dtypes = export.dtypes_for(engine.model.hf, self.save_dtype)
+        own = export.own_share(engine.whole_weights(), dtypes=dtypes, world=world, sharded=sharded)
         plan = world.each(lambda: export.split(own, self.shard_size)) if sharded else []
         dtype = export.dtype_of(own)
 
@@ -92,7 +97,7 @@ class Exporter:
             elif world.is_main:
                 written = export.save_whole(engine.model.hf, own, fresh, shard_size=self.shard_size)
             if world.is_main:
-                files = export.beside(engine.model.hf, self.tokenizer, dtype=dtype)
+                files = export.beside(engine.model.hf, self.tokenizer, dtype=dtype, separator=self.separator)
                 written += export.write_beside(files | self._card(progress), fresh)
             return written
 
@@ -135,7 +140,8 @@ def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
         return ((name, fitting.read(name)) for name in outline.hf_state())
 
     def fill(fresh: Path) -> list[Path]:
-        own = export.own_share(weights(), dtype=model.save_dtype, world=alone, sharded=False)
+        dtypes = export.dtypes_for(outline.hf, model.save_dtype)
+        own = export.own_share(weights(), dtypes=dtypes, world=alone, sharded=False)
         around = export.beside(outline.hf, tokenizer, dtype=export.dtype_of(own))
         card = model.folder() / "README.md"
         written = export.save_whole(outline.hf, own, fresh, shard_size=shard_size)
@@ -148,8 +154,10 @@ def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
 
 
 def _dtype(files: TensorFiles) -> torch.dtype:
-    """The type of the first weight that is no count."""
+    """The type of most numbers that are no counts."""
     import torch
 
-    found = (files.read(name, 0, 1).dtype for name in sorted(files.keys()))
-    return next((dtype for dtype in found if dtype.is_floating_point), torch.float32)
+    sizes: Counter[torch.dtype] = Counter()
+    for name in sorted(files.keys()):
+        sizes[files.read(name, 0, 1).dtype] += math.prod(files.shape(name))
+    return next((dtype for dtype, _ in sizes.most_common() if dtype.is_floating_point), torch.float32)

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
-from yaml import YAMLError
 
-from pretrain.config import Root, check_value, conf_dir
+from pretrain.config import Root, check_value, conf_dir, known_as
 from pretrain.console import notice
 from pretrain.errors import UserError, did_you_mean
 from pretrain.help import choices, default_choices
-from pretrain.trust import COMMAND_LINE_ONLY, locate
+from pretrain.quoting import quoted
+from pretrain.trust import COMMAND_LINE_ONLY, PARTS, locate
+from pretrain.yaml_file import read_yaml
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # lr_scheduler → scheduler group, and what else it sets
     "constant": ("constant", {}),
@@ -222,18 +222,13 @@ def overrides_from(file: Path, later: list[str]) -> list[str]:
 
 
 def _read(file: Path) -> Flat:
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(file))
-    except FileNotFoundError:
-        raise UserError(f"--config {file}: no such file") from None
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"--config {file}: can't be read as YAML: {error}") from None
+    content = read_yaml(file, name=f"--config {file}")
     if not isinstance(content, dict) or not content:
         raise UserError(f"--config {file}: not a YAML mapping of keys to values")
     flat = Flat()
     for name in sorted(content, key=_rank):
         if name not in KEYS:
-            raise UserError(f"--config {file}: unknown key {name!r}{did_you_mean(str(name), KEYS)}")
+            raise UserError(f"--config {file}: unknown key {name!r}{known_as(str(name), set(KEYS))}")
         check_value(str(name), content[name], KEYS[str(name)].hint)
         KEYS[str(name)].apply(flat, content[name])
     return flat
@@ -255,7 +250,7 @@ def _signature(group: str, choice: str | None, later: list[str]) -> set[str]:
         raise UserError(f"{group}={choice}: no such choice{did_you_mean(str(choice), choices(group))}")
     node = OmegaConf.to_container(OmegaConf.load(file))
     assert isinstance(node, dict)
-    return set(inspect.signature(locate(group, node["_target_"])).parameters)
+    return set(inspect.signature(locate(group, node["_target_"], PARTS[group])).parameters)
 
 
 def _quote(value: Any) -> str:
@@ -265,7 +260,7 @@ def _quote(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_quote(v) for v in value) + "]"
     if isinstance(value, str):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        return quoted(value)
     return json.dumps(value)
 
 

@@ -23,7 +23,8 @@ Use
   python -m pretrain task=export model_name=outputs/sample-python output_dir=exported
 
   The same command again continues an interrupted run.
-  --cfg job prints the whole configuration of a run; group=choice --help the keys of a choice; --hydra-help the rest.
+  --cfg job prints the whole configuration of a run; group=choice --help the keys of a choice; --version
+  the version; --hydra-help the rest. Paths and names need no quotes but your shell's; ~ is your home folder.
   Exit codes: 0 done · 2 a mistake in the command · 75 stopped by a signal, the same command continues · 1 a bug.
 """
 

@@ -7,13 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from pretrain.errors import UserError
 from pretrain.filesystem import move
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.yaml_file import read_yaml
 
 RUN_ID = ".run_id"  # of the command whose processes have last claimed the folder
 RESULTS = (  # what took time to make
@@ -22,6 +19,7 @@ RESULTS = (  # what took time to make
 )
 SETTINGS = ("config.yaml", "data.json", ".hydra/config.yaml", ".hydra/overrides.yaml")
 MOST_NAMED = 4
+LATER = ("dataset.bos", "dataset.separator")  # keys that the configs of earlier runs lack
 
 
 def found_in(folder: Path, names: tuple[str, ...] = RESULTS) -> list[str]:
@@ -123,10 +121,18 @@ def keep_aside(file: Path) -> Path | None:
 def read_config(folder: Path) -> dict[Any, Any]:
     """config.yaml of a run or a checkpoint. Raises ``UserError`` when it is no YAML mapping of plain values."""
     file = folder / "config.yaml"
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(file))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise UserError(f"{file} can't be read: {' '.join(str(error).split())}") from None
+    config = read_yaml(file)
     if not isinstance(config, dict):
         raise UserError(f"{file} can't be read: not a mapping of keys to values")
     return config
+
+
+def with_later_keys(old: dict[Any, Any], new: dict[str, Any]) -> dict[Any, Any]:
+    """The config of a run begun before there were ``LATER`` keys, with the values of ``new`` for those that it lacks: what
+    they do to the run is in its identity."""
+    for path in LATER:
+        group, _, key = path.partition(".")
+        node = old.get(group)
+        if isinstance(node, dict) and key not in node and key in new[group]:
+            old = old | {group: node | {key: new[group][key]}}
+    return old

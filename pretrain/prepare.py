@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from keyword import iskeyword
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 from hydra.utils import instantiate as hydra_instantiate
 
+from pretrain.data.domains import base_domains, view_options
 from pretrain.errors import UserError
 from pretrain.split import Split
 
 if TYPE_CHECKING:
     from pretrain.data.sources.base import Source
     from pretrain.data.store import TokenStore, TokenView
+    from pretrain.models.tokenizer import Boundaries
 
 
 def instantiate(node: dict[str, Any]) -> Any:
@@ -42,7 +45,8 @@ def model_spec(resolved: dict[str, Any]) -> Any:
 @dataclass(frozen=True)
 class Prepared:
     """What exists before the first process trains. ``domains``: name, role and held-out documents of each domain.
-    ``global_batch``: sequences of all devices and micro-batches in one step."""
+    ``global_batch``: sequences of all devices and micro-batches in one step. ``boundaries``: the tokens around documents.
+    ``notices``: what to say of the domains, once a run."""
 
     model: Any
     tokenizer: Any
@@ -50,6 +54,8 @@ class Prepared:
     domains: list[tuple[str, str, TokenView]]
     identity: dict[str, Any]
     global_batch: int
+    boundaries: Boundaries
+    notices: Sequence[str] = ()
 
 
 def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
@@ -60,22 +66,26 @@ def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
     """
     from pretrain.data.tokenize import prepare as tokenize
     from pretrain.data.tokenize import training_texts
+    from pretrain.models.tokenizer import boundaries
 
     model = model_spec(resolved)
     model.check(resolved["sequence_length"])
     source = instantiate(resolved["dataset"])
     tokenizer = model.tokenizer(partial(training_texts, source))
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model_name={resolved['model_name']}: its tokenizer has no end-of-text token (eos_token)")
+    around = boundaries(tokenizer, bos=source.bos, separator=source.separator)
     tokenizer_json = tokenizer.backend_tokenizer.to_str()
-    encode = partial(tokenize, tokenizer_json=tokenizer_json, eot=tokenizer.eos_token_id)
 
-    store = encode(source)
+    def encode(source: Source, around: Boundaries) -> TokenStore:
+        return tokenize(source, tokenizer_json=tokenizer_json, eot=around.separator, bos=around.bos)
+
+    store = encode(source, around)
     train, held_out = views(store, source)
     domains = [(source.domain, "new", held_out)] if held_out.num_tokens > 1 else []
-    for base in instantiate(resolved["evaluation"]).domains.values():
-        if base.domain != source.domain:
-            domains.append((base.domain, "base", views(encode(base), base)[1]))
+    configured = instantiate(resolved["evaluation"]).domains
+    bases = base_domains(source, configured)
+    for name, base in bases.items():
+        tokenized = encode(base, of_domain(base, tokenizer, around))
+        domains.append((name, "base", _held_out(name, base, tokenized)))
     global_batch = Split.asked(resolved).total * devices
     identity = {
         "model": model.identity(),
@@ -89,15 +99,41 @@ def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
         "weights": instantiate(resolved["precision"]).weights,
         "optimizer": [resolved["optimizer"].get(key) for key in ("_target_", "compensate")],
     }
-    return Prepared(model, tokenizer, train, domains, identity, global_batch)
+    notices = _not_scored(source, held_out, len(configured) - len(bases))
+    return Prepared(model, tokenizer, train, domains, identity, global_batch, around, notices)
 
 
-def view_options(source: Source) -> dict[str, Any]:
-    return {
-        "held_out": source.held_out,
-        "train_data_ratio": source.train_data_ratio,
-        "deduplicate": source.deduplicate,
-    }
+def of_domain(domain: Source, tokenizer: Any, around: Boundaries) -> Boundaries:
+    """The tokens around the documents of an evaluation domain: those of the run, ``around``, where it names no others.
+
+    Raises ``UserError`` for a token that the tokenizer does not have.
+    """
+    from pretrain.models.tokenizer import boundaries
+
+    bos = around.bos is not None if domain.bos == "auto" else domain.bos
+    separator = around.separator if domain.separator == "auto" else domain.separator
+    return boundaries(tokenizer, bos=bos, separator=separator)
+
+
+def _not_scored(source: Source, held_out: TokenView, left_out: int) -> list[str]:
+    """What a person who expects every domain to be scored has to know."""
+    notices = []
+    if held_out.num_tokens <= 1 and source.held_out > 0:
+        notices.append(f"dataset {source.domain!r} is a single document: none is held out, so it is not scored")
+    if left_out:
+        notices.append(
+            f"evaluation.domains: {source.domain!r} is also the training data; it is scored once, as new domain"
+        )
+    return notices
+
+
+def _held_out(name: str, base: Source, tokenized: TokenStore) -> TokenView:
+    """The held-out documents of a base domain. Raises ``UserError`` where there are none: nothing could be scored."""
+    held_out = views(tokenized, base)[1]
+    if held_out.num_tokens > 1:
+        return held_out
+    why = "held_out=0" if base.held_out == 0 else "it is a single document; give it at least two"
+    raise UserError(f"evaluation.domains: none of the text of {name!r} is held out, so it can't be scored: {why}")
 
 
 def views(store: TokenStore, source: Source) -> tuple[TokenView, TokenView]:

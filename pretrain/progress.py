@@ -10,8 +10,9 @@ from typing import Any
 class Progress:
     """``step`` optimizer steps done · ``samples`` sequences consumed by all ranks · ``tokens`` target tokens, all ranks.
 
-    ``baseline`` holds each domain's loss of the untouched model (nats per token), against which forgetting is measured;
-    ``losses`` those of the last evaluation, at step ``evaluated_at``, and ``scores`` all that it found, by domain.
+    ``baseline`` holds each domain's loss of the untouched model (nats per token), against which forgetting is measured,
+    and ``measured_on`` on what it was measured (see `pretrain.evaluation.baseline`); ``losses`` those of the last
+    evaluation, at step ``evaluated_at``, and ``scores`` all that it found, by domain.
     ``owes_evaluation``: a stop signal cut short the evaluation of this step.
     """
 
@@ -19,6 +20,7 @@ class Progress:
     samples: int = 0
     tokens: int = 0
     baseline: dict[str, float] = field(default_factory=dict)
+    measured_on: dict[str, dict[str, Any]] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     evaluated_at: int = -1
     scores: list[dict[str, Any]] = field(default_factory=list)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from pretrain.data.fingerprint import Files, differing, recall, remember
 from pretrain.errors import UserError
 from pretrain.folders import say_if_shared
 from pretrain.leftovers import (
+    LATER,
     RUN_ID,
     check_not_foreign,
     describe,
@@ -27,8 +28,11 @@ from pretrain.leftovers import (
     move_aside,
     read_config,
     task_of,
+    with_later_keys,
 )
 from pretrain.locks import Busy, Lock
+from pretrain.lr_of_run import chosen_lr, say_lr, say_lr_change
+from pretrain.optim.learning_rate import with_lr
 from pretrain.place import Place
 from pretrain.replace import replace_file
 from pretrain.strict_json import read_json
@@ -76,10 +80,11 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: from which checkpoint, and its config.yaml."""
+    """How a run begins: from which checkpoint, its config.yaml, and the peak learning rate."""
 
     resume_from: Path | None
     config_yaml: str
+    lr: float
 
 
 def begin(
@@ -89,13 +94,14 @@ def begin(
     steps: int,
     *,
     model_config: dict[str, Any],
+    lr_by_size: Callable[[], float],
     files: Files,
     place: Place,
     store: Store,
     claims: ExitStack,
 ) -> Start | None:
     """Claim output_dir until ``claims`` ends, and decide what to continue in it; ``None``: it holds this very run,
-    finished.
+    finished. ``lr_by_size``: the peak learning rate of a new run with ``lr=auto``.
 
     Raises ``UserError`` when the folder can't be had, or holds a run that this one can't continue. After a restart of
     the workers ``resume=never`` and a named checkpoint have done their work: the run's own newest checkpoint counts.
@@ -107,9 +113,11 @@ def begin(
     mode = "auto" if again and resolved["resume"] == "never" else resolved["resume"]
     continues = mode in ("auto", "never") or _continues(folder, mode)
     resume_from = resume_point(folder, store, mode)
+    asked, resolved = resolved["lr"], with_lr(resolved, chosen_lr(resolved, resume_from, lr_by_size))
     if resume_from is not None:
         changed_files = differing(recall(folder.path / DATA), files)
         check_same_run(resume_from, identity, resolved, model_config=model_config, files=changed_files)
+        check_not_beyond(resume_from, resolved, steps)
         if finished(folder.path, resume_from, resolved, steps):
             return None
     elif not _may_begin(folder.path, resolved, steps):
@@ -121,10 +129,13 @@ def begin(
     elif resume_from is not None:
         own = resume_from.resolve().parent == store.folder.resolve()
         store.set_aside_after(step_of(resume_from) if own else -1)  # from elsewhere: all here is another branch
+    if resume_from is not None:
+        say_lr_change(resume_from, resolved, steps)
+    say_lr(asked, resolved["lr"], continued=resume_from is not None)
     with _writing(folder.path):
         (folder.path / RUN_ID).write_text(place.run_id)
         remember(folder.path / DATA, files)
-    return Start(resume_from, folder.write_config(resolved, overrides))
+    return Start(resume_from, folder.write_config(resolved, overrides), resolved["lr"])
 
 
 def check_task(folder: Path, task: str) -> None:
@@ -322,13 +333,18 @@ def check_same_run(
     changed = [p for p in FIXED if before.get(p) != identity[p] and p not in resolved["resume_allow"]]
     if not changed:
         return
-    old = read_config(checkpoint)
+    earlier = read_config(checkpoint)
+    old = with_later_keys(earlier, resolved)
     reasons = []
     for part in changed:
         keys = [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] in FIXED[part]]
         why = " (the files changed since the run began)" if part in ("model", "tokenizer", "data") else ""
         if part == "data" and files:
             keys.append(f"the data is not what the run began with: {files}")
+        if part == "data" and not keys and old != earlier:
+            keys.append(
+                f"{'; '.join(LATER)}: the run began without BOS before documents; {LATER[0]}=false continues it"
+            )
         reasons += keys or [f"{part}: {before.get(part)} → {identity[part]}{why}"]
         if part == "model":
             reasons += other_shape(checkpoint, model_config)
@@ -337,6 +353,18 @@ def check_same_run(
         "Choose another output_dir, or resume=never to start over"
         f"{_allowing(changed)}"
     )
+
+
+def check_not_beyond(checkpoint: Path, resolved: dict[str, Any], steps: int) -> None:
+    """Raises ``UserError`` when ``checkpoint`` was made at a later step than the last one of this run, ``steps``."""
+    reached = step_of(checkpoint)
+    if reached > steps:
+        key = "max_steps" if resolved["max_steps"] else "number_epochs"
+        came = "" if resolved["max_steps"] else f" ({steps} steps)"
+        raise UserError(
+            f"{key}={resolved[key]}{came}: {checkpoint} is at step {reached} already. Choose at least {reached} steps, an "
+            "earlier checkpoint (resume=<run>/checkpoints/step-…), another output_dir, or resume=never to start over"
+        )
 
 
 def other_shape(checkpoint: Path, model_config: dict[str, Any]) -> list[str]:
@@ -368,6 +396,7 @@ def check_finished_run(old: dict[Any, Any], resolved: dict[str, Any]) -> None:
 
 def _changed(old: dict[Any, Any], resolved: dict[str, Any]) -> list[str]:
     """The settings of a run that are others now, but for those that may differ in one that is over."""
+    old = with_later_keys(old, resolved)
     return [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] not in FREE]
 
 

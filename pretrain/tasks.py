@@ -19,6 +19,7 @@ from pretrain.errors import UserError
 from pretrain.events import RunFinished
 from pretrain.interrupt import EXIT_CODE, Interrupt
 from pretrain.leftovers import found_in, keep_aside
+from pretrain.optim.learning_rate import peak_lr, with_lr
 from pretrain.out_of_memory import OutOfMemory, explained, watched
 from pretrain.place import Place
 from pretrain.prepare import Prepared, instantiate, model_spec, prepare, total_steps
@@ -47,12 +48,13 @@ def pretraining(
     prepared, steps, world = meet(resolved, interrupt, setting, place)
     folder = Path(resolved["output_dir"])
     store = Store(folder / "checkpoints", instantiate(resolved["checkpoint"]))
-    store.policy.check([name for name, _, _ in prepared.domains])
+    store.policy.check({name: role for name, role, _ in prepared.domains})
     with ExitStack() as claims:
         start = world.on_main(
             lambda: begin(
                 *(resolved, overrides, prepared.identity, steps),
                 model_config=prepared.model.config(),
+                lr_by_size=lambda: peak_lr(prepared.model.num_parameters()),
                 files=prepared.train.store.files,
                 place=place,
                 store=store,
@@ -62,6 +64,7 @@ def pretraining(
         if start is None:
             leave()
             return 0
+        resolved = with_lr(resolved, start.lr)
         watchdog = guarded_by(resolved, folder / "logs" / f"rank-{place.rank}.log", on_hang, claims)
         with memory_explained(resolved, world, setting):
             trainer = build.build_trainer(
@@ -191,13 +194,14 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     world = build.build_world(resolved, Place(), group=False)
     with memory_explained(resolved, world):
         scorer = build.build_scorer(resolved, prepared, world)
-    listeners, _ = build.build_listeners(resolved, folder.path, {})
+    uniform = prepared.model.uniform_loss()
+    listeners, _ = build.build_listeners(resolved, folder.path, {}, uniform_loss=uniform)
     with memory_explained(resolved, world), watched("evaluation"):
         evaluator = build.build_evaluator(resolved, prepared)
         sampler = build.build_sampler(resolved, prepared, scorer, evaluator)
-        scores, samples = evaluator.run(scorer) or (), sampler.run(scorer) or ()
+        scores, samples = evaluator.run(scorer, announce=True) or (), sampler.run(scorer) or ()
     events: list[Event] = [
-        RunStarted(0, 0, resumed=False, facts=run_facts(resolved, world, scorer)),
+        RunStarted(0, 0, resumed=False, facts=run_facts(resolved, world, scorer) | {"uniform_loss": uniform}),
         Evaluated(0, tuple(scores), 0.0),
         Sampled(0, tuple(samples), 0.0),
         RunFinished(0, "finished", 0),
@@ -211,6 +215,7 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
 def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
     """Print the model's continuation of each prompt; keep them in samples.jsonl."""
     from pretrain.models.generate import generate
+    from pretrain.models.tokenizer import boundaries
 
     asked = instantiate(resolved["generation"])
     folder = claim(resolved["output_dir"], foreign=True).path
@@ -219,11 +224,15 @@ def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     world = build.build_world(resolved, Place(), group=False)
     tokenizer = model.tokenizer(None)
     language_model = build.blueprint(resolved, model).build(world.device)
-    prompts = [prompt for prompt in asked.prompts for _ in range(asked.num_samples)]
+    prompts, data = (
+        [prompt for prompt in asked.prompts for _ in range(asked.num_samples)],
+        instantiate(resolved["dataset"]),
+    )
     texts = generate(
         language_model,
         tokenizer,
         prompts,
+        around=boundaries(tokenizer, bos=data.bos, separator=data.separator),
         max_new_tokens=asked.max_new_tokens,
         temperature=asked.temperature,
         top_p=asked.top_p,

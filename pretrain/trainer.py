@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain.batch import Batch
-from pretrain.checkpoint import store
+from pretrain.checkpoint import schema, store
 from pretrain.checkpoint.rng import rng_state, set_rng_state
 from pretrain.clock import StepClock
 from pretrain.console import notice
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from pretrain.checkpoint.saver import Saver
     from pretrain.data.loader import Loader
     from pretrain.engine import Engine
-    from pretrain.evaluation.perplexity import Evaluator
     from pretrain.evaluation.samples import Sampler
+    from pretrain.evaluation.untouched import Untouched
     from pretrain.exporter import Exporter
     from pretrain.guard.guard import Bad, Guard
     from pretrain.interrupt import Interrupt
@@ -72,7 +72,7 @@ class Trainer:
     loader: Loader
     schedule: Schedule
     guard: Guard
-    evaluator: Evaluator
+    untouched: Untouched
     sampler: Sampler
     saver: Saver
     interrupt: Interrupt
@@ -96,6 +96,7 @@ class Trainer:
     census: Census = field(init=False)
     _batches: Generator[Batch, None, None] = field(init=False)
     _back_at: int = 0  # the step to which the guard has sent the run back last
+    _announced: bool = False  # whether this start has said what an evaluation scores
     _save_due: bool = False
     _started_at_step: int = 0
 
@@ -228,11 +229,11 @@ class Trainer:
         started_at = time.perf_counter()
         progress = self.progress
         untouched = progress.step == 0
-        baseline = None if untouched else progress.baseline
-        hooks: dict[str, Callable[[], Any]] = {"interrupted": self.interrupted, "alive": self.watchdog.pat}
-        scores = self.evaluator.run(self.engine, baseline=baseline, **hooks)
+        baseline = None if untouched else self.untouched.known(progress)
+        announce, self._announced = not self._announced, True
+        scores = self.untouched.evaluator.run(self.engine, baseline=baseline, announce=announce, **self.hooks)
         scored_at = time.perf_counter()
-        samples = None if scores is None else self.sampler.run(self.engine, **hooks)
+        samples = None if scores is None else self.sampler.run(self.engine, **self.hooks)
         progress.owes_evaluation = samples is None
         if scores is None or samples is None:
             self.emit(StoodStill(progress.step, time.perf_counter() - started_at, "evaluation"))
@@ -241,7 +242,7 @@ class Trainer:
         progress.losses, progress.evaluated_at = {s.domain: s.loss for s in scores}, progress.step
         progress.scores = [fields_of(s) for s in scores]
         if untouched:
-            progress.baseline = progress.losses
+            self.untouched.keep(progress, scores)
         self.emit(Evaluated(progress.step, tuple(scores), scored_at - started_at))
         self.emit(Sampled(progress.step, tuple(samples), sampled_at - scored_at))
         self.tell_data()
@@ -312,7 +313,15 @@ class Trainer:
     def resume(self) -> None:
         """Put back the state of ``resume_from``; without one the run starts at step 0."""
         if self.resume_from is not None:
+            self.score_untouched(self.resume_from)
             self.restore(self.resume_from)
+
+    @watched("evaluation")
+    def score_untouched(self, checkpoint: Path) -> None:
+        """Before ``checkpoint`` replaces the weights that the run began with: score them where its baseline is of other
+        text than this run evaluates."""
+        self.watchdog.rest()
+        self.untouched.score_again(self.engine, schema.read_state(checkpoint), self.identity, **self.hooks)
 
     def restore(self, checkpoint: Path) -> None:
         """Put back the state of ``checkpoint``.
@@ -327,6 +336,7 @@ class Trainer:
                 notice("the optimizer starts anew: its moments are of another optimizer or type of weights")
         self.engine.load_state_dict(state["engine"])
         self.progress.load_state_dict(state["progress"])
+        self.untouched.restore(self.progress)
         # of another length by resume_allow: the same place in the text
         self.progress.samples = self.progress.samples * before["sequence_length"] // self.identity["sequence_length"]
         self.loader.load_state_dict({"samples": self.progress.samples})
@@ -350,6 +360,11 @@ class Trainer:
         status = "finished" if self.complete else "stopped"
         self.emit(RunFinished(self.progress.step, status, self.progress.tokens, model))
         return self.progress
+
+    @property
+    def hooks(self) -> dict[str, Callable[[], Any]]:
+        """What a long evaluation asks, and calls, meanwhile."""
+        return {"interrupted": self.interrupted, "alive": self.watchdog.pat}
 
     @property
     def finished(self) -> bool:

@@ -2,14 +2,17 @@
 fresh process.
 
     python scripts/bench_data.py [--text FILE --tokenizer FOLDER] [--rounds 5]
+    python scripts/bench_data.py --formats 20 200 [--reading-alone] [--rounds 5]
 
-Without ``--text`` the text is the source code of this Python's standard library, without ``--tokenizer`` a BPE of
-4,096 tokens is trained on it first. Prints a Markdown table.
+The second form puts the formats beside plain text, with so many MB of the same documents in each, tokenized and only read.
+Without ``--text`` the text is the source code of this Python's standard library, without ``--tokenizer`` a BPE of 4,096
+tokens is trained on it first. Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import resource
@@ -40,7 +43,25 @@ def ours(corpus: str, tokenizer: str, cache: str, workers: int) -> dict[str, flo
     store = prepare(source, tokenizer_json=Path(tokenizer).read_text(), eot=0, cache=Path(cache))
     seconds = time.perf_counter() - started_at
     usage = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return {"seconds": seconds, "tokens": store.num_tokens, "parent_mib": usage[0], "worker_mib": usage[1]}
+    found = {"seconds": seconds, "tokens": store.num_tokens, "parent_mib": usage[0], "worker_mib": usage[1]}
+    return found | {"processor_seconds": processor_seconds()}
+
+
+def reading_alone(corpus: str, tokenizer: str, cache: str, workers: int) -> dict[str, float]:
+    """What is done with files before the tokenizer: cut, named by a digest, made into documents."""
+    from pretrain.data.cut import cut
+    from pretrain.data.readers import digest, read
+    from pretrain.data.sources.local import Local
+
+    source, before = Local(nameOrPath=corpus), processor_seconds()
+    started_at = time.perf_counter()
+    characters = 0
+    for file in source.files():
+        for piece in cut(file, source.options()):
+            digest(piece, source.options())
+            characters += sum(map(len, read(piece, source.options())))
+    seconds = time.perf_counter() - started_at
+    return {"seconds": seconds, "characters": characters, "processor_seconds": processor_seconds() - before}
 
 
 def encode_alone(corpus: str, tokenizer: str, cache: str, workers: int) -> dict[str, float]:
@@ -112,8 +133,14 @@ def loading(corpus: str, tokenizer: str, cache: str, workers: int) -> dict[str, 
 
 
 MEASURES: dict[str, Callable[..., dict[str, float]]] = {
-    f.__name__: f for f in (ours, encode_alone, datasets_map, loading)
+    f.__name__: f for f in (ours, reading_alone, encode_alone, datasets_map, loading)
 }
+
+
+def processor_seconds() -> float:
+    """Of this process and of those it has waited for: on a machine that others load, steadier than the clock."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def documents_of(corpus: str) -> list[str]:
@@ -156,11 +183,87 @@ def copies(text: str, folder: Path, total_bytes: int) -> Path:
     return folder
 
 
+# Formats -------------------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, documents: list[str]) -> None:
+    path.with_suffix(".txt").write_text("".join(documents))
+
+
+def write_jsonl(path: Path, documents: list[str]) -> None:
+    path.with_suffix(".jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+
+
+def write_jsonl_zst(path: Path, documents: list[str]) -> None:
+    import zstandard
+
+    write_jsonl(path, documents)
+    plain = path.with_suffix(".jsonl")
+    path.with_suffix(".jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(plain.read_bytes()))
+    plain.unlink()
+
+
+def write_csv(path: Path, documents: list[str]) -> None:
+    with open(path.with_suffix(".csv"), "w", newline="") as file:
+        csv.writer(file).writerows([("id", "text"), *enumerate(documents)])
+
+
+def write_parquet(path: Path, documents: list[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": documents}), path.with_suffix(".parquet"), row_group_size=1000)
+
+
+FORMATS = {
+    "text": write_text,
+    "jsonl": write_jsonl,
+    "jsonl.zst": write_jsonl_zst,
+    "csv": write_csv,
+    "parquet": write_parquet,
+}
+
+
+def report_formats(
+    folder: Path, text: str, tokenizer: Path, megabytes: list[int], rounds: int, measures: list[str]
+) -> None:
+    """The same documents in each format: tokenized in one process (``ours``), and only read."""
+    bench = Bench(folder, tokenizer, workers=1)
+    print("| measure | MB of text | format | MB/s | time × text | processor time × text |\n|---|---|---|---|---|---|")
+    for size in megabytes:
+        source, corpora = in_formats(text, folder, size)
+        real = sum(path.stat().st_size for path in source.iterdir()) / 1e6
+        for measure in measures:
+            runs = [{name: bench.run(measure, corpus) for name, corpus in corpora.items()} for _ in range(rounds)]
+            medians = {
+                name: [statistics.median(run[name][what] for run in runs) for what in ("seconds", "processor_seconds")]
+                for name in FORMATS
+            }
+            for name, times in medians.items():
+                ratios = " | ".join(f"{own / plain:.2f}" for own, plain in zip(times, medians["text"], strict=True))
+                print(f"| {measure} | {real:.0f} | {name} | {real / times[0]:.1f} | {ratios} |", flush=True)
+
+
+def in_formats(text: str, folder: Path, megabytes: int) -> tuple[Path, dict[str, Path]]:
+    """(the text, format → a folder with the same documents)."""
+    from pretrain.data.sections import sections
+
+    source = copies(text, folder / f"source{megabytes}", megabytes * 1_000_000)
+    corpora = {name: folder / f"{name}{megabytes}" for name in FORMATS}
+    for name, corpus in corpora.items():
+        corpus.mkdir()
+        for path in sorted(source.iterdir()):
+            FORMATS[name](corpus / path.stem, list(sections(path.read_text(), 20_000)))
+    return source, corpora
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--formats", type=int, nargs="+", metavar="MB")
+    parser.add_argument("--reading-alone", action="store_true", help="of the formats: without tokenizing")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -168,14 +271,19 @@ def main() -> None:
         print(json.dumps(MEASURES[name](corpus, tokenizer, cache, int(workers))))
         return
     with tempfile.TemporaryDirectory() as folder:
-        report(Path(folder), arguments.text, arguments.tokenizer, arguments.rounds)
+        text = arguments.text.read_text() if arguments.text else library_sources()
+        own = arguments.tokenizer
+        tokenizer = own / "tokenizer.json" if own else train_tokenizer(text, Path(folder))
+        if arguments.formats:
+            measures = ["reading_alone"] if arguments.reading_alone else ["ours", "reading_alone"]
+            report_formats(Path(folder), text, tokenizer, arguments.formats, arguments.rounds, measures)
+        else:
+            report(Path(folder), text, tokenizer, arguments.rounds)
 
 
-def report(folder: Path, text_file: Path | None, tokenizer_folder: Path | None, rounds: int) -> None:
+def report(folder: Path, text: str, tokenizer: Path, rounds: int) -> None:
     from pretrain.data.tokenize import usable_cores
 
-    text = text_file.read_text() if text_file else library_sources()
-    tokenizer = tokenizer_folder / "tokenizer.json" if tokenizer_folder else train_tokenizer(text, folder)
     bench = Bench(folder, tokenizer, usable_cores())
     small = copies(text, folder / "small", 1)
     large = copies(text, folder / "large", LARGE_BYTES)

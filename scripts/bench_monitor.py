@@ -34,6 +34,7 @@ from pretrain.compose import resolve
 from pretrain.config import conf_dir
 from pretrain.events import Event, RunStarted
 from pretrain.interrupt import Interrupt
+from pretrain.optim.learning_rate import with_lr
 from pretrain.place import Place
 from pretrain.prepare import instantiate, prepare
 from pretrain.strategy.base import Setting
@@ -90,7 +91,8 @@ class Contestant:
 
 def build_trainer(arguments: list[str], folder: Path) -> Trainer:
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        resolved = resolve(hydra.compose("config", overrides=[*OWN, *arguments, f"output_dir={folder}"]))
+        composed = hydra.compose("config", overrides=[*OWN, *arguments, f"output_dir={folder}"])
+        resolved = with_lr(resolve(composed), 1e-3)
     folder.mkdir()
     place, setting = Place(), setting_of(resolved)
     return build.build_trainer(

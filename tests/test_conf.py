@@ -36,10 +36,10 @@ def test_lists_every_key_of_its_target(file):
     import inspect
 
     from pretrain.config import RUNTIME_ARGUMENTS, in_yaml
-    from pretrain.trust import locate
+    from pretrain.trust import PARTS, locate
 
     node = OmegaConf.to_container(OmegaConf.load(file))
-    parameters = inspect.signature(locate(file.parent.name, node["_target_"], partial=True)).parameters
+    parameters = inspect.signature(locate(file.parent.name, node["_target_"], PARTS[file.parent.name])).parameters
     keys = {in_yaml(name) for name in parameters} - RUNTIME_ARGUMENTS
     assert keys - set(node) <= OPTIONAL.get(file.stem, set())
 

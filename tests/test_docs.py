@@ -38,10 +38,11 @@ def checkpoint(tmp_path_factory, tiny_model, corpus):
     """A checkpoint of a run that the pages speak of as if it had been made."""
     run = tmp_path_factory.mktemp("poems")
     arguments = [f"model_name={tiny_model}", "dataset=local", f"dataset.nameOrPath={corpus}", f"output_dir={run}"]
-    small = ["sequence_length=32", "batch_size=2", "max_steps=1", "evaluation=new_only", "checkpoint.export=never"]
+    small = ["sequence_length=32", "batch_size=2", "max_steps=200", "evaluation=new_only", "checkpoint.export=never"]
+    small += ["evaluate_every=null", "save_every=null", "log_every=200"]
     done = [sys.executable, "-m", "pretrain", *arguments, *small, "sink=jsonl"]
     subprocess.run(done, capture_output=True, check=True)
-    return run / "checkpoints/step-00000001"
+    return run / "checkpoints/step-00000200"
 
 
 @pytest.fixture(scope="session")

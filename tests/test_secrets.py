@@ -1,13 +1,16 @@
 """No secret reaches a file of a run or the terminal: planted ones are searched for in every byte (docs/security.md)."""
 
+import base64
+import json
 import os
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 
 import pytest
 
-from pretrain.redact import redact
+from pretrain.redact import held, redact, secrets
 from tests.launch.test_launch import PAIR
 from tests.runs import injected
 from tests.test_cli import assert_mistake
@@ -19,6 +22,7 @@ PLANTED = {
     "WANDB_API_KEY": "0123456789abcdef" * 2 + "planted!",
     "MY_DB_PASSWORD": "planted-password",
     "CLOUD_SECRET_KEY": "planted/secret+key=",
+    "MY_PASSPHRASE": "pl'anted\"pass\\phrase/ü",
 }
 IN_FILES = ("planted-in-token-file", "planted-in-netrc")
 
@@ -36,6 +40,20 @@ def planted(tmp_path, monkeypatch) -> list[str]:
     return [*PLANTED.values(), *IN_FILES]
 
 
+QUOTED = {
+    "as it is": str,
+    "repr": repr,
+    "in a list": lambda s: repr([s]),
+    "bytes": lambda s: repr(s.encode()),
+    "JSON": json.dumps,
+    "JSON with its letters": lambda s: json.dumps(s, ensure_ascii=False),
+    "URL": lambda s: urllib.parse.quote(s, safe=""),
+    "URL path": urllib.parse.quote,
+    "form": urllib.parse.quote_plus,
+    "base64": lambda s: base64.b64encode(s.encode()).decode(),
+}
+
+
 QUOTING = """
 import os, torch
 step = torch.optim.AdamW.step
@@ -48,10 +66,12 @@ torch.optim.AdamW.step = broken
 
 
 def assert_nowhere(secrets: list[str], folder: Path, *texts: str) -> None:
+    """None of them, in none of the forms in which a text may quote it."""
+    forms = {quoting(secret).strip("\"'b[]").rstrip("=") for quoting in QUOTED.values() for secret in secrets}
     files = [file for file in folder.rglob("*") if file.is_file()]
-    leaks = [(file, s) for file in files for s in secrets if s.encode() in file.read_bytes()]
+    leaks = [(file, form) for file in files for form in forms if form.encode() in file.read_bytes()]
     assert leaks == []
-    assert [(s, text) for text in texts for s in secrets if s in text] == []
+    assert [(form, text) for text in texts for form in forms if form in text] == []
 
 
 def test_a_run_leaves_none(planted, spawn, base_arguments, tmp_path):
@@ -106,7 +126,10 @@ def test_a_failure_says_none(planted, base_arguments, tmp_path):
     run = tmp_path / "run"
     code = (
         "import os, torch\n"
-        "def broken(*a, **k): raise RuntimeError('broken: ' + repr(os.environ['PLANTED'].split()))\n"
+        "def broken(*a, **k): raise RuntimeError('broken: ' + quoted(os.environ['PLANTED'].split()))\n"
+        "from base64 import b64encode\nfrom json import dumps\nfrom urllib.parse import quote\n"
+        "def quoted(texts): return ' '.join([repr(texts), dumps(texts), *map(quote, texts),\n"
+        "    *(b64encode(text.encode()).decode() for text in texts)])\n"
         "torch.optim.AdamW.step = broken\n"
         "from pretrain.cli import program\nprogram()"
     )
@@ -121,6 +144,98 @@ def test_a_failure_says_none(planted, base_arguments, tmp_path):
     assert "RuntimeError: broken: ['***', " in done.stderr
     assert "RuntimeError: broken: ['***', " in (run / "logs" / "rank-0.log").read_text()
     assert_nowhere(planted, run, done.stdout, done.stderr)
+
+
+LETTERS = "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0eF3hJ6kM9nP2rS5uX8"
+SHAPED = {  # text → what is left of it
+    "redis://:pw@host/0": "redis://***@host/0",
+    "postgresql://me:pa/ss:w@host:5432/x": "postgresql://***@host:5432/x",
+    f"https://{LETTERS[:20]}@host/repo.git": "https://***@host/repo.git",
+    "https://oauth2:x@host/a": "https://***@host/a",
+    f"WANDB_API_KEY={'0123456789abcdef0123' * 2}": "WANDB_API_KEY=***",
+    f"the API key is {'0123456789abcdef0123' * 2}.": "the API key is ***.",
+    f'{{"api_key": "{"0123456789abcdef0123" * 2}"}}': '{"api_key": "***"}',
+    "AKIAIOSFODNN7EXAMPLE": "***",
+    f"ghp_{LETTERS[:36]}": "***",
+    f"github_pat_{LETTERS[:30]}": "***",
+    f"glpat-{LETTERS[:20]}": "***",
+    "xoxb-1234567890-abcdefghij": "***",
+    f"sk-proj-{LETTERS}": "***",
+    f"sk-ant-api03-{LETTERS}": "***",
+    f"key AIza{LETTERS[:35]}": "key ***",
+    f"eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.{LETTERS}": "***",
+    f"Authorization: Bearer {LETTERS}": "Authorization: Bearer ***",
+    f"{{'authorization': 'Basic {LETTERS}'}}": "{'authorization': 'Basic ***'}",
+    f"https://host/x?token={LETTERS}&page=2": "https://host/x?token=***&page=2",
+    "-----BEGIN RSA PRIVATE KEY-----\nMIIE+/=\nabc\n-----END RSA PRIVATE KEY-----, said he": "***, said he",
+    "'-----BEGIN PRIVATE KEY-----\\nMIIE\\n-----END PRIVATE KEY-----\\n'": "'***\\n'",
+}
+
+
+@pytest.mark.parametrize("text", SHAPED)
+def test_what_looks_like_a_secret_goes(text):
+    assert redact(f"a {text} b") == f"a {SHAPED[text]} b"
+    assert held(text, {}) is not None
+
+
+INNOCENT = [
+    "81ca0264f621816b6c89d9dc0a283c70d9d9081c",  # a commit
+    "revision=81ca0264f621816b6c89d9dc0a283c70d9d9081c",
+    "model.revision: 81ca0264f621816b6c89d9dc0a283c70d9d9081c",
+    "sha256: " + "0123456789abcdef" * 4,
+    "d41d8cd98f00b204e9800998ecf8427e  data.parquet",
+    "the token cache's key d41d8cd98f00b204e9800998ecf8427e",
+    "https://huggingface.co/datasets/a/b/resolve/main/x.parquet?download=true",
+    "http://localhost:8080/a/@me/x",
+    "https://user@host/repo.git",
+    "git@github.com:a/b.git",
+    "ssh://git@github.com/a/b.git",
+    "hf://datasets/a/b@main/x",
+    "s3://bucket/a:b/c@2",
+    "/data/sk-fold-cross-validation-results/x",
+    "a bearer of long-lasting-certificates",
+    "tokens per second: 12345678",
+    "basic tokenizer_configuration_of_mine",
+    "Meta-Llama-3-8B-Instruct-GGUF-Q4_K_M_very_long_name_0123456789",
+]
+
+
+@pytest.mark.parametrize("text", INNOCENT)
+def test_no_false_alarm(text):
+    assert redact(text) == text
+    assert held(text, {}) is None
+
+
+AWKWARD = ['it\'s "quoted"', "back\\slash\\t", "слово-пароль", "a b&c=d/e+f%g", "line one\nline two", "=abcDEF/123+"]
+
+
+@pytest.mark.parametrize("quoting", QUOTED)
+@pytest.mark.parametrize("secret", AWKWARD)
+def test_a_quoted_secret_goes_too(secret, quoting, monkeypatch):
+    monkeypatch.setenv("MY_PASSPHRASE", secret)
+    text = QUOTED[quoting](secret)
+    said = redact(f"sent {text} off")
+    assert text.strip("\"'=b[]") not in said
+    assert said.startswith("sent ")
+    assert said.endswith(" off")
+    assert "***" in said
+    assert held(text, secrets()) == "the value of $MY_PASSPHRASE"
+
+
+NAMED = [
+    "MY_PASSPHRASE",
+    "AWS_SECRET_ACCESS_KEY",
+    "AZURE_STORAGE_CONNECTION_STRING",
+    "PGPASSWORD",
+    "SMTP_PASS",
+    "GITLAB_PAT",
+]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_variables_that_hold_secrets(name, monkeypatch):
+    monkeypatch.setenv(name, "a-planted-value")
+    assert redact("x a-planted-value y") == "x *** y"
 
 
 CONFIGS = {
@@ -171,6 +286,8 @@ def test_a_file_may_hold_none(planted, command, tmp_path, monkeypatch):
         ("TOKENIZERS_PARALLELISM", "harmless-value"),
         ("HF_TOKEN_PATH", "/a/harmless/path"),
         ("MY_SECRET", "short"),
+        ("OLDPWD", "/a/harmless/path (1)"),
+        ("MAX_TOKENS", "1000000000"),
         ("ANYTHING", "harmless-value"),
     ],
 )

@@ -4,15 +4,28 @@ Every foreign target is a module of the test's own that leaves a mark when it is
 """
 
 import ast
+import copy
+import functools
 import json
 import shutil
+import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 import pretrain
+from pretrain.compose import compose, resolve
+from pretrain.config import conf_dir
+from pretrain.errors import UserError
+from pretrain.hydra_configs import compose_config, composing
+from pretrain.hydra_trust import SET_BY_HYDRA, _check_node
+from pretrain.prepare import instantiate
+from pretrain.trust import PARTS, locate
 from tests.test_cli import assert_mistake
+from tests.test_conf import NEEDS
 
 MARK = "code ran"
 
@@ -59,6 +72,150 @@ def test_only_our_own_parts_are_made(name, command, base_arguments, tmp_path, ma
     assert_mistake(outcome, "_target_")
     assert not mark.exists()
     assert not (tmp_path / "run").exists()
+
+
+OF_OURS = {  # classes and functions of pretrain that are no part of the group they are named in
+    "trust.locate as an optimizer": [
+        "optimizer={_target_: pretrain.trust.locate, _partial_: true, path: x, base: x, trusted: [foreign.run]}"
+    ],
+    "our sweeps as an optimizer": [
+        "optimizer={_target_: pretrain.sweep.command.sweep, _partial_: true, arguments: [-m]}"
+    ],
+    "a part of another group": ["optimizer={_target_: pretrain.strategy.single.Single}"],
+    "a class of none": ["checkpoint={_target_: pretrain.checkpoint.saver.Saver}"],
+    "the base class": ["strategy={_target_: pretrain.strategy.base.Strategy}"],
+    "the base class of models": ["model={_target_: pretrain.models.causal_lm.CausalLM, name_or_path: x}"],
+    "the protocol of sinks": ["+sink.mine={_target_: pretrain.telemetry.sink.Sink}"],
+    "a part that is no sink": ["+sink.mine={_target_: pretrain.strategy.single.Single}"],
+    "a strategy as a domain": ["+evaluation.domains.more={_target_: pretrain.strategy.single.Single}"],
+    "a domain that is none": ["+evaluation.domains.more=5"],
+    "a domain without a target": ["+evaluation.domains.more={name: x}"],
+    "a domain in free keys": ["model=scratch", "+model.overrides.x={_target_: pretrain.data.sources.sample.Python}"],
+    "a domain in a free list": [
+        "strategy=deepspeed",
+        "+strategy.config.x=[[{_target_: pretrain.data.sources.sample.Python}]]",
+    ],
+    "a key of Hydra's in free keys": ["model=scratch", "+model.overrides.x={_args_: [1]}"],
+    "a schedule that is none": ["scheduler={_target_: pretrain.optim.schedule.warmup, _partial_: true}"],
+    "what the schedules import": ["scheduler={_target_: pretrain.optim.schedule.math.cos, _partial_: true}"],
+    "a class as a schedule": ["scheduler={_target_: pretrain.optim.adamw.AdamW, _partial_: true, lr: 1}"],
+    "a schedule that is called": ["scheduler={_target_: pretrain.optim.schedule.cosine, _partial_: false}"],
+    "a class that is bound": ["+optimizer._partial_=true"],
+    "a partial that is no boolean": ["scheduler._partial_=1"],
+    "what a module of ours imports": ["optimizer={_target_: pretrain.data.workers.subprocess.Popen, args: [touch, x]}"],
+    "what it imports, by its real name": ["dataset={_target_: pretrain.data.sources.local.Source}"],
+    "what it imports of the same base": ["dataset={_target_: pretrain.prepare.Source}"],
+    "a module": ["optimizer={_target_: pretrain.optim}"],
+}
+
+
+@pytest.mark.parametrize("name", OF_OURS)
+def test_a_group_makes_its_own_parts_only(name, command, tmp_path, mark):
+    overrides = [f"++{word}" if "={" in word and word[0] != "+" else word for word in OF_OURS[name]]
+    code, _, err = command([f"output_dir={tmp_path / 'run'}", *overrides])
+    assert code == 2, err
+    assert "Traceback" not in err
+    assert err.count("error: ") == 1
+    assert any(key in err for key in ("_target_=", "_partial_=", "_args_=", "evaluation.domains"))
+    assert not mark.exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_function_by_another_name():
+    """Without the comparison with its real name this would be a class of Python's, called with what a file says."""
+    with pytest.raises(UserError, match=r"subprocess\.Popen': a config may name pretrain's own parts only"):
+        locate("optimizer", "pretrain.data.workers.subprocess.Popen", PARTS["optimizer"])
+
+
+@pytest.mark.parametrize("group", PARTS)
+def test_every_part_is_made_without_a_trace(group, tmp_path, monkeypatch):
+    """To make an object is all that a config file can do: it writes nothing and starts nothing."""
+    monkeypatch.chdir(tmp_path)
+    events = []
+    watched = ("subprocess.Popen", "os.system", "os.exec", "socket.connect", "os.mkdir", "os.remove", "os.rename")
+
+    def watch(event, arguments):
+        if listening and (event in watched or (event == "open" and set(str(arguments[1])) & set("wax+"))):
+            events.append((event, arguments))
+
+    listening = False
+    sys.addaudithook(watch)
+    for file in (conf_dir() / group).glob("*.yaml"):
+        word = f"{group}=[{file.stem}]" if group == "sink" else f"{group}={file.stem}"
+        config = resolve(compose([word, *(NEEDS.get((group, file.stem)) or [])]))
+        nodes = config["sink"].values() if group == "sink" else [config[group]]
+        listening = True
+        for node in nodes:
+            instantiate(node)
+        listening = False
+    assert events == []
+    assert list(tmp_path.iterdir()) == []
+
+
+THEIRS = {  # both ran a stranger's code once
+    "a function of ours that imports a name": (
+        "optimizer/mine.yaml",
+        "{_target_: pretrain.trust.locate, _partial_: true, target: foreign.run, base: x, trusted: [foreign.run]}\n",
+        "defaults: [{override /optimizer: mine}]\n",
+        [],
+    ),
+    "a sweep inside of a run": (
+        "optimizer/mine.yaml",
+        "{_target_: pretrain.sweep.command.sweep, _partial_: true, config_dir: null, spoken: {}, overrides: "
+        "['+hydra.callbacks.x._target_=foreign.run']}\n",
+        "defaults: [{override /optimizer: mine}]\n",
+        ["strategy=ddp", "devices=2"],
+    ),
+    "callbacks in conf/local's place": (
+        "local/default.yaml",
+        "# @package _global_\nhydra: {callbacks: {x: {_target_: foreign.run}}}\n",
+        "",
+        [],
+    ),
+    "shell lines of a launcher of theirs": (
+        "hydra/launcher/mine.yaml",
+        "defaults: [submitit_local]\nsetup: ['touch ran']\n",
+        "",
+        ["hydra/launcher=mine"],
+    ),
+    "a launcher of theirs": (
+        "hydra/launcher/mine.yaml",
+        "{_target_: hydra_plugins.foreign.Launcher}\n",
+        "defaults: [{override /hydra/launcher: mine}]\n",
+        ["-m"],
+    ),
+    "logging of theirs": (
+        "hydra/job_logging/mine.yaml",
+        "{version: 1, formatters: {x: {(): foreign.run}}}\n",
+        "",
+        ["hydra/job_logging=mine"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_foreign_folder_of_configs_runs_nothing(name, command, base_arguments, tmp_path, mark, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where, content, chosen, more = THEIRS[name]
+    theirs = experiment(tmp_path, "# @package _global_\n" + chosen)
+    (tmp_path / "theirs" / where).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "theirs" / where).write_text(content)
+    output = [] if "-m" in more or "hydra/launcher=mine" in more else [f"output_dir={tmp_path / 'run'}"]
+    code, _, err = command([*theirs, *base_arguments, *output, "experiment=theirs", *more])
+    assert code == 2, err
+    assert "Traceback" not in err
+    assert {path.name for path in tmp_path.iterdir()} == {"theirs", "site"}
+
+
+def test_a_package_is_trusted_as_a_whole(tmp_path, monkeypatch):
+    (tmp_path / "mylab").mkdir()
+    (tmp_path / "mylab/__init__.py").write_text("import os\n")
+    (tmp_path / "mylab/sinks.py").write_text("class Sink: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert locate("sink.x", "mylab.sinks.Sink", PARTS["sink"], trusted=["mylab"]).__name__ == "Sink"
+    for name in ("mylab.os.system", "mylabs.Sink", "mylab"):
+        with pytest.raises(UserError, match=r"sink\.x\._target_="):
+            locate("sink.x", name, PARTS["sink"], trusted=["mylab"])
 
 
 def test_the_message_says_how_to_trust(command, mark):
@@ -110,8 +267,64 @@ def test_what_hydra_would_execute(key, sweep, command, tmp_path, mark, monkeypat
     launcher = "defaults: [{override /hydra/launcher: slurm}]\n" if key.startswith("launcher") else ""
     theirs = experiment(tmp_path, f"# @package _global_\n{launcher}hydra:\n  {HYDRA_NODES[key]}\n")
     experiment(tmp_path, "# @package _global_\nlr: 1e-4\n", "experiment/good.yaml")
-    assert_mistake(command([*theirs, *sweep, "lr=0"]), f"hydra.{key}: set by a config file")
+    outcome = command([*theirs, *sweep, "lr=0"])
+    assert_mistake(outcome, f"hydra.{key}")
+    assert "set by a config file, which Hydra would execute" in outcome[2]
     assert not mark.exists()
+
+
+def hydra_keys(node: dict, path: str = "") -> list[str]:
+    """Every key of Hydra's own node that holds a value, an empty mapping or a list."""
+    found = []
+    for key, value in node.items():
+        deeper = hydra_keys(value, f"{path}{key}.") if isinstance(value, dict) else []
+        found += deeper or [f"{path}{key}"]
+    return found
+
+
+def other_than(value: object) -> object:
+    """Another value of the same kind, with a line that a shell would run where there are words."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, list):
+        return ["touch x"]
+    return {"x": "touch x"} if isinstance(value, dict) else "touch x"
+
+
+def test_no_key_of_hydras_is_left_to_a_file():
+    """Hydra executes what many of its keys say, and its next release may have more: each one with another value is refused,
+    but for those few that a file may set."""
+    with composing(conf_dir(), None) as hydra:
+        node = compose_config(hydra, ["hydra/launcher=slurm"], RunMode.RUN).hydra
+    expected = OmegaConf.to_container(node)
+    words = ["hydra/launcher=slurm"]
+    keys = [key for key in hydra_keys(expected) if not key.startswith(SET_BY_HYDRA)]
+    dangerous = {"callbacks", "searchpath", "job.env_set", "job.env_copy", "launcher.setup", "sweeper._target_"}
+    dangerous |= {"launcher.additional_parameters", "launcher._target_", "launcher.folder"}
+    assert dangerous <= set(keys)
+    assert any(key.startswith("job_logging") for key in keys)
+    _check_node(expected, expected, words)
+    allowed = set()
+    for key in keys:
+        found = copy.deepcopy(expected)
+        *parents, last = key.split(".")
+        within = functools.reduce(dict.__getitem__, parents, found)
+        within[last] = other_than(within[last])
+        try:
+            _check_node(found, expected, words)
+        except UserError as error:
+            assert f"hydra.{parents[0] if parents else last}" in str(error)  # noqa: PT017
+        else:
+            allowed.add(key)
+    numbers = {"nodes", "timeout_min", "signal_seconds", "max_requeues", "array_parallelism"}
+    assert allowed == {
+        "mode",
+        "sweep.dir",
+        "sweeper.max_batch_size",
+        *(f"launcher.{number}" for number in numbers),
+    } & set(keys)
 
 
 SWEEPERS = {

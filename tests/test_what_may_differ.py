@@ -4,8 +4,12 @@ import json
 import shutil
 
 import pytest
+from omegaconf import OmegaConf
 
+from pretrain.errors import UserError
+from pretrain.leftovers import read_config
 from pretrain.models.bpe import train_bpe
+from pretrain.run_folder import check_finished_run, check_same_run, differences
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.conftest import sentences
@@ -25,8 +29,30 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(uninterrupted, base_ar
     assert "lr: 0.001 → 0.5" in err
     code, _, err = command([*base_arguments, f"output_dir={run}", "max_steps=25"])
     assert code == 0, err
+    assert "the learning rate jumps from 0.0001 to 0.000166 at step 21: the schedule was made for 20 steps" in err
+    assert f"model_name={run.resolve()}" in err
     steps = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
     assert steps == list(range(1, 26))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["max_steps=8"], "max_steps=8: "),
+        (["max_steps=null", "number_epochs=0.02"], "number_epochs=0.02 ("),
+        (["max_steps=8", "resume={run}/checkpoints/step-00000015"], "step-00000015 is at step 15 already"),
+    ],
+)
+def test_a_last_step_that_is_behind_is_refused(words, says, uninterrupted, base_arguments, command, tmp_path):
+    """It said `finished at step 20/8`."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    code, _, err = command([*base_arguments, f"output_dir={run}", *(word.format(run=run) for word in words)])
+    assert code == 2
+    assert says in err
+    assert err.count("\n") == 1
+    assert "already. Choose at least" in err
+    assert_same_run(run, uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +168,49 @@ def test_what_is_allowed_to_differ(part, change, steps, uninterrupted, base_argu
     per_sequence = 2 if part == "sequence_length" else 1
     per_step = 8 if part == "global_batch" else 4
     assert after["samples"] == before["samples"] * per_sequence + 4 * per_step
+
+
+def edited(config, **changes):
+    """Root keys of a config.yaml replaced; ``None``: removed, ``group__key`` one of a group."""
+    text = OmegaConf.load(config)
+    for name, value in changes.items():
+        node, key = (text[name.split("__")[0]], name.split("__")[1]) if "__" in name else (text, name)
+        if value is None:
+            del node[key]
+        else:
+            node[key] = value
+    OmegaConf.save(text, config)
+
+
+def test_lr_auto_is_the_number_of_the_size_then_that_of_the_run(base_arguments, command, tmp_path):
+    short = [*base_arguments, "max_steps=3", "evaluate_every=null", "sink=jsonl", "checkpoint.export=never"]
+    auto = [a for a in short if not a.startswith("lr=")]
+    code, _, err = command([*auto, f"output_dir={tmp_path / 'run'}"])
+    assert code == 0, err
+    assert err.count("lr=auto: 0.001 (by the model's size") == 1
+    config = OmegaConf.load(tmp_path / "run/config.yaml")
+    assert config.lr == config.optimizer.lr == 0.001
+    run = tmp_path / "other"
+    assert command([*short, "lr=0.002", f"output_dir={run}"])[0] == 0
+    code, _, err = command([*auto, f"output_dir={run}"])
+    assert (code, "is finished" in err, "lr=auto" in err) == (0, True, False), err
+    code, _, err = command([*auto, f"output_dir={run}", "max_steps=4"])
+    assert code == 0, err
+    assert "lr=auto: 0.002 (as this run has had it so far)" in err
+    assert OmegaConf.load(run / "config.yaml").lr == 0.002
+
+
+def test_a_run_from_before_there_were_keys_for_documents_borders(uninterrupted, tmp_path):
+    checkpoint = tmp_path / "step-00000020"
+    shutil.copytree(uninterrupted / "checkpoints/step-00000020", checkpoint)
+    now = read_config(checkpoint)
+    edited(checkpoint / "config.yaml", dataset__bos=None, dataset__separator=None)
+    assert differences(read_config(checkpoint), now) == ["dataset.bos: None → auto", "dataset.separator: None → auto"]
+    identity = json.loads((checkpoint / "state.json").read_text())["identity"]
+    check_finished_run(read_config(checkpoint), now)
+    check_same_run(checkpoint, identity, now, model_config={}, files="")
+    with pytest.raises(UserError, match=r"dataset\.bos=false continues it"):
+        check_same_run(checkpoint, identity | {"data": "with BOS"}, now, model_config={}, files="")
 
 
 def test_a_finished_run_split_otherwise_is_finished(uninterrupted, base_arguments, command, tmp_path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -21,7 +22,8 @@ class Policy:
 
     Of the whole checkpoints stay the newest ``keep_last`` (``None``: all), those at every multiple of ``keep_every``
     steps, and the ``keep_best`` with the lowest loss of the domain ``best_by`` (``None``: the new one), among those that
-    were evaluated at their very step.
+    were evaluated at their very step. Losses of other text can't be compared: where a resumed run evaluates something
+    else, the best of both stay.
 
     ``export``: the model as a Hugging Face folder at the end, at every save too, or never. ``export_shard_size``: of its
     weight files at most, such as 500MB or 5GB.
@@ -37,17 +39,29 @@ class Policy:
     export: Literal["end", "save", "never"] = "end"
     export_shard_size: Annotated[str, Field(pattern=r"^[1-9]\d*(KB|MB|GB)$")] = "5GB"
 
-    def check(self, domains: Sequence[str]) -> None:
-        """Raises ``UserError`` when the best are to be found by a domain that is not among the evaluated ``domains``."""
+    def check(self, domains: Mapping[str, str]) -> None:
+        """Raises ``UserError`` when the best are to be found by a domain that is not evaluated. ``domains``: name → role."""
         if self.keep_best is None and self.best_by is not None:
             raise UserError(f"checkpoint.best_by={self.best_by}: has no effect without checkpoint.keep_best")
-        if self.keep_best is not None and (not domains or self.best_by not in (None, *domains)):
+        if self.keep_best is None:
+            return
+        if self.best_by is None and "new" not in domains.values():
+            raise UserError(
+                f"checkpoint.keep_best={self.keep_best}: the new domain is not evaluated; name another with checkpoint.best_by"
+                f"{did_you_mean('', domains)}"
+            )
+        if self.best_by not in (None, *domains):
             raise UserError(
                 f"checkpoint.best_by={self.best_by}: no such domain is evaluated{did_you_mean('', domains)}"
             )
 
-    def kept(self, losses: Mapping[int, Mapping[str, float]]) -> set[int]:
-        """Of the steps of whole checkpoints, each with its losses by domain (empty: not evaluated), those that stay."""
+    def kept(
+        self, losses: Mapping[int, Mapping[str, float]], digests: Mapping[int, Mapping[str, str | None]] | None = None
+    ) -> set[int]:
+        """Of the steps of whole checkpoints, each with its losses by domain (empty: not evaluated), those that stay.
+
+        ``digests``: of what each loss was measured on; only equal ones are ranked with each other.
+        """
         if self.keep_last is None:
             return set(losses)
         steps = sorted(losses)
@@ -55,13 +69,11 @@ class Policy:
         if self.keep_every is not None:
             kept |= {step for step in steps if step % self.keep_every == 0}
         if self.keep_best is not None:
-            scores = {step: self._score(losses[step]) for step in steps}
-            scored = sorted(
-                (score, -step) for step, score in scores.items() if score is not None and math.isfinite(score)
-            )
-            kept |= {-step for _, step in scored[: self.keep_best]}
+            ranked: dict[str | None, list[tuple[float, int]]] = defaultdict(list)
+            for step in steps:
+                name = next(iter(losses[step]), "") if self.best_by is None else self.best_by
+                score = losses[step].get(name)
+                if score is not None and math.isfinite(score):
+                    ranked[(digests or {}).get(step, {}).get(name)].append((score, -step))
+            kept |= {-step for scores in ranked.values() for _, step in sorted(scores)[: self.keep_best]}
         return kept
-
-    def _score(self, losses: Mapping[str, float]) -> float | None:
-        name = next(iter(losses), None) if self.best_by is None else self.best_by
-        return None if name is None else losses.get(name)

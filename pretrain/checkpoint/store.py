@@ -88,8 +88,8 @@ class Store:
         """
         if self._free() >= needed + SPARE_BYTES:
             return None
-        losses = self._losses()
-        for old in sorted(set(losses) - self.policy.kept(losses | {step: {}}) - {max(losses, default=0)}):
+        losses, digests = self._losses()
+        for old in sorted(set(losses) - self.policy.kept(losses | {step: {}}, digests) - {max(losses, default=0)}):
             self._remove(old)
         free = self._free()
         if free >= needed + SPARE_BYTES:
@@ -143,20 +143,22 @@ class Store:
             move(path, aside)
             notice(f"{path} is of the branch that was left: kept as {aside.name}")
 
-    def _losses(self) -> dict[int, dict[str, float]]:
-        """Of every whole checkpoint; one whose state can't be read counts as not evaluated."""
+    def _losses(self) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, str | None]]]:
+        """Of every complete checkpoint, by its step, what `losses_of` finds; one whose state can't be read counts as not
+        evaluated."""
         losses: dict[int, dict[str, float]] = {}
+        digests: dict[int, dict[str, str | None]] = {}
         for step in self.whole():
-            losses[step] = {}
+            losses[step], digests[step] = {}, {}
             with suppress(UserError):
-                losses[step] = losses_of(self.path(step))
-        return losses
+                losses[step], digests[step] = losses_of(self.path(step))
+        return losses, digests
 
     def _prune(self) -> None:
         if self.policy.keep_last is None:
             return
-        losses = self._losses()
-        for step in sorted(set(losses) - self.policy.kept(losses)):
+        losses, digests = self._losses()
+        for step in sorted(set(losses) - self.policy.kept(losses, digests)):
             self._remove(step)
 
     def _remove(self, step: int) -> None:
@@ -175,11 +177,13 @@ class Store:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def losses_of(checkpoint: Path) -> dict[str, float]:
-    """Loss by domain of the evaluation at the checkpoint's very step; empty when there was none."""
+def losses_of(checkpoint: Path) -> tuple[dict[str, float], dict[str, str | None]]:
+    """By domain, the loss at the checkpoint's very step and a digest of what it was measured on (``None``: not known, of
+    an earlier version); both empty when it was not evaluated at that step."""
     progress = read_state(checkpoint)["progress"]
-    losses: dict[str, float] = progress.get("losses", {})
-    return losses if progress.get("evaluated_at") == progress["step"] else {}
+    if progress.get("evaluated_at") != progress["step"]:
+        return {}, {}
+    return progress.get("losses", {}), {s["domain"]: s.get("digest") for s in progress.get("scores", [])}
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pretrain.data.loader import Loader
 from pretrain.data.store import TokenStore, aranges, by_value
+from pretrain.data.units import printable
 from pretrain.events import SourceSeen
 
 MAX_SOURCES = 16  # in a record
@@ -121,5 +122,5 @@ def names(paths: set[str]) -> dict[str, str]:
         root = ""
     inside = {path: PurePath(os.path.relpath(path, root) if root else path) for path in paths}
     if len(paths) <= MAX_SOURCES:
-        return {path: str(short) for path, short in inside.items()}
-    return {path: short.parts[0] if len(short.parts) > 1 else "." for path, short in inside.items()}
+        return {path: printable(str(short)) for path, short in inside.items()}
+    return {path: printable(short.parts[0]) if len(short.parts) > 1 else "." for path, short in inside.items()}

@@ -11,9 +11,11 @@ from typing import IO
 from pretrain.data.csv_records import record_ends
 from pretrain.data.tables import arrow_batches, is_wanted, parquet_metadata, readable_table
 from pretrain.data.units import UNIT_BYTES, Piece, ReadOptions, SourceFile, reading, stamp_of
+from pretrain.errors import UserError
 
 COMPRESSION_RATIO = 4  # a guess, for the progress bar only
 TEXT_WINDOW_BYTES = 1 << 20  # how far to look for a pleasant place to cut
+NEVER_EMPTY = ("parquet", "arrow", ".gz", ".zst")  # even without any text there is something in such a file
 Cut = tuple[int, int, int]  # start, stop, size in bytes
 
 
@@ -21,6 +23,8 @@ def cut(file: SourceFile, options: ReadOptions) -> list[Piece]:
     """The pieces of one file. Raises ``UserError`` when the file cannot be opened as what it says it is."""
     with reading(file.path):
         stamp = stamp_of(file.path)
+        if not stamp[0] and file.format.endswith(NEVER_EMPTY):
+            raise UserError(f"{file.path}: cut off: it has no bytes, which no {file.format} file is")
         cuts = CUTTERS.get(file.format, _whole)(file, options) if stamp[0] else ()
         return [Piece(file.path, file.format, start, stop, size, stamp) for start, stop, size in cuts]
 

@@ -24,12 +24,21 @@ Outcome = tuple[Path, list[str]]  # a part and the digests of its unit's pieces
 
 
 class Encoder:
-    """Turns units into parts of ``folder``. The tokenizer is loaded when the first document needs it."""
+    """Turns units into parts of ``folder``: of each document ``bos`` (``None``: nothing), its tokens, ``eot``. The tokenizer
+    is loaded when the first document needs it."""
 
     def __init__(
-        self, *, folder: Path, tokenizer_path: Path, tokenizer_key: str, eot: int, options: ReadOptions
+        self,
+        *,
+        folder: Path,
+        tokenizer_path: Path,
+        tokenizer_key: str,
+        eot: int,
+        options: ReadOptions,
+        bos: int | None = None,
     ) -> None:
         self.folder, self.tokenizer_path, self.eot, self.options = folder, tokenizer_path, eot, options
+        self.bos, self._before = bos, [] if bos is None else [bos]
         self.tokenizer_key = tokenizer_key
         self._tokenizer: Any = None
 
@@ -40,6 +49,7 @@ class Encoder:
             "tokenizer_path": str(self.tokenizer_path),
             "tokenizer_key": self.tokenizer_key,
             "eot": self.eot,
+            "bos": self.bos,
             "options": asdict(self.options),
         }
 
@@ -68,7 +78,7 @@ class Encoder:
         return path, digests
 
     def _path(self, digests: list[str]) -> Path:
-        key = key_of(FORMAT, self.tokenizer_key, self.eot, digests)
+        key = key_of(FORMAT, self.tokenizer_key, self.eot, digests, *self._before)
         return self.folder / key[:2] / f"{key}.tokens"
 
     def _load(self) -> None:
@@ -80,7 +90,7 @@ class Encoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # the *text* "<|endoftext|>" in a document ends no document
-        self.vocabulary = 1 + max(max(self._tokenizer.get_vocab().values()), self.eot)
+        self.vocabulary = 1 + max(max(self._tokenizer.get_vocab().values()), self.eot, *self._before)
         self.dtype = np.dtype(np.uint16 if self.vocabulary <= 1 << 16 else np.uint32)
 
     def _append(self, writer: PartWriter, batch: list[tuple[Document, Piece, tuple[int, int]]]) -> None:
@@ -89,7 +99,7 @@ class Encoder:
         for document, piece, (number, index) in batch:
             if isinstance(document, str):
                 raw = document.encode("utf-8", "surrogatepass")
-                tokens = np.array([*next(encoded).ids, self.eot], self.dtype)
+                tokens = np.array([*self._before, *next(encoded).ids, self.eot], self.dtype)
             else:
                 tokens = self._checked(document, piece, index)
                 raw = document.tobytes()
@@ -97,14 +107,15 @@ class Encoder:
             writer.append(tokens, digest=xxhash.xxh3_64_intdigest(raw), size=size, piece=number, index=index)
 
     def _checked(self, tokens: NDArray[np.int64], piece: Piece, index: int) -> NDArray[Any]:
-        """Token ids from elsewhere with an end-of-text token behind them, unless they have one."""
+        """Token ids from elsewhere with the tokens that go around a document, where they lack them."""
         if tokens.min() < 0 or tokens.max() >= self.vocabulary:
             wrong = tokens[(tokens < 0) | (tokens >= self.vocabulary)][0]
             raise UserError(
                 f"{piece.path}, document {index}: token id {wrong}, but the model's tokenizer has ids 0 to "
                 f"{self.vocabulary - 1}; the data was tokenized for another model"
             )
-        return tokens if tokens[-1] == self.eot else np.append(tokens, self.eot)
+        before = self._before if tokens[:1].tolist() != self._before else []
+        return np.array([*before, *tokens, *([] if tokens[-1] == self.eot else [self.eot])])
 
 
 def batches(unit: Unit, options: ReadOptions) -> Iterator[list[tuple[Document, Piece, tuple[int, int]]]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import xxhash
 
 from pretrain.batch import IGNORE, Batch
 from pretrain.data.blocks import packed
@@ -18,7 +19,8 @@ class EvaluationBatches(Sequence[Batch]):
     """A sequence of batches made when asked for. ``num_bytes`` of text, ``num_tokens`` targets, ``num_documents``.
 
     Without a document mask an end-of-text token goes before the stream, so that every token is predicted once and
-    loss / ln 2 / num_bytes is exact. With it no document's first token is a target.
+    loss / ln 2 / num_bytes is exact. With it no document's first token is a target. Where documents begin with BOS, that is
+    no target either, nothing goes before the stream, and loss / ln 2 / num_bytes is exact with a document mask too.
     """
 
     def __init__(self, view: TokenView, *, sequence_length: int, batch_size: int, document_mask: bool) -> None:
@@ -29,8 +31,19 @@ class EvaluationBatches(Sequence[Batch]):
             document_mask,
         )
         self.num_bytes, self.num_documents = view.num_bytes, view.num_documents
-        self.num_tokens = view.num_tokens - (view.num_documents if document_mask else 0)
-        self.num_blocks = -(-view.num_tokens // sequence_length)
+        self.bos = view.store.bos
+        self.num_tokens = view.num_tokens - (view.num_documents if document_mask or self.bos is not None else 0)
+        self._first = 0 if self.bos is None else 1  # label; the stream's first BOS is none
+        self.num_blocks = -(-(view.num_tokens - self._first) // sequence_length)
+
+    def digest(self) -> str:
+        """A hash of every token that is read, every target and every position, independent of ``batch_size``. Two streams
+        with one digest have one loss, up to rounding."""
+        hashes = [xxhash.xxh3_64() for _ in range(3)]
+        for batch in self:
+            for found, tensor in zip(hashes, (batch.input_ids, batch.labels, batch.position_ids), strict=True):
+                found.update(b"" if tensor is None else tensor.numpy().tobytes())
+        return "".join(found.hexdigest() for found in hashes)
 
     def __len__(self) -> int:
         return -(-self.num_blocks // self.batch_size)
@@ -40,7 +53,7 @@ class EvaluationBatches(Sequence[Batch]):
             raise IndexError(index)
         length, eot = self.sequence_length, self.view.store.eot
         rows = min(self.batch_size, self.num_blocks - index * self.batch_size)
-        start = index * self.batch_size * length  # of the labels; the inputs are one token earlier
+        start = self._first + index * self.batch_size * length  # of the labels; the inputs are one token earlier
         stop = min(start + rows * length, self.view.num_tokens)
         before = [eot] if start == 0 else self.view.read(start - 1, start)
         padding = np.full(start + rows * length - stop, eot)
@@ -48,7 +61,8 @@ class EvaluationBatches(Sequence[Batch]):
         begins = np.zeros(len(stream), bool)
         begins[0] = True
         begins[1 + self.view.document_starts(start, stop) - start] = True
-        batch = packed(_rows(stream, rows, length), _rows(begins, rows, length) if self.document_mask else None)
+        marked = _rows(begins, rows, length) if self.document_mask or self.bos is not None else None
+        batch = packed(_rows(stream, rows, length), marked, document_mask=self.document_mask, bos=self.bos)
         if len(padding):
             batch.labels.view(-1)[-len(padding) :] = IGNORE
         num_targets = int((batch.labels != IGNORE).sum())
@@ -67,10 +81,12 @@ def evaluation_batches(
 
 def first_tokens(view: TokenView, count: int, length: int) -> list[list[int]]:
     """The first ``length`` tokens of ``count`` documents, the same each time: the first ones that are so long, then the
-    others, without their end-of-text token. Documents of the view's first ``PROMPT_WINDOW`` tokens only."""
+    others, without the tokens around them. Documents of the view's first ``PROMPT_WINDOW`` tokens only."""
     stop = min(view.num_tokens, PROMPT_WINDOW)
     starts = view.document_starts(0, stop)
     lengths = np.diff(starts, append=stop) - 1
+    if view.store.bos is not None:
+        starts, lengths = starts + 1, lengths - 1
     chosen = np.argsort(lengths < length, kind="stable")[:count]
     return [view.read(starts[i], starts[i] + min(length, lengths[i])).tolist() for i in chosen if lengths[i] > 0]
 

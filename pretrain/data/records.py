@@ -26,6 +26,15 @@ OTHER_MARKS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
+# What is compressed or packed under a name that does not say so, by its first bytes; with ``errors=replace`` it would be text.
+PACKED = (
+    (re.compile(rb"\x1f\x8b\x08"), "compressed by gzip: call it .gz"),
+    (re.compile(rb"\x28\xb5\x2f\xfd"), "compressed by zstd: call it .zst"),
+    (re.compile(rb"BZh[1-9]1AY&SY"), "compressed by bzip2: decompress it, or compress it by zstd"),
+    (re.compile(rb"\xfd7zXZ\x00"), "compressed by xz: decompress it, or compress it by zstd"),
+    (re.compile(rb"PK\x03\x04"), "a zip archive: unpack it"),
+    (re.compile(rb"(?s).{257}ustar"), "a tar archive: unpack it"),
+)
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -66,22 +75,36 @@ def decode(raw: bytes, piece: Piece, offset: int, options: ReadOptions) -> str:
     Raises:
         UserError: it is not UTF-8; UTF-16 and UTF-32 are refused with ``errors=replace`` too, for nothing would be left.
     """
-    if offset == 0 and (encoding := _other_encoding(raw)):
-        raise UserError(f"{piece.path}: {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8")
-    inside = " of the decompressed file" if is_compressed(piece) else ""
-    text = decode_value(raw, lambda: piece.path, options, offset=offset, inside=inside)
+    if offset == 0:
+        _check_beginning(raw, piece.path)
+    try:
+        text = raw.decode("utf-8", options.errors)
+    except UnicodeDecodeError as error:
+        inside = " of the decompressed file" if is_compressed(piece) else ""
+        raise _not_utf8(piece.path, offset + error.start, inside, raw[error.start]) from error
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
-def decode_value(raw: bytes, place: Place, options: ReadOptions, *, offset: int = 0, inside: str = "") -> str:
-    """Text out of its bytes, which an error counts from ``offset`` on."""
+def decode_value(raw: bytes, place: Place, options: ReadOptions) -> str:
+    """Text out of the bytes that a table has for it."""
     try:
         return raw.decode("utf-8", options.errors)
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{place()}: not UTF-8 at byte {offset + error.start}{inside} (0x{raw[error.start]:02x}); "
-            "convert the file, or read it with dataset.errors=replace"
-        ) from error
+        raise _not_utf8(place(), error.start, " of the text", raw[error.start]) from error
+
+
+def _not_utf8(where: str, at: int, inside: str, byte: int) -> UserError:
+    return UserError(
+        f"{where}: not UTF-8 at byte {at}{inside} (0x{byte:02x}); convert the file, or read it with dataset.errors=replace"
+    )
+
+
+def _check_beginning(raw: bytes, path: str) -> None:
+    for begins, what in PACKED:
+        if begins.match(raw):
+            raise UserError(f"{path}: not text, but {what}")
+    if encoding := _other_encoding(raw):
+        raise UserError(f"{path}: {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8")
 
 
 def _other_encoding(raw: bytes) -> str | None:

@@ -42,6 +42,7 @@ class TokenStore:
         manifest = json.loads(path.read_text())
         self.name: str = manifest["name"]
         self.eot: int = manifest["eot"]
+        self.bos: int | None = manifest.get("bos")
         self._units: list[list[list[Any]]] = manifest["units"]
         found = [open_part(Path(part)) for part in manifest["parts"]]
         self.parts = [part for part in found if part is not None]

@@ -37,12 +37,18 @@ YOUNG_SECONDS = 0.05  # a file changed this shortly before it was read could cha
 
 
 def prepare(
-    source: Source, *, tokenizer_json: str, eot: int, num_workers: int | None = None, cache: Path | None = None
+    source: Source,
+    *,
+    tokenizer_json: str,
+    eot: int,
+    bos: int | None = None,
+    num_workers: int | None = None,
+    cache: Path | None = None,
 ) -> TokenStore:
     """Tokenize what is not yet in the cache and open the whole as one store.
 
-    ``tokenizer_json`` is the text of a ``tokenizer.json``; ``eot`` the id that ends each document. ``num_workers``
-    defaults to the source's, then to the cores this process may use.
+    ``tokenizer_json`` is the text of a ``tokenizer.json``; ``eot`` the id that ends each document, ``bos`` the one
+    that begins it (``None``: none does). ``num_workers`` defaults to the source's, then to the cores this process may use.
 
     Raises:
         UserError: a file is missing, not what it says it is, or without text; the disk is full. What was finished is
@@ -58,7 +64,12 @@ def prepare(
     if not tokenizer_path.exists():
         write_whole(tokenizer_path, tokenizer_json.encode())
     encoder = Encoder(
-        folder=cache / "parts", tokenizer_path=tokenizer_path, tokenizer_key=tokenizer_key, eot=eot, options=options
+        folder=cache / "parts",
+        tokenizer_path=tokenizer_path,
+        tokenizer_key=tokenizer_key,
+        eot=eot,
+        options=options,
+        bos=bos,
     )
     key = key_of(FORMAT, source.identity(), asdict(options))
     memory = cache / "files" / f"{key}.json"
@@ -67,7 +78,11 @@ def prepare(
         units = group(_pieces(source, _recall(memory)))
         outcomes = _encode_all(units, encoder, num_workers, source.domain)
         _remember(memory, units, outcomes, started_at)
-    store = TokenStore(_write_manifest(cache / "stores", source.domain, eot, units, outcomes))
+    store = TokenStore(
+        _write_manifest(
+            cache / "stores", source.domain, {"eot": eot} | ({} if bos is None else {"bos": bos}), units, outcomes
+        )
+    )
     store.files = files_of(units, (digests for _, digests in outcomes))
     if not store.num_documents:
         raise UserError(f"dataset {source.domain!r}: no text: every document of {source.described()} is empty")
@@ -133,12 +148,14 @@ def _remember(memory: Path, units: list[Unit], outcomes: list[Outcome], started_
         write_whole(memory, raw)
 
 
-def _write_manifest(folder: Path, name: str, eot: int, units: list[Unit], outcomes: list[Outcome]) -> Path:
+def _write_manifest(
+    folder: Path, name: str, around: dict[str, int], units: list[Unit], outcomes: list[Outcome]
+) -> Path:
     """Named after its content and never changed: a store that one run has open is not another store after the next
     run."""
     content = {
         "name": name,
-        "eot": eot,
+        **around,
         "parts": [str(path) for path, _ in outcomes],
         "units": [[(piece.path, piece.start) for piece in unit.pieces] for unit in units],
     }

@@ -82,6 +82,12 @@ def reading(path: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+def printable(name: str) -> str:
+    """A file's name for messages and records. Where its bytes are not UTF-8, Python has halves of surrogate pairs for them,
+    which can be written nowhere."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def one_line(error: BaseException) -> str:
     """The first line of another library's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -102,7 +108,7 @@ def group(pieces: Iterable[Piece]) -> list[Unit]:
         waiting_bytes += piece.size
         may_end = (
             waiting_bytes >= UNIT_BYTES // 4
-            and xxhash.xxh3_64_intdigest(os.path.basename(piece.path).encode()) % 8 == 0
+            and xxhash.xxh3_64_intdigest(os.path.basename(piece.path).encode("utf-8", "surrogateescape")) % 8 == 0
         )
         if alone or may_end or waiting_bytes >= UNIT_BYTES:
             units.append(Unit(tuple(waiting)))

@@ -6,33 +6,41 @@ Bits per byte compares models with different tokenizers; perplexity is per token
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pretrain.console import progress_bar
+from pretrain.console import notice, progress_bar, shows_progress
+from pretrain.evaluation.baseline import Known, digest
 from pretrain.events import DomainScore
 
 if TYPE_CHECKING:
-    from pretrain.batch import Batch
+    from pretrain.data.evaluation import EvaluationBatches
     from pretrain.engine import Scorer
+    from pretrain.evaluation.baseline import Measured
 
 
 @dataclass(frozen=True)
 class Domain:
     """A named set of held-out batches. ``role``: ``new`` (what the run trains on) or ``base`` (what it may forget).
 
-    ``num_bytes`` is the size of exactly their text (0: unknown); ``prompts`` the first tokens of some of its documents.
+    ``prompts``: the first tokens of some of its documents. ``settings``: what decides the loss beside the tokens.
     """
 
     name: str
     role: str
-    batches: Sequence[Batch]
-    num_bytes: int
+    batches: EvaluationBatches
     prompts: Sequence[list[int]] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def measured_on(self) -> Measured:
+        """What its loss is a loss of. Reads all of its tokens."""
+        return {"text": self.batches.digest(), **self.settings}
 
 
 @dataclass(frozen=True)
@@ -42,22 +50,29 @@ class Evaluator:
 
     domains: list[Domain]
 
+    def of(self, names: Container[str]) -> Evaluator:
+        """The same for the domains with these names only."""
+        return Evaluator([domain for domain in self.domains if domain.name in names])
+
     def run(
         self,
         engine: Scorer,
         *,
-        baseline: dict[str, float] | None = None,
+        baseline: Mapping[str, Known] | None = None,
+        announce: bool = False,
         interrupted: Callable[[], bool] = lambda: False,
         alive: Callable[[], None] = lambda: None,
     ) -> list[DomainScore] | None:
         """``baseline``: each domain's loss before this run, for ``delta_loss``; ``None``: these scores are the baseline.
 
-        ``interrupted`` is asked before every batch, on every rank; once it is true there are no scores: ``None``.
-        ``alive`` is called after every batch.
+        ``announce``: say before each domain what is scored, where no bar shows it. ``interrupted`` is asked before every
+        batch, on every rank; once it is true there are no scores: ``None``. ``alive`` is called after every batch.
         """
         scores = []
         with evaluating(engine.model):
             for domain in self.domains:
+                if announce and not shows_progress():
+                    notice(f"evaluating {domain.name} ({domain.role}): {domain.batches.num_tokens:,} tokens")
                 score = self._score(engine, domain, baseline, interrupted, alive)
                 if score is None:
                     return None
@@ -68,7 +83,7 @@ class Evaluator:
         self,
         engine: Scorer,
         domain: Domain,
-        baseline: dict[str, float] | None,
+        baseline: Mapping[str, Known] | None,
         interrupted: Callable[[], bool],
         alive: Callable[[], None],
     ) -> DomainScore | None:
@@ -89,15 +104,18 @@ class Evaluator:
                 advance(world.size)
         nats, tokens = float(world.add_up(summed)), world.sum(tokens)
         loss = nats / tokens
-        before = loss if baseline is None else baseline.get(domain.name)  # a domain added on resume has no baseline
+        before = Known(loss) if baseline is None else baseline[domain.name]
+        num_bytes = domain.batches.num_bytes
         return DomainScore(
             domain=domain.name,
             role=domain.role,
             loss=loss,
             perplexity=math.exp(loss) if loss < 700 else math.inf,
-            bits_per_byte=nats / math.log(2) / domain.num_bytes if domain.num_bytes else None,
+            bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else None,
             tokens=tokens,
-            delta_loss=None if before is None else loss - before,
+            delta_loss=None if before.loss is None else loss - before.loss,
+            delta_reason=before.reason,
+            digest=digest(domain.measured_on),
         )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt
+
+from pretrain.data.sources.base import Source
 
 
 @dataclass(frozen=True)
@@ -24,4 +26,4 @@ class Policy:
     sample_prompt_tokens: PositiveInt = 24
     sample_tokens: PositiveInt = 32
     sample_prompts: list[str] = field(default_factory=list)
-    domains: dict[str, Any] = field(default_factory=dict)
+    domains: dict[str, Source] = field(default_factory=dict)

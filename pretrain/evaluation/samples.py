@@ -29,7 +29,7 @@ AT_ONCE = 8  # prompts; their logits are one row each
 
 @dataclass(frozen=True)
 class Prompt:
-    """``tokens`` begin with an end-of-text token, after which a document begins in training too."""
+    """``tokens`` begin with what a document begins after in training too: BOS, or an end-of-text token."""
 
     domain: str
     role: str
@@ -39,11 +39,12 @@ class Prompt:
 @dataclass(frozen=True)
 class Sampler:
     """Continues ``prompts`` by ``num_tokens``, a few at once. Draws no random number and leaves the model as it
-    was, so that a run with samples is bit for bit the run without."""
+    was, so that a run with samples is bit for bit the run without. A continuation ends at ``separator``."""
 
     prompts: Sequence[Prompt]
     tokenizer: Any
     num_tokens: int
+    separator: int
 
     def run(
         self,
@@ -67,11 +68,11 @@ class Sampler:
         self, engine: Scorer, prompts: Sequence[Prompt], interrupted: Callable[[], bool], alive: Callable[[], None]
     ) -> list[list[int]] | None:
         """The tokens that follow each prompt; the host waits for the device once, at the end."""
-        device, eos = engine.world.device, self.tokenizer.eos_token_id
+        device = engine.world.device
         lengths = torch.tensor([len(p.tokens) for p in prompts], device=device)
         longest = max(len(p.tokens) for p in prompts)
         steps = min(self.num_tokens, engine.model.num_positions - longest)
-        ids = torch.full((len(prompts), longest + steps), eos, device=device)
+        ids = torch.full((len(prompts), longest + steps), self.separator, device=device)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt.tokens)] = torch.tensor(prompt.tokens, device=device)
         rows = torch.arange(len(prompts), device=device)
@@ -84,8 +85,7 @@ class Sampler:
 
     def _until_end(self, row: Tensor, start: int, steps: int) -> list[int]:
         found = row[start : start + steps].tolist()
-        eos = self.tokenizer.eos_token_id
-        return found[: found.index(eos)] if eos in found else found
+        return found[: found.index(self.separator)] if self.separator in found else found
 
     def _sample(self, prompt: Prompt, continuation: list[int]) -> Sample:
         before = self._text(prompt.tokens)
@@ -98,15 +98,17 @@ class Sampler:
         return text
 
 
-def prompts_of(domains: Sequence[Domain], policy: Policy, tokenizer: Any, *, num_positions: int) -> list[Prompt]:
-    """Of each domain, then the user's own. A document's is cut to half of the model's positions.
+def prompts_of(
+    domains: Sequence[Domain], policy: Policy, tokenizer: Any, *, first: int, num_positions: int
+) -> list[Prompt]:
+    """Of each domain, then the user's own, each after the token ``first``. A document's is cut to half of the model's
+    positions.
 
     Raises ``UserError`` for a prompt of the user's that leaves no position for a continuation.
     """
-    eos = tokenizer.eos_token_id
-    found = [Prompt(d.name, d.role, (eos, *tokens[: num_positions // 2])) for d in domains for tokens in d.prompts]
+    found = [Prompt(d.name, d.role, (first, *tokens[: num_positions // 2])) for d in domains for tokens in d.prompts]
     for text in policy.sample_prompts:
-        tokens = (eos, *tokenizer(text, add_special_tokens=False)["input_ids"])
+        tokens = (first, *tokenizer(text, add_special_tokens=False)["input_ids"])
         if len(tokens) >= num_positions:
             raise UserError(
                 f"evaluation.sample_prompts: one of {len(tokens)} tokens leaves no room: the model has {num_positions} "

@@ -18,6 +18,7 @@ import pretrain.data.loader
 import pretrain.data.tokenize
 import pretrain.engine
 import pretrain.models.language_model
+import pretrain.models.tokenizer
 import pretrain.tasks
 import pretrain.trainer
 

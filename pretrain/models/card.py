@@ -101,20 +101,33 @@ def _on_the_hub(name: str) -> bool:
 
 
 def _results(progress: Progress) -> str:
-    """Every domain before and after; from the last scores and how far they are from the untouched model's."""
+    """Every domain before and after."""
     if not progress.scores:
         return "No text was scored.\n"
-    rows = []
-    for s in progress.scores:
-        loss, before, bits = s["loss"], progress.baseline.get(s["domain"]), s["bits_per_byte"]
-        earlier_bits = bits * before / loss if bits and before and loss else None  # of the same text in the same tokens
-        change = "—" if loss is None or before is None else f"{loss - before:+.4f}"
-        losses, bits_per_byte = f"{_n(before)} → {_n(loss)}", f"{_n(earlier_bits)} → {_n(bits)}"
-        perplexity = f"{_n(_exp(before), 2)} → {_n(s['perplexity'], 2)}"
-        rows.append((f"{s['domain']} ({s['role']})", losses, change, perplexity, bits_per_byte))
     head = ("domain", "loss (nats per token)", "change", "perplexity", "bits per byte")
+    if progress.evaluated_at == 0:
+        rows = [
+            (f"{s['domain']} ({s['role']})", _n(s["loss"]), "—", _n(s["perplexity"], 2), _n(s["bits_per_byte"]))
+            for s in progress.scores
+        ]
+        since = "; it was not scored since" if progress.step else ""
+        return f"{_table(head, rows)}\nHeld-out text, at step 0: the model before this run{since}.\n"
     note = f"Held-out text, before → at step {progress.evaluated_at:,}. A base domain's rise is what was forgotten.\n"
-    return f"{_table(head, rows)}\n{note}"
+    unknown = [f"{s['domain']}: {s['delta_reason']}" for s in progress.scores if s.get("delta_reason")]
+    if unknown:
+        note += f"Changes that are not known: {_cell('; '.join(unknown))}.\n"
+    return f"{_table(head, [_before_after(s) for s in progress.scores])}\n{note}"
+
+
+def _before_after(s: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the results, from a domain's last score and how far it is from the untouched model's on the same text."""
+    loss, delta, bits = s["loss"], s.get("delta_loss"), s["bits_per_byte"]
+    before = None if loss is None or delta is None else loss - delta
+    earlier_bits = bits * before / loss if bits and before and loss else None  # of the same text in the same tokens
+    losses, bits_per_byte = f"{_n(before)} → {_n(loss)}", f"{_n(earlier_bits)} → {_n(bits)}"
+    perplexity = f"{_n(_exp(before), 2)} → {_n(s['perplexity'], 2)}"
+    change = "—" if delta is None else f"{round(delta, 4) + 0.0:+.4f}"  # no minus before a zero
+    return f"{s['domain']} ({s['role']})", losses, change, perplexity, bits_per_byte
 
 
 def _exp(loss: float | None) -> float | None:

@@ -6,6 +6,8 @@ asked for, and pickled weights are never read.
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +19,9 @@ from pydantic import Field
 
 from pretrain.console import notice
 from pretrain.errors import UserError, did_you_mean
-from pretrain.models import files
+from pretrain.models import files, model_config
+from pretrain.models.model_config import first_line
+from pretrain.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +34,7 @@ OLD_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}  # transformers 
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalLM:
+class CausalLM(ABC):
     """What both kinds share. ``tokenizer_name``: a folder or Hub id, if not the model's own. ``revision``: of a Hub id.
     ``save_dtype``: type of the weights in the final folder (``None``: as they were trained)."""
 
@@ -42,6 +46,10 @@ class CausalLM:
     compile: bool = False
     trust_remote_code: bool = False
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @abstractmethod
+    def check(self, sequence_length: int) -> None:
+        """Raises ``UserError`` for a model that can't be had, or a sequence it has no positions for."""
 
     def folder(self) -> Path:
         return files.model_folder(self.name_or_path, revision=self.revision, code=self.trust_remote_code)
@@ -69,15 +77,9 @@ class CausalLM:
 
         Raises ``UserError`` when there is none or it has tokens that the model has no embedding for.
         """
-        from transformers import AutoTokenizer
+        from pretrain.models.tokenizer import folder_tokenizer
 
-        folder = self.tokenizer_folder()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # transformers raises whatever the broken file made it raise
-            raise UserError(f"{folder}: no usable tokenizer: {_first_line(error)}") from None
-        if not tokenizer.is_fast:
-            raise UserError(f"{folder}: no fast tokenizer (tokenizer.json)")
+        tokenizer = folder_tokenizer(self.tokenizer_folder(), code=self.trust_remote_code)
         largest = max(tokenizer.get_vocab().values(), default=-1)
         files.check_vocabulary(self.config(), largest + 1, self.name_or_path)
         return tokenizer
@@ -90,33 +92,51 @@ class CausalLM:
         given |= {"trust_remote_code": self.trust_remote_code}
         try:
             return make(attn_implementation=self.attention, **given)
-        except (ValueError, ImportError) as error:
+        except Exception as error:  # whatever a foreign config's values make of its architecture
             if self.attention == "sdpa" and "scaled_dot_product_attention" in str(error):
                 notice(f"model.attention=sdpa: {self.name_or_path} has no such attention; it runs with eager")
                 return make(attn_implementation="eager", **given)
-            raise UserError(f"model_name={self.name_or_path}: can't be built: {_first_line(error)}") from None
+            if is_out_of_memory(error) or isinstance(error, UserError):
+                raise
+            raise UserError(f"model_name={self.name_or_path}: can't be built: {first_line(error)}") from None
 
     def hf_config(self) -> Any:
-        """The transformers config object. Raises ``UserError`` when it can't be read."""
+        """The transformers config object. Raises ``UserError`` when it can't be read, or is of quantized weights."""
         from transformers import AutoConfig
 
+        config, folder = self.config(), self.folder()
+        model_config.check_unquantized(config, self.name_or_path)
+        model_config.check_sizes(config, self.name_or_path)
         try:
-            return AutoConfig.from_pretrained(str(self.folder()), trust_remote_code=self.trust_remote_code)
+            if "auto_map" in config and self.trust_remote_code:
+                return AutoConfig.from_pretrained(str(folder), trust_remote_code=True)
+            return model_config.config_object(config, folder)
         except Exception as error:  # whatever its validation raises
-            raise UserError(f"model_name={self.name_or_path}: config.json: {_first_line(error)}") from None
+            raise UserError(f"model_name={self.name_or_path}: {folder / 'config.json'}: {first_line(error)}") from None
+
+    def uniform_loss(self) -> float | None:
+        """Nats per token of a guess among all tokens alike; ``None``: the weights are random, nothing better is expected."""
+        return None
+
+    def num_parameters(self) -> int:
+        """Of the model, without making its weights."""
+        import torch
+
+        return int(self.outline(param_dtype=torch.float32).hf.num_parameters())
 
     def outline(self, *, param_dtype: torch.dtype) -> LanguageModel:
         """The model in training mode with its parameters on the meta device and its buffers on the CPU."""
         from transformers import AutoModelForCausalLM
 
-        from pretrain.models.meta import cast_parameters, parameters_on_meta
+        from pretrain.models.dtypes import keep_fp32
+        from pretrain.models.meta import parameters_on_meta
 
         def make(**given: Any) -> Any:
             with parameters_on_meta():
                 return AutoModelForCausalLM.from_config(self.hf_config(), dtype=param_dtype, **given)
 
         hf = self.load(make)
-        cast_parameters(hf, param_dtype)
+        keep_fp32(hf, param_dtype)
         return self.finish(hf, None)
 
     def finish(self, hf: Any, device: torch.device | None) -> LanguageModel:
@@ -141,8 +161,9 @@ class Pretrained(CausalLM):
         config = files.read_config(folder, self.name_or_path)
         files.check_positions(config, sequence_length, self.name_or_path)
         files.check_weights(folder, self.name_or_path)
+        model_config.read_generation_config(folder, self.name_or_path)
         files.check_vocabulary(config, files.vocabulary_size(self.tokenizer_folder()), self.name_or_path)
-        self.config()
+        self.hf_config()
 
     def identity(self) -> str:
         """Changes with the name and with what is behind it: config and weights."""
@@ -156,6 +177,16 @@ class Pretrained(CausalLM):
 
         return TensorFiles(files.weight_files(self.folder(), self.name_or_path))
 
+    def uniform_loss(self) -> float | None:
+        config = self.config()
+        rows = (config.get("text_config") or config).get("vocab_size")
+        return math.log(rows) if isinstance(rows, int) and rows > 0 else None
+
+    def num_parameters(self) -> int:
+        """Numbers in the weight files; their headers say how many."""
+        found = self.weights()
+        return sum(math.prod(found.shape(name)) for name in found.keys())  # noqa: SIM118 (not a dict)
+
     def outline(self, *, param_dtype: torch.dtype) -> LanguageModel:
         model = super().outline(param_dtype=param_dtype)
         self._adopt_generation_config(model.hf)
@@ -163,19 +194,20 @@ class Pretrained(CausalLM):
 
     def _adopt_generation_config(self, hf: Any) -> None:
         """What ``from_pretrained`` does for a model that it reads from its folder."""
-        from transformers import GenerationConfig
-
-        if (self.folder() / "generation_config.json").exists():
-            hf.generation_config = GenerationConfig.from_pretrained(str(self.folder()))
+        found = model_config.generation_config(self.folder(), self.name_or_path)
+        if found is not None:
+            hf.generation_config = found
 
     def _reader(self, param_dtype: torch.dtype) -> Callable[..., Any]:
         """``from_pretrained`` of the folder; where weights lie in pieces of rows, which it can't read, of themselves."""
         from transformers import AutoModelForCausalLM
 
         if not any(self.folder().glob(files.PIECES)):
-            return partial(AutoModelForCausalLM.from_pretrained, str(self.folder()))
-        architecture, found = type(self.outline(param_dtype=param_dtype).hf), self.weights()
-        weights = {name: found.read(name) for name in sorted(found.keys())}
+            found = model_config.generation_config(self.folder(), self.name_or_path)
+            given = {"config": self.hf_config(), "generation_config": found}
+            return partial(AutoModelForCausalLM.from_pretrained, str(self.folder()), **given)
+        architecture, pieces = type(self.outline(param_dtype=param_dtype).hf), self.weights()
+        weights = {name: pieces.read(name) for name in sorted(pieces.keys())}
         return partial(architecture.from_pretrained, None, config=self.hf_config(), state_dict=weights)
 
     def build(self, *, param_dtype: torch.dtype, device: torch.device, seed: int) -> LanguageModel:
@@ -195,8 +227,20 @@ class Pretrained(CausalLM):
         if loaded["unexpected_keys"]:
             unused = sorted(loaded["unexpected_keys"])
             notice(f"model_name={self.name_or_path}: {len(unused)} tensors in its files are not used, e.g. {unused[0]}")
+        self._check_ties(hf)
         self._adopt_generation_config(hf)
         return self.finish(hf, device)
+
+    def _check_ties(self, hf: Any) -> None:
+        """Raises ``UserError`` where config.json ties the head to the embedding and the files hold another head: transformers
+        then takes both, and nothing would say which model is trained, or what its config means."""
+        if _is_tied(hf) or not getattr(hf.config.get_text_config(), "tie_word_embeddings", False):
+            return
+        if _is_tied(self.outline(param_dtype=hf.dtype).hf):
+            raise UserError(
+                f"model_name={self.name_or_path}: {self.folder() / 'config.json'} says tie_word_embeddings: true, but the weight "
+                "files hold a head that is not the embedding; set it to false, or remove the head from the files"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,9 +292,10 @@ class Scratch(CausalLM):
         try:
             if not _is_known(config["model_type"]):
                 return AutoConfig.from_pretrained(str(self.folder()), trust_remote_code=True, **self.overrides)
-            return AutoConfig.for_model(**config)
+            config.pop("quantization_config", None)  # of weights that are not used
+            return AutoConfig.for_model(**model_config.without_kernels(config))
         except Exception as error:  # whatever its validation raises
-            raise UserError(f"model.overrides: {_first_line(error)}") from None
+            raise UserError(f"model.overrides: {first_line(error)}") from None
 
     def tokenizer(self, texts: Texts | None) -> Any:
         if self.train_tokenizer is None:
@@ -266,7 +311,7 @@ class Scratch(CausalLM):
         import torch
         from transformers import AutoModelForCausalLM
 
-        from pretrain.models.meta import cast_parameters
+        from pretrain.models.dtypes import cast
 
         def make(**given: Any) -> Any:
             with torch.random.fork_rng(devices=[]):
@@ -274,9 +319,15 @@ class Scratch(CausalLM):
                 return AutoModelForCausalLM.from_config(self.hf_config(), dtype=torch.float32, **given)
 
         hf = self.load(make)
-        cast_parameters(hf, param_dtype)
+        cast(hf, param_dtype)
         hf.config.dtype = param_dtype
         return self.finish(hf, device)
+
+
+def _is_tied(hf: Any) -> bool:
+    """Whether head and embedding are one weight."""
+    head, embedding = hf.get_output_embeddings(), hf.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
 
 
 def _is_known(model_type: str) -> bool:
@@ -291,7 +342,3 @@ def _default_config(model_type: str) -> list[str]:
 
     config = AutoConfig.for_model(model_type)
     return [*config.to_dict(), *config.attribute_map]
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

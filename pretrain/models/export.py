@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pretrain.models.dtypes import dtypes_in
 from pretrain.tensors import Piece, write
 
 if TYPE_CHECKING:
@@ -22,23 +24,32 @@ Sizes = dict[str, int]  # weight → bytes
 
 
 def own_share(
-    weights: Iterable[tuple[str, Tensor]], *, dtype: str | None, world: World, sharded: bool
+    weights: Iterable[tuple[str, Tensor]], *, dtypes: Mapping[str, torch.dtype], world: World, sharded: bool
 ) -> dict[str, Tensor]:
-    """The weights that this rank will write, whole, on the host, in ``dtype`` (``None``: their own).
+    """The weights that this rank will write, whole, on the host, each in its type of ``dtypes`` (not there: its own).
 
     ``sharded``: every rank takes its part of the names, so that none ever holds the model; else rank 0 takes all.
     """
-    target: torch.dtype | None = getattr(torch, dtype) if dtype else None
     own = {}
     for number, (name, tensor) in enumerate(weights):
         if world.rank == (number % world.size if sharded else 0):
-            own[name] = tensor.to("cpu", target if tensor.is_floating_point() else None)
+            own[name] = tensor.to("cpu", dtypes.get(name) if tensor.is_floating_point() else None)
     return own
 
 
+def dtypes_for(hf: Any, save_dtype: str | None) -> dict[str, torch.dtype]:
+    """What each weight of ``hf`` is saved in for ``model.save_dtype``: what transformers keeps in fp32 stays in it. Empty:
+    each in its own."""
+    return dtypes_in(hf, getattr(torch, save_dtype)) if save_dtype else {}
+
+
 def dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype | None:
-    """The type of the first weight that is no count; ``None`` when there is none."""
-    return next((t.dtype for t in weights.values() if t.is_floating_point()), None)
+    """The type of most numbers that are no counts; ``None`` when there are none."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in weights.values():
+        sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+    found = sizes.most_common(1)
+    return found[0][0] if found and found[0][1] else None
 
 
 def save_whole(hf: Any, own: dict[str, Tensor], folder: Path, *, shard_size: str) -> list[Path]:
@@ -83,16 +94,16 @@ def save_shards(own: dict[str, Tensor], folder: Path, *, plan: list[list[Sizes]]
     return written
 
 
-def beside(hf: Any, tokenizer: Any, *, dtype: torch.dtype | None) -> dict[str, bytes]:
+def beside(hf: Any, tokenizer: Any, *, dtype: torch.dtype | None, separator: int | None = None) -> dict[str, bytes]:
     """The files that make weights a model, by name: both configs, the tokenizer, the code of a model that brings its own.
 
-    ``dtype``: of the weights; ``None``: whoever loads them finds out.
+    ``dtype``: of the weights; ``None``: left to the program that loads them. ``separator``: the token that documents were
+    trained to end with; ``None``: the tokenizer's eos_token.
     """
     from transformers.dynamic_module_utils import custom_object_save
 
     config, generation = deepcopy(hf.config), deepcopy(hf.generation_config)
-    for each in (config, generation):
-        _adopt_special_tokens(each, hf.config.eos_token_id, tokenizer)
+    _adopt_special_tokens(config, generation, tokenizer, separator)
     config.use_cache = True  # off only for training
     config.dtype = dtype
     config.architectures = [type(hf).__name__.removeprefix("FSDP")]
@@ -113,9 +124,22 @@ def write_beside(files: Mapping[str, bytes], folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
-def _adopt_special_tokens(config: Any, ends: int | list[int] | None, tokenizer: Any) -> None:
-    """Let a config name the tokens that documents really ended with (a config from nothing names others: ``ends``)."""
-    if tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends]):
-        return
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, key, getattr(tokenizer, key))
+def _adopt_special_tokens(config: Any, generation: Any, tokenizer: Any, separator: int | None) -> None:
+    """Let the configs name the tokens that documents really ended with. A config from nothing names others; those of a
+    trained model stay, and generation also ends at ``separator``."""
+    end = separator if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if end not in (*end_ids(config), *end_ids(generation)):
+        for each in (config, generation):
+            each.bos_token_id, each.eos_token_id, each.pad_token_id = (
+                tokenizer.bos_token_id,
+                end,
+                tokenizer.pad_token_id,
+            )
+    if separator is not None and separator not in end_ids(generation):
+        generation.eos_token_id = [*end_ids(generation), separator]
+
+
+def end_ids(config: Any) -> list[int]:
+    """The tokens at which a text ends, of a config that names one, several or none."""
+    named = getattr(config, "eos_token_id", None)
+    return named if isinstance(named, list) else [] if named is None else [named]

@@ -6,6 +6,7 @@ Only JSON and safetensors headers are read. Pickled weights are refused: to read
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ from pretrain.folders import is_below, marked_files
 SAMPLE = Path(__file__).parent / "sample"
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 PIECES = "model.rank-*.safetensors"  # of a checkpoint that several processes have written
+BITS = {  # of a number, by its name in a safetensors header
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -68,18 +77,25 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         raise UserError(
             f"model_name={name}: {folder} has no config.json; a model is a folder saved by save_pretrained"
         ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"model_name={name}: {file} can't be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"model_name={name}: {file} can't be read: {str(error)[:200]}") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f"model_name={name}: {file} names no model_type")
+    if not isinstance(config["model_type"], str):
+        raise UserError(f"model_name={name}: {file}: model_type is {str(config['model_type'])[:80]!r}, not a name")
     return config
+
+
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that is about text, of a model that knows pictures too."""
+    text = config.get("text_config")
+    return text if text and isinstance(text, dict) else config
 
 
 def check_positions(config: dict[str, Any], sequence_length: int, name: str) -> None:
     """Raises ``UserError`` when the sequence is longer than the positions the model was made for."""
-    text = config.get("text_config") or config
     for key in POSITION_KEYS:
-        limit = text.get(key)
+        limit = text_part(config).get(key)
         if isinstance(limit, int) and 0 < limit < sequence_length:
             raise UserError(
                 f"sequence_length={sequence_length}: {name} has {limit} positions ({key}); use at most that"
@@ -88,10 +104,12 @@ def check_positions(config: dict[str, Any], sequence_length: int, name: str) -> 
 
 def check_vocabulary(config: dict[str, Any], tokens: int, name: str) -> None:
     """Raises ``UserError`` when a tokenizer of ``tokens`` ids needs more rows than the embedding has."""
-    rows = (config.get("text_config") or config).get("vocab_size")
+    rows = text_part(config).get("vocab_size")
     if isinstance(rows, int) and tokens > rows:
         raise UserError(
-            f"model_name={name}: the tokenizer has {tokens} token ids, the embedding {rows} rows: not of one model"
+            f"model_name={name}: the tokenizer has {tokens} token ids, the embedding {rows} rows: not of one model; name the "
+            "model's own as model.tokenizer_name, or give the model the rows once (transformers: "
+            f"model.resize_token_embeddings({tokens}), then save_pretrained)"
         )
 
 
@@ -120,7 +138,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             outside = [shard for shard in shards if not is_below(shard)]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"model_name={name}: {index} is broken: {type(error).__name__}: {error}") from None
         if outside:
             raise UserError(f"model_name={name}: {index} names {outside[0]!r}, which is outside the folder")
@@ -157,11 +175,28 @@ def torn(file: Path) -> str | None:
             return f"{size} bytes, not even its header fits"
         try:
             header = json.loads(handle.read(length))
-            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return "its header is not safetensors"
-    want = 8 + length + max(ends, default=0)
+            header.pop("__metadata__", None)
+            places = sorted(_place(name, entry) for name, entry in header.items())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return f"its header is not safetensors ({type(error).__name__}: {str(error)[:100]})"
+    end = 0
+    for start, stop, name in places:
+        if start != end:
+            return f"its header puts {name[:80]} at byte {start}, where {end} is next"
+        end = stop
+    want = 8 + length + end
     return None if size == want else f"{size} bytes, its header says {want}"
+
+
+def _place(name: str, entry: dict[str, Any]) -> tuple[int, int, str]:
+    """First byte, last byte + 1 and name of a tensor. Raises ``ValueError`` where they contradict its shape and type."""
+    start, stop = entry["data_offsets"]
+    shape, bits = entry["shape"], BITS[entry["dtype"]]
+    if not all(type(n) is int and n >= 0 for n in (start, stop, *shape)):
+        raise ValueError(f"{name[:80]}: sizes that are no numbers")
+    if (stop - start) * 8 != math.prod(shape) * bits:
+        raise ValueError(f"{name[:80]}: {stop - start} bytes for {entry['dtype']} of {shape}")
+    return start, stop, name
 
 
 def fingerprint(paths: list[Path]) -> str:

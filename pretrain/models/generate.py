@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pretrain.errors import UserError
+from pretrain.models.export import end_ids
 
 if TYPE_CHECKING:
     from pretrain.models.language_model import LanguageModel
+    from pretrain.models.tokenizer import Boundaries
 
 
 @torch.no_grad()
@@ -18,12 +20,14 @@ def generate(
     tokenizer: Any,
     prompts: list[str],
     *,
+    around: Boundaries,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
     seed: int,
 ) -> list[str]:
-    """The continuation of each prompt, without the prompt. ``temperature`` 0 is greedy. The n-th prompt draws from
+    """The continuation of each prompt, without the prompt, up to a token that ends a text or, in a chat model, a turn.
+    ``around``: the tokens around a document; a prompt begins one. ``temperature`` 0 is greedy. The n-th prompt draws from
     ``seed`` + n, so that a sample does not depend on the prompts before it.
 
     Raises ``UserError`` for a prompt as long as the model has positions; a continuation stops where they end.
@@ -36,11 +40,13 @@ def generate(
         else {"do_sample": False}
     )
     model.eval()
+    ends = _ends(hf, tokenizer, around)
     texts = []
     try:
         for number, prompt in enumerate(prompts):
+            before = [] if around.bos is None else [around.bos]
             # An empty prompt begins a new document.
-            tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+            tokens = [*before, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] or [around.separator]
             if len(tokens) >= positions:
                 raise UserError(f"a prompt of {len(tokens)} tokens leaves no room: the model has {positions} positions")
             ids = torch.tensor([tokens], device=device)
@@ -50,8 +56,8 @@ def generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
                     max_new_tokens=min(max_new_tokens, positions - len(tokens)),
-                    eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=tokenizer.eos_token_id,
+                    eos_token_id=ends,
+                    pad_token_id=around.separator,
                     use_cache=True,
                     **sampling,
                 )
@@ -59,3 +65,9 @@ def generate(
     finally:
         model.train(training)
     return texts
+
+
+def _ends(hf: Any, tokenizer: Any, around: Boundaries) -> list[int]:
+    """The tokens at which a text ends: those of the generation config, the tokenizer's, and the separator of documents."""
+    named = (*end_ids(hf.generation_config), tokenizer.eos_token_id, around.separator)
+    return sorted({token for token in named if token is not None})

@@ -16,16 +16,23 @@ from pretrain.errors import UserError
 from pretrain.models import packing
 from pretrain.models.files import POSITION_KEYS
 from pretrain.models.loss import linear_cross_entropy
+from pretrain.models.probe import (
+    Way,
+    balancing_coefficient,
+    by_masks,
+    check_causal,
+    document_separation,
+    has_plain_head,
+)
 from pretrain.tensors import TensorFiles, check_names, fill
-
-PROBE_LOGIT = 100.0  # beyond any soft cap in use (Gemma 2: 30), so that a cap can't pass for a straight line
 
 
 class LanguageModel(nn.Module):
     """``hf``: the wrapped model. ``lean``: its logits are just ``head(last hidden state)``, found out on a probe, so
     that the loss can be worked out without them; models that cap or scale their logits go through their own head.
 
-    Dropout is as the model's config has it. Auxiliary losses (a mixture of experts' load balancing) are not added.
+    ``balancing``: the weight of the mixture of experts' load balancing loss, 0 unless the config has
+    ``output_router_logits: true``. Dropout is as the model's config has it.
     ``compile``: backbone and loss of the training step become one graph; evaluation, whose last batch is smaller than
     the others, stays eager. Strategies wrap this module and not ``hf``, whose head is used outside of its own forward.
     """
@@ -35,7 +42,8 @@ class LanguageModel(nn.Module):
         self.hf = hf
         hf.config.use_cache = False
         self.lean = False
-        self.separation: Callable[[Tensor, torch.dtype], dict[str, Tensor]] | None = None
+        self.separation: Way | None = None
+        self.balancing = 0.0
         if not any(p.is_meta for p in hf.parameters()):
             self.probe()
         self.is_compiled = compile
@@ -44,9 +52,12 @@ class LanguageModel(nn.Module):
     def probe(self, _: Tensor | None = None) -> None:
         """Find out what this model's head and its attention are like. A model on the meta device is probed later.
 
-        The argument is for hooks of FSDP, which can't do without one."""
+        The argument is for hooks of FSDP, which can't do without one. Raises ``UserError`` for a model that is not causal.
+        """
+        check_causal(self.hf)
         self.lean = has_plain_head(self.hf)
         self.separation = document_separation(self.hf)
+        self.balancing = balancing_coefficient(self.hf)
 
     def forward(
         self,
@@ -56,7 +67,8 @@ class LanguageModel(nn.Module):
         *,
         ends: Tensor | None = None,
     ) -> Tensor:
-        """The loss summed over all labels that are not ``IGNORE``: nats, an fp32 scalar.
+        """The loss summed over all labels that are not ``IGNORE``: nats, an fp32 scalar. Its value is the cross entropy;
+        the load balancing loss adds to its gradient alone.
 
         ``input_ids``, ``labels`` (already shifted) int64 [n, S]. ``position_ids`` [n, S] restart at each document and
         keep attention inside it; ``None``: one context a row. Raises ``UserError`` for positions that the model heeds
@@ -75,12 +87,22 @@ class LanguageModel(nn.Module):
 
     def _loss(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> Tensor:
         given = {"input_ids": input_ids} | self._documents(position_ids)
+        if self.balancing and self.training and torch.is_grad_enabled():
+            return self._balanced_loss(given, labels)
         if not self.lean:
             logits = self.hf(**given, use_cache=False).logits
             return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
         hidden = self.hf.base_model(**given, use_cache=False).last_hidden_state
         head = self.hf.get_output_embeddings()
         return linear_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, labels.flatten())
+
+    def _balanced_loss(self, given: dict[str, Any], labels: Tensor) -> Tensor:
+        """The cross entropy, and in its gradient ``balancing`` × the model's own loss of this micro-batch for each target:
+        divided by the targets of a global batch that is the mean over micro-batches, weighted by their targets."""
+        out = self.hf(**given, use_cache=False, output_router_logits=True)
+        loss = F.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        pull = self.balancing * out.aux_loss * (labels != IGNORE).sum()
+        return loss + (pull - pull.detach())
 
     def _logits(self, input_ids: Tensor, ends: Tensor) -> Tensor:
         """What is right of an end is not seen by it: attention is causal."""
@@ -98,15 +120,20 @@ class LanguageModel(nn.Module):
         limits = [getattr(self.hf.config, key, None) for key in POSITION_KEYS]
         return min((n for n in limits if isinstance(n, int) and n > 0), default=sys.maxsize)
 
-    def _documents(self, position_ids: Tensor | None) -> dict[str, Tensor]:
+    def _documents(self, position_ids: Tensor | None) -> dict[str, Any]:
         if position_ids is None:
             return {}
         if self.separation is None:
             raise UserError(
                 f"dataset.document_mask=true: {type(self.hf).__name__} can't keep packed documents apart; use false"
             )
+        if self.balancing and self.separation is by_masks:
+            raise UserError(
+                f"dataset.document_mask=true: {type(self.hf).__name__} works out its load balancing loss from plain masks only; "
+                "set output_router_logits: false in its config.json, or document_mask=false"
+            )
         # The embedding's type and not the model's: under FSDP it is, here, that of the gathered weights.
-        return self.separation(position_ids, self.hf.get_input_embeddings().weight.dtype)
+        return self.separation(self.hf, position_ids, self.hf.get_input_embeddings().weight.dtype)
 
     # -- names of the wrapped model ---------------------------------------------------------------------------------
 
@@ -131,87 +158,3 @@ class LanguageModel(nn.Module):
         check_names(own, files)
         for name, tensor in own.items():
             fill(tensor, files, name)
-
-
-@torch.no_grad()
-def has_plain_head(hf: Any) -> bool:
-    """Whether the logits are the output embedding applied to the last hidden state of ``base_model`` and nothing else.
-
-    Asked of the numbers and not of a list of architectures: the head must be given what ``base_model`` returns, and
-    what it makes of large random numbers must come out untouched. So soft-capping, a logit scale, a further layer all
-    show, even where the model's own logits are still small.
-    """
-    backbone, head = hf.base_model, hf.get_output_embeddings()
-    if backbone is hf or not isinstance(head, nn.Linear):
-        return False
-    device, training = head.weight.device, hf.training
-    noise = torch.randn(1, 4, head.in_features, generator=torch.Generator().manual_seed(0)).to(device)
-    planted = (noise * PROBE_LOGIT / (head.weight.float().std() * head.in_features**0.5 + 1e-12)).to(head.weight.dtype)
-    given: list[Tensor] = []
-
-    def plant(module: nn.Module, args: tuple[Tensor]) -> Tensor:
-        given.append(args[0])
-        return planted
-
-    ids = torch.arange(1, 5, device=device).unsqueeze(0) % head.out_features
-    hf.eval()
-    hook = head.register_forward_pre_hook(plant)
-    try:
-        logits = hf(input_ids=ids, use_cache=False).logits
-        hook.remove()
-        hidden = getattr(backbone(input_ids=ids, use_cache=False), "last_hidden_state", None)
-        if len(given) != 1 or hidden is None or not hidden.shape == given[0].shape == planted.shape:
-            return False
-        return _close(hidden, given[0]) and _close(logits, head(planted))
-    finally:
-        hook.remove()
-        hf.train(training)
-
-
-def by_positions(position_ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What most models need: with no cache and no mask, transformers masks attention where positions restart."""
-    return {"position_ids": position_ids}
-
-
-def by_mask(position_ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The mask itself, [n, 1, S, S], for models that use positions for their embedding only (OPT)."""
-    document = (position_ids == 0).cumsum(1)
-    seen = (document.unsqueeze(2) == document.unsqueeze(1)).tril().unsqueeze(1)
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
-    return {"position_ids": position_ids, "attention_mask": mask}
-
-
-@torch.no_grad()
-def document_separation(hf: Any) -> Callable[[Tensor, torch.dtype], dict[str, Tensor]] | None:
-    """The way in which this model keeps packed documents apart, or ``None``. It is tried, because a leak is silent.
-
-    Behind two different first documents a second one must come out the same, and the same as alone.
-    """
-    device, training, vocabulary = hf.device, hf.training, hf.get_input_embeddings().num_embeddings
-    first, other, second = (torch.arange(start, start + 4, device=device) % vocabulary for start in (1, 5, 9))
-    positions = torch.arange(4, device=device).repeat(2).unsqueeze(0)
-
-    def logits(*documents: Tensor, **given: Tensor) -> Tensor:
-        out: Tensor = hf(input_ids=torch.cat(documents).unsqueeze(0), use_cache=False, **given).logits[:, -4:]
-        return out
-
-    hf.eval()
-    try:
-        alone = logits(second)
-        for way in (by_positions, by_mask):
-            try:
-                behind = [logits(before, second, **way(positions, hf.dtype)) for before in (first, other)]
-            except (TypeError, ValueError, RuntimeError, IndexError):  # no such argument, no such mask
-                continue
-            if _close(behind[0], behind[1], ulps=4) and _close(behind[0], alone):
-                return way
-    finally:
-        hf.train(training)
-    return None
-
-
-def _close(a: Tensor, b: Tensor, *, ulps: int = 32) -> bool:
-    """Equal up to rounding in the tensors' type, measured at the largest number."""
-    eps = torch.finfo(a.dtype).eps
-    a, b = a.float(), b.float()
-    return bool((a - b).abs().max() <= ulps * eps * b.abs().max())

@@ -37,7 +37,7 @@ def put_buffers(module: nn.Module, buffers: dict[str, torch.Tensor], device: tor
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters in ``dtype``, ties kept; buffers as they are (RoPE's frequencies in 16 bits are wrong positions)."""
+    """All parameters in ``dtype``, ties kept; buffers as they are. `dtypes.cast` leaves in fp32 what a model wants so."""
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
+from pretrain.optim.base import OptimizerFactory
+
 if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
@@ -20,7 +22,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
-class AdamW:
+class AdamW(OptimizerFactory):
     """``weight_decay`` acts on matrices, not on biases and norms. ``fused``: torch's one-kernel update, on CPUs too.
     ``compensate``: the update for bf16 parameters; False: torch's, which stalls at small learning rates."""
 

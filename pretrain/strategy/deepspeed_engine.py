@@ -22,8 +22,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pretrain.batch import Batch
+from pretrain.console import notice
 from pretrain.engine import Engine, never
 from pretrain.errors import UserError
+from pretrain.models.dtypes import kept_fp32
 from pretrain.models.meta import cast_parameters, put_buffers
 from pretrain.tensors import Piece, TensorFiles, check_names, check_shape, described
 
@@ -138,6 +140,7 @@ class DeepspeedEngine(Engine):
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
         update = optimizer(model)
         fp32 = {p: p.data for p in model.parameters()} if precision.compute != "float32" else {}
+        tell_rounded(model, precision)
         if partitioned:
             partition(model, config, precision.compute_dtype)
         wrapped = wrap(model, update, config)
@@ -330,6 +333,17 @@ class DeepspeedEngine(Engine):
             self._zero.loss_scaler.cur_scale = state["scale"]
             self._zero.loss_scaler.cur_iter = int(state["_growth_tracker"])
             self._zero.loss_scaler.last_overflow_iter = -1
+
+
+def tell_rounded(model: LanguageModel, precision: Precision) -> None:
+    """Say which parameters ZeRO computes with in 16 bits that a model wants in fp32: its flat shards have one type."""
+    parameters = {name for name, _ in model.hf_named_parameters()}
+    kept = sorted(kept_fp32(model.hf, precision.compute_dtype) & parameters)
+    if kept:
+        notice(
+            f"strategy=deepspeed: {len(kept)} weights that the model wants in fp32 (e.g. {kept[0]}) are computed with in "
+            f"{precision.compute}; strategy=ddp and strategy=fsdp with bf16-true keep them in fp32"
+        )
 
 
 def partition(model: LanguageModel, config: dict[str, Any], dtype: torch.dtype) -> None:

@@ -107,10 +107,15 @@ class Fsdp(Strategy):
             "reshard_after_forward": self.sharding_strategy in ("FULL_SHARD", "HYBRID_SHARD"),
             "offload_policy": self.offload(world),
         }
+        kept = kept_whole(built, setting.precision)
+        options["ignored_params"] = {p for name, p in built.hf_named_parameters() if name in kept}
         for block in blocks:
             fully_shard(block, **options)
         fully_shard(built, **options)
         materialise(built, world, offload=self.cpu_offload)
+        whole = [p for name, p in built.hf_named_parameters() if name in kept]
+        for parameter in whole:
+            parameter.data = parameter.data.to(world.device)
         load_weights(model, built, world)
         register_fsdp_forward_method(built, "probe")
         built.probe(torch.empty(0))
@@ -123,6 +128,7 @@ class Fsdp(Strategy):
             replicas=world.size,
             exchange_always=not self.accumulate_unsharded,
             sharded_export=self.state_dict_type == "sharded",
+            whole=whole,
         )
 
     def mesh(self, setting: Setting, world: World) -> DeviceMesh:
@@ -170,6 +176,16 @@ def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:
     if precision.compute == "float32":
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=precision.compute_dtype, reduce_dtype=torch.float32)
+
+
+def kept_whole(model: LanguageModel, precision: Precision) -> set[str]:
+    """The fp32 parameters of a model whose other weights are in 16 bits, by name. They are few and small (routers, decays),
+    and FSDP shards one type at a time: every rank keeps them whole."""
+    import torch
+
+    if precision.weights == "float32":
+        return set()
+    return {name for name, p in model.hf_named_parameters() if p.dtype == torch.float32}
 
 
 def materialise(model: LanguageModel, world: World, *, offload: bool) -> None:

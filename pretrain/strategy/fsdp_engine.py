@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from pretrain.engine import Engine
+from pretrain.engine import Engine, never, norm_of
 
 
 class FsdpEngine(Engine):
-    """``exchange_always``: gradients are reduced and freed after every micro-batch, not only after the last."""
+    """``exchange_always``: gradients are reduced and freed after every micro-batch, not only after the last. ``whole``:
+    parameters that every rank has whole; their gradients are averaged here."""
 
-    def __init__(self, *args: Any, exchange_always: bool, **options: Any) -> None:
+    def __init__(self, *args: Any, exchange_always: bool, whole: Sequence[nn.Parameter] = (), **options: Any) -> None:
         super().__init__(*args, **options)
         self._exchange_always = exchange_always
+        self._whole = whole
 
     def autocast(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -25,6 +30,20 @@ class FsdpEngine(Engine):
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last or self._exchange_always)
         return nullcontext()
+
+    def step(self, max_norm: float | None, *, refuse: Callable[[Tensor], Tensor] = never) -> Tensor:
+        for parameter in self._whole:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.world.size
+        return super().step(max_norm, refuse=refuse)
+
+    def norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        whole = {id(p) for p in self._whole}
+        sharded = norm_of([p for p in parameters if id(p) not in whole])
+        if not whole:
+            return sharded
+        return torch.hypot(sharded, norm_of([p for p in parameters if id(p) in whole]).to(sharded.device))
 
     def infer(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
         found = super().infer(*inputs, **more)

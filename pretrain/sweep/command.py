@@ -12,15 +12,15 @@ from typing import Any
 
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
-from pretrain.config import conf_dir
+from pretrain.config import check_part, conf_dir
 from pretrain.console import complain, notice
 from pretrain.errors import UserError
+from pretrain.hydra_configs import compose_config, composing
 from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
 from pretrain.streams import never_wait, settle
 from pretrain.sweep import table
@@ -29,44 +29,46 @@ from pretrain.sweep.jobs import Sweep, quoted
 from pretrain.sweep.plan import Plan
 from pretrain.sweep.policy import Policy
 from pretrain.sweep.show import show
-from pretrain.trust import make_hydra
+from pretrain.trust import PARTS
 
 
-def sweep(arguments: list[str], flags: list[str], overrides: list[str], spoken: dict[str, Any]) -> int:
-    """Run a sweep; its exit code is the worst of its jobs'. ``arguments``: as they were typed; ``flags`` and ``overrides``:
-    as Hydra gets them; ``spoken``: see `trust.said`.
+def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], spoken: dict[str, Any]) -> int:
+    """Run a sweep; its exit code is the worst of its jobs'. ``arguments``: as they were typed; ``config_dir`` and
+    ``overrides``: as Hydra gets them; ``spoken``: see `trust.said`.
 
     Raises ``UserError`` for a mistake in any job, before the first one starts.
     """
-    config_dir = get_args_parser().parse_args(flags).config_dir
-    hydra = make_hydra(conf_dir(), config_dir)
-    try:
-        config = hydra.compose_config("config", [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
+    with composing(conf_dir(), config_dir) as hydra:
+        config = compose_config(hydra, [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
         plan = Plan(hydra.config_loader, config)
         plan.check(spoken)
-        folder = Path(config.sweep_dir or config.hydra.sweep.dir)
+        folder = Path(os.path.expanduser(config.sweep_dir or config.hydra.sweep.dir))
+        check_part("sweep", OmegaConf.to_container(config.sweep, resolve=True), PARTS["sweep"], [])
         policy: Policy = instantiate(config.sweep)
         this = Sweep(
             folder=folder,
             keys=plan.keys,
             metric=policy.metric,
             direction=policy.direction,
-            command=tuple(arguments),
+            command=_as_sweep(arguments),
             began_at=time.time(),
             total=None if plan.jobs is None else len(plan.jobs),
-            config_dir=config_dir and os.path.abspath(config_dir),
+            config_dir=config_dir and os.path.abspath(os.path.expanduser(config_dir)),
         )
         own = [f"hydra.sweep.dir={quoted(folder)}", "hydra.sweeper.params=null"]  # the params are among plan.words
         words = [*plan.words, *config.hydra.overrides.hydra, *own]
         return _carry_out(this, plan, _multirun(hydra, this, words))
-    finally:
-        GlobalHydra.instance().clear()
+
+
+def _as_sweep(arguments: list[str]) -> tuple[str, ...]:
+    """The words that say the same again, with the ``-m`` that an experiment or a launcher stands for."""
+    return tuple(arguments if {"-m", "--multirun"} & set(arguments) else ["-m", *arguments])
 
 
 def _multirun(hydra: Hydra, this: Sweep, words: list[str]) -> Callable[[], Any]:
     """Hydra's multirun, ready to be started: so sweeper and launcher refuse what is wrong with their keys before anything is
     written."""
-    config = hydra.compose_config("config", words, RunMode.MULTIRUN)
+    config = compose_config(hydra, words, RunMode.MULTIRUN)
     callbacks = Callbacks(config)
     context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
     sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=this)

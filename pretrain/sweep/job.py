@@ -17,6 +17,7 @@ from typing import Any
 
 from pretrain.console import notice
 from pretrain.locks import Busy, Lock
+from pretrain.quoting import unquoted
 from pretrain.telemetry.run_file import write_json
 
 LONGEST_NAME = 100  # characters; file systems allow 255 bytes, and people read them in a table
@@ -54,7 +55,7 @@ class Job:
     def folder(self) -> Path:
         """The run's: its own one, unless the command line says ``output_dir``."""
         said = [o.partition("=")[2] for o in self.overrides if o.startswith("output_dir=")]
-        return Path(said[-1].strip("'\"")) if said else self.sweep / self.name
+        return Path(os.path.expanduser(unquoted(said[-1]))) if said else self.sweep / self.name
 
     @property
     def words(self) -> list[str]:

@@ -22,9 +22,9 @@ from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig
 
+from pretrain import quoting
 from pretrain.console import notice
 from pretrain.interrupt import EXIT_CODE, SIGNALS, Stopped
 from pretrain.sweep import child
@@ -214,6 +214,4 @@ def _reason(job: Job, code: int) -> str:
 
 def quoted(path: Path) -> str:
     """A path as a value that Hydra's grammar leaves alone."""
-    if re.fullmatch(r"[\w./-]+", str(path)):
-        return str(path)
-    return QuotedString(str(path), Quote.single).with_quotes()
+    return str(path) if re.fullmatch(r"[\w./-]+", str(path), re.ASCII) else quoting.quoted(str(path))

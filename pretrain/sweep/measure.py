@@ -10,6 +10,7 @@ from typing import Any
 
 from pretrain.sweep.policy import OF_A_RUN
 from pretrain.telemetry.jsonl import tail
+from pretrain.telemetry.record import change_of
 from pretrain.telemetry.run_file import read_run_file
 
 
@@ -31,10 +32,14 @@ def measures_of(run: Path) -> dict[str, Any]:
 
 
 def _of_domains(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """``results``: scores by domain; those of an earlier step than the last are of domains that are no longer scored."""
+    last = max((s.get("step", 0) for s in results.values()), default=0)
+    scores = [s for s in results.values() if s.get("step", 0) == last]
+    of_role = {role: [s for s in scores if s.get("role") == role] for role in ("new", "base")}
     return {
-        "new_loss": mean(s.get("loss") for s in results.values() if s.get("role") == "new"),
-        "new_delta": mean(s.get("delta_loss") for s in results.values() if s.get("role") == "new"),
-        "forgetting": mean(s.get("delta_loss") for s in results.values() if s.get("role") == "base"),
+        "new_loss": mean(s.get("loss") for s in of_role["new"]),
+        "new_delta": mean(change_of(s) for s in of_role["new"]),
+        "forgetting": mean(change_of(s) for s in of_role["base"]),
         "results": results,
     }
 
@@ -56,8 +61,12 @@ def objectives(run: Path, metric: str) -> dict[int, float]:
 def objective_in(measures: dict[str, Any], metric: str) -> float | None:
     """The number that ``metric`` (conf/sweep/default.yaml) names; ``None`` where the run has none."""
     domain, _, field = metric.rpartition(".")
-    of: dict[str, float | None] = measures if metric in OF_A_RUN else measures["results"].get(domain, {})
-    return of.get(field)
+    if metric in OF_A_RUN:
+        of_the_run: float | None = measures.get(metric)
+        return of_the_run
+    scores = measures["results"].get(domain, {})
+    value: float | None = change_of(scores) if field == "delta_loss" else scores.get(field)
+    return value
 
 
 def evaluations(file: Path) -> list[dict[str, Any]]:
@@ -74,5 +83,7 @@ def evaluations(file: Path) -> list[dict[str, Any]]:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
+    """``None`` where one of them is not known: the mean of the others is another number."""
+    every = list(values)
+    known = [v for v in every if v is not None]
+    return sum(known) / len(known) if known and len(known) == len(every) else None

@@ -81,12 +81,11 @@ def _counted(rows: list[Row]) -> str:
 
 def _tiles(rows: list[Row], ranked: list[Row], table: Row) -> Markup:
     tiles = [style.tile(f"{sum(r['status'] == 'finished' for r in rows)} of {len(rows)}", "jobs finished")]
+    objectives = [row["objective"] for row in ranked]
     if ranked:
-        objectives = [row["objective"] for row in ranked]
-        tiles += [
-            style.tile(_number(objectives[0]), f"best {_word(table['metric'])}"),
-            style.tile(_number(abs(objectives[-1] - objectives[0])), "between the best and the last"),
-        ]
+        tiles.append(style.tile(_number(objectives[0]), f"best {_word(table['metric'])}"))
+    if len(ranked) > 1:
+        tiles.append(style.tile(_number(abs(objectives[-1] - objectives[0])), "between the best and the last"))
     speeds = [row["tokens_per_second"] for row in rows if row["tokens_per_second"]]
     if speeds:
         tiles.append(style.tile(compact(max(speeds)), "tokens/s, the fastest job"))

@@ -14,7 +14,9 @@ from omegaconf import DictConfig, open_dict
 from pretrain.compose import resolve
 from pretrain.config import check
 from pretrain.console import notice
+from pretrain.data.domains import base_domains
 from pretrain.errors import UserError, did_you_mean
+from pretrain.hydra_configs import plain_mistakes
 from pretrain.trust import check_said, said
 
 MANY = 50  # jobs, of which checking takes seconds
@@ -60,7 +62,8 @@ class Plan:
         if len(jobs) > MANY:
             notice(f"checking the configurations of {len(jobs)} jobs before the first one starts")
         for words in jobs:
-            config = self._loader.load_sweep_config(self._config, words)
+            with plain_mistakes():
+                config = self._loader.load_sweep_config(self._config, words)
             with open_dict(config):
                 del config["hydra"]
             resolved = resolve(config)
@@ -87,8 +90,11 @@ class Plan:
 def check_metric(metric: str, resolved: dict[str, Any]) -> None:
     """Raises ``UserError`` where ``metric`` is of a domain that is not evaluated."""
     domain = metric.rpartition(".")[0]
-    sources = [resolved["dataset"], *resolved["evaluation"].get("domains", {}).values()]
-    domains = [instantiate(source, _convert_="all").domain for source in sources]
+    dataset = instantiate(resolved["dataset"], _convert_="all")
+    bases = {
+        key: instantiate(source, _convert_="all") for key, source in resolved["evaluation"].get("domains", {}).items()
+    }
+    domains = [dataset.domain, *base_domains(dataset, bases)]
     if domain and domain not in domains:
         raise UserError(f"sweep.metric={metric}: no such domain is evaluated{did_you_mean(domain, domains)}")
 

@@ -13,6 +13,7 @@ from pretrain.events import RunStarted
 from pretrain.replace import keep_copy, replace_file
 from pretrain.telemetry.patient_file import PatientFile
 from pretrain.telemetry.record import WITH_EVALUATION, Record
+from pretrain.telemetry.sink import Sink
 
 FAMILY = {
     "train": None,
@@ -23,7 +24,7 @@ FAMILY = {
 Row = Mapping[str, object]
 
 
-class Csv:
+class Csv(Sink):
     """One table an event. Its header is that of its first record; where a later one has more (another version has gone on
     with the run), the table is written once more with new columns at its end."""
 

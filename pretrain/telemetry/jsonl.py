@@ -13,11 +13,12 @@ from pretrain.events import RunStarted
 from pretrain.replace import keep_copy, replace_file
 from pretrain.telemetry.patient_file import PatientFile
 from pretrain.telemetry.record import WITH_EVALUATION
+from pretrain.telemetry.sink import Sink
 
 TAIL_BYTES = 1 << 16
 
 
-class Jsonl:
+class Jsonl(Sink):
     """One JSON object a line."""
 
     def __init__(self) -> None:

@@ -18,6 +18,31 @@ def fields_of(event: Any) -> Record:
     return json_safe({name: getattr(event, name) for name in names})
 
 
+def scored_before(known: Record | None, record: Record) -> Record:
+    """What the untouched model's evaluation of a domain says beside ``record``, a later one or the same. ``known``: of
+    step 0, as far as it has been seen; where ``record`` is of other text it is worked out from the change, and its numbers
+    are ``None`` where that is not known either."""
+    if record["step"] == 0:
+        return record
+    same = known is not None and known.get("digest") == record.get("digest") and known.get("loss") is not None
+    return known if known and same else _worked_out(record)
+
+
+def change_of(record: Record) -> float | None:
+    """Nats per token that a domain's loss has changed since step 0; ``None``: not known, or not scored since."""
+    delta = record.get("delta_loss")
+    return None if record.get("step") == 0 or record.get("loss") is None else delta
+
+
+def _worked_out(record: Record) -> Record:
+    loss, delta = record.get("loss"), record.get("delta_loss")
+    numbers: Record = {"loss": None, "perplexity": None, "bits_per_byte": None, "delta_loss": None}
+    if loss is not None and delta is not None:
+        before = loss - delta
+        numbers |= {"loss": before, "perplexity": math.exp(before) if before < 700 else None, "delta_loss": 0.0}
+    return record | numbers | {"step": 0}
+
+
 def is_clock(name: str) -> bool:
     """Whether a field tells of time or of the machine: two runs that are equal need not share it."""
     return name in ("time", "goodput", "mfu") or name.endswith(("seconds", "_gib")) or "_per_second" in name

@@ -1,7 +1,8 @@
-"""Where numbers go. To add a sink: a class here with these three methods, and a YAML under ``conf/sink`` nesting its key."""
+"""Where numbers go. To add a sink: a subclass of `Sink` here, and a YAML under ``conf/sink`` nesting its key."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -16,12 +17,15 @@ class Sink(Protocol):
     only ``write`` may tell, and is asked again with the next record. One that can't work everywhere has a method ``check``
     too, called before anything heavy is imported: it raises ``UserError``."""
 
+    @abstractmethod
     def open(self, run: Path, start: RunStarted) -> None:
         """``run``: the run folder. ``start.step``: steps already done; records beyond it are of steps trained again."""
         ...
 
+    @abstractmethod
     def write(self, record: Record) -> None: ...
 
+    @abstractmethod
     def close(self) -> None: ...
 
 

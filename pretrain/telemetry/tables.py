@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pretrain.telemetry.numbers import duration, number
-from pretrain.telemetry.record import Record
+from pretrain.telemetry.record import Record, change_of
 from pretrain.telemetry.tally import Tally
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def numbers_line(r: Record, tally: Tally, *, width: int, level: int, curve: bool
     from rich.text import Text
 
     loss = loss_text(r.get("loss"))
-    more = [f"{r.get('tokens_per_second') or 0:,.0f} tokens/s", f"lr {r['lr']:.2e}"]
+    more = [f"{r['tokens_per_second']:,.0f} tokens/s"] if r.get("tokens_per_second") is not None else []
+    more += [f"lr {r['lr']:.2e}"]
     more += [f"MFU {r['mfu']:.1%}"] if r.get("mfu") is not None else []
     more += [f"{r['memory_gib']:.2f} GiB"] if r.get("memory_gib") is not None else []
     more += [f"grad norm {number(r.get('grad_norm'))}"] if level >= 4 else []
@@ -88,17 +89,32 @@ def numbers_line(r: Record, tally: Tally, *, width: int, level: int, curve: bool
     return line
 
 
-def changes(tally: Tally, *, width: int) -> Table:
-    """What the run did to each domain; in few words where there are few columns."""
+def changes(tally: Tally, *, step: int, width: int) -> Table:
+    """What the run, now at ``step``, did to each domain; in few words where there are few columns."""
     narrow = width < NARROW
     titles = ("perplexity", "nats") if narrow else ("perplexity before", "after", "change in loss (nats)")
     table = _table("domain", *titles)
     for domain, after in tally.after.items():
-        before = tally.before[domain]
-        values = [number(before["perplexity"]), number(after["perplexity"])]
+        values = [number(tally.before[domain]["perplexity"]), _scored_last(after, step)]
         values = [" → ".join(values)] if narrow else values
-        table.add_row(f"{domain} ({after['role']})", *values, change(before, after, word=not narrow))
+        table.add_row(f"{domain} ({after['role']})", *values, change(after, word=not narrow))
     return table
+
+
+def _scored_last(record: Record, step: int) -> str:
+    """The perplexity of a domain's last evaluation, and its step where that is not the one the run is at."""
+    if record["step"] == 0 < step:
+        return "—"
+    return number(record["perplexity"]) + ("" if record["step"] == step else f" (step {record['step']})")
+
+
+def reasons(tally: Tally) -> list[str]:
+    """Why there is no change of a domain to show, a line each."""
+    return [
+        f"{domain}: no change since step 0 is known: {record['delta_reason']}"
+        for domain, record in tally.after.items()
+        if record.get("delta_reason")
+    ]
 
 
 def scores(tally: Tally) -> Table:
@@ -110,8 +126,8 @@ def scores(tally: Tally) -> Table:
     return table
 
 
-def samples(tally: Tally) -> list[Text]:
-    """One sample a domain, before and after, each line to be cut where the terminal ends."""
+def samples(tally: Tally, step: int) -> list[Text]:
+    """One sample a domain, before and after, each line to be cut where the terminal ends. ``step``: the run is at."""
     from rich.text import Text
 
     lines = []
@@ -121,7 +137,7 @@ def samples(tally: Tally) -> list[Text]:
         lines.append(Text.assemble((f"{after['domain']} ({after['role']})", "bold"), f"  {tail}"))
         told = [("before", before, ""), ("after", after, "bold")]
         if before["step"] == after["step"] or before["prompt"] != after["prompt"]:
-            told = [("model", after, "bold")]
+            told = [("before" if after["step"] == 0 < step else "model", after, "bold")]
         for name, record, style in told:
             lines.append(Text.assemble((f"  {name:<7}", "bright_black"), (one_line(record["text"]), style)))
         lines.append(Text(""))
@@ -141,23 +157,25 @@ def time_line(tally: Tally) -> Text:
     return line
 
 
-def change(before: Record, after: Record, *, unit: str = "", word: bool = True) -> Text:
-    """In nats per token, and whether that is good."""
+def change(record: Record, *, unit: str = "", word: bool = True) -> Text:
+    """Of a domain's loss since step 0 in nats per token, and whether that is good."""
     from rich.text import Text
 
-    if before["loss"] is None or after["loss"] is None:
-        return Text("—")
-    delta = after["loss"] - before["loss"]
+    delta = change_of(record)
+    if delta is None:
+        return Text("not scored since step 0" if word and record["step"] == 0 else "—")
     if abs(delta) < 0.00005:
-        return Text("= 0.0000")
+        return Text(f"= 0.0000{unit}")
     arrow, verdict, style = ("↓", "better", "green") if delta < 0 else ("↑", "worse", "red")
     return Text(f"{arrow} {abs(delta):.4f}{unit}{f' {verdict}' if word else ''}", style)
 
 
 def seconds_left(record: Record, total: int) -> float | None:
-    """As the record says, or by the pace of its steps."""
-    if record.get("eta_seconds") is not None:
-        return float(record["eta_seconds"])
+    """As the record says: not before there is a pace, which the first step, that compiles, is none of. Of a record of an
+    earlier version by the pace of its steps."""
+    if "eta_seconds" in record:
+        eta = record["eta_seconds"]
+        return None if eta is None else float(eta)
     pace = record.get("step_seconds")
     return None if pace is None else float(pace) * (total - record["step"])
 

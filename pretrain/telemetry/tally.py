@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 
-from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record
+from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record, scored_before
 
 KEPT = 100  # log steps whose loss is kept, of however many: a terminal's curve has a column for each
 
 
 class Tally:
-    """``before`` and ``after``: the first and the last evaluation of each domain. ``samples``: at both, the first sample
-    of each domain and each of the user's prompts. ``losses``: (step, loss or None) of the last log steps, the mean since
-    the one before where it is known."""
+    """``after``: the last evaluation of each domain; ``before``: that of the untouched model on the same text. ``samples``:
+    the first and the last sample of each domain and each of the user's prompts. ``losses``: (step, loss or None) of the last
+    log steps, the mean since the one before where it is known."""
 
     def __init__(self) -> None:
         self.before: dict[str, Record] = {}
@@ -29,14 +28,18 @@ class Tally:
             case "train":
                 self._train(record)
             case "evaluation":
-                first = record if record["step"] == 0 else baseline(record)
-                self.before.setdefault(record["domain"], first)
-                self.after[record["domain"]] = record
+                domain = record["domain"]
+                self.before[domain] = scored_before(self.before.get(domain), record)
+                self.after[domain] = record
             case "sample":
                 key = (record["domain"], record["prompt"] if record["role"] == "user" else "")
                 first, last = self.samples.setdefault(key, (record, record))
                 if record["step"] > last["step"]:
                     self.samples[key] = (first, record)
+
+    def has_beyond(self, step: int) -> bool:
+        """Whether a domain was scored at a later step, which a run that goes back to ``step`` has not come to."""
+        return any(record["step"] > step for record in self.after.values())
 
     def start(self, step: int) -> None:
         """Training goes on, or on again, at ``step``."""
@@ -68,11 +71,3 @@ class Tally:
         return {
             name: named[name] for name in ("training", *STEP_PARTS, "other", *WINDOW_PARTS) if named.get(name, 0.0) > 0
         }
-
-
-def baseline(record: Record) -> Record:
-    """The record of step 0, worked out from a later one (a resumed process may not have seen step 0)."""
-    if record["loss"] is None or record["delta_loss"] is None:  # no number, or a domain added on resume
-        return record | {"step": 0, "loss": None, "perplexity": None}
-    loss = record["loss"] - record["delta_loss"]
-    return record | {"step": 0, "loss": loss, "perplexity": math.exp(loss) if loss < 700 else None}

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from pretrain.events import RunStarted
 from pretrain.telemetry.patient_file import PatientFile
 from pretrain.telemetry.record import Record, scalars
-from pretrain.telemetry.sink import require
+from pretrain.telemetry.sink import Sink, require
 
 if TYPE_CHECKING:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """A new file in ``tensorboard/`` of the run folder for each start. The first event of a file tells TensorBoard from which
     step on it replaces what earlier files say."""
 

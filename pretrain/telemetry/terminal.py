@@ -10,6 +10,7 @@ from pretrain.telemetry import tables
 from pretrain.telemetry.jsonl import records_until
 from pretrain.telemetry.numbers import number
 from pretrain.telemetry.record import Record
+from pretrain.telemetry.sink import Sink
 from pretrain.telemetry.tally import Tally
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 
-class Terminal:
+class Terminal(Sink):
     """Writes to stdout; without escape codes where that is no terminal, without colours where NO_COLOR is set. The table
     at the end compares each domain before this run with after it.
 
@@ -37,7 +38,8 @@ class Terminal:
     def open(self, run: Path, start: RunStarted) -> None:
         self._console = self.console()
         self._total, self._folder, self._over = start.total_steps, run, False
-        if not self._tally.after and start.step:
+        if start.step and (not self._tally.after or self._tally.has_beyond(start.step)):
+            self._tally = Tally()
             for record in _earlier(run, start):
                 self._tally.add(record)
         self._tally.start(start.step)
@@ -101,9 +103,9 @@ class Terminal:
         if self._live is not None:
             self._live.refresh()
         elif self._level >= 3:
-            numbers = (
-                f"loss {tables.loss_text(r['loss'])}  lr {r['lr']:.2e}  {r['tokens_per_second'] or 0:,.0f} tokens/s"
-            )
+            numbers = f"loss {tables.loss_text(r['loss'])}  lr {r['lr']:.2e}"
+            if r["tokens_per_second"] is not None:
+                numbers += f"  {r['tokens_per_second']:,.0f} tokens/s"
             if r.get("mfu") is not None:
                 numbers += f"  MFU {r['mfu']:.1%}"
             if self._level >= 4:
@@ -113,8 +115,12 @@ class Terminal:
     def _evaluation(self, r: Record) -> None:
         if self._level < 2:
             return
-        before = self._tally.before[r["domain"]]
-        since = ("  ", tables.change(before, r, unit=" nats"), " than at step 0") if before is not r else ()
+        since: tuple[Any, ...] = ()
+        if r.get("delta_reason"):
+            since = (f"  change since step 0 not known: {r['delta_reason']}",)
+        elif r["step"]:
+            change = tables.change(r, unit=" nats")
+            since = ("  ", change, " since step 0" if change.plain.startswith(("=", "—")) else " than at step 0")
         domain = (f"{r['domain']} ({r['role']})".ljust(16), "bold")
         perplexity = f"perplexity {number(r['perplexity']):>6}"
         self._say(f"step {r['step']:>{len(str(self._total))}}  ", domain, f"  {perplexity}", *since)
@@ -127,12 +133,20 @@ class Terminal:
         assert self._console is not None
         self.close()
         if self._tally.after:
-            width = self._console.width
-            self._console.print(tables.changes(self._tally, width=width) if self._total else tables.scores(self._tally))
-        for line in tables.samples(self._tally):
+            self._console.print(self._domains(r["step"]))
+            for reason in tables.reasons(self._tally):
+                self._say(reason)
+        for line in tables.samples(self._tally, r["step"]):
             self._console.print(line, no_wrap=True, overflow="ellipsis")
         if self._total:
             self._totals(r)
+
+    def _domains(self, step: int) -> RenderableType:
+        """What became of each domain in a run; the scores themselves where nothing was trained."""
+        assert self._console is not None
+        if not self._total:
+            return tables.scores(self._tally)
+        return tables.changes(self._tally, step=step, width=self._console.width)
 
     def _totals(self, r: Record) -> None:
         """How it ended, how fast it was, where everything is."""

@@ -18,14 +18,14 @@ from pretrain.telemetry import wandb_key
 from pretrain.telemetry.courier import Courier
 from pretrain.telemetry.jsonl import records_until
 from pretrain.telemetry.record import Record
-from pretrain.telemetry.sink import require
+from pretrain.telemetry.sink import Sink, require
 
 RUN_ID = ".wandb_run_id"  # in the run folder: the same run in W&B for every start that goes on
 GRACE_SECONDS = 15.0  # to start, and to end, the processes of W&B
 Mode = Literal["online", "offline", "disabled"]
 
 
-class Wandb:
+class Wandb(Sink):
     """The keys are explained in conf/sink/wandb.yaml. ``mode``: ``None`` is online where there is a key, else offline."""
 
     def __init__(

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.checkpoint.policy import Policy
-from pretrain.checkpoint.store import Store
+from pretrain.checkpoint.store import Store, losses_of
 from pretrain.telemetry.jsonl import read_records
+from tests.checkpoint.test_store import saved_at, state
 
 COUNT = st.none() | st.integers(1, 4)
 LOSSES = st.dictionaries(
@@ -42,6 +43,41 @@ def test_best_by_another_domain():
 def test_a_loss_that_is_no_number_is_not_the_best():
     losses = {5: {"a": 2.0}, 10: {"a": float("nan")}, 15: {"a": 1.0}, 20: {"a": 3.0}}
     assert Policy(keep_last=1, keep_best=1).kept(losses) == {15, 20}
+
+
+def test_losses_of_other_text_are_not_ranked_with_each_other():
+    """Steps 1 to 3 were scored on one text, 4 and 5 on another; of a checkpoint of an earlier version it is not known."""
+    losses = {step: {"new": loss} for step, loss in ((1, 1.5), (2, 1.0), (3, 2.0), (4, 9.0), (5, 8.0), (6, 9.5))}
+    digests = {step: {"new": "one" if step < 4 else "other"} for step in losses}
+    assert Policy(keep_last=1, keep_best=1).kept(losses, digests) == {2, 5, 6}
+    assert Policy(keep_last=1, keep_best=1).kept(losses, digests | {1: {}}) == {1, 2, 5, 6}
+    assert Policy(keep_last=1, keep_best=1).kept(losses) == {2, 6}
+
+
+def test_a_checkpoint_is_not_ranked_by_an_older_evaluation(tmp_path):
+    """That of step 3 carries the scores of step 2, the best there are, and was not evaluated itself."""
+    store = Store(tmp_path, Policy(keep_last=2, keep_best=1))
+    one = {"new": "one"}
+    expected = {
+        1: ({"new": 5.0}, one),
+        2: ({"new": 1.0}, one),
+        3: ({}, {}),
+        4: ({"new": 3.0}, one),
+        5: ({"new": 4.0}, one),
+    }
+    for step, evaluated_at, loss in ((1, 1, 5.0), (2, 2, 1.0), (3, 2, 1.0), (4, 4, 3.0), (5, 5, 4.0)):
+        saved = state(step)
+        score = {
+            "domain": "new",
+            "role": "new",
+            "loss": loss,
+            "perplexity": 1.0,
+            "bits_per_byte": None,
+            "digest": "one",
+        }
+        saved["progress"] |= {"evaluated_at": evaluated_at, "losses": {"new": loss}, "scores": [score]}
+        assert losses_of(saved_at(store, step, saved)) == expected[step]
+    assert store.whole() == [2, 4, 5], "by the older evaluation step 3 were as good as step 2, and newer"
 
 
 def test_the_best_by_the_records_is_kept(base_arguments, command, tmp_path):

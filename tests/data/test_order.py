@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.data.order import Permutation
+from pretrain.data.order import Permutation, _mix
 
 
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))
@@ -50,3 +51,34 @@ def test_neighbours_are_torn_apart_and_every_place_is_reached() -> None:
 def test_all_orders_of_a_tiny_set_occur() -> None:
     seen = {tuple(Permutation(4, seed)(np.arange(4), epoch).tolist()) for seed in range(40) for epoch in range(40)}
     assert len(seen) >= 12  # at least the even ones
+
+
+def test_the_order_is_that_of_every_version() -> None:
+    """Another order would resume no run exactly. Sizes beside powers of two, where the width of the numbers changes."""
+    known = {
+        (2, 0, 0): [1, 0],
+        (3, 0, 0): [2, 0, 1],
+        (4, 1, 0): [3, 0, 1, 2],
+        (8, 0, 0): [3, 7, 0, 5, 6, 2, 1, 4],
+        (9, 0, 1): [3, 8, 7, 5, 6, 0, 4, 1, 2],
+        (10, 7, 2): [1, 5, 9, 0, 6, 2, 4, 3, 7, 8],
+        (16, 3, 5): [4, 8, 6, 10, 12, 15, 14, 3, 2, 13, 5, 11, 0, 7, 1, 9],
+    }
+    for (n, seed, epoch), order in known.items():
+        assert Permutation(n, seed)(np.arange(n), epoch).tolist() == order
+        assert Permutation(n, seed + 2**64)(np.arange(n), epoch).tolist() == order, "the seed's lower 64 bits"
+    assert Permutation(8, 0)(np.arange(8)).tolist() == known[8, 0, 0], "of the first epoch, unless another is asked for"
+    points = np.array([0, 1, 10**12 - 1])
+    assert Permutation(10**12, 5)(points, 3).tolist() == [596902962203, 739077508614, 296623255229]
+
+
+def test_mixing_is_splitmix64() -> None:
+    """The first numbers of the reference code's generator with the seed 1234567 (prng.di.unimi.it/splitmix64.c)."""
+    gamma = 0x9E3779B97F4A7C15
+    states = np.array([(1234567 + i * gamma) % 2**64 for i in range(3)], dtype=np.uint64)
+    assert _mix(states).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_nothing_has_no_order() -> None:
+    with pytest.raises(ValueError, match="at least one element, not 0"):
+        Permutation(0, 0)

@@ -17,7 +17,7 @@ from pretrain.data.sources.local import Local
 from pretrain.data.store import by_value
 
 IO = Path("/proc/self/io")
-UNIT_BYTES = 100_000
+UNIT_BYTES = 50_000
 needs_io = pytest.mark.skipif(not IO.exists(), reason="counts bytes in /proc/self/io: Linux")
 opened: list[str] = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
@@ -48,7 +48,7 @@ def test_a_file_is_read_a_few_times_whatever_its_size(ending: str, tmp_path: Pat
     monkeypatch.setattr(cut, "UNIT_BYTES", UNIT_BYTES)
     monkeypatch.setattr(cut, "TEXT_WINDOW_BYTES", UNIT_BYTES // 8)
     found = []
-    for count in (1000, 8000):
+    for count in (400, 2400):
         texts = [some_text(seed, 40) for seed in range(count)]
         path = tmp_path / f"{count}.{ending}"
         path.write_bytes(WRITERS[ending](texts) if ending != "txt" else "\n".join(texts).encode())

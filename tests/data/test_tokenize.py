@@ -313,12 +313,15 @@ def test_groups_of_small_files_move_only_near_a_new_one() -> None:
 def test_parts_do_not_depend_on_the_number_of_workers(
     tmp_path: Path, tokenizer_json: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_jsonl(tmp_path / "a.jsonl")
+    """Neither of records nor of text without any line end."""
+    (tmp_path / "texts").mkdir()
+    write_jsonl(tmp_path / "texts" / "a.jsonl")
+    (tmp_path / "texts" / "b.txt").write_text(" ".join(" ".join(TEXTS).split()))
     monkeypatch.setattr(cut, "UNIT_BYTES", 40_000)
     monkeypatch.setattr(units, "OWN_UNIT_BYTES", 10_000)
-    source = Local(nameOrPath=str(tmp_path / "a.jsonl"))
+    source = Local(nameOrPath=str(tmp_path / "texts"))
     monkeypatch.setattr(tokenize, "WORKERS_FROM_BYTES", 0)
     for workers in (1, 2, 3):
         prepare(source, tokenizer_json=tokenizer_json, eot=EOT, num_workers=workers, cache=tmp_path / str(workers))
-    assert len(parts_of(tmp_path / "1")) > 3
+    assert len(parts_of(tmp_path / "1")) > 6
     assert parts_of(tmp_path / "1") == parts_of(tmp_path / "2") == parts_of(tmp_path / "3")

@@ -46,7 +46,7 @@ PROMPTS = [Prompt("a", "new", (0, 5, 6, 7, 8, 9)), Prompt("b", "base", (0, 11)),
 def test_it_is_the_model_s_own_greedy_continuation(name: str) -> None:
     """Of prompts of unlike lengths at once, against transformers' `generate` of each one alone, with its cache."""
     hf = tiny(name)
-    samples = Sampler(PROMPTS, Numbers(), 12).run(scorer(hf)) or []
+    samples = Sampler(PROMPTS, Numbers(), 12, 0).run(scorer(hf)) or []
     assert hf.training, "as it was"
     assert [(s.domain, s.role) for s in samples] == [(p.domain, p.role) for p in PROMPTS]
     hf.eval()
@@ -62,13 +62,13 @@ def test_it_is_the_model_s_own_greedy_continuation(name: str) -> None:
 def test_many_prompts_and_none() -> None:
     engine = scorer(tiny("llama"))
     many = [Prompt("d", "new", (0, n)) for n in range(1, 2 * AT_ONCE)]
-    samples = Sampler(many, Numbers(), 3).run(engine) or []
+    samples = Sampler(many, Numbers(), 3, 0).run(engine) or []
     assert [s.prompt for s in samples] == [f" {n}" for n in range(1, 2 * AT_ONCE)]
-    assert Sampler([], Numbers(), 3).run(engine) == []
+    assert Sampler([], Numbers(), 3, 0).run(engine) == []
 
 
 def test_it_ends_where_the_positions_end() -> None:
-    (sample,) = Sampler([Prompt("d", "new", (0, *range(1, 60)))], Numbers(), 32).run(scorer(tiny("gpt2"))) or []
+    (sample,) = Sampler([Prompt("d", "new", (0, *range(1, 60)))], Numbers(), 32, 0).run(scorer(tiny("gpt2"))) or []
     assert 0 < len(sample.text.split()) <= 4  # of 64 positions 60 are the prompt's
 
 
@@ -81,7 +81,7 @@ def test_a_stop_signal_ends_it_at_once_with_nothing(after: int) -> None:
         asked.append(1)
         return len(asked) > after
 
-    found = Sampler(PROMPTS, Numbers(), 12).run(
+    found = Sampler(PROMPTS, Numbers(), 12, 0).run(
         scorer(tiny("llama")), interrupted=interrupted, alive=lambda: moved.append(1)
     )
     assert found is None
@@ -89,12 +89,12 @@ def test_a_stop_signal_ends_it_at_once_with_nothing(after: int) -> None:
 
 
 def test_a_user_s_prompt_that_leaves_no_position() -> None:
-    domains = [Domain("d", "new", [], 0, [list(range(1, 20))])]
+    domains = [Domain("d", "new", [], [list(range(1, 20))])]
     policy = Policy(batch_size=1, sample_prompts=["1 2 3"])
-    prompts = prompts_of(domains, policy, Numbers(), num_positions=16)
+    prompts = prompts_of(domains, policy, Numbers(), first=0, num_positions=16)
     assert [p.tokens for p in prompts] == [(0, *range(1, 9)), (0, 1, 2, 3)]
     with pytest.raises(UserError, match=r"evaluation.sample_prompts: one of 4 tokens leaves no room.* 4 positions"):
-        prompts_of([], policy, Numbers(), num_positions=4)
+        prompts_of([], policy, Numbers(), first=0, num_positions=4)
 
 
 @pytest.fixture(scope="module")

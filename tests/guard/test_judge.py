@@ -84,6 +84,20 @@ def test_what_is_not_finite(number):
     assert verdict(ignoring, number) == verdict(ignoring, 2.0, norm=number) == FINE
 
 
+def test_spikes_that_are_ignored():
+    """Nothing is worked out, nothing is remembered."""
+    judge = judge_of([2.0] * WINDOW, spike="ignore")
+    assert math.isnan(judge.zscore(torch.tensor(1e9)))
+    judge.accept(torch.tensor(3.0), torch.tensor(FINE))
+    assert judge.state() == [2.0] * WINDOW
+
+
+def test_at_the_threshold_itself():
+    judge = judge_of([2.0] * WINDOW, spike_zscore=6.0)
+    at = [int(judge.verdict(torch.tensor(2.0), torch.tensor(z), torch.tensor(1.0))) for z in (6.0, 6.001)]
+    assert at == [FINE, SPIKE]
+
+
 def test_infinite_gradients_of_a_scaled_loss_are_the_scalers():
     judge = Judge(Policy(), device=CPU, scaled=True)
     assert verdict(judge, 2.0, norm=math.inf) == FINE

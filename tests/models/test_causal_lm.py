@@ -19,6 +19,7 @@ from pretrain.models.bpe import END_OF_TEXT, train_bpe
 from pretrain.models.causal_lm import CausalLM, Pretrained, Scratch
 from pretrain.models.generate import generate
 from pretrain.models.language_model import LanguageModel
+from pretrain.models.tokenizer import Boundaries
 from pretrain.world import World
 
 CPU = torch.device("cpu")
@@ -45,7 +46,8 @@ def build(spec: Pretrained | Scratch, dtype: torch.dtype = torch.float32, seed: 
 
 def save(spec: Pretrained | Scratch, model: LanguageModel, folder: Path) -> None:
     alone = World(0, 1, CPU)
-    own = export.own_share(model.hf_state().items(), dtype=spec.save_dtype, world=alone, sharded=False)
+    dtypes = export.dtypes_for(model.hf, spec.save_dtype)
+    own = export.own_share(model.hf_state().items(), dtypes=dtypes, world=alone, sharded=False)
     beside = export.beside(model.hf, spec.tokenizer(lambda: iter(TEXTS)), dtype=export.dtype_of(own))
     export.save_whole(model.hf, own, folder, shard_size="5GB")
     export.write_beside(beside, folder)
@@ -291,7 +293,7 @@ def speaker(whole: Path) -> tuple[Any, Any]:
 
 def say(speaker: tuple[Any, Any], prompts: list[str], **given: Any) -> list[str]:
     asked = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95, "seed": 0} | given
-    return generate(*speaker, prompts, **asked)
+    return generate(*speaker, prompts, around=Boundaries(None, 0), **asked)
 
 
 def test_greedy_is_the_argmax(speaker: tuple[Any, Any]) -> None:

@@ -166,3 +166,25 @@ def test_a_card_shows_numbers_that_are_none_as_none() -> None:
     text = card(Progress(4, baseline={"a|b\nc": float("nan")}, scores=[score]))
     assert "| a\\|b c (new) | — → — | — | — → — | — → — |" in text
     assert "No text was scored" in card()
+
+
+def test_a_card_shows_no_change_where_none_was_measured() -> None:
+    score = {
+        "domain": "old",
+        "role": "base",
+        "loss": 4.0,
+        "perplexity": 54.598,
+        "bits_per_byte": 1.5,
+        "delta_loss": 0.0,
+    }
+    text = card(Progress(5, evaluated_at=0, scores=[score]))
+    assert "| old (base) | 4.0000 | — | 54.60 | 1.5000 |" in text
+    assert "at step 0: the model before this run; it was not scored since." in text
+    later = score | {"loss": 4.5, "perplexity": 90.017, "bits_per_byte": 1.6875, "delta_loss": 0.5}
+    text = card(Progress(9, evaluated_at=9, scores=[later, later | {"delta_loss": -1e-9}]))
+    assert "| old (base) | 4.0000 → 4.5000 | +0.5000 | 54.60 → 90.02 | 1.5000 → 1.6875 |" in text
+    assert "| +0.0000 |" in text
+    unknown = later | {"delta_loss": None, "delta_reason": "step 0 was scored with other text"}
+    text = card(Progress(9, evaluated_at=9, scores=[unknown]))
+    assert "| old (base) | — → 4.5000 | — | — → 90.02 | — → 1.6875 |" in text
+    assert "Changes that are not known: old: step 0 was scored with other text." in text

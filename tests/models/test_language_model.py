@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from pretrain.batch import IGNORE
 from pretrain.errors import UserError
-from pretrain.models.language_model import LanguageModel, by_mask, by_positions, has_plain_head
+from pretrain.models.language_model import LanguageModel
+from pretrain.models.probe import by_masks, by_positions, has_plain_head
 from pretrain.tensors import Piece, TensorFiles, write
 
 
@@ -283,5 +284,5 @@ def test_a_model_that_cannot_keep_documents_apart_says_so() -> None:
     ids, labels = batch()
     with pytest.raises(UserError, match="document_mask"):
         model(ids, labels, torch.arange(24).remainder(8).expand(2, -1))
-    assert LanguageModel(tiny("opt")).separation is by_mask
+    assert LanguageModel(tiny("opt")).separation is by_masks
     assert LanguageModel(tiny("llama")).separation is by_positions

@@ -83,11 +83,13 @@ def test_threads_are_inside_together() -> None:
 
 
 @pytest.mark.parametrize("precision", [("32-true", "float32", "float32"), ("16-mixed", "float32", "float16")])
-@pytest.mark.parametrize("positions", [None, PACKED], ids=["rows", "documents"])
-def test_no_step_reads_anything(precision: tuple[str, str, str], positions: torch.Tensor | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "positions"), [("llama", None), ("llama", PACKED), ("opt", PACKED)], ids=["rows", "documents", "masks"]
+)
+def test_no_step_reads_anything(precision: tuple[str, str, str], name: str, positions: torch.Tensor | None) -> None:
     """Forward, backward, clipping, the guard's verdict and the update, as a GPU decides of it."""
     given, world = Precision(*precision, allow_cpu=True), World(0, 1, torch.device("cpu"))
-    model = LanguageModel(tiny("llama"))
+    model = LanguageModel(tiny(name))
     engine = Engine(model, AdamW(lr=1e-2)(model.hf_named_parameters()), precision=given, world=world)
     engine.decides_on_device = True
     judge = Judge(Policy(), device=world.device, scaled=engine.scaler.is_enabled())

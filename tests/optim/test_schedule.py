@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.optim.schedule import constant, cosine, linear, wsd
@@ -25,6 +25,7 @@ LENGTHS = st.integers(1, 500).flatmap(lambda total: st.tuples(st.just(total), st
 
 
 @pytest.mark.parametrize("name", ALL)
+@settings(deadline=None)
 @given(lengths=LENGTHS)
 def test_every_schedule(name: str, lengths: tuple[int, int]) -> None:
     total, warm = lengths
@@ -46,6 +47,8 @@ def test_ends(schedule: Schedule) -> None:
     assert at(6) == pytest.approx(0.55)
     assert at(10) == pytest.approx(0.1)
     assert at(1000) == pytest.approx(0.1)
+    assert schedule(11, total_steps=11, warmup_steps=2) == pytest.approx(0), "unless another end is asked for"
+    assert schedule(10, total_steps=11, warmup_steps=2) > 0, "and then the last step trains too"
 
 
 def test_no_warmup_starts_at_the_peak() -> None:
@@ -67,17 +70,69 @@ def test_a_single_step_without_warmup_trains() -> None:
 
 
 def test_restart() -> None:
-    at = partial(cosine, total_steps=101, warmup_steps=0, cycles=2)
-    assert at(49) < 0.01
+    at = partial(cosine, total_steps=100, warmup_steps=0, cycles=2)
+    assert 0 < at(49) < 0.01
     assert at(50) == 1
     assert at(25) == pytest.approx(0.5)
     assert at(75) == pytest.approx(0.5)
+    assert 0 < at(99) < 0.01
     assert at(100) == pytest.approx(0)
 
 
 def test_wsd() -> None:
     at = partial(wsd, total_steps=100, warmup_steps=10, decay_proportion=0.2)
-    assert at(79) == at(10) == 1
-    assert at(85) == pytest.approx(1 - math.sqrt(6 / 20))
-    assert at(98) > 0
-    assert at(99) == pytest.approx(0)
+    assert at(80) == at(79) == at(10) == 1
+    assert at(81) == pytest.approx(1 - math.sqrt(1 / 20))
+    assert at(85) == pytest.approx(1 - math.sqrt(5 / 20))
+    assert at(99) == pytest.approx(1 - math.sqrt(19 / 20))
+
+
+# Every schedule at every corner: (total steps, warm-up steps) → the values of all steps.
+CORNERS: dict[str, tuple[Schedule, int, int, list[float]]] = {
+    "constant, one step": (constant, 1, 0, [1]),
+    "constant, one step of warm-up": (constant, 1, 1, [1]),
+    "constant": (constant, 4, 2, [1 / 2, 1, 1, 1]),
+    "constant, warm-up is all": (constant, 3, 3, [1 / 3, 2 / 3, 1]),
+    "constant, warm-up is more": (constant, 2, 4, [1 / 4, 1 / 2]),
+    "linear, one step": (linear, 1, 0, [1]),
+    "linear to 0 ends after the last step": (linear, 4, 0, [1, 3 / 4, 1 / 2, 1 / 4]),
+    "linear to 0.1 ends at the last step": (ALL["linear to 0.1"], 4, 0, [1, 0.7, 0.4, 0.1]),
+    "linear, warmed up": (ALL["linear to 0.1"], 5, 1, [1, 1, 0.7, 0.4, 0.1]),
+    "linear, one step left": (ALL["linear to 0.1"], 3, 2, [1 / 2, 1, 1]),
+    "linear, warm-up is more": (linear, 2, 4, [1 / 4, 1 / 2]),
+    "cosine, one step": (ALL["cosine to 0.1"], 1, 0, [1]),
+    "cosine to 0": (cosine, 3, 0, [1, 3 / 4, 1 / 4]),
+    "cosine to 0.1": (ALL["cosine to 0.1"], 3, 0, [1, 0.55, 0.1]),
+    "cosine, warm-up is all": (cosine, 3, 3, [1 / 3, 2 / 3, 1]),
+    "wsd, one step": (wsd, 1, 0, [1]),
+    "wsd": (
+        partial(wsd, decay_proportion=0.5),
+        8,
+        2,
+        [1 / 2, 1, 1, 1, 1, 1 / 2, 1 - math.sqrt(1 / 2), 1 - math.sqrt(3 / 4)],
+    ),
+    "wsd to 0.1": (ALL["wsd to 0.1"], 4, 0, [1, 1, 1, 1 - 0.9 * math.sqrt(1 / 2)]),
+    "wsd, warm-up is all": (wsd, 2, 2, [1 / 2, 1]),
+    "wsd, no decay": (partial(wsd, decay_proportion=0.0), 3, 0, [1, 1, 1]),
+    "wsd, nothing but decay": (partial(wsd, decay_proportion=1.0), 2, 0, [1, 1 - math.sqrt(1 / 2)]),
+}
+
+
+@pytest.mark.parametrize("case", CORNERS)
+def test_corners(case: str) -> None:
+    function, total, warm, expected = CORNERS[case]
+    values = [function(step, total_steps=total, warmup_steps=warm) for step in range(total)]
+    assert values == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ALL)
+@settings(deadline=None)
+@given(lengths=LENGTHS)
+def test_every_step_trains(name: str, lengths: tuple[int, int]) -> None:
+    total, warm = lengths
+    assert all(ALL[name](step, total_steps=total, warmup_steps=warm) > 0 for step in range(total))
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
+def test_after_the_end_it_is_over(name: str) -> None:
+    assert ALL[name](10, total_steps=10, warmup_steps=2) == pytest.approx(0, abs=1e-12)

@@ -4,12 +4,15 @@ process, as a run reads it before the tokenizer; a few go through the command.""
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
+import lzma
 import os
 import random
 import re
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pretrain.data.compressed import _gzip_blocks, _zstd_blocks
 from pretrain.errors import UserError
 from tests.data.formats import WRITERS, arrow, arrow_file, documents_of, parquet, save_to_disk, zst
 
@@ -41,6 +45,14 @@ def zst_long(raw: bytes, window_log: int) -> bytes:
 
 
 SKIPPABLE = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"index"  # as pzstd and the seekable format have it
+
+
+def tar_of(content: bytes) -> bytes:
+    file, info = io.BytesIO(), tarfile.TarInfo("a.txt")
+    info.size = len(content)
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()
 
 
 def table(column: Any, name: str = "text") -> bytes:
@@ -140,18 +152,28 @@ TABLE: dict[str, tuple[str, bytes, dict[str, Any], Expected]] = {
     "zeros behind gz": ("a.jsonl.gz", gzip.compress(LINES) + bytes(99), {}, ["a", "b"]),
     "something behind gz": ("a.jsonl.gz", gzip.compress(LINES) + b"oops", {}, "cannot be decompressed"),
     "an error on a line of gz": ("a.jsonl.gz", gzip.compress(LINES + b"oops"), {}, r"a\.jsonl\.gz:3: broken JSON line"),
+    "gz under another name, replaced": ("a.jsonl", gzip.compress(LINES), {"errors": "replace"}, r"a\.jsonl: not text, but compressed by gzip: call it \.gz"),
+    "zst under another name": ("a.csv", zst(b"text\na\n"), {}, "not text, but compressed by zstd"),
+    "bzip2": ("a.jsonl.bz2", bz2.compress(LINES), {"errors": "replace"}, "not text, but compressed by bzip2"),
+    "xz": ("a.jsonl.xz", lzma.compress(LINES), {}, "not text, but compressed by xz"),
+    "a tar of text": ("a.tar", tar_of(b"some text"), {}, "not text, but a tar archive"),
+    "a zip": ("a.zip", b"PK\x03\x04 and more", {"errors": "replace"}, "not text, but a zip archive"),
+    "a tar inside of gz": ("a.txt.gz", gzip.compress(tar_of(b"some text")), {}, "not text, but a tar archive"),
+    "parquet of no bytes": ("a.parquet", b"", {}, r"a\.parquet: cut off: it has no bytes"),
+    "zst of no bytes": ("a.jsonl.zst", b"", {}, r"a\.jsonl\.zst: cut off: it has no bytes"),
+    "text of no bytes": ("a.jsonl", b"", {}, []),
     # Tables
     "parquet cut off": ("a.parquet", parquet(["a", "b"])[:-1], {}, r"a\.parquet: not a readable parquet file, perhaps cut off"),
     "parquet of categories": ("a.parquet", table(pa.array(["a", "b", "a"]).dictionary_encode()), {}, ["a", "b", "a"]),
     "parquet of large texts": ("a.parquet", table(pa.array(["a", None, "é"], pa.large_string())), {}, ["a", "é"]),
     "parquet of bytes": ("a.parquet", table(pa.array([b"a", "é".encode()])), {}, ["a", "é"]),
     "parquet of bytes that are no text": ("a.parquet", table(pa.array([b"a", b"\xff"])), {}, "column 'text', row 1: not UTF-8 at byte 0"),
-    "parquet with a byte that is not UTF-8": ("a.parquet", table(not_utf8()), {}, r"a\.parquet, column 'text', row 1: not UTF-8 at byte 1 \(0xe9\)"),
+    "parquet with a byte that is not UTF-8": ("a.parquet", table(not_utf8()), {}, r"a\.parquet, column 'text', row 1: not UTF-8 at byte 1 of the text \(0xe9\)"),
     "a column with a dot in its name": ("a.parquet", table(pa.array(["a"]), "my.text"), {"text_column": "my.text"}, ["a"]),
     "parquet with ids beyond int64": ("a.parquet", table(pa.array([[2**63]], pa.list_(pa.uint64())), "input_ids"), {}, r"row 0: 9223372036854775808 is no token id"),
     "parquet with numbers for text": ("a.parquet", table(pa.array([1])), {}, "column 'text', row 0: neither text nor"),
     "parquet without rows": ("a.parquet", table(pa.array([], pa.string())), {}, []),
-    "arrow with a byte that is not UTF-8": ("a.arrow", stream(not_utf8()), {}, r"a\.arrow, column 'text', row 1 of the record batch at byte \d+: not UTF-8 at byte 1 \(0xe9\)"),
+    "arrow with a byte that is not UTF-8": ("a.arrow", stream(not_utf8()), {}, r"a\.arrow, column 'text', row 1 of the record batch at byte \d+: not UTF-8 at byte 1 of the text \(0xe9\)"),
     "arrow with such a byte, replaced": ("a.arrow", stream(not_utf8()), {"errors": "replace"}, ["fine", "b\ufffdauty"[:6]]),
     "arrow views of text": ("a.arrow", stream(pa.array(["a", "é" * 20], pa.string_view())), {}, ["a", "é" * 20]),
     "arrow cut off between batches": ("a.arrow", FIRST_BATCHES, {}, r"a\.arrow: not a readable arrow file, perhaps cut off \(it has no end"),
@@ -192,6 +214,16 @@ def test_text_without_a_line_end(name: str, text: str, tmp_path: Path) -> None:
     assert "".join(found) == text
     assert max(map(len, found)) <= 20_000
     assert text is LONG_CJK or all(document.endswith(" ") for document in found[:-1])
+
+
+@pytest.mark.parametrize(
+    ("pack", "blocks"), [(lambda raw: gzip.compress(raw, 1), _gzip_blocks), (zst, _zstd_blocks)], ids=["gz", "zst"]
+)
+def test_a_compressed_bomb_is_not_in_memory_at_once(pack: Callable, blocks: Callable) -> None:
+    """100 MB out of some kB: what one step makes is bounded."""
+    sizes = [len(block) for block in blocks(io.BytesIO(pack(bytes(100 << 20))))]
+    assert sum(sizes) == 100 << 20
+    assert max(sizes) <= 64 << 20
 
 
 SAVED: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -15,11 +15,15 @@ from pathlib import Path
 import datasets
 import pytest
 
+from pretrain.data.census import Census
 from pretrain.data.cut import cut
+from pretrain.data.loader import Loader
 from pretrain.data.readers import read
 from pretrain.data.sources import listing
 from pretrain.data.sources.huggingface import HuggingFace
 from pretrain.data.sources.local import Local
+from pretrain.data.sources.own_files import check_data_files
+from pretrain.data.tokenize import prepare
 from pretrain.errors import UserError
 from tests.data.formats import documents_of, jsonl
 
@@ -118,6 +122,26 @@ def test_a_dataset_folder_reads_nothing_elsewhere(case: str, folder: Path) -> No
     assert not written, "not even in the cache of datasets"
 
 
+@pytest.mark.parametrize(("found", "words"), [
+    ("/etc/passwd", "its data lies elsewhere"),
+    ("hf://datasets/a/other@0123/x.jsonl", "its data lies elsewhere"),
+    ("https://example.invalid/x.jsonl", "its data lies elsewhere"),
+    ("hf://datasets/a/b@0123/x.tar.gz", "archives are not unpacked"),
+])  # fmt: skip
+def test_a_dataset_of_the_hub_reads_nothing_elsewhere(found: str, words: str) -> None:
+    """What ``datasets`` has found for it, before anything is fetched: a README.md of the Hub can name the same."""
+    mine = "hf://datasets/a/b@0123/x.jsonl"
+    check_data_files({"train": [mine]}, None, HuggingFace(nameOrPath="a/b")._repository())
+    with pytest.raises(UserError, match=words):
+        check_data_files({"train": [mine, found]}, None, "datasets/a/b")
+
+
+def test_a_folder_that_is_called_like_a_format(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.rename(folder.parent / "json")
+    monkeypatch.chdir(folder.parent)
+    assert len(HuggingFace(nameOrPath="json").files()) == 1
+
+
 def test_a_dataset_folder_with_a_card_is_read(folder: Path) -> None:
     (folder / "README.md").write_text(card("data_files:", "- split: train", "  path: data/*.jsonl"))
     (folder / "data").mkdir()
@@ -205,6 +229,36 @@ def test_what_a_run_wrote_is_no_text(tmp_path: Path, monkeypatch, capsys: pytest
     assert documents_of(folder, pattern="**/*.txt") == documents_of(folder, pattern="*.txt") == ["one"]
 
 
+def test_files_that_are_not_read_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = texts(tmp_path / "d", {"a.txt": "one", "b.jsonl.bz2": "", "c.jsonl.bz2": "", "d.pdf": ""})
+    assert documents_of(folder) == ["one"]
+    assert "3 files are not read (2 × .bz2, 1 × .pdf); dataset.pattern" in " ".join(capsys.readouterr().err.split())
+    say_nothing = documents_of(folder / "a.txt"), documents_of(folder, pattern="*.txt")
+    assert say_nothing == (["one"], ["one"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        documents_of(tmp_path / "pipe")
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path, tokenizer) -> None:
+    """As people bring it from an old machine: read, and named with U+FFFD in records."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    for number in range(2):
+        (folder / os.fsdecode(b"%d\xe9.jsonl" % number)).write_bytes(jsonl([f"text {number} " * 9] * 40))
+    source = Local(nameOrPath=str(folder), held_out=0)
+    assert source.domain == "caf\ufffd"
+    store = prepare(source, tokenizer_json=tokenizer.backend_tokenizer.to_str(), eot=0, cache=tmp_path / "cache")
+    view, _ = store.views(held_out=0)
+    found = Census(Loader(view, sequence_length=16, seed=0, batch_size=1)).at(4)
+    assert set(found) == {"0\ufffd.jsonl", "1\ufffd.jsonl"}
+    json.dumps([*found, source.domain], ensure_ascii=False).encode()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder; run it as another user")
 def test_a_folder_that_cannot_be_listed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = texts(tmp_path / "d", {"a.txt": "one", "closed/b.txt": "two"})
@@ -215,4 +269,4 @@ def test_a_folder_that_cannot_be_listed_is_said(tmp_path: Path, capsys: pytest.C
 
 @pytest.fixture(autouse=True)
 def said_again() -> None:
-    listing._say_once.cache_clear()
+    listing.say_once.cache_clear()

@@ -97,10 +97,12 @@ class Fabricator:
 def search(tmp_path):
     """``search(n_trials, words, fate) -> names of the jobs launched``, by the real sweeper in one folder."""
 
-    def run(n_trials, words=(LR,), fate=lambda number: "finished", n_jobs=1, metric="new_loss"):
-        options = {"n_trials": n_trials, "n_jobs": n_jobs, "startup_trials": 3, "prune": True, "seed": 0}
+    def run(
+        n_trials, words=(LR,), fate=lambda number: "finished", n_jobs=1, metric="new_loss", direction="minimize", seed=0
+    ):
+        options = {"n_trials": n_trials, "n_jobs": n_jobs, "startup_trials": 3, "prune": True, "seed": seed}
         sweeper = OptunaSweeper(params=None, **options)
-        sweep = Sweep(tmp_path / "sweep", ("lr",), metric, "minimize", ("-m",), time.time())
+        sweep = Sweep(tmp_path / "sweep", ("lr",), metric, direction, ("-m",), time.time())
         sweeper.space = parse_space(["seed=1", *words], None)
         sweeper.jobs, sweeper.at_once, sweeper.starter = sweep, n_jobs, Fabricator(sweep, fate)
         with suppress(Stopped, KeyboardInterrupt):
@@ -138,6 +140,50 @@ def test_the_same_command_goes_on(fate, search, tmp_path):
     assert states(tmp_path) == ["COMPLETE"] * 6
     assert search(6) == []
     assert len(search(8)) == 2, "a larger number goes on"
+
+
+def drawn(folder, seed, count, start=0):
+    """The learning rates that a study draws for trials ``start`` … ``start + count``, all of them worse than the last."""
+    study = Study(folder, space=parse_space([LR], None), metric="m", direction="minimize", startup_trials=99, seed=seed)
+    rates = []
+    for number in range(start, start + count):
+        trial = study.next()
+        rates.append(trial.params["lr"])
+        study._study.tell(trial, float(number))
+    return rates
+
+
+def test_the_seed_decides_what_is_drawn_and_a_resumed_study_draws_something_else(tmp_path):
+    for name in ("one", "same", "other"):
+        (tmp_path / name).mkdir()
+    first = drawn(tmp_path / "one", 7, 3)
+    assert drawn(tmp_path / "same", 7, 3) == first
+    assert not set(drawn(tmp_path / "other", 8, 3)) & set(first)
+    more = drawn(tmp_path / "one", 7, 3, start=3)
+    assert len(set(first + more)) == 6, "a random state that starts again draws the same again"
+    assert drawn(tmp_path / "same", 7, 3, start=3) == more
+
+
+def test_the_sweeper_s_seed_is_that_of_the_study(search, tmp_path):
+    first = search(2, seed=3)
+    (tmp_path / "sweep").rename(tmp_path / "first")
+    assert not set(search(2, seed=4)) & set(first)
+    (tmp_path / "sweep").rename(tmp_path / "second")
+    assert search(2, seed=3) == first
+
+
+@pytest.mark.parametrize(("direction", "best"), [("minimize", 1e-3), ("maximize", 1e-5)])
+def test_the_search_goes_in_the_direction_of_the_sweep(direction, best, search, tmp_path):
+    """The loss is smallest at 1e-3 and largest, with 2, at both ends."""
+    names = search(30, direction=direction)
+    far = [abs(math.log10(float(name.partition("=")[2])) + 3) for name in names]
+    wanted = abs(math.log10(best) + 3)
+    assert statistics.median(abs(f - wanted) for f in far[20:]) < 0.6, "chance comes to 1"
+    import optuna
+
+    file = optuna.storages.journal.JournalFileBackend(str(tmp_path / "sweep/optuna.journal"))
+    study = optuna.load_study(study_name="sweep", storage=optuna.storages.JournalStorage(file))
+    assert study.best_value == (min(far) if direction == "minimize" else max(far))
 
 
 def test_trials_side_by_side_differ_and_each_is_resumed(search, tmp_path):

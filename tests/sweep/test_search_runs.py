@@ -7,17 +7,17 @@ import time
 
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
 from pretrain.compose import asks_for_sweep
 from pretrain.config import conf_dir
 from pretrain.errors import UserError
+from pretrain.flags import parse
+from pretrain.hydra_configs import composing
 from pretrain.sweep.plan import Plan
 from pretrain.sweep.side_by_side import shares
 from pretrain.telemetry.jsonl import read_records
-from pretrain.trust import make_hydra
 from tests.test_cli import assert_mistake
 
 pytest.importorskip("optuna")
@@ -77,13 +77,13 @@ def steps(tmp_path):
     ],
 )
 def test_what_is_a_sweep_without_its_flag(arguments, sweep):
-    assert asks_for_sweep(arguments) is sweep
+    assert asks_for_sweep(parse(arguments)) is sweep
 
 
 def test_an_experiment_of_another_folder_can_be_a_sweep(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nhydra: {mode: MULTIRUN}\n")
-    assert asks_for_sweep(["--config-dir", str(tmp_path), "experiment=mine"])
+    assert asks_for_sweep(parse(["--config-dir", str(tmp_path), "experiment=mine"]))
 
 
 @pytest.mark.parametrize(
@@ -98,12 +98,9 @@ def test_an_experiment_of_another_folder_can_be_a_sweep(tmp_path):
 )
 def test_the_command_line_wins_over_an_experiments_params(more, jobs):
     """As planned, and as Hydra's sweeper will have it."""
-    hydra = make_hydra(conf_dir(), None)
-    try:
+    with composing(conf_dir(), None) as hydra:
         words = ["experiment=lr_rewarming", *more]
         plan = Plan(hydra.config_loader, hydra.compose_config("config", words, RunMode.MULTIRUN))
-    finally:
-        GlobalHydra.instance().clear()
     parsed = OverridesParser.create().parse_overrides(plan.words)
     [launched] = BasicSweeper.split_arguments(parsed, None)
     for found in (plan.jobs, launched):
@@ -114,12 +111,9 @@ def test_the_command_line_wins_over_an_experiments_params(more, jobs):
 def test_checking_many_jobs_is_announced(jobs, says, monkeypatch, capsys):
     monkeypatch.setattr("pretrain.sweep.plan.MANY", 2)
     monkeypatch.setattr("pretrain.sweep.plan.check", lambda *given, **options: None)
-    hydra = make_hydra(conf_dir(), None)
-    try:
+    with composing(conf_dir(), None) as hydra:
         words = ["seed=" + ",".join(map(str, range(jobs)))]
         Plan(hydra.config_loader, hydra.compose_config("config", words, RunMode.MULTIRUN)).check({})
-    finally:
-        GlobalHydra.instance().clear()
     assert (f"checking the configurations of {jobs} jobs" in capsys.readouterr().err) is says
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.compose import forced
+from pretrain.quoting import quoted_word
 from pretrain.sweep.command import _codes, _failures, worst
 from pretrain.sweep.job import LONGEST_NAME, job_of, jobs_in, readable_name
 from pretrain.sweep.jobs import Sweep, quoted, run_job
@@ -146,3 +148,11 @@ def test_finished_jobs_are_not_run_again(fabricate, tmp_path):
     job = fabricate("lr=1", "model_name=/nowhere", new=(4.0, -1.0))
     outcome = run_job(sweep_in(tmp_path / "sweep"), ["model_name=/nowhere", "lr=1"])
     assert (outcome.job.name, outcome.status, outcome.objective) == (job.name, "finished", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("typed", "folder"), [("runs/книги", "runs/книги"), ("it's", "it's"), ("'a, b'", "a, b"), ("plain/x", "plain/x")]
+)
+def test_a_job_in_a_folder_of_any_name(typed, folder, tmp_path):
+    job = job_of(tmp_path, [forced(quoted_word(f"output_dir={typed}", sweeping=True))], ("lr",))
+    assert job.folder == Path(folder)

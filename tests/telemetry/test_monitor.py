@@ -23,6 +23,18 @@ from pretrain.telemetry.monitor import Monitor
 from pretrain.telemetry.run_file import RunFile, read_run_file
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Stands still unless it is put forward."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def trained(run):
+    return [r for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
+
+
 class CountedReads(torch.Tensor):
     """A tensor that counts how often Python reads its value, which is what makes a GPU wait."""
 
@@ -102,6 +114,28 @@ def test_several_devices_in_one_process_hide_what_they_say_to_each_other(tmp_pat
     (train,) = [r for r in read_records(tmp_path / "metrics.jsonl") if r["event"] == "train"]
     assert train["communication_seconds"] is None
     assert train["tokens_per_second_per_device"] == pytest.approx(train["tokens_per_second"] / 4)
+
+
+def test_mfu_is_of_one_device(tmp_path, clock):
+    """Two sequences of 8 tokens a second at 6 FLOPs a token are 96 FLOP/s, by 4 devices of 240 FLOP/s each."""
+    monitor = Monitor({"jsonl": Jsonl()}, run=tmp_path, log_every=1)
+    facts = {"devices": 4, "world_size": 4, "sequence_length": 8, "flops_per_token": 6.0, "peak_flops": 240.0}
+    monitor(RunStarted(0, total_steps=2, resumed=False, facts=facts))
+    for step in (1, 2):
+        clock[0] += 1.0
+        monitor(step_done(step, step_samples=2))
+    monitor(RunFinished(2, "finished", 20))
+    for record in (*trained(tmp_path), read_records(tmp_path / "metrics.jsonl")[-1]):
+        assert (record["model_flops_per_second"], record["mfu"]) == (24.0, 0.1)
+
+
+def test_the_time_left_after_a_resume_goes_by_the_steps_of_this_start(tmp_path, clock):
+    monitor = Monitor({"jsonl": Jsonl()}, run=tmp_path, log_every=1)
+    monitor(RunStarted(50, total_steps=100, resumed=True))
+    for step, seconds in ((51, 30.0), (52, 2.0), (53, 4.0)):  # the first one compiles
+        clock[0] += seconds
+        monitor(step_done(step))
+    assert [r["eta_seconds"] for r in trained(tmp_path)] == [None, 2.0 * 48, 3.0 * 47]
 
 
 def test_a_run_that_is_stopped_between_log_steps_tells_of_its_last(tmp_path):
@@ -192,18 +226,6 @@ def test_run_json_has_no_infinity(tmp_path):
     listener(Evaluated(0, (DomainScore("d", "new", 800.0, float("inf"), None, 5, 0.0),), 0.1))
     text = (tmp_path / "run.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["results"]["d"]["perplexity"] is None
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Stands still unless it is put forward."""
-    now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    return now
-
-
-def trained(run):
-    return [r for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
 
 
 def test_what_stood_still_is_taken_from_the_window_it_happened_in(tmp_path, clock):

@@ -8,6 +8,7 @@ import pytest
 
 from pretrain.events import RunStarted
 from pretrain.telemetry.jsonl import Jsonl
+from pretrain.telemetry.record import change_of, scored_before
 from pretrain.telemetry.tables import BLOCKS, SPARK_WIDTH, one_line, sparkline
 from pretrain.telemetry.tally import KEPT, Tally
 from pretrain.telemetry.terminal import Terminal
@@ -257,6 +258,82 @@ def test_a_curve():
     assert sparkline([1.0] * 3, 40) == "▁▁▁"
     assert sparkline([None, None], 40) == "××"
     assert sparkline([], 40) == sparkline([1.0], 0) == ""
+
+
+def test_a_run_that_is_stopped_before_its_second_evaluation(tmp_path, capsys, monkeypatch):
+    """It said `after 54.58, change 0.0000`, of what nobody had measured."""
+    monkeypatch.setenv("COLUMNS", "100")
+    stopped = FINISHED | {"step": 5, "status": "stopped"}
+    play([*RUN[:4], train(1, 3.9), train(5, 3.8), stopped], tmp_path)
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.startswith("  python (new)")]
+    assert "  before x." in out, "the sample of step 0 is not how the model continues now"
+    assert rows == [["python", "(new)", "54.58", "—", "not", "scored", "since", "step", "0"]]
+
+
+def test_a_score_that_is_not_of_the_last_step_says_of_which(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    scored = [evaluation(0, "python", "new", 4.0, 4.0), evaluation(8, "python", "new", 3.5, 4.0)]
+    play([STARTED, *scored, train(12, 3.4), FINISHED | {"step": 12, "status": "stopped"}], tmp_path)
+    out = capsys.readouterr().out
+    assert re.search(r"python \(new\) +54.58 +33.10 \(step 8\) +↓ 0.5000 better", out)
+
+
+def test_a_change_that_is_not_known_says_why(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    now = evaluation(40, "python", "new", 3.5, 4.0)
+    reason = {"delta_loss": None, "delta_reason": "step 0 was scored with other text", "digest": "b"}
+    play([STARTED, evaluation(0, "python", "new", 4.0, 4.0) | {"digest": "a"}, now | reason, FINISHED], tmp_path)
+    out = capsys.readouterr().out
+    assert "perplexity  33.10  change since step 0 not known: step 0 was scored with other text\n" in out
+    assert re.search(r"python \(new\) +— +33.10 +—", out)
+    assert "python: no change since step 0 is known: step 0 was scored with other text\n" in out
+    assert "54.58" not in out.split("step 40")[1], "the perplexity of other text"
+
+
+def test_there_is_no_time_left_before_there_is_a_pace(terminal):
+    """The first step compiles: by its seconds a run of hours would take days."""
+    shown = terminal([STARTED, train(1, 4.0, step_seconds=60.0, eta_seconds=None)])
+    assert "1/40 ━" in re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown)
+    assert not re.search(r"\d s left|min left|h left", shown)
+
+
+def test_a_speed_that_is_not_known_is_not_zero(tmp_path, capsys):
+    play([STARTED, train(1, 4.0, tokens_per_second=None)], tmp_path)
+    assert "step  1/40  loss 4.0000  lr 1.00e-03\n" in capsys.readouterr().out
+
+
+def test_what_was_before_is_worked_out_of_a_later_record():
+    """A run of 2.0 nats that got 0.5 worse began with 1.5, whose perplexity is 4.48; not with 2.5."""
+    record = {"event": "evaluation", "step": 8, "domain": "d", "loss": 2.0, "perplexity": 7.39, "delta_loss": 0.5}
+    before = scored_before(None, record)
+    assert (before["step"], before["loss"]) == (0, 1.5)
+    assert before["perplexity"] == pytest.approx(4.4817, abs=1e-4)
+    zero = record | {"step": 0, "loss": 1.5, "delta_loss": 0.0}
+    assert scored_before(None, zero) is zero
+    assert scored_before(zero, record) is zero
+    assert scored_before(zero, record | {"digest": "b"})["loss"] == 1.5
+    for nothing in ({"loss": None}, {"delta_loss": None}):
+        assert scored_before(None, record | nothing)["loss"] is None
+    assert scored_before(zero, record | {"loss": None}) is zero, "a loss that is no number takes nothing back"
+    assert [change_of(r) for r in (zero, record, record | {"loss": None}, record | {"delta_loss": None})] == [
+        *(None, 0.5, None, None)
+    ]
+
+
+def test_a_rollback_takes_the_scores_back(tmp_path, capsys):
+    """That of step 20 is of the branch that was left."""
+    jsonl, sink = Jsonl(), Terminal()
+    jsonl.open(tmp_path, RunStarted(0, 40, resumed=False))
+    sink.open(tmp_path, RunStarted(0, 40, resumed=False))
+    scores = [evaluation(s, "python", "new", loss, 4.0) for s, loss in ((0, 4.0), (10, 3.0), (20, 9.0))]
+    for record in [STARTED, scores[0], train(10, 3.5), scores[1], train(20, 9.0), scores[2]]:
+        jsonl.write(record)
+        sink.write(record)
+    sink.close()
+    sink.open(tmp_path, RunStarted(10, 40, resumed=True))
+    sink.write(FINISHED | {"step": 10, "status": "stopped"})
+    assert re.search(r"python \(new\) .* ↓ 1.0000 better", capsys.readouterr().out.split("change in loss")[1])
 
 
 def test_a_rollback_takes_the_curve_back():

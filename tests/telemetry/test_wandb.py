@@ -18,7 +18,6 @@ from pretrain.telemetry.jsonl import Jsonl, read_records
 from pretrain.telemetry.wandb import RUN_ID, Wandb
 from pretrain.telemetry.wandb_process import Orders, Run
 from tests.runs import assert_same_numbers, assert_same_run
-from tests.stopper import Stopper
 from tests.wandb_tools import Server, of_kind, rows, run_file
 
 KEY = "0123456789" * 4
@@ -301,7 +300,6 @@ def train_steps(history) -> list[int]:
 @pytest.mark.slow
 def test_stopped_and_continued_offline(uninterrupted, base_arguments, spawn, tmp_path):
     """By SIGTERM at a step whose evaluation is then owed."""
-    assert Stopper
     run = tmp_path / "run"
     arguments = [*base_arguments, "sink=[jsonl,wandb]", *STOP, f"output_dir={run}"]
     for expected in (75, 0):

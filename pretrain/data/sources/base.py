@@ -7,15 +7,17 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from pretrain.data.units import ReadOptions, SourceFile
+from pretrain.data.units import ReadOptions, SourceFile, printable
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source(ABC):
     """``held_out`` and ``train_data_ratio`` choose documents by the hash of their text: the same ones on every
-    machine."""
+    machine. ``bos``: put the tokenizer's bos_token before each document (auto: if the tokenizer itself does so).
+    ``separator``: the token that ends each document, or its id (auto: the tokenizer's eos_token, in a chat model's the token
+    that ends a text). In an evaluation domain auto means: as in the run's dataset."""
 
     name: str | None = None
     text_column: str = "text"
@@ -25,12 +27,14 @@ class Source(ABC):
     train_data_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     deduplicate: bool = False
     document_mask: bool = False
+    bos: Literal["auto"] | bool = "auto"
+    separator: Annotated[str, Field(min_length=1)] | NonNegativeInt = "auto"
     num_workers: PositiveInt | None = None
 
     @property
     def domain(self) -> str:
         """The name of this dataset in metrics and messages."""
-        return self.name or self.default_name()
+        return self.name or printable(self.default_name())
 
     def options(self) -> ReadOptions:
         return ReadOptions(self.text_column, self.errors, self.max_document_chars)

@@ -80,7 +80,9 @@ class HuggingFace(Source):
             raise UserError(f"{self.described()}: a folder saved by datasets.save_to_disk is read with dataset=local")
         if folder:
             check_cards(folder)
-        builder = datasets.load_dataset_builder(self.nameOrPath, self.subset, revision=self.revision)
+        # A folder called "json" is not the builder of that name.
+        path = os.path.join(os.curdir, self.nameOrPath) if folder and os.sep not in self.nameOrPath else self.nameOrPath
+        builder = datasets.load_dataset_builder(path, self.subset, revision=self.revision)
         check_data_files(builder.config.data_files, folder, self._repository())
         builder.download_and_prepare(dl_manager=download_manager(builder))
         return builder.as_dataset(split=self.split)

@@ -10,6 +10,7 @@ from functools import cache
 
 from pretrain.console import notice
 from pretrain.data.cache import cache_dir
+from pretrain.data.units import reading
 
 OURS = (  # what lies in a folder of a run (of any task), of a sweep, in a token cache
     (".lock", "logs"),
@@ -27,7 +28,7 @@ def in_folder(folder: str, pattern: str) -> list[str]:
     visible = sorted(name for name in found if not _hidden(os.path.relpath(name, folder)))
     away = [name for name in visible if os.path.islink(name) and not _below(os.path.realpath(name), folder)]
     if away:
-        _say_once(
+        say_once(
             f"{folder}: {len(away)} of its files are links out of the folder, such as {away[0]} → {os.path.realpath(away[0])}"
         )
     return visible
@@ -50,7 +51,8 @@ def without_doubles(names: Iterable[str]) -> list[str]:
     """``names`` without further names of the same file, by symbolic or hard link. What is no symbolic link stays."""
     kept: dict[object, str] = {}
     for name in sorted(names, key=lambda name: (os.path.islink(name), name)):
-        found = os.stat(name)
+        with reading(name):
+            found = os.stat(name)
         same = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) if found.st_ino else name
         kept.setdefault(same, name)
     return sorted(kept.values())
@@ -75,7 +77,7 @@ def _folders(root: str, *, follow: bool) -> Iterator[str]:
         return False
 
     def unreadable(error: OSError) -> None:
-        _say_once(f"{error.filename}: not read ({error.strerror})")
+        say_once(f"{error.filename}: not read ({error.strerror})")
 
     for path, names, _ in os.walk(root, followlinks=follow, onerror=unreadable):
         names[:] = [name for name in sorted(names) if not name.startswith(".") and is_new(os.path.join(path, name))]
@@ -85,7 +87,7 @@ def _folders(root: str, *, follow: bool) -> Iterator[str]:
         (links, "links to folders, which a glob such as 'd/**/*' follows"),
     ):
         if found:
-            _say_once(f"{root}: not read in it: {len(found)} {what}, such as {found[0]}")
+            say_once(f"{root}: not read in it: {len(found)} {what}, such as {found[0]}")
 
 
 def _is_ours(path: str) -> bool:
@@ -95,7 +97,8 @@ def _is_ours(path: str) -> bool:
 
 
 def _identity(path: str) -> tuple[int, int]:
-    found = os.stat(path)
+    with reading(path):
+        found = os.stat(path)
     return found.st_dev, found.st_ino
 
 
@@ -108,5 +111,5 @@ def _hidden(relative: str) -> bool:
 
 
 @cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
     notice(message)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pretrain.data.sources.base import Source
-from pretrain.data.sources.listing import in_folder, matching, without_doubles
+from pretrain.data.sources.listing import in_folder, matching, say_once, without_doubles
 from pretrain.data.units import SourceFile, one_line
 from pretrain.errors import UserError, did_you_mean
 from pretrain.folders import is_below
@@ -67,6 +67,10 @@ class Local(Source):
             if found := without_doubles(matching(path)):
                 return [SourceFile(name, format_of(name) or "text") for name in found]
             raise UserError(f"dataset.nameOrPath={self.nameOrPath}: no file matches")
+        if os.path.exists(path):
+            raise UserError(
+                f"dataset.nameOrPath={self.nameOrPath}: neither a file nor a folder; text is read more than once"
+            )
         raise UserError(f"dataset.nameOrPath={self.nameOrPath}: no such file or folder{_near(Path(path))}")
 
     def _in_folder(self, folder: Path) -> list[SourceFile]:
@@ -78,6 +82,10 @@ class Local(Source):
         every = in_folder(str(folder), self.pattern or "*")
         known = {name: kind for name in every if (kind := format_of(name) or (self.pattern and "text"))}
         if known:
+            if left_out := [name for name in every if name not in known]:
+                say_once(
+                    f"{folder}: {len(left_out)} files are not read ({_endings(left_out)}); dataset.pattern chooses them"
+                )
             return [SourceFile(name, known[name]) for name in without_doubles(known)]
         if self.pattern:
             raise UserError(f"dataset.pattern={self.pattern}: no file in {self.nameOrPath} matches")

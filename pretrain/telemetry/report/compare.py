@@ -105,7 +105,7 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> Markup:
 
 def _sentences(runs: Sequence[Run], names: Sequence[str]) -> Markup:
     lines = (
-        f"<p>{_marked(name, i)} {escape(verdict(run.history.domains))}</p>"
+        f"<p>{_marked(name, i)} {escape(verdict(run.history.domains, run.history.step))}</p>"
         for i, (name, run) in enumerate(zip(names, runs, strict=True))
     )
     return card(*map(Markup, lines))

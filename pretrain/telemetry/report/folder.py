@@ -12,6 +12,7 @@ from pretrain.telemetry.jsonl import iter_records, read_records
 from pretrain.telemetry.record import Record
 from pretrain.telemetry.report.history import History
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.yaml_file import read_yaml
 
 RECORDS = "metrics.jsonl"
 
@@ -80,10 +81,7 @@ def _say_torn(where: str) -> None:
 
 
 def _yaml(path: Path) -> Any:
-    import yaml
-    from omegaconf import OmegaConf
-
     try:
-        return OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, ValueError, yaml.YAMLError):
+        return read_yaml(path)
+    except UserError:
         return None

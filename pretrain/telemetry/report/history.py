@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pretrain.telemetry.numbers import is_number
-from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record
+from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record, change_of, scored_before
 
 POINTS = 400  # of a curve at most, and at least half as many where there are more records
 KEPT = 12  # the last checkpoints that are listed
@@ -94,7 +94,7 @@ class Curves:
 
 @dataclass
 class Domain:
-    """The scores of one domain; ``first`` is that of step 0 where the run has one."""
+    """The scores of one domain; ``first``: the untouched model's on the text of ``last``, the last one."""
 
     role: str
     first: Record
@@ -105,6 +105,11 @@ class Domain:
     def once(self) -> bool:
         """Whether it has been scored once only: there is no change to speak of."""
         return len(self.scores.steps) == 1
+
+    @property
+    def before_only(self) -> bool:
+        """Whether it has not been scored since step 0."""
+        return bool(self.last["step"] == 0)
 
     def curve(self, key: str) -> tuple[list[int], list[float | None]]:
         """Steps and values; however thinned, it begins and ends with the first and the last score themselves."""
@@ -117,8 +122,8 @@ class Domain:
 
     def change(self) -> float | None:
         """Nats per token since step 0; ``None``: not known."""
-        delta = self.last.get("delta_loss")
-        return delta if is_number(delta) and is_number(self.last.get("loss")) else None
+        delta = change_of(self.last)
+        return delta if is_number(delta) else None
 
 
 class History:
@@ -210,7 +215,7 @@ class History:
 
     def _evaluation(self, record: Record) -> None:
         domain = self.domains.setdefault(str(record["domain"]), Domain(str(record.get("role")), record, record))
-        domain.last = record
+        domain.first, domain.last = scored_before(domain.first, record), record
         domain.scores.add(record["step"], record)
 
     def _sample(self, record: Record) -> None:

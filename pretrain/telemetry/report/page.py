@@ -8,11 +8,12 @@ from pathlib import PurePath
 from typing import Any
 
 from pretrain.shipped import defaults_for
-from pretrain.telemetry.numbers import amount, duration, instant, is_number, number, share, signed, size
+from pretrain.telemetry.baseline import doubt
+from pretrain.telemetry.numbers import NOTHING, amount, duration, instant, is_number, number, share, signed, size
 from pretrain.telemetry.record import Record
 from pretrain.telemetry.report import plots
 from pretrain.telemetry.report.folder import Run
-from pretrain.telemetry.report.history import History
+from pretrain.telemetry.report.history import Domain, History
 from pretrain.telemetry.report.settings import differing, flat, said
 from pretrain.telemetry.report.style import (
     KINDS,
@@ -44,7 +45,8 @@ def run_page(run: Run) -> str:
     body = join(
         [
             _head(run),
-            Markup(f'<p class="verdict">{escape(verdict(domains))}</p>'),
+            Markup(f'<p class="verdict">{escape(verdict(domains, history.step))}</p>'),
+            _doubt(history),
             grid(_tiles(run), "tiles"),
             section(
                 "What it learned",
@@ -89,11 +91,20 @@ def _head(run: Run) -> Markup:
     )
 
 
+def _doubt(history: History) -> Markup:
+    """A warning, where the model knew less than nothing when the run began."""
+    first = {name: d.first.get("loss") for name, d in history.domains.items() if d.first.get("step") == 0}
+    uniform = history.start.get("uniform_loss")
+    text = doubt({n: x for n, x in first.items() if is_number(x)}, uniform if is_number(uniform) else None)
+    return Markup(f'<p class="verdict bad">{escape(text)}</p>') if text else Markup("")
+
+
 def _tiles(run: Run) -> Iterator[Markup]:
     """The numbers that people ask for first, of those that are known."""
     history, last = run.history, run.history.last_train
     for name, domain in list(history.domains.items())[:4]:
-        yield tile(before_after(domain, digits=1), f"perplexity of {plots.domain_label(name, domain.role)}")
+        before = " before this run" if domain.before_only and history.step else ""
+        yield tile(before_after(domain, digits=1), f"perplexity of {plots.domain_label(name, domain.role)}{before}")
     speed = (history.end or {}).get("tokens_per_second") or history.train.median("tokens_per_second")
     if speed:
         yield tile(amount(speed), "tokens per second")
@@ -127,13 +138,28 @@ def _scores(history: History) -> Markup:
             (
                 plots.domain_label(name, domain.role),
                 number(domain.first.get("perplexity")),
-                number(domain.last.get("perplexity")),
-                _coloured(signed(change), kind),
+                _scored_last(domain, history.step),
+                _coloured(_change(domain, history.step), kind),
                 number(domain.last.get("loss"), 4),
                 number(domain.last.get("bits_per_byte"), 4),
             )
         )
     return card(table(head, rows))
+
+
+def _scored_last(domain: Domain, step: int) -> str:
+    """The perplexity of the last evaluation, and its step where that is not the one the run is at."""
+    scored_at = domain.last["step"]
+    if scored_at == 0 < step:
+        return NOTHING
+    return number(domain.last.get("perplexity")) + ("" if scored_at == step else f" (step {scored_at:,})")
+
+
+def _change(domain: Domain, step: int) -> str:
+    """In nats per token, or why it is not known."""
+    if domain.before_only and step:
+        return "not scored since step 0"
+    return str(domain.last.get("delta_reason") or signed(domain.change()))
 
 
 def _samples(history: History) -> Iterator[Markup]:

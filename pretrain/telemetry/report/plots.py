@@ -187,9 +187,11 @@ def trade_chart(runs: Sequence[Run], names: Sequence[str]) -> Markup:
 
 
 def mean_change(history: History, role: str) -> float | None:
-    """Of the loss since step 0, over the domains of a role."""
-    changes = [c for d in history.domains.values() if d.role == role and (c := d.change()) is not None]
-    return sum(changes) / len(changes) if changes else None
+    """Of the loss since step 0, over the domains of a role; ``None`` where that of one is not known: the mean of the others
+    is another number."""
+    changes = [d.change() for d in history.domains.values() if d.role == role]
+    known = [change for change in changes if change is not None]
+    return sum(known) / len(known) if known and len(known) == len(changes) else None
 
 
 def _curves(

@@ -11,11 +11,12 @@ from pretrain.telemetry.jsonl import records_until
 from pretrain.telemetry.record import WITH_EVALUATION, Record
 from pretrain.telemetry.report.folder import RECORDS, run_of
 from pretrain.telemetry.report.history import History
+from pretrain.telemetry.sink import Sink
 
 LARGEST_SHARE = 0.05  # of a run's time
 
 
-class Report:
+class Report(Sink):
     """Written after every evaluation but the first, and at the end, about the run and what it continues. Where evaluations
     come so fast that drawing would take more than a share of the time, some are passed over. A page that a full disk does
     not take waits, and is tried again with the next record; it is not drawn again, which costs more than a step."""

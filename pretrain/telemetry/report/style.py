@@ -55,7 +55,7 @@ td, th { padding: .38rem .9rem .38rem 0; text-align: right; border-bottom: 1px s
 td.text, th.text { text-align: left; } td:last-child, th:last-child { padding-right: 0; }
 tbody tr:last-child > * { border-bottom: 0; }
 td.text { overflow-wrap: anywhere; min-width: 6rem; }
-figure { margin: 0; } figcaption { font-weight: 600; font-size: .92rem; } 
+figure { margin: 0; } figure.large { max-width: 40rem; } figcaption { font-weight: 600; font-size: .92rem; } 
 figcaption small { font-weight: 400; color: var(--soft); }
 figure svg { display: block; width: 100%; height: auto; margin-top: .35rem; overflow: visible; }
 figure svg text { fill: var(--soft); font-family: inherit; }

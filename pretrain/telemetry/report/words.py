@@ -5,26 +5,46 @@ from __future__ import annotations
 from pretrain.telemetry.numbers import number, signed
 from pretrain.telemetry.report.history import Domain
 
-UNCHANGED = 0.005  # nats per token; a change of less than half a percent in perplexity is none
+# Nats per token, so that a perplexity is multiplied by e to their power: a change of less than half a percent is none; others
+# are called by sizes that end at 5 %, 35 % and a factor of 2.7.
+UNCHANGED = 0.005
+SIZES = (0.05, 0.3, 1.0)
+VERBS = {  # role of the domain, whether it became better → words for each size
+    ("new", True): ("learned a little of", "learned some of", "learned", "learned a lot of"),
+    ("new", False): ("lost a little on", "lost on", "lost on", "lost a lot on"),
+    ("base", True): ("improved a little on", "improved on", "improved on", "improved a lot on"),
+    ("base", False): ("forgot a little of", "forgot some of", "forgot much of", "forgot most of"),
+}
 
 
-def verdict(domains: dict[str, Domain]) -> str:
-    """One sentence: what the new domain gained and what the base domains paid."""
+def verdict(domains: dict[str, Domain], step: int = 0) -> str:
+    """What the new domain gained and what the base domains paid, in a sentence or two. ``step``: the run is at."""
     if domains and all(domain.once for domain in domains.values()):
         scores = [f"{number(domain.last.get('perplexity'))} on {name}" for name, domain in domains.items()]
+        if step and all(domain.before_only for domain in domains.values()):
+            return f"Before this run the model had a perplexity of {_listed(scores)}; it was not scored since step 0."
         return f"The model has a perplexity of {_listed(scores)}."
-    parts = []
-    for name, domain in domains.items():
-        delta = domain.change()
-        if delta is None:
-            continue
-        new = domain.role == "new"
-        better, worse = ("learned", "lost on") if new else ("improved on", "forgot some of")
-        verb = "kept" if abs(delta) < UNCHANGED else better if delta < 0 else worse
-        parts.append(f"{verb} {name} (perplexity {before_after(domain)}, {signed(delta, 3)} nats per token)")
-    if not parts:
-        return "No change is known yet." if domains else "Nothing has been scored yet."
-    return f"The model {_listed(parts)}."
+    changed = [
+        f"{_verb(domain.role, delta)} {name} (perplexity {before_after(domain)}, {signed(delta, 3)} nats per token)"
+        for name, domain in domains.items()
+        if (delta := domain.change()) is not None
+    ]
+    unknown = [
+        f"The change on {name} is not known: {domain.last['delta_reason']}."
+        for name, domain in domains.items()
+        if domain.last.get("delta_reason")
+    ]
+    if changed:
+        return " ".join([f"The model {_listed(changed)}.", *unknown])
+    return " ".join(unknown) or ("No change is known yet." if domains else "Nothing has been scored yet.")
+
+
+def _verb(role: str, delta: float) -> str:
+    """``delta``: nats per token, negative is better."""
+    if abs(delta) < UNCHANGED:
+        return "kept"
+    words = VERBS["new" if role == "new" else "base", delta < 0]
+    return words[sum(abs(delta) >= size for size in SIZES)]
 
 
 def _listed(parts: list[str]) -> str:
@@ -32,8 +52,8 @@ def _listed(parts: list[str]) -> str:
 
 
 def before_after(domain: Domain, digits: int = 2) -> str:
-    """Its perplexity at the start of the run and now."""
-    if domain.once:
+    """Its perplexity at the start of the run and now; the one that is known, where it was scored once."""
+    if domain.once or domain.before_only:
         return number(domain.last.get("perplexity"), digits)
     before, after = domain.first.get("perplexity"), domain.last.get("perplexity")
     return f"{number(before, digits)} → {number(after, digits)}"

@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.telemetry.report.folder import read_run
 from pretrain.telemetry.report.page import run_page
-from tests.telemetry.report.records import eventful, write_run
+from tests.telemetry.report.records import evaluation, eventful, started, train, write_run
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
 from screenshots import browse
@@ -79,6 +79,15 @@ def test_every_chart_is_there_at_both_widths(light):
         assert len(frame["charts"]) == 12
         assert all(width > 250 and height > 140 and len(label) > 15 for width, height, label in frame["charts"])
         assert min(frame["fonts"]) >= 9, "px of the smallest letters"
+
+
+def test_a_chart_by_itself_is_no_larger_than_one_of_two(tmp_path, light):
+    """A run that was scored once has no second chart beside its losses; the letters were 2.4 times as large."""
+    folder = write_run(tmp_path, [started(), evaluation(0, "law", "new", 3.0, 0.0), *map(train, range(1, 40))])
+    (folder / "report.html").write_text(run_page(read_run(folder)))
+    desktop, beside = look(folder / "report.html")[0][1], light[0][1]
+    assert desktop["charts"][0][2].startswith("Loss: ")
+    assert desktop["fonts"][0] <= 1.2 * beside["fonts"][0] < 20
 
 
 def test_a_phone_does_not_scroll_sideways(light):

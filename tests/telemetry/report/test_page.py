@@ -133,12 +133,62 @@ def test_verdict_names_gain_and_forgetting():
 
     domains = {"law": domain("new", -0.25), "english": domain("base", 0.125), "code": domain("base", -0.5)}
     assert verdict(domains) == (
-        "The model learned law (perplexity 20.09 → 15.64, −0.250 nats per token), forgot some of english (perplexity "
+        "The model learned some of law (perplexity 20.09 → 15.64, −0.250 nats per token), forgot some of english (perplexity "
         "20.09 → 22.76, +0.125 nats per token) and improved on code (perplexity 20.09 → 12.18, −0.500 nats per token)."
     )
     assert verdict({"law": domain("new", 0.25)}).startswith("The model lost on law")
     assert verdict({"english": domain("base", 0.004)}).startswith("The model kept english")
     assert verdict({"late": domain("base", None)}) == "No change is known yet."
+
+
+@pytest.mark.parametrize(
+    ("role", "delta", "words"),
+    [
+        ("base", 0.004, "kept d"),
+        ("base", 0.0206, "forgot a little of d"),  # perplexity 48 → 49
+        ("base", 0.1, "forgot some of d"),
+        ("base", 0.5, "forgot much of d"),
+        ("base", 1.593, "forgot most of d"),  # 48 → 236
+        ("base", -0.01, "improved a little on d"),
+        ("base", -1.2, "improved a lot on d"),
+        ("new", -0.02, "learned a little of d"),
+        ("new", -0.2, "learned some of d"),
+        ("new", -0.4, "learned d"),
+        ("new", -1.4, "learned a lot of d"),
+        ("new", 0.01, "lost a little on d"),
+        ("new", 0.1, "lost on d"),
+        ("new", 2.0, "lost a lot on d"),
+    ],
+)
+def test_the_words_of_the_verdict_follow_the_size_of_the_change(role, delta, words):
+    before, after = evaluation(0, "d", role, 3.87, 0.0), evaluation(9, "d", role, 3.87 + delta, delta)
+    assert verdict(History([before, after]).domains, 9).startswith(f"The model {words} (perplexity 47.94 → ")
+
+
+def test_what_was_not_scored_since_step_0_is_said_so():
+    """It was shown as the perplexity after the run, with a change of 0.0000."""
+    text = page([started(), evaluation(0, "law", "new", 3.0, 0.0), train(1), train(2)])
+    assert "Before this run the model had a perplexity of 20.09 on law; it was not scored since step 0." in text
+    assert "<td>20.09</td><td>—</td>" in text
+    assert "not scored since step 0</span>" in text
+    assert "0.0000" not in text
+    assert "perplexity of law (new) before this run" in text
+
+
+def test_a_change_that_is_not_known_has_its_reason():
+    """The run was resumed with other text of the base domain; its step 0 is not what `before` means any more."""
+    reason = {"delta_reason": "step 0 was scored with other text", "digest": "b"}
+    records = [
+        evaluation(0, "old", "base", 3.0, 0.0) | {"digest": "a"},
+        evaluation(9, "old", "base", 2.0, None) | reason,
+    ]
+    text = page([started(), *records])
+    assert "The change on old is not known: step 0 was scored with other text." in text
+    assert "20.09" not in text, "of the other text"
+    assert "— → 7.4" in text
+    known = evaluation(12, "old", "base", 2.0, 0.25) | {"digest": "b"}
+    text = page([started(), *records, known])
+    assert "forgot some of old (perplexity 5.75 → 7.39, +0.250 nats per token)" in text
 
 
 def test_a_model_that_was_only_scored():

@@ -1,0 +1,71 @@
+"""The losses of the untouched model, kept with the progress of a run; measured again where what is scored has changed.
+
+A resumed run may score other text than step 0 did, or the same in another context. While it sets itself up, the engine holds
+the weights that the run began with, until those of the checkpoint replace them: the moment to score them once more, under
+the same strategy. It draws no random number and takes no memory of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pretrain.console import notice
+from pretrain.evaluation.baseline import Known, Measured, known
+
+if TYPE_CHECKING:
+    from pretrain.engine import Scorer
+    from pretrain.evaluation.perplexity import Evaluator
+    from pretrain.events import DomainScore
+    from pretrain.progress import Progress
+
+
+@dataclass
+class Untouched:
+    """``weights_follow_from``: the parts of a run's identity that decide the weights it begins with."""
+
+    evaluator: Evaluator
+    weights_follow_from: tuple[str, ...] = ("model", "seed")
+    _again: dict[str, tuple[float, Measured]] = field(default_factory=dict)  # by domain, scored since this start
+
+    def known(self, progress: Progress) -> dict[str, Known]:
+        """The baseline of every domain, as far as it was measured on what is scored now."""
+        return self._known(progress.baseline, progress.measured_on)
+
+    def keep(self, progress: Progress, scores: Iterable[DomainScore]) -> None:
+        """The ``scores`` of step 0 are the baseline of the run from now on."""
+        progress.baseline = {score.domain: score.loss for score in scores}
+        progress.measured_on = {domain.name: domain.measured_on for domain in self.evaluator.domains}
+
+    def score_again(
+        self,
+        engine: Scorer,
+        state: Mapping[str, Any],
+        identity: Mapping[str, Any],
+        *,
+        interrupted: Callable[[], bool] = lambda: False,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Score the domains whose baseline the checkpoint ``state`` does not have, before it is loaded into ``engine``.
+        ``identity``: of this run. ``interrupted``, ``alive``: see `Evaluator.run`. A collective."""
+        progress = state["progress"]
+        if progress["step"] == 0 or any(state["identity"][p] != identity[p] for p in self.weights_follow_from):
+            return
+        found = self._known(progress.get("baseline", {}), progress.get("measured_on", {}))
+        missing: dict[str, str] = engine.world.on_main(lambda: {n: k.reason for n, k in found.items() if k.reason})
+        if not missing:
+            return
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        notice(f"the model before this run is scored again: {reasons}")
+        scores = self.evaluator.of(missing).run(engine, announce=True, interrupted=interrupted, alive=alive)
+        domains = {domain.name: domain for domain in self.evaluator.domains}
+        self._again = {score.domain: (score.loss, domains[score.domain].measured_on) for score in scores or ()}
+
+    def restore(self, progress: Progress) -> None:
+        """Put what was scored again into ``progress``, which a checkpoint has just filled."""
+        progress.baseline |= {name: loss for name, (loss, _) in self._again.items()}
+        progress.measured_on |= {name: measured for name, (_, measured) in self._again.items()}
+
+    def _known(self, losses: Mapping[str, float], measured_on: Mapping[str, Measured]) -> dict[str, Known]:
+        return {d.name: known(d.name, d.measured_on, losses, measured_on) for d in self.evaluator.domains}

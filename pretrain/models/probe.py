@@ -1,0 +1,281 @@
+"""What a model does, found out by running it on a few tokens when it is built: whether its head is linear, whether it sees
+the future, and how it keeps packed documents apart. Architectures are not listed: numbers decide.
+
+What must not be seen is changed, and nothing may change with it, to the last bit: two inputs of one shape go through the same
+kernels, so a difference is a leak and not rounding. The outputs of all modules are compared and not the logits alone, in
+which 16 bits may round away a small leak that training makes large.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_masks_for_generate
+
+from pretrain.console import notice
+from pretrain.errors import UserError
+from pretrain.models.files import POSITION_KEYS
+
+Way = Callable[[Any, Tensor, torch.dtype], dict[str, Any]]  # (model, position_ids, dtype) → arguments of its forward
+
+PROBE_LOGIT = 100.0  # beyond any soft cap in use (Gemma 2: 30), so that a cap can't pass for a straight line
+LENGTH = 12  # tokens of a document
+WINDOW = 4  # of attention during a trial, so that documents are longer than windows and chunks
+WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "sliding_window_size")
+ULPS = 32  # of the largest number: what two ways to compute the same may differ by in fp32
+
+
+# -- ways to keep documents apart -------------------------------------------------------------------------------------
+
+
+def by_positions(hf: Any, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """What most models need: with no cache and no mask, transformers masks attention where positions restart."""
+    return {"position_ids": position_ids}
+
+
+def by_masks(hf: Any, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """The masks themselves, one for each type of layer with its window or chunk, for models that do not make them from
+    positions (OPT, GPT-OSS). They are made by transformers: a plain mask would take the windows' place."""
+    rows, length = position_ids.shape
+    embeds = torch.empty(rows, length, 0, dtype=dtype, device=position_ids.device)  # read for its shape and type
+    masks = create_masks_for_generate(hf.config, embeds, None, None, position_ids)
+    return {"position_ids": position_ids, "attention_mask": masks}
+
+
+WAYS: tuple[Way, ...] = (by_positions, by_masks)
+
+
+# -- trials -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_causal(hf: Any) -> None:
+    """Raises ``UserError`` for a model whose logits at a token change with the tokens after it: it would be trained to
+    copy its targets."""
+    ids = _documents(hf)
+    if ids is None:
+        return
+    with _trial(hf):
+        one, two = (_logits(hf, ids[order])[:, : ids.shape[1]] for order in ([0, 1, 2], [0, 3, 4]))
+    if not _is_rounding(one, two):
+        raise UserError(
+            f"{type(hf).__name__} sees the tokens that it should predict: its logits change with later tokens, so it can't "
+            "be trained or scored as a causal model; an encoder (BERT, RoBERTa) needs is_decoder: true in its config.json "
+            "(model=scratch: model.overrides.is_decoder=true)"
+        )
+
+
+@torch.no_grad()
+def document_separation(hf: Any) -> Way | None:
+    """The way in which this model, which must be causal, keeps packed documents apart, or ``None``.
+
+    A document between two others must come out bit for bit the same whatever these are, in every module, and the same up to
+    rounding as at the start of a row, where it sees nothing else.
+    """
+    ids = _documents(hf)
+    if ids is None:
+        return None
+    length = ids.shape[1]
+    positions = torch.arange(length, device=hf.device).repeat(3).unsqueeze(0)
+    with _trial(hf):
+        alone = _logits(hf, ids[[0, 1, 2]])[:, :length]
+        for way in WAYS:
+            try:
+                given = way(hf, positions, hf.get_input_embeddings().weight.dtype)
+                one, two = (_outputs(hf, ids[order], length, given) for order in ([1, 0, 2], [3, 0, 4]))
+            except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError):
+                continue  # no such argument, no such mask
+            same = len(one) == len(two) and all(map(torch.equal, one, two))
+            if same and _similar(one[-1], alone):
+                return way
+    return None
+
+
+@torch.no_grad()
+def has_plain_head(hf: Any) -> bool:
+    """Whether the logits are the output embedding applied to the last hidden state of ``base_model`` and nothing else.
+
+    Asked of the numbers and not of a list of architectures: the head must be given what ``base_model`` returns, and
+    what it makes of large random numbers must come out untouched. So soft-capping, a logit scale, a further layer all
+    show, even where the model's own logits are still small.
+    """
+    backbone, head = hf.base_model, hf.get_output_embeddings()
+    if backbone is hf or not isinstance(head, nn.Linear):
+        return False
+    device, training = head.weight.device, hf.training
+    noise = torch.randn(1, 4, head.in_features, generator=torch.Generator().manual_seed(0)).to(device)
+    planted = (noise * PROBE_LOGIT / (head.weight.float().std() * head.in_features**0.5 + 1e-12)).to(head.weight.dtype)
+    given: list[Tensor] = []
+
+    def plant(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+        given.append(args[0])
+        return planted
+
+    ids = torch.arange(1, 5, device=device).unsqueeze(0) % head.out_features
+    hf.eval()
+    hook = head.register_forward_pre_hook(plant)
+    try:
+        logits = hf(input_ids=ids, use_cache=False).logits
+        hook.remove()
+        hidden = getattr(backbone(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        if len(given) != 1 or hidden is None or not hidden.shape == given[0].shape == planted.shape:
+            return False
+        return _close(hidden, given[0]) and _close(logits, head(planted))
+    finally:
+        hook.remove()
+        hf.train(training)
+
+
+@torch.no_grad()
+def balancing_coefficient(hf: Any) -> float:
+    """By what the load balancing loss of a mixture of experts (Fedus et al., arXiv:2101.03961) is multiplied before it is
+    added; 0 where the config does not ask for it (``output_router_logits``) or the architecture has none."""
+    config = hf.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return 0.0
+    found = [getattr(config, key, None) for key in ("router_aux_loss_coef", "aux_loss_coef")]
+    coefficient = next((float(value) for value in found if isinstance(value, (int, float))), 0.0)
+    ids = _documents(hf)
+    if not coefficient or ids is None:
+        return 0.0
+    with _trial(hf):
+        try:
+            loss = hf(input_ids=ids[:1], use_cache=False, output_router_logits=True).aux_loss
+        except (TypeError, AttributeError):
+            loss = None
+    if not isinstance(loss, Tensor):
+        notice(
+            f"output_router_logits: true in config.json: {type(hf).__name__} has no load balancing loss; none is added"
+        )
+        return 0.0
+    return coefficient
+
+
+# -- tools ------------------------------------------------------------------------------------------------------------
+
+
+def _documents(hf: Any) -> Tensor | None:
+    """Five documents of different tokens, int64 [5, n], of which three fit the model's positions; ``None``: none do."""
+    limits = [getattr(hf.config, key, None) for key in POSITION_KEYS]
+    length = min([LENGTH, *(n // 3 for n in limits if isinstance(n, int) and n > 0)])
+    if length < 1:
+        return None
+    ids = torch.arange(5 * length, device=hf.device).reshape(5, length)
+    return (7 + 3 * ids) % hf.get_input_embeddings().num_embeddings
+
+
+def _logits(hf: Any, documents: Tensor, given: dict[str, Any] | None = None) -> Tensor:
+    """[1, S, V] of the documents one after the other in one row."""
+    logits: Tensor = hf(input_ids=documents.reshape(1, -1), use_cache=False, **given or {}).logits
+    return logits
+
+
+def _outputs(hf: Any, documents: Tensor, length: int, given: dict[str, Any]) -> list[Tensor]:
+    """What every module gives for the tokens of the second document, in the order of the calls; the logits last."""
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(first, Tensor) and first.is_floating_point() and first.ndim in (2, 3):
+            tokens = first[0] if first.ndim == 3 and len(first) == 1 else first  # experts see rows alone
+            if len(tokens) == documents.numel():
+                seen.append(tokens[length : 2 * length].clone())
+
+    with ExitStack() as stack:
+        for module in hf.modules():
+            stack.callback(module.register_forward_hook(note).remove)
+        logits = _logits(hf, documents, given)
+    return [*seen, logits[:, length : 2 * length]]
+
+
+@contextmanager
+def _trial(hf: Any) -> Iterator[None]:
+    """In eval mode, with small windows, the same kernels for every token, and no trace in the random state."""
+    training = hf.training
+    with ExitStack() as stack:
+        cuda = [hf.device] if hf.device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(_deterministic(active=bool(cuda)))
+        configs: dict[int, Any] = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
+        for config in configs.values():
+            for key in WINDOWS:
+                size = getattr(config, key, None)
+                if isinstance(size, int) and size > WINDOW:
+                    setattr(config, key, WINDOW)
+                    stack.callback(setattr, config, key, size)
+            if getattr(config, "output_router_logits", False):  # its loss takes no masks of documents
+                config.output_router_logits = False
+                stack.callback(setattr, config, "output_router_logits", True)
+        for module in hf.modules():
+            if _is_experts(module):
+                module.forward = _token_by_token(module.forward)
+                stack.callback(delattr, module, "forward")
+        hf.eval()
+        stack.callback(hf.train, training)
+        yield
+
+
+@contextmanager
+def _deterministic(*, active: bool) -> Iterator[None]:
+    """A GPU adds up what experts give in any order, unless told otherwise."""
+    if not active:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Experts as transformers 5 writes them: forward(hidden [tokens, h], indices, weights [tokens, k])."""
+    if not type(module).__name__.endswith("Experts") or "forward" in vars(module):
+        return False
+    return len(signature(module.forward).parameters) == 3
+
+
+def _token_by_token(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An expert rounds by how many tokens it gets at once, and other documents decide that."""
+
+    def each(*inputs: Tensor) -> Tensor:
+        return torch.cat([forward(*(each[t : t + 1] for each in inputs)) for t in range(len(inputs[0]))])
+
+    return each
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding in the tensors' type, measured at the largest number."""
+    eps = torch.finfo(a.dtype).eps
+    a, b = a.float(), b.float()
+    return bool((a - b).abs().max() <= ULPS * eps * b.abs().max())
+
+
+def _is_rounding(a: Tensor, b: Tensor) -> bool:
+    """Equal but for what some models (ProphetNet) round by the whole sequence: in 16 bits that changes few tokens, where what
+    is seen changes all."""
+    if a.dtype == torch.float32:
+        return torch.equal(a, b) or _close(a, b)
+    return bool(_errors(a, b).median() < torch.finfo(torch.bfloat16).eps / 8)
+
+
+def _errors(a: Tensor, b: Tensor) -> Tensor:
+    """Of each token of [.., n, V], relative to its norm."""
+    a, b = a.float(), b.float()
+    return torch.linalg.vector_norm(a - b, dim=-1) / torch.linalg.vector_norm(b, dim=-1)
+
+
+def _similar(a: Tensor, b: Tensor) -> bool:
+    """Of the tokens [.., n, V] at least half differ by rounding only: in 16 bits a few may have gone to other experts."""
+    if a.dtype == torch.float32:
+        return _close(a, b)
+    return bool(_errors(a, b).median() <= 1.5 * torch.finfo(torch.bfloat16).eps)

@@ -1,0 +1,315 @@
+"""The tokenizer of a model folder: its tokenizer.json as it is, whatever class transformers would make of it.
+
+transformers 5 builds many tokenizer classes anew from the vocabulary alone, with the rules that the class is written for and
+not those of the file (``TokenizersBackend.convert_to_native_format``, 5.20 to 5.23), and adds tokens that the class expects.
+What a model was trained with is the file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from pretrain.console import notice
+from pretrain.errors import UserError, did_you_mean
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FILES = (  # of a tokenizer, in a model folder
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "*.model", "*.tiktoken", "tekken.json"),
+    *("chat_template.jinja", "chat_template.json", "tokenization_*.py"),
+)
+CONVERTED_BY = {"*.model": "sentencepiece", "*.tiktoken": "tiktoken", "tekken.json": "mistral_common"}  # file → package
+TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # a document's; a chat model's eos_token ends a turn
+DOCUMENT_ENDS = (*TEXT_ENDS, "</s>", "<eos>")
+LINES = (  # in which rules differ: digits, spaces, contractions, accents, scripts, line ends
+    "In 1984 it cost 1234567.89, they'd say; I'LL pay 12345 on 2024-05-17.",
+    "  two  spaces\tand a tab\n\n\nthen   three  ",
+    "naïve café Ångström e\u0301 ﬁ ½ Straße İstanbul",
+    "漢字かな交じり文 한국어 العربية हिन्दी 🙂👩‍👩‍👧",
+    "def f(x):\n    return x**2 + 0x1F  # <html> &amp;\r\n",
+)
+CONVERT = "python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{0}').save_pretrained('{0}')\""
+OTHERWISE = (
+    "copy tokenizer.json from the model's own folder, name another folder or Hub id as model.tokenizer_name, or convert the "
+    "files with the class that they were made for (tokenizer_class in tokenizer_config.json)"
+)
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """The tokens around every document: ``bos`` before it (``None``: there is none), ``separator`` after it."""
+
+    bos: int | None
+    separator: int
+
+
+class FolderTokenizer(PreTrainedTokenizerFast):
+    """``backend`` is kept exactly as given; ``files`` are what ``save_pretrained`` writes, unchanged."""
+
+    def __init__(self, backend: Tokenizer, files: dict[str, bytes], **options: Any) -> None:
+        super().__init__(tokenizer_object=backend, **options)
+        self._tokenizer = backend  # transformers has changed its copy
+        self.files = files
+
+    def save_pretrained(self, save_directory: Any, *_: Any, **__: Any) -> tuple[str, ...]:
+        """Write the tokenizer's files into a folder, byte for byte as they were read; return their paths."""
+        paths = [Path(save_directory) / name for name in self.files]
+        for path, content in zip(paths, self.files.values(), strict=True):
+            path.write_bytes(content)
+        return tuple(str(path) for path in paths)
+
+
+def folder_tokenizer(folder: Path, *, code: bool = False) -> Any:
+    """The fast tokenizer of ``folder``. ``code``: the folder's own Python may run.
+
+    Says in a notice where transformers' AutoTokenizer would make other tokens. Raises ``UserError`` when there is none.
+    """
+    if not (folder / "tokenizer.json").exists():
+        return _converted(folder, code)
+    with _usable(f"{folder}: no usable tokenizer: tokenizer.json"):
+        return _of_file(folder, code)
+
+
+def _of_file(folder: Path, code: bool) -> FolderTokenizer:
+    backend, config = Tokenizer.from_file(str(folder / "tokenizer.json")), _read_json(folder, "tokenizer_config.json")
+    expected = [_bare(backend).encode(line, add_special_tokens=False).ids for line in LINES]
+    auto = _auto(folder, code)
+    named, unknown = _special_tokens(folder, config, backend, auto)
+    adds = _adds_bos(backend, named.get("bos_token"), config.get("add_bos_token"))
+    said = f"tokenizer.json has no {', '.join(unknown)}, named in tokenizer_config.json" if unknown else None
+    if isinstance(auto, str):
+        said = f"AutoTokenizer can't load it ({auto})"
+    elif _rules(auto.backend_tokenizer) == _rules(backend):
+        # The same in other words; by those of AutoTokenizer the cache has named its tokens so far.
+        backend = auto.backend_tokenizer
+    else:
+        said = _difference(auto, backend, expected) or said
+    if said:
+        notice(f"{folder}: {said}; the run uses tokenizer.json as it is, and exports it unchanged")
+    template = _chat_template(folder, config)
+    return FolderTokenizer(backend, _files(folder), **named, add_bos_token=adds, chat_template=template)
+
+
+def boundaries(tokenizer: Any, *, bos: bool | str, separator: str | int) -> Boundaries:
+    """What stands around the documents of a run. ``bos``: ``dataset.bos``, ``separator``: ``dataset.separator``.
+
+    Raises ``UserError`` for a token that the tokenizer does not have.
+    """
+    end = _separator(tokenizer, separator)
+    first = tokenizer.bos_token_id
+    if bos is True and first is None:
+        raise UserError("dataset.bos=true: the tokenizer names no bos_token; dataset.bos=false")
+    # Where one token is both, the one that ends a document already stands before the next one.
+    wanted = bos if isinstance(bos, bool) else adds_bos(tokenizer) and first != end
+    return Boundaries(first if wanted else None, end)
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts a BOS before a text."""
+    return _adds_bos(tokenizer.backend_tokenizer, tokenizer.bos_token, tokenizer.init_kwargs.get("add_bos_token"))
+
+
+def _adds_bos(backend: Tokenizer, bos: str | None, said: Any) -> bool:
+    """What ``add_bos_token`` says, else what the post-processor does."""
+    if bos is None or isinstance(said, bool):
+        return bos is not None and said is True
+    return _bare(backend).encode("").ids[:1] == [backend.token_to_id(bos)]
+
+
+def _separator(tokenizer: Any, asked: str | int) -> int:
+    vocabulary = tokenizer.get_vocab()
+    if isinstance(asked, int):
+        if asked in vocabulary.values():
+            return asked
+        raise UserError(
+            f"dataset.separator={asked}: the tokenizer's ids are 0 to {max(vocabulary.values(), default=0)}"
+        )
+    if asked != "auto":
+        if asked in vocabulary:
+            return int(vocabulary[asked])
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+        raise UserError(
+            f"dataset.separator={asked!r}: no token of the tokenizer{did_you_mean(asked, special)}; it is one token, or its id"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no end-of-text token (eos_token): name the token that ends a document, or its id, as "
+            "dataset.separator"
+        )
+    ends_text = _end_of_text(tokenizer) if tokenizer.chat_template is not None else None
+    if ends_text is not None:
+        notice(
+            f"dataset.separator=auto: {ends_text} ends each document; {tokenizer.eos_token}, the eos_token of this instruct "
+            "tokenizer, ends a turn"
+        )
+        return int(vocabulary[ends_text])
+    return int(tokenizer.eos_token_id)
+
+
+def _end_of_text(tokenizer: Any) -> str | None:
+    """The special token of a chat model's tokenizer that ends a text, where its eos_token ends a turn."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    named = tokenizer.eos_token in DOCUMENT_ENDS
+    return None if named else next((token for token in TEXT_ENDS if token in special), None)
+
+
+# Without a tokenizer.json ----------------------------------------------------------------------------------------------
+
+
+def _converted(folder: Path, code: bool) -> Any:
+    """What transformers makes of older files. Raises ``UserError`` that says what is missing."""
+    missing = f"{folder}: no usable tokenizer: it has no tokenizer.json"
+    listed = max(len(_read_json(folder, "vocab.json")), _lines(folder / "vocab.txt"))
+    for file, package in [(f, p) for kind, p in CONVERTED_BY.items() for f in sorted(folder.glob(kind))]:
+        if importlib.util.find_spec(package) is None and not listed:
+            raise UserError(
+                f"{missing} but {file.name}; make one, once, where {package} and protobuf are installed: "
+                f"{CONVERT.format(folder)}"
+            )
+    if not listed and not code and not any(any(folder.glob(kind)) for kind in CONVERTED_BY):
+        raise UserError(f"{missing}; {OTHERWISE}")
+    auto = _auto(folder, code)
+    if isinstance(auto, str):
+        raise UserError(f"{missing}, and transformers can't make one ({auto}); {OTHERWISE}")
+    if not auto.is_fast:
+        raise UserError(f"{folder}: no fast tokenizer (tokenizer.json)")
+    if len(auto.get_vocab()) < listed:  # a class that does not read such files has a handful of tokens of its own
+        raise UserError(
+            f"{missing}, and transformers' {type(auto).__name__} has {len(auto.get_vocab())} tokens where the folder's files "
+            f"have {listed}; {OTHERWISE}"
+        )
+    return auto
+
+
+def _lines(file: Path) -> int:
+    return len(file.read_bytes().splitlines()) if file.exists() else 0
+
+
+def _auto(folder: Path, code: bool) -> Any:
+    """transformers' own tokenizer, or why there is none."""
+    try:
+        with _usable(""):
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=code)
+    except UserError as error:
+        return str(error)
+
+
+# Of the folder's files -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _usable(what: str) -> Iterator[None]:
+    """Whatever a broken file made the libraries raise becomes a ``UserError``; a panic in Rust is no ``Exception``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+        raise UserError(f"{what}: {reason}" if what else reason) from None
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A file's object; empty where there is no such file."""
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder}: no usable tokenizer: {name}: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{folder}: no usable tokenizer: {name}: not an object")
+    return content
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return {name: (folder / name).read_bytes() for name in names if any(fnmatch(name, kind) for kind in FILES)}
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> Any:
+    """The chat template, whichever file holds it; only whether there is one matters here."""
+    file = folder / "chat_template.jinja"
+    return (
+        file.read_text(encoding="utf-8", errors="replace")
+        if file.exists()
+        else (config.get("chat_template") or _read_json(folder, "chat_template.json").get("chat_template"))
+    )
+
+
+def _special_tokens(
+    folder: Path, config: dict[str, Any], backend: Tokenizer, auto: Any
+) -> tuple[dict[str, str], list[str]]:
+    """Those that the folder names, else those of the class, of the tokens that tokenizer.json has; and what it has not."""
+    named = _read_json(folder, "special_tokens_map.json") | config
+    found, unknown = {}, []
+    for key in SPECIAL:
+        value = named[key] if key in named else getattr(auto, key, None)
+        token = value.get("content") if isinstance(value, dict) else value
+        if isinstance(token, str) and backend.token_to_id(token) is not None:
+            found[key] = token
+        elif key in named and token is not None:
+            unknown.append(f"{key} {token!r}")
+    return found, unknown
+
+
+# What transformers would make of it ------------------------------------------------------------------------------------
+
+
+def _rules(backend: Tokenizer) -> Any:
+    """What of a tokenizer decides ids and text: without post-processor, truncation, padding and spellings of defaults."""
+    whole = json.loads(backend.to_str())
+    return _plain({key: whole[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens", "decoder")})
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_plain(value) for value in node] if node and isinstance(node[0], dict) else node
+    if not isinstance(node, dict) or "vocab" in node:
+        prefixes = ("continuing_subword_prefix", "end_of_word_suffix")
+        return node | {key: node.get(key) or None for key in prefixes} if isinstance(node, dict) else node
+    if node.get("type") == "ByteLevel":
+        node = {key: value for key, value in node.items() if key != "trim_offsets"}
+    plain = {key: _plain(value) for key, value in node.items()}
+    if isinstance(plain.get("decoder"), dict) and plain["decoder"].get("type") == "ByteLevel":
+        plain["decoder"] = {"type": "ByteLevel"}  # it decodes without options
+    return plain
+
+
+def _bare(backend: Tokenizer) -> Tokenizer:
+    """``backend``, or a copy of it without the truncation and padding that its file asks for."""
+    if backend.truncation is None and backend.padding is None:
+        return backend
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def _difference(auto: Any, backend: Tokenizer, expected: list[list[int]]) -> str | None:
+    """How AutoTokenizer's tokens differ from the file's, ``expected`` of the lines, and in the vocabulary."""
+    name, ours = type(auto).__name__, backend.get_vocab()
+    for line, ids in zip(LINES, expected, strict=True):
+        try:
+            with _usable(""):
+                found = auto(line, add_special_tokens=False)["input_ids"]
+        except UserError as error:  # a class whose unknown token is not in the vocabulary
+            return f"AutoTokenizer ({name}) can't encode {line!r} ({error})"
+        if found != ids:
+            return f"AutoTokenizer ({name}) would make other tokens ({len(found)} instead of {len(ids)}) of {line!r}"
+    invented = sorted(auto.get_vocab().keys() - ours.keys())
+    if invented:
+        return f"AutoTokenizer ({name}) would add {len(invented)} tokens, such as {invented[0]!r}"
+    return None

@@ -1,0 +1,71 @@
+"""Paths and names on the command line, as they are typed: ``output_dir=runs/книги``, ``dataset.nameOrPath=data/lang=de``.
+
+Hydra's grammar knows such letters inside quotes only. The quotes are put here, around the values of keys that are paths
+and names; what means something to Hydra where such a value stands keeps its meaning.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+PATH_KEYS = {"output_dir", "sweep_dir", "model_name", "resume", "nameOrPath", "name_or_path", "tokenizer_name"}
+NAME_KEYS = {"name", "pattern", "subset", "split", "revision", "text_column", "best_by", "metric"}
+NAME_KEYS |= {"project", "entity", "group", "notes"}  # of sink.wandb
+HYDRA_KEYS = {"hydra.sweep.dir", "hydra.launcher.folder"}
+ESCAPE = re.compile(r"\\[\\()\[\]{}:=, \t]")  # as Hydra's grammar has them
+CAST = re.compile(r"(str|json_str|int|float|bool)\(.*\)", re.DOTALL)
+
+
+def quoted_word(word: str, *, sweeping: bool) -> str:
+    """``key=value`` with quotes around the value where its key is a path or a name and Hydra would not take it as it is.
+
+    Left alone are ``null``, quoted values, interpolations (``${…}``), escapes (``\\,``), casts (``str(1)``) and, where the
+    command is a sweep, ``a,b`` and ``choice(a,b)``.
+    """
+    key, equals, value = word.partition("=")
+    name = key.lstrip("+")
+    if not (name in HYDRA_KEYS or name.rpartition(".")[2] in PATH_KEYS | NAME_KEYS) or not value:
+        return word
+    return f"{key}{equals}{_quoted_value(value, sweeping=sweeping)}"
+
+
+def quoted(text: str) -> str:
+    """``text`` as a string of Hydra's grammar."""
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def unquoted(value: str) -> str:
+    """The text that the value of an override stands for."""
+    parsed = _parsed(value)
+    return value if parsed is None else str(parsed.value())
+
+
+def _quoted_value(value: str, *, sweeping: bool) -> str:
+    parsed = _parsed(value)
+    if parsed is not None and _keeps_its_meaning(value, parsed, sweeping=sweeping):
+        return value
+    if parsed is None and sweeping and not re.search(r"[\[\](){}'\"\\]", value):
+        return ",".join(_quoted_value(part, sweeping=False) if part else part for part in value.split(","))
+    return quoted(value)
+
+
+def _parsed(value: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(f"key={value}")
+    except HydraException:
+        return None
+
+
+def _keeps_its_meaning(value: str, parsed: Override, *, sweeping: bool) -> bool:
+    if parsed.is_sweep_override():
+        return sweeping
+    found: Any = parsed.value()
+    is_quoted = isinstance(found, str) and len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if found is None or found == value or is_quoted:
+        return True
+    return "${" in value or bool(ESCAPE.search(value) or CAST.fullmatch(value))

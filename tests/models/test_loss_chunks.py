@@ -1,0 +1,90 @@
+"""Chunks of the cross entropy: by hand, as they are compiled, and their gradients in 16 bits; with rows without a target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pretrain.batch import IGNORE
+from pretrain.models import loss as module
+from pretrain.models.loss import ROOM, linear_cross_entropy
+
+ROWS, HIDDEN, VOCABULARY = 48, 16, 40
+
+
+def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden, weight, bias and labels, of which some rows of every chunk, and one whole chunk, have no target."""
+    draw = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(ROWS, HIDDEN, generator=draw), torch.randn(VOCABULARY, HIDDEN, generator=draw) / 4
+    labels = torch.randint(0, VOCABULARY, (ROWS,), generator=draw)
+    labels[3:6], labels[20], labels[32:40] = IGNORE, IGNORE, IGNORE
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randn(VOCABULARY, generator=draw), labels
+
+
+def reference(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    loss = F.cross_entropy(F.linear(hidden, weight, bias), labels, ignore_index=IGNORE, reduction="sum")
+    return loss.item(), *torch.autograd.grad(loss, [hidden, weight])
+
+
+@pytest.fixture(autouse=True)
+def chunks_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 8 * VOCABULARY)
+    assert module.chunk_rows(ROWS, VOCABULARY) == 8
+
+
+@pytest.mark.parametrize("chunk", [module._eager_chunk, module._traced_chunk])
+def test_a_chunk_by_hand(chunk: Any) -> None:
+    """Two rows, of which one has no target: the loss is -log softmax of the other's, the gradient p - one-hot, and 0."""
+    logits = torch.tensor([[0.0, 1.0, 2.0], [5.0, -3.0, 0.5]])
+    p = torch.tensor([0.09003057, 0.24472848, 0.66524094])
+    loss, grad = chunk(logits.clone(), torch.tensor([1, IGNORE]))
+    assert loss.item() == pytest.approx(1.40760597, rel=1e-6)
+    assert torch.allclose(grad[0], p - torch.tensor([0.0, 1.0, 0.0]), atol=1e-6)
+    assert torch.equal(grad[1], torch.zeros(3))
+
+
+def test_what_is_compiled_leaves_them_out_too() -> None:
+    """Traced as `torch.compile` traces it, and run as it is: no compiler is needed for that."""
+    hidden, weight, bias, labels = inputs()
+    want, want_hidden, want_weight = reference(hidden, weight, bias, labels)
+    seen: list[str] = []
+
+    def note(graph: Any, examples: Any) -> Any:
+        seen.append(graph.print_readable(print_output=False))
+        return graph
+
+    compiled = torch.compile(linear_cross_entropy, backend=note, fullgraph=True)
+    loss = compiled(hidden, weight, bias, labels)
+    got_hidden, got_weight = torch.autograd.grad(loss, [hidden, weight])
+    assert any("logsumexp" in code for code in seen), "the traced way was taken"
+    assert loss.item() == pytest.approx(want, rel=1e-6)
+    assert torch.allclose(got_hidden, want_hidden, atol=1e-5)
+    assert torch.allclose(got_weight, want_weight, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_chunks_gradients_are_as_large_as_they_are(dtype: torch.dtype) -> None:
+    """fp16's gradients go through the products times 64: each chunk's must come down again, of hidden and of the head."""
+    hidden, weight, _, labels = inputs()
+    bias = torch.zeros(VOCABULARY)
+    _, want_hidden, want_weight = reference(hidden, weight, bias, labels)
+    with torch.autocast("cpu", dtype):
+        loss = linear_cross_entropy(hidden, weight, None, labels)
+    got_hidden, got_weight = torch.autograd.grad(loss, [hidden, weight])
+    assert ROOM == 64
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 3e-3
+    assert float((got_weight - want_weight).norm() / want_weight.norm()) < tolerance
+    for rows in range(0, ROWS, 8):
+        size = want_hidden[rows : rows + 8].norm()
+        assert float((got_hidden[rows : rows + 8] - want_hidden[rows : rows + 8]).norm()) <= tolerance * float(size)
+    only = torch.full_like(labels, IGNORE)
+    only[8:16] = labels[8:16]  # the second chunk alone: what it adds to the first's nothing
+    _, _, want_second = reference(hidden, weight, bias, only)
+    with torch.autocast("cpu", dtype):
+        (got_second,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, None, only), [weight])
+    assert float(got_second.norm() / want_second.norm()) == pytest.approx(1.0, abs=tolerance)
