@@ -7,12 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.console import notice
 from pretrain.errors import UserError
 from pretrain.prepare import Prepared, instantiate, total_steps
 from pretrain.split import Split
 
 if TYPE_CHECKING:
     from pretrain.batch import Batch
+    from pretrain.cadence import Cadence
     from pretrain.checkpoint.saver import Saver
     from pretrain.checkpoint.store import Store
     from pretrain.data.fingerprint import Files
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from pretrain.layers import LayerWatch
     from pretrain.models.blueprint import Blueprint
     from pretrain.place import Place
-    from pretrain.progress import Every
     from pretrain.strategy.base import Setting
     from pretrain.telemetry.record import Record
     from pretrain.trainer import Listener, Schedule, Trainer
@@ -177,16 +178,21 @@ def build_listeners(
     return [monitor, RunFile(folder, monitor.summary), *watchers], monitor.unsaved
 
 
-def cadences(resolved: dict[str, Any], prepared: Prepared) -> tuple[Every, Every]:
-    """After how many steps the run evaluates, and saves."""
-    from pretrain.progress import Every
+def cadences(resolved: dict[str, Any], prepared: Prepared, steps: int) -> Cadence:
+    """After how many of its ``steps`` the run evaluates, and saves."""
+    from pretrain.cadence import cadence
 
     policy, kept = instantiate(resolved["evaluation"]), instantiate(resolved["checkpoint"])
-    evaluate_every = resolved["evaluate_every"]
-    if policy.per_epoch:
-        sequences = (prepared.train.num_tokens - 1) // resolved["sequence_length"]
-        evaluate_every = max(1, max(1, sequences // prepared.global_batch) // policy.per_epoch)
-    return Every(evaluate_every), Every(evaluate_every if kept.with_evaluation else resolved["save_every"])
+    sequences = (prepared.train.num_tokens - 1) // resolved["sequence_length"]
+    return cadence(
+        steps=steps,
+        epoch_steps=max(1, sequences // prepared.global_batch),
+        evaluate_every=resolved["evaluate_every"],
+        save_every=resolved["save_every"],
+        per_epoch=policy.per_epoch,
+        with_evaluation=kept.with_evaluation,
+        keep_every=kept.keep_every,
+    )
 
 
 def build_loader(resolved: dict[str, Any], prepared: Prepared, split: Split, world: World) -> Loader:
@@ -228,7 +234,6 @@ def build_split(
     import numpy as np
 
     from pretrain.auto_batch import choose, moment_bytes
-    from pretrain.console import notice
     from pretrain.data.blocks import Blocks
     from pretrain.facts import device_name
     from pretrain.run_folder import recorded_batch_size
@@ -281,6 +286,7 @@ def build_trainer(
 ) -> Trainer:
     from pretrain.checkpoint.rng import rng_state
     from pretrain.evaluation.untouched import Untouched
+    from pretrain.progress import Every
     from pretrain.trainer import Trainer
 
     steps = total_steps(resolved, prepared)
@@ -289,7 +295,9 @@ def build_trainer(
     split = build_split(resolved, prepared, engine, setting=setting, resume_from=resume_from)
     micro_batch = split.batch_size * setting.devices_per_worker
     loader = build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world)
-    evaluate_every, save_every = cadences(resolved, prepared)
+    every = cadences(resolved, prepared, steps)
+    for line in every.notices:
+        notice(line)
     evaluator = build_evaluator(resolved, prepared, batch_size=split.batch_size)
     weights_follow_from = ("model", "seed") if prepared.model.weights() is None else ("model",)
     uniform = prepared.model.uniform_loss()
@@ -304,7 +312,7 @@ def build_trainer(
         loader=loader,
         guard=build_guard(resolved, prepared, engine, loader, folder),
         schedule=build_schedule(resolved, steps),
-        untouched=Untouched(evaluator, weights_follow_from=weights_follow_from),
+        untouched=Untouched(evaluator, weights_follow_from, is_there=not prepared.base_gone),
         sampler=build_sampler(resolved, prepared, engine, evaluator),
         saver=build_saver(resolved, store, world, watchdog),
         interrupt=interrupt,
@@ -313,8 +321,8 @@ def build_trainer(
         total_steps=steps,
         micro_batch=micro_batch,
         grad_clip=resolved["grad_clip"],
-        evaluate_every=evaluate_every,
-        save_every=save_every,
+        evaluate_every=Every(every.evaluate_every),
+        save_every=Every(every.save_every),
         exporter=build_exporter(resolved, prepared, engine, folder, facts=facts, steps=steps),
         layers=build_layers(resolved, engine),
         resume_from=resume_from,

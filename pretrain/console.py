@@ -9,9 +9,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 
 from pretrain.redact import RedactingFormatter, redact
+from pretrain.safe_files import open_append, open_file
 
 LATER_SECONDS = 5.0  # by how much a rank may be slower than another to find the same mistake
 
@@ -93,6 +95,9 @@ class _Log(logging.FileHandler):
 
     failed = False
 
+    def _open(self) -> TextIOWrapper:
+        return open_append(Path(self.baseFilename), mode="a", encoding="utf-8")  # type: ignore[return-value]
+
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.failed and not _muted:
             self.failed = True
@@ -115,7 +120,7 @@ def log_to(file: Path) -> None:
     logger.addHandler(handler)
     global _captured
     if _captured is not None:
-        with suppress(OSError), file.open("ab") as log:  # a full disk
+        with suppress(OSError), open_append(file, mode="ab") as log:  # a full disk
             log.write(_captured.read_bytes())
         _stderr_into(file)
         _captured = None
@@ -134,7 +139,7 @@ def capture_stderr(early: Path, *, keep_terminal: bool) -> None:
 
 
 def _stderr_into(file: Path) -> None:
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = open_file(file, os.O_WRONLY | os.O_APPEND, 0o644)
     os.dup2(descriptor, 2)
     os.close(descriptor)
 

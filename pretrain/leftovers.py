@@ -59,8 +59,10 @@ def task_of(folder: Path) -> str | None:
 
 def has_saved(folder: Path) -> bool:
     """Whether the run in the folder has come so far that it has made a checkpoint or a model, wherever they are now."""
-    made = found_in(folder, ("checkpoints", "model", "models")) or read_run_file(folder).get("status") == "finished"
-    return bool(made) or any(b'"event": "checkpoint"' in line for line in _lines(folder / "metrics.jsonl"))
+    made = [p for name in ("checkpoints", "models") for p in (folder / name).glob("*step-*") if not p.suffix]
+    if made or found_in(folder, ("model",)) or read_run_file(folder).get("status") == "finished":
+        return True  # one with an ending was being written, or removed
+    return any(b'"event": "checkpoint"' in line for line in _lines(folder / "metrics.jsonl"))
 
 
 def has_trained(folder: Path) -> bool:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pretrain.data.sources.base import Source
     from pretrain.data.store import TokenStore, TokenView
     from pretrain.models.tokenizer import Boundaries
+    from pretrain.remains import Remains
 
 
 def instantiate(node: dict[str, Any]) -> Any:
@@ -42,11 +43,33 @@ def model_spec(resolved: dict[str, Any]) -> Any:
     return replace(spec, name_or_path=folder, tokenizer_name=tokenizer)
 
 
+def _checked_model(resolved: dict[str, Any]) -> tuple[Any, Remains | None]:
+    """The model that the config names, checked; where it is gone, that of the checkpoint from which the run continues.
+
+    Raises ``UserError`` where neither can be used.
+    """
+    from pretrain.remains import remains_of
+
+    length = resolved["sequence_length"]
+    try:
+        model = model_spec(resolved)
+        model.check(length)
+        return model, None
+    except UserError:
+        found = remains_of(resolved)
+        if found is None:
+            raise
+    model = found.in_place_of(instantiate(resolved["model"]))
+    model.check(length)
+    return model, found
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What exists before the first process trains. ``domains``: name, role and held-out documents of each domain.
     ``global_batch``: sequences of all devices and micro-batches in one step. ``boundaries``: the tokens around documents.
-    ``notices``: what to say of the domains, once a run."""
+    ``notices``: what to say of model and domains, once a run. ``base_gone``: ``model`` is what a checkpoint of the run holds,
+    for the model with which it began is no longer there."""
 
     model: Any
     tokenizer: Any
@@ -56,6 +79,7 @@ class Prepared:
     global_batch: int
     boundaries: Boundaries
     notices: Sequence[str] = ()
+    base_gone: bool = False
 
 
 def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
@@ -68,8 +92,7 @@ def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
     from pretrain.data.tokenize import training_texts
     from pretrain.models.tokenizer import boundaries
 
-    model = model_spec(resolved)
-    model.check(resolved["sequence_length"])
+    model, gone = _checked_model(resolved)
     source = instantiate(resolved["dataset"])
     tokenizer = model.tokenizer(partial(training_texts, source))
     around = boundaries(tokenizer, bos=source.bos, separator=source.separator)
@@ -88,7 +111,7 @@ def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
         domains.append((name, "base", _held_out(name, base, tokenized)))
     global_batch = Split.asked(resolved).total * devices
     identity = {
-        "model": model.identity(),
+        "model": gone.identity if gone else model.identity(),
         "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json.encode()),
         "data": xxhash.xxh3_64_hexdigest(
             repr([[part.path.name for part in store.parts], view_options(source), source.document_mask]).encode()
@@ -99,8 +122,10 @@ def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
         "weights": instantiate(resolved["precision"]).weights,
         "optimizer": [resolved["optimizer"].get(key) for key in ("_target_", "compensate")],
     }
-    notices = _not_scored(source, held_out, len(configured) - len(bases))
-    return Prepared(model, tokenizer, train, domains, identity, global_batch, around, notices)
+    notices = ([gone.notice] if gone else []) + _not_scored(source, held_out, len(configured) - len(bases))
+    return Prepared(
+        model, tokenizer, train, domains, identity, global_batch, around, notices, base_gone=gone is not None
+    )
 
 
 def of_domain(domain: Source, tokenizer: Any, around: Boundaries) -> Boundaries:

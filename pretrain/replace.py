@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pretrain.filesystem import flush as fsync
+from pretrain.safe_files import open_new
 
 
 def replace_file(path: Path, text: str, *, flush: bool = False) -> None:
@@ -17,7 +18,7 @@ def replace_file(path: Path, text: str, *, flush: bool = False) -> None:
     """
     partial = partial_of(path)
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with open_new(partial, mode="w", encoding="utf-8") as file:
             file.write(text)
             if flush:
                 file.flush()
@@ -33,7 +34,7 @@ def keep_copy(path: Path) -> None:
     """Keep what is in ``path`` as ``<name>.broken`` beside it, before it is rewritten without what can't be read of it;
     the first such copy stays."""
     copy = path.with_name(f"{path.name}.broken")
-    if not copy.exists():
+    if not os.path.lexists(copy):
         with suppress(OSError):  # no room: the records that can be read are worth more
             shutil.copyfile(path, copy)
 

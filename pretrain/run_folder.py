@@ -16,10 +16,11 @@ from pretrain.checkpoint.store import Store
 from pretrain.console import log_to, notice
 from pretrain.data.fingerprint import Files, differing, recall, remember
 from pretrain.errors import UserError
-from pretrain.folders import say_if_shared
+from pretrain.folders import check_links, check_private, make_folder
 from pretrain.leftovers import (
-    LATER,
+    RESULTS,
     RUN_ID,
+    SETTINGS,
     check_not_foreign,
     describe,
     found_in,
@@ -28,34 +29,18 @@ from pretrain.leftovers import (
     move_aside,
     read_config,
     task_of,
-    with_later_keys,
 )
 from pretrain.locks import Busy, Lock
 from pretrain.lr_of_run import chosen_lr, say_lr, say_lr_change
 from pretrain.optim.learning_rate import with_lr
 from pretrain.place import Place
 from pretrain.replace import replace_file
-from pretrain.strict_json import read_json
+from pretrain.safe_files import open_file, own_folder
+from pretrain.same_run import changed_settings, check_finished_run, check_same_run
 from pretrain.telemetry.jsonl import tail
 from pretrain.telemetry.run_file import read_run_file
 
-FIXED = {  # part of a run's identity → the config keys it follows from
-    "model": ("model_name", "model"),
-    "tokenizer": ("model_name", "model"),
-    "data": ("dataset",),
-    "sequence_length": ("sequence_length",),
-    "global_batch": ("batch_size", "gradient_accumulation_steps", "devices"),
-    "seed": ("seed",),
-    "weights": ("precision",),
-    "optimizer": ("optimizer",),
-}
-FREE = {  # may differ in a run that is over; of the batch only its product counts, which is compared before
-    *("name", "output_dir", "task", "resume", "resume_allow", "allow_targets", "devices", "strategy", "launch"),
-    *("sweep", "sweep_dir"),
-    *("batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every", "save_every"),
-    *("sink", "checkpoint", "evaluation", "generation", "guard", "telemetry"),
-}
-
+OWN_NAMES = (".lock", RUN_ID, ".hydra", "logs", "logs/*", "tensorboard", "wandb", "samples.jsonl")
 DATA = "data.json"  # the files of the training data, as the run has read them
 PATIENCE_SECONDS = 1.0  # the workers of a killed command need a moment to notice
 
@@ -72,9 +57,9 @@ class RunFolder:
         text = OmegaConf.to_yaml(OmegaConf.create(resolved))
         with _writing(self.path):
             replace_file(self.path / "config.yaml", text)
-            (self.path / ".hydra").mkdir(exist_ok=True)
-            (self.path / ".hydra" / "config.yaml").write_text(text)
-            (self.path / ".hydra" / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(overrides)))
+            hydra = own_folder(self.path / ".hydra")
+            replace_file(hydra / "config.yaml", text)
+            replace_file(hydra / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
         return text
 
 
@@ -133,7 +118,7 @@ def begin(
         say_lr_change(resume_from, resolved, steps)
     say_lr(asked, resolved["lr"], continued=resume_from is not None)
     with _writing(folder.path):
-        (folder.path / RUN_ID).write_text(place.run_id)
+        replace_file(folder.path / RUN_ID, place.run_id)
         remember(folder.path / DATA, files)
     return Start(resume_from, folder.write_config(resolved, overrides), resolved["lr"])
 
@@ -154,7 +139,7 @@ def finished(folder: Path, resume_from: Path, resolved: dict[str, Any], steps: i
     facts = read_run_file(folder)
     if step_of(resume_from) < steps or facts.get("status") != "finished" or not _end_is_told(folder, resolved):
         return False
-    check_finished_run(read_config(resume_from), resolved)
+    check_finished_run(read_config(resume_from), resolved)  # of the same content, or it would have been refused
     say_finished(folder, facts)
     return True
 
@@ -177,7 +162,9 @@ def _may_begin(folder: Path, resolved: dict[str, Any], steps: int) -> bool:
         return True
     facts = read_run_file(folder)
     changed = (
-        _changed(read_config(folder), resolved) if (folder / "config.yaml").exists() else ["config.yaml is missing"]
+        changed_settings(read_config(folder), resolved)
+        if (folder / "config.yaml").exists()
+        else ["config.yaml is missing"]
     )
     if changed:
         raise UserError(
@@ -195,7 +182,7 @@ def is_left_behind(folder: Path, resolved: dict[str, Any]) -> bool:
     very run up to a kill before its first checkpoint, which are about to be made again."""
     if has_saved(folder):
         return True
-    same = (folder / "config.yaml").exists() and not _changed(read_config(folder), resolved)
+    same = (folder / "config.yaml").exists() and not changed_settings(read_config(folder), resolved)
     return has_trained(folder) and not same
 
 
@@ -255,12 +242,9 @@ def _renewed(folder: RunFolder, why: str) -> RunFolder:
 
 
 def _open_logs(path: Path) -> None:
-    (path / "logs").mkdir(exist_ok=True)
-    log_to(path / "logs" / "rank-0.log")
-    (path / ".lock").write_text(f"{os.uname().nodename} {os.getpid()}\n")
-    for folder in (path, path / "checkpoints"):
-        if folder.exists():
-            say_if_shared(folder)
+    log_to(own_folder(path / "logs") / "rank-0.log")
+    with os.fdopen(open_file(path / ".lock", os.O_WRONLY, truncate=True), "w") as lock:
+        lock.write(f"{os.uname().nodename} {os.getpid()}\n")
 
 
 @contextmanager
@@ -272,7 +256,9 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> Lock:
-    os.makedirs(os.path.realpath(path), exist_ok=True)  # where a link leads to, once that was moved aside
+    make_folder(Path(os.path.realpath(path)))  # where a link leads to, once that was moved aside
+    check_private(path, "output_dir")
+    check_links(path, "output_dir", (*RESULTS, *SETTINGS, *OWN_NAMES))
     return Lock(path / ".lock").acquire(timeout=PATIENCE_SECONDS)
 
 
@@ -323,38 +309,6 @@ def recorded_batch_size(checkpoint: Path | None, *, device: str) -> int | None:
     return facts.get("batch_size") if facts.get("device") == device else None
 
 
-def check_same_run(
-    checkpoint: Path, identity: dict[str, Any], resolved: dict[str, Any], *, model_config: dict[str, Any], files: str
-) -> None:
-    """Raises ``UserError`` listing old and new values when ``checkpoint`` is of a run with another model, tokenizer,
-    data, sequence length, global batch or seed; such a run can't be continued exactly. ``model_config``: the model's
-    config.json of now; ``files``: which ones of the data are others now."""
-    before = read_state(checkpoint)["identity"]
-    changed = [p for p in FIXED if before.get(p) != identity[p] and p not in resolved["resume_allow"]]
-    if not changed:
-        return
-    earlier = read_config(checkpoint)
-    old = with_later_keys(earlier, resolved)
-    reasons = []
-    for part in changed:
-        keys = [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] in FIXED[part]]
-        why = " (the files changed since the run began)" if part in ("model", "tokenizer", "data") else ""
-        if part == "data" and files:
-            keys.append(f"the data is not what the run began with: {files}")
-        if part == "data" and not keys and old != earlier:
-            keys.append(
-                f"{'; '.join(LATER)}: the run began without BOS before documents; {LATER[0]}=false continues it"
-            )
-        reasons += keys or [f"{part}: {before.get(part)} → {identity[part]}{why}"]
-        if part == "model":
-            reasons += other_shape(checkpoint, model_config)
-    raise UserError(
-        f"{checkpoint} can't be continued with other settings: {'; '.join(dict.fromkeys(reasons))}. "
-        "Choose another output_dir, or resume=never to start over"
-        f"{_allowing(changed)}"
-    )
-
-
 def check_not_beyond(checkpoint: Path, resolved: dict[str, Any], steps: int) -> None:
     """Raises ``UserError`` when ``checkpoint`` was made at a later step than the last one of this run, ``steps``."""
     reached = step_of(checkpoint)
@@ -365,48 +319,3 @@ def check_not_beyond(checkpoint: Path, resolved: dict[str, Any], steps: int) -> 
             f"{key}={resolved[key]}{came}: {checkpoint} is at step {reached} already. Choose at least {reached} steps, an "
             "earlier checkpoint (resume=<run>/checkpoints/step-…), another output_dir, or resume=never to start over"
         )
-
-
-def other_shape(checkpoint: Path, model_config: dict[str, Any]) -> list[str]:
-    """The numbers of the model's config that are others in the checkpoint's, as ``differences`` tells them."""
-    try:
-        saved = read_json(checkpoint / "config.json")
-    except (OSError, ValueError):
-        return []
-    if not isinstance(saved, dict):
-        return []
-    both = [key for key in model_config if key in saved and isinstance(saved[key], int)]
-    return differences({key: saved[key] for key in both}, {key: model_config[key] for key in both})
-
-
-def _allowing(changed: list[str]) -> str:
-    if "model" in changed:
-        return ""
-    return f"; or continue, no longer exactly, with resume_allow=[{','.join(changed)}]"
-
-
-def check_finished_run(old: dict[Any, Any], resolved: dict[str, Any]) -> None:
-    """Raises ``UserError`` when the finished run of the config ``old`` was made with other settings than these."""
-    if changed := _changed(old, resolved):
-        raise UserError(
-            f"output_dir={resolved['output_dir']} holds a finished run with other settings: {'; '.join(changed)}. "
-            "Choose another output_dir, or resume=never to start over"
-        )
-
-
-def _changed(old: dict[Any, Any], resolved: dict[str, Any]) -> list[str]:
-    """The settings of a run that are others now, but for those that may differ in one that is over."""
-    old = with_later_keys(old, resolved)
-    return [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] not in FREE]
-
-
-def differences(old: dict[Any, Any], new: dict[Any, Any], prefix: str = "") -> list[str]:
-    """``["lr: 0.1 → 0.2", …]`` for every leaf that differs, in the order of the new config."""
-    found = []
-    for key in dict.fromkeys([*new, *old]):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key}: {before} → {after}")
-    return found

@@ -24,6 +24,7 @@ from pretrain.out_of_memory import OutOfMemory, explained, watched
 from pretrain.place import Place
 from pretrain.prepare import Prepared, instantiate, model_spec, prepare, total_steps
 from pretrain.run_folder import begin, check_task, claim, start_over
+from pretrain.safe_files import open_new
 from pretrain.split import Split
 from pretrain.telemetry.run_file import mark_failed
 from pretrain.watchdog import Watchdog
@@ -240,7 +241,7 @@ def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     )
     if (aside := keep_aside(folder / "samples.jsonl")) is not None:
         notice(f"the earlier samples are kept as {aside}")
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+    with open_new(folder / "samples.jsonl", mode="w", encoding="utf-8") as file:
         for prompt, text in zip(prompts, texts, strict=True):
             file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
             print(f"─── {prompt!r}\n{prompt}{text}")
@@ -253,7 +254,7 @@ def export(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
 
     folder = claim(resolved["output_dir"], foreign=True).path
     if found_in(folder, ("model",)):
-        raise UserError(f"output_dir={folder} holds a model already, {folder / 'model'}; choose another for the export")
+        raise UserError(f"output_dir={folder} holds a model already; choose another output_dir for the export")
     shard_size = instantiate(resolved["checkpoint"]).export_shard_size
     path = export_folder(model_spec(resolved), folder / "model", shard_size=shard_size)
     files = [f.stat().st_size for f in path.glob("*.safetensors")]

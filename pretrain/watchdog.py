@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from pretrain.safe_files import open_append
 from pretrain.streams import settle
 
 # A tick counts for as long as it took, but never for more than two: time in which the whole process was stopped (Ctrl-Z,
@@ -65,7 +66,7 @@ class Watchdog:
         SIGUSR2 writes the stacks into ``log`` at any time.
         """
         over = threading.Event()
-        with log.open("a") as file:
+        with open_append(log, mode="a") as file:
             faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
             thread = threading.Thread(
                 target=self._watch, args=(timeout, slow_timeout, file, tell, over), name="watchdog", daemon=True

@@ -98,6 +98,7 @@ def test_never(base_arguments, command, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_costs_a_line_and_not_the_run(base_arguments, command, tmp_path):
+    (tmp_path / ".run_id").touch()  # of a run
     (tmp_path / "models").write_text("a file where the folder has to be")
     more = [f"output_dir={tmp_path}", "checkpoint.export=save", "max_steps=2", "save_every=1"]
     code, _, err = command([*base_arguments, *more])

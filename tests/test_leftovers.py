@@ -74,6 +74,8 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_in_place(run, uni
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     first_save = next(n for n, line in enumerate(lines) if b'"event": "checkpoint"' in line)
     (run / "metrics.jsonl").write_bytes(b"".join(lines[:first_save]))
+    (run / "checkpoints/step-00000005.partial").mkdir(parents=True)
+    (run / "checkpoints/step-00000005.partial/state.json").write_text("{")
     killed = shutil.copytree(run, run.with_name("other"))
     code, _, err = command([*base_arguments, f"output_dir={run}"])
     assert code == 0, err

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from pretrain.errors import UserError
 from pretrain.leftovers import read_config
 from pretrain.models.bpe import train_bpe
-from pretrain.run_folder import check_finished_run, check_same_run, differences
+from pretrain.same_run import check_finished_run, check_same_run, differences
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.conftest import sentences
@@ -63,7 +63,7 @@ def test_a_last_step_that_is_behind_is_refused(words, says, uninterrupted, base_
         ("seed=1", "seed: 0 → 1"),
         ("dataset.held_out=0.2", "dataset.held_out: 0.05 → 0.2"),
         ("dataset.nameOrPath={other}", "dataset.nameOrPath: "),
-        ("model_name={model}", "model_name: "),
+        ("model_name={model}", "model_name: "),  # of other weights
     ],
 )
 def test_another_run_is_not_continued(
@@ -73,6 +73,7 @@ def test_another_run_is_not_continued(
     shutil.copytree(uninterrupted, run)
     model = tmp_path / "copy"
     shutil.copytree(tiny_model, model)
+    (model / "config.json").write_text((model / "config.json").read_text() + "\n")
     change = change.format(other=other_corpus, model=model)
     code, _, err = command([*base_arguments, f"output_dir={run}", change, "max_steps=40"])
     assert code == 2

@@ -111,6 +111,10 @@ def read_state(path: Path) -> dict[str, Any]:
         check_state(state)
     except (OSError, ValueError) as error:
         raise UserError(f"{file} can't be read: {error}") from None
+    identity = state["identity"]
+    identity["model"] = identity["model"].rpartition(" ")[
+        2
+    ]  # earlier ones have the model's name in front of its content
     return state
 
 

@@ -44,7 +44,7 @@ def whole_or_absent(path: Path) -> Iterator[IO[bytes]]:
     make_folder(path.parent)
     temporary = path.parent / f".{path.name}.{os.getpid()}-{time.monotonic_ns()}.tmp"
     try:
-        with cache_errors(path.parent), open(temporary, "wb") as file:
+        with cache_errors(path.parent), open(temporary, "xb") as file:
             yield file
             file.flush()
             flush(temporary)

@@ -25,7 +25,7 @@ from pretrain.data.store import TokenStore
 from pretrain.data.units import Piece, Unit, group, key_of, reading, stamp_of
 from pretrain.data.workers import encode_in_workers
 from pretrain.errors import UserError
-from pretrain.folders import say_if_shared
+from pretrain.folders import check_private
 from pretrain.locks import Busy, Lock
 
 # Less text than this is tokenized here, by all cores through the tokenizer's own threads. Between its calls one core
@@ -56,7 +56,7 @@ def prepare(
     """
     cache = cache or cache_dir()
     make_folder(cache)
-    say_if_shared(cache)
+    check_private(cache, "PRETRAIN_CACHE")
     num_workers = num_workers or source.num_workers or default_workers()
     options = source.options()
     tokenizer_key = key_of(tokenizer_json)

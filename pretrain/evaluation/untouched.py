@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Untouched:
-    """``weights_follow_from``: the parts of a run's identity that decide the weights it begins with."""
+    """``weights_follow_from``: the parts of a run's identity that decide the weights it begins with. ``is_there``: whether
+    the run has been built with these; where they are gone it begins with a checkpoint's."""
 
     evaluator: Evaluator
     weights_follow_from: tuple[str, ...] = ("model", "seed")
+    is_there: bool = True
     _again: dict[str, tuple[float, Measured]] = field(default_factory=dict)  # by domain, scored since this start
 
     def known(self, progress: Progress) -> dict[str, Known]:
@@ -50,6 +52,8 @@ class Untouched:
         """Score the domains whose baseline the checkpoint ``state`` does not have, before it is loaded into ``engine``.
         ``identity``: of this run. ``interrupted``, ``alive``: see `Evaluator.run`. A collective."""
         progress = state["progress"]
+        if not self.is_there:
+            return
         if progress["step"] == 0 or any(state["identity"][p] != identity[p] for p in self.weights_follow_from):
             return
         found = self._known(progress.get("baseline", {}), progress.get("measured_on", {}))

@@ -166,10 +166,9 @@ class Pretrained(CausalLM):
         self.hf_config()
 
     def identity(self) -> str:
-        """Changes with the name and with what is behind it: config and weights."""
+        """Changes with config and weights; where they lie, and how that was typed, is no part of it."""
         folder = self.folder()
-        content = files.fingerprint([folder / "config.json", *files.weight_files(folder, self.name_or_path)])
-        return f"{self.name_or_path}@{self.revision} {content}"
+        return files.fingerprint([folder / "config.json", *files.weight_files(folder, self.name_or_path)])
 
     def weights(self) -> TensorFiles:
         """The folder's weight files, unread."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pretrain.interrupt import EXIT_CODE
 from pretrain.redact import redact
+from pretrain.replace import replace_file
 
 VARIABLE = "PRETRAIN_SWEEP_JOB"  # "<pid of the parent> <file for the reason of a failure>"
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -43,4 +44,4 @@ def note_failure(reason: str) -> None:
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
     if _note is not None and lines:
         with suppress(OSError):  # a full disk: the table then has the exit code only
-            _note.write_text(redact(lines[-1])[:LONGEST_REASON])
+            replace_file(_note, redact(lines[-1])[:LONGEST_REASON])

@@ -20,8 +20,10 @@ from omegaconf import OmegaConf
 from pretrain.config import check_part, conf_dir
 from pretrain.console import complain, notice
 from pretrain.errors import UserError
+from pretrain.folders import check_links, check_private, make_folder
 from pretrain.hydra_configs import compose_config, composing
 from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
+from pretrain.safe_files import open_file, own_folder
 from pretrain.streams import never_wait, settle
 from pretrain.sweep import table
 from pretrain.sweep.job import KEPT, jobs_in
@@ -140,8 +142,10 @@ def worst(codes: list[int]) -> int:
 def _at_work(folder: Path) -> Iterator[None]:
     """Meanwhile whoever reads the folder can see that a sweep is at work in it; several may be."""
     try:
-        (folder / KEPT).mkdir(parents=True, exist_ok=True)
-        file = (folder / KEPT / table.COMMAND_LOCK).open("w")
+        make_folder(folder)
+        check_private(folder, "sweep_dir")
+        check_links(folder, "sweep_dir", (KEPT, f"{KEPT}/*", "sweep.json", "sweep.html", "optuna.journal"))
+        file = os.fdopen(open_file(own_folder(folder / KEPT) / table.COMMAND_LOCK, os.O_RDWR), "r+")
     except OSError as error:
         raise UserError(f"sweep_dir={folder}: can't be written: {error.strerror}") from None
     with file:

@@ -19,6 +19,7 @@ from typing import Any
 from pretrain.console import notice
 from pretrain.locks import Busy, Lock
 from pretrain.quoting import unquoted
+from pretrain.safe_files import own_folder
 from pretrain.telemetry.run_file import write_json
 
 LONGEST_NAME = 100  # characters; file systems allow 255 bytes, and people read them in a table
@@ -109,9 +110,10 @@ class Job:
 
 
 def lock_of(sweep: Path, name: str, *, wait: bool = True) -> Lock | None:
-    (sweep / KEPT).mkdir(parents=True, exist_ok=True)
+    sweep.mkdir(parents=True, exist_ok=True)
+    folder = own_folder(sweep / KEPT)
     try:
-        return Lock(sweep / KEPT / name).acquire(timeout=None if wait else 0)
+        return Lock(folder / name).acquire(timeout=None if wait else 0)
     except Busy:
         return None
 

@@ -11,6 +11,7 @@ from queue import Full, Queue
 from typing import Any
 
 from pretrain.console import notice
+from pretrain.safe_files import open_append, own_folder
 
 MOST_WAITING = 10_000  # messages
 PATIENCE_SECONDS = 3.0  # before a person is told what is waited for
@@ -25,8 +26,8 @@ class Courier:
 
     def __init__(self, module: str, *, log: Path) -> None:
         self._log = log
-        log.parent.mkdir(exist_ok=True)
-        with log.open("ab") as errors:
+        own_folder(log.parent)
+        with open_append(log, mode="ab") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module],
                 stdin=subprocess.PIPE,

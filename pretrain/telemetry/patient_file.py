@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.console import notice
+from pretrain.safe_files import open_append
 
 
 class PatientFile:
@@ -12,7 +13,8 @@ class PatientFile:
     order, and is tried again with the next write; it is said once."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+        self._path = path
+        self._file = open_append(path, mode="ab", buffering=0)
         self._waiting = b""
         self._said = False
 
@@ -26,7 +28,7 @@ class PatientFile:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
             if not self._said:
-                notice(f"{self._file.name} can't be written: {error.strerror}; its records wait, the run goes on")
+                notice(f"{self._path} can't be written: {error.strerror}; its records wait, the run goes on")
             self._said = True
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.events import RunStarted
+from pretrain.safe_files import own_folder
 from pretrain.telemetry.patient_file import PatientFile
 from pretrain.telemetry.record import Record, scalars
 from pretrain.telemetry.sink import Sink, require
@@ -31,8 +32,7 @@ class TensorBoard(Sink):
         from tensorboard.compat.proto.event_pb2 import SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        folder = run / "tensorboard"
-        folder.mkdir(exist_ok=True)
+        folder = own_folder(run / "tensorboard")
         number = len(list(folder.glob("*.tfevents.*")))  # they are read in the order of their names; a clock may jump
         self._file = RecordWriter(PatientFile(folder / f"events.out.tfevents.{number:08d}"))
         self._event(0, time.time(), file_version="brain.Event:2")

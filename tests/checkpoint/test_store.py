@@ -255,3 +255,18 @@ def test_half_written_folders_are_no_checkpoints(tmp_path):
     path = saved_at(store, 1, state(1))
     shutil.copytree(path, tmp_path / "step-00000002.partial")
     assert store.steps() == [1]
+
+
+def test_what_is_beyond_a_step_is_set_aside_and_nothing_else(tmp_path, capsys):
+    """The step itself stays: the run goes on from it."""
+    store = Store(tmp_path, Policy(keep_last=None))
+    for step in (1, 2, 3, 4):
+        store.save(step, state(step), world=ALONE)
+    store.set_aside_after(2)
+    assert store.steps() == [1, 2]
+    aside = sorted(p.name.rpartition("-")[0] for p in tmp_path.glob("set-aside-*"))
+    assert aside == ["set-aside-step-00000003", "set-aside-step-00000004"]
+    assert capsys.readouterr().err.count("is of the branch that was left: kept as set-aside-step-0000000") == 2
+    store.set_aside_after(-1)
+    assert store.steps() == []
+    assert store.newest() is None

@@ -194,14 +194,15 @@ def test_the_untouched_model_is_scored_again_under_every_strategy(
     if "deepspeed" in strategy[0]:
         pytest.importorskip("deepspeed")
     lr = "lr=1e-3"
-    model = [*base_arguments, *STILL, f"model_name={exact_model('llama')}", "devices=2", "batch_size=1", lr, *strategy]
+    model = [*base_arguments, *STILL, f"model_name={exact_model('llama')}", lr]
+    ranks = ["devices=2", "batch_size=1", *strategy]
     for name, steps, more in (
         ("plain", 4, []),
         ("again", 4, []),
         ("plain", 8, []),
         ("again", 8, ["evaluation.max_tokens=700"]),
     ):
-        process = spawn([*model, f"max_steps={steps}", f"output_dir={tmp_path / name}", "sink=[jsonl]", *more])
+        process = spawn([*model, *ranks, f"max_steps={steps}", f"output_dir={tmp_path / name}", "sink=[jsonl]", *more])
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 0, out
         assert ("scored again" in out) == bool(more), out

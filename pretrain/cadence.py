@@ -1,0 +1,61 @@
+"""After how many steps a run evaluates and saves, and what to say where that is not what its keys seem to promise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+LONG_STEPS = 100  # a run of more steps than save_every has by default should not be without a checkpoint unawares
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """``None``: only at the end. ``notices``: for people, once a run."""
+
+    evaluate_every: int | None
+    save_every: int | None
+    notices: tuple[str, ...] = ()
+
+
+def cadence(
+    *,
+    steps: int,
+    epoch_steps: int,
+    evaluate_every: int | None,
+    save_every: int | None,
+    per_epoch: int | None = None,
+    with_evaluation: bool = False,
+    keep_every: int | None = None,
+) -> Cadence:
+    """``steps``: of the whole run; ``epoch_steps``: of an epoch; the rest are the keys of these names. A run that saves with
+    its evaluations and has none before its end saves every ``save_every`` steps."""
+    notices = []
+    if per_epoch:
+        evaluate_every = max(1, epoch_steps // per_epoch)
+        if per_epoch > epoch_steps:
+            notices.append(
+                f"evaluation.per_epoch={per_epoch}: an epoch has {epoch_steps} steps; the run evaluates after each of them"
+            )
+    saves, key = save_every, f"save_every={save_every}"
+    if with_evaluation:
+        key = f"checkpoint.with_evaluation=true, evaluate_every={evaluate_every or 'null'}"
+        if _none_before(evaluate_every, steps) and save_every is not None:
+            notices.append(
+                f"{key}: no evaluation comes before the end of {steps} steps; it saves every {save_every} (save_every)"
+            )
+        else:
+            saves = evaluate_every
+    asked_for_none = save_every is None and evaluate_every is None
+    if _none_before(saves, steps) and steps > LONG_STEPS and not asked_for_none and saves is not None:
+        notices.append(f"{key}: no checkpoint comes before the end of {steps} steps; a run that dies begins again")
+    if keep_every and saves and not _none_before(saves, steps) and math.lcm(saves, keep_every) > steps:
+        notices.append(
+            f"checkpoint.keep_every={keep_every}: keeps none, for checkpoints come every {saves} steps and none of "
+            f"{steps} steps is a multiple of both"
+        )
+    return Cadence(evaluate_every, saves, tuple(notices))
+
+
+def _none_before(every: int | None, steps: int) -> bool:
+    """Whether nothing is due before the last step."""
+    return every is None or every >= steps
