@@ -210,13 +210,16 @@ def claim(output_dir: str, *, start_over: bool = False, foreign: bool = False) -
     """
     path = Path(output_dir)
     try:
-        lock = _locked(path)
-        if not foreign:
-            check_not_foreign(path)
-        folder = RunFolder(path, lock)
-        if start_over and found_in(path):
-            return _renewed(folder, "resume=never: ")
-        _open_logs(path)
+        with ExitStack() as refused:
+            folder = RunFolder(path, _locked(path))
+            refused.callback(folder.lock.release)
+            if not foreign:
+                check_not_foreign(path)
+            if start_over and found_in(path):
+                folder = _renewed(folder, "resume=never: ")
+            else:
+                _open_logs(path)
+            refused.pop_all()
     except Busy:
         holder = (path / ".lock").read_text().strip() or "unknown"
         raise UserError(f"output_dir={output_dir}: another run is at work in it (host and pid: {holder})") from None

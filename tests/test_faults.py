@@ -187,7 +187,7 @@ def test_a_disk_that_fills_up_under_a_run(base_arguments, spawn, small_disk):
 
 def test_run_json_on_a_full_disk(tmp_path, capsys, monkeypatch):
     listener = RunFile(tmp_path)
-    monkeypatch.setattr("pretrain.replace.open_new", lambda path, **options: open("/dev/full", **options))  # noqa: SIM115
+    monkeypatch.setattr("pretrain.replace.open_new", lambda path, **options: Path("/dev/full").open(**options))  # noqa: SIM115
     for event in (RunStarted(0, total_steps=2, resumed=False), Evaluated(0, (), 0.0), RunFinished(2, "finished", 20)):
         listener(event)
     assert capsys.readouterr().err.count("run.json can't be written: No space left on device; the run goes on") == 1
