@@ -223,6 +223,7 @@ def build_guard(resolved: dict[str, Any], prepared: Prepared, engine: Engine, lo
         device=engine.world.device,
         quarantine=Quarantine(file, loader=loader, tokenizer=prepared.tokenizer),
         scaled=engine.scaler.is_enabled(),
+        agree=engine.world.largest,
     )
 
 

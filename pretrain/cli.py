@@ -99,6 +99,10 @@ def _dispatch(arguments: list[str]) -> int:
     if "--version" in arguments:
         print(f"pretrain {_version()}")
         return 0
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(f"the current folder is gone: {error.strerror}; change to another one") from None
     spoken = said(arguments)
     arguments = _with_flat_file(arguments)
     if said(arguments) != spoken:

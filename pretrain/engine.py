@@ -128,12 +128,23 @@ class Engine(Scorer):
         counts in ``skipped``, as does, under 16-mixed, one with a non-finite gradient.
         """
         self.scaler.unscale_(self.optimizer)
+        infinite = self._agree_on_infinite()
         norm = self.clip(max_norm)
+        if infinite is not None:
+            norm = torch.where(infinite & torch.isfinite(norm), torch.nan, norm)
         refused = refuse(norm)
         self.update(refused)
         self.skipped += refused | ~torch.isfinite(norm) if self.scaler.is_enabled() else refused
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _agree_on_infinite(self) -> Tensor | None:
+        """Make an infinite gradient that the loss scaler has found on one rank one of all ranks; whether there is one, a
+        0-d bool on the device. ``None`` where there is no scaler, or nobody to agree with."""
+        if self.world.size == 1 or not self.scaler.is_enabled():
+            return None
+        found = [self.world.largest(flag) for flag in self.scaler._found_inf_per_device(self.optimizer).values()]
+        return torch.stack([flag.to(self.world.device) for flag in found]).sum() > 0
 
     def update(self, refused: Tensor) -> None:
         """The optimizer's step, unless ``refused``, and the scaler's. A GPU is not waited for: it is told in the way in
@@ -188,6 +199,17 @@ class Engine(Scorer):
             "tensors": {"model": tensors.manifest(weights), "optimizer": tensors.manifest(moments)},
             "scaler": self.scaler.state_dict() | {"skipped": int(self.skipped)},
         }
+
+    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, this rank's part) of the state that other ranks hold as well. Those that hold the same parts under the
+        same names must have the same bits in them."""
+        yield from ((name, t) for name, t in self.model.hf_state().items() if tensors.is_replicated(t))
+        for name, parameter in self.model.hf_named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and tensors.is_replicated(value):
+                    yield f"{name}/{key}", value
+        if self.scaler.is_enabled() and self.scaler._scale is not None:
+            yield "the loss scale", self.scaler._scale
 
     def _own(self, named: dict[str, Tensor]) -> dict[str, Piece]:
         pieces = ((name, tensors.own_piece(t, is_main=self.world.is_main)) for name, t in named.items())

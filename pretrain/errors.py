@@ -18,6 +18,10 @@ class WorkersFailed(RuntimeError):
     """A worker process died or raised; the message holds what it said. The parent has no traceback of its own to show."""
 
 
+class ReplicasDiffer(RuntimeError):
+    """Ranks that must hold the same numbers do not: a fault of a machine, or a bug. The message names step, ranks and what."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest known name, or the list of known names when none is near."""
     names = sorted(known)

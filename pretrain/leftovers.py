@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
+from pretrain.filesystem import move
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.yaml_file import read_yaml
 
@@ -100,7 +101,7 @@ def move_aside(path: Path) -> Path:
     while os.path.lexists(aside := real.with_name(f"{real.name}.old-{number}")):
         number += 1
     try:
-        real.rename(aside)
+        move(real, aside)
     except OSError as error:  # a mount point, a folder above that can't be written
         raise UserError(
             f"output_dir={path}: the earlier run in it can't be moved aside: {error.strerror}; choose another"
@@ -115,7 +116,7 @@ def keep_aside(file: Path) -> Path | None:
     number = 1
     while os.path.lexists(aside := file.with_name(f"{file.stem}.old-{number}{file.suffix}")):
         number += 1
-    file.rename(aside)
+    move(file, aside)
     return aside
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Place:
     """``rank`` of ``size`` processes, ``local_rank`` of ``local_size`` on this machine; ``restarts`` of the group
-    so far, which all have the ``run_id`` of one command."""
+    so far, which all have the ``run_id`` of one command. ``store``: the file by which they meet, in a private folder
+    of their one machine; empty: at MASTER_ADDR and MASTER_PORT. ``one_machine``: whether all are on this one."""
 
     rank: int = 0
     size: int = 1
@@ -16,3 +17,5 @@ class Place:
     local_size: int = 1
     restarts: int = 0
     run_id: str = ""
+    store: str = ""
+    one_machine: bool = True

@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import quote, quote_plus
 
+from pretrain.filesystem import expanded
+
 NAMES = re.compile(  # of environment variables
     r"TOKEN(?!IZER|S_|S$)|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|SECRET|PASSW|PASSPHRASE|PASSCODE|CREDENTIAL|CONNECTION_STRING"
     r"|_PWD$|_PASS$|_PAT$|_AUTH$",
@@ -62,9 +64,9 @@ def secrets() -> dict[str, str]:
     """Value → where it stands, of every secret this process can know. A path is none: it says where one lies."""
     found = {value: f"the value of ${name}" for name, value in os.environ.items() if NAMES.search(name)}
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    file = Path(os.environ.get("HF_TOKEN_PATH", f"{home}/token")).expanduser()
+    file = expanded(os.environ.get("HF_TOKEN_PATH", f"{home}/token"))
     found[_text(file).strip()] = f"the token in {file}"
-    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    file = expanded(os.environ.get("NETRC", "~/.netrc"))
     try:
         logins = netrc.netrc(str(file)).hosts if _text(file) else {}
     except netrc.NetrcParseError:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from pretrain.filesystem import flush as fsync
 from pretrain.safe_files import open_new
 
 
@@ -20,12 +22,21 @@ def replace_file(path: Path, text: str, *, flush: bool = False) -> None:
             file.write(text)
             if flush:
                 file.flush()
-                os.fsync(file.fileno())
+                fsync(partial)
         os.replace(partial, path)
     except BaseException:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def keep_copy(path: Path) -> None:
+    """Keep what is in ``path`` as ``<name>.broken`` beside it, before it is rewritten without what can't be read of it;
+    the first such copy stays."""
+    copy = path.with_name(f"{path.name}.broken")
+    if not os.path.lexists(copy):
+        with suppress(OSError):  # no room: the records that can be read are worth more
+            shutil.copyfile(path, copy)
 
 
 def partial_of(path: Path, *, process: int | None = None) -> Path:

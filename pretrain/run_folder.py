@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from pretrain.checkpoint.schema import read_state, validation_error
@@ -31,6 +30,7 @@ from pretrain.leftovers import (
     read_config,
     task_of,
 )
+from pretrain.locks import Busy, Lock
 from pretrain.lr_of_run import chosen_lr, say_lr, say_lr_change
 from pretrain.optim.learning_rate import with_lr
 from pretrain.place import Place
@@ -50,7 +50,7 @@ class RunFolder:
     """``output_dir``, claimed by this process until it ends."""
 
     path: Path
-    lock: FileLock
+    lock: Lock
 
     def write_config(self, resolved: dict[str, Any], overrides: list[str]) -> str:
         """Write config.yaml and .hydra/overrides.yaml; return the former's text. Raises ``UserError``: a full disk."""
@@ -210,14 +210,17 @@ def claim(output_dir: str, *, start_over: bool = False, foreign: bool = False) -
     """
     path = Path(output_dir)
     try:
-        lock = _locked(path)
-        if not foreign:
-            check_not_foreign(path)
-        folder = RunFolder(path, lock)
-        if start_over and found_in(path):
-            return _renewed(folder, "resume=never: ")
-        _open_logs(path)
-    except Timeout:
+        with ExitStack() as refused:
+            folder = RunFolder(path, _locked(path))
+            refused.callback(folder.lock.release)
+            if not foreign:
+                check_not_foreign(path)
+            if start_over and found_in(path):
+                folder = _renewed(folder, "resume=never: ")
+            else:
+                _open_logs(path)
+            refused.pop_all()
+    except Busy:
         holder = (path / ".lock").read_text().strip() or "unknown"
         raise UserError(f"output_dir={output_dir}: another run is at work in it (host and pid: {holder})") from None
     except OSError as error:
@@ -233,6 +236,7 @@ def start_over(folder: RunFolder) -> RunFolder:
 
 def _renewed(folder: RunFolder, why: str) -> RunFolder:
     aside = move_aside(folder.path)
+    folder.lock.moved(aside / ".lock")
     folder.lock.release()
     lock = _locked(folder.path)
     _open_logs(folder.path)
@@ -254,13 +258,11 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(f"output_dir={path}: can't be written: {error.strerror}") from error
 
 
-def _locked(path: Path) -> FileLock:
+def _locked(path: Path) -> Lock:
     make_folder(Path(os.path.realpath(path)))  # where a link leads to, once that was moved aside
     check_private(path, "output_dir")
     check_links(path, "output_dir", (*RESULTS, *SETTINGS, *OWN_NAMES))
-    lock = FileLock(path / ".lock")
-    lock.acquire(timeout=PATIENCE_SECONDS)
-    return lock
+    return Lock(path / ".lock").acquire(timeout=PATIENCE_SECONDS)
 
 
 def resume_point(folder: RunFolder, store: Store, mode: str) -> Path | None:

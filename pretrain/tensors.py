@@ -21,6 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from pretrain.errors import UserError
 from pretrain.strict_json import parse_json
 
+CHECKSUM_NUMBERS = 1 << 24
 PIECES = "pieces"  # metadata of a file: {name: [first row, shape of the whole]} for what is not whole in it
 
 
@@ -49,6 +50,22 @@ def start_of(tensor: Tensor) -> int:
         return 0
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return int(offset[0]) if offset else 0
+
+
+def is_replicated(tensor: Tensor) -> bool:
+    """Whether several ranks hold the same part of ``tensor``, where there are several."""
+    if not isinstance(tensor, DTensor):
+        return True
+    sizes = (tensor.device_mesh.size(dim) for dim, p in enumerate(tensor.placements) if isinstance(p, Replicate))
+    return any(size > 1 for size in sizes)
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """The sum of its numbers' bits, taken as integers: int64 0-d, on its device. One flipped bit makes another one."""
+    flat = tensor.detach().reshape(-1)
+    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    sums = [part.sum(dtype=torch.int64) for part in bits.split(CHECKSUM_NUMBERS)]  # the sum's int64 copy stays small
+    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64, device=tensor.device)
 
 
 def own_piece(tensor: Tensor, *, is_main: bool) -> Piece | None:

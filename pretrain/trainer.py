@@ -33,6 +33,7 @@ from pretrain.events import (
 from pretrain.interrupt import held_back
 from pretrain.out_of_memory import watched
 from pretrain.progress import Every, Progress
+from pretrain.replicas import check_replicas
 from pretrain.telemetry.record import fields_of
 from pretrain.tensors import TensorFiles
 from pretrain.watchdog import Watchdog
@@ -258,6 +259,8 @@ class Trainer:
         """Make a checkpoint of exactly this moment; it is written while training goes on, or ``at_once``."""
         self._save_due = False
         started_at = time.perf_counter()
+        if self.guard.policy.replicas == "stop":
+            check_replicas(self.engine, self.progress.step)
         state = {
             "engine": self.engine.state_dict(),
             "loader": self.loader.state_dict(),

@@ -6,6 +6,8 @@ for a GPU.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -15,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.console import notice
 from pretrain.errors import NoRoom, UserError
 from pretrain.place import Place
+from pretrain.sockets import is_loopback, keep_to_interface_towards, keep_to_loopback, listening
 
 T = TypeVar("T")
 group_entered = False  # whether this process has ever been in a process group
@@ -65,6 +69,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def largest(self, tensor: Tensor) -> Tensor:
+        """The maximum of a device tensor over all ranks, in place. The host does not wait for it."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
     def each(self, work: Callable[[], T]) -> list[T]:
         """Do ``work`` on every rank and give every rank all results, by rank.
 
@@ -92,19 +102,72 @@ class World:
 def enter(place: Place, *, group: bool, timeout_seconds: float = 1800) -> World:
     """The world of a process at ``place``. ``group``: with a process group even where it is alone. Ends with ``leave``.
 
-    nccl for tensors on GPUs, gloo for the host's. MASTER_ADDR and MASTER_PORT in the environment say where several
-    processes meet.
+    nccl for tensors on GPUs, gloo for the host's. They listen where `pretrain.sockets` says.
     """
     device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if group or place.size > 1:
-        meeting: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if place.size == 1 else {}
+        if place.one_machine:
+            keep_to_loopback()
+        else:
+            keep_to_interface_towards(os.environ["MASTER_ADDR"])
+        timeout = timedelta(seconds=timeout_seconds)
+        meeting: dict[str, Any] = {"rank": place.rank, "world_size": place.size}
+        if (store := _store(place, timeout)) is not None:
+            store.set_timeout(timeout)
+            meeting["store"] = store
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         global group_entered
         group_entered = True
-        dist.init_process_group(backends, timeout=timedelta(seconds=timeout_seconds), **meeting)
+        dist.init_process_group(backends, timeout=timeout, **meeting)
     return World(place.rank, place.size, device, place.local_rank, place.local_size)
+
+
+def _store(place: Place, timeout: timedelta) -> dist.Store | None:
+    """Where the ranks leave each other their addresses. ``None``: torchrun's, which has started these processes and holds
+    one for them."""
+    if place.size == 1:
+        return dist.HashStore()
+    if place.store:
+        return dist.FileStore(place.store, place.size)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    options: dict[str, Any] = {"world_size": place.size, "several_machines": not place.one_machine}
+    return tcp_store(host, port, is_host=place.rank == 0, timeout=timeout, **options)
+
+
+def tcp_store(
+    host: str,
+    port: int,
+    *,
+    is_host: bool,
+    timeout: timedelta,
+    world_size: int | None = None,
+    several_machines: bool = False,
+) -> dist.TCPStore:
+    """torch's store at ``host``:``port``. The host listens there and nowhere else, if that is an address of its own; one
+    at which none of ``several_machines`` would reach it is none.
+
+    Raises ``UserError`` where it can't listen, ``DistNetworkError`` where nobody answers.
+    """
+    options: dict[str, Any] = {"timeout": timeout, "world_size": world_size, "multi_tenant": True}
+    if is_host:
+        try:
+            found = listening(host, port)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise UserError(f"can't listen at {host}:{port}: {error.strerror}") from error
+            found = None
+        if found is not None and several_machines and is_loopback(found.getsockname()[0]):
+            found.close()
+            found = None
+        if found is not None:
+            options["master_listen_fd"] = found.detach()
+        else:
+            notice(f"{host} is no address of this machine, so the run listens on all its interfaces, at port {port}")
+    return dist.TCPStore(host, port, is_master=is_host, **options)
 
 
 def leave() -> None:

@@ -9,7 +9,6 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 
 from pretrain.checkpoint.marker import entry_of, write_marker
 from pretrain.errors import NoRoom, UserError
+from pretrain.filesystem import flush, move, set_mode
 
 if TYPE_CHECKING:
     from pretrain.world import World
@@ -25,22 +25,12 @@ if TYPE_CHECKING:
 Fill = Callable[[Path], Iterable[Path]]
 
 
-def flush(path: Path) -> None:
-    """fsync a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def make_folder(path: Path) -> None:
     """Make a folder, and what is missing above it, on disk."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        with suppress(PermissionError):  # of a folder that may be written but not read
-            flush(path.parent)
+        flush(path.parent)
 
 
 def write_folder(
@@ -102,7 +92,7 @@ def _settle(
     """This rank's ``files`` on disk; size and checksum of each by its name in ``folder``."""
     entries = {}
     for file in files:
-        file.chmod(0o666 & ~_umask())  # safetensors makes its files for the owner alone
+        set_mode(file, 0o666 & ~_umask())  # safetensors makes its files for the owner alone
         entries[str(file.relative_to(folder))] = entry_of(file) if checksums else {"bytes": file.stat().st_size}
         flush(file)
         alive()
@@ -130,7 +120,7 @@ def replace_folder(new: Path, path: Path) -> None:
     old = path.with_name(f"{path.name}.replaced")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
-    os.rename(new, path)
+        move(path, old)
+    move(new, path)
     flush(path.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -9,6 +9,7 @@ makes it a model folder by itself (config, tokenizer, …), and the marker of a 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from pretrain.checkpoint.policy import Policy
 from pretrain.checkpoint.schema import KINDS, read_state, tensor_files, validation_error
 from pretrain.console import notice
 from pretrain.errors import UserError
+from pretrain.filesystem import free_bytes, move
 
 if TYPE_CHECKING:
     from pretrain.world import World
@@ -97,10 +99,11 @@ class Store:
             f"{free / 2**30:.2f} GiB free; {self.last_good()}"
         )
 
-    def _free(self) -> int:
+    def _free(self) -> float:
         try:
             make_folder(self.folder)
-            return shutil.disk_usage(self.folder).free
+            free = free_bytes(self.folder)
+            return math.inf if free is None else free
         except OSError as error:
             raise UserError(f"{self.folder} can't be written: {error}; {self.last_good()}") from error
 
@@ -123,7 +126,7 @@ class Store:
         nothing; one that a kill kept from being replaced is put back."""
         for old in self.folder.glob("step-*.replaced"):
             if not old.with_suffix("").exists():
-                old.rename(old.with_suffix(""))
+                move(old, old.with_suffix(""))
         for step in reversed([s for s in self.steps() if below is None or s < below]):
             path = self.path(step)
             reason = validation_error(path, verify=self.policy.verify)
@@ -137,7 +140,7 @@ class Store:
         for later in [s for s in self.steps() if s > step]:
             path = self.path(later)
             aside = self.folder / f"set-aside-{path.name}-{path.stat().st_mtime_ns}"
-            path.rename(aside)
+            move(path, aside)
             notice(f"{path} is of the branch that was left: kept as {aside.name}")
 
     def _losses(self) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, str | None]]]:
@@ -162,7 +165,7 @@ class Store:
         """Renamed first: a half deleted checkpoint never looks like a torn one."""
         doomed = self.folder / f"{self.path(step).name}.removed"
         try:
-            self.path(step).rename(doomed)
+            move(self.path(step), doomed)
             shutil.rmtree(doomed)
         except OSError as error:
             notice(f"checkpoint {self.path(step)} is no longer needed but can't be removed: {error}")

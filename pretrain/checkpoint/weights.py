@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pretrain.checkpoint.marker import missing_or_torn
 from pretrain.checkpoint.policy import Policy, Verify
 from pretrain.checkpoint.store import Store
 from pretrain.errors import UserError
+from pretrain.filesystem import expanded
 from pretrain.folders import MARKER
 
 
@@ -17,7 +16,7 @@ def weights_folder(name: str, *, key: str, verify: Verify = "size") -> str:
 
     Raises ``UserError`` for a checkpoint that is not whole and a run that has neither.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.is_dir():
         return name
     if any((path / file).exists() for file in (MARKER, "state.json")) or path.parent.name == "checkpoints":

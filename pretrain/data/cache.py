@@ -7,23 +7,30 @@ import errno
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from pretrain.errors import UserError
+from pretrain.filesystem import expanded, flush
 
 ABANDONED_SECONDS = 86_400.0  # a temporary file this old belongs to a process that was killed
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 def cache_dir() -> Path:
-    """``$PRETRAIN_CACHE``, else ``$XDG_CACHE_HOME/pretrain``, else ``~/.cache/pretrain``."""
+    """``$PRETRAIN_CACHE``, else ``$XDG_CACHE_HOME/pretrain``, else ``~/.cache/pretrain``.
+
+    Raises ``UserError`` for an account without a home.
+    """
     if named := os.environ.get("PRETRAIN_CACHE"):
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "pretrain"
+        return expanded(named)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return expanded(base) / "pretrain"
+    home = expanded("~")
+    if not home.is_absolute():
+        raise UserError("no place for the token cache: this account has no home; set PRETRAIN_CACHE to a folder")
+    return home / ".cache/pretrain"
 
 
 @contextmanager
@@ -37,13 +44,14 @@ def whole_or_absent(path: Path) -> Iterator[IO[bytes]]:
     make_folder(path.parent)
     temporary = path.parent / f".{path.name}.{os.getpid()}-{time.monotonic_ns()}.tmp"
     try:
-        with _cache_errors(path.parent), open(temporary, "xb") as file:
+        with cache_errors(path.parent), open(temporary, "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            flush(temporary)
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -53,7 +61,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    with _cache_errors(path):
+    with cache_errors(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
@@ -68,7 +76,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 @contextmanager
-def _cache_errors(folder: Path) -> Iterator[None]:
+def cache_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -78,9 +86,7 @@ def _cache_errors(folder: Path) -> Iterator[None]:
                 "what was finished before is kept: free some space or set PRETRAIN_CACHE to another disk, "
                 "then run the same command again"
             ) from error
-        if error.errno in NOT_WRITABLE:
-            raise UserError(
-                f"cannot write the token cache {folder} ({error.strerror}); "
-                "set PRETRAIN_CACHE to a folder you can write"
-            ) from error
-        raise
+        raise UserError(
+            f"cannot write the token cache {folder} ({error.strerror or error}); "
+            "set PRETRAIN_CACHE to a folder you can write"
+        ) from error

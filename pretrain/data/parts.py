@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.errors import UserError
+from pretrain.filesystem import mapped
 
 MAGIC = b"PTTOKEN1"
 MAX_OPEN = 256  # each memory map holds a file descriptor; 1024 is the usual limit
@@ -122,7 +123,7 @@ def _column_starts(part: Part) -> list[int]:
 def _mapped(part: Part) -> tuple[NDArray[Any], ...]:
     starts = _column_starts(part)
     try:
-        raw = np.asarray(np.memmap(part.path, np.uint8, "r"))  # a plain array: slicing a memmap costs ten times as much
+        raw = mapped(Path(part.path))  # a plain array: slicing a memmap costs ten times as much
     except (FileNotFoundError, ValueError):  # gone, or empty
         raw = np.empty(0, np.uint8)
     if len(raw) < starts[-1]:

@@ -13,10 +13,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import xxhash
-from filelock import FileLock, Timeout
 
 from pretrain.console import notice, progress_bar
-from pretrain.data.cache import cache_dir, make_folder, remove_abandoned, write_whole
+from pretrain.data.cache import cache_dir, cache_errors, make_folder, remove_abandoned, write_whole
 from pretrain.data.cut import cut
 from pretrain.data.encode import FORMAT, Encoder, Outcome
 from pretrain.data.fingerprint import files_of
@@ -27,6 +26,7 @@ from pretrain.data.units import Piece, Unit, group, key_of, reading, stamp_of
 from pretrain.data.workers import encode_in_workers
 from pretrain.errors import UserError
 from pretrain.folders import check_private
+from pretrain.locks import Busy, Lock
 
 # Less text than this is tokenized here, by all cores through the tokenizer's own threads. Between its calls one core
 # works alone (6 % of the CPU time in a profile of 11 MB). Where workers begin to pay is an estimate from that and from a start of
@@ -171,12 +171,13 @@ def _alone(path: Path, name: str) -> Iterator[None]:
     """Hold the dataset's lock; whoever comes second waits and then finds the work done. The kernel frees the lock of a
     process that died."""
     make_folder(path.parent)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=UNNOTICED_SECONDS, poll_interval=0.01)
-    except Timeout:
-        notice(f"dataset {name!r}: another run is filling the token cache; waiting for it")
-        lock.acquire()
+    lock = Lock(path)
+    with cache_errors(path.parent):
+        try:
+            lock.acquire(timeout=UNNOTICED_SECONDS)
+        except Busy:
+            notice(f"dataset {name!r}: another run is filling the token cache; waiting for it")
+            lock.acquire()
     try:
         yield
     finally:

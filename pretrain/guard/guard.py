@@ -6,6 +6,7 @@ step has been queued, so that the device never idles; which step that is, is the
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,32 +39,52 @@ class Bad:
         return f"step {self.step}: loss {self.loss:.4g}{spike}, gradient norm {self.grad_norm:.4g}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Look:
-    """What is known of a step before its update: 0-d tensors on the device. The ``judge`` knows the steps before it."""
+    """What is known of a step before its update: 0-d tensors on the device. The ``judge`` knows the steps before it.
+
+    ``agree``: a verdict → the worst one that a rank has come to: on a rank whose memory or device is at fault these
+    numbers may be others, and one rank alone must not leave an update out.
+    """
 
     judge: Judge
     loss: Tensor
     zscore: Tensor
+    agree: Callable[[Tensor], Tensor]
+    _norm: Tensor | None = None
+    _verdict: Tensor | None = None
 
     def refuses(self, norm: Tensor) -> Tensor:
-        """Whether gradients of this ``norm`` must not change the weights, 0-d bool."""
-        return self.judge.verdict(self.loss, self.zscore, norm) != FINE
+        """Whether gradients of this ``norm`` must not change the weights, 0-d bool, equal on all ranks."""
+        return self.verdict(norm) != FINE
+
+    def verdict(self, norm: Tensor) -> Tensor:
+        """FINE, NONFINITE or SPIKE, 0-d int64, equal on all ranks. A collective, once for each ``norm``."""
+        if self._verdict is None or self._norm is not norm:
+            self._norm, self._verdict = norm, self.agree(self.judge.verdict(self.loss, self.zscore, norm))
+        return self._verdict
 
 
 class Guard:
     """``quarantine`` writes down the batch of a bad step and returns its documents in a few words.
 
-    ``passed_over``: first samples of the batches that the run went back for; they are not trained.
+    ``passed_over``: first samples of the batches that the run went back for; they are not trained. ``agree``: see `Look`.
     """
 
     def __init__(
-        self, policy: Policy, *, device: torch.device, quarantine: Callable[[Bad], str], scaled: bool = False
+        self,
+        policy: Policy,
+        *,
+        device: torch.device,
+        quarantine: Callable[[Bad], str],
+        scaled: bool = False,
+        agree: Callable[[Tensor], Tensor] = lambda verdict: verdict,
     ) -> None:
         self.policy = policy
         self.judge = Judge(policy, device=device, scaled=scaled)
         self.passed_over: set[int] = set()
         self._quarantine = quarantine
+        self._agree = agree
         self.doubtful = False  # the last step was not trained: what the weights are worth the next one will show
         self.recovered = True  # a step has been trained since the run went back
         self._skips_in_a_row = 0
@@ -72,11 +93,11 @@ class Guard:
 
     def look(self, loss: Tensor) -> Look:
         """Look at the ``loss`` of a step, that of the whole global batch, before the update."""
-        return Look(self.judge, loss, self.judge.zscore(loss))
+        return Look(self.judge, loss, self.judge.zscore(loss), self._agree)
 
     def note(self, look: Look, norm: Tensor, *, step: int, first_sample: int) -> None:
         """Keep what came of a step until `found` reads it."""
-        verdict = self.judge.verdict(look.loss, look.zscore, norm)
+        verdict = look.verdict(norm)
         self.judge.accept(look.loss, verdict)
         numbers = torch.stack([verdict.float(), look.loss, norm, look.zscore]).to("cpu", non_blocking=True)
         copied = None
@@ -116,6 +137,8 @@ class Guard:
         if verdict == FINE:
             return None
         reason = "nonfinite" if verdict == NONFINITE else "spike"
+        if reason == "nonfinite" and all(math.isfinite(number) for number in rest[:2]):
+            rest[1] = math.nan  # another rank's: nobody's gradients are trained
         return Bad(step, first_sample, reason, getattr(self.policy, reason), *rest)
 
     def _limit(self, bad: Bad) -> str | None:

@@ -17,6 +17,9 @@ class Policy:
 
     No action but ``ignore`` lets the step change the weights. ``skip``: go on with the next batch. ``rollback``: go back
     to the last checkpoint and pass over the batch when it comes again. ``stop``: end the run.
+
+    ``replicas``: ``stop``: before every save, ranks that hold the same weights and moments compare them, and the run ends
+    where they differ; ``ignore``: they don't (machines of different kinds may round differently).
     """
 
     nonfinite: Action = "skip"
@@ -25,3 +28,4 @@ class Policy:
     window: Annotated[int, Field(ge=8)] = 64
     max_skips_in_a_row: PositiveInt = 10
     max_rollbacks: NonNegativeInt = 3
+    replicas: Literal["stop", "ignore"] = "stop"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.console import notice
 from pretrain.guard.guard import Bad
-from pretrain.replace import replace_file
+from pretrain.replace import keep_copy, replace_file
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.record import json_safe
 
@@ -41,7 +41,7 @@ class Quarantine:
         if self._path is not None:
             try:
                 self._write(self._record(bad, found))
-            except (OSError, ValueError) as error:  # no room, or a file that was torn: worth less than the run
+            except (OSError, ValueError) as error:  # no room: worth less than the run
                 notice(f"{self._path} can't be written: {error}; the run goes on")
         names = ", ".join(f"{document.path}#{document.index}" for document, _ in found[:NAMED])
         return names + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
@@ -63,7 +63,11 @@ class Quarantine:
 
     def _write(self, record: dict[str, Any]) -> None:
         assert self._path is not None
-        earlier = read_records(self._path) if self._path.exists() else []
-        kept = [r for r in earlier if r["first_sample"] != record["first_sample"]]
+        odd: list[str] = []
+        earlier = read_records(self._path, say=odd.append) if self._path.exists() else []
+        if odd:
+            keep_copy(self._path)
+            notice(odd[0])
+        kept = [r for r in earlier if r.get("first_sample") != record["first_sample"]]
         lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in [*kept, record])
         replace_file(self._path, "".join(lines), flush=True)

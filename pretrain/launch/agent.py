@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.console import notice
 from pretrain.errors import UserError, WorkersFailed
+from pretrain.filesystem import check_temporary_folder
 from pretrain.interrupt import EXIT_CODE, HEARING_SECONDS, Stopped, held_back
-from pretrain.launch.network import interface_of, is_here, own_address
+from pretrain.launch.network import is_here, own_address
 from pretrain.launch.report import read_reports
 from pretrain.launch.worker import Job, prepare_data, work
 
@@ -35,12 +36,12 @@ def run_workers(resolved: dict[str, Any], overrides: list[str], setting: Setting
 
     Raises ``UserError`` for a mistake that a worker found, ``WorkersFailed`` when the group failed for good.
     """
+    check_temporary_folder()
+    check_semaphores()
     warm_up()
-    meeting, environment = _meeting(policy), dict(os.environ)
-    if policy.nodes > 1 and (interface := interface_of(meeting["local_addr"])):
-        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+    meeting = _meeting(policy)
     with tempfile.TemporaryDirectory(prefix="pretrain-") as reports:
-        job = Job(resolved, overrides, setting, reports, environment, os.getcwd())
+        job = Job(resolved, overrides, setting, reports, dict(os.environ), os.getcwd())
         _wait_for_data(job)
         codes = _run_agent(job, setting.workers // setting.nodes, policy, meeting)
     return next((code for code in codes if code), 0)
@@ -71,33 +72,28 @@ def _wait_for_data(job: Job) -> None:
 
 
 def _meeting(policy: Policy) -> dict[str, Any]:
-    """Where this agent meets those of other nodes, as arguments of torch's ``RendezvousParameters``."""
-    nodes = {"backend": "c10d", "min_nodes": policy.nodes, "max_nodes": policy.nodes, "join_timeout": policy.timeout}
+    """Where this agent meets those of other nodes, as arguments of ``meeting.meet``; empty where there are none.
+
+    Raises ``UserError`` for a place that can't be one, before any data is read.
+    """
     if policy.nodes == 1:
-        return nodes | {"endpoint": "localhost:0", "run_id": uuid.uuid4().hex, "local_addr": "localhost"}
+        return {}
     assert policy.endpoint is not None
     # torch finds out by the host's name whether it is the host, which need not lead to the address that was given
-    found = {"is_host": is_here(policy.endpoint), "local_addr": own_address(policy.endpoint)}
+    found = {"is_host": is_here(policy.endpoint), "local_address": own_address(policy.endpoint)}
     notice(f"meeting {policy.nodes} nodes at {policy.endpoint}")
-    return nodes | {"endpoint": policy.endpoint, "run_id": "pretrain"} | found
+    return {"endpoint": policy.endpoint, "nodes": policy.nodes, "timeout_seconds": policy.timeout} | found
 
 
-def _meet(meeting: dict[str, Any]) -> Any:
-    """torch's rendezvous handler. Of two agents on the host of the meeting point the first one there holds it.
-
-    Raises ``UserError`` when nobody answers there.
-    """
-    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousParameters
-    from torch.distributed.elastic.rendezvous import registry as meeting_points
-
+def check_semaphores() -> None:
+    """Raises ``UserError`` where processes can't have one, which lies in /dev/shm: the results of workers need some."""
     try:
-        return meeting_points.get_rendezvous_handler(RendezvousParameters(**meeting))
-    except RendezvousConnectionError as error:
-        if meeting.get("is_host"):
-            return _meet(meeting | {"is_host": False})
+        multiprocessing.get_context("forkserver").Lock()
+    except OSError as error:
         raise UserError(
-            f"launch.endpoint={meeting['endpoint']}: nobody answers there; does the command run on that machine?"
-        ) from error
+            f"several processes need shared memory: {error.strerror or error}; mount a tmpfs at /dev/shm that you can write "
+            "(docker run --ipc=host or --shm-size=1g), or use one process: strategy=single"
+        ) from None
 
 
 def warm_up() -> None:
@@ -116,6 +112,7 @@ def _run_agent(job: Job, workers: int, policy: Policy, meeting: dict[str, Any]) 
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
     from pretrain.launch.elastic import Agent
+    from pretrain.launch.meeting import Alone, meet
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn", "torchelastic-events-null"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what happened is said by us, once
@@ -124,7 +121,7 @@ def _run_agent(job: Job, workers: int, policy: Policy, meeting: dict[str, Any]) 
         local_world_size=workers,
         entrypoint=work,
         args=(job,),
-        rdzv_handler=_meet(meeting),
+        rdzv_handler=meet(**meeting) if meeting else Alone(uuid.uuid4().hex),
         max_restarts=policy.max_restarts,
         monitor_interval=0.05,
     )

@@ -7,6 +7,7 @@ Data is prepared before any process group exists, so that no rank ever waits in 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 from pretrain.console import notice
@@ -17,6 +18,7 @@ from pretrain.launch.network import check_master
 from pretrain.launch.policy import Policy
 from pretrain.place import Place
 from pretrain.prepare import instantiate
+from pretrain.sockets import address_towards, is_loopback
 from pretrain.split import Split
 from pretrain.strategy.base import Setting, Strategy
 
@@ -97,4 +99,15 @@ def place_in(plan: Layout) -> Place:
     local_rank = int(os.environ.get("LOCAL_RANK", rank % plan.workers))
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return Place(rank, plan.world_size, local_rank, plan.workers, restarts, run_id)
+    return Place(
+        *(rank, plan.world_size, local_rank, plan.workers, restarts, run_id), one_machine=_on_one_machine(plan)
+    )
+
+
+def _on_one_machine(plan: Layout) -> bool:
+    """Whether all processes are on this machine. Where nobody says how many are, MASTER_ADDR does."""
+    if plan.nodes > 1 or plan.world_size == 1 or "LOCAL_WORLD_SIZE" in os.environ:
+        return plan.nodes == 1
+    with suppress(OSError):
+        return is_loopback(address_towards(os.environ["MASTER_ADDR"]))
+    return False

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
-import struct
 import threading
 from contextlib import suppress
 
 from pretrain.errors import UserError
+from pretrain.sockets import address_towards, is_loopback
 
 ANSWER_SECONDS = 3.0
-SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
 
 
 def is_here(endpoint: str) -> bool:
@@ -28,6 +26,11 @@ def is_here(endpoint: str) -> bool:
         address = socket.gethostbyname(host)
     except OSError as error:
         raise UserError(f"launch.endpoint={endpoint}: no such host: {error}") from None
+    if is_loopback(address) and host not in ("localhost", address):
+        raise UserError(
+            f"launch.endpoint={endpoint}: on this machine {host} is {address}, where no other machine reaches it; "
+            f"give the address that they reach: launch.endpoint=<address>:{port}"
+        )
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -50,24 +53,11 @@ def split(endpoint: str) -> tuple[str, int]:
 
 
 def own_address(endpoint: str) -> str:
-    """The address from which this machine reaches the meeting point. Nothing is sent. Raises ``UserError``: no route."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(split(endpoint))
-        except OSError as error:
-            raise UserError(f"launch.endpoint={endpoint}: can't be reached: {error.strerror}") from None
-        return str(probe.getsockname()[0])
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has ``address``: gloo goes by the host's name otherwise, which may lead elsewhere."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):  # an interface without an address
-                found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                if socket.inet_ntoa(found[20:24]) == address:
-                    return name
-    return None
+    """The address from which this machine reaches the meeting point. Raises ``UserError``: no route."""
+    try:
+        return address_towards(split(endpoint)[0])
+    except OSError as error:
+        raise UserError(f"launch.endpoint={endpoint}: can't be reached: {error.strerror}") from None
 
 
 def check_master(rank: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pretrain.errors import UserError
+from pretrain.errors import ReplicasDiffer, UserError
 from pretrain.replace import replace_file
 
 # Where a rank waits for the others: in collectives, and in autograd's backward, which has some.
@@ -44,8 +44,11 @@ class Report:
 
 def write_report(folder: Path, rank: int, error: BaseException) -> None:
     mistake = isinstance(error, UserError)
+    explained = mistake or isinstance(error, ReplicasDiffer)  # by its message alone, on every rank alike
     message = str(error) if mistake else f"failed: {type(error).__name__}: {error}"
-    trace = "" if mistake else "".join(traceback.format_exception(error))
+    if isinstance(error, ReplicasDiffer):
+        message = f"found that replicas differ: {error}"
+    trace = "" if explained else "".join(traceback.format_exception(error))
     _write(folder, Report(rank, message, trace, time.monotonic(), mistake))
 
 

@@ -61,7 +61,12 @@ def work(job: Job) -> int:
     rank, local_size = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     run_id = os.environ["TORCHELASTIC_RUN_ID"]
-    place = Place(rank, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]), local_size, restarts, run_id)
+    one_machine = job.setting.nodes == 1
+    place = Place(
+        *(rank, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]), local_size, restarts, run_id),
+        store=f"{job.reports}/store-{restarts}" if one_machine else "",
+        one_machine=one_machine,
+    )
     capture_stderr(Path(job.reports) / f"rank-{rank}.stderr", keep_terminal=rank == 0)
     faulthandler.enable(2)  # a bus error, a segmentation fault: its stacks go into the log
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # asked by the parent, of a group that hangs

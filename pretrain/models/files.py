@@ -13,6 +13,7 @@ from typing import Any
 import xxhash
 
 from pretrain.errors import UserError
+from pretrain.filesystem import expanded
 from pretrain.folders import is_below, marked_files
 
 SAMPLE = Path(__file__).parent / "sample"
@@ -36,7 +37,7 @@ def model_folder(name: str, *, revision: str | None = None, key: str = "model_na
     """
     if name == "sample":
         return SAMPLE
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return path
     if path.is_file():

@@ -211,6 +211,11 @@ class DeepspeedEngine(Engine):
                 own[kind][name] = Piece(tensor.detach().cpu(), 0, tuple(tensor.shape))
         return own | {"tensors": every, "scaler": self._loss_scale() | {"skipped": int(self.skipped)}}
 
+    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+        """Below stage 3 the weights that the forward uses; all else lies in shards."""
+        if self._stage < 3:
+            yield from self.model.hf_state().items()
+
     def _whole_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """("model" or "optimizer", name, tensor) of everything a checkpoint holds. A collective."""
         for name, tensor in self.whole_weights():

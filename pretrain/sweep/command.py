@@ -6,7 +6,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,5 +149,6 @@ def _at_work(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"sweep_dir={folder}: can't be written: {error.strerror}") from None
     with file:
-        fcntl.flock(file, fcntl.LOCK_SH)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_SH)
         yield

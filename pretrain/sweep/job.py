@@ -5,7 +5,6 @@ A job is known by its overrides, whatever their order: a sweep that has grown fi
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.console import notice
+from pretrain.locks import Busy, Lock
 from pretrain.quoting import unquoted
-from pretrain.safe_files import open_file, own_folder
+from pretrain.safe_files import own_folder
 from pretrain.telemetry.run_file import write_json
 
 LONGEST_NAME = 100  # characters; file systems allow 255 bytes, and people read them in a table
@@ -86,15 +86,15 @@ class Job:
         fresh |= {"exit_code": None, "error": None, "seconds": 0.0}
         write_json(file, fresh | self.read() | changes)
 
-    def lock(self) -> int | None:
-        """A descriptor that holds this job until it is closed everywhere; ``None``: somebody else has it.
+    def lock(self) -> Lock | None:
+        """What holds this job until it is released everywhere; ``None``: somebody else has it.
 
         A child that inherits it goes on holding: a job whose parent was killed is still at work.
         """
         return lock_of(self.sweep, f"{self.name}.lock", wait=False)
 
     @contextmanager
-    def alone(self) -> Iterator[int]:
+    def alone(self) -> Iterator[Lock]:
         """Wait until nobody else is at work on this job, and hold it."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         said = False
@@ -106,18 +106,16 @@ class Job:
         try:
             yield held
         finally:
-            os.close(held)
+            held.release()
 
 
-def lock_of(sweep: Path, name: str, *, wait: bool = True) -> int | None:
+def lock_of(sweep: Path, name: str, *, wait: bool = True) -> Lock | None:
     sweep.mkdir(parents=True, exist_ok=True)
-    file = open_file(own_folder(sweep / KEPT) / name, os.O_RDWR, 0o644)
+    folder = own_folder(sweep / KEPT)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(file)
+        return Lock(folder / name).acquire(timeout=None if wait else 0)
+    except Busy:
         return None
-    return file
 
 
 @contextmanager
@@ -128,7 +126,7 @@ def alone_in(sweep: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(held)
+        held.release()
 
 
 def jobs_in(sweep: Path) -> list[tuple[Job, dict[str, Any]]]:

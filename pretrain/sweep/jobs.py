@@ -7,7 +7,6 @@ of a job stands in its folder alone, so that any number of processes may write a
 from __future__ import annotations
 
 import math
-import os
 import re
 import shlex
 import signal
@@ -88,7 +87,7 @@ class Sweep:
         """List the job as one of this command, unless another command is at work on it."""
         if (held := job.lock()) is not None:
             self.begin(job)
-            os.close(held)
+            held.release()
 
     def begin(self, job: Job) -> dict[str, Any]:
         """The job's state, marked as one of this command; ``waiting`` unless there is nothing left to do. What an earlier
@@ -156,7 +155,7 @@ def run_job(
         process = subprocess.Popen(
             [sys.executable, "-m", "pretrain", *sweep.words(job)],
             env=child.environment(job.note) | (environment or {}),
-            pass_fds=(held,),  # the job is at work as long as this process lives, whatever becomes of ours
+            pass_fds=held.descriptors,  # the job is at work as long as this process lives, whatever becomes of ours
         )
         # The job decides when to stop. A terminal sends Ctrl-C to it too, and it passes over the second word for one wish.
         with hearing(asked, lambda n: process.send_signal(signal.SIGTERM if n == signal.SIGINT else n)):

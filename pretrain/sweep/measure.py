@@ -77,7 +77,9 @@ def evaluations(file: Path) -> list[dict[str, Any]]:
             if b'"evaluation"' in line:
                 with suppress(ValueError):
                     found.append(json.loads(line))
-    return [record for record in found if record.get("event") == "evaluation"]
+    return [
+        r for r in found if isinstance(r, dict) and r.get("event") == "evaluation" and "step" in r and "domain" in r
+    ]
 
 
 def mean(values: Iterable[float | None]) -> float | None:

@@ -3,13 +3,15 @@ the same command goes on where it was stopped or killed."""
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.console import notice
 from pretrain.errors import UserError
+from pretrain.replace import keep_copy, replace_file
 from pretrain.sweep.job import lock_of, plain
 from pretrain.sweep.jobs import Outcome
 from pretrain.sweep.space import Space
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 FILE = "optuna.journal"
+CREATE_TRIAL = 4  # optuna.storages.journal: JournalOperation.CREATE_TRIAL; seen in Optuna 5.0
 
 
 @contextmanager
@@ -33,7 +36,7 @@ def search_alone(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(held)
+        held.release()
 
 
 class Study:
@@ -46,7 +49,7 @@ class Study:
         optuna = _optuna()
         self._space = space
         self._open: list[Trial] = []  # trials of a command that was stopped
-        _cut_torn_line(folder / FILE)
+        _leave_out_broken_lines(folder / FILE)
         self._study: OptunaStudy = optuna.create_study(
             study_name="sweep",
             storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / FILE))),
@@ -111,11 +114,44 @@ def _params(trial: FrozenTrial) -> dict[str, Any]:
     return params
 
 
-def _cut_torn_line(file: Path) -> None:
-    """The power failed while a line was written: Optuna would write the next one behind it and read neither."""
-    if file.exists():
-        whole = file.read_bytes()
-        os.truncate(file, whole.rfind(b"\n") + 1)
+def _leave_out_broken_lines(file: Path) -> None:
+    """Optuna reads its journal up to the first line that is no JSON, and writes behind a torn last one: none of the
+    trials after it would ever be known. The torn last one goes; where others do, the file is kept as it was."""
+    if not file.exists():
+        return
+    before = file.read_bytes()
+    kept: list[tuple[int, bytes]] = []
+    odd: list[tuple[int, bytes]] = []
+    for number, line in enumerate(before[: before.rfind(b"\n") + 1].splitlines(keepends=True), start=1):
+        (kept if _is_entry(line) else odd).append((number, line))
+    after = b"".join(line for _, line in kept)
+    if odd:
+        where = f"{file}:{odd[0][0]}: no entry of a search"
+        if not _is_consistent(after):
+            raise UserError(
+                f"{where}, and those after it can't be understood without it; restore the file, or move it away"
+            )
+        keep_copy(file)
+        notice(f"{where}; it is left out, those after it are read")
+    if after != before:
+        replace_file(file, after.decode())
+
+
+def _is_consistent(entries: bytes) -> bool:
+    """Whether every entry is of a trial that was begun before it: trials are numbered by the order of their beginnings."""
+    begun = 0
+    for entry in map(json.loads, entries.splitlines()):
+        begun += entry.get("op_code") == CREATE_TRIAL
+        if entry.get("trial_id", -1) >= begun:
+            return False
+    return True
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _difference(known: dict[str, Any], about: dict[str, Any]) -> str:

@@ -121,5 +121,5 @@ def _held(folder: Path, lock: str) -> bool:
         held = lock_of(folder, lock, wait=False)
         if held is None:
             return True
-        os.close(held)
+        held.release()
     return False

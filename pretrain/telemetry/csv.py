@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from pretrain.console import notice
 from pretrain.events import RunStarted
-from pretrain.replace import replace_file
+from pretrain.replace import keep_copy, replace_file
 from pretrain.telemetry.patient_file import PatientFile
 from pretrain.telemetry.record import WITH_EVALUATION, Record
 from pretrain.telemetry.sink import Sink
@@ -51,9 +52,12 @@ class Table:
         self._columns: list[str] = []
         self._file: PatientFile | None = None
         if path.exists():
-            self._rewrite(
-                [row for row in read_rows(path) if start.step and not _comes_again(path.stem, row, start)], []
-            )
+            odd: list[str] = []
+            rows = read_rows(path, say=odd.append) if start.step else []
+            if odd:
+                keep_copy(path)
+                notice(odd[0])
+            self._rewrite([row for row in rows if not _comes_again(path.stem, row, start)], [])
 
     def write(self, row: Row) -> None:
         new = [column for column in row if column not in self._columns]
@@ -100,11 +104,22 @@ def rows(record: Record) -> list[Row]:
     return [own | {family.removesuffix("s"): name} | numbers for name, numbers in record[family].items()]
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table; a torn last one (the run was killed while writing it) is left out."""
-    text = path.read_bytes().decode(errors="replace")
-    whole = text[: text.rfind("\r\n") + 2]
-    return list(csv.DictReader(io.StringIO(whole, newline="")))
+def read_rows(path: Path, *, say: Callable[[str], None] = notice) -> list[dict[str, str]]:
+    """The rows of a table. A torn last one (the run was killed while writing it) is left out, and any other that does not
+    fit the header too; ``say`` is told of those. A quote that is never closed spoils its own line only."""
+    lines = path.read_bytes().decode(errors="replace").split("\r\n")[:-1]
+    if not lines:
+        return []
+    columns, *rows = ([*csv.reader([line])] for line in lines)
+    header = columns[0] if columns else []
+    found = []
+    for number, cells in enumerate(rows, start=2):
+        row = dict(zip(header, cells[0], strict=False)) if len(cells) == 1 else {}
+        if cells and len(cells[0]) == len(header) and row.get("step", "").isdigit():
+            found.append(row)
+        else:
+            say(f"{path}:{number}: not a row of this table; it is left out, those after it are kept")
+    return found
 
 
 def _comes_again(event: str, row: dict[str, str], start: RunStarted) -> bool:

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from pretrain.filesystem import expanded
+
 
 def server() -> str:
     """The URL of W&B's cloud, or of a server of one's own (``WANDB_BASE_URL``, ``wandb login --host``)."""
@@ -21,8 +23,8 @@ def has_key() -> bool:
     """Whether there is a key (or an identity token) for ``server()``: in the environment, netrc or W&B's settings."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings().get("api_key"):
         return True
-    home = Path("~/.netrc").expanduser()
-    file = Path(os.environ.get("NETRC") or (home if home.exists() else "~/_netrc")).expanduser()
+    home = expanded("~/.netrc")
+    file = expanded(os.environ.get("NETRC") or (home if home.exists() else "~/_netrc"))
     try:
         entry = netrc.netrc(file).authenticators(urlsplit(server()).netloc)
     except (OSError, netrc.NetrcParseError):
@@ -32,7 +34,7 @@ def has_key() -> bool:
 
 def settings() -> dict[str, str]:
     """What ``wandb login`` and ``wandb offline`` have left, for this user and, before that, for this folder."""
-    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    folder = expanded(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")
     parser = configparser.ConfigParser(interpolation=None)
     try:
         parser.read([folder / "settings", Path(os.environ.get("WANDB_DIR", "."), "wandb", "settings")])

@@ -15,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
+from pretrain.locks import Busy, Lock
 from pretrain.redact import redact
 from pretrain.telemetry.record import Record, scalars
 
@@ -42,8 +42,8 @@ class Run:
         self._step = -1
         self._skipped = 0
         self._exit_code = 75  # it goes back to a checkpoint, unless its end is told
-        self._lock = FileLock(Path(order["folder"], ".wandb_lock"))
-        with suppress(Timeout):  # the process of an earlier start, whose training was killed, may still be sending
+        self._lock = Lock(Path(order["folder"], ".wandb_lock"))
+        with suppress(Busy):  # the process of an earlier start, whose training was killed, may still be sending
             self._lock.acquire(timeout=order["timeout"])
         self._run = self._begin()
         self._first_row = self._run.step

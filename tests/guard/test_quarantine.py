@@ -68,3 +68,15 @@ def test_other_ranks_write_nothing_and_say_the_same(loader, tokenizer, tmp_path)
     )
     assert silent(bad(0)) == writing(bad(0))
     assert ".txt#0" in silent(bad(0))
+
+
+def test_a_broken_line_costs_no_other_batch(loader, tokenizer, tmp_path, capsys):
+    path = tmp_path / "quarantine.jsonl"
+    write = Quarantine(path, loader=loader, tokenizer=tokenizer)
+    write(bad(0))
+    with path.open("a") as file:
+        file.write('{"first_sa\n')
+    write(bad(8, 3))
+    assert [r["first_sample"] for r in read_records(path)] == [0, 8]
+    assert f"{path}:2: no record" in capsys.readouterr().err
+    assert '{"first_sa\n' in (tmp_path / "quarantine.jsonl.broken").read_text()

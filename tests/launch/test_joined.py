@@ -87,6 +87,36 @@ def test_what_torchrun_decides_is_said(given, command, monkeypatch, tmp_path):
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in err
 
 
+def test_what_torchrun_has_restarted_continues(given, command, monkeypatch, tmp_path):
+    """By its count of restarts, of the same command: what resume=never has begun is not begun once more."""
+    run = tmp_path / "run"
+    torchruns = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "one"}
+    for name, value in torchruns.items():
+        monkeypatch.setenv(name, value)
+    more = ["resume=never", "save_every=2", f"output_dir={run}"]
+    seen = []
+    for count, command_id, last in (("0", "one", 2), ("1", "one", 4), ("7", "one", 5), ("1", "two", 6)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", command_id)
+        code, _, err = command([*given, *more, f"max_steps={last}"])
+        assert code == 0, err
+        seen.append([step for step, _ in starts(run)])
+    assert seen == [[0], [0, 2], [0, 2, 4], [0]], "another command's restart is none of this run's"
+
+
+def test_the_place_of_a_rank_is_what_torchrun_says(monkeypatch):
+    from pretrain.launch.launcher import place_in
+    from pretrain.launch.layout import Layout
+    from pretrain.place import Place
+
+    said = {"RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "3"}
+    for name, value in (said | {"TORCHELASTIC_RUN_ID": "id"}).items():
+        monkeypatch.setenv(name, value)
+    found = place_in(Layout("cpu", 4, 2, joined=True))
+    assert found == Place(5, 8, 1, 4, restarts=3, run_id="id", one_machine=False)
+    assert place_in(Layout("cpu", 8, 1, joined=True)).one_machine
+
+
 @pytest.mark.slow
 def test_torchrun_starts_them_again(given, tmp_path):
     run = tmp_path / "run"

@@ -223,6 +223,31 @@ def test_a_line_that_was_torn_by_a_power_failure_is_passed_over(search, tmp_path
     assert states(tmp_path) == ["COMPLETE"] * 3
 
 
+def test_a_broken_line_in_the_journal_loses_no_later_trial(search, tmp_path, capsys):
+    search(2)
+    file = tmp_path / "sweep/optuna.journal"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:3], b'{"op_c\n', b"\0\0\n", *lines[3:]]))
+    spoilt = file.read_bytes()
+    assert len(search(3)) == 1
+    assert states(tmp_path) == ["COMPLETE"] * 3
+    assert (tmp_path / "sweep/optuna.journal.broken").read_bytes() == spoilt
+    assert f"{file}:4: no entry of a search" in capsys.readouterr().err
+
+
+def test_a_journal_that_makes_no_sense_without_a_line_is_kept(search, tmp_path):
+    """Trials are numbered by their beginnings: without one the next would take its results."""
+    search(2)
+    file = tmp_path / "sweep/optuna.journal"
+    lines = file.read_text().splitlines(keepends=True)
+    begun = next(i for i, line in enumerate(lines) if '"op_code":4' in line)
+    lines[begun] = "3\n"
+    file.write_text("".join(lines))
+    with pytest.raises(UserError, match=rf"optuna.journal:{begun + 1}: no entry .* restore the file, or move it away"):
+        search(3)
+    assert file.read_text() == "".join(lines)
+
+
 def test_only_one_command_searches(search, tmp_path):
     with search_alone(tmp_path / "sweep"), pytest.raises(UserError, match="another command is searching"):
         search(1)

@@ -1,6 +1,5 @@
 """What a job is called, how it is known again, and who is at work on it."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -61,12 +60,12 @@ def test_a_job_is_held_by_one_command_and_by_the_child_it_leaves(tmp_path):
     job = job_of(tmp_path, ["lr=1"], ("lr",))
     with job.alone() as held:
         assert job.lock() is None
-        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(held,))
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=held.descriptors)
     assert job.lock() is None, "the one who started it is gone, but it is still at work"
     child.communicate(b"\n")
     free = job.lock()
     assert free is not None
-    os.close(free)
+    free.release()
 
 
 def sweep_in(folder, **changes):

@@ -69,6 +69,21 @@ def test_a_resumed_run_has_each_row_once(torn, tmp_path):
     assert not (tmp_path / "evaluation.csv").exists()
 
 
+@pytest.mark.parametrize(
+    "line", [b"1", b'1,"2,3', b"x,1.5,0.4,0.3", b"", b"1,2,3,4,5", b"\xff,1,2,3", b"\0\0\0"], ids=repr
+)
+def test_a_broken_row_anywhere_loses_no_other(line, tmp_path, capsys):
+    written(tmp_path, FRESH, train(1), train(2), train(3))
+    path = tmp_path / "train.csv"
+    header, first, *rest = path.read_bytes().split(b"\r\n")
+    path.write_bytes(b"\r\n".join([header, first, line, *rest]))
+    spoilt = path.read_bytes()
+    written(tmp_path, RunStarted(3, 9, resumed=True), train(4))
+    assert [r["step"] for r in table(path)] == ["1", "2", "3", "4"]
+    assert (tmp_path / "train.csv.broken").read_bytes() == spoilt
+    assert f"{path}:3: not a row" in capsys.readouterr().err
+
+
 def test_records_that_have_gained_keys_and_lost_some(tmp_path):
     """Another version goes on with the run."""
     written(tmp_path, FRESH, train(1), train(2))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pretrain.events import RunStarted
-from pretrain.telemetry.jsonl import Jsonl, read_records, records_until
+from pretrain.telemetry.jsonl import Jsonl, read_records, records_until, tail
 
 
 def lines(path, steps):
@@ -34,11 +34,40 @@ def test_a_run_that_starts_over_starts_its_file_over(tmp_path):
     assert read_records(path) == []
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path):
+BROKEN = [
+    b'{"st',
+    b"3",
+    b"null",
+    b"[]",
+    b'{"event": "train"}',
+    b'{"step": "1"}',
+    b"\xff\xfe",
+    b"[" * 30_000,
+    b"\0" * 64,
+]
+
+
+@pytest.mark.parametrize("line", BROKEN, ids=lambda line: repr(line[:12]))
+def test_a_broken_line_anywhere_is_named_and_loses_no_other(line, tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2"):
-        read_records(path)
+    path.write_bytes(b'{"event": "train", "step": 1}\n' + line + b'\n{"event": "train", "step": 2}\n')
+    assert [r["step"] for r in read_records(path)] == [1, 2]
+    assert capsys.readouterr().err.startswith(f"{path}:2: no record")
+    assert [r["step"] for r in tail(path)] == [1, 2]
+
+
+def test_a_run_goes_on_behind_a_broken_line_and_keeps_the_file(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    lines(path, [0, 1, 2, 3])
+    spoilt = path.read_text().replace('"step": 1', '"st\0p": 1')
+    path.write_text(spoilt)
+    sink = Jsonl()
+    sink.open(tmp_path, RunStarted(2, 9, resumed=True))
+    sink.write({"event": "train", "step": 3, "time": 0.0})
+    sink.close()
+    assert [r["step"] for r in read_records(path)] == [0, 2, 3]
+    assert (tmp_path / "metrics.jsonl.broken").read_text() == spoilt
+    assert f"{path}:2: no record" in capsys.readouterr().err
 
 
 def test_not_a_number_is_refused(tmp_path):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from filelock import FileLock
 
 from pretrain.errors import UserError
 from pretrain.events import RunStarted
+from pretrain.locks import Lock
 from pretrain.telemetry import wandb_key
 from pretrain.telemetry.courier import Courier
 from pretrain.telemetry.jsonl import Jsonl, read_records
@@ -370,13 +370,13 @@ def test_a_run_that_w_and_b_cannot_end_is_over_all_the_same(tmp_path, monkeypatc
             raise RuntimeError("a-secret-of-mine was refused")
 
     run = Run.__new__(Run)
-    run._held, run._exit_code, run._run, run._lock = {}, 0, Broken(), FileLock(tmp_path / "lock")
+    run._held, run._exit_code, run._run, run._lock = {}, 0, Broken(), Lock(tmp_path / "lock")
     run._lock.acquire()
     orders = Orders(sys.stdout)
     orders._run = run
     orders.obey({"end": None})
     orders.give_up()
-    assert not run._lock.is_locked
+    assert not run._lock.descriptors
     out, err = capsys.readouterr()
     assert "RuntimeError: *** was refused" in out
     assert "Traceback" in err

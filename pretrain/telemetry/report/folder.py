@@ -9,7 +9,6 @@ from typing import Any
 from pretrain.console import notice
 from pretrain.errors import UserError
 from pretrain.telemetry.jsonl import iter_records, read_records
-from pretrain.telemetry.numbers import is_number
 from pretrain.telemetry.record import Record
 from pretrain.telemetry.report.history import History
 from pretrain.telemetry.run_file import read_run_file
@@ -56,9 +55,9 @@ def run_of(path: Path, history: History) -> Run:
 
 
 def read_run(path: Path) -> Run:
-    """The run in the folder ``path``. A torn last line of its records is passed over, with a notice.
+    """The run in the folder ``path``. A line of its records that is none is left out, with a notice.
 
-    Raises ``UserError`` for a folder that is no run, and for a line that is no record.
+    Raises ``UserError`` for a folder that is no run, and for a record that lacks what its event has.
     """
     file = path / RECORDS
     if not path.is_dir():
@@ -66,28 +65,19 @@ def read_run(path: Path) -> Run:
     if not file.is_file():
         raise UserError(f"{path}: not a run folder: it has no {RECORDS}")
     history = History()
+    number = 0
     try:
-        for number, record in enumerate(iter_records(file, torn=_say_torn), start=1):
-            _check(record, f"{file}: record {number}")
+        for number, record in enumerate(iter_records(file, torn=_say_torn), start=1):  # noqa: B007 (used below)
             history.add(record)
-    except UserError:
-        raise
     except OSError as error:
         raise UserError(f"{file} can't be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: record {number} can't be read: {type(error).__name__}: {error}") from None
     return run_of(path, history)
 
 
 def _say_torn(where: str) -> None:
     notice(f"{where}: torn (the run was killed while writing it, or writes it now); passed over")
-
-
-def _check(record: Any, where: str) -> None:
-    if not isinstance(record, dict) or not isinstance(record.get("event"), str) or not is_number(record.get("step")):
-        raise UserError(f"{where} is no record: each has an event and a step")
 
 
 def _yaml(path: Path) -> Any:

@@ -1,0 +1,76 @@
+"""On which network interfaces a run listens: on one machine the loopback alone, on several the one they meet on.
+
+Processes of a run trust each other, so nobody else may reach them. torch's stores listen on all interfaces unless they
+get a socket that listens already (``master_listen_fd``); gloo goes by the host's name, NCCL by its own choice, unless
+they are given an interface. Source: https://docs.pytorch.org/docs/stable/distributed.html#choosing-the-network-interface-to-use
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from contextlib import suppress
+from ipaddress import ip_address
+
+LOOPBACK = "127.0.0.1"
+SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
+BACKLOG = 2048  # torch's own
+
+
+def keep_to_loopback() -> None:
+    """Make gloo and NCCL listen on the loopback, for a run on one machine, whatever the environment says."""
+    if interface := interface_of(LOOPBACK):
+        os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+
+
+def keep_to_interface_towards(host: str) -> None:
+    """Make gloo and NCCL listen on the interface by which ``host`` is reached, where the environment names none.
+
+    Where this machine's own name leads to the loopback nothing is known of the others: nothing is set.
+    """
+    with suppress(OSError):
+        address = address_towards(host)
+        if not is_loopback(address) and (interface := interface_of(address)):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens on the address of ``host`` and no other. Raises ``OSError``: not an address of this machine,
+    or another program's port."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    found = socket.socket(family, kind, protocol)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(BACKLOG)
+    except OSError:
+        found.close()
+        raise
+    return found
+
+
+def address_towards(host: str) -> str:
+    """The address from which this machine reaches ``host``. Nothing is sent. Raises ``OSError``: no such host, no route."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
+def is_loopback(address: str) -> bool:
+    """Whether no other machine reaches ``address``."""
+    return ip_address(address.partition("%")[0]).is_loopback
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has ``address`` (IPv4)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an address
+                found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return None
