@@ -150,7 +150,9 @@ def job_of(sweep: Path, overrides: list[str], keys: tuple[str, ...]) -> Job:
         if found := known.get(tuple(sorted(words))):
             return found
         name = readable_name(words, keys)
-        if os.path.lexists(sweep / name):  # of a job that differs in what isn't swept, or in what a file name can't hold
+        if os.path.lexists(
+            sweep / name
+        ):  # of a job that differs in what isn't swept, or in what a file name can't hold
             name = f"{name}-{digest(words)}"
         job = Job(sweep, name, tuple(words))
         job.write()

@@ -41,7 +41,9 @@ def test_no_file_of_another_name_is_read_and_exported(name: str, tmp_path: Path)
     folder(path, "byte_level")
     (path / name).unlink(missing_ok=True)
     (path / name).symlink_to(tmp_path / "credentials")
-    with pytest.raises(UserError, match=rf"{name} is a link to .*credentials, a file of another name outside the folder"):
+    with pytest.raises(
+        UserError, match=rf"{name} is a link to .*credentials, a file of another name outside the folder"
+    ):
         folder_tokenizer(path)
 
 

@@ -15,7 +15,14 @@ from pretrain.folders import is_below, is_inside
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".rar", ".7z")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 CARDS = ("README.md", ".huggingface.yaml")
-BUILDERS = ("arrow", "csv", "json", "parquet", "text", "xml")  # others unpickle (pandas), or open files that a file names (hdf5)
+BUILDERS = (
+    "arrow",
+    "csv",
+    "json",
+    "parquet",
+    "text",
+    "xml",
+)  # others unpickle (pandas), or open files that a file names (hdf5)
 NOT_UNPACKED = "archives are not unpacked; unpack it and name the folder with dataset=local"
 
 
@@ -44,9 +51,7 @@ def check_data_files(found: Any, folder: Path | None, repository: str) -> None:
         if _ending(name) in ARCHIVES:
             raise UserError(f"{name}: {NOT_UNPACKED}")
         inside = (
-            is_inside(Path(name), folder)
-            if folder
-            else name.startswith((f"hf://{repository}@", f"hf://{repository}/"))
+            is_inside(Path(name), folder) if folder else name.startswith((f"hf://{repository}@", f"hf://{repository}/"))
         )
         if not inside:
             raise UserError(
