@@ -124,8 +124,8 @@ def vocabulary_size(folder: Path) -> int:
         ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
         added = [token["id"] for token in tokenizer.get("added_tokens") or []]
         return 1 + max(ids + added, default=-1)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is no tokenizer: {type(error).__name__}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is no tokenizer: {type(error).__name__}: {str(error)[:200]}") from None
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
