@@ -144,6 +144,11 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files. Raises ``UserError`` when there are none, pickled ones only, or one of several is gone."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     shards = marked_files(folder, "model*.safetensors")  # of a checkpoint
+    if (folder / "adapter_config.json").exists():  # transformers with peft would load another model, which it names
+        raise UserError(
+            f"model_name={name}: {folder} is an adapter (adapter_config.json); merge it into its model first (peft: "
+            "merge_and_unload, then save_pretrained)"
+        )
     if not shards and single.exists():
         return [single]
     if not shards and index.exists():

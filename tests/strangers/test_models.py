@@ -69,6 +69,8 @@ def index(weight_map: Any) -> Spoil:
 
 EMBEDDING = "model.embed_tokens.weight"
 REFUSED: dict[str, tuple[Spoil, str]] = {
+    # what peft would have loaded in the folder's place
+    "an adapter": (put("adapter_config.json", '{"base_model_name_or_path": "/elsewhere"}'), r"is an adapter \(adapter_config\.json\); merge it"),
     # config.json
     "config.json: a list": (put(C, "[]"), r"config\.json names no model_type"),
     "config.json: nothing": (put(C, ""), r"config\.json can't be read"),
