@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 from omegaconf.base import Container
 
@@ -37,15 +36,19 @@ def bounded_interpolation() -> Iterator[None]:
 
         return run
 
-    names = ("_resolve_node_interpolation", "_evaluate_custom_resolver")
-    with patch.multiple(Container, **{name: counted(getattr(Container, name)) for name in names}):
-        try:
-            yield
-        except Exception:
-            if spent <= MOST:
-                raise
-        if spent > MOST:
-            raise UserError("the references (${…}) in it stand for more than fits into a config") from None
+    before = {name: getattr(Container, name) for name in ("_resolve_node_interpolation", "_evaluate_custom_resolver")}
+    try:
+        for name, follow in before.items():
+            setattr(Container, name, counted(follow))
+        yield
+    except Exception:
+        if spent <= MOST:
+            raise
+    finally:
+        for name, follow in before.items():
+            setattr(Container, name, follow)
+    if spent > MOST:
+        raise UserError("the references (${…}) in it stand for more than fits into a config")
 
 
 def _size(node: Any) -> int:
