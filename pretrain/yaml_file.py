@@ -6,6 +6,7 @@ limits are looked at in the parser's events, before anything is built.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def read_yaml(file: Path, *, name: str | None = None) -> Any:
 
     text = checked_text(file, name=name)
     try:
-        return OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else None
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return OmegaConf.to_container(OmegaConf.load(io.StringIO(text))) if text.strip() else None
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{name or file}: can't be read as YAML: {_one_line(error)}") from None
 
 

@@ -57,6 +57,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, help="so many at most")
     parser.add_argument("--input", type=int, help="this one alone (with the same --seed and --kind)")
     parser.add_argument("--findings", type=Path, default=Path("fuzz-findings"))
+    parser.add_argument("--verbose", action="store_true", help="say of every input what came of it")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began_at = time.monotonic()
@@ -66,7 +67,7 @@ def main() -> int:
         ask(folder, lambda: make_model(folder / "model"))
         values = Values(given.seed)
         kinds = [KINDS[name](folder, folder / "model", values) for name in given.kind or KINDS]
-        campaign = Campaign(kinds, given.seed, folder, given.findings.resolve())
+        campaign = Campaign(kinds, given.seed, folder, given.findings.resolve(), given.verbose)
         one = {"first": given.input, "inputs": 1} if given.input is not None else {"inputs": given.inputs}
         try:
             campaign.run(seconds=given.minutes * 60, **one)

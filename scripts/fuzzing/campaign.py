@@ -42,12 +42,14 @@ class Outcome:
 
 @dataclass
 class Campaign:
-    """``folder``: where the inputs are made; ``findings``: where those stay that found something, by their key."""
+    """``folder``: where the inputs are made; ``findings``: where those stay that found something, by their key. ``verbose``:
+    say of every input what came of it."""
 
     kinds: list[Kind]
     seed: int
     folder: Path
     findings: Path
+    verbose: bool = False
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     found: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
@@ -73,6 +75,9 @@ class Campaign:
         if outcome.verdict.what == HANG:  # once more: the machine may have been busy
             outcome = self.attempt(given, base, given.edits)
         verdict = outcome.verdict
+        if self.verbose:
+            last = (outcome.result.err.strip().splitlines() or [""])[-1]
+            print(f"{given.number} {given.kind.name}, {given.variant}: {verdict.what}: {last[:200]}", flush=True)
         self.counts.setdefault(given.kind.name, Counter())[verdict.what] += 1
         if not verdict.fine:
             numbers = self.found.setdefault((given.kind.name, verdict.key), [])

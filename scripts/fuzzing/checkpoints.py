@@ -63,6 +63,10 @@ def make_run(place: Path, model: Path, *, ranks: int) -> None:
     for step in range(SAVED[-1] + 1, STEPS + 1):
         shutil.rmtree(place / f"run/checkpoints/step-{step:08d}", ignore_errors=True)
     shutil.rmtree(place / "run/model", ignore_errors=True)
+    status = place / "run/run.json"
+    status.write_text(
+        json.dumps(json.loads(status.read_text()) | {"status": "running", "steps": SAVED[-1], "model": None})
+    )
     for name in (".out", ".err"):
         (place / name).unlink(missing_ok=True)
 
@@ -134,6 +138,20 @@ class Checkpoints(Kind):
         step = ask(place, lambda: continued_from(place / "run"))
         return Verdict(BEFORE) if step != SAVED[-1] else verdict
 
+    def differs(self, base: Base, place: Path, result: Result, outcome: Any) -> Verdict:
+        """Steps that two ranks had trained and one trains again end in other last bits: as without the edited checkpoint."""
+        if base.notes["variant"] != "of two ranks":
+            return super().differs(base, place, result, outcome)
+        if "before" not in base.notes:
+            trial = self.folder / "before.trial"
+            shutil.copytree(base.folder, trial, symlinks=True)
+            shutil.rmtree(newest(trial / "run"))
+            base.notes["before"] = self.outcome(base, trial, command(base.arguments, trial))
+            shutil.rmtree(trial)
+        step = ask(place, lambda: continued_from(place / "run"))
+        is_before = step == SAVED[0] and outcome == base.notes["before"]
+        return Verdict(BEFORE) if is_before else super().differs(base, place, result, outcome)
+
     def lost(self, base: Base, place: Path, changed: list[str]) -> str:
         """A file of a checkpoint that was not edited, and is not there any more as it was."""
         now = set(digests(place / "run").values())
@@ -188,8 +206,10 @@ class Runs(Kind):
         if file.suffix != ".tokens" or not file.is_file():
             return self.edit_one(draw, file, place)
         raw = file.read_bytes()
-        kind = draw.choice(["cut", "gone", "empty", "zeros at the end", "longer"])
+        kind = draw.choice(["cut", "gone", "empty", "zeros at the end", "longer", "footer"])
         changed = {"cut": raw[: draw.randrange(len(raw))], "empty": b"", "longer": raw + b"\x00" * 64}
+        at = len(raw) - draw.randrange(1, min(len(raw), 180))  # of the footer, which is JSON
+        changed["footer"] = raw[:at] + bytes([raw[at] ^ 1 << draw.randrange(7)]) + raw[at + 1 :]
         changed["zeros at the end"] = raw[: -min(len(raw), 200)] + bytes(200)
         file.unlink() if kind == "gone" else file.write_bytes(changed[kind])
         return f"{file.relative_to(place)}: {kind}"

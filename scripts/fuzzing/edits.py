@@ -123,6 +123,14 @@ def json_text(value: Any, *, indent: int | None = None) -> bytes:
     return text.encode()
 
 
+def yaml_text(value: Any) -> bytes:
+    """YAML in its usual form, in which 1e-4 has no quotes."""
+    text = yaml.safe_dump(value, sort_keys=False).replace(DUPLICATE, "")
+    for mark, meant in MARKS.items():
+        text = text.replace(f"'{mark}'", meant)
+    return text.encode()
+
+
 def edit_json(draw: Random, raw: Content, values: Values) -> Content | None:
     try:
         value = json.loads(raw)
@@ -161,7 +169,8 @@ def edit_yaml(draw: Random, raw: Content, values: Values) -> Content | None:
         return raw + draw.choice(
             [b"\n\ta: b\n", b"\n<<: *x\n", b"\n--- \na: 1\n", b"\n? [a]\n: 1\n", b"\n!!python/object:os.x {}\n"]
         )
-    return json_text(edit_value(draw, value, values), indent=1)  # JSON is YAML
+    changed = edit_value(draw, value, values)
+    return json_text(changed, indent=1) if draw.random() < 0.2 else yaml_text(changed)  # JSON is YAML
 
 
 def edit_safetensors(draw: Random, raw: Content, values: Values) -> Content | None:

@@ -124,7 +124,7 @@ def _be_the_child(work: Callable[[], int | None], out: Path, err: Path) -> NoRet
     except SystemExit as left:
         code = left.code
     except BaseException:
-        sys.stderr.write(traceback.format_exc())
+        os.write(2, traceback.format_exc().encode(errors="replace"))  # sys.stderr may be a thread's by now
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()

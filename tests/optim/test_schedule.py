@@ -85,6 +85,8 @@ def test_wsd() -> None:
     assert at(81) == pytest.approx(1 - math.sqrt(1 / 20))
     assert at(85) == pytest.approx(1 - math.sqrt(5 / 20))
     assert at(99) == pytest.approx(1 - math.sqrt(19 / 20))
+    unasked = [wsd(step, total_steps=100, warmup_steps=10) for step in (80, 81)]
+    assert unasked == [1, at(81)], "the last fifth, unless another part is asked for"
 
 
 # Every schedule at every corner: (total steps, warm-up steps) → the values of all steps.
