@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -17,6 +17,7 @@ from pretrain.config import GROUPS, conf_dir
 from pretrain.errors import UserError, did_you_mean
 from pretrain.help import choices
 from pretrain.hydra_configs import compose_config, composing
+from pretrain.interpolation import bounded_interpolation
 from pretrain.quoting import PATH_KEYS
 
 
@@ -45,7 +46,7 @@ def asks_for_sweep(given: Namespace) -> bool:
     words = [word for word in given.overrides if re.match(r"\+?experiment=|hydra\.mode=", word)]
     if not words:
         return False
-    with composing(conf_dir(), given.config_dir) as hydra:
+    with composing(conf_dir(), given.config_dir) as hydra, bounded_interpolation():
         return bool(hydra.get_mode("config", words) == RunMode.MULTIRUN)  # None: the one that composes it says why
 
 
@@ -64,10 +65,11 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     Raises ``UserError`` for an interpolation that leads nowhere.
     """
     OmegaConf.set_struct(config, False)
-    if config.get("name") is None:
-        config["name"] = default_name(config)
     try:
-        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        with bounded_interpolation():
+            if config.get("name") is None:
+                config["name"] = default_name(config)
+            resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(in_plain_words(error)) from None
     assert isinstance(resolved, dict)
@@ -98,6 +100,12 @@ def in_plain_words(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice}: no such choice{did_you_mean(choice, choices(group))}"
+    if isinstance(error, OverrideParseException):
+        lines = [
+            line.strip() for line in error.message.splitlines() if not re.match(r"\s*(Error parsing|See http|$)", line)
+        ]
+        reason = " ".join(lines).partition(" expecting ")[0]
+        return f"{error.override.lstrip('+')}: can't be read ({reason}); a text with such characters needs quotes: \"key='...'\""
     if "maximum recursion depth" in str(error):
         return "nested too deeply for a config"
     key = getattr(error, "full_key", None)
