@@ -87,6 +87,8 @@ def _of_file(folder: Path, code: bool) -> FolderTokenizer:
     backend, config = Tokenizer.from_file(str(folder / "tokenizer.json")), _read_json(folder, "tokenizer_config.json")
     expected = [_bare(backend).encode(line, add_special_tokens=False).ids for line in LINES]
     auto = _auto(folder, code)
+    if not isinstance(auto, str) and not hasattr(auto, "backend_tokenizer"):  # RagTokenizer, which is two in one
+        auto = f"{type(auto).__name__} is not of the tokenizers library"
     named, unknown = _special_tokens(folder, config, backend, auto)
     adds = _adds_bos(backend, named.get("bos_token"), config.get("add_bos_token"))
     said = f"tokenizer.json has no {', '.join(unknown)}, named in tokenizer_config.json" if unknown else None
