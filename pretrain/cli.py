@@ -87,6 +87,8 @@ def program() -> NoReturn:
 
 
 def _mistake(message: str) -> int:
+    """Say it in one line: a value that it shows, or a library's words, may have several."""
+    message = " ".join(line.strip() for line in message.splitlines() if line.strip())
     note_failure(message)
     complain(f"error: {message}")
     return 2

@@ -17,6 +17,7 @@ from pretrain.config import GROUPS, conf_dir
 from pretrain.errors import UserError, did_you_mean
 from pretrain.help import choices
 from pretrain.hydra_configs import compose_config, composing
+from pretrain.interpolation import bounded_interpolation
 from pretrain.quoting import PATH_KEYS
 
 
@@ -45,7 +46,7 @@ def asks_for_sweep(given: Namespace) -> bool:
     words = [word for word in given.overrides if re.match(r"\+?experiment=|hydra\.mode=", word)]
     if not words:
         return False
-    with composing(conf_dir(), given.config_dir) as hydra:
+    with composing(conf_dir(), given.config_dir) as hydra, bounded_interpolation():
         return bool(hydra.get_mode("config", words) == RunMode.MULTIRUN)  # None: the one that composes it says why
 
 
@@ -64,10 +65,11 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     Raises ``UserError`` for an interpolation that leads nowhere.
     """
     OmegaConf.set_struct(config, False)
-    if config.get("name") is None:
-        config["name"] = default_name(config)
     try:
-        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        with bounded_interpolation():
+            if config.get("name") is None:
+                config["name"] = default_name(config)
+            resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(in_plain_words(error)) from None
     assert isinstance(resolved, dict)

@@ -26,6 +26,7 @@ from pretrain.shipped import conf_dir
 from pretrain.trust import PARTS, SCHEDULES, locate, trusts
 
 Finite = Field(allow_inf_nan=False)
+ONE_LINE = r"^[^\x00-\x1f\x7f]+$"  # of a folder's name: what is made of it may be a line of a script or a log
 Beta = Annotated[float, Field(ge=0, lt=1)]
 GROUPS = tuple(PARTS)
 OTHER_NAMES = {  # what the Hugging Face Trainer and others call our root keys
@@ -67,7 +68,7 @@ class Root:
 
     task: Literal["pretraining", "tokenization", "evaluation", "generation", "export"]
     name: Annotated[str, Field(pattern=r"^\.*[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]  # a folder's: not `..`, no path
-    output_dir: Annotated[str, Field(min_length=1)]
+    output_dir: Annotated[str, Field(pattern=ONE_LINE)]
     model_name: Annotated[str, Field(min_length=1)]
     sequence_length: Annotated[int, Field(ge=2)]
     batch_size: PositiveInt | Literal["auto"]
@@ -82,7 +83,7 @@ class Root:
     grad_clip: Annotated[PositiveFloat, Finite] | None
     seed: Annotated[int, Field(ge=0, lt=2**63)]  # each rank adds to it, and generators take 64 bits
     devices: Literal["auto"] | PositiveInt
-    sweep_dir: Annotated[str, Field(min_length=1)] | None
+    sweep_dir: Annotated[str, Field(pattern=ONE_LINE)] | None
     resume: Annotated[str, Field(min_length=1)]
     resume_allow: list[Literal["tokenizer", "data", "sequence_length", "global_batch", "seed", "weights", "optimizer"]]
     log_every: PositiveInt

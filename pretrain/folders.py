@@ -21,6 +21,14 @@ def is_below(name: str) -> bool:
     return not os.path.isabs(name) and ".." not in PurePath(name).parts
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether the file itself, links followed, lies in ``folder``. In the Hub's cache all files of a snapshot are links into
+    the ``blobs`` of the same repository."""
+    target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    blobs = root.parent.parent / "blobs"
+    return target.is_relative_to(root) or (root.parent.name == "snapshots" and target.parent == blobs)
+
+
 def marked_files(folder: Path, pattern: str) -> list[str]:
     """Names of the files that match ``pattern`` among those that make a folder whole; what else lies there is not its
     own. None without a marker that can be read."""

@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.errors import UserError
+from pretrain.interpolation import bounded_interpolation
 from pretrain.yaml_file import checked_text
 
 
@@ -67,7 +68,8 @@ def plain_mistakes() -> Iterator[None]:
     """To compose executes nothing, so whatever Hydra or OmegaConf stumbles over is a mistake in a word or in a file. Raises
     ``UserError``, ``HydraException`` or ``OmegaConfBaseException`` for any exception."""
     try:
-        yield
+        with bounded_interpolation():
+            yield
     except (UserError, HydraException, OmegaConfBaseException):
         raise
     except RecursionError:

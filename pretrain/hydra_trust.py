@@ -32,7 +32,7 @@ LAUNCHERS = (
     "hydra_plugins.pretrain.SideBySideLauncher",
     "hydra_plugins.pretrain.SlurmLauncher",
 )
-LAUNCHER_FOLDER = "${hydra.sweep.dir}/.submitit"  # results are unpickled from there
+LAUNCHER_FOLDER = "${hydra.sweep.dir}/.submitit"  # in a new folder there (launch.slurm.fresh_folder)
 
 
 def check_hydra(overrides: list[str], conf: Path, config_dir: str | None) -> None:

@@ -276,3 +276,10 @@ def test_a_bug_keeps_its_traceback(tmp_path, base_arguments):
     assert "Traceback" in done.stderr
     assert "broken on purpose" in done.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_mistake_is_one_line_whatever_its_value_is(command):
+    code, _, err = command(["task=evaluation", 'model_name="a\nb\n\n"'])
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: model_name=a b")
+    assert sum(line.startswith("error:") for line in err.splitlines()) == 1

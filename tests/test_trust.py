@@ -273,6 +273,36 @@ def test_what_hydra_would_execute(key, sweep, command, tmp_path, mark, monkeypat
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("key", ["sweep_dir", "hydra.sweep.dir"])
+def test_no_line_of_a_batch_script(key, command, tmp_path, mark, monkeypatch):
+    """SLURM's script names the folder of its logs: a line end in it would begin a line that the shell runs."""
+    monkeypatch.chdir(tmp_path)
+    path = json.dumps(f"x\ntouch {tmp_path}/ran\n#")
+    chosen = "# @package _global_\ndefaults: [{override /hydra/launcher: submitit_local}]\n"
+    nodes = {"sweep_dir": f"sweep_dir: {path}\n", "hydra.sweep.dir": f"hydra: {{sweep: {{dir: {path}}}}}\n"}
+    theirs = experiment(tmp_path, chosen + nodes[key])
+    outcome = command([*theirs, "-m", "experiment=theirs"])
+    assert_mistake(outcome, {"sweep_dir": "sweep_dir='x", "hydra.sweep.dir": "SLURM takes no line end"}[key])
+    assert {path.name for path in tmp_path.iterdir()} == {"theirs", "site"}
+
+
+def test_results_of_jobs_are_read_from_a_folder_of_this_command_alone(tmp_path):
+    """submitit unpickles them, and what lies in a sweep's folder may be anybody's."""
+    from pretrain.launch.slurm import fresh_folder
+
+    (tmp_path / "sweep/.submitit").mkdir(parents=True)
+    (tmp_path / "sweep/.submitit/1_0_result.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    one, two = (fresh_folder(str(tmp_path / "sweep/.submitit")) for _ in range(2))
+    assert one != two
+    for folder in (one, two):
+        assert folder.parent == tmp_path / "sweep/.submitit"
+        assert list(folder.iterdir()) == []
+        assert folder.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "linked").symlink_to(tmp_path / "sweep")
+    with pytest.raises(UserError, match=r"hydra\.launcher\.folder=.*linked: can't be written"):
+        fresh_folder(str(tmp_path / "linked"))
+
+
 def hydra_keys(node: dict, path: str = "") -> list[str]:
     """Every key of Hydra's own node that holds a value, an empty mapping or a list."""
     found = []

@@ -136,11 +136,17 @@ class Store:
         return None
 
     def set_aside_after(self, step: int) -> None:
-        """Rename the checkpoints beyond ``step``, so that a run that goes back to it never picks up the other branch."""
+        """Rename the checkpoints beyond ``step``, so that a run that goes back to it never picks up the other branch.
+
+        Raises ``UserError`` where that can't be.
+        """
         for later in [s for s in self.steps() if s > step]:
             path = self.path(later)
-            aside = self.folder / f"set-aside-{path.name}-{path.stat().st_mtime_ns}"
-            move(path, aside)
+            try:
+                aside = self.folder / f"set-aside-{path.name}-{path.lstat().st_mtime_ns}"  # it may be a link to nowhere
+                move(path, aside)
+            except OSError as error:
+                raise UserError(f"{path} is of another branch and can't be moved aside: {error.strerror}") from error
             notice(f"{path} is of the branch that was left: kept as {aside.name}")
 
     def _losses(self) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, str | None]]]:

@@ -60,6 +60,17 @@ def write_whole(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def keep_whole(path: Path, content: bytes) -> None:
+    """See to it that a small file named after its ``content`` holds that: it is written where it is not there, or a disk has made
+    something else of it."""
+    try:
+        kept = path.read_bytes() == content
+    except (FileNotFoundError, IsADirectoryError):
+        kept = False
+    if not kept:
+        write_whole(path, content)
+
+
 def make_folder(path: Path) -> None:
     with cache_errors(path):
         path.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from pretrain.errors import UserError
 from pretrain.filesystem import mapped
 
 MAGIC = b"PTTOKEN1"
+DTYPES = ("uint16", "uint32")
 MAX_OPEN = 256  # each memory map holds a file descriptor; 1024 is the usual limit
 COLUMNS = (("ends", "<i8"), ("hashes", "<u8"), ("sizes", "<i8"), ("pieces", "<u4"), ("indices", "<u4"))
 
@@ -102,11 +103,16 @@ def open_part(path: Path) -> Part | None:
             if tail[8:] != MAGIC:
                 return None
             length = struct.unpack("<Q", tail[:8])[0]
-            file.seek(max(total - 16 - length, 0))
+            if length > total - 16:
+                return None
+            file.seek(total - 16 - length)
             footer = json.loads(file.read(length))
-    except (FileNotFoundError, ValueError):
+        counts = [footer[name] for name in ("tokens", "documents", "bytes")]
+        if footer["dtype"] not in DTYPES or not all(type(count) is int and count >= 0 for count in counts):
+            return None
+    except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    part = Part(path, np.dtype(footer["dtype"]), footer["tokens"], footer["documents"], footer["bytes"])
+    part = Part(path, np.dtype(footer["dtype"]), *counts)
     return part if _column_starts(part)[-1] + length + 16 == total else None
 
 

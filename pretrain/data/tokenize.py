@@ -15,7 +15,7 @@ from pathlib import Path
 import xxhash
 
 from pretrain.console import notice, progress_bar
-from pretrain.data.cache import cache_dir, cache_errors, make_folder, remove_abandoned, write_whole
+from pretrain.data.cache import cache_dir, cache_errors, keep_whole, make_folder, remove_abandoned
 from pretrain.data.cut import cut
 from pretrain.data.encode import FORMAT, Encoder, Outcome
 from pretrain.data.fingerprint import files_of
@@ -61,8 +61,7 @@ def prepare(
     options = source.options()
     tokenizer_key = key_of(tokenizer_json)
     tokenizer_path = cache / "tokenizers" / f"{tokenizer_key}.json"
-    if not tokenizer_path.exists():
-        write_whole(tokenizer_path, tokenizer_json.encode())
+    keep_whole(tokenizer_path, tokenizer_json.encode())
     encoder = Encoder(
         folder=cache / "parts",
         tokenizer_path=tokenizer_path,
@@ -128,10 +127,16 @@ def _pieces(source: Source, remembered: dict[str, list[Piece]]) -> Iterator[Piec
 
 
 def _recall(memory: Path) -> dict[str, list[Piece]]:
+    """What ``_remember`` has written; nothing where there is no such file, or it is damaged: then all files are read again."""
     known: dict[str, list[Piece]] = {}
-    if memory.exists():
-        for path, kind, start, stop, size, stamp, digest in json.loads(memory.read_text()):
+    try:
+        checksum, rows = json.loads(memory.read_text())
+        if checksum != key_of(rows):
+            return {}
+        for path, kind, start, stop, size, stamp, digest in rows:
             known.setdefault(path, []).append(Piece(path, kind, start, stop, size, tuple(stamp), digest))
+    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError, RecursionError):
+        return {}
     return known
 
 
@@ -143,9 +148,8 @@ def _remember(memory: Path, units: list[Unit], outcomes: list[Outcome], started_
         for piece, digest in zip(unit.pieces, digests, strict=True):
             known = digest if started_at - piece.stamp[1] / 1e9 > YOUNG_SECONDS else None
             pieces.append(piece if piece.digest == known else replace(piece, digest=known))
-    raw = json.dumps([[*vars(piece).values()] for piece in pieces]).encode()
-    if not memory.exists() or memory.read_bytes() != raw:
-        write_whole(memory, raw)
+    rows = [[*vars(piece).values()] for piece in pieces]
+    keep_whole(memory, json.dumps([key_of(rows), rows]).encode())
 
 
 def _write_manifest(
@@ -161,8 +165,7 @@ def _write_manifest(
     }
     raw = json.dumps(content).encode()
     path = folder / f"{xxhash.xxh3_128_hexdigest(raw)}.json"
-    if not path.exists():
-        write_whole(path, raw)
+    keep_whole(path, raw)
     return path
 
 

@@ -21,6 +21,7 @@ from pretrain.data.encode import Encoder, Outcome, Progress
 from pretrain.data.units import Piece, ReadOptions, Unit
 from pretrain.errors import UserError
 from pretrain.interrupt import HEARING_SECONDS, held_back
+from pretrain.python import module_command
 
 
 def encode_in_workers(
@@ -80,7 +81,7 @@ class _Worker:
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pretrain.data.workers"],
+            module_command("pretrain.data.workers"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

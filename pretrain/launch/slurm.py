@@ -14,7 +14,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,10 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pretrain.config import check_options
 from pretrain.console import notice
 from pretrain.errors import UserError
+from pretrain.folders import check_private, make_folder
 from pretrain.interrupt import EXIT_CODE, Stopped
+from pretrain.python import module_command
+from pretrain.safe_files import own_folder
 from pretrain.sweep import child
 from pretrain.sweep.job import DONE
 from pretrain.sweep.job import Job as JobOfSweep
@@ -65,6 +68,8 @@ class Options:
 
     def check(self) -> None:
         check_options("hydra.launcher", self)
+        if re.search(r"[\x00-\x1f\x7f%]", self.folder):  # a line of its own would be one of the batch script
+            raise UserError(f"hydra.launcher.folder={self.folder!r}: SLURM takes no line end and no % in a path")
         if self.cluster == "local" and self.nodes > 1:
             raise UserError(f"hydra.launcher.nodes={self.nodes}: cluster=local is one node, this machine")
 
@@ -117,7 +122,7 @@ class SlurmLauncher(Launcher):
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=value) for value in values]
 
     def _command(self, job: JobOfSweep) -> list[str]:
-        return [sys.executable, "-m", "pretrain", *self.sweep.words(job)]
+        return [*module_command("pretrain"), *self.sweep.words(job)]
 
     def _run(self, callables: dict[str, Job]) -> None:
         """Raises ``Stopped`` when Ctrl-C ends the waiting."""
@@ -144,7 +149,8 @@ class SlurmLauncher(Launcher):
         cluster, requeues = self.options.cluster, self.options.max_requeues
         if cluster == "slurm" and shutil.which("srun") is None:
             raise UserError("hydra/launcher=slurm: no srun on this machine; hydra.launcher.cluster=local does without")
-        executor = submitit.AutoExecutor(self.options.folder, cluster, **{f"{cluster}_max_num_timeout": requeues})
+        folder = fresh_folder(self.options.folder)
+        executor = submitit.AutoExecutor(folder, cluster, **{f"{cluster}_max_num_timeout": requeues})
         try:
             executor.update_parameters(**self.options.for_submitit())
             with executor.batch():
@@ -155,7 +161,7 @@ class SlurmLauncher(Launcher):
             ) from None
         ids = " ".join(job.job_id for job in jobs.values())
         leaving = "; Ctrl-C only ends this waiting" if cluster == "slurm" else ""
-        notice(f"submitted {ids}; logs in {self.options.folder}{leaving}")
+        notice(f"submitted {ids}; logs in {folder}{leaving}")
         return jobs
 
     def _wait(self, jobs: dict[str, submitit.Job[int]]) -> Iterator[tuple[str, int]]:
@@ -188,6 +194,21 @@ class SlurmLauncher(Launcher):
         if queue.returncode:  # the controller is busy or restarting: no news
             return {job.job_id for job in jobs}
         return set(queue.stdout.split())
+
+
+def fresh_folder(parent: str) -> Path:
+    """A new folder in ``parent``, for this user alone and of a name that nobody knows before: submitit unpickles what it
+    finds there under the number of a job, and a sweep's folder may have come with somebody else's files.
+
+    Raises ``UserError`` where it can't be made.
+    """
+    place = Path(os.path.expanduser(parent))
+    try:
+        make_folder(place.parent)
+        check_private(own_folder(place), "hydra.launcher.folder")
+        return Path(tempfile.mkdtemp(prefix=time.strftime("%Y-%m-%d_%H-%M-%S_"), dir=place)).absolute()
+    except OSError as error:
+        raise UserError(f"hydra.launcher.folder={parent}: can't be written: {error.strerror}") from None
 
 
 def _result(job: submitit.Job[int], *, live: bool) -> int | None:

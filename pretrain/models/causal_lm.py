@@ -161,6 +161,7 @@ class Pretrained(CausalLM):
         config = files.read_config(folder, self.name_or_path)
         files.check_positions(config, sequence_length, self.name_or_path)
         files.check_weights(folder, self.name_or_path)
+        files.check_layers(config, folder, self.name_or_path)
         model_config.read_generation_config(folder, self.name_or_path)
         files.check_vocabulary(config, files.vocabulary_size(self.tokenizer_folder()), self.name_or_path)
         self.hf_config()

@@ -18,6 +18,18 @@ from pretrain.folders import is_below, marked_files
 
 SAMPLE = Path(__file__).parent / "sample"
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
+LAYER_KEYS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+)
+MANY_LAYERS = (
+    10_000  # more than any model has; to build so many takes minutes, before it is known that they have no weights
+)
 PIECES = "model.rank-*.safetensors"  # of a checkpoint that several processes have written
 BITS = {  # of a number, by its name in a safetensors header
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -132,6 +144,11 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files. Raises ``UserError`` when there are none, pickled ones only, or one of several is gone."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     shards = marked_files(folder, "model*.safetensors")  # of a checkpoint
+    if (folder / "adapter_config.json").exists():  # transformers with peft would load another model, which it names
+        raise UserError(
+            f"model_name={name}: {folder} is an adapter (adapter_config.json); merge it into its model first (peft: "
+            "merge_and_unload, then save_pretrained)"
+        )
     if not shards and single.exists():
         return [single]
     if not shards and index.exists():
@@ -164,6 +181,24 @@ def check_weights(folder: Path, name: str) -> None:
         reason = torn(file)
         if reason:
             raise UserError(f"model_name={name}: {file} is torn: {reason}; fetch or save the model again")
+
+
+def check_layers(config: dict[str, Any], folder: Path, name: str) -> None:
+    """Raises ``UserError`` when the config asks for more layers or experts than its whole weight files have tensors."""
+    for key in LAYER_KEYS:
+        layers = text_part(config).get(key)
+        if isinstance(layers, int) and layers > MANY_LAYERS:
+            tensors = sum(_tensor_count(file) for file in weight_files(folder, name))
+            if layers > tensors:
+                raise UserError(
+                    f"model_name={name}: config.json has {key}={str(layers)[:20]}, its files hold {tensors} tensors in all"
+                )
+
+
+def _tensor_count(file: Path) -> int:
+    with file.open("rb") as handle:
+        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+    return len(header.keys() - {"__metadata__"})
 
 
 def torn(file: Path) -> str | None:

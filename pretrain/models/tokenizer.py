@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pretrain.console import notice
 from pretrain.errors import UserError, did_you_mean
+from pretrain.folders import is_inside
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FILES = (  # of a tokenizer, in a model folder
@@ -74,6 +76,7 @@ def folder_tokenizer(folder: Path, *, code: bool = False) -> Any:
 
     Says in a notice where transformers' AutoTokenizer would make other tokens. Raises ``UserError`` when there is none.
     """
+    _check_links(folder)
     if not (folder / "tokenizer.json").exists():
         return _converted(folder, code)
     with _usable(f"{folder}: no usable tokenizer: tokenizer.json"):
@@ -232,6 +235,19 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{folder}: no usable tokenizer: {name}: not an object")
     return content
+
+
+def _check_links(folder: Path) -> None:
+    """Raises ``UserError`` where a file of the tokenizer is another one, which the export would then copy: a link out of
+    ``folder`` to a file of another name (``vocab.txt`` → ``~/.netrc``). The same file elsewhere may be linked to."""
+    for path in folder.iterdir():
+        if path.is_symlink() and any(fnmatch(path.name, kind) for kind in FILES):
+            target = Path(os.path.realpath(path))
+            if target.name != path.name and not is_inside(path, folder):
+                raise UserError(
+                    f"{folder}: {path.name} is a link to {target}, a file of another name outside the folder; copy it, if "
+                    "it is this tokenizer's"
+                )
 
 
 def _files(folder: Path) -> dict[str, bytes]:

@@ -39,6 +39,14 @@ OWNERS = {  # what decides a key of DeepSpeed's config in this program
     "fp16.enabled": "precision",
     "bfloat16": "precision",
     "torch_autocast": "precision",
+    # What writes files of its own, or sends records elsewhere: a config file may not choose such places.
+    "tensorboard": "sink=[…,tensorboard]",
+    "wandb": "sink=[…,wandb]",
+    "csv_monitor": "sink=[…,csv]",
+    "comet": "the sink group",
+    "flops_profiler.output_file": "stdout",
+    "autotuning": "batch_size=auto",
+    "data_efficiency": "the dataset group",
 }
 COMPILED = {  # what DeepSpeed compiles C++ or CUDA for at its first use
     "zero_optimization.zero_quantized_weights",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.console import notice
+from pretrain.folders import check_links
 from pretrain.locks import Busy, Lock
 from pretrain.quoting import unquoted
 from pretrain.safe_files import own_folder
@@ -81,6 +82,7 @@ class Job:
 
     def write(self, **changes: Any) -> None:
         file = self.sweep / self.name / "job.json"
+        check_links(self.sweep, "sweep_dir", [self.name])
         file.parent.mkdir(parents=True, exist_ok=True)
         fresh = {"name": self.name, "overrides": list(self.overrides), "created": time.time(), "status": "waiting"}
         fresh |= {"exit_code": None, "error": None, "seconds": 0.0}
@@ -148,7 +150,9 @@ def job_of(sweep: Path, overrides: list[str], keys: tuple[str, ...]) -> Job:
         if found := known.get(tuple(sorted(words))):
             return found
         name = readable_name(words, keys)
-        if (sweep / name).exists():  # of a job that differs in what isn't swept, or in what a file name can't hold
+        if os.path.lexists(
+            sweep / name
+        ):  # of a job that differs in what isn't swept, or in what a file name can't hold
             name = f"{name}-{digest(words)}"
         job = Job(sweep, name, tuple(words))
         job.write()

@@ -11,7 +11,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from omegaconf import DictConfig
 from pretrain import quoting
 from pretrain.console import notice
 from pretrain.interrupt import EXIT_CODE, SIGNALS, Stopped
+from pretrain.python import module_command
 from pretrain.sweep import child
 from pretrain.sweep.job import DONE, Job, job_of, jobs_in
 from pretrain.sweep.measure import measures_of, objective_in
@@ -153,7 +153,7 @@ def run_job(
         sweep.write_table()
         started_at = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, "-m", "pretrain", *sweep.words(job)],
+            [*module_command("pretrain"), *sweep.words(job)],
             env=child.environment(job.note) | (environment or {}),
             pass_fds=held.descriptors,  # the job is at work as long as this process lives, whatever becomes of ours
         )

@@ -31,6 +31,13 @@ class Space:
     searched: dict[str, BaseDistribution]
     keys: dict[str, str]  # the searched ones as an override sets them: lr → ++lr
 
+    def holds(self, values: dict[str, Any]) -> bool:
+        """Whether ``values`` are of this space; those of a trial that has just been begun may not be all."""
+        try:
+            return all(self.searched[k]._contains(self.searched[k].to_internal_repr(v)) for k, v in values.items())
+        except (KeyError, ValueError, TypeError):  # another key, another choice, no number
+            return False
+
     def overrides(self, values: dict[str, Any]) -> list[str]:
         """One trial's command line. Six digits of a number are enough to try it, and a folder's name stays readable."""
         words = {key: f"{value:.6g}" if isinstance(value, float) else f"{value}" for key, value in values.items()}

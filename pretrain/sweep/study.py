@@ -70,6 +70,10 @@ class Study:
                 f"sweep_dir={folder} holds another search, {_difference(known, about)}; take another folder"
             )
 
+        for trial in self._study.trials:
+            if not space.holds(_params(trial)):
+                raise UserError(f"{folder / FILE}: trial {trial.number} has other keys or values than this search has")
+
     def resume(self) -> int:
         """Take up the open trials, try the failed ones again; how many trials have a result already."""
         from optuna.trial import Trial, TrialState

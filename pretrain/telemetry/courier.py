@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from queue import Full, Queue
 from typing import Any
 
 from pretrain.console import notice
+from pretrain.python import module_command
 from pretrain.safe_files import open_append, own_folder
 
 MOST_WAITING = 10_000  # messages
@@ -29,7 +29,7 @@ class Courier:
         own_folder(log.parent)
         with open_append(log, mode="ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module],
+                module_command(module),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

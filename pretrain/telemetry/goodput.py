@@ -38,7 +38,8 @@ class Goodput:
         self._keep(windows)
         known = earlier_facts(self._run, event).get("started_at")
         if known is None and records:  # a run from before run.json said so
-            known = records[0].get("time")
+            found = records[0].get("time")
+            known = found if isinstance(found, int | float) else None
         now = time.time()
         self._earlier_seconds = None if event.step and not records else max(0.0, now - (known or now))
         self._started_at = time.monotonic()

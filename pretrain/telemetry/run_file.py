@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +14,16 @@ from pretrain.console import notice
 from pretrain.events import Evaluated, Event, RolledBack, RunFinished, RunStarted, Saved
 from pretrain.replace import replace_file
 from pretrain.telemetry.record import fields_of, json_safe
+
+NUMBER = (int, float)
+TYPES: dict[str, tuple[type, ...]] = {  # of what is read again
+    "results": (dict,),
+    "status": (str,),
+    "device": (str,),
+    "model": (str, type(None)),
+    **dict.fromkeys(("restarts", "steps", "total_steps", "batch_size"), (int,)),
+    **dict.fromkeys(("seconds", "started_at"), NUMBER),
+}
 
 
 class RunFile:
@@ -62,12 +73,23 @@ class RunFile:
 
 
 def read_run_file(run: Path) -> dict[str, Any]:
-    """The run.json of a run folder; empty when there is none, or it is torn or something else."""
+    """The run.json of a run folder, without the values that are of another type than a run writes; empty when there is none, or
+    it is torn or something else."""
     try:
         facts = json.loads((run / "run.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    if not isinstance(facts, dict):
+        return {}
+    return {name: value for name, value in facts.items() if name not in TYPES or _is_one(value, TYPES[name])}
+
+
+def _is_one(value: Any, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, dict) and not all(isinstance(inner, dict) for inner in value.values()):
+        return False  # of results: each domain's
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def earlier_facts(run: Path, start: RunStarted) -> dict[str, Any]:

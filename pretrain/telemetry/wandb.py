@@ -65,7 +65,7 @@ class Wandb(Sink):
     def _asked(self) -> str | None:
         """The mode by the key, the environment or W&B's own settings (``wandb offline``), if any says it."""
         words = {"dryrun": "offline", "run": "online"}
-        asked = self._mode or os.environ.get("WANDB_MODE") or wandb_key.settings().get("mode")
+        asked = self._mode or os.environ.get("WANDB_MODE") or wandb_key.mode()
         return words.get(asked, asked) if asked else None
 
     def open(self, run: Path, start: RunStarted) -> None:

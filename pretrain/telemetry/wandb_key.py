@@ -1,6 +1,7 @@
 """Whether W&B would find a key, and for which server, without importing wandb: from where wandb itself takes them.
 
-No key of ours names the server: a config file from somebody else could have the key sent to a server of theirs.
+No key of ours names the server: a config file from somebody else could have the key sent to a server of theirs. For the
+same reason ``wandb/settings`` of the current folder, which may be a stranger's, says nothing but the mode.
 """
 
 from __future__ import annotations
@@ -33,11 +34,20 @@ def has_key() -> bool:
 
 
 def settings() -> dict[str, str]:
-    """What ``wandb login`` and ``wandb offline`` have left, for this user and, before that, for this folder."""
-    folder = expanded(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")
+    """What ``wandb login`` and ``wandb offline`` have left for this user."""
+    return _read(expanded(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb") / "settings")
+
+
+def mode() -> str | None:
+    """What ``wandb offline`` or ``wandb online`` have said for this folder, else for this user."""
+    folder = Path(os.environ.get("WANDB_DIR", "."), "wandb")
+    return _read(folder / "settings").get("mode") or settings().get("mode")
+
+
+def _read(file: Path) -> dict[str, str]:
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read([folder / "settings", Path(os.environ.get("WANDB_DIR", "."), "wandb", "settings")])
+        parser.read(file)
         return dict(parser["default"]) if "default" in parser else {}
     except (configparser.Error, UnicodeDecodeError):
         return {}

@@ -11,8 +11,9 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 from omegaconf import OmegaConf
@@ -99,6 +100,7 @@ class Run:
     def _init(self, mode: Any, **more: Any) -> Any:
         import wandb
 
+        read_settings()
         order, folder = self._order, Path(self._order["folder"])
         config: Any = OmegaConf.to_container(OmegaConf.create(redact((folder / "config.yaml").read_text())))
         given = {key: order[key] for key in ("id", "project", "entity", "name", "group", "tags", "notes")}
@@ -165,6 +167,15 @@ class Run:
     def _alert(self, title: str, text: str, record: Record) -> None:
         if self._order["alerts"]:
             self._run.alert(title, f"step {record['step']}: {text}", level="WARN")
+
+
+def read_settings() -> None:
+    """Have W&B read the user's settings, in an empty folder: ``wandb/settings`` of the current one may be a stranger's, and
+    name the server to which the key is sent."""
+    import wandb
+
+    with TemporaryDirectory() as nothing, chdir(nothing):
+        wandb.setup()
 
 
 class Orders:

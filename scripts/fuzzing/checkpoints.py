@@ -64,7 +64,9 @@ def make_run(place: Path, model: Path, *, ranks: int) -> None:
         shutil.rmtree(place / f"run/checkpoints/step-{step:08d}", ignore_errors=True)
     shutil.rmtree(place / "run/model", ignore_errors=True)
     status = place / "run/run.json"
-    status.write_text(json.dumps(json.loads(status.read_text()) | {"status": "running", "steps": SAVED[-1], "model": None}))
+    status.write_text(
+        json.dumps(json.loads(status.read_text()) | {"status": "running", "steps": SAVED[-1], "model": None})
+    )
     for name in (".out", ".err"):
         (place / name).unlink(missing_ok=True)
 

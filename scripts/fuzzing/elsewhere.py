@@ -111,6 +111,8 @@ def of_json(text: str) -> list[Document]:
 def value(record: Any) -> Document:
     if isinstance(record, dict):
         record = record["text"] if "text" in record else record["input_ids"]
+    if isinstance(record, bytes):  # a binary column of a table
+        return record.decode()
     if record is None or isinstance(record, str):
         return record
     if isinstance(record, list) and all(type(token) is int for token in record):

@@ -106,6 +106,7 @@ class Kind(ABC):
             return f"{name}: {edit_place(draw, file, sorted(file.parent.iterdir()))}"
         raw = file.read_bytes()
         changed = edit_file(draw, file.name, raw, self.values)
+        file.unlink()  # a link that an earlier edit has put there
         file.write_bytes(changed)
         return f"{name}: {difference(raw, changed)}"
 

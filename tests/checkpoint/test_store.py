@@ -270,3 +270,16 @@ def test_what_is_beyond_a_step_is_set_aside_and_nothing_else(tmp_path, capsys):
     store.set_aside_after(-1)
     assert store.steps() == []
     assert store.newest() is None
+
+
+@pytest.mark.parametrize("target", ["step-00000002", "nowhere"])
+def test_a_link_in_the_place_of_a_checkpoint_is_set_aside(target, tmp_path):
+    """Also one that leads to itself."""
+    store = Store(tmp_path, Policy(keep_last=None))
+    store.save(1, state(1), world=ALONE)
+    store.path(2).symlink_to(target)
+    assert store.newest() == store.path(1)
+    store.set_aside_after(1)
+    assert store.steps() == [1]
+    (aside,) = tmp_path.glob("set-aside-*")
+    assert aside.is_symlink()

@@ -299,6 +299,53 @@ def test_a_torn_part_is_made_again(tmp_path: Path, store_of: StoreOf, tokenizer)
     assert part.read_bytes() == whole
 
 
+def in_footer(raw: bytes, old: bytes, new: bytes) -> bytes:
+    assert raw.count(old) == 1
+    return raw.replace(old, new)
+
+
+DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "tokenizer: another token": ("tokenizers/*.json", lambda raw: raw.replace(b'"hel"', b'"hes"', 1) + b" "),
+    "tokenizer: zeros": ("tokenizers/*.json", lambda raw: bytes(len(raw))),
+    "store: another part": ("stores/*.json", lambda raw: raw.replace(b".tokens", b".tokenz")),
+    "store: empty": ("stores/*.json", lambda raw: b""),
+    "files: another place in the file": (
+        "files/*.json",
+        lambda raw: in_footer(raw, b'"text", 0, 11', b'"text", 4, 11'),
+    ),
+    "files: nested": ("files/*.json", lambda raw: b"[" * 100_000),
+    "files: a number": ("files/*.json", lambda raw: b"5"),
+    "part: no dtype": ("parts/*/*", lambda raw: in_footer(raw, b'"dtype"', b'"dtypf"')),
+    "part: another dtype": ("parts/*/*", lambda raw: in_footer(raw, b'"uint16"', b'"uint8", ')),
+    "part: fewer documents": ("parts/*/*", lambda raw: in_footer(raw, b'"documents": 1', b'"documents": 0')),
+    "part: no number": ("parts/*/*", lambda raw: in_footer(raw, b'"documents": 1', b'"documents":[]')),
+    "part: a footer without end": ("parts/*/*", lambda raw: raw[:-16] + b"\xff" * 8 + raw[-8:]),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_what_a_disk_has_made_of_the_cache_is_made_again(
+    name: str, tmp_path: Path, cache: Path, store_of: StoreOf
+) -> None:
+    """With the part gone, so that whatever is left is needed to make it."""
+    path = tmp_path / "a.txt"
+    path.write_text("hello world")
+    os.utime(path, (1, 1))  # old enough to be remembered
+    before = store_of(path)
+    assert len(list(cache.glob("*/*.json"))) == 3
+    kept = parts_of(cache)
+    pattern, damage = DAMAGE[name]
+    (file,) = [file for file in cache.glob(pattern) if file.is_file()] or list(cache.glob(f"{pattern}/*"))
+    raw = file.read_bytes()
+    file.write_bytes(damage(raw))
+    assert file.read_bytes() != raw
+    if not pattern.startswith("parts"):
+        before.parts[0].path.unlink()
+    store_of(path)
+    assert parts_of(cache) == kept
+    assert file.read_bytes() == raw
+
+
 def test_groups_of_small_files_move_only_near_a_new_one() -> None:
     def pieces(names: list[str]) -> list[units.Piece]:
         return [units.Piece(name, "text", 0, 40_000, 40_000, (0, 0, 0)) for name in sorted(names)]

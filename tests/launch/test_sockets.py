@@ -52,11 +52,29 @@ def test_on_one_machine_nothing_listens_beyond_the_loopback(strategy, base_argum
     words = [*base_arguments, *LONG, *PAIR, f"strategy={strategy}", f"output_dir={run}"]
     process = spawn(words, env=os.environ | outside)
     wait_for(lambda: steps(run) >= 2, process)
-    addresses = listening(process.pid)
-    assert addresses == {"127.0.0.1"}, "gloo's; and no other"
-    for file in files_of_sockets(process.pid):
+    assert_within_this_user(process.pid)
+
+
+def assert_within_this_user(pid: int) -> None:
+    """TCP on the loopback only, gloo's; unix sockets in folders that no other user can enter."""
+    assert listening(pid) == {"127.0.0.1"}
+    for file in files_of_sockets(pid):
         assert file.is_absolute(), "an abstract name is everybody's"
         assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+
+
+@SLOW
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_the_jobs_of_a_sweep_and_wandb_listen_no_further(launcher, base_arguments, spawn, tmp_path):
+    """Two jobs of two processes at a time, each with W&B's service."""
+    words = [*base_arguments, *LONG, *PAIR, "strategy=ddp", "lr=1e-3,2e-3", f"sweep_dir={tmp_path / 'sweep'}"]
+    process = spawn(["-m", f"hydra/launcher={launcher}", *words, "sink=[jsonl,wandb]", "sink.wandb.mode=offline"])
+    jobs = [tmp_path / "sweep" / f"lr={lr}" for lr in ("0.001", "0.002")]
+    wait_for(lambda: all(steps(job) >= 2 and list(job.glob("wandb/*run*/*.wandb")) for job in jobs), process)
+    assert_within_this_user(process.pid)
+    services = [p for p in tree(process.pid) if "wandb-core" in p.name()]
+    assert len(services) == 2
+    assert all(list(files_of_sockets(service.pid)) for service in services)
 
 
 @SLOW

@@ -33,6 +33,32 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.mark.parametrize("name", ["vocab.txt", "chat_template.jinja", "tokenizer_config.json", "tokenization_x.py"])
+def test_no_file_of_another_name_is_read_and_exported(name: str, tmp_path: Path) -> None:
+    """A cloned folder may hold links: what they lead to would be in every export, and on the Hub with it."""
+    (tmp_path / "credentials").write_text("the secret")
+    path = tmp_path / "m"
+    folder(path, "byte_level")
+    (path / name).unlink(missing_ok=True)
+    (path / name).symlink_to(tmp_path / "credentials")
+    with pytest.raises(
+        UserError, match=rf"{name} is a link to .*credentials, a file of another name outside the folder"
+    ):
+        folder_tokenizer(path)
+
+
+def test_links_to_the_same_file_elsewhere_and_to_the_blobs_of_the_hub_s_cache(tmp_path: Path) -> None:
+    disk, snapshot, blobs = tmp_path / "disk", tmp_path / "models--a--b/snapshots/0", tmp_path / "models--a--b/blobs"
+    folder(disk, "byte_level")
+    for made_there in (snapshot, blobs, linked := tmp_path / "linked"):
+        made_there.mkdir(parents=True)
+    for number, file in enumerate(sorted(disk.iterdir())):
+        (linked / file.name).symlink_to(file)
+        shutil.copy(file, blobs / f"{number:040}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:040}")
+    assert ids(folder_tokenizer(linked)) == ids(folder_tokenizer(snapshot)) == ids(folder_tokenizer(disk))
+
+
 def ids_of_file(path: Path) -> list[list[int]]:
     library = Tokenizer.from_file(str(path / "tokenizer.json"))
     library.no_truncation()

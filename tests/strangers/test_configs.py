@@ -292,6 +292,13 @@ FLAT = {
     "seed: 18446744073709551616": "seed=18446744073709551616",
     "dataset: {source: local, 'a b': 1}": "a b",
     "dataset: {source: local, nameOrPath: [1]}": "nameOrPath",
+    "5": "can't be read as YAML",
+    "-2.225e-311": "can't be read as YAML",
+    "true": "can't be read as YAML",
+    "!!binary aGk=": "can't be read as YAML",
+    "!!set {a}": "can't be read as YAML",
+    "[1, 2]": "not a YAML mapping",
+    "null": "not a YAML mapping",
 }
 
 

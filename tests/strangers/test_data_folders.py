@@ -90,6 +90,8 @@ LEADING_OUT: dict[str, tuple[Callable[[Path], object], str]] = {
     "a tar": (lambda d: tarred(d, "train.tar", "w"), r"train\.tar: archives are not unpacked"),
     "a tar of another name": (lambda d: tarred(d, "train.jsonl", "w"), r"train\.jsonl: archives are not unpacked"),
     "a tar.gz": (lambda d: tarred(d, "train.jsonl.gz", "w:gz"), r"train\.jsonl\.gz: archives are not unpacked"),
+    "an HDF5 file, which may name others": (lambda d: (d / "train.jsonl").rename(d / "train.h5"), "a dataset of the kind 'hdf5'; read are arrow, csv, json"),
+    "a folder of tasks, whose files name others": (lambda d: ((d / "train.jsonl").unlink(), (d / "task.toml").write_text("")), "a dataset of the kind 'harbor'"),
     "a saved dataset": (lambda d: (d / "state.json").write_text("{}"), "is read with dataset=local"),
     "broken records": (lambda d: (d / "train.jsonl").write_text('{"text": "a"}\n{oops\n'), "split train: "),
 }  # fmt: skip
@@ -134,6 +136,17 @@ def test_a_dataset_of_the_hub_reads_nothing_elsewhere(found: str, words: str) ->
     check_data_files({"train": [mine]}, None, HuggingFace(nameOrPath="a/b")._repository())
     with pytest.raises(UserError, match=words):
         check_data_files({"train": [mine, found]}, None, "datasets/a/b")
+
+
+@pytest.mark.parametrize("name", ["pandas", "webdataset", "lance", "generator", "spark"])
+def test_no_builder_that_unpickles_or_follows(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``datasets`` takes the name of one of its builders for one over the files of the current folder."""
+    (folder / "train.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=name):
+        HuggingFace(nameOrPath=name).files()
+    assert not (folder / "ran").exists()
 
 
 def test_a_folder_that_is_called_like_a_format(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

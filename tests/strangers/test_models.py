@@ -69,6 +69,8 @@ def index(weight_map: Any) -> Spoil:
 
 EMBEDDING = "model.embed_tokens.weight"
 REFUSED: dict[str, tuple[Spoil, str]] = {
+    # what peft would have loaded in the folder's place
+    "an adapter": (put("adapter_config.json", '{"base_model_name_or_path": "/elsewhere"}'), r"is an adapter \(adapter_config\.json\); merge it"),
     # config.json
     "config.json: a list": (put(C, "[]"), r"config\.json names no model_type"),
     "config.json: nothing": (put(C, ""), r"config\.json can't be read"),
@@ -83,6 +85,8 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "hidden_size: 64 of 128": (edit(C, hidden_size=64), "weights are not in its files as needed"),
     "layers: -1": (edit(C, num_hidden_layers=-1), "num_hidden_layers=-1"),
     "layers: 7 of 6": (edit(C, num_hidden_layers=7), "9 weights are not in its files as needed"),
+    "layers: 2 million": (edit(C, num_hidden_layers=2_000_000), "num_hidden_layers=2000000, its files hold 56 tensors in all"),
+    "layers: 10^400": (edit(C, num_hidden_layers=10**400), "num_hidden_layers=1000"),
     "heads: 0": (edit(C, num_attention_heads=0), "num_attention_heads=0"),
     "heads: 3 of 128": (edit(C, num_attention_heads=3), r"config\.json: .*not a multiple"),
     "vocab_size: 0": (edit(C, vocab_size=0), "embedding 0 rows"),

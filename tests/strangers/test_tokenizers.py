@@ -135,6 +135,10 @@ TABLE: dict[str, tuple[str, dict[str, Any], Callable[[Path], None] | None, list[
         "copy tokenizer.json",
     ),
     "broken": ("byte_level", {}, lambda p: replaced(p, "tokenizer.json", b'{"model": 3}'), [], 2, "tokenizer"),
+    "nested": (
+        *("byte_level", {}, lambda p: replaced(p, "tokenizer.json", b'{"model": ' + b"[" * 100_000), []),
+        *(2, "tokenizer.json is no tokenizer: RecursionError"),
+    ),
     "none": ("byte_level", {}, lambda p: (p / "tokenizer.json").unlink(), [], 2, "it has no tokenizer.json; copy"),
 }
 

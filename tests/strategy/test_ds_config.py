@@ -7,7 +7,7 @@ import pytest
 
 from pretrain.errors import UserError
 from pretrain.strategy.base import Setting
-from pretrain.strategy.deepspeed import COMPILED, ROOT_KEYS, Deepspeed
+from pretrain.strategy.deepspeed import COMPILED, OWNERS, ROOT_KEYS, Deepspeed
 from tests.test_precision import load
 
 
@@ -55,12 +55,32 @@ def test_more_keys_are_merged_and_auto_is_what_the_run_decides():
     assert config["wall_clock_breakdown"] is True
 
 
+ELSEWHERE = {  # keys by which a config file would have something written, or read, in places of its own choice
+    "tensorboard": {"enabled": True, "output_path": "/tmp/x"},
+    "csv_monitor": {"enabled": True, "output_path": "/tmp/x"},
+    "wandb": {"enabled": True, "team": "theirs"},
+    "comet": {"enabled": True},
+    "flops_profiler.output_file": "/tmp/x",
+    "autotuning": {"enabled": True, "results_dir": "/tmp/x"},
+    "data_efficiency": {"enabled": True},
+}
+
+
+def test_the_flops_profiler_may_print():
+    config = Deepspeed(config={"flops_profiler": {"enabled": True}}).ds_config(setting())
+    assert config["flops_profiler"] == {"enabled": True}
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"zero_optimisation": {}}, "config.zero_optimisation: DeepSpeed has no such key; did you mean 'zero_optimiz"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3: the run sets it to 2 (strategy.zero_stage)"),
         ({"scheduler": {"type": "WarmupLR"}}, "config.scheduler: this program has the scheduler group for that"),
+        *(
+            (nested(key, value), f"config.{key}: this program has {OWNERS[key]} for that")
+            for key, value in ELSEWHERE.items()
+        ),
         *((nested(key, True), f"config.{key}: DeepSpeed compiles code for that") for key in sorted(COMPILED)),
     ],
     ids=str,

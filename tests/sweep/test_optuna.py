@@ -248,6 +248,23 @@ def test_a_journal_that_makes_no_sense_without_a_line_is_kept(search, tmp_path):
     assert file.read_text() == "".join(lines)
 
 
+@pytest.mark.parametrize("planted", [{"allow_targets": "[foreign]"}, {"strategy": "single,x"}, {"lr": 5.0}])
+def test_a_planted_trial_is_no_job(planted, tmp_path):
+    """What is in a trial becomes a command line; the journal may have come with somebody else's folder."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    space = parse_space([LR, "strategy=single,ddp"], None)
+    told = {"space": space, "metric": "forgetting", "direction": "minimize", "startup_trials": 1, "seed": 0}
+    Study(tmp_path, **told)
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(tmp_path / "optuna.journal")))
+    optuna.load_study(study_name="sweep", storage=storage).enqueue_trial({"lr": 1e-3, "strategy": "ddp"})
+    assert Study(tmp_path, **told).next().params == {"lr": 1e-3, "strategy": "ddp"}
+    optuna.load_study(study_name="sweep", storage=storage).enqueue_trial(planted)
+    with pytest.raises(UserError, match=r"optuna\.journal: trial 1 has other keys or values than this search has"):
+        Study(tmp_path, **told)
+
+
 def test_only_one_command_searches(search, tmp_path):
     with search_alone(tmp_path / "sweep"), pytest.raises(UserError, match="another command is searching"):
         search(1)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from pretrain.compose import forced
+from pretrain.errors import UserError
 from pretrain.quoting import quoted_word
 from pretrain.sweep.command import _codes, _failures, worst
-from pretrain.sweep.job import LONGEST_NAME, job_of, jobs_in, readable_name
+from pretrain.sweep.job import LONGEST_NAME, digest, job_of, jobs_in, readable_name
 from pretrain.sweep.jobs import Sweep, quoted, run_job
 
 KEYS = ("lr", "strategy", "dataset.nameOrPath")
@@ -48,6 +49,18 @@ def test_other_jobs_of_the_same_name_have_other_folders(tmp_path):
     slash, dash = (job_of(tmp_path, [f"dataset.nameOrPath=a{c}b"], KEYS) for c in "/_")
     assert len({short.folder, long.folder, slash.folder, dash.folder}) == 4
     assert [job for job, _ in jobs_in(tmp_path)] == [short, long, slash, dash]
+
+
+def test_no_job_is_written_through_a_link(tmp_path):
+    """A sweep folder may have come with somebody else's files."""
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("lr=1", "lr=2", f"lr=2-{digest(['lr=2'])}"):
+        (tmp_path / "sweep").mkdir(exist_ok=True)
+        (tmp_path / "sweep" / name).symlink_to(tmp_path / "elsewhere")
+    assert job_of(tmp_path / "sweep", ["lr=1"], ("lr",)).name == f"lr=1-{digest(['lr=1'])}"
+    with pytest.raises(UserError, match=r"lr=2-\w+ in it is a link to .*elsewhere; nothing is written through a link"):
+        job_of(tmp_path / "sweep", ["lr=2"], ("lr",))
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_a_run_that_was_moved_aside_is_no_job(tmp_path):

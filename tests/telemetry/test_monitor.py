@@ -1,6 +1,7 @@
 """The monitor reads the device at log steps only, writes null for what is no number, and survives its sinks."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -218,6 +219,38 @@ def test_run_json_tells_status_and_results(tmp_path):
     assert facts["status"] == "finished"
     assert (facts["steps"], facts["tokens"], facts["world_size"]) == (2, 20, 1)
     assert facts["results"]["d"]["delta_loss"] == -0.5
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(
+            {name: value}
+            for name in ("results", "restarts", "started_at", "seconds")
+            for value in (None, True, "a", [1], {"d": 4})
+        ),
+        *({"restarts": 1e308}, {"started_at": math.nan}, {"seconds": -math.inf}),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_without_what_is_wrong_in_its_run_json(damage, tmp_path):
+    facts = {"results": {"d": {"loss": 1.0}}, "restarts": 2, "started_at": 100.0, "seconds": 7.0, "status": "stopped"}
+    (tmp_path / "run.json").write_text(json.dumps(facts | damage))
+    listener = RunFile(tmp_path)
+    listener(RunStarted(4, total_steps=8, resumed=True))
+    listener(Evaluated(4, (DomainScore("new", "new", 2.0, 7.4, 1.1, 5, -0.5),), 0.1))
+    (name,) = damage
+    now = read_run_file(tmp_path)
+    assert set(now["results"]) == {"new"} | (set() if name == "results" else {"d"})
+    assert now["restarts"] == (0 if name == "restarts" else 3)
+    assert (now["started_at"] == 100.0) == (name != "started_at")
+    assert (now["seconds"] >= 7.0) == (name != "seconds")
+
+
+@pytest.mark.parametrize("text", ["[1]", "5", "", "{", "[" * 100_000])
+def test_a_run_json_that_is_something_else_is_none(text, tmp_path):
+    (tmp_path / "run.json").write_text(text)
+    assert read_run_file(tmp_path) == {}
 
 
 def test_run_json_has_no_infinity(tmp_path):

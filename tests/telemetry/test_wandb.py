@@ -194,6 +194,23 @@ def test_where_a_key_is_found(tmp_path, monkeypatch):
     assert wandb_key.has_key()
 
 
+def test_the_current_folder_names_no_server(tmp_path, monkeypatch):
+    """``wandb/settings`` of a stranger's folder would have the key sent to a server of theirs, or records to their account."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "mine"))
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/settings").write_text("[default]\nbase_url = https://theirs\napi_key = theirs\nmode = offline\n")
+    assert wandb_key.server() == "https://api.wandb.ai"
+    assert not wandb_key.has_key()
+    assert Wandb()._asked() == "offline"
+    code = (
+        "from pretrain.telemetry.wandb_process import read_settings; import wandb; read_settings()\n"
+        "print(wandb.setup().settings.base_url, wandb.setup().settings.api_key)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told == "https://api.wandb.ai None\n"
+
+
 def test_wandb_offline_said_to_wandb_itself_holds(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_MODE", "dryrun")

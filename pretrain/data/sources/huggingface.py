@@ -11,7 +11,7 @@ from pydantic import Field
 
 from pretrain.data.cache import cache_dir
 from pretrain.data.sources.base import Source
-from pretrain.data.sources.own_files import check_cards, check_data_files, download_manager
+from pretrain.data.sources.own_files import check_builder, check_cards, check_data_files, download_manager
 from pretrain.data.units import SourceFile, one_line
 from pretrain.errors import UserError
 
@@ -83,6 +83,7 @@ class HuggingFace(Source):
         # A folder called "json" is not the builder of that name.
         path = os.path.join(os.curdir, self.nameOrPath) if folder and os.sep not in self.nameOrPath else self.nameOrPath
         builder = datasets.load_dataset_builder(path, self.subset, revision=self.revision)
+        check_builder(type(builder).__module__.rpartition(".")[2], self.described())
         check_data_files(builder.config.data_files, folder, self._repository())
         builder.download_and_prepare(dl_manager=download_manager(builder))
         return builder.as_dataset(split=self.split)

@@ -10,11 +10,19 @@ from typing import Any
 
 from pretrain.data.units import one_line
 from pretrain.errors import UserError
-from pretrain.folders import is_below
+from pretrain.folders import is_below, is_inside
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".rar", ".7z")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 CARDS = ("README.md", ".huggingface.yaml")
+BUILDERS = (
+    "arrow",
+    "csv",
+    "json",
+    "parquet",
+    "text",
+    "xml",
+)  # others unpickle (pandas), or open files that a file names (hdf5)
 NOT_UNPACKED = "archives are not unpacked; unpack it and name the folder with dataset=local"
 
 
@@ -30,6 +38,12 @@ def check_cards(folder: Path) -> None:
                     raise UserError(f"{card}: it names data outside its folder ({name!r}), which is not read")
 
 
+def check_builder(name: str, described: str) -> None:
+    """Refuse a builder of ``datasets`` that reads anything else than text in its data files."""
+    if name not in BUILDERS:
+        raise UserError(f"{described}: a dataset of the kind {name!r}; read are {', '.join(BUILDERS)}")
+
+
 def check_data_files(found: Any, folder: Path | None, repository: str) -> None:
     """Refuse what ``datasets`` has found for its builder (split → paths) where it is an archive or lies outside ``folder``;
     of a Hub dataset (``folder`` is ``None``): outside ``repository``."""
@@ -37,9 +51,7 @@ def check_data_files(found: Any, folder: Path | None, repository: str) -> None:
         if _ending(name) in ARCHIVES:
             raise UserError(f"{name}: {NOT_UNPACKED}")
         inside = (
-            _is_inside(Path(name), folder)
-            if folder
-            else name.startswith((f"hf://{repository}@", f"hf://{repository}/"))
+            is_inside(Path(name), folder) if folder else name.startswith((f"hf://{repository}@", f"hf://{repository}/"))
         )
         if not inside:
             raise UserError(
@@ -101,14 +113,6 @@ def _strings(value: Any, seen: set[int]) -> Iterator[str]:
         seen.add(id(value))
         for item in value.values() if isinstance(value, dict) else value:
             yield from _strings(item, seen)
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    """Whether the file itself, links followed, lies in ``folder``. In the Hub's cache all files of a snapshot are links into
-    the ``blobs`` of the same repository."""
-    target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    blobs = root.parent.parent / "blobs"
-    return target.is_relative_to(root) or (root.parent.name == "snapshots" and target.parent == blobs)
 
 
 def _ending(name: str) -> str:
