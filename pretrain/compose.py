@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -100,6 +100,12 @@ def in_plain_words(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice}: no such choice{did_you_mean(choice, choices(group))}"
+    if isinstance(error, OverrideParseException):
+        lines = [
+            line.strip() for line in error.message.splitlines() if not re.match(r"\s*(Error parsing|See http|$)", line)
+        ]
+        reason = " ".join(lines).partition(" expecting ")[0]
+        return f"{error.override.lstrip('+')}: can't be read ({reason}); a text with such characters needs quotes: \"key='...'\""
     if "maximum recursion depth" in str(error):
         return "nested too deeply for a config"
     key = getattr(error, "full_key", None)

@@ -263,12 +263,13 @@ def in_yaml(name: str) -> str:
     return name[:-1] if iskeyword(name[:-1]) else name
 
 
-def _owner(group: str, key: str) -> str | None:
-    """Which other choice of a group has this key."""
-    for file in sorted((conf_dir() / group).glob("*.yaml")):
-        if key in OmegaConf.load(file):
-            return f"; it is a key of {group}={file.stem}"
-    return None
+def _owner(path: str, key: Any) -> str | None:
+    """Which other choices of the group at ``path`` have this key."""
+    is_domain = path.startswith("evaluation.domains.")
+    group, word = ("dataset", f"dataset@{path}") if is_domain else (path, path)
+    files = sorted((conf_dir() / group).glob("*.yaml"))
+    owners = [f"{word}={file.stem}" for file in files if key in list(OmegaConf.load(file))]  # `in` alone skips `???`
+    return f"; it is a key of {' and '.join(owners)}" if owners else None
 
 
 def check_value(key: str, value: Any, hint: Any) -> None:

@@ -19,12 +19,24 @@ LATER_SECONDS = 5.0  # by how much a rank may be slower than another to find the
 
 _muted = False
 _captured: Path | None = None  # where stderr goes before there is a log
+_unlogged: list[logging.LogRecord] = []  # notices from before there is a log
 
 
 def mute() -> None:
     """Say nothing on the terminal from now on, only in the log: of several processes one talks."""
     global _muted
     _muted = True
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Say nothing on the terminal meanwhile, only in the log: another process has said it there."""
+    global _muted
+    before, _muted = _muted, True
+    try:
+        yield
+    finally:
+        _muted = before
 
 
 def notice(message: str) -> None:
@@ -46,7 +58,11 @@ def complain(message: str) -> None:
 
 def _say(message: str, *, aloud: bool) -> None:
     message = redact(message)
-    logging.getLogger("pretrain").info(message)
+    logger = logging.getLogger("pretrain")
+    if logger.handlers:
+        logger.info(message)
+    else:
+        _unlogged.append(logging.makeLogRecord({"levelno": logging.INFO, "levelname": "INFO", "msg": message}))
     if aloud:
         with suppress(OSError):
             sys.stderr.write(f"{message}\n")
@@ -107,7 +123,7 @@ class _Log(logging.FileHandler):
 
 
 def log_to(file: Path) -> None:
-    """Append what is said from now on to ``file``."""
+    """Append what this process has said, and says from now on, to ``file``."""
     handler = _Log(file, encoding="utf-8")
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("pretrain")
@@ -118,6 +134,9 @@ def log_to(file: Path) -> None:
         with suppress(OSError):  # its disk may be full
             earlier.close()
     logger.addHandler(handler)
+    for record in _unlogged:
+        handler.handle(record)
+    _unlogged.clear()
     global _captured
     if _captured is not None:
         with suppress(OSError), open_append(file, mode="ab") as log:  # a full disk

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Place:
     """``rank`` of ``size`` processes, ``local_rank`` of ``local_size`` on this machine; ``restarts`` of the group
     so far, which all have the ``run_id`` of one command. ``store``: the file by which they meet, in a private folder
-    of their one machine; empty: at MASTER_ADDR and MASTER_PORT. ``one_machine``: whether all are on this one."""
+    of their one machine; empty: at MASTER_ADDR and MASTER_PORT. ``one_machine``: whether all are on this one.
+    ``prepared``: whether the launcher has prepared the data before it started them, and has shown the notices of that."""
 
     rank: int = 0
     size: int = 1
@@ -19,3 +20,4 @@ class Place:
     run_id: str = ""
     store: str = ""
     one_machine: bool = True
+    prepared: bool = False

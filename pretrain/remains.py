@@ -39,8 +39,11 @@ class Remains:
 
 
 def remains_of(resolved: dict[str, Any]) -> Remains | None:
-    """What is left of the run that ``resolved`` continues, if the model that it names is the one that the run began with;
-    ``None``: nothing, or it names another, which must be there."""
+    """What is left of the run that ``resolved`` continues, if the model that it names is the one that the run was last
+    continued with; ``None``: nothing is left.
+
+    Raises ``UserError`` where it names another model, which is not there.
+    """
     checkpoint = _checkpoint(resolved)
     if checkpoint is None:
         return None
@@ -49,6 +52,12 @@ def remains_of(resolved: dict[str, Any]) -> Remains | None:
     except UserError:
         return None
     if not all(_same_place(before.get("model", {}).get(key), resolved["model"].get(key)) for key in NAMES):
+        name, known = resolved["model_name"], before.get("model_name")
+        if name != known and not _is_there(name, "model_name"):
+            raise UserError(
+                f"model_name={name}: no such folder or model; {checkpoint} was trained with model_name={known}: "
+                "with this name the run continues, even where that folder is gone"
+            )
         return None
     return Remains(checkpoint, state["identity"]["model"], resolved["model_name"])
 

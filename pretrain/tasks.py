@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain import build, collector
 from pretrain.checkpoint.store import Store
-from pretrain.console import log_error, log_to, mute, notice
+from pretrain.console import log_error, log_to, mute, notice, quietly
 from pretrain.errors import UserError
 from pretrain.events import RunFinished
 from pretrain.interrupt import EXIT_CODE, Interrupt
@@ -92,7 +92,8 @@ def meet(resolved: dict[str, Any], interrupt: Interrupt, setting: Setting, place
     """Prepare the data, alone, and only then meet the other ranks; all have found the same. The data, and the run's steps."""
     if place.rank > 0:
         mute()
-    prepared = prepare(resolved, devices=setting.devices)
+    with quietly() if place.prepared else nullcontext():
+        prepared = prepare(resolved, devices=setting.devices)
     steps = total_steps(resolved, prepared)
     interrupt.patient = place.size > 1  # from here on the others would wait for a process that leaves
     world = build.build_world(resolved, place, group=instantiate(resolved["strategy"]).needs_group)

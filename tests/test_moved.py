@@ -86,7 +86,10 @@ def test_a_model_that_is_gone_begins_no_other_run(model, begun, command, tmp_pat
     shutil.rmtree(model)
     assert_mistake(command([f"model_name={model}", *begun, "resume=never"]), gone)
     assert_mistake(command([f"model_name={model}", *begun, f"output_dir={tmp_path / 'other'}"]), gone)
-    assert_mistake(command([f"model_name={tmp_path}/typo", *begun]), f"model_name={tmp_path}/typo: no such folder")
+    typo = f"model_name={tmp_path}/typo: no such folder or model; {tmp_path / 'run'}/checkpoints/step-00000010 was trained with"
+    assert_mistake(
+        command([f"model_name={tmp_path}/typo", *begun]), f"{typo} model_name={model}: with this name the run"
+    )
     assert_mistake(command(["task=evaluation", f"model_name={model}", *begun]), gone)
 
 

@@ -66,6 +66,7 @@ def work(job: Job) -> int:
         *(rank, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]), local_size, restarts, run_id),
         store=f"{job.reports}/store-{restarts}" if one_machine else "",
         one_machine=one_machine,
+        prepared=True,
     )
     capture_stderr(Path(job.reports) / f"rank-{rank}.stderr", keep_terminal=rank == 0)
     faulthandler.enable(2)  # a bus error, a segmentation fault: its stacks go into the log

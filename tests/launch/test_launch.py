@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,11 +303,17 @@ def test_every_rank_has_a_log_with_its_stderr(base_arguments, tmp_path):
         assert (tmp_path / f"run/logs/rank-{rank}.log").read_text().count(f"rank {rank} speaks") == 2
 
 
-def test_only_one_rank_talks(base_arguments, spawn, tmp_path):
-    process = spawn([*base_arguments, *PAIR, f"output_dir={tmp_path}", "max_steps=2"])
+def test_only_one_rank_talks(base_arguments, corpus, spawn, tmp_path):
+    """Notices of preparing the data too, which the launcher and then every rank does; the log has them all the same."""
+    shutil.copytree(corpus, tmp_path / "text")
+    (tmp_path / "text/image.png").write_bytes(b"x")
+    run, data = tmp_path / "run", f"dataset.nameOrPath={tmp_path / 'text'}"
+    process = spawn([*base_arguments, *PAIR, data, f"output_dir={run}", "max_steps=2"])
     out, _ = process.communicate(timeout=90)
     assert process.returncode == 0, out
     assert out.count("\nstep 2/2") == 1
+    assert out.count("1 files are not read (1 × .png)") == 1
+    assert [(run / f"logs/rank-{rank}.log").read_text().count("1 files are not read") for rank in (0, 1)] == [1, 1]
     assert "Warning" not in out
 
 

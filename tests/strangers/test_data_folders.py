@@ -234,11 +234,13 @@ def test_what_a_run_wrote_is_no_text(tmp_path: Path, monkeypatch, capsys: pytest
     texts(folder / "outputs" / "copied", {name: text for name, text in RUN.items() if name[0] != "."})
     texts(folder / "multirun" / "now", SWEEP)
     texts(folder / "cache", {"tokenizers/a.json": "{}", "files/a.json": "[]"})
+    texts(folder / "m", {"config.json": "{}", "model.safetensors": "", "tokenizer.json": "{}", "vocab.txt": "a"})
+    texts(folder / "t", {"config.json": "{}", "tokenizer.json": "{}"})
     monkeypatch.setenv("PRETRAIN_CACHE", str(folder / "cache"))
     for path in (folder, f"{folder}/**/*"):
         assert documents_of(path) == ["one", "two"]
     said = " ".join(capsys.readouterr().err.split())
-    assert "not read in it: 4 folders of runs or caches, such as" in said
+    assert "not read in it: 6 folders of runs, models or caches, such as" in said
     assert documents_of(folder, pattern="**/*.txt") == documents_of(folder, pattern="*.txt") == ["one"]
 
 

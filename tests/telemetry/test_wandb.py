@@ -208,7 +208,9 @@ def test_the_current_folder_names_no_server(tmp_path, monkeypatch):
         "print(wandb.setup().settings.base_url, wandb.setup().settings.api_key)"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told == "https://api.wandb.ai None\n"
+    server, key = told.split()
+    assert server.startswith("https://api.")
+    assert key == "None"
 
 
 def test_wandb_offline_said_to_wandb_itself_holds(monkeypatch):

@@ -12,11 +12,14 @@ from pretrain.console import notice
 from pretrain.data.cache import cache_dir
 from pretrain.data.units import reading
 
-OURS = (  # what lies in a folder of a run (of any task), of a sweep, in a token cache
+NO_TEXT = (  # what lies in a folder of a run (of any task), of a sweep, in a token cache, in a folder of a model
     (".lock", "logs"),
     ("config.yaml", "run.json"),
     ("sweep.json",),
     ("parts", "stores", "tokenizers"),
+    ("config.json", "model.safetensors"),
+    ("config.json", "model.safetensors.index.json"),
+    ("config.json", "tokenizer.json"),
 )
 
 
@@ -63,14 +66,15 @@ def _files(pattern: str) -> list[str]:
 
 
 def _folders(root: str, *, follow: bool) -> Iterator[str]:
-    """``root`` and the folders below it that are neither hidden nor ours, each once; links to folders only where asked."""
-    seen, ours, links = {_identity(root)}, [], []
+    """``root`` and the folders below it that are neither hidden nor of runs, models or caches, each once; links to
+    folders only where asked."""
+    seen, left_out, links = {_identity(root)}, [], []
 
     def is_new(path: str) -> bool:
         if os.path.islink(path) and not follow:
             links.append(path)
-        elif _is_ours(path):
-            ours.append(path)
+        elif _holds_no_text(path):
+            left_out.append(path)
         elif (identity := _identity(path)) not in seen:
             seen.add(identity)
             return True
@@ -83,17 +87,17 @@ def _folders(root: str, *, follow: bool) -> Iterator[str]:
         names[:] = [name for name in sorted(names) if not name.startswith(".") and is_new(os.path.join(path, name))]
         yield path
     for found, what in (
-        (ours, "folders of runs or caches"),
+        (left_out, "folders of runs, models or caches"),
         (links, "links to folders, which a glob such as 'd/**/*' follows"),
     ):
         if found:
             say_once(f"{root}: not read in it: {len(found)} {what}, such as {found[0]}")
 
 
-def _is_ours(path: str) -> bool:
+def _holds_no_text(path: str) -> bool:
     if os.path.realpath(path) == os.path.realpath(cache_dir()):
         return True
-    return any(all(os.path.lexists(os.path.join(path, name)) for name in marks) for marks in OURS)
+    return any(all(os.path.lexists(os.path.join(path, name)) for name in marks) for marks in NO_TEXT)
 
 
 def _identity(path: str) -> tuple[int, int]:

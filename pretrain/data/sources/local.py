@@ -147,7 +147,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _near(path: Path) -> str:
-    siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+    siblings = [name for name in os.listdir(path.parent) if name[0] != "."] if path.parent.is_dir() else []
     return did_you_mean(path.name, siblings) if 0 < len(siblings) <= 1000 else ""
 
 
