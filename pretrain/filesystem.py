@@ -95,7 +95,8 @@ def mapped(path: Path) -> NDArray[np.uint8]:
 def free_bytes(folder: Path) -> int | None:
     """The room that there is; ``None`` where the file system does not say. Raises ``OSError``: no such folder."""
     try:
-        return shutil.disk_usage(folder).free or None
+        usage = shutil.disk_usage(folder)
+        return usage.free if usage.total else None
     except OSError as error:
         if error.errno not in CANNOT | MAY_NOT:
             raise

@@ -63,7 +63,7 @@ def check_causal(hf: Any) -> None:
         return
     with _trial(hf):
         one, two = (_logits(hf, ids[order])[:, : ids.shape[1]] for order in ([0, 1, 2], [0, 3, 4]))
-    if not _is_rounding(one, two):
+    if not _is_rounding(*_finite(one, two)):
         raise UserError(
             f"{type(hf).__name__} sees the tokens that it should predict: its logits change with later tokens, so it can't "
             "be trained or scored as a causal model; an encoder (BERT, RoBERTa) needs is_decoder: true in its config.json "
@@ -91,8 +91,8 @@ def document_separation(hf: Any) -> Way | None:
                 one, two = (_outputs(hf, ids[order], length, given) for order in ([1, 0, 2], [3, 0, 4]))
             except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError):
                 continue  # no such argument, no such mask
-            same = len(one) == len(two) and all(map(torch.equal, one, two))
-            if same and _similar(one[-1], alone):
+            same = len(one) == len(two) and all(torch.equal(*_finite(*pair)) for pair in zip(one, two, strict=True))
+            if same and _similar(*_finite(one[-1], alone)):
                 return way
     return None
 
@@ -253,6 +253,13 @@ def _token_by_token(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return each
 
 
+def _finite(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with zeros where one of them is not finite. A model may overflow at some tokens, and attention hands that on even
+    where its weight is 0: there is nothing to compare there, and the guard of the run deals with it."""
+    both = a.isfinite() & b.isfinite() if a.shape == b.shape else torch.tensor(True, device=a.device)
+    return torch.where(both, a, 0), torch.where(both, b, 0)
+
+
 def _close(a: Tensor, b: Tensor) -> bool:
     """Equal up to rounding in the tensors' type, measured at the largest number."""
     eps = torch.finfo(a.dtype).eps
@@ -271,7 +278,7 @@ def _is_rounding(a: Tensor, b: Tensor) -> bool:
 def _errors(a: Tensor, b: Tensor) -> Tensor:
     """Of each token of [.., n, V], relative to its norm."""
     a, b = a.float(), b.float()
-    return torch.linalg.vector_norm(a - b, dim=-1) / torch.linalg.vector_norm(b, dim=-1)
+    return torch.linalg.vector_norm(a - b, dim=-1) / torch.linalg.vector_norm(b, dim=-1).clamp_min(1e-30)
 
 
 def _similar(a: Tensor, b: Tensor) -> bool:
