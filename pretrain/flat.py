@@ -120,7 +120,7 @@ def _accumulation(flat: Flat, value: bool) -> None:
 def _dataset(flat: Flat, value: dict[str, Any]) -> None:
     source = value.get("source", "local")
     choices = {"local": "local", "huggingface": "huggingface", "hf": "huggingface", "sample": "sample"}
-    if source not in choices:
+    if not isinstance(source, str) or source not in choices:
         raise UserError(f"dataset.source={source!r}: not a source{did_you_mean(str(source), choices)}")
     flat.choices["dataset"] = choices[source]
     for key, given in value.items():

@@ -65,7 +65,7 @@ def checksum(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1)
     bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
     sums = [part.sum(dtype=torch.int64) for part in bits.split(CHECKSUM_NUMBERS)]  # the sum's int64 copy stays small
-    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64, device=tensor.device)
+    return torch.stack(sums).sum()  # of an empty tensor there is one part too
 
 
 def own_piece(tensor: Tensor, *, is_main: bool) -> Piece | None:

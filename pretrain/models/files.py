@@ -178,7 +178,10 @@ def weight_files(folder: Path, name: str) -> list[Path]:
 def check_weights(folder: Path, name: str) -> None:
     """Raises ``UserError`` when weights are missing or torn. Reads headers only."""
     for file in weight_files(folder, name):
-        reason = torn(file)
+        try:
+            reason = torn(file)
+        except OSError as error:  # a folder, a file without permission
+            raise UserError(f"model_name={name}: {file} can't be read: {error.strerror}") from None
         if reason:
             raise UserError(f"model_name={name}: {file} is torn: {reason}; fetch or save the model again")
 

@@ -85,6 +85,7 @@ def folder_tokenizer(folder: Path, *, code: bool = False) -> Any:
 
 def _of_file(folder: Path, code: bool) -> FolderTokenizer:
     backend, config = Tokenizer.from_file(str(folder / "tokenizer.json")), _read_json(folder, "tokenizer_config.json")
+    _check_ids(folder, backend)
     expected = [_bare(backend).encode(line, add_special_tokens=False).ids for line in LINES]
     auto = _auto(folder, code)
     if not isinstance(auto, str) and not hasattr(auto, "backend_tokenizer"):  # RagTokenizer, which is two in one
@@ -103,6 +104,17 @@ def _of_file(folder: Path, code: bool) -> FolderTokenizer:
         notice(f"{folder}: {said}; the run uses tokenizer.json as it is, and exports it unchanged")
     template = _chat_template(folder, config)
     return FolderTokenizer(backend, _files(folder), **named, add_bos_token=adds, chat_template=template)
+
+
+def _check_ids(folder: Path, backend: Tokenizer) -> None:
+    """Raises ``UserError`` where two tokens have one id: written again, as the token cache does, one of them would be lost."""
+    owners: dict[int, str] = {}
+    for token, number in backend.get_vocab(with_added_tokens=True).items():
+        if owners.setdefault(number, token) != token:
+            one, other = sorted((owners[number], token))
+            raise UserError(
+                f"tokenizer.json gives two tokens one id: {one[:40]!r} and {other[:40]!r} are both {number}"
+            )
 
 
 def boundaries(tokenizer: Any, *, bos: bool | str, separator: str | int) -> Boundaries:

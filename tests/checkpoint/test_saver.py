@@ -117,11 +117,11 @@ def test_room_is_made_of_what_would_go_anyway(tmp_path, free):
     for step in (1, 2, 3):
         store.save(step, state(step), world=ALONE)
     assert store.steps() == [2, 3]
-    free(lambda: 1 << 40 if store.steps() == [3] else 0)
+    free(lambda: 1 << 40 if store.steps() == [3] else 1)
     assert store.make_room(4, 1000) is None
     assert store.steps() == [3]
     one = Store(tmp_path, Policy(keep_last=1))
-    free(lambda: 0)
+    free(lambda: 1)  # some file systems say 0 when they mean that they do not know
     assert "0.00 GiB free" in one.make_room(4, 1000)
     assert store.steps() == [3], "the last whole one is never removed before the next is whole"
 

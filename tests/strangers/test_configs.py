@@ -292,6 +292,7 @@ FLAT = {
     "seed: 18446744073709551616": "seed=18446744073709551616",
     "dataset: {source: local, 'a b': 1}": "a b",
     "dataset: {source: local, nameOrPath: [1]}": "nameOrPath",
+    "dataset: {source: {a: local}, nameOrPath: x}": "dataset.source={'a': 'local'}: not a source",
     "5": "can't be read as YAML",
     "-2.225e-311": "can't be read as YAML",
     "true": "can't be read as YAML",

@@ -105,6 +105,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "generation_config.json: deep": (put(G, DEEP), r"generation_config\.json can't be read"),
     "generation_config.json: a wrong part": (edit(G, watermarking_config=3), r"generation_config\.json: "),
     # model.safetensors
+    "weights: a folder": (lambda m: ((m / W).unlink(), (m / W).mkdir()), r"model\.safetensors can't be read: Is a directory"),
     "weights: nothing": (put(W, b""), r"model\.safetensors is torn"),
     "weights: a header of 2^63": (put(W, struct.pack("<Q", 2**63) + b"{}"), r"is torn: .*not even its header fits"),
     "header: a list": (header(lambda h: []), r"is torn: its header is not safetensors|is torn"),

@@ -61,6 +61,13 @@ def replaced(path: Path, name: str, content: bytes) -> None:
     (path / name).write_bytes(content)
 
 
+def edited(path: Path, change: Callable[[dict[str, int]], None]) -> None:
+    """The vocabulary of tokenizer.json, changed."""
+    content = json.loads((path / "tokenizer.json").read_text())
+    change(content["model"]["vocab"])
+    (path / "tokenizer.json").write_text(json.dumps(content))
+
+
 CHAT = {"changes": ["adds_tokens"], "eos_token": "<|im_end|>", "chat_template": "{{ messages }}"}
 # kind of file, what is in its configs, what is done to the folder, overrides → exit code, words of stderr
 TABLE: dict[str, tuple[str, dict[str, Any], Callable[[Path], None] | None, list[str], int, str]] = {
@@ -135,6 +142,10 @@ TABLE: dict[str, tuple[str, dict[str, Any], Callable[[Path], None] | None, list[
         "copy tokenizer.json",
     ),
     "broken": ("byte_level", {}, lambda p: replaced(p, "tokenizer.json", b'{"model": 3}'), [], 2, "tokenizer"),
+    "two tokens with one id": (
+        *("byte_level", {}, lambda p: edited(p, lambda v: v.update({"!": v['"']})), []),
+        *(2, "gives two tokens one id: '!' and '\"' are both"),
+    ),
     "nested": (
         *("byte_level", {}, lambda p: replaced(p, "tokenizer.json", b'{"model": ' + b"[" * 100_000), []),
         *(2, "tokenizer.json is no tokenizer: RecursionError"),
