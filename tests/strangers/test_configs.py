@@ -126,7 +126,7 @@ def test_a_mistake_is_one_line_with_a_folder_of_configs_too(command, tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nlr: -1\n")
     code, _, err = command(["--config-dir", tmp_path, "experiment=mine"])
-    assert (code, err) == (2, "error: lr=-1: input should be greater than 0\n")
+    assert (code, err) == (2, "error: lr=-1: input should be greater than 0 or input should be 'auto'\n")
 
 
 # Paths and names ----------------------------------------------------------------------------------------------------

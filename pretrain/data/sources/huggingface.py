@@ -83,8 +83,8 @@ class HuggingFace(Source):
         # A folder called "json" is not the builder of that name.
         path = os.path.join(os.curdir, self.nameOrPath) if folder and os.sep not in self.nameOrPath else self.nameOrPath
         builder = datasets.load_dataset_builder(path, self.subset, revision=self.revision)
-        check_builder(type(builder).__module__.rpartition(".")[2], self.described())
         check_data_files(builder.config.data_files, folder, self._repository())
+        check_builder(type(builder).__module__.rpartition(".")[2], self.described())
         builder.download_and_prepare(dl_manager=download_manager(builder))
         return builder.as_dataset(split=self.split)
 
