@@ -71,6 +71,12 @@ class Lock:
             os.close(self._file)
             self._file = None
 
+    def __del__(self) -> None:
+        """A lock that nobody has any more is free. A claim stays: the process may be a fork of the one that made it."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
     def _try(self) -> bool:
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:

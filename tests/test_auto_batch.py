@@ -184,7 +184,8 @@ def test_an_evaluation_alone_needs_a_number(base_arguments, command, tmp_path):
     code, _, said = command([*alone, "batch_size=auto"])
     assert code == 2
     assert "evaluation.batch_size=auto is that of a training; here it needs a number" in said
-    assert command([*alone, "batch_size=auto", "evaluation.batch_size=4", "sink=jsonl"])[0] == 0
+    code, _, said = command([*alone, "batch_size=auto", "evaluation.batch_size=4", "sink=jsonl"])
+    assert code == 0, said
 
 
 def test_the_record_counts_on_the_same_kind_of_device(tmp_path):

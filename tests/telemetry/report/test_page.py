@@ -229,8 +229,8 @@ def test_the_defaults_do_not_differ_from_themselves():
 
 
 def test_a_choice_is_listed_once_and_what_follows_it_is_not():
-    assert changes("lr=3e-4", "output_dir=elsewhere") == {"lr": ["0.001", "0.0003"]}
-    assert changes("optimizer.lr=3e-4") == {"optimizer.lr": ["0.001", "0.0003"]}
+    assert changes("lr=3e-4", "output_dir=elsewhere") == {"lr": ["auto", "0.0003"]}
+    assert changes("optimizer.lr=3e-4") == {"optimizer.lr": ["auto", "0.0003"]}
     found = changes("strategy=ddp", "evaluate_every=null")
     assert found["evaluate_every"] == ["100", "null"]
     assert [value.rpartition(".")[2] for value in found["strategy._target_"]] == ["Single", "Ddp"]
