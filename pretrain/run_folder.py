@@ -56,6 +56,8 @@ class RunFolder:
         """Write config.yaml and .hydra/overrides.yaml; return the former's text. Raises ``UserError``: a full disk."""
         text = OmegaConf.to_yaml(OmegaConf.create(resolved))
         with _writing(self.path):
+            if not (self.path / RUN_ID).exists():  # of a task without workers, but what follows is ours all the same
+                replace_file(self.path / RUN_ID, "")
             replace_file(self.path / "config.yaml", text)
             hydra = own_folder(self.path / ".hydra")
             replace_file(hydra / "config.yaml", text)
