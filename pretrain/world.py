@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -138,6 +139,12 @@ def _store(place: Place, timeout: timedelta) -> dist.Store | None:
     return tcp_store(host, port, is_host=place.rank == 0, timeout=timeout, **options)
 
 
+def _is_a_name_of_loopback(host: str, found: socket.socket) -> bool:
+    """Whether ``host`` is a name that other machines may know, although here it leads to the loopback (``found``)."""
+    address = str(found.getsockname()[0])
+    return is_loopback(address) and host not in (address, "localhost")
+
+
 def tcp_store(
     host: str,
     port: int,
@@ -160,7 +167,7 @@ def tcp_store(
             if error.errno != errno.EADDRNOTAVAIL:
                 raise UserError(f"can't listen at {host}:{port}: {error.strerror}") from error
             found = None
-        if found is not None and several_machines and is_loopback(found.getsockname()[0]):
+        if found is not None and several_machines and _is_a_name_of_loopback(host, found):
             found.close()
             found = None
         if found is not None:

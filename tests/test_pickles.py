@@ -165,5 +165,5 @@ def test_code_in_the_config_yaml_of_a_checkpoint(kind, run_arguments, made, payl
     put(checkpoint / "config.yaml", content)
     forge(checkpoint)
     outcome = command([*run_arguments, "seed=5", f"resume={checkpoint}", f"output_dir={tmp_path / 'out'}"])
-    assert_mistake(outcome, "config.yaml can't be read")
+    assert_mistake(outcome, "config.yaml: can't be read as YAML")
     assert not victim.exists()
