@@ -1,18 +1,15 @@
 """A run that stands still ends by itself, says where it stands, and leaves the stacks of all its threads."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.replace import partial_of
 from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
 from tests.launch.test_launch import LONG, PAIR, steps, wait_for, workers_of
@@ -110,20 +107,11 @@ def test_stacks_on_demand(guarded):
     assert "in busy" in log.read_text()
 
 
-def made_pipe(path, process) -> bool:
-    """Of what ``path`` is written through, in whichever of the run's processes."""
-    for number in (process.pid, *(worker.pid for worker in workers_of(process.pid))):
-        with suppress(FileExistsError):  # the run is at it
-            os.mkfifo(partial_of(path, process=number))
-    return True
-
-
 def test_a_run_whose_disk_does_not_answer(base_arguments, spawn, tmp_path):
-    """run.json is written through a file that was made a pipe nobody reads: opening it waits for ever."""
+    """To open what run.json is written through takes for ever, once the run has begun."""
     arguments = [*base_arguments, f"output_dir={tmp_path}", *LONG[:1], "evaluate_every=10", "save_every=20"]
-    process = spawn([*arguments, "sink=jsonl", "launch.timeout=4"])
-    wait_for(lambda: steps(tmp_path) >= 3, process)
-    wait_for(lambda: made_pipe(tmp_path / "run.json", process), process)
+    environment = at_call("pretrain.safe_files:open_new", "hang", tmp_path / "hangs", at=3, paths="run.json")
+    process = spawn([*arguments, "sink=jsonl", "launch.timeout=4"], env=environment)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
     assert "rank-0 stands still at replace.py" in out
