@@ -14,7 +14,6 @@ from pretrain.split import Split
 
 if TYPE_CHECKING:
     from pretrain.batch import Batch
-    from pretrain.cadence import Cadence
     from pretrain.checkpoint.saver import Saver
     from pretrain.checkpoint.store import Store
     from pretrain.data.fingerprint import Files
@@ -23,12 +22,14 @@ if TYPE_CHECKING:
     from pretrain.engine import Engine, Scorer
     from pretrain.evaluation.perplexity import Domain, Evaluator
     from pretrain.evaluation.samples import Sampler
+    from pretrain.evaluation.untouched import Untouched
     from pretrain.exporter import Exporter
     from pretrain.guard.guard import Guard
     from pretrain.interrupt import Interrupt
     from pretrain.layers import LayerWatch
     from pretrain.models.blueprint import Blueprint
     from pretrain.place import Place
+    from pretrain.progress import Every
     from pretrain.strategy.base import Setting
     from pretrain.telemetry.record import Record
     from pretrain.trainer import Listener, Schedule, Trainer
@@ -76,7 +77,6 @@ def build_evaluator(resolved: dict[str, Any], prepared: Prepared, *, batch_size:
 
     Raises ``UserError`` for auto without one.
     """
-    from pretrain.console import notice
     from pretrain.data.evaluation import evaluation_batches, first_tokens
     from pretrain.evaluation.perplexity import Domain, Evaluator
 
@@ -178,13 +178,14 @@ def build_listeners(
     return [monitor, RunFile(folder, monitor.summary), *watchers], monitor.unsaved
 
 
-def cadences(resolved: dict[str, Any], prepared: Prepared, steps: int) -> Cadence:
-    """After how many of its ``steps`` the run evaluates, and saves."""
+def build_intervals(resolved: dict[str, Any], prepared: Prepared, steps: int) -> tuple[Every, Every]:
+    """After how many of its ``steps`` the run evaluates, and saves; what was changed in them is logged."""
     from pretrain.cadence import cadence
+    from pretrain.progress import Every
 
     policy, kept = instantiate(resolved["evaluation"]), instantiate(resolved["checkpoint"])
     sequences = (prepared.train.num_tokens - 1) // resolved["sequence_length"]
-    return cadence(
+    found = cadence(
         steps=steps,
         epoch_steps=max(1, sequences // prepared.global_batch),
         evaluate_every=resolved["evaluate_every"],
@@ -193,6 +194,18 @@ def cadences(resolved: dict[str, Any], prepared: Prepared, steps: int) -> Cadenc
         with_evaluation=kept.with_evaluation,
         keep_every=kept.keep_every,
     )
+    for line in found.notices:
+        notice(line)
+    return Every(found.evaluate_every), Every(found.save_every)
+
+
+def build_untouched(resolved: dict[str, Any], prepared: Prepared, *, batch_size: int) -> Untouched:
+    """What scores the model before the run. Random initial weights follow from the seed too."""
+    from pretrain.evaluation.untouched import Untouched
+
+    weights_follow_from = ("model", "seed") if prepared.model.weights() is None else ("model",)
+    evaluator = build_evaluator(resolved, prepared, batch_size=batch_size)
+    return Untouched(evaluator, weights_follow_from, is_there=not prepared.base_gone)
 
 
 def build_loader(resolved: dict[str, Any], prepared: Prepared, split: Split, world: World) -> Loader:
@@ -285,8 +298,6 @@ def build_trainer(
     watchdog: Watchdog,
 ) -> Trainer:
     from pretrain.checkpoint.rng import rng_state
-    from pretrain.evaluation.untouched import Untouched
-    from pretrain.progress import Every
     from pretrain.trainer import Trainer
 
     steps = total_steps(resolved, prepared)
@@ -295,25 +306,20 @@ def build_trainer(
     split = build_split(resolved, prepared, engine, setting=setting, resume_from=resume_from)
     micro_batch = split.batch_size * setting.devices_per_worker
     loader = build_loader(resolved, prepared, Split(micro_batch, split.accumulation), world)
-    every = cadences(resolved, prepared, steps)
-    for line in every.notices:
-        notice(line)
-    evaluator = build_evaluator(resolved, prepared, batch_size=split.batch_size)
-    weights_follow_from = ("model", "seed") if prepared.model.weights() is None else ("model",)
+    evaluate_every, save_every = build_intervals(resolved, prepared, steps)
+    untouched = build_untouched(resolved, prepared, batch_size=split.batch_size)
     uniform = prepared.model.uniform_loss()
     facts = build_facts(resolved, engine, split=split, setting=setting, place=place) | {"uniform_loss": uniform}
-    heard = (
-        build_listeners(resolved, folder, prepared.train.store.files, uniform_loss=uniform) if world.is_main else None
-    )
-    listeners, unsaved = heard or ([], list)
+    files = prepared.train.store.files
+    heard = build_listeners(resolved, folder, files, uniform_loss=uniform) if world.is_main else ([], list)
     return Trainer(
         world=world,
         engine=engine,
         loader=loader,
         guard=build_guard(resolved, prepared, engine, loader, folder),
         schedule=build_schedule(resolved, steps),
-        untouched=Untouched(evaluator, weights_follow_from, is_there=not prepared.base_gone),
-        sampler=build_sampler(resolved, prepared, engine, evaluator),
+        untouched=untouched,
+        sampler=build_sampler(resolved, prepared, engine, untouched.evaluator),
         saver=build_saver(resolved, store, world, watchdog),
         interrupt=interrupt,
         identity=prepared.identity,
@@ -321,13 +327,13 @@ def build_trainer(
         total_steps=steps,
         micro_batch=micro_batch,
         grad_clip=resolved["grad_clip"],
-        evaluate_every=Every(every.evaluate_every),
-        save_every=Every(every.save_every),
+        evaluate_every=evaluate_every,
+        save_every=save_every,
         exporter=build_exporter(resolved, prepared, engine, folder, facts=facts, steps=steps),
         layers=build_layers(resolved, engine),
         resume_from=resume_from,
         facts=facts,
-        listeners=listeners,
-        unsaved_records=unsaved,
+        listeners=heard[0],
+        unsaved_records=heard[1],
         watchdog=watchdog,
     )
