@@ -87,8 +87,9 @@ def first_tokens(view: TokenView, count: int, length: int) -> list[list[int]]:
     lengths = np.diff(starts, append=stop) - 1
     if view.store.bos is not None:
         starts, lengths = starts + 1, lengths - 1
+    starts, lengths = starts[lengths > 0], lengths[lengths > 0]
     chosen = np.argsort(lengths < length, kind="stable")[:count]
-    return [view.read(starts[i], starts[i] + min(length, lengths[i])).tolist() for i in chosen if lengths[i] > 0]
+    return [view.read(starts[i], starts[i] + min(length, lengths[i])).tolist() for i in chosen]
 
 
 def _rows(stream: np.ndarray, rows: int, length: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -194,6 +194,7 @@ def test_a_torn_part_is_no_part(tmp_path: Path, lost: int) -> None:
 
 
 @same_folder
+@example(parts=[[(0, 0), (1, 1)]], count=1, length=2)  # an empty document takes no prompt's place
 @given(parts=documents_strategy, count=st.integers(0, 4), length=st.integers(1, 9))
 def test_prompts_are_beginnings_of_documents(tmp_path: Path, parts, count: int, length: int) -> None:
     store, documents = store_with(tmp_path, parts)
