@@ -17,12 +17,13 @@ from ipaddress import ip_address
 LOOPBACK = "127.0.0.1"
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
 BACKLOG = 2048  # torch's own
+_before: dict[str, str | None] = {}  # the environment's values of what is set here; None: it had none
 
 
 def keep_to_loopback() -> None:
     """Make gloo and NCCL listen on the loopback, for a run on one machine, whatever the environment says."""
     if interface := interface_of(LOOPBACK):
-        os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+        _set({"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"})
 
 
 def keep_to_interface_towards(host: str) -> None:
@@ -33,8 +34,25 @@ def keep_to_interface_towards(host: str) -> None:
     with suppress(OSError):
         address = address_towards(host)
         if not is_loopback(address) and (interface := interface_of(address)):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+            given = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+            _set({name: value for name, value in given.items() if name not in os.environ})
+
+
+def _set(variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        _before.setdefault(name, os.environ.get(name))
+        os.environ[name] = value
+
+
+def restore_environment() -> None:
+    """Undo ``keep_to_loopback`` and ``keep_to_interface_towards``: the processes that this one starts later, and its own
+    next process group, choose anew."""
+    for name, value in _before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _before.clear()
 
 
 def listening(host: str, port: int) -> socket.socket:

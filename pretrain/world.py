@@ -21,7 +21,13 @@ from torch import Tensor
 from pretrain.console import notice
 from pretrain.errors import NoRoom, UserError
 from pretrain.place import Place
-from pretrain.sockets import is_loopback, keep_to_interface_towards, keep_to_loopback, listening
+from pretrain.sockets import (
+    is_loopback,
+    keep_to_interface_towards,
+    keep_to_loopback,
+    listening,
+    restore_environment,
+)
 
 T = TypeVar("T")
 group_entered = False  # whether this process has ever been in a process group
@@ -181,3 +187,4 @@ def leave() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    restore_environment()

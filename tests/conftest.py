@@ -161,7 +161,10 @@ def command(capsys):
         captured = capsys.readouterr()
         return left.value.code, captured.out, captured.err
 
-    return run
+    yield run
+    from pretrain.sockets import restore_environment
+
+    restore_environment()  # of a run that has ended with an error
 
 
 @pytest.fixture

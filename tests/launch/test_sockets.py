@@ -145,6 +145,23 @@ def test_several_machines_keep_to_the_interface_towards_the_first(unset, monkeyp
     assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0", "what is asked for by name stays"
 
 
+@pytest.mark.parametrize("found", [None, "eth7"])
+def test_what_is_set_is_undone(found, unset, monkeypatch):
+    if found:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", found)
+    sockets.keep_to_loopback()
+    sockets.keep_to_loopback()
+    sockets.restore_environment()
+    assert (os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME")) == (found, None)
+
+
+def test_a_run_leaves_the_environment_as_it_was(unset, command, base_arguments, tmp_path):
+    """The next run of this process may meet other machines."""
+    code, _, err = command([*base_arguments, "strategy=fsdp", "max_steps=1", f"output_dir={tmp_path / 'run'}"])
+    assert code == 0, err
+    assert {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}.isdisjoint(os.environ)
+
+
 def test_a_store_listens_at_its_address_only():
     from datetime import timedelta
 
