@@ -73,6 +73,9 @@ def test_a_part_is_read_as_it_was_written(tmp_path):
         lambda raw: raw[:-8] + b"PTTOKEN2",
         lambda raw: MAGIC,
         lambda raw: bytes(8) + MAGIC,
+        lambda raw: struct.pack("<Q", 1) + MAGIC,
+        lambda raw: raw[:-16] + struct.pack("<Q", len(raw) - 15) + MAGIC,
+        lambda raw: raw[:-16] + struct.pack("<Q", 2**64 - 1) + MAGIC,
     ],
 )
 def test_a_part_that_is_not_all_there(damage, tmp_path):
@@ -80,6 +83,33 @@ def test_a_part_that_is_not_all_there(damage, tmp_path):
     path.write_bytes(damage(path.read_bytes()))
     assert open_part(path) is None
     assert open_part(tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_part"),
+    [
+        ({}, True),
+        ({"more": [1]}, True),
+        ({"dtype": "uint64"}, False),
+        ({"dtype": "float16"}, False),
+        ({"dtype": None}, False),
+        ({"tokens": 4.0}, False),
+        ({"tokens": -4, "documents": 1, "bytes": 4}, False),
+        ({"documents": True}, False),
+        ({"bytes": "4"}, False),
+        ({"bytes": -1}, False),
+        ({"documents": 2}, False),
+        ({"tokens": 5}, False),
+    ],
+    ids=str,
+)
+def test_a_part_is_what_its_footer_says(changes, is_part, tmp_path):
+    """Four tokens of 16 bits, one document."""
+    footer = {"dtype": "uint16", "tokens": 4, "documents": 1, "bytes": 4} | changes
+    raw = json.dumps(footer).encode()
+    path = tmp_path / "p"
+    path.write_bytes(bytes(4 * 2 + 8 + 8 + 8 + 4 + 4) + raw + struct.pack("<Q", len(raw)) + MAGIC)
+    assert (open_part(path) is not None) == is_part
 
 
 @pytest.mark.parametrize("content", [None, b"", b"short"])
@@ -216,3 +246,6 @@ def test_ranges_and_places():
     found = [(value, places.tolist()) for value, places in by_value(np.array([5, 2, 5, 2, 2]))]
     assert found == [(2, [1, 3, 4]), (5, [0, 2])]
     assert list(by_value(np.empty(0, np.int64))) == []
+    many = np.random.default_rng(0).integers(0, 3, 5000)
+    for value, places in by_value(many):
+        assert np.array_equal(places, np.flatnonzero(many == value)), "in order, however many there are"
