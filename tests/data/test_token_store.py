@@ -52,6 +52,12 @@ def test_the_bytes_of_a_part(tmp_path):
     assert raw[16 + len(columns) :] == footer + struct.pack("<Q", len(footer)) + b"PTTOKEN1"
 
 
+def test_the_largest_numbers_that_a_part_holds(tmp_path):
+    part = open_part(write(tmp_path / "p", [(2**64 - 1, [2**16 - 1, 0], 2**40, 2**32 - 1, 2**31)]))
+    assert (part.hashes.tolist(), part.sizes.tolist()) == ([2**64 - 1], [2**40])
+    assert (part.pieces.tolist(), part.indices.tolist(), part.tokens.tolist()) == ([2**32 - 1], [2**31], [2**16 - 1, 0])
+
+
 def test_a_part_is_read_as_it_was_written(tmp_path):
     part = open_part(write(tmp_path / "p", FIRST, dtype="uint32"))
     assert (part.num_tokens, part.num_documents, part.num_bytes, part.dtype) == (7, 3, 17, np.dtype("uint32"))
@@ -182,6 +188,15 @@ def test_who_is_held_out(held_out, held, store):
     train, views = store.views(held_out=held_out)
     assert numbers(views) == held
     assert numbers(train) == [n for n in range(5) if n not in held]
+
+
+def test_the_largest_hash_alone_is_kept(tmp_path):
+    """Where all would be held out; not the one next to it."""
+    name = write(tmp_path / "0.tokens", [(2**63 + n, [1, 0], 1, 0, n) for n in range(3)])
+    manifest = {"name": "x", "eot": 0, "parts": [str(name)], "units": [[["a", 0]]]}
+    (tmp_path / "m.json").write_text(json.dumps(manifest))
+    train, held = TokenStore(tmp_path / "m.json").views(held_out=1.0)
+    assert (numbers(train), numbers(held)) == ([2], [0, 1])
 
 
 def test_of_equal_documents_none_is_held_out(tmp_path):
