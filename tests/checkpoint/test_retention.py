@@ -47,11 +47,16 @@ def evaluated(step: int, loss: float, digest: str | None = "one") -> dict:
 
 
 def test_the_room_that_a_checkpoint_needs(tmp_path, free):
-    """That of its tensors, and some for the rest; to the byte."""
-    store = Store(tmp_path / "checkpoints")
+    """That of its tensors, and some for the rest; to the byte. Where there is as much nothing is removed yet."""
+    store = Store(tmp_path / "checkpoints", ALL)
+    for step in (1, 2):
+        saved_at(store, step, state(step))
+    tight = Store(store.folder, Policy(keep_last=1))
     free(store.folder, 3 * GIB + SPARE_BYTES)
-    assert store.make_room(1, 3 * GIB) is None
-    assert store.make_room(1, 3 * GIB + 1) is not None
+    assert tight.make_room(3, 3 * GIB) is None
+    assert store.steps() == [1, 2]
+    assert tight.make_room(3, 3 * GIB + 1) is not None
+    assert store.steps() == [2]
     assert bytes_of(state(1)) == 4 * 15 + 2 * 3 + 4 * 15 + 4
 
 
