@@ -52,11 +52,13 @@ def check_hydra(overrides: list[str], conf: Path, config_dir: str | None) -> Non
             _check_node(found, by_command_line, words)
             return found
 
-        params = (judge(_sweeps(overrides, hydra)[0])["sweeper"] or {}).get("params") or {}
+        first = _sweeps(overrides, hydra)[0]
+        params = (judge(first)["sweeper"] or {}).get("params") or {}
         words = [*(f"{key}={value}" for key, value in params.items()), *overrides]  # Hydra takes an experiment's so
         fixed, swept = _sweeps(words, hydra)
         for choices in itertools.product(*swept):
-            judge([*fixed, *choices])
+            if (job := [*fixed, *choices]) != first:
+                judge(job)
 
 
 def _chooses_elsewhere(override: str, hydra: Hydra) -> bool:

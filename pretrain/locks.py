@@ -2,7 +2,7 @@
 
 Some file systems have none (ENOSYS, ENOLCK: NFS without its lock daemon, some FUSE, CIFS). There a file that only one can
 make stands for it. It names its maker, whose life is looked at: on this machine by its process, on another by the time of
-the file, which the holder renews.
+the file, which the holder renews. (`filelock` 4.2 does without the kernel's lock for ENOSYS alone.)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from pretrain.filesystem import CANNOT
@@ -139,14 +140,9 @@ def _is_alive(holder: dict[str, Any], claim: Path) -> bool:
 
 def _is_stale(claim: Path) -> bool:
     """By the clock of the file system, which may be another machine's."""
-    now = claim.with_name(f"{claim.name}.{os.getpid()}")
-    try:
-        now.touch()
-        return now.stat().st_mtime - claim.stat().st_mtime > STALE_SECONDS
-    except OSError:
-        return False
-    finally:
-        now.unlink(missing_ok=True)
+    with suppress(OSError), NamedTemporaryFile(prefix=f"{claim.name}.", dir=claim.parent) as now:
+        return os.fstat(now.fileno()).st_mtime - claim.stat().st_mtime > STALE_SECONDS
+    return False
 
 
 def _take_away(claim: Path, holder: dict[str, Any]) -> None:

@@ -83,6 +83,11 @@ def is_loopback(address: str) -> bool:
     return ip_address(address.partition("%")[0]).is_loopback
 
 
+def hides_address(host: str, address: str) -> bool:
+    """Whether ``host`` is a name that other machines may know, although here it leads to the loopback (``address``)."""
+    return is_loopback(address) and host not in (address, "localhost")
+
+
 def interface_of(address: str) -> str | None:
     """The network interface that has ``address`` (IPv4)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -120,6 +120,20 @@ def test_a_holder_on_another_machine_is_known_by_the_time_of_its_file(holder, se
         assert json.loads(claim.read_text()) == holder
 
 
+def test_nothing_is_touched_through_a_link(without, tmp_path):
+    """The clock of the file system is read from a new file, of a name that nobody can know before."""
+    without(errno.ENOSYS)
+    claim, theirs, planted = (tmp_path / name for name in ("lock.held", "theirs", f"lock.held.{os.getpid()}"))
+    claim.write_text(json.dumps(ELSEWHERE))
+    theirs.write_text("x")
+    planted.symlink_to(theirs)
+    for file in (claim, theirs):
+        os.utime(file, (1, 1))
+    Lock(tmp_path / "lock").acquire(timeout=0.5).release()
+    assert theirs.stat().st_mtime == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"lock", theirs.name, planted.name}
+
+
 def test_a_process_with_the_number_of_a_dead_one_does_not_hold_it(without, tmp_path):
     without(errno.ENOSYS)
     claimed = locks._this_process() | {"started": "17"}

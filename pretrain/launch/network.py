@@ -9,7 +9,7 @@ import threading
 from contextlib import suppress
 
 from pretrain.errors import UserError
-from pretrain.sockets import address_towards, is_loopback
+from pretrain.sockets import address_towards, hides_address
 
 ANSWER_SECONDS = 3.0
 
@@ -26,7 +26,7 @@ def is_here(endpoint: str) -> bool:
         address = socket.gethostbyname(host)
     except OSError as error:
         raise UserError(f"launch.endpoint={endpoint}: no such host: {error}") from None
-    if is_loopback(address) and host not in ("localhost", address):
+    if hides_address(host, address):
         raise UserError(
             f"launch.endpoint={endpoint}: on this machine {host} is {address}, where no other machine reaches it; "
             f"give the address that they reach: launch.endpoint=<address>:{port}"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pretrain.console import notice
 from pretrain.events import RunStarted
-from pretrain.replace import keep_copy, replace_file
+from pretrain.replace import replace_file
+from pretrain.telemetry.jsonl import keep_broken
 from pretrain.telemetry.patient_file import PatientFile
 from pretrain.telemetry.record import WITH_EVALUATION, Record
 from pretrain.telemetry.sink import Sink
@@ -54,9 +55,7 @@ class Table:
         if path.exists():
             odd: list[str] = []
             rows = read_rows(path, say=odd.append) if start.step else []
-            if odd:
-                keep_copy(path)
-                notice(odd[0])
+            keep_broken(path, odd)
             self._rewrite([row for row in rows if not _comes_again(path.stem, row, start)], [])
 
     def write(self, row: Row) -> None:
