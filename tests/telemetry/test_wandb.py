@@ -177,7 +177,7 @@ def test_a_run_that_begins_anew_is_another_one(tmp_path):
 def test_where_a_key_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not wandb_key.has_key()
-    with pytest.raises(UserError, match=r"there is no key for https://api\.wandb\.ai: run `wandb login`"):
+    with pytest.raises(UserError, match=r"there is no key for https://api\.forge\.coreweave\.com: run `wandb login`"):
         Wandb(mode="online").check()
     Wandb().check()  # offline then
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
@@ -194,13 +194,27 @@ def test_where_a_key_is_found(tmp_path, monkeypatch):
     assert wandb_key.has_key()
 
 
+@pytest.mark.parametrize("host", ["api.forge.coreweave.com", "api.wandb.ai"])
+def test_a_key_that_wandb_finds_is_found(host, tmp_path, monkeypatch):
+    """The cloud has had another name, under which keys of earlier logins lie."""
+    from wandb.sdk.lib.wbauth.wbnetrc import read_netrc_auth
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_text(f"machine {host} login user password {KEY}\n")
+    assert wandb_key.has_key()
+    assert read_netrc_auth(host=wandb_key.CLOUD) == KEY
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.here")
+    assert not wandb_key.has_key()
+
+
 def test_the_current_folder_names_no_server(tmp_path, monkeypatch):
     """``wandb/settings`` of a stranger's folder would have the key sent to a server of theirs, or records to their account."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "mine"))
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb/settings").write_text("[default]\nbase_url = https://theirs\napi_key = theirs\nmode = offline\n")
-    assert wandb_key.server() == "https://api.wandb.ai"
+    assert wandb_key.server() == wandb_key.CLOUD
     assert not wandb_key.has_key()
     assert Wandb()._asked() == "offline"
     code = (
@@ -209,7 +223,7 @@ def test_the_current_folder_names_no_server(tmp_path, monkeypatch):
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     server, key = told.split()
-    assert server.startswith("https://api.")
+    assert server == wandb_key.CLOUD
     assert key == "None"
 
 
