@@ -89,6 +89,9 @@ class Lock:
             if error.errno not in NO_LOCKS:
                 raise
             return self._try_to_claim()
+        if not _is_at(self.path, file):  # its holder has moved it between the two calls above
+            os.close(file)
+            return False
         self._file = file
         return True
 
@@ -104,8 +107,12 @@ class Lock:
             file = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except FileExistsError:
             return False
-        with os.fdopen(file, "w", encoding="utf-8") as made:
-            json.dump(_this_process(), made)
+        try:
+            with os.fdopen(file, "w", encoding="utf-8") as made:
+                json.dump(_this_process(), made)
+        except OSError:  # a full disk: nobody would renew it, and others wait for that
+            claim.unlink(missing_ok=True)
+            raise
         self._claim = claim
         self._released.clear()
         threading.Thread(target=self._renew, args=(claim,), name="lock", daemon=True).start()
@@ -115,6 +122,13 @@ class Lock:
         while not self._released.wait(RENEW_SECONDS):
             with suppress(OSError):
                 os.utime(claim)
+
+
+def _is_at(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False
 
 
 def _claim_of(path: Path) -> Path:

@@ -80,6 +80,39 @@ def test_one_holder_until_it_lets_go_or_is_killed(number, holder, without, tmp_p
     assert not (tmp_path / "lock.held").exists()
 
 
+def test_it_is_of_the_file_that_has_the_name(monkeypatch, tmp_path):
+    """The holder of a run's folder moves it aside and locks a new one, while another process is about to lock the old."""
+    real, (folder, aside) = fcntl.flock, (tmp_path / "run", tmp_path / "run.old-1")
+    folder.mkdir()
+    new = Lock(folder / "lock")
+
+    def late(file, how):
+        monkeypatch.setattr(fcntl, "flock", real)
+        folder.rename(aside)
+        folder.mkdir()
+        new.acquire(timeout=0)
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(Busy):
+        Lock(folder / "lock").acquire(timeout=0.1)
+    new.release()
+    Lock(folder / "lock").acquire(timeout=0).release()
+
+
+def test_a_claim_that_could_not_be_written_claims_nothing(without, monkeypatch, tmp_path):
+    without(errno.ENOSYS)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dump", full)
+        with pytest.raises(OSError, match="No space"):
+            Lock(tmp_path / "lock").acquire(timeout=0)
+    Lock(tmp_path / "lock").acquire(timeout=0).release()
+
+
 def test_a_child_that_was_given_it_still_holds_it(tmp_path):
     lock = Lock(tmp_path / "lock").acquire()
     child = subprocess.Popen([sys.executable, "-c", "input()"], pass_fds=lock.descriptors, stdin=subprocess.PIPE)
