@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -105,20 +106,32 @@ def rows(record: Record) -> list[Row]:
 
 def read_rows(path: Path, *, say: Callable[[str], None] = notice) -> list[dict[str, str]]:
     """The rows of a table. A torn last one (the run was killed while writing it) is left out, and any other that does not
-    fit the header too; ``say`` is told of those. A quote that is never closed spoils its own line only."""
-    lines = path.read_bytes().decode(errors="replace").split("\r\n")[:-1]
+    fit the header too; ``say`` is told of those. A quote that is never closed spoils its own line only. A program that has
+    saved the table may have ended its lines as Unix does.
+    """
+    text = path.read_bytes().decode(errors="replace")
+    end = "\r\n" if text.partition("\n")[0].endswith("\r") else "\n"
+    lines = text.split(end)[:-1]
     if not lines:
         return []
-    columns, *rows = ([*csv.reader([line])] for line in lines)
-    header = columns[0] if columns else []
+    header, *rows = (_cells(line.removesuffix("\r")) for line in lines)
     found = []
     for number, cells in enumerate(rows, start=2):
-        row = dict(zip(header, cells[0], strict=False)) if len(cells) == 1 else {}
-        if cells and len(cells[0]) == len(header) and row.get("step", "").isdigit():
+        row = dict(zip(header, cells, strict=False))
+        if len(cells) == len(header) and re.fullmatch("[0-9]{1,18}", row.get("step", "")):
             found.append(row)
         else:
             say(f"{path}:{number}: not a row of this table; it is left out, those after it are kept")
     return found
+
+
+def _cells(line: str) -> list[str]:
+    """Those of one line; none where it is not one row."""
+    try:
+        rows = [*csv.reader([line])]
+    except csv.Error:
+        return []
+    return rows[0] if len(rows) == 1 else []
 
 
 def _comes_again(event: str, row: dict[str, str], start: RunStarted) -> bool:
