@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -169,7 +170,9 @@ def command(capsys):
 
 @pytest.fixture
 def spawn():
-    """Start the command line as a process of its own; what is left at the end is killed."""
+    """Start the command line as a process of its own; what is left of it and its children at the end is killed."""
+    import psutil
+
     started = []
 
     def start(arguments, **options):
@@ -186,7 +189,11 @@ def spawn():
     yield start
     for process in started:
         if process.poll() is None:
+            children = psutil.Process(process.pid).children(recursive=True)
             process.kill()
+            for child in children:  # some outlive their parent and its pipe: submitit's
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
         process.communicate()
 
 

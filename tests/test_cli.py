@@ -206,6 +206,7 @@ def test_output_dir_without_permission(command, tmp_path, base_arguments):
     assert_mistake(command([*base_arguments, f"output_dir={locked / 'run'}"]), "can't be written")
 
 
+@pytest.mark.slow
 def test_disk_full_during_a_checkpoint_keeps_the_last_good_one(base_arguments, tmp_path):
     """The kernel itself refuses: no file of this process may grow beyond 40 kB (the tokens are cached by then)."""
     run = tmp_path / "run"

@@ -23,6 +23,7 @@ from texts import some_text
 from tokenizers import Tokenizer
 
 from pretrain.data import cut, tokenize, units
+from pretrain.data.cache import remove_abandoned
 from pretrain.data.sections import sections
 from pretrain.data.sources.huggingface import HuggingFace
 from pretrain.data.sources.local import Local
@@ -344,6 +345,36 @@ def test_what_a_disk_has_made_of_the_cache_is_made_again(
     store_of(path)
     assert parts_of(cache) == kept
     assert file.read_bytes() == raw
+
+
+@pytest.mark.parametrize("pattern", ["tokenizers/*.json", "files/*.json", "stores/*.json", "parts/*/*.tokens"])
+def test_what_cannot_be_opened_is_made_again(pattern: str, tmp_path: Path, cache: Path, store_of: StoreOf) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("hello world")
+    os.utime(path, (1, 1))
+    before = store_of(path)
+    kept = parts_of(cache)
+    (file,) = cache.glob(pattern)
+    raw = file.read_bytes()
+    file.unlink()
+    file.symlink_to(file)  # errno 40, as any error of a disk would be another than "no such file"
+    if not pattern.startswith("parts"):
+        before.parts[0].path.unlink()
+    store_of(path)
+    assert parts_of(cache) == kept
+    assert not file.is_symlink()
+    assert file.read_bytes() == raw
+
+
+def test_what_others_have_left_in_the_cache_stops_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "parts/0"
+    folder.mkdir(parents=True)
+    (loop := folder / ".x.1.tmp").symlink_to(loop)
+    (kept := folder / ".y.1.tmp").mkdir()
+    for left in (loop, kept):
+        os.utime(left, (1, 1), follow_symlinks=False)
+    remove_abandoned(tmp_path / "parts")
+    assert list(folder.iterdir()) == [kept]
 
 
 def test_groups_of_small_files_move_only_near_a_new_one() -> None:

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.units import one_line
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 from pretrain.folders import is_below, is_inside
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".rar", ".7z")
