@@ -20,12 +20,8 @@ from pretrain.redact import held, secrets
 from pretrain.trust import COMMAND_LINE_ONLY
 
 MAY_SET = ("mode", "sweep.dir")  # of `hydra`, by a file; a sweeper and a launcher within limits too
-SET_BY_HYDRA = (
-    "runtime",
-    "overrides",
-    "job.override_dirname",
-    "job.config_name",
-)  # `overrides` are compared by themselves
+# `overrides` are compared by themselves.
+SET_BY_HYDRA = ("runtime", "overrides", "job.override_dirname", "job.config_name")
 SWEEPERS = ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "hydra_plugins.pretrain.OptunaSweeper")
 LAUNCHERS = (
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",

@@ -17,12 +17,8 @@ from pretrain.telemetry.patient_file import PatientFile
 from pretrain.telemetry.record import WITH_EVALUATION, Record
 from pretrain.telemetry.sink import Sink
 
-FAMILY = {
-    "train": None,
-    "evaluation": None,
-    "layers": "layers",
-    "data": "sources",
-}  # event → what has a row for each name
+# event → what has a row for each name
+FAMILY = {"train": None, "evaluation": None, "layers": "layers", "data": "sources"}
 Row = Mapping[str, object]
 
 
