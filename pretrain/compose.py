@@ -85,7 +85,9 @@ def _at_home(key: str, value: Any) -> Any:
 
 def default_name(config: DictConfig) -> str:
     """``<model>-<dataset>``, with the task in front where it isn't pretraining."""
-    dataset = config.get("dataset") or {}
+    dataset = config.get("dataset")
+    if not isinstance(dataset, DictConfig):  # `check` says what is wrong with it
+        dataset = DictConfig({})
     data = dataset.get("name") or Path(str(dataset.get("nameOrPath") or "data")).stem
     model = Path(str(config.get("model_name")))
     of_run = [model.parent.parent.name] if model.parent.name == "checkpoints" else []

@@ -10,7 +10,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 
 MAX_BYTES = 2**20  # of a file
 MAX_DEPTH = 50  # mappings and lists inside each other
@@ -30,7 +30,7 @@ def read_yaml(file: Path, *, name: str | None = None) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.load(io.StringIO(text))) if text.strip() else None
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{name or file}: can't be read as YAML: {_one_line(error)}") from None
+        raise UserError(f"{name or file}: can't be read as YAML: {one_line(error, lines=None)}") from None
 
 
 def checked_text(file: Path, *, name: str | None = None) -> str:
@@ -84,8 +84,4 @@ def check_limits(text: str, said: str) -> None:
             if values > MAX_VALUES:
                 raise UserError(f"{said}:{line}: more than {MAX_VALUES} values, which is no config")
     except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{said}: can't be read as YAML: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{said}: can't be read as YAML: {one_line(error, lines=None)}") from None

@@ -4,9 +4,12 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from tests.foreign import foreign_module
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -150,6 +153,15 @@ def base_arguments(tiny_model, corpus, other_corpus):
 
 
 @pytest.fixture
+def mark(tmp_path, monkeypatch) -> Path:
+    """Where the foreign code leaves its mark. It can be imported, so only a refusal keeps it from running."""
+    left = foreign_module(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "foreign", raising=False)
+    return left
+
+
+@pytest.fixture
 def command(capsys):
     """Run the command line in this process: ``command(arguments) -> (exit code, stdout, stderr)``."""
 
@@ -169,7 +181,9 @@ def command(capsys):
 
 @pytest.fixture
 def spawn():
-    """Start the command line as a process of its own; what is left at the end is killed."""
+    """Start the command line as a process of its own; what is left of it and its children at the end is killed."""
+    import psutil
+
     started = []
 
     def start(arguments, **options):
@@ -186,7 +200,11 @@ def spawn():
     yield start
     for process in started:
         if process.poll() is None:
+            children = psutil.Process(process.pid).children(recursive=True)
             process.kill()
+            for child in children:  # some outlive their parent and its pipe: submitit's
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
         process.communicate()
 
 

@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 
 from pretrain.compose import resolve
 from pretrain.config import GROUPS, check, conf_dir
+from pretrain.errors import UserError
 
 NEEDS = {  # keys without a default
     ("dataset", "local"): ["dataset.nameOrPath=texts"],
@@ -45,3 +46,20 @@ def test_lists_every_key_of_its_target(file):
 
 
 OPTIONAL = {name: {"allow_cpu", "tf32"} for name in ("32-true", "bf16-mixed", "bf16-true", "16-mixed")}
+
+
+TEXTS = {"name", "output_dir", "model_name", "sweep_dir", "resume"}  # keys that may be any word
+
+
+@pytest.mark.parametrize("key", sorted({*OmegaConf.load(conf_dir() / "config.yaml"), *GROUPS} - {"defaults", "hydra"}))
+def test_a_key_that_holds_a_word_is_a_mistake(key):
+    """As in an experiment that was cut off behind the first letter of what belongs to the key."""
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = hydra.compose("config", overrides=["dataset=local", *NEEDS["dataset", "local"]])
+    OmegaConf.set_struct(config, False)
+    config[key] = "n"
+    if key in TEXTS:
+        check(resolve(config))
+    else:
+        with pytest.raises(UserError, match=key):
+            check(resolve(config))

@@ -30,7 +30,8 @@ def commands():
                     if tuple(words) in met:
                         continue
                     met.add(tuple(words))
-                    yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:120])
+                    slow = pytest.mark.slow if page.stem in ("slurm", "search") else ()
+                    yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:120], marks=slow)
 
 
 @pytest.fixture(scope="session")

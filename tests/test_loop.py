@@ -14,13 +14,25 @@ from pretrain.checkpoint.store import load
 from pretrain.events import DataSeen, Evaluated, Sampled, Saved, StepDone, StoodStill
 from pretrain.layers import LayerWatch
 from pretrain.progress import Every
-from tests.loop import IDENTITY, RECORD, loop_in, names, steps_of, weights
-from tests.test_engine import ALONE, engine_of
+from tests.engines import ALONE, engine_of
+from tests.loops import IDENTITY, RECORD, loop_in
 
 
 @pytest.fixture
 def loop(tmp_path):
     return loop_in(tmp_path)
+
+
+def names(events) -> list:
+    return [(type(e).__name__, e.step) for e in events if not isinstance(e, DataSeen | Sampled)]
+
+
+def steps_of(events) -> dict[int, tuple]:
+    return {e.step: (float(e.loss), float(e.grad_norm), e.lr, e.tokens) for e in events if isinstance(e, StepDone)}
+
+
+def weights(trainer) -> dict:
+    return {name: p.detach().clone() for name, p in trainer.engine.model.hf_named_parameters()}
 
 
 def test_what_happens_when(loop):

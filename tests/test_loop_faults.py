@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pretrain import trainer as trainer_module
 from pretrain.checkpoint.store import load
@@ -13,13 +14,29 @@ from pretrain.events import DataSeen, Evaluated, RolledBack, Saved, StepDone
 from pretrain.guard.policy import Policy as GuardPolicy
 from pretrain.progress import Every
 from pretrain.world import World
-from tests.loop import IDENTITY, loop_in, poison
-from tests.test_engine import ALONE, CPU
+from tests.engines import ALONE, CPU
+from tests.loops import IDENTITY, loop_in
 
 
 @pytest.fixture
 def loop(tmp_path):
     return loop_in(tmp_path)
+
+
+def poison(trainer, first_sample):
+    """The batch that begins there has no finite loss."""
+    keep = trainer.update
+
+    def update(batch, tokens):
+        if batch.first_sample == first_sample:
+            trainer.engine.backward, real = lambda b, **k: torch.tensor(math.nan), trainer.engine.backward
+            try:
+                return keep(batch, tokens)
+            finally:
+                trainer.engine.backward = real
+        return keep(batch, tokens)
+
+    trainer.update = update
 
 
 def test_a_bad_step_is_skipped_and_the_save_waits(loop, capsys):

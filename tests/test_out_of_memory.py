@@ -73,6 +73,7 @@ def test_auto_finds_what_fits(limited, tmp_path):
     assert read_run_file(tmp_path / "run")["batch_size"] == int(size[1])
 
 
+@pytest.mark.slow
 def test_on_ranks_it_is_said_once_and_not_tried_again(words, tmp_path):
     """As processes of their own: workers are forked from a server, which would be older than the limit."""
     words += ["batch_size=64", "strategy=ddp", "devices=2", "launch.max_restarts=3"]

@@ -110,7 +110,8 @@ def assert_close(ours, theirs, name):
     assert error < 1e-3, f"{name}: {error}"
 
 
-@pytest.mark.parametrize("shape", ["llama-tied", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["llama-tied", "gpt2"])
 def test_a_run_handed_on(shape, train, tmp_path):
     """Every leg is stopped by a signal after its step, and continued by the next."""
     steps = len(LEGS)

@@ -42,6 +42,7 @@ def verify(base_arguments, exact_model):
     return run
 
 
+@pytest.mark.slow
 def test_verify_strategies_agree(verify, tmp_path):
     done = verify(f"output_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr

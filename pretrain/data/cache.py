@@ -65,7 +65,7 @@ def keep_whole(path: Path, content: bytes) -> None:
     something else of it."""
     try:
         kept = path.read_bytes() == content
-    except (FileNotFoundError, IsADirectoryError):
+    except OSError:
         kept = False
     if not kept:
         write_whole(path, content)
@@ -79,11 +79,9 @@ def make_folder(path: Path) -> None:
 def remove_abandoned(folder: Path) -> None:
     """Delete temporary files that killed processes left a day ago or earlier."""
     for temporary in folder.glob("*/.*.tmp"):
-        try:
-            if time.time() - temporary.stat().st_mtime > ABANDONED_SECONDS:
+        with suppress(OSError):  # another run was quicker, or it is another user's
+            if time.time() - temporary.lstat().st_mtime > ABANDONED_SECONDS:
                 temporary.unlink()
-        except FileNotFoundError:  # another run was quicker
-            continue
 
 
 @contextmanager

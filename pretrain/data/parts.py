@@ -110,7 +110,7 @@ def open_part(path: Path) -> Part | None:
         counts = [footer[name] for name in ("tokens", "documents", "bytes")]
         if footer["dtype"] not in DTYPES or not all(type(count) is int and count >= 0 for count in counts):
             return None
-    except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     part = Part(path, np.dtype(footer["dtype"]), *counts)
     return part if _column_starts(part)[-1] + length + 16 == total else None
@@ -130,7 +130,7 @@ def _mapped(part: Part) -> tuple[NDArray[Any], ...]:
     starts = _column_starts(part)
     try:
         raw = mapped(Path(part.path))  # a plain array: slicing a memmap costs ten times as much
-    except (FileNotFoundError, ValueError):  # gone, or empty
+    except (OSError, ValueError):  # gone, or empty
         raw = np.empty(0, np.uint8)
     if len(raw) < starts[-1]:
         raise UserError(

@@ -9,8 +9,8 @@ from functools import lru_cache, partial
 from typing import Any
 
 from pretrain.data.records import Document, column_index, decode_value, document_of
-from pretrain.data.units import Piece, ReadOptions, Stamp, one_line
-from pretrain.errors import UserError
+from pretrain.data.units import Piece, ReadOptions, Stamp
+from pretrain.errors import UserError, one_line
 
 ROWS = 256  # rows of a column that are Python objects at a time
 RowPlace = Callable[[int], str]  # of the row's number
@@ -24,8 +24,7 @@ def readable_table(path: str, kind: str) -> Iterator[None]:
     try:
         yield
     except (ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
-        reason = one_line(error)
-        raise UserError(f"{path}: not a readable {kind} file, perhaps cut off ({reason})") from error
+        raise UserError(f"{path}: not a readable {kind} file, perhaps cut off ({one_line(error)})") from error
 
 
 @lru_cache(maxsize=1)

@@ -135,7 +135,7 @@ def _recall(memory: Path) -> dict[str, list[Piece]]:
             return {}
         for path, kind, start, stop, size, stamp, digest in rows:
             known.setdefault(path, []).append(Piece(path, kind, start, stop, size, tuple(stamp), digest))
-    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
     return known
 

@@ -88,11 +88,6 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of another library's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def group(pieces: Iterable[Piece]) -> list[Unit]:
     """Small neighbours share a unit. A unit may end only at a file whose *name* says so, until it is full: then a
     new file shifts the groups near it and no others (content-defined chunking)."""

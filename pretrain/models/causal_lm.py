@@ -18,9 +18,8 @@ import xxhash
 from pydantic import Field
 
 from pretrain.console import notice
-from pretrain.errors import UserError, did_you_mean
+from pretrain.errors import UserError, did_you_mean, one_line
 from pretrain.models import files, model_config
-from pretrain.models.model_config import first_line
 from pretrain.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ class CausalLM(ABC):
                 return make(attn_implementation="eager", **given)
             if is_out_of_memory(error) or isinstance(error, UserError):
                 raise
-            raise UserError(f"model_name={self.name_or_path}: can't be built: {first_line(error)}") from None
+            raise UserError(f"model_name={self.name_or_path}: can't be built: {one_line(error, lines=2)}") from None
 
     def hf_config(self) -> Any:
         """The transformers config object. Raises ``UserError`` when it can't be read, or is of quantized weights."""
@@ -112,7 +111,9 @@ class CausalLM(ABC):
                 return AutoConfig.from_pretrained(str(folder), trust_remote_code=True)
             return model_config.config_object(config, folder)
         except Exception as error:  # whatever its validation raises
-            raise UserError(f"model_name={self.name_or_path}: {folder / 'config.json'}: {first_line(error)}") from None
+            raise UserError(
+                f"model_name={self.name_or_path}: {folder / 'config.json'}: {one_line(error, lines=2)}"
+            ) from None
 
     def uniform_loss(self) -> float | None:
         """Nats per token of a guess among all tokens alike; ``None``: the weights are random, nothing better is expected."""
@@ -178,8 +179,7 @@ class Pretrained(CausalLM):
         return TensorFiles(files.weight_files(self.folder(), self.name_or_path))
 
     def uniform_loss(self) -> float | None:
-        config = self.config()
-        rows = (config.get("text_config") or config).get("vocab_size")
+        rows = files.text_part(self.config()).get("vocab_size")
         return math.log(rows) if isinstance(rows, int) and rows > 0 else None
 
     def num_parameters(self) -> int:
@@ -295,7 +295,7 @@ class Scratch(CausalLM):
             config.pop("quantization_config", None)  # of weights that are not used
             return AutoConfig.for_model(**model_config.without_kernels(config))
         except Exception as error:  # whatever its validation raises
-            raise UserError(f"model.overrides: {first_line(error)}") from None
+            raise UserError(f"model.overrides: {one_line(error, lines=2)}") from None
 
     def tokenizer(self, texts: Texts | None) -> Any:
         if self.train_tokenizer is None:

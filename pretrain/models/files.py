@@ -12,24 +12,18 @@ from typing import Any
 
 import xxhash
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 from pretrain.filesystem import expanded
 from pretrain.folders import is_below, marked_files
 
 SAMPLE = Path(__file__).parent / "sample"
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 LAYER_KEYS = (
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    *("num_experts", "num_local_experts", "n_routed_experts"),
 )
-MANY_LAYERS = (
-    10_000  # more than any model has; to build so many takes minutes, before it is known that they have no weights
-)
+# More than any model has; to build so many takes minutes, before it is known that they have no weights.
+MANY_LAYERS = 10_000
 PIECES = "model.rank-*.safetensors"  # of a checkpoint that several processes have written
 BITS = {  # of a number, by its name in a safetensors header
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -66,7 +60,7 @@ def _download(name: str, revision: str | None, key: str, wanted: list[str]) -> P
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except errors.HFValidationError as error:
-        raise UserError(f"{key}={name}: neither a folder nor a Hub id: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{key}={name}: neither a folder nor a Hub id: {one_line(error)}") from None
     except errors.GatedRepoError:
         raise UserError(f"{key}={name}: accept its terms on the Hub, then run `hf auth login`") from None
     except errors.RevisionNotFoundError:
@@ -80,18 +74,27 @@ def _download(name: str, revision: str | None, key: str, wanted: list[str]) -> P
         ) from None
 
 
+def read_object(file: Path, *, said: str) -> dict[str, Any] | None:
+    """The JSON object that a file of a model's folder holds; ``None`` without that file. Raises ``UserError``, which calls
+    the file ``said``, when it holds anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{said} can't be read: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{said}: not an object with keys, but {type(content).__name__}")
+    return content
+
+
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """config.json of a model folder. Raises ``UserError`` when it is missing or broken."""
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"model_name={name}: {folder} has no config.json; a model is a folder saved by save_pretrained"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"model_name={name}: {file} can't be read: {str(error)[:200]}") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = read_object(file, said=f"model_name={name}: {file}")
+    if config is None:
+        raise UserError(f"model_name={name}: {folder} has no config.json; a model is a folder saved by save_pretrained")
+    if "model_type" not in config:
         raise UserError(f"model_name={name}: {file} names no model_type")
     if not isinstance(config["model_type"], str):
         raise UserError(f"model_name={name}: {file}: model_type is {str(config['model_type'])[:80]!r}, not a name")

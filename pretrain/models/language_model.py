@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -14,7 +13,6 @@ from torch.nn import functional as F
 from pretrain.batch import IGNORE
 from pretrain.errors import UserError
 from pretrain.models import packing
-from pretrain.models.files import POSITION_KEYS
 from pretrain.models.loss import linear_cross_entropy
 from pretrain.models.probe import (
     Way,
@@ -23,6 +21,7 @@ from pretrain.models.probe import (
     check_causal,
     document_separation,
     has_plain_head,
+    num_positions,
 )
 from pretrain.tensors import TensorFiles, check_names, fill
 
@@ -117,8 +116,7 @@ class LanguageModel(nn.Module):
     @property
     def num_positions(self) -> int:
         """How many tokens the model can see at once; ``sys.maxsize`` where its config does not say."""
-        limits = [getattr(self.hf.config, key, None) for key in POSITION_KEYS]
-        return min((n for n in limits if isinstance(n, int) and n > 0), default=sys.maxsize)
+        return num_positions(self.hf.config)
 
     def _documents(self, position_ids: Tensor | None) -> dict[str, Any]:
         if position_ids is None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pretrain.errors import UserError
-from pretrain.models.files import text_part
+from pretrain.errors import UserError, one_line
+from pretrain.models.files import read_object, text_part
 
 # transformers reads these (5.20 to 5.23) from a config, of a sub-config too. "owner/name" in an implementation is a kernel
 # that it downloads from the Hub and runs.
@@ -75,24 +75,10 @@ def generation_config(folder: Path, name: str) -> Any:
     try:
         return GenerationConfig.from_dict(without_kernels(content))
     except Exception as error:  # whatever its validation raises
-        raise UserError(f"model_name={name}: {folder / 'generation_config.json'}: {first_line(error)}") from None
+        raise UserError(f"model_name={name}: {folder / 'generation_config.json'}: {one_line(error, lines=2)}") from None
 
 
 def read_generation_config(folder: Path, name: str) -> dict[str, Any] | None:
     """The content of generation_config.json. Raises ``UserError`` when it is no JSON object."""
     file = folder / "generation_config.json"
-    if not file.exists():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"model_name={name}: {file} can't be read: {first_line(error)}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"model_name={name}: {file} holds {type(content).__name__}, not an object with keys")
-    return content
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line that can stand behind a file's name."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (" ".join(lines[:2]) if lines else type(error).__name__)[:300]
+    return read_object(file, said=f"model_name={name}: {file}")

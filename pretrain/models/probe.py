@@ -8,6 +8,7 @@ which 16 bits may round away a small leak that training makes large.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -157,13 +158,18 @@ def balancing_coefficient(hf: Any) -> float:
     return coefficient
 
 
+def num_positions(config: Any) -> int:
+    """How many tokens a model with this config can see at once; ``sys.maxsize`` where it does not say."""
+    limits = [getattr(config, key, None) for key in POSITION_KEYS]
+    return min((n for n in limits if isinstance(n, int) and n > 0), default=sys.maxsize)
+
+
 # -- tools ------------------------------------------------------------------------------------------------------------
 
 
 def _documents(hf: Any) -> Tensor | None:
     """Five documents of different tokens, int64 [5, n], of which three fit the model's positions; ``None``: none do."""
-    limits = [getattr(hf.config, key, None) for key in POSITION_KEYS]
-    length = min([LENGTH, *(n // 3 for n in limits if isinstance(n, int) and n > 0)])
+    length = min(LENGTH, num_positions(hf.config) // 3)
     if length < 1:
         return None
     ids = torch.arange(5 * length, device=hf.device).reshape(5, length)

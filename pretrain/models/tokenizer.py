@@ -21,8 +21,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pretrain.console import notice
-from pretrain.errors import UserError, did_you_mean
+from pretrain.errors import UserError, did_you_mean, one_line
 from pretrain.folders import is_inside
+from pretrain.models.files import read_object
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FILES = (  # of a tokenizer, in a model folder
@@ -86,6 +87,7 @@ def folder_tokenizer(folder: Path, *, code: bool = False) -> Any:
 def _of_file(folder: Path, code: bool) -> FolderTokenizer:
     backend, config = Tokenizer.from_file(str(folder / "tokenizer.json")), _read_json(folder, "tokenizer_config.json")
     _check_ids(folder, backend)
+    # A trial too: a file may name an unknown token that its vocabulary lacks.
     expected = [_bare(backend).encode(line, add_special_tokens=False).ids for line in LINES]
     auto = _auto(folder, code)
     if not isinstance(auto, str) and not hasattr(auto, "backend_tokenizer"):  # RagTokenizer, which is two in one
@@ -95,7 +97,7 @@ def _of_file(folder: Path, code: bool) -> FolderTokenizer:
     said = f"tokenizer.json has no {', '.join(unknown)}, named in tokenizer_config.json" if unknown else None
     if isinstance(auto, str):
         said = f"AutoTokenizer can't load it ({auto})"
-    elif _rules(auto.backend_tokenizer) == _rules(backend):
+    elif _same_rules(auto.backend_tokenizer, backend):
         # The same in other words; by those of AutoTokenizer the cache has named its tokens so far.
         backend = auto.backend_tokenizer
     else:
@@ -234,28 +236,19 @@ def _usable(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
-        raise UserError(f"{what}: {reason}" if what else reason) from None
+        raise UserError(f"{what}: {one_line(error)}" if what else one_line(error)) from None
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     """A file's object; empty where there is no such file."""
-    try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder}: no usable tokenizer: {name}: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{folder}: no usable tokenizer: {name}: not an object")
-    return content
+    return read_object(folder / name, said=f"{folder}: no usable tokenizer: {name}") or {}
 
 
 def _check_links(folder: Path) -> None:
     """Raises ``UserError`` where a file of the tokenizer is another one, which the export would then copy: a link out of
     ``folder`` to a file of another name (``vocab.txt`` → ``~/.netrc``). The same file elsewhere may be linked to."""
-    for path in folder.iterdir():
-        if path.is_symlink() and any(fnmatch(path.name, kind) for kind in FILES):
+    for path in _own_paths(folder):
+        if path.is_symlink():
             target = Path(os.path.realpath(path))
             if target.name != path.name and not is_inside(path, folder):
                 raise UserError(
@@ -265,18 +258,19 @@ def _check_links(folder: Path) -> None:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return {name: (folder / name).read_bytes() for name in names if any(fnmatch(name, kind) for kind in FILES)}
+    return {path.name: path.read_bytes() for path in _own_paths(folder) if path.is_file()}
+
+
+def _own_paths(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if any(fnmatch(path.name, kind) for kind in FILES))
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> Any:
     """The chat template, whichever file holds it; only whether there is one matters here."""
     file = folder / "chat_template.jinja"
-    return (
-        file.read_text(encoding="utf-8", errors="replace")
-        if file.exists()
-        else (config.get("chat_template") or _read_json(folder, "chat_template.json").get("chat_template"))
-    )
+    if file.exists():
+        return file.read_text(encoding="utf-8", errors="replace")
+    return config.get("chat_template") or _read_json(folder, "chat_template.json").get("chat_template")
 
 
 def _special_tokens(
@@ -298,10 +292,16 @@ def _special_tokens(
 # What transformers would make of it ------------------------------------------------------------------------------------
 
 
-def _rules(backend: Tokenizer) -> Any:
+def _same_rules(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether both make the same ids of a text, and the same text of ids, whatever stands around them."""
+    a, b = one.to_str(), other.to_str()
+    return a == b or _rules(a) == _rules(b)
+
+
+def _rules(serialized: str) -> Any:
     """What of a tokenizer decides ids and text: without post-processor, truncation, padding and spellings of defaults."""
-    whole = json.loads(backend.to_str())
-    return _plain({key: whole[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens", "decoder")})
+    content = json.loads(serialized)
+    return _plain({key: content[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens", "decoder")})
 
 
 def _plain(node: Any) -> Any:
@@ -329,7 +329,7 @@ def _bare(backend: Tokenizer) -> Tokenizer:
 
 
 def _difference(auto: Any, backend: Tokenizer, expected: list[list[int]]) -> str | None:
-    """How AutoTokenizer's tokens differ from the file's, ``expected`` of the lines, and in the vocabulary."""
+    """How AutoTokenizer's tokens differ from the file's, ``expected`` of ``LINES``, and in the vocabulary."""
     name, ours = type(auto).__name__, backend.get_vocab()
     for line, ids in zip(LINES, expected, strict=True):
         try:

@@ -72,7 +72,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     # what peft would have loaded in the folder's place
     "an adapter": (put("adapter_config.json", '{"base_model_name_or_path": "/elsewhere"}'), r"is an adapter \(adapter_config\.json\); merge it"),
     # config.json
-    "config.json: a list": (put(C, "[]"), r"config\.json names no model_type"),
+    "config.json: a list": (put(C, "[]"), r"config\.json: not an object with keys, but list"),
     "config.json: nothing": (put(C, ""), r"config\.json can't be read"),
     "config.json: not UTF-8": (put(C, b'{"model_type": "\xff"}'), r"config\.json can't be read"),
     "config.json: deep": (put(C, DEEP), r"config\.json can't be read: .*recursion"),
@@ -101,7 +101,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "quantized": (edit(C, quantization_config={"quant_method": "fp8"}), r"quantization_config \(fp8\)"),
     # generation_config.json
     "generation_config.json: broken": (put(G, "{"), r"generation_config\.json can't be read"),
-    "generation_config.json: a list": (put(G, "[]"), r"generation_config\.json holds list"),
+    "generation_config.json: a list": (put(G, "[]"), r"generation_config\.json: not an object with keys, but list"),
     "generation_config.json: deep": (put(G, DEEP), r"generation_config\.json can't be read"),
     "generation_config.json: a wrong part": (edit(G, watermarking_config=3), r"generation_config\.json: "),
     # model.safetensors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -15,9 +14,10 @@ from pydantic import Field
 
 from pretrain.data.sources.base import Source
 from pretrain.data.sources.listing import in_folder, matching, say_once, without_doubles
-from pretrain.data.units import SourceFile, one_line
-from pretrain.errors import UserError, did_you_mean
+from pretrain.data.units import SourceFile
+from pretrain.errors import UserError, did_you_mean, one_line
 from pretrain.folders import is_below
+from pretrain.strict_json import read_json
 
 FORMATS = {
     ".txt": "text",
@@ -131,10 +131,9 @@ def saved_files(folder: Path) -> list[Path]:
 def _field(path: Path, key: str) -> list[Any]:
     """A list in a JSON file that ``datasets`` wrote."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else one_line(error)
-        raise UserError(f"{path}: cannot be read ({reason}); save the dataset again") from error
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); save the dataset again") from error
     if not isinstance(found, dict) or not isinstance(found.get(key), list):
         raise UserError(f"{path}: no list {key!r} in it; save the dataset again")
     return list(found[key])

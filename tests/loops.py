@@ -1,11 +1,8 @@
-"""The loop by itself: a real engine, loader, guard and store; what scores and exports only writes down when it is asked."""
+"""The loop around a real engine, loader, guard and store; what scores and exports only writes down when it is asked."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-
-import torch
 
 from pretrain.checkpoint.policy import Policy
 from pretrain.checkpoint.rng import rng_state, seed_everything
@@ -13,14 +10,14 @@ from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.store import Store
 from pretrain.data.loader import Loader
 from pretrain.evaluation.untouched import Untouched
-from pretrain.events import DataSeen, DomainScore, Sampled, StepDone
+from pretrain.events import DomainScore
 from pretrain.guard.guard import Guard
 from pretrain.guard.policy import Policy as GuardPolicy
 from pretrain.layers import LayerWatch
 from pretrain.progress import Every
 from pretrain.trainer import Trainer
 from tests.data.test_views import store_with
-from tests.test_engine import ALONE, CPU, engine_of
+from tests.engines import ALONE, CPU, engine_of
 
 RECORD = {"event": "train", "step": 1, "time": 1.0}
 IDENTITY = dict.fromkeys(("model", "tokenizer", "data", "weights"), "x") | {
@@ -67,9 +64,9 @@ class Samples:
         return []
 
 
-def loop_in(tmp_path):
-    """``make(**changes)``: a trainer of six steps of two micro-batches of two rows, its events, and its evaluator."""
-    data, _ = store_with(tmp_path, [[(n * 2**58, 10) for n in range(1, 30)]])
+def loop_in(folder):
+    """``loop_in(folder)(**changes)``: a trainer of six steps of two micro-batches of two rows, and the events it tells."""
+    data, _ = store_with(folder, [[(n * 2**58, 10) for n in range(1, 30)]])
     for part in data.parts:
         assert int(part.tokens.max()) < 400
 
@@ -77,7 +74,7 @@ def loop_in(tmp_path):
         engine = engine_of()
         loader = Loader(small(data.views(held_out=0.0)[0]), sequence_length=8, seed=0, batch_size=2, accumulation=2)
         events, scores = [], Scores(stop_at)
-        store = Store(tmp_path / run / "checkpoints", Policy(keep_last=keep))
+        store = Store(folder / run / "checkpoints", Policy(keep_last=keep))
         seed_everything(0)
         given = {
             "world": ALONE,
@@ -112,31 +109,3 @@ def small(view):
     keep = view.gather
     view.gather = lambda starts, length: keep(starts, length) % 97
     return view
-
-
-def names(events) -> list:
-    return [(type(e).__name__, e.step) for e in events if not isinstance(e, DataSeen | Sampled)]
-
-
-def steps_of(events) -> dict[int, tuple]:
-    return {e.step: (float(e.loss), float(e.grad_norm), e.lr, e.tokens) for e in events if isinstance(e, StepDone)}
-
-
-def weights(trainer) -> dict:
-    return {name: p.detach().clone() for name, p in trainer.engine.model.hf_named_parameters()}
-
-
-def poison(trainer, first_sample):
-    """The batch that begins there has no finite loss."""
-    keep = trainer.update
-
-    def update(batch, tokens):
-        if batch.first_sample == first_sample:
-            trainer.engine.backward, real = lambda b, **k: torch.tensor(math.nan), trainer.engine.backward
-            try:
-                return keep(batch, tokens)
-            finally:
-                trainer.engine.backward = real
-        return keep(batch, tokens)
-
-    trainer.update = update
