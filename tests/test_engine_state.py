@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from pretrain import tensors
+from pretrain.engine import Engine
 from pretrain.errors import UserError
+from pretrain.models.language_model import LanguageModel
+from pretrain.optim.adamw import AdamW
 from pretrain.tensors import TensorFiles
 from pretrain.world import World
-from tests.engines import BATCH, CPU, FULL, HALF, engine_of, same, trained
+from tests.engines import ALONE, BATCH, CPU, FULL, HALF, engine_of, same, trained
+from tests.models.tiny import tiny
 
 
 def files_of(engine, folder) -> dict:
@@ -128,6 +132,28 @@ def test_moments_keep_their_type_and_steps_their_place(tmp_path):
         assert (state["exp_avg"].dtype, state["exp_avg_sq"].dtype) == (torch.bfloat16, torch.float32)
         assert (state["step"].device, float(state["step"])) == (CPU, 2.0)
         assert not any(t.requires_grad for t in state.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "where"),
+    [({"fused": True}, "meta"), ({"capturable": True}, "meta"), ({"fused": False, "capturable": False}, "cpu")],
+    ids=str,
+)
+def test_step_counts_lie_where_the_optimizer_wants_them(flags, where, tmp_path):
+    """On the device for a fused or captured update, else on the host. The device here is one that computes nothing."""
+    saved = files_of(trained(engine_of()), tmp_path / "saved")
+    model = LanguageModel(tiny("llama").to("meta"))
+    engine = Engine(model, AdamW(lr=1e-2)(model.hf_named_parameters()), precision=FULL, world=ALONE)
+    for group in engine.optimizer.param_groups:
+        group |= {"fused": None, "capturable": False} | flags
+    engine.load_moments(saved["optimizer"])
+    assert len(engine.optimizer.state) == len(list(model.parameters()))
+    for state in engine.optimizer.state.values():
+        assert {key: t.device.type for key, t in state.items()} == {
+            "exp_avg": "meta",
+            "exp_avg_sq": "meta",
+            "step": where,
+        }
 
 
 def test_a_new_optimizer_starts_without_moments(tmp_path):
