@@ -53,6 +53,12 @@ def test_what_is_written():
     assert not any(t.requires_grad for _, t in engine.whole_weights())
 
 
+def test_before_the_first_step_there_are_no_moments():
+    state = engine_of().state_dict()
+    assert (state["optimizer"], state["tensors"]["optimizer"]) == ({}, {})
+    assert len(state["model"]) > 0
+
+
 def test_only_the_first_rank_writes_whole_tensors():
     engine = trained(engine_of())
     engine.world = World(1, 2, CPU)
@@ -199,6 +205,19 @@ def test_moments_that_do_not_fit(change, says, tmp_path):
         engine.load_state_dict(damaged(engine, tmp_path / "a", change))
     assert str(refused.value) == says
     assert same(pieces_of(engine), before), "nothing is changed"
+
+
+def test_deepspeeds_parameters_have_their_whole_shape_apart(tmp_path):
+    """Under its stage 3 a parameter is empty between the steps; ``ds_shape`` is what it has when it is gathered."""
+    engine = trained(engine_of())
+    saved = files_of(engine, tmp_path / "a")
+    norm = dict(engine.model.hf_named_parameters())["model.norm.weight"]
+    norm.data = torch.empty(0)
+    norm.ds_shape = torch.Size([32])
+    engine.check_moments(saved)
+    norm.ds_shape = torch.Size([16])
+    with pytest.raises(UserError, match=r"model.norm.weight/exp_avg is \(32,\), the model's \(16,\)$"):
+        engine.check_moments(saved)
 
 
 def test_moments_of_a_frozen_parameter_are_refused(tmp_path):
