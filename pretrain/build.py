@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from pretrain.exporter import Exporter
     from pretrain.guard.guard import Guard
     from pretrain.interrupt import Interrupt
+    from pretrain.interval import Every
     from pretrain.layers import LayerWatch
     from pretrain.models.blueprint import Blueprint
     from pretrain.place import Place
-    from pretrain.progress import Every
     from pretrain.strategy.base import Setting
     from pretrain.telemetry.record import Record
     from pretrain.trainer import Listener, Schedule, Trainer
@@ -181,7 +181,7 @@ def build_listeners(
 def build_intervals(resolved: dict[str, Any], prepared: Prepared, steps: int) -> tuple[Every, Every]:
     """After how many of its ``steps`` the run evaluates, and saves; what was changed in them is logged."""
     from pretrain.cadence import cadence
-    from pretrain.progress import Every
+    from pretrain.interval import Every
 
     policy, kept = instantiate(resolved["evaluation"]), instantiate(resolved["checkpoint"])
     sequences = (prepared.train.num_tokens - 1) // resolved["sequence_length"]
@@ -278,8 +278,8 @@ def build_saver(resolved: dict[str, Any], store: Store, world: World, watchdog: 
 
 
 def build_layers(resolved: dict[str, Any], engine: Engine) -> LayerWatch:
+    from pretrain.interval import Every
     from pretrain.layers import LayerWatch
-    from pretrain.progress import Every
 
     return LayerWatch(engine, Every(instantiate(resolved["telemetry"]).layers_every))
 

@@ -13,9 +13,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from pretrain.choices import choices
 from pretrain.config import GROUPS, conf_dir
 from pretrain.errors import UserError, did_you_mean
-from pretrain.help import choices
 from pretrain.hydra_configs import compose_config, composing
 from pretrain.interpolation import bounded_interpolation
 from pretrain.quoting import PATH_KEYS

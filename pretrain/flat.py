@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, get_type_hints
 from omegaconf import OmegaConf
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
 
+from pretrain.choices import choices, default_choices
 from pretrain.config import Root, check_value, conf_dir, known_as
 from pretrain.console import notice
 from pretrain.errors import UserError, did_you_mean
-from pretrain.help import choices, default_choices
 from pretrain.quoting import quoted
 from pretrain.trust import COMMAND_LINE_ONLY, PARTS, locate
 from pretrain.yaml_file import read_yaml

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from pathlib import Path
-
+from pretrain.choices import chosen
 from pretrain.config import conf_dir
 
 USE = """\
@@ -48,7 +45,7 @@ def _knobs() -> str:
 
 def _groups() -> str:
     """Every group with its choices, the default one starred, and the first comment line of each."""
-    defaults = set(_defaults())
+    defaults = set(chosen())
     lines = []
     for folder in sorted(p for p in conf_dir().iterdir() if p.is_dir() and p.name not in ("schemas", "local")):
         for file in sorted(folder.glob("*.yaml")):
@@ -60,24 +57,5 @@ def _groups() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _defaults() -> Iterator[tuple[str, str]]:
-    """(group, choice) of the defaults list."""
-    text = (conf_dir() / "config.yaml").read_text().split("\n\n", 1)[0]
-    for group, choices in re.findall(r"^  - (\w+): (.+)$", text, re.MULTILINE):
-        for choice in re.findall(r"[\w-]+", choices):
-            yield group, choice
-
-
 def _indented(text: str) -> str:
     return "".join(f"  {line}\n" if line else "\n" for line in text.rstrip().splitlines())
-
-
-def choices(group: str) -> list[str]:
-    """The names of a group's YAML files."""
-    folder: Path = conf_dir() / group
-    return sorted(file.stem for file in folder.glob("*.yaml"))
-
-
-def default_choices(group: str) -> list[str]:
-    """What conf/config.yaml chooses of a group."""
-    return [choice for of, choice in _defaults() if of == group]

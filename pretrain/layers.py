@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from pretrain.console import notice
 from pretrain.events import LayerNorms
-from pretrain.progress import Every
+from pretrain.interval import Every
 from pretrain.tensors import local
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""How far a run has come, and when something is due. The trainer owns Progress; it is saved with every checkpoint."""
+"""How far a run has come. The trainer owns it; it is saved with every checkpoint."""
 
 from __future__ import annotations
 
@@ -32,13 +32,3 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key, value in state.items():
             setattr(self, key, value)
-
-
-@dataclass(frozen=True, slots=True)
-class Every:
-    """``Every(10).due(step)`` is true at 10, 20, …; ``Every(None)`` never is."""
-
-    steps: int | None
-
-    def due(self, step: int) -> bool:
-        return self.steps is not None and step > 0 and step % self.steps == 0

@@ -19,8 +19,9 @@ from pretrain.errors import UserError
 from pretrain.events import RunFinished
 from pretrain.interrupt import EXIT_CODE, Interrupt
 from pretrain.leftovers import found_in, keep_aside
+from pretrain.memory_advice import explained
 from pretrain.optim.learning_rate import peak_lr, with_lr
-from pretrain.out_of_memory import OutOfMemory, explained, watched
+from pretrain.out_of_memory import OutOfMemory, watched
 from pretrain.place import Place
 from pretrain.prepare import Prepared, instantiate, model_spec, prepare, total_steps
 from pretrain.run_folder import begin, check_task, claim, start_over

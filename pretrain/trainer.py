@@ -31,8 +31,9 @@ from pretrain.events import (
     StoodStill,
 )
 from pretrain.interrupt import held_back
+from pretrain.interval import Every
 from pretrain.out_of_memory import watched
-from pretrain.progress import Every, Progress
+from pretrain.progress import Progress
 from pretrain.replicas import check_replicas
 from pretrain.telemetry.record import fields_of
 from pretrain.tensors import TensorFiles

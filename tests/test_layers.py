@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from pretrain.engine import Engine, never
+from pretrain.interval import Every
 from pretrain.layers import LayerWatch, layer_of
 from pretrain.models.language_model import LanguageModel
 from pretrain.precision import Precision
-from pretrain.progress import Every
 from pretrain.world import World
 from tests.models.tiny import tiny
 

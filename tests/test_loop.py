@@ -27,8 +27,8 @@ from pretrain.events import (
 )
 from pretrain.guard.guard import Guard
 from pretrain.guard.policy import Policy as GuardPolicy
+from pretrain.interval import Every
 from pretrain.layers import LayerWatch
-from pretrain.progress import Every
 from pretrain.trainer import Trainer
 from tests.data.test_views import store_with
 from tests.test_engine import ALONE, CPU, engine_of

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pretrain import memory
-from pretrain.out_of_memory import OutOfMemory, explained, numbers, watched
+from pretrain.memory_advice import explained
+from pretrain.out_of_memory import OutOfMemory, numbers, watched
 from pretrain.split import Split
 from pretrain.strategy.ddp import Ddp
 from pretrain.strategy.fsdp import Fsdp

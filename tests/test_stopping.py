@@ -59,7 +59,7 @@ def test_one_process(event, step, saved_at, owes, uninterrupted, base_arguments,
 
 AMID_STEPS = """
 import os, signal
-from pretrain.progress import Every
+from pretrain.interval import Every
 due = Every.due
 def signalled(self, step):
     if step == 6 and os.environ.get("RANK") == "{rank}":

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from pretrain.choices import choices
 from pretrain.config import conf_dir, gpu_visible
 from pretrain.console import notice
 from pretrain.errors import UserError
-from pretrain.help import choices
 from pretrain.prepare import instantiate
 
 if TYPE_CHECKING:

@@ -13,6 +13,8 @@ from pretrain.telemetry.jsonl import tail
 from pretrain.telemetry.record import change_of
 from pretrain.telemetry.run_file import read_run_file
 
+DECIMALS = 4  # of nats per token: strategies agree to more, and a smaller difference beats nobody
+
 
 def measures_of(run: Path) -> dict[str, Any]:
     """``new_loss``, ``new_delta``, ``forgetting`` (nats per token, means over domains), ``train_loss``,
@@ -87,3 +89,24 @@ def mean(values: Iterable[float | None]) -> float | None:
     every = list(values)
     known = [v for v in every if v is not None]
     return sum(known) / len(known) if known and len(known) == len(every) else None
+
+
+def ranking(rows: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:
+    """The finished jobs that have an objective, the best first."""
+    judged = [row for row in rows if row["status"] == "finished" and row["objective"] is not None]
+    return sorted(judged, key=lambda row: row["objective"], reverse=direction == "maximize")
+
+
+def pareto(rows: list[dict[str, Any]]) -> list[int]:
+    """Numbers of the finished jobs that no other beats in both gain and forgetting, the largest gain first."""
+    points = [
+        (round(row["new_delta"], DECIMALS), round(row["forgetting"], DECIMALS), row["number"])
+        for row in rows
+        if row["status"] == "finished" and row["new_delta"] is not None and row["forgetting"] is not None
+    ]
+    front = [
+        point
+        for point in points
+        if not any(o[0] <= point[0] and o[1] <= point[1] and o[:2] != point[:2] for o in points)
+    ]
+    return [number for _, _, number in sorted(front)]

@@ -31,8 +31,8 @@ from pretrain.events import (
     StepDone,
     StoodStill,
 )
+from pretrain.interval import Every
 from pretrain.memory import resident_bytes
-from pretrain.progress import Every
 from pretrain.telemetry.goodput import Goodput
 from pretrain.telemetry.record import Record, fields_of, json_safe
 from pretrain.telemetry.window import Window
