@@ -126,7 +126,7 @@ def _read(claim: Path) -> dict[str, Any] | None:
         holder = json.loads(claim.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 

@@ -38,7 +38,7 @@ def recall(path: Path) -> Files:
     """What ``remember`` wrote; nothing where there is no such file, of a run by an earlier version."""
     try:
         return {name: (tuple(stamp), digest) for name, (stamp, digest) in json.loads(path.read_text()).items()}
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -160,7 +160,7 @@ def job_of(sweep: Path, overrides: list[str], keys: tuple[str, ...]) -> Job:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        state: dict[str, Any] = json.loads((folder / "job.json").read_text())
-        return state
+    with suppress(OSError, ValueError, RecursionError):
+        state = json.loads((folder / "job.json").read_text())
+        return state if isinstance(state, dict) else {}
     return {}

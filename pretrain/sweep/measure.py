@@ -77,7 +77,7 @@ def evaluations(file: Path) -> list[dict[str, Any]]:
     with suppress(OSError):
         for line in file.read_bytes().split(b"\n"):
             if b'"evaluation"' in line:
-                with suppress(ValueError):
+                with suppress(ValueError, RecursionError):
                     found.append(json.loads(line))
     return [
         r for r in found if isinstance(r, dict) and r.get("event") == "evaluation" and "step" in r and "domain" in r
