@@ -123,9 +123,8 @@ class Trials:
         del moments
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            free, total = torch.cuda.mem_get_info(
-                self.device
-            )  # what has been freed counts as taken until it is cleared
+            # What has been freed counts as taken until it is cleared.
+            free, total = torch.cuda.mem_get_info(self.device)
             return "" if free >= ROOM * total else f"{memory.gib(free)} of {memory.gib(total)} would be left"
         peak = memory.peak_bytes()
         if peak is None or self.resident is None:

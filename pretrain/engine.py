@@ -128,23 +128,25 @@ class Engine(Scorer):
         counts in ``skipped``, as does, under 16-mixed, one with a non-finite gradient.
         """
         self.scaler.unscale_(self.optimizer)
-        infinite = self._agree_on_infinite()
         norm = self.clip(max_norm)
-        if infinite is not None:
-            norm = torch.where(infinite & torch.isfinite(norm), torch.nan, norm)
+        if self.scaler.is_enabled():
+            norm = self._agree_on_infinite(norm)
         refused = refuse(norm)
         self.update(refused)
         self.skipped += refused | ~torch.isfinite(norm) if self.scaler.is_enabled() else refused
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _agree_on_infinite(self) -> Tensor | None:
-        """Make an infinite gradient that the loss scaler has found on one rank one of all ranks; whether there is one, a
-        0-d bool on the device. ``None`` where there is no scaler, or nobody to agree with."""
-        if self.world.size == 1 or not self.scaler.is_enabled():
-            return None
-        found = [self.world.largest(flag) for flag in self.scaler._found_inf_per_device(self.optimizer).values()]
-        return torch.stack([flag.to(self.world.device) for flag in found]).sum() > 0
+    def _agree_on_infinite(self, norm: Tensor) -> Tensor:
+        """Make the loss scaler of every rank leave out an update where one has found an infinite gradient, or has a
+        ``norm`` that is not finite; return the norm, NaN where only another rank's gradients are infinite."""
+        finite = torch.isfinite(norm)
+        found = [
+            self.world.largest(flag.copy_(torch.maximum(flag, (~finite).to(flag))))
+            for flag in self.scaler._found_inf_per_device(self.optimizer).values()
+        ]
+        infinite = torch.stack([flag.to(self.world.device) for flag in found]).sum() > 0
+        return torch.where(infinite & finite, torch.nan, norm)
 
     def update(self, refused: Tensor) -> None:
         """The optimizer's step, unless ``refused``, and the scaler's. A GPU is not waited for: it is told in the way in

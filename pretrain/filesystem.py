@@ -20,14 +20,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-CANNOT = {
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.EINVAL,
-    errno.ENOTTY,
-}  # the file system has no such thing
-MAY_NOT = {errno.EPERM, errno.EACCES}  # nor for this user
+# The file system has no such thing.
+CANNOT = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY}
+MAY_NOT = {errno.EPERM, errno.EACCES}  # this user may not use it
 SOCKET_BYTES = 60  # what a temporary folder's name may have: a socket's has 107, with a folder and a name of its own
 
 

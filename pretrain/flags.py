@@ -14,13 +14,8 @@ from pretrain.config import GROUPS, OTHER_NAMES, Root
 from pretrain.errors import UserError
 
 WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd"}
-NOT_HERE = {
-    "--config-path": 1,
-    "-cp": 1,
-    "--config-name": 1,
-    "-cn": 1,
-    "--experimental-rerun": 1,
-}  # the last is a pickle
+# The last is a pickle.
+NOT_HERE = {"--config-path": 1, "-cp": 1, "--config-name": 1, "-cn": 1, "--experimental-rerun": 1}
 INFOS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 COMMANDS = ("multirun", "run", "cfg", "info", "hydra_help", "shell_completion")
 

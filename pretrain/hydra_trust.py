@@ -20,12 +20,8 @@ from pretrain.redact import held, secrets
 from pretrain.trust import COMMAND_LINE_ONLY
 
 MAY_SET = ("mode", "sweep.dir")  # of `hydra`, by a file; a sweeper and a launcher within limits too
-SET_BY_HYDRA = (
-    "runtime",
-    "overrides",
-    "job.override_dirname",
-    "job.config_name",
-)  # `overrides` are compared by themselves
+# `overrides` are compared by themselves.
+SET_BY_HYDRA = ("runtime", "overrides", "job.override_dirname", "job.config_name")
 SWEEPERS = ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "hydra_plugins.pretrain.OptunaSweeper")
 LAUNCHERS = (
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
@@ -52,11 +48,13 @@ def check_hydra(overrides: list[str], conf: Path, config_dir: str | None) -> Non
             _check_node(found, by_command_line, words)
             return found
 
-        params = (judge(_sweeps(overrides, hydra)[0])["sweeper"] or {}).get("params") or {}
+        first = _sweeps(overrides, hydra)[0]
+        params = (judge(first)["sweeper"] or {}).get("params") or {}
         words = [*(f"{key}={value}" for key, value in params.items()), *overrides]  # Hydra takes an experiment's so
         fixed, swept = _sweeps(words, hydra)
         for choices in itertools.product(*swept):
-            judge([*fixed, *choices])
+            if (job := [*fixed, *choices]) != first:
+                judge(job)
 
 
 def _chooses_elsewhere(override: str, hydra: Hydra) -> bool:

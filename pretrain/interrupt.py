@@ -18,9 +18,8 @@ if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it fo
     SIGNALS += (signal.SIGHUP,)
 ONE_CTRL_C_SECONDS = 1.0  # under torchrun a single one arrives twice, from the terminal and from torchrun
 IMPORT_SECONDS = 0.05  # then a signal that came in the middle of an import is sent again
-HEARING_SECONDS = (
-    0.1  # at most, of waiting without a look: a signal that another thread has taken wakes nobody (after SIGCONT)
-)
+# At most, of waiting without a look: a signal that another thread has taken (after SIGCONT) does not wake the one that waits.
+HEARING_SECONDS = 0.1
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
 
 

@@ -40,6 +40,11 @@ def is_run(folder: Path) -> bool:
     return own or any((folder / "checkpoints").glob("step-*/COMPLETE.json"))
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run in which a checkpoint lies, however its path was typed."""
+    return checkpoint.resolve().parent.parent
+
+
 def check_not_foreign(folder: Path) -> None:
     """Raises ``UserError`` for a folder with files of somebody else under the names of ours."""
     found = found_in(folder, (*RESULTS, *SETTINGS))

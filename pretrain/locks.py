@@ -2,7 +2,7 @@
 
 Some file systems have none (ENOSYS, ENOLCK: NFS without its lock daemon, some FUSE, CIFS). There a file that only one can
 make stands for it. It names its maker, whose life is looked at: on this machine by its process, on another by the time of
-the file, which the holder renews.
+the file, which the holder renews. (`filelock` 4.2 does without the kernel's lock for ENOSYS alone.)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from pretrain.filesystem import CANNOT
@@ -88,6 +89,9 @@ class Lock:
             if error.errno not in NO_LOCKS:
                 raise
             return self._try_to_claim()
+        if not _is_at(self.path, file):  # its holder has moved it between the two calls above
+            os.close(file)
+            return False
         self._file = file
         return True
 
@@ -103,8 +107,12 @@ class Lock:
             file = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except FileExistsError:
             return False
-        with os.fdopen(file, "w", encoding="utf-8") as made:
-            json.dump(_this_process(), made)
+        try:
+            with os.fdopen(file, "w", encoding="utf-8") as made:
+                json.dump(_this_process(), made)
+        except OSError:  # a full disk: nobody would renew it, and others wait for that
+            claim.unlink(missing_ok=True)
+            raise
         self._claim = claim
         self._released.clear()
         threading.Thread(target=self._renew, args=(claim,), name="lock", daemon=True).start()
@@ -114,6 +122,13 @@ class Lock:
         while not self._released.wait(RENEW_SECONDS):
             with suppress(OSError):
                 os.utime(claim)
+
+
+def _is_at(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False
 
 
 def _claim_of(path: Path) -> Path:
@@ -139,14 +154,9 @@ def _is_alive(holder: dict[str, Any], claim: Path) -> bool:
 
 def _is_stale(claim: Path) -> bool:
     """By the clock of the file system, which may be another machine's."""
-    now = claim.with_name(f"{claim.name}.{os.getpid()}")
-    try:
-        now.touch()
-        return now.stat().st_mtime - claim.stat().st_mtime > STALE_SECONDS
-    except OSError:
-        return False
-    finally:
-        now.unlink(missing_ok=True)
+    with suppress(OSError), NamedTemporaryFile(prefix=f"{claim.name}.", dir=claim.parent) as now:
+        return os.fstat(now.fileno()).st_mtime - claim.stat().st_mtime > STALE_SECONDS
+    return False
 
 
 def _take_away(claim: Path, holder: dict[str, Any]) -> None:

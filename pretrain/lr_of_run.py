@@ -8,7 +8,7 @@ from typing import Any
 
 from pretrain.checkpoint.store import read_state
 from pretrain.console import notice
-from pretrain.leftovers import read_config
+from pretrain.leftovers import read_config, run_of
 from pretrain.optim.learning_rate import AUTO, change, stable_until
 from pretrain.telemetry.run_file import read_run_file
 
@@ -23,7 +23,7 @@ def chosen_lr(resolved: dict[str, Any], resume_from: Path | None, by_size: Calla
 
 def say_lr_change(checkpoint: Path, resolved: dict[str, Any], steps: int) -> None:
     """Say where the learning rate leaves its curve because the run has another length, peak or schedule than before."""
-    old, run = read_config(checkpoint), checkpoint.resolve().parents[1]
+    old, run = read_config(checkpoint), run_of(checkpoint)
     step = int(read_state(checkpoint)["progress"]["step"])
     planned = read_run_file(run).get("total_steps")
     if not isinstance(planned, int) or planned < 1 or step < 1:

@@ -28,6 +28,7 @@ from pretrain.leftovers import (
     has_trained,
     move_aside,
     read_config,
+    run_of,
     task_of,
 )
 from pretrain.locks import Busy, Lock
@@ -310,7 +311,7 @@ def step_of(checkpoint: Path) -> int:
 def recorded_batch_size(checkpoint: Path | None, *, device: str) -> int | None:
     """The micro-batch of the run that ``checkpoint`` is of, where it ran on such a ``device``: the same again gives the
     same last bits."""
-    facts = read_run_file(checkpoint.parents[1]) if checkpoint is not None else {}
+    facts = read_run_file(run_of(checkpoint)) if checkpoint is not None else {}
     return facts.get("batch_size") if facts.get("device") == device else None
 
 

@@ -15,7 +15,8 @@ from contextlib import suppress
 from ipaddress import ip_address
 
 LOOPBACK = "127.0.0.1"
-SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
+SIOCGIFFLAGS, SIOCGIFADDR = 0x8913, 0x8915  # linux/sockios.h: the flags of an interface, its address
+IFF_LOOPBACK = 0x8  # linux/if.h
 BACKLOG = 2048  # torch's own
 _before: dict[str, str | None] = {}  # the environment's values of what is set here; None: it had none
 
@@ -35,7 +36,7 @@ def keep_to_interface_towards(host: str) -> None:
         address = address_towards(host)
         if not is_loopback(address) and (interface := interface_of(address)):
             given = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
-            _set({name: value for name, value in given.items() if name not in os.environ})
+            _set({name: value for name, value in given.items() if not os.environ.get(name)})
 
 
 def _set(variables: dict[str, str]) -> None:
@@ -83,12 +84,43 @@ def is_loopback(address: str) -> bool:
     return ip_address(address.partition("%")[0]).is_loopback
 
 
+def hides_address(host: str, address: str) -> bool:
+    """Whether ``host`` is a name that other machines may know, although here it leads to the loopback (``address``)."""
+    return is_loopback(address) and host not in (address, "localhost")
+
+
 def interface_of(address: str) -> str | None:
     """The network interface that has ``address`` (IPv4)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with suppress(OSError):  # an interface without an address
-                found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                found = _ask(probe, SIOCGIFADDR, name)
                 if socket.inet_ntoa(found[20:24]) == address:
                     return name
     return None
+
+
+def is_loopback_interface(name: str) -> bool:
+    """Raises ``OSError``: this machine has no such interface."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        [flags] = struct.unpack_from("H", _ask(probe, SIOCGIFFLAGS, name), 16)  # after the name
+    return bool(flags & IFF_LOOPBACK)
+
+
+def interfaces_of_nccl(value: str) -> list[str]:
+    """The interfaces of this machine that NCCL_SOCKET_IFNAME names: prefixes, with ``=`` before them whole names; each may
+    have a port. Empty for ``^``, which names those that are not meant.
+
+    Source: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-socket-ifname
+    """
+    if value.startswith("^"):
+        return []
+    named = [word.partition(":")[0] for word in value.removeprefix("=").split(",") if word]
+    here = [name for _, name in socket.if_nameindex()]
+    if value.startswith("="):
+        return [name for name in here if name in named]
+    return [name for name in here if name.startswith(tuple(named))]
+
+
+def _ask(probe: socket.socket, request: int, interface: str) -> bytes:
+    return fcntl.ioctl(probe.fileno(), request, struct.pack("256s", os.fsencode(interface)[:15]))

@@ -104,9 +104,8 @@ class TensorFiles:
             except (OSError, ValueError, SafetensorError) as error:
                 raise UserError(f"{file} can't be read: {error}") from None
         for name, parts in self._parts.items():
-            parts.sort(
-                key=lambda part: (part[0], _shape_in(part[1], name)[:1])
-            )  # an empty piece lies before its neighbour
+            # An empty piece lies before its neighbour.
+            parts.sort(key=lambda part: (part[0], _shape_in(part[1], name)[:1]))
             if reason := self._gap(name):
                 raise UserError(f"{file}: {name}: {reason}")
 

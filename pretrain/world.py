@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -19,15 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.console import notice
-from pretrain.errors import NoRoom, UserError
+from pretrain.errors import UserError
 from pretrain.place import Place
-from pretrain.sockets import (
-    is_loopback,
-    keep_to_interface_towards,
-    keep_to_loopback,
-    listening,
-    restore_environment,
-)
+from pretrain.sockets import hides_address, keep_to_interface_towards, keep_to_loopback, listening, restore_environment
 
 T = TypeVar("T")
 group_entered = False  # whether this process has ever been in a process group
@@ -93,7 +86,7 @@ class World:
         try:
             done = (work(), None)
         except UserError as error:
-            done = (None, (NoRoom if isinstance(error, NoRoom) else UserError)(*error.args))
+            done = (None, type(error)(*error.args))
         every: list[Any] = [None] * self.size
         dist.all_gather_object(every, done, group=self.group)
         for _, mistake in every:
@@ -145,12 +138,6 @@ def _store(place: Place, timeout: timedelta) -> dist.Store | None:
     return tcp_store(host, port, is_host=place.rank == 0, timeout=timeout, **options)
 
 
-def _is_a_name_of_loopback(host: str, found: socket.socket) -> bool:
-    """Whether ``host`` is a name that other machines may know, although here it leads to the loopback (``found``)."""
-    address = str(found.getsockname()[0])
-    return is_loopback(address) and host not in (address, "localhost")
-
-
 def tcp_store(
     host: str,
     port: int,
@@ -173,7 +160,7 @@ def tcp_store(
             if error.errno != errno.EADDRNOTAVAIL:
                 raise UserError(f"can't listen at {host}:{port}: {error.strerror}") from error
             found = None
-        if found is not None and several_machines and _is_a_name_of_loopback(host, found):
+        if found is not None and several_machines and hides_address(host, str(found.getsockname()[0])):
             found.close()
             found = None
         if found is not None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.foreign import foreign_module
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -148,6 +150,15 @@ def base_arguments(tiny_model, corpus, other_corpus):
         "save_every=5",
         "lr=1e-3",
     ]
+
+
+@pytest.fixture
+def mark(tmp_path, monkeypatch) -> Path:
+    """Where the foreign code leaves its mark. It can be imported, so only a refusal keeps it from running."""
+    left = foreign_module(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "foreign", raising=False)
+    return left
 
 
 @pytest.fixture

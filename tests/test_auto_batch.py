@@ -1,11 +1,14 @@
 """``batch_size=auto``: what it chooses, that choosing changes nothing, and that the run is the one with that number."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from pretrain.auto_batch import Trials, choose, largest, moment_bytes
 from pretrain.batch import Batch
 from pretrain.engine import Engine
+from pretrain.leftovers import run_of
 from pretrain.optim.adamw import AdamW
 from pretrain.out_of_memory import OutOfMemory
 from pretrain.precision import Precision
@@ -195,3 +198,12 @@ def test_the_record_counts_on_the_same_kind_of_device(tmp_path):
     assert recorded_batch_size(checkpoint, device="cpu") == 4
     assert recorded_batch_size(checkpoint, device="NVIDIA H100") is None
     assert recorded_batch_size(None, device="cpu") is None
+
+
+def test_the_record_is_found_from_within_the_checkpoints_folder(tmp_path, monkeypatch):
+    """``resume=step-00000005``, typed there, has no folder in front of it."""
+    (tmp_path / "checkpoints/step-00000005").mkdir(parents=True)
+    (tmp_path / "run.json").write_text('{"batch_size": 4, "device": "cpu"}')
+    monkeypatch.chdir(tmp_path / "checkpoints")
+    assert recorded_batch_size(Path("step-00000005"), device="cpu") == 4
+    assert run_of(Path("/step-00000005")) == Path("/")

@@ -69,7 +69,10 @@ KEYS = [
     (["sink=wandb", "sink.wandb.projekt=x"], "sink.wandb: Wandb has no 'projekt'; did you mean 'project'"),
     (["sink=wandb", "sink.wandb.mode=on"], "sink.wandb.mode='on': input should be 'online', 'offline' or 'disabled'"),
     (["sink=wandb", "sink.wandb.timeout=0"], "sink.wandb.timeout=0: input should be greater than 0"),
-    (["sink=wandb", "sink.wandb.mode=online"], "sink.wandb.mode=online: there is no key for https://api.wandb.ai"),
+    (
+        ["sink=wandb", "sink.wandb.mode=online"],
+        "sink.wandb.mode=online: there is no key for https://api.forge.coreweave.com",
+    ),
     (["sink.wandb.mode=offline"], "sink.wandb: 'wandb' is not among the chosen sinks; add it: sink=[…,wandb]"),
     (["sink=csv", "sink.csv.columns=[step]"], "sink.csv: Csv has no 'columns'"),
     (["sink=tensorboard", "sink.tensorboard.folder=x"], "sink.tensorboard: TensorBoard has no 'folder'"),

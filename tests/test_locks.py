@@ -80,6 +80,39 @@ def test_one_holder_until_it_lets_go_or_is_killed(number, holder, without, tmp_p
     assert not (tmp_path / "lock.held").exists()
 
 
+def test_it_is_of_the_file_that_has_the_name(monkeypatch, tmp_path):
+    """The holder of a run's folder moves it aside and locks a new one, while another process is about to lock the old."""
+    real, (folder, aside) = fcntl.flock, (tmp_path / "run", tmp_path / "run.old-1")
+    folder.mkdir()
+    new = Lock(folder / "lock")
+
+    def late(file, how):
+        monkeypatch.setattr(fcntl, "flock", real)
+        folder.rename(aside)
+        folder.mkdir()
+        new.acquire(timeout=0)
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(Busy):
+        Lock(folder / "lock").acquire(timeout=0.1)
+    new.release()
+    Lock(folder / "lock").acquire(timeout=0).release()
+
+
+def test_a_claim_that_could_not_be_written_claims_nothing(without, monkeypatch, tmp_path):
+    without(errno.ENOSYS)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dump", full)
+        with pytest.raises(OSError, match="No space"):
+            Lock(tmp_path / "lock").acquire(timeout=0)
+    Lock(tmp_path / "lock").acquire(timeout=0).release()
+
+
 def test_a_child_that_was_given_it_still_holds_it(tmp_path):
     lock = Lock(tmp_path / "lock").acquire()
     child = subprocess.Popen([sys.executable, "-c", "input()"], pass_fds=lock.descriptors, stdin=subprocess.PIPE)
@@ -118,6 +151,20 @@ def test_a_holder_on_another_machine_is_known_by_the_time_of_its_file(holder, se
         with pytest.raises(Busy):
             lock.acquire(timeout=0.05)
         assert json.loads(claim.read_text()) == holder
+
+
+def test_nothing_is_touched_through_a_link(without, tmp_path):
+    """The clock of the file system is read from a new file, of a name that nobody can know before."""
+    without(errno.ENOSYS)
+    claim, theirs, planted = (tmp_path / name for name in ("lock.held", "theirs", f"lock.held.{os.getpid()}"))
+    claim.write_text(json.dumps(ELSEWHERE))
+    theirs.write_text("x")
+    planted.symlink_to(theirs)
+    for file in (claim, theirs):
+        os.utime(file, (1, 1))
+    Lock(tmp_path / "lock").acquire(timeout=0.5).release()
+    assert theirs.stat().st_mtime == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"lock", theirs.name, planted.name}
 
 
 def test_a_process_with_the_number_of_a_dead_one_does_not_hold_it(without, tmp_path):

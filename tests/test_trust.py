@@ -3,50 +3,18 @@
 Every foreign target is a module of the test's own that leaves a mark when it is imported or called.
 """
 
-import ast
-import copy
-import functools
-import json
-import shutil
 import sys
-import textwrap
-from pathlib import Path
 
 import pytest
-from hydra.types import RunMode
-from omegaconf import OmegaConf
 
-import pretrain
 from pretrain.compose import compose, resolve
 from pretrain.config import conf_dir
 from pretrain.errors import UserError
-from pretrain.hydra_configs import compose_config, composing
-from pretrain.hydra_trust import SET_BY_HYDRA, _check_node
 from pretrain.prepare import instantiate
 from pretrain.trust import PARTS, locate
+from tests.foreign import experiment
 from tests.test_cli import assert_mistake
 from tests.test_conf import NEEDS
-
-MARK = "code ran"
-
-
-@pytest.fixture
-def mark(tmp_path, monkeypatch) -> Path:
-    """Where the foreign code leaves its mark. It can be imported, so only a refusal keeps it from running."""
-    mark, folder = tmp_path / MARK, tmp_path / "site"
-    folder.mkdir()
-    (folder / "foreign.py").write_text(
-        f"open({str(mark)!r}, 'w').close()\n"
-        "def run(*a, **k): pass\n"
-        "class Sink:\n"
-        "    def open(self, run, start): self.file = (run / 'foreign.txt').open('w')\n"
-        "    def write(self, record): self.file.write(record['event'] + ' ')\n"
-        "    def close(self): self.file.close()\n"
-    )
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(__import__("sys").modules, "foreign", raising=False)
-    return mark
-
 
 CONFIGS = {
     "a part": ["optimizer._target_=foreign.run"],
@@ -103,8 +71,9 @@ OF_OURS = {  # classes and functions of pretrain that are no part of the group t
     "a class that is bound": ["+optimizer._partial_=true"],
     "a partial that is no boolean": ["scheduler._partial_=1"],
     "what a module of ours imports": ["optimizer={_target_: pretrain.data.workers.subprocess.Popen, args: [touch, x]}"],
-    "what it imports, by its real name": ["dataset={_target_: pretrain.data.sources.local.Source}"],
-    "what it imports of the same base": ["dataset={_target_: pretrain.prepare.Source}"],
+    "the base class, where a module of ours imports it": ["dataset={_target_: pretrain.data.sources.local.Source}"],
+    "a part, where another module of ours imports it": ["checkpoint={_target_: pretrain.checkpoint.store.Policy}"],
+    "a name that is imported for annotations only": ["dataset={_target_: pretrain.prepare.Source}"],
     "a module": ["optimizer={_target_: pretrain.optim}"],
 }
 
@@ -125,6 +94,8 @@ def test_no_function_by_another_name():
     """Without the comparison with its real name this would be a class of Python's, called with what a file says."""
     with pytest.raises(UserError, match=r"subprocess\.Popen': a config may name pretrain's own parts only"):
         locate("optimizer", "pretrain.data.workers.subprocess.Popen", PARTS["optimizer"])
+    with pytest.raises(UserError, match=r"store\.Policy': a config may name pretrain's own parts only"):
+        locate("checkpoint", "pretrain.checkpoint.store.Policy", PARTS["checkpoint"])
 
 
 @pytest.mark.parametrize("group", PARTS)
@@ -237,161 +208,6 @@ def test_no_other_key_of_hydras(key, command):
     assert_mistake(command([f"+optimizer.{key}"]), f"AdamW has no {key.split('=')[0]!r}")
 
 
-def experiment(tmp_path: Path, text: str, name: str = "experiment/theirs.yaml") -> list[str]:
-    """The arguments that put a file of somebody else's among the configs."""
-    file = tmp_path / "theirs" / name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(textwrap.dedent(text))
-    return ["--config-dir", str(tmp_path / "theirs")]
-
-
-FOREIGN = "_target_: foreign.run"
-HYDRA_NODES = {
-    "callbacks": f"callbacks: {{x: {{{FOREIGN}}}}}",
-    "job_logging": "job_logging: {version: 1, formatters: {x: {(): foreign.run}}, disable_existing_loggers: false}",
-    "hydra_logging": "hydra_logging: {version: 1, formatters: {x: {(): foreign.run}}}",
-    "sweeper": "sweeper: {params: {allow_targets: '[foreign.run]'}}",
-    "launcher.setup": "launcher: {setup: ['touch mark']}",
-    "job.env_set": "job: {env_set: {LD_PRELOAD: /tmp/x.so}}",
-    "overrides": "overrides: {task: ['allow_targets=[foreign.run]']}",
-}
-
-
-@pytest.mark.parametrize(
-    "sweep", [["experiment=theirs"], ["-m", "experiment=theirs"], ["-m", "experiment=good,theirs"]]
-)
-@pytest.mark.parametrize("key", HYDRA_NODES)
-def test_what_hydra_would_execute(key, sweep, command, tmp_path, mark, monkeypatch):
-    """Hydra instantiates callbacks and calls the factories of logging configs before a job is ours to check."""
-    monkeypatch.chdir(tmp_path)
-    launcher = "defaults: [{override /hydra/launcher: slurm}]\n" if key.startswith("launcher") else ""
-    theirs = experiment(tmp_path, f"# @package _global_\n{launcher}hydra:\n  {HYDRA_NODES[key]}\n")
-    experiment(tmp_path, "# @package _global_\nlr: 1e-4\n", "experiment/good.yaml")
-    outcome = command([*theirs, *sweep, "lr=0"])
-    assert_mistake(outcome, f"hydra.{key}")
-    assert "set by a config file, which Hydra would execute" in outcome[2]
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize("key", ["sweep_dir", "hydra.sweep.dir"])
-def test_no_line_of_a_batch_script(key, command, tmp_path, mark, monkeypatch):
-    """SLURM's script names the folder of its logs: a line end in it would begin a line that the shell runs."""
-    monkeypatch.chdir(tmp_path)
-    path = json.dumps(f"x\ntouch {tmp_path}/ran\n#")
-    chosen = "# @package _global_\ndefaults: [{override /hydra/launcher: submitit_local}]\n"
-    nodes = {"sweep_dir": f"sweep_dir: {path}\n", "hydra.sweep.dir": f"hydra: {{sweep: {{dir: {path}}}}}\n"}
-    theirs = experiment(tmp_path, chosen + nodes[key])
-    outcome = command([*theirs, "-m", "experiment=theirs"])
-    assert_mistake(outcome, {"sweep_dir": "sweep_dir='x", "hydra.sweep.dir": "SLURM takes no line end"}[key])
-    assert {path.name for path in tmp_path.iterdir()} == {"theirs", "site"}
-
-
-def test_results_of_jobs_are_read_from_a_folder_of_this_command_alone(tmp_path):
-    """submitit unpickles them, and what lies in a sweep's folder may be anybody's."""
-    from pretrain.launch.slurm import fresh_folder
-
-    (tmp_path / "sweep/.submitit").mkdir(parents=True)
-    (tmp_path / "sweep/.submitit/1_0_result.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-    one, two = (fresh_folder(str(tmp_path / "sweep/.submitit")) for _ in range(2))
-    assert one != two
-    for folder in (one, two):
-        assert folder.parent == tmp_path / "sweep/.submitit"
-        assert list(folder.iterdir()) == []
-        assert folder.stat().st_mode & 0o777 == 0o700
-    (tmp_path / "linked").symlink_to(tmp_path / "sweep")
-    with pytest.raises(UserError, match=r"hydra\.launcher\.folder=.*linked: can't be written"):
-        fresh_folder(str(tmp_path / "linked"))
-
-
-def hydra_keys(node: dict, path: str = "") -> list[str]:
-    """Every key of Hydra's own node that holds a value, an empty mapping or a list."""
-    found = []
-    for key, value in node.items():
-        deeper = hydra_keys(value, f"{path}{key}.") if isinstance(value, dict) else []
-        found += deeper or [f"{path}{key}"]
-    return found
-
-
-def other_than(value: object) -> object:
-    """Another value of the same kind, with a line that a shell would run where there are words."""
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int | float):
-        return value + 1
-    if isinstance(value, list):
-        return ["touch x"]
-    return {"x": "touch x"} if isinstance(value, dict) else "touch x"
-
-
-def test_no_key_of_hydras_is_left_to_a_file():
-    """Hydra executes what many of its keys say, and its next release may have more: each one with another value is refused,
-    but for those few that a file may set."""
-    with composing(conf_dir(), None) as hydra:
-        node = compose_config(hydra, ["hydra/launcher=slurm"], RunMode.RUN).hydra
-    expected = OmegaConf.to_container(node)
-    words = ["hydra/launcher=slurm"]
-    keys = [key for key in hydra_keys(expected) if not key.startswith(SET_BY_HYDRA)]
-    dangerous = {"callbacks", "searchpath", "job.env_set", "job.env_copy", "launcher.setup", "sweeper._target_"}
-    dangerous |= {"launcher.additional_parameters", "launcher._target_", "launcher.folder"}
-    assert dangerous <= set(keys)
-    assert any(key.startswith("job_logging") for key in keys)
-    _check_node(expected, expected, words)
-    allowed = set()
-    for key in keys:
-        found = copy.deepcopy(expected)
-        *parents, last = key.split(".")
-        within = functools.reduce(dict.__getitem__, parents, found)
-        within[last] = other_than(within[last])
-        try:
-            _check_node(found, expected, words)
-        except UserError as error:
-            assert f"hydra.{parents[0] if parents else last}" in str(error)  # noqa: PT017
-        else:
-            allowed.add(key)
-    numbers = {"nodes", "timeout_min", "signal_seconds", "max_requeues", "array_parallelism"}
-    assert allowed == {
-        "mode",
-        "sweep.dir",
-        "sweeper.max_batch_size",
-        *(f"launcher.{number}" for number in numbers),
-    } & set(keys)
-
-
-SWEEPERS = {
-    "a key of the command line's": "{params: {++launch.endpoint: 'elsewhere:1'}}",
-    "a node": "{params: {lr: {_target_: foreign.run}}}",
-    "an interpolation": "{params: {lr: '${oc.create:{_target_: foreign.run}}'}}",
-    "Hydra's keys": "{params: {hydra.job.env_set.LD_PRELOAD: /tmp/x.so}}",
-    "a flag": "{params: {--config-dir: /tmp}}",
-    "another sweeper": "{_target_: foreign.run}",
-}
-
-
-@pytest.mark.parametrize("name", SWEEPERS)
-def test_an_experiment_that_is_a_sweep_lets_nothing_in(name, command, tmp_path, mark, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    sweep = f"hydra: {{mode: MULTIRUN, sweeper: {SWEEPERS[name]}}}\n"
-    theirs = experiment(tmp_path, f"# @package _global_\n{sweep}")
-    assert_mistake(command([*theirs, "experiment=theirs"]), "hydra.sweeper: set by a config file")
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize("sweeper", ["basic", "optuna"])
-def test_an_experiment_may_be_a_sweep(sweeper, command, tmp_path, monkeypatch):
-    """It gets past this check, to a mistake of its own."""
-    monkeypatch.chdir(tmp_path)
-    params = "{lr: '1e-4,1e-3', strategy: 'ddp,fsdp', lerning_rate: 1}"
-    defaults = f"defaults: [{{override /hydra/sweeper: {sweeper}}}]\n"
-    sweep = f"hydra: {{mode: MULTIRUN, sweeper: {{params: {params}}}}}\n"
-    theirs = experiment(tmp_path, f"# @package _global_\n{defaults}{sweep}")
-    assert_mistake(command([*theirs, "experiment=theirs"]), "lerning_rate")
-
-
-@pytest.mark.parametrize("flag", ["--config-name", "--config-path", "--experimental-rerun"])
-def test_no_other_primary_config(flag, command, tmp_path):
-    assert_mistake(command([flag, str(tmp_path)]), f"{flag}: not here")
-
-
 FILES = {
     "allow_targets": "allow_targets: [foreign.Sink]\nsink: {{mine: {{_target_: foreign.Sink}}}}",
     "model.trust_remote_code": "model: {{trust_remote_code: true}}",
@@ -436,96 +252,3 @@ def test_flat_files(name, mode, command, tmp_path, mark, monkeypatch):
     assert code == 2
     assert says in err or (mode and "left with exit code 2" in err)
     assert not mark.exists()
-
-
-# Models -------------------------------------------------------------------------------------------------------------
-
-
-def with_code(tiny_model: Path, folder: Path, mark: Path, **config: str) -> Path:
-    """A model folder that brings code for its config and its tokenizer."""
-    shutil.copytree(tiny_model, folder)
-    (folder / "theirs.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Theirs: pass\n")
-    code = {"auto_map": dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "theirs.Theirs")}
-    tokenizer = {"auto_map": {"AutoTokenizer": ["theirs.Theirs", "theirs.Theirs"]}}
-    for name, more in (("config.json", code | config), ("tokenizer_config.json", tokenizer)):
-        file = folder / name
-        file.write_text(json.dumps(json.loads(file.read_text()) | more))
-    return folder
-
-
-def test_code_in_a_model_folder_does_not_run(command, base_arguments, tiny_model, tmp_path, monkeypatch):
-    """Refused where the model can't be had without it; where transformers knows the model, passed over."""
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    mark, run = tmp_path / MARK, [*base_arguments, f"output_dir={tmp_path / 'run'}", "max_steps=2"]
-    folder = with_code(tiny_model, tmp_path / "needed", mark, model_type="theirs")
-    assert_mistake(command([*run, f"model_name={folder}"]), "if you trust its author: model.trust_remote_code=true")
-    assert not mark.exists()
-    folder = with_code(tiny_model, tmp_path / "superfluous", mark)
-    assert command([*run, f"model_name={folder}"])[0] == 0
-    assert not mark.exists()
-
-
-def test_code_in_a_trusted_model_folder_runs(tiny_model, tmp_path):
-    """What the test above looks for would have happened."""
-    from pretrain.models.causal_lm import Pretrained
-
-    mark = tmp_path / MARK
-    folder = with_code(tiny_model, tmp_path / "needed", mark, model_type="theirs")
-    with pytest.raises(Exception):  # noqa: B017, PT011 (the class is no config)
-        Pretrained(name_or_path=str(folder), trust_remote_code=True).hf_config()
-    assert mark.exists()
-
-
-# Our own source -----------------------------------------------------------------------------------------------------
-
-UNPICKLING = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
-LOADERS = {"torch.load", "np.load", "numpy.load", "yaml.load", "yaml.unsafe_load", "pd.read_pickle", "os.system"}
-
-
-def dangers(source: str) -> list[str]:
-    """Calls and imports that run what they read."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-            found += [name for name in names if name.split(".")[0] in UNPICKLING]
-        if isinstance(node, ast.Call):
-            given = {k.arg: ast.unparse(k.value) for k in node.keywords}
-            name = ast.unparse(node.func)
-            weights = name == "torch.load" and given.get("weights_only") == "True"
-            if (name in {"eval", "exec"} | LOADERS and not weights) or "True" in (
-                given.get("allow_pickle"),
-                given.get("shell"),
-            ):
-                found.append(ast.unparse(node))
-    return found
-
-
-def test_nothing_that_runs_what_it_reads():
-    package = Path(pretrain.__file__).parent
-    found = {str(file.relative_to(package)): dangers(file.read_text()) for file in package.rglob("*.py")}
-    restricted = {
-        "launch/meeting.py": ["pickle"]
-    }  # its Unpickler finds a few classes alone: tests/launch/test_sockets.py
-    assert {file: calls for file, calls in found.items() if calls} == restricted
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        *(
-            "import pickle",
-            "from dill import loads",
-            "torch.load(f)",
-            "torch.load(f, weights_only=False)",
-            "eval(text)",
-        ),
-        *("np.load(f)", "yaml.load(f)", "read(f, allow_pickle=True)", "run('ls', shell=True)", "os.system('ls')"),
-    ],
-)
-def test_dangers_are_seen(line):
-    assert dangers(line)
-
-
-def test_no_false_alarm():
-    assert dangers("model.eval()\ntorch.load(f, weights_only=True)\nast.literal_eval(t)\nyaml.safe_load(t)") == []

@@ -112,9 +112,8 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file} can't be read: {error}") from None
     identity = state["identity"]
-    identity["model"] = identity["model"].rpartition(" ")[
-        2
-    ]  # earlier ones have the model's name in front of its content
+    # Earlier ones have the model's name in front of its content.
+    identity["model"] = identity["model"].rpartition(" ")[2]
     return state
 
 

@@ -15,9 +15,8 @@ from pretrain.errors import UserError
 READ_BYTES = 1 << 20
 # Of zstd, at a time. A block of 4 bytes can stand for 128 KiB, so this bounds what one step may make: 64 MiB.
 COMPRESSED_BYTES = 2 << 10
-MAX_WINDOW_BYTES = (
-    1 << 31
-)  # the largest that libzstd reads (``zstd --long=31``); the memory is taken only for such a file
+# The largest that libzstd reads (``zstd --long=31``); the memory is taken only for such a file.
+MAX_WINDOW_BYTES = 1 << 31
 
 
 def is_compressed(piece: Piece) -> bool:

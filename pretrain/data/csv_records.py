@@ -63,9 +63,8 @@ def _records(text_lines: Iterable[tuple[int, int, str]], place: Callable[[int], 
     csv.field_size_limit(sys.maxsize)
     start, end = -1, 0
 
-    def feed() -> Iterator[
-        str
-    ]:  # ``csv.reader`` takes a line when it needs it, so that ``start`` is the record's first
+    def feed() -> Iterator[str]:
+        """``csv.reader`` takes a line when it needs it, so that ``start`` is that of the record's first line."""
         nonlocal start, end
         for offset, end, line in text_lines:  # noqa: B007
             start = offset if start < 0 else start

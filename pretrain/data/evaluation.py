@@ -24,12 +24,8 @@ class EvaluationBatches(Sequence[Batch]):
     """
 
     def __init__(self, view: TokenView, *, sequence_length: int, batch_size: int, document_mask: bool) -> None:
-        self.view, self.sequence_length, self.batch_size, self.document_mask = (
-            view,
-            sequence_length,
-            batch_size,
-            document_mask,
-        )
+        self.view, self.sequence_length = view, sequence_length
+        self.batch_size, self.document_mask = batch_size, document_mask
         self.num_bytes, self.num_documents = view.num_bytes, view.num_documents
         self.bos = view.store.bos
         self.num_tokens = view.num_tokens - (view.num_documents if document_mask or self.bos is not None else 0)

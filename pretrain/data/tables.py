@@ -24,8 +24,7 @@ def readable_table(path: str, kind: str) -> Iterator[None]:
     try:
         yield
     except (ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
-        reason = one_line(error)
-        raise UserError(f"{path}: not a readable {kind} file, perhaps cut off ({reason})") from error
+        raise UserError(f"{path}: not a readable {kind} file, perhaps cut off ({one_line(error)})") from error
 
 
 @lru_cache(maxsize=1)

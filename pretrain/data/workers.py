@@ -45,8 +45,9 @@ def encode_in_workers(
         except Empty:
             return
         except BaseException:
-            while not waiting.empty():
-                waiting.get_nowait()
+            with suppress(Empty):  # another worker may empty it too
+                while True:
+                    waiting.get_nowait()
             raise
 
     with ThreadPoolExecutor(num_workers) as pool:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.console import notice
 from pretrain.guard.guard import Bad
-from pretrain.replace import keep_copy, replace_file
-from pretrain.telemetry.jsonl import read_records
+from pretrain.replace import replace_file
+from pretrain.telemetry.jsonl import keep_broken, read_records
 from pretrain.telemetry.record import json_safe
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ class Quarantine:
         assert self._path is not None
         odd: list[str] = []
         earlier = read_records(self._path, say=odd.append) if self._path.exists() else []
-        if odd:
-            keep_copy(self._path)
-            notice(odd[0])
+        keep_broken(self._path, odd)
         kept = [r for r in earlier if r.get("first_sample") != record["first_sample"]]
         lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in [*kept, record])
         replace_file(self._path, "".join(lines), flush=True)

@@ -22,7 +22,7 @@ from pretrain.console import notice
 from pretrain.errors import UserError, WorkersFailed
 from pretrain.filesystem import check_temporary_folder
 from pretrain.interrupt import EXIT_CODE, HEARING_SECONDS, Stopped, held_back
-from pretrain.launch.network import is_here, own_address
+from pretrain.launch.network import check_interfaces, is_here, own_address, split
 from pretrain.launch.report import read_reports
 from pretrain.launch.worker import Job, prepare_data, work
 
@@ -39,7 +39,7 @@ def run_workers(resolved: dict[str, Any], overrides: list[str], setting: Setting
     check_temporary_folder()
     check_semaphores()
     warm_up()
-    meeting = _meeting(policy)
+    meeting = _meeting(policy, setting.device_type)
     with tempfile.TemporaryDirectory(prefix="pretrain-") as reports:
         job = Job(resolved, overrides, setting, reports, dict(os.environ), os.getcwd())
         _wait_for_data(job)
@@ -71,7 +71,7 @@ def _wait_for_data(job: Job) -> None:
         raise WorkersFailed(report.trace if report else f"preparing the data left with exit code {process.exitcode}")
 
 
-def _meeting(policy: Policy) -> dict[str, Any]:
+def _meeting(policy: Policy, device_type: str) -> dict[str, Any]:
     """Where this agent meets those of other nodes, as arguments of ``meeting.meet``; empty where there are none.
 
     Raises ``UserError`` for a place that can't be one, before any data is read.
@@ -81,6 +81,7 @@ def _meeting(policy: Policy) -> dict[str, Any]:
     assert policy.endpoint is not None
     # torch finds out by the host's name whether it is the host, which need not lead to the address that was given
     found = {"is_host": is_here(policy.endpoint), "local_address": own_address(policy.endpoint)}
+    check_interfaces(split(policy.endpoint)[0], device_type)
     notice(f"meeting {policy.nodes} nodes at {policy.endpoint}")
     return {"endpoint": policy.endpoint, "nodes": policy.nodes, "timeout_seconds": policy.timeout} | found
 

@@ -14,7 +14,7 @@ from pretrain.console import notice
 from pretrain.errors import UserError
 from pretrain.interrupt import Interrupt
 from pretrain.launch.layout import Layout, layout
-from pretrain.launch.network import check_master
+from pretrain.launch.network import check_interfaces, check_master
 from pretrain.launch.policy import Policy
 from pretrain.place import Place
 from pretrain.prepare import instantiate
@@ -54,7 +54,7 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
     strategy.check(setting)
     place = place_in(plan)
     if plan.joined:
-        check_joined(place, policy)
+        check_joined(place, policy, plan.device_type)
     elif policy.max_restarts and plan.world_size == 1:
         notice("launch.max_restarts has no effect on one process: nobody would be left to start it again")
     if plan.joined or plan.world_size == 1:
@@ -66,8 +66,10 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
     return run_workers(resolved, overrides, setting, policy)
 
 
-def check_joined(place: Place, policy: Policy) -> None:
-    """Of a run that others have started, say what they decide. Raises ``UserError`` when its port is another program's.
+def check_joined(place: Place, policy: Policy, device_type: str) -> None:
+    """Of a run that others have started, say what they decide. Raises ``UserError`` when its port is another program's,
+    or when this process would listen where the others do not reach it.
+
     Of attempts that share torchrun's store, the next one may find the addresses of the one that has died."""
     keys = [k for k in ("max_restarts", "nodes", "endpoint") if getattr(policy, k) != getattr(Policy, k)]
     if keys and place.rank == 0:
@@ -78,6 +80,8 @@ def check_joined(place: Place, policy: Policy) -> None:
         notice(
             "torchrun --max-restarts works reliably with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment only"
         )
+    if not place.one_machine:
+        check_interfaces(os.environ["MASTER_ADDR"], device_type)
     if place.size > 1 and not place.run_id:  # else torchrun has chosen the port
         check_master(place.rank)
 

@@ -1,7 +1,7 @@
 """Where agents meet: one alone without any network, several at the store that one of them holds.
 
 torch's rendezvous keeps its state in that store as a pickle, which is read here with nothing but the few classes that it
-consists of. Seen in torch 2.13; ``tests/launch/test_meeting.py`` fails where that changes.
+consists of. Seen in torch 2.13; ``tests/launch/test_sockets.py`` fails where that changes.
 Source: https://docs.pytorch.org/docs/stable/elastic/rendezvous.html
 """
 

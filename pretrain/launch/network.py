@@ -9,7 +9,7 @@ import threading
 from contextlib import suppress
 
 from pretrain.errors import UserError
-from pretrain.sockets import address_towards, is_loopback
+from pretrain.sockets import address_towards, hides_address, interfaces_of_nccl, is_loopback, is_loopback_interface
 
 ANSWER_SECONDS = 3.0
 
@@ -26,7 +26,7 @@ def is_here(endpoint: str) -> bool:
         address = socket.gethostbyname(host)
     except OSError as error:
         raise UserError(f"launch.endpoint={endpoint}: no such host: {error}") from None
-    if is_loopback(address) and host not in ("localhost", address):
+    if hides_address(host, address):
         raise UserError(
             f"launch.endpoint={endpoint}: on this machine {host} is {address}, where no other machine reaches it; "
             f"give the address that they reach: launch.endpoint=<address>:{port}"
@@ -58,6 +58,31 @@ def own_address(endpoint: str) -> str:
         return address_towards(split(endpoint)[0])
     except OSError as error:
         raise UserError(f"launch.endpoint={endpoint}: can't be reached: {error.strerror}") from None
+
+
+def check_interfaces(host: str, device_type: str) -> None:
+    """Of several nodes that meet at ``host``. Raises ``UserError`` where the environment has gloo or NCCL listen on the
+    loopback alone, by which no other node reaches this one, or gloo on an interface that is not here: ranks would wait for
+    each other and fail. Nodes that meet at a loopback address are on one machine."""
+    with suppress(OSError):
+        if is_loopback(address_towards(host)):
+            return
+    gloo, nccl = (os.environ.get(f"{name}_SOCKET_IFNAME", "") for name in ("GLOO", "NCCL"))
+    _check_interfaces("GLOO", gloo, [name for name in gloo.split(",") if name], host)
+    if device_type == "cuda":
+        _check_interfaces("NCCL", nccl, interfaces_of_nccl(nccl), host)
+
+
+def _check_interfaces(library: str, value: str, names: list[str], host: str) -> None:
+    given = f"{library}_SOCKET_IFNAME={value} in the environment"
+    advice = f"unset it, or name the interface by which this machine reaches {host}"
+    try:
+        loopback = [is_loopback_interface(name) for name in names]
+    except OSError:
+        here = ", ".join(name for _, name in socket.if_nameindex())
+        raise UserError(f"{given}: this machine's interfaces are {here}; {advice}") from None
+    if loopback and all(loopback):
+        raise UserError(f"{given}: that is the loopback, by which no other machine reaches this one; {advice}")
 
 
 def check_master(rank: int) -> None:

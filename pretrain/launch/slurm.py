@@ -17,8 +17,10 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.core.utils import JobReturn, JobStatus
@@ -125,19 +127,30 @@ class SlurmLauncher(Launcher):
         return [*module_command("pretrain"), *self.sweep.words(job)]
 
     def _run(self, callables: dict[str, Job]) -> None:
-        """Raises ``Stopped`` when Ctrl-C ends the waiting."""
+        """Raises ``Stopped`` when a signal ends the waiting: SLURM's jobs stay, those of this machine save and end."""
         started_at = time.monotonic()
         jobs = self._submit(callables)
+
+        def write_down(name: str, code: int) -> None:
+            own = callables[name].of
+            assert own is not None
+            self.sweep.end(own, own.read(), code, time.monotonic() - started_at)
+            self.sweep.write_table()
+
+        left = dict(jobs)
         try:
             for name, code in self._wait(jobs):
-                own = callables[name].of
-                assert own is not None
-                self.sweep.end(own, own.read(), code, time.monotonic() - started_at)
-                self.sweep.write_table()
+                write_down(name, code)
+                del left[name]
         except (KeyboardInterrupt, Stopped):
             if self.options.cluster == "slurm":
                 ids = " ".join(job.job_id for job in jobs.values())
                 notice(f"no longer waiting; the jobs go on. To cancel them: scancel {ids}")
+            else:
+                for name, code in self._wait(
+                    left, stop=True
+                ):  # one that a Ctrl-C of the terminal has ended left no result
+                    write_down(name, code and EXIT_CODE)
             raise
 
     def _submit(self, callables: dict[str, Job]) -> dict[str, submitit.Job[int]]:
@@ -164,8 +177,8 @@ class SlurmLauncher(Launcher):
         notice(f"submitted {ids}; logs in {folder}{leaving}")
         return jobs
 
-    def _wait(self, jobs: dict[str, submitit.Job[int]]) -> Iterator[tuple[str, int]]:
-        """The name and the exit code of each job, and a line, when it is over.
+    def _wait(self, jobs: dict[str, submitit.Job[int]], *, stop: bool = False) -> Iterator[tuple[str, int]]:
+        """The name and the exit code of each job, and a line, when it is over. ``stop``: ask them to, until they are.
 
         A job is over when it has left a result, or when the queue has twice not shown it any more; the second look
         gives a shared file system the time to show the result.
@@ -173,6 +186,8 @@ class SlurmLauncher(Launcher):
         codes: dict[str, int] = {}
         live = before = {job.job_id for job in jobs.values()}
         for second in itertools.count():
+            if stop:
+                _ask_to_stop(job for name, job in jobs.items() if name not in codes)
             if second % QUEUE_SECONDS == 0:
                 live, before = self._live(jobs.values()), live
             for name, job in jobs.items():
@@ -209,6 +224,14 @@ def fresh_folder(parent: str) -> Path:
         return Path(tempfile.mkdtemp(prefix=time.strftime("%Y-%m-%d_%H-%M-%S_"), dir=place)).absolute()
     except OSError as error:
         raise UserError(f"hydra.launcher.folder={parent}: can't be written: {error.strerror}") from None
+
+
+def _ask_to_stop(jobs: Iterable[submitit.Job[int]]) -> None:
+    """Of jobs that are processes of this machine: each is called by the number of its controller, which passes it on.
+    Again and again: submitit ignores it while a job is starting, a command hears it once."""
+    for job in jobs:
+        with suppress(ProcessLookupError):
+            os.kill(int(job.job_id), signal.SIGTERM)
 
 
 def _result(job: submitit.Job[int], *, live: bool) -> int | None:
@@ -253,12 +276,18 @@ class Job:
             if submitit.JobEnvironment().global_rank == 0:  # one node speaks for all
                 self.of.write(status="running", locked=False)
             environment = child.environment(self.of.note)
+        if submitit.JobEnvironment().cluster == "local":  # SLURM's reaches the command by itself
+            signal.signal(signal.SIGTERM, self._pass_on)
         process = subprocess.Popen(command, cwd=self.folder, env=environment, preexec_fn=_ignore_warning_signal)
         self.pid = process.pid
         code = _exit_code(self.pid)
         if code not in (0, EXIT_CODE):
             atexit.register(os._exit, code)  # once submitit has written the result: SLURM too sees a failed job
         return code
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if self.pid:
+            os.kill(self.pid, number)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission | None:
         """SLURM will end the job soon: let the command save, then have it queued again; not if it failed."""

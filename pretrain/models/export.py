@@ -130,11 +130,8 @@ def _adopt_special_tokens(config: Any, generation: Any, tokenizer: Any, separato
     end = separator if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if end not in (*end_ids(config), *end_ids(generation)):
         for each in (config, generation):
-            each.bos_token_id, each.eos_token_id, each.pad_token_id = (
-                tokenizer.bos_token_id,
-                end,
-                tokenizer.pad_token_id,
-            )
+            each.bos_token_id, each.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+            each.eos_token_id = end
     if separator is not None and separator not in end_ids(generation):
         generation.eos_token_id = [*end_ids(generation), separator]
 

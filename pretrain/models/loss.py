@@ -15,9 +15,8 @@ from torch.nn import functional as F
 
 from pretrain.batch import IGNORE
 
-CHUNK_LOGITS = (
-    2**25
-)  # logits at a time, 128 MiB in fp32: smaller and adding to the weight's gradient costs more than it saves
+# Logits at a time, 128 MiB in fp32: with fewer, adding to the weight's gradient costs more than it saves.
+CHUNK_LOGITS = 2**25
 ROOM = 64.0  # fp16 can't hold p - one-hot ~ 1/V well; a power of two takes it up and down again without rounding
 
 

@@ -6,14 +6,16 @@ A job is known by its overrides, whatever their order: a sweep that has grown fi
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pretrain.console import notice
@@ -21,12 +23,21 @@ from pretrain.folders import check_links
 from pretrain.locks import Busy, Lock
 from pretrain.quoting import unquoted
 from pretrain.safe_files import own_folder
+from pretrain.strict_json import read_json
 from pretrain.telemetry.run_file import write_json
 
 LONGEST_NAME = 100  # characters; file systems allow 255 bytes, and people read them in a table
 PATIENCE_SECONDS = 1.0  # a job whose parent was killed may still be saving
 KEPT = ".jobs"  # the folder of locks, beside those of the jobs
 DONE = ("finished", "pruned")  # what is not run again
+TYPES: dict[str, tuple[type, ...]] = {  # of job.json
+    "name": (str,),
+    "overrides": (list,),
+    "status": (str,),
+    "exit_code": (int, NoneType),
+    "error": (str, NoneType),
+    **dict.fromkeys(("created", "seconds"), (int, float)),
+}
 
 
 def plain(overrides: list[str]) -> list[str]:
@@ -160,7 +171,24 @@ def job_of(sweep: Path, overrides: list[str], keys: tuple[str, ...]) -> Job:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError, RecursionError):
-        state = json.loads((folder / "job.json").read_text())
-        return state if isinstance(state, dict) else {}
+    file = folder / "job.json"
+    if not os.path.lexists(file):
+        return {}
+    with suppress(OSError, ValueError):
+        state = read_json(file)
+        if _is_state(state):
+            return dict(state)
+    _say(f"{file}: not the state of a job; it is left out")
     return {}
+
+
+def _is_state(content: Any) -> bool:
+    if not isinstance(content, dict) or not all(type(content.get(key)) in kinds for key, kinds in TYPES.items()):
+        return False
+    numbers = [value for value in content.values() if isinstance(value, float)]
+    return all(map(math.isfinite, numbers)) and all(isinstance(word, str) for word in content["overrides"])
+
+
+@cache  # the folders are read again for every table
+def _say(message: str) -> None:
+    notice(message)

@@ -5,22 +5,20 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pretrain.console import notice
 from pretrain.events import RunStarted
-from pretrain.replace import keep_copy, replace_file
+from pretrain.replace import replace_file
+from pretrain.telemetry.jsonl import keep_broken
 from pretrain.telemetry.patient_file import PatientFile
 from pretrain.telemetry.record import WITH_EVALUATION, Record
 from pretrain.telemetry.sink import Sink
 
-FAMILY = {
-    "train": None,
-    "evaluation": None,
-    "layers": "layers",
-    "data": "sources",
-}  # event → what has a row for each name
+# event → what has a row for each name
+FAMILY = {"train": None, "evaluation": None, "layers": "layers", "data": "sources"}
 Row = Mapping[str, object]
 
 
@@ -54,9 +52,7 @@ class Table:
         if path.exists():
             odd: list[str] = []
             rows = read_rows(path, say=odd.append) if start.step else []
-            if odd:
-                keep_copy(path)
-                notice(odd[0])
+            keep_broken(path, odd)
             self._rewrite([row for row in rows if not _comes_again(path.stem, row, start)], [])
 
     def write(self, row: Row) -> None:
@@ -106,20 +102,32 @@ def rows(record: Record) -> list[Row]:
 
 def read_rows(path: Path, *, say: Callable[[str], None] = notice) -> list[dict[str, str]]:
     """The rows of a table. A torn last one (the run was killed while writing it) is left out, and any other that does not
-    fit the header too; ``say`` is told of those. A quote that is never closed spoils its own line only."""
-    lines = path.read_bytes().decode(errors="replace").split("\r\n")[:-1]
+    fit the header too; ``say`` is told of those. A quote that is never closed spoils its own line only. A program that has
+    saved the table may have ended its lines as Unix does.
+    """
+    text = path.read_bytes().decode(errors="replace")
+    end = "\r\n" if text.partition("\n")[0].endswith("\r") else "\n"
+    lines = text.split(end)[:-1]
     if not lines:
         return []
-    columns, *rows = ([*csv.reader([line])] for line in lines)
-    header = columns[0] if columns else []
+    header, *rows = (_cells(line.removesuffix("\r")) for line in lines)
     found = []
     for number, cells in enumerate(rows, start=2):
-        row = dict(zip(header, cells[0], strict=False)) if len(cells) == 1 else {}
-        if cells and len(cells[0]) == len(header) and row.get("step", "").isdigit():
+        row = dict(zip(header, cells, strict=False))
+        if len(cells) == len(header) and re.fullmatch("[0-9]{1,18}", row.get("step", "")):
             found.append(row)
         else:
             say(f"{path}:{number}: not a row of this table; it is left out, those after it are kept")
     return found
+
+
+def _cells(line: str) -> list[str]:
+    """Those of one line; none where it is not one row."""
+    try:
+        rows = [*csv.reader([line])]
+    except csv.Error:
+        return []
+    return rows[0] if len(rows) == 1 else []
 
 
 def _comes_again(event: str, row: dict[str, str], start: RunStarted) -> bool:

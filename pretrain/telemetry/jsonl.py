@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,12 @@ def cut(path: Path, start: RunStarted) -> None:
     """
     odd: list[str] = []
     kept = records_until(path, start, say=odd.append) if start.step > 0 else []
+    keep_broken(path, odd)
+    replace_file(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), flush=True)
+
+
+def keep_broken(path: Path, odd: Sequence[str]) -> None:
+    """Before ``path`` is rewritten without the lines that ``odd`` is about, keep a copy of it, and say the first of them."""
     if odd:
         keep_copy(path)
         notice(odd[0] + (f" (and {len(odd) - 1} more such lines)" if len(odd) > 1 else ""))
-    replace_file(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), flush=True)

@@ -14,10 +14,13 @@ from urllib.parse import urlsplit
 
 from pretrain.filesystem import expanded
 
+CLOUD = "https://api.forge.coreweave.com"  # of wandb 0.31
+FORMER_CLOUD = "api.wandb.ai"  # the same servers: wandb takes a key of this name too
+
 
 def server() -> str:
     """The URL of W&B's cloud, or of a server of one's own (``WANDB_BASE_URL``, ``wandb login --host``)."""
-    return os.environ.get("WANDB_BASE_URL") or settings().get("base_url", "https://api.wandb.ai")
+    return os.environ.get("WANDB_BASE_URL") or settings().get("base_url", CLOUD)
 
 
 def has_key() -> bool:
@@ -27,9 +30,10 @@ def has_key() -> bool:
     home = expanded("~/.netrc")
     file = expanded(os.environ.get("NETRC") or (home if home.exists() else "~/_netrc"))
     try:
-        entry = netrc.netrc(file).authenticators(urlsplit(server()).netloc)
+        entries, host = netrc.netrc(file), urlsplit(server()).netloc
     except (OSError, netrc.NetrcParseError):
         return False
+    entry = entries.authenticators(host) or (host == urlsplit(CLOUD).netloc and entries.authenticators(FORMER_CLOUD))
     return bool(entry and entry[2])
 
 

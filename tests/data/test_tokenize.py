@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from texts import some_text
+from texts import TEXTS, parts_of, some_text, write_jsonl
 from tokenizers import Tokenizer
 
-from pretrain.data import cut, tokenize, units
+from pretrain.data import cut, units
 from pretrain.data.cache import remove_abandoned
 from pretrain.data.sections import sections
 from pretrain.data.sources.huggingface import HuggingFace
@@ -31,7 +31,6 @@ from pretrain.data.store import TokenStore
 from pretrain.data.tokenize import prepare, training_texts
 
 EOT = 0
-TEXTS = [some_text(seed, 40) + ' "quoted", comma\nnew line, ñ 漢字 🙂' for seed in range(700)]
 StoreOf = Callable[..., TokenStore]
 
 
@@ -43,15 +42,7 @@ def texts_of(store: TokenStore, tokenizer: Tokenizer) -> list[str]:
     return tokenizer.decode_batch([document[:-1] for document in documents])
 
 
-def parts_of(cache: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(cache.glob("parts/*/*.tokens"))}
-
-
 # Formats -------------------------------------------------------------------------------------------------------------
-
-
-def write_jsonl(path: Path) -> None:
-    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)))
 
 
 def write_csv(path: Path) -> None:
@@ -386,20 +377,3 @@ def test_groups_of_small_files_move_only_near_a_new_one() -> None:
     assert [piece for unit in before for piece in unit.pieces] == pieces(names)
     assert len(before) > 10
     assert len(set(after) - set(before)) <= 4
-
-
-def test_parts_do_not_depend_on_the_number_of_workers(
-    tmp_path: Path, tokenizer_json: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither of records nor of text without any line end."""
-    (tmp_path / "texts").mkdir()
-    write_jsonl(tmp_path / "texts" / "a.jsonl")
-    (tmp_path / "texts" / "b.txt").write_text(" ".join(" ".join(TEXTS).split()))
-    monkeypatch.setattr(cut, "UNIT_BYTES", 40_000)
-    monkeypatch.setattr(units, "OWN_UNIT_BYTES", 10_000)
-    source = Local(nameOrPath=str(tmp_path / "texts"))
-    monkeypatch.setattr(tokenize, "WORKERS_FROM_BYTES", 0)
-    for workers in (1, 2, 3):
-        prepare(source, tokenizer_json=tokenizer_json, eot=EOT, num_workers=workers, cache=tmp_path / str(workers))
-    assert len(parts_of(tmp_path / "1")) > 6
-    assert parts_of(tmp_path / "1") == parts_of(tmp_path / "2") == parts_of(tmp_path / "3")

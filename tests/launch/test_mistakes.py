@@ -32,6 +32,19 @@ ENVIRONMENTS = [
         ["strategy=ddp"],
         "MASTER_PORT=99999 in the environment: a port is a number from 1 to 65535",
     ),
+    (
+        {
+            "RANK": "1",
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "MASTER_ADDR": "198.51.100.1",
+            "MASTER_PORT": "29500",
+        },
+        ["strategy=ddp"],
+        "GLOO_SOCKET_IFNAME=lo in the environment: that is the loopback",
+    ),
 ]
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pretrain.launch.slurm import Job
@@ -61,12 +62,13 @@ def records(folder):
     return {r["step"]: (r["loss"], r["grad_norm"]) for r in map(json.loads, lines) if r["event"] == "train"}
 
 
-def wait_for_steps(tmp_path, steps):
-    """Until the run of the only job has trained that far; its folder."""
+def wait_for_steps(tmp_path, steps, *, jobs=1):
+    """Until the runs of that many jobs have trained that far; the first one's folder."""
     for _ in range(1200):
-        for file in (tmp_path / "sweep").glob("*/metrics.jsonl"):
-            if len(records(file.parent)) >= steps:
-                return file.parent
+        files = sorted((tmp_path / "sweep").glob("*/metrics.jsonl"))
+        there = [file.parent for file in files if len(records(file.parent)) >= steps]
+        if len(there) == jobs:
+            return there[0]
         time.sleep(0.1)
     raise AssertionError("the job has not started")
 
@@ -90,6 +92,30 @@ def test_sweep_in_local_processes_survives_the_warning_signal(sweep, base_argume
     [run] = runs(tmp_path)
     assert (run["status"], run["restarts"]) == ("finished", 1)
     assert records(folder) == undisturbed(base_arguments, spawn, tmp_path / "alone", "max_steps=300")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0, None], ids=["as they start", "as they train"])
+def test_a_stop_ends_the_jobs_of_this_machine(delay, sweep, base_arguments, spawn, tmp_path):
+    """Nobody would know of them any more; SLURM's stay in its queue."""
+    words = ["hydra.launcher.cluster=local", "lr=1e-3,2e-3"]
+    process = sweep(*words, "max_steps=100000")
+    if delay is None:
+        wait_for_steps(tmp_path, 5, jobs=2)
+    else:
+        while not list(tmp_path.glob("sweep/.submitit/*/*_log.out")):
+            time.sleep(0.01)
+    jobs = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    out = finish(process, code=75)
+    assert not psutil.wait_procs(jobs, timeout=10)[1]
+    states = [json.loads(file.read_text()) for file in sorted((tmp_path / "sweep").glob("*/job.json"))]
+    assert [(state["status"], state["exit_code"]) for state in states] == [("stopped", 75)] * 2, out
+    if delay is None:
+        for job in tmp_path.glob("sweep/lr=*"):
+            run = json.loads((job / "run.json").read_text())
+            assert (run["status"], run["steps"] >= 5) == ("stopped", True)
+            assert (job / f"checkpoints/step-{run['steps']:08d}/COMPLETE.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import psutil
 import pytest
 
 from pretrain import sockets
+from pretrain.errors import UserError
+from pretrain.launch.network import check_interfaces
 from tests.launch.test_launch import LONG, PAIR, steps, wait_for
 from tests.launch.test_mistakes import free_port
 from tests.launch.test_nodes import namespaces, two_nodes  # noqa: F401 (fixtures)
@@ -140,9 +142,77 @@ def test_several_machines_keep_to_the_interface_towards_the_first(unset, monkeyp
     sockets.keep_to_interface_towards("localhost")
     assert "GLOO_SOCKET_IFNAME" not in os.environ, "it leads nowhere"
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     sockets.keep_to_interface_towards(address)
     assert os.environ["GLOO_SOCKET_IFNAME"] == interface
     assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0", "what is asked for by name stays"
+
+
+ELSEWHERE = "198.51.100.1"  # RFC 5737: nobody's
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        (
+            "GLOO",
+            "lo",
+            "that is the loopback, by which no other machine reaches this one; unset it, or name the interface",
+        ),
+        ("GLOO", "lo,lo,", "that is the loopback"),
+        (
+            "GLOO",
+            "nosuch0",
+            "this machine's interfaces are .*lo.*; unset it, or name the interface by which this machine",
+        ),
+        ("GLOO", "lo,nosuch0", "this machine's interfaces are "),
+        ("NCCL", "lo", "that is the loopback"),
+        ("NCCL", "=lo:4000", "that is the loopback"),
+        ("NCCL", "=lo,nosuch0", "that is the loopback"),
+    ],
+)
+def test_several_nodes_are_refused_the_loopback(variable, value, says, unset, monkeypatch):
+    monkeypatch.setenv(f"{variable}_SOCKET_IFNAME", value)
+    with pytest.raises(UserError, match=f"^{variable}_SOCKET_IFNAME={value} in the environment: {says}"):
+        check_interfaces(ELSEWHERE, "cuda")
+    check_interfaces("127.0.0.1", "cuda")  # nodes that meet there are on this machine
+    check_interfaces("localhost", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("GLOO", ""), ("NCCL", ""), ("NCCL", "^eth0,docker"), ("NCCL", "^lo"), ("NCCL", "=nosuch0"), ("NCCL", "nosuch0")],
+)
+def test_what_may_lead_to_another_node_is_left_to_the_library(variable, value, unset, monkeypatch):
+    monkeypatch.setenv(f"{variable}_SOCKET_IFNAME", value)
+    check_interfaces(ELSEWHERE, "cuda")
+
+
+def test_without_gpus_the_interface_of_nccl_does_not_matter(unset, monkeypatch):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    check_interfaces(ELSEWHERE, "cpu")
+
+
+def test_one_interface_that_leads_out_is_enough(unset, monkeypatch):
+    if (interface := other_interface()) is None:
+        pytest.skip("needs a network interface beside the loopback")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", f"lo,{interface}")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", f"lo,{interface[:-1]}")
+    check_interfaces(ELSEWHERE, "cuda")
+
+
+def test_a_node_that_would_listen_on_the_loopback(unset, command, base_arguments, monkeypatch, tmp_path):
+    """Before any data is read."""
+    if (interface := other_interface()) is None:
+        pytest.skip("needs a network interface beside the loopback")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    [address, *_] = [a.address for a in psutil.net_if_addrs()[interface] if a.family == socket.AF_INET]
+    meeting = ["strategy=ddp", "launch.nodes=2", f"launch.endpoint={address}:{free_port()}"]
+    code, _, err = command([*base_arguments, *meeting, f"output_dir={tmp_path / 'run'}"])
+    assert code == 2, err
+    [line] = err.splitlines()
+    assert line.startswith("error: GLOO_SOCKET_IFNAME=lo in the environment: that is the loopback, ")
+    assert line.endswith(f"unset it, or name the interface by which this machine reaches {address}")
 
 
 @pytest.mark.parametrize("found", [None, "eth7"])
@@ -165,7 +235,6 @@ def test_a_run_leaves_the_environment_as_it_was(unset, command, base_arguments, 
 def test_a_store_listens_at_its_address_only():
     from datetime import timedelta
 
-    from pretrain.errors import UserError
     from pretrain.world import tcp_store
 
     port, wait = free_port(), timedelta(seconds=10)
@@ -181,7 +250,6 @@ def test_a_store_listens_at_its_address_only():
 
 def test_a_name_that_leads_nowhere_is_no_endpoint(monkeypatch):
     """Debian gives a machine's own name the address 127.0.1.1."""
-    from pretrain.errors import UserError
     from pretrain.launch.network import is_here
 
     monkeypatch.setattr(socket, "gethostbyname", {"node1": "127.0.1.1"}.get)

@@ -1,5 +1,7 @@
 """What a job is called, how it is known again, and who is at work on it."""
 
+import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -61,6 +63,33 @@ def test_no_job_is_written_through_a_link(tmp_path):
     with pytest.raises(UserError, match=r"lr=2-\w+ in it is a link to .*elsewhere; nothing is written through a link"):
         job_of(tmp_path / "sweep", ["lr=2"], ("lr",))
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("[]", "1", "", '{"name": "lr=1"', "[" * 100_000, '{"name": "lr=1"}'),
+        *(
+            {"overrides": 3},
+            {"overrides": [1]},
+            {"created": "now"},
+            {"created": math.nan},
+            {"seconds": None},
+            {"status": 5},
+        ),
+    ],
+    ids=lambda damage: str(damage)[:20],
+)
+def test_a_damaged_job_is_left_out_and_kept_as_it_is(damage, tmp_path, capsys):
+    job, other = (job_of(tmp_path, [f"lr={n}"], ("lr",)) for n in (1, 2))
+    file = job.folder / "job.json"
+    found = damage if isinstance(damage, str) else json.dumps(json.loads(file.read_text()) | damage)
+    file.write_text(found)
+    assert [left for left, _ in jobs_in(tmp_path)] == [other]
+    assert [left for left, _ in jobs_in(tmp_path)] == [other]
+    assert capsys.readouterr().err == f"{file}: not the state of a job; it is left out\n"
+    assert job_of(tmp_path, ["lr=1"], ("lr",)).name == f"lr=1-{digest(['lr=1'])}"
+    assert file.read_text() == found
 
 
 def test_a_run_that_was_moved_aside_is_no_job(tmp_path):

@@ -70,7 +70,12 @@ def test_a_resumed_run_has_each_row_once(torn, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", [b"1", b'1,"2,3', b"x,1.5,0.4,0.3", b"", b"1,2,3,4,5", b"\xff,1,2,3", b"\0\0\0"], ids=repr
+    "line",
+    [
+        *(b"1", b'1,"2,3', b"x,1.5,0.4,0.3", b"", b"1,2,3,4,5", b"\xff,1,2,3", b"\0\0\0", b"4,1\n5,2,3"),
+        *("²,1,2,3".encode(), b"9" * 5000 + b",1,2,3", pytest.param(b"4,1,2," + b"3" * 200_000, id="a long cell")),
+    ],
+    ids=lambda line: repr(line[:12]),
 )
 def test_a_broken_row_anywhere_loses_no_other(line, tmp_path, capsys):
     written(tmp_path, FRESH, train(1), train(2), train(3))
@@ -82,6 +87,16 @@ def test_a_broken_row_anywhere_loses_no_other(line, tmp_path, capsys):
     assert [r["step"] for r in table(path)] == ["1", "2", "3", "4"]
     assert (tmp_path / "train.csv.broken").read_bytes() == spoilt
     assert f"{path}:3: not a row" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("appended", [[], [b"2,1.5,0.2,\r\n"]], ids=["saved", "saved while the run appended"])
+def test_a_table_that_another_program_has_saved_with_its_own_ends_of_lines_keeps_its_rows(appended, tmp_path):
+    path = tmp_path / "train.csv"
+    written(tmp_path, FRESH, train(1), *([] if appended else [train(2)]))
+    path.write_bytes(b"".join([path.read_bytes().replace(b"\r\n", b"\n"), *appended]))
+    written(tmp_path, RunStarted(2, 9, resumed=True), train(3))
+    assert path.read_bytes() == b"step,time,loss,mfu\r\n1,1.5,0.1,\r\n2,1.5,0.2,\r\n3,1.5,0.30000000000000004,\r\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["train.csv"]
 
 
 def test_records_that_have_gained_keys_and_lost_some(tmp_path):

@@ -14,14 +14,8 @@ from pretrain.folders import is_below, is_inside
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".rar", ".7z")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 CARDS = ("README.md", ".huggingface.yaml")
-BUILDERS = (
-    "arrow",
-    "csv",
-    "json",
-    "parquet",
-    "text",
-    "xml",
-)  # others unpickle (pandas), or open files that a file names (hdf5)
+# Others unpickle (pandas), or open files that a file names (hdf5).
+BUILDERS = ("arrow", "csv", "json", "parquet", "text", "xml")
 NOT_UNPACKED = "archives are not unpacked; unpack it and name the folder with dataset=local"
 
 

@@ -9,14 +9,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-KINDS = {
-    "finished": "good",
-    "failed": "bad",
-    "running": "",
-    "stopped": "warn",
-    "pruned": "",
-    "waiting": "",
-}  # of a status
+# Of a status.
+KINDS = {"finished": "good", "failed": "bad", "running": "", "stopped": "warn", "pruned": "", "waiting": ""}
 NUM_COLOURS = 10  # --c0 … --c9, for lines; each has a shade for light and one for dark pages
 
 STYLE = """

@@ -1,0 +1,111 @@
+"""The loop around a real engine, loader, guard and store; what scores and exports only writes down when it is asked."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+from pretrain.checkpoint.policy import Policy
+from pretrain.checkpoint.rng import rng_state, seed_everything
+from pretrain.checkpoint.saver import Saver
+from pretrain.checkpoint.store import Store
+from pretrain.data.loader import Loader
+from pretrain.evaluation.untouched import Untouched
+from pretrain.events import DomainScore
+from pretrain.guard.guard import Guard
+from pretrain.guard.policy import Policy as GuardPolicy
+from pretrain.interval import Every
+from pretrain.layers import LayerWatch
+from pretrain.trainer import Trainer
+from tests.data.test_views import store_with
+from tests.engines import ALONE, CPU, engine_of
+
+RECORD = {"event": "train", "step": 1, "time": 1.0}
+IDENTITY = dict.fromkeys(("model", "tokenizer", "data", "weights"), "x") | {
+    "seed": 0,
+    "optimizer": [],
+    "sequence_length": 8,
+    "global_batch": 4,
+}
+
+
+@dataclass
+class Scores:
+    """Scores the step's number. ``stop_at``: the calls at which a stop signal ends it."""
+
+    stop_at: tuple[int, ...] = ()
+    calls: list = field(default_factory=list)
+    domains: list = field(default_factory=list)
+
+    def run(self, engine, *, baseline, announce, interrupted, alive):
+        alive()
+        self.calls.append((baseline, announce, interrupted()))
+        if len(self.calls) in self.stop_at:
+            return None
+        return [DomainScore("d", "new", 1.5 + len(self.calls), 2.0, None, 10, digest="g")]
+
+
+@dataclass
+class Exports:
+    when: list = field(default_factory=list)
+
+    def checkpoint_files(self, progress):
+        return {"card.md": f"step {progress.step}".encode()}
+
+    def at_save(self, progress):
+        self.when.append(("save", progress.step))
+
+    def at_end(self, progress):
+        self.when.append(("end", progress.step))
+        return Path("model")
+
+
+class Samples:
+    def run(self, engine, *, interrupted, alive):
+        return []
+
+
+def loop_in(folder):
+    """``loop_in(folder)(**changes)``: a trainer of six steps of two micro-batches of two rows, and the events it tells."""
+    data, _ = store_with(folder, [[(n * 2**58, 10) for n in range(1, 30)]])
+    for part in data.parts:
+        assert int(part.tokens.max()) < 400
+
+    def make(*, guard=GuardPolicy(), stop_at=(), keep=None, run="run", **changes):  # noqa: B008 (frozen)
+        engine = engine_of()
+        loader = Loader(small(data.views(held_out=0.0)[0]), sequence_length=8, seed=0, batch_size=2, accumulation=2)
+        events, scores = [], Scores(stop_at)
+        store = Store(folder / run / "checkpoints", Policy(keep_last=keep))
+        seed_everything(0)
+        given = {
+            "world": ALONE,
+            "engine": engine,
+            "loader": loader,
+            "schedule": lambda step: 1.0 / (step + 1),
+            "guard": Guard(guard, device=CPU, quarantine=lambda bad: "documents"),
+            "untouched": Untouched(scores),
+            "sampler": Samples(),
+            "saver": Saver(store, world=ALONE, background=False),
+            "interrupt": SimpleNamespace(requested=False),
+            "identity": IDENTITY,
+            "rng": rng_state(),
+            "total_steps": 6,
+            "micro_batch": 2,
+            "grad_clip": 0.5,
+            "evaluate_every": Every(3),
+            "save_every": Every(2),
+            "exporter": Exports(),
+            "layers": LayerWatch(engine, Every(None)),
+            "facts": {"fact": 1},
+            "listeners": [events.append],
+            "unsaved_records": lambda: [RECORD],
+        }
+        return Trainer(**given | changes), events, scores
+
+    return make
+
+
+def small(view):
+    """The same stream with numbers below the tiny model's 97."""
+    keep = view.gather
+    view.gather = lambda starts, length: keep(starts, length) % 97
+    return view
