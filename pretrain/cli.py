@@ -27,6 +27,7 @@ from pretrain.compose import asks_for_sweep, compose, forced, in_plain_words, re
 from pretrain.config import check, conf_dir, gpu_visible
 from pretrain.console import complain, notice, quiet_libraries
 from pretrain.errors import UserError, WorkersFailed
+from pretrain.filesystem import check_temporary_folder
 from pretrain.flags import parse
 from pretrain.flat import overrides_from
 from pretrain.help import help_text
@@ -218,6 +219,7 @@ def run(config: DictConfig, overrides: list[str], spoken: dict[str, Any]) -> int
     resolved = resolve(config)
     check_said(resolved, spoken)
     check(resolved)
+    check_temporary_folder()
     interrupt = Interrupt()
     interrupt.install()
     if resolved["task"] in ("pretraining", "evaluation"):

@@ -107,11 +107,23 @@ def expanded(path: str | Path) -> Path:
 
 
 def check_temporary_folder() -> None:
-    """Raises ``UserError`` where no temporary file can be made, or none of whose name a socket could be."""
+    """Raises ``UserError`` where no temporary file can be made, nor the cache that torch makes when it is imported."""
     try:
-        folder = tempfile.gettempdir()
+        tempfile.gettempdir()
     except OSError as error:
         raise UserError(f"no folder for temporary files: {error.strerror or error}; set TMPDIR to one") from None
+    if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"TORCHINDUCTOR_CACHE_DIR={folder}: can't be made: {error.strerror}; set it to another folder, or not at all"
+            ) from None
+
+
+def check_place_for_sockets() -> None:
+    """Raises ``UserError`` where the temporary folder's name is too long for a socket in it."""
+    folder = tempfile.gettempdir()
     if len(os.fsencode(folder)) > SOCKET_BYTES:
         raise UserError(
             f"TMPDIR={folder}: too long a name for the sockets of several processes; set it to a shorter one"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.console import notice
 from pretrain.errors import UserError, WorkersFailed
-from pretrain.filesystem import check_temporary_folder
+from pretrain.filesystem import check_place_for_sockets
 from pretrain.interrupt import EXIT_CODE, HEARING_SECONDS, Stopped, held_back
 from pretrain.launch.network import check_interfaces, is_here, own_address, split
 from pretrain.launch.report import read_reports
@@ -36,7 +36,7 @@ def run_workers(resolved: dict[str, Any], overrides: list[str], setting: Setting
 
     Raises ``UserError`` for a mistake that a worker found, ``WorkersFailed`` when the group failed for good.
     """
-    check_temporary_folder()
+    check_place_for_sockets()
     check_semaphores()
     warm_up()
     meeting = _meeting(policy, setting.device_type)

@@ -152,15 +152,27 @@ def test_a_folder_that_is_gone(base_arguments, command, tmp_path, monkeypatch):
     )
 
 
-def test_no_place_for_temporary_files(command, base_arguments, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [["strategy=single"], ["strategy=ddp", "devices=2"], ["task=evaluation"]])
+def test_no_place_for_temporary_files(more, command, base_arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
-    code, _, err = command([*base_arguments, "strategy=ddp", "devices=2", f"output_dir={tmp_path / 'run'}"])
+    code, _, err = command([*base_arguments, *more, f"output_dir={tmp_path / 'run'}"])
     assert code == 2, err
     assert "set TMPDIR to one" in err
+
+
+def test_a_compilers_cache_that_cannot_be_made(command, base_arguments, tmp_path, monkeypatch):
+    """torch makes it when it is imported, also where nothing is compiled."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/nowhere")
+    code, _, err = command([*base_arguments, f"output_dir={tmp_path / 'run'}"])
+    assert code == 2, err
+    assert "error: TORCHINDUCTOR_CACHE_DIR=/proc/nowhere: can't be made: No such file" in err
+
+
+def test_a_place_for_temporary_files_that_is_no_place_for_sockets(monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "long" * 30)
     with pytest.raises(UserError, match="set it to a shorter one"):
-        filesystem.check_temporary_folder()
+        filesystem.check_place_for_sockets()
 
 
 def test_shared_memory_that_is_not_there(command, base_arguments, tmp_path, monkeypatch):
@@ -198,7 +210,11 @@ def test_a_terminal_that_is_not_utf8():
 MACHINES = {  # in namespaces of its own: a shell line → exit code, words
     "a machine whose name leads nowhere": ("python3 -c \"import socket; socket.sethostname('nobody-knows')\"", 0, ""),
     "no /dev/shm": ("mount -t tmpfs -o ro none /dev/shm", 2, "mount a tmpfs at /dev/shm"),
-    "no /tmp, TMPDIR gone": ("mount -t tmpfs -o ro none /tmp; export TMPDIR=/nowhere", 2, "set TMPDIR"),
+    "no /tmp, TMPDIR gone": (
+        "for d in /tmp /var/tmp /usr/tmp; do [ ! -d $d ] || mount -t tmpfs -o ro none $d; done; cd /tmp; export TMPDIR=/nowhere",
+        2,
+        "set TMPDIR",
+    ),
 }
 
 
