@@ -26,25 +26,25 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the program does on a 
 
 import hydra
 
-from pretrain import build
-from pretrain.batch import Batch
-from pretrain.checkpoint.store import Store
-from pretrain.clock import StepClock, StepTimes
-from pretrain.compose import resolve
-from pretrain.config import conf_dir
-from pretrain.events import Event, RunStarted
-from pretrain.interrupt import Interrupt
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.config.check import conf_dir
+from pretrain.config.compose import resolve
+from pretrain.data.batch import Batch
+from pretrain.distributed.rank_info import RankInfo
 from pretrain.optim.learning_rate import with_lr
-from pretrain.place import Place
-from pretrain.prepare import instantiate, prepare
+from pretrain.run import build
+from pretrain.run.prepare import instantiate, prepare
+from pretrain.runtime.signals import Interrupt
+from pretrain.runtime.watchdog import Watchdog
 from pretrain.strategy.base import Setting
-from pretrain.trainer import Trainer
-from pretrain.watchdog import Watchdog
+from pretrain.telemetry.events import Event, RunStarted
+from pretrain.telemetry.step_timer import StepTimer, StepTimes
+from pretrain.training.trainer import Trainer
 
 OWN = ["max_steps=1000000", "evaluation=new_only", "evaluate_every=null", "save_every=null"]
 
 
-class NoClock(StepClock):
+class NoClock(StepTimer):
     def part(self, part: str) -> Any:
         return nullcontext()
 
@@ -94,12 +94,12 @@ def build_trainer(arguments: list[str], folder: Path) -> Trainer:
         composed = hydra.compose("config", overrides=[*OWN, *arguments, f"output_dir={folder}"])
         resolved = with_lr(resolve(composed), 1e-3)
     folder.mkdir()
-    place, setting = Place(), setting_of(resolved)
+    place, setting = RankInfo(), setting_of(resolved)
     return build.build_trainer(
         resolved,
         prepare(resolved),
         folder,
-        Store(folder / "checkpoints", instantiate(resolved["checkpoint"])),
+        CheckpointStore(folder / "checkpoints", instantiate(resolved["checkpoint"])),
         resume_from=None,
         interrupt=Interrupt(silent=True),
         setting=setting,
@@ -125,7 +125,7 @@ def setting_of(resolved: dict[str, Any]) -> Setting:
 
 def clock_seconds(parts: int = 6, count: int = 2000) -> float:
     """Processor time of a step's clock: ``parts`` measured, taken, and read at the log step."""
-    clock, started_at = StepClock(), time.thread_time()
+    clock, started_at = StepTimer(), time.thread_time()
     for _ in range(count):
         for _ in range(parts):
             with clock.part("compute"):

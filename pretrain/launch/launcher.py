@@ -10,17 +10,17 @@ import os
 from contextlib import suppress
 from typing import Any
 
-from pretrain.console import notice
-from pretrain.errors import UserError
-from pretrain.interrupt import Interrupt
-from pretrain.launch.layout import Layout, layout
+from pretrain.distributed.rank_info import RankInfo
+from pretrain.distributed.sockets import address_towards, is_loopback
+from pretrain.launch.config import LaunchConfig
 from pretrain.launch.network import check_interfaces, check_master
-from pretrain.launch.policy import Policy
-from pretrain.place import Place
-from pretrain.prepare import instantiate
-from pretrain.sockets import address_towards, is_loopback
-from pretrain.split import Split
+from pretrain.launch.topology import Topology, layout
+from pretrain.run.prepare import instantiate
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.signals import Interrupt
 from pretrain.strategy.base import Setting, Strategy
+from pretrain.training.micro_batching import MicroBatching
 
 
 def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
@@ -31,7 +31,7 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
     if resolved["task"] != "pretraining":
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(f"task={resolved['task']} is one process; start it without torchrun")
-        from pretrain import tasks
+        from pretrain.run import tasks
 
         if resolved["devices"] not in ("auto", 1):
             notice(f"task={resolved['task']} is one process: strategy and devices have no effect")
@@ -40,7 +40,7 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
     strategy = instantiate(resolved["strategy"])
     plan = layout(resolved, strategy, policy)
     check_auto(resolved, strategy)
-    split = Split.asked(resolved)
+    split = MicroBatching.asked(resolved)
     setting = Setting(
         device_type=plan.device_type,
         workers=plan.world_size,
@@ -58,7 +58,7 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
     elif policy.max_restarts and plan.world_size == 1:
         notice("launch.max_restarts has no effect on one process: nobody would be left to start it again")
     if plan.joined or plan.world_size == 1:
-        from pretrain import tasks
+        from pretrain.run import tasks
 
         return tasks.pretraining(resolved, overrides, interrupt, setting, place)
     from pretrain.launch.agent import run_workers
@@ -66,12 +66,12 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
     return run_workers(resolved, overrides, setting, policy)
 
 
-def check_joined(place: Place, policy: Policy, device_type: str) -> None:
+def check_joined(place: RankInfo, policy: LaunchConfig, device_type: str) -> None:
     """Of a run that others have started, say what they decide. Raises ``UserError`` when its port is another program's,
     or when this process would listen where the others do not reach it.
 
     Of attempts that share torchrun's store, the next one may find the addresses of the one that has died."""
-    keys = [k for k in ("max_restarts", "nodes", "endpoint") if getattr(policy, k) != getattr(Policy, k)]
+    keys = [k for k in ("max_restarts", "nodes", "endpoint") if getattr(policy, k) != getattr(LaunchConfig, k)]
     if keys and place.rank == 0:
         given = ", ".join(f"launch.{key}" for key in keys)
         notice(f"{given}: no effect under RANK and WORLD_SIZE; whoever has started the processes decides that")
@@ -88,27 +88,27 @@ def check_joined(place: Place, policy: Policy, device_type: str) -> None:
 
 def check_auto(resolved: dict[str, Any], strategy: Strategy) -> None:
     """Raises ``UserError`` where ``batch_size=auto`` can't be found out."""
-    if resolved["batch_size"] == "auto" and not strategy.computes_alone:
+    if resolved["batch_size"] == "auto" and not strategy.independent_forward:
         raise UserError(
             f"batch_size=auto with strategy={strategy.name}: its ranks need each other in every forward, so one that runs "
             "out of memory would leave the others waiting; give batch_size a number; single, dp and ddp can find it"
         )
 
 
-def place_in(plan: Layout) -> Place:
+def place_in(plan: Topology) -> RankInfo:
     """This process's place among the others, from the environment; alone in a plan of one process."""
     if not plan.joined:
-        return Place()
+        return RankInfo()
     rank = int(os.environ["RANK"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank % plan.workers))
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return Place(
+    return RankInfo(
         *(rank, plan.world_size, local_rank, plan.workers, restarts, run_id), one_machine=_on_one_machine(plan)
     )
 
 
-def _on_one_machine(plan: Layout) -> bool:
+def _on_one_machine(plan: Topology) -> bool:
     """Whether all processes are on this machine. Where nobody says how many are, MASTER_ADDR does."""
     if plan.nodes > 1 or plan.world_size == 1 or "LOCAL_WORLD_SIZE" in os.environ:
         return plan.nodes == 1

@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.sweep.policy import OF_A_RUN
-from pretrain.telemetry.jsonl import tail
+from pretrain.sweep.config import OF_A_RUN
 from pretrain.telemetry.record import change_of
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.telemetry.sinks.jsonl import tail
 
 DECIMALS = 4  # of nats per token: strategies agree to more, and a smaller difference beats nobody
 

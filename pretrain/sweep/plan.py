@@ -11,13 +11,13 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
 
-from pretrain.compose import resolve
-from pretrain.config import check
-from pretrain.console import notice
+from pretrain.config.check import check
+from pretrain.config.compose import resolve
+from pretrain.config.hydra_configs import plain_mistakes
+from pretrain.config.trust import check_said, said
 from pretrain.data.domains import base_domains
-from pretrain.errors import UserError, did_you_mean
-from pretrain.hydra_configs import plain_mistakes
-from pretrain.trust import check_said, said
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError, did_you_mean
 
 MANY = 50  # jobs, of which checking takes seconds
 

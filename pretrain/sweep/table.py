@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import UserError
-from pretrain.replace import replace_file
-from pretrain.sweep.job import Job, alone_in, jobs_in, lock_of
+from pretrain.runtime.atomic_files import replace_file
+from pretrain.runtime.errors import UserError
+from pretrain.sweep.job import SweepJob, alone_in, jobs_in, lock_of
 from pretrain.sweep.measure import measures_of, objective_in, pareto, ranking
 from pretrain.sweep.page import page
 from pretrain.telemetry.run_file import write_json
@@ -69,7 +69,7 @@ def collect(folder: Path, *, command: str, metric: str, direction: str, status: 
     }
 
 
-def _row(number: int, job: Job, state: dict[str, Any], metric: str) -> dict[str, Any]:
+def _row(number: int, job: SweepJob, state: dict[str, Any], metric: str) -> dict[str, Any]:
     measures = measures_of(job.folder)
     status = state["status"]
     if status == "running" and state.get("locked") and not _held(job.sweep, f"{job.name}.lock"):

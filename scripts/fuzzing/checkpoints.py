@@ -86,7 +86,7 @@ def last_state(run: Path) -> dict[str, str]:
 
 def continued_from(run: Path) -> int | None:
     """The step at which the last start of the run began."""
-    from pretrain.telemetry.jsonl import read_records
+    from pretrain.telemetry.sinks.jsonl import read_records
 
     steps = [record["step"] for record in read_records(run / "metrics.jsonl") if record["event"] == "run_started"]
     return steps[-1] if steps else None

@@ -44,10 +44,10 @@ def warm_up() -> None:
     import transformers.models.gpt2.modeling_gpt2
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import pretrain.cli
+    import pretrain.cli.main
     import pretrain.launch.launcher
-    import pretrain.tasks
-    import pretrain.trainer  # noqa: F401
+    import pretrain.run.tasks
+    import pretrain.training.trainer  # noqa: F401
 
     for module in (
         "data.workers",
@@ -83,7 +83,7 @@ def command(arguments: list[str], place: Path, *, real: bool = False) -> Result:
         return _real(arguments, place, environment)
 
     def work() -> int:
-        from pretrain.cli import main
+        from pretrain.cli.main import main
 
         os.environ.update(environment)
         os.chdir(place)

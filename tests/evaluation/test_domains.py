@@ -8,10 +8,10 @@ import pytest
 from pretrain.data.domains import base_domains
 from pretrain.data.sources.local import Local
 from pretrain.data.sources.sample import English
-from pretrain.errors import UserError
+from pretrain.runtime.errors import UserError
 from pretrain.sweep.plan import check_metric
-from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.conftest import sentences
 
 
