@@ -10,7 +10,8 @@ from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 
-from pretrain.config.check import GROUPS, OTHER_NAMES, Root
+from pretrain.config.check import GROUPS, OTHER_NAMES
+from pretrain.config.schema import RootKeys
 from pretrain.runtime.errors import UserError
 
 WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd"}
@@ -80,7 +81,7 @@ def _explain(option: str, words: list[str]) -> NoReturn:
     name, equals, value = option.lstrip("-").partition("=")
     name = name.replace("-", "_")
     name = OTHER_NAMES.get(name, name)
-    known = name.partition(".")[0] in {*GROUPS, *(field.name for field in fields(Root))}
+    known = name.partition(".")[0] in {*GROUPS, *(field.name for field in fields(RootKeys))}
     value = value if equals else next((word for word in words if "=" not in word), "...")
     here = f"here it is {name}={value}" if known else "keys are key=value, without dashes; see --help"
     raise UserError(f"{option}: no such option; {here}")

@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal, get_type_hints
 from omegaconf import OmegaConf
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
 
-from pretrain.config.check import Root, check_value, conf_dir, known_as
+from pretrain.config.check import check_value, conf_dir, known_as
 from pretrain.config.choices import choices, default_choices
 from pretrain.config.quoting import quoted
+from pretrain.config.schema import RootKeys
 from pretrain.config.trust import COMMAND_LINE_ONLY, PARTS, locate
 from pretrain.config.yaml_file import read_yaml
 from pretrain.runtime.console import notice
@@ -194,7 +195,7 @@ KEYS: dict[str, Key] = {
     "log_model": Key(bool | str, _wandb("log_model")),
 }
 _FIRST_ROOT_KEY = len(KEYS)
-for _name, _hint in get_type_hints(Root, include_extras=True).items():
+for _name, _hint in get_type_hints(RootKeys, include_extras=True).items():
     if _name in COMMAND_LINE_ONLY:
         continue
     KEYS.setdefault(_name, Key(_hint, _to(_name)))

@@ -177,9 +177,9 @@ def _show(given: Namespace, overrides: list[str], spoken: dict[str, Any]) -> int
             raise UserError(f"--package={given.package}: the configuration has no such key")
         resolved = resolve(config)
         check_said(resolved, spoken)
-        check(resolved, here=False)
+        name = check(resolved, here=False).name
         if given.resolve:
-            overrides = [*overrides, f"++name={quoted(resolved['name'])}"]  # output_dir follows from it
+            overrides = [*overrides, f"++name={quoted(name)}"]  # output_dir follows from it
     with composing(conf_dir(), given.config_dir) as hydra:
         if given.cfg:
             hydra.show_cfg("config", overrides, given.cfg, given.package, given.resolve)
@@ -218,11 +218,11 @@ def run(config: DictConfig, overrides: list[str], spoken: dict[str, Any]) -> int
     """Check a composed config and carry it out. ``spoken``: see `trust.said`."""
     resolved = resolve(config)
     check_said(resolved, spoken)
-    check(resolved)
+    checked = check(resolved)
     check_temporary_folder()
     interrupt = Interrupt()
     interrupt.install()
-    if resolved["task"] in ("pretraining", "evaluation"):
+    if checked.task in ("pretraining", "evaluation"):
         never_wait()  # what the other tasks say is their result: it waits for its reader
     quiet_libraries()
     if not gpu_visible():
@@ -230,4 +230,4 @@ def run(config: DictConfig, overrides: list[str], spoken: dict[str, Any]) -> int
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from pretrain.launch.launcher import launch
 
-    return launch(resolved, overrides, interrupt)
+    return launch(checked, overrides, interrupt)

@@ -1,4 +1,4 @@
-"""The root keys, and `check`: every key and type of a composed config, before anything heavy is imported.
+"""`check`: every key and type of a composed config, before anything heavy is imported.
 
 Each group node is checked against the signature of its `_target_`, so that a key misspelt inside a group is an error and
 a dataclass is the only place where its keys are listed. The targets' modules import torch inside their methods.
@@ -10,24 +10,22 @@ import difflib
 import inspect
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from keyword import iskeyword
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from pretrain.config.defaults import conf_dir
+from pretrain.config.schema import RootKeys, RunConfig, build_part
 from pretrain.config.trust import PARTS, SCHEDULES, locate, trusts
 from pretrain.optim.learning_rate import with_lr
 from pretrain.runtime.errors import UserError, did_you_mean
 from pretrain.runtime.redact import held, redact, secrets
 
-Finite = Field(allow_inf_nan=False)
-ONE_LINE = r"^[^\x00-\x1f\x7f]+$"  # of a folder's name: what is made of it may be a line of a script or a log
-Beta = Annotated[float, Field(ge=0, lt=1)]
 GROUPS = tuple(PARTS)
 OTHER_NAMES = {  # what the Hugging Face Trainer and others call our root keys
     "learning_rate": "lr",
@@ -62,48 +60,18 @@ ALL_HYDRA_KEYS = (*HYDRA_KEYS, "_args_", "_recursive_", "_convert_")
 RUNTIME_ARGUMENTS = {"step", "total_steps", "warmup_steps"}  # of a schedule: given by the builder, never by YAML
 
 
-@dataclass(frozen=True)
-class Root:
-    """The keys of conf/config.yaml that are no group. The comments there say what each is for."""
+def check(config: dict[str, Any], *, here: bool = True) -> RunConfig:
+    """Check all of a resolved config (unknown keys, types, ranges, combinations that can't work) and build it.
 
-    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export"]
-    name: Annotated[str, Field(pattern=r"^\.*[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]  # a folder's: not `..`, no path
-    output_dir: Annotated[str, Field(pattern=ONE_LINE)]
-    model_name: Annotated[str, Field(min_length=1)]
-    sequence_length: Annotated[int, Field(ge=2)]
-    batch_size: PositiveInt | Literal["auto"]
-    gradient_accumulation_steps: PositiveInt
-    number_epochs: Annotated[float, Field(gt=0, le=1_000_000)]
-    max_steps: PositiveInt | None
-    lr: Annotated[PositiveFloat, Finite] | Literal["auto"]
-    warmup_proportion: Annotated[float, Field(ge=0, le=1)]
-    weight_decay: Annotated[NonNegativeFloat, Finite]
-    beta1: Beta
-    beta2: Beta
-    grad_clip: Annotated[PositiveFloat, Finite] | None
-    seed: Annotated[int, Field(ge=0, lt=2**63)]  # each rank adds to it, and generators take 64 bits
-    devices: Literal["auto"] | PositiveInt
-    sweep_dir: Annotated[str, Field(pattern=ONE_LINE)] | None
-    resume: Annotated[str, Field(min_length=1)]
-    resume_allow: list[Literal["tokenizer", "data", "sequence_length", "global_batch", "seed", "weights", "optimizer"]]
-    log_every: PositiveInt
-    evaluate_every: PositiveInt | None
-    save_every: PositiveInt | None
-    allow_targets: list[str]
-
-
-def check(config: dict[str, Any], *, here: bool = True) -> Root:
-    """Check a resolved config, whole: unknown keys, types, ranges, and combinations that can't work.
-
-    ``here``: it is to run on this machine, not on one that may have other devices.
+    ``here``: the run is to start on this machine, not on one that may have other devices.
 
     Raises ``UserError`` naming the key, its value and what is allowed.
     """
-    root_keys, given = {field.name for field in fields(Root)}, config
+    root_keys, given = {field.name for field in fields(RootKeys)}, config
     for key in config:
         if key not in root_keys and key not in GROUPS:
             raise UserError(f"unknown key {key!r}{known_as(key, root_keys | set(GROUPS))}")
-    for key, hint in get_type_hints(Root, include_extras=True).items():
+    for key, hint in get_type_hints(RootKeys, include_extras=True).items():
         check_value(key, config.get(key), hint)
     check_leaves(config)
     config = with_lr(config, 1e-3)  # any number will do for the check of what follows it
@@ -120,7 +88,7 @@ def check(config: dict[str, Any], *, here: bool = True) -> Root:
             check_part(f"sink.{name}", sink, PARTS[group], config["allow_targets"])
     if here:
         check_here(config)
-    return Root(**{key: given[key] for key in root_keys})
+    return RunConfig.of(given)
 
 
 def known_as(key: str, known: set[str]) -> str:
@@ -291,12 +259,10 @@ def check_options(prefix: str, options: Any) -> None:
 
 def check_here(config: dict[str, Any]) -> None:
     """Ask the parts that can't work everywhere whether they can work here."""
-    from hydra.utils import instantiate
-
-    instantiate(config["precision"], _convert_="all").check("cuda" if gpu_visible() else "cpu")
+    build_part(config["precision"]).check("cuda" if gpu_visible() else "cpu")
     for name, sink in (config.get("sink") or {}).items():
         if hasattr(locate(f"sink.{name}", sink["_target_"], PARTS["sink"], trusted=config["allow_targets"]), "check"):
-            instantiate(sink, _convert_="all").check()
+            build_part(sink).check()
 
 
 def gpu_visible() -> bool:

@@ -8,16 +8,18 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from pretrain.config.check import GROUPS, conf_dir
+from pretrain.config.check import GROUPS, check, conf_dir
 from pretrain.config.choices import choices
 from pretrain.config.hydra_configs import compose_config, composing
 from pretrain.config.interpolation import bounded_interpolation
 from pretrain.config.quoting import PATH_KEYS
+from pretrain.config.schema import RunConfig
+from pretrain.config.trust import with_moved_targets
 from pretrain.runtime.errors import UserError, did_you_mean
 
 
@@ -59,6 +61,14 @@ def compose(words: list[str], config_dir: str | None = None) -> DictConfig:
     return config
 
 
+def run_config(words: list[str], config_dir: str | None = None) -> RunConfig:
+    """The checked config of the run that ``python -m pretrain *words`` would start. Raises ``UserError`` for a mistake."""
+    try:
+        return check(resolve(compose([forced(word) for word in words], config_dir)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(in_plain_words(error)) from None
+
+
 def resolve(config: DictConfig) -> dict[str, Any]:
     """The composed config as a plain dict, with the run's name filled in and ``~`` in paths replaced by the home folder.
 
@@ -73,7 +83,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise UserError(in_plain_words(error)) from None
     assert isinstance(resolved, dict)
-    return {str(key): _at_home(str(key), value) for key, value in resolved.items()}
+    return {str(key): _at_home(str(key), with_moved_targets(value)) for key, value in resolved.items()}
 
 
 def _at_home(key: str, value: Any) -> Any:

@@ -60,7 +60,6 @@ def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] =
     Raises ``UserError`` for any other. The name is judged before anything is imported: to import is to run code. Making
     one of our parts does nothing yet; to call any function of ours would do what its arguments say, so a config can't.
     """
-    target = MOVED.get(target, target) if isinstance(target, str) else target
     is_trusted = trusts(trusted, target)
     if not is_trusted and not (isinstance(target, str) and OWN_NAME.fullmatch(target)):
         raise _refused(path, target)
@@ -77,6 +76,15 @@ def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] =
         what = base if isinstance(base, str) else f"{base.__module__}.{base.__qualname__}"
         raise UserError(f"{path}._target_={target!r}: not a part that can stand here; allowed are those of {what}")
     return found
+
+
+def with_moved_targets(node: Any) -> Any:
+    """``node`` with today's name of each part that an earlier version had elsewhere."""
+    if isinstance(node, dict):
+        moved = {key: with_moved_targets(value) for key, value in node.items()}
+        target = moved.get("_target_")
+        return moved | {"_target_": MOVED[target]} if isinstance(target, str) and target in MOVED else moved
+    return [with_moved_targets(item) for item in node] if isinstance(node, list) else node
 
 
 def trusts(trusted: Sequence[str], target: Any) -> bool:

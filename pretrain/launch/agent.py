@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pretrain.strategy.base import Setting
 
 
-def run_workers(resolved: dict[str, Any], overrides: list[str], setting: Setting, policy: LaunchConfig) -> int:
+def run_workers(config: dict[str, Any], overrides: list[str], setting: Setting, policy: LaunchConfig) -> int:
     """Prepare the data, then train in ``setting.workers // setting.nodes`` processes; return the exit code.
 
     Raises ``UserError`` for a mistake that a worker found, ``WorkersFailed`` when the group failed for good.
@@ -41,7 +41,7 @@ def run_workers(resolved: dict[str, Any], overrides: list[str], setting: Setting
     warm_up()
     meeting = _meeting(policy, setting.device_type)
     with tempfile.TemporaryDirectory(prefix="pretrain-") as reports:
-        job = WorkerJob(resolved, overrides, setting, reports, dict(os.environ), os.getcwd())
+        job = WorkerJob(config, overrides, setting, reports, dict(os.environ), os.getcwd())
         _wait_for_data(job)
         codes = _run_agent(job, setting.workers // setting.nodes, policy, meeting)
     return next((code for code in codes if code), 0)
@@ -128,4 +128,4 @@ def _run_agent(job: WorkerJob, workers: int, policy: LaunchConfig, meeting: dict
     )
     logs = DefaultLogsSpecs(log_dir=f"{job.reports}/elastic")
     agent = Agent(spec, logs_specs=logs, start_method="forkserver", reports=Path(job.reports))
-    return agent.outcome(Path(job.resolved["output_dir"]))
+    return agent.outcome(Path(job.config["output_dir"]))

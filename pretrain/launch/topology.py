@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
 from pretrain.config.check import conf_dir, gpu_visible
 from pretrain.config.choices import choices
-from pretrain.run.prepare import instantiate
+from pretrain.config.schema import build_part
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from pretrain.config.schema import RunConfig
     from pretrain.launch.config import LaunchConfig
     from pretrain.strategy.base import Strategy
 
@@ -37,14 +38,14 @@ class Topology:
         return self.workers * self.nodes
 
 
-def layout(resolved: dict[str, Any], strategy: Strategy, policy: LaunchConfig) -> Topology:
+def layout(config: RunConfig, strategy: Strategy, policy: LaunchConfig) -> Topology:
     """Raises ``UserError`` where the config, the machine and the environment do not agree."""
-    name = resolved["strategy"]["_target_"].rpartition(".")[2].lower()
+    name = config.strategy.name
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _joined(resolved["devices"], strategy, name)
-    device_type, devices = _devices(resolved["devices"])
+        return _joined(config.devices, strategy, name)
+    device_type, devices = _devices(config.devices)
     workers, each = strategy.workers(devices), strategy.devices_per_worker(devices)
-    if resolved["devices"] not in ("auto", workers * each):
+    if config.devices not in ("auto", workers * each):
         raise UserError(
             f"devices={devices}: strategy={name} is one process on one device; allowed: auto, 1; for several: "
             f"strategy={_of_several()}"
@@ -65,7 +66,7 @@ def _of_several() -> str:
     found = []
     for name in choices("strategy"):
         options = OmegaConf.load(conf_dir() / f"strategy/{name}.yaml")
-        if instantiate({str(key): value for key, value in options.items()}).workers(2) > 1:
+        if build_part({str(key): value for key, value in options.items()}).workers(2) > 1:
             found.append(name)
     return " or ".join(filter(None, (", ".join(found[:-1]), *found[-1:])))
 

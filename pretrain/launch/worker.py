@@ -12,6 +12,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
+from pretrain.config.schema import RunConfig
 from pretrain.distributed.rank_info import RankInfo
 from pretrain.launch.failure import write_hang, write_report
 from pretrain.run.prepare import prepare, total_steps
@@ -28,7 +29,7 @@ FROM_AGENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 class WorkerJob:
     """What travels to a worker. ``reports``: where it says why it failed. ``environment``, ``folder``: the parent's."""
 
-    resolved: dict[str, Any]
+    config: dict[str, Any]
     overrides: list[str]
     setting: Setting
     reports: str
@@ -44,8 +45,8 @@ def prepare_data(job: WorkerJob) -> None:
     setting = job.setting
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        prepared = prepare(job.resolved, devices=setting.devices)
-        total_steps(job.resolved, prepared)
+        config = RunConfig.of(job.config)
+        total_steps(config, prepare(config, devices=setting.devices))
     except Stopped:
         os._exit(EXIT_CODE)
     except BaseException as error:
@@ -105,7 +106,7 @@ def _train(job: WorkerJob, interrupt: Interrupt, place: RankInfo) -> int:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
     on_hang = partial(write_hang, Path(job.reports), place.rank)
-    return tasks.pretraining(job.resolved, job.overrides, interrupt, job.setting, place, on_hang)
+    return tasks.pretraining(RunConfig.of(job.config), job.overrides, interrupt, job.setting, place, on_hang)
 
 
 def _leave_with_parent() -> None:

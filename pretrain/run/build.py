@@ -1,4 +1,4 @@
-"""A resolved config, and what was prepared of it, → the objects of a run: where parts meet."""
+"""A config config, and what was prepared of it, → the objects of a run: where parts meet."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.run.prepare import Prepared, instantiate, total_steps
+from pretrain.run.prepare import Prepared, total_steps
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 from pretrain.training.micro_batching import MicroBatching
@@ -15,6 +15,7 @@ from pretrain.training.micro_batching import MicroBatching
 if TYPE_CHECKING:
     from pretrain.checkpoint.store import CheckpointStore
     from pretrain.checkpoint.writer import AsyncCheckpointWriter
+    from pretrain.config.schema import RunConfig
     from pretrain.data.batch import Batch
     from pretrain.data.changed_files import Files
     from pretrain.data.loader import Loader
@@ -37,20 +38,20 @@ if TYPE_CHECKING:
     from pretrain.training.trainer import Listener, Schedule, Trainer
 
 
-def build_world(resolved: dict[str, Any], place: RankInfo, *, group: bool) -> DistributedContext:
+def build_world(config: RunConfig, place: RankInfo, *, group: bool) -> DistributedContext:
     from pretrain.checkpoint.rng import seed_everything
     from pretrain.distributed.context import enter
 
-    world = enter(place, group=group, timeout_seconds=instantiate(resolved["launch"]).patience)
-    seed_everything(resolved["seed"], rank=place.rank)
+    world = enter(place, group=group, timeout_seconds=config.launch.patience)
+    seed_everything(config.seed, rank=place.rank)
     return world
 
 
-def build_engine(resolved: dict[str, Any], prepared: Prepared, setting: Setting, world: DistributedContext) -> Engine:
+def build_engine(config: RunConfig, prepared: Prepared, setting: Setting, world: DistributedContext) -> Engine:
     """Model and optimizer on this rank, by the strategy."""
-    optimizer = instantiate(resolved["optimizer"])
-    engine: Engine = instantiate(resolved["strategy"]).setup(
-        build_model_factory(resolved, prepared.model),
+    optimizer = config.optimizer
+    engine: Engine = config.strategy.setup(
+        build_model_factory(config, prepared.model),
         lambda model: optimizer(model.hf_named_parameters()),
         setting=setting,
         world=world,
@@ -58,21 +59,21 @@ def build_engine(resolved: dict[str, Any], prepared: Prepared, setting: Setting,
     return engine
 
 
-def build_model_factory(resolved: dict[str, Any], model: Any) -> ModelFactory:
+def build_model_factory(config: RunConfig, model: Any) -> ModelFactory:
     from pretrain.models.model_factory import ModelFactory
 
-    return ModelFactory(model, instantiate(resolved["precision"]).param_dtype, resolved["seed"])
+    return ModelFactory(model, config.precision.param_dtype, config.seed)
 
 
-def build_scorer(resolved: dict[str, Any], prepared: Prepared, world: DistributedContext) -> InferenceEngine:
+def build_scorer(config: RunConfig, prepared: Prepared, world: DistributedContext) -> InferenceEngine:
     """The model alone, for evaluation and generation."""
     from pretrain.strategy.engine import InferenceEngine
 
-    model = build_model_factory(resolved, prepared.model).build(world.device)
-    return InferenceEngine(model, precision=instantiate(resolved["precision"]), world=world)
+    model = build_model_factory(config, prepared.model).build(world.device)
+    return InferenceEngine(model, precision=config.precision, world=world)
 
 
-def build_evaluator(resolved: dict[str, Any], prepared: Prepared, *, batch_size: int | None = None) -> Evaluator:
+def build_evaluator(config: RunConfig, prepared: Prepared, *, batch_size: int | None = None) -> Evaluator:
     """``batch_size``: the training's, for ``evaluation.batch_size=auto``; ``None``: there is no training.
 
     Raises ``UserError`` for auto without one.
@@ -82,24 +83,24 @@ def build_evaluator(resolved: dict[str, Any], prepared: Prepared, *, batch_size:
 
     for line in prepared.notices:
         notice(line)
-    policy = instantiate(resolved["evaluation"])
+    policy = config.evaluation
     scored = batch_size if policy.batch_size == "auto" else policy.batch_size
     if scored is None:
         raise UserError("evaluation.batch_size=auto is that of a training; here it needs a number")
 
     settings = {
-        "sequence_length": resolved["sequence_length"],
-        "document_mask": resolved["dataset"].get("document_mask", False),
+        "sequence_length": config.sequence_length,
+        "document_mask": config.dataset.document_mask,
         "tokenizer": prepared.identity["tokenizer"],
-        "precision": instantiate(resolved["precision"]).name,
+        "precision": config.precision.name,
     }
 
     def domain(name: str, role: str, held_out: TokenView) -> Domain:
         batches = evaluation_batches(
             held_out,
-            sequence_length=resolved["sequence_length"],
+            sequence_length=config.sequence_length,
             batch_size=scored,
-            document_mask=resolved["dataset"].get("document_mask", False),
+            document_mask=config.dataset.document_mask,
             max_tokens=policy.max_tokens,
         )
         prompts = first_tokens(batches.view, policy.samples, policy.sample_prompt_tokens)
@@ -108,16 +109,14 @@ def build_evaluator(resolved: dict[str, Any], prepared: Prepared, *, batch_size:
     return Evaluator([domain(*d) for d in prepared.domains])
 
 
-def build_sampler(
-    resolved: dict[str, Any], prepared: Prepared, scorer: InferenceEngine, evaluator: Evaluator
-) -> Sampler:
+def build_sampler(config: RunConfig, prepared: Prepared, scorer: InferenceEngine, evaluator: Evaluator) -> Sampler:
     """What continues the first tokens of the evaluated documents, and the user's own prompts.
 
     Raises ``UserError`` for a prompt longer than the model has positions.
     """
     from pretrain.evaluation.samples import Sampler, prompts_of
 
-    policy, tokenizer = instantiate(resolved["evaluation"]), prepared.tokenizer
+    policy, tokenizer = config.evaluation, prepared.tokenizer
     around, positions = prepared.boundaries, scorer.model.num_positions
     first = around.separator if around.bos is None else around.bos
     prompts = prompts_of(evaluator.domains, policy, tokenizer, first=first, num_positions=positions)
@@ -125,13 +124,13 @@ def build_sampler(
 
 
 def build_exporter(
-    resolved: dict[str, Any], prepared: Prepared, engine: Engine, folder: Path, *, facts: dict[str, Any], steps: int
+    config: RunConfig, prepared: Prepared, engine: Engine, folder: Path, *, facts: dict[str, Any], steps: int
 ) -> Exporter:
     """What turns the weights of ``engine`` into Hugging Face folders of the run in ``folder``."""
     from pretrain.models.hub.model_card import model_card
     from pretrain.training.exporter import Exporter
 
-    policy, train = instantiate(resolved["checkpoint"]), prepared.train
+    policy, train = config.checkpoint, prepared.train
     data = {"documents": train.num_documents, "tokens": train.num_tokens, "bytes": train.num_bytes}
     data |= {"global_batch": prepared.global_batch}
     return Exporter(
@@ -141,31 +140,31 @@ def build_exporter(
         when=policy.export,
         shard_size=policy.export_shard_size,
         save_dtype=prepared.model.save_dtype,
-        card=partial(model_card, resolved, data=data, facts=facts, total_steps=steps),
+        card=partial(model_card, config.plain, data=data, facts=facts, total_steps=steps),
         separator=prepared.boundaries.separator,
     )
 
 
-def build_schedule(resolved: dict[str, Any], steps: int) -> Schedule:
+def build_schedule(config: RunConfig, steps: int) -> Schedule:
     from pretrain.optim.learning_rate import warmup_steps
 
-    warm = warmup_steps(steps, resolved["warmup_proportion"])
-    return partial(instantiate(resolved["scheduler"]), total_steps=steps, warmup_steps=warm)
+    warm = warmup_steps(steps, config.warmup_proportion)
+    return partial(config.scheduler, total_steps=steps, warmup_steps=warm)
 
 
 def build_facts(
-    resolved: dict[str, Any], engine: Engine, *, split: MicroBatching, setting: Setting, place: RankInfo
+    config: RunConfig, engine: Engine, *, split: MicroBatching, setting: Setting, place: RankInfo
 ) -> dict[str, Any]:
     """What stands in run.json and what rates are worked out from."""
     from pretrain.run.metadata import run_facts, speed_facts
 
-    peak = instantiate(resolved["telemetry"]).peak_flops
-    facts = run_facts(resolved, engine.world, engine, restarts=place.restarts) | split.facts()
-    return facts | speed_facts(resolved, engine, devices=setting.devices, peak=peak)
+    peak = config.telemetry.peak_flops
+    facts = run_facts(config, engine.world, engine, restarts=place.restarts) | split.facts()
+    return facts | speed_facts(config, engine, devices=setting.devices, peak=peak)
 
 
 def build_listeners(
-    resolved: dict[str, Any], folder: Path, files: Files, *, uniform_loss: float | None
+    config: RunConfig, folder: Path, files: Files, *, uniform_loss: float | None
 ) -> tuple[list[Listener], Callable[[], list[Record]]]:
     """Who hears of the run's events, and what tells the records that belong into the next checkpoint. ``files``: of the
     training data, to be watched. ``uniform_loss``: see ``BaselineCheck``."""
@@ -174,24 +173,23 @@ def build_listeners(
     from pretrain.telemetry.monitor import Monitor
     from pretrain.telemetry.run_file import RunFile
 
-    sinks = {name: instantiate(node) for name, node in (resolved.get("sink") or {}).items()}
-    monitor = Monitor(sinks, run=folder, log_every=resolved["log_every"])
+    monitor = Monitor(config.build_sinks(), run=folder, log_every=config.log_every)
     watchers: list[Listener] = [FilesWatch(files), BaselineCheck(uniform_loss)]
     return [monitor, RunFile(folder, monitor.summary), *watchers], monitor.unsaved
 
 
-def build_intervals(resolved: dict[str, Any], prepared: Prepared, steps: int) -> tuple[Interval, Interval]:
+def build_intervals(config: RunConfig, prepared: Prepared, steps: int) -> tuple[Interval, Interval]:
     """After how many of its ``steps`` the run evaluates, and saves; what was changed in them is logged."""
     from pretrain.telemetry.interval import Interval
     from pretrain.training.cadence import cadence
 
-    policy, kept = instantiate(resolved["evaluation"]), instantiate(resolved["checkpoint"])
-    sequences = (prepared.train.num_tokens - 1) // resolved["sequence_length"]
+    policy, kept = config.evaluation, config.checkpoint
+    sequences = (prepared.train.num_tokens - 1) // config.sequence_length
     found = cadence(
         steps=steps,
         epoch_steps=max(1, sequences // prepared.global_batch),
-        evaluate_every=resolved["evaluate_every"],
-        save_every=resolved["save_every"],
+        evaluate_every=config.evaluate_every,
+        save_every=config.save_every,
         per_epoch=policy.per_epoch,
         with_evaluation=kept.with_evaluation,
         keep_every=kept.keep_every,
@@ -201,42 +199,40 @@ def build_intervals(resolved: dict[str, Any], prepared: Prepared, steps: int) ->
     return Interval(found.evaluate_every), Interval(found.save_every)
 
 
-def build_untouched(resolved: dict[str, Any], prepared: Prepared, *, batch_size: int) -> Untouched:
+def build_untouched(config: RunConfig, prepared: Prepared, *, batch_size: int) -> Untouched:
     """What scores the model before the run. Random initial weights follow from the seed too."""
     from pretrain.evaluation.untouched import Untouched
 
     weights_follow_from = ("model", "seed") if prepared.model.weights() is None else ("model",)
-    evaluator = build_evaluator(resolved, prepared, batch_size=batch_size)
+    evaluator = build_evaluator(config, prepared, batch_size=batch_size)
     return Untouched(evaluator, weights_follow_from, is_there=not prepared.base_gone)
 
 
-def build_loader(
-    resolved: dict[str, Any], prepared: Prepared, split: MicroBatching, world: DistributedContext
-) -> Loader:
+def build_loader(config: RunConfig, prepared: Prepared, split: MicroBatching, world: DistributedContext) -> Loader:
     """This rank's share of the training documents; ``split``: of all its devices."""
     from pretrain.data.loader import Loader
 
     return Loader(
         prepared.train,
-        sequence_length=resolved["sequence_length"],
-        seed=resolved["seed"],
+        sequence_length=config.sequence_length,
+        seed=config.seed,
         batch_size=split.batch_size,
         accumulation=split.accumulation,
         rank=world.rank,
         world_size=world.size,
-        document_mask=resolved["dataset"].get("document_mask", False),
+        document_mask=config.dataset.document_mask,
         pin_memory=world.device.type == "cuda",
     )
 
 
-def build_guard(resolved: dict[str, Any], prepared: Prepared, engine: Engine, loader: Loader, folder: Path) -> Guard:
+def build_guard(config: RunConfig, prepared: Prepared, engine: Engine, loader: Loader, folder: Path) -> Guard:
     """The judge of every step; rank 0 writes quarantine.jsonl into ``folder``."""
     from pretrain.training.guard.guard import Guard
     from pretrain.training.guard.quarantine import Quarantine
 
     file = folder / "quarantine.jsonl" if engine.world.is_main else None
     return Guard(
-        instantiate(resolved["guard"]),
+        config.guard,
         device=engine.world.device,
         quarantine=Quarantine(file, loader=loader, tokenizer=prepared.tokenizer),
         scaled=engine.scaler.is_enabled(),
@@ -245,7 +241,7 @@ def build_guard(resolved: dict[str, Any], prepared: Prepared, engine: Engine, lo
 
 
 def build_split(
-    resolved: dict[str, Any], prepared: Prepared, engine: Engine, *, setting: Setting, resume_from: Path | None
+    config: RunConfig, prepared: Prepared, engine: Engine, *, setting: Setting, resume_from: Path | None
 ) -> MicroBatching:
     """What the config says, or for ``batch_size=auto`` what the run has done so far on such a device, or what fits."""
     import numpy as np
@@ -255,45 +251,45 @@ def build_split(
     from pretrain.run.metadata import device_name
     from pretrain.training.batch_size import choose, moment_bytes
 
-    asked, world = MicroBatching.asked(resolved), engine.world
-    if resolved["batch_size"] != "auto":
+    asked, world = MicroBatching.asked(config), engine.world
+    if config.batch_size != "auto":
         return asked
-    blocks, length = Blocks(prepared.train, resolved["sequence_length"]), resolved["sequence_length"]
+    blocks, length = Blocks(prepared.train, config.sequence_length), config.sequence_length
 
     def rows(size: int) -> Batch:
         indices = np.arange(size * setting.devices_per_worker)
-        return blocks.batch(indices, document_mask=resolved["dataset"].get("document_mask", False))
+        return blocks.batch(indices, document_mask=config.dataset.document_mask)
 
     size = world.on_main_rank(lambda: recorded_batch_size(resume_from, device=device_name(world.device)))
     if size is not None and asked.total % size == 0:
         split, why = asked.of(size), "as this run has had it so far"
     else:
-        moments = moment_bytes(instantiate(resolved["optimizer"]), engine.model)
+        moments = moment_bytes(config.optimizer, engine.model)
         split, why = choose(engine, rows, total=asked.total, sequence_length=length, moment_bytes=moments)
     notice(f"batch_size=auto: batch_size={split.batch_size} gradient_accumulation_steps={split.accumulation} ({why})")
     return split
 
 
 def build_saver(
-    resolved: dict[str, Any], store: CheckpointStore, world: DistributedContext, watchdog: Watchdog
+    config: RunConfig, store: CheckpointStore, world: DistributedContext, watchdog: Watchdog
 ) -> AsyncCheckpointWriter:
     from pretrain.checkpoint.writer import AsyncCheckpointWriter
 
-    timeout = instantiate(resolved["launch"]).timeout
+    timeout = config.launch.timeout
     return AsyncCheckpointWriter(
         store, world=world, background=store.policy.async_, timeout_seconds=timeout, alive=watchdog.heartbeat
     )
 
 
-def build_layers(resolved: dict[str, Any], engine: Engine) -> LayerStatistics:
+def build_layers(config: RunConfig, engine: Engine) -> LayerStatistics:
     from pretrain.telemetry.interval import Interval
     from pretrain.training.layer_statistics import LayerStatistics
 
-    return LayerStatistics(engine, Interval(instantiate(resolved["telemetry"]).layers_every))
+    return LayerStatistics(engine, Interval(config.telemetry.layers_every))
 
 
 def build_trainer(
-    resolved: dict[str, Any],
+    config: RunConfig,
     prepared: Prepared,
     folder: Path,
     store: CheckpointStore,
@@ -308,37 +304,37 @@ def build_trainer(
     from pretrain.checkpoint.rng import rng_state
     from pretrain.training.trainer import Trainer
 
-    steps = total_steps(resolved, prepared)
-    engine = build_engine(resolved, prepared, setting, world)
+    steps = total_steps(config, prepared)
+    engine = build_engine(config, prepared, setting, world)
     rng = rng_state()  # before anything is tried
-    split = build_split(resolved, prepared, engine, setting=setting, resume_from=resume_from)
+    split = build_split(config, prepared, engine, setting=setting, resume_from=resume_from)
     micro_batch = split.batch_size * setting.devices_per_worker
-    loader = build_loader(resolved, prepared, MicroBatching(micro_batch, split.accumulation), world)
-    evaluate_every, save_every = build_intervals(resolved, prepared, steps)
-    untouched = build_untouched(resolved, prepared, batch_size=split.batch_size)
+    loader = build_loader(config, prepared, MicroBatching(micro_batch, split.accumulation), world)
+    evaluate_every, save_every = build_intervals(config, prepared, steps)
+    untouched = build_untouched(config, prepared, batch_size=split.batch_size)
     uniform = prepared.model.uniform_loss()
-    facts = build_facts(resolved, engine, split=split, setting=setting, place=place) | {"uniform_loss": uniform}
+    facts = build_facts(config, engine, split=split, setting=setting, place=place) | {"uniform_loss": uniform}
     files = prepared.train.store.files
-    heard = build_listeners(resolved, folder, files, uniform_loss=uniform) if world.is_main else ([], list)
+    heard = build_listeners(config, folder, files, uniform_loss=uniform) if world.is_main else ([], list)
     return Trainer(
         world=world,
         engine=engine,
         loader=loader,
-        guard=build_guard(resolved, prepared, engine, loader, folder),
-        schedule=build_schedule(resolved, steps),
+        guard=build_guard(config, prepared, engine, loader, folder),
+        schedule=build_schedule(config, steps),
         untouched=untouched,
-        sampler=build_sampler(resolved, prepared, engine, untouched.evaluator),
-        saver=build_saver(resolved, store, world, watchdog),
+        sampler=build_sampler(config, prepared, engine, untouched.evaluator),
+        saver=build_saver(config, store, world, watchdog),
         interrupt=interrupt,
         identity=prepared.identity,
         rng=rng,
         total_steps=steps,
         micro_batch=micro_batch,
-        grad_clip=resolved["grad_clip"],
+        grad_clip=config.grad_clip,
         evaluate_every=evaluate_every,
         save_every=save_every,
-        exporter=build_exporter(resolved, prepared, engine, folder, facts=facts, steps=steps),
-        layers=build_layers(resolved, engine),
+        exporter=build_exporter(config, prepared, engine, folder, facts=facts, steps=steps),
+        layers=build_layers(config, engine),
         resume_from=resume_from,
         facts=facts,
         listeners=heard[0],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.schema import read_state
 from pretrain.run.leftovers import LATER, read_config, with_later_keys
@@ -30,22 +30,26 @@ FREE = {  # may differ in a run that is over; of the batch only its product coun
 
 PLACES = ("model_name", "name_or_path", "tokenizer_name", "revision", "nameOrPath")  # where content lies
 
+if TYPE_CHECKING:
+    from pretrain.config.schema import RunConfig
+
 
 def check_same_run(
-    checkpoint: Path, identity: dict[str, Any], resolved: dict[str, Any], *, model_config: dict[str, Any], files: str
+    checkpoint: Path, identity: dict[str, Any], config: RunConfig, *, model_config: dict[str, Any], files: str
 ) -> None:
     """Raises ``UserError`` listing old and new values when ``checkpoint`` is of a run with another model, tokenizer,
     data, sequence length, global batch or seed; such a run can't be continued exactly. ``model_config``: the model's
     config.json of now; ``files``: which ones of the data are others now."""
     before = read_state(checkpoint)["identity"]
-    changed = [p for p in FIXED if before.get(p) != identity[p] and p not in resolved["resume_allow"]]
+    changed = [p for p in FIXED if before.get(p) != identity[p] and p not in config.resume_allow]
     if not changed:
         return
     earlier = read_config(checkpoint)
-    old = with_later_keys(earlier, resolved)
+    new = config.plain
+    old = with_later_keys(earlier, new)
     reasons = []
     for part in changed:
-        keys = [d for d in differences(old, resolved) if d.split(".")[0].split(":")[0] in FIXED[part]]
+        keys = [d for d in differences(old, new) if d.split(".")[0].split(":")[0] in FIXED[part]]
         why = " (the files changed since the run began)" if part in ("model", "tokenizer", "data") else ""
         if part == "data" and files:
             keys.append(f"the data is not what the run began with: {files}")
@@ -81,25 +85,25 @@ def _allowing(changed: list[str]) -> str:
     return f"; or continue, no longer exactly, with resume_allow=[{','.join(changed)}]"
 
 
-def check_finished_run(old: dict[Any, Any], resolved: dict[str, Any]) -> None:
+def check_finished_run(old: dict[Any, Any], config: RunConfig) -> None:
     """Raises ``UserError`` when the finished run of the config ``old`` was made with other settings than these."""
-    if changed := changed_settings(old, resolved, same_content=True):
+    if changed := changed_settings(old, config.plain, same_content=True):
         raise UserError(
-            f"output_dir={resolved['output_dir']} holds a finished run with other settings: {'; '.join(changed)}. "
+            f"output_dir={config.output_dir} holds a finished run with other settings: {'; '.join(changed)}. "
             "Choose another output_dir, or resume=never to start over"
         )
 
 
-def changed_settings(old: dict[Any, Any], resolved: dict[str, Any], *, same_content: bool = False) -> list[str]:
+def changed_settings(old: dict[Any, Any], new: dict[str, Any], *, same_content: bool = False) -> list[str]:
     """The settings of a run that are others now, but for those that may differ in one that is over. Where the model and the
     data lie is none of them: ``same_content``, if it is known to be the same, wherever it lies; else of the same place."""
 
-    old = with_later_keys(old, resolved)
+    old = with_later_keys(old, new)
 
     def without_places(config: dict[Any, Any]) -> dict[Any, Any]:
         return {key: _at_its_place(key, value, same_content) for key, value in config.items() if key not in FREE}
 
-    return differences(without_places(old), without_places(resolved))
+    return differences(without_places(old), without_places(new))
 
 
 def _at_its_place(key: Any, value: Any, same_content: bool) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
@@ -15,7 +15,6 @@ from pretrain.checkpoint.schema import read_state, validation_error
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.data.changed_files import Files, differing, recall, remember
 from pretrain.distributed.rank_info import RankInfo
-from pretrain.optim.learning_rate import with_lr
 from pretrain.run.fingerprint import changed_settings, check_finished_run, check_same_run
 from pretrain.run.leftovers import (
     RESULTS,
@@ -45,6 +44,9 @@ OWN_NAMES = (".lock", RUN_ID, ".hydra", "logs", "logs/*", "tensorboard", "wandb"
 DATA = "data.json"  # the files of the training data, as the run has read them
 PATIENCE_SECONDS = 1.0  # the workers of a killed command need a moment to notice
 
+if TYPE_CHECKING:
+    from pretrain.config.schema import RunConfig
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -53,9 +55,9 @@ class RunFolder:
     path: Path
     lock: Lock
 
-    def write_config(self, resolved: dict[str, Any], overrides: list[str]) -> str:
+    def write_config(self, config: RunConfig, overrides: list[str]) -> str:
         """Write config.yaml and .hydra/overrides.yaml; return the former's text. Raises ``UserError``: a full disk."""
-        text = OmegaConf.to_yaml(OmegaConf.create(resolved))
+        text = OmegaConf.to_yaml(OmegaConf.create(config.plain))
         with _writing(self.path):
             if not (self.path / RUN_ID).exists():  # of a task without workers, but what follows is ours all the same
                 replace_file(self.path / RUN_ID, "")
@@ -76,7 +78,7 @@ class Start:
 
 
 def begin(
-    resolved: dict[str, Any],
+    config: RunConfig,
     overrides: list[str],
     identity: dict[str, Any],
     steps: int,
@@ -94,36 +96,36 @@ def begin(
     Raises ``UserError`` when the folder can't be had, or holds a run that this one can't continue. After a restart of
     the workers ``resume=never`` and a named checkpoint have done their work: the run's own newest checkpoint counts.
     """
-    again = place.restarts > 0 and claimed_by(Path(resolved["output_dir"])) == place.run_id
-    folder = claim(resolved["output_dir"], start_over=resolved["resume"] == "never" and not again)
+    again = place.restarts > 0 and claimed_by(Path(config.output_dir)) == place.run_id
+    folder = claim(config.output_dir, start_over=config.resume == "never" and not again)
     claims.callback(folder.lock.release)
     check_task(folder.path, "pretraining")
-    mode = "auto" if again and resolved["resume"] == "never" else resolved["resume"]
+    mode = "auto" if again and config.resume == "never" else config.resume
     continues = mode in ("auto", "never") or _continues(folder, mode)
     resume_from = resume_point(folder, store, mode)
-    asked, resolved = resolved["lr"], with_lr(resolved, chosen_lr(resolved, resume_from, lr_by_size))
+    asked, config = config.lr, config.with_lr(chosen_lr(config, resume_from, lr_by_size))
     if resume_from is not None:
         changed_files = differing(recall(folder.path / DATA), files)
-        check_same_run(resume_from, identity, resolved, model_config=model_config, files=changed_files)
-        check_not_beyond(resume_from, resolved, steps)
-        if finished(folder.path, resume_from, resolved, steps):
+        check_same_run(resume_from, identity, config, model_config=model_config, files=changed_files)
+        check_not_beyond(resume_from, config, steps)
+        if finished(folder.path, resume_from, config, steps):
             return None
-    elif not _may_begin(folder.path, resolved, steps):
+    elif not _may_begin(folder.path, config, steps):
         return None
     aside = not continues and not _is_inside(resume_from, folder.path) and bool(found_in(folder.path))
-    if aside or (resume_from is None and is_left_behind(folder.path, resolved)):
+    if aside or (resume_from is None and is_left_behind(folder.path, config)):
         folder = start_over(folder)
         claims.callback(folder.lock.release)
     elif resume_from is not None:
         own = resume_from.resolve().parent == store.folder.resolve()
         store.archive_after(step_of(resume_from) if own else -1)  # from elsewhere: all here is another branch
     if resume_from is not None:
-        say_lr_change(resume_from, resolved, steps)
-    say_lr(asked, resolved["lr"], continued=resume_from is not None)
+        say_lr_change(resume_from, config, steps)
+    say_lr(asked, float(config.lr), continued=resume_from is not None)
     with _writing(folder.path):
         replace_file(folder.path / RUN_ID, place.run_id)
         remember(folder.path / DATA, files)
-    return Start(resume_from, folder.write_config(resolved, overrides), resolved["lr"])
+    return Start(resume_from, folder.write_config(config, overrides), float(config.lr))
 
 
 def check_task(folder: Path, task: str) -> None:
@@ -134,15 +136,15 @@ def check_task(folder: Path, task: str) -> None:
         raise UserError(f"output_dir={folder} holds {kind}; choose another output_dir for the {task}")
 
 
-def finished(folder: Path, resume_from: Path, resolved: dict[str, Any], steps: int) -> bool:
+def finished(folder: Path, resume_from: Path, config: RunConfig, steps: int) -> bool:
     """Whether the run in ``folder`` is over and nothing is left to do; then it is said.
 
     Raises ``UserError`` when it is, but of other settings.
     """
     facts = read_run_file(folder)
-    if step_of(resume_from) < steps or facts.get("status") != "finished" or not _end_is_told(folder, resolved):
+    if step_of(resume_from) < steps or facts.get("status") != "finished" or not _end_is_told(folder, config):
         return False
-    check_finished_run(read_config(resume_from), resolved)  # of the same content, or it would have been refused
+    check_finished_run(read_config(resume_from), config)  # of the same content, or it would have been refused
     say_finished(folder, facts)
     return True
 
@@ -155,17 +157,17 @@ def say_finished(folder: Path, facts: dict[str, Any]) -> None:
     notice("to train longer raise max_steps or number_epochs; to start over add resume=never")
 
 
-def _may_begin(folder: Path, resolved: dict[str, Any], steps: int) -> bool:
+def _may_begin(folder: Path, config: RunConfig, steps: int) -> bool:
     """Whether a run may begin at step 0 in a folder without a checkpoint to continue from; False: it holds this very run,
     finished.
 
     Raises ``UserError`` where it holds another run that has come to a checkpoint: to train over it would lose it.
     """
-    if resolved["resume"] == "never" or not has_saved(folder):
+    if config.resume == "never" or not has_saved(folder):
         return True
     facts = read_run_file(folder)
     changed = (
-        changed_settings(read_config(folder), resolved)
+        changed_settings(read_config(folder), config.plain)
         if (folder / "config.yaml").exists()
         else ["config.yaml is missing"]
     )
@@ -180,12 +182,12 @@ def _may_begin(folder: Path, resolved: dict[str, Any], steps: int) -> bool:
     return True
 
 
-def is_left_behind(folder: Path, resolved: dict[str, Any]) -> bool:
+def is_left_behind(folder: Path, config: RunConfig) -> bool:
     """Whether what lies in a folder without a checkpoint to continue from must be kept aside: all but the records of this
     very run up to a kill before its first checkpoint, which are about to be made again."""
     if has_saved(folder):
         return True
-    same = (folder / "config.yaml").exists() and not changed_settings(read_config(folder), resolved)
+    same = (folder / "config.yaml").exists() and not changed_settings(read_config(folder), config.plain)
     return has_trained(folder) and not same
 
 
@@ -193,10 +195,10 @@ def _is_inside(path: Path | None, folder: Path) -> bool:
     return path is not None and folder.resolve() in path.resolve().parents
 
 
-def _end_is_told(run: Path, resolved: dict[str, Any]) -> bool:
+def _end_is_told(run: Path, config: RunConfig) -> bool:
     """Whether metrics.jsonl has the record of a finished run's end: a crash or a full disk may have kept it out."""
     told = any(record.get("status") == "finished" for record in tail(run / "metrics.jsonl"))
-    return told or "jsonl" not in resolved["sink"]
+    return told or "jsonl" not in config.plain["sink"]
 
 
 def claimed_by(path: Path) -> str | None:
@@ -315,13 +317,13 @@ def recorded_batch_size(checkpoint: Path | None, *, device: str) -> int | None:
     return facts.get("batch_size") if facts.get("device") == device else None
 
 
-def check_not_beyond(checkpoint: Path, resolved: dict[str, Any], steps: int) -> None:
+def check_not_beyond(checkpoint: Path, config: RunConfig, steps: int) -> None:
     """Raises ``UserError`` when ``checkpoint`` was made at a later step than the last one of this run, ``steps``."""
     reached = step_of(checkpoint)
     if reached > steps:
-        key = "max_steps" if resolved["max_steps"] else "number_epochs"
-        came = "" if resolved["max_steps"] else f" ({steps} steps)"
+        key = "max_steps" if config.max_steps else "number_epochs"
+        came = "" if config.max_steps else f" ({steps} steps)"
         raise UserError(
-            f"{key}={resolved[key]}{came}: {checkpoint} is at step {reached} already. Choose at least {reached} steps, an "
+            f"{key}={getattr(config, key)}{came}: {checkpoint} is at step {reached} already. Choose at least {reached} steps, an "
             "earlier checkpoint (resume=<run>/checkpoints/step-…), another output_dir, or resume=never to start over"
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pretrain.config.trust import with_moved_targets
 from pretrain.config.yaml_file import read_yaml
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.filesystem import move
@@ -131,7 +132,8 @@ def read_config(folder: Path) -> dict[Any, Any]:
     config = read_yaml(file)
     if not isinstance(config, dict):
         raise UserError(f"{file} can't be read: not a mapping of keys to values")
-    return config
+    moved: dict[Any, Any] = with_moved_targets(config)
+    return moved
 
 
 def with_later_keys(old: dict[Any, Any], new: dict[str, Any]) -> dict[Any, Any]:

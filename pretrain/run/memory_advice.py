@@ -6,20 +6,21 @@ It is the user's to change, so it ends the run as a mistake does: one line, exit
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+    from pretrain.config.schema import RunConfig
     from pretrain.runtime.out_of_memory import OutOfMemory
     from pretrain.training.micro_batching import MicroBatching
 
 
 def explained(
     failure: OutOfMemory,
-    resolved: dict[str, Any],
+    config: RunConfig,
     *,
     split: MicroBatching,
     memory_saving_overrides: list[str],
@@ -30,8 +31,8 @@ def explained(
 
     ``split``: how the step was divided; ``memory_saving_overrides``: what the strategy has to offer; ``step``: steps done so far.
     """
-    length = f"sequence_length={resolved['sequence_length']}"
-    scored = resolved["evaluation"]["batch_size"]
+    length = f"sequence_length={config.sequence_length}"
+    scored = config.evaluation.batch_size
     scored = split.batch_size if scored == "auto" else scored
     where = {
         "setup": "while the model was being built",
@@ -40,7 +41,7 @@ def explained(
         "run": f"after step {step}",
     }[failure.doing]
     ways = {"step": smaller_step(split), "evaluation": smaller_evaluation(scored)}.get(failure.doing, [])
-    more = [*(other_ways(resolved, device) if failure.doing in ("step", "run") else ()), *memory_saving_overrides]
+    more = [*(other_ways(config, device) if failure.doing in ("step", "run") else ()), *memory_saving_overrides]
     if failure.doing == "step" and split.batch_size == 1:
         more.append("a shorter sequence_length (another run)")
     if more:
@@ -65,11 +66,11 @@ def smaller_evaluation(scored: int) -> list[str]:
     return [f"evaluation.batch_size={scored // 2} gives the same scores"] if scored > 1 else []
 
 
-def other_ways(resolved: dict[str, Any], device: torch.device) -> list[str]:
+def other_ways(config: RunConfig, device: torch.device) -> list[str]:
     """What of the model and the precision would take less and is not yet so."""
     ways = []
-    if not resolved["model"].get("gradient_checkpointing", True):
+    if not getattr(config.model, "gradient_checkpointing", True):
         ways.append("model.gradient_checkpointing=true")
-    if device.type == "cuda" and resolved["precision"].get("compute") == "float32":
+    if device.type == "cuda" and config.precision.compute == "float32":
         ways.append("precision=bf16-mixed")
     return ways

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from pretrain.config.schema import RunConfig
     from pretrain.distributed.context import DistributedContext
     from pretrain.strategy.engine import Engine, InferenceEngine
 
@@ -19,16 +20,16 @@ LIBRARIES = ("pretrain", "torch", "transformers", "tokenizers", "datasets", "hyd
 
 
 def run_facts(
-    resolved: dict[str, Any], world: DistributedContext, scorer: InferenceEngine, *, restarts: int = 0
+    config: RunConfig, world: DistributedContext, scorer: InferenceEngine, *, restarts: int = 0
 ) -> dict[str, Any]:
     """Plain values for run.json and the ``run_started`` record."""
     import torch
 
     return {
-        "name": resolved["name"],
-        "model": resolved["model_name"],
+        "name": config.name,
+        "model": config.model_name,
         "parameters": scorer.num_parameters,
-        "strategy": resolved["strategy"]["_target_"].rpartition(".")[2].lower(),
+        "strategy": config.strategy.name,
         "precision": scorer.precision.name,
         "world_size": world.size,
         "launch_restarts": restarts,
@@ -40,14 +41,14 @@ def run_facts(
     }
 
 
-def speed_facts(resolved: dict[str, Any], engine: Engine, *, devices: int, peak: float | None) -> dict[str, Any]:
+def speed_facts(config: RunConfig, engine: Engine, *, devices: int, peak: float | None) -> dict[str, Any]:
     """What rates are worked out from. ``devices``: of all processes; ``peak``: FLOP/s of one, where the user says so."""
     from pretrain.models.flops import flops_per_token
     from pretrain.telemetry.peaks import peak_flops
 
     known = peak_flops(device_name(engine.world.device), engine.precision.products) if peak is None else peak
-    shape = {"sequence_length": resolved["sequence_length"], "devices": devices, "peak_flops": known}
-    return shape | flops_per_token(engine.model.hf, resolved["sequence_length"]).facts()
+    shape = {"sequence_length": config.sequence_length, "devices": devices, "peak_flops": known}
+    return shape | flops_per_token(engine.model.hf, config.sequence_length).facts()
 
 
 def device_name(device: torch.device) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.config import Verify
 from pretrain.checkpoint.schema import read_state, validation_error
@@ -13,6 +13,9 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.models.hub.files import model_folder
 from pretrain.run.leftovers import read_config
 from pretrain.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from pretrain.config.schema import RunConfig
 
 
 @dataclass(frozen=True)
@@ -38,40 +41,40 @@ class Remains:
         return replace(spec, **own)
 
 
-def remains_of(resolved: dict[str, Any]) -> Remains | None:
-    """What is left of the run that ``resolved`` continues, if the model that it names is the one that the run was last
+def remains_of(config: RunConfig) -> Remains | None:
+    """What is left of the run that ``config`` continues, if the model that it names is the one that the run was last
     continued with; ``None``: nothing is left.
 
     Raises ``UserError`` where it names another model, which is not there.
     """
-    checkpoint = _checkpoint(resolved)
+    checkpoint = _checkpoint(config)
     if checkpoint is None:
         return None
     try:
         before, state = read_config(checkpoint), read_state(checkpoint)
     except UserError:
         return None
-    if not all(_same_place(before.get("model", {}).get(key), resolved["model"].get(key)) for key in NAMES):
-        name, known = resolved["model_name"], before.get("model_name")
+    if not all(_same_place(before.get("model", {}).get(key), getattr(config.model, key, None)) for key in NAMES):
+        name, known = config.model_name, before.get("model_name")
         if name != known and not _is_there(name, "model_name"):
             raise UserError(
                 f"model_name={name}: no such folder or model; {checkpoint} was trained with model_name={known}: "
                 "with this name the run continues, even where that folder is gone"
             )
         return None
-    return Remains(checkpoint, state["identity"]["model"], resolved["model_name"])
+    return Remains(checkpoint, state["identity"]["model"], config.model_name)
 
 
 NAMES = ("name_or_path", "tokenizer_name", "revision")
 
 
-def _checkpoint(resolved: dict[str, Any]) -> Path | None:
+def _checkpoint(config: RunConfig) -> Path | None:
     """The newest checkpoint that can be loaded, as `run_folder.resume_point` is going to find it."""
-    mode = resolved["resume"]
-    if resolved["task"] != "pretraining" or mode == "never":
+    mode = config.resume
+    if config.task != "pretraining" or mode == "never":
         return None
-    verify: Verify = resolved["checkpoint"].get("verify", "size")
-    for run in (Path(resolved["output_dir"]), *([Path(mode)] if mode != "auto" else [])):
+    verify: Verify = config.checkpoint.verify
+    for run in (Path(config.output_dir), *([Path(mode)] if mode != "auto" else [])):
         store = CheckpointStore(run / "checkpoints")
         for step in reversed(store.steps()):
             if validation_error(store.path(step), verify=verify) is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.store import read_state
 from pretrain.optim.learning_rate import AUTO, change, stable_until
@@ -12,23 +12,26 @@ from pretrain.run.leftovers import read_config, run_of
 from pretrain.runtime.console import notice
 from pretrain.telemetry.run_file import read_run_file
 
+if TYPE_CHECKING:
+    from pretrain.config.schema import RunConfig
 
-def chosen_lr(resolved: dict[str, Any], resume_from: Path | None, by_size: Callable[[], float]) -> float:
+
+def chosen_lr(config: RunConfig, resume_from: Path | None, by_size: Callable[[], float]) -> float:
     """The peak that the config gives, else that of the run that is continued, else that of the model's size."""
-    if resolved["lr"] != AUTO:
-        return float(resolved["lr"])
+    if config.lr != AUTO:
+        return float(config.lr)
     earlier = read_config(resume_from).get("lr") if resume_from is not None else None
     return float(earlier) if isinstance(earlier, int | float) and earlier > 0 else by_size()
 
 
-def say_lr_change(checkpoint: Path, resolved: dict[str, Any], steps: int) -> None:
+def say_lr_change(checkpoint: Path, config: RunConfig, steps: int) -> None:
     """Say where the learning rate leaves its curve because the run has another length, peak or schedule than before."""
     old, run = read_config(checkpoint), run_of(checkpoint)
     step = int(read_state(checkpoint)["progress"]["step"])
     planned = read_run_file(run).get("total_steps")
     if not isinstance(planned, int) or planned < 1 or step < 1:
         return
-    found = change(old, planned, resolved, steps, step=step)
+    found = change(old, planned, config.plain, steps, step=step)
     if found is None:
         return
     better = ""

@@ -1,65 +1,56 @@
-"""What exists before the first process trains: the model's folder looked at, its tokenizer, and all text as tokens.
-
-`instantiate` makes every part of a run from its node of the resolved config, here and in `build.py`.
-"""
+"""What exists before the first process trains: the model's folder looked at, its tokenizer, and all text as tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from keyword import iskeyword
 from typing import TYPE_CHECKING, Any
 
 import xxhash
-from hydra.utils import instantiate as hydra_instantiate
 
 from pretrain.data.domains import base_domains, view_options
 from pretrain.runtime.errors import UserError
 from pretrain.training.micro_batching import MicroBatching
 
 if TYPE_CHECKING:
+    from pretrain.config.schema import RunConfig
     from pretrain.data.sources.base import Source
     from pretrain.data.store.token_store import TokenStore, TokenView
     from pretrain.models.tokenizer import Boundaries
     from pretrain.run.missing_model import Remains
 
 
-def instantiate(node: dict[str, Any]) -> Any:
-    """The object that ``node`` stands for. A key that is a word of Python (``async``) gets the underscore it has there."""
-    return hydra_instantiate({f"{k}_" if iskeyword(k) else k: v for k, v in node.items()}, _convert_="all")
-
-
-def model_spec(resolved: dict[str, Any]) -> Any:
+def model_spec(config: RunConfig) -> Any:
     """The model that the config names; a run's or a checkpoint's weights where it names one of these.
 
     Raises ``UserError`` for a checkpoint that is not whole.
     """
     from pretrain.checkpoint.weights import weights_folder
 
-    spec, verify = instantiate(resolved["model"]), instantiate(resolved["checkpoint"]).verify
+    spec, verify = config.model, config.checkpoint.verify
     folder = weights_folder(spec.name_or_path, key="model_name", verify=verify)
     tokenizer = spec.tokenizer_name and weights_folder(spec.tokenizer_name, key="model.tokenizer_name", verify=verify)
     return replace(spec, name_or_path=folder, tokenizer_name=tokenizer)
 
 
-def _checked_model(resolved: dict[str, Any]) -> tuple[Any, Remains | None]:
+def _checked_model(config: RunConfig) -> tuple[Any, Remains | None]:
     """The model that the config names, checked; where it is gone, that of the checkpoint from which the run continues.
 
     Raises ``UserError`` where neither can be used.
     """
     from pretrain.run.missing_model import remains_of
 
-    length = resolved["sequence_length"]
+    length = config.sequence_length
     try:
-        model = model_spec(resolved)
+        model = model_spec(config)
         model.check(length)
         return model, None
     except UserError:
-        found = remains_of(resolved)
+        found = remains_of(config)
         if found is None:
             raise
-    model = found.in_place_of(instantiate(resolved["model"]))
+    model = found.in_place_of(config.model)
     model.check(length)
     return model, found
 
@@ -82,7 +73,7 @@ class Prepared:
     base_gone: bool = False
 
 
-def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
+def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     """Check the model's folder, get its tokenizer, and tokenize whatever the cache does not hold yet. ``devices``: of
     all processes, each with ``batch_size`` sequences at a time.
 
@@ -92,8 +83,8 @@ def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
     from pretrain.data.tokenization.tokenize import training_texts
     from pretrain.models.tokenizer import boundaries
 
-    model, gone = _checked_model(resolved)
-    source = instantiate(resolved["dataset"])
+    model, gone = _checked_model(config)
+    source = config.dataset
     tokenizer = model.tokenizer(partial(training_texts, source))
     around = boundaries(tokenizer, bos=source.bos, separator=source.separator)
     tokenizer_json = tokenizer.backend_tokenizer.to_str()
@@ -104,23 +95,23 @@ def prepare(resolved: dict[str, Any], *, devices: int = 1) -> Prepared:
     store = encode(source, around)
     train, held_out = views(store, source)
     domains = [(source.domain, "new", held_out)] if held_out.num_tokens > 1 else []
-    configured = instantiate(resolved["evaluation"]).domains
+    configured = config.evaluation.domains
     bases = base_domains(source, configured)
     for name, base in bases.items():
         tokenized = encode(base, of_domain(base, tokenizer, around))
         domains.append((name, "base", _held_out(name, base, tokenized)))
-    global_batch = MicroBatching.asked(resolved).total * devices
+    global_batch = MicroBatching.asked(config).total * devices
     identity = {
         "model": gone.identity if gone else model.identity(),
         "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json.encode()),
         "data": xxhash.xxh3_64_hexdigest(
             repr([[part.path.name for part in store.parts], view_options(source), source.document_mask]).encode()
         ),
-        "sequence_length": resolved["sequence_length"],
+        "sequence_length": config.sequence_length,
         "global_batch": global_batch,
-        "seed": resolved["seed"],
-        "weights": instantiate(resolved["precision"]).weights,
-        "optimizer": [resolved["optimizer"].get(key) for key in ("_target_", "compensate")],
+        "seed": config.seed,
+        "weights": config.precision.weights,
+        "optimizer": config.optimizer_identity,
     }
     notices = ([gone.notice] if gone else []) + _not_scored(source, held_out, len(configured) - len(bases))
     return Prepared(
@@ -166,13 +157,13 @@ def views(store: TokenStore, source: Source) -> tuple[TokenView, TokenView]:
     return store.views(**view_options(source))
 
 
-def total_steps(resolved: dict[str, Any], prepared: Prepared) -> int:
+def total_steps(config: RunConfig, prepared: Prepared) -> int:
     """``max_steps``, or as many whole global batches as ``number_epochs`` passes over the training tokens hold.
 
     Raises ``UserError`` when the text does not fill one global batch.
     """
     from pretrain.data.loader import check_enough
 
-    sequences = (prepared.train.num_tokens - 1) // resolved["sequence_length"]
-    check_enough(prepared.train, sequence_length=resolved["sequence_length"], global_batch=prepared.global_batch)
-    return resolved["max_steps"] or max(1, int(sequences * resolved["number_epochs"] / prepared.global_batch))
+    sequences = (prepared.train.num_tokens - 1) // config.sequence_length
+    check_enough(prepared.train, sequence_length=config.sequence_length, global_batch=prepared.global_batch)
+    return config.max_steps or max(1, int(sequences * config.number_epochs / prepared.global_batch))

@@ -1,4 +1,4 @@
-"""What `task=` names. Each task takes the resolved config and returns the exit code."""
+"""What `task=` names. Each task takes the config config and returns the exit code."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.distributed.context import leave
 from pretrain.distributed.rank_info import RankInfo
-from pretrain.optim.learning_rate import peak_lr, with_lr
+from pretrain.optim.learning_rate import peak_lr
 from pretrain.run import build
 from pretrain.run.folder import begin, check_task, claim, start_over
 from pretrain.run.leftovers import found_in, keep_aside
 from pretrain.run.memory_advice import explained
-from pretrain.run.prepare import Prepared, instantiate, model_spec, prepare, total_steps
+from pretrain.run.prepare import Prepared, model_spec, prepare, total_steps
 from pretrain.runtime import garbage_collector as collector
 from pretrain.runtime.console import log_error, log_to, mute, notice, quietly
 from pretrain.runtime.errors import UserError
@@ -33,13 +33,14 @@ from pretrain.telemetry.run_file import mark_failed
 from pretrain.training.micro_batching import MicroBatching
 
 if TYPE_CHECKING:
+    from pretrain.config.schema import RunConfig
     from pretrain.distributed.context import DistributedContext
     from pretrain.strategy.base import Setting
     from pretrain.training.trainer import Trainer
 
 
 def pretraining(
-    resolved: dict[str, Any],
+    config: RunConfig,
     overrides: list[str],
     interrupt: Interrupt,
     setting: Setting,
@@ -48,14 +49,14 @@ def pretraining(
 ) -> int:
     """Continue the run in output_dir, or start it, as one of its processes. ``on_hang(place, how_long)`` hears where
     a process that is about to be ended stands still; by default the person at the terminal does."""
-    prepared, steps, world = meet(resolved, interrupt, setting, place)
-    folder = Path(resolved["output_dir"])
-    store = CheckpointStore(folder / "checkpoints", instantiate(resolved["checkpoint"]))
+    prepared, steps, world = meet(config, interrupt, setting, place)
+    folder = Path(config.output_dir)
+    store = CheckpointStore(folder / "checkpoints", config.checkpoint)
     store.policy.check({name: role for name, role, _ in prepared.domains})
     with ExitStack() as claims:
         start = world.on_main_rank(
             lambda: begin(
-                *(resolved, overrides, prepared.identity, steps),
+                *(config, overrides, prepared.identity, steps),
                 model_config=prepared.model.config(),
                 lr_by_size=lambda: peak_lr(prepared.model.num_parameters()),
                 files=prepared.train.store.files,
@@ -67,11 +68,11 @@ def pretraining(
         if start is None:
             leave()
             return 0
-        resolved = with_lr(resolved, start.lr)
-        watchdog = guarded_by(resolved, folder / "logs" / f"rank-{place.rank}.log", on_hang, claims)
-        with memory_explained(resolved, world, setting):
+        config = config.with_lr(start.lr)
+        watchdog = guarded_by(config, folder / "logs" / f"rank-{place.rank}.log", on_hang, claims)
+        with memory_explained(config, world, setting):
             trainer = build.build_trainer(
-                resolved,
+                config,
                 prepared,
                 folder,
                 replace(store, files={"config.yaml": start.config_yaml.encode()}),
@@ -84,33 +85,31 @@ def pretraining(
             )
         interrupt.defer_signals = True
         collector.as_usual()
-        with memory_explained(resolved, world, setting, trainer):
+        with memory_explained(config, world, setting, trainer):
             run_logged(trainer)
     leave()
     return 0 if trainer.complete else EXIT_CODE
 
 
 def meet(
-    resolved: dict[str, Any], interrupt: Interrupt, setting: Setting, place: RankInfo
+    config: RunConfig, interrupt: Interrupt, setting: Setting, place: RankInfo
 ) -> tuple[Prepared, int, DistributedContext]:
     """Prepare the data, alone, and only then meet the other ranks; all have found the same. The data, and the run's steps."""
     if place.rank > 0:
         mute()
     with quietly() if place.prepared else nullcontext():
-        prepared = prepare(resolved, devices=setting.devices)
-    steps = total_steps(resolved, prepared)
+        prepared = prepare(config, devices=setting.devices)
+    steps = total_steps(config, prepared)
     interrupt.defer_signals = place.size > 1  # from here on the others would wait for a process that leaves
-    world = build.build_world(resolved, place, group=instantiate(resolved["strategy"]).needs_group)
-    check_ranks_agree(world, setting, {"configuration": resolved, "steps": steps} | prepared.identity)
+    world = build.build_world(config, place, group=config.strategy.needs_group)
+    check_ranks_agree(world, setting, {"configuration": config.plain, "steps": steps} | prepared.identity)
     return prepared, steps, world
 
 
-def guarded_by(
-    resolved: dict[str, Any], log: Path, on_hang: Callable[[str, str], None] | None, claims: ExitStack
-) -> Watchdog:
+def guarded_by(config: RunConfig, log: Path, on_hang: Callable[[str, str], None] | None, claims: ExitStack) -> Watchdog:
     """A watchdog that is at work until ``claims`` ends; it writes into ``log``, as from now on everything does."""
     log_to(log)
-    watchdog, policy = Watchdog(), instantiate(resolved["launch"])
+    watchdog, policy = Watchdog(), config.launch
     tell = on_hang or partial(say_hung, log)
     claims.enter_context(watchdog.guarding(policy.timeout, policy.patience, log=log, tell=tell))
     return watchdog
@@ -143,7 +142,7 @@ def check_ranks_agree(world: DistributedContext, setting: Setting, facts: dict[s
 
 @contextmanager
 def memory_explained(
-    resolved: dict[str, Any], world: DistributedContext, setting: Setting | None = None, trainer: Trainer | None = None
+    config: RunConfig, world: DistributedContext, setting: Setting | None = None, trainer: Trainer | None = None
 ) -> Iterator[None]:
     """Memory that runs out inside becomes a ``UserError`` that says what would fit. ``setting``: of a run that trains;
     ``trainer``: as soon as there is one."""
@@ -153,11 +152,9 @@ def memory_explained(
     except OutOfMemory as failure:
         raise explained(
             failure,
-            resolved,
-            split=MicroBatching.asked(resolved if trainer is None else trainer.facts),
-            memory_saving_overrides=instantiate(resolved["strategy"]).memory_saving_overrides(setting)
-            if setting is not None
-            else [],
+            config,
+            split=MicroBatching.asked(config) if trainer is None else MicroBatching.recorded(trainer.facts),
+            memory_saving_overrides=config.strategy.memory_saving_overrides(setting) if setting is not None else [],
             device=world.device,
             step=0 if trainer is None else trainer.progress.step,
         ) from failure
@@ -176,9 +173,9 @@ def run_logged(trainer: Trainer) -> None:
         trainer.saver.close()
 
 
-def tokenization(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
+def tokenization(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     """Fill the token cache and say what is in it."""
-    prepared = prepare(resolved)
+    prepared = prepare(config)
     rows = [("training", prepared.train)] + [
         (f"held out, {name} ({role})", view) for name, role, view in prepared.domains
     ]
@@ -188,28 +185,28 @@ def tokenization(resolved: dict[str, Any], overrides: list[str], interrupt: Inte
     return 0
 
 
-def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
+def evaluation(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     """Score the model on the held-out documents of every configured domain."""
     from pretrain.run.metadata import run_facts
     from pretrain.telemetry.events import Evaluated, Event, RunStarted, Sampled
 
-    prepared = prepare(resolved)
-    folder = claim(resolved["output_dir"])
+    prepared = prepare(config)
+    folder = claim(config.output_dir)
     check_task(folder.path, "evaluation")
     if found_in(folder.path):
         folder = start_over(folder)
-    folder.write_config(resolved, overrides)
-    world = build.build_world(resolved, RankInfo(), group=False)
-    with memory_explained(resolved, world):
-        scorer = build.build_scorer(resolved, prepared, world)
+    folder.write_config(config, overrides)
+    world = build.build_world(config, RankInfo(), group=False)
+    with memory_explained(config, world):
+        scorer = build.build_scorer(config, prepared, world)
     uniform = prepared.model.uniform_loss()
-    listeners, _ = build.build_listeners(resolved, folder.path, {}, uniform_loss=uniform)
-    with memory_explained(resolved, world), watched("evaluation"):
-        evaluator = build.build_evaluator(resolved, prepared)
-        sampler = build.build_sampler(resolved, prepared, scorer, evaluator)
+    listeners, _ = build.build_listeners(config, folder.path, {}, uniform_loss=uniform)
+    with memory_explained(config, world), watched("evaluation"):
+        evaluator = build.build_evaluator(config, prepared)
+        sampler = build.build_sampler(config, prepared, scorer, evaluator)
         scores, samples = evaluator.run(scorer, announce=True) or (), sampler.run(scorer) or ()
     events: list[Event] = [
-        RunStarted(0, 0, resumed=False, facts=run_facts(resolved, world, scorer) | {"uniform_loss": uniform}),
+        RunStarted(0, 0, resumed=False, facts=run_facts(config, world, scorer) | {"uniform_loss": uniform}),
         Evaluated(0, tuple(scores), 0.0),
         Sampled(0, tuple(samples), 0.0),
         RunFinished(0, "finished", 0),
@@ -220,21 +217,21 @@ def evaluation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     return 0
 
 
-def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
+def generation(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     """Print the model's continuation of each prompt; keep them in samples.jsonl."""
     from pretrain.models.generate import generate
     from pretrain.models.tokenizer import boundaries
 
-    asked = instantiate(resolved["generation"])
-    folder = claim(resolved["output_dir"], foreign=True).path
-    model = model_spec(resolved)
-    model.check(resolved["sequence_length"])
-    world = build.build_world(resolved, RankInfo(), group=False)
+    asked = config.generation
+    folder = claim(config.output_dir, foreign=True).path
+    model = model_spec(config)
+    model.check(config.sequence_length)
+    world = build.build_world(config, RankInfo(), group=False)
     tokenizer = model.tokenizer(None)
-    language_model = build.build_model_factory(resolved, model).build(world.device)
+    language_model = build.build_model_factory(config, model).build(world.device)
     prompts, data = (
         [prompt for prompt in asked.prompts for _ in range(asked.num_samples)],
-        instantiate(resolved["dataset"]),
+        config.dataset,
     )
     texts = generate(
         language_model,
@@ -244,7 +241,7 @@ def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
         max_new_tokens=asked.max_new_tokens,
         temperature=asked.temperature,
         top_p=asked.top_p,
-        seed=resolved["seed"],
+        seed=config.seed,
     )
     if (aside := keep_aside(folder / "samples.jsonl")) is not None:
         notice(f"the earlier samples are kept as {aside}")
@@ -255,21 +252,21 @@ def generation(resolved: dict[str, Any], overrides: list[str], interrupt: Interr
     return 0
 
 
-def export(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
+def export(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     """Write a checkpoint, or any other model, as a Hugging Face folder: output_dir/model."""
     from pretrain.training.exporter import export_folder
 
-    folder = claim(resolved["output_dir"], foreign=True).path
+    folder = claim(config.output_dir, foreign=True).path
     if found_in(folder, ("model",)):
         raise UserError(f"output_dir={folder} holds a model already; choose another output_dir for the export")
-    shard_size = instantiate(resolved["checkpoint"]).export_shard_size
-    path = export_folder(model_spec(resolved), folder / "model", shard_size=shard_size)
+    shard_size = config.checkpoint.export_shard_size
+    path = export_folder(model_spec(config), folder / "model", shard_size=shard_size)
     files = [f.stat().st_size for f in path.glob("*.safetensors")]
     print(f"model    {path} ({len(files)} weight file{'s' * (len(files) > 1)}, {sum(files):,} bytes)")
     return 0
 
 
-Task = Callable[[dict[str, Any], list[str], Interrupt], int]
+Task = Callable[[RunConfig, list[str], Interrupt], int]
 TASKS: dict[str, Task] = {  # of one process; pretraining, which may have several, is the launcher's
     "tokenization": tokenization,
     "evaluation": evaluation,

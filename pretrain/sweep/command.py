@@ -14,11 +14,11 @@ from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from pretrain.config.check import check_part, conf_dir
 from pretrain.config.hydra_configs import compose_config, composing
+from pretrain.config.schema import build_part
 from pretrain.config.trust import PARTS
 from pretrain.runtime.console import complain, notice
 from pretrain.runtime.errors import UserError
@@ -46,7 +46,7 @@ def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], sp
         plan.check(spoken)
         folder = Path(os.path.expanduser(config.sweep_dir or config.hydra.sweep.dir))
         check_part("sweep", OmegaConf.to_container(config.sweep, resolve=True), PARTS["sweep"], [])
-        policy: SweepConfig = instantiate(config.sweep)
+        policy: SweepConfig = build_part(dict(config.sweep))
         this = Sweep(
             folder=folder,
             keys=plan.keys,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pretrain.config.schema import RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,10 +17,15 @@ class MicroBatching:
     accumulation: int
 
     @classmethod
-    def asked(cls, resolved: dict[str, Any]) -> MicroBatching:
+    def asked(cls, config: RunConfig) -> MicroBatching:
         """What the config says; ``batch_size=auto`` stands for 1 until it is known how many fit at once."""
-        size = 1 if resolved["batch_size"] == "auto" else resolved["batch_size"]
-        return cls(size, resolved["gradient_accumulation_steps"])
+        size = 1 if config.batch_size == "auto" else config.batch_size
+        return cls(size, config.gradient_accumulation_steps)
+
+    @classmethod
+    def recorded(cls, facts: dict[str, Any]) -> MicroBatching:
+        """What `facts` has made of it for run.json."""
+        return cls(facts["batch_size"], facts["gradient_accumulation_steps"])
 
     @property
     def total(self) -> int:

@@ -328,16 +328,14 @@ def batches_of(base_arguments):
     from pretrain.run import build
     from tests.training.test_trainer import prepared_of
 
-    resolved, prepared = prepared_of(base_arguments)
-    length, view = resolved["sequence_length"], prepared.train
+    config, prepared = prepared_of(base_arguments)
+    length, view = config.sequence_length, prepared.train
     block_of = {tuple(view.read(i * length, (i + 1) * length)): i for i in range((view.num_tokens - 1) // length)}
     assert len(block_of) == (view.num_tokens - 1) // length, "a row must say which block it is"
 
     def read(size, *, steps=6):
         ranks = [DistributedContext(rank, size, torch.device("cpu")) for rank in range(size)]
-        iterators = [
-            iter(build.build_loader(resolved, prepared, MicroBatching(4 // size, 2), world)) for world in ranks
-        ]
+        iterators = [iter(build.build_loader(config, prepared, MicroBatching(4 // size, 2), world)) for world in ranks]
         seen = []
         for _ in range(steps):
             rows = torch.cat([next(iterator).input_ids for iterator in iterators])

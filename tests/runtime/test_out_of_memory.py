@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.config.compose import run_config
 from pretrain.run.memory_advice import explained
 from pretrain.runtime import memory
 from pretrain.runtime.out_of_memory import OutOfMemory, numbers, watched
@@ -115,15 +116,14 @@ CUDA = (  # as torch 2.9 says it
 )
 
 
-def resolved(**changes):
-    config = {"sequence_length": 2048, "evaluation": {"batch_size": "auto"}, "precision": {"compute": "float32"}}
-    return config | {"model": {"gradient_checkpointing": False}} | changes
+def config_of(*words):
+    return run_config(["sequence_length=2048", "precision=32-true", *words])
 
 
 def told(doing, size, accumulation, **more):
     given = {"memory_saving_overrides": [], "device": torch.device("cuda:0"), "step": 0} | more
     failure = OutOfMemory(doing, numbers(torch.OutOfMemoryError(CUDA)))
-    config = given.pop("config", resolved())
+    config = given.pop("config", None) or config_of()
     return str(explained(failure, config, split=MicroBatching(size, accumulation), **given))
 
 
@@ -136,7 +136,7 @@ def test_a_gpu():
 
 
 def test_one_sequence_can_not_be_halved():
-    said = told("step", 1, 4, step=7, config=resolved(model={"gradient_checkpointing": True}))
+    said = told("step", 1, 4, step=7, config=config_of("model.gradient_checkpointing=true"))
     assert said.startswith("out of memory at step 8 with batch_size=1")
     assert said.endswith(
         "; less is needed with precision=bf16-mixed, a shorter sequence_length (another run); the run goes on from its "

@@ -26,15 +26,11 @@ def view_of(base_arguments):
 
 
 def prepared_of(base_arguments):
-    """The resolved configuration of `base_arguments`, and its data as the run itself prepares it."""
-    import hydra
+    """The config of `base_arguments`, and its data as the run itself prepares it."""
+    from pretrain.config.compose import run_config
 
-    from pretrain.config.check import conf_dir
-    from pretrain.config.compose import forced, resolve
-
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        resolved = resolve(hydra.compose("config", overrides=[forced(a) for a in base_arguments]))
-    return resolved, prepare(resolved)
+    config = run_config(base_arguments)
+    return config, prepare(config)
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
