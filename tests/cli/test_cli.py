@@ -255,11 +255,12 @@ def test_answers_without_torch(flags):
 def test_help_names_every_group_and_key(command):
     from dataclasses import fields
 
-    from pretrain.config.check import GROUPS, Root
+    from pretrain.config.check import GROUPS
+    from pretrain.config.schema import RootKeys
 
     code, out, _ = command(["--help"])
     assert code == 0
-    for field in fields(Root):
+    for field in fields(RootKeys):
         assert f"  {field.name}: " in out
     for group in GROUPS:
         assert f"\n  {group} " in out

@@ -9,8 +9,8 @@ import pytest
 
 from pretrain.config.check import conf_dir
 from pretrain.config.compose import compose, resolve
+from pretrain.config.schema import build_part
 from pretrain.config.trust import PARTS, locate
-from pretrain.run.prepare import instantiate
 from pretrain.runtime.errors import UserError
 from tests.cli.test_cli import assert_mistake
 from tests.config.test_conf import NEEDS
@@ -119,7 +119,7 @@ def test_every_part_is_made_without_a_trace(group, tmp_path, monkeypatch):
         nodes = config["sink"].values() if group == "sink" else [config[group]]
         listening = True
         for node in nodes:
-            instantiate(node)
+            build_part(node)
         listening = False
     assert events == []
     assert list(tmp_path.iterdir()) == []

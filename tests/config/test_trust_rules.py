@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from pretrain.config.check import Root  # a name that is imported here, and so is not this module's own
+from pretrain.config.check import RootKeys  # a name that is imported here, and so is not this module's own
 from pretrain.config.trust import PARTS, SCHEDULES, check_said, locate, said, trusts
 from pretrain.optim.adamw import AdamW
 from pretrain.optim.base import OptimizerFactory
@@ -102,9 +102,9 @@ def test_what_is_trusted_by_name_or_by_package():
     assert locate("x", f"{HERE}.own_part", PARTS["optimizer"], trusted=[f"{HERE}.own_part"]) is own_part
     assert locate("x", f"{HERE}.own_part", PARTS["optimizer"], trusted=["other", HERE]) is own_part
     # a name given in full is meant, wherever it comes from; a package vouches for its own only
-    assert locate("x", f"{HERE}.Root", PARTS["sink"], trusted=[f"{HERE}.Root"]) is Root
+    assert locate("x", f"{HERE}.RootKeys", PARTS["sink"], trusted=[f"{HERE}.RootKeys"]) is RootKeys
     assert locate("x", f"{HERE}.Jsonl", PARTS["sink"], trusted=[f"{HERE}.Jsonl"]) is Jsonl
-    for name in ("Root", "bound"):
+    for name in ("RootKeys", "bound"):
         with pytest.raises(UserError) as refused:
             locate("a.b", f"{HERE}.{name}", PARTS["optimizer"], trusted=[HERE])
         assert str(refused.value) == refusal(f"{HERE}.{name}")
