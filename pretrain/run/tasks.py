@@ -266,8 +266,7 @@ def export(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int
     return 0
 
 
-Task = Callable[[RunConfig, list[str], Interrupt], int]
-TASKS: dict[str, Task] = {  # of one process; pretraining, which may have several, is the launcher's
+TASKS: dict[str, Callable[[RunConfig, list[str], Interrupt], int]] = {  # of one process; pretraining, which may have several, is the launcher's
     "tokenization": tokenization,
     "evaluation": evaluation,
     "generation": generation,
