@@ -266,7 +266,8 @@ def export(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int
     return 0
 
 
-TASKS: dict[str, Callable[[RunConfig, list[str], Interrupt], int]] = {  # of one process; pretraining, which may have several, is the launcher's
+# The tasks of one process. Pretraining may have several: the launcher starts it.
+TASKS: dict[str, Callable[[RunConfig, list[str], Interrupt], int]] = {
     "tokenization": tokenization,
     "evaluation": evaluation,
     "generation": generation,

@@ -122,6 +122,16 @@ class _Log(logging.FileHandler):
                 sys.stderr.flush()
 
 
+def end_log() -> None:
+    """Close the log of `log_to`; the logger passes records on again, as before."""
+    logger = logging.getLogger("pretrain")
+    logger.propagate = True
+    for handler in [h for h in logger.handlers if isinstance(h, _Log)]:
+        logger.removeHandler(handler)
+        with suppress(OSError):  # its disk may be full
+            handler.close()
+
+
 def log_to(file: Path) -> None:
     """Append what this process has said, and says from now on, to ``file``."""
     handler = _Log(file, encoding="utf-8")

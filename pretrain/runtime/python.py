@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]  # the folder of this package
 
 
 def module_command(module: str) -> list[str]:

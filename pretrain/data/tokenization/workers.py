@@ -16,11 +16,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import pretrain
 from pretrain.data.reading.units import FileRange, ReadOptions, WorkUnit
 from pretrain.data.tokenization.encode import Encoder, Outcome, Progress
 from pretrain.runtime.errors import UserError
-from pretrain.runtime.python import module_command
+from pretrain.runtime.python import PACKAGE, module_command
 from pretrain.runtime.signals import HEARING_SECONDS, signals_blocked
 
 
@@ -78,7 +77,7 @@ class _Worker:
     """The caller's end of one child process."""
 
     def __init__(self, encoder: Encoder) -> None:
-        root = str(Path(pretrain.__file__).parent.parent)
+        root = str(PACKAGE.parent)
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
