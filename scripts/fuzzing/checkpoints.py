@@ -207,7 +207,7 @@ class Runs(Kind):
             return self.edit_one(draw, file, place)
         raw = file.read_bytes()
         kind = draw.choice(["cut", "gone", "empty", "zeros at the end", "longer", "footer"])
-        changed = {"cut": raw[: draw.randrange(len(raw))], "empty": b"", "longer": raw + b"\x00" * 64}
+        changed = {"cut": raw[: draw.randrange(max(1, len(raw)))], "empty": b"", "longer": raw + b"\x00" * 64}
         at = len(raw) - draw.randrange(1, min(len(raw), 180))  # of the footer, which is JSON
         changed["footer"] = raw[:at] + bytes([raw[at] ^ 1 << draw.randrange(7)]) + raw[at + 1 :]
         changed["zeros at the end"] = raw[: -min(len(raw), 200)] + bytes(200)
