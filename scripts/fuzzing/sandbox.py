@@ -50,8 +50,8 @@ def warm_up() -> None:
     import pretrain.training.trainer  # noqa: F401
 
     for module in (
-        "data.workers",
-        "data.cut",
+        "data.tokenization.workers",
+        "data.reading.cut",
         "data.loader",
         "data.evaluation",
         "data.sources.local",
@@ -62,13 +62,19 @@ def warm_up() -> None:
         "optim.adamw",
         "optim.schedule",
         "strategy.single",
-        "exporter",
-        "models.card",
+        "training.exporter",
+        "models.hub.model_card",
         "models.meta",
-        "facts",
+        "run.metadata",
     ):
         __import__(f"pretrain.{module}")
-    for module in ("evaluation.perplexity", "checkpoint.saver", "models.flops", "telemetry.monitor", "guard.guard"):
+    for module in (
+        "evaluation.perplexity",
+        "checkpoint.writer",
+        "models.flops",
+        "telemetry.monitor",
+        "training.guard.guard",
+    ):
         __import__(f"pretrain.{module}")
     __import__("pyarrow.parquet")
 
