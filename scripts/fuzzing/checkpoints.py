@@ -203,11 +203,11 @@ class Runs(Kind):
     def edit_cache(self, draw: Random, base: Base, place: Path) -> str:
         """Any edit of its JSON; of tokens, which have no checksum of their own, what a disk does that lost its last writes."""
         file = draw.choice(self.editable(base, place))
-        if file.suffix != ".tokens" or not file.is_file():
+        raw = file.read_bytes() if file.is_file() else b""
+        if file.suffix != ".tokens" or len(raw) < 2:  # or an earlier edit has emptied it
             return self.edit_one(draw, file, place)
-        raw = file.read_bytes()
         kind = draw.choice(["cut", "gone", "empty", "zeros at the end", "longer", "footer"])
-        changed = {"cut": raw[: draw.randrange(max(1, len(raw)))], "empty": b"", "longer": raw + b"\x00" * 64}
+        changed = {"cut": raw[: draw.randrange(len(raw))], "empty": b"", "longer": raw + b"\x00" * 64}
         at = len(raw) - draw.randrange(1, min(len(raw), 180))  # of the footer, which is JSON
         changed["footer"] = raw[:at] + bytes([raw[at] ^ 1 << draw.randrange(7)]) + raw[at + 1 :]
         changed["zeros at the end"] = raw[: -min(len(raw), 200)] + bytes(200)
