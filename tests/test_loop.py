@@ -1,6 +1,6 @@
-"""The loop by itself: a real engine, loader, guard and store; what scores and exports only writes down when it is asked."""
+"""The loop of a run that nothing goes wrong in, or that a signal ends: what it does when, its numbers, its checkpoints."""
 
-import math
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,18 +11,10 @@ import torch
 from pretrain import trainer as trainer_module
 from pretrain.checkpoint.rng import seed_everything
 from pretrain.checkpoint.store import load
-from pretrain.events import (
-    DataSeen,
-    Evaluated,
-    RolledBack,
-    Sampled,
-    Saved,
-    StepDone,
-    StoodStill,
-)
-from pretrain.guard.policy import Policy as GuardPolicy
+from pretrain.events import DataSeen, Evaluated, Sampled, Saved, StepDone, StoodStill
+from pretrain.layers import LayerWatch
 from pretrain.progress import Every
-from tests.engines import ALONE, CPU, engine_of
+from tests.engines import ALONE, engine_of
 from tests.loops import IDENTITY, RECORD, loop_in
 
 
@@ -71,10 +63,13 @@ def test_what_happens_when(loop):
     assert (finished.status, finished.tokens, finished.model) == ("finished", 6 * 32, Path("model"))
     assert [e.for_ for e in events if isinstance(e, StoodStill)] == ["checkpoint"] * 3
     assert [e.step for e in events if isinstance(e, Sampled)] == [0, 3, 6]
-    assert [e.step for e in events if isinstance(e, DataSeen)] == [3, 6]
+    seen = {e.step: e.sources for e in events if isinstance(e, DataSeen)}
+    assert seen == {3: trainer.census.at(12), 6: trainer.census.at(24)}
+    assert sum(source.tokens for source in seen[6].values()) == 24 * 8
     assert all(0 <= e.seconds < 60 for e in events if isinstance(e, Evaluated | DataSeen | StoodStill))
     assert [call[1:] for call in scores.calls] == [(True, False), (False, False), (False, False)]
     assert [call[0] is None for call in scores.calls] == [True, False, False], "the first is the baseline"
+    assert [e.path for e in events if isinstance(e, Saved)] == [trainer.saver.store.path(s) for s in (2, 4, 6)]
     assert trainer.exporter.when == [("save", 2), ("save", 4), ("end", 6)]
     assert (progress.step, progress.samples, progress.tokens) == (6, 24, 192)
     assert (progress.baseline, progress.losses, progress.evaluated_at) == ({"d": 2.5}, {"d": 4.5}, 6)
@@ -101,12 +96,95 @@ def test_a_step_is_told_with_its_numbers(loop):
     assert (first.epoch, second.epoch) == pytest.approx((4 / trainer.loader.num_blocks, 8 / trainer.loader.num_blocks))
 
 
+def test_the_update_is_the_engines_own(loop):
+    """Clipped, with the learning rate of its step, from the gradients of all micro-batches."""
+    trainer, _, _ = loop(total_steps=2)
+    by_hand = engine_of()
+    for step, batch in enumerate(map(trainer.loader.batch, (0, 4))):
+        by_hand.set_lr(1.0 / (step + 1))
+        for micro, last in zip(batch.split(2), (False, True), strict=True):
+            by_hand.backward(micro, tokens=32, last=last)
+        assert by_hand.step(0.5) > 0.5
+    trainer.run()
+    expected = {name: p.detach() for name, p in by_hand.model.hf_named_parameters()}
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(trainer).items())
+
+
+def test_the_layers_of_every_second_step(loop):
+    trainer, events, _ = loop()
+    trainer.layers = LayerWatch(trainer.engine, Every(2))
+    trainer.run()
+    found = {e.step: e.layers for e in events if isinstance(e, StepDone)}
+    assert [step for step, layers in found.items() if layers is not None] == [2, 4, 6]
+
+
+def test_a_steps_time_by_its_parts(loop):
+    """Agreeing on a stop signal comes after a step has been logged, so it counts with the next one."""
+    trainer, events, _ = loop(total_steps=2)
+    trainer.run()
+    first, second = ([part for part, _, _ in e.times.spans] for e in events if isinstance(e, StepDone))
+    assert first == ["data", "communication", "compute", "communication", "optimizer"]
+    assert second == ["communication", *first]
+
+
+@pytest.mark.parametrize(("device", "on_device"), [("cpu", False), ("cuda", True)])
+def test_whose_clock_times_the_steps(device, on_device, loop):
+    trainer, _, _ = loop(world=replace(ALONE, device=torch.device(device)))
+    assert trainer.clock.on_device is on_device
+
+
+@pytest.mark.parametrize(("compiled", "times"), [(True, 2), (False, 0)])
+def test_signals_are_held_while_a_compiler_may_run(compiled, times, loop, monkeypatch):
+    held = []
+
+    @contextmanager
+    def hold():
+        held.append(trainer.progress.step)
+        yield
+
+    monkeypatch.setattr(trainer_module, "held_back", hold)
+    trainer, _, _ = loop(total_steps=2)
+    trainer.engine.model.is_compiled = compiled
+    trainer.run()
+    assert held == [0, 1][:times]
+
+
 def test_micro_batches_and_the_last_of_them(loop):
     trainer, _, _ = loop(total_steps=1)
     seen, keep = [], trainer.engine.backward
     trainer.engine.backward = lambda b, **k: seen.append((len(b.labels), k)) or keep(b, **k)
     trainer.run()
     assert seen == [(2, {"tokens": 32, "last": False}), (2, {"tokens": 32, "last": True})]
+
+
+def at_once_of(trainer) -> list:
+    """(step, whether it was written before training continued) of every save that is going to be."""
+    asked, keep = [], trainer.saver.save
+
+    def save(step, state, *, at_once):
+        asked.append((step, at_once))
+        return keep(step, state, at_once=at_once)
+
+    trainer.saver.save = save
+    return asked
+
+
+def test_training_waits_for_the_last_save_alone(loop):
+    """Also where the last step is no multiple of save_every."""
+    trainer, events, _ = loop(total_steps=5)
+    asked = at_once_of(trainer)
+    trainer.run()
+    assert asked == [(2, False), (4, False), (5, True)]
+    assert [e.step for e in events if isinstance(e, Saved)] == [2, 4, 5]
+
+
+def test_verdicts_are_read_late_but_before_what_depends_on_them(loop):
+    """On a GPU reading waits for the device: only where the run evaluates (3), saves (2, 4), or ends (5)."""
+    trainer, _, _ = loop(total_steps=5)
+    asked, keep = [], trainer.guard.found
+    trainer.guard.found = lambda *, at_once: asked.append(at_once) or keep(at_once=at_once)
+    trainer.run()
+    assert asked == [False, True, True, True, True]
 
 
 def test_it_resumes_to_the_last_bit(loop):
@@ -158,10 +236,9 @@ def test_a_stop_signal_saves_and_leaves(loop):
     interrupt = SimpleNamespace(requested=False)
     trainer, events, _ = loop(interrupt=interrupt, save_every=Every(None), evaluate_every=Every(None))
     trainer.listeners.append(lambda e: setattr(interrupt, "requested", e.step == 3 and isinstance(e, StepDone)))
-    trainer.listeners.append(lambda e: None)
-    keep = trainer.agree
-    trainer.agree = keep
+    asked = at_once_of(trainer)
     trainer.run()
+    assert asked == [(3, True)]
     assert names(events)[-4:] == [("StepDone", 3), ("StoodStill", 3), ("Saved", 3), ("RunFinished", 3)]
     assert (events[-1].status, events[-1].model) == ("stopped", None)
     assert trainer.exporter.when == [("save", 3)]
@@ -201,122 +278,23 @@ def test_an_evaluation_that_is_cut_short_is_owed(loop):
     assert again.progress.owes_evaluation is False
 
 
-def poison(trainer, first_sample):
-    """The batch that begins there has no finite loss."""
-    keep = trainer.update
-
-    def update(batch, tokens):
-        if batch.first_sample == first_sample:
-            trainer.engine.backward, real = lambda b, **k: torch.tensor(math.nan), trainer.engine.backward
-            try:
-                return keep(batch, tokens)
-            finally:
-                trainer.engine.backward = real
-        return keep(batch, tokens)
-
-    trainer.update = update
+@pytest.mark.parametrize("last", [3, 6])
+def test_a_pending_evaluation_is_made_and_saved(last, loop):
+    """At once where it was the run's last step, as the run ends then."""
+    cut, _, _ = loop(stop_at=(2,), total_steps=last)
+    cut.run()
+    again, _, _ = loop(resume_from=cut.saver.store.path(3), total_steps=last)
+    asked = at_once_of(again)
+    again.run()
+    assert asked[0] == (3, last == 3)
+    assert load(again.saver.store.path(3))["progress"]["evaluated_at"] == 3
 
 
-def test_a_bad_step_is_skipped_and_the_save_waits(loop, capsys):
-    trainer, events, _ = loop()
-    poison(trainer, 4)
-    trainer.run()
-    assert "step 2: loss nan" in capsys.readouterr().err
-    assert [e.step for e in events if isinstance(e, Saved)] == [3, 4, 6], "what step 2 was to save, step 3 saves"
-    done = [e for e in events if isinstance(e, StepDone)]
-    assert [int(e.skipped) for e in done][-1] == 1
-    assert math.isnan(float(done[1].loss))
-    assert trainer.progress.tokens == 192
-
-
-def test_a_run_goes_back_to_the_last_checkpoint(loop, capsys):
-    trainer, events, _ = loop(guard=GuardPolicy(nonfinite="rollback"))
-    poison(trainer, 12)
-    trainer.run()
-    back = [e for e in events if isinstance(e, RolledBack)]
-    assert [(e.step, e.bad_step, e.reason) for e in back] == [(2, 4, "nonfinite")]
-    assert [e.step for e in events if isinstance(e, StepDone)] == [1, 2, 3, 4, 3, 4, 5, 6]
-    assert f"back at {trainer.saver.store.path(2)}" in capsys.readouterr().err
-    assert trainer.guard.passed_over == {12}
-    done = [e for e in events if isinstance(e, StepDone)]
-    assert float(done[2].loss) == float(done[4].loss), "the step before it is the same again"
-    assert math.isnan(float(done[5].loss)), "the batch is not trained"
-    assert math.isnan(float(done[5].grad_norm))
-    assert [int(e.skipped) for e in done[-3:]] == [1, 1, 1]
-    assert (trainer.progress.step, trainer.progress.samples, trainer.progress.tokens) == (6, 24, 192)
-    assert [e.step for e in events if isinstance(e, Saved)] == [2, 5, 6], "not of step 4, which was not trained"
-
-
-def test_without_a_checkpoint_the_run_goes_on(loop, capsys):
-    trainer, events, _ = loop(guard=GuardPolicy(nonfinite="rollback"))
-    poison(trainer, 0)
-    trainer.run()
-    assert "there is no checkpoint to go back to yet: the run goes on\n" in capsys.readouterr().err
-    assert [e.step for e in events if isinstance(e, StepDone)] == [1, 2, 3, 4, 5, 6]
-
-
-def changed(trainer, **identity):
-    trainer.identity = IDENTITY | identity
-    return trainer
-
-
-def test_another_length_is_the_same_place_in_the_text(loop):
-    trainer, _, _ = loop(total_steps=2, guard=GuardPolicy(nonfinite="rollback"))
-    trainer.guard.passed_over = {40}
-    trainer.run()
-    checkpoint = trainer.saver.store.path(2)
-    for identity, samples, passed in (
-        ({}, 8, {40}),
-        ({"sequence_length": 16}, 4, set()),
-        ({"global_batch": 8}, 8, set()),
-        ({"data": "y"}, 8, set()),
-        ({"seed": 1}, 8, set()),
-    ):
-        other = changed(loop()[0], **identity)
-        other.restore(checkpoint)
-        assert (other.progress.samples, other.loader.state_dict()) == (samples, {"samples": samples})
-        assert other.guard.passed_over == passed
-
-
-@pytest.mark.parametrize("identity", [{"weights": "y"}, {"optimizer": ["other"]}], ids=str)
-def test_another_optimizer_starts_anew(identity, loop, capsys):
-    trainer, _, _ = loop(total_steps=2)
-    trainer.run()
-    other = changed(loop()[0], **identity)
-    other.restore(trainer.saver.store.path(2))
-    said = "the optimizer starts anew: its moments are of another optimizer or type of weights\n"
-    assert said in capsys.readouterr().err
-    assert not other.engine.optimizer.state
-    same = loop()[0]
-    same.restore(trainer.saver.store.path(2))
-    assert same.engine.optimizer.state
-
-
-def test_replicas_are_compared_before_a_save_unless_they_may_differ(loop, monkeypatch):
-    asked = []
-    monkeypatch.setattr(trainer_module, "check_replicas", lambda engine, step: asked.append(step))
-    loop()[0].run()
-    assert asked == [2, 4, 6]
-    loop(guard=GuardPolicy(replicas="ignore"), run="other")[0].run()
-    assert asked == [2, 4, 6]
-
-
-def test_what_kept_another_rank_from_saving_ends_this_one(loop):
-    trainer, _, _ = loop()
-    trainer.world = SimpleNamespace(any=lambda *flags: [False, True], sum=lambda value: value, device=CPU)
-    with pytest.raises(RuntimeError, match=r"^another rank could not write its part of a checkpoint$"):
-        trainer.agree()
-
-
-def test_only_the_first_rank_counts_the_data(loop):
-    trainer, events, _ = loop()
-    trainer.progress.samples = 8
-    trainer.world = replace(ALONE, rank=1, size=2)
-    trainer.tell_data()
-    assert events == []
-    trainer.world = ALONE
-    trainer.tell_data()
-    assert [type(e) for e in events] == [DataSeen]
-    trainer.progress.samples = 0
-    trainer.tell_data()
-    assert len(events) == 1, "before the first step there is nothing to tell"
+def test_a_pending_evaluation_that_is_cut_short_again_stays_pending(loop):
+    cut, _, _ = loop(stop_at=(2,))
+    cut.run()
+    interrupt = SimpleNamespace(requested=True)
+    again, events, _ = loop(resume_from=cut.saver.store.path(3), stop_at=(1,), interrupt=interrupt)
+    again.run()
+    assert names(events) == [("RunStarted", 3), ("StoodStill", 3), ("RunFinished", 3)], "nothing to save"
+    assert load(cut.saver.store.path(3))["progress"]["owes_evaluation"] is True

@@ -52,6 +52,12 @@ def test_the_bytes_of_a_part(tmp_path):
     assert raw[16 + len(columns) :] == footer + struct.pack("<Q", len(footer)) + b"PTTOKEN1"
 
 
+def test_the_largest_numbers_that_a_part_holds(tmp_path):
+    part = open_part(write(tmp_path / "p", [(2**64 - 1, [2**16 - 1, 0], 2**40, 2**32 - 1, 2**31)]))
+    assert (part.hashes.tolist(), part.sizes.tolist()) == ([2**64 - 1], [2**40])
+    assert (part.pieces.tolist(), part.indices.tolist(), part.tokens.tolist()) == ([2**32 - 1], [2**31], [2**16 - 1, 0])
+
+
 def test_a_part_is_read_as_it_was_written(tmp_path):
     part = open_part(write(tmp_path / "p", FIRST, dtype="uint32"))
     assert (part.num_tokens, part.num_documents, part.num_bytes, part.dtype) == (7, 3, 17, np.dtype("uint32"))
@@ -73,6 +79,9 @@ def test_a_part_is_read_as_it_was_written(tmp_path):
         lambda raw: raw[:-8] + b"PTTOKEN2",
         lambda raw: MAGIC,
         lambda raw: bytes(8) + MAGIC,
+        lambda raw: struct.pack("<Q", 1) + MAGIC,
+        lambda raw: raw[:-16] + struct.pack("<Q", len(raw) - 15) + MAGIC,
+        lambda raw: raw[:-16] + struct.pack("<Q", 2**64 - 1) + MAGIC,
     ],
 )
 def test_a_part_that_is_not_all_there(damage, tmp_path):
@@ -80,6 +89,33 @@ def test_a_part_that_is_not_all_there(damage, tmp_path):
     path.write_bytes(damage(path.read_bytes()))
     assert open_part(path) is None
     assert open_part(tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_part"),
+    [
+        ({}, True),
+        ({"more": [1]}, True),
+        ({"dtype": "uint64"}, False),
+        ({"dtype": "float16"}, False),
+        ({"dtype": None}, False),
+        ({"tokens": 4.0}, False),
+        ({"tokens": -4, "documents": 1, "bytes": 4}, False),
+        ({"documents": True}, False),
+        ({"bytes": "4"}, False),
+        ({"bytes": -1}, False),
+        ({"documents": 2}, False),
+        ({"tokens": 5}, False),
+    ],
+    ids=str,
+)
+def test_a_part_is_what_its_footer_says(changes, is_part, tmp_path):
+    """Four tokens of 16 bits, one document."""
+    footer = {"dtype": "uint16", "tokens": 4, "documents": 1, "bytes": 4} | changes
+    raw = json.dumps(footer).encode()
+    path = tmp_path / "p"
+    path.write_bytes(bytes(4 * 2 + 8 + 8 + 8 + 4 + 4) + raw + struct.pack("<Q", len(raw)) + MAGIC)
+    assert (open_part(path) is not None) == is_part
 
 
 @pytest.mark.parametrize("content", [None, b"", b"short"])
@@ -154,6 +190,15 @@ def test_who_is_held_out(held_out, held, store):
     assert numbers(train) == [n for n in range(5) if n not in held]
 
 
+def test_the_largest_hash_alone_is_kept(tmp_path):
+    """Where all would be held out; not the one next to it."""
+    name = write(tmp_path / "0.tokens", [(2**63 + n, [1, 0], 1, 0, n) for n in range(3)])
+    manifest = {"name": "x", "eot": 0, "parts": [str(name)], "units": [[["a", 0]]]}
+    (tmp_path / "m.json").write_text(json.dumps(manifest))
+    train, held = TokenStore(tmp_path / "m.json").views(held_out=1.0)
+    assert (numbers(train), numbers(held)) == ([2], [0, 1])
+
+
 def test_of_equal_documents_none_is_held_out(tmp_path):
     names = [str(write(tmp_path / f"{n}.tokens", FIRST[1:])) for n in range(2)]
     manifest = {"name": "x", "eot": 0, "parts": names, "units": [[["a", 0], ["b", 0]]] * 2}
@@ -216,3 +261,6 @@ def test_ranges_and_places():
     found = [(value, places.tolist()) for value, places in by_value(np.array([5, 2, 5, 2, 2]))]
     assert found == [(2, [1, 3, 4]), (5, [0, 2])]
     assert list(by_value(np.empty(0, np.int64))) == []
+    many = np.random.default_rng(0).integers(0, 3, 5000)
+    for value, places in by_value(many):
+        assert np.array_equal(places, np.flatnonzero(many == value)), "in order, however many there are"
