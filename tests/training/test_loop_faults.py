@@ -165,7 +165,7 @@ def test_what_kept_another_rank_from_saving_ends_this_one(loop):
         any=lambda *flags: asked.append(flags) or [False, True], sum=lambda value: asked.append(int(value)), device=CPU
     )
     with pytest.raises(RuntimeError, match=r"^another rank could not write its part of a checkpoint$"):
-        trainer.agree()
+        trainer.sync_stop_signal()
     assert asked == [(False, False), 0], "it waits for the other one, whose error says more"
 
 
@@ -173,9 +173,9 @@ def test_what_kept_this_rank_from_saving_is_said_to_the_others(loop):
     trainer, _, _ = loop()
     trainer.saver._error = UserError("the disk")
     asked = []
-    trainer.world = SimpleNamespace(any=lambda *flags: asked.append(flags) or list(flags), device=CPU)
+    trainer.world = SimpleNamespace(any_rank=lambda *flags: asked.append(flags) or list(flags), device=CPU)
     with pytest.raises(UserError, match=r"^the disk$"):
-        trainer.agree()
+        trainer.sync_stop_signal()
     assert asked == [(False, True)]
 
 
