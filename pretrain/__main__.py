@@ -11,7 +11,7 @@ def main() -> None:
         # Text of any language is read, written and printed: every process of the run does it in UTF-8.
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
     try:
-        from pretrain.cli import program
+        from pretrain.cli.main import program
     except KeyboardInterrupt:  # nothing has begun; from here on it is caught where something has
         sys.stderr.write("stopped (Ctrl-C); the same command goes on from here\n")
         sys.exit(75)

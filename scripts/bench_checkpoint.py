@@ -35,16 +35,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from pretrain.checkpoint.policy import Policy
+from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.rng import rng_state
-from pretrain.checkpoint.saver import Saver
-from pretrain.checkpoint.store import Store
-from pretrain.engine import Engine
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.writer import AsyncCheckpointWriter
+from pretrain.distributed.context import DistributedContext
 from pretrain.models.language_model import LanguageModel
-from pretrain.precision import Precision
-from pretrain.world import World
+from pretrain.strategy.engine import Engine
+from pretrain.strategy.precision import Precision
 
-WORLD = World(0, 1, torch.device("cpu"))
+WORLD = DistributedContext(0, 1, torch.device("cpu"))
 CONFIG = {"vocab_size": 16384, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10}
 CONFIG |= {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 128}
 IDS = torch.arange(32).reshape(1, 32)
@@ -81,12 +81,12 @@ def at_once(save: Callable[[], Any]) -> Took:
 
 
 def ours(engine: Engine, *, background: bool) -> Save:
-    savers: list[Saver] = []
+    savers: list[AsyncCheckpointWriter] = []
 
     def save(folder: Path, number: int) -> Took:
         if not savers:
-            store = Store(folder / f"ours-{background}", Policy(keep_last=1))
-            savers.append(Saver(store, world=WORLD, background=background))
+            store = CheckpointStore(folder / f"ours-{background}", CheckpointConfig(keep_last=1))
+            savers.append(AsyncCheckpointWriter(store, world=WORLD, background=background))
         saver = savers[0]
 
         def start() -> Callable[[], None]:

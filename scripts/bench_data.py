@@ -36,7 +36,7 @@ LARGE_BYTES = 80_000_000  # enough text that worker processes are used
 
 def ours(corpus: str, tokenizer: str, cache: str, workers: int) -> dict[str, float]:
     from pretrain.data.sources.local import Local
-    from pretrain.data.tokenize import prepare
+    from pretrain.data.tokenization.tokenize import prepare
 
     started_at = time.perf_counter()
     source = Local(nameOrPath=corpus, num_workers=workers)
@@ -49,8 +49,8 @@ def ours(corpus: str, tokenizer: str, cache: str, workers: int) -> dict[str, flo
 
 def reading_alone(corpus: str, tokenizer: str, cache: str, workers: int) -> dict[str, float]:
     """What is done with files before the tokenizer: cut, named by a digest, made into documents."""
-    from pretrain.data.cut import cut
-    from pretrain.data.readers import digest, read
+    from pretrain.data.reading.cut import cut
+    from pretrain.data.reading.readers import digest, read
     from pretrain.data.sources.local import Local
 
     source, before = Local(nameOrPath=corpus), processor_seconds()
@@ -110,7 +110,7 @@ def loading(corpus: str, tokenizer: str, cache: str, workers: int) -> dict[str, 
     1000 epochs."""
     from pretrain.data.loader import Loader
     from pretrain.data.sources.local import Local
-    from pretrain.data.tokenize import prepare
+    from pretrain.data.tokenization.tokenize import prepare
 
     store = prepare(Local(nameOrPath=corpus), tokenizer_json=Path(tokenizer).read_text(), eot=0, cache=Path(cache))
     view = store.views(held_out=0.05)[0]
@@ -145,7 +145,7 @@ def processor_seconds() -> float:
 
 def documents_of(corpus: str) -> list[str]:
     """The same documents that our side makes of the corpus."""
-    from pretrain.data.sections import sections
+    from pretrain.data.reading.sections import sections
 
     return [part for path in sorted(Path(corpus).glob("*.txt")) for part in sections(path.read_text(), 20_000)]
 
@@ -246,7 +246,7 @@ def report_formats(
 
 def in_formats(text: str, folder: Path, megabytes: int) -> tuple[Path, dict[str, Path]]:
     """(the text, format → a folder with the same documents)."""
-    from pretrain.data.sections import sections
+    from pretrain.data.reading.sections import sections
 
     source = copies(text, folder / f"source{megabytes}", megabytes * 1_000_000)
     corpora = {name: folder / f"{name}{megabytes}" for name in FORMATS}
@@ -282,7 +282,7 @@ def main() -> None:
 
 
 def report(folder: Path, text: str, tokenizer: Path, rounds: int) -> None:
-    from pretrain.data.tokenize import usable_cores
+    from pretrain.data.tokenization.tokenize import usable_cores
 
     bench = Bench(folder, tokenizer, usable_cores())
     small = copies(text, folder / "small", 1)

@@ -24,27 +24,25 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the program does on a CPU
 
-import hydra
 
-from pretrain import build
-from pretrain.batch import Batch
-from pretrain.checkpoint.store import Store
-from pretrain.clock import StepClock, StepTimes
-from pretrain.compose import resolve
-from pretrain.config import conf_dir
-from pretrain.events import Event, RunStarted
-from pretrain.interrupt import Interrupt
-from pretrain.optim.learning_rate import with_lr
-from pretrain.place import Place
-from pretrain.prepare import instantiate, prepare
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.config.compose import run_config
+from pretrain.config.schema import RunConfig
+from pretrain.data.batch import Batch
+from pretrain.distributed.rank_info import RankInfo
+from pretrain.run import build
+from pretrain.run.prepare import prepare
+from pretrain.runtime.signals import Interrupt
+from pretrain.runtime.watchdog import Watchdog
 from pretrain.strategy.base import Setting
-from pretrain.trainer import Trainer
-from pretrain.watchdog import Watchdog
+from pretrain.telemetry.events import Event, RunStarted
+from pretrain.telemetry.step_timer import StepTimer, StepTimes
+from pretrain.training.trainer import Trainer
 
 OWN = ["max_steps=1000000", "evaluation=new_only", "evaluate_every=null", "save_every=null"]
 
 
-class NoClock(StepClock):
+class NoClock(StepTimer):
     def part(self, part: str) -> Any:
         return nullcontext()
 
@@ -90,42 +88,40 @@ class Contestant:
 
 
 def build_trainer(arguments: list[str], folder: Path) -> Trainer:
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = hydra.compose("config", overrides=[*OWN, *arguments, f"output_dir={folder}"])
-        resolved = with_lr(resolve(composed), 1e-3)
+    config = run_config([*OWN, *arguments, f"output_dir={folder}"]).with_lr(1e-3)
     folder.mkdir()
-    place, setting = Place(), setting_of(resolved)
+    place, setting = RankInfo(), setting_of(config)
     return build.build_trainer(
-        resolved,
-        prepare(resolved),
+        config,
+        prepare(config),
         folder,
-        Store(folder / "checkpoints", instantiate(resolved["checkpoint"])),
+        CheckpointStore(folder / "checkpoints", config.checkpoint),
         resume_from=None,
         interrupt=Interrupt(silent=True),
         setting=setting,
         place=place,
-        world=build.build_world(resolved, place, group=False),
+        world=build.build_world(config, place, group=False),
         watchdog=Watchdog(),
     )
 
 
-def setting_of(resolved: dict[str, Any]) -> Setting:
+def setting_of(config: RunConfig) -> Setting:
     """One process on a CPU."""
     return Setting(
         device_type="cpu",
         workers=1,
         nodes=1,
         devices_per_worker=1,
-        precision=instantiate(resolved["precision"]),
-        batch_size=resolved["batch_size"],
-        accumulation=resolved["gradient_accumulation_steps"],
-        grad_clip=resolved["grad_clip"],
+        precision=config.precision,
+        batch_size=config.batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        grad_clip=config.grad_clip,
     )
 
 
 def clock_seconds(parts: int = 6, count: int = 2000) -> float:
     """Processor time of a step's clock: ``parts`` measured, taken, and read at the log step."""
-    clock, started_at = StepClock(), time.thread_time()
+    clock, started_at = StepTimer(), time.thread_time()
     for _ in range(count):
         for _ in range(parts):
             with clock.part("compute"):

@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pretrain.telemetry.jsonl import read_records
+from pretrain.telemetry.sinks.jsonl import read_records
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -157,7 +157,7 @@ def evaluate(accelerator: Accelerator, model: Any, tokenizer: Any, held_out: dic
 def write_texts(folder: Path) -> None:
     """The texts of our two domains, for theirs."""
     from pretrain.data.sources.sample import English, Python
-    from pretrain.data.tokenize import training_texts
+    from pretrain.data.tokenization.tokenize import training_texts
 
     for name, source in (("new", Python()), ("base", English())):
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8", errors="replace") as file:

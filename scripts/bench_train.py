@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import gpu_visible
+from pretrain.config.check import gpu_visible
 
 DEVICE = "cuda" if gpu_visible() else "cpu"
 SEQUENCE, BATCH, LAYERS, WIDTH, HEADS = (1024, 16, 12, 768, 12) if DEVICE == "cuda" else (512, 4, 4, 256, 4)
@@ -154,7 +154,7 @@ def set_up(folder: Path, steps: int, *_: Any) -> Result:
 
     from pretrain.data.loader import Loader
     from pretrain.data.sources.local import Local
-    from pretrain.data.tokenize import prepare
+    from pretrain.data.tokenization.tokenize import prepare
 
     shape = {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS, "n_positions": SEQUENCE, "vocab_size": VOCABULARY}
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)  # so that losses can be compared

@@ -18,10 +18,10 @@ from typing import Any
 from rich.console import Console
 from screenshots import shoot
 
-from pretrain.errors import UserError
-from pretrain.events import RunStarted
-from pretrain.telemetry.jsonl import read_records
-from pretrain.telemetry.terminal import Terminal
+from pretrain.runtime.errors import UserError
+from pretrain.telemetry.events import RunStarted
+from pretrain.telemetry.sinks.jsonl import read_records
+from pretrain.telemetry.sinks.terminal import Terminal
 
 FONT = "'DejaVu Sans Mono', monospace"  # it has the blocks of the curve; nothing is fetched from a network
 

@@ -16,9 +16,9 @@ import argparse
 import os
 from pathlib import Path
 
-from pretrain.console import complain
-from pretrain.errors import UserError
-from pretrain.replace import replace_file
+from pretrain.runtime.atomic_files import replace_file
+from pretrain.runtime.console import complain
+from pretrain.runtime.errors import UserError
 
 
 def write_report(folders: list[Path], output: Path | None) -> Path:

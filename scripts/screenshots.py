@@ -14,8 +14,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from pretrain.console import complain
-from pretrain.errors import UserError
+from pretrain.runtime.console import complain
+from pretrain.runtime.errors import UserError
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 DESKTOP, PHONE = (1180, 2360), (375, 1560)  # px, of the page that is shown

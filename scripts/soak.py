@@ -33,9 +33,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 from verify_resume import compare, kill, make, started
 
-from pretrain.checkpoint.policy import Policy
-from pretrain.checkpoint.store import Store
-from pretrain.telemetry.jsonl import read_records
+from pretrain.checkpoint.config import CheckpointConfig
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.telemetry.sinks.jsonl import read_records
 
 Process = subprocess.Popen[bytes]
 LLAMA = "model_type:llama,hidden_size:64,intermediate_size:128,num_hidden_layers:2,num_attention_heads:2"
@@ -43,7 +43,7 @@ LLAMA += ",num_key_value_heads:2,max_position_embeddings:128,attention_dropout:0
 RUN = ["model=scratch", f"model.overrides={{{LLAMA}}}", "sequence_length=64", "batch_size=2", "max_steps=240"]
 RUN += ["save_every=12", "evaluate_every=60", "evaluation.max_tokens=2000", "checkpoint.verify=full"]
 RUN += ["checkpoint.keep_last=3"]
-VERIFIED = Policy(verify="full")
+VERIFIED = CheckpointConfig(verify="full")
 KINDS = {"single": ["batch_size=2"], "ddp": ["strategy=ddp", "devices=2", "batch_size=1"]}
 DISK_MIB = 96
 STOPPED = 75
@@ -102,7 +102,7 @@ def damage(change: Callable[[Path], None]) -> Callable[[Process, Path], None]:
 
     def act(process: Process, run: Path) -> None:
         kill(process)
-        newest = Store(run / "checkpoints").newest()
+        newest = CheckpointStore(run / "checkpoints").newest()
         if newest is not None:
             change(random.choice(sorted(newest.iterdir())))
 
@@ -174,7 +174,7 @@ def ran_whole(run: Path, began_at: float) -> bool:
 
 def newest_step(run: Path) -> int:
     """Of the newest whole checkpoint, as the next start is going to see it; 0 where there is none."""
-    newest = Store(run / "checkpoints", VERIFIED).newest()
+    newest = CheckpointStore(run / "checkpoints", VERIFIED).newest()
     return int(newest.name.removeprefix("step-")) if newest else 0
 
 

@@ -35,9 +35,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.checkpoint.store import KINDS, Store, load
-from pretrain.telemetry.jsonl import read_records
+from pretrain.checkpoint.store import KINDS, CheckpointStore, load
 from pretrain.telemetry.record import is_clock
+from pretrain.telemetry.sinks.jsonl import read_records
 
 OWN = ["resume=auto", "log_every=1", "sink=[jsonl]"]
 PLACES = {"folder", "model", "path"}
@@ -76,7 +76,7 @@ def compare(run: Path, reference: Path) -> dict[str, Difference]:
 
 
 def last_checkpoint(run: Path) -> Path:
-    newest = Store(run / "checkpoints").newest()
+    newest = CheckpointStore(run / "checkpoints").newest()
     if newest is None:
         raise SystemExit(f"{run} has no whole checkpoint")
     return newest
@@ -179,7 +179,7 @@ def kill_after(process: subprocess.Popen[bytes], run: Path, step: int, log: Path
 
     def far_enough() -> bool:
         trained = any(r["event"] == "train" and r["step"] >= step for r in _so_far(run))
-        return trained and Store(run / "checkpoints").newest() is not None
+        return trained and CheckpointStore(run / "checkpoints").newest() is not None
 
     while not far_enough():
         if process.poll() is not None:

@@ -36,9 +36,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.config import gpu_visible
-from pretrain.help import choices
-from pretrain.telemetry.jsonl import read_records
+from pretrain.cli.help import choices
+from pretrain.config.check import gpu_visible
+from pretrain.telemetry.sinks.jsonl import read_records
 
 Records = list[dict[str, Any]]
 OPTIONS = {  # of a strategy, a row each; a strategy that is not here is one row

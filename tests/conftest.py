@@ -166,7 +166,7 @@ def command(capsys):
     """Run the command line in this process: ``command(arguments) -> (exit code, stdout, stderr)``."""
 
     def run(arguments):
-        from pretrain.cli import main
+        from pretrain.cli.main import main
 
         with pytest.raises(SystemExit) as left:
             main([str(a) for a in arguments])
@@ -174,7 +174,7 @@ def command(capsys):
         return left.value.code, captured.out, captured.err
 
     yield run
-    from pretrain.sockets import restore_environment
+    from pretrain.distributed.sockets import restore_environment
 
     restore_environment()  # of a run that has ended with an error
 

@@ -2,16 +2,16 @@
 
 import torch
 
-from pretrain.batch import Batch
-from pretrain.engine import Engine
+from pretrain.data.batch import Batch
+from pretrain.distributed.context import DistributedContext
 from pretrain.models.language_model import LanguageModel
 from pretrain.optim.adamw import AdamW
-from pretrain.precision import Precision
-from pretrain.world import World
+from pretrain.strategy.engine import Engine
+from pretrain.strategy.precision import Precision
 from tests.models.tiny import tiny
 
 CPU = torch.device("cpu")
-ALONE = World(0, 1, CPU)
+ALONE = DistributedContext(0, 1, CPU)
 FULL = Precision("32-true", "float32", "float32")
 HALF = Precision("16-mixed", "float32", "float16", allow_cpu=True)
 IDS = torch.randint(97, (2, 17), generator=torch.Generator().manual_seed(0))

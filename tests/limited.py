@@ -9,8 +9,8 @@ from pathlib import Path
 
 import transformers.models.auto.modeling_auto  # noqa: F401
 
-from pretrain.cli import program
-from pretrain.memory import read_kib
+from pretrain.cli.main import program
+from pretrain.runtime.memory import read_kib
 
 if __name__ == "__main__":
     limit = read_kib(Path("/proc/self/status"), "VmSize") + int(sys.argv.pop(1)) * 2**20

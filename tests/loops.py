@@ -4,18 +4,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-from pretrain.checkpoint.policy import Policy
+from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.rng import rng_state, seed_everything
-from pretrain.checkpoint.saver import Saver
-from pretrain.checkpoint.store import Store
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.writer import AsyncCheckpointWriter
 from pretrain.data.loader import Loader
 from pretrain.evaluation.untouched import Untouched
-from pretrain.events import DomainScore
-from pretrain.guard.guard import Guard
-from pretrain.guard.policy import Policy as GuardPolicy
-from pretrain.layers import LayerWatch
-from pretrain.progress import Every
-from pretrain.trainer import Trainer
+from pretrain.telemetry.events import DomainScore
+from pretrain.telemetry.interval import Interval
+from pretrain.training.guard.config import GuardConfig as GuardPolicy
+from pretrain.training.guard.guard import Guard
+from pretrain.training.layer_statistics import LayerStatistics
+from pretrain.training.trainer import Trainer
 from tests.data.test_views import store_with
 from tests.engines import ALONE, CPU, engine_of
 
@@ -74,7 +74,7 @@ def loop_in(folder):
         engine = engine_of()
         loader = Loader(small(data.views(held_out=0.0)[0]), sequence_length=8, seed=0, batch_size=2, accumulation=2)
         events, scores = [], Scores(stop_at)
-        store = Store(folder / run / "checkpoints", Policy(keep_last=keep))
+        store = CheckpointStore(folder / run / "checkpoints", CheckpointConfig(keep_last=keep))
         seed_everything(0)
         given = {
             "world": ALONE,
@@ -84,17 +84,17 @@ def loop_in(folder):
             "guard": Guard(guard, device=CPU, quarantine=lambda bad: "documents"),
             "untouched": Untouched(scores),
             "sampler": Samples(),
-            "saver": Saver(store, world=ALONE, background=False),
+            "saver": AsyncCheckpointWriter(store, world=ALONE, background=False),
             "interrupt": SimpleNamespace(requested=False),
             "identity": IDENTITY,
             "rng": rng_state(),
             "total_steps": 6,
             "micro_batch": 2,
             "grad_clip": 0.5,
-            "evaluate_every": Every(3),
-            "save_every": Every(2),
+            "evaluate_every": Interval(3),
+            "save_every": Interval(2),
             "exporter": Exports(),
-            "layers": LayerWatch(engine, Every(None)),
+            "layers": LayerStatistics(engine, Interval(None)),
             "facts": {"fact": 1},
             "listeners": [events.append],
             "unsaved_records": lambda: [RECORD],

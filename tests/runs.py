@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from pretrain.checkpoint.store import KINDS, load
-from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.record import is_clock
+from pretrain.telemetry.sinks.jsonl import read_records
 
 ROOT = Path(__file__).parents[1]
 PLACES = {"path", "folder", "model"}

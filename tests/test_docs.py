@@ -59,8 +59,8 @@ def place(tmp_path_factory, corpus, other_corpus, tiny_model, checkpoint):
     (folder / "corpus").mkdir()
     (folder / "corpus/a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
     (folder / "src").mkdir()
-    shutil.copy(ROOT / "pretrain/trainer.py", folder / "src")
-    shutil.copy(ROOT / "pretrain/build.py", folder / "src")
+    shutil.copy(ROOT / "pretrain/training/trainer.py", folder / "src")
+    shutil.copy(ROOT / "pretrain/run/build.py", folder / "src")
     Dataset.from_dict({"text": [sentences(i, 30) for i in range(40)]}).save_to_disk(folder / "saved")
     shutil.copytree(checkpoint, folder / "outputs/poems/checkpoints/step-00000200")
     (folder / "run.yaml").write_text(

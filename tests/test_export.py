@@ -13,8 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.test_parity import whole_model
 
 LIMIT = 20_000  # bytes a file: the tiny model's embedding, 38,400 bytes, is larger
@@ -111,9 +111,9 @@ def test_killed_while_it_exports(base_arguments, command, tmp_path):
     """There is no model before it is whole; the same command makes it."""
     code = (
         "import os, signal\n"
-        "from pretrain.models import export\n"
+        "from pretrain.models.hub import export\n"
         "export.write_beside = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from pretrain.cli import program\nprogram()"
+        "from pretrain.cli.main import program\nprogram()"
     )
     arguments = [*base_arguments, "max_steps=2", f"output_dir={tmp_path}"]
     killed = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
@@ -225,7 +225,7 @@ def test_a_run_stands_for_its_newest_whole_checkpoint(run, tmp_path):
     import shutil
 
     from pretrain.checkpoint.weights import weights_folder
-    from pretrain.errors import UserError
+    from pretrain.runtime.errors import UserError
 
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

@@ -6,19 +6,20 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pretrain.data.cache import cache_dir
-from pretrain.data.fingerprint import FilesWatch, differing
-from pretrain.data.parts import _mapped, open_part
-from pretrain.data.units import stamp_of
-from pretrain.errors import UserError
-from pretrain.events import Evaluated, RunFinished, RunStarted
-from pretrain.telemetry.jsonl import Jsonl, read_records
+from pretrain.data.changed_files import FilesWatch, differing
+from pretrain.data.reading.units import stamp_of
+from pretrain.data.store.token_shards import _mapped, open_part
+from pretrain.runtime.errors import UserError
+from pretrain.telemetry.events import Evaluated, RunFinished, RunStarted
 from pretrain.telemetry.monitor import Monitor
 from pretrain.telemetry.run_file import RunFile, read_run_file
+from pretrain.telemetry.sinks.jsonl import Jsonl, read_records
 from tests.launch.test_launch import PAIR, steps, wait_for
 from tests.runs import assert_same_numbers, injected
 from tests.telemetry.test_monitor import step_done
@@ -187,7 +188,8 @@ def test_a_disk_that_fills_up_under_a_run(base_arguments, spawn, small_disk):
 
 def test_run_json_on_a_full_disk(tmp_path, capsys, monkeypatch):
     listener = RunFile(tmp_path)
-    monkeypatch.setattr("pretrain.replace.open_new", lambda path, **options: Path("/dev/full").open(**options))  # noqa: SIM115
+    full = partial(Path.open, Path("/dev/full"))
+    monkeypatch.setattr("pretrain.runtime.atomic_files.open_new", lambda path, **options: full(**options))
     for event in (RunStarted(0, total_steps=2, resumed=False), Evaluated(0, (), 0.0), RunFinished(2, "finished", 20)):
         listener(event)
     assert capsys.readouterr().err.count("run.json can't be written: No space left on device; the run goes on") == 1

@@ -10,8 +10,8 @@ from itertools import product
 import pytest
 import torch
 
-from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.launch.test_joined import torchrun
 from tests.runs import at_call, injected, losses, numbers, wait_for
 from tests.test_parity import BF16, FP32, STRATEGIES, arguments, assert_equal_runs
@@ -91,9 +91,9 @@ def test_tf32_is_used_when_asked_for(given, reference, ran):
 
 STRICT = """
 import torch
-from pretrain.cli import program
-from pretrain.events import StepDone
-from pretrain.trainer import Trainer
+from pretrain.cli.main import program
+from pretrain.telemetry.events import StepDone
+from pretrain.training.trainer import Trainer
 
 def strictly(work, due):
     def strict(self, given):
@@ -134,7 +134,7 @@ def test_kill_9_and_the_same_command(strategy, precision, base_arguments, ran, s
     mark = tmp_path / "mark"
     killed = spawn(
         [*same, f"output_dir={tmp_path / 'run'}"],
-        env=at_call("pretrain.trainer:Trainer.train_step", "kill", mark, at=13),
+        env=at_call("pretrain.training.trainer:Trainer.train_step", "kill", mark, at=13),
     )
     out, _ = killed.communicate(timeout=300)
     assert killed.returncode == -signal.SIGKILL, out
@@ -150,7 +150,7 @@ def test_kill_9_and_the_same_command(strategy, precision, base_arguments, ran, s
 def test_single_goes_on_bit_for_bit(given, ran, spawn, tmp_path):
     whole, _ = ran("whole", [*given, "save_every=5"])
     mark = tmp_path / "mark"
-    environment = at_call("pretrain.trainer:Trainer.train_step", "kill", mark, at=8)
+    environment = at_call("pretrain.training.trainer:Trainer.train_step", "kill", mark, at=8)
     same = [*given, "save_every=5", "resume=auto"]
     spawn([*same, f"output_dir={tmp_path / 'run'}"], env=environment).wait(timeout=300)
     assert mark.exists()

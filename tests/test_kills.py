@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.checkpoint.store import Store
+from pretrain.checkpoint.store import CheckpointStore
 from pretrain.telemetry.run_file import read_run_file
 from tests.runs import assert_same_run, at_call
 
@@ -34,19 +34,19 @@ class Phase:
 
 BOTH = ("0", "1")
 PHASES = {
-    "tokenizing": Phase("pretrain.data.parts:PartWriter.append", 40),
-    "resuming": Phase("pretrain.trainer:Trainer.restore", 1, by=BOTH, resumed=True),
-    "evaluating": Phase("pretrain.engine:Scorer.evaluate", 20, by=BOTH),
-    "sampling": Phase("pretrain.engine:Scorer.next_tokens", 40, by=BOTH),
-    "forward and backward": Phase("pretrain.engine:Engine.backward", 30, by=BOTH),
-    "update": Phase("pretrain.engine:Engine.update", 15, by=BOTH),
-    "writing a record": Phase("pretrain.telemetry.jsonl:Jsonl.write", 20),
-    "writing a file of a checkpoint": Phase("pretrain.tensors:write", 6, "/checkpoints/", by=BOTH),
+    "tokenizing": Phase("pretrain.data.store.token_shards:PartWriter.append", 40),
+    "resuming": Phase("pretrain.training.trainer:Trainer.restore", 1, by=BOTH, resumed=True),
+    "evaluating": Phase("pretrain.strategy.engine:InferenceEngine.evaluate", 20, by=BOTH),
+    "sampling": Phase("pretrain.strategy.engine:InferenceEngine.next_tokens", 40, by=BOTH),
+    "forward and backward": Phase("pretrain.strategy.engine:Engine.backward", 30, by=BOTH),
+    "update": Phase("pretrain.strategy.engine:Engine.update", 15, by=BOTH),
+    "writing a record": Phase("pretrain.telemetry.sinks.jsonl:Jsonl.write", 20),
+    "writing a file of a checkpoint": Phase("pretrain.distributed.sharding:write", 6, "/checkpoints/", by=BOTH),
     "before the marker": Phase("pretrain.checkpoint.atomic:_complete", 3, "/checkpoints/", when=("before",)),
-    "between rename and prune": Phase("pretrain.checkpoint.store:Store._prune", 3, when=("before",)),
+    "between rename and prune": Phase("pretrain.checkpoint.store:CheckpointStore._prune", 3, when=("before",)),
     "replacing a checkpoint": Phase("os:rename", 1, r"/checkpoints/\S+\.replaced$", when=("after",), resumed=True),
-    "removing a checkpoint": Phase("pretrain.checkpoint.store:Store._remove", 1),
-    "exporting": Phase("pretrain.models.export:write_beside", 3),
+    "removing a checkpoint": Phase("pretrain.checkpoint.store:CheckpointStore._remove", 1),
+    "exporting": Phase("pretrain.models.hub.export:write_beside", 3),
     "any moment": Phase("", 0),
 }
 SINGLE = {"single": []}
@@ -69,7 +69,7 @@ class Killer:
 
     def phase(self, run):
         """The one that was hit least, of those that ``run`` can come to."""
-        whole = Store(run / "checkpoints").whole()
+        whole = CheckpointStore(run / "checkpoints").whole()
         return min((p for p in self.hits if whole or not PHASES[p].resumed), key=self.hits.__getitem__)
 
     def kill(self, name, arguments, run, *, ranks, seconds):

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
+from tests.cli.test_cli import assert_mistake
 from tests.damage import as_format_3, edit_state
-from tests.test_cli import assert_mistake
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain import locks
-from pretrain.data import fingerprint
-from pretrain.errors import UserError
+from pretrain.data import changed_files as fingerprint
+from pretrain.runtime import locks
+from pretrain.runtime.errors import UserError
 from pretrain.sweep import job, measure, table
-from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.telemetry.sinks.jsonl import read_records
 
 DEEP = "[" * 100_000
 JSON = st.recursive(

@@ -42,7 +42,7 @@ def test_it_runs_from_elsewhere(wheel, tmp_path, base_arguments):
     )
     environment = os.environ | {"PYTHONPATH": str(site)}
     where = subprocess.run(
-        [sys.executable, "-c", "import pretrain.config as c; print(c.__file__, c.conf_dir())"],
+        [sys.executable, "-c", "import pretrain.config.check as c; print(c.__file__, c.conf_dir())"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -10,10 +10,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pretrain.config import conf_dir
-from pretrain.telemetry.jsonl import read_records
+from pretrain.config.check import conf_dir
+from pretrain.distributed.sharding import PIECES
 from pretrain.telemetry.run_file import read_run_file
-from pretrain.tensors import PIECES
+from pretrain.telemetry.sinks.jsonl import read_records
 
 STRATEGIES = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
 VARIANTS = [
@@ -257,7 +257,7 @@ def test_fsdp_never_holds_a_pretrained_model_whole(base_arguments, exact_model, 
         "from pretrain.models.causal_lm import Pretrained\n"
         "def build(*given, **more): raise AssertionError('the whole model')\n"
         "Pretrained.build = build\n"
-        "from pretrain.cli import program\nprogram()"
+        "from pretrain.cli.main import program\nprogram()"
     )
     given = [*arguments(base_arguments, exact_model("llama"), tmp_path), "max_steps=2"]
     for strategy, returncode in (("fsdp", 0), ("single", 1)):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.folders import MARKER
+from pretrain.runtime.folders import MARKER
+from tests.cli.test_cli import assert_mistake
 from tests.damage import forge
-from tests.test_cli import assert_mistake
 
 pytestmark = pytest.mark.xdist_group("pickles")
 

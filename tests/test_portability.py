@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from pretrain.checkpoint.store import load
-from pretrain.config import conf_dir
-from pretrain.telemetry.jsonl import read_records
+from pretrain.config.check import conf_dir
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.test_parity import STRATEGIES, whole_model
 
 

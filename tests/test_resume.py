@@ -12,8 +12,8 @@ import torch
 
 from pretrain.checkpoint.store import load
 from pretrain.checkpoint.weights import weights_folder
-from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.runs import assert_same_run, numbers, wait_for
 
 

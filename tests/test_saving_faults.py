@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from pretrain.checkpoint.store import Store
-from pretrain.telemetry.jsonl import read_records
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.runs import assert_same_checkpoint, assert_same_run, injected, numbers, wait_for
 
 MIB = 1 << 20
@@ -92,12 +92,12 @@ def test_a_disk_that_turns_read_only(uninterrupted, base_arguments, command, spa
     arguments = [*base_arguments, f"output_dir={run}"]
     checkpoints = run / "checkpoints"
     process = spawn([*arguments, "max_steps=100000", "scheduler=constant", "warmup_proportion=0"])
-    while Store(checkpoints).newest() is None and process.poll() is None:
+    while CheckpointStore(checkpoints).newest() is None and process.poll() is None:
         time.sleep(0.005)
     with mounted("--bind", checkpoints, checkpoints):
         assert not mount("-o", "remount,ro,bind", checkpoints).returncode
         out, _ = process.communicate(timeout=60)
-        good = Store(checkpoints).newest()
+        good = CheckpointStore(checkpoints).newest()
     assert process.returncode == 2, out
     said = [line for line in out.splitlines() if line.startswith("error:")]
     assert len(said) == 1
@@ -165,7 +165,7 @@ def test_in_the_very_middle_of_a_save(action, says, left, uninterrupted, base_ar
         assert words in error
     assert "Traceback" not in out
     if (run / "checkpoints").exists():
-        assert Store(run / "checkpoints").whole() == [5]
+        assert CheckpointStore(run / "checkpoints").whole() == [5]
         (run / "checkpoints").chmod(0o700)
     code, _, err = command(arguments)
     assert code == 0, err
@@ -215,7 +215,7 @@ def test_one_rank_that_cannot_write(base_arguments, spawn, command, tmp_path):
         goes_on = name == "ENOSPC"
         assert error.endswith("; the run goes on") == goes_on
         assert process.returncode == (0 if goes_on else 2), out
-        assert Store(run / "checkpoints").steps() == ([5, 15, 20] if goes_on else [5])
+        assert CheckpointStore(run / "checkpoints").steps() == ([5, 15, 20] if goes_on else [5])
         code, _, err = command([*pair, f"output_dir={run}", "checkpoint.keep_last=null"])
         assert code == 0, err
         assert_same_run(run, whole)

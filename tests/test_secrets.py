@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.redact import held, redact, secrets
+from pretrain.runtime.redact import held, redact, secrets
+from tests.cli.test_cli import assert_mistake
 from tests.launch.test_launch import PAIR
 from tests.runs import injected
-from tests.test_cli import assert_mistake
 
 HF = "hf_" + "PlantedPlantedPlanted"
 PLANTED = {
@@ -131,7 +131,7 @@ def test_a_failure_says_none(planted, base_arguments, tmp_path):
         "def quoted(texts): return ' '.join([repr(texts), dumps(texts), *map(quote, texts),\n"
         "    *(b64encode(text.encode()).decode() for text in texts)])\n"
         "torch.optim.AdamW.step = broken\n"
-        "from pretrain.cli import program\nprogram()"
+        "from pretrain.cli.main import program\nprogram()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *base_arguments, f"output_dir={run}"],

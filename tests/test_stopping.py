@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.runs import assert_same_numbers, assert_same_run, injected
 
 PAIR = ["strategy=ddp", "devices=2", "batch_size=1"]
@@ -45,7 +45,7 @@ def test_one_process(event, step, saved_at, owes, uninterrupted, base_arguments,
     assert facts["status"] == "stopped"
     assert saved_at in (None, facts["steps"])
     state = json.loads((run / f"checkpoints/step-{facts['steps']:08d}/state.json").read_text())
-    assert owes in (None, state["progress"]["owes_evaluation"])
+    assert owes in (None, state["progress"]["pending_evaluation"])
     saves = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "checkpoint"]
     assert saves.count(facts["steps"]) == 1, "saved once"
     assert not (run / "model").exists()
@@ -59,7 +59,7 @@ def test_one_process(event, step, saved_at, owes, uninterrupted, base_arguments,
 
 AMID_STEPS = """
 import os, signal
-from pretrain.progress import Every
+from pretrain.telemetry.interval import Every
 due = Every.due
 def signalled(self, step):
     if step == 6 and os.environ.get("RANK") == "{rank}":
@@ -183,7 +183,7 @@ def test_after_an_evaluation_that_was_owed(base_arguments, uninterrupted, spawn,
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 75, out
     state = json.loads((run / "checkpoints/step-00000008/state.json").read_text())
-    assert not state["progress"]["owes_evaluation"]
+    assert not state["progress"]["pending_evaluation"]
     saves = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "checkpoint"]
     assert saves[-1] == 8, "and told of"
     code, _, err = command(arguments)
@@ -194,7 +194,7 @@ def test_after_an_evaluation_that_was_owed(base_arguments, uninterrupted, spawn,
 AMID_SAMPLES = """
 import os, signal
 from pretrain.evaluation.samples import Sampler
-from pretrain.cli import program
+from pretrain.cli.main import program
 going_on, rounds = Sampler._continue, []
 def signalled(*given):
     rounds.append(1)

@@ -16,7 +16,7 @@ from tests.runs import injected
 
 UNITS = 24
 MANY_UNITS = """
-from pretrain.data import tokenize, units
+from pretrain.data.tokenization import tokenize; from pretrain.data.reading import units
 tokenize.WORKERS_FROM_BYTES, units.OWN_UNIT_BYTES = {workers_from}, 10_000
 """
 TAKEN_BY_ANOTHER_THREAD = """
@@ -28,7 +28,7 @@ def take():
         time.sleep(0.005)
     signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
-if "pretrain.data.workers" not in sys.orig_argv:
+if "pretrain.data.tokenization.workers" not in sys.orig_argv:
     threading.Thread(target=take, daemon=True).start()
 """
 IN_WORKERS, IN_PROCESS = 0, 2**60
@@ -53,7 +53,7 @@ def tokenizing_workers(pid: int) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if "pretrain.data.workers" in child.cmdline():
+            if "pretrain.data.tokenization.workers" in child.cmdline():
                 found.append(child)
     return found
 

@@ -6,12 +6,12 @@ import shutil
 import pytest
 from omegaconf import OmegaConf
 
-from pretrain.errors import UserError
-from pretrain.leftovers import read_config
 from pretrain.models.bpe import train_bpe
-from pretrain.same_run import check_finished_run, check_same_run, differences
-from pretrain.telemetry.jsonl import read_records
+from pretrain.run.fingerprint import check_finished_run, check_same_run, differences
+from pretrain.run.leftovers import read_config
+from pretrain.runtime.errors import UserError
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.conftest import sentences
 from tests.runs import assert_same_run, numbers
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from pretrain.checkpoint.marker import entry_of, write_marker
-from pretrain.errors import NoRoom, UserError
-from pretrain.filesystem import flush, move, set_mode
+from pretrain.runtime.errors import NoRoom, UserError
+from pretrain.runtime.filesystem import flush, move, set_mode
 
 if TYPE_CHECKING:
-    from pretrain.world import World
+    from pretrain.distributed.context import DistributedContext
 
 Fill = Callable[[Path], Iterable[Path]]
 
@@ -37,7 +37,7 @@ def write_folder(
     path: Path,
     fill: Fill,
     *,
-    world: World,
+    world: DistributedContext,
     hint: Callable[[], str],
     marker: bool = True,
     alive: Callable[[], None] = lambda: None,
@@ -67,10 +67,10 @@ def write_folder(
         return run
 
     try:
-        world.on_main(told(begin))
-        parts = world.each(told(lambda: _settle(partial, fill(partial), checksums=marker, alive=alive)))
+        world.on_main_rank(told(begin))
+        parts = world.all_gather_object(told(lambda: _settle(partial, fill(partial), checksums=marker, alive=alive)))
         entries = {name: entry for part in parts for name, entry in part.items()}
-        world.on_main(told(lambda: _complete(partial, path, entries if marker else None)))
+        world.on_main_rank(told(lambda: _complete(partial, path, entries if marker else None)))
     except BaseException:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)

@@ -14,9 +14,9 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from pretrain.checkpoint.policy import Verify
-from pretrain.folders import MARKER, is_below
-from pretrain.strict_json import read_json
+from pretrain.checkpoint.config import Verify
+from pretrain.runtime.folders import MARKER, is_below
+from pretrain.runtime.strict_json import read_json
 
 FORMAT = 4
 OLDEST_FORMAT = 3
@@ -120,7 +120,7 @@ def first_error(error: ValidationError) -> str:
     return f"{where}: {wrong['msg'][0].lower()}{wrong['msg'][1:]}".removeprefix(": ")
 
 
-def missing_or_torn(path: Path, *, verify: Verify = "size") -> str | None:
+def incomplete_reason(path: Path, *, verify: Verify = "size") -> str | None:
     """Why the folder can't be trusted, or ``None`` when it is complete: the marker is there, and every file with the size
     it had and, but for large weight files, its bytes; of these the header and a few places. ``full``: all bytes."""
     try:

@@ -15,14 +15,14 @@ from typing import Annotated, Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from pretrain.checkpoint.marker import first_error, missing_or_torn
-from pretrain.checkpoint.policy import Verify
+from pretrain.checkpoint.config import Verify
+from pretrain.checkpoint.marker import first_error, incomplete_reason
 from pretrain.checkpoint.rng import check_rng_state
-from pretrain.errors import UserError
-from pretrain.folders import marked_files
-from pretrain.progress import Progress
-from pretrain.strict_json import read_json
-from pretrain.tensors import TensorFiles
+from pretrain.checkpoint.train_state import RENAMED, TrainState
+from pretrain.distributed.sharding import TensorFiles
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.folders import marked_files
+from pretrain.runtime.strict_json import read_json
 
 KINDS = ("model", "optimizer")
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -108,6 +108,8 @@ def read_state(path: Path) -> dict[str, Any]:
     file = path / "state.json"
     try:
         state: dict[str, Any] = read_json(file)
+        if isinstance(state, dict) and isinstance(progress := state.get("progress"), dict):
+            state["progress"] = {RENAMED.get(key, key): value for key, value in progress.items()}
         check_state(state)
     except (OSError, ValueError) as error:
         raise UserError(f"{file} can't be read: {error}") from None
@@ -139,7 +141,7 @@ def check_state(content: Any) -> None:
             raise ValueError(f"rng.{number}: {error}") from None
 
 
-def _checked_progress(given: dict[str, Any]) -> Progress:
+def _checked_progress(given: dict[str, Any]) -> TrainState:
     checks = _field_checks()
     if unknown := given.keys() - checks.keys():
         raise ValueError(f"progress: unknown key {min(unknown)!r}")
@@ -151,19 +153,19 @@ def _checked_progress(given: dict[str, Any]) -> Progress:
             found[key] = checks[key].validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
             raise ValueError(f"progress.{key}: {first_error(error)}") from None
-    return Progress(**found)
+    return TrainState(**found)
 
 
 @cache
 def _field_checks() -> dict[str, TypeAdapter[Any]]:
     """Each field of Progress by its own type; counts are not negative."""
-    hints = get_type_hints(Progress) | dict.fromkeys(("step", "samples", "tokens"), Count) | {"scores": list[Score]}
-    return {f.name: TypeAdapter(hints[f.name]) for f in fields(Progress)}
+    hints = get_type_hints(TrainState) | dict.fromkeys(("step", "samples", "tokens"), Count) | {"scores": list[Score]}
+    return {f.name: TypeAdapter(hints[f.name]) for f in fields(TrainState)}
 
 
 def validation_error(path: Path, *, verify: Verify = "size") -> str | None:
     """Why a checkpoint can't be loaded, or ``None``: not complete, or not what a run of this program has saved."""
-    if reason := missing_or_torn(path, verify=verify):
+    if reason := incomplete_reason(path, verify=verify):
         return reason
     try:
         state = read_state(path)

@@ -18,34 +18,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain import tensors
 from pretrain.checkpoint.atomic import make_folder, write_folder
-from pretrain.checkpoint.marker import missing_or_torn
-from pretrain.checkpoint.policy import Policy
+from pretrain.checkpoint.config import CheckpointConfig
+from pretrain.checkpoint.marker import incomplete_reason
 from pretrain.checkpoint.schema import KINDS, read_state, tensor_files, validation_error
-from pretrain.console import notice
-from pretrain.errors import UserError
-from pretrain.filesystem import free_bytes, move
+from pretrain.distributed import sharding as tensors
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.filesystem import free_bytes, move
 
 if TYPE_CHECKING:
-    from pretrain.world import World
+    from pretrain.distributed.context import DistributedContext
 
 SPARE_BYTES = 16 << 20  # what else a checkpoint needs on the disk, and the logs beside it
 
 
 @dataclass(frozen=True)
-class Store:
+class CheckpointStore:
     """Checkpoints under ``folder``; ``policy`` says which stay and how they are verified. ``files``: name → content of
     what else every checkpoint holds."""
 
     folder: Path
-    policy: Policy = field(default_factory=Policy)
+    policy: CheckpointConfig = field(default_factory=CheckpointConfig)
     files: Mapping[str, bytes] = field(default_factory=dict)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def save(self, step: int, state: dict[str, Any], *, world: World, alive: Callable[[], None] = lambda: None) -> int:
+    def save(
+        self, step: int, state: dict[str, Any], *, world: DistributedContext, alive: Callable[[], None] = lambda: None
+    ) -> int:
         """Write the checkpoint of ``step``, each rank its own pieces, then prune; return its size in bytes. ``state``: what
         `load` returns, and ``files``: those of this moment, like ``self.files``. ``alive`` is called after every file.
 
@@ -119,7 +121,7 @@ class Store:
 
     def whole(self) -> list[int]:
         """Steps of the whole checkpoints, by the sizes of their files."""
-        return [step for step in self.steps() if missing_or_torn(self.path(step)) is None]
+        return [step for step in self.steps() if incomplete_reason(self.path(step)) is None]
 
     def newest(self, *, below: int | None = None) -> Path | None:
         """The newest whole checkpoint, of a step ``below``; says which newer ones were passed over and why. Deletes
@@ -135,7 +137,7 @@ class Store:
             notice(f"checkpoint {path} passed over: {reason}")
         return None
 
-    def set_aside_after(self, step: int) -> None:
+    def archive_after(self, step: int) -> None:
         """Rename the checkpoints beyond ``step``, so that a run that goes back to it never picks up the other branch.
 
         Raises ``UserError`` where that can't be.

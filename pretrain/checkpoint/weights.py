@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pretrain.checkpoint.marker import missing_or_torn
-from pretrain.checkpoint.policy import Policy, Verify
-from pretrain.checkpoint.store import Store
-from pretrain.errors import UserError
-from pretrain.filesystem import expanded
-from pretrain.folders import MARKER
+from pretrain.checkpoint.config import CheckpointConfig, Verify
+from pretrain.checkpoint.marker import incomplete_reason
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.filesystem import expanded
+from pretrain.runtime.folders import MARKER
 
 
 def weights_folder(name: str, *, key: str, verify: Verify = "size") -> str:
@@ -20,11 +20,11 @@ def weights_folder(name: str, *, key: str, verify: Verify = "size") -> str:
     if not path.is_dir():
         return name
     if any((path / file).exists() for file in (MARKER, "state.json")) or path.parent.name == "checkpoints":
-        reason = missing_or_torn(path, verify=verify)
+        reason = incomplete_reason(path, verify=verify)
         if reason is not None:
             raise UserError(f"{key}={name}: not a whole checkpoint: {reason}")
     elif not (path / "config.json").exists() and any((path / f).exists() for f in ("run.json", "checkpoints")):
-        newest = Store(path / "checkpoints", Policy(verify=verify)).newest()
+        newest = CheckpointStore(path / "checkpoints", CheckpointConfig(verify=verify)).newest()
         if newest is None and not (path / "model").is_dir():
             raise UserError(f"{key}={name}: a run that has neither a whole checkpoint nor a model/")
         return str(newest or path / "model")

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pretrain.batch import IGNORE, Batch
-from pretrain.data.store import TokenView
+from pretrain.data.batch import IGNORE, Batch
+from pretrain.data.store.token_store import TokenView
 
 
 class Blocks:

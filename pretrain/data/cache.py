@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from pretrain.errors import UserError
-from pretrain.filesystem import expanded, flush
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.filesystem import expanded, flush
 
 ABANDONED_SECONDS = 86_400.0  # a temporary file this old belongs to a process that was killed
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

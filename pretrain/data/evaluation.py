@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-from pretrain.batch import IGNORE, Batch
+from pretrain.data.batch import IGNORE, Batch
 from pretrain.data.blocks import packed
-from pretrain.data.store import TokenView
+from pretrain.data.store.token_store import TokenView
 
 PROMPT_WINDOW = 1 << 16  # tokens in which prompts are looked for: a view may be far too long to look at all of it
 

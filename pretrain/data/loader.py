@@ -10,12 +10,12 @@ from queue import Full, Queue
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.batch import Batch
+from pretrain.data.batch import Batch
 from pretrain.data.blocks import Blocks
 from pretrain.data.evaluation import evaluation_batches
 from pretrain.data.order import Permutation
-from pretrain.data.store import Document, TokenView
-from pretrain.errors import UserError
+from pretrain.data.store.token_store import Document, TokenView
+from pretrain.runtime.errors import UserError
 
 __all__ = ["Loader", "check_enough", "evaluation_batches"]
 

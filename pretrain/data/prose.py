@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Iterator
 
-from pretrain.data.sections import sections
+from pretrain.data.reading.sections import sections
 
 MIN_CHARS = 300  # shorter docstrings are mostly signatures and one-liners
 TRIPLE_QUOTED = re.compile(r'("""|\'\'\')(.*?)\1', re.DOTALL)

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pretrain.console import notice, progress_bar, shows_progress
 from pretrain.evaluation.baseline import Known, digest
-from pretrain.events import DomainScore
+from pretrain.runtime.console import notice, progress_bar, shows_progress
+from pretrain.telemetry.events import DomainScore
 
 if TYPE_CHECKING:
     from pretrain.data.evaluation import EvaluationBatches
-    from pretrain.engine import Scorer
     from pretrain.evaluation.baseline import Measured
+    from pretrain.strategy.engine import InferenceEngine
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Evaluator:
 
     def run(
         self,
-        engine: Scorer,
+        engine: InferenceEngine,
         *,
         baseline: Mapping[str, Known] | None = None,
         announce: bool = False,
@@ -81,7 +81,7 @@ class Evaluator:
 
     def _score(
         self,
-        engine: Scorer,
+        engine: InferenceEngine,
         domain: Domain,
         baseline: Mapping[str, Known] | None,
         interrupted: Callable[[], bool],
@@ -102,7 +102,7 @@ class Evaluator:
                     tokens += batch.num_targets
                 alive()
                 advance(world.size)
-        nats, tokens = float(world.add_up(summed)), world.sum(tokens)
+        nats, tokens = float(world.all_reduce_sum(summed)), world.sum(tokens)
         loss = nats / tokens
         before = Known(loss) if baseline is None else baseline[domain.name]
         num_bytes = domain.batches.num_bytes

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pretrain.errors import UserError
 from pretrain.evaluation.perplexity import evaluating
-from pretrain.events import Sample
+from pretrain.runtime.errors import UserError
+from pretrain.telemetry.events import Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pretrain.engine import Scorer
+    from pretrain.evaluation.config import EvaluationConfig
     from pretrain.evaluation.perplexity import Domain
-    from pretrain.evaluation.policy import Policy
+    from pretrain.strategy.engine import InferenceEngine
 
 AT_ONCE = 8  # prompts; their logits are one row each
 
@@ -48,7 +48,7 @@ class Sampler:
 
     def run(
         self,
-        engine: Scorer,
+        engine: InferenceEngine,
         *,
         interrupted: Callable[[], bool] = lambda: False,
         alive: Callable[[], None] = lambda: None,
@@ -65,7 +65,11 @@ class Sampler:
         return samples
 
     def _continue(
-        self, engine: Scorer, prompts: Sequence[Prompt], interrupted: Callable[[], bool], alive: Callable[[], None]
+        self,
+        engine: InferenceEngine,
+        prompts: Sequence[Prompt],
+        interrupted: Callable[[], bool],
+        alive: Callable[[], None],
     ) -> list[list[int]] | None:
         """The tokens that follow each prompt; the host waits for the device once, at the end."""
         device = engine.world.device
@@ -99,7 +103,7 @@ class Sampler:
 
 
 def prompts_of(
-    domains: Sequence[Domain], policy: Policy, tokenizer: Any, *, first: int, num_positions: int
+    domains: Sequence[Domain], policy: EvaluationConfig, tokenizer: Any, *, first: int, num_positions: int
 ) -> list[Prompt]:
     """Of each domain, then the user's own, each after the token ``first``. A document's is cut to half of the model's
     positions.

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pretrain.console import notice
 from pretrain.evaluation.baseline import Known, Measured, known
+from pretrain.runtime.console import notice
 
 if TYPE_CHECKING:
-    from pretrain.engine import Scorer
+    from pretrain.checkpoint.train_state import TrainState
     from pretrain.evaluation.perplexity import Evaluator
-    from pretrain.events import DomainScore
-    from pretrain.progress import Progress
+    from pretrain.strategy.engine import InferenceEngine
+    from pretrain.telemetry.events import DomainScore
 
 
 @dataclass
@@ -31,18 +31,18 @@ class Untouched:
     is_there: bool = True
     _again: dict[str, tuple[float, Measured]] = field(default_factory=dict)  # by domain, scored since this start
 
-    def known(self, progress: Progress) -> dict[str, Known]:
+    def known(self, progress: TrainState) -> dict[str, Known]:
         """The baseline of every domain, as far as it was measured on what is scored now."""
         return self._known(progress.baseline, progress.measured_on)
 
-    def keep(self, progress: Progress, scores: Iterable[DomainScore]) -> None:
+    def keep(self, progress: TrainState, scores: Iterable[DomainScore]) -> None:
         """The ``scores`` of step 0 are the baseline of the run from now on."""
         progress.baseline = {score.domain: score.loss for score in scores}
         progress.measured_on = {domain.name: domain.measured_on for domain in self.evaluator.domains}
 
     def score_again(
         self,
-        engine: Scorer,
+        engine: InferenceEngine,
         state: Mapping[str, Any],
         identity: Mapping[str, Any],
         *,
@@ -57,7 +57,7 @@ class Untouched:
         if progress["step"] == 0 or any(state["identity"][p] != identity[p] for p in self.weights_follow_from):
             return
         found = self._known(progress.get("baseline", {}), progress.get("measured_on", {}))
-        missing: dict[str, str] = engine.world.on_main(lambda: {n: k.reason for n, k in found.items() if k.reason})
+        missing: dict[str, str] = engine.world.on_main_rank(lambda: {n: k.reason for n, k in found.items() if k.reason})
         if not missing:
             return
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
@@ -66,7 +66,7 @@ class Untouched:
         domains = {domain.name: domain for domain in self.evaluator.domains}
         self._again = {score.domain: (score.loss, domains[score.domain].measured_on) for score in scores or ()}
 
-    def restore(self, progress: Progress) -> None:
+    def restore(self, progress: TrainState) -> None:
         """Put what was scored again into ``progress``, which a checkpoint has just filled."""
         progress.baseline |= {name: loss for name, (loss, _) in self._again.items()}
         progress.measured_on |= {name: measured for name, (_, measured) in self._again.items()}

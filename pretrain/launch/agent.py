@@ -18,20 +18,20 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.console import notice
-from pretrain.errors import UserError, WorkersFailed
-from pretrain.filesystem import check_place_for_sockets
-from pretrain.interrupt import EXIT_CODE, HEARING_SECONDS, Stopped, held_back
+from pretrain.launch.failure import read_reports
 from pretrain.launch.network import check_interfaces, is_here, own_address, split
-from pretrain.launch.report import read_reports
-from pretrain.launch.worker import Job, prepare_data, work
+from pretrain.launch.worker import WorkerJob, prepare_data, work
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError, WorkersFailed
+from pretrain.runtime.filesystem import check_place_for_sockets
+from pretrain.runtime.signals import EXIT_CODE, HEARING_SECONDS, Stopped, signals_blocked
 
 if TYPE_CHECKING:
-    from pretrain.launch.policy import Policy
+    from pretrain.launch.config import LaunchConfig
     from pretrain.strategy.base import Setting
 
 
-def run_workers(resolved: dict[str, Any], overrides: list[str], setting: Setting, policy: Policy) -> int:
+def run_workers(config: dict[str, Any], overrides: list[str], setting: Setting, policy: LaunchConfig) -> int:
     """Prepare the data, then train in ``setting.workers // setting.nodes`` processes; return the exit code.
 
     Raises ``UserError`` for a mistake that a worker found, ``WorkersFailed`` when the group failed for good.
@@ -41,13 +41,13 @@ def run_workers(resolved: dict[str, Any], overrides: list[str], setting: Setting
     warm_up()
     meeting = _meeting(policy, setting.device_type)
     with tempfile.TemporaryDirectory(prefix="pretrain-") as reports:
-        job = Job(resolved, overrides, setting, reports, dict(os.environ), os.getcwd())
+        job = WorkerJob(config, overrides, setting, reports, dict(os.environ), os.getcwd())
         _wait_for_data(job)
         codes = _run_agent(job, setting.workers // setting.nodes, policy, meeting)
     return next((code for code in codes if code), 0)
 
 
-def _wait_for_data(job: Job) -> None:
+def _wait_for_data(job: WorkerJob) -> None:
     """Tokenize what the cache does not hold yet, in a process of the warm server: this one imports too little for it.
 
     Raises ``UserError``, ``Stopped`` or ``WorkersFailed`` as that process did.
@@ -71,7 +71,7 @@ def _wait_for_data(job: Job) -> None:
         raise WorkersFailed(report.trace if report else f"preparing the data left with exit code {process.exitcode}")
 
 
-def _meeting(policy: Policy, device_type: str) -> dict[str, Any]:
+def _meeting(policy: LaunchConfig, device_type: str) -> dict[str, Any]:
     """Where this agent meets those of other nodes, as arguments of ``meeting.meet``; empty where there are none.
 
     Raises ``UserError`` for a place that can't be one, before any data is read.
@@ -102,18 +102,18 @@ def warm_up() -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that has asked CUDA can't be forked
     multiprocessing.get_context("forkserver").set_forkserver_preload(["pretrain.launch.preload"])
     for module in (multiprocessing.resource_tracker, multiprocessing.forkserver):  # the former's start ends the holding
-        with held_back():  # a worker hears them when it knows what to do
+        with signals_blocked():  # a worker hears them when it knows what to do
             module.ensure_running()
 
 
-def _run_agent(job: Job, workers: int, policy: Policy, meeting: dict[str, Any]) -> list[int]:
+def _run_agent(job: WorkerJob, workers: int, policy: LaunchConfig, meeting: dict[str, Any]) -> list[int]:
     """The workers' exit codes."""
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # attempts would share a port, and a restart hang
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
     from pretrain.launch.elastic import Agent
-    from pretrain.launch.meeting import Alone, meet
+    from pretrain.launch.rendezvous import Alone, meet
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn", "torchelastic-events-null"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what happened is said by us, once
@@ -128,4 +128,4 @@ def _run_agent(job: Job, workers: int, policy: Policy, meeting: dict[str, Any]) 
     )
     logs = DefaultLogsSpecs(log_dir=f"{job.reports}/elastic")
     agent = Agent(spec, logs_specs=logs, start_method="forkserver", reports=Path(job.reports))
-    return agent.outcome(Path(job.resolved["output_dir"]))
+    return agent.outcome(Path(job.config["output_dir"]))

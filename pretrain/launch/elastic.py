@@ -18,11 +18,11 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from pretrain.console import notice
-from pretrain.errors import UserError, WorkersFailed
-from pretrain.interrupt import ONE_CTRL_C_SECONDS, SIGNALS, Stopped
-from pretrain.launch.report import Report, cause_of_hang, read_reports
-from pretrain.run_folder import claimed_by
+from pretrain.launch.failure import WorkerFailure, cause_of_hang, read_reports
+from pretrain.run.folder import claimed_by
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError, WorkersFailed
+from pretrain.runtime.signals import ONE_CTRL_C_SECONDS, SIGNALS, Stopped
 from pretrain.telemetry.run_file import mark_failed
 
 # Nobody but the kernel or a person sends these; SIGABRT may follow from what another rank did, SIGTERM comes from torch.
@@ -69,7 +69,7 @@ class Agent(LocalElasticAgent):
             raise Stopped(self.stop)
         raise WorkersFailed(cause.told(run / "logs"))
 
-    def cause(self) -> Report:
+    def cause(self) -> WorkerFailure:
         """The first thing that went wrong: a mistake, else a hang, else a death by a signal, else the earliest exception."""
         reports = sorted(read_reports(self.reports), key=lambda report: (not report.is_mistake, report.time))
         if reports and reports[0].is_mistake:
@@ -79,12 +79,12 @@ class Agent(LocalElasticAgent):
             return cause_of_hang(hangs, sorted(self.stuck - hangs.keys()))
         for rank, code in self.deaths.items():
             if -code in KILLERS:
-                return Report(rank, f"was killed by {signal.Signals(-code).name}", "", time.monotonic())
+                return WorkerFailure(rank, f"was killed by {signal.Signals(-code).name}", "", time.monotonic())
         if reports:
             return reports[0]
         rank, code = next(iter(self.deaths.items()), (0, 1))
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
-        return Report(rank, how, "", 0.0)
+        return WorkerFailure(rank, how, "", 0.0)
 
     # -- torch's ------------------------------------------------------------------------------------------------------
 

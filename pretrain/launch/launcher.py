@@ -8,48 +8,50 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING
 
-from pretrain.console import notice
-from pretrain.errors import UserError
-from pretrain.interrupt import Interrupt
-from pretrain.launch.layout import Layout, layout
+from pretrain.distributed.rank_info import RankInfo
+from pretrain.distributed.sockets import address_towards, is_loopback
+from pretrain.launch.config import LaunchConfig
 from pretrain.launch.network import check_interfaces, check_master
-from pretrain.launch.policy import Policy
-from pretrain.place import Place
-from pretrain.prepare import instantiate
-from pretrain.sockets import address_towards, is_loopback
-from pretrain.split import Split
+from pretrain.launch.topology import Topology, layout
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.signals import Interrupt
 from pretrain.strategy.base import Setting, Strategy
+from pretrain.training.micro_batching import MicroBatching
+
+if TYPE_CHECKING:
+    from pretrain.config.schema import RunConfig
 
 
-def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt) -> int:
-    """Carry out ``resolved['task']``; return the exit code.
+def launch(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
+    """Carry out ``config.task``; return the exit code.
 
     Raises ``UserError`` for a mistake, on whichever process it was found, and ``WorkersFailed`` for a bug in a worker.
     """
-    if resolved["task"] != "pretraining":
+    if config.task != "pretraining":
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(f"task={resolved['task']} is one process; start it without torchrun")
-        from pretrain import tasks
+            raise UserError(f"task={config.task} is one process; start it without torchrun")
+        from pretrain.run import tasks
 
-        if resolved["devices"] not in ("auto", 1):
-            notice(f"task={resolved['task']} is one process: strategy and devices have no effect")
-        return tasks.TASKS[resolved["task"]](resolved, overrides, interrupt)
-    policy = instantiate(resolved["launch"])
-    strategy = instantiate(resolved["strategy"])
-    plan = layout(resolved, strategy, policy)
-    check_auto(resolved, strategy)
-    split = Split.asked(resolved)
+        if config.devices not in ("auto", 1):
+            notice(f"task={config.task} is one process: strategy and devices have no effect")
+        return tasks.TASKS[config.task](config, overrides, interrupt)
+    policy = config.launch
+    strategy = config.strategy
+    plan = layout(config, strategy, policy)
+    check_auto(config, strategy)
+    split = MicroBatching.asked(config)
     setting = Setting(
         device_type=plan.device_type,
         workers=plan.world_size,
         nodes=plan.nodes,
         devices_per_worker=plan.devices_per_worker,
-        precision=instantiate(resolved["precision"]),
+        precision=config.precision,
         batch_size=split.batch_size,
         accumulation=split.accumulation,
-        grad_clip=resolved["grad_clip"],
+        grad_clip=config.grad_clip,
     )
     strategy.check(setting)
     place = place_in(plan)
@@ -58,20 +60,20 @@ def launch(resolved: dict[str, Any], overrides: list[str], interrupt: Interrupt)
     elif policy.max_restarts and plan.world_size == 1:
         notice("launch.max_restarts has no effect on one process: nobody would be left to start it again")
     if plan.joined or plan.world_size == 1:
-        from pretrain import tasks
+        from pretrain.run import tasks
 
-        return tasks.pretraining(resolved, overrides, interrupt, setting, place)
+        return tasks.pretraining(config, overrides, interrupt, setting, place)
     from pretrain.launch.agent import run_workers
 
-    return run_workers(resolved, overrides, setting, policy)
+    return run_workers(config.plain, overrides, setting, policy)
 
 
-def check_joined(place: Place, policy: Policy, device_type: str) -> None:
+def check_joined(place: RankInfo, policy: LaunchConfig, device_type: str) -> None:
     """Of a run that others have started, say what they decide. Raises ``UserError`` when its port is another program's,
     or when this process would listen where the others do not reach it.
 
     Of attempts that share torchrun's store, the next one may find the addresses of the one that has died."""
-    keys = [k for k in ("max_restarts", "nodes", "endpoint") if getattr(policy, k) != getattr(Policy, k)]
+    keys = [k for k in ("max_restarts", "nodes", "endpoint") if getattr(policy, k) != getattr(LaunchConfig, k)]
     if keys and place.rank == 0:
         given = ", ".join(f"launch.{key}" for key in keys)
         notice(f"{given}: no effect under RANK and WORLD_SIZE; whoever has started the processes decides that")
@@ -86,29 +88,29 @@ def check_joined(place: Place, policy: Policy, device_type: str) -> None:
         check_master(place.rank)
 
 
-def check_auto(resolved: dict[str, Any], strategy: Strategy) -> None:
+def check_auto(config: RunConfig, strategy: Strategy) -> None:
     """Raises ``UserError`` where ``batch_size=auto`` can't be found out."""
-    if resolved["batch_size"] == "auto" and not strategy.computes_alone:
+    if config.batch_size == "auto" and not strategy.independent_forward:
         raise UserError(
             f"batch_size=auto with strategy={strategy.name}: its ranks need each other in every forward, so one that runs "
             "out of memory would leave the others waiting; give batch_size a number; single, dp and ddp can find it"
         )
 
 
-def place_in(plan: Layout) -> Place:
+def place_in(plan: Topology) -> RankInfo:
     """This process's place among the others, from the environment; alone in a plan of one process."""
     if not plan.joined:
-        return Place()
+        return RankInfo()
     rank = int(os.environ["RANK"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank % plan.workers))
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return Place(
+    return RankInfo(
         *(rank, plan.world_size, local_rank, plan.workers, restarts, run_id), one_machine=_on_one_machine(plan)
     )
 
 
-def _on_one_machine(plan: Layout) -> bool:
+def _on_one_machine(plan: Topology) -> bool:
     """Whether all processes are on this machine. Where nobody says how many are, MASTER_ADDR does."""
     if plan.nodes > 1 or plan.world_size == 1 or "LOCAL_WORLD_SIZE" in os.environ:
         return plan.nodes == 1

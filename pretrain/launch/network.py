@@ -8,8 +8,14 @@ import socket
 import threading
 from contextlib import suppress
 
-from pretrain.errors import UserError
-from pretrain.sockets import address_towards, hides_address, interfaces_of_nccl, is_loopback, is_loopback_interface
+from pretrain.distributed.sockets import (
+    address_towards,
+    hides_address,
+    interfaces_of_nccl,
+    is_loopback,
+    is_loopback_interface,
+)
+from pretrain.runtime.errors import UserError
 
 ANSWER_SECONDS = 3.0
 

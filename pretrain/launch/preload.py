@@ -15,12 +15,12 @@ import transformers.tokenization_utils_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import pretrain.data.loader
-import pretrain.data.tokenize
-import pretrain.engine
+import pretrain.data.tokenization.tokenize
 import pretrain.models.language_model
 import pretrain.models.tokenizer
-import pretrain.tasks
-import pretrain.trainer
+import pretrain.run.tasks
+import pretrain.strategy.engine
+import pretrain.training.trainer
 
 gc.freeze()
 gc.enable()

@@ -12,23 +12,24 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
-from pretrain import collector
-from pretrain.console import capture_stderr, quiet_libraries
-from pretrain.interrupt import EXIT_CODE, SIGNALS, Interrupt, Stopped
-from pretrain.launch.report import write_hang, write_report
-from pretrain.place import Place
-from pretrain.prepare import prepare, total_steps
+from pretrain.config.schema import RunConfig
+from pretrain.distributed.rank_info import RankInfo
+from pretrain.launch.failure import write_hang, write_report
+from pretrain.run.prepare import prepare, total_steps
+from pretrain.runtime import garbage_collector as collector
+from pretrain.runtime.console import capture_stderr, quiet_libraries
+from pretrain.runtime.signals import EXIT_CODE, SIGNALS, Interrupt, Stopped
+from pretrain.runtime.streams import flush, never_wait
 from pretrain.strategy.base import Setting
-from pretrain.streams import never_wait, settle
 
 FROM_AGENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerJob:
     """What travels to a worker. ``reports``: where it says why it failed. ``environment``, ``folder``: the parent's."""
 
-    resolved: dict[str, Any]
+    config: dict[str, Any]
     overrides: list[str]
     setting: Setting
     reports: str
@@ -36,7 +37,7 @@ class Job:
     folder: str
 
 
-def prepare_data(job: Job) -> None:
+def prepare_data(job: WorkerJob) -> None:
     """Prepare the data, before any worker exists. Leaves with 0, with 75 when stopped, or reports and leaves with 1."""
     _enter(job)
     Interrupt().install()
@@ -44,25 +45,25 @@ def prepare_data(job: Job) -> None:
     setting = job.setting
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        prepared = prepare(job.resolved, devices=setting.devices)
-        total_steps(job.resolved, prepared)
+        config = RunConfig.of(job.config)
+        total_steps(config, prepare(config, devices=setting.devices))
     except Stopped:
         os._exit(EXIT_CODE)
     except BaseException as error:
         write_report(Path(job.reports), 0, error)
         os._exit(1)
-    settle()
+    flush()
     os._exit(0)  # taking the interpreter down would take longer than many a start has
 
 
-def work(job: Job) -> int:
+def work(job: WorkerJob) -> int:
     """Train as one rank; the exit code. A failing worker reports and leaves at once, with 1."""
     _enter(job)
     rank, local_size = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     run_id = os.environ["TORCHELASTIC_RUN_ID"]
     one_machine = job.setting.nodes == 1
-    place = Place(
+    place = RankInfo(
         *(rank, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]), local_size, restarts, run_id),
         store=f"{job.reports}/store-{restarts}" if one_machine else "",
         one_machine=one_machine,
@@ -73,7 +74,7 @@ def work(job: Job) -> int:
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # asked by the parent, of a group that hangs
     never_wait()
     interrupt = Interrupt(silent=True)  # the parent has said it
-    interrupt.patient = True
+    interrupt.defer_signals = True
     interrupt.install()
     for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's reach the parent, who passes them on
         signal.signal(number, signal.SIG_IGN)
@@ -82,13 +83,13 @@ def work(job: Job) -> int:
         code = _train(job, interrupt, place)
     except BaseException as error:
         write_report(Path(job.reports), rank, error)
-        settle()
+        flush()
         os._exit(1)
-    settle()
+    flush()
     return code
 
 
-def _enter(job: Job) -> None:
+def _enter(job: WorkerJob) -> None:
     """Stand where the parent stands: the server was started earlier, perhaps elsewhere."""
     collector.rarely()
     os.environ.update({k: v for k, v in job.environment.items() if k not in FROM_AGENT})
@@ -96,16 +97,16 @@ def _enter(job: Job) -> None:
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
-def _train(job: Job, interrupt: Interrupt, place: Place) -> int:
+def _train(job: WorkerJob, interrupt: Interrupt, place: RankInfo) -> int:
     import torch
 
-    from pretrain import tasks
+    from pretrain.run import tasks
 
     quiet_libraries()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
     on_hang = partial(write_hang, Path(job.reports), place.rank)
-    return tasks.pretraining(job.resolved, job.overrides, interrupt, job.setting, place, on_hang)
+    return tasks.pretraining(RunConfig.of(job.config), job.overrides, interrupt, job.setting, place, on_hang)
 
 
 def _leave_with_parent() -> None:

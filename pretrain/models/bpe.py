@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pretrain.console import notice
+from pretrain.runtime.console import notice
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0

@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import xxhash
 from pydantic import Field
 
-from pretrain.console import notice
-from pretrain.errors import UserError, did_you_mean, one_line
-from pretrain.models import files, model_config
-from pretrain.out_of_memory import is_out_of_memory
+from pretrain.models.hub import config_files as model_config
+from pretrain.models.hub import files
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError, did_you_mean, one_line
+from pretrain.runtime.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
 
+    from pretrain.distributed.sharding import TensorFiles
     from pretrain.models.language_model import LanguageModel
-    from pretrain.tensors import TensorFiles
 
 Texts = Callable[[], Iterator[str]]
 OLD_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}  # transformers still takes them and renames them
@@ -123,9 +124,9 @@ class CausalLM(ABC):
         """Of the model, without making its weights."""
         import torch
 
-        return int(self.outline(param_dtype=torch.float32).hf.num_parameters())
+        return int(self.build_on_meta(param_dtype=torch.float32).hf.num_parameters())
 
-    def outline(self, *, param_dtype: torch.dtype) -> LanguageModel:
+    def build_on_meta(self, *, param_dtype: torch.dtype) -> LanguageModel:
         """The model in training mode with its parameters on the meta device and its buffers on the CPU."""
         from transformers import AutoModelForCausalLM
 
@@ -174,7 +175,7 @@ class Pretrained(CausalLM):
 
     def weights(self) -> TensorFiles:
         """The folder's weight files, unread."""
-        from pretrain.tensors import TensorFiles
+        from pretrain.distributed.sharding import TensorFiles
 
         return TensorFiles(files.weight_files(self.folder(), self.name_or_path))
 
@@ -187,8 +188,8 @@ class Pretrained(CausalLM):
         found = self.weights()
         return sum(math.prod(found.shape(name)) for name in found.keys())  # noqa: SIM118 (not a dict)
 
-    def outline(self, *, param_dtype: torch.dtype) -> LanguageModel:
-        model = super().outline(param_dtype=param_dtype)
+    def build_on_meta(self, *, param_dtype: torch.dtype) -> LanguageModel:
+        model = super().build_on_meta(param_dtype=param_dtype)
         self._adopt_generation_config(model.hf)
         return model
 
@@ -206,7 +207,7 @@ class Pretrained(CausalLM):
             found = model_config.generation_config(self.folder(), self.name_or_path)
             given = {"config": self.hf_config(), "generation_config": found}
             return partial(AutoModelForCausalLM.from_pretrained, str(self.folder()), **given)
-        architecture, pieces = type(self.outline(param_dtype=param_dtype).hf), self.weights()
+        architecture, pieces = type(self.build_on_meta(param_dtype=param_dtype).hf), self.weights()
         weights = {name: pieces.read(name) for name in sorted(pieces.keys())}
         return partial(architecture.from_pretrained, None, config=self.hf_config(), state_dict=weights)
 
@@ -236,7 +237,7 @@ class Pretrained(CausalLM):
         then takes both, and nothing would say which model is trained, or what its config means."""
         if _is_tied(hf) or not getattr(hf.config.get_text_config(), "tie_word_embeddings", False):
             return
-        if _is_tied(self.outline(param_dtype=hf.dtype).hf):
+        if _is_tied(self.build_on_meta(param_dtype=hf.dtype).hf):
             raise UserError(
                 f"model_name={self.name_or_path}: {self.folder() / 'config.json'} says tie_word_embeddings: true, but the weight "
                 "files hold a head that is not the embedding; set it to false, or remove the head from the files"

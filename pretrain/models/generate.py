@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pretrain.errors import UserError
-from pretrain.models.export import end_ids
+from pretrain.models.hub.export import end_ids
+from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from pretrain.models.language_model import LanguageModel

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.batch import IGNORE
-from pretrain.errors import UserError
+from pretrain.data.batch import IGNORE
+from pretrain.distributed.sharding import TensorFiles, check_names, fill
 from pretrain.models import packing
 from pretrain.models.loss import linear_cross_entropy
 from pretrain.models.probe import (
@@ -23,11 +23,11 @@ from pretrain.models.probe import (
     has_plain_head,
     num_positions,
 )
-from pretrain.tensors import TensorFiles, check_names, fill
+from pretrain.runtime.errors import UserError
 
 
 class LanguageModel(nn.Module):
-    """``hf``: the wrapped model. ``lean``: its logits are just ``head(last hidden state)``, found out on a probe, so
+    """``hf``: the wrapped model. ``fused_loss``: its logits are just ``head(last hidden state)``, found out on a probe, so
     that the loss can be worked out without them; models that cap or scale their logits go through their own head.
 
     ``balancing``: the weight of the mixture of experts' load balancing loss, 0 unless the config has
@@ -40,8 +40,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.hf = hf
         hf.config.use_cache = False
-        self.lean = False
-        self.separation: Way | None = None
+        self.fused_loss = False
+        self.document_mask: Way | None = None
         self.balancing = 0.0
         if not any(p.is_meta for p in hf.parameters()):
             self.probe()
@@ -54,8 +54,8 @@ class LanguageModel(nn.Module):
         The argument is for hooks of FSDP, which can't do without one. Raises ``UserError`` for a model that is not causal.
         """
         check_causal(self.hf)
-        self.lean = has_plain_head(self.hf)
-        self.separation = document_separation(self.hf)
+        self.fused_loss = has_plain_head(self.hf)
+        self.document_mask = document_separation(self.hf)
         self.balancing = balancing_coefficient(self.hf)
 
     def forward(
@@ -88,7 +88,7 @@ class LanguageModel(nn.Module):
         given = {"input_ids": input_ids} | self._documents(position_ids)
         if self.balancing and self.training and torch.is_grad_enabled():
             return self._balanced_loss(given, labels)
-        if not self.lean:
+        if not self.fused_loss:
             logits = self.hf(**given, use_cache=False).logits
             return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
         hidden = self.hf.base_model(**given, use_cache=False).last_hidden_state
@@ -106,7 +106,7 @@ class LanguageModel(nn.Module):
     def _logits(self, input_ids: Tensor, ends: Tensor) -> Tensor:
         """What is right of an end is not seen by it: attention is causal."""
         rows = torch.arange(len(ends), device=ends.device)
-        if not self.lean:
+        if not self.fused_loss:
             logits: Tensor = self.hf(input_ids=input_ids, use_cache=False).logits[rows, ends]
             return logits
         hidden = self.hf.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[rows, ends]
@@ -121,17 +121,17 @@ class LanguageModel(nn.Module):
     def _documents(self, position_ids: Tensor | None) -> dict[str, Any]:
         if position_ids is None:
             return {}
-        if self.separation is None:
+        if self.document_mask is None:
             raise UserError(
                 f"dataset.document_mask=true: {type(self.hf).__name__} can't keep packed documents apart; use false"
             )
-        if self.balancing and self.separation is by_masks:
+        if self.balancing and self.document_mask is by_masks:
             raise UserError(
                 f"dataset.document_mask=true: {type(self.hf).__name__} works out its load balancing loss from plain masks only; "
                 "set output_router_logits: false in its config.json, or document_mask=false"
             )
         # The embedding's type and not the model's: under FSDP it is, here, that of the gathered weights.
-        return self.separation(self.hf, position_ids, self.hf.get_input_embeddings().weight.dtype)
+        return self.document_mask(self.hf, position_ids, self.hf.get_input_embeddings().weight.dtype)
 
     # -- names of the wrapped model ---------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.batch import IGNORE
+from pretrain.data.batch import IGNORE
 
 # Logits at a time, 128 MiB in fp32: with fewer, adding to the weight's gradient costs more than it saves.
 CHUNK_LOGITS = 2**25

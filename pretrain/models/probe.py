@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
-from pretrain.console import notice
-from pretrain.errors import UserError
-from pretrain.models.files import POSITION_KEYS
+from pretrain.models.hub.files import POSITION_KEYS
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError
 
 Way = Callable[[Any, Tensor, torch.dtype], dict[str, Any]]  # (model, position_ids, dtype) → arguments of its forward
 

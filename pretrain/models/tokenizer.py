@@ -20,10 +20,10 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pretrain.console import notice
-from pretrain.errors import UserError, did_you_mean, one_line
-from pretrain.folders import is_inside
-from pretrain.models.files import read_object
+from pretrain.models.hub.files import read_object
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError, did_you_mean, one_line
+from pretrain.runtime.folders import is_inside
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FILES = (  # of a tokenizer, in a model folder

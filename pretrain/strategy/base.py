@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from pretrain.engine import Engine
-    from pretrain.models.blueprint import Blueprint
+    from pretrain.distributed.context import DistributedContext
     from pretrain.models.language_model import LanguageModel
-    from pretrain.precision import Precision
-    from pretrain.world import World
+    from pretrain.models.model_factory import ModelFactory
+    from pretrain.strategy.engine import Engine
+    from pretrain.strategy.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Strategy(ABC):
     """To add one: a file here with a frozen dataclass, and a YAML of the same name under ``conf/strategy``."""
 
     needs_group: bool = True  # whether even one process wants a process group
-    computes_alone: bool = True  # whether a rank can go forward and backward without the others
+    independent_forward: bool = True  # whether a rank can go forward and backward without the others
 
     @property
     def name(self) -> str:
@@ -60,17 +60,17 @@ class Strategy(ABC):
         """Raises ``UserError`` for options that can't work there. Imports no torch."""
         return
 
-    def leaner(self, setting: Setting) -> list[str]:
+    def memory_saving_overrides(self, setting: Setting) -> list[str]:
         """Overrides with which a device needs less memory there, the best first."""
         return []
 
     @abstractmethod
     def setup(
         self,
-        model: Blueprint,
+        model: ModelFactory,
         optimizer: Callable[[LanguageModel], Optimizer],
         *,
         setting: Setting,
-        world: World,
+        world: DistributedContext,
     ) -> Engine:
         """Build model and optimizer on this rank. Both come as recipes, so that a strategy decides when and where."""

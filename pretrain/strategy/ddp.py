@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveFloat
 
-from pretrain.errors import UserError
+from pretrain.runtime.errors import UserError
 from pretrain.strategy.base import Setting, Strategy
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from pretrain.engine import Engine
-    from pretrain.models.blueprint import Blueprint
+    from pretrain.distributed.context import DistributedContext
     from pretrain.models.language_model import LanguageModel
-    from pretrain.world import World
+    from pretrain.models.model_factory import ModelFactory
+    from pretrain.strategy.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,20 @@ class Ddp(Strategy):
                 "itself; use one of the two"
             )
 
-    def leaner(self, setting: Setting) -> list[str]:
+    def memory_saving_overrides(self, setting: Setting) -> list[str]:
         return ["strategy=fsdp"] if setting.workers > 1 else []
 
     def setup(
         self,
-        model: Blueprint,
+        model: ModelFactory,
         optimizer: Callable[[LanguageModel], Optimizer],
         *,
         setting: Setting,
-        world: World,
+        world: DistributedContext,
     ) -> Engine:
         from torch.nn.parallel import DistributedDataParallel
 
-        from pretrain.engine import Engine
+        from pretrain.strategy.engine import Engine
 
         class DdpEngine(Engine):
             def communication(self, last: bool) -> AbstractContextManager[object]:

@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
-from pretrain.errors import UserError, did_you_mean
+from pretrain.runtime.errors import UserError, did_you_mean
 from pretrain.strategy.base import Setting, Strategy
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from pretrain.engine import Engine
-    from pretrain.models.blueprint import Blueprint
+    from pretrain.distributed.context import DistributedContext
     from pretrain.models.language_model import LanguageModel
-    from pretrain.world import World
+    from pretrain.models.model_factory import ModelFactory
+    from pretrain.strategy.engine import Engine
 
 OWNERS = {  # what decides a key of DeepSpeed's config in this program
     "train_batch_size": "batch_size, gradient_accumulation_steps and the number of processes",
@@ -80,7 +80,7 @@ class Deepspeed(Strategy):
     is written by rank 0 (full), or in as many files as there are ranks (sharded).
     """
 
-    computes_alone = False
+    independent_forward = False
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: bool = False
@@ -141,7 +141,7 @@ class Deepspeed(Strategy):
         }
         return overlaid(defaults, agreed(decided, self.config))
 
-    def leaner(self, setting: Setting) -> list[str]:
+    def memory_saving_overrides(self, setting: Setting) -> list[str]:
         ways = ["strategy.zero_stage=3"] if self.zero_stage < 3 and setting.workers > 1 else []
         if setting.device_type == "cuda" and self.zero_stage > 0 and not self.offload_optimizer:
             ways.append("strategy.offload_optimizer=true")
@@ -151,11 +151,11 @@ class Deepspeed(Strategy):
 
     def setup(
         self,
-        model: Blueprint,
+        model: ModelFactory,
         optimizer: Callable[[LanguageModel], Optimizer],
         *,
         setting: Setting,
-        world: World,
+        world: DistributedContext,
     ) -> Engine:
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
         if world.device.type == "cpu":

@@ -21,21 +21,21 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from pretrain.batch import Batch
-from pretrain.console import notice
-from pretrain.engine import Engine, never
-from pretrain.errors import UserError
+from pretrain.data.batch import Batch
+from pretrain.distributed.sharding import TensorFiles, TensorShard, check_names, check_shape, described
 from pretrain.models.dtypes import kept_fp32
 from pretrain.models.meta import cast_parameters, put_buffers
-from pretrain.tensors import Piece, TensorFiles, check_names, check_shape, described
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError
+from pretrain.strategy.engine import Engine, never
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from pretrain.models.blueprint import Blueprint
+    from pretrain.distributed.context import DistributedContext
     from pretrain.models.language_model import LanguageModel
-    from pretrain.precision import Precision
-    from pretrain.world import World
+    from pretrain.models.model_factory import ModelFactory
+    from pretrain.strategy.precision import Precision
 
 
 def begin(config: dict[str, Any]) -> None:
@@ -84,15 +84,15 @@ class ReplicatedEngine(Engine):
     @classmethod
     def build(
         cls,
-        blueprint: Blueprint,
+        factory: ModelFactory,
         optimizer: Callable[[LanguageModel], Optimizer],
         *,
         config: dict[str, Any],
-        world: World,
+        world: DistributedContext,
         **options: Any,
     ) -> ReplicatedEngine:
         begin(config)
-        model = blueprint.build(world.device)
+        model = factory.build(world.device)
         update = optimizer(model)
         wrapped = wrap(model, update, config)
         return cls(model, update, world=world, wrapped=wrapped, replicas=world.size, **options)
@@ -124,18 +124,18 @@ class DeepspeedEngine(Engine):
     @classmethod
     def build(
         cls,
-        blueprint: Blueprint,
+        factory: ModelFactory,
         optimizer: Callable[[LanguageModel], Optimizer],
         *,
         config: dict[str, Any],
         precision: Precision,
-        world: World,
+        world: DistributedContext,
         sharded_export: bool,
     ) -> DeepspeedEngine:
         """Build the model whole, at stage 3 on the host, and hand it to DeepSpeed."""
         begin(config)
         partitioned = config["zero_optimization"]["stage"] == 3
-        model = blueprint.build(torch.device("cpu") if partitioned else world.device)
+        model = factory.build(torch.device("cpu") if partitioned else world.device)
         num_parameters = sum(p.numel() for p in model.parameters())
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
         update = optimizer(model)
@@ -192,7 +192,7 @@ class DeepspeedEngine(Engine):
         finally:
             delattr(self._zero, measure)
 
-    def infer(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
         found: Tensor = self.step_module(*inputs, **more)
         return found
 
@@ -203,12 +203,12 @@ class DeepspeedEngine(Engine):
             yield name, self._whole(tensor)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        own: dict[str, dict[str, Piece]] = {"model": {}, "optimizer": {}}
+        own: dict[str, dict[str, TensorShard]] = {"model": {}, "optimizer": {}}
         every: dict[str, Any] = {"model": {}, "optimizer": {}}
         for i, (kind, name, tensor) in enumerate(self._whole_tensors()):
             every[kind][name] = described(tensor)
             if i % self.world.size == self.world.rank:
-                own[kind][name] = Piece(tensor.detach().cpu(), 0, tuple(tensor.shape))
+                own[kind][name] = TensorShard(tensor.detach().cpu(), 0, tuple(tensor.shape))
         return own | {"tensors": every, "scaler": self._loss_scale() | {"skipped": int(self.skipped)}}
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:

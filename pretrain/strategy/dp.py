@@ -9,17 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pretrain.console import notice
-from pretrain.errors import UserError
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError
 from pretrain.strategy.base import Setting, Strategy
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from pretrain.engine import Engine
-    from pretrain.models.blueprint import Blueprint
+    from pretrain.distributed.context import DistributedContext
     from pretrain.models.language_model import LanguageModel
-    from pretrain.world import World
+    from pretrain.models.model_factory import ModelFactory
+    from pretrain.strategy.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,20 @@ class Dp(Strategy):
         if setting.device_type == "cpu":
             notice("strategy=dp: no GPU is visible, so this is one process on the CPU; ddp and fsdp use several")
 
-    def leaner(self, setting: Setting) -> list[str]:
+    def memory_saving_overrides(self, setting: Setting) -> list[str]:
         return ["strategy=fsdp"] if setting.devices_per_worker > 1 else []
 
     def setup(
         self,
-        model: Blueprint,
+        model: ModelFactory,
         optimizer: Callable[[LanguageModel], Optimizer],
         *,
         setting: Setting,
-        world: World,
+        world: DistributedContext,
     ) -> Engine:
         import torch
 
-        from pretrain.engine import Engine
+        from pretrain.strategy.engine import Engine
 
         built = model.build(world.device)
         if built.is_compiled and world.device.type == "cuda":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import PositiveInt
 
-from pretrain.errors import UserError, did_you_mean
+from pretrain.runtime.errors import UserError, did_you_mean
 from pretrain.strategy.base import Setting, Strategy
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
     from torch.optim import Optimizer
 
-    from pretrain.engine import Engine
-    from pretrain.models.blueprint import Blueprint
+    from pretrain.distributed.context import DistributedContext
     from pretrain.models.language_model import LanguageModel
-    from pretrain.precision import Precision
-    from pretrain.world import World
+    from pretrain.models.model_factory import ModelFactory
+    from pretrain.strategy.engine import Engine
+    from pretrain.strategy.precision import Precision
 
 BLOCKS = {"gpt2": "GPT2Block", "llama": "LlamaDecoderLayer"}  # short names of the original design
 
@@ -47,7 +47,7 @@ class Fsdp(Strategy):
     (full), or in as many files as there are ranks (sharded).
     """
 
-    computes_alone = False
+    independent_forward = False
 
     auto_wrap_policy: str = "auto"
     sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"] = "FULL_SHARD"
@@ -76,7 +76,7 @@ class Fsdp(Strategy):
                 f"can't be split into {replicas} equal groups of at least 2; change devices or strategy.replicas"
             )
 
-    def leaner(self, setting: Setting) -> list[str]:
+    def memory_saving_overrides(self, setting: Setting) -> list[str]:
         ways = []
         if setting.workers > 1 and self.sharding_strategy != "FULL_SHARD":
             ways.append("strategy.sharding_strategy=FULL_SHARD")
@@ -88,18 +88,18 @@ class Fsdp(Strategy):
 
     def setup(
         self,
-        model: Blueprint,
+        model: ModelFactory,
         optimizer: Callable[[LanguageModel], Optimizer],
         *,
         setting: Setting,
-        world: World,
+        world: DistributedContext,
     ) -> Engine:
         import torch
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         from pretrain.strategy.fsdp_engine import FsdpEngine, free_gathered
 
-        built = model.outline()
+        built = model.build_on_meta()
         blocks = wrapped_blocks(built.hf, self.auto_wrap_policy)
         options: dict[str, Any] = {
             "mesh": self.mesh(setting, world),
@@ -131,7 +131,7 @@ class Fsdp(Strategy):
             whole=whole,
         )
 
-    def mesh(self, setting: Setting, world: World) -> DeviceMesh:
+    def mesh(self, setting: Setting, world: DistributedContext) -> DeviceMesh:
         """One dimension of shards, or copies × shards."""
         from torch.distributed.device_mesh import init_device_mesh
 
@@ -142,7 +142,7 @@ class Fsdp(Strategy):
         n = copies[self.sharding_strategy]
         return init_device_mesh(kind, (n, world.size // n), mesh_dim_names=("copy", "shard"))
 
-    def offload(self, world: World) -> OffloadPolicy:
+    def offload(self, world: DistributedContext) -> OffloadPolicy:
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
         return CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if self.cpu_offload else OffloadPolicy()
@@ -188,7 +188,7 @@ def kept_whole(model: LanguageModel, precision: Precision) -> set[str]:
     return {name for name, p in model.hf_named_parameters() if p.dtype == torch.float32}
 
 
-def materialise(model: LanguageModel, world: World, *, offload: bool) -> None:
+def materialise(model: LanguageModel, world: DistributedContext, *, offload: bool) -> None:
     """Give the shards memory, and put the buffers, which have their values, on the device."""
     import torch
 
@@ -199,9 +199,9 @@ def materialise(model: LanguageModel, world: World, *, offload: bool) -> None:
     put_buffers(model, buffers, world.device)
 
 
-def load_weights(blueprint: Blueprint, model: LanguageModel, world: World) -> None:
+def load_weights(factory: ModelFactory, model: LanguageModel, world: DistributedContext) -> None:
     """Fill every shard: from the weight files, or from a whole model on rank 0."""
-    files = blueprint.files(model)
+    files = factory.files(model)
     if files is not None:
         model.load(files)
         return
@@ -211,24 +211,24 @@ def load_weights(blueprint: Blueprint, model: LanguageModel, world: World) -> No
     source: dict[str, Tensor] = {}
 
     def build() -> None:
-        source.update({n: t.detach() for n, t in blueprint.build(torch.device("cpu")).hf_state().items()})
+        source.update({n: t.detach() for n, t in factory.build(torch.device("cpu")).hf_state().items()})
         if odd := sorted(source.keys() ^ wanted.keys()):
             raise UserError(
                 f"strategy=fsdp: the weights in the model's files do not fit its config: {odd[0]}; with "
                 "tie_word_embeddings=true in config.json the head must not have a weight of its own"
             )
 
-    world.on_main(build)
+    world.on_main_rank(build)
     for name, tensor in wanted.items():
         receive(tensor, source.pop(name, None), world)
 
 
-def receive(tensor: Tensor, source: Tensor | None, world: World) -> None:
+def receive(tensor: Tensor, source: Tensor | None, world: DistributedContext) -> None:
     """Fill this rank's part of ``tensor`` from the whole one that rank 0 has. A collective."""
     import torch
     import torch.distributed as dist
 
-    from pretrain.tensors import local, start_of
+    from pretrain.distributed.sharding import local, start_of
 
     whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=world.device) if source is None else source
     whole = whole.to(world.device, tensor.dtype).contiguous()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from pretrain.engine import Engine, never, norm_of
+from pretrain.strategy.engine import Engine, never, norm_of
 
 
 class FsdpEngine(Engine):
@@ -45,8 +45,8 @@ class FsdpEngine(Engine):
             return sharded
         return torch.hypot(sharded, norm_of([p for p in parameters if id(p) in whole]).to(sharded.device))
 
-    def infer(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
-        found = super().infer(*inputs, **more)
+    def forward(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
+        found = super().forward(*inputs, **more)
         free_gathered(self.model)
         return found
 

@@ -11,10 +11,10 @@ from pretrain.strategy.base import Setting, Strategy
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from pretrain.engine import Engine
-    from pretrain.models.blueprint import Blueprint
+    from pretrain.distributed.context import DistributedContext
     from pretrain.models.language_model import LanguageModel
-    from pretrain.world import World
+    from pretrain.models.model_factory import ModelFactory
+    from pretrain.strategy.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Single(Strategy):
 
     def setup(
         self,
-        model: Blueprint,
+        model: ModelFactory,
         optimizer: Callable[[LanguageModel], Optimizer],
         *,
         setting: Setting,
-        world: World,
+        world: DistributedContext,
     ) -> Engine:
-        from pretrain.engine import Engine
+        from pretrain.strategy.engine import Engine
 
         built = model.build(world.device)
         return Engine(built, optimizer(built), precision=setting.precision, world=world)

@@ -10,9 +10,9 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from pretrain.interrupt import EXIT_CODE
-from pretrain.redact import redact
-from pretrain.replace import replace_file
+from pretrain.runtime.atomic_files import replace_file
+from pretrain.runtime.redact import redact
+from pretrain.runtime.signals import EXIT_CODE
 
 VARIABLE = "PRETRAIN_SWEEP_JOB"  # "<pid of the parent> <file for the reason of a failure>"
 PR_SET_PDEATHSIG = 1  # of prctl(2)

@@ -14,24 +14,24 @@ from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from pretrain.config import check_part, conf_dir
-from pretrain.console import complain, notice
-from pretrain.errors import UserError
-from pretrain.folders import check_links, check_private, make_folder
-from pretrain.hydra_configs import compose_config, composing
-from pretrain.interrupt import EXIT_CODE, Interrupt, Stopped
-from pretrain.safe_files import open_file, own_folder
-from pretrain.streams import never_wait, settle
+from pretrain.config.check import check_part, conf_dir
+from pretrain.config.hydra_configs import compose_config, composing
+from pretrain.config.schema import build_part
+from pretrain.config.trust import PARTS
+from pretrain.runtime.console import complain, notice
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.folders import check_links, check_private, make_folder
+from pretrain.runtime.safe_files import open_file, own_folder
+from pretrain.runtime.signals import EXIT_CODE, Interrupt, Stopped
+from pretrain.runtime.streams import flush, never_wait
 from pretrain.sweep import table
+from pretrain.sweep.config import SweepConfig
 from pretrain.sweep.job import KEPT, jobs_in
 from pretrain.sweep.jobs import Sweep, quoted
 from pretrain.sweep.plan import Plan
-from pretrain.sweep.policy import Policy
 from pretrain.sweep.show import show
-from pretrain.trust import PARTS
 
 
 def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], spoken: dict[str, Any]) -> int:
@@ -46,7 +46,7 @@ def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], sp
         plan.check(spoken)
         folder = Path(os.path.expanduser(config.sweep_dir or config.hydra.sweep.dir))
         check_part("sweep", OmegaConf.to_container(config.sweep, resolve=True), PARTS["sweep"], [])
-        policy: Policy = instantiate(config.sweep)
+        policy: SweepConfig = build_part(dict(config.sweep))
         this = Sweep(
             folder=folder,
             keys=plan.keys,
@@ -101,7 +101,7 @@ def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
     code = EXIT_CODE if stopped_by else worst(_codes(this))
     never_wait()  # a reader of the table that has left is no failure
     show(this.folder, told)
-    settle()  # what is said next is on stderr, and comes after it
+    flush()  # what is said next is on stderr, and comes after it
     failed = _failures(this)
     if stopped_by:
         notice(f"stopped ({stopped_by}); to go on: {this.command_line}")

@@ -18,12 +18,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from pretrain.console import notice
-from pretrain.folders import check_links
-from pretrain.locks import Busy, Lock
-from pretrain.quoting import unquoted
-from pretrain.safe_files import own_folder
-from pretrain.strict_json import read_json
+from pretrain.config.quoting import unquoted
+from pretrain.runtime.console import notice
+from pretrain.runtime.folders import check_links
+from pretrain.runtime.locks import Busy, Lock
+from pretrain.runtime.safe_files import own_folder
+from pretrain.runtime.strict_json import read_json
 from pretrain.telemetry.run_file import write_json
 
 LONGEST_NAME = 100  # characters; file systems allow 255 bytes, and people read them in a table
@@ -58,7 +58,7 @@ def digest(overrides: list[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """``name``: of its folder in ``sweep``. ``overrides``: what distinguishes its run from the defaults."""
 
     sweep: Path
@@ -142,18 +142,18 @@ def alone_in(sweep: Path) -> Iterator[None]:
         held.release()
 
 
-def jobs_in(sweep: Path) -> list[tuple[Job, dict[str, Any]]]:
+def jobs_in(sweep: Path) -> list[tuple[SweepJob, dict[str, Any]]]:
     """Every job of a sweep folder with its state, in the order they were thought of. A run that was moved aside
     (``resume=never``) is none."""
     found = []
     for file in sweep.glob("*/job.json"):
         state = _read(file.parent)
         if state.get("name") == file.parent.name:
-            found.append((Job(sweep, state["name"], tuple(state["overrides"])), state))
+            found.append((SweepJob(sweep, state["name"], tuple(state["overrides"])), state))
     return sorted(found, key=lambda job: (job[1]["created"], job[0].name))
 
 
-def job_of(sweep: Path, overrides: list[str], keys: tuple[str, ...]) -> Job:
+def job_of(sweep: Path, overrides: list[str], keys: tuple[str, ...]) -> SweepJob:
     """The job with these overrides: the one that is already there, or a new one in a folder of its own."""
     words = plain(overrides)
     with alone_in(sweep):
@@ -165,7 +165,7 @@ def job_of(sweep: Path, overrides: list[str], keys: tuple[str, ...]) -> Job:
             sweep / name
         ):  # of a job that differs in what isn't swept, or in what a file name can't hold
             name = f"{name}-{digest(words)}"
-        job = Job(sweep, name, tuple(words))
+        job = SweepJob(sweep, name, tuple(words))
         job.write()
         return job
 

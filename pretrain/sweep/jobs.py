@@ -23,12 +23,12 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pretrain import quoting
-from pretrain.console import notice
-from pretrain.interrupt import EXIT_CODE, SIGNALS, Stopped
-from pretrain.python import module_command
+from pretrain.config import quoting
+from pretrain.runtime.console import notice
+from pretrain.runtime.python import module_command
+from pretrain.runtime.signals import EXIT_CODE, SIGNALS, Stopped
 from pretrain.sweep import child
-from pretrain.sweep.job import DONE, Job, job_of, jobs_in
+from pretrain.sweep.job import DONE, SweepJob, job_of, jobs_in
 from pretrain.sweep.measure import measures_of, objective_in
 from pretrain.sweep.table import write
 
@@ -39,7 +39,7 @@ LOOK_SECONDS = 0.5  # between looks whether a job is to be pruned
 class Outcome:
     """``status``: finished · failed · stopped · pruned. ``objective``: ``None`` where there is none."""
 
-    job: Job
+    job: SweepJob
     status: str
     exit_code: int
     objective: float | None
@@ -68,28 +68,28 @@ class Sweep:
         outcome = run_job(self, list(HydraConfig.get().overrides.task))
         return math.nan if outcome.objective is None else outcome.objective
 
-    def job(self, overrides: list[str]) -> Job:
+    def job(self, overrides: list[str]) -> SweepJob:
         """The job with these overrides, in whatever order; one that is new gets its folder."""
         return job_of(self.folder, overrides, self.keys)
 
-    def place(self, job: Job) -> str:
+    def place(self, job: SweepJob) -> str:
         """``3 of 8``: which of this command's jobs it is."""
         own = [other.name for other, state in jobs_in(self.folder) if state.get("began_at") == self.began_at]
         return f"{own.index(job.name) + 1}" + (f" of {self.total}" if self.total else "")
 
-    def words(self, job: Job) -> list[str]:
+    def words(self, job: SweepJob) -> list[str]:
         """The words of the job as a command, with its own folder."""
         config_dir = ["--config-dir", self.config_dir] if self.config_dir else []
         own = [] if any(o.startswith("output_dir=") for o in job.overrides) else [f"output_dir={quoted(job.folder)}"]
         return [*config_dir, *job.words, *own]
 
-    def expect(self, job: Job) -> None:
+    def expect(self, job: SweepJob) -> None:
         """List the job as one of this command, unless another command is at work on it."""
         if (held := job.lock()) is not None:
             self.begin(job)
             held.release()
 
-    def begin(self, job: Job) -> dict[str, Any]:
+    def begin(self, job: SweepJob) -> dict[str, Any]:
         """The job's state, marked as one of this command; ``waiting`` unless there is nothing left to do. What an earlier
         attempt has left, the reason it failed and the wish to prune it, is not this one's."""
         for left in (job.note, job.prune_file):
@@ -99,7 +99,7 @@ class Sweep:
         job.write(began_at=self.began_at, status=status, error=None if status == "waiting" else state.get("error"))
         return job.read()
 
-    def end(self, job: Job, state: dict[str, Any], code: int, seconds: float) -> Outcome:
+    def end(self, job: SweepJob, state: dict[str, Any], code: int, seconds: float) -> Outcome:
         """Write down how a job's process has left."""
         pruned = job.prune_file.exists()
         status = {0: "finished", EXIT_CODE: "pruned" if pruned else "stopped"}.get(code, "failed")
@@ -108,7 +108,7 @@ class Sweep:
         job.write(**known, status=status, exit_code=code, error=error, seconds=state.get("seconds", 0.0) + seconds)
         return self.outcome(job)
 
-    def outcome(self, job: Job) -> Outcome:
+    def outcome(self, job: SweepJob) -> Outcome:
         state = job.read()
         status = state.get("status", "failed")
         objective = objective_in(measures_of(job.folder), self.metric) if status in DONE else None
@@ -169,7 +169,7 @@ def run_job(
     return outcome
 
 
-def _wait(process: subprocess.Popen[bytes], job: Job, asked: list[str]) -> int:
+def _wait(process: subprocess.Popen[bytes], job: SweepJob, asked: list[str]) -> int:
     """The exit code; 128 + the signal that killed the process, as shells say it."""
     told = False
     while True:
@@ -203,7 +203,7 @@ def hearing(asked: list[str], pass_on: Callable[[int], None] = lambda number: No
             signal.signal(number, handler)
 
 
-def _reason(job: Job, code: int) -> str:
+def _reason(job: SweepJob, code: int) -> str:
     if job.note.exists():
         return job.note.read_text().removeprefix("error: ")
     if code > 128:

@@ -8,10 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.sweep.policy import OF_A_RUN
-from pretrain.telemetry.jsonl import tail
+from pretrain.sweep.config import OF_A_RUN
 from pretrain.telemetry.record import change_of
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.telemetry.sinks.jsonl import tail
+
+DECIMALS = 4  # of nats per token: strategies agree to more, and a smaller difference beats nobody
 
 
 def measures_of(run: Path) -> dict[str, Any]:
@@ -87,3 +89,24 @@ def mean(values: Iterable[float | None]) -> float | None:
     every = list(values)
     known = [v for v in every if v is not None]
     return sum(known) / len(known) if known and len(known) == len(every) else None
+
+
+def ranking(rows: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:
+    """The finished jobs that have an objective, the best first."""
+    judged = [row for row in rows if row["status"] == "finished" and row["objective"] is not None]
+    return sorted(judged, key=lambda row: row["objective"], reverse=direction == "maximize")
+
+
+def pareto(rows: list[dict[str, Any]]) -> list[int]:
+    """Numbers of the finished jobs that no other beats in both gain and forgetting, the largest gain first."""
+    points = [
+        (round(row["new_delta"], DECIMALS), round(row["forgetting"], DECIMALS), row["number"])
+        for row in rows
+        if row["status"] == "finished" and row["new_delta"] is not None and row["forgetting"] is not None
+    ]
+    front = [
+        point
+        for point in points
+        if not any(o[0] <= point[0] and o[1] <= point[1] and o[:2] != point[:2] for o in points)
+    ]
+    return [number for _, _, number in sorted(front)]

@@ -17,8 +17,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveInt
 
-from pretrain.config import check_options
-from pretrain.interrupt import Stopped
+from pretrain.config.check import check_options
+from pretrain.runtime.signals import Stopped
 from pretrain.sweep.jobs import Sweep
 from pretrain.sweep.pruning import pruning
 from pretrain.sweep.space import parse_space

@@ -8,16 +8,16 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
-from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
 
-from pretrain.compose import resolve
-from pretrain.config import check
-from pretrain.console import notice
+from pretrain.config.check import check
+from pretrain.config.compose import resolve
+from pretrain.config.hydra_configs import plain_mistakes
+from pretrain.config.schema import RunConfig
+from pretrain.config.trust import check_said, said
 from pretrain.data.domains import base_domains
-from pretrain.errors import UserError, did_you_mean
-from pretrain.hydra_configs import plain_mistakes
-from pretrain.trust import check_said, said
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError, did_you_mean
 
 MANY = 50  # jobs, of which checking takes seconds
 
@@ -70,8 +70,7 @@ class Plan:
             # words hold a file's hydra.sweeper.params too: trust._only_sweeps has judged them, so they say nothing that
             # only the command line may
             check_said(resolved, spoken | said(words))
-            check(resolved, here=here)
-            check_metric(resolved["sweep"]["metric"], resolved)
+            check_metric(check(resolved, here=here))
         if "output_dir" in self._overrides and "output_dir" not in self.keys and not one:
             raise UserError(
                 "output_dir: every job of a sweep has a folder of its own; their common one is sweep_dir=..."
@@ -87,14 +86,11 @@ class Plan:
                 yield list((first | {key: value}).values())
 
 
-def check_metric(metric: str, resolved: dict[str, Any]) -> None:
-    """Raises ``UserError`` where ``metric`` is of a domain that is not evaluated."""
+def check_metric(config: RunConfig) -> None:
+    """Raises ``UserError`` where ``sweep.metric`` is of a domain that is not evaluated."""
+    metric = config.sweep.metric
     domain = metric.rpartition(".")[0]
-    dataset = instantiate(resolved["dataset"], _convert_="all")
-    bases = {
-        key: instantiate(source, _convert_="all") for key, source in resolved["evaluation"].get("domains", {}).items()
-    }
-    domains = [dataset.domain, *base_domains(dataset, bases)]
+    domains = [config.dataset.domain, *base_domains(config.dataset, config.evaluation.domains)]
     if domain and domain not in domains:
         raise UserError(f"sweep.metric={metric}: no such domain is evaluated{did_you_mean(domain, domains)}")
 

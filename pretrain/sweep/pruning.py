@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from pretrain.console import notice
-from pretrain.sweep.job import Job
+from pretrain.runtime.console import notice
+from pretrain.sweep.job import SweepJob
 from pretrain.sweep.measure import objectives
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ LOOK_SECONDS = 0.5
 
 
 @contextmanager
-def pruning(trials: dict[Job, Trial], metric: str) -> Iterator[None]:
+def pruning(trials: dict[SweepJob, Trial], metric: str) -> Iterator[None]:
     """Meanwhile report every evaluation of the running ``trials``, and have those stopped that the pruner gives up."""
     over = threading.Event()
     watch = threading.Thread(target=_watch, args=(trials, metric, over), name="pruning", daemon=True)
@@ -32,10 +32,10 @@ def pruning(trials: dict[Job, Trial], metric: str) -> Iterator[None]:
         watch.join()
 
 
-def _watch(trials: dict[Job, Trial], metric: str, over: threading.Event) -> None:
-    reported: dict[Job, set[int]] = {job: set() for job in trials}
-    seen: dict[Job, int] = {}
-    given_up: set[Job] = set()
+def _watch(trials: dict[SweepJob, Trial], metric: str, over: threading.Event) -> None:
+    reported: dict[SweepJob, set[int]] = {job: set() for job in trials}
+    seen: dict[SweepJob, int] = {}
+    given_up: set[SweepJob] = set()
     while not over.wait(LOOK_SECONDS):
         for job, trial in trials.items():
             state = job.read()
@@ -48,7 +48,7 @@ def _watch(trials: dict[Job, Trial], metric: str, over: threading.Event) -> None
                 job.prune_file.touch()
 
 
-def evaluated_since(job: Job, seen: dict[Job, int]) -> bool:
+def evaluated_since(job: SweepJob, seen: dict[SweepJob, int]) -> bool:
     """Whether there may be an evaluation since the last look, of which ``seen`` keeps the time. metrics.jsonl can be long;
     run.json is written anew right after each evaluation's records."""
     try:
@@ -60,7 +60,7 @@ def evaluated_since(job: Job, seen: dict[Job, int]) -> bool:
     return written_at != known
 
 
-def _looks_bad(job: Job, trial: Trial, metric: str, reported: set[int]) -> bool:
+def _looks_bad(job: SweepJob, trial: Trial, metric: str, reported: set[int]) -> bool:
     """Report what is new and say whether the pruner gives the trial up."""
     for step, value in objectives(job.folder, metric).items():
         if step in reported:

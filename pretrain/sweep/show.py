@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.sweep.table import ranking
+from pretrain.sweep.measure import ranking
 
 
 def show(folder: Path, table: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, RangeSweep
 
-from pretrain.errors import UserError
+from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader

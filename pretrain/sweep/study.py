@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.console import notice
-from pretrain.errors import UserError
-from pretrain.replace import keep_copy, replace_file
+from pretrain.runtime.atomic_files import keep_copy, replace_file
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError
 from pretrain.sweep.job import lock_of, plain
 from pretrain.sweep.jobs import Outcome
 from pretrain.sweep.space import Space

@@ -12,13 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import UserError
-from pretrain.replace import replace_file
-from pretrain.sweep.job import Job, alone_in, jobs_in, lock_of
-from pretrain.sweep.measure import measures_of, objective_in
+from pretrain.runtime.atomic_files import replace_file
+from pretrain.runtime.errors import UserError
+from pretrain.sweep.job import SweepJob, alone_in, jobs_in, lock_of
+from pretrain.sweep.measure import measures_of, objective_in, pareto, ranking
+from pretrain.sweep.page import page
 from pretrain.telemetry.run_file import write_json
 
-DECIMALS = 4  # of nats per token: strategies agree to more, and a smaller difference beats nobody
 COMMAND_LOCK = "command.lock"  # held by a sweep command as long as it lives
 
 
@@ -29,8 +29,6 @@ def write(
 
     Any process of the sweep may do so at any time: one at a time, and each from all that is there.
     """
-    from pretrain.sweep.page import page
-
     with alone_in(folder):
         table = collect(folder, command=command, metric=metric, direction=direction, status=status)
         write_json(folder / "sweep.json", table)
@@ -71,28 +69,7 @@ def collect(folder: Path, *, command: str, metric: str, direction: str, status: 
     }
 
 
-def ranking(rows: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:
-    """The finished jobs that have an objective, the best first."""
-    judged = [row for row in rows if row["status"] == "finished" and row["objective"] is not None]
-    return sorted(judged, key=lambda row: row["objective"], reverse=direction == "maximize")
-
-
-def pareto(rows: list[dict[str, Any]]) -> list[int]:
-    """Numbers of the finished jobs that no other beats in both gain and forgetting, the largest gain first."""
-    points = [
-        (round(row["new_delta"], DECIMALS), round(row["forgetting"], DECIMALS), row["number"])
-        for row in rows
-        if row["status"] == "finished" and row["new_delta"] is not None and row["forgetting"] is not None
-    ]
-    front = [
-        point
-        for point in points
-        if not any(o[0] <= point[0] and o[1] <= point[1] and o[:2] != point[:2] for o in points)
-    ]
-    return [number for _, _, number in sorted(front)]
-
-
-def _row(number: int, job: Job, state: dict[str, Any], metric: str) -> dict[str, Any]:
+def _row(number: int, job: SweepJob, state: dict[str, Any], metric: str) -> dict[str, Any]:
     measures = measures_of(job.folder)
     status = state["status"]
     if status == "running" and state.get("locked") and not _held(job.sweep, f"{job.name}.lock"):

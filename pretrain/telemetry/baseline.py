@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from pretrain.console import notice
-from pretrain.events import Evaluated, Event
+from pretrain.runtime.console import notice
+from pretrain.telemetry.events import Evaluated, Event
 
 UNTRAINED = 0.1  # nats per token by which random weights, which know nothing either, are worse than a guess
 

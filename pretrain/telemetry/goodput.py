@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.events import RunStarted
-from pretrain.telemetry.jsonl import records_until
+from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.run_file import earlier_facts
+from pretrain.telemetry.sinks.jsonl import records_until
 
 
 class Goodput:

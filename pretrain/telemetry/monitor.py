@@ -17,9 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.console import notice
-from pretrain.events import (
-    DataSeen,
+from pretrain.runtime.console import notice
+from pretrain.runtime.memory import resident_bytes
+from pretrain.telemetry.events import (
+    DataStatisticsEvent,
     Evaluated,
     Event,
     LayerNorms,
@@ -29,16 +30,15 @@ from pretrain.events import (
     Sampled,
     Saved,
     StepDone,
-    StoodStill,
+    TrainingPaused,
 )
-from pretrain.memory import resident_bytes
-from pretrain.progress import Every
 from pretrain.telemetry.goodput import Goodput
+from pretrain.telemetry.interval import Interval
 from pretrain.telemetry.record import Record, fields_of, json_safe
 from pretrain.telemetry.window import Window
 
 if TYPE_CHECKING:
-    from pretrain.telemetry.sink import Sink
+    from pretrain.telemetry.sinks.base import Sink
 
 
 NORMS = ("weight_norm", "grad_norm", "update_norm", "update_ratio")  # the columns of `LayerNorms.norms`
@@ -53,7 +53,7 @@ class Monitor:
         self._sinks = dict(sinks)
         self._said: set[str] = set()  # names of sinks that have found the disk full
         self._run = run
-        self._every = Every(log_every)
+        self._every = Interval(log_every)
         self._window = Window()
         self._total = _Total()
         self._goodput = Goodput(run)
@@ -89,9 +89,9 @@ class Monitor:
             case Saved():
                 self._keep_unsaved(lambda r: r["step"] > event.step)
                 self._write_beside("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
-            case StoodStill():
+            case TrainingPaused():
                 self._window.exclude(event.seconds, event.for_)
-            case DataSeen():
+            case DataStatisticsEvent():
                 self._write_beside("data", event.step, data_fields(event))
                 self._window.exclude(event.seconds)
             case RolledBack():
@@ -251,7 +251,7 @@ class _Total:
         self.seconds += seconds
 
 
-def data_fields(event: DataSeen) -> Record:
+def data_fields(event: DataStatisticsEvent) -> Record:
     tokens, documents = (sum(getattr(s, name) for s in event.sources.values()) for name in ("tokens", "documents"))
     return {
         "tokens_per_document": tokens / documents if documents else None,

@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.console import notice
-from pretrain.events import Evaluated, Event, RolledBack, RunFinished, RunStarted, Saved
-from pretrain.replace import replace_file
+from pretrain.runtime.atomic_files import replace_file
+from pretrain.runtime.console import notice
+from pretrain.telemetry.events import Evaluated, Event, RolledBack, RunFinished, RunStarted, Saved
 from pretrain.telemetry.record import fields_of, json_safe
 
 NUMBER = (int, float)

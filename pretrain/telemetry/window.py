@@ -7,13 +7,13 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Literal
 
-from pretrain.events import StepDone
+from pretrain.telemetry.events import StepDone
 from pretrain.telemetry.record import Record
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pretrain.clock import StepTimes
+    from pretrain.telemetry.step_timer import StepTimes
 
 Beside = Literal["evaluation", "checkpoint"]  # what a run does beside training
 

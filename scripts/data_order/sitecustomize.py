@@ -29,7 +29,7 @@ class Finder:
     """Watches the trainer as soon as it has been imported."""
 
     def find_spec(self, name, path=None, target=None):
-        if name != "pretrain.trainer":
+        if name != "pretrain.training.trainer":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -86,7 +86,7 @@ def last_state(run: Path) -> dict[str, str]:
 
 def continued_from(run: Path) -> int | None:
     """The step at which the last start of the run began."""
-    from pretrain.telemetry.jsonl import read_records
+    from pretrain.telemetry.sinks.jsonl import read_records
 
     steps = [record["step"] for record in read_records(run / "metrics.jsonl") if record["event"] == "run_started"]
     return steps[-1] if steps else None
@@ -203,9 +203,9 @@ class Runs(Kind):
     def edit_cache(self, draw: Random, base: Base, place: Path) -> str:
         """Any edit of its JSON; of tokens, which have no checksum of their own, what a disk does that lost its last writes."""
         file = draw.choice(self.editable(base, place))
-        if file.suffix != ".tokens" or not file.is_file():
+        raw = file.read_bytes() if file.is_file() else b""
+        if file.suffix != ".tokens" or len(raw) < 2:  # or an earlier edit has emptied it
             return self.edit_one(draw, file, place)
-        raw = file.read_bytes()
         kind = draw.choice(["cut", "gone", "empty", "zeros at the end", "longer", "footer"])
         changed = {"cut": raw[: draw.randrange(len(raw))], "empty": b"", "longer": raw + b"\x00" * 64}
         at = len(raw) - draw.randrange(1, min(len(raw), 180))  # of the footer, which is JSON

@@ -150,13 +150,13 @@ TARGETS = [
     "os.system",
     "builtins.eval",
     "pandas.read_pickle",
-    "pretrain.trust.locate",
+    "pretrain.config.trust.locate",
     "torch.load",
 ]
 TARGETS += [
     "pretrain.sweep.command.sweep",
-    "pretrain.data.workers.subprocess.Popen",
-    "pretrain.cli.main",
+    "pretrain.data.tokenization.workers.subprocess.Popen",
+    "pretrain.cli.main.main",
     "pretrain.optim.adamw",
 ]
 

@@ -17,7 +17,7 @@ Document = Any  # text, or a list of token ids
 
 def tokenized(cache: Path, model: Path) -> list[list[int]]:
     """The tokens of every document in the token cache of one dataset, without what marks their ends and begins."""
-    from pretrain.data.store import TokenStore
+    from pretrain.data.store.token_store import TokenStore
 
     (manifest,) = (cache / "stores").glob("*.json")
     store, found = TokenStore(manifest), []
@@ -151,7 +151,7 @@ def encoded(texts: list[Document], tokenizer_json: Path) -> list[list[int]]:
 
 def held_out(cache: Path, share: float, max_tokens: int) -> list[int]:
     """The tokens that an evaluation scores, in order, behind the end-of-text token that goes before them."""
-    from pretrain.data.store import TokenStore
+    from pretrain.data.store.token_store import TokenStore
 
     (manifest,) = (cache / "stores").glob("*.json")
     store = TokenStore(manifest)

@@ -63,6 +63,6 @@ class Models(Kind):
 
 def first_loss(metrics: Path) -> float | None:
     """Of the evaluation before the first step; ``None`` where it was not a number."""
-    from pretrain.telemetry.jsonl import read_records
+    from pretrain.telemetry.sinks.jsonl import read_records
 
     return next(r["loss"] for r in read_records(metrics) if r["event"] == "evaluation")

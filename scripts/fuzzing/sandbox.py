@@ -44,14 +44,14 @@ def warm_up() -> None:
     import transformers.models.gpt2.modeling_gpt2
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import pretrain.cli
+    import pretrain.cli.main
     import pretrain.launch.launcher
-    import pretrain.tasks
-    import pretrain.trainer  # noqa: F401
+    import pretrain.run.tasks
+    import pretrain.training.trainer  # noqa: F401
 
     for module in (
-        "data.workers",
-        "data.cut",
+        "data.tokenization.workers",
+        "data.reading.cut",
         "data.loader",
         "data.evaluation",
         "data.sources.local",
@@ -62,13 +62,19 @@ def warm_up() -> None:
         "optim.adamw",
         "optim.schedule",
         "strategy.single",
-        "exporter",
-        "models.card",
+        "training.exporter",
+        "models.hub.model_card",
         "models.meta",
-        "facts",
+        "run.metadata",
     ):
         __import__(f"pretrain.{module}")
-    for module in ("evaluation.perplexity", "checkpoint.saver", "models.flops", "telemetry.monitor", "guard.guard"):
+    for module in (
+        "evaluation.perplexity",
+        "checkpoint.writer",
+        "models.flops",
+        "telemetry.monitor",
+        "training.guard.guard",
+    ):
         __import__(f"pretrain.{module}")
     __import__("pyarrow.parquet")
 
@@ -83,7 +89,7 @@ def command(arguments: list[str], place: Path, *, real: bool = False) -> Result:
         return _real(arguments, place, environment)
 
     def work() -> int:
-        from pretrain.cli import main
+        from pretrain.cli.main import main
 
         os.environ.update(environment)
         os.chdir(place)

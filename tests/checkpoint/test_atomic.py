@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 
 from pretrain.checkpoint import atomic
 from pretrain.checkpoint.atomic import make_folder, replace_folder, write_folder
-from pretrain.checkpoint.marker import missing_or_torn
-from pretrain.errors import NoRoom, UserError
-from pretrain.folders import MARKER
-from pretrain.world import World
+from pretrain.checkpoint.marker import incomplete_reason
+from pretrain.distributed.context import DistributedContext
+from pretrain.runtime.errors import NoRoom, UserError
+from pretrain.runtime.folders import MARKER
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 @dataclass
@@ -31,10 +31,10 @@ class OneOfTwo:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def each(self, work):
+    def all_gather_object(self, work):
         return [work(), *self.other]
 
-    def on_main(self, work):
+    def on_main_rank(self, work):
         return work() if self.is_main else None
 
 
@@ -55,7 +55,7 @@ def test_what_is_written_and_said(tmp_path):
     size = write_folder(tmp_path / "x/y", fill, world=ALONE, hint=hint, alive=lambda: heard.append(1))
     assert size == 13
     assert len(heard) == 2
-    assert missing_or_torn(tmp_path / "x/y", verify="full") is None
+    assert incomplete_reason(tmp_path / "x/y", verify="full") is None
     marker = json.loads((tmp_path / "x/y" / MARKER).read_text())
     assert {name: entry["bytes"] for name, entry in marker["files"].items()} == {"a.txt": 8, "code/b.txt": 5}
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["y"]

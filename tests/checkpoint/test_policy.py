@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.checkpoint.policy import Policy
-from pretrain.checkpoint.store import Store, losses_of
-from pretrain.telemetry.jsonl import read_records
+from pretrain.checkpoint.config import CheckpointConfig
+from pretrain.checkpoint.store import CheckpointStore, losses_of
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.checkpoint.test_store import saved_at, state
 
 COUNT = st.none() | st.integers(1, 4)
@@ -17,7 +17,7 @@ LOSSES = st.dictionaries(
 
 @given(LOSSES, COUNT, COUNT, COUNT)
 def test_what_stays(losses, last, every, best):
-    policy = Policy(keep_last=last, keep_every=every, keep_best=best)
+    policy = CheckpointConfig(keep_last=last, keep_every=every, keep_best=best)
     kept = policy.kept(losses)
     assert kept <= set(losses)
     if last is None:
@@ -36,27 +36,27 @@ def test_what_stays(losses, last, every, best):
 
 def test_best_by_another_domain():
     losses = {step: {"new": float(step), "old": float(-step)} for step in range(1, 6)}
-    assert Policy(keep_last=1, keep_best=1).kept(losses) == {1, 5}
-    assert Policy(keep_last=1, keep_best=2, best_by="old").kept(losses) == {4, 5}
+    assert CheckpointConfig(keep_last=1, keep_best=1).kept(losses) == {1, 5}
+    assert CheckpointConfig(keep_last=1, keep_best=2, best_by="old").kept(losses) == {4, 5}
 
 
 def test_a_loss_that_is_no_number_is_not_the_best():
     losses = {5: {"a": 2.0}, 10: {"a": float("nan")}, 15: {"a": 1.0}, 20: {"a": 3.0}}
-    assert Policy(keep_last=1, keep_best=1).kept(losses) == {15, 20}
+    assert CheckpointConfig(keep_last=1, keep_best=1).kept(losses) == {15, 20}
 
 
 def test_losses_of_other_text_are_not_ranked_with_each_other():
     """Steps 1 to 3 were scored on one text, 4 and 5 on another; of a checkpoint of an earlier version it is not known."""
     losses = {step: {"new": loss} for step, loss in ((1, 1.5), (2, 1.0), (3, 2.0), (4, 9.0), (5, 8.0), (6, 9.5))}
     digests = {step: {"new": "one" if step < 4 else "other"} for step in losses}
-    assert Policy(keep_last=1, keep_best=1).kept(losses, digests) == {2, 5, 6}
-    assert Policy(keep_last=1, keep_best=1).kept(losses, digests | {1: {}}) == {1, 2, 5, 6}
-    assert Policy(keep_last=1, keep_best=1).kept(losses) == {2, 6}
+    assert CheckpointConfig(keep_last=1, keep_best=1).kept(losses, digests) == {2, 5, 6}
+    assert CheckpointConfig(keep_last=1, keep_best=1).kept(losses, digests | {1: {}}) == {1, 2, 5, 6}
+    assert CheckpointConfig(keep_last=1, keep_best=1).kept(losses) == {2, 6}
 
 
 def test_a_checkpoint_is_not_ranked_by_an_older_evaluation(tmp_path):
     """That of step 3 carries the scores of step 2, the best there are, and was not evaluated itself."""
-    store = Store(tmp_path, Policy(keep_last=2, keep_best=1))
+    store = CheckpointStore(tmp_path, CheckpointConfig(keep_last=2, keep_best=1))
     one = {"new": "one"}
     expected = {
         1: ({"new": 5.0}, one),
@@ -91,7 +91,7 @@ def test_the_best_by_the_records_is_kept(base_arguments, command, tmp_path):
     assert list(losses) == [5, 10, 15, 20]
     best = min(losses, key=losses.__getitem__)
     assert best != 20
-    assert Store(tmp_path / "checkpoints").whole() == [best, 20]
+    assert CheckpointStore(tmp_path / "checkpoints").whole() == [best, 20]
     saved = [r for r in records if r["event"] == "checkpoint"]
     assert [r["step"] for r in saved] == [5, 10, 15, 20]
     assert all(r["blocked_seconds"] == r["seconds"] for r in saved)

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from pretrain.checkpoint.atomic import write_folder
+from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.marker import entry_of, write_marker
-from pretrain.checkpoint.policy import Policy
-from pretrain.checkpoint.store import SPARE_BYTES, Store, bytes_of, load, losses_of
-from pretrain.errors import UserError
-from pretrain.folders import MARKER
+from pretrain.checkpoint.store import SPARE_BYTES, CheckpointStore, bytes_of, load, losses_of
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.folders import MARKER
 from tests.checkpoint.test_store import ALONE, flip, saved_at, state
 
 GIB = 1 << 30
-ALL = Policy(keep_last=None)
+ALL = CheckpointConfig(keep_last=None)
 
 
 @pytest.fixture
@@ -48,10 +48,10 @@ def evaluated(step: int, loss: float, digest: str | None = "one") -> dict:
 
 def test_the_room_that_a_checkpoint_needs(tmp_path, free):
     """That of its tensors, and some for the rest; to the byte. Where there is as much nothing is removed yet."""
-    store = Store(tmp_path / "checkpoints", ALL)
+    store = CheckpointStore(tmp_path / "checkpoints", ALL)
     for step in (1, 2):
         saved_at(store, step, state(step))
-    tight = Store(store.folder, Policy(keep_last=1))
+    tight = CheckpointStore(store.folder, CheckpointConfig(keep_last=1))
     free(store.folder, 3 * GIB + SPARE_BYTES)
     assert tight.make_room(3, 3 * GIB) is None
     assert store.steps() == [1, 2]
@@ -61,7 +61,7 @@ def test_the_room_that_a_checkpoint_needs(tmp_path, free):
 
 
 def test_without_room_it_says_what_is_missing(tmp_path, free):
-    store = Store(tmp_path / "checkpoints", ALL)
+    store = CheckpointStore(tmp_path / "checkpoints", ALL)
     free(store.folder, 3 * GIB // 2)
     says = f"{store.path(5)} could not be written: it needs 3.25 GiB, {store.folder} has 1.50 GiB free; "
     assert store.make_room(5, 13 * GIB // 4) == f"{says}there is none before it"
@@ -72,7 +72,7 @@ def test_without_room_it_says_what_is_missing(tmp_path, free):
 
 
 def test_a_disk_that_does_not_say_how_much_room_it_has(tmp_path, free):
-    store = Store(tmp_path)
+    store = CheckpointStore(tmp_path)
     free(tmp_path, 0, total=0)
     assert store.make_room(1, 1 << 60) is None
 
@@ -81,7 +81,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "checkpoints"
     with pytest.raises(UserError) as found:
-        Store(folder).make_room(1, 1)
+        CheckpointStore(folder).make_room(1, 1)
     assert str(found.value) == f"{folder} can't be written: {found.value.__cause__}; there is none before it"
     assert found.value.__cause__.errno == errno.EEXIST
 
@@ -89,22 +89,22 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 @pytest.mark.parametrize("needed", [1000, 1001])
 def test_room_is_made_of_what_would_go_anyway(needed, tmp_path, free):
     """The best of each text stay, as they do once the next one is whole: step 1 of one text, steps 3 and 4 of the other."""
-    store = Store(tmp_path, ALL)
+    store = CheckpointStore(tmp_path, ALL)
     for step, loss, digest in ((1, 1.0, "one"), (2, 5.0, "other"), (3, 2.0, "other"), (4, 6.0, "other")):
         saved_at(store, step, evaluated(step, loss, digest))
-    tight = Store(tmp_path, Policy(keep_last=1, keep_best=1))
+    tight = CheckpointStore(tmp_path, CheckpointConfig(keep_last=1, keep_best=1))
     free(tmp_path, lambda: 1000 + SPARE_BYTES if store.steps() == [1, 3, 4] else 0)
     assert (tight.make_room(5, needed) is None) == (needed == 1000)
     assert store.steps() == [1, 3, 4]
 
 
 def test_one_that_cannot_be_removed_is_named(tmp_path, free, capsys):
-    store = Store(tmp_path, ALL)
+    store = CheckpointStore(tmp_path, ALL)
     for step in (1, 2, 3):
         saved_at(store, step, state(step))
     (tmp_path / "step-00000001.removed" / "in the way").mkdir(parents=True)
     free(tmp_path, 0)
-    assert Store(tmp_path, Policy(keep_last=1)).make_room(4, 1) is not None
+    assert CheckpointStore(tmp_path, CheckpointConfig(keep_last=1)).make_room(4, 1) is not None
     said = capsys.readouterr().err
     assert f"checkpoint {store.path(1)} is no longer needed but can't be removed: [Errno {errno.ENOTEMPTY}]" in said
     assert store.steps() == [1, 3], "the other one is"
@@ -114,14 +114,14 @@ def test_one_that_cannot_be_removed_is_named(tmp_path, free, capsys):
 
 
 def test_the_best_of_each_text_stay(tmp_path):
-    store = Store(tmp_path, Policy(keep_last=1, keep_best=1))
+    store = CheckpointStore(tmp_path, CheckpointConfig(keep_last=1, keep_best=1))
     for step, loss, digest in ((1, 1.0, "one"), (2, 5.0, "other"), (3, 2.0, "other"), (4, 6.0, "other")):
         saved_at(store, step, evaluated(step, loss, digest))
     assert store.steps() == [1, 3, 4]
 
 
 def test_the_losses_of_a_checkpoint_and_their_text(tmp_path):
-    store = Store(tmp_path, ALL)
+    store = CheckpointStore(tmp_path, ALL)
     assert losses_of(saved_at(store, 1, evaluated(1, 2.5))) == ({"new": 2.5}, {"new": "one"})
     assert losses_of(saved_at(store, 2, evaluated(2, 2.5, None))) == ({"new": 2.5}, {"new": None})
     assert losses_of(saved_at(store, 3, state(3))) == ({}, {})
@@ -130,7 +130,7 @@ def test_the_losses_of_a_checkpoint_and_their_text(tmp_path):
     assert losses_of(saved_at(store, 4, bare)) == ({}, {})
 
 
-def complete_but_senseless(store: Store, step: int) -> None:
+def complete_but_senseless(store: CheckpointStore, step: int) -> None:
     """Every byte of it is as it was written."""
 
     def fill(fresh):
@@ -141,7 +141,7 @@ def complete_but_senseless(store: Store, step: int) -> None:
 
 
 def test_one_whose_state_cannot_be_read_counts_as_not_evaluated(tmp_path):
-    store = Store(tmp_path, Policy(keep_last=1, keep_best=1))
+    store = CheckpointStore(tmp_path, CheckpointConfig(keep_last=1, keep_best=1))
     complete_but_senseless(store, 1)
     for step, loss in ((2, 1.0), (3, 2.0)):
         saved_at(store, step, evaluated(step, loss))
@@ -150,7 +150,7 @@ def test_one_whose_state_cannot_be_read_counts_as_not_evaluated(tmp_path):
 
 def test_what_a_kill_has_left_goes_at_the_next_save(tmp_path):
     """Of other names nothing does."""
-    store = Store(tmp_path, ALL)
+    store = CheckpointStore(tmp_path, ALL)
     left = ["step-00000001.partial", "step-00000002.removed", "step-00000003.replaced"]
     for name in (*left, "mine.partial", "set-aside-step-00000004-5"):
         (tmp_path / name / "inner").mkdir(parents=True)
@@ -159,7 +159,7 @@ def test_what_a_kill_has_left_goes_at_the_next_save(tmp_path):
 
 
 def test_a_checkpoint_is_replaced_by_one_of_the_same_step(tmp_path):
-    store = Store(tmp_path)
+    store = CheckpointStore(tmp_path)
     saved_at(store, 2, state(2))
     path = saved_at(store, 2, evaluated(2, 1.5))
     assert losses_of(path)[0] == {"new": 1.5}
@@ -170,7 +170,7 @@ def test_a_checkpoint_is_replaced_by_one_of_the_same_step(tmp_path):
 
 
 def test_the_newest_below_a_step(tmp_path):
-    store = Store(tmp_path, ALL)
+    store = CheckpointStore(tmp_path, ALL)
     for step in (1, 3, 5):
         saved_at(store, step, state(step))
     found = {below: store.newest(below=below) for below in (None, 6, 5, 4, 3, 1, 0)}
@@ -183,7 +183,10 @@ def test_all_bytes_are_compared_when_asked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("pretrain.checkpoint.marker.SMALL_BYTES", 0)
     monkeypatch.setattr("pretrain.checkpoint.marker.SAMPLE_BYTES", 1)
     monkeypatch.setattr("pretrain.checkpoint.marker.SAMPLES", 2)
-    quick, full = Store(tmp_path, ALL), Store(tmp_path, Policy(keep_last=None, verify="full"))
+    quick, full = (
+        CheckpointStore(tmp_path, ALL),
+        CheckpointStore(tmp_path, CheckpointConfig(keep_last=None, verify="full")),
+    )
     for step in (1, 2):
         saved_at(quick, step, state(step))
     flip(quick.path(2) / "model.safetensors", -3)
@@ -194,18 +197,18 @@ def test_all_bytes_are_compared_when_asked(tmp_path, monkeypatch, capsys):
 
 
 def test_one_that_cannot_be_set_aside_is_named(tmp_path):
-    store = Store(tmp_path, ALL)
+    store = CheckpointStore(tmp_path, ALL)
     path = saved_at(store, 2, state(2))
     (tmp_path / f"set-aside-{path.name}-{path.lstat().st_mtime_ns}" / "in the way").mkdir(parents=True)
     with pytest.raises(UserError) as found:
-        store.set_aside_after(1)
+        store.archive_after(1)
     assert str(found.value) == f"{path} is of another branch and can't be moved aside: Directory not empty"
     assert store.newest() == path
 
 
 def test_a_checkpoint_of_before_it_named_its_tensors(tmp_path):
     """Format 3 says neither how many processes have saved nor what there must be."""
-    path = saved_at(Store(tmp_path), 2, state(2))
+    path = saved_at(CheckpointStore(tmp_path), 2, state(2))
     content = json.loads((path / "state.json").read_text())
     assert content["ranks"] == 1
     del content["ranks"], content["tensors"]
@@ -221,7 +224,7 @@ def test_a_checkpoint_of_before_it_named_its_tensors(tmp_path):
 
 
 def test_files_of_this_moment_lie_beside_the_state_and_not_in_it(tmp_path):
-    store = Store(tmp_path, files={"config.yaml": b"a: 1"})
+    store = CheckpointStore(tmp_path, files={"config.yaml": b"a: 1"})
     heard = []
     files = {"README.md": b"card", "code/inner/model.py": b"pass", "code/inner/other.py": b""}
     size = store.save(2, state(2) | {"files": files}, world=ALONE, alive=lambda: heard.append(1))
@@ -250,10 +253,10 @@ class Both:
     def sum(self, value):
         return 2 * value
 
-    def each(self, work):
+    def all_gather_object(self, work):
         return [work()]
 
-    def on_main(self, work):
+    def on_main_rank(self, work):
         return work() if self.is_main else None
 
 
@@ -266,7 +269,7 @@ class Both:
 )
 def test_each_rank_writes_its_own_pieces_and_the_first_one_the_rest(rank, files, tmp_path):
     """Another rank cleans up nothing: the first one may be at work on it."""
-    store = Store(tmp_path, Policy(keep_last=1))
+    store = CheckpointStore(tmp_path, CheckpointConfig(keep_last=1))
     saved_at(store, 1, state(1))
     (tmp_path / "step-00000002.partial").mkdir()
     store.save(2, state(2), world=Both(rank))
@@ -279,6 +282,6 @@ def test_without_moments_there_is_no_file_of_them(tmp_path):
     saved = state(1)
     saved["engine"]["optimizer"] = {}
     saved["engine"]["tensors"]["optimizer"] = {}
-    path = saved_at(Store(tmp_path), 1, saved)
+    path = saved_at(CheckpointStore(tmp_path), 1, saved)
     assert {p.name for p in path.iterdir()} == {"model.safetensors", "state.json", MARKER}
     assert list(load(path)["engine"]["optimizer"].keys()) == []

@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from pretrain.checkpoint.policy import Policy
-from pretrain.checkpoint.saver import Saver
-from pretrain.checkpoint.store import Store, load
-from pretrain.errors import UserError
+from pretrain.checkpoint.config import CheckpointConfig
+from pretrain.checkpoint.store import CheckpointStore, load
+from pretrain.checkpoint.writer import AsyncCheckpointWriter
+from pretrain.runtime.errors import UserError
 from tests.checkpoint.test_store import ALONE, state
 from tests.runs import injected
 
-ALL = Policy(keep_last=None)
+ALL = CheckpointConfig(keep_last=None)
 
 
 @dataclass(frozen=True)
-class SlowStore(Store):
+class SlowStore(CheckpointStore):
     """A disk that writes when it is allowed to."""
 
     may_write: threading.Event = field(default_factory=threading.Event)
@@ -29,7 +29,7 @@ class SlowStore(Store):
 
 
 def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
-    saver = Saver(SlowStore(tmp_path, ALL), world=ALONE, background=True)
+    saver = AsyncCheckpointWriter(SlowStore(tmp_path, ALL), world=ALONE, background=True)
     changing, expected = state(1), state(1)
     saver.save(1, changing, at_once=False)
     for kind in ("model", "optimizer"):
@@ -50,7 +50,7 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
 
 
 def test_one_at_a_time(tmp_path):
-    saver = Saver(SlowStore(tmp_path, ALL), world=ALONE, background=True)
+    saver = AsyncCheckpointWriter(SlowStore(tmp_path, ALL), world=ALONE, background=True)
     saver.save(1, state(1), at_once=False)
     second = threading.Thread(target=saver.save, args=(2, state(2)), kwargs={"at_once": False})
     second.start()
@@ -68,7 +68,7 @@ def test_one_at_a_time(tmp_path):
 
 @pytest.mark.parametrize("background", [True, False])
 def test_what_goes_wrong_is_raised(background, tmp_path):
-    saver = Saver(Store(tmp_path, ALL), world=ALONE, background=background)
+    saver = AsyncCheckpointWriter(CheckpointStore(tmp_path, ALL), world=ALONE, background=background)
     saver.save(1, state(1), at_once=False)
     saver.wait()
     (tmp_path / "step-00000002.partial").write_text("a file where the folder has to be")
@@ -96,7 +96,9 @@ def free(monkeypatch):
 
 
 def test_without_room_the_run_goes_on_until_its_last_checkpoint(tmp_path, free, capsys):
-    saver = Saver(Store(tmp_path, Policy(keep_last=1)), world=ALONE, background=True)
+    saver = AsyncCheckpointWriter(
+        CheckpointStore(tmp_path, CheckpointConfig(keep_last=1)), world=ALONE, background=True
+    )
     saver.save(1, state(1), at_once=False)
     saver.wait()
     free(lambda: 1000)
@@ -113,14 +115,14 @@ def test_without_room_the_run_goes_on_until_its_last_checkpoint(tmp_path, free, 
 
 def test_room_is_made_of_what_would_go_anyway(tmp_path, free):
     """With keep_last=2, once the fourth is whole the second goes: it goes first where the disk is full. The third stays."""
-    store = Store(tmp_path, Policy(keep_last=2))
+    store = CheckpointStore(tmp_path, CheckpointConfig(keep_last=2))
     for step in (1, 2, 3):
         store.save(step, state(step), world=ALONE)
     assert store.steps() == [2, 3]
     free(lambda: 1 << 40 if store.steps() == [3] else 1)
     assert store.make_room(4, 1000) is None
     assert store.steps() == [3]
-    one = Store(tmp_path, Policy(keep_last=1))
+    one = CheckpointStore(tmp_path, CheckpointConfig(keep_last=1))
     free(lambda: 1)  # some file systems say 0 when they mean that they do not know
     assert "0.00 GiB free" in one.make_room(4, 1000)
     assert store.steps() == [3], "the last whole one is never removed before the next is whole"
@@ -145,6 +147,6 @@ def test_no_rank_gathers_the_whole_state(base_arguments, spawn, tmp_path):
         process = spawn([*pair, f"max_steps={steps}", f"checkpoint.export={export}"], env=environment)
         out, _ = process.communicate(timeout=240)
         assert process.returncode == code, out
-        assert Store(tmp_path / "run/checkpoints").newest() == tmp_path / f"run/checkpoints/step-{steps:08d}"
+        assert CheckpointStore(tmp_path / "run/checkpoints").newest() == tmp_path / f"run/checkpoints/step-{steps:08d}"
         assert ("a rank gathers the whole" in out) == bool(code)
         assert f"continues at step {begun} of" in out or not begun

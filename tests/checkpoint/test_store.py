@@ -9,24 +9,24 @@ import pytest
 import torch
 
 from pretrain.checkpoint.atomic import write_folder
-from pretrain.checkpoint.marker import missing_or_torn
-from pretrain.checkpoint.policy import Policy
+from pretrain.checkpoint.config import CheckpointConfig
+from pretrain.checkpoint.marker import incomplete_reason
 from pretrain.checkpoint.rng import rng_state, seed_everything, set_rng_state
-from pretrain.checkpoint.store import Store, load
-from pretrain.errors import UserError
-from pretrain.folders import MARKER
-from pretrain.models.files import weight_files
-from pretrain.tensors import Piece, manifest
-from pretrain.world import World
+from pretrain.checkpoint.store import CheckpointStore, load
+from pretrain.distributed.context import DistributedContext
+from pretrain.distributed.sharding import TensorShard, manifest
+from pretrain.models.hub.files import weight_files
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.folders import MARKER
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 def state(seed: int) -> dict:
     generator = torch.Generator().manual_seed(seed)
     weights = {"w": torch.randn(5, 3, generator=generator), "b": torch.randn(3, generator=generator).bfloat16()}
     moments = {"w/exp_avg": torch.randn(5, 3, generator=generator), "w/step": torch.tensor(float(seed))}
-    pieces = [{name: Piece(t, 0, tuple(t.shape)) for name, t in named.items()} for named in (weights, moments)]
+    pieces = [{name: TensorShard(t, 0, tuple(t.shape)) for name, t in named.items()} for named in (weights, moments)]
     scaler = {"scale": 2.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 3}
     engine = {"model": pieces[0], "optimizer": pieces[1], "scaler": scaler}
     identity = dict.fromkeys(("model", "tokenizer", "data", "weights"), "x") | {"seed": 0, "optimizer": []}
@@ -39,14 +39,14 @@ def state(seed: int) -> dict:
     }
 
 
-def saved_at(store: Store, step: int, what: dict) -> Path:
+def saved_at(store: CheckpointStore, step: int, what: dict) -> Path:
     store.save(step, what, world=ALONE)
     return store.path(step)
 
 
 def test_reads_back_bit_for_bit(tmp_path):
     saved = state(3)
-    loaded = load(saved_at(Store(tmp_path), 3, saved))
+    loaded = load(saved_at(CheckpointStore(tmp_path), 3, saved))
     for part in ("model", "optimizer"):
         assert loaded["engine"][part].keys() == saved["engine"][part].keys()
         for name, piece in saved["engine"][part].items():
@@ -57,7 +57,7 @@ def test_reads_back_bit_for_bit(tmp_path):
 
 
 def test_newest_passes_over_what_is_torn_and_says_why(tmp_path, capsys):
-    store = Store(tmp_path, Policy(keep_last=None))
+    store = CheckpointStore(tmp_path, CheckpointConfig(keep_last=None))
     for step in (1, 2, 3, 4):
         store.save(step, state(step), world=ALONE)
     (tmp_path / "step-00000004" / MARKER).unlink()
@@ -79,7 +79,7 @@ def flip(file: Path, at: int) -> None:
 
 
 def test_one_that_a_kill_kept_from_being_replaced_is_put_back(tmp_path):
-    store = Store(tmp_path)
+    store = CheckpointStore(tmp_path)
     path = saved_at(store, 3, state(3))
     path.rename(path.with_name(f"{path.name}.replaced"))
     assert store.newest() == path
@@ -98,7 +98,7 @@ def test_one_that_a_kill_kept_from_being_replaced_is_put_back(tmp_path):
     ids=["a missing file", "another version"],
 )
 def test_the_one_before_is_used_and_the_reason_said(damage, reason, tmp_path, capsys):
-    store = Store(tmp_path)
+    store = CheckpointStore(tmp_path)
     saved_at(store, 1, state(1))
     damage(saved_at(store, 2, state(2)))
     assert store.newest() == store.path(1)
@@ -107,7 +107,7 @@ def test_the_one_before_is_used_and_the_reason_said(damage, reason, tmp_path, ca
 
 def test_what_the_marker_does_not_name_is_not_read(tmp_path):
     saved = state(1)
-    path = saved_at(Store(tmp_path), 1, saved)
+    path = saved_at(CheckpointStore(tmp_path), 1, saved)
     for name in ("model.rank-7.safetensors", "model copy.safetensors", "optimizer.rank-1.safetensors"):
         shutil.copy(path / f"{name[: name.index('.')].split()[0]}.safetensors", path / name)
     loaded = load(path)["engine"]
@@ -141,7 +141,7 @@ def calls(monkeypatch, tmp_path):
 def test_the_order_in_which_it_reaches_the_disk(calls, tmp_path):
     """A machine that loses power at any moment has the old checkpoint or the new one: files, marker, folders, the name,
     and only then the old one goes."""
-    store = Store(tmp_path / "run/checkpoints", Policy(keep_last=1), {"code/model.py": b"pass"})
+    store = CheckpointStore(tmp_path / "run/checkpoints", CheckpointConfig(keep_last=1), {"code/model.py": b"pass"})
     saved_at(store, 1, state(1))
     assert calls[:2] == ["flush .", "flush run"], "the folders that it makes on the way"
     calls.clear()
@@ -160,36 +160,36 @@ def test_the_order_in_which_it_reaches_the_disk(calls, tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_flipped_byte_is_found_and_named(name, tmp_path, capsys):
-    store = Store(tmp_path, Policy(verify="full"))
+    store = CheckpointStore(tmp_path, CheckpointConfig(verify="full"))
     saved_at(store, 1, state(1))
     flip(saved_at(store, 2, state(2)) / name, -3)
-    assert missing_or_torn(store.path(2), verify="full") == f"{name} has other bytes than were written (checksum)"
+    assert incomplete_reason(store.path(2), verify="full") == f"{name} has other bytes than were written (checksum)"
     assert store.newest() == store.path(1)
     assert f"step-00000002 passed over: {name} has other bytes" in capsys.readouterr().err
 
 
 def test_the_quick_look_reads_small_files_and_headers_only(tmp_path, monkeypatch):
     """A large file is known by its size; what is in its middle only the checksum tells."""
-    path = saved_at(Store(tmp_path), 1, state(1))
+    path = saved_at(CheckpointStore(tmp_path), 1, state(1))
     monkeypatch.setattr("pretrain.checkpoint.marker.SMALL_BYTES", 0)
     flip(path / "model.safetensors", -3)
-    assert missing_or_torn(path) is None
-    assert missing_or_torn(path, verify="full") is not None
+    assert incomplete_reason(path) is None
+    assert incomplete_reason(path, verify="full") is not None
     flip(path / "model.safetensors", 9)
-    assert "model.safetensors can't be read" in missing_or_torn(path)
+    assert "model.safetensors can't be read" in incomplete_reason(path)
 
 
 @pytest.mark.parametrize(
     "damage", ["{", "[]", '{"format": 3}', '{"format": 99, "files": {}}', '{"format": 3, "files": {"state.json": 5}}']
 )
 def test_a_marker_that_makes_no_sense_is_no_marker(tmp_path, damage):
-    path = saved_at(Store(tmp_path), 1, state(1))
+    path = saved_at(CheckpointStore(tmp_path), 1, state(1))
     (path / MARKER).write_text(damage)
-    assert missing_or_torn(path) is not None
+    assert incomplete_reason(path) is not None
 
 
 def test_keep_last_counts_whole_ones_only(tmp_path):
-    store = Store(tmp_path, Policy(keep_last=2))
+    store = CheckpointStore(tmp_path, CheckpointConfig(keep_last=2))
     for step in (1, 2, 3):
         store.save(step, state(step), world=ALONE)
     assert store.steps() == [2, 3]
@@ -219,7 +219,7 @@ def test_an_error_while_writing_leaves_the_older_folder(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_names_the_last_good_one(tmp_path):
-    store = Store(tmp_path / "checkpoints")
+    store = CheckpointStore(tmp_path / "checkpoints")
     good = saved_at(store, 1, state(1))
     (tmp_path / "checkpoints" / "step-00000002.partial").write_text("a file where the folder has to be")
     with pytest.raises(UserError, match=f"the last good one is {good}"):
@@ -228,7 +228,7 @@ def test_a_place_that_cannot_be_written_names_the_last_good_one(tmp_path):
 
 
 def test_json_state_has_no_code_in_it(tmp_path):
-    path = saved_at(Store(tmp_path), 1, state(1))
+    path = saved_at(CheckpointStore(tmp_path), 1, state(1))
     assert {p.suffix for p in path.iterdir()} == {".json", ".safetensors"}
     assert json.loads((path / "state.json").read_text())["progress"]["baseline"] == {"d": 1.5}
 
@@ -251,7 +251,7 @@ def test_rng_goes_on_with_the_next_number():
 
 
 def test_half_written_folders_are_no_checkpoints(tmp_path):
-    store = Store(tmp_path, Policy(keep_last=None))
+    store = CheckpointStore(tmp_path, CheckpointConfig(keep_last=None))
     path = saved_at(store, 1, state(1))
     shutil.copytree(path, tmp_path / "step-00000002.partial")
     assert store.steps() == [1]
@@ -259,15 +259,15 @@ def test_half_written_folders_are_no_checkpoints(tmp_path):
 
 def test_what_is_beyond_a_step_is_set_aside_and_nothing_else(tmp_path, capsys):
     """The step itself stays: the run goes on from it."""
-    store = Store(tmp_path, Policy(keep_last=None))
+    store = CheckpointStore(tmp_path, CheckpointConfig(keep_last=None))
     for step in (1, 2, 3, 4):
         store.save(step, state(step), world=ALONE)
-    store.set_aside_after(2)
+    store.archive_after(2)
     assert store.steps() == [1, 2]
     aside = sorted(p.name.rpartition("-")[0] for p in tmp_path.glob("set-aside-*"))
     assert aside == ["set-aside-step-00000003", "set-aside-step-00000004"]
     assert capsys.readouterr().err.count("is of the branch that was left: kept as set-aside-step-0000000") == 2
-    store.set_aside_after(-1)
+    store.archive_after(-1)
     assert store.steps() == []
     assert store.newest() is None
 
@@ -275,11 +275,11 @@ def test_what_is_beyond_a_step_is_set_aside_and_nothing_else(tmp_path, capsys):
 @pytest.mark.parametrize("target", ["step-00000002", "nowhere"])
 def test_a_link_in_the_place_of_a_checkpoint_is_set_aside(target, tmp_path):
     """Also one that leads to itself."""
-    store = Store(tmp_path, Policy(keep_last=None))
+    store = CheckpointStore(tmp_path, CheckpointConfig(keep_last=None))
     store.save(1, state(1), world=ALONE)
     store.path(2).symlink_to(target)
     assert store.newest() == store.path(1)
-    store.set_aside_after(1)
+    store.archive_after(1)
     assert store.steps() == [1]
     (aside,) = tmp_path.glob("set-aside-*")
     assert aside.is_symlink()

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pretrain.data.sources.local import Local
-from pretrain.data.store import TokenStore
-from pretrain.data.tokenize import prepare
+from pretrain.data.store.token_store import TokenStore
+from pretrain.data.tokenization.tokenize import prepare
 
 EOT = 0
 

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from pretrain.data.cut import cut
-from pretrain.data.readers import read
+from pretrain.data.reading.cut import cut
+from pretrain.data.reading.readers import read
 from pretrain.data.sources.local import Local
 
 Documents = Sequence[str]

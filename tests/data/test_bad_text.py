@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 from texts import some_text
 
-from pretrain.data import cut, encode, tokenize, units
+from pretrain.data.reading import cut, units
 from pretrain.data.sources.huggingface import HuggingFace
 from pretrain.data.sources.local import Local
-from pretrain.data.store import TokenStore
-from pretrain.data.tokenize import prepare
-from pretrain.errors import UserError
+from pretrain.data.store.token_store import TokenStore
+from pretrain.data.tokenization import encode, tokenize
+from pretrain.data.tokenization.tokenize import prepare
+from pretrain.runtime.errors import UserError
 
 TEXTS = [some_text(seed, 30) for seed in range(300)]
 LINES = [json.dumps({"text": text, "id": 1}) for text in TEXTS]
@@ -233,7 +234,7 @@ def test_unknown_split_of_a_local_folder(tmp_path: Path, tokenizer_json: str) ->
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from pretrain.data import tokenize, units
+from pretrain.data.tokenization import tokenize; from pretrain.data.reading import units
 from pretrain.data.sources.local import Local
 units.OWN_UNIT_BYTES = 100_000
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))

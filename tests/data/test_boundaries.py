@@ -11,12 +11,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from pretrain.batch import IGNORE
+from pretrain.data.batch import IGNORE
 from pretrain.data.blocks import Blocks
 from pretrain.data.evaluation import evaluation_batches, first_tokens
 from pretrain.data.sources.local import Local
-from pretrain.data.store import TokenStore, TokenView
-from pretrain.data.tokenize import prepare
+from pretrain.data.store.token_store import TokenStore, TokenView
+from pretrain.data.tokenization.tokenize import prepare
 
 EOT, BOS = 0, 1
 TEXTS = [

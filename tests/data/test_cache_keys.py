@@ -9,12 +9,13 @@ import pytest
 from formats import jsonl
 from tokenizers import Tokenizer
 
-from pretrain.data import encode, readers
-from pretrain.data.cut import cut
+from pretrain.data.reading import readers
+from pretrain.data.reading.cut import cut
+from pretrain.data.reading.units import ReadOptions
 from pretrain.data.sources.local import Local
-from pretrain.data.store import TokenStore
-from pretrain.data.tokenize import prepare
-from pretrain.data.units import ReadOptions
+from pretrain.data.store.token_store import TokenStore
+from pretrain.data.tokenization import encode
+from pretrain.data.tokenization.tokenize import prepare
 
 TEXTS = ["one two three. " * 20, "four five six. " * 20]
 

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from texts import some_text
 
-from pretrain.batch import Batch
+from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader, check_enough
-from pretrain.data.store import TokenStore, TokenView
-from pretrain.errors import UserError
+from pretrain.data.store.token_store import TokenStore, TokenView
+from pretrain.runtime.errors import UserError
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_an_error_of_the_thread_reaches_the_reader(view: TokenView, monkeypatch:
     next(batches)
     for part in view.store.parts:
         part.path.unlink()
-    from pretrain.data.parts import _mapped
+    from pretrain.data.store.token_shards import _mapped
 
     _mapped.cache_clear()
     with pytest.raises(UserError, match="the token cache has lost"):

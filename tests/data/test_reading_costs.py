@@ -11,10 +11,10 @@ import pytest
 from formats import WRITERS, documents_of
 from texts import some_text
 
-from pretrain.data import cut, json_records, records
-from pretrain.data.readers import digest, read
+from pretrain.data.reading import cut, json_records, records
+from pretrain.data.reading.readers import digest, read
 from pretrain.data.sources.local import Local
-from pretrain.data.store import by_value
+from pretrain.data.store.token_store import by_value
 
 IO = Path("/proc/self/io")
 UNIT_BYTES = 50_000

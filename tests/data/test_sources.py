@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from pretrain.data.prose import docstrings, without_code
 from pretrain.data.sources.local import Local
 from pretrain.data.sources.sample import English, Python
-from pretrain.data.store import TokenStore, TokenView
-from pretrain.data.tokenize import prepare
+from pretrain.data.store.token_store import TokenStore, TokenView
+from pretrain.data.tokenization.tokenize import prepare
 
 Domain = tuple[TokenStore, TokenView, TokenView]
 CONF = Path(__file__).parents[2] / "conf" / "dataset"

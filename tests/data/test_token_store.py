@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.data import parts as parts_module
-from pretrain.data.parts import MAGIC, PartWriter, _mapped, open_part
-from pretrain.data.store import Document, TokenStore, aranges, by_value
-from pretrain.errors import UserError
+from pretrain.data.store import token_shards as parts_module
+from pretrain.data.store.token_shards import MAGIC, PartWriter, _mapped, open_part
+from pretrain.data.store.token_store import Document, TokenStore, aranges, by_value
+from pretrain.runtime.errors import UserError
 
 SMALL, LARGE = 2**62, 3 * 2**62
 # hash, tokens, bytes of text, piece, index

@@ -22,13 +22,13 @@ import zstandard
 from texts import TEXTS, parts_of, some_text, write_jsonl
 from tokenizers import Tokenizer
 
-from pretrain.data import cut, units
 from pretrain.data.cache import remove_abandoned
-from pretrain.data.sections import sections
+from pretrain.data.reading import cut, units
+from pretrain.data.reading.sections import sections
 from pretrain.data.sources.huggingface import HuggingFace
 from pretrain.data.sources.local import Local
-from pretrain.data.store import TokenStore
-from pretrain.data.tokenize import prepare, training_texts
+from pretrain.data.store.token_store import TokenStore
+from pretrain.data.tokenization.tokenize import prepare, training_texts
 
 EOT = 0
 StoreOf = Callable[..., TokenStore]
@@ -179,7 +179,7 @@ PREPARE = """
 import sys
 from itertools import pairwise
 from pathlib import Path
-from pretrain.data import tokenize, units
+from pretrain.data.tokenization import tokenize; from pretrain.data.reading import units
 from pretrain.data.sources.local import Local
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
@@ -369,8 +369,8 @@ def test_what_others_have_left_in_the_cache_stops_nothing(tmp_path: Path) -> Non
 
 
 def test_groups_of_small_files_move_only_near_a_new_one() -> None:
-    def pieces(names: list[str]) -> list[units.Piece]:
-        return [units.Piece(name, "text", 0, 40_000, 40_000, (0, 0, 0)) for name in sorted(names)]
+    def pieces(names: list[str]) -> list[units.FileRange]:
+        return [units.FileRange(name, "text", 0, 40_000, 40_000, (0, 0, 0)) for name in sorted(names)]
 
     names = [f"{number:05}.txt" for number in range(2000)]
     before, after = units.group(pieces(names)), units.group(pieces([*names, "00700a.txt"]))

@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pretrain.batch import IGNORE
+from pretrain.data.batch import IGNORE
 from pretrain.data.blocks import Blocks
 from pretrain.data.cache import write_whole
 from pretrain.data.evaluation import evaluation_batches, first_tokens
-from pretrain.data.parts import PartWriter, _mapped, open_part
-from pretrain.data.store import TokenStore, TokenView
+from pretrain.data.store.token_shards import PartWriter, _mapped, open_part
+from pretrain.data.store.token_store import TokenStore, TokenView
 
 EOT = 0
 documents_strategy = st.lists(

@@ -8,10 +8,11 @@ from queue import SimpleQueue
 import pytest
 from texts import TEXTS, parts_of, write_jsonl
 
-from pretrain.data import cut, tokenize, units
+from pretrain.data.reading import cut, units
 from pretrain.data.sources.local import Local
-from pretrain.data.tokenize import prepare
-from pretrain.errors import UserError
+from pretrain.data.tokenization import tokenize
+from pretrain.data.tokenization.tokenize import prepare
+from pretrain.runtime.errors import UserError
 
 EOT = 0
 
@@ -44,7 +45,7 @@ def test_two_mistakes_at_the_same_time_are_said_as_one(
 
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.txt").write_bytes(b"caf\xe9 " * 100)
-    monkeypatch.setattr("pretrain.data.workers.SimpleQueue", Late)
+    monkeypatch.setattr("pretrain.data.tokenization.workers.SimpleQueue", Late)
     monkeypatch.setattr(units, "OWN_UNIT_BYTES", 1)
     monkeypatch.setattr(tokenize, "WORKERS_FROM_BYTES", 0)
     with pytest.raises(UserError, match=r"[abc]\.txt: not UTF-8 at byte 3"):

@@ -10,9 +10,9 @@ import pytest
 from pretrain.data.evaluation import evaluation_batches
 from pretrain.evaluation.baseline import Known, digest, known
 from pretrain.sweep.measure import measures_of, objective_in
-from pretrain.telemetry.jsonl import read_records
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.conftest import sentences
-from tests.test_trainer import view_of
+from tests.training.test_trainer import view_of
 
 MEASURED = {"text": "1f", "sequence_length": 32, "document_mask": False, "tokenizer": "ab", "precision": "32-true"}
 

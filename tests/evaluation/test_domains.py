@@ -5,13 +5,14 @@ import json
 
 import pytest
 
+from pretrain.config.compose import run_config
 from pretrain.data.domains import base_domains
 from pretrain.data.sources.local import Local
 from pretrain.data.sources.sample import English
-from pretrain.errors import UserError
+from pretrain.runtime.errors import UserError
 from pretrain.sweep.plan import check_metric
-from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.conftest import sentences
 
 
@@ -122,17 +123,16 @@ def test_two_base_domains_of_one_name_have_a_baseline_each(trains, base_argument
 
 
 def test_a_sweep_s_metric_may_be_of_such_a_domain(trains):
-    def node(path):
-        return {"_target_": "pretrain.data.sources.local.Local", "nameOrPath": str(path)}
+    words = ["dataset=local", f"dataset.nameOrPath={trains / 'a/train.jsonl'}", "evaluation=new_only"]
+    words += ["dataset@evaluation.domains.old=local", f"evaluation.domains.old.nameOrPath={trains / 'b/train.jsonl'}"]
 
-    resolved = {
-        "dataset": node(trains / "a/train.jsonl"),
-        "evaluation": {"domains": {"old": node(trains / "b/train.jsonl")}},
-    }
-    check_metric("old/train.delta_loss", resolved)
-    check_metric("train.loss", resolved)
+    def checked(metric):
+        check_metric(run_config([*words, f"sweep.metric={metric}"]))
+
+    checked("old/train.delta_loss")
+    checked("train.loss")
     with pytest.raises(UserError, match="no such domain is evaluated"):
-        check_metric("old.loss", resolved)
+        checked("old.loss")
 
 
 def test_a_domain_of_a_single_document_has_nothing_to_score(trains, base_arguments, command, tmp_path):

@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.engine import Scorer
-from pretrain.errors import UserError
+from pretrain.distributed.context import DistributedContext
+from pretrain.evaluation.config import EvaluationConfig
 from pretrain.evaluation.perplexity import Domain
-from pretrain.evaluation.policy import Policy
 from pretrain.evaluation.samples import AT_ONCE, Prompt, Sampler, prompts_of
 from pretrain.models.language_model import LanguageModel
-from pretrain.precision import Precision
-from pretrain.telemetry.jsonl import read_records
-from pretrain.world import World
+from pretrain.runtime.errors import UserError
+from pretrain.strategy.engine import InferenceEngine
+from pretrain.strategy.precision import Precision
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.models.tiny import CONFIGS, tiny
 from tests.runs import numbers
 
@@ -33,9 +33,11 @@ class Numbers:
         return {"input_ids": [int(t) for t in text.split()]}
 
 
-def scorer(hf: Any) -> Scorer:
-    return Scorer(
-        LanguageModel(hf), precision=Precision("32-true", "float32", "float32"), world=World(0, 1, torch.device("cpu"))
+def scorer(hf: Any) -> InferenceEngine:
+    return InferenceEngine(
+        LanguageModel(hf),
+        precision=Precision("32-true", "float32", "float32"),
+        world=DistributedContext(0, 1, torch.device("cpu")),
     )
 
 
@@ -90,7 +92,7 @@ def test_a_stop_signal_ends_it_at_once_with_nothing(after: int) -> None:
 
 def test_a_user_s_prompt_that_leaves_no_position() -> None:
     domains = [Domain("d", "new", [], [list(range(1, 20))])]
-    policy = Policy(batch_size=1, sample_prompts=["1 2 3"])
+    policy = EvaluationConfig(batch_size=1, sample_prompts=["1 2 3"])
     prompts = prompts_of(domains, policy, Numbers(), first=0, num_positions=16)
     assert [p.tokens for p in prompts] == [(0, *range(1, 9)), (0, 1, 2, 3)]
     with pytest.raises(UserError, match=r"evaluation.sample_prompts: one of 4 tokens leaves no room.* 4 positions"):

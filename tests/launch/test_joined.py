@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.launch.test_launch import BREAK, LONG, steps, wait_for
 from tests.launch.test_mistakes import free_port
 from tests.runs import injected, losses, starts
@@ -105,16 +105,16 @@ def test_what_torchrun_has_restarted_continues(given, command, monkeypatch, tmp_
 
 
 def test_the_place_of_a_rank_is_what_torchrun_says(monkeypatch):
+    from pretrain.distributed.rank_info import RankInfo
     from pretrain.launch.launcher import place_in
-    from pretrain.launch.layout import Layout
-    from pretrain.place import Place
+    from pretrain.launch.topology import Topology
 
     said = {"RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "3"}
     for name, value in (said | {"TORCHELASTIC_RUN_ID": "id"}).items():
         monkeypatch.setenv(name, value)
-    found = place_in(Layout("cpu", 4, 2, joined=True))
-    assert found == Place(5, 8, 1, 4, restarts=3, run_id="id", one_machine=False)
-    assert place_in(Layout("cpu", 8, 1, joined=True)).one_machine
+    found = place_in(Topology("cpu", 4, 2, joined=True))
+    assert found == RankInfo(5, 8, 1, 4, restarts=3, run_id="id", one_machine=False)
+    assert place_in(Topology("cpu", 8, 1, joined=True)).one_machine
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_a_signal_to_torchrun_saves(number, base_arguments, tmp_path):
 SLOW_FILES = """
 import time
 from pathlib import Path
-from pretrain.data import encode
+from pretrain.data.tokenization import encode
 read = encode.read
 def slowly(*given):
     time.sleep(0.3)

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.split import Split
-from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.telemetry.sinks.jsonl import read_records
+from pretrain.training.micro_batching import MicroBatching
 from tests.runs import starts
 
 LONG = ["max_steps=100000", "evaluate_every=null", "save_every=10", "sink=jsonl"]
@@ -208,7 +208,7 @@ def broken_run(arguments, tmp_path, *, at, times):
         "    multiprocessing.get_context('forkserver').set_forkserver_preload(preload)\n"
         "    multiprocessing.forkserver.ensure_running()\n"
         "agent.warm_up = warm_up\n"
-        "from pretrain.cli import program\nprogram()\n"
+        "from pretrain.cli.main import program\nprogram()\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{Path(__file__).parents[2]}"}
     command = [sys.executable, "-c", start, *arguments]
@@ -324,18 +324,18 @@ def test_only_one_rank_talks(base_arguments, corpus, spawn, tmp_path):
 def batches_of(base_arguments):
     """``batches_of(size)``: per step, what the loaders of ``size`` ranks hand to their engines, together: the numbers
     of the blocks, and the documents in these."""
-    from pretrain import build
-    from pretrain.world import World
-    from tests.test_trainer import prepared_of
+    from pretrain.distributed.context import DistributedContext
+    from pretrain.run import build
+    from tests.training.test_trainer import prepared_of
 
-    resolved, prepared = prepared_of(base_arguments)
-    length, view = resolved["sequence_length"], prepared.train
+    config, prepared = prepared_of(base_arguments)
+    length, view = config.sequence_length, prepared.train
     block_of = {tuple(view.read(i * length, (i + 1) * length)): i for i in range((view.num_tokens - 1) // length)}
     assert len(block_of) == (view.num_tokens - 1) // length, "a row must say which block it is"
 
     def read(size, *, steps=6):
-        ranks = [World(rank, size, torch.device("cpu")) for rank in range(size)]
-        iterators = [iter(build.build_loader(resolved, prepared, Split(4 // size, 2), world)) for world in ranks]
+        ranks = [DistributedContext(rank, size, torch.device("cpu")) for rank in range(size)]
+        iterators = [iter(build.build_loader(config, prepared, MicroBatching(4 // size, 2), world)) for world in ranks]
         seen = []
         for _ in range(steps):
             rows = torch.cat([next(iterator).input_ids for iterator in iterators])

@@ -107,7 +107,7 @@ def test_mistakes(more, says, command, base_arguments, tmp_path, monkeypatch):
 
 
 def test_more_devices_than_gpus(command, base_arguments, tmp_path, monkeypatch):
-    from pretrain.launch import layout
+    from pretrain.launch import topology as layout
 
     monkeypatch.setattr(layout, "gpu_visible", lambda: True)
     monkeypatch.setattr(layout, "_gpus", lambda: 2)
@@ -117,22 +117,22 @@ def test_more_devices_than_gpus(command, base_arguments, tmp_path, monkeypatch):
 
 
 def test_idle_gpus_are_mentioned(capsys, monkeypatch):
-    from pretrain.launch import layout
-    from pretrain.launch.policy import Policy
+    from pretrain.config.compose import run_config
+    from pretrain.launch import topology as layout
+    from pretrain.launch.config import LaunchConfig
     from pretrain.strategy.single import Single
 
     monkeypatch.setattr(layout, "gpu_visible", lambda: True)
     monkeypatch.setattr(layout, "_gpus", lambda: 4)
-    resolved = {"devices": "auto", "strategy": {"_target_": "pretrain.strategy.single.Single"}}
-    found = layout.layout(resolved, Single(), Policy())
+    found = layout.layout(run_config([]), Single(), LaunchConfig())
     assert (found.device_type, found.workers) == ("cuda", 1)
     assert "strategy=single uses 1 of 4 GPUs" in capsys.readouterr().err
 
 
 def test_a_strategy_of_ones_own_is_among_those_that_are_offered(monkeypatch, tmp_path):
-    from pretrain import help as help_page
-    from pretrain.config import conf_dir
-    from pretrain.launch import layout
+    from pretrain.cli import help as help_page
+    from pretrain.config.check import conf_dir
+    from pretrain.launch import topology as layout
 
     (tmp_path / "strategy").mkdir()
     for name in ("single", "dp", "fsdp"):

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.launch.test_launch import steps, wait_for
 from tests.launch.test_mistakes import free_port
 from tests.runs import losses, starts

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.launch.slurm import Job
 from pretrain.sweep.job import job_of
+from pretrain.sweep.launchers.slurm import SlurmJob
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
@@ -133,7 +133,7 @@ def test_job_is_queued_again_unless_saving_failed(on_signal, queued_again, monke
     at_exit = []
     monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
     lines = f"signal.signal(signal.SIGTERM, {on_signal}); open('started', 'w'); time.sleep(60)"
-    job = Job([sys.executable, "-c", f"import signal, sys, time; {lines}"], tmp_path)
+    job = SlurmJob([sys.executable, "-c", f"import signal, sys, time; {lines}"], tmp_path)
     answers = []
 
     def warned(number, frame):
@@ -156,7 +156,7 @@ def test_one_node_speaks_for_all(rank, status, monkeypatch, tmp_path):
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
     monkeypatch.setenv("SUBMITIT_LOCAL_GLOBALID", rank)
     of = job_of(tmp_path, ["lr=1"], ("lr",))
-    assert Job([sys.executable, "-c", ""], tmp_path, of)() == 0
+    assert SlurmJob([sys.executable, "-c", ""], tmp_path, of)() == 0
     assert of.read()["status"] == status
 
 

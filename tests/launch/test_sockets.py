@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain import sockets
-from pretrain.errors import UserError
+from pretrain.distributed import sockets
 from pretrain.launch.network import check_interfaces
+from pretrain.runtime.errors import UserError
 from tests.launch.test_launch import LONG, PAIR, steps, wait_for
 from tests.launch.test_mistakes import free_port
 from tests.launch.test_nodes import namespaces, two_nodes  # noqa: F401 (fixtures)
@@ -235,7 +235,7 @@ def test_a_run_leaves_the_environment_as_it_was(unset, command, base_arguments, 
 def test_a_store_listens_at_its_address_only():
     from datetime import timedelta
 
-    from pretrain.world import tcp_store
+    from pretrain.distributed.context import tcp_store
 
     port, wait = free_port(), timedelta(seconds=10)
     store = tcp_store("127.0.0.1", port, is_host=True, timeout=wait)
@@ -275,7 +275,7 @@ def test_the_state_of_a_rendezvous_runs_nothing(tmp_path):
 
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
 
-    from pretrain.launch.meeting import loads
+    from pretrain.launch.rendezvous import loads
 
     state = _RendezvousState()
     state.participants[_NodeDesc("node1", 7, 0)] = 0
@@ -295,8 +295,8 @@ def test_a_planted_state_in_the_store_runs_nothing(tmp_path):
 
     from torch.distributed.elastic.rendezvous import RendezvousStateError
 
-    from pretrain.launch.meeting import meet
-    from pretrain.world import tcp_store
+    from pretrain.distributed.context import tcp_store
+    from pretrain.launch.rendezvous import meet
 
     port = free_port()
     given = {"nodes": 2, "local_address": "127.0.0.1", "timeout_seconds": 5.0}

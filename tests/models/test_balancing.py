@@ -6,12 +6,12 @@ import pytest
 import torch
 from architectures import tiny
 
-from pretrain.batch import IGNORE, Batch
-from pretrain.engine import Engine
-from pretrain.errors import UserError
+from pretrain.data.batch import IGNORE, Batch
+from pretrain.distributed.context import DistributedContext
 from pretrain.models.language_model import LanguageModel
-from pretrain.world import World
-from tests.test_precision import load
+from pretrain.runtime.errors import UserError
+from pretrain.strategy.engine import Engine
+from tests.strategy.test_precision import load
 
 COEFFICIENT = {"router_aux_loss_coef": 0.5, "output_router_logits": True}
 NAMES = ["mixtral", "qwen3_moe", "olmoe", "granitemoe"]
@@ -81,7 +81,10 @@ def test_micro_batches_count_by_their_targets() -> None:
     wanted = gradients(hf)
     model = LanguageModel(hf)
     engine = Engine(
-        model, torch.optim.SGD(model.parameters()), precision=load("32-true"), world=World(0, 1, torch.device("cpu"))
+        model,
+        torch.optim.SGD(model.parameters()),
+        precision=load("32-true"),
+        world=DistributedContext(0, 1, torch.device("cpu")),
     )
     for part, target in zip(ids.split(2), labels.split(2), strict=True):
         engine.backward(Batch(part, target, None, 0), tokens=sum(counts), last=True)

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pretrain.errors import UserError
-from pretrain.models import export
+from pretrain.distributed.context import DistributedContext
 from pretrain.models.bpe import END_OF_TEXT, train_bpe
 from pretrain.models.causal_lm import CausalLM, Pretrained, Scratch
 from pretrain.models.generate import generate
+from pretrain.models.hub import export
 from pretrain.models.language_model import LanguageModel
 from pretrain.models.tokenizer import Boundaries
-from pretrain.world import World
+from pretrain.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 TEXTS = [
@@ -45,7 +45,7 @@ def build(spec: Pretrained | Scratch, dtype: torch.dtype = torch.float32, seed: 
 
 
 def save(spec: Pretrained | Scratch, model: LanguageModel, folder: Path) -> None:
-    alone = World(0, 1, CPU)
+    alone = DistributedContext(0, 1, CPU)
     dtypes = export.dtypes_for(model.hf, spec.save_dtype)
     own = export.own_share(model.hf_state().items(), dtypes=dtypes, world=alone, sharded=False)
     beside = export.beside(model.hf, spec.tokenizer(lambda: iter(TEXTS)), dtype=export.dtype_of(own))
@@ -178,7 +178,7 @@ def test_mistakes_are_found_without_torch(model: Path) -> None:
     cut(model / "model.safetensors")
     code = f"""
 import sys
-from pretrain.errors import UserError
+from pretrain.runtime.errors import UserError
 from pretrain.models.causal_lm import Pretrained
 try:
     Pretrained(name_or_path={str(model)!r}).check(64)

@@ -12,15 +12,15 @@ from architectures import tiny
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from pretrain.batch import Batch
-from pretrain.models import export
-from pretrain.models.blueprint import Blueprint
+from pretrain.data.batch import Batch
+from pretrain.distributed.context import DistributedContext
 from pretrain.models.causal_lm import Pretrained, Scratch
-from pretrain.models.files import SAMPLE
+from pretrain.models.hub import export
+from pretrain.models.hub.files import SAMPLE
+from pretrain.models.model_factory import ModelFactory
 from pretrain.strategy.ddp import Ddp
 from pretrain.strategy.fsdp import Fsdp
 from pretrain.strategy.single import Single
-from pretrain.world import World
 from tests.strategy.ranks import as_rank, set_up
 
 KEPT = {
@@ -67,9 +67,11 @@ def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
         assert torch.equal(tensor, wanted[name]), name
 
 
-def trained(strategy: Any, path: Path, world: World) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
+def trained(
+    strategy: Any, path: Path, world: DistributedContext
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
     """Weights as they are set up, and after a step; the gradients' norm."""
-    engine = set_up(strategy, Blueprint(Pretrained(name_or_path=str(path)), BF16, 0), world, "bf16-true")
+    engine = set_up(strategy, ModelFactory(Pretrained(name_or_path=str(path)), BF16, 0), world, "bf16-true")
     before = {name: t.clone() for name, t in engine.whole_weights()}
     ids = torch.randint(5, 97, (2, 17), generator=torch.Generator().manual_seed(0))
     engine.backward(Batch(ids[:, :-1], ids[:, 1:], None, 32), tokens=32, last=True)
@@ -84,10 +86,10 @@ def trained(strategy: Any, path: Path, world: World) -> tuple[dict[str, torch.Te
 def test_every_strategy_keeps_what_from_pretrained_keeps(name: str, folder: Any) -> None:
     path = folder(name)
     wanted = reference(path)
-    before, alone, alone_norm = trained(Single(), path, World(0, 1, CPU))
+    before, alone, alone_norm = trained(Single(), path, DistributedContext(0, 1, CPU))
     assert_equal(before, wanted, KEPT[name])
     with as_rank(0, 1) as world:
-        ddp = set_up(Ddp(), Blueprint(Pretrained(name_or_path=str(path)), BF16, 0), world, "bf16-true")
+        ddp = set_up(Ddp(), ModelFactory(Pretrained(name_or_path=str(path)), BF16, 0), world, "bf16-true")
         assert_equal(dict(ddp.whole_weights()), wanted, KEPT[name])
     for strategy in (Fsdp(), Fsdp(cpu_offload=True)):
         with as_rank(0, 1) as world:
@@ -105,7 +107,7 @@ def test_saving_in_bf16_rounds_no_more_than_loading_does(name: str, folder: Any,
     spec = Pretrained(name_or_path=str(path), save_dtype="bfloat16")
     model = spec.build(param_dtype=torch.float32, device=CPU, seed=0)
     dtypes = export.dtypes_for(model.hf, spec.save_dtype)
-    own = export.own_share(model.hf_state().items(), dtypes=dtypes, world=World(0, 1, CPU), sharded=False)
+    own = export.own_share(model.hf_state().items(), dtypes=dtypes, world=DistributedContext(0, 1, CPU), sharded=False)
     assert export.dtype_of(own) == BF16
     export.save_whole(model.hf, own, tmp_path, shard_size="5GB")
     found = load_file(tmp_path / "model.safetensors")
@@ -123,7 +125,7 @@ def test_random_weights_too(name: str) -> None:
     spec = Scratch(name_or_path=str(SAMPLE), overrides={"model_type": name} | config)
     built = spec.build(param_dtype=BF16, device=CPU, seed=0)
     found = {n: p.dtype for n, p in built.hf_named_parameters()}
-    assert found == {n: p.dtype for n, p in spec.outline(param_dtype=BF16).hf_named_parameters()}
+    assert found == {n: p.dtype for n, p in spec.build_on_meta(param_dtype=BF16).hf_named_parameters()}
     assert set(found.values()) >= {BF16}
     if name != "deepseek_v3":
         assert {dtype for n, dtype in found.items() if n.endswith(KEPT[name])} == {torch.float32}

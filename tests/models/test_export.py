@@ -12,12 +12,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pretrain.models import export
-from pretrain.models.card import model_card, public
+from pretrain.checkpoint.train_state import TrainState
+from pretrain.distributed.sharding import TensorShard, write
 from pretrain.models.causal_lm import Pretrained
+from pretrain.models.hub import export
+from pretrain.models.hub.model_card import model_card, public
 from pretrain.models.language_model import LanguageModel
-from pretrain.progress import Progress
-from pretrain.tensors import Piece, write
 from tests.models.tiny import tiny
 
 
@@ -65,7 +65,7 @@ def test_a_checkpoint_s_names_and_an_export_s_are_both_read(name: str, tokenizer
     for folder in ("checkpoint", "export"):
         export.write_beside(files, tmp_path / folder)
     state = {n: t.detach() for n, t in model.hf_state().items()}
-    pieces = {n: Piece(t, 0, tuple(t.shape)) for n, t in state.items()}
+    pieces = {n: TensorShard(t, 0, tuple(t.shape)) for n, t in state.items()}
     write(tmp_path / "checkpoint" / "model.safetensors", pieces)
     export.save_whole(model.hf, dict(state), tmp_path / "export", shard_size="5GB")
     ids = torch.arange(12)[None]
@@ -122,7 +122,7 @@ def test_code_that_a_model_brings_comes_along(
 # The card -------------------------------------------------------------------------------------------------------------
 
 
-def card(progress: Progress | None = None, **changes: Any) -> str:
+def card(progress: TrainState | None = None, **changes: Any) -> str:
     config: dict[str, Any] = dict.fromkeys(("sequence_length", "batch_size", "gradient_accumulation_steps", "seed"), 2)
     config |= dict.fromkeys(("lr", "warmup_proportion", "weight_decay", "beta1", "beta2", "grad_clip"), 0.5)
     config |= {part: {"_target_": f"some.{part}"} for part in ("scheduler", "optimizer", "model")}
@@ -130,7 +130,7 @@ def card(progress: Progress | None = None, **changes: Any) -> str:
     config |= {"dataset": {"source": "huggingface", "nameOrPath": "owner/texts"}}
     facts = {"parameters": 7, "precision": "32-true", "strategy": "ddp", "world_size": 3, "versions": {"torch": "2"}}
     data = {"documents": 1, "tokens": 2, "bytes": 3, "global_batch": 12}
-    return model_card(config | changes, progress or Progress(), data=data, facts=facts, total_steps=9)
+    return model_card(config | changes, progress or TrainState(), data=data, facts=facts, total_steps=9)
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def test_a_card_has_no_secret_and_no_path_of_the_machine() -> None:
 
 def test_a_card_shows_numbers_that_are_none_as_none() -> None:
     score = {"domain": "a|b\nc", "role": "new", "loss": None, "perplexity": None, "bits_per_byte": None}
-    text = card(Progress(4, baseline={"a|b\nc": float("nan")}, scores=[score]))
+    text = card(TrainState(4, baseline={"a|b\nc": float("nan")}, scores=[score]))
     assert "| a\\|b c (new) | — → — | — | — → — | — → — |" in text
     assert "No text was scored" in card()
 
@@ -177,14 +177,14 @@ def test_a_card_shows_no_change_where_none_was_measured() -> None:
         "bits_per_byte": 1.5,
         "delta_loss": 0.0,
     }
-    text = card(Progress(5, evaluated_at=0, scores=[score]))
+    text = card(TrainState(5, evaluated_at=0, scores=[score]))
     assert "| old (base) | 4.0000 | — | 54.60 | 1.5000 |" in text
     assert "at step 0: the model before this run; it was not scored since." in text
     later = score | {"loss": 4.5, "perplexity": 90.017, "bits_per_byte": 1.6875, "delta_loss": 0.5}
-    text = card(Progress(9, evaluated_at=9, scores=[later, later | {"delta_loss": -1e-9}]))
+    text = card(TrainState(9, evaluated_at=9, scores=[later, later | {"delta_loss": -1e-9}]))
     assert "| old (base) | 4.0000 → 4.5000 | +0.5000 | 54.60 → 90.02 | 1.5000 → 1.6875 |" in text
     assert "| +0.0000 |" in text
     unknown = later | {"delta_loss": None, "delta_reason": "step 0 was scored with other text"}
-    text = card(Progress(9, evaluated_at=9, scores=[unknown]))
+    text = card(TrainState(9, evaluated_at=9, scores=[unknown]))
     assert "| old (base) | — → 4.5000 | — | — → 90.02 | — → 1.6875 |" in text
     assert "Changes that are not known: old: step 0 was scored with other text." in text

@@ -8,11 +8,11 @@ import torch
 from tiny import CONFIGS, NOT_LINEAR, tiny
 from torch.nn import functional as F
 
-from pretrain.batch import IGNORE
-from pretrain.errors import UserError
+from pretrain.data.batch import IGNORE
+from pretrain.distributed.sharding import TensorFiles, TensorShard, write
 from pretrain.models.language_model import LanguageModel
 from pretrain.models.probe import by_masks, by_positions, has_plain_head
-from pretrain.tensors import Piece, TensorFiles, write
+from pretrain.runtime.errors import UserError
 
 
 def batch(rows: int = 2, length: int = 24, vocabulary: int = 97) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +49,7 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], toleran
 def test_loss_and_gradients_equal_the_models_own(name: str) -> None:
     hf = tiny(name)
     model = LanguageModel(hf)
-    assert model.lean == (name not in NOT_LINEAR)
+    assert model.fused_loss == (name not in NOT_LINEAR)
     ids, labels = batch()
     want, want_grads = reference(hf, ids, labels)
     loss = model(ids, labels)
@@ -135,7 +135,7 @@ def test_bf16_weights() -> None:
     ids, labels = batch()
     hf = tiny("llama").bfloat16()
     model = LanguageModel(hf)
-    assert model.lean
+    assert model.fused_loss
     loss = model(ids, labels)
     loss.backward()
     want, _ = reference(hf.float(), ids, labels)
@@ -230,7 +230,7 @@ def test_state_has_hugging_face_names_and_ties_once(tmp_path: Path) -> None:
 
 
 def written(state: dict[str, torch.Tensor], folder: Path) -> TensorFiles:
-    write(folder / "model.safetensors", {n: Piece(t.detach(), 0, tuple(t.shape)) for n, t in state.items()})
+    write(folder / "model.safetensors", {n: TensorShard(t.detach(), 0, tuple(t.shape)) for n, t in state.items()})
     return TensorFiles([folder / "model.safetensors"])
 
 
@@ -284,5 +284,5 @@ def test_a_model_that_cannot_keep_documents_apart_says_so() -> None:
     ids, labels = batch()
     with pytest.raises(UserError, match="document_mask"):
         model(ids, labels, torch.arange(24).remainder(8).expand(2, -1))
-    assert LanguageModel(tiny("opt")).separation is by_masks
-    assert LanguageModel(tiny("llama")).separation is by_positions
+    assert LanguageModel(tiny("opt")).document_mask is by_masks
+    assert LanguageModel(tiny("llama")).document_mask is by_positions

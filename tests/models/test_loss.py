@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.batch import IGNORE
+from pretrain.data.batch import IGNORE
 from pretrain.models import loss as module
 from pretrain.models.loss import chunk_rows, linear_cross_entropy
 

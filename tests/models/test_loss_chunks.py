@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pretrain.batch import IGNORE
+from pretrain.data.batch import IGNORE
 from pretrain.models import loss as module
 from pretrain.models.loss import ROOM, linear_cross_entropy
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from architectures import tiny
 
-from pretrain.errors import UserError
 from pretrain.models.causal_lm import Pretrained, Scratch
-from pretrain.models.files import SAMPLE
-from pretrain.models.model_config import without_kernels
+from pretrain.models.hub.config_files import without_kernels
+from pretrain.models.hub.files import SAMPLE
+from pretrain.runtime.errors import UserError
 
 FOREIGN = "nobody/kernel-of-a-stranger"
 PLANTED: dict[str, Any] = {
@@ -45,8 +45,8 @@ def edit(folder: Path, **changes: Any) -> Path:
 def implementations(spec: Pretrained | Scratch) -> set[str]:
     """Of every part of the model, built in both ways."""
     built = spec.build(param_dtype=torch.float32, device=torch.device("cpu"), seed=0).hf
-    outline = spec.outline(param_dtype=torch.float32).hf
-    configs = [m.config for hf in (built, outline) for m in hf.modules() if hasattr(m, "config")]
+    build_on_meta = spec.build_on_meta(param_dtype=torch.float32).hf
+    configs = [m.config for hf in (built, build_on_meta) for m in hf.modules() if hasattr(m, "config")]
     assert {c._experts_implementation for c in configs} <= {"eager", "grouped_mm", None}
     return {c._attn_implementation for c in configs}
 

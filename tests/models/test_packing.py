@@ -8,15 +8,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
-from pretrain.batch import Batch
-from pretrain.engine import Engine
-from pretrain.guard.judge import FINE, Judge
-from pretrain.guard.policy import Policy
+from pretrain.data.batch import Batch
+from pretrain.distributed.context import DistributedContext
 from pretrain.models import packing
 from pretrain.models.language_model import LanguageModel
 from pretrain.optim.adamw import AdamW
-from pretrain.precision import Precision
-from pretrain.world import World
+from pretrain.strategy.engine import Engine
+from pretrain.strategy.precision import Precision
+from pretrain.training.guard.config import GuardConfig
+from pretrain.training.guard.spike_detector import FINE, SpikeDetector
 from tests.models.tiny import tiny
 
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7], list(range(12))])
@@ -88,11 +88,11 @@ def test_threads_are_inside_together() -> None:
 )
 def test_no_step_reads_anything(precision: tuple[str, str, str], name: str, positions: torch.Tensor | None) -> None:
     """Forward, backward, clipping, the guard's verdict and the update, as a GPU decides of it."""
-    given, world = Precision(*precision, allow_cpu=True), World(0, 1, torch.device("cpu"))
+    given, world = Precision(*precision, allow_cpu=True), DistributedContext(0, 1, torch.device("cpu"))
     model = LanguageModel(tiny(name))
     engine = Engine(model, AdamW(lr=1e-2)(model.hf_named_parameters()), precision=given, world=world)
     engine.decides_on_device = True
-    judge = Judge(Policy(), device=world.device, scaled=engine.scaler.is_enabled())
+    judge = SpikeDetector(GuardConfig(), device=world.device, scaled=engine.scaler.is_enabled())
     ids = torch.randint(97, (2, 13), generator=torch.Generator().manual_seed(0))
     batch = Batch(ids[:, :-1], ids[:, 1:], positions, 24)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from architectures import LEFT_OUT, NAMES, tiny
 
-from pretrain.batch import IGNORE
-from pretrain.errors import UserError
+from pretrain.data.batch import IGNORE
 from pretrain.models import probe
 from pretrain.models.language_model import LanguageModel
+from pretrain.runtime.errors import UserError
 from pretrain.strategy.fsdp import Fsdp
 from tests.strategy.ranks import as_rank
 
@@ -41,7 +41,7 @@ def assert_alone_or_refused(model: LanguageModel) -> bool:
     nothing = [torch.full_like(given, IGNORE) for given in labels]
     for i, (document, target) in enumerate(zip(ids, labels, strict=True)):
         own = torch.cat([*nothing[:i], target, *nothing[i + 1 :]])[None]
-        if model.separation is None:
+        if model.document_mask is None:
             with pytest.raises(UserError, match="can't keep packed documents apart"):
                 model(packed, own, positions)
             return False
@@ -52,7 +52,7 @@ def assert_alone_or_refused(model: LanguageModel) -> bool:
 
 def found(name: str, **given: Any) -> str:
     model = LanguageModel(tiny(name, **given))
-    return "refused" if model.separation is None else model.separation.__name__
+    return "refused" if model.document_mask is None else model.document_mask.__name__
 
 
 @pytest.mark.parametrize("name", WAY)
@@ -144,14 +144,14 @@ def test_as_a_decoder_it_trains(name: str) -> None:
 
 
 def test_a_sharded_model_is_tried_when_it_has_its_weights() -> None:
-    from pretrain.models.blueprint import Blueprint
     from pretrain.models.causal_lm import Scratch
+    from pretrain.models.model_factory import ModelFactory
     from tests.strategy.ranks import set_up
 
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     spec = Scratch(name_or_path="none", overrides=shape | {"model_type": "bert"}, train_tokenizer=300)
     with as_rank(0, 1) as world, pytest.raises(UserError, match="sees the tokens"):
-        set_up(Fsdp(), Blueprint(spec, torch.float32, 0), world)
+        set_up(Fsdp(), ModelFactory(spec, torch.float32, 0), world)
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "mixtral", "opt"])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.test_cli import assert_mistake
 from tests.foreign import MARK
-from tests.test_cli import assert_mistake
 
 
 def with_code(tiny_model: Path, folder: Path, mark: Path, **config: str) -> Path:

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-from pretrain.errors import UserError
 from pretrain.models import tokenizer as module
 from pretrain.models.tokenizer import Boundaries, adds_bos, boundaries, folder_tokenizer
+from pretrain.runtime.errors import UserError
 from tests.tokenizer_files import CHANGES, KINDS, LINES, folder, made
 
 # Every class of a causal architecture, with one of the architectures that have it; None: those that have none.

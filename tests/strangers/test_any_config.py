@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
-from pretrain.compose import compose, forced, in_plain_words, resolve
-from pretrain.config import GROUPS, check
-from pretrain.errors import UserError
-from pretrain.flags import parse
-from pretrain.flat import overrides_from
-from pretrain.quoting import quoted_word
-from tests.test_conf import FILES
+from pretrain.cli.flags import parse
+from pretrain.cli.flat_yaml import overrides_from
+from pretrain.config.check import GROUPS, check
+from pretrain.config.compose import compose, forced, in_plain_words, resolve
+from pretrain.config.quoting import quoted_word
+from pretrain.runtime.errors import UserError
+from tests.config.test_conf import FILES
 
 SMALL = settings(deadline=None, derandomize=True, max_examples=25, suppress_health_check=list(HealthCheck))
 LARGE = settings(SMALL, derandomize=False, max_examples=300)
@@ -102,7 +102,7 @@ VALUES += [
     "sample",
     "[console]",
     "single",
-    "{_target_:pretrain.cli.main}",
+    "{_target_:pretrain.cli.main.main}",
     " ",
     "",
 ]

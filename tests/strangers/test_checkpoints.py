@@ -8,10 +8,10 @@ import shutil
 import pytest
 import torch
 
-from pretrain.checkpoint.marker import MARKER, missing_or_torn
-from pretrain.checkpoint.policy import Policy
-from pretrain.checkpoint.store import KINDS, Store, load
-from pretrain.errors import UserError
+from pretrain.checkpoint.config import CheckpointConfig
+from pretrain.checkpoint.marker import MARKER, incomplete_reason
+from pretrain.checkpoint.store import KINDS, CheckpointStore, load
+from pretrain.runtime.errors import UserError
 from tests.damage import (
     as_format_3,
     drop,
@@ -157,7 +157,7 @@ def run(base_arguments, made, command):
 @pytest.fixture
 def store(run, tmp_path):
     """A copy of its checkpoints."""
-    return Store(shutil.copytree(run / "checkpoints", tmp_path / "checkpoints"))
+    return CheckpointStore(shutil.copytree(run / "checkpoints", tmp_path / "checkpoints"))
 
 
 def assert_passed_over(store, says, capsys):
@@ -249,12 +249,12 @@ def test_files_of_another_step_show_in_large_files(store, monkeypatch, capsys):
 def test_small_files_are_compared_by_their_bytes(store):
     """With checkpoint.verify=size, which is the default: all but large weights."""
     path = store.path(4)
-    assert Policy().verify == "size"
+    assert CheckpointConfig().verify == "size"
     for name in ("config.json", "config.yaml", "state.json", "tokenizer.json", W, O):
         flip(name)(path)
-        assert f"{name} " in missing_or_torn(path)
+        assert f"{name} " in incomplete_reason(path)
         flip(name)(path)
-        assert missing_or_torn(path) is None
+        assert incomplete_reason(path) is None
 
 
 def test_a_run_continues_from_the_one_before(run, base_arguments, command, tmp_path):

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from pretrain import yaml_file
-from tests.test_cli import assert_mistake
-from tests.test_conf import FILES
+from pretrain.config import yaml_file
+from tests.cli.test_cli import assert_mistake
+from tests.config.test_conf import FILES
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)

@@ -7,10 +7,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from pretrain.compose import compose, forced, resolve
-from pretrain.flat import overrides_from
-from pretrain.quoting import NAME_KEYS, PATH_KEYS, quoted_word, unquoted
-from tests.test_cli import assert_mistake
+from pretrain.cli.flat_yaml import overrides_from
+from pretrain.config.compose import compose, forced, resolve
+from pretrain.config.quoting import NAME_KEYS, PATH_KEYS, quoted_word, unquoted
+from tests.cli.test_cli import assert_mistake
 
 SMALL = settings(deadline=None, derandomize=True, max_examples=25, suppress_health_check=list(HealthCheck))
 # The command line ---------------------------------------------------------------------------------------------------

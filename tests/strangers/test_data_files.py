@@ -24,8 +24,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.compressed import _gzip_blocks, _zstd_blocks
-from pretrain.errors import UserError
+from pretrain.data.reading.compressed import _gzip_blocks, _zstd_blocks
+from pretrain.runtime.errors import UserError
 from tests.data.formats import WRITERS, arrow, arrow_file, documents_of, parquet, save_to_disk, zst
 
 A, B = '{"text": "a"}', '{"text": "b"}'

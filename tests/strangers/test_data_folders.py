@@ -15,16 +15,16 @@ from pathlib import Path
 import datasets
 import pytest
 
-from pretrain.data.census import Census
-from pretrain.data.cut import cut
 from pretrain.data.loader import Loader
-from pretrain.data.readers import read
+from pretrain.data.reading.cut import cut
+from pretrain.data.reading.readers import read
 from pretrain.data.sources import listing
 from pretrain.data.sources.huggingface import HuggingFace
 from pretrain.data.sources.local import Local
 from pretrain.data.sources.own_files import check_data_files
-from pretrain.data.tokenize import prepare
-from pretrain.errors import UserError
+from pretrain.data.statistics import DataStatistics
+from pretrain.data.tokenization.tokenize import prepare
+from pretrain.runtime.errors import UserError
 from tests.data.formats import documents_of, jsonl
 
 SECRET = "the secret of another folder"
@@ -269,7 +269,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path, tokenizer) -> None:
     assert source.domain == "caf\ufffd"
     store = prepare(source, tokenizer_json=tokenizer.backend_tokenizer.to_str(), eot=0, cache=tmp_path / "cache")
     view, _ = store.views(held_out=0)
-    found = Census(Loader(view, sequence_length=16, seed=0, batch_size=1)).at(4)
+    found = DataStatistics(Loader(view, sequence_length=16, seed=0, batch_size=1)).at(4)
     assert set(found) == {"0\ufffd.jsonl", "1\ufffd.jsonl"}
     json.dumps([*found, source.domain], ensure_ascii=False).encode()
 

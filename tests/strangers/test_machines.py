@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain import filesystem
-from pretrain.checkpoint.marker import missing_or_torn
-from pretrain.errors import UserError
+from pretrain.checkpoint.marker import incomplete_reason
+from pretrain.runtime import filesystem
+from pretrain.runtime.errors import UserError
 from pretrain.telemetry.run_file import read_run_file
 from tests.runs import losses
 
@@ -76,7 +76,7 @@ def test_a_disk_that_can_less(disk, base_arguments, command, tmp_path, monkeypat
     assert code == 0, err
     assert "Traceback" not in err
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000012"]
-    assert missing_or_torn(run / "checkpoints/step-00000012", verify="full") is None
+    assert incomplete_reason(run / "checkpoints/step-00000012", verify="full") is None
     assert (run / "model/config.json").exists()
     code, _, err = command(given)
     assert code == 0, err

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pretrain.errors import UserError
 from pretrain.models.causal_lm import Pretrained
-from pretrain.models.files import SAMPLE
+from pretrain.models.hub.files import SAMPLE
+from pretrain.runtime.errors import UserError
 
 Spoil = Callable[[Path], object]
 W, C, G, INDEX = "model.safetensors", "config.json", "generation_config.json", "model.safetensors.index.json"
@@ -156,7 +156,7 @@ def use(folder: Path) -> None:
     spec = Pretrained(name_or_path=str(folder))
     spec.check(64)
     model = spec.build(param_dtype=torch.float32, device=torch.device("cpu"), seed=0)
-    spec.outline(param_dtype=torch.float32)
+    spec.build_on_meta(param_dtype=torch.float32)
     assert model(torch.arange(8)[None], torch.arange(1, 9)[None]).isfinite()
 
 

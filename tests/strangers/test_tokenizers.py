@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.telemetry.jsonl import read_records
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.tokenizer_files import EOS, UNK, folder
 
 ROWS = 800  # of the embedding: more than any of the tokenizers has tokens

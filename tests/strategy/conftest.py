@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from pretrain.batch import Batch
-from pretrain.models.blueprint import Blueprint
+from pretrain.data.batch import Batch
 from pretrain.models.causal_lm import Pretrained
+from pretrain.models.model_factory import ModelFactory
 
 
 @pytest.fixture
-def blueprint(exact_model):
-    """``blueprint(shape)``: of a tiny model in fp32."""
-    return lambda shape: Blueprint(Pretrained(name_or_path=str(exact_model(shape))), torch.float32, 0)
+def factory(exact_model):
+    """``factory(shape)``: of a tiny model in fp32."""
+    return lambda shape: ModelFactory(Pretrained(name_or_path=str(exact_model(shape))), torch.float32, 0)
 
 
 @pytest.fixture

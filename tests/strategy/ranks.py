@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from pretrain.distributed.context import DistributedContext
 from pretrain.strategy.base import Setting
-from pretrain.world import World
-from tests.test_precision import load
+from tests.strategy.test_precision import load
 
 
 @contextmanager
@@ -17,13 +17,13 @@ def as_rank(rank, size):
     depends on the rank: a process can only ever be the same one."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
-        yield World(rank, size, torch.device("cpu"))
+        yield DistributedContext(rank, size, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 
 
-def set_up(strategy, blueprint, world, precision="32-true"):
+def set_up(strategy, factory, world, precision="32-true"):
     """The engine of ``strategy``, with AdamW."""
     sizes = {"workers": world.size, "nodes": 1, "devices_per_worker": 1, "batch_size": 2, "accumulation": 3}
     setting = Setting("cpu", precision=load(precision), grad_clip=None, **sizes)
-    return strategy.setup(blueprint, lambda m: torch.optim.AdamW(m.parameters()), setting=setting, world=world)
+    return strategy.setup(factory, lambda m: torch.optim.AdamW(m.parameters()), setting=setting, world=world)

@@ -8,10 +8,10 @@ from tests.strategy.ranks import as_rank, set_up
 
 
 @pytest.mark.parametrize("view", [True, False])
-def test_gradients_travel_with_the_last_micro_batch_alone(view, blueprint, batch):
+def test_gradients_travel_with_the_last_micro_batch_alone(view, factory, batch):
     """And lie where they travel from, or in memory of their own."""
     with as_rank(0, 2) as world:
-        engine = set_up(Ddp(gradient_as_bucket_view=view), blueprint("llama-tied"), world)
+        engine = set_up(Ddp(gradient_as_bucket_view=view), factory("llama-tied"), world)
         buckets = set()
 
         def hook(state, bucket):

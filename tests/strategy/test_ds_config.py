@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from pretrain.errors import UserError
+from pretrain.runtime.errors import UserError
 from pretrain.strategy.base import Setting
 from pretrain.strategy.deepspeed import COMPILED, OWNERS, ROOT_KEYS, Deepspeed
-from tests.test_precision import load
+from tests.strategy.test_precision import load
 
 
 def setting(precision: str = "16-mixed", device_type: str = "cuda") -> Setting:

@@ -8,12 +8,12 @@ import torch.distributed.fsdp as fsdp
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from pretrain.errors import UserError
+from pretrain.distributed.sharding import local
+from pretrain.runtime.errors import UserError
 from pretrain.strategy.fsdp import Fsdp, mixed_precision
-from pretrain.tensors import local
 from tests.strategy.ranks import as_rank, set_up
 from tests.strategy.test_ds_config import setting
-from tests.test_precision import load
+from tests.strategy.test_precision import load
 
 
 @pytest.mark.parametrize(
@@ -27,9 +27,9 @@ from tests.test_precision import load
         ("opt", "auto", {"FSDPOPTDecoderLayer": 2}),
     ],
 )
-def test_the_policy_names_the_modules(shape, policy, modules, blueprint):
+def test_the_policy_names_the_modules(shape, policy, modules, factory):
     with as_rank(0, 2) as world:
-        model = set_up(Fsdp(auto_wrap_policy=policy), blueprint(shape), world).model
+        model = set_up(Fsdp(auto_wrap_policy=policy), factory(shape), world).model
         assert isinstance(model, FSDPModule)
         parts = [m for m in model.modules() if isinstance(m, FSDPModule) and m is not model]
         assert Counter(type(m).__name__ for m in parts) == modules
@@ -46,10 +46,10 @@ def test_the_policy_names_the_modules(shape, policy, modules, blueprint):
     ],
     ids=lambda value: f"{value.sharding_strategy} {value.replicas}" if isinstance(value, Fsdp) else "",
 )
-def test_how_weights_lie_and_when_they_are_let_go(strategy, mesh, share, let_go, blueprint, batch):
+def test_how_weights_lie_and_when_they_are_let_go(strategy, mesh, share, let_go, factory, batch):
     """Of a block, after its forward."""
     with as_rank(0, 4) as world:
-        engine = set_up(strategy, blueprint("llama-tied"), world)
+        engine = set_up(strategy, factory("llama-tied"), world)
         for parameter in engine.model.parameters():
             assert tuple(parameter.device_mesh.shape) == mesh
             assert len(local(parameter)) * share == len(parameter)
@@ -59,11 +59,11 @@ def test_how_weights_lie_and_when_they_are_let_go(strategy, mesh, share, let_go,
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_precision_and_offload_reach_every_module(offload, blueprint, monkeypatch):
+def test_precision_and_offload_reach_every_module(offload, factory, monkeypatch):
     given, real = [], fsdp.fully_shard
     monkeypatch.setattr(fsdp, "fully_shard", lambda module, **options: given.append(options) or real(module, **options))
     with as_rank(0, 2) as world:
-        set_up(Fsdp(cpu_offload=offload), blueprint("llama"), world, "bf16-mixed")
+        set_up(Fsdp(cpu_offload=offload), factory("llama"), world, "bf16-mixed")
     assert len(given) == 4
     for options in given:
         assert options["mp_policy"] == MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -86,5 +86,5 @@ def test_a_loss_scaler_and_gradients_on_the_host_are_refused_on_a_gpu():
     ):
         Fsdp(cpu_offload=True).check(setting("16-mixed"))
     Fsdp(cpu_offload=True).check(setting("bf16-mixed"))
-    assert "strategy.cpu_offload=true" not in Fsdp().leaner(setting("16-mixed"))
-    assert "strategy.cpu_offload=true" in Fsdp().leaner(setting("bf16-mixed"))
+    assert "strategy.cpu_offload=true" not in Fsdp().memory_saving_overrides(setting("16-mixed"))
+    assert "strategy.cpu_offload=true" in Fsdp().memory_saving_overrides(setting("bf16-mixed"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.telemetry.jsonl import read_records
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.models.architectures import tiny
 
 pytestmark = pytest.mark.slow  # two processes each

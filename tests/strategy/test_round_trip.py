@@ -5,13 +5,13 @@ import multiprocessing
 import pytest
 import torch
 
-from pretrain import tensors
+from pretrain.distributed import sharding as tensors
+from pretrain.distributed.context import DistributedContext
+from pretrain.distributed.sharding import TensorFiles
 from pretrain.launch.agent import warm_up
 from pretrain.strategy.ddp import Ddp
 from pretrain.strategy.fsdp import Fsdp
 from pretrain.strategy.single import Single
-from pretrain.tensors import TensorFiles
-from pretrain.world import World
 from tests.strategy.ranks import as_rank, set_up
 
 KINDS = ("model", "optimizer")
@@ -27,9 +27,9 @@ def write(engine, folder):
         tensors.write(folder / f"{kind}.rank-{engine.world.rank}.safetensors", state[kind])
 
 
-def save_again(strategy, blueprint, rank, size, saved, again):
+def save_again(strategy, factory, rank, size, saved, again):
     with as_rank(rank, size) as world:
-        engine = set_up(strategy, blueprint, world)
+        engine = set_up(strategy, factory, world)
         engine.load_state_dict({**read(saved), "scaler": {}})
         write(engine, again)
 
@@ -52,18 +52,18 @@ def save_again(strategy, blueprint, rank, size, saved, again):
     ],
     ids=str,
 )
-def test_a_checkpoint_comes_back(strategy, size, blueprint, batch, tmp_path):
+def test_a_checkpoint_comes_back(strategy, size, factory, batch, tmp_path):
     saved, again = tmp_path / "saved", tmp_path / "again"
     saved.mkdir()
     again.mkdir()
-    origin = set_up(Single(), blueprint("llama-tied"), World(0, 1, torch.device("cpu")))
+    origin = set_up(Single(), factory("llama-tied"), DistributedContext(0, 1, torch.device("cpu")))
     for _ in range(2):
         origin.backward(batch, tokens=32, last=True)
         origin.step(None)
     write(origin, saved)
     warm_up()
     ranks = multiprocessing.get_context("forkserver")
-    given = (strategy, blueprint("llama-tied"))
+    given = (strategy, factory("llama-tied"))
     children = [ranks.Process(target=save_again, args=(*given, rank, size, saved, again)) for rank in range(size)]
     for child in children:
         child.start()

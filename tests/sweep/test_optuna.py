@@ -14,9 +14,9 @@ pytest.importorskip("optuna")
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from pretrain.config import check_options
-from pretrain.errors import UserError
-from pretrain.interrupt import Stopped
+from pretrain.config.check import check_options
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.signals import Stopped
 from pretrain.sweep.jobs import Sweep
 from pretrain.sweep.measure import objectives
 from pretrain.sweep.optuna_sweeper import Options, OptunaSweeper

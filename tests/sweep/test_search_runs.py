@@ -10,15 +10,15 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
-from pretrain.compose import asks_for_sweep
-from pretrain.config import conf_dir
-from pretrain.errors import UserError
-from pretrain.flags import parse
-from pretrain.hydra_configs import composing
+from pretrain.cli.flags import parse
+from pretrain.config.check import conf_dir
+from pretrain.config.compose import asks_for_sweep
+from pretrain.config.hydra_configs import composing
+from pretrain.runtime.errors import UserError
+from pretrain.sweep.launchers.side_by_side import shares
 from pretrain.sweep.plan import Plan
-from pretrain.sweep.side_by_side import shares
-from pretrain.telemetry.jsonl import read_records
-from tests.test_cli import assert_mistake
+from pretrain.telemetry.sinks.jsonl import read_records
+from tests.cli.test_cli import assert_mistake
 
 pytest.importorskip("optuna")
 SIMPLE = ["sink=jsonl", "checkpoint.export=never"]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.compose import forced
-from pretrain.errors import UserError
-from pretrain.quoting import quoted_word
+from pretrain.config.compose import forced
+from pretrain.config.quoting import quoted_word
+from pretrain.runtime.errors import UserError
 from pretrain.sweep.command import _codes, _failures, worst
 from pretrain.sweep.job import LONGEST_NAME, digest, job_of, jobs_in, readable_name
 from pretrain.sweep.jobs import Sweep, quoted, run_job

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.telemetry.jsonl import read_records
+from pretrain.telemetry.sinks.jsonl import read_records
 from tests.runs import wait_for
 
 ROOT = Path(__file__).parents[2]

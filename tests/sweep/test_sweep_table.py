@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.errors import UserError
+from pretrain.runtime.errors import UserError
 from pretrain.sweep import table
 from pretrain.sweep.job import lock_of
 from pretrain.sweep.measure import measures_of, objective_in

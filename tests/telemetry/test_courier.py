@@ -1,15 +1,15 @@
 """Records for a process that does not take them, or ends."""
 
-from pretrain.telemetry.courier import Courier
+from pretrain.telemetry.sinks.subprocess_queue import SubprocessQueue
 
 
 def test_records_that_nobody_takes_are_dropped_and_said_once(tmp_path, monkeypatch, capsys):
     """A process that reads nothing: whoever sends goes on, and the end is waited for only so long."""
     (tmp_path / "deaf.py").write_text("import time\ntime.sleep(3600)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("pretrain.telemetry.courier.MOST_WAITING", 10)
-    monkeypatch.setattr("pretrain.telemetry.courier.PATIENCE_SECONDS", 0.1)
-    courier = Courier("deaf", log=tmp_path / "logs" / "deaf.log")
+    monkeypatch.setattr("pretrain.telemetry.sinks.subprocess_queue.MOST_WAITING", 10)
+    monkeypatch.setattr("pretrain.telemetry.sinks.subprocess_queue.PATIENCE_SECONDS", 0.1)
+    courier = SubprocessQueue("deaf", log=tmp_path / "logs" / "deaf.log")
     for _ in range(100):
         courier.send({"record": "x" * 10_000})
     courier.finish(seconds=0.2)
@@ -24,7 +24,7 @@ def test_records_that_nobody_takes_are_dropped_and_said_once(tmp_path, monkeypat
 def test_a_process_that_dies_is_said(tmp_path, monkeypatch, capsys):
     (tmp_path / "dying.py").write_text("import sys\nprint('a last word')\nsys.stdin.readline()\nsys.exit(3)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    courier = Courier("dying", log=tmp_path / "logs" / "dying.log")
+    courier = SubprocessQueue("dying", log=tmp_path / "logs" / "dying.log")
     for _ in range(1000):
         courier.send({"record": "x" * 10_000})
     courier.finish(seconds=60)

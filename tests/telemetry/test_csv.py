@@ -5,8 +5,8 @@ import csv
 import pandas
 import pytest
 
-from pretrain.events import RunStarted
-from pretrain.telemetry.csv import Csv
+from pretrain.telemetry.events import RunStarted
+from pretrain.telemetry.sinks.csv import Csv
 
 FRESH = RunStarted(0, 9, resumed=False)
 
@@ -61,7 +61,7 @@ def test_a_resumed_run_has_each_row_once(torn, tmp_path):
     with (tmp_path / "train.csv").open("ab") as file:
         file.write(torn)
     again = [evaluation(2), train(3), train(4)]
-    written(tmp_path, RunStarted(2, 9, resumed=True, owes_evaluation=True), *again)
+    written(tmp_path, RunStarted(2, 9, resumed=True, pending_evaluation=True), *again)
     assert [r["step"] for r in table(tmp_path / "train.csv")] == ["1", "2", "3", "4"]
     assert [r["step"] for r in table(tmp_path / "evaluation.csv")] == ["0", "2"]
     written(tmp_path, FRESH, train(1))

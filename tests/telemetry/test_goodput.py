@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pretrain.events import RunStarted
+from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.goodput import Goodput, trained
 
 NOW = 10_000.0

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pretrain.events import RunStarted
-from pretrain.telemetry.jsonl import Jsonl, read_records, records_until, tail
+from pretrain.telemetry.events import RunStarted
+from pretrain.telemetry.sinks.jsonl import Jsonl, read_records, records_until, tail
 
 
 def lines(path, steps):
@@ -85,7 +85,7 @@ def test_a_run_that_goes_on_has_not_finished_and_evaluates_again_what_it_owes(tm
     ends += [{"event": "run_finished", "step": 2, "status": "finished"}]
     path.write_text("".join(json.dumps(r) + "\n" for r in records + ends))
     assert records_until(path, RunStarted(2, 9, resumed=True)) == [*records, ends[0]]
-    assert records_until(path, RunStarted(2, 9, resumed=True, owes_evaluation=True)) == [*records[:2], ends[0]]
+    assert records_until(path, RunStarted(2, 9, resumed=True, pending_evaluation=True)) == [*records[:2], ends[0]]
 
 
 def test_a_line_torn_in_the_middle_of_a_character(tmp_path):

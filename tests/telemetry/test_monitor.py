@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.events import (
+from pretrain.telemetry.events import (
     DomainScore,
     Evaluated,
     LayerNorms,
@@ -17,11 +17,11 @@ from pretrain.events import (
     RunStarted,
     Saved,
     StepDone,
-    StoodStill,
+    TrainingPaused,
 )
-from pretrain.telemetry.jsonl import Jsonl, read_records
 from pretrain.telemetry.monitor import Monitor
 from pretrain.telemetry.run_file import RunFile, read_run_file
+from pretrain.telemetry.sinks.jsonl import Jsonl, read_records
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def test_what_stood_still_is_taken_from_the_window_it_happened_in(tmp_path, cloc
         monitor(step_done(step))
         if step == 1:
             clock[0] += 0.5
-            monitor(StoodStill(1, 0.5, "checkpoint"))
+            monitor(TrainingPaused(1, 0.5, "checkpoint"))
         if step == 2:
             monitor(Saved(1, Path("step-1"), seconds=1.0, blocked_seconds=0.5, bytes=1))
     assert [r["step_seconds"] for r in trained(tmp_path)] == [1.0, 1.0, 1.0]
@@ -284,7 +284,7 @@ def test_an_evaluation_that_a_stop_has_ended_is_no_training(tmp_path, clock):
         clock[0] += 1.0
         monitor(step_done(step))
     clock[0] += 7.0
-    monitor(StoodStill(2, 7.0, "evaluation"))
+    monitor(TrainingPaused(2, 7.0, "evaluation"))
     monitor(RunFinished(2, "stopped", 20))
     assert [r["step_seconds"] for r in trained(tmp_path)] == [1.0, 1.0]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import pretrain
-from pretrain.telemetry.jsonl import read_records
 from pretrain.telemetry.run_file import read_run_file
+from pretrain.telemetry.sinks.jsonl import read_records
 
 PACKAGE = Path(pretrain.__file__).parent
 STEPS, LOG_EVERY, LAYERS_EVERY, SAMPLES, LENGTH, PEAK = 12, 5, 4, 4, 32, 1e12
@@ -18,7 +18,7 @@ READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "
 BESIDE = {"evaluate", "save", "resume", "finish"}  # what the loop stands still for
 # Reads in every step that are no number's: on a GPU `update` decides on the device, `_read` looks at what was copied to the
 # host a step before; and in each forward transformers looks whether rows are packed.
-FREE = {("engine.py", "update"), ("guard/guard.py", "_read"), ("models/language_model.py", "_loss")}
+FREE = {("strategy/engine.py", "update"), ("training/guard/guard.py", "_read"), ("models/language_model.py", "_loss")}
 
 
 def reader() -> tuple[str, str] | None:
@@ -28,7 +28,7 @@ def reader() -> tuple[str, str] | None:
         code = frame.f_code
         if Path(code.co_filename).is_relative_to(PACKAGE):
             found = found or (str(Path(code.co_filename).relative_to(PACKAGE)), code.co_name)
-            if code.co_filename.endswith("pretrain/trainer.py") and code.co_name in (*BESIDE, "run"):
+            if code.co_filename.endswith("pretrain/training/trainer.py") and code.co_name in (*BESIDE, "run"):
                 return found if code.co_name == "run" else None
         frame = frame.f_back
     return None
@@ -37,7 +37,7 @@ def reader() -> tuple[str, str] | None:
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory, tiny_model, corpus):
     """The run folder, and how often each function has read a tensor in a step."""
-    from pretrain.cli import main
+    from pretrain.cli.main import main
 
     run, reads = tmp_path_factory.mktemp("monitored") / "run", Counter()
     arguments = [f"model_name={tiny_model}", "dataset=local", f"dataset.nameOrPath={corpus}", f"output_dir={run}"]

@@ -2,12 +2,12 @@
 
 import torch
 
-from pretrain.events import DomainScore, Evaluated, RolledBack, RunFinished, RunStarted, StepDone
-from pretrain.telemetry.jsonl import Jsonl, read_records
+from pretrain.telemetry.events import DomainScore, Evaluated, RolledBack, RunFinished, RunStarted, StepDone
 from pretrain.telemetry.monitor import Monitor
 from pretrain.telemetry.report.sink import Report
 from pretrain.telemetry.run_file import RunFile, read_run_file
-from pretrain.telemetry.terminal import Terminal
+from pretrain.telemetry.sinks.jsonl import Jsonl, read_records
+from pretrain.telemetry.sinks.terminal import Terminal
 
 
 def events():

@@ -2,10 +2,10 @@
 
 import pytest
 
-from pretrain.errors import UserError
-from pretrain.events import RunStarted
-from pretrain.telemetry.sink import require
-from pretrain.telemetry.tensorboard import TensorBoard
+from pretrain.runtime.errors import UserError
+from pretrain.telemetry.events import RunStarted
+from pretrain.telemetry.sinks.base import require
+from pretrain.telemetry.sinks.tensorboard import TensorBoard
 
 
 def train(step, loss):

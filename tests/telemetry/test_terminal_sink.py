@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from pretrain.events import RunStarted
-from pretrain.telemetry.jsonl import Jsonl
+from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.record import change_of, scored_before
-from pretrain.telemetry.tables import BLOCKS, SPARK_WIDTH, one_line, sparkline
-from pretrain.telemetry.tally import KEPT, Tally
-from pretrain.telemetry.terminal import Terminal
+from pretrain.telemetry.run_summary import KEPT, RunSummary
+from pretrain.telemetry.sinks.jsonl import Jsonl
+from pretrain.telemetry.sinks.terminal import Terminal
+from pretrain.telemetry.sinks.terminal_tables import BLOCKS, SPARK_WIDTH, one_line, sparkline
 
 ESCAPE = "\x1b"
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|4[0-7]|9[0-7]|38;[\d;]+|48;[\d;]+)(?:;\d+)*m")
@@ -337,7 +337,7 @@ def test_a_rollback_takes_the_scores_back(tmp_path, capsys):
 
 
 def test_a_rollback_takes_the_curve_back():
-    tally = Tally()
+    tally = RunSummary()
     tally.start(0)
     for step in (1, 2, 3):
         tally.add(train(step, float(step)))
@@ -352,7 +352,7 @@ def test_one_line():
 
 
 def test_the_memory_of_a_long_run_does_not_grow():
-    tally = Tally()
+    tally = RunSummary()
     for step in range(1, 10 * KEPT):
         tally.add(train(step, float(step)))
     assert len(tally.losses) == KEPT >= SPARK_WIDTH

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pretrain.events import DomainScore, Evaluated
 from pretrain.telemetry import baseline
 from pretrain.telemetry.baseline import BaselineCheck, doubt
+from pretrain.telemetry.events import DomainScore, Evaluated
 
 UNIFORM = math.log(4096)
 

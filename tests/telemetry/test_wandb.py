@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.errors import UserError
-from pretrain.events import RunStarted
-from pretrain.locks import Lock
-from pretrain.telemetry import wandb_key
-from pretrain.telemetry.jsonl import Jsonl, read_records
-from pretrain.telemetry.wandb import RUN_ID, Wandb
-from pretrain.telemetry.wandb_process import Orders, Run
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.locks import Lock
+from pretrain.telemetry.events import RunStarted
+from pretrain.telemetry.sinks import wandb_key
+from pretrain.telemetry.sinks.jsonl import Jsonl, read_records
+from pretrain.telemetry.sinks.wandb import RUN_ID, Wandb
+from pretrain.telemetry.sinks.wandb_process import Orders, Run
 from tests.runs import assert_same_numbers, assert_same_run
 from tests.wandb_tools import Server, of_kind, rows, run_file
 
@@ -163,7 +163,7 @@ def test_a_run_that_begins_anew_is_another_one(tmp_path):
     sink = Wandb(mode="disabled")
     sink.open(tmp_path, RunStarted(0, 9, resumed=False))
     assert not (tmp_path / RUN_ID).exists()
-    from pretrain.telemetry.wandb import run_id
+    from pretrain.telemetry.sinks.wandb import run_id
 
     first = run_id(tmp_path, fresh=True)
     assert run_id(tmp_path, fresh=False) == first
@@ -217,7 +217,7 @@ def test_the_current_folder_names_no_server(tmp_path, monkeypatch):
     assert not wandb_key.has_key()
     assert Wandb()._asked() == "offline"
     code = (
-        "from pretrain.telemetry.wandb_process import read_settings; import wandb; read_settings()\n"
+        "from pretrain.telemetry.sinks.wandb_process import read_settings; import wandb; read_settings()\n"
         "print(wandb.setup().settings.base_url, wandb.setup().settings.api_key)"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -328,7 +328,7 @@ def test_continued_online(how, online, base_arguments, spawn, tmp_path):
     server = Server()
     online(server.url)
     run = tmp_path / "run"
-    stop = STOP if how == "stopped" else [STOP[0], STOP[1].replace("at: 8", "at: 8, number: 9")]
+    stop = STOP if how == "stopped" else [STOP[0], STOP[1].replace("at: 8", "at: 17, number: 9")]  # one is saved
     arguments = [*base_arguments, "sink=[jsonl,wandb]", NO_TABLES, *stop, f"output_dir={run}"]
     for expected in (75 if how == "stopped" else -9, 0):
         process = spawn(arguments)
@@ -356,7 +356,7 @@ def test_wandb_sync_sends_what_was_recorded_offline(online, tmp_path):
 
 
 def wandb_sync(*arguments: str | Path) -> None:
-    program = [str(Path(sys.executable).with_name("wandb")), "sync", *map(str, arguments)]
+    program = [sys.executable, "-m", "wandb", "sync", *map(str, arguments)]
     run = Path(arguments[-1]).parents[1]  # the program leaves a log where it is started
     done = subprocess.run(program, cwd=run, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -375,7 +375,7 @@ def test_a_run_that_w_and_b_cannot_end_is_over_all_the_same(tmp_path, monkeypatc
     run._lock.acquire()
     orders = Orders(sys.stdout)
     orders._run = run
-    orders.obey({"end": None})
+    orders.handle({"end": None})
     orders.give_up()
     assert not run._lock.descriptors
     out, err = capsys.readouterr()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from pretrain.data.units import ReadOptions, SourceFile, printable
+from pretrain.data.reading.units import ReadOptions, SourceFile, printable
 
 
 @dataclass(frozen=True, kw_only=True)

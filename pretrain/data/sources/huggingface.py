@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pretrain.data.cache import cache_dir
+from pretrain.data.reading.units import SourceFile
 from pretrain.data.sources.base import Source
 from pretrain.data.sources.own_files import check_builder, check_cards, check_data_files, download_manager
-from pretrain.data.units import SourceFile
-from pretrain.errors import UserError, one_line
+from pretrain.runtime.errors import UserError, one_line
 
 LOCAL_WAYS = (
     "text on this machine needs no network: dataset=local dataset.nameOrPath=<file, folder or save_to_disk folder>"

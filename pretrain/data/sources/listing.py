@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterable, Iterator
 from functools import cache
 
-from pretrain.console import notice
 from pretrain.data.cache import cache_dir
-from pretrain.data.units import reading
+from pretrain.data.reading.units import reading
+from pretrain.runtime.console import notice
 
 NO_TEXT = (  # what lies in a folder of a run (of any task), of a sweep, in a token cache, in a folder of a model
     (".lock", "logs"),

@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from pretrain.data.reading.units import SourceFile
 from pretrain.data.sources.base import Source
 from pretrain.data.sources.listing import in_folder, matching, say_once, without_doubles
-from pretrain.data.units import SourceFile
-from pretrain.errors import UserError, did_you_mean, one_line
-from pretrain.folders import is_below
-from pretrain.strict_json import read_json
+from pretrain.runtime.errors import UserError, did_you_mean, one_line
+from pretrain.runtime.folders import is_below
+from pretrain.runtime.strict_json import read_json
 
 FORMATS = {
     ".txt": "text",

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import UserError, one_line
-from pretrain.folders import is_below, is_inside
+from pretrain.runtime.errors import UserError, one_line
+from pretrain.runtime.folders import is_below, is_inside
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".rar", ".7z")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")

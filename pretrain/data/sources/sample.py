@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from pretrain.data.reading.units import SourceFile
 from pretrain.data.sources.base import Source
-from pretrain.data.units import SourceFile
-from pretrain.errors import UserError
+from pretrain.runtime.errors import UserError
 
 # Tests, other people's code, applications, tables of character sets, text that is the other domain.
 NOT_LIBRARY = {

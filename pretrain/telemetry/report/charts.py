@@ -203,7 +203,7 @@ class _Drawing:
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Where a point of the axes lies, once all is drawn into them."""
-        _ = self.axes.viewLim  # to read the limits is what makes matplotlib settle them
+        _ = self.axes.viewLim  # to read the limits is what makes matplotlib flush them
         across, up = self.axes.transData.transform((x, y))
         return float(across), self.height - float(up)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pretrain.telemetry.numbers import amount, duration, instant, share, signed
 from pretrain.telemetry.report import plots
+from pretrain.telemetry.report.config_diff import differing
 from pretrain.telemetry.report.folder import Run
-from pretrain.telemetry.report.settings import differing
 from pretrain.telemetry.report.style import (
     KINDS,
     NUM_COLOURS,
@@ -23,7 +23,7 @@ from pretrain.telemetry.report.style import (
     section,
     table,
 )
-from pretrain.telemetry.report.words import before_after, verdict
+from pretrain.telemetry.report.summary import before_after, verdict
 
 
 def compare_page(runs: Sequence[Run], names: Sequence[str]) -> str:

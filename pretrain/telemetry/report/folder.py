@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.console import notice
-from pretrain.errors import UserError
-from pretrain.telemetry.jsonl import iter_records, read_records
+from pretrain.config.yaml_file import read_yaml
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError
 from pretrain.telemetry.record import Record
 from pretrain.telemetry.report.history import History
 from pretrain.telemetry.run_file import read_run_file
-from pretrain.yaml_file import read_yaml
+from pretrain.telemetry.sinks.jsonl import iter_records, read_records
 
 RECORDS = "metrics.jsonl"
 

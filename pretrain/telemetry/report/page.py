@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
 
-from pretrain.shipped import defaults_for
+from pretrain.config.defaults import defaults_for
 from pretrain.telemetry.baseline import doubt
 from pretrain.telemetry.numbers import NOTHING, amount, duration, instant, is_number, number, share, signed, size
 from pretrain.telemetry.record import Record
 from pretrain.telemetry.report import plots
+from pretrain.telemetry.report.config_diff import differing, flat, said
 from pretrain.telemetry.report.folder import Run
 from pretrain.telemetry.report.history import Domain, History
-from pretrain.telemetry.report.settings import differing, flat, said
 from pretrain.telemetry.report.style import (
     KINDS,
     Markup,
@@ -32,7 +32,7 @@ from pretrain.telemetry.report.style import (
     table,
     tile,
 )
-from pretrain.telemetry.report.words import before_after, verdict
+from pretrain.telemetry.report.summary import before_after, verdict
 
 MOST_ROWS = 40  # of a table that could become any length
 MOST_SAMPLES = 12

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pretrain.events import RunStarted
-from pretrain.replace import replace_file
-from pretrain.telemetry.jsonl import records_until
+from pretrain.runtime.atomic_files import replace_file
+from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.record import WITH_EVALUATION, Record
 from pretrain.telemetry.report.folder import RECORDS, run_of
 from pretrain.telemetry.report.history import History
-from pretrain.telemetry.sink import Sink
+from pretrain.telemetry.sinks.base import Sink
+from pretrain.telemetry.sinks.jsonl import records_until
 
 LARGEST_SHARE = 0.05  # of a run's time
 

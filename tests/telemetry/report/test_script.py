@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.errors import UserError
+from pretrain.runtime.errors import UserError
 from pretrain.telemetry.report.folder import read_run
 from tests.telemetry.report.records import eventful, started, train, write_run
 

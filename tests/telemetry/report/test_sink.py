@@ -2,9 +2,9 @@
 
 import pytest
 
-from pretrain.events import RunStarted
-from pretrain.telemetry.jsonl import Jsonl
+from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.report.sink import Report
+from pretrain.telemetry.sinks.jsonl import Jsonl
 from tests.telemetry.report.records import evaluation, eventful, sample, started, train, write_run
 
 DATA = {"event": "data", "step": 5, "time": 5.0, "tokens_per_document": 9.0, "sources": {"statutes": {"tokens": 9}}}
@@ -55,7 +55,7 @@ def test_where_no_data_comes_with_an_evaluation(after, tmp_path):
 def test_it_goes_on_from_the_records_of_the_run_it_continues(tmp_path):
     write_run(tmp_path, eventful(400))
     jsonl, report = Jsonl(), Report()
-    again = RunStarted(200, 400, resumed=True, owes_evaluation=True)
+    again = RunStarted(200, 400, resumed=True, pending_evaluation=True)
     for sink in (report, jsonl):
         sink.open(tmp_path, again)
     assert report.history.train.steps[-1] == 200

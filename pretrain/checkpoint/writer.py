@@ -1,0 +1,164 @@
+"""Saving while the run goes on: the loop waits for a copy of the state, a thread writes it.
+
+One checkpoint is written at a time. What goes wrong in the thread is raised by `collect`, which the loop calls after
+every step.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint.store import KINDS, bytes_of
+from pretrain.distributed.sharding import TensorShard
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import NoRoom
+from pretrain.telemetry.events import Saved
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint.store import CheckpointStore
+    from pretrain.distributed.context import DistributedContext
+
+
+class AsyncCheckpointWriter:
+    """Saves into ``store``; ``background``: in a thread, whose ranks agree in a process group of their own and wait
+    ``timeout_seconds`` for each other. ``alive`` is called whenever a file has been written."""
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        *,
+        world: DistributedContext,
+        background: bool,
+        timeout_seconds: float = 1800,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.store = store
+        self._world = world
+        self._apart = world.apart(timeout_seconds=timeout_seconds) if background else None
+        self._alive = alive
+        self._copies = HostCopies()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._saved: deque[Saved] = deque()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the thread of this rank has ended with an error that `collect` is going to raise."""
+        return self._error is not None
+
+    def save(self, step: int, state: dict[str, Any], *, at_once: bool) -> bool:
+        """Save ``state`` as the checkpoint of ``step``. ``at_once``: before returning, because the run ends.
+
+        Where the disk has too little room the run goes on without this checkpoint; False when that is known at once.
+        Raises ``UserError``, on every rank, for what else keeps it from being written, and for that too when ``at_once``.
+        """
+        started_at = time.perf_counter()
+        self.wait()
+        needed = self._world.sum(bytes_of(state))
+        reason = self._world.on_main_rank(lambda: self.store.make_room(step, needed))
+        if reason is not None:
+            if at_once:
+                raise NoRoom(reason)
+            self._go_on(reason)
+            return False
+        if at_once:
+            self._write(step, state, self._world, started_at)
+        elif self._apart is None:
+            try:
+                self._write(step, state, self._world, started_at)
+            except NoRoom as error:
+                self._go_on(error)
+        else:
+            copied, ready = self._copies.take(state)
+            blocked_seconds = time.perf_counter() - started_at
+            arguments = (step, copied, self._apart, started_at, blocked_seconds)
+            self._thread = threading.Thread(target=self._behind, args=(ready, arguments), name="saver", daemon=True)
+            self._thread.start()
+        return True
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what kept a checkpoint from being written."""
+        self.close()
+        self._raise()
+
+    def close(self) -> None:
+        """Until nothing is being written, whatever came of it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def collect(self) -> Saved | None:
+        """The next checkpoint that has become whole since the last call, if any. Raises like `wait`, once."""
+        self._raise()
+        return self._saved.popleft() if self._saved else None
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _go_on(self, reason: object) -> None:
+        if self._world.is_main:
+            notice(f"error: {reason}; the run goes on")
+
+    def _behind(self, ready: Callable[[], None], arguments: tuple[Any, ...]) -> None:
+        """What the thread does."""
+        try:
+            ready()
+            self._write(*arguments)
+        except NoRoom as error:
+            self._go_on(error)
+        except BaseException as error:  # raised where the loop will see it
+            self._error = error
+
+    def _write(
+        self,
+        step: int,
+        state: dict[str, Any],
+        world: DistributedContext,
+        started_at: float,
+        blocked_seconds: float | None = None,
+    ) -> None:
+        size = self.store.save(step, state, world=world, alive=self._alive)
+        seconds = time.perf_counter() - started_at
+        blocked = seconds if blocked_seconds is None else blocked_seconds
+        self._saved.append(Saved(step, self.store.path(step), seconds, blocked, size))
+
+
+class HostCopies:
+    """Copies of a state's tensors in host memory, which is kept for the next time: new memory costs more than the copy.
+
+    From a GPU the copies are queued behind the step that made the state, and the host does not wait for them.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, str], Tensor] = {}
+
+    @torch.no_grad()
+    def take(self, state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
+        """``state`` with copied pieces, and what to call before they may be read."""
+        engine = dict(state["engine"])
+        for kind in KINDS:
+            engine[kind] = {name: self._copy((kind, name), piece) for name, piece in engine[kind].items()}
+        ready: Callable[[], None] = lambda: None  # noqa: E731
+        if torch.cuda.is_available():
+            event = torch.cuda.Event()
+            event.record()
+            ready = event.synchronize
+        return state | {"engine": engine}, ready
+
+    def _copy(self, key: tuple[str, str], piece: TensorShard) -> TensorShard:
+        source = piece.tensor
+        memory = self._memory.get(key)
+        if memory is None or memory.shape != source.shape or memory.dtype != source.dtype:
+            memory = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            self._memory[key] = memory
+        memory.copy_(source, non_blocking=True)
+        return TensorShard(memory, piece.start, piece.shape)

@@ -1,0 +1,87 @@
+"""The options of the command line, Hydra's own but for a few, and what is said about one that is none."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import islice
+from typing import NoReturn
+
+from hydra._internal.utils import get_args_parser
+
+from pretrain.config.check import GROUPS, OTHER_NAMES
+from pretrain.config.schema import RootKeys
+from pretrain.runtime.errors import UserError
+
+WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd"}
+# The last is a pickle.
+NOT_HERE = {"--config-path": 1, "-cp": 1, "--config-name": 1, "-cn": 1, "--experimental-rerun": 1}
+INFOS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+COMMANDS = ("multirun", "run", "cfg", "info", "hydra_help", "shell_completion")
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options with their values, and the words: ``key=value``, ``~key``."""
+    options: list[str] = []
+    words: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument.startswith("-"):
+            options += [argument, *islice(rest, int(argument in WITH_VALUE or argument in NOT_HERE))]
+        elif argument in INFOS and options[-1:] in (["--info"], ["-i"]):
+            options.append(argument)
+        else:
+            words.append(argument)
+    return options, words
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options as Hydra's parser names them, and as ``overrides`` the words.
+
+    Raises ``UserError`` for an option that is none, a word that is no ``key=value``, and options that don't go together.
+    """
+    options, words = split(arguments)
+    for option in options:
+        name = option.partition("=")[0]
+        if name in NOT_HERE:
+            raise UserError(f"{name}: not here; a flat YAML is --config FILE, a folder --config-dir")
+    parser = get_args_parser()
+    parser.allow_abbrev = False
+    parser.error = _no_option  # type: ignore[method-assign]
+    given, unknown = parser.parse_known_args(options)
+    for option in unknown:
+        _explain(option, words)
+    for word in [*given.overrides, *words]:
+        if "=" not in word and not word.startswith("~"):
+            hint = (
+                f"a flat YAML is --config {word}"
+                if word.endswith((".yaml", ".yml"))
+                else "words are key=value; see --help"
+            )
+            raise UserError(f"{word}: not a setting; {hint}")
+    asked = [name for name in COMMANDS if getattr(given, name)]
+    if len(asked) > 1 and given.multirun:
+        raise UserError(f"--{asked[1]} shows one configuration: leave -m and the lists of values out")
+    if len(asked) > 1:
+        first, second = (f"--{name.replace('_', '-')}" for name in asked[:2])
+        raise UserError(f"{first} and {second}: one of them at a time")
+    if (given.resolve or given.package) and not given.cfg:
+        raise UserError(f"{'--resolve' if given.resolve else '--package'}: only with --cfg job")
+    given.overrides = words
+    return given
+
+
+def _no_option(message: str) -> NoReturn:
+    raise UserError(message)
+
+
+def _explain(option: str, words: list[str]) -> NoReturn:
+    """``--lr=1e-3`` and ``--lr 1e-3`` are how other programs have it."""
+    name, equals, value = option.lstrip("-").partition("=")
+    name = name.replace("-", "_")
+    name = OTHER_NAMES.get(name, name)
+    known = name.partition(".")[0] in {*GROUPS, *(field.name for field in fields(RootKeys))}
+    value = value if equals else next((word for word in words if "=" not in word), "...")
+    here = f"here it is {name}={value}" if known else "keys are key=value, without dashes; see --help"
+    raise UserError(f"{option}: no such option; {here}")

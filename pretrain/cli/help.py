@@ -1,0 +1,61 @@
+"""`--help` for people: the YAML files are the reference, so their own comments are what is printed."""
+
+from __future__ import annotations
+
+from pretrain.config.check import conf_dir
+from pretrain.config.choices import chosen
+
+USE = """\
+Use
+  python -m pretrain                                      the embedded default: a small English model learns Python
+  python -m pretrain model_name=gpt2 dataset=local dataset.nameOrPath=texts/ precision=bf16-mixed lr=1e-4
+  python -m pretrain --config run.yaml lr=3e-4            a flat YAML; later keys win
+  python -m pretrain strategy=fsdp devices=2               two processes; devices=auto: every visible GPU
+  python -m pretrain -m lr=1e-4,3e-4                      a sweep, each job in a fresh process; docs/sweeps.md
+  python -m pretrain hydra/sweeper=optuna 'lr=tag(log,interval(1e-5,1e-2))'   a search; hydra/sweeper=optuna --help
+  python -m pretrain hydra/launcher=joblib ...            jobs side by side on this machine
+  python -m pretrain hydra/launcher=slurm ...             the same as SLURM jobs; hydra/launcher=slurm --help
+  python -m pretrain task=evaluation model_name=outputs/sample-python/model
+  python -m pretrain task=generation model_name=outputs/sample-python/model 'generation.prompts=["def "]'
+  python -m pretrain task=export model_name=outputs/sample-python output_dir=exported
+
+  The same command again continues an interrupted run.
+  --cfg job prints the whole configuration of a run; group=choice --help the keys of a choice; --version
+  the version; --hydra-help the rest. Paths and names need no quotes but your shell's; ~ is your home folder.
+  Exit codes: 0 done · 2 a mistake in the command · 75 stopped by a signal, the same command continues · 1 a bug.
+"""
+
+
+def help_text(arguments: list[str]) -> str:
+    """The help of the program, or of each ``group=choice`` among the arguments."""
+    chosen = [conf_dir() / group / f"{choice}.yaml" for group, _, choice in (a.partition("=") for a in arguments)]
+    files = [file for file in chosen if file.is_file()]
+    if files:
+        return "\n".join(f"{file.parent.name}={file.stem}\n\n{_indented(file.read_text())}" for file in files)
+    title = "Continual pretraining of causal language models."
+    return f"{title}\n\n{USE}\nKeys: key=value\n{_knobs()}\nParts: group=choice, then group.key=value\n{_groups()}"
+
+
+def _knobs() -> str:
+    """The root keys as conf/config.yaml has them, comments and all."""
+    text = (conf_dir() / "config.yaml").read_text()
+    keys = text.split("\n\n", 1)[1].split("\nhydra:", 1)[0]
+    return _indented(keys)
+
+
+def _groups() -> str:
+    """Every group with its choices, the default one starred, and the first comment line of each."""
+    defaults = set(chosen())
+    lines = []
+    for folder in sorted(p for p in conf_dir().iterdir() if p.is_dir() and p.name not in ("schemas", "local")):
+        for file in sorted(folder.glob("*.yaml")):
+            star = "*" if (folder.name, file.stem) in defaults else " "
+            first = next(
+                (line[2:] for line in file.read_text().splitlines() if line.startswith("# ") and "@" not in line), ""
+            )
+            lines.append(f"  {folder.name:<11} {star} {file.stem:<12} {first}")
+    return "\n".join(lines) + "\n"
+
+
+def _indented(text: str) -> str:
+    return "".join(f"  {line}\n" if line else "\n" for line in text.rstrip().splitlines())

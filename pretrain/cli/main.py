@@ -1,0 +1,233 @@
+"""The command line: compose, check, run. Imports no torch, so that help and mistakes answer at once.
+
+Hydra composes and shows (`--cfg`, `--info`, …); it starts nothing but sweeps (`-m`), in pretrain.sweep, where every job is
+this command again in a fresh process.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pretrain.cli.flags import parse
+from pretrain.cli.flat_yaml import overrides_from
+from pretrain.cli.help import help_text
+from pretrain.config.check import check, conf_dir, gpu_visible
+from pretrain.config.compose import asks_for_sweep, compose, forced, in_plain_words, resolve
+from pretrain.config.hydra_configs import composing
+from pretrain.config.hydra_trust import check_hydra
+from pretrain.config.quoting import quoted, quoted_word
+from pretrain.config.trust import COMMAND_LINE_ONLY, check_said, said
+from pretrain.runtime import garbage_collector as collector
+from pretrain.runtime.console import complain, notice, quiet_libraries
+from pretrain.runtime.errors import UserError, WorkersFailed
+from pretrain.runtime.filesystem import check_temporary_folder
+from pretrain.runtime.redact import held, redact, secrets
+from pretrain.runtime.signals import EXIT_CODE, Interrupt, Stopped
+from pretrain.runtime.streams import ensure_open, flush, never_wait
+from pretrain.sweep.child import enter, note_failure
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command line and leave with its exit code (0, 1, 2 or 75)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and leaving with 1
+    try:
+        code = _dispatch(arguments)
+    except UserError as error:
+        code = _mistake(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        code = _mistake(in_plain_words(error))
+    except (Stopped, KeyboardInterrupt) as stop:
+        notice(f"stopped ({stop or 'Ctrl-C'}); the same command goes on from here")
+        code = EXIT_CODE
+    except WorkersFailed as failure:
+        note_failure(str(failure))
+        notice(str(failure))
+        code = 1
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    flush()
+    sys.exit(code)
+
+
+def program() -> NoReturn:
+    """`main` as a process of its own. One that was in a process group ends without Python's clean-up: a thread of gloo's
+    may want the interpreter while that is being taken down, which aborts the process in a few of a hundred ends."""
+    collector.rarely()
+    ensure_open()
+    enter()
+    faulthandler.enable()  # a bus error, a segmentation fault: say where
+    try:
+        main()
+    except SystemExit as left:
+        code = left.code
+    except BaseException:
+        note_failure(traceback.format_exc())
+        sys.stderr.write(redact(traceback.format_exc()))
+        flush()
+        code = 1
+    world = sys.modules.get("pretrain.distributed.context")
+    if world is not None and world.group_entered:
+        os._exit(code if isinstance(code, int) else 1)
+    sys.exit(code)
+
+
+def _mistake(message: str) -> int:
+    """Say it in one line: a value that it shows, or a library's words, may have several."""
+    message = " ".join(line.strip() for line in message.splitlines() if line.strip())
+    note_failure(message)
+    complain(f"error: {message}")
+    return 2
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if {"--help", "-h"} & set(arguments):
+        print(help_text(arguments))
+        return 0
+    if "--version" in arguments:
+        print(f"pretrain {_version()}")
+        return 0
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(f"the current folder is gone: {error.strerror}; change to another one") from None
+    spoken = said(arguments)
+    arguments = _with_flat_file(arguments)
+    if said(arguments) != spoken:
+        raise UserError(f"--config: a file may not set {', '.join(COMMAND_LINE_ONLY)}; the command line may")
+    known = secrets()
+    for argument in arguments:
+        if secret := held(argument, known):
+            raise UserError(
+                f"{redact(argument)}: holds {secret}; others see a command line, set it in the environment alone"
+            )
+    given = parse(arguments)
+    if given.shell_completion:
+        return _complete(given.overrides)
+    if given.multirun or asks_for_sweep(given):
+        return _sweep(arguments, given, spoken)
+    overrides = [forced(quoted_word(word, sweeping=False)) for word in given.overrides]
+    if given.config_dir or given.cfg or given.info or given.hydra_help:
+        check_hydra(overrides, conf_dir(), given.config_dir)
+    if given.cfg or given.info or given.hydra_help:
+        return _show(given, overrides, spoken)
+    return run(compose(overrides, given.config_dir), overrides, spoken)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("pretrain")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _with_flat_file(arguments: list[str]) -> list[str]:
+    """Replace ``--config FILE`` by what the file stands for."""
+    given = [a for a in arguments if a == "--config" or a.startswith("--config=")]
+    if len(given) > 1:
+        raise UserError("--config: one file, once")
+    for i, argument in enumerate(arguments):
+        if argument == "--config":
+            if i + 1 == len(arguments):
+                raise UserError("--config: which file?")
+            return overrides_from(Path(arguments[i + 1]), arguments[:i] + arguments[i + 2 :])
+        if argument.startswith("--config="):
+            file = Path(os.path.expanduser(argument.split("=", 1)[1]))  # a shell leaves this one as it is
+            return overrides_from(file, arguments[:i] + arguments[i + 1 :])
+    return arguments
+
+
+def _sweep(arguments: list[str], given: Namespace, spoken: dict[str, Any]) -> int:
+    """``arguments``: as they were typed; ``spoken``: see `trust.said`."""
+    overrides = [forced(quoted_word(word, sweeping=True)) for word in given.overrides]
+    check_hydra(overrides, conf_dir(), given.config_dir)
+    logging.getLogger("pretrain").propagate = False  # notices are on stderr already; Hydra would say them again
+    from pretrain.sweep.command import sweep
+    from pretrain.sweep.launchers.side_by_side import SideBySideLauncher
+    from pretrain.sweep.launchers.slurm import SlurmLauncher
+    from pretrain.sweep.optuna_sweeper import OptunaSweeper
+    from pretrain.sweep.plugins import register
+
+    register(OptunaSweeper, SideBySideLauncher, SlurmLauncher)
+    return sweep(arguments, given.config_dir, overrides, spoken)
+
+
+def _show(given: Namespace, overrides: list[str], spoken: dict[str, Any]) -> int:
+    """What Hydra shows of a configuration, once that is one with which a run could start somewhere."""
+    if given.cfg in ("job", "all"):
+        config = compose(overrides, given.config_dir)
+        if given.package and OmegaConf.select(config, given.package, throw_on_missing=False) is None:
+            raise UserError(f"--package={given.package}: the configuration has no such key")
+        resolved = resolve(config)
+        check_said(resolved, spoken)
+        name = check(resolved, here=False).name
+        if given.resolve:
+            overrides = [*overrides, f"++name={quoted(name)}"]  # output_dir follows from it
+    with composing(conf_dir(), given.config_dir) as hydra:
+        if given.cfg:
+            hydra.show_cfg("config", overrides, given.cfg, given.package, given.resolve)
+        elif given.info:
+            with _own_logging():
+                hydra.show_info(given.info, "config", overrides)
+        else:
+            given.overrides = overrides
+            hydra.hydra_help("config", get_args_parser(), given)
+    return 0
+
+
+@contextmanager
+def _own_logging() -> Iterator[None]:
+    """Hydra makes the root logger say everything on stdout; afterwards that is as it was."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def _complete(words: list[str]) -> int:
+    """For the shell's Tab key: `install=bash`, `query=bash`."""
+    with composing(conf_dir(), None) as hydra:
+        try:
+            hydra.shell_completion("config", words)
+        except ValueError as error:  # no such shell, or nothing asked
+            raise UserError(" ".join(str(error).split())) from None
+    return 0
+
+
+def run(config: DictConfig, overrides: list[str], spoken: dict[str, Any]) -> int:
+    """Check a composed config and carry it out. ``spoken``: see `trust.said`."""
+    resolved = resolve(config)
+    check_said(resolved, spoken)
+    checked = check(resolved)
+    check_temporary_folder()
+    interrupt = Interrupt()
+    interrupt.install()
+    if checked.task in ("pretraining", "evaluation"):
+        never_wait()  # what the other tasks say is their result: it waits for its reader
+    quiet_libraries()
+    if not gpu_visible():
+        # Threads that spin while they wait make a CPU run 10 × slower as soon as another program wants a core.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from pretrain.launch.launcher import launch
+
+    return launch(checked, overrides, interrupt)

@@ -1,0 +1,273 @@
+"""`check`: every key and type of a composed config, before anything heavy is imported.
+
+Each group node is checked against the signature of its `_target_`, so that a key misspelt inside a group is an error and
+a dataclass is the only place where its keys are listed. The targets' modules import torch inside their methods.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from keyword import iskeyword
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+
+from pretrain.config.defaults import conf_dir
+from pretrain.config.schema import RootKeys, RunConfig, build_part
+from pretrain.config.trust import PARTS, SCHEDULES, locate, trusts
+from pretrain.optim.learning_rate import with_lr
+from pretrain.runtime.errors import UserError, did_you_mean
+from pretrain.runtime.redact import held, redact, secrets
+
+GROUPS = tuple(PARTS)
+OTHER_NAMES = {  # what the Hugging Face Trainer and others call our root keys
+    "learning_rate": "lr",
+    "max_learning_rate": "lr",
+    "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "num_train_epochs": "number_epochs",
+    "num_epochs": "number_epochs",
+    "epochs": "number_epochs",
+    "total_steps": "max_steps",
+    "num_steps": "max_steps",
+    "warmup_ratio": "warmup_proportion",
+    "max_grad_norm": "grad_clip",
+    "gradient_clip_val": "grad_clip",
+    "block_size": "sequence_length",
+    "max_seq_length": "sequence_length",
+    "max_length": "sequence_length",
+    "num_gpus": "devices",
+    "logging_steps": "log_every",
+    "eval_steps": "evaluate_every",
+    "save_steps": "save_every",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "model_name_or_path": "model_name",
+    "lr_scheduler": "scheduler",
+    "parallelization_strategy": "strategy",
+    "report_to": "sink",
+}
+HYDRA_KEYS = ("_target_", "_partial_")  # of a part; with Hydra's others arguments have no name, or no type, to check
+ALL_HYDRA_KEYS = (*HYDRA_KEYS, "_args_", "_recursive_", "_convert_")
+RUNTIME_ARGUMENTS = {"step", "total_steps", "warmup_steps"}  # of a schedule: given by the builder, never by YAML
+
+
+def check(config: dict[str, Any], *, here: bool = True) -> RunConfig:
+    """Check all of a resolved config (unknown keys, types, ranges, combinations that can't work) and build it.
+
+    ``here``: the run is to start on this machine, not on one that may have other devices.
+
+    Raises ``UserError`` naming the key, its value and what is allowed.
+    """
+    root_keys, given = {field.name for field in fields(RootKeys)}, config
+    for key in config:
+        if key not in root_keys and key not in GROUPS:
+            raise UserError(f"unknown key {key!r}{known_as(key, root_keys | set(GROUPS))}")
+    for key, hint in get_type_hints(RootKeys, include_extras=True).items():
+        check_value(key, config.get(key), hint)
+    check_leaves(config)
+    config = with_lr(config, 1e-3)  # any number will do for the check of what follows it
+    for group in GROUPS:
+        node = config.get(group) or {}
+        if group != "sink":
+            check_part(group, node, PARTS[group], config["allow_targets"])
+            continue
+        if not isinstance(node, dict):
+            raise UserError(f"sink={node!r}: not a choice of this group; --help lists them")
+        for name, sink in node.items():
+            if not isinstance(sink, dict) or "_target_" not in sink:
+                raise UserError(f"sink.{name}: {name!r} is not among the chosen sinks; add it: sink=[…,{name}]")
+            check_part(f"sink.{name}", sink, PARTS[group], config["allow_targets"])
+    if here:
+        check_here(config)
+    return RunConfig.of(given)
+
+
+def known_as(key: str, known: set[str]) -> str:
+    """The nearest known key, also by the name that other trainers give it."""
+    others = [name for name, here in OTHER_NAMES.items() if here in known]
+    near = difflib.get_close_matches(key, [*known, *others], n=1, cutoff=0.7)
+    if near and near[0] in others:
+        return f"; here it is {OTHER_NAMES[near[0]]!r}"
+    return did_you_mean(key, known)
+
+
+def _items(node: Any) -> Iterable[tuple[Any, Any]]:
+    return node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no mapping or list, with its dotted path."""
+    if not isinstance(node, dict | list):
+        yield path, node
+    for key, value in _items(node):
+        yield from leaves(value, f"{path}.{key}" if path else f"{key}")
+
+
+def check_leaves(config: dict[str, Any]) -> None:
+    """Raises ``UserError`` for a secret, which would be written to config.yaml and with every checkpoint, for an interpolation
+    that came out of one (resolved once more, it could become a node that nobody has checked), and for what no file or tensor
+    can hold: integers of more than 64 bits, NaN, texts that are not UTF-8."""
+    known = secrets()
+    for path, value in leaves(config):
+        if not _is_text(path):
+            raise UserError(f"{path!a}: a key of other characters than UTF-8 has, or with a zero byte")
+        secret = held(path, known) or held(str(value) if _is_number_of_64_bits(value) else "", known)
+        if secret:
+            raise UserError(f"{redact(path)}: holds {secret}; no key takes a secret, set it in the environment alone")
+        if isinstance(value, str) and "${" in value:
+            raise UserError(f"{path}={value!r}: a value can't hold '${{', the mark of an interpolation")
+        if isinstance(value, str) and not _is_text(value):
+            raise UserError(f"{path}={value!a}: not UTF-8, or with a zero byte")
+        if not _is_number_of_64_bits(value):
+            raise UserError(f"{path}: an integer of more than 64 bits, or NaN")
+        if not isinstance(value, str | int | float | None):
+            raise UserError(
+                f"{path}={value!r}: a {type(value).__name__}; allowed are texts, numbers, true, false and null"
+            )
+
+
+def _is_text(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _is_number_of_64_bits(value: Any) -> bool:
+    """Whether a number fits into 64 bits and is one; everything else does."""
+    return not (isinstance(value, int) and abs(value) >= 2**63) and value == value
+
+
+def check_part(path: str, node: Any, base: str | type, trusted: list[str]) -> None:
+    """A node that becomes an object: whether it may be made at ``path``, where a part of ``base`` stands (see `trust.PARTS`);
+    its keys against the signature of its target and their values against its annotations."""
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise UserError(f"{path}={node or None!r}: not a choice of this group; --help lists them")
+    target = locate(path, node["_target_"], base, trusted=trusted)
+    _check_partial(path, node, base, is_trusted=trusts(trusted, node["_target_"]))
+    parameters, hints = _arguments(path, target)
+    for key, value in node.items():
+        if key in HYDRA_KEYS:
+            continue
+        if key not in parameters or key in RUNTIME_ARGUMENTS:
+            allowed = set(parameters) - RUNTIME_ARGUMENTS
+            raise UserError(
+                f"{path}: {target.__name__} has no {key!r}{_owner(path, key) or did_you_mean(str(key), allowed)}"
+            )
+        check_nested(f"{path}.{key}", value, hints.get(key, Any), trusted)
+    if not node.get("_partial_"):
+        for key, parameter in parameters.items():
+            if parameter.default is inspect.Parameter.empty and key not in node:
+                raise UserError(f"{path}.{key} is missing: {target.__name__} needs it")
+
+
+def _arguments(path: str, target: Any) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """The parameters of a target, and their annotations as far as they are known, by their keys in YAML."""
+    annotated: Any = target  # a dataclass names its types itself, another class those of its constructor
+    if isinstance(target, type) and not is_dataclass(target):
+        annotated = target.__init__  # type: ignore[misc]
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # written in C
+        raise UserError(f"{path}._target_={target.__name__!r}: has no signature to check its keys against") from None
+    try:
+        hints = get_type_hints(annotated, include_extras=True)
+    except Exception:  # a trusted part may name types that only a type checker imports
+        hints = {}
+    return {in_yaml(name): p for name, p in parameters.items()}, {in_yaml(name): hint for name, hint in hints.items()}
+
+
+def _check_partial(path: str, node: dict[str, Any], base: str | type, *, is_trusted: bool) -> None:
+    """A schedule is a function with some of its arguments; everything else of ours is made, not bound."""
+    partial = node.get("_partial_", False)
+    wanted = [True, False] if is_trusted else [base == SCHEDULES]
+    if not isinstance(partial, bool) or partial not in wanted:
+        raise UserError(f"{path}._partial_={partial!r}: here it is {str(wanted[0]).lower()}")
+
+
+def check_nested(path: str, value: Any, hint: Any, trusted: list[str]) -> None:
+    """A value of a part against its annotation. Parts stand in it only where the annotation says which, a `Source` of a
+    ``dict[str, Source]``; anywhere else a node with a ``_target_`` has to be trusted."""
+    if isinstance(value, dict) and trusts(trusted, value.get("_target_")):
+        check_part(path, value, Any, trusted)
+        return
+    base = part_in(hint)
+    check_value(path, value, hint if base is None else _with_nodes(hint, base))
+    for key, item in _items(value):
+        if base is not None:
+            check_part(f"{path}.{key}", item, base, trusted)
+        elif key in ALL_HYDRA_KEYS:
+            raise UserError(
+                f"{path}.{key}={item!r}: nothing is made here from what a config names; if you trust it, add "
+                f"'allow_targets=[{item}]' to the command line"
+            )
+        else:
+            check_nested(f"{path}.{key}", item, Any, trusted)
+
+
+def part_in(hint: Any) -> type | None:
+    """The class of parts that an annotation names, itself or of the items of a mapping."""
+    if isinstance(hint, type) and f"{hint.__module__}.{hint.__qualname__}" in PARTS.values():
+        return hint
+    return next((part for part in map(part_in, get_args(hint)) if part is not None), None)
+
+
+def _with_nodes(hint: Any, base: type) -> Any:
+    """The annotation of a part's node in place of the part."""
+    if hint is base:
+        return dict[str, Any]
+    arguments = tuple(_with_nodes(argument, base) for argument in get_args(hint))
+    return get_origin(hint)[arguments] if arguments else hint
+
+
+def in_yaml(name: str) -> str:
+    """A parameter's key in YAML: one that would be a word of Python (``async``) has an underscore behind it there."""
+    return name[:-1] if iskeyword(name[:-1]) else name
+
+
+def _owner(path: str, key: Any) -> str | None:
+    """Which other choices of the group at ``path`` have this key."""
+    is_domain = path.startswith("evaluation.domains.")
+    group, word = ("dataset", f"dataset@{path}") if is_domain else (path, path)
+    files = sorted((conf_dir() / group).glob("*.yaml"))
+    owners = [f"{word}={file.stem}" for file in files if key in list(OmegaConf.load(file))]  # `in` alone skips `???`
+    return f"; it is a key of {' and '.join(owners)}" if owners else None
+
+
+def check_value(key: str, value: Any, hint: Any) -> None:
+    try:
+        TypeAdapter(hint).validate_python(value, strict=True)
+    except PydanticSchemaGenerationError:  # a class of a trusted part's own
+        return
+    except ValidationError as error:
+        reasons = dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in error.errors(include_url=False))
+        shown = "null" if value is None else f"{value!r}"
+        raise UserError(f"{key}={shown}: {' or '.join(reasons)}") from None
+
+
+def check_options(prefix: str, options: Any) -> None:
+    """The fields of a dataclass against their types. Raises ``UserError`` that calls them ``<prefix>.<field>``."""
+    for key, hint in get_type_hints(type(options), include_extras=True).items():
+        check_value(f"{prefix}.{key}", getattr(options, key), hint)
+
+
+def check_here(config: dict[str, Any]) -> None:
+    """Ask the parts that can't work everywhere whether they can work here."""
+    build_part(config["precision"]).check("cuda" if gpu_visible() else "cpu")
+    for name, sink in (config.get("sink") or {}).items():
+        if hasattr(locate(f"sink.{name}", sink["_target_"], PARTS["sink"], trusted=config["allow_targets"]), "check"):
+            build_part(sink).check()
+
+
+def gpu_visible() -> bool:
+    """Whether this process may use a GPU, told by the driver's files and the usual variables, without importing torch."""
+    for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        if variable in os.environ:
+            return any(d.strip() not in ("", "-1") for d in os.environ[variable].split(","))
+    return any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))

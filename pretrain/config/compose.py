@@ -1,0 +1,128 @@
+"""From the words of a command line to a resolved config, and Hydra's complaints in plain words."""
+
+from __future__ import annotations
+
+import os
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from pretrain.config.check import GROUPS, check, conf_dir
+from pretrain.config.choices import choices
+from pretrain.config.hydra_configs import compose_config, composing
+from pretrain.config.interpolation import bounded_interpolation
+from pretrain.config.quoting import PATH_KEYS
+from pretrain.config.schema import RunConfig
+from pretrain.config.trust import with_moved_targets
+from pretrain.runtime.errors import UserError, did_you_mean
+
+
+def forced(override: str) -> str:
+    """``key=value`` → ``++key=value``: an unknown key then composes and `check`, who knows the keys, explains it."""
+    key = override.split("=", 1)[0]
+    if key.lstrip("+") in ("hydra.run.dir", "hydra.output_subdir"):
+        raise UserError(f"{key}: the run folder is output_dir=...")
+    if key.lstrip("+") == "hydra.sweep.subdir":
+        raise UserError(f"{key}: a job's folder is named by its overrides; their common one is sweep_dir=...")
+    if key.lstrip("+") == "hydra.searchpath":
+        raise UserError(f"{key}: another folder of configs is --config-dir FOLDER")
+    groups = (*GROUPS, "experiment", "local")
+    if "=" not in override or not re.match(r"[A-Za-z_]", key) or key in groups or re.search(r"[@/]", key):
+        return override
+    return override if key.split(".")[0] == "hydra" else f"++{override}"
+
+
+def asks_for_sweep(given: Namespace) -> bool:
+    """Whether a command line (`flags.parse`) without ``-m`` means a sweep: it names a launcher (one run is a sweep of one job)
+    or a sweeper, or its experiment is one (``hydra.mode: MULTIRUN``)."""
+    if given.run or given.cfg or given.info or given.hydra_help:
+        return False
+    if any(word.startswith(("hydra/launcher=", "hydra/sweeper=")) for word in given.overrides):
+        return True
+    words = [word for word in given.overrides if re.match(r"\+?experiment=|hydra\.mode=", word)]
+    if not words:
+        return False
+    with composing(conf_dir(), given.config_dir) as hydra, bounded_interpolation():
+        return bool(hydra.get_mode("config", words) == RunMode.MULTIRUN)  # None: the one that composes it says why
+
+
+def compose(words: list[str], config_dir: str | None = None) -> DictConfig:
+    """The config of one run: what conf/config.yaml, the files it names and ``words`` come to, without Hydra's own node."""
+    with composing(conf_dir(), config_dir) as hydra:
+        config = compose_config(hydra, words, RunMode.RUN)
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
+def run_config(words: list[str], config_dir: str | None = None) -> RunConfig:
+    """The checked config of the run that ``python -m pretrain *words`` would start. Raises ``UserError`` for a mistake."""
+    try:
+        return check(resolve(compose([forced(word) for word in words], config_dir)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(in_plain_words(error)) from None
+
+
+def resolve(config: DictConfig) -> dict[str, Any]:
+    """The composed config as a plain dict, with the run's name filled in and ``~`` in paths replaced by the home folder.
+
+    Raises ``UserError`` for an interpolation that leads nowhere.
+    """
+    OmegaConf.set_struct(config, False)
+    try:
+        with bounded_interpolation():
+            if config.get("name") is None:
+                config["name"] = default_name(config)
+            resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(in_plain_words(error)) from None
+    assert isinstance(resolved, dict)
+    return {str(key): _at_home(str(key), with_moved_targets(value)) for key, value in resolved.items()}
+
+
+def _at_home(key: str, value: Any) -> Any:
+    """``value`` with ``~/x`` and ``~user/x`` as the paths they stand for, wherever a path is the value of a key."""
+    if isinstance(value, dict):
+        return {name: _at_home(str(name), item) for name, item in value.items()}
+    return os.path.expanduser(value) if key in PATH_KEYS and isinstance(value, str) else value
+
+
+def default_name(config: DictConfig) -> str:
+    """``<model>-<dataset>``, with the task in front where it isn't pretraining."""
+    dataset = config.get("dataset")
+    if not isinstance(dataset, DictConfig):  # `check` says what is wrong with it
+        dataset = DictConfig({})
+    data = dataset.get("name") or Path(str(dataset.get("nameOrPath") or "data")).stem
+    model = Path(str(config.get("model_name")))
+    of_run = [model.parent.parent.name] if model.parent.name == "checkpoints" else []
+    parts = [*of_run, model.name] + ([str(data)] if config.get("task") != "export" else [])
+    if config.get("task") != "pretraining":
+        parts.insert(0, str(config.get("task")))
+    return re.sub(r"[^\w.-]+", "_", "-".join(parts))
+
+
+def in_plain_words(error: Exception) -> str:
+    """Hydra's message in one line, with the key it is about and the nearest names where a choice does not exist."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice}: no such choice{did_you_mean(choice, choices(group))}"
+    if isinstance(error, OverrideParseException):
+        lines = [
+            line.strip() for line in error.message.splitlines() if not re.match(r"\s*(Error parsing|See http|$)", line)
+        ]
+        reason = " ".join(lines).partition(" expecting ")[0]
+        return f"{error.override.lstrip('+')}: can't be read ({reason}); a text with such characters needs quotes: \"key='...'\""
+    if "maximum recursion depth" in str(error):
+        return "nested too deeply for a config"
+    key = getattr(error, "full_key", None)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} has no value; give it one: {key}=..."
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = " ".join(line for line in lines if not re.match(r"(full_key|object_type|See https|Set the env)", line))
+    return f"{key}: {message}" if key else message

@@ -1,0 +1,155 @@
+"""What Hydra itself would execute for a sweep: callbacks, factories of logging configs, a sweeper, a launcher and the shell
+lines of its jobs. A config file may change next to nothing of that; the command line and conf/ may.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.hydra import Hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from pretrain.config.hydra_configs import compose_config, composing, options_of, plain_mistakes
+from pretrain.config.trust import COMMAND_LINE_ONLY
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.redact import held, secrets
+
+MAY_SET = ("mode", "sweep.dir")  # of `hydra`, by a file; a sweeper and a launcher within limits too
+# `overrides` are compared by themselves.
+SET_BY_HYDRA = ("runtime", "overrides", "job.override_dirname", "job.config_name")
+SWEEPERS = ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "hydra_plugins.pretrain.OptunaSweeper")
+LAUNCHERS = (
+    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "hydra_plugins.pretrain.SideBySideLauncher",
+    "hydra_plugins.pretrain.SlurmLauncher",
+)
+LAUNCHER_FOLDER = "${hydra.sweep.dir}/.submitit"  # in a new folder there (launch.slurm.fresh_folder)
+
+
+def check_hydra(overrides: list[str], conf: Path, config_dir: str | None) -> None:
+    """What Hydra would execute has to come from conf/config.yaml, the user's conf/local or the command line.
+
+    Called before anything of it is executed: the config is composed as it will be then, for a sweep over groups with each
+    choice, and compared with what ``conf`` and the command line alone come to. Raises ``UserError`` when a file of a group,
+    an experiment or ``config_dir`` has changed anything else than a file may.
+    """
+    with composing(conf, None) as hydra:
+        own = [o for o in overrides if re.match(r"[+~]*hydra[./@]", o) and not _chooses_elsewhere(o, hydra)]
+        by_command_line = _hydra_node(hydra, own)
+    with composing(conf, config_dir) as hydra:
+
+        def judge(words: list[str]) -> dict[str, Any]:
+            found = _hydra_node(hydra, words)
+            _check_node(found, by_command_line, words)
+            return found
+
+        first = _sweeps(overrides, hydra)[0]
+        params = (judge(first)["sweeper"] or {}).get("params") or {}
+        words = [*(f"{key}={value}" for key, value in params.items()), *overrides]  # Hydra takes an experiment's so
+        fixed, swept = _sweeps(words, hydra)
+        for choices in itertools.product(*swept):
+            if (job := [*fixed, *choices]) != first:
+                judge(job)
+
+
+def _chooses_elsewhere(override: str, hydra: Hydra) -> bool:
+    """Whether ``hydra/launcher=mine`` is a choice that our own folder does not have."""
+    group, _, choice = override.partition("=")
+    return "/" in group and "=" in override and choice not in options_of(hydra, group.lstrip("+~"))
+
+
+def _hydra_node(hydra: Hydra, words: list[str]) -> dict[str, Any]:
+    config = compose_config(hydra, words, RunMode.RUN, validate_sweep_overrides=False)
+    if secret := held(OmegaConf.to_yaml(config), secrets()):  # Hydra writes it to multirun.yaml
+        raise UserError(f"a config file holds {secret}; no key takes a secret, set it in the environment alone")
+    node: Any = OmegaConf.to_container(config.hydra)
+    return {str(key): value for key, value in node.items()}
+
+
+def _check_node(found: dict[str, Any], expected: dict[str, Any], words: list[str]) -> None:
+    said = [*found["overrides"]["task"], *found["overrides"]["hydra"]]
+    if sorted(said) != sorted(words):
+        raise _refused("overrides")
+    if found["launcher"] != expected["launcher"] and (key := _executed_launcher_key(found["launcher"] or {})):
+        raise _refused(f"launcher.{key}")
+    if found["sweeper"] != expected["sweeper"] and not _only_sweeps(found["sweeper"]):
+        raise _refused("sweeper")
+    other = _without_judged(found), _without_judged(expected)
+    if key := _first_difference(*other):
+        raise _refused(key)
+
+
+def _without_judged(node: dict[str, Any]) -> dict[str, Any]:
+    """``node`` without what is judged otherwise, or not at all."""
+    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in node.items()}
+    for path in ("launcher", "sweeper", *MAY_SET, *SET_BY_HYDRA):
+        group, _, key = path.partition(".")
+        (kept[group] if key else kept).pop(key or group, None)
+    return kept
+
+
+def _first_difference(found: Any, expected: Any, path: str = "") -> str:
+    """The key at which two nodes differ first, with those above it; nothing where they are the same."""
+    if not (isinstance(found, dict) and isinstance(expected, dict)):
+        return "" if found == expected else path
+    differing = [key for key in [*found, *expected] if found.get(key) != expected.get(key)]
+    if not differing:
+        return ""
+    key = f"{path}.{differing[0]}".lstrip(".")
+    return _first_difference(found.get(differing[0]), expected.get(differing[0]), key)
+
+
+def _refused(key: str) -> UserError:
+    return UserError(f"hydra.{key}: set by a config file, which Hydra would execute; not allowed there")
+
+
+def _executed_launcher_key(launcher: dict[str, Any]) -> str | None:
+    """The first key of a launcher of a file that is more than a plain setting of one of ours (a number, a name): shell lines,
+    options of sbatch, another class, a folder of results."""
+    if launcher.get("_target_") not in LAUNCHERS:
+        return "_target_"
+    fixed = {"folder": LAUNCHER_FOLDER, "_target_": launcher["_target_"]}
+    for key, value in launcher.items():
+        plain = value in (None, [], {}) or (
+            isinstance(value, int | float | str) and re.fullmatch(r"[\w.-]*", str(value))
+        )
+        if not (value == fixed[key] if key in fixed else plain):
+            return key
+    return None
+
+
+def _only_sweeps(sweeper: Any) -> bool:
+    """Whether a sweeper that a file has set does nothing but choose keys that a file may set: an experiment may be a sweep.
+
+    Hydra makes the node with all that is in it, and ``params`` become the command lines of jobs.
+    """
+    options = dict(sweeper or {})
+    params = options.pop("params", None) or {}
+    if options.get("_target_") not in SWEEPERS or not isinstance(params, dict):
+        return False
+    if not all(
+        v is None or (isinstance(v, str | int | float) and "${" not in str(v)) for v in (options | params).values()
+    ):
+        return False
+    keys = [str(key).lstrip("+") for key in params]
+    allowed = [key not in COMMAND_LINE_ONLY and not key.startswith("hydra") for key in keys]
+    return all(allowed) and all(re.fullmatch(r"[A-Za-z_][\w./@-]*", key) for key in keys)
+
+
+def _sweeps(overrides: list[str], hydra: Hydra) -> tuple[list[str], list[list[str]]]:
+    """The overrides that are the same in every job, and of every group that is swept the choices; swept keys left out."""
+    fixed: list[str] = []
+    swept: list[list[str]] = []
+    with plain_mistakes():
+        parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(overrides)
+    for o in parsed:
+        if not o.is_sweep_override():
+            fixed.append(str(o.input_line))
+        elif o.is_discrete_sweep() and hydra.config_loader.get_group_options(o.key_or_group):
+            swept.append([f"{o.get_key_element()}={choice}" for choice in o.sweep_string_iterator()])
+    return fixed, swept

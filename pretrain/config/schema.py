@@ -1,0 +1,113 @@
+"""The typed config of a run: the root keys, and each config group as the object that its YAML stands for.
+
+Built once by `check`, then passed on. Hydra, dicts of the config and ``_target_`` stay inside `pretrain.config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from keyword import iskeyword
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from pretrain.config.trust import PARTS
+from pretrain.optim.learning_rate import AUTO, with_lr
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint.config import CheckpointConfig
+    from pretrain.data.sources.base import Source
+    from pretrain.evaluation.config import EvaluationConfig
+    from pretrain.evaluation.prompts import Prompts
+    from pretrain.launch.config import LaunchConfig
+    from pretrain.models.causal_lm import CausalLM
+    from pretrain.optim.base import OptimizerFactory
+    from pretrain.strategy.base import Strategy
+    from pretrain.strategy.precision import Precision
+    from pretrain.sweep.config import SweepConfig
+    from pretrain.telemetry.config import TelemetryConfig
+    from pretrain.telemetry.sinks.base import Sink
+    from pretrain.training.guard.config import GuardConfig
+
+Finite = Field(allow_inf_nan=False)
+ONE_LINE = r"^[^\x00-\x1f\x7f]+$"  # of a folder's name: what is made of it may be a line of a script or a log
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class RootKeys:
+    """The keys of conf/config.yaml that are not groups. The comments there document each of them."""
+
+    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export"]
+    name: Annotated[str, Field(pattern=r"^\.*[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]  # a folder's: not `..`, no path
+    output_dir: Annotated[str, Field(pattern=ONE_LINE)]
+    model_name: Annotated[str, Field(min_length=1)]
+    sequence_length: Annotated[int, Field(ge=2)]
+    batch_size: PositiveInt | Literal["auto"]
+    gradient_accumulation_steps: PositiveInt
+    number_epochs: Annotated[float, Field(gt=0, le=1_000_000)]
+    max_steps: PositiveInt | None
+    lr: Annotated[PositiveFloat, Finite] | Literal["auto"]
+    warmup_proportion: Annotated[float, Field(ge=0, le=1)]
+    weight_decay: Annotated[NonNegativeFloat, Finite]
+    beta1: Beta
+    beta2: Beta
+    grad_clip: Annotated[PositiveFloat, Finite] | None
+    seed: Annotated[int, Field(ge=0, lt=2**63)]  # each rank adds to it, and generators take 64 bits
+    devices: Literal["auto"] | PositiveInt
+    sweep_dir: Annotated[str, Field(pattern=ONE_LINE)] | None
+    resume: Annotated[str, Field(min_length=1)]
+    resume_allow: list[Literal["tokenizer", "data", "sequence_length", "global_batch", "seed", "weights", "optimizer"]]
+    log_every: PositiveInt
+    evaluate_every: PositiveInt | None
+    save_every: PositiveInt | None
+    allow_targets: list[str]
+
+
+@dataclass(frozen=True)
+class RunConfig(RootKeys):
+    """All that a run is configured by. ``plain``: the same as a dict of plain values, as config.yaml has it and as it is sent
+    to workers."""
+
+    model: CausalLM
+    dataset: Source
+    strategy: Strategy
+    precision: Precision
+    optimizer: OptimizerFactory
+    scheduler: Callable[..., float]
+    checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
+    generation: Prompts
+    guard: GuardConfig
+    telemetry: TelemetryConfig
+    launch: LaunchConfig
+    sweep: SweepConfig
+    plain: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> RunConfig:
+        """The config of a checked dict."""
+        built = with_lr(plain, 1.0)  # ``lr=auto`` stays so at the root; an optimizer is not made before it is a number
+        groups = {group: build_part(built[group]) for group in PARTS if group != "sink"}
+        return cls(**{key.name: plain[key.name] for key in fields(RootKeys)}, **groups, plain=plain)
+
+    def with_lr(self, lr: float) -> RunConfig:
+        """The same with ``lr`` in the place of ``auto``, in the optimizer too."""
+        return self if self.lr != AUTO else RunConfig.of(with_lr(self.plain, lr))
+
+    def build_sinks(self) -> dict[str, Sink]:
+        """A new object of each chosen sink, by its name in the config."""
+        return {name: build_part(node) for name, node in (self.plain.get("sink") or {}).items()}
+
+    @property
+    def optimizer_identity(self) -> list[Any]:
+        """What of the optimizer a run that continues must share: its class, and whether it compensates rounding."""
+        return [self.plain["optimizer"].get(key) for key in ("_target_", "compensate")]
+
+
+def build_part(node: dict[Any, Any]) -> Any:
+    """The object that ``node`` stands for. A key that is a word of Python (``async``) gets the underscore it has there."""
+    from hydra.utils import instantiate
+
+    return instantiate({f"{k}_" if iskeyword(str(k)) else k: v for k, v in node.items()}, _convert_="all")

@@ -1,0 +1,135 @@
+"""What a config file may not do, since it may come from somebody else: let code in.
+
+A file chooses among pretrain's own parts and sets their keys. What brings other code into the process, or other
+machines into the run, is said on the command line by the person who starts it; so is what Hydra itself would execute
+(`pretrain.config.hydra_trust`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pretrain.runtime.errors import UserError
+
+COMMAND_LINE_ONLY = {  # key → the value that a file may leave it at
+    "allow_targets": [],
+    "model.trust_remote_code": False,
+    "launch.endpoint": None,  # processes of one run send each other pickles
+}
+SCHEDULES = "pretrain.optim.schedule"
+PARTS = {  # group → the class whose subclasses it may make; schedules are functions of one module
+    "model": "pretrain.models.causal_lm.CausalLM",
+    "dataset": "pretrain.data.sources.base.Source",
+    "strategy": "pretrain.strategy.base.Strategy",
+    "precision": "pretrain.strategy.precision.Precision",
+    "optimizer": "pretrain.optim.base.OptimizerFactory",
+    "scheduler": SCHEDULES,
+    "checkpoint": "pretrain.checkpoint.config.CheckpointConfig",
+    "evaluation": "pretrain.evaluation.config.EvaluationConfig",
+    "generation": "pretrain.evaluation.prompts.Prompts",
+    "guard": "pretrain.training.guard.config.GuardConfig",
+    "telemetry": "pretrain.telemetry.config.TelemetryConfig",
+    "launch": "pretrain.launch.config.LaunchConfig",
+    "sweep": "pretrain.sweep.config.SweepConfig",
+    "sink": "pretrain.telemetry.sinks.base.Sink",
+}
+MOVED = {  # `_target_`s of earlier versions, which people's YAML may name
+    "pretrain.precision.Precision": "pretrain.strategy.precision.Precision",
+    "pretrain.checkpoint.policy.Policy": "pretrain.checkpoint.config.CheckpointConfig",
+    "pretrain.evaluation.policy.Policy": "pretrain.evaluation.config.EvaluationConfig",
+    "pretrain.guard.policy.Policy": "pretrain.training.guard.config.GuardConfig",
+    "pretrain.launch.policy.Policy": "pretrain.launch.config.LaunchConfig",
+    "pretrain.sweep.policy.Policy": "pretrain.sweep.config.SweepConfig",
+    "pretrain.telemetry.policy.Policy": "pretrain.telemetry.config.TelemetryConfig",
+    "pretrain.telemetry.csv.Csv": "pretrain.telemetry.sinks.csv.Csv",
+    "pretrain.telemetry.jsonl.Jsonl": "pretrain.telemetry.sinks.jsonl.Jsonl",
+    "pretrain.telemetry.tensorboard.TensorBoard": "pretrain.telemetry.sinks.tensorboard.TensorBoard",
+    "pretrain.telemetry.terminal.Terminal": "pretrain.telemetry.sinks.terminal.Terminal",
+    "pretrain.telemetry.wandb.Wandb": "pretrain.telemetry.sinks.wandb.Wandb",
+}
+OWN_NAME = re.compile(r"pretrain(\.[A-Za-z]\w*)+")
+
+
+def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] = ()) -> Callable[..., Any]:
+    """The class or function that the ``_target_`` at ``path`` names: one of ours that belongs to ``base`` (see ``PARTS``), or
+    one of ``trusted``, which names classes, functions and packages.
+
+    Raises ``UserError`` for any other. The name is judged before anything is imported: to import is to run code. Making
+    one of our parts does nothing yet; to call any function of ours would do what its arguments say, so a config can't.
+    """
+    is_trusted = trusts(trusted, target)
+    if not is_trusted and not (isinstance(target, str) and OWN_NAME.fullmatch(target)):
+        raise _refused(path, target)
+    try:
+        found = _find(target)
+    except Exception as error:
+        raise UserError(f"{path}._target_={target!r}: {' '.join(str(error).split())}") from None
+    if target in trusted:
+        return found
+    real_name = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
+    if real_name != target:  # what that module, or a trusted package, has imported: `pretrain.x.subprocess.Popen`
+        raise _refused(path, target)
+    if not is_trusted and not _belongs(found, base):
+        what = base if isinstance(base, str) else f"{base.__module__}.{base.__qualname__}"
+        raise UserError(f"{path}._target_={target!r}: not a part that can stand here; allowed are those of {what}")
+    return found
+
+
+def with_moved_targets(node: Any) -> Any:
+    """``node`` with today's name of each part that an earlier version had elsewhere."""
+    if isinstance(node, dict):
+        moved = {key: with_moved_targets(value) for key, value in node.items()}
+        target = moved.get("_target_")
+        return moved | {"_target_": MOVED[target]} if isinstance(target, str) and target in MOVED else moved
+    return [with_moved_targets(item) for item in node] if isinstance(node, list) else node
+
+
+def trusts(trusted: Sequence[str], target: Any) -> bool:
+    """Whether ``target`` is one of ``trusted``, or lies in a package among them."""
+    return isinstance(target, str) and any(target == name or target.startswith(f"{name}.") for name in trusted)
+
+
+def _find(name: str) -> Callable[..., Any]:
+    from hydra.utils import get_object
+
+    found: Callable[..., Any] = get_object(name)
+    if not callable(found):
+        raise TypeError("not a class or a function")
+    return found
+
+
+def _belongs(found: Any, base: str | type) -> bool:
+    """Whether ``found`` is a class of ``base`` that can be made, or a schedule."""
+    if base == SCHEDULES:
+        names = set(inspect.signature(found).parameters) if inspect.isfunction(found) else set()
+        return found.__module__ == base and {"step", "total_steps", "warmup_steps"} <= names
+    kind: Any = _find(base) if isinstance(base, str) else base
+    return isinstance(found, type) and kind in found.__mro__ and not inspect.isabstract(found)
+
+
+def _refused(path: str, target: Any) -> UserError:
+    return UserError(
+        f"{path}._target_={target!r}: a config may name pretrain's own parts only; if you trust this one, add "
+        f"'allow_targets=[{target}]' to the command line"
+    )
+
+
+def said(arguments: list[str]) -> dict[str, Any]:
+    """What the command line itself gives the keys in ``COMMAND_LINE_ONLY``; the last one counts."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    own = [a for a in arguments if a.partition("=")[0].lstrip("+") in COMMAND_LINE_ONLY and "=" in a]
+    return {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(own)}
+
+
+def check_said(config: dict[str, Any], spoken: dict[str, Any]) -> None:
+    """Raises ``UserError`` when a key that only the command line may set has another value than it gave (``spoken``)."""
+    for key, harmless in COMMAND_LINE_ONLY.items():
+        value: Any = config
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value not in (None, harmless, spoken.get(key)):
+            raise UserError(f"{key}={value}: set by a config file; if you trust it, put '{key}=…' on the command line")

@@ -1,0 +1,87 @@
+"""YAML that somebody else may have written: read as plain values, within limits.
+
+A file of a few hundred bytes can stand for gigabytes, by aliases of aliases, or exhaust Python's stack, by nesting. The
+limits are looked at in the parser's events, before anything is built.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from pretrain.runtime.errors import UserError, one_line
+
+MAX_BYTES = 2**20  # of a file
+MAX_DEPTH = 50  # mappings and lists inside each other
+MAX_VALUES = 100_000  # with what aliases stand for
+
+
+def read_yaml(file: Path, *, name: str | None = None) -> Any:
+    """What ``file`` holds, as OmegaConf reads it (1e-4 is a number), as plain values; interpolations stay text.
+
+    Raises ``UserError``, which calls the file ``name``, where it can't be read, is no YAML or is beyond the limits.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    text = checked_text(file, name=name)
+    try:
+        return OmegaConf.to_container(OmegaConf.load(io.StringIO(text))) if text.strip() else None
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{name or file}: can't be read as YAML: {one_line(error, lines=None)}") from None
+
+
+def checked_text(file: Path, *, name: str | None = None) -> str:
+    """The text of a YAML file that is within the limits. Raises ``UserError`` for any other."""
+    said = name or str(file)
+    try:
+        if not file.is_file() and file.exists():
+            raise UserError(f"{said}: not a file")
+        with file.open("rb") as opened:
+            content = opened.read(MAX_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{said}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{said}: can't be read: {error.strerror}") from None
+    except ValueError as error:  # not UTF-8; a path with a null byte
+        raise UserError(f"{said}: can't be read as YAML: {error}") from None
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{said}: larger than {MAX_BYTES // 2**20} MiB, which is no config")
+    check_limits(text, said)
+    return text
+
+
+def check_limits(text: str, said: str) -> None:
+    """Raises ``UserError`` for YAML that is nested too deeply, too large with its aliases followed, or none."""
+    import yaml
+
+    known: dict[str, int] = {}  # anchor → values that its node stands for
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, and the number of values before it
+    values = 0
+    try:
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            line = event.start_mark.line + 1
+            if isinstance(event, yaml.AliasEvent):
+                if event.anchor not in known:  # undefined, or inside itself
+                    raise UserError(f"{said}:{line}: *{event.anchor} stands for nothing that is complete before it")
+                values += known[event.anchor]
+            elif isinstance(event, yaml.CollectionStartEvent):
+                open_nodes.append((event.anchor, values))
+                values += 1
+            elif isinstance(event, yaml.ScalarEvent):
+                values += 1
+                if event.anchor:
+                    known[event.anchor] = 1
+            elif isinstance(event, yaml.CollectionEndEvent):
+                anchor, before = open_nodes.pop()
+                if anchor:
+                    known[anchor] = values - before
+            if len(open_nodes) > MAX_DEPTH:
+                raise UserError(f"{said}:{line}: nested more than {MAX_DEPTH} deep, which is no config")
+            if values > MAX_VALUES:
+                raise UserError(f"{said}:{line}: more than {MAX_VALUES} values, which is no config")
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{said}: can't be read as YAML: {one_line(error, lines=None)}") from None

@@ -1,0 +1,90 @@
+"""Which files a run has read, and which of them are others now. Kept in the run folder, so that a resumed run can name them,
+and looked at while the run goes on."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pretrain.data.reading.units import Stamp, WorkUnit, key_of, stamp_of
+from pretrain.runtime.atomic_files import replace_file
+from pretrain.runtime.console import notice
+from pretrain.telemetry.events import Evaluated, Event, RunFinished, Saved
+
+Files = dict[str, tuple[Stamp, str]]  # path → its stamp and the digest of what was read of it
+MOST_NAMED = 5
+LAST_LOOK_SECONDS = 1.0
+
+
+def files_of(units: Iterable[WorkUnit], digests: Iterable[Sequence[str]]) -> Files:
+    """``digests`` of each unit's pieces."""
+    stamps: dict[str, Stamp] = {}
+    found: dict[str, list[str]] = defaultdict(list)
+    for unit, own in zip(units, digests, strict=True):
+        for piece, digest in zip(unit.pieces, own, strict=True):
+            stamps[piece.path] = piece.stamp
+            found[piece.path].append(digest)
+    return {path: (stamps[path], found[path][0] if len(found[path]) == 1 else key_of(found[path])) for path in stamps}
+
+
+def remember(path: Path, files: Files) -> None:
+    replace_file(path, json.dumps(files))
+
+
+def recall(path: Path) -> Files:
+    """What ``remember`` wrote; nothing where there is no such file, of a run by an earlier version."""
+    try:
+        return {name: (tuple(stamp), digest) for name, (stamp, digest) in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def differing(before: Files, after: Files) -> str:
+    """``"/d/a.txt changed, /d/b.txt is gone, /d/c.txt is new"``; by content, not by date."""
+    if not before:
+        return ""
+    changed = [path for path in before if path in after and before[path][1] != after[path][1]]
+    gone = [path for path in before if path not in after]
+    new = [path for path in after if path not in before]
+    return _named([(changed, "changed"), (gone, "is gone"), (new, "is new")])
+
+
+class FilesWatch:
+    """A listener that says once which files were changed or removed under the run. It looks in a thread of its own, when the
+    run evaluates or saves: a disk may be slow, or not answer at all."""
+
+    def __init__(self, files: Files) -> None:
+        self._stamps = {path: stamp for path, (stamp, _) in files.items()}
+        self._thread: threading.Thread | None = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, RunFinished) and self._thread is not None:
+            self._thread.join(LAST_LOOK_SECONDS)
+        if not isinstance(event, Evaluated | Saved) or (self._thread is not None and self._thread.is_alive()):
+            return
+        self._thread = threading.Thread(target=self._look, name="files", daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        changed, gone = [], []
+        for path, stamp in self._stamps.items():
+            try:
+                if stamp_of(path) != stamp:
+                    changed.append(path)
+            except OSError:
+                gone.append(path)
+        if changed or gone:
+            self._stamps = {}  # once is enough
+            notice(
+                f"data: {_named([(changed, 'changed'), (gone, 'is gone')])} since this run read it; the run goes on with the "
+                "tokens it has, but if the text is another it can't be resumed"
+            )
+
+
+def _named(kinds: list[tuple[list[str], str]]) -> str:
+    parts = [f"{path} {what}" for paths, what in kinds for path in paths[:MOST_NAMED]]
+    more = sum(len(paths[MOST_NAMED:]) for paths, _ in kinds)
+    return ", ".join(parts) + (f", and {more:,} more files" if more else "")

@@ -1,0 +1,124 @@
+"""Where a large file may be cut so that its pieces can be read alone: looks at a few bytes around each cut, not at
+the file (but for CSV, where only what stands before a line tells whether a record begins there)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from pretrain.data.reading.csv_records import record_ends
+from pretrain.data.reading.tables import arrow_batches, is_wanted, parquet_metadata, readable_table
+from pretrain.data.reading.units import UNIT_BYTES, FileRange, ReadOptions, SourceFile, reading, stamp_of
+from pretrain.runtime.errors import UserError
+
+COMPRESSION_RATIO = 4  # a guess, for the progress bar only
+TEXT_WINDOW_BYTES = 1 << 20  # how far to look for a pleasant place to cut
+NEVER_EMPTY = ("parquet", "arrow", ".gz", ".zst")  # even without any text there is something in such a file
+Cut = tuple[int, int, int]  # start, stop, size in bytes
+
+
+def cut(file: SourceFile, options: ReadOptions) -> list[FileRange]:
+    """The pieces of one file. Raises ``UserError`` when the file cannot be opened as what it says it is."""
+    with reading(file.path):
+        stamp = stamp_of(file.path)
+        if not stamp[0] and file.format.endswith(NEVER_EMPTY):
+            raise UserError(f"{file.path}: cut off: it has no bytes, which no {file.format} file is")
+        cuts = CUTTERS.get(file.format, _whole)(file, options) if stamp[0] else ()
+        return [FileRange(file.path, file.format, start, stop, size, stamp) for start, stop, size in cuts]
+
+
+def _whole(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
+    size = Path(file.path).stat().st_size
+    yield 0, size, size * (COMPRESSION_RATIO if file.format.endswith((".gz", ".zst")) else 1)
+
+
+def _at_marks(path: str, find: Callable[[IO[bytes], int, int], int]) -> Iterator[Cut]:
+    """Byte ranges of about UNIT_BYTES; ``find(file, position, total)`` says where the cut near ``position`` may be."""
+    total = Path(path).stat().st_size
+    start = 0
+    with open(path, "rb") as file:
+        while total - start > UNIT_BYTES * 3 // 2:
+            stop = find(file, start + UNIT_BYTES, total)
+            yield start, stop, stop - start
+            start = stop
+    if total > start:
+        yield start, total, total - start
+
+
+def _after_line(file: IO[bytes], position: int, total: int) -> int:
+    file.seek(position)
+    while chunk := file.readline(1 << 20):
+        if chunk.endswith(b"\n"):
+            return file.tell()
+    return total
+
+
+def _after_pause(file: IO[bytes], position: int, total: int) -> int:
+    """After a paragraph, line, sentence or word; text without any of them is cut between two characters."""
+    file.seek(position)
+    window = file.read(TEXT_WINDOW_BYTES)
+    for mark in (b"\n\n", b"\n", b". ", b" "):
+        found = window.find(mark)
+        if found >= 0:
+            return position + found + len(mark)
+    start_of_character = re.search(rb"[\x00-\x7f\xc0-\xff]", window)
+    return position + (start_of_character.start() if start_of_character else 0)
+
+
+def _text(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
+    return _at_marks(file.path, _after_pause)
+
+
+def _lines(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
+    return _at_marks(file.path, _after_line)
+
+
+def _csv(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
+    total = Path(file.path).stat().st_size
+    start = 0
+    if total > UNIT_BYTES * 3 // 2:
+        for end in record_ends(file.path):
+            if end - start >= UNIT_BYTES:
+                yield start, end, end - start
+                start = end
+    if total > start:
+        yield start, total, total - start
+
+
+def _parquet(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
+    """Ranges of row groups whose text column makes about UNIT_BYTES."""
+    start = size = 0
+    with readable_table(file.path, "parquet"):
+        metadata = parquet_metadata(file.path, stamp_of(file.path))
+        for index in range(metadata.num_row_groups):
+            row_group = metadata.row_group(index)
+            columns = [row_group.column(number) for number in range(row_group.num_columns)]
+            wanted = [c for c in columns if is_wanted(c.path_in_schema, options)] or columns
+            size += sum(column.total_uncompressed_size for column in wanted)
+            if size >= UNIT_BYTES or index == metadata.num_row_groups - 1:
+                yield start, index + 1, size
+                start, size = index + 1, 0
+
+
+def _arrow(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
+    """Byte ranges of whole record batches."""
+    start: int | None = None
+    stop = 0
+    for begin, stop in arrow_batches(file.path):
+        start = begin if start is None else start
+        if stop - start >= UNIT_BYTES:
+            yield start, stop, stop - start
+            start = None
+    if start is not None:
+        yield start, stop, stop - start
+
+
+CUTTERS: dict[str, Callable[[SourceFile, ReadOptions], Iterator[Cut]]] = {
+    "text": _text,
+    "jsonl": _lines,
+    "csv": _csv,
+    "parquet": _parquet,
+    "arrow": _arrow,
+}

@@ -1,0 +1,109 @@
+"""Documents out of JSON Lines and JSON, a record at a time: every byte is parsed once or, of a record that crosses blocks, a
+few times, and memory does not depend on the file's size."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from pretrain.data.reading.records import Document, blocks, decode, document_of_record, line_at, lines
+from pretrain.data.reading.units import FileRange, ReadOptions
+from pretrain.runtime.errors import UserError
+
+NESTED = "nested too deep"
+BETWEEN = re.compile(r"[ \t\r\n,]*")
+LONGEST_WORD = 16  # characters: more than "-Infinity" or half of "\ud83d\ude00", which may be cut at the end of a block
+
+
+def jsonl(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
+    for offset, raw in lines(piece):
+        line = decode(raw, piece, offset, options)
+        if not line or line.isspace():
+            continue
+        place = partial(line_at, piece, offset)
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{place()}: broken JSON line ({error})") from error
+        except RecursionError as error:
+            raise UserError(f"{place()}: broken JSON line ({NESTED})") from error
+        if (document := document_of_record(record, place, options)) is not None:
+            yield document
+
+
+def json_values(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
+    """The records of a list, of several lists one after another, or single records (JSON Lines under the name .json is
+    common), until the file ends."""
+    window = _Window(piece, options)
+    inside = False
+    for index in itertools.count():
+        while (char := window.next_char()) and char == ("]" if inside else "["):
+            inside, window.at = not inside, window.at + 1
+        if not char:
+            break
+        record = window.value()
+        if (document := document_of_record(record, partial(window.place, f", record {index}"), options)) is not None:
+            yield document
+    if inside:
+        raise UserError(f"{window.place()}: broken JSON (the list has no end; is the file cut off?)")
+
+
+class _Window:
+    """The text of a file as far as it has been read, without what has been parsed. ``at``: where to parse next."""
+
+    def __init__(self, piece: FileRange, options: ReadOptions) -> None:
+        self.text, self.at = "", 0
+        self._start = 0  # of the record at hand
+        self._path, self._line = piece.path, 1  # the number of the line on which ``text`` begins
+        self._blocks = (decode(raw, piece, offset, options) for offset, raw in blocks(piece))
+        self._decode = json.JSONDecoder().raw_decode
+
+    def place(self, more: str = "") -> str:
+        return f"{self._path}:{self._line + self.text.count(chr(10), 0, self._start)}{more}"
+
+    def next_char(self) -> str:
+        """The next character that is neither white space nor a comma; none at the end of the file."""
+        while True:
+            self.at = self._start = BETWEEN.match(self.text, self.at).end()  # type: ignore[union-attr]  # matches always
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._read_on():
+                return ""
+
+    def value(self) -> Any:
+        """The value that begins at ``at``. Raises ``UserError`` with its place where there is none."""
+        while True:
+            try:
+                value, stop = self._decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                string = error.msg.startswith("Unterminated string")
+                unfinished = string or error.pos > len(self.text) - LONGEST_WORD
+                if unfinished and self._read_on():
+                    continue
+                self._start = min(error.pos, len(self.text))
+                cut_off = "; is the file cut off?" if string or error.pos >= len(self.text) else ""
+                raise UserError(f"{self.place()}: broken JSON ({error.msg}{cut_off})") from error
+            except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+                reason = NESTED if isinstance(error, RecursionError) else error
+                raise UserError(f"{self.place()}: broken JSON ({reason})") from error
+            if stop == len(self.text) and self._read_on():  # a number may have more digits in the next block
+                continue
+            self._start, self.at = self.at, stop
+            return value
+
+    def _read_on(self) -> bool:
+        """Drop what is parsed and read as much again as is left, at least a block: however long a record is, the text that
+        is parsed for it adds up to a few times its length. False at the end of the file."""
+        self._line += self.text.count("\n", 0, self.at)
+        parts, wanted = [self.text[self.at :]], len(self.text) - self.at
+        while block := next(self._blocks, ""):
+            parts.append(block)
+            wanted -= len(block)
+            if wanted <= 0:
+                break
+        self.text, self.at, self._start = "".join(parts), 0, 0
+        return len(parts) > 1

@@ -1,0 +1,91 @@
+"""Documents out of pieces of files, one generator per format, each in bounded memory. A document is text, or token
+ids where the data was tokenized elsewhere. Every error names the file and the place in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+
+import xxhash
+
+from pretrain.data.prose import docstrings, package_description, topics
+from pretrain.data.reading.csv_records import csv_documents, header
+from pretrain.data.reading.json_records import json_values, jsonl
+from pretrain.data.reading.records import BLOCK_BYTES, Document, blocks, decode
+from pretrain.data.reading.sections import sections
+from pretrain.data.reading.tables import arrow, parquet, parquet_bytes, readable_table, schema_bytes
+from pretrain.data.reading.units import FileRange, ReadOptions, key_of, reading, stamp_of
+from pretrain.runtime.errors import UserError
+
+__all__ = ["READERS", "Document", "digest", "read"]
+
+
+def read(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
+    """The documents of ``piece`` in order, without those that hold nothing but white space.
+
+    Raises:
+        UserError: the bytes are not what the format promises, or the file changed since it was listed.
+    """
+    with reading(piece.path):
+        for document in READERS[piece.format.partition(".")[0]](piece, options):
+            if len(document) and not (isinstance(document, str) and document.isspace()):
+                yield document
+        if stamp_of(piece.path) != piece.stamp:
+            raise UserError(
+                f"{piece.path}: the file changed while it was being read; start again when nothing writes to it"
+            )
+
+
+def digest(piece: FileRange, options: ReadOptions) -> str:
+    """Hash of the bytes that decide what ``read`` yields."""
+    state = xxhash.xxh3_128(key_of(piece.format, *asdict(options).values()).encode())
+    with reading(piece.path), open(piece.path, "rb") as file:
+        for start, stop in _deciding_bytes(piece, options):
+            file.seek(start)
+            while start < stop and (block := file.read(min(stop - start, BLOCK_BYTES))):
+                state.update(block)
+                start += len(block)
+    return state.hexdigest()
+
+
+def _deciding_bytes(piece: FileRange, options: ReadOptions) -> Iterator[tuple[int, int]]:
+    """The byte ranges of the file that ``piece`` is made of, what names its columns first."""
+    if piece.format == "parquet":
+        with readable_table(piece.path, "parquet"):
+            yield from parquet_bytes(piece, options)
+        return
+    if piece.format == "csv" and piece.start:
+        yield 0, header(piece, options)[1]
+    if piece.format == "arrow":
+        with readable_table(piece.path, "arrow"):
+            yield 0, schema_bytes(piece.path)
+    yield piece.start, piece.stop
+
+
+def _text(piece: FileRange, options: ReadOptions) -> Iterator[str]:
+    """A block that ends inside a line hands its last section on to the next block, so that no word is cut there."""
+    left = ""
+    for offset, block in blocks(piece):
+        *found, left = sections(left + decode(block, piece, offset, options), options.max_document_chars)
+        yield from found
+        if block.endswith(b"\n"):
+            yield left
+            left = ""
+    yield left
+
+
+def _whole_text(piece: FileRange, options: ReadOptions) -> str:
+    return "".join(decode(block, piece, offset, options) for offset, block in blocks(piece))
+
+
+READERS: dict[str, Callable[[FileRange, ReadOptions], Iterator[Document]]] = {
+    "text": _text,
+    "jsonl": jsonl,
+    "json": json_values,
+    "csv": csv_documents,
+    "parquet": parquet,
+    "arrow": arrow,
+    "docstrings": lambda piece, options: docstrings(_whole_text(piece, options), options.max_document_chars),
+    "description": lambda piece, options: package_description(_whole_text(piece, options), options.max_document_chars),
+    "topics": lambda piece, options: topics(_whole_text(piece, options)),
+}

@@ -1,0 +1,175 @@
+"""What all formats share: text out of bytes, documents out of records, and the place that an error names. A place is worked
+out only for a message: the number of a line is counted from the beginning of its file."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.data.reading.compressed import is_compressed, open_bytes
+from pretrain.data.reading.units import FileRange, ReadOptions
+from pretrain.runtime.errors import UserError
+
+Document = str | NDArray[np.int64]
+RankInfo = Callable[[], str]
+BLOCK_BYTES = 8 << 20
+LONGEST_CHARACTER = 4  # bytes of UTF-8
+# https://www.unicode.org/faq/utf_bom.html#bom4; UTF-32 first: its mark begins as that of UTF-16 does
+OTHER_MARKS = {
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+# What is compressed or packed under a name that does not say so, by its first bytes; with ``errors=replace`` it would be text.
+PACKED = (
+    (re.compile(rb"\x1f\x8b\x08"), "compressed by gzip: call it .gz"),
+    (re.compile(rb"\x28\xb5\x2f\xfd"), "compressed by zstd: call it .zst"),
+    (re.compile(rb"BZh[1-9]1AY&SY"), "compressed by bzip2: decompress it, or compress it by zstd"),
+    (re.compile(rb"\xfd7zXZ\x00"), "compressed by xz: decompress it, or compress it by zstd"),
+    (re.compile(rb"PK\x03\x04"), "a zip archive: unpack it"),
+    (re.compile(rb"(?s).{257}ustar"), "a tar archive: unpack it"),
+)
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def lines(piece: FileRange) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of each line that begins in the piece."""
+    with open_bytes(piece) as file:
+        offset, stop = piece.start, None if is_compressed(piece) else piece.stop
+        while (stop is None or offset < stop) and (line := file.readline()):
+            yield offset, line
+            offset += len(line)
+
+
+def blocks(piece: FileRange) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) in blocks of BLOCK_BYTES that end at a line where there is one, and never inside a character."""
+    with open_bytes(piece) as file:
+        offset = piece.start
+        left = 1 << 62 if is_compressed(piece) else piece.stop - piece.start
+        while block := file.read(min(BLOCK_BYTES, left)):
+            if len(block) == BLOCK_BYTES:
+                block += file.readline(min(BLOCK_BYTES, left - len(block)))
+                block += _rest_of_character(file, block, left - len(block))
+            yield offset, block
+            offset, left = offset + len(block), left - len(block)
+
+
+def _rest_of_character(file: Any, block: bytes, left: int) -> bytes:
+    rest = b""
+    while len(rest) < min(LONGEST_CHARACTER - 1, left) and not block.endswith(b"\n"):
+        if not 0x80 <= (file.peek(1)[:1] or b"\0")[0] < 0xC0:  # not the continuation of a character
+            break
+        rest += file.read(1)
+    return rest
+
+
+def decode(raw: bytes, piece: FileRange, offset: int, options: ReadOptions) -> str:
+    """``raw``, which lies at ``offset`` of the (decompressed) file, without the byte order mark of UTF-8.
+
+    Raises:
+        UserError: it is not UTF-8; UTF-16 and UTF-32 are refused with ``errors=replace`` too, for nothing would be left.
+    """
+    if offset == 0:
+        _check_beginning(raw, piece.path)
+    try:
+        text = raw.decode("utf-8", options.errors)
+    except UnicodeDecodeError as error:
+        inside = " of the decompressed file" if is_compressed(piece) else ""
+        raise _not_utf8(piece.path, offset + error.start, inside, raw[error.start]) from error
+    return text.removeprefix("\ufeff") if offset == 0 else text
+
+
+def decode_value(raw: bytes, place: RankInfo, options: ReadOptions) -> str:
+    """Text out of the bytes that a table has for it."""
+    try:
+        return raw.decode("utf-8", options.errors)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(place(), error.start, " of the text", raw[error.start]) from error
+
+
+def _not_utf8(where: str, at: int, inside: str, byte: int) -> UserError:
+    return UserError(
+        f"{where}: not UTF-8 at byte {at}{inside} (0x{byte:02x}); convert the file, or read it with dataset.errors=replace"
+    )
+
+
+def _check_beginning(raw: bytes, path: str) -> None:
+    for begins, what in PACKED:
+        if begins.match(raw):
+            raise UserError(f"{path}: not text, but {what}")
+    if encoding := _other_encoding(raw):
+        raise UserError(f"{path}: {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8")
+
+
+def _other_encoding(raw: bytes) -> str | None:
+    """The encoding by its byte order mark; without one, UTF-16 by every other byte of mostly Latin text being 0."""
+    for mark, name in OTHER_MARKS.items():
+        if raw.startswith(mark):
+            return name
+    even, odd = raw[:4096:2], raw[1:4096:2]
+    for zeros, others, name in ((even, odd, "UTF-16BE"), (odd, even, "UTF-16LE")):
+        if zeros.count(0) > 0.8 * len(zeros) > 1 and not others.count(0):
+            return name
+    return None
+
+
+def line_at(piece: FileRange, offset: int) -> str:
+    """``file:line`` of the byte ``offset``. Reads the file up to there: for messages only."""
+    with open_bytes(piece, 0) as file:
+        number, left = 1, offset
+        while left > 0 and (block := file.read(min(left, BLOCK_BYTES))):
+            number += block.count(b"\n")
+            left -= len(block)
+    return f"{piece.path}:{number}"
+
+
+def document_of_record(record: Any, place: RankInfo, options: ReadOptions) -> Document | None:
+    """The document of a JSON value: an object's text column, or the value itself. ``None`` for null."""
+    if isinstance(record, dict):
+        names = list(record)
+        record = record[names[column_index(names, place, options)]]
+    return None if record is None else document_of(record, place, options)
+
+
+def document_of(value: Any, place: RankInfo, options: ReadOptions) -> Document:
+    """Raises ``UserError``: neither text that UTF-8 can hold nor a list of token ids."""
+    if isinstance(value, str):
+        return value if value.isascii() else _without_surrogates(value, place, options)
+    if isinstance(value, list) and all(type(token) is int for token in value):
+        try:
+            return np.array(value, np.int64)
+        except OverflowError as error:
+            largest = max(value, key=abs)
+            raise UserError(f"{place()}: {str(largest)[:40]} is no token id") from error
+    raise UserError(
+        f"{place()}: neither text nor a list of token ids, but {type(value).__name__} ({reprlib.repr(value)})"
+    )
+
+
+def _without_surrogates(text: str, place: RankInfo, options: ReadOptions) -> str:
+    """JSON can escape half of a surrogate pair, which is no character and has no bytes in UTF-8."""
+    if not (found := SURROGATE.search(text)):
+        return text
+    if options.errors == "replace":
+        return SURROGATE.sub("\ufffd", text)
+    raise UserError(
+        f"{place()}: half of a surrogate pair (\\u{ord(found[0]):04x}) at character {found.start()} of the text, which is no "
+        "character; correct the file, or read it with dataset.errors=replace"
+    )
+
+
+def column_index(names: list[str], place: RankInfo, options: ReadOptions) -> int:
+    """Index of the text column; of ``input_ids``, data tokenized elsewhere, where there is no text."""
+    for wanted in (options.text_column, "input_ids"):
+        if wanted in names:
+            return names.index(wanted)
+    raise UserError(
+        f"{place()}: no column {options.text_column!r} (dataset.text_column); "
+        f"the columns there: {', '.join(names) or 'none'}"
+    )

@@ -1,0 +1,163 @@
+"""Documents out of parquet and arrow files, a few hundred rows at a time. What pyarrow reads is validated before it is used:
+an offset that leads outside its buffer would end the process instead of raising."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import Any
+
+from pretrain.data.reading.records import Document, column_index, decode_value, document_of
+from pretrain.data.reading.units import FileRange, ReadOptions, Stamp
+from pretrain.runtime.errors import UserError, one_line
+
+ROWS = 256  # rows of a column that are Python objects at a time
+RowPlace = Callable[[int], str]  # of the row's number
+
+
+@contextmanager
+def readable_table(path: str, kind: str) -> Iterator[None]:
+    """What pyarrow raises for a broken file, as the user's mistake."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable {kind} file, perhaps cut off ({one_line(error)})") from error
+
+
+@lru_cache(maxsize=1)
+def parquet_metadata(path: str, stamp: Stamp) -> Any:
+    """The footer, parsed once for all pieces of a file: it describes each of its row groups. ``stamp``: of which file."""
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(path)
+
+
+def is_wanted(column_path: str, options: ReadOptions) -> bool:
+    """Whether a column of parquet, ``text`` or ``input_ids.list.element``, belongs to what is read."""
+    return any(column_path == name or column_path.startswith(f"{name}.") for name in (options.text_column, "input_ids"))
+
+
+def parquet(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
+    import pyarrow.parquet as pq
+
+    with readable_table(piece.path, "parquet"):
+        metadata = parquet_metadata(piece.path, piece.stamp)
+        row = sum(metadata.row_group(index).num_rows for index in range(piece.start))
+        with pq.ParquetFile(piece.path, metadata=metadata) as file:
+            names = file.schema_arrow.names
+            column = names[column_index(names, lambda: piece.path, options)]
+            for batch in file.iter_batches(ROWS, row_groups=list(range(piece.start, piece.stop)), columns=[column]):
+                yield from _of_column(batch.column(0), _rows(piece.path, column), row, options)
+                row += batch.num_rows
+
+
+def parquet_bytes(piece: FileRange, options: ReadOptions) -> Iterator[tuple[int, int]]:
+    """The byte ranges of the column that is read, in the row groups of ``piece``."""
+    metadata = parquet_metadata(piece.path, piece.stamp)
+    for group in (metadata.row_group(index) for index in range(piece.start, piece.stop)):
+        for column in (group.column(number) for number in range(group.num_columns)):
+            if is_wanted(column.path_in_schema, options):
+                start = column.dictionary_page_offset or column.data_page_offset
+                if not 0 <= start <= start + column.total_compressed_size <= piece.stamp[0]:
+                    raise UserError(f"{piece.path}: not a readable parquet file (a column lies outside the file)")
+                yield start, start + column.total_compressed_size
+
+
+def arrow(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
+    import pyarrow as pa
+
+    with readable_table(piece.path, "arrow"), pa.OSFile(piece.path) as stream:
+        schema = arrow_schema(stream)
+        column = column_index(schema.names, lambda: piece.path, options)
+        stream.seek(piece.start)
+        while (at := stream.tell()) < piece.stop:
+            batch = pa.ipc.read_record_batch(pa.ipc.read_message(stream), schema)
+            place = _rows(piece.path, schema.names[column], f" of the record batch at byte {at}")
+            yield from _of_column(batch.column(column), place, 0, options)
+
+
+def arrow_schema(stream: Any) -> Any:
+    """Read past the magic (file format only) and the schema, to the first record batch.
+
+    The body of Arrow's file format is its stream format:
+    https://arrow.apache.org/docs/format/Columnar.html#ipc-file-format
+    """
+    import pyarrow as pa
+
+    stream.seek(8 if stream.read(6) == b"ARROW1" else 0)
+    return pa.ipc.read_schema(pa.ipc.read_message(stream))
+
+
+def schema_bytes(path: str) -> int:
+    """Where the record batches begin."""
+    import pyarrow as pa
+
+    with pa.OSFile(path) as stream:
+        arrow_schema(stream)
+        return int(stream.tell())
+
+
+def arrow_batches(path: str) -> Iterator[tuple[int, int]]:
+    """The bytes of each record batch. The messages are walked over a memory map, their bodies stay unread.
+
+    Raises ``UserError`` where the stream has no end marker or something behind it, or the file's footer counts otherwise.
+    """
+    import pyarrow as pa
+
+    with readable_table(path, "arrow"), pa.memory_map(path) as stream:
+        arrow_schema(stream)
+        start, count, total = stream.tell(), 0, stream.size()
+        while (message := _next_message(stream)) is not None:
+            if message.type != "record batch":
+                raise UserError(f"{path}: an arrow file with {message.type} messages; save it again as plain text")
+            yield start, stream.tell()
+            start, count = stream.tell(), count + 1
+        if start == total:
+            raise UserError(f"{path}: not a readable arrow file, perhaps cut off (it has no end marker)")
+        end = stream.tell()
+        stream.seek(0)
+        if stream.read(6) == b"ARROW1":
+            if pa.ipc.open_file(stream).num_record_batches != count:
+                raise UserError(f"{path}: not a readable arrow file (its footer and its record batches differ)")
+        elif end < total:
+            raise UserError(f"{path}: not a readable arrow file (the stream ends at byte {end}, the file at {total})")
+
+
+def _next_message(stream: Any) -> Any:
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.read_message(stream)
+    except EOFError:  # the end-of-stream marker, or the end of the file
+        return None
+
+
+def _rows(path: str, column: str, of: str = "") -> RowPlace:
+    return lambda row: f"{path}, column {column!r}, row {row}{of}"
+
+
+def _of_column(values: Any, place: RowPlace, first_row: int, options: ReadOptions) -> Iterator[Document]:
+    """The documents of an array, whose rows are numbered from ``first_row`` on."""
+    values = _validated(values)
+    for start in range(0, len(values), ROWS):
+        for row, value in enumerate(values.slice(start, ROWS).to_pylist(), first_row + start):
+            if isinstance(value, bytes):
+                yield decode_value(value, partial(place, row), options)
+            elif value is not None:
+                yield document_of(value, partial(place, row), options)
+
+
+def _validated(values: Any) -> Any:
+    """``values`` with every offset checked, text as its bytes: pyarrow would decode all or nothing, and not name the row."""
+    import pyarrow as pa
+
+    if isinstance(values.type, pa.DictionaryType):
+        values.indices.validate(full=True)
+        return _validated(values.dictionary).take(values.indices)
+    as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    values = values.view(as_bytes[values.type]) if values.type in as_bytes else values
+    values.validate(full=True)
+    return values

@@ -1,0 +1,205 @@
+"""Fill the token cache for one source, before any process group exists: in this process when there is little to do
+(starting workers costs half a second), else in child processes. Every unit is its own file in the cache, so a killed
+run loses one unit per worker, and datasets that share files share their tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import xxhash
+
+from pretrain.data.cache import cache_dir, cache_errors, keep_whole, make_folder, remove_abandoned
+from pretrain.data.changed_files import files_of
+from pretrain.data.reading.cut import cut
+from pretrain.data.reading.readers import read
+from pretrain.data.reading.units import FileRange, WorkUnit, group, key_of, reading, stamp_of
+from pretrain.data.sources.base import Source
+from pretrain.data.store.token_store import TokenStore
+from pretrain.data.tokenization.encode import FORMAT, Encoder, Outcome
+from pretrain.data.tokenization.workers import encode_in_workers
+from pretrain.runtime.console import notice, progress_bar
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.folders import check_private
+from pretrain.runtime.locks import Busy, Lock
+
+# Less text than this is tokenized here, by all cores through the tokenizer's own threads. Between its calls one core
+# works alone (6 % of the CPU time in a profile of 11 MB). Where workers begin to pay is an estimate from that and from a start of
+# about 0.7 s, not a measurement: some 50 MB on 8 cores.
+WORKERS_FROM_BYTES = 64 << 20
+UNNOTICED_SECONDS = 2.0  # ranks that look into a full cache at once wait for each other this little
+YOUNG_SECONDS = 0.05  # a file changed this shortly before it was read could change again under the same time stamp
+
+
+def prepare(
+    source: Source,
+    *,
+    tokenizer_json: str,
+    eot: int,
+    bos: int | None = None,
+    num_workers: int | None = None,
+    cache: Path | None = None,
+) -> TokenStore:
+    """Tokenize what is not yet in the cache and open the whole as one store.
+
+    ``tokenizer_json`` is the text of a ``tokenizer.json``; ``eot`` the id that ends each document, ``bos`` the one
+    that begins it (``None``: none does). ``num_workers`` defaults to the source's, then to the cores this process may use.
+
+    Raises:
+        UserError: a file is missing, not what it says it is, or without text; the disk is full. What was finished is
+            kept.
+    """
+    cache = cache or cache_dir()
+    make_folder(cache)
+    check_private(cache, "PRETRAIN_CACHE")
+    num_workers = num_workers or source.num_workers or default_workers()
+    options = source.options()
+    tokenizer_key = key_of(tokenizer_json)
+    tokenizer_path = cache / "tokenizers" / f"{tokenizer_key}.json"
+    keep_whole(tokenizer_path, tokenizer_json.encode())
+    encoder = Encoder(
+        folder=cache / "parts",
+        tokenizer_path=tokenizer_path,
+        tokenizer_key=tokenizer_key,
+        eot=eot,
+        options=options,
+        bos=bos,
+    )
+    key = key_of(FORMAT, source.identity(), asdict(options))
+    memory = cache / "files" / f"{key}.json"
+    with _alone(cache / "locks" / f"{key}.lock", source.domain):
+        started_at = time.time()
+        units = group(_pieces(source, _recall(memory)))
+        outcomes = _encode_all(units, encoder, num_workers, source.domain)
+        _remember(memory, units, outcomes, started_at)
+    store = TokenStore(
+        _write_manifest(
+            cache / "stores", source.domain, {"eot": eot} | ({} if bos is None else {"bos": bos}), units, outcomes
+        )
+    )
+    store.files = files_of(units, (digests for _, digests in outcomes))
+    if not store.num_documents:
+        raise UserError(f"dataset {source.domain!r}: no text: every document of {source.described()} is empty")
+    return store
+
+
+def training_texts(source: Source) -> Iterator[str]:
+    """The texts of the training documents, for training a tokenizer: those that ``TokenStore.views`` would not hold
+    out."""
+    limit = source.held_out * 2**64
+    for piece in _pieces(source, {}):
+        for document in read(piece, source.options()):
+            if not isinstance(document, str):
+                raise UserError(f"{piece.path}: token ids, not text: a tokenizer cannot be trained on them")
+            if xxhash.xxh3_64_intdigest(document.encode("utf-8", "surrogatepass")) > limit:
+                yield document
+
+
+def default_workers() -> int:
+    """One per core, but none beside this process on one or two: there the tokenizer's own threads already keep the cores
+    busy, and two workers took a quarter more CPU time for the same text."""
+    return usable_cores() if usable_cores() > 2 else 1
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# What is known about the files ---------------------------------------------------------------------------------------
+
+
+def _pieces(source: Source, remembered: dict[str, list[FileRange]]) -> Iterator[FileRange]:
+    """The pieces of all files. A file that looks as it did last time (size, time, inode) is not opened."""
+    for file in source.files():
+        known = remembered.get(file.path)
+        if known and known[0].format == file.format:
+            with reading(file.path):
+                same = known[0].stamp == stamp_of(file.path)
+            if same:
+                yield from known
+                continue
+        yield from cut(file, source.options())
+
+
+def _recall(memory: Path) -> dict[str, list[FileRange]]:
+    """What ``_remember`` has written; nothing where there is no such file, or it is damaged: then all files are read again."""
+    known: dict[str, list[FileRange]] = {}
+    try:
+        checksum, rows = json.loads(memory.read_text())
+        if checksum != key_of(rows):
+            return {}
+        for path, kind, start, stop, size, stamp, digest in rows:
+            known.setdefault(path, []).append(FileRange(path, kind, start, stop, size, tuple(stamp), digest))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+    return known
+
+
+def _remember(memory: Path, units: list[WorkUnit], outcomes: list[Outcome], started_at: float) -> None:
+    """So that the next start opens no file; but a file so young that it may change under the same time is read
+    again."""
+    pieces = []
+    for unit, (_, digests) in zip(units, outcomes, strict=True):
+        for piece, digest in zip(unit.pieces, digests, strict=True):
+            known = digest if started_at - piece.stamp[1] / 1e9 > YOUNG_SECONDS else None
+            pieces.append(piece if piece.digest == known else replace(piece, digest=known))
+    rows = [[*vars(piece).values()] for piece in pieces]
+    keep_whole(memory, json.dumps([key_of(rows), rows]).encode())
+
+
+def _write_manifest(
+    folder: Path, name: str, around: dict[str, int], units: list[WorkUnit], outcomes: list[Outcome]
+) -> Path:
+    """Named after its content and never changed: a store that one run has open is not another store after the next
+    run."""
+    content = {
+        "name": name,
+        **around,
+        "parts": [str(path) for path, _ in outcomes],
+        "units": [[(piece.path, piece.start) for piece in unit.pieces] for unit in units],
+    }
+    raw = json.dumps(content).encode()
+    path = folder / f"{xxhash.xxh3_128_hexdigest(raw)}.json"
+    keep_whole(path, raw)
+    return path
+
+
+@contextmanager
+def _alone(path: Path, name: str) -> Iterator[None]:
+    """Hold the dataset's lock; whoever comes second waits and then finds the work done. The kernel frees the lock of a
+    process that died."""
+    make_folder(path.parent)
+    lock = Lock(path)
+    with cache_errors(path.parent):
+        try:
+            lock.acquire(timeout=UNNOTICED_SECONDS)
+        except Busy:
+            notice(f"dataset {name!r}: another run is filling the token cache; waiting for it")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# The work ------------------------------------------------------------------------------------------------------------
+
+
+def _encode_all(units: list[WorkUnit], encoder: Encoder, num_workers: int, name: str) -> list[Outcome]:
+    outcomes = {index: outcome for index, unit in enumerate(units) if (outcome := encoder.finished(unit))}
+    missing = [index for index in range(len(units)) if index not in outcomes]
+    work = sum(units[index].size for index in missing)
+    if missing:
+        remove_abandoned(encoder.folder)
+    num_workers = min(num_workers, len(missing))
+    with progress_bar(f"tokenizing {name}", total=work, unit="B") as advance:
+        if num_workers > 1 and work >= WORKERS_FROM_BYTES:
+            outcomes |= encode_in_workers({index: units[index] for index in missing}, encoder, num_workers, advance)
+        else:
+            outcomes |= {index: encoder.encode(units[index], advance) for index in missing}
+    return [outcomes[index] for index in range(len(units))]

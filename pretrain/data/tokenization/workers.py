@@ -1,0 +1,157 @@
+"""Encoders in child processes. A worker is a plain ``python -m pretrain.data.tokenization.workers`` that reads a JSON object a
+line and answers likewise: it imports nothing of the caller's main module, and when the caller dies, by whatever
+signal, its input ends and so does it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from pretrain.data.reading.units import FileRange, ReadOptions, WorkUnit
+from pretrain.data.tokenization.encode import Encoder, Outcome, Progress
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.python import PACKAGE, module_command
+from pretrain.runtime.signals import HEARING_SECONDS, signals_blocked
+
+
+def encode_in_workers(
+    units: dict[int, WorkUnit], encoder: Encoder, num_workers: int, progress: Progress
+) -> dict[int, Outcome]:
+    """Encode ``units`` by ``num_workers`` processes, each taking the next one when it is done.
+
+    The first mistake ends it: the others finish the unit at hand, which is kept, and take no more.
+    """
+    waiting: SimpleQueue[int] = SimpleQueue()
+    for index in units:
+        waiting.put(index)
+    outcomes: dict[int, Outcome] = {}
+    workers: list[_Worker] = []
+
+    def work(worker: _Worker) -> None:
+        try:
+            while True:
+                index = waiting.get_nowait()
+                outcomes[index] = worker.encode(units[index], progress)
+        except Empty:
+            return
+        except BaseException:
+            with suppress(Empty):  # another worker may empty it too
+                while True:
+                    waiting.get_nowait()
+            raise
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        futures: list[Future[None]] = []
+        try:
+            with signals_blocked():  # of what reaches the whole group the caller decides
+                workers.extend(_Worker(encoder) for _ in range(num_workers))
+            futures.extend(pool.submit(work, worker) for worker in workers)
+            while wait(futures, HEARING_SECONDS).not_done:
+                pass
+            for future in futures:
+                future.result()
+        except UserError:
+            raise
+        except BaseException:  # Ctrl-C: do not wait for units
+            for worker in workers:
+                worker.process.kill()
+            raise
+        finally:
+            for future in futures:
+                future.exception()
+            for worker in workers:
+                worker.close()
+    return outcomes
+
+
+class _Worker:
+    """The caller's end of one child process."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        root = str(PACKAGE.parent)
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            module_command("pretrain.data.tokenization.workers"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.folder = encoder.folder
+        self._say(encoder.arguments())
+
+    def encode(self, unit: WorkUnit, progress: Progress) -> Outcome:
+        self._say([asdict(piece) for piece in unit.pieces])
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            answer = json.loads(line)
+            if "bytes" in answer:
+                progress(answer["bytes"])
+            elif "mistake" in answer:
+                raise UserError(answer["mistake"])
+            elif "traceback" in answer:
+                raise RuntimeError(f"a tokenizing worker failed:\n{answer['traceback']}")
+            else:
+                return Path(answer["path"]), answer["digests"]
+        raise RuntimeError(f"a tokenizing worker died with exit code {self.process.wait()}; out of memory?")
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with suppress(BrokenPipeError):  # it died; why has been said
+            self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+        for left in self.folder.glob(f"*/.*.{self.process.pid}-*.tmp"):
+            left.unlink(missing_ok=True)
+
+    def _say(self, request: Any) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # reading the answer finds the end and says so
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+
+
+def serve() -> None:
+    """The worker's end: the encoder's arguments, then a unit a line; answers {"bytes"} as it goes, then {"path",
+    "digests"}."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not end up between the answers
+
+    def say(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    if not (line := sys.stdin.readline()):  # the caller was stopped
+        return
+    setup = json.loads(line)
+    setup |= {name: Path(setup[name]) for name in ("folder", "tokenizer_path")}
+    encoder = Encoder(**{**setup, "options": ReadOptions(**setup["options"])})
+    for line in sys.stdin:
+        unit = WorkUnit(tuple(FileRange(**{**piece, "stamp": tuple(piece["stamp"])}) for piece in json.loads(line)))
+        try:
+            path, digests = encoder.encode(unit, lambda amount: say({"bytes": amount}))
+            say({"path": str(path), "digests": digests})
+        except UserError as error:
+            say({"mistake": str(error)})
+        except BrokenPipeError:
+            raise
+        except Exception:
+            say({"traceback": traceback.format_exc()})
+
+
+if __name__ == "__main__":
+    try:
+        serve()
+    except BrokenPipeError:  # the caller is gone
+        os._exit(1)

@@ -1,0 +1,183 @@
+"""The group of processes that train together: this rank, its device, and the few collectives the loop needs.
+
+What ranks agree on (counts, stop signals, errors) lies on the host and travels by gloo, so that agreeing never waits
+for a GPU.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.distributed.rank_info import RankInfo
+from pretrain.distributed.sockets import (
+    hides_address,
+    keep_to_interface_towards,
+    keep_to_loopback,
+    listening,
+    restore_environment,
+)
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError
+
+T = TypeVar("T")
+group_entered = False  # whether this process has ever been in a process group
+
+
+@dataclass(frozen=True, slots=True)
+class DistributedContext:
+    """``rank`` of ``size`` processes, ``local_rank`` of ``local_size`` on this machine; ``device``: where it computes."""
+
+    rank: int
+    size: int
+    device: torch.device
+    local_rank: int = 0
+    local_size: int = 1
+    group: dist.ProcessGroup | None = None  # of what ranks agree on; None: the one of all
+
+    def apart(self, *, timeout_seconds: float) -> DistributedContext:
+        """The same ranks in a group of their own, for a thread that agrees while the loop does so too. A collective."""
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: int) -> int:
+        """The sum of a host integer over all ranks."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(int(value))
+        dist.all_reduce(total, group=self.group)
+        return int(total)
+
+    def any_rank(self, *flags: bool) -> list[bool]:
+        """Each of ``flags`` true on every rank as soon as it is true on one."""
+        if self.size == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.int64)
+        dist.all_reduce(raised, group=self.group)
+        return [bool(count) for count in raised.tolist()]
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a device tensor over all ranks, in place. The host does not wait for it."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """The maximum of a device tensor over all ranks, in place. The host does not wait for it."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def all_gather_object(self, work: Callable[[], T]) -> list[T]:
+        """Do ``work`` on every rank and give every rank all results, by rank.
+
+        Raises ``UserError`` on every rank when it is raised on one, so that nobody waits for a rank that has left.
+        """
+        if self.size == 1:
+            return [work()]
+        done: tuple[Any, UserError | None]
+        try:
+            done = (work(), None)
+        except UserError as error:
+            done = (None, type(error)(*error.args))
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, done, group=self.group)
+        for _, mistake in every:
+            if mistake is not None:
+                raise mistake
+        return [value for value, _ in every]
+
+    def on_main_rank(self, work: Callable[[], T]) -> T:
+        """Do ``work`` on rank 0 only; its result, or its ``UserError``, on every rank."""
+        return self.all_gather_object(lambda: work() if self.is_main else None)[0]  # type: ignore[return-value]
+
+
+def enter(place: RankInfo, *, group: bool, timeout_seconds: float = 1800) -> DistributedContext:
+    """The world of a process at ``place``. ``group``: with a process group even where it is alone. Ends with ``leave``.
+
+    nccl for tensors on GPUs, gloo for the host's. They listen where `pretrain.distributed.sockets` says.
+    """
+    device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if group or place.size > 1:
+        if place.one_machine:
+            keep_to_loopback()
+        else:
+            keep_to_interface_towards(os.environ["MASTER_ADDR"])
+        timeout = timedelta(seconds=timeout_seconds)
+        meeting: dict[str, Any] = {"rank": place.rank, "world_size": place.size}
+        if (store := _store(place, timeout)) is not None:
+            store.set_timeout(timeout)
+            meeting["store"] = store
+        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        global group_entered
+        group_entered = True
+        dist.init_process_group(backends, timeout=timeout, **meeting)
+    return DistributedContext(place.rank, place.size, device, place.local_rank, place.local_size)
+
+
+def _store(place: RankInfo, timeout: timedelta) -> dist.Store | None:
+    """Where the ranks leave each other their addresses. ``None``: torchrun's, which has started these processes and holds
+    one for them."""
+    if place.size == 1:
+        return dist.HashStore()
+    if place.store:
+        return dist.FileStore(place.store, place.size)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    options: dict[str, Any] = {"world_size": place.size, "several_machines": not place.one_machine}
+    return tcp_store(host, port, is_host=place.rank == 0, timeout=timeout, **options)
+
+
+def tcp_store(
+    host: str,
+    port: int,
+    *,
+    is_host: bool,
+    timeout: timedelta,
+    world_size: int | None = None,
+    several_machines: bool = False,
+) -> dist.TCPStore:
+    """torch's store at ``host``:``port``. The host listens there and nowhere else, if that is an address of its own; one
+    at which none of ``several_machines`` would reach it is none.
+
+    Raises ``UserError`` where it can't listen, ``DistNetworkError`` where nobody answers.
+    """
+    options: dict[str, Any] = {"timeout": timeout, "world_size": world_size, "multi_tenant": True}
+    if is_host:
+        try:
+            found = listening(host, port)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise UserError(f"can't listen at {host}:{port}: {error.strerror}") from error
+            found = None
+        if found is not None and several_machines and hides_address(host, str(found.getsockname()[0])):
+            found.close()
+            found = None
+        if found is not None:
+            options["master_listen_fd"] = found.detach()
+        else:
+            notice(f"{host} is no address of this machine, so the run listens on all its interfaces, at port {port}")
+    return dist.TCPStore(host, port, is_master=is_host, **options)
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    restore_environment()

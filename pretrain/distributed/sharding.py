@@ -1,0 +1,220 @@
+"""Tensors by name in safetensors files, whole or cut into pieces of rows, so that every rank writes and reads its own part.
+
+A file written by several ranks' strategies is read by any other number of ranks: whoever reads asks for rows of a name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.strict_json import parse_json
+
+CHECKSUM_NUMBERS = 1 << 24
+PIECES = "pieces"  # metadata of a file: {name: [first row, shape of the whole]} for what is not whole in it
+
+
+@dataclass(frozen=True, slots=True)
+class TensorShard:
+    """Rows from ``start`` on (first dimension) of a tensor of ``shape``. A 0-d tensor is always whole."""
+
+    tensor: Tensor
+    start: int
+    shape: tuple[int, ...]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor (a collective); any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def start_of(tensor: Tensor) -> int:
+    """The first row of this rank's part."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return int(offset[0]) if offset else 0
+
+
+def is_replicated(tensor: Tensor) -> bool:
+    """Whether several ranks hold the same part of ``tensor``, where there are several."""
+    if not isinstance(tensor, DTensor):
+        return True
+    sizes = (tensor.device_mesh.size(dim) for dim, p in enumerate(tensor.placements) if isinstance(p, Replicate))
+    return any(size > 1 for size in sizes)
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """The sum of its numbers' bits, taken as integers: int64 0-d, on its device. One flipped bit makes another one."""
+    flat = tensor.detach().reshape(-1)
+    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    sums = [part.sum(dtype=torch.int64) for part in bits.split(CHECKSUM_NUMBERS)]  # the sum's int64 copy stays small
+    return torch.stack(sums).sum()  # of an empty tensor there is one part too
+
+
+def local_shard(tensor: Tensor, *, is_main: bool) -> TensorShard | None:
+    """What this rank has to write of ``tensor``, or ``None``: of equal copies, those of the first rank count."""
+    if not isinstance(tensor, DTensor):
+        return TensorShard(tensor.detach(), 0, tuple(tensor.shape)) if is_main else None
+    mesh = tensor.device_mesh
+    assert all(isinstance(p, Replicate) or p == Shard(0) for p in tensor.placements)
+    if any(isinstance(p, Replicate) and mesh.get_local_rank(dim) for dim, p in enumerate(tensor.placements)):
+        return None
+    part = local(tensor).detach()
+    return TensorShard(part, start_of(tensor), tuple(tensor.shape)) if part.numel() or is_main else None
+
+
+def write(path: Path, pieces: Mapping[str, TensorShard]) -> bool:
+    """Write one safetensors file; none, and return False, when there is nothing to write."""
+    if not pieces:
+        return False
+    parts = {n: [p.start, list(p.shape)] for n, p in pieces.items() if p.tensor.shape != torch.Size(p.shape)}
+    metadata = {"format": "pt"} | ({PIECES: json.dumps(parts)} if parts else {})
+    save_file({name: p.tensor.contiguous() for name, p in pieces.items()}, path, metadata=metadata)
+    return True
+
+
+class TensorFiles:
+    """The tensors of several safetensors files. Nothing is read before it is asked for."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        """Raises ``UserError`` for a file that can't be read, and for pieces that do not make whole tensors."""
+        self._parts: dict[str, list[tuple[int, Any]]] = {}  # name → (first row, open file), by row
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
+        for file in files:
+            try:
+                self._add(file)
+            except (OSError, ValueError, SafetensorError) as error:
+                raise UserError(f"{file} can't be read: {error}") from None
+        for name, parts in self._parts.items():
+            # An empty piece lies before its neighbour.
+            parts.sort(key=lambda part: (part[0], _shape_in(part[1], name)[:1]))
+            if reason := self._gap(name):
+                raise UserError(f"{file}: {name}: {reason}")
+
+    def _add(self, file: Path) -> None:
+        handle = safe_open(file, framework="pt", device="cpu")
+        pieces = _pieces_of(handle)
+        for name in handle.keys():  # noqa: SIM118 (not a dict)
+            start, shape = pieces.pop(name) if name in pieces else (0, _shape_in(handle, name))
+            dtype = str(handle.get_slice(name).get_dtype())
+            if self._shapes.setdefault(name, shape) != shape or self._dtypes.setdefault(name, dtype) != dtype:
+                raise ValueError(f"{name} is another tensor than in the other files")
+            self._parts.setdefault(name, []).append((start, handle))
+        if pieces:
+            raise ValueError(f"{min(pieces)} is not in it")
+
+    def _gap(self, name: str) -> str | None:
+        """Why the parts of a tensor are not all of it, each row once, or ``None``."""
+        parts, shape = self._parts[name], self._shapes[name]
+        if not shape:
+            return None if len(parts) == 1 and _shape_in(parts[0][1], name) == () else "more than one number"
+        rows = 0
+        for first, handle in parts:
+            own = _shape_in(handle, name)
+            if own[1:] != shape[1:] or len(own) != len(shape):
+                return f"a piece of shape {list(own)} in one of {list(shape)}"
+            if first != rows:
+                return (
+                    f"rows {min(rows, first)} to {max(rows, first)} are {'missing' if first > rows else 'there twice'}"
+                )
+            rows += own[0]
+        return None if rows == shape[0] else f"{rows} rows of {shape[0]}"
+
+    def keys(self) -> set[str]:
+        return set(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> str:
+        """Its type, such as ``"float32"``."""
+        return described(self.read(name, 0, 0))[0]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of a tensor, on the CPU; a 0-d tensor whole."""
+        shape = self._shapes[name]
+        if not shape:
+            tensor: Tensor = self._parts[name][0][1].get_tensor(name)
+            return tensor
+        stop = shape[0] if stop is None else stop
+        found = []
+        for first, handle in self._parts[name]:
+            rows = handle.get_slice(name)
+            begin, end = max(start - first, 0), min(stop - first, rows.get_shape()[0])
+            if begin < end:
+                found.append(rows[begin:end])
+        if not found:
+            return handle.get_slice(name)[:0]
+        read: Tensor = found[0] if len(found) == 1 else torch.cat(found)
+        assert len(read) == stop - start, f"{name}: rows {start} to {stop} are not all in the files"
+        return read
+
+
+def _shape_in(handle: Any, name: str) -> tuple[int, ...]:
+    """The shape of a file's piece of a tensor."""
+    return tuple(handle.get_slice(name).get_shape())
+
+
+def _pieces_of(handle: Any) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """``PIECES`` of a file: name → (first row, shape of the whole). Raises ``ValueError`` when it is anything else."""
+    found = parse_json((handle.metadata() or {}).get(PIECES, "{}"))
+    if not isinstance(found, dict) or not all(_is_piece(piece) for piece in found.values()):
+        raise ValueError(f"its {PIECES} are no first rows and shapes")
+    return {name: (start, tuple(shape)) for name, (start, shape) in found.items()}
+
+
+def _is_piece(piece: Any) -> bool:
+    if not (isinstance(piece, list) and len(piece) == 2 and isinstance(piece[1], list)):
+        return False
+    return all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (piece[0], *piece[1]))
+
+
+def described(tensor: Tensor) -> tuple[str, list[int]]:
+    """Type and shape of the whole tensor, such as ``("float32", [5, 3])``."""
+    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
+
+
+def manifest(named: Mapping[str, Tensor]) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of each tensor, by name."""
+    return {name: described(tensor) for name, tensor in named.items()}
+
+
+def fill(tensor: Tensor, files: TensorFiles, name: str) -> None:
+    """Copy what ``files`` holds under ``name`` into ``tensor``, of a sharded one this rank's rows.
+
+    Raises ``UserError`` when the shapes differ.
+    """
+    check_shape(name, files, tuple(tensor.shape))
+    part, start = local(tensor), start_of(tensor)
+    with torch.no_grad():
+        part.copy_(files.read(name, start, start + len(part)) if part.ndim else files.read(name))
+
+
+def check_names(names: Iterable[str], files: TensorFiles) -> None:
+    """Raises ``UserError`` when ``files`` hold other names than those of the model."""
+    if odd := set(names) ^ files.keys():
+        raise UserError(f"weights that do not fit the model: {', '.join(sorted(odd)[:5])} on one side only")
+
+
+def check_shape(name: str, files: TensorFiles, wanted: tuple[int, ...]) -> None:
+    """Raises ``UserError`` when the tensor in ``files`` has another shape."""
+    if wanted != files.shape(name):
+        raise UserError(f"weights that do not fit the model: {name} is {files.shape(name)}, the model's {wanted}")

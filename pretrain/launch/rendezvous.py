@@ -1,0 +1,109 @@
+"""Where agents meet: one alone without any network, several at the store that one of them holds.
+
+torch's rendezvous keeps its state in that store as a pickle, which is read here with nothing but the few classes that it
+consists of. Seen in torch 2.13; ``tests/launch/test_sockets.py`` fails where that changes.
+Source: https://docs.pytorch.org/docs/stable/elastic/rendezvous.html
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+from torch.distributed import HashStore
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+    dynamic_rendezvous,
+)
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
+
+from pretrain.distributed.context import tcp_store
+from pretrain.distributed.sockets import LOOPBACK
+from pretrain.launch.network import split
+from pretrain.runtime.errors import UserError
+
+READ_SECONDS = 60
+KNOWN = {  # what a rendezvous' state consists of
+    (dynamic_rendezvous.__name__, "_RendezvousState"),
+    (dynamic_rendezvous.__name__, "_NodeDesc"),
+    ("builtins", "set"),
+    *(("datetime", name) for name in ("datetime", "timedelta", "timezone")),
+}
+
+
+class Alone(RendezvousHandler):
+    """Of a run on one machine: its one agent meets nobody, and keeps what the workers' ranks are in its own memory."""
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        self._closed = False
+
+    def get_backend(self) -> str:
+        return "alone"
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo(LOOPBACK, 0))
+
+    def is_closed(self) -> bool:
+        return self._closed
+
+    def set_closed(self) -> None:
+        self._closed = True
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        self._closed = True
+        return True
+
+
+def meet(endpoint: str, *, nodes: int, is_host: bool, local_address: str, timeout_seconds: float) -> RendezvousHandler:
+    """torch's rendezvous of ``nodes`` agents. Of two on the host of the meeting point the first one there holds it.
+
+    Raises ``UserError`` when nobody answers there.
+    """
+    host, port = split(endpoint)
+    restricted = SimpleNamespace(dumps=pickle.dumps, loads=loads, PickleError=pickle.PickleError)
+    vars(dynamic_rendezvous)["pickle"] = restricted
+    try:
+        store = _store(host, port, is_host=is_host)
+        backend = C10dRendezvousBackend(store, "pretrain")
+    except (RuntimeError, RendezvousConnectionError) as error:
+        raise UserError(
+            f"launch.endpoint={endpoint}: nobody answers there; does the command run on that machine?"
+        ) from error
+    return DynamicRendezvousHandler.from_backend(
+        *("pretrain", store, backend, nodes, nodes, local_address),
+        timeout=RendezvousTimeout(join=timedelta(seconds=timeout_seconds)),
+    )
+
+
+def _store(host: str, port: int, *, is_host: bool) -> Any:
+    timeout = timedelta(seconds=READ_SECONDS)
+    try:
+        return tcp_store(host, port, is_host=is_host, timeout=timeout)
+    except UserError:  # another agent of this machine was faster
+        return tcp_store(host, port, is_host=False, timeout=timeout)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in KNOWN:
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a rendezvous' state")
+        return super().find_class(module, name)
+
+
+def loads(state: bytes) -> Any:
+    """The state of a rendezvous. Raises ``pickle.UnpicklingError`` for anything else, which it does not run."""
+    return _Unpickler(io.BytesIO(state)).load()

@@ -1,0 +1,128 @@
+"""How many processes a run has and where: from the config and the machine, or from whoever has started this process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from omegaconf import OmegaConf
+
+from pretrain.config.check import conf_dir, gpu_visible
+from pretrain.config.choices import choices
+from pretrain.config.schema import build_part
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from pretrain.config.schema import RunConfig
+    from pretrain.launch.config import LaunchConfig
+    from pretrain.strategy.base import Strategy
+
+
+@dataclass(frozen=True)
+class Topology:
+    """``workers`` processes on each of ``nodes`` machines, each computing on ``devices_per_worker`` devices.
+
+    ``joined``: others started this process (torchrun, RANK and WORLD_SIZE); it is one of the workers.
+    """
+
+    device_type: str
+    workers: int
+    nodes: int = 1
+    devices_per_worker: int = 1
+    joined: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.workers * self.nodes
+
+
+def layout(config: RunConfig, strategy: Strategy, policy: LaunchConfig) -> Topology:
+    """Raises ``UserError`` where the config, the machine and the environment do not agree."""
+    name = config.strategy.name
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _joined(config.devices, strategy, name)
+    device_type, devices = _devices(config.devices)
+    workers, each = strategy.workers(devices), strategy.devices_per_worker(devices)
+    if config.devices not in ("auto", workers * each):
+        raise UserError(
+            f"devices={devices}: strategy={name} is one process on one device; allowed: auto, 1; for several: "
+            f"strategy={_of_several()}"
+        )
+    if workers * each < devices:
+        notice(f"strategy={name} uses 1 of {devices} GPUs; to use all of them: strategy={_of_several()}")
+    if policy.nodes > 1 and policy.endpoint is None:
+        raise UserError(
+            f"launch.nodes={policy.nodes}: the nodes have to meet: launch.endpoint=<host>:<port> of one of them"
+        )
+    if policy.nodes > 1 and strategy.workers(2) == 1:
+        raise UserError(f"launch.nodes={policy.nodes}: strategy={name} is one process; use {_of_several()}")
+    return Topology(device_type, workers, policy.nodes, each)
+
+
+def _of_several() -> str:
+    """The choices of the strategy group that are several processes: "a, b or c"."""
+    found = []
+    for name in choices("strategy"):
+        options = OmegaConf.load(conf_dir() / f"strategy/{name}.yaml")
+        if build_part({str(key): value for key, value in options.items()}).workers(2) > 1:
+            found.append(name)
+    return " or ".join(filter(None, (", ".join(found[:-1]), *found[-1:])))
+
+
+def _devices(asked: str | int) -> tuple[str, int]:
+    """Device type and number on this machine."""
+    if not gpu_visible():
+        return "cpu", 1 if asked == "auto" else int(asked)
+    found = _gpus()
+    if not found:
+        return "cpu", 1 if asked == "auto" else int(asked)
+    if asked != "auto" and int(asked) > found:
+        raise UserError(f"devices={asked}: {found} GPU{'s are' if found > 1 else ' is'} visible; use at most that")
+    return "cuda", found if asked == "auto" else int(asked)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _joined(asked: str | int, strategy: Strategy, name: str) -> Topology:
+    size = _number("WORLD_SIZE")
+    local = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else size
+    rank = _number("RANK")
+    if rank >= size or size % local:
+        raise UserError(
+            f"RANK={rank}, WORLD_SIZE={size}, LOCAL_WORLD_SIZE={local} in the environment do not fit together"
+        )
+    if asked not in ("auto", local):
+        raise UserError(
+            f"devices={asked}, but {local} processes were started on this machine (LOCAL_WORLD_SIZE, torchrun's "
+            "--nproc_per_node); make them equal, or leave devices=auto"
+        )
+    for variable in ("MASTER_ADDR", "MASTER_PORT"):
+        if size > 1 and variable not in os.environ:
+            raise UserError(f"WORLD_SIZE={size} in the environment without {variable}: torchrun sets all of them")
+    if size > 1 and not 0 < _number("MASTER_PORT") < 2**16:
+        raise UserError(
+            f"MASTER_PORT={os.environ['MASTER_PORT']} in the environment: a port is a number from 1 to 65535"
+        )
+    if size > 1 and strategy.workers(2) == 1:
+        raise UserError(
+            f"WORLD_SIZE={size}: strategy={name} is one process; start it without torchrun, or use {_of_several()}"
+        )
+    gpus = _gpus() if gpu_visible() else 0
+    if gpus and local > gpus:
+        raise UserError(
+            f"LOCAL_WORLD_SIZE={local}: {gpus} GPUs are visible on this machine; start at most as many processes"
+        )
+    return Topology("cuda" if gpus else "cpu", local, size // local, joined=True)
+
+
+def _number(variable: str) -> int:
+    value = os.environ[variable]
+    if not value.isdigit():
+        raise UserError(f"{variable}={value} in the environment: not a number")
+    return int(value)

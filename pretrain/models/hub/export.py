@@ -1,0 +1,146 @@
+"""The model as a Hugging Face folder: safetensors of a bounded size, config, generation config, tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pretrain.distributed.sharding import TensorShard, write
+from pretrain.models.dtypes import dtypes_in
+
+if TYPE_CHECKING:
+    from pretrain.distributed.context import DistributedContext
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}  # as transformers reads them
+Sizes = dict[str, int]  # weight → bytes
+
+
+def own_share(
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    dtypes: Mapping[str, torch.dtype],
+    world: DistributedContext,
+    sharded: bool,
+) -> dict[str, Tensor]:
+    """The weights that this rank will write, whole, on the host, each in its type of ``dtypes`` (not there: its own).
+
+    ``sharded``: every rank takes its part of the names, so that none ever holds the model; else rank 0 takes all.
+    """
+    own = {}
+    for number, (name, tensor) in enumerate(weights):
+        if world.rank == (number % world.size if sharded else 0):
+            own[name] = tensor.to("cpu", dtypes.get(name) if tensor.is_floating_point() else None)
+    return own
+
+
+def dtypes_for(hf: Any, save_dtype: str | None) -> dict[str, torch.dtype]:
+    """What each weight of ``hf`` is saved in for ``model.save_dtype``: what transformers keeps in fp32 stays in it. Empty:
+    each in its own."""
+    return dtypes_in(hf, getattr(torch, save_dtype)) if save_dtype else {}
+
+
+def dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype | None:
+    """The type of most numbers that are no counts; ``None`` when there are none."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in weights.values():
+        sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+    found = sizes.most_common(1)
+    return found[0][0] if found and found[0][1] else None
+
+
+def save_whole(hf: Any, own: dict[str, Tensor], folder: Path, *, shard_size: str) -> list[Path]:
+    """Write all weights by transformers' own hand, which puts them back into the layout that their architecture has on
+    the Hub. ``own`` is emptied: a file's weights are let go when it is written. Return the files."""
+    trained_in = hf.config.dtype
+    hf.save_pretrained(str(folder), state_dict=own, max_shard_size=shard_size)
+    hf.config.dtype = trained_in
+    return [file for file in folder.iterdir() if file.is_file()]
+
+
+def split(own: Mapping[str, Tensor], shard_size: str) -> list[Sizes]:
+    """``own`` cut into files of at most ``shard_size`` in its order; a larger weight is alone in its file."""
+    limit = int(shard_size[:-2]) * UNITS[shard_size[-2:]]
+    files: list[Sizes] = []
+    for name, tensor in own.items():
+        size = tensor.numel() * tensor.element_size()
+        if not files or sum(files[-1].values()) + size > limit:
+            files.append({})
+        files[-1][name] = size
+    return files
+
+
+def save_shards(own: dict[str, Tensor], folder: Path, *, plan: list[list[Sizes]], rank: int) -> list[Path]:
+    """Write this rank's files, and on rank 0 the index that tells ``from_pretrained`` which file has which weight.
+
+    ``plan``: what ``split`` gave on each rank. Return the files.
+    """
+    shards = [shard for files in plan for shard in files]
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    before = sum(len(files) for files in plan[:rank])
+    written = []
+    for name, shard in zip(names[before:], plan[rank], strict=False):
+        write(folder / name, {n: TensorShard(own[n], 0, tuple(own[n].shape)) for n in shard})
+        written.append(folder / name)
+    if rank == 0:
+        weight_map = {weight: name for name, shard in zip(names, shards, strict=True) for weight in shard}
+        size = sum(sum(shard.values()) for shard in shards)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        written.append(folder / "model.safetensors.index.json")
+        written[-1].write_text(json.dumps(index, indent=2) + "\n")
+    return written
+
+
+def beside(hf: Any, tokenizer: Any, *, dtype: torch.dtype | None, separator: int | None = None) -> dict[str, bytes]:
+    """The files that make weights a model, by name: both configs, the tokenizer, the code of a model that brings its own.
+
+    ``dtype``: of the weights; ``None``: left to the program that loads them. ``separator``: the token that documents were
+    trained to end with; ``None``: the tokenizer's eos_token.
+    """
+    from transformers.dynamic_module_utils import custom_object_save
+
+    config, generation = deepcopy(hf.config), deepcopy(hf.generation_config)
+    _adopt_special_tokens(config, generation, tokenizer, separator)
+    config.use_cache = True  # off only for training
+    config.dtype = dtype
+    config.architectures = [type(hf).__name__.removeprefix("FSDP")]
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        if hf.is_remote_code():
+            custom_object_save(hf, name, config=config)
+        config.save_pretrained(name)
+        generation.to_json_file(folder / "generation_config.json")
+        tokenizer.save_pretrained(name)
+        return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def write_beside(files: Mapping[str, bytes], folder: Path) -> list[Path]:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return [folder / name for name in files]
+
+
+def _adopt_special_tokens(config: Any, generation: Any, tokenizer: Any, separator: int | None) -> None:
+    """Let the configs name the tokens that documents really ended with. A config from nothing names others; those of a
+    trained model stay, and generation also ends at ``separator``."""
+    end = separator if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if end not in (*end_ids(config), *end_ids(generation)):
+        for each in (config, generation):
+            each.bos_token_id, each.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+            each.eos_token_id = end
+    if separator is not None and separator not in end_ids(generation):
+        generation.eos_token_id = [*end_ids(generation), separator]
+
+
+def end_ids(config: Any) -> list[int]:
+    """The tokens at which a text ends, of a config that names one, several or none."""
+    named = getattr(config, "eos_token_id", None)
+    return named if isinstance(named, list) else [] if named is None else [named]

@@ -1,0 +1,147 @@
+"""The model card: what a model was trained on, how, and what that did to it; as the Hub reads it, YAML and then Markdown.
+Source: https://huggingface.co/docs/hub/model-cards"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from pretrain.runtime.redact import redact
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint.train_state import TrainState
+
+SETTINGS = (
+    *("sequence_length", "batch_size", "gradient_accumulation_steps", "lr", "warmup_proportion", "weight_decay"),
+    *("beta1", "beta2", "grad_clip", "seed"),
+)
+OF_THE_MACHINE = {"task", "name", "output_dir", "resume", "devices", "launch", "sink", "generation"}
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key)$", re.IGNORECASE)
+
+
+def model_card(
+    config: dict[str, Any], progress: TrainState, *, data: dict[str, int], facts: dict[str, Any], total_steps: int
+) -> str:
+    """``config``: the resolved one · ``data``: documents, tokens and bytes of the training text, sequences of a global batch ·
+    ``facts``: those of run.json. No path of the machine and no secret gets into it."""
+    model, dataset = config["model_name"], config["dataset"]
+    trained = "random weights" if _is_scratch(config) else f"`{public(model)}`"
+    settings = [(key, facts.get(key, config[key])) for key in SETTINGS]  # batch_size=auto has become a number
+    settings += [(part, _choice(config[part])) for part in ("scheduler", "optimizer")]
+    settings += [
+        ("precision", facts["precision"]),
+        ("strategy", f"{facts['strategy']}, {facts['world_size']} processes"),
+    ]
+    shown = {key: value for key, value in config.items() if key not in OF_THE_MACHINE}
+    parts = (
+        _front_matter(config),
+        f"# {public(config['name'])}\n",
+        f"A causal language model of {facts['parameters']:,} parameters, trained from {trained} with pretrain: "
+        f"step {progress.step:,} of {total_steps:,}, {progress.tokens:,} target tokens "
+        f"({progress.samples:,} sequences, {data['global_batch']:,} a step).\n",
+        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # where this file lies\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n",
+        "## Results\n",
+        _results(progress),
+        "## Data\n",
+        f"`{public(dataset.get('nameOrPath') or dataset.get('name') or dataset['source'])}` ({dataset['source']}): "
+        f"{data['documents']:,} documents, {data['tokens']:,} tokens, {data['bytes']:,} bytes of text.\n",
+        "## Settings\n",
+        _table(("setting", "value"), settings),
+        "<details><summary>The whole configuration</summary>\n",
+        f"```yaml\n{yaml.safe_dump(public(shown), sort_keys=False, allow_unicode=True)}```\n\n</details>\n",
+        "## Versions\n",
+        ", ".join(f"{name} {version}" for name, version in facts["versions"].items()) + ".\n",
+    )
+    return redact("\n".join(parts))
+
+
+def public(value: Any) -> Any:
+    """``value`` without secrets, and with the last part alone of a path that leads through this machine."""
+    if isinstance(value, dict):
+        return {key: public(item) for key, item in value.items() if not SECRET.search(str(key))}
+    if isinstance(value, list):
+        return [public(item) for item in value]
+    if isinstance(value, str) and value.startswith(("/", "~", "../")):
+        return Path(value).name
+    return value
+
+
+def _is_scratch(config: dict[str, Any]) -> bool:
+    return bool(config["model"]["_target_"].endswith(".Scratch"))
+
+
+def _choice(node: dict[str, Any]) -> str:
+    """A part by the name of what it builds and its own numbers."""
+    own = ", ".join(f"{key} {value}" for key, value in node.items() if not key.startswith("_"))
+    return f"{node['_target_'].rpartition('.')[2]}" + (f" ({own})" if own else "")
+
+
+def _front_matter(config: dict[str, Any]) -> str:
+    """What the Hub shows and links: only what has an address there."""
+    matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if not _is_scratch(config) and _on_the_hub(config["model_name"]):
+        matter["base_model"] = config["model_name"]
+    dataset = config["dataset"]
+    if dataset["source"] == "huggingface" and _on_the_hub(dataset["nameOrPath"]):
+        matter["datasets"] = [dataset["nameOrPath"]]
+    matter["tags"] = ["pretrain", "from-scratch" if _is_scratch(config) else "continual-pretraining"]
+    return f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _on_the_hub(name: str) -> bool:
+    """Whether a name that has worked is an address on the Hub: not the shipped model and nothing on this disk."""
+    return name != "sample" and bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def _results(progress: TrainState) -> str:
+    """Every domain before and after."""
+    if not progress.scores:
+        return "No text was scored.\n"
+    head = ("domain", "loss (nats per token)", "change", "perplexity", "bits per byte")
+    if progress.evaluated_at == 0:
+        rows = [
+            (f"{s['domain']} ({s['role']})", _n(s["loss"]), "—", _n(s["perplexity"], 2), _n(s["bits_per_byte"]))
+            for s in progress.scores
+        ]
+        since = "; it was not scored since" if progress.step else ""
+        return f"{_table(head, rows)}\nHeld-out text, at step 0: the model before this run{since}.\n"
+    note = f"Held-out text, before → at step {progress.evaluated_at:,}. A base domain's rise is what was forgotten.\n"
+    unknown = [f"{s['domain']}: {s['delta_reason']}" for s in progress.scores if s.get("delta_reason")]
+    if unknown:
+        note += f"Changes that are not known: {_cell('; '.join(unknown))}.\n"
+    return f"{_table(head, [_before_after(s) for s in progress.scores])}\n{note}"
+
+
+def _before_after(s: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the results, from a domain's last score and how far it is from the untouched model's on the same text."""
+    loss, delta, bits = s["loss"], s.get("delta_loss"), s["bits_per_byte"]
+    before = None if loss is None or delta is None else loss - delta
+    earlier_bits = bits * before / loss if bits and before and loss else None  # of the same text in the same tokens
+    losses, bits_per_byte = f"{_n(before)} → {_n(loss)}", f"{_n(earlier_bits)} → {_n(bits)}"
+    perplexity = f"{_n(_exp(before), 2)} → {_n(s['perplexity'], 2)}"
+    change = "—" if delta is None else f"{round(delta, 4) + 0.0:+.4f}"  # no minus before a zero
+    return f"{s['domain']} ({s['role']})", losses, change, perplexity, bits_per_byte
+
+
+def _exp(loss: float | None) -> float | None:
+    return math.exp(loss) if loss is not None and loss < 700 else None
+
+
+def _n(value: float | None, digits: int = 4) -> str:
+    return "—" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
+
+
+def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join(f"| {' | '.join(_cell(c) for c in line)} |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(public(value)).replace("|", "\\|").split())

@@ -1,0 +1,343 @@
+"""A config config, and what was prepared of it, → the objects of a run: where parts meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.run.prepare import Prepared, total_steps
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError
+from pretrain.training.micro_batching import MicroBatching
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint.store import CheckpointStore
+    from pretrain.checkpoint.writer import AsyncCheckpointWriter
+    from pretrain.config.schema import RunConfig
+    from pretrain.data.batch import Batch
+    from pretrain.data.changed_files import Files
+    from pretrain.data.loader import Loader
+    from pretrain.data.store.token_store import TokenView
+    from pretrain.distributed.context import DistributedContext
+    from pretrain.distributed.rank_info import RankInfo
+    from pretrain.evaluation.perplexity import Domain, Evaluator
+    from pretrain.evaluation.samples import Sampler
+    from pretrain.evaluation.untouched import Untouched
+    from pretrain.models.model_factory import ModelFactory
+    from pretrain.runtime.signals import Interrupt
+    from pretrain.runtime.watchdog import Watchdog
+    from pretrain.strategy.base import Setting
+    from pretrain.strategy.engine import Engine, InferenceEngine
+    from pretrain.telemetry.interval import Interval
+    from pretrain.telemetry.record import Record
+    from pretrain.training.exporter import Exporter
+    from pretrain.training.guard.guard import Guard
+    from pretrain.training.layer_statistics import LayerStatistics
+    from pretrain.training.trainer import Listener, Schedule, Trainer
+
+
+def build_world(config: RunConfig, place: RankInfo, *, group: bool) -> DistributedContext:
+    from pretrain.checkpoint.rng import seed_everything
+    from pretrain.distributed.context import enter
+
+    world = enter(place, group=group, timeout_seconds=config.launch.patience)
+    seed_everything(config.seed, rank=place.rank)
+    return world
+
+
+def build_engine(config: RunConfig, prepared: Prepared, setting: Setting, world: DistributedContext) -> Engine:
+    """Model and optimizer on this rank, by the strategy."""
+    optimizer = config.optimizer
+    engine: Engine = config.strategy.setup(
+        build_model_factory(config, prepared.model),
+        lambda model: optimizer(model.hf_named_parameters()),
+        setting=setting,
+        world=world,
+    )
+    return engine
+
+
+def build_model_factory(config: RunConfig, model: Any) -> ModelFactory:
+    from pretrain.models.model_factory import ModelFactory
+
+    return ModelFactory(model, config.precision.param_dtype, config.seed)
+
+
+def build_scorer(config: RunConfig, prepared: Prepared, world: DistributedContext) -> InferenceEngine:
+    """The model alone, for evaluation and generation."""
+    from pretrain.strategy.engine import InferenceEngine
+
+    model = build_model_factory(config, prepared.model).build(world.device)
+    return InferenceEngine(model, precision=config.precision, world=world)
+
+
+def build_evaluator(config: RunConfig, prepared: Prepared, *, batch_size: int | None = None) -> Evaluator:
+    """``batch_size``: the training's, for ``evaluation.batch_size=auto``; ``None``: there is no training.
+
+    Raises ``UserError`` for auto without one.
+    """
+    from pretrain.data.evaluation import evaluation_batches, first_tokens
+    from pretrain.evaluation.perplexity import Domain, Evaluator
+
+    for line in prepared.notices:
+        notice(line)
+    policy = config.evaluation
+    scored = batch_size if policy.batch_size == "auto" else policy.batch_size
+    if scored is None:
+        raise UserError("evaluation.batch_size=auto is that of a training; here it needs a number")
+
+    settings = {
+        "sequence_length": config.sequence_length,
+        "document_mask": config.dataset.document_mask,
+        "tokenizer": prepared.identity["tokenizer"],
+        "precision": config.precision.name,
+    }
+
+    def domain(name: str, role: str, held_out: TokenView) -> Domain:
+        batches = evaluation_batches(
+            held_out,
+            sequence_length=config.sequence_length,
+            batch_size=scored,
+            document_mask=config.dataset.document_mask,
+            max_tokens=policy.max_tokens,
+        )
+        prompts = first_tokens(batches.view, policy.samples, policy.sample_prompt_tokens)
+        return Domain(name, role, batches, prompts, settings)
+
+    return Evaluator([domain(*d) for d in prepared.domains])
+
+
+def build_sampler(config: RunConfig, prepared: Prepared, scorer: InferenceEngine, evaluator: Evaluator) -> Sampler:
+    """What continues the first tokens of the evaluated documents, and the user's own prompts.
+
+    Raises ``UserError`` for a prompt longer than the model has positions.
+    """
+    from pretrain.evaluation.samples import Sampler, prompts_of
+
+    policy, tokenizer = config.evaluation, prepared.tokenizer
+    around, positions = prepared.boundaries, scorer.model.num_positions
+    first = around.separator if around.bos is None else around.bos
+    prompts = prompts_of(evaluator.domains, policy, tokenizer, first=first, num_positions=positions)
+    return Sampler(prompts, tokenizer, policy.sample_tokens, separator=around.separator)
+
+
+def build_exporter(
+    config: RunConfig, prepared: Prepared, engine: Engine, folder: Path, *, facts: dict[str, Any], steps: int
+) -> Exporter:
+    """What turns the weights of ``engine`` into Hugging Face folders of the run in ``folder``."""
+    from pretrain.models.hub.model_card import model_card
+    from pretrain.training.exporter import Exporter
+
+    policy, train = config.checkpoint, prepared.train
+    data = {"documents": train.num_documents, "tokens": train.num_tokens, "bytes": train.num_bytes}
+    data |= {"global_batch": prepared.global_batch}
+    return Exporter(
+        engine,
+        prepared.tokenizer,
+        folder,
+        when=policy.export,
+        shard_size=policy.export_shard_size,
+        save_dtype=prepared.model.save_dtype,
+        card=partial(model_card, config.plain, data=data, facts=facts, total_steps=steps),
+        separator=prepared.boundaries.separator,
+    )
+
+
+def build_schedule(config: RunConfig, steps: int) -> Schedule:
+    from pretrain.optim.learning_rate import warmup_steps
+
+    warm = warmup_steps(steps, config.warmup_proportion)
+    return partial(config.scheduler, total_steps=steps, warmup_steps=warm)
+
+
+def build_facts(
+    config: RunConfig, engine: Engine, *, split: MicroBatching, setting: Setting, place: RankInfo
+) -> dict[str, Any]:
+    """What stands in run.json and what rates are worked out from."""
+    from pretrain.run.metadata import run_facts, speed_facts
+
+    peak = config.telemetry.peak_flops
+    facts = run_facts(config, engine.world, engine, restarts=place.restarts) | split.facts()
+    return facts | speed_facts(config, engine, devices=setting.devices, peak=peak)
+
+
+def build_listeners(
+    config: RunConfig, folder: Path, files: Files, *, uniform_loss: float | None
+) -> tuple[list[Listener], Callable[[], list[Record]]]:
+    """Who hears of the run's events, and what tells the records that belong into the next checkpoint. ``files``: of the
+    training data, to be watched. ``uniform_loss``: see ``BaselineCheck``."""
+    from pretrain.data.changed_files import FilesWatch
+    from pretrain.telemetry.baseline import BaselineCheck
+    from pretrain.telemetry.monitor import Monitor
+    from pretrain.telemetry.run_file import RunFile
+
+    monitor = Monitor(config.build_sinks(), run=folder, log_every=config.log_every)
+    watchers: list[Listener] = [FilesWatch(files), BaselineCheck(uniform_loss)]
+    return [monitor, RunFile(folder, monitor.summary), *watchers], monitor.unsaved
+
+
+def build_intervals(config: RunConfig, prepared: Prepared, steps: int) -> tuple[Interval, Interval]:
+    """After how many of its ``steps`` the run evaluates, and saves; what was changed in them is logged."""
+    from pretrain.telemetry.interval import Interval
+    from pretrain.training.cadence import cadence
+
+    policy, kept = config.evaluation, config.checkpoint
+    sequences = (prepared.train.num_tokens - 1) // config.sequence_length
+    found = cadence(
+        steps=steps,
+        epoch_steps=max(1, sequences // prepared.global_batch),
+        evaluate_every=config.evaluate_every,
+        save_every=config.save_every,
+        per_epoch=policy.per_epoch,
+        with_evaluation=kept.with_evaluation,
+        keep_every=kept.keep_every,
+    )
+    for line in found.notices:
+        notice(line)
+    return Interval(found.evaluate_every), Interval(found.save_every)
+
+
+def build_untouched(config: RunConfig, prepared: Prepared, *, batch_size: int) -> Untouched:
+    """What scores the model before the run. Random initial weights follow from the seed too."""
+    from pretrain.evaluation.untouched import Untouched
+
+    weights_follow_from = ("model", "seed") if prepared.model.weights() is None else ("model",)
+    evaluator = build_evaluator(config, prepared, batch_size=batch_size)
+    return Untouched(evaluator, weights_follow_from, is_there=not prepared.base_gone)
+
+
+def build_loader(config: RunConfig, prepared: Prepared, split: MicroBatching, world: DistributedContext) -> Loader:
+    """This rank's share of the training documents; ``split``: of all its devices."""
+    from pretrain.data.loader import Loader
+
+    return Loader(
+        prepared.train,
+        sequence_length=config.sequence_length,
+        seed=config.seed,
+        batch_size=split.batch_size,
+        accumulation=split.accumulation,
+        rank=world.rank,
+        world_size=world.size,
+        document_mask=config.dataset.document_mask,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def build_guard(config: RunConfig, prepared: Prepared, engine: Engine, loader: Loader, folder: Path) -> Guard:
+    """The judge of every step; rank 0 writes quarantine.jsonl into ``folder``."""
+    from pretrain.training.guard.guard import Guard
+    from pretrain.training.guard.quarantine import Quarantine
+
+    file = folder / "quarantine.jsonl" if engine.world.is_main else None
+    return Guard(
+        config.guard,
+        device=engine.world.device,
+        quarantine=Quarantine(file, loader=loader, tokenizer=prepared.tokenizer),
+        scaled=engine.scaler.is_enabled(),
+        agree=engine.world.all_reduce_max,
+    )
+
+
+def build_split(
+    config: RunConfig, prepared: Prepared, engine: Engine, *, setting: Setting, resume_from: Path | None
+) -> MicroBatching:
+    """What the config says, or for ``batch_size=auto`` what the run has done so far on such a device, or what fits."""
+    import numpy as np
+
+    from pretrain.data.blocks import Blocks
+    from pretrain.run.folder import recorded_batch_size
+    from pretrain.run.metadata import device_name
+    from pretrain.training.batch_size import choose, moment_bytes
+
+    asked, world = MicroBatching.asked(config), engine.world
+    if config.batch_size != "auto":
+        return asked
+    blocks, length = Blocks(prepared.train, config.sequence_length), config.sequence_length
+
+    def rows(size: int) -> Batch:
+        indices = np.arange(size * setting.devices_per_worker)
+        return blocks.batch(indices, document_mask=config.dataset.document_mask)
+
+    size = world.on_main_rank(lambda: recorded_batch_size(resume_from, device=device_name(world.device)))
+    if size is not None and asked.total % size == 0:
+        split, why = asked.of(size), "as this run has had it so far"
+    else:
+        moments = moment_bytes(config.optimizer, engine.model)
+        split, why = choose(engine, rows, total=asked.total, sequence_length=length, moment_bytes=moments)
+    notice(f"batch_size=auto: batch_size={split.batch_size} gradient_accumulation_steps={split.accumulation} ({why})")
+    return split
+
+
+def build_saver(
+    config: RunConfig, store: CheckpointStore, world: DistributedContext, watchdog: Watchdog
+) -> AsyncCheckpointWriter:
+    from pretrain.checkpoint.writer import AsyncCheckpointWriter
+
+    timeout = config.launch.timeout
+    return AsyncCheckpointWriter(
+        store, world=world, background=store.policy.async_, timeout_seconds=timeout, alive=watchdog.heartbeat
+    )
+
+
+def build_layers(config: RunConfig, engine: Engine) -> LayerStatistics:
+    from pretrain.telemetry.interval import Interval
+    from pretrain.training.layer_statistics import LayerStatistics
+
+    return LayerStatistics(engine, Interval(config.telemetry.layers_every))
+
+
+def build_trainer(
+    config: RunConfig,
+    prepared: Prepared,
+    folder: Path,
+    store: CheckpointStore,
+    *,
+    resume_from: Path | None,
+    interrupt: Interrupt,
+    setting: Setting,
+    place: RankInfo,
+    world: DistributedContext,
+    watchdog: Watchdog,
+) -> Trainer:
+    from pretrain.checkpoint.rng import rng_state
+    from pretrain.training.trainer import Trainer
+
+    steps = total_steps(config, prepared)
+    engine = build_engine(config, prepared, setting, world)
+    rng = rng_state()  # before anything is tried
+    split = build_split(config, prepared, engine, setting=setting, resume_from=resume_from)
+    micro_batch = split.batch_size * setting.devices_per_worker
+    loader = build_loader(config, prepared, MicroBatching(micro_batch, split.accumulation), world)
+    evaluate_every, save_every = build_intervals(config, prepared, steps)
+    untouched = build_untouched(config, prepared, batch_size=split.batch_size)
+    uniform = prepared.model.uniform_loss()
+    facts = build_facts(config, engine, split=split, setting=setting, place=place) | {"uniform_loss": uniform}
+    files = prepared.train.store.files
+    heard = build_listeners(config, folder, files, uniform_loss=uniform) if world.is_main else ([], list)
+    return Trainer(
+        world=world,
+        engine=engine,
+        loader=loader,
+        guard=build_guard(config, prepared, engine, loader, folder),
+        schedule=build_schedule(config, steps),
+        untouched=untouched,
+        sampler=build_sampler(config, prepared, engine, untouched.evaluator),
+        saver=build_saver(config, store, world, watchdog),
+        interrupt=interrupt,
+        identity=prepared.identity,
+        rng=rng,
+        total_steps=steps,
+        micro_batch=micro_batch,
+        grad_clip=config.grad_clip,
+        evaluate_every=evaluate_every,
+        save_every=save_every,
+        exporter=build_exporter(config, prepared, engine, folder, facts=facts, steps=steps),
+        layers=build_layers(config, engine),
+        resume_from=resume_from,
+        facts=facts,
+        listeners=heard[0],
+        unsaved_records=heard[1],
+        watchdog=watchdog,
+    )

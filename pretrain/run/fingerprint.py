@@ -1,0 +1,126 @@
+"""Whether two commands mean the same run: what a checkpoint has recorded of the run against what is configured now."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.checkpoint.schema import read_state
+from pretrain.run.leftovers import LATER, read_config, with_later_keys
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.strict_json import read_json
+
+FIXED = {  # part of a run's identity → the config keys it follows from
+    "model": ("model_name", "model"),
+    "tokenizer": ("model_name", "model"),
+    "data": ("dataset",),
+    "sequence_length": ("sequence_length",),
+    "global_batch": ("batch_size", "gradient_accumulation_steps", "devices"),
+    "seed": ("seed",),
+    "weights": ("precision",),
+    "optimizer": ("optimizer",),
+}
+FREE = {  # may differ in a run that is over; of the batch only its product counts, which is compared before
+    *("name", "output_dir", "task", "resume", "resume_allow", "allow_targets", "devices", "strategy", "launch"),
+    *("sweep", "sweep_dir"),
+    *("batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every", "save_every"),
+    *("sink", "checkpoint", "evaluation", "generation", "guard", "telemetry"),
+}
+
+PLACES = ("model_name", "name_or_path", "tokenizer_name", "revision", "nameOrPath")  # where content lies
+
+if TYPE_CHECKING:
+    from pretrain.config.schema import RunConfig
+
+
+def check_same_run(
+    checkpoint: Path, identity: dict[str, Any], config: RunConfig, *, model_config: dict[str, Any], files: str
+) -> None:
+    """Raises ``UserError`` listing old and new values when ``checkpoint`` is of a run with another model, tokenizer,
+    data, sequence length, global batch or seed; such a run can't be continued exactly. ``model_config``: the model's
+    config.json of now; ``files``: which ones of the data are others now."""
+    before = read_state(checkpoint)["identity"]
+    changed = [p for p in FIXED if before.get(p) != identity[p] and p not in config.resume_allow]
+    if not changed:
+        return
+    earlier = read_config(checkpoint)
+    new = config.plain
+    old = with_later_keys(earlier, new)
+    reasons = []
+    for part in changed:
+        keys = [d for d in differences(old, new) if d.split(".")[0].split(":")[0] in FIXED[part]]
+        why = " (the files changed since the run began)" if part in ("model", "tokenizer", "data") else ""
+        if part == "data" and files:
+            keys.append(f"the data is not what the run began with: {files}")
+        if part == "data" and not keys and old != earlier:
+            keys.append(
+                f"{'; '.join(LATER)}: the run began without BOS before documents; {LATER[0]}=false continues it"
+            )
+        reasons += keys or [f"{part}: {before.get(part)} → {identity[part]}{why}"]
+        if part == "model":
+            reasons += other_shape(checkpoint, model_config)
+    raise UserError(
+        f"{checkpoint} can't be continued with other settings: {'; '.join(dict.fromkeys(reasons))}. "
+        "Choose another output_dir, or resume=never to start over"
+        f"{_allowing(changed)}"
+    )
+
+
+def other_shape(checkpoint: Path, model_config: dict[str, Any]) -> list[str]:
+    """The numbers of the model's config that are others in the checkpoint's, as ``differences`` tells them."""
+    try:
+        saved = read_json(checkpoint / "config.json")
+    except (OSError, ValueError):
+        return []
+    if not isinstance(saved, dict):
+        return []
+    both = [key for key in model_config if key in saved and isinstance(saved[key], int)]
+    return differences({key: saved[key] for key in both}, {key: model_config[key] for key in both})
+
+
+def _allowing(changed: list[str]) -> str:
+    if "model" in changed:
+        return ""
+    return f"; or continue, no longer exactly, with resume_allow=[{','.join(changed)}]"
+
+
+def check_finished_run(old: dict[Any, Any], config: RunConfig) -> None:
+    """Raises ``UserError`` when the finished run of the config ``old`` was made with other settings than these."""
+    if changed := changed_settings(old, config.plain, same_content=True):
+        raise UserError(
+            f"output_dir={config.output_dir} holds a finished run with other settings: {'; '.join(changed)}. "
+            "Choose another output_dir, or resume=never to start over"
+        )
+
+
+def changed_settings(old: dict[Any, Any], new: dict[str, Any], *, same_content: bool = False) -> list[str]:
+    """The settings of a run that are others now, but for those that may differ in one that is over. Where the model and the
+    data lie is none of them: ``same_content``, if it is known to be the same, wherever it lies; else of the same place."""
+
+    old = with_later_keys(old, new)
+
+    def without_places(config: dict[Any, Any]) -> dict[Any, Any]:
+        return {key: _at_its_place(key, value, same_content) for key, value in config.items() if key not in FREE}
+
+    return differences(without_places(old), without_places(new))
+
+
+def _at_its_place(key: Any, value: Any, same_content: bool) -> Any:
+    if isinstance(value, dict):
+        return {k: _at_its_place(k, v, same_content) for k, v in value.items()}
+    if key not in PLACES or not isinstance(value, str):
+        return value
+    return None if same_content else os.path.abspath(os.path.expanduser(value))
+
+
+def differences(old: dict[Any, Any], new: dict[Any, Any], prefix: str = "") -> list[str]:
+    """``["lr: 0.1 → 0.2", …]`` for every leaf that differs, in the order of the new config."""
+    found = []
+    for key in dict.fromkeys([*new, *old]):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: {before} → {after}")
+    return found

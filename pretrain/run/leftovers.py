@@ -1,0 +1,147 @@
+"""What an earlier command has left in a folder, and whether the next one may write there: nothing of it is overwritten."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pretrain.config.trust import with_moved_targets
+from pretrain.config.yaml_file import read_yaml
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.filesystem import move
+from pretrain.telemetry.run_file import read_run_file
+
+RUN_ID = ".run_id"  # of the command whose processes have last claimed the folder
+RESULTS = (  # what took time to make
+    *("checkpoints", "model", "models", "metrics.jsonl", "run.json", "report.html", "quarantine.jsonl"),
+    *("train.csv", "evaluation.csv", "layers.csv", "data.csv"),
+)
+SETTINGS = ("config.yaml", "data.json", ".hydra/config.yaml", ".hydra/overrides.yaml")
+MOST_NAMED = 4
+LATER = ("dataset.bos", "dataset.separator")  # keys that the configs of earlier runs lack
+
+
+def found_in(folder: Path, names: tuple[str, ...] = RESULTS) -> list[str]:
+    """Those of ``names`` that are there; an empty folder or file is nothing."""
+    return [name for name in names if _is_something(folder / name)]
+
+
+def _is_something(path: Path) -> bool:
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.is_symlink() or (path.exists() and path.stat().st_size > 0)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a command of this program has worked in the folder; names alone do not tell: many programs have a
+    config.yaml."""
+    own = (folder / RUN_ID).exists() or "status" in read_run_file(folder)
+    return own or any((folder / "checkpoints").glob("step-*/COMPLETE.json"))
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run in which a checkpoint lies, however its path was typed."""
+    return checkpoint.resolve().parent.parent
+
+
+def check_not_foreign(folder: Path) -> None:
+    """Raises ``UserError`` for a folder with files of somebody else under the names of ours."""
+    found = found_in(folder, (*RESULTS, *SETTINGS))
+    if found and not is_run(folder):
+        raise UserError(
+            f"output_dir={folder}: {_named(found)} in it {'is' if len(found) == 1 else 'are'} no run's and would be replaced; "
+            "choose another"
+        )
+
+
+def task_of(folder: Path) -> str | None:
+    """The task whose results the folder holds; ``None`` where there are none, or nobody knows."""
+    if not found_in(folder) or not (folder / "config.yaml").exists():
+        return None
+    return str(read_config(folder).get("task", "pretraining"))
+
+
+def has_saved(folder: Path) -> bool:
+    """Whether the run in the folder has come so far that it has made a checkpoint or a model, wherever they are now."""
+    made = [p for name in ("checkpoints", "models") for p in (folder / name).glob("*step-*") if not p.suffix]
+    if made or found_in(folder, ("model",)) or read_run_file(folder).get("status") == "finished":
+        return True  # one with an ending was being written, or removed
+    return any(b'"event": "checkpoint"' in line for line in _lines(folder / "metrics.jsonl"))
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether it has a record of a step."""
+    return any(b'"event": "train"' in line for line in _lines(folder / "metrics.jsonl"))
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    if file.is_file():
+        with file.open("rb") as lines:
+            yield from lines
+
+
+def describe(folder: Path) -> str:
+    """``a run of 20 steps (finished; metrics.jsonl, model)``."""
+    facts = read_run_file(folder)
+    steps = f" of {facts['steps']} steps" if isinstance(facts.get("steps"), int) else ""
+    status = f"{facts['status']}; " if isinstance(facts.get("status"), str) else ""
+    return f"a run{steps} ({status}{_named(found_in(folder))})"
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def move_aside(path: Path) -> Path:
+    """Rename the folder, or what a link leads to, to ``<name>.old-<number>`` and return its new name.
+
+    Raises ``UserError`` where that can't be.
+    """
+    real = Path(os.path.realpath(path))
+    if real in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"output_dir={path}: the earlier run in it can't be moved aside, you are in it; choose another")
+    number = 1
+    while os.path.lexists(aside := real.with_name(f"{real.name}.old-{number}")):
+        number += 1
+    try:
+        move(real, aside)
+    except OSError as error:  # a mount point, a folder above that can't be written
+        raise UserError(
+            f"output_dir={path}: the earlier run in it can't be moved aside: {error.strerror}; choose another"
+        ) from None
+    return aside
+
+
+def keep_aside(file: Path) -> Path | None:
+    """Rename a file to ``<name>.old-<number><ending>``; ``None`` where there is none."""
+    if not os.path.lexists(file):
+        return None
+    number = 1
+    while os.path.lexists(aside := file.with_name(f"{file.stem}.old-{number}{file.suffix}")):
+        number += 1
+    move(file, aside)
+    return aside
+
+
+def read_config(folder: Path) -> dict[Any, Any]:
+    """config.yaml of a run or a checkpoint. Raises ``UserError`` when it is no YAML mapping of plain values."""
+    file = folder / "config.yaml"
+    config = read_yaml(file)
+    if not isinstance(config, dict):
+        raise UserError(f"{file} can't be read: not a mapping of keys to values")
+    moved: dict[Any, Any] = with_moved_targets(config)
+    return moved
+
+
+def with_later_keys(old: dict[Any, Any], new: dict[str, Any]) -> dict[Any, Any]:
+    """The config of a run begun before there were ``LATER`` keys, with the values of ``new`` for those that it lacks: what
+    they do to the run is in its identity."""
+    for path in LATER:
+        group, _, key = path.partition(".")
+        node = old.get(group)
+        if isinstance(node, dict) and key not in node and key in new[group]:
+            old = old | {group: node | {key: new[group][key]}}
+    return old

@@ -1,0 +1,76 @@
+"""What to say to the user when memory has run out: how much, where, and the settings that would fit.
+
+It is the user's to change, so it ends the run as a mistake does: one line, exit code 2, and no restart of the workers.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from pretrain.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pretrain.config.schema import RunConfig
+    from pretrain.runtime.out_of_memory import OutOfMemory
+    from pretrain.training.micro_batching import MicroBatching
+
+
+def explained(
+    failure: OutOfMemory,
+    config: RunConfig,
+    *,
+    split: MicroBatching,
+    memory_saving_overrides: list[str],
+    device: torch.device,
+    step: int,
+) -> UserError:
+    """The failure in a line, with the settings of this very config that need less.
+
+    ``split``: how the step was divided; ``memory_saving_overrides``: what the strategy has to offer; ``step``: steps done so far.
+    """
+    length = f"sequence_length={config.sequence_length}"
+    scored = config.evaluation.batch_size
+    scored = split.batch_size if scored == "auto" else scored
+    where = {
+        "setup": "while the model was being built",
+        "step": f"at step {step + 1} with batch_size={split.batch_size} × {length}",
+        "evaluation": f"in the evaluation after step {step} with evaluation.batch_size={scored} × {length}",
+        "run": f"after step {step}",
+    }[failure.doing]
+    ways = {"step": smaller_step(split), "evaluation": smaller_evaluation(scored)}.get(failure.doing, [])
+    more = [*(other_ways(config, device) if failure.doing in ("step", "run") else ()), *memory_saving_overrides]
+    if failure.doing == "step" and split.batch_size == 1:
+        more.append("a shorter sequence_length (another run)")
+    if more:
+        ways.append(f"{'less is needed' if not ways else 'less still'} with {', '.join(more)}")
+    if step:
+        ways.append("the run goes on from its last checkpoint")
+    return UserError(f"out of memory {where} on {device}: {failure}{'; ' if ways else ''}{'; '.join(ways)}")
+
+
+def smaller_step(split: MicroBatching) -> list[str]:
+    """The same global batch in smaller pieces."""
+    if split.batch_size == 1:
+        return []
+    less = split.smaller()
+    return [
+        f"batch_size={less.batch_size} gradient_accumulation_steps={less.accumulation} keeps the global batch with about "
+        f"{Fraction(less.batch_size, split.batch_size)} of the activations"
+    ]
+
+
+def smaller_evaluation(scored: int) -> list[str]:
+    return [f"evaluation.batch_size={scored // 2} gives the same scores"] if scored > 1 else []
+
+
+def other_ways(config: RunConfig, device: torch.device) -> list[str]:
+    """What of the model and the precision would take less and is not yet so."""
+    ways = []
+    if not getattr(config.model, "gradient_checkpointing", True):
+        ways.append("model.gradient_checkpointing=true")
+    if device.type == "cuda" and config.precision.compute == "float32":
+        ways.append("precision=bf16-mixed")
+    return ways

@@ -1,0 +1,76 @@
+"""What a run should be able to say of itself later: model size, device, versions, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from pretrain.config.schema import RunConfig
+    from pretrain.distributed.context import DistributedContext
+    from pretrain.strategy.engine import Engine, InferenceEngine
+
+LIBRARIES = ("pretrain", "torch", "transformers", "tokenizers", "datasets", "hydra-core")
+
+
+def run_facts(
+    config: RunConfig, world: DistributedContext, scorer: InferenceEngine, *, restarts: int = 0
+) -> dict[str, Any]:
+    """Plain values for run.json and the ``run_started`` record."""
+    import torch
+
+    return {
+        "name": config.name,
+        "model": config.model_name,
+        "parameters": scorer.num_parameters,
+        "strategy": config.strategy.name,
+        "precision": scorer.precision.name,
+        "world_size": world.size,
+        "launch_restarts": restarts,
+        "device": device_name(world.device),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | versions(),
+        "git_commit": git_commit(),
+        "host_cores": os.cpu_count(),
+    }
+
+
+def speed_facts(config: RunConfig, engine: Engine, *, devices: int, peak: float | None) -> dict[str, Any]:
+    """What rates are worked out from. ``devices``: of all processes; ``peak``: FLOP/s of one, where the user says so."""
+    from pretrain.models.flops import flops_per_token
+    from pretrain.telemetry.peaks import peak_flops
+
+    known = peak_flops(device_name(engine.world.device), engine.precision.products) if peak is None else peak
+    shape = {"sequence_length": config.sequence_length, "devices": devices, "peak_flops": known}
+    return shape | flops_per_token(engine.model.hf, config.sequence_length).facts()
+
+
+def device_name(device: torch.device) -> str:
+    """What kind of device it is: the GPU's name, or cpu."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def versions() -> dict[str, str]:
+    """Of what is installed; this program is not, where it runs from a bare checkout."""
+    found = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory; ``None`` outside a repository or without git."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

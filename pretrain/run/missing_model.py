@@ -1,0 +1,97 @@
+"""A run whose base model is gone: its checkpoint holds all that it needs to continue (config, tokenizer, weights)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.checkpoint.config import Verify
+from pretrain.checkpoint.schema import read_state, validation_error
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.models.hub.files import model_folder
+from pretrain.run.leftovers import read_config
+from pretrain.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from pretrain.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Remains:
+    """``checkpoint``: from which the run continues. ``identity``: of the base model, as the run has recorded it. ``name``: as
+    it was typed."""
+
+    checkpoint: Path
+    identity: str
+    name: str
+
+    @property
+    def notice(self) -> str:
+        return f"model_name={self.name} is no longer there: the run continues with the model in {self.checkpoint}"
+
+    def in_place_of(self, spec: Any) -> Any:
+        """``spec`` with the checkpoint's config, and its tokenizer where that of ``spec`` is gone too."""
+        own: dict[str, Any] = {"name_or_path": str(self.checkpoint), "revision": None}
+        if spec.tokenizer_name is not None and not _is_there(spec.tokenizer_name, "model.tokenizer_name"):
+            own["tokenizer_name"] = None
+        if hasattr(spec, "overrides"):  # of a model from scratch; the checkpoint's config has them
+            own |= {"overrides": {}, "train_tokenizer": None}
+        return replace(spec, **own)
+
+
+def remains_of(config: RunConfig) -> Remains | None:
+    """What is left of the run that ``config`` continues, if the model that it names is the one that the run was last
+    continued with; ``None``: nothing is left.
+
+    Raises ``UserError`` where it names another model, which is not there.
+    """
+    checkpoint = _checkpoint(config)
+    if checkpoint is None:
+        return None
+    try:
+        before, state = read_config(checkpoint), read_state(checkpoint)
+    except UserError:
+        return None
+    if not all(_same_place(before.get("model", {}).get(key), getattr(config.model, key, None)) for key in NAMES):
+        name, known = config.model_name, before.get("model_name")
+        if name != known and not _is_there(name, "model_name"):
+            raise UserError(
+                f"model_name={name}: no such folder or model; {checkpoint} was trained with model_name={known}: "
+                "with this name the run continues, even where that folder is gone"
+            )
+        return None
+    return Remains(checkpoint, state["identity"]["model"], config.model_name)
+
+
+NAMES = ("name_or_path", "tokenizer_name", "revision")
+
+
+def _checkpoint(config: RunConfig) -> Path | None:
+    """The newest checkpoint that can be loaded, as `run_folder.resume_point` is going to find it."""
+    mode = config.resume
+    if config.task != "pretraining" or mode == "never":
+        return None
+    verify: Verify = config.checkpoint.verify
+    for run in (Path(config.output_dir), *([Path(mode)] if mode != "auto" else [])):
+        store = CheckpointStore(run / "checkpoints")
+        for step in reversed(store.steps()):
+            if validation_error(store.path(step), verify=verify) is None:
+                return store.path(step)
+    return Path(mode) if mode != "auto" and validation_error(Path(mode), verify=verify) is None else None
+
+
+def _same_place(before: Any, now: Any) -> bool:
+    return before == now or (isinstance(before, str) and isinstance(now, str) and _absolute(before) == _absolute(now))
+
+
+def _absolute(name: str) -> str:
+    return os.path.abspath(os.path.expanduser(name))
+
+
+def _is_there(name: str, key: str) -> bool:
+    try:
+        return model_folder(name, key=key).is_dir()
+    except UserError:
+        return False

@@ -1,0 +1,275 @@
+"""What `task=` names. Each task takes the config config and returns the exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.distributed.context import leave
+from pretrain.distributed.rank_info import RankInfo
+from pretrain.optim.learning_rate import peak_lr
+from pretrain.run import build
+from pretrain.run.folder import begin, check_task, claim, start_over
+from pretrain.run.leftovers import found_in, keep_aside
+from pretrain.run.memory_advice import explained
+from pretrain.run.prepare import Prepared, model_spec, prepare, total_steps
+from pretrain.runtime import garbage_collector as collector
+from pretrain.runtime.console import log_error, log_to, mute, notice, quietly
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.out_of_memory import OutOfMemory, watched
+from pretrain.runtime.safe_files import open_new
+from pretrain.runtime.signals import EXIT_CODE, Interrupt
+from pretrain.runtime.watchdog import Watchdog
+from pretrain.telemetry.events import RunFinished
+from pretrain.telemetry.run_file import mark_failed
+from pretrain.training.micro_batching import MicroBatching
+
+if TYPE_CHECKING:
+    from pretrain.config.schema import RunConfig
+    from pretrain.distributed.context import DistributedContext
+    from pretrain.strategy.base import Setting
+    from pretrain.training.trainer import Trainer
+
+
+def pretraining(
+    config: RunConfig,
+    overrides: list[str],
+    interrupt: Interrupt,
+    setting: Setting,
+    place: RankInfo,
+    on_hang: Callable[[str, str], None] | None = None,
+) -> int:
+    """Continue the run in output_dir, or start it, as one of its processes. ``on_hang(place, how_long)`` hears where
+    a process that is about to be ended stands still; by default the person at the terminal does."""
+    prepared, steps, world = meet(config, interrupt, setting, place)
+    folder = Path(config.output_dir)
+    store = CheckpointStore(folder / "checkpoints", config.checkpoint)
+    store.policy.check({name: role for name, role, _ in prepared.domains})
+    with ExitStack() as claims:
+        start = world.on_main_rank(
+            lambda: begin(
+                *(config, overrides, prepared.identity, steps),
+                model_config=prepared.model.config(),
+                lr_by_size=lambda: peak_lr(prepared.model.num_parameters()),
+                files=prepared.train.store.files,
+                place=place,
+                store=store,
+                claims=claims,
+            )
+        )
+        if start is None:
+            leave()
+            return 0
+        config = config.with_lr(start.lr)
+        watchdog = guarded_by(config, folder / "logs" / f"rank-{place.rank}.log", on_hang, claims)
+        with memory_explained(config, world, setting):
+            trainer = build.build_trainer(
+                config,
+                prepared,
+                folder,
+                replace(store, files={"config.yaml": start.config_yaml.encode()}),
+                resume_from=start.resume_from,
+                interrupt=interrupt,
+                setting=setting,
+                place=place,
+                world=world,
+                watchdog=watchdog,
+            )
+        interrupt.defer_signals = True
+        collector.as_usual()
+        with memory_explained(config, world, setting, trainer):
+            run_logged(trainer)
+    leave()
+    return 0 if trainer.complete else EXIT_CODE
+
+
+def meet(
+    config: RunConfig, interrupt: Interrupt, setting: Setting, place: RankInfo
+) -> tuple[Prepared, int, DistributedContext]:
+    """Prepare the data, alone, and only then meet the other ranks; all have found the same. The data, and the run's steps."""
+    if place.rank > 0:
+        mute()
+    with quietly() if place.prepared else nullcontext():
+        prepared = prepare(config, devices=setting.devices)
+    steps = total_steps(config, prepared)
+    interrupt.defer_signals = place.size > 1  # from here on the others would wait for a process that leaves
+    world = build.build_world(config, place, group=config.strategy.needs_group)
+    check_ranks_agree(world, setting, {"configuration": config.plain, "steps": steps} | prepared.identity)
+    return prepared, steps, world
+
+
+def guarded_by(config: RunConfig, log: Path, on_hang: Callable[[str, str], None] | None, claims: ExitStack) -> Watchdog:
+    """A watchdog that is at work until ``claims`` ends; it writes into ``log``, as from now on everything does."""
+    log_to(log)
+    watchdog, policy = Watchdog(), config.launch
+    tell = on_hang or partial(say_hung, log)
+    claims.enter_context(watchdog.guarding(policy.timeout, policy.patience, log=log, tell=tell))
+    return watchdog
+
+
+def say_hung(log: Path, place: str, how_long: str) -> None:
+    """Say that this process stands still, and note it in run.json. Neither waits: what hangs may be the disk, or whatever
+    holds a lock that logging needs."""
+    sys.stderr.write(
+        f"{log.stem} stands still at {place}: {how_long}, so it ends; all stacks are in {log}; the same command goes on "
+        "from the last checkpoint\n"
+    )
+    threading.Thread(target=mark_failed, args=(log.parent.parent,), daemon=True).start()
+
+
+def check_ranks_agree(world: DistributedContext, setting: Setting, facts: dict[str, Any]) -> None:
+    """Raises ``UserError`` where ranks on other machines were given, or found, something else than rank 0."""
+    if world.size != setting.workers:
+        raise UserError(
+            f"{world.size} processes have met, {setting.workers} were meant to: give all nodes equal devices"
+        )
+    every = world.all_gather_object(lambda: facts)
+    for rank, theirs in enumerate(every):
+        differing = [name for name, value in every[0].items() if theirs[name] != value]
+        if differing:
+            raise UserError(
+                f"rank {rank} has another {', '.join(differing)} than rank 0: all need the same command, model and text"
+            )
+
+
+@contextmanager
+def memory_explained(
+    config: RunConfig, world: DistributedContext, setting: Setting | None = None, trainer: Trainer | None = None
+) -> Iterator[None]:
+    """Memory that runs out inside becomes a ``UserError`` that says what would fit. ``setting``: of a run that trains;
+    ``trainer``: as soon as there is one."""
+    try:
+        with watched("setup" if trainer is None else "run"):
+            yield
+    except OutOfMemory as failure:
+        raise explained(
+            failure,
+            config,
+            split=MicroBatching.asked(config) if trainer is None else MicroBatching.recorded(trainer.facts),
+            memory_saving_overrides=config.strategy.memory_saving_overrides(setting) if setting is not None else [],
+            device=world.device,
+            step=0 if trainer is None else trainer.progress.step,
+        ) from failure
+
+
+def run_logged(trainer: Trainer) -> None:
+    """Run; put the traceback of a failure into the log, and its status into run.json."""
+    try:
+        trainer.run()
+    except BaseException:
+        log_error(f"failed at step {trainer.progress.step}")
+        trainer.flush()
+        trainer.emit(RunFinished(trainer.progress.step, "failed", trainer.progress.tokens))
+        raise
+    finally:
+        trainer.saver.close()
+
+
+def tokenization(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
+    """Fill the token cache and say what is in it."""
+    prepared = prepare(config)
+    rows = [("training", prepared.train)] + [
+        (f"held out, {name} ({role})", view) for name, role, view in prepared.domains
+    ]
+    for name, view in rows:
+        print(f"{name}: {view.num_tokens:,} tokens, {view.num_documents:,} documents, {view.num_bytes:,} bytes of text")
+    print(f"cache: {prepared.train.store.path.parent.parent}")
+    return 0
+
+
+def evaluation(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
+    """Score the model on the held-out documents of every configured domain."""
+    from pretrain.run.metadata import run_facts
+    from pretrain.telemetry.events import Evaluated, Event, RunStarted, Sampled
+
+    prepared = prepare(config)
+    folder = claim(config.output_dir)
+    check_task(folder.path, "evaluation")
+    if found_in(folder.path):
+        folder = start_over(folder)
+    folder.write_config(config, overrides)
+    world = build.build_world(config, RankInfo(), group=False)
+    with memory_explained(config, world):
+        scorer = build.build_scorer(config, prepared, world)
+    uniform = prepared.model.uniform_loss()
+    listeners, _ = build.build_listeners(config, folder.path, {}, uniform_loss=uniform)
+    with memory_explained(config, world), watched("evaluation"):
+        evaluator = build.build_evaluator(config, prepared)
+        sampler = build.build_sampler(config, prepared, scorer, evaluator)
+        scores, samples = evaluator.run(scorer, announce=True) or (), sampler.run(scorer) or ()
+    events: list[Event] = [
+        RunStarted(0, 0, resumed=False, facts=run_facts(config, world, scorer) | {"uniform_loss": uniform}),
+        Evaluated(0, tuple(scores), 0.0),
+        Sampled(0, tuple(samples), 0.0),
+        RunFinished(0, "finished", 0),
+    ]
+    for event in events:
+        for listener in listeners:
+            listener(event)
+    return 0
+
+
+def generation(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
+    """Print the model's continuation of each prompt; keep them in samples.jsonl."""
+    from pretrain.models.generate import generate
+    from pretrain.models.tokenizer import boundaries
+
+    asked = config.generation
+    folder = claim(config.output_dir, foreign=True).path
+    model = model_spec(config)
+    model.check(config.sequence_length)
+    world = build.build_world(config, RankInfo(), group=False)
+    tokenizer = model.tokenizer(None)
+    language_model = build.build_model_factory(config, model).build(world.device)
+    prompts, data = (
+        [prompt for prompt in asked.prompts for _ in range(asked.num_samples)],
+        config.dataset,
+    )
+    texts = generate(
+        language_model,
+        tokenizer,
+        prompts,
+        around=boundaries(tokenizer, bos=data.bos, separator=data.separator),
+        max_new_tokens=asked.max_new_tokens,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        seed=config.seed,
+    )
+    if (aside := keep_aside(folder / "samples.jsonl")) is not None:
+        notice(f"the earlier samples are kept as {aside}")
+    with open_new(folder / "samples.jsonl", mode="w", encoding="utf-8") as file:
+        for prompt, text in zip(prompts, texts, strict=True):
+            file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+            print(f"─── {prompt!r}\n{prompt}{text}")
+    return 0
+
+
+def export(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
+    """Write a checkpoint, or any other model, as a Hugging Face folder: output_dir/model."""
+    from pretrain.training.exporter import export_folder
+
+    folder = claim(config.output_dir, foreign=True).path
+    if found_in(folder, ("model",)):
+        raise UserError(f"output_dir={folder} holds a model already; choose another output_dir for the export")
+    shard_size = config.checkpoint.export_shard_size
+    path = export_folder(model_spec(config), folder / "model", shard_size=shard_size)
+    files = [f.stat().st_size for f in path.glob("*.safetensors")]
+    print(f"model    {path} ({len(files)} weight file{'s' * (len(files) > 1)}, {sum(files):,} bytes)")
+    return 0
+
+
+# The tasks of one process. Pretraining may have several: the launcher starts it.
+TASKS: dict[str, Callable[[RunConfig, list[str], Interrupt], int]] = {
+    "tokenization": tokenization,
+    "evaluation": evaluation,
+    "generation": generation,
+    "export": export,
+}

@@ -1,0 +1,185 @@
+"""What people see on the terminal: notices on stderr and a progress bar for long work, quiet when nobody watches."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from pathlib import Path
+
+from pretrain.runtime.redact import RedactingFormatter, redact
+from pretrain.runtime.safe_files import open_append, open_file
+
+LATER_SECONDS = 5.0  # by how much a rank may be slower than another to find the same mistake
+
+_muted = False
+_captured: Path | None = None  # where stderr goes before there is a log
+_unlogged: list[logging.LogRecord] = []  # notices from before there is a log
+
+
+def mute() -> None:
+    """Say nothing on the terminal from now on, only in the log: of several processes one talks."""
+    global _muted
+    _muted = True
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Say nothing on the terminal meanwhile, only in the log: another process has said it there."""
+    global _muted
+    before, _muted = _muted, True
+    try:
+        yield
+    finally:
+        _muted = before
+
+
+def notice(message: str) -> None:
+    """Say one line on stderr, and in the run's log; a closed terminal is no reason to stop a run."""
+    _say(message, aloud=not _muted)
+
+
+def complain(message: str) -> None:
+    """Say why this command ends, once a machine where torchrun has started it for several ranks: another machine may
+    have other files, and a terminal of its own.
+
+    The first rank that leaves makes torchrun end the others: those that say nothing let the one that does come first.
+    """
+    aloud = os.environ["LOCAL_RANK"] == "0" if "LOCAL_RANK" in os.environ else not _muted
+    _say(message, aloud=aloud)
+    if not aloud and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(LATER_SECONDS)
+
+
+def _say(message: str, *, aloud: bool) -> None:
+    message = redact(message)
+    logger = logging.getLogger("pretrain")
+    if logger.handlers:
+        logger.info(message)
+    else:
+        _unlogged.append(logging.makeLogRecord({"levelno": logging.INFO, "levelname": "INFO", "msg": message}))
+    if aloud:
+        with suppress(OSError):
+            sys.stderr.write(f"{message}\n")
+            sys.stderr.flush()
+
+
+def log_error(message: str) -> None:
+    """Put ``message`` and the traceback of the exception at hand into the run's log."""
+    logging.getLogger("pretrain").error(message, exc_info=True)
+
+
+def shows_progress() -> bool:
+    """Whether what this command prints is seen on a terminal, with the bars of long work."""
+    return sys.stderr.isatty() and sys.stdout.isatty()
+
+
+@contextmanager
+def progress_bar(description: str, *, total: float | None, unit: str = "") -> Iterator[Callable[[float], None]]:
+    """Yield ``advance(amount)``. A bar on a terminal; elsewhere nothing is drawn.
+
+    ``total`` is in the same unit as the amounts (``None``: unknown); ``unit`` ``"B"`` shows sizes as bytes.
+    """
+    if _muted or not sys.stderr.isatty():  # not `shows_progress`: stdout may be a file while a person sees stderr
+        yield lambda amount: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "B" else (MofNCompleteColumn(), TextColumn(unit))
+    columns = (TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda amount: bar.advance(task, amount)
+
+
+class _Log(logging.FileHandler):
+    """Says once that it can't be written; logging itself prints a traceback for every line it loses."""
+
+    failed = False
+
+    def _open(self) -> TextIOWrapper:
+        return open_append(Path(self.baseFilename), mode="a", encoding="utf-8")  # type: ignore[return-value]
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed and not _muted:
+            self.failed = True
+            with suppress(OSError):
+                sys.stderr.write(f"{self.baseFilename} can't be written: {sys.exc_info()[1]}; the run goes on\n")
+                sys.stderr.flush()
+
+
+def end_log() -> None:
+    """Close the log of `log_to`; the logger passes records on again, as before."""
+    logger = logging.getLogger("pretrain")
+    logger.propagate = True
+    for handler in [h for h in logger.handlers if isinstance(h, _Log)]:
+        logger.removeHandler(handler)
+        with suppress(OSError):  # its disk may be full
+            handler.close()
+
+
+def log_to(file: Path) -> None:
+    """Append what this process has said, and says from now on, to ``file``."""
+    handler = _Log(file, encoding="utf-8")
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("pretrain")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for earlier in list(logger.handlers):  # of an earlier run in this process
+        logger.removeHandler(earlier)
+        with suppress(OSError):  # its disk may be full
+            earlier.close()
+    logger.addHandler(handler)
+    for record in _unlogged:
+        handler.handle(record)
+    _unlogged.clear()
+    global _captured
+    if _captured is not None:
+        with suppress(OSError), open_append(file, mode="ab") as log:  # a full disk
+            log.write(_captured.read_bytes())
+        _stderr_into(file)
+        _captured = None
+
+
+def capture_stderr(early: Path, *, keep_terminal: bool) -> None:
+    """From now on, what C++ libraries write to stderr goes to the log, and into ``early`` until there is one.
+
+    ``keep_terminal``: what Python writes there stays on the terminal, and it goes the same way without.
+    """
+    global _captured
+    if keep_terminal:
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    _captured = early
+    _stderr_into(early)
+
+
+def _stderr_into(file: Path) -> None:
+    descriptor = open_file(file, os.O_WRONLY | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say to their own developers off the terminal; errors and our own words stay."""
+    warnings.filterwarnings("ignore", module="torch|transformers")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: not record.getMessage().startswith("Setting accelerator to CPU")
+    )
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,192 @@
+"""One process at a time: the kernel's lock on a file, which is free as soon as its holder is gone, however it went.
+
+Some file systems have none (ENOSYS, ENOLCK: NFS without its lock daemon, some FUSE, CIFS). There a file that only one can
+make stands for it. It names its maker, whose life is looked at: on this machine by its process, on another by the time of
+the file, which the holder renews. (`filelock` 4.2 does without the kernel's lock for ENOSYS alone.)
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import threading
+import time
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from pretrain.runtime.filesystem import CANNOT
+
+BUSY = {errno.EAGAIN, errno.EACCES}
+NO_LOCKS = CANNOT | {errno.ENOLCK}
+POLL_SECONDS = 0.01
+RENEW_SECONDS = 10.0
+STALE_SECONDS = 120.0  # of a holder on another machine
+
+
+class Busy(OSError):
+    """Another process holds the lock."""
+
+
+class Lock:
+    """An exclusive lock on ``path``, a file that is made and stays."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: int | None = None
+        self._claim: Path | None = None  # instead of the kernel's lock
+        self._released = threading.Event()
+
+    def acquire(self, timeout: float | None = None) -> Lock:
+        """Hold it. ``timeout``: seconds; ``None``: however long it takes. Raises ``Busy``, ``OSError``."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while not self._try():
+            if until is not None and time.monotonic() >= until:
+                raise Busy(errno.EAGAIN, "held by another process", str(self.path))
+            time.sleep(POLL_SECONDS)
+        return self
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What a child that is to hold it too must inherit."""
+        return () if self._file is None else (self._file,)
+
+    def moved(self, path: Path) -> None:
+        """The file is now ``path``: the folder in which it lies was renamed."""
+        self.path = path
+        if self._claim is not None:
+            self._claim = _claim_of(path)
+
+    def release(self) -> None:
+        """A child that has inherited it still holds it."""
+        self._released.set()
+        if self._claim is not None:
+            with suppress(OSError):
+                self._claim.unlink()
+            self._claim = None
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __del__(self) -> None:
+        """A lock that nobody has any more is free. A claim stays: the process may be a fork of the one that made it."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _try(self) -> bool:
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(file)
+            if error.errno in BUSY:
+                return False
+            if error.errno not in NO_LOCKS:
+                raise
+            return self._try_to_claim()
+        if not _is_at(self.path, file):  # its holder has moved it between the two calls above
+            os.close(file)
+            return False
+        self._file = file
+        return True
+
+    # -- without the kernel's ------------------------------------------------------------------------------------------
+
+    def _try_to_claim(self) -> bool:
+        claim = _claim_of(self.path)
+        if (holder := _read(claim)) is not None:
+            if _is_alive(holder, claim):
+                return False
+            _take_away(claim, holder)
+        try:
+            file = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            with os.fdopen(file, "w", encoding="utf-8") as made:
+                json.dump(_this_process(), made)
+        except OSError:  # a full disk: nobody would renew it, and others wait for that
+            claim.unlink(missing_ok=True)
+            raise
+        self._claim = claim
+        self._released.clear()
+        threading.Thread(target=self._renew, args=(claim,), name="lock", daemon=True).start()
+        return True
+
+    def _renew(self, claim: Path) -> None:
+        while not self._released.wait(RENEW_SECONDS):
+            with suppress(OSError):
+                os.utime(claim)
+
+
+def _is_at(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _claim_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.held")
+
+
+def _read(claim: Path) -> dict[str, Any] | None:
+    """Who holds it; ``None``: nobody. Empty where it does not say, being written or torn."""
+    try:
+        holder = json.loads(claim.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_alive(holder: dict[str, Any], claim: Path) -> bool:
+    if (holder.get("host"), holder.get("boot")) == (os.uname().nodename, _boot()):
+        return _started(holder.get("pid")) == holder.get("started")
+    return not _is_stale(claim)
+
+
+def _is_stale(claim: Path) -> bool:
+    """By the clock of the file system, which may be another machine's."""
+    with suppress(OSError), NamedTemporaryFile(prefix=f"{claim.name}.", dir=claim.parent) as now:
+        return os.fstat(now.fileno()).st_mtime - claim.stat().st_mtime > STALE_SECONDS
+    return False
+
+
+def _take_away(claim: Path, holder: dict[str, Any]) -> None:
+    """The claim of a dead ``holder``; one that somebody else has made meanwhile is put back."""
+    away = claim.with_name(f"{claim.name}.dead-{os.getpid()}")
+    with suppress(OSError):
+        os.rename(claim, away)
+        if _read(away) == holder:
+            away.unlink()
+        else:
+            os.rename(away, claim)
+
+
+def _this_process() -> dict[str, Any]:
+    return {"host": os.uname().nodename, "boot": _boot(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+@cache
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _started(pid: Any) -> str | None:
+    """When a process of this machine was started (clock ticks since it was, by proc(5)); ``None``: there is none."""
+    try:
+        state = Path(f"/proc/{int(pid)}/stat").read_text(encoding="utf-8", errors="replace")
+    except (OSError, TypeError, ValueError):
+        return None
+    fields = state.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else fields[19]

@@ -1,0 +1,80 @@
+"""Ctrl-C, SIGTERM, SIGUSR1 and a terminal that is closed (SIGHUP) ask a run to stop: the step is finished, the state saved,
+and the exit code is 75."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from pretrain.runtime.console import notice
+
+SIGNALS: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it for us: the run outlives its terminal
+    SIGNALS += (signal.SIGHUP,)
+ONE_CTRL_C_SECONDS = 1.0  # under torchrun a single one arrives twice, from the terminal and from torchrun
+IMPORT_SECONDS = 0.05  # then a signal that came in the middle of an import is sent again
+# At most, of waiting without a look: a signal that another thread has taken (after SIGCONT) does not wake the one that waits.
+HEARING_SECONDS = 0.1
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
+
+
+class Interrupt:
+    """``requested`` turns true at the first signal; a second Ctrl-C leaves at once, the last checkpoint stays good.
+
+    defer_signals is false while there is nothing to finish (reading data, building the model): then the first signal
+    raises ``Stopped`` where the program stands.
+    """
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self.requested = False
+        self.defer_signals = False
+        self._silent = silent
+        self._asked_at = 0.0
+
+    def install(self) -> None:
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.requested:
+            if number == signal.SIGINT and time.monotonic() - self._asked_at > ONE_CTRL_C_SECONDS:
+                os._exit(128 + number)
+            return
+        if not self.defer_signals and importing(frame):
+            threading.Timer(IMPORT_SECONDS, os.kill, (os.getpid(), number)).start()
+            return
+        self.requested, self._asked_at = True, time.monotonic()
+        if not self.defer_signals:
+            raise Stopped(name)
+        if not self._silent:
+            notice(f"{name}: finishing this step, then saving; Ctrl-C again leaves at once")
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Inside, signals that ask to stop wait; processes that are started inside never hear one, unless they unblock them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def importing(frame: FrameType | None) -> bool:
+    """Whether ``frame`` is in the middle of an import: one that is left there (numpy's, torch's) can't be made again, and
+    whoever tries says that instead of why the program ends."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+class Stopped(BaseException):
+    """A signal came before there was anything to save. The same command starts where it was."""

@@ -1,0 +1,122 @@
+"""Notices that a run stands still, and ends the process with the stacks of all its threads in its log.
+
+It watches what has no business to take long: a micro-batch, a batch of an evaluation, the loader, what is told to sinks. What
+may take long rests, and has a longer limit: the first batch (it compiles), resuming, exporting, building the model. Patting
+costs two assignments.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from pretrain.runtime.safe_files import open_append
+from pretrain.runtime.streams import flush
+
+# A tick counts for as long as it took, but never for more than two: time in which the whole process was stopped (Ctrl-Z,
+# a suspended job) or the machine was asleep is no hang. The ranks of a group get two ticks to notice it each by itself, and
+# leave all together before the shortest time in which a collective could give up.
+TICKS = 100
+STILL_TICKS = 96
+
+
+class Watchdog:
+    """heartbeat: something has moved. allow_slow: what comes until the next pat may take long, and so may what happens inside
+    slow. Watches inside ``guarding``, which begins at rest."""
+
+    def __init__(self) -> None:
+        self._pats = 0
+        self._resting = True
+        self._naps = 0
+
+    def heartbeat(self) -> None:
+        self._pats += 1
+        self._resting = False
+
+    def allow_slow(self) -> None:
+        self._resting = True
+
+    @contextmanager
+    def slow(self) -> Iterator[None]:
+        """Inside, no pat ends the rest."""
+        self._naps += 1
+        try:
+            yield
+        finally:
+            self.heartbeat()
+            self._naps -= 1
+
+    @contextmanager
+    def guarding(
+        self, timeout: float, slow_timeout: float, *, log: Path, tell: Callable[[str, str], None]
+    ) -> Iterator[None]:
+        """Inside, ``timeout`` seconds without a pat end this process with 1, or ``slow_timeout`` at rest, after
+        ``tell(place, how_long)`` has heard where it stands.
+
+        SIGUSR2 writes the stacks into ``log`` at any time.
+        """
+        over = threading.Event()
+        with open_append(log, mode="a") as file:
+            faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
+            thread = threading.Thread(
+                target=self._watch, args=(timeout, slow_timeout, file, tell, over), name="watchdog", daemon=True
+            )
+            thread.start()
+            try:
+                yield
+            finally:
+                over.set()
+                thread.join()
+                faulthandler.unregister(signal.SIGUSR2)
+
+    def _watch(
+        self,
+        timeout: float,
+        slow_timeout: float,
+        log: IO[str],
+        tell: Callable[[str, str], None],
+        over: threading.Event,
+    ) -> None:
+        tick = timeout / TICKS
+        seen, still, last_tick = self._pats, 0.0, time.monotonic()
+        while not over.wait(tick):
+            passed, last_tick = time.monotonic() - last_tick, time.monotonic()
+            rests = self._resting or self._naps  # asked first: a rest ends after its pat
+            still = 0 if self._pats != seen else still + min(passed, 2 * tick)
+            seen = self._pats
+            limit, key = (slow_timeout, "launch.slow_timeout") if rests else (timeout, "launch.timeout")
+            if still >= STILL_TICKS / TICKS * limit:
+                how_long = f"nothing has moved for {limit:g} s ({key})"
+                # The hang may be of the very disk that the log is on, so nothing waits for the log.
+                threading.Thread(target=_dump, args=(log, how_long), daemon=True).start()
+                tell(place_of(sys._current_frames()[threading.main_thread().ident or 0]), how_long)
+                time.sleep(2 * tick)
+                flush()
+                os._exit(1)
+
+
+def place_of(frame: FrameType) -> str:
+    """Where a stack stands in this project's own code, as ``world.py:48 sum``; and the innermost function if that is
+    another's."""
+    package = str(Path(__file__).parents[1]) + os.sep
+    stack = [(f.f_code.co_filename, line, f.f_code.co_name) for f, line in traceback.walk_stack(frame)]
+    own = next((entry for entry in stack if entry[0].startswith(package)), stack[0])
+    where = f"{own[0].removeprefix(package)}:{own[1]} {own[2]}"
+    return where if stack[0] == own else f"{where} ({Path(stack[0][0]).name}:{stack[0][1]} {stack[0][2]})"
+
+
+def _dump(log: IO[str], how_long: str) -> None:
+    with suppress(OSError, ValueError):
+        log.write(f"{how_long}; the stacks of all threads:\n")
+        log.flush()
+        faulthandler.dump_traceback(log, all_threads=True)

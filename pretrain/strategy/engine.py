@@ -1,0 +1,287 @@
+"""Model and optimizer under one strategy: the state of a run, and the two things done to it, backward and step.
+
+The loss is summed and divided by the *global* number of target tokens, so that accumulation, packing and the number of
+ranks change nothing but rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.data.batch import Batch
+from pretrain.distributed import sharding as tensors
+from pretrain.distributed.sharding import TensorFiles, TensorShard
+from pretrain.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from pretrain.distributed.context import DistributedContext
+    from pretrain.models.language_model import LanguageModel
+    from pretrain.strategy.precision import Precision
+
+
+def never(norm: Tensor) -> Tensor:
+    """Refuses no update."""
+    return torch.zeros_like(norm, dtype=torch.bool)
+
+
+class InferenceEngine:
+    """A model that can be evaluated: all that `task=evaluation` needs."""
+
+    def __init__(self, model: LanguageModel, *, precision: Precision, world: DistributedContext) -> None:
+        self.model = model
+        self.precision = precision
+        self.world = world
+        self.num_parameters = sum(p.numel() for _, p in model.hf_named_parameters())
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of every forward."""
+        return self.precision.autocast(self.world.device.type)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The summed loss of a batch (nats, fp32, on the device). The model must be in eval mode."""
+        return self.forward(batch.input_ids, batch.labels, batch.position_ids)
+
+    @torch.no_grad()
+    def next_tokens(self, input_ids: Tensor, ends: Tensor) -> Tensor:
+        """int64 [n]: the likeliest token after ``ends[i]`` of row i of ``input_ids`` [n, S]. In eval mode; where others
+        hold parts of the model a collective, for which all ranks must give the same shapes."""
+        return self.forward(input_ids, ends=ends).argmax(-1)
+
+    def forward(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
+        """A forward without a backward."""
+        with self.autocast():
+            found: Tensor = self.model(*inputs, **more)
+        return found
+
+
+class Engine(InferenceEngine):
+    """Model and optimizer as they lie on this rank; by itself, one process with whole parameters.
+
+    A strategy that spreads them over ranks derives from it: ``replicas`` is the number of ranks over whose gradients
+    it averages (so that the loss is multiplied by it), ``step_module`` what is called for a training step;
+    ``sharded_export``: the final model is written by all ranks and not by one. ``has_gradients``: at the optimizer's step
+    every parameter's gradient (its shard) is in its ``grad``.
+    """
+
+    has_gradients = True
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: Precision,
+        world: DistributedContext,
+        step_module: nn.Module | None = None,
+        replicas: int = 1,
+        sharded_export: bool = False,
+    ) -> None:
+        super().__init__(model, precision=precision, world=world)
+        self.optimizer = optimizer
+        self.step_module = model if step_module is None else step_module
+        self.replicas = replicas
+        self.sharded_export = sharded_export
+        self.scaler = precision.grad_scaler(world.device.type)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
+        self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+        # Fused optimizers leave out an update by themselves, but for parameters on the host, to which torch copies found_inf
+        # without waiting for it to arrive. Reading a tensor costs nothing on a CPU only.
+        self.decides_on_device = world.device.type != "cpu" and all(
+            group.get("fused") and all(p.device.type == world.device.type for p in group["params"])
+            for group in optimizer.param_groups
+        )
+
+    @property
+    def loss_scale(self) -> Tensor | float | None:
+        """What the loss scaler multiplies by, on the device; ``None`` without one."""
+        return self.scaler._scale if self.scaler.is_enabled() else None
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def backward(self, batch: Batch, *, tokens: int, last: bool) -> Tensor:
+        """Add the gradients of one micro-batch; return its part of the global mean loss, on the device.
+
+        ``tokens``: target tokens of the whole global batch. ``last``: no further micro-batch follows in this step.
+        """
+        with self.communication(last):
+            with self.autocast():
+                loss = self.step_module(batch.input_ids, batch.labels, batch.position_ids).sum()
+            loss = loss / tokens
+            self.scaler.scale(loss * self.replicas).backward()
+        return loss.detach()
+
+    def communication(self, last: bool) -> AbstractContextManager[object]:
+        """The context of one micro-batch's forward and backward; ``last``: gradients must be exchanged in it."""
+        return nullcontext()
+
+    def step(self, max_norm: float | None, *, refuse: Callable[[Tensor], Tensor] = never) -> Tensor:
+        """Clip to the global norm ``max_norm`` (``None``: measure only), update, clear; return the norm, on the device.
+
+        ``refuse``: norm → whether weights and moments must stay as they are, a 0-d bool, equal on all ranks. Such a step
+        counts in ``skipped``, as does, under 16-mixed, one with a non-finite gradient.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = self.clip(max_norm)
+        if self.scaler.is_enabled():
+            norm = self._agree_on_infinite(norm)
+        refused = refuse(norm)
+        self.update(refused)
+        self.skipped += refused | ~torch.isfinite(norm) if self.scaler.is_enabled() else refused
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _agree_on_infinite(self, norm: Tensor) -> Tensor:
+        """Make the loss scaler of every rank leave out an update where one has found an infinite gradient, or has a
+        ``norm`` that is not finite; return the norm, NaN where only another rank's gradients are infinite."""
+        finite = torch.isfinite(norm)
+        found = [
+            self.world.all_reduce_max(flag.copy_(torch.maximum(flag, (~finite).to(flag))))
+            for flag in self.scaler._found_inf_per_device(self.optimizer).values()
+        ]
+        infinite = torch.stack([flag.to(self.world.device) for flag in found]).sum() > 0
+        return torch.where(infinite & finite, torch.nan, norm)
+
+    def update(self, refused: Tensor) -> None:
+        """The optimizer's step, unless ``refused``, and the scaler's. A GPU is not waited for: it is told in the way in
+        which a loss scaler tells optimizers of infinite gradients, by their attribute ``found_inf``."""
+        if self.decides_on_device:
+            hook = self.optimizer.register_step_pre_hook(partial(_leave_out, refused))
+            self.scaler.step(self.optimizer)
+            hook.remove()
+            vars(self.optimizer).pop("found_inf", None)
+        elif not refused:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """The norm over all shards of all parameters, on the device wherever they lie; gradients are scaled down where it is
+        more than ``max_norm``."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = self.norm(parameters)
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm.to(self.world.device, non_blocking=True)
+
+    def norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Of the gradients of ``parameters``, over all their shards."""
+        return norm_of(parameters)
+
+    def set_lr(self, scale: float) -> float:
+        """Set every group's learning rate to its base × ``scale``; return the first group's."""
+        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = base * scale
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight whole, one after the other, under its Hugging Face name. A collective: every rank must take all."""
+        for name, tensor in self.model.hf_state().items():
+            yield name, tensors.whole(tensor.detach())
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """What this rank has to write. ``model``: pieces by Hugging Face parameter name · ``optimizer``: pieces by
+        ``<parameter>/<key>`` · ``scaler``: numbers · ``tensors``: type and shape of what all ranks write, as a list."""
+        moments = {
+            f"{name}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+            for name, parameter in self.model.hf_named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        weights = self.model.hf_state()
+        return {
+            "model": self._own(weights),
+            "optimizer": self._own(moments),
+            "tensors": {"model": tensors.manifest(weights), "optimizer": tensors.manifest(moments)},
+            "scaler": self.scaler.state_dict() | {"skipped": int(self.skipped)},
+        }
+
+    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, this rank's part) of the state that other ranks hold as well. Those that hold the same parts under the
+        same names must have the same bits in them."""
+        yield from ((name, t) for name, t in self.model.hf_state().items() if tensors.is_replicated(t))
+        for name, parameter in self.model.hf_named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and tensors.is_replicated(value):
+                    yield f"{name}/{key}", value
+        if self.scaler.is_enabled() and self.scaler._scale is not None:
+            yield "the loss scale", self.scaler._scale
+
+    def _own(self, named: dict[str, Tensor]) -> dict[str, TensorShard]:
+        pieces = ((name, tensors.local_shard(t, is_main=self.world.is_main)) for name, t in named.items())
+        return {name: piece for name, piece in pieces if piece is not None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse, from files written by any strategy on any number of ranks. Moments are put back as they were
+        saved, never cast to the parameter's type.
+
+        Raises ``UserError`` for other names or shapes than the model's.
+        """
+        self.check_moments(state)
+        self.model.load(state["model"])
+        self.load_moments(state["optimizer"])
+        scaler = dict(state["scaler"])
+        self.skipped.fill_(scaler.pop("skipped", 0))
+        if self.scaler.is_enabled() and scaler:
+            self.scaler.load_state_dict(scaler)
+
+    def check_moments(self, state: dict[str, Any]) -> None:
+        """Raises ``UserError`` for moments that do not fit the parameters, and for a parameter without any where the
+        checkpoint does not say that it had none: what is missing would silently start anew."""
+        files: TensorFiles = state["optimizer"]
+        trained = {n: p for n, p in self.model.hf_named_parameters() if p.requires_grad}
+        slots = [(slot, *slot.rpartition("/")[::2]) for slot in sorted(files.keys())]
+        for slot, name, key in slots:
+            if name not in trained:
+                raise UserError(f"optimizer state {slot}: the model has no such parameter that is trained")
+            shape = () if key == "step" else tuple(getattr(trained[name], "ds_shape", trained[name].shape))
+            tensors.check_shape(slot, files, shape)
+        missing = sorted(trained.keys() - {name for _, name, _ in slots})
+        if slots and missing and state.get("tensors") is None:
+            raise UserError(
+                f"the checkpoint has no optimizer state of {len(missing)} parameters, e.g. {missing[0]}; continue from an "
+                "earlier one (resume=<run>/checkpoints/step-…), or start a new run from its weights (model_name=<checkpoint>)"
+            )
+
+    def load_moments(self, files: TensorFiles) -> None:
+        self.optimizer.state.clear()
+        parameters = dict(self.model.hf_named_parameters())
+        on_device = {
+            id(p): group.get("fused") or group.get("capturable")
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        }
+        for slot in sorted(files.keys()):
+            name, key = slot.rsplit("/", 1)
+            parameter = parameters[name]
+            if key == "step":  # a count, and whole everywhere
+                value = files.read(slot).to(parameter.device if on_device[id(parameter)] else "cpu")
+            else:
+                start = tensors.start_of(parameter)
+                rows = files.read(slot, start, start + len(tensors.local(parameter)))
+                value = torch.empty_like(parameter, dtype=rows.dtype, requires_grad=False)
+                tensors.local(value).copy_(rows)
+            self.optimizer.state[parameter][key] = value
+
+
+def norm_of(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of the gradients, over all shards of all ranks: a collective where there are shards.
+
+    Rows first: on a CPU torch's norm of a whole matrix of 38 M fp32 numbers is off by 3e-3, of its rows by 3e-7.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    rows = [torch.linalg.vector_norm(grad, dim=-1) if grad.ndim > 1 else grad for grad in grads]
+    return tensors.whole(nn.utils.get_total_norm(rows))
+
+
+def _leave_out(refused: Tensor, optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Before an optimizer's step: where ``refused`` it leaves all as it is; so it does where the scaler wants it to."""
+    found = refused.float()
+    by_scaler = getattr(optimizer, "found_inf", None)
+    optimizer.found_inf = found if by_scaler is None else torch.maximum(found, by_scaler)

@@ -1,0 +1,18 @@
+"""The keys of conf/sweep/default.yaml, which says what each is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+OF_A_RUN = ("new_loss", "new_delta", "forgetting", "train_loss", "tokens_per_second")
+OF_A_DOMAIN = ("loss", "perplexity", "bits_per_byte", "delta_loss")
+METRIC = rf"^({'|'.join(OF_A_RUN)}|.+\.({'|'.join(OF_A_DOMAIN)}))$"
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    metric: Annotated[str, Field(pattern=METRIC)]
+    direction: Literal["minimize", "maximize"]

@@ -1,0 +1,15 @@
+"""When something is due that happens every so many steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """``Interval(10).due(step)`` is true at 10, 20, …; ``Interval(None)`` never is."""
+
+    steps: int | None
+
+    def due(self, step: int) -> bool:
+        return self.steps is not None and step > 0 and step % self.steps == 0

@@ -1,0 +1,202 @@
+"""How a run looks on a terminal: its bar, its numbers, its tables. All text, no state; rich is imported where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pretrain.telemetry.numbers import duration, number
+from pretrain.telemetry.record import Record, change_of
+from pretrain.telemetry.run_summary import RunSummary
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+SPARK_WIDTH = 40  # log points, one a column
+NARROW = 72  # columns
+PROMPT_TAIL = 60  # characters of a prompt that are shown: its end, which the model goes on from
+NEEDED_SPARK = 8  # columns that the curve gets before a number that is less needed
+WORDS = {"data": "waiting for data", "compute": "forward+backward", "checkpoint": "checkpoints"}
+SHADES = {"training": "cyan", "compute": "cyan", "optimizer": "magenta", "communication": "blue", "data": "yellow"}
+SHADES |= {"evaluation": "green", "checkpoint": "bright_black", "other": "white"}
+
+
+def sparkline(values: Sequence[float | None], width: int) -> str:
+    """The last ``width`` values between their own smallest and largest; × where one is no number."""
+    shown = list(values)[-width:] if width > 0 else []
+    known = [v for v in shown if v is not None]
+    low, span = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
+    return "".join("×" if v is None else BLOCKS[round((v - low) / span * 7) if span > 0 else 0] for v in shown)
+
+
+def status(record: Record, tally: RunSummary, *, total: int, width: int, level: int, curve: bool) -> Table:
+    """Two lines while a run goes: its bar, and its numbers with the curve of the loss (``curve``: the terminal has the
+    letters for it). ``record``: the last one of a log step; before there is one, just its ``step``."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    step = record["step"]
+    bar = Table.grid(padding=(0, 1), expand=True)
+    bar.add_column(no_wrap=True)
+    bar.add_column(ratio=1)
+    bar.add_column(no_wrap=True)
+    style = "green" if step >= total else "cyan"
+    bar.add_row(
+        f"[bold]{step:>{len(str(total))}}[/]/{total}",
+        ProgressBar(total=total, completed=step, complete_style=style, finished_style=style),
+        progress_text(record, total),
+    )
+    lines = Table.grid(expand=False)
+    lines.width = min(width, 100)
+    lines.add_row(bar)
+    lines.add_row(numbers_line(record, tally, width=lines.width, level=level, curve=curve) if "lr" in record else "")
+    return lines
+
+
+def progress_text(record: Record, total: int) -> str:
+    """How far it is, and how long it is going to take."""
+    if record["step"] >= total:
+        return "done"
+    left = seconds_left(record, total)
+    return f"{record['step'] / total:4.0%}" + (f"  {duration(left)} left" if left is not None else "")
+
+
+def numbers_line(r: Record, tally: RunSummary, *, width: int, level: int, curve: bool) -> Text:
+    """As many numbers as fit, the most wanted first."""
+    from rich.text import Text
+
+    loss = loss_text(r.get("loss"))
+    more = [f"{r['tokens_per_second']:,.0f} tokens/s"] if r.get("tokens_per_second") is not None else []
+    more += [f"lr {r['lr']:.2e}"]
+    more += [f"MFU {r['mfu']:.1%}"] if r.get("mfu") is not None else []
+    more += [f"{r['memory_gib']:.2f} GiB"] if r.get("memory_gib") is not None else []
+    more += [f"grad norm {number(r.get('grad_norm'))}"] if level >= 4 else []
+    room = width - len(f"loss {loss}") - (NEEDED_SPARK + 2 if curve else 0)
+    shown = []
+    for word in more:
+        if room < len(word) + 3:
+            break
+        shown.append(word)
+        room -= len(word) + 3
+    line = Text.assemble(("loss ", "bright_black"), (loss, "bold"), no_wrap=True, overflow="ellipsis")
+    if curve:
+        values = [value for _, value in tally.losses]
+        line.append(f"  {sparkline(values, min(SPARK_WIDTH, NEEDED_SPARK + room))}", "cyan")
+    for word in shown:
+        line.append(" · ", "bright_black").append(word)
+    return line
+
+
+def changes(tally: RunSummary, *, step: int, width: int) -> Table:
+    """What the run, now at ``step``, did to each domain; in few words where there are few columns."""
+    narrow = width < NARROW
+    titles = ("perplexity", "nats") if narrow else ("perplexity before", "after", "change in loss (nats)")
+    table = _table("domain", *titles)
+    for domain, after in tally.after.items():
+        values = [number(tally.before[domain]["perplexity"]), _scored_last(after, step)]
+        values = [" → ".join(values)] if narrow else values
+        table.add_row(f"{domain} ({after['role']})", *values, change(after, word=not narrow))
+    return table
+
+
+def _scored_last(record: Record, step: int) -> str:
+    """The perplexity of a domain's last evaluation, and its step where that is not the one the run is at."""
+    if record["step"] == 0 < step:
+        return "—"
+    return number(record["perplexity"]) + ("" if record["step"] == step else f" (step {record['step']})")
+
+
+def reasons(tally: RunSummary) -> list[str]:
+    """Why there is no change of a domain to show, a line each."""
+    return [
+        f"{domain}: no change since step 0 is known: {record['delta_reason']}"
+        for domain, record in tally.after.items()
+        if record.get("delta_reason")
+    ]
+
+
+def scores(tally: RunSummary) -> Table:
+    """What `task=evaluation` found."""
+    table = _table("domain", "loss (nats)", "perplexity", "bits per byte", "tokens")
+    for domain, r in tally.after.items():
+        loss, bits = ("—" if r[key] is None else f"{r[key]:.4f}" for key in ("loss", "bits_per_byte"))
+        table.add_row(f"{domain} ({r['role']})", loss, number(r["perplexity"]), bits, f"{r['tokens']:,}")
+    return table
+
+
+def samples(tally: RunSummary, step: int) -> list[Text]:
+    """One sample a domain, before and after, each line to be cut where the terminal ends. ``step``: the run is at."""
+    from rich.text import Text
+
+    lines = []
+    for before, after in tally.samples.values():
+        prompt = one_line(after["prompt"])
+        tail = prompt if len(prompt) <= PROMPT_TAIL else f"…{prompt[-PROMPT_TAIL:]}"
+        lines.append(Text.assemble((f"{after['domain']} ({after['role']})", "bold"), f"  {tail}"))
+        told = [("before", before, ""), ("after", after, "bold")]
+        if before["step"] == after["step"] or before["prompt"] != after["prompt"]:
+            told = [("before" if after["step"] == 0 < step else "model", after, "bold")]
+        for name, record, style in told:
+            lines.append(Text.assemble((f"  {name:<7}", "bright_black"), (one_line(record["text"]), style)))
+        lines.append(Text(""))
+    return lines
+
+
+def time_line(tally: RunSummary) -> Text:
+    """Where the time went, each share in its colour; empty where nothing is known of it."""
+    from rich.text import Text
+
+    spent = tally.spent()
+    total = sum(spent.values())
+    line = Text(duration(total) if total else "")
+    for name, seconds in spent.items():
+        if seconds >= 0.005 * total:
+            line.append("  ■ ", SHADES[name]).append(f"{WORDS.get(name, name)} {seconds / total:.0%}")
+    return line
+
+
+def change(record: Record, *, unit: str = "", word: bool = True) -> Text:
+    """Of a domain's loss since step 0 in nats per token, and whether that is good."""
+    from rich.text import Text
+
+    delta = change_of(record)
+    if delta is None:
+        return Text("not scored since step 0" if word and record["step"] == 0 else "—")
+    if abs(delta) < 0.00005:
+        return Text(f"= 0.0000{unit}")
+    arrow, verdict, style = ("↓", "better", "green") if delta < 0 else ("↑", "worse", "red")
+    return Text(f"{arrow} {abs(delta):.4f}{unit}{f' {verdict}' if word else ''}", style)
+
+
+def seconds_left(record: Record, total: int) -> float | None:
+    """As the record says: not before there is a pace, which the first step, that compiles, is none of. Of a record of an
+    earlier version by the pace of its steps."""
+    if "eta_seconds" in record:
+        eta = record["eta_seconds"]
+        return None if eta is None else float(eta)
+    pace = record.get("step_seconds")
+    return None if pace is None else float(pace) * (total - record["step"])
+
+
+def one_line(text: str) -> str:
+    """``text`` for a terminal: what a model writes may hold line breaks, and what a terminal would handle."""
+    broken = " ⏎ ".join(line.strip() for line in text.splitlines() if line.strip())
+    return "".join(c if c.isprintable() else "·" for c in broken)
+
+
+def loss_text(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.4f}"
+
+
+def _table(*titles: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in titles:
+        table.add_column(
+            title, justify="left" if title == "domain" else "right", no_wrap=title in ("perplexity", "nats")
+        )
+    return table

@@ -1,0 +1,392 @@
+"""The loop: resume, then batch by batch train, evaluate, save. Read `run` first; the rest are its verbs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint import schema, store
+from pretrain.checkpoint.rng import rng_state, set_rng_state
+from pretrain.checkpoint.train_state import TrainState
+from pretrain.data.batch import Batch
+from pretrain.data.statistics import DataStatistics
+from pretrain.distributed.sharding import TensorFiles
+from pretrain.runtime.console import notice
+from pretrain.runtime.out_of_memory import watched
+from pretrain.runtime.signals import signals_blocked
+from pretrain.runtime.watchdog import Watchdog
+from pretrain.telemetry.events import (
+    DataStatisticsEvent,
+    Evaluated,
+    Event,
+    RolledBack,
+    RunFinished,
+    RunStarted,
+    Sampled,
+    StepDone,
+    TrainingPaused,
+)
+from pretrain.telemetry.interval import Interval
+from pretrain.telemetry.record import fields_of
+from pretrain.telemetry.step_timer import StepTimer
+from pretrain.training.guard.replicas import check_replicas
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint.writer import AsyncCheckpointWriter
+    from pretrain.data.loader import Loader
+    from pretrain.distributed.context import DistributedContext
+    from pretrain.evaluation.samples import Sampler
+    from pretrain.evaluation.untouched import Untouched
+    from pretrain.runtime.signals import Interrupt
+    from pretrain.strategy.engine import Engine
+    from pretrain.training.exporter import Exporter
+    from pretrain.training.guard.guard import BadStep, Guard
+    from pretrain.training.layer_statistics import LayerStatistics
+
+Schedule = Callable[[int], float]
+Listener = Callable[[Event], None]
+
+
+@dataclass
+class Trainer:
+    """Everything a run consists of, built by `build.py`.
+
+    ``loader`` yields this rank's share of one global batch per step, ``micro_batch`` sequences at a time.
+    ``identity``: what a checkpoint must share with the run that continues it. ``rng``: this rank's random state at
+    step 0. Only rank 0 has ``listeners``.
+    ``unsaved_records``: what listeners have noted since the last checkpoint, to lie in the next; ``records``: those of the
+    checkpoint that the run goes on from, if it is its own. ``resume_from``: a checkpoint folder, or ``None``. ``exporter`` writes
+    the model as Hugging Face folders.
+    ``census`` counts what has been read, for rank 0 to tell.
+    """
+
+    world: DistributedContext
+    engine: Engine
+    loader: Loader
+    schedule: Schedule
+    guard: Guard
+    untouched: Untouched
+    sampler: Sampler
+    saver: AsyncCheckpointWriter
+    interrupt: Interrupt
+    identity: dict[str, Any]
+    rng: dict[str, Any]
+    total_steps: int
+    micro_batch: int
+    grad_clip: float | None
+    evaluate_every: Interval
+    save_every: Interval
+    exporter: Exporter
+    layers: LayerStatistics
+    resume_from: Path | None = None
+    unsaved_records: Callable[[], list[dict[str, Any]]] = list
+    records: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    listeners: list[Listener] = field(default_factory=list)
+    progress: TrainState = field(default_factory=TrainState)
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    clock: StepTimer = field(init=False)
+    census: DataStatistics = field(init=False)
+    _batches: Generator[Batch, None, None] = field(init=False)
+    _back_at: int = 0  # the step to which the guard has sent the run back last
+    _announced: bool = False  # whether this start has said what an evaluation scores
+    _save_due: bool = False
+    _started_at_step: int = 0
+
+    def __post_init__(self) -> None:
+        self.clock = StepTimer(on_device=self.world.device.type == "cuda")
+        self.census = DataStatistics(self.loader)
+
+    def run(self) -> TrainState:
+        """Train to ``total_steps`` or until a stop signal; save, and export the model of a finished run."""
+        self.resume()
+        resumed, self._started_at_step = self.resume_from is not None, self.progress.step
+        self.emit(
+            RunStarted(
+                *(self.progress.step, self.total_steps, resumed, self.progress.pending_evaluation),
+                records=tuple(self.records),
+                facts=self.facts,
+            )
+        )
+        set_rng_state(self.rng)  # only now: listeners may draw random numbers while they set themselves up
+        owed = self.progress.pending_evaluation
+        if (self.progress.step == 0 or owed) and self.evaluate() and owed:
+            self.save(at_once=self.finished)  # in the place of the one without these scores
+        for batch in self.batches():
+            self.emit(self.train_step(batch))
+            stop = self.sync_stop_signal()
+            if self.rolled_back(at_once=stop or self.pauses):
+                continue
+            if self.evaluate_every.due(self.progress.step) or self.finished:
+                stop = not self.evaluate() or stop
+            if self.save_is_due() or self.finished or stop:
+                self.save(at_once=self.finished or stop)  # after the evaluation, so that a resumed run never repeats it
+            if stop:
+                break
+        return self.finish()
+
+    def batches(self) -> Iterator[Batch]:
+        """Global batches up to the last step."""
+        if self.finished or self.interrupted():
+            return
+        self._batches = iter(self.loader)
+        self.watchdog.allow_slow()  # the first step compiles
+        while not self.finished:
+            with self.clock.part("data"):
+                batch = next(self._batches)
+            yield batch
+
+    @watched("step")
+    def train_step(self, batch: Batch) -> StepDone:
+        """One optimizer step on one global batch, or none where it is passed over. Nothing here waits for the device."""
+        with self.clock.part("communication"):
+            tokens = self.world.sum(batch.num_targets)
+        lr = self.engine.set_lr(self.schedule(self.progress.step))
+        if self.guard.is_blocklisted(batch.first_sample):
+            loss = norm = torch.full((), math.nan, device=self.world.device)
+            self.engine.skipped += 1
+        else:
+            loss, norm = self.update(batch, tokens)
+        self.progress.step += 1
+        self.progress.samples = self.loader.state_dict()["samples"]
+        self.progress.tokens += tokens
+        return StepDone(
+            self.progress.step,
+            epoch=self.loader.epoch,
+            tokens=self.progress.tokens,
+            step_tokens=tokens,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            skipped=self.engine.skipped,
+            step_samples=self.loader.global_batch_size,
+            times=self.clock.take(),
+            loss_scale=self.engine.loss_scale,
+            layers=self.layers.take(),
+        )
+
+    def update(self, batch: Batch, tokens: int) -> tuple[Tensor, Tensor]:
+        """Train on ``batch``, unless the guard refuses what comes of it; loss and gradient norm, on the device.
+
+        ``tokens``: targets of the whole global batch.
+        """
+        micros = list(batch.split(self.micro_batch))
+        loss = torch.zeros((), device=self.world.device)
+        # A compiler that they start would die of a signal to the whole group; other threads hear it for this one.
+        held = signals_blocked() if self.engine.model.is_compiled else nullcontext()
+        with self.clock.part("compute"), held:
+            for i, micro in enumerate(micros):
+                loss += self.engine.backward(micro.to(self.world.device), tokens=tokens, last=i == len(micros) - 1)
+                self.watchdog.heartbeat()
+        with self.clock.part("communication"):
+            self.world.all_reduce_sum(loss)
+        look = self.guard.look(loss)
+        with self.clock.part("optimizer"):
+            norm = self.layers.step(self.progress.step + 1, self.grad_clip, refuse=look.should_skip)
+        self.guard.note(look, norm, step=self.progress.step + 1, first_sample=batch.first_sample)
+        return loss, norm
+
+    def rolled_back(self, *, at_once: bool) -> bool:
+        """Hear of bad steps; whether the run has gone back to a checkpoint because of one."""
+        demands = (bad for bad in self.guard.found(at_once=at_once) if bad.action == "rollback")
+        return any(self.roll_back(bad) for bad in demands)
+
+    def roll_back(self, bad: BadStep) -> bool:
+        """Go on from the last good checkpoint. False where there is none yet: then the step just was not trained."""
+        self.saver.wait()
+        self.tell_saved()
+        below = None if self.guard.trained_since_rollback else self._back_at  # the last one was no better
+        newest = self.saver.store.newest
+        checkpoint = self.world.on_main_rank(lambda: newest(below=below) or newest()) or self.resume_from
+        if checkpoint is None:
+            notice("there is no checkpoint to go back to yet: the run goes on")
+            return False
+        self._batches.close()
+        with self.watchdog.slow():
+            self.restore(checkpoint)
+        self.progress.pending_evaluation = False  # whoever went on from there has made it
+        self.guard.last_step_skipped, self.guard.trained_since_rollback, self._back_at = True, False, self.progress.step
+        self._batches = iter(self.loader)
+        notice(f"back at {checkpoint}")
+        self.emit(RolledBack(self.progress.step, bad.step, bad.reason))
+        set_rng_state(self.rng)
+        return True
+
+    @watched("evaluation")
+    def evaluate(self) -> bool:
+        """Score every domain, and continue the prompts; a run's first scores are the baseline of its forgetting.
+
+        False: a stop signal came, and whoever continues here owes the evaluation.
+        """
+        self.watchdog.allow_slow()
+        started_at = time.perf_counter()
+        progress = self.progress
+        untouched = progress.step == 0
+        baseline = None if untouched else self.untouched.known(progress)
+        announce, self._announced = not self._announced, True
+        scores = self.untouched.evaluator.run(self.engine, baseline=baseline, announce=announce, **self.hooks)
+        scored_at = time.perf_counter()
+        samples = None if scores is None else self.sampler.run(self.engine, **self.hooks)
+        progress.pending_evaluation = samples is None
+        if scores is None or samples is None:
+            self.emit(TrainingPaused(progress.step, time.perf_counter() - started_at, "evaluation"))
+            return False
+        sampled_at = time.perf_counter()
+        progress.losses, progress.evaluated_at = {s.domain: s.loss for s in scores}, progress.step
+        progress.scores = [fields_of(s) for s in scores]
+        if untouched:
+            self.untouched.keep(progress, scores)
+        self.emit(Evaluated(progress.step, tuple(scores), scored_at - started_at))
+        self.emit(Sampled(progress.step, tuple(samples), sampled_at - scored_at))
+        self.tell_data()
+        return True
+
+    def tell_data(self) -> None:
+        """Tell what has been read so far. Only rank 0 counts it, and only it tells."""
+        if self.world.is_main and self.progress.samples:
+            started_at = time.perf_counter()
+            sources = self.census.at(self.progress.samples)
+            self.emit(DataStatisticsEvent(self.progress.step, sources, time.perf_counter() - started_at))
+
+    def save(self, *, at_once: bool) -> None:
+        """Make a checkpoint of exactly this moment; it is written while training goes on, or ``at_once``."""
+        self._save_due = False
+        started_at = time.perf_counter()
+        if self.guard.policy.replicas == "stop":
+            check_replicas(self.engine, self.progress.step)
+        state = {
+            "engine": self.engine.state_dict(),
+            "loader": self.loader.state_dict(),
+            "progress": self.progress.state_dict(),
+            "guard": self.guard.state_dict(),
+            "rng": self.world.all_gather_object(rng_state),
+            "identity": self.identity,
+            "records": self.unsaved_records(),
+            "files": self.exporter.checkpoint_files(self.progress) if self.world.is_main else {},
+        }
+        saved = self.saver.save(self.progress.step, state, at_once=at_once)
+        if saved and not self.finished:  # the last model is exported at the end
+            with self.watchdog.slow():
+                self.exporter.at_save(self.progress)
+        self.emit(TrainingPaused(self.progress.step, time.perf_counter() - started_at, "checkpoint"))
+        self.tell_saved()
+
+    def save_is_due(self) -> bool:
+        """Whether it is time for a checkpoint; after a step that was not trained it waits for one that is."""
+        self._save_due |= self.save_every.due(self.progress.step)
+        return self._save_due and not self.guard.last_step_skipped
+
+    def tell_saved(self) -> None:
+        while (saved := self.saver.collect()) is not None:
+            self.emit(saved)
+
+    def sync_stop_signal(self) -> bool:
+        """Whether a stop signal has come, to any rank.
+
+        Raises what kept a checkpoint from being written.
+        """
+        with self.clock.part("communication"):
+            stop, failed = self.world.any_rank(self.interrupt.requested, self.saver.failed)
+        if failed:
+            self.saver.wait()
+            self.world.sum(0)  # it was another rank's, which ends the group
+            raise RuntimeError("another rank could not write its part of a checkpoint")
+        self.tell_saved()
+        return stop
+
+    def flush(self) -> None:
+        """Before a failed run ends: what was being saved becomes whole and is told of, or why it did not."""
+        self.saver.close()
+        try:
+            self.tell_saved()
+        except Exception as error:
+            notice(f"error: {error}")
+            self.tell_saved()
+
+    def resume(self) -> None:
+        """Put back the state of ``resume_from``; without one the run starts at step 0."""
+        if self.resume_from is not None:
+            self.score_untouched(self.resume_from)
+            self.restore(self.resume_from)
+
+    @watched("evaluation")
+    def score_untouched(self, checkpoint: Path) -> None:
+        """Before ``checkpoint`` replaces the weights that the run began with: score them where its baseline is of other
+        text than this run evaluates."""
+        self.watchdog.allow_slow()
+        self.untouched.score_again(self.engine, schema.read_state(checkpoint), self.identity, **self.hooks)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Put back the state of ``checkpoint``.
+
+        It may be of another strategy or number of ranks: then a rank it did not have keeps its own random state.
+        """
+        state = store.load(checkpoint)
+        before = state["identity"]
+        if any(before[part] != self.identity[part] for part in ("weights", "optimizer")):  # by resume_allow
+            state["engine"]["optimizer"] = TensorFiles([])
+            if self.world.is_main:
+                notice("the optimizer starts anew: its moments are of another optimizer or type of weights")
+        self.engine.load_state_dict(state["engine"])
+        self.progress.load_state_dict(state["progress"])
+        self.untouched.restore(self.progress)
+        # of another length by resume_allow: the same place in the text
+        self.progress.samples = self.progress.samples * before["sequence_length"] // self.identity["sequence_length"]
+        self.loader.load_state_dict({"samples": self.progress.samples})
+        guard = state.get("guard", {})
+        if any(before[part] != self.identity[part] for part in ("data", "sequence_length", "global_batch", "seed")):
+            guard["passed_over"] = []  # they were other batches
+        self.guard.load_state_dict(guard)
+        own = checkpoint.resolve().parent == self.saver.store.folder.resolve()
+        self.records = state.get("records", []) if own else []  # another run's are told by its own files
+        if self.world.rank < len(state["rng"]):
+            self.rng = state["rng"][self.world.rank]
+
+    def finish(self) -> TrainState:
+        """Export the model of a run that reached its end; tell how the run ended."""
+        self.saver.close()
+        self.sync_stop_signal()  # a save that no step came after: it is told of, or why it failed
+        if self.progress.step not in (self.progress.evaluated_at, self._started_at_step):  # then it has been told
+            self.tell_data()
+        with self.watchdog.slow():
+            model = self.exporter.at_end(self.progress) if self.complete else None
+        status = "finished" if self.complete else "stopped"
+        self.emit(RunFinished(self.progress.step, status, self.progress.tokens, model))
+        return self.progress
+
+    @property
+    def hooks(self) -> dict[str, Callable[[], Any]]:
+        """What a long evaluation asks, and calls, meanwhile."""
+        return {"interrupted": self.interrupted, "alive": self.watchdog.heartbeat}
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.total_steps
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do but to export."""
+        return self.finished and not self.progress.pending_evaluation
+
+    @property
+    def pauses(self) -> bool:
+        """Whether the run evaluates, saves or ends at this step."""
+        due = any(every.due(self.progress.step) for every in (self.evaluate_every, self.save_every))
+        return self.finished or due or self._save_due
+
+    def interrupted(self) -> bool:
+        """Whether a stop signal has come, to any rank. Every rank must ask."""
+        return self.world.any_rank(self.interrupt.requested)[0]
+
+    def emit(self, event: Event) -> None:
+        self.watchdog.heartbeat()
+        for listener in self.listeners:
+            listener(event)

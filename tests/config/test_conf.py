@@ -1,0 +1,65 @@
+"""Every YAML under conf/ composes and passes the check; a part is added by its YAML alone."""
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+
+from pretrain.config.check import GROUPS, check, conf_dir
+from pretrain.config.compose import resolve
+from pretrain.runtime.errors import UserError
+
+NEEDS = {  # keys without a default
+    ("dataset", "local"): ["dataset.nameOrPath=texts"],
+    ("dataset", "huggingface"): ["dataset.nameOrPath=texts"],
+    ("precision", "16-mixed"): ["precision.allow_cpu=true"],
+}
+FILES = sorted(f for g in (*GROUPS, "experiment") for f in (conf_dir() / g).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=[f"{f.parent.name}={f.stem}" for f in FILES])
+def test_composes_and_checks(file, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    group, choice = file.parent.name, file.stem
+    override = f"{group}=[{choice}]" if group == "sink" else f"{group}={choice}"
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = hydra.compose("config", overrides=[override, *NEEDS.get((group, choice), [])])
+    check(resolve(config))
+
+
+@pytest.mark.parametrize("file", FILES, ids=[f"{f.parent.name}={f.stem}" for f in FILES])
+def test_says_what_it_is_for(file):
+    assert file.read_text().startswith("# "), "the first comment line is its entry in --help"
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.parent.name not in ("experiment", "sink", "evaluation")])
+def test_lists_every_key_of_its_target(file):
+    """A reader of the YAML sees all there is to set."""
+    import inspect
+
+    from pretrain.config.check import RUNTIME_ARGUMENTS, in_yaml
+    from pretrain.config.trust import PARTS, locate
+
+    node = OmegaConf.to_container(OmegaConf.load(file))
+    parameters = inspect.signature(locate(file.parent.name, node["_target_"], PARTS[file.parent.name])).parameters
+    keys = {in_yaml(name) for name in parameters} - RUNTIME_ARGUMENTS
+    assert keys - set(node) <= OPTIONAL.get(file.stem, set())
+
+
+OPTIONAL = {name: {"allow_cpu", "tf32"} for name in ("32-true", "bf16-mixed", "bf16-true", "16-mixed")}
+
+
+TEXTS = {"name", "output_dir", "model_name", "sweep_dir", "resume"}  # keys that may be any word
+
+
+@pytest.mark.parametrize("key", sorted({*OmegaConf.load(conf_dir() / "config.yaml"), *GROUPS} - {"defaults", "hydra"}))
+def test_a_key_that_holds_a_word_is_a_mistake(key):
+    """As in an experiment that was cut off behind the first letter of what belongs to the key."""
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = hydra.compose("config", overrides=["dataset=local", *NEEDS["dataset", "local"]])
+    OmegaConf.set_struct(config, False)
+    config[key] = "n"
+    if key in TEXTS:
+        check(resolve(config))
+    else:
+        with pytest.raises(UserError, match=key):
+            check(resolve(config))

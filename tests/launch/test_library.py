@@ -1,0 +1,99 @@
+"""A run from Python: the example of docs/library.md, and a process that is left as it was."""
+
+import contextlib
+import gc
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+import pretrain
+from pretrain.runtime.signals import SIGNALS
+from pretrain.telemetry.run_file import read_run_file
+
+PAGE = Path(__file__).parents[2] / "docs" / "library.md"
+PUBLIC = ["RunConfig", "RunResult", "Sink", "Source", "Strategy", "Trainer", "UserError", "compose", "train"]
+
+
+def state_of_the_process():
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    logger = logging.getLogger("pretrain")
+    return (
+        dict(os.environ),
+        handlers,
+        gc.get_threshold(),
+        gc.get_freeze_count(),
+        warnings.filters[:],
+    ), logger.handlers[:]
+
+
+def test_the_public_names():
+    assert set(PUBLIC) <= set(dir(pretrain))
+    assert sorted(pretrain.__all__) == PUBLIC
+    assert all(getattr(pretrain, name) is not None for name in PUBLIC)
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", pretrain.__version__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        pretrain.nothing  # noqa: B018
+
+
+def test_importing_it_imports_no_torch():
+    code = "import sys, pretrain; dir(pretrain); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_example_of_the_page(base_arguments, tmp_path, monkeypatch, corpus, capsys):
+    (tmp_path / "books").symlink_to(corpus)
+    monkeypatch.chdir(tmp_path)
+    own, compose = (
+        [a for a in base_arguments if not a.startswith(("dataset=", "dataset.", "max_steps"))],
+        pretrain.compose,
+    )
+    monkeypatch.setattr(pretrain, "compose", lambda words: compose([*own, *words]), raising=False)
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    before = state_of_the_process()
+    exec(compile(code, str(PAGE), "exec"), {})
+    assert state_of_the_process() == before
+    shown = capsys.readouterr().out
+    assert "finished 20 outputs/from-python" in shown
+    assert read_run_file(tmp_path / "outputs/from-python")["status"] == "finished"
+
+
+def test_a_mistake_raises_and_exits_nothing(base_arguments, tmp_path):
+    with pytest.raises(pretrain.UserError, match="unknown key 'learning_rate'; here it is 'lr'"):
+        pretrain.compose(["learning_rate=1"])
+    with pytest.raises(pretrain.UserError, match="no such choice"):
+        pretrain.compose(["strategy=nope"])
+    before = state_of_the_process()
+    config = pretrain.compose([*base_arguments, f"output_dir={tmp_path}", "dataset.nameOrPath=/nowhere"])
+    with pytest.raises(pretrain.UserError, match="/nowhere"):
+        pretrain.train(config)
+    assert state_of_the_process() == before
+
+
+def test_a_stopped_run_is_resumed(base_arguments, tmp_path):
+    run = tmp_path / "run"
+    words = [*base_arguments, f"output_dir={run}", "max_steps=8", "sink=[jsonl]"]
+    stop = "+sink.stop={_target_: tests.stopper.Stopper, event: train, at: 3}"
+    config = pretrain.compose([*words, "allow_targets=[tests.stopper.Stopper]", stop])
+    before = state_of_the_process()
+    result = pretrain.train(config)
+    assert (result.status, result.step) == ("stopped", 3)
+    assert state_of_the_process() == before
+    result = pretrain.train(pretrain.compose(words))
+    assert (result.status, result.step, result.folder) == ("finished", 8, run)
+    assert result.metrics["train_loss"] > 0
+
+
+def test_ctrl_c_works_in_the_next_cell(base_arguments, tmp_path):
+    pretrain.train(pretrain.compose([*base_arguments, f"output_dir={tmp_path}", "max_steps=1"]))
+    reached = False
+    with contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        reached = True
+    assert not reached

@@ -1,0 +1,41 @@
+"""The data that a run really gets from its config."""
+
+import pytest
+
+from pretrain.run.prepare import total_steps
+from tests.training.test_trainer import prepared_of
+
+
+def test_every_choice_of_documents_reaches_the_run_and_its_identity(base_arguments, corpus, tmp_path):
+    """Ten documents, three of them twice."""
+    texts = [(corpus / f"{number:02}.txt").read_text() for number in [*range(10), 0, 1, 2]]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number:02}.txt").write_text(text)
+
+    def counted(*choices):
+        _, data = prepared_of([*base_arguments, f"dataset.nameOrPath={tmp_path}", *choices])
+        held_out = sum(view.num_documents for _, role, view in data.domains if role == "new")
+        return data.train.num_documents, held_out, data.identity["data"]
+
+    train, held_out, identity = counted("dataset.held_out=0.3")
+    assert train + held_out == 13
+    fewer_train, fewer_held_out, deduplicated = counted("dataset.held_out=0.3", "dataset.deduplicate=true")
+    assert fewer_train + fewer_held_out == 10
+    all_of_it, none, larger = counted("dataset.held_out=0")
+    assert (all_of_it, none) == (13, 0)
+    part, same, smaller = counted("dataset.held_out=0.3", "dataset.train_data_ratio=0.5")
+    assert part < train
+    assert same == held_out
+    _, _, masked = counted("dataset.held_out=0.3", "dataset.document_mask=true")
+    assert len({identity, deduplicated, larger, smaller, masked}) == 5
+    assert counted("dataset.held_out=0.3")[2] == identity
+
+
+@pytest.mark.parametrize("epochs", [1, 1.5, 2])
+def test_sequences_left_over_in_an_epoch_are_taken_by_the_next(base_arguments, epochs):
+    """Only the last step is rounded down, as docs/data.md has it."""
+    config, data = prepared_of([*base_arguments, "max_steps=null", f"number_epochs={epochs}"])
+    sequences = (data.train.num_tokens - 1) // 32
+    assert data.global_batch == 4
+    assert sequences % 4, "else nothing is left over"
+    assert total_steps(config, data) == int(sequences * epochs) // 4

@@ -1,0 +1,247 @@
+"""A run that stands still ends by itself, says where it stands, and leaves the stacks of all its threads."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.telemetry.run_file import read_run_file
+from pretrain.telemetry.sinks.jsonl import read_records
+from tests.launch.test_launch import LONG, PAIR, steps, wait_for, workers_of
+from tests.runs import ROOT, at_call, injected, starts
+
+GUARDED = """
+import sys, time
+from pathlib import Path
+from pretrain.runtime.watchdog import Watchdog
+watchdog = Watchdog()
+limits, tell = map(float, sys.argv[2:]), lambda place, how_long: print("at", place, flush=True)
+with watchdog.guarding(*limits, log=Path(sys.argv[1]), tell=tell):
+{work}
+print("ended well")
+"""
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    """``guarded(lines, timeout, slow_timeout)``: a process that does ``lines`` under a watchdog, and its log."""
+    started = []
+
+    def start(lines, timeout=1.0, slow_timeout=60.0):
+        text = GUARDED.format(work="\n".join(f"    {line}" for line in lines))
+        log = tmp_path / "rank-0.log"
+        process = subprocess.Popen(
+            [sys.executable, "-c", text, log, str(timeout), str(slow_timeout)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        started.append(process)
+        return process, log
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_hang_ends_with_its_place_and_its_stacks(guarded):
+    process, log = guarded(["def stuck(): time.sleep(60)", "watchdog.heartbeat()", "stuck()"])
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "stuck" in out
+    assert "ended well" not in out
+    assert "nothing has moved for 1 s (launch.timeout)" in log.read_text()
+    assert "in stuck" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["for _ in range(10): watchdog.heartbeat(); time.sleep(0.2)"],
+        ["time.sleep(2)"],
+        ["watchdog.heartbeat()", "watchdog.allow_slow()", "time.sleep(2)"],
+    ],
+    ids=["moves", "before the first pat", "rests"],
+)
+def test_what_is_no_hang(lines, guarded):
+    process, _ = guarded(lines)
+    assert process.communicate(timeout=30)[0] == "ended well\n"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [["stuck()"], ["with watchdog.slow():", "    watchdog.heartbeat()", "    stuck()"]],
+    ids=["before the first pat", "rests"],
+)
+def test_what_rests_for_too_long_is_a_hang_too(lines, guarded):
+    process, log = guarded(["def stuck(): time.sleep(60)", *lines], timeout=0.2, slow_timeout=1.5)
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, "stuck" in out) == (1, True)
+    assert "nothing has moved for 1.5 s (launch.slow_timeout)" in log.read_text()
+
+
+def test_a_process_that_was_stopped_for_long_goes_on(guarded):
+    """Ctrl-Z and fg, a job that the cluster has suspended."""
+    process, log = guarded(["watchdog.heartbeat()", "print('begins', flush=True)", "time.sleep(0.5)"])
+    assert process.stdout.readline() == "begins\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=30)[0] == "ended well\n"
+    assert log.read_text() == ""
+
+
+def test_stacks_on_demand(guarded):
+    process, log = guarded(
+        ["def busy():", "    print('begins', flush=True)", "    time.sleep(1)", "busy()"], timeout=100
+    )
+    assert process.stdout.readline() == "begins\n"
+    process.send_signal(signal.SIGUSR2)
+    assert process.communicate(timeout=30)[0] == "ended well\n"
+    assert "in busy" in log.read_text()
+
+
+def test_a_run_whose_disk_does_not_answer(base_arguments, spawn, tmp_path):
+    """To open what run.json is written through takes for ever, once the run has begun."""
+    arguments = [*base_arguments, f"output_dir={tmp_path}", *LONG[:1], "evaluate_every=10", "save_every=20"]
+    environment = at_call("pretrain.runtime.safe_files:open_new", "hang", tmp_path / "hangs", at=3, paths="run.json")
+    process = spawn([*arguments, "sink=jsonl", "launch.timeout=4"], env=environment)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    assert "rank-0 stands still at atomic_files.py" in out
+    assert "nothing has moved for 4 s (launch.timeout)" in out
+    assert "write_json" in (tmp_path / "logs/rank-0.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_is_found_and_the_group_comes_back(
+    base_arguments, exact_model, spawn, command, tmp_path
+):
+    run = tmp_path / "run"
+    given = [*base_arguments, f"model_name={exact_model('llama')}", *PAIR, "sink=jsonl", "max_steps=150"]
+    given += ["evaluate_every=null", "save_every=10"]
+    process = spawn([*given, f"output_dir={run}", "launch.timeout=8", "launch.max_restarts=1"])
+    wait_for(lambda: steps(run) >= 25, process)
+    workers_of(process.pid)[1].send_signal(signal.SIGSTOP)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    assert "rank 1 does not answer: nothing has moved for 8 s (launch.timeout); rank 0 at " in out
+    assert "(restart 1 of 1)" in out
+    for rank in (0, 1):
+        assert "Thread 0x" in (run / f"logs/rank-{rank}.log").read_text()
+    assert not [p for p in psutil.process_iter() if p.status() == psutil.STATUS_STOPPED and p.ppid() == process.pid]
+    facts = read_run_file(run)
+    assert (facts["status"], facts["restarts"]) == ("finished", 1)
+    [_, (step, resumed)] = starts(run)
+    assert resumed
+    assert step >= 10
+    code, _, err = command([*given, f"output_dir={tmp_path / 'undisturbed'}"])
+    assert code == 0, err
+    ours, theirs = (
+        [r for r in read_records(f / "metrics.jsonl") if r["event"] == "train"] for f in (run, tmp_path / "undisturbed")
+    )
+    assert [(r["step"], r["loss"]) for r in ours] == [(r["step"], r["loss"]) for r in theirs]
+    ours, theirs = (load_file(f / "model/model.safetensors") for f in (run, tmp_path / "undisturbed"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_rests_is_not_ended_by_a_pat(guarded):
+    """An export in the middle of a run tells of what has been saved, and still takes its time."""
+    process, _ = guarded(
+        ["with watchdog.slow():", "    watchdog.heartbeat()", "    time.sleep(2.5)", "time.sleep(0.2)"]
+    )
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "ended well\n")
+
+
+SLOW = ["launch.timeout=4", "launch.slow_timeout=4"]
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "pretrain.strategy.engine:InferenceEngine.evaluate",
+        *(
+            pytest.param(where, marks=pytest.mark.slow)
+            for where in (
+                "pretrain.strategy.engine:Engine.backward",
+                "pretrain.training.trainer:Trainer.restore",
+                "pretrain.models.hub.export:save_whole",
+            )
+        ),
+    ],
+)
+def test_what_may_be_slow_has_an_end(where, base_arguments, spawn, command, tmp_path):
+    """The first forward of an evaluation and of a step, resuming, exporting."""
+    run = tmp_path / "run"
+    arguments = [*base_arguments, f"output_dir={run}", *SLOW]
+    if "restore" in where:
+        assert command([*arguments, "max_steps=5"])[0] == 0
+    process = spawn(arguments, env=at_call(where, "hang", tmp_path / "mark"))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    assert "nothing has moved for 4 s (launch.slow_timeout), so it ends" in out
+    assert (tmp_path / "mark").exists()
+    assert "sitecustomize.py" in (run / "logs/rank-0.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "where", ["pretrain.strategy.engine:InferenceEngine.evaluate", "pretrain.strategy.engine:Engine.backward"]
+)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_that_stands_still_in_its_first_forward(strategy, where, base_arguments, spawn, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*base_arguments, f"strategy={strategy}", "devices=2", "batch_size=1", *SLOW, f"output_dir={run}"]
+    process = spawn(arguments, env=at_call(where, "hang", tmp_path / "mark", rank="1"))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    assert "rank 1 stands still: nothing has moved for 4 s (launch.slow_timeout)" in out
+    assert "rank 0 at " in out
+    for rank in (0, 1):
+        assert "Thread 0x" in (run / f"logs/rank-{rank}.log").read_text()
+
+
+FROZEN = """
+import os, time
+real = os.fsync
+def fsync(file):
+    if "/checkpoints/" in os.readlink(f"/proc/self/fd/{file}") and os.environ.get("RANK") != "0":
+        time.sleep(3600)
+    real(file)
+os.fsync = fsync
+"""
+
+
+SHARDED = ["strategy=fsdp", "devices=2", "batch_size=1"]
+
+
+@pytest.mark.parametrize("more", [[], pytest.param(SHARDED, marks=pytest.mark.slow)], ids=["single", "pair"])
+def test_a_disk_that_hangs_during_a_save(more, base_arguments, spawn, tmp_path):
+    """fsync never returns: of one process, or of one rank in its thread."""
+    environment = injected(tmp_path, FROZEN)
+    run = tmp_path / "run"
+    began_at = time.monotonic()
+    process = spawn([*base_arguments, *more, f"output_dir={run}", "launch.timeout=4"], env=environment)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    assert time.monotonic() - began_at < 90
+    assert "launch.timeout" in out or "Timed out waiting" in out  # the watchdog's word, or that of the rank that waits
+    assert not list((run / "checkpoints").glob("step-*[0-9]"))
+    assert "fsync" in "".join(log.read_text() for log in (run / "logs").glob("rank-*.log"))
+
+
+def test_a_bug_in_one_ranks_saving_is_the_one_that_is_told(base_arguments, spawn, tmp_path):
+    fault = "import os\nfrom pretrain.checkpoint.store import Store\n"
+    fault += "def prune(self): raise KeyError('on purpose')\nStore._prune = prune\n"
+    process = spawn([*base_arguments, *PAIR, f"output_dir={tmp_path / 'run'}"], env=injected(tmp_path, fault))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    assert "KeyError: 'on purpose'" in out
+    assert "another rank" not in out

@@ -1,0 +1,274 @@
+"""The loop where something is not as it was: bad steps, going back, a checkpoint of another run, other ranks."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pretrain.checkpoint.store import load
+from pretrain.distributed.context import DistributedContext
+from pretrain.runtime.errors import UserError
+from pretrain.telemetry.events import DataStatisticsEvent, Evaluated, RolledBack, Saved, StepDone
+from pretrain.telemetry.interval import Interval
+from pretrain.training import trainer as trainer_module
+from pretrain.training.guard.config import GuardConfig as GuardPolicy
+from tests.engines import ALONE, CPU
+from tests.loops import IDENTITY, loop_in
+
+
+@pytest.fixture
+def loop(tmp_path):
+    return loop_in(tmp_path)
+
+
+def poison(trainer, first_sample):
+    """The batch that begins there has no finite loss."""
+    keep = trainer.update
+
+    def update(batch, tokens):
+        if batch.first_sample == first_sample:
+            trainer.engine.backward, real = lambda b, **k: torch.tensor(math.nan), trainer.engine.backward
+            try:
+                return keep(batch, tokens)
+            finally:
+                trainer.engine.backward = real
+        return keep(batch, tokens)
+
+    trainer.update = update
+
+
+def test_a_bad_step_is_skipped_and_the_save_waits(loop, capsys):
+    trainer, events, _ = loop()
+    poison(trainer, 4)
+    trainer.run()
+    assert "step 2: loss nan" in capsys.readouterr().err
+    assert [e.step for e in events if isinstance(e, Saved)] == [3, 4, 6], "what step 2 was to save, step 3 saves"
+    done = [e for e in events if isinstance(e, StepDone)]
+    assert [int(e.skipped) for e in done][-1] == 1
+    assert math.isnan(float(done[1].loss))
+    assert trainer.progress.tokens == 192
+
+
+def test_a_run_goes_back_to_the_last_checkpoint(loop, capsys):
+    trainer, events, _ = loop(guard=GuardPolicy(nonfinite="rollback"))
+    poison(trainer, 12)
+    trainer.run()
+    back = [e for e in events if isinstance(e, RolledBack)]
+    assert [(e.step, e.bad_step, e.reason) for e in back] == [(2, 4, "nonfinite")]
+    assert [e.step for e in events if isinstance(e, StepDone)] == [1, 2, 3, 4, 3, 4, 5, 6]
+    assert f"back at {trainer.saver.store.path(2)}" in capsys.readouterr().err
+    assert trainer.guard.passed_over == {12}
+    done = [e for e in events if isinstance(e, StepDone)]
+    assert float(done[2].loss) == float(done[4].loss), "the step before it is the same again"
+    assert math.isnan(float(done[5].loss)), "the batch is not trained"
+    assert math.isnan(float(done[5].grad_norm))
+    assert [int(e.skipped) for e in done[-3:]] == [1, 1, 1]
+    assert (trainer.progress.step, trainer.progress.samples, trainer.progress.tokens) == (6, 24, 192)
+    assert [e.step for e in events if isinstance(e, Saved)] == [2, 5, 6], "not of step 4, which was not trained"
+
+
+def test_without_a_checkpoint_the_run_goes_on(loop, capsys):
+    trainer, events, _ = loop(guard=GuardPolicy(nonfinite="rollback"), evaluate_every=Interval(1))
+    poison(trainer, 0)
+    trainer.run()
+    assert "there is no checkpoint to go back to yet: the run goes on\n" in capsys.readouterr().err
+    assert [e.step for e in events if isinstance(e, StepDone)] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in events if isinstance(e, Evaluated)] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_second_time_the_run_goes_further_back_unless_it_had_recovered(loop):
+    """The batch of step 4 is bad: back at 3. So is that of step 5, before a step was trained: 3 was no better, back at 2.
+    Step 3 is trained again, and saved; for the bad batch of step 6 that is good enough."""
+    trainer, events, _ = loop(guard=GuardPolicy(nonfinite="rollback"), total_steps=7, save_every=Interval(1))
+    for first_sample in (12, 16, 20):
+        poison(trainer, first_sample)
+    trainer.run()
+    assert [(e.step, e.bad_step) for e in events if isinstance(e, RolledBack)] == [(3, 4), (2, 5), (3, 6)]
+    assert [e.step for e in events if isinstance(e, Saved)] == [1, 2, 3, 3, 7]
+    assert trainer.guard.passed_over == {12, 16, 20}
+
+
+def test_a_run_goes_back_to_the_checkpoint_it_came_from(loop):
+    """Before it has saved one of its own. The evaluation that was pending there has been made since."""
+    cut, _, _ = loop(stop_at=(2,), evaluate_every=Interval(3))
+    cut.run()
+    origin = cut.saver.store.path(3)
+    assert load(origin)["progress"]["pending_evaluation"] is True
+    trainer, events, _ = loop(
+        run="other", resume_from=origin, guard=GuardPolicy(nonfinite="rollback"), evaluate_every=Interval(None)
+    )
+    trainer.save, keep = lambda *, at_once: None, trainer.save  # its first save is still to come
+    poison(trainer, 12)
+    listener = trainer.listeners.append
+    listener(lambda e: setattr(trainer, "save", keep) if isinstance(e, RolledBack) else None)
+    trainer.run()
+    assert [(e.step, e.bad_step) for e in events if isinstance(e, RolledBack)] == [(3, 4)]
+    saved = [e for e in events if isinstance(e, Saved)]
+    assert [e.step for e in saved] == [5, 6]
+    assert load(saved[0].path)["progress"]["pending_evaluation"] is False
+
+
+def changed(trainer, **identity):
+    trainer.identity = IDENTITY | identity
+    return trainer
+
+
+def test_another_length_is_the_same_place_in_the_text(loop):
+    trainer, _, _ = loop(total_steps=2, guard=GuardPolicy(nonfinite="rollback"))
+    trainer.guard.passed_over = {40}
+    trainer.run()
+    checkpoint = trainer.saver.store.path(2)
+    for identity, samples, passed in (
+        ({}, 8, {40}),
+        ({"sequence_length": 16}, 4, set()),
+        ({"sequence_length": 24}, 2, set()),  # of 2⅔ whole ones
+        ({"global_batch": 8}, 8, set()),
+        ({"data": "y"}, 8, set()),
+        ({"seed": 1}, 8, set()),
+    ):
+        other = changed(loop()[0], **identity)
+        other.restore(checkpoint)
+        assert (other.progress.samples, other.loader.state_dict()) == (samples, {"samples": samples})
+        assert other.guard.passed_over == passed
+
+
+@pytest.mark.parametrize("identity", [{"weights": "y"}, {"optimizer": ["other"]}], ids=str)
+def test_another_optimizer_starts_anew(identity, loop, capsys):
+    trainer, _, _ = loop(total_steps=2)
+    trainer.run()
+    other = changed(loop()[0], **identity)
+    other.restore(trainer.saver.store.path(2))
+    said = "the optimizer starts anew: its moments are of another optimizer or type of weights\n"
+    assert said in capsys.readouterr().err
+    assert not other.engine.optimizer.state
+    same = loop()[0]
+    same.restore(trainer.saver.store.path(2))
+    assert same.engine.optimizer.state
+
+
+def test_replicas_are_compared_before_a_save_unless_they_may_differ(loop, monkeypatch):
+    asked = []
+    monkeypatch.setattr(trainer_module, "check_replicas", lambda engine, step: asked.append((engine, step)))
+    trainer = loop()[0]
+    trainer.run()
+    assert asked == [(trainer.engine, step) for step in (2, 4, 6)]
+    loop(guard=GuardPolicy(replicas="ignore"), run="other")[0].run()
+    assert len(asked) == 3
+
+
+def test_what_kept_another_rank_from_saving_ends_this_one(loop):
+    trainer, _, _ = loop()
+    asked = []
+    trainer.world = SimpleNamespace(
+        any_rank=lambda *flags: asked.append(flags) or [False, True],
+        sum=lambda value: asked.append(int(value)),
+        device=CPU,
+    )
+    with pytest.raises(RuntimeError, match=r"^another rank could not write its part of a checkpoint$"):
+        trainer.sync_stop_signal()
+    assert asked == [(False, False), 0], "it waits for the other one, whose error says more"
+
+
+def test_what_kept_this_rank_from_saving_is_said_to_the_others(loop):
+    trainer, _, _ = loop()
+    trainer.saver._error = UserError("the disk")
+    asked = []
+    trainer.world = SimpleNamespace(any_rank=lambda *flags: asked.append(flags) or list(flags), device=CPU)
+    with pytest.raises(UserError, match=r"^the disk$"):
+        trainer.sync_stop_signal()
+    assert asked == [(False, True)]
+
+
+def test_before_a_failed_run_ends_it_says_what_became_of_its_saves(loop, capsys):
+    trainer, events, _ = loop()
+    trainer.saver._saved.append(Saved(2, trainer.saver.store.path(2), 1.0, 1.0, 7))
+    trainer.saver._error = UserError("the disk")
+    trainer.flush()
+    assert capsys.readouterr().err.endswith("error: the disk\n")
+    assert [e.step for e in events] == [2]
+
+
+class Pair(DistributedContext):
+    """Rank ``rank`` of two, of which the other one does the same."""
+
+    def all_gather_object(self, work):
+        return [work(), "the other one's"]
+
+    def on_main_rank(self, work):
+        return work()
+
+    def sum(self, value):
+        return 2 * value
+
+    def all_reduce_sum(self, tensor):
+        return tensor.mul_(2)
+
+    def any_rank(self, *flags):
+        return list(flags)
+
+
+@pytest.mark.parametrize(("rank", "files"), [(0, {"card.md": b"step 1"}), (1, {})])
+def test_what_a_rank_gives_to_a_checkpoint(rank, files, loop):
+    """Its random state; the first one the files that are no rank's own."""
+    trainer, _, _ = loop(total_steps=2)
+    given = []
+    trainer.world = Pair(rank, 2, CPU)
+    trainer.saver = SimpleNamespace(save=lambda step, state, *, at_once: given.append(state), collect=lambda: None)
+    trainer.progress.step = 1
+    trainer.save(at_once=False)
+    (state,) = given
+    assert state["files"] == files
+    assert (state["rng"][0].keys(), state["rng"][1]) == (trainer.rng.keys(), "the other one's")
+
+
+def test_the_loss_and_the_tokens_are_those_of_all_ranks(loop):
+    alone, _, _ = loop(total_steps=1, run="alone")
+    trainer, _, _ = loop(total_steps=1)
+    batch = alone.loader.batch(0)
+    loss, _ = alone.update(batch, 64)
+    trainer.world = Pair(0, 2, CPU)
+    done = trainer.train_step(batch)
+    assert float(done.loss) == 2 * float(loss)
+    assert (done.tokens, done.step_tokens) == (64, 64)
+
+
+def test_only_the_first_rank_counts_the_data(loop):
+    trainer, events, _ = loop()
+    trainer.progress.samples = 8
+    trainer.world = replace(ALONE, rank=1, size=2)
+    trainer.tell_data()
+    assert events == []
+    trainer.world = ALONE
+    trainer.tell_data()
+    assert [type(e) for e in events] == [DataStatisticsEvent]
+    trainer.progress.samples = 0
+    trainer.tell_data()
+    assert len(events) == 1, "before the first step there is nothing to tell"
+
+
+def test_a_rank_that_the_checkpoint_did_not_have_keeps_its_random_state(loop):
+    trainer, _, _ = loop(total_steps=2)
+    trainer.run()
+    other, _, _ = loop()
+    own = other.rng
+    other.world = replace(ALONE, rank=1, size=2)
+    other.restore(trainer.saver.store.path(2))
+    assert other.rng is own
+    assert other.progress.step == 2
+
+
+def test_a_checkpoint_of_before_there_were_a_guard_and_records(loop):
+    trainer, _, _ = loop(total_steps=2)
+    save = trainer.saver.save
+    trainer.saver.save = lambda step, state, *, at_once: save(
+        step, {key: part for key, part in state.items() if key not in ("guard", "records")}, at_once=at_once
+    )
+    trainer.run()
+    path = trainer.saver.store.path(2)
+    assert not {"guard", "records"} & load(path).keys()
+    other, events, _ = loop(resume_from=path, total_steps=2)
+    other.run()
+    assert (events[0].step, events[0].records) == (2, ())
+    assert other.guard.passed_over == set()
