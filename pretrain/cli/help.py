@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from pretrain.config.check import conf_dir
 from pretrain.config.choices import chosen
 
@@ -29,7 +31,7 @@ Use
 def help_text(arguments: list[str]) -> str:
     """The help of the program, or of each ``group=choice`` among the arguments."""
     chosen = [conf_dir() / group / f"{choice}.yaml" for group, _, choice in (a.partition("=") for a in arguments)]
-    files = [file for file in chosen if file.is_file()]
+    files = [file for file in chosen if os.path.isfile(file)]  # also of a name that no file can have
     if files:
         return "\n".join(f"{file.parent.name}={file.stem}\n\n{_indented(file.read_text())}" for file in files)
     title = "Continual pretraining of causal language models."

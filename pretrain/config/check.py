@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from pretrain.config.defaults import conf_dir
+from pretrain.config.quoting import PATH_KEYS
 from pretrain.config.schema import RootKeys, RunConfig, build_part
 from pretrain.config.trust import PARTS, SCHEDULES, locate, trusts
 from pretrain.optim.learning_rate import with_lr
@@ -57,6 +58,7 @@ OTHER_NAMES = {  # what the Hugging Face Trainer and others call our root keys
 }
 HYDRA_KEYS = ("_target_", "_partial_")  # of a part; with Hydra's others arguments have no name, or no type, to check
 ALL_HYDRA_KEYS = (*HYDRA_KEYS, "_args_", "_recursive_", "_convert_")
+LONGEST_NAME = 255  # bytes of a file's name, on all file systems of Linux
 RUNTIME_ARGUMENTS = {"step", "total_steps", "warmup_steps"}  # of a schedule: given by the builder, never by YAML
 
 
@@ -125,6 +127,8 @@ def check_leaves(config: dict[str, Any]) -> None:
             raise UserError(f"{redact(path)}: holds {secret}; no key takes a secret, set it in the environment alone")
         if isinstance(value, str) and "${" in value:
             raise UserError(f"{path}={value!r}: a value can't hold '${{', the mark of an interpolation")
+        if isinstance(value, str) and path.rpartition(".")[2] in PATH_KEYS and _is_too_long(value):
+            raise UserError(f"{path}={value[:40]}…: a part of it is longer than a file's name can be ({LONGEST_NAME} bytes)")
         if isinstance(value, str) and not _is_text(value):
             raise UserError(f"{path}={value!a}: not UTF-8, or with a zero byte")
         if not _is_number_of_64_bits(value):
@@ -133,6 +137,10 @@ def check_leaves(config: dict[str, Any]) -> None:
             raise UserError(
                 f"{path}={value!r}: a {type(value).__name__}; allowed are texts, numbers, true, false and null"
             )
+
+
+def _is_too_long(path: str) -> bool:
+    return any(len(os.fsencode(part)) > LONGEST_NAME for part in path.split(os.sep))
 
 
 def _is_text(text: str) -> bool:

@@ -243,6 +243,8 @@ class Configs(Kind):
 
     def differs(self, base: Base, place: Path, result: Result, outcome: Any) -> Verdict:
         """Of another config that is valid: what is shown is YAML, a run has finished and its records hold numbers."""
+        if re.fullmatch(r"pretrain \S+\n", result.out):  # --version among the words
+            return Verdict(VALID)
         if base.notes["shown"]:
             try:
                 shown = yaml.safe_load(result.out)
@@ -250,8 +252,6 @@ class Configs(Kind):
                 return other("what --cfg shows is no YAML", f"{error}\n{result.out[:2000]}")
             is_text = "--help" in result.out or not isinstance(shown, dict)
             return other("what --cfg shows is no config", result.out[:2000]) if is_text else Verdict(VALID)
-        if re.fullmatch(r"pretrain \S+\n", result.out):  # --version among the words
-            return Verdict(VALID)
         return other("a run that ended with 0 has not finished", f"run.json says {outcome!r}\n{result.err[-2000:]}")
 
 

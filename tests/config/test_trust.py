@@ -74,7 +74,7 @@ OF_OURS = {  # classes and functions of pretrain that are no part of the group t
         "optimizer={_target_: pretrain.data.tokenization.workers.subprocess.Popen, args: [touch, x]}"
     ],
     "the base class, where a module of ours imports it": ["dataset={_target_: pretrain.data.sources.local.Source}"],
-    "a part, where another module of ours imports it": ["checkpoint={_target_: pretrain.checkpoint.store.Policy}"],
+    "a part, where another module of ours imports it": ["checkpoint={_target_: pretrain.checkpoint.store.CheckpointConfig}"],
     "a name that is imported for annotations only": ["dataset={_target_: pretrain.run.prepare.Source}"],
     "a module": ["optimizer={_target_: pretrain.optim}"],
 }
@@ -97,7 +97,7 @@ def test_no_function_by_another_name():
     with pytest.raises(UserError, match=r"subprocess\.Popen': a config may name pretrain's own parts only"):
         locate("optimizer", "pretrain.data.tokenization.workers.subprocess.Popen", PARTS["optimizer"])
     with pytest.raises(UserError, match=r"store\.Policy': a config may name pretrain's own parts only"):
-        locate("checkpoint", "pretrain.checkpoint.store.Policy", PARTS["checkpoint"])
+        locate("checkpoint", "pretrain.checkpoint.store.CheckpointConfig", PARTS["checkpoint"])
 
 
 @pytest.mark.parametrize("group", PARTS)

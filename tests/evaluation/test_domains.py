@@ -124,7 +124,7 @@ def test_two_base_domains_of_one_name_have_a_baseline_each(trains, base_argument
 
 def test_a_sweep_s_metric_may_be_of_such_a_domain(trains):
     words = ["dataset=local", f"dataset.nameOrPath={trains / 'a/train.jsonl'}", "evaluation=new_only"]
-    words += ["dataset@evaluation.domains.old=local", f"evaluation.domains.old.nameOrPath={trains / 'b/train.jsonl'}"]
+    words += ["+dataset@evaluation.domains.old=local", f"evaluation.domains.old.nameOrPath={trains / 'b/train.jsonl'}"]
 
     def checked(metric):
         check_metric(run_config([*words, f"sweep.metric={metric}"]))

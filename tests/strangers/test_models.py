@@ -125,6 +125,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "tied, and a head of its own": (weights(lambda w: w.update({"lm_head.weight": w[EMBEDDING] + 1})), r"config\.json says tie_word_embeddings: true, but"),
     # the index of several files
     "index: a shard that is not there": (index({EMBEDDING: "model-00002-of-00002.safetensors"}), "1 of 1 weight files are missing"),
+    "index: a name that no file can have": (index({EMBEDDING: "a" * 10_000}), "1 of 1 weight files are missing, e.g. a{200}$"),
     "index: a list": (index([1]), r"index\.json is broken"),
     "index: numbers for files": (index({EMBEDDING: 3}), r"index\.json is broken"),
     "index: deep": (lambda m: ((m / W).unlink(), (m / INDEX).write_text(DEEP)), r"index\.json is broken"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,9 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             raise UserError(f"model_name={name}: {index} is broken: {type(error).__name__}: {error}") from None
         if outside:
             raise UserError(f"model_name={name}: {index} names {outside[0]!r}, which is outside the folder")
-    gone = [shard for shard in shards if not (folder / shard).is_file()]
+    gone = [shard for shard in shards if not os.path.isfile(folder / shard)]  # also of a name that no file can have
     if gone:
-        raise UserError(f"model_name={name}: {len(gone)} of {len(shards)} weight files are missing, e.g. {gone[0]}")
+        raise UserError(f"model_name={name}: {len(gone)} of {len(shards)} weight files are missing, e.g. {gone[0][:200]}")
     if shards:
         return [folder / shard for shard in shards]
     pieces = sorted(folder.glob(PIECES))
