@@ -1,6 +1,6 @@
-"""``torch.nn.DataParallel``: one process, its model copied to every visible GPU at each step.
+"""``torch.nn.DataParallel``: one process that copies the model to every visible GPU at each step.
 
-The simplest way to use a second GPU and the slowest; ``ddp`` computes the same, faster.
+It is the simplest and slowest way to use several GPUs; ``ddp`` computes the same numbers faster.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dp(Strategy):
-    """No options. Without GPUs it is one process on the CPU, and says so."""
+    """torch's DataParallel. It has no options. Without GPUs it is one process on the CPU, and a notice reports that."""
 
     needs_group = False
 

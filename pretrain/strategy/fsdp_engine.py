@@ -1,4 +1,4 @@
-"""The engine of ``strategy=fsdp``: the policies of `fully_shard` take the place of autocast and of DDP's ``no_sync``."""
+"""The engine of ``strategy=fsdp``. The policies of `fully_shard` replace autocast and DDP's ``no_sync``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pretrain.strategy.engine import Engine, never, norm_of
 
 
 class FsdpEngine(Engine):
-    """``exchange_always``: gradients are reduced and freed after every micro-batch, not only after the last. ``whole``:
-    parameters that every rank has whole; their gradients are averaged here."""
+    """With ``exchange_always``, gradients are reduced and freed after every micro-batch, not only after the last one.
+    ``whole`` are the parameters that are replicated instead of sharded; their gradients are averaged here."""
 
     def __init__(self, *args: Any, exchange_always: bool, whole: Sequence[nn.Parameter] = (), **options: Any) -> None:
         super().__init__(*args, **options)
@@ -52,7 +52,7 @@ class FsdpEngine(Engine):
 
 
 def free_gathered(model: nn.Module) -> None:
-    """Leave shards only: after a forward without a backward nothing else frees what it has gathered."""
+    """Free the gathered parameters and keep the shards. After a forward without a backward nothing else frees them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

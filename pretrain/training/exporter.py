@@ -1,5 +1,7 @@
-"""When a run's model becomes a Hugging Face folder: at its end, or with every checkpoint too. What lies beside the weights
-there lies in every checkpoint as well, which so is a model by itself."""
+"""Export of a run's model as a Hugging Face folder, at the end of the run or with every checkpoint too.
+
+A checkpoint holds the same files next to its weights (config, tokenizer, model card), so it can be loaded as a model.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Exporter:
-    """``run``: the run's folder · ``when``, ``shard_size``: see ``checkpoint.policy`` · ``save_dtype``: type of the exported
-    weights (``None``: as they were trained) · ``card``: the model card of a moment · ``separator``: the token that ends
-    documents.
+    """Writes the model of a run as Hugging Face folders.
 
-    Every rank calls every method: weights may lie on all of them.
+    Every rank must call every method, since the weights may be sharded over all of them.
+
+    Attributes:
+        engine: holds the weights.
+        tokenizer: the tokenizer that is saved with them.
+        run: folder of the run.
+        when: when the model is exported, see `CheckpointConfig.export`.
+        shard_size: maximal size of a weight file, see `CheckpointConfig.export_shard_size`.
+        save_dtype: dtype of the exported weights (``None``: the dtype in which they were trained).
+        card: returns the text of the model card for a state of the run.
+        separator: id of the token that ends documents.
     """
 
     engine: Engine
@@ -47,7 +57,7 @@ class Exporter:
     separator: int | None = None
 
     def checkpoint_files(self, progress: TrainState) -> dict[str, bytes]:
-        """What a checkpoint holds beside its state, by name, so that it is a model by itself."""
+        """Return the files, by name, that a checkpoint holds in addition to its state, so that it can be loaded as a model."""
         return self._beside | self._card(progress)
 
     @cached_property
@@ -58,9 +68,9 @@ class Exporter:
         return {"README.md": self.card(progress).encode()}
 
     def at_save(self, progress: TrainState) -> None:
-        """Export beside a checkpoint, where asked to; the last model of a run comes from ``at_end``.
+        """Export the model with a checkpoint if ``when`` is "save". The last model of a run is written by ``at_end``.
 
-        A folder that can't be written costs a line and not the run: the checkpoint is there.
+        A folder that can't be written is reported and does not end the run, because the checkpoint exists.
         """
         if self.when != "save":
             return
@@ -73,7 +83,7 @@ class Exporter:
             self._prune(models, progress.step)
 
     def at_end(self, progress: TrainState) -> Path | None:
-        """Export ``model/``, whole or not at all, and return it; ``None`` when the run was told to export never."""
+        """Export ``model/``, completely or not at all, and return its path; ``None`` if ``when`` is "never"."""
         if self.when == "never":
             return None
         path = self.run / "model"
@@ -104,8 +114,8 @@ class Exporter:
         write_folder(path, fill, world=world, hint=lambda: "the last checkpoint is good", marker=False)
 
     def _prune(self, models: Path, step: int) -> None:
-        """An earlier model goes when its checkpoint has gone."""
-        for left in (*models.glob("step-*.partial"), *models.glob("step-*.replaced")):  # of a kill
+        """Delete earlier models whose checkpoints have been deleted."""
+        for left in (*models.glob("step-*.partial"), *models.glob("step-*.replaced")):  # left by a killed process
             shutil.rmtree(left, ignore_errors=True)
         for old in models.glob("step-*[0-9]"):
             if old.name != f"step-{step:08d}" and not (self.run / "checkpoints" / old.name).exists():
@@ -113,11 +123,12 @@ class Exporter:
 
 
 def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
-    """Write the weights of a checkpoint or a model folder as the Hugging Face folder ``path``, in ``model.save_dtype``
-    (``None``: as they are there), on the CPU, in one process; return ``path``. A checkpoint's card comes along.
+    """Write the weights of a checkpoint or a model folder as the Hugging Face folder ``path``; return ``path``.
 
-    Weights are read one by one and let go file by file; only those in a layout that transformers has to convert are
-    built as a model first. Raises ``UserError`` for a model that can't be read and a place that can't be written.
+    They are written in ``model.save_dtype`` (``None``: their present dtype), on the CPU, in one process. The model card of
+    a checkpoint is copied. Weights are read one by one and freed after each file; only weights in a layout that
+    transformers has to convert are loaded into a model first. Raises ``UserError`` for a model that can't be read and a
+    folder that can't be written.
     """
     import torch
     from transformers.utils.logging import enable_progress_bar
@@ -125,7 +136,7 @@ def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
     from pretrain.distributed.context import DistributedContext
     from pretrain.models.model_factory import ModelFactory
 
-    model.check(1)  # any sequence will do
+    model.check(1)  # the sequence length does not matter here
     files = model.weights()
     if files is None:
         raise UserError("task=export: model=scratch has no weights to export")
@@ -148,13 +159,13 @@ def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
         return written + export.write_beside(around | ({card.name: card.read_bytes()} if card.exists() else {}), fresh)
 
     if sys.stderr.isatty():
-        enable_progress_bar()  # of the files written
+        enable_progress_bar()  # for writing the weight files
     write_folder(path, fill, world=alone, hint=lambda: "the checkpoint is as it was", marker=False)
     return path
 
 
 def _dtype(files: TensorFiles) -> torch.dtype:
-    """The type of most numbers that are no counts."""
+    """Return the floating-point dtype of most elements."""
     import torch
 
     sizes: Counter[torch.dtype] = Counter()

@@ -1,8 +1,8 @@
-"""Whether ranks that must hold the same numbers still do.
+"""A check that ranks which must hold the same numbers still do.
 
-A replica that a fault of its device, its memory or a bug has changed stays another one to the end of the run, and only
-rank 0's is saved: what the others add to every gradient is of no model that anybody has. So they compare themselves
-before every save, by checksums.
+A replica that was changed by a faulty device, faulty memory or a bug stays different to the end of the run. Only the
+replica of rank 0 is saved, so the others would contribute gradients of a model that no checkpoint holds. Therefore the
+ranks compare checksums before every save.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ NAMED = 3
 
 
 def check_replicas(engine: Engine, step: int) -> None:
-    """A collective. Waits for the device, once.
+    """Compare the replicated state of all ranks. This is a collective, and it waits for the device once.
 
-    Raises ``ReplicasDiffer``, on every rank, where ranks hold the same part of the state with other bits in it.
+    Raises ``ReplicasDiffer`` on every rank if ranks hold the same part of the state with different bits.
     """
     world = engine.world
     if world.size == 1:
@@ -55,8 +55,8 @@ def _digest(values: Iterable[object]) -> str:
 
 
 def _odd(sums: Sequence[dict[str, int]]) -> dict[int, list[str]]:
-    """The ranks, by their place in ``sums``, that are not as most are (of equally many: as the first is), and the names
-    under which they are not."""
+    """Return the ranks, by their index in ``sums``, that differ from the majority (in a tie, from the first rank), with the
+    names of the tensors that differ."""
     usual = max(sums, key=lambda one: (sums.count(one), -sums.index(one)))
     return {i: [n for n in s if s[n] != usual[n]] for i, s in enumerate(sums) if s != usual}
 
