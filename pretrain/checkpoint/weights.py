@@ -1,4 +1,4 @@
-"""Weights alone out of a checkpoint or a run: which folder a name stands for."""
+"""Loading only the weights of a checkpoint or a run: the model folder that a name refers to."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pretrain.runtime.folders import MARKER
 
 
 def weights_folder(name: str, *, key: str, verify: Verify = "size") -> str:
-    """The model folder that ``name`` stands for: a run's newest whole checkpoint, or its ``model/`` where it has none; any
-    other name is returned as it is.
+    """Return the model folder that ``name`` refers to. For a run this is its newest complete checkpoint, or its ``model/`` if
+    it has none; any other name is returned unchanged.
 
-    Raises ``UserError`` for a checkpoint that is not whole and a run that has neither.
+    Raises ``UserError`` for an incomplete checkpoint and for a run that has neither.
     """
     path = expanded(name)
     if not path.is_dir():

@@ -1,7 +1,6 @@
-"""Saving while the run goes on: the loop waits for a copy of the state, a thread writes it.
+"""Writing checkpoints while training continues. The loop waits only for a copy of the state; a thread writes it.
 
-One checkpoint is written at a time. What goes wrong in the thread is raised by `collect`, which the loop calls after
-every step.
+One checkpoint is written at a time. An error in the thread is raised by `collect`, which the loop calls after every step.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
 
 
 class AsyncCheckpointWriter:
-    """Saves into ``store``; ``background``: in a thread, whose ranks agree in a process group of their own and wait
-    ``timeout_seconds`` for each other. ``alive`` is called whenever a file has been written."""
+    """Saves into ``store``, with ``background`` in a thread. The threads of all ranks use a process group of their own, with
+    ``timeout_seconds`` for each collective. ``alive`` is called after every file."""
 
     def __init__(
         self,
@@ -50,14 +49,15 @@ class AsyncCheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether the thread of this rank has ended with an error that `collect` is going to raise."""
+        """Whether the thread of this rank has ended with an error that the next `collect` will raise."""
         return self._error is not None
 
     def save(self, step: int, state: dict[str, Any], *, at_once: bool) -> bool:
-        """Save ``state`` as the checkpoint of ``step``. ``at_once``: before returning, because the run ends.
+        """Save ``state`` as the checkpoint of ``step``, with ``at_once`` before returning, because the run ends.
 
-        Where the disk has too little room the run goes on without this checkpoint; False when that is known at once.
-        Raises ``UserError``, on every rank, for what else keeps it from being written, and for that too when ``at_once``.
+        If the disk is full, the run continues without this checkpoint; the result is False if that is known before writing
+        starts. Raises ``UserError`` on every rank for any other error that prevents writing, and with ``at_once`` also if
+        the disk is full.
         """
         started_at = time.perf_counter()
         self.wait()
@@ -84,18 +84,18 @@ class AsyncCheckpointWriter:
         return True
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises what kept a checkpoint from being written."""
+        """Wait until nothing is being written. Raises the error that prevented a checkpoint from being written."""
         self.close()
         self._raise()
 
     def close(self) -> None:
-        """Until nothing is being written, whatever came of it."""
+        """Wait until nothing is being written, without raising its errors."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def collect(self) -> Saved | None:
-        """The next checkpoint that has become whole since the last call, if any. Raises like `wait`, once."""
+        """Return the next checkpoint that was completed since the last call, if any. Raises each error once, like `wait`."""
         self._raise()
         return self._saved.popleft() if self._saved else None
 
@@ -109,13 +109,13 @@ class AsyncCheckpointWriter:
             notice(f"error: {reason}; the run goes on")
 
     def _behind(self, ready: Callable[[], None], arguments: tuple[Any, ...]) -> None:
-        """What the thread does."""
+        """Write a checkpoint in the thread."""
         try:
             ready()
             self._write(*arguments)
         except NoRoom as error:
             self._go_on(error)
-        except BaseException as error:  # raised where the loop will see it
+        except BaseException as error:  # `collect` raises it in the loop
             self._error = error
 
     def _write(
@@ -133,9 +133,9 @@ class AsyncCheckpointWriter:
 
 
 class HostCopies:
-    """Copies of a state's tensors in host memory, which is kept for the next time: new memory costs more than the copy.
+    """Copies of a state's tensors in host memory. The memory is reused, because allocating it takes longer than the copy.
 
-    From a GPU the copies are queued behind the step that made the state, and the host does not wait for them.
+    Copies from a GPU are queued after the step that produced the state, and the host does not wait for them.
     """
 
     def __init__(self) -> None:
@@ -143,7 +143,7 @@ class HostCopies:
 
     @torch.no_grad()
     def take(self, state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
-        """``state`` with copied pieces, and what to call before they may be read."""
+        """Return ``state`` with copied shards, and a function that must be called before they are read."""
         engine = dict(state["engine"])
         for kind in KINDS:
             engine[kind] = {name: self._copy((kind, name), piece) for name, piece in engine[kind].items()}
