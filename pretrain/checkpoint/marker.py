@@ -109,7 +109,7 @@ def read_marker(folder: Path) -> Marker:
         raise ValueError(f"unreadable {MARKER}: {first_error(error)}") from None
     own = None if marker.format == OLDEST_FORMAT else _own_checksum(content["files"])
     if marker.xxh3_128 != own:
-        raise ValueError(f"{MARKER} has other bytes than were written (checksum)")
+        raise ValueError(f"{MARKER} does not match its checksum")
     return marker
 
 
@@ -152,7 +152,7 @@ def _damage(folder: Path, name: str, entry: Entry, verify: Verify) -> str | None
         if file.suffix == ".safetensors":
             safe_open(file, framework="numpy")
         if not _same_bytes(file, entry, verify):
-            return f"{name} has other bytes than were written (checksum)"
+            return f"{name} does not match its checksum"
     except (OSError, ValueError, SafetensorError) as error:
         return f"{name} can't be read: {error}"
     return None

@@ -49,7 +49,7 @@ def check_rng_state(state: dict[str, Any]) -> None:
         if state["cuda"] is not None and len(_decode(state["cuda"])) == 0:
             raise ValueError("cuda: empty")
     except (ValueError, TypeError, KeyError, OverflowError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"no random state: {type(error).__name__}: {error}".splitlines()[0][:200]) from None
+        raise ValueError(f"not a random state: {type(error).__name__}: {error}".splitlines()[0][:200]) from None
 
 
 def seed_everything(seed: int, *, rank: int = 0) -> None:

@@ -128,12 +128,12 @@ def check_state(content: Any) -> None:
     scaler = content["scaler"]
     numbers = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
     if 0 < len(numbers & scaler.keys()) < len(numbers) or not isinstance(scaler.get("_growth_tracker", 0), int):
-        raise ValueError("scaler: not all of its numbers")
+        raise ValueError("scaler: some of its numbers are missing")
     progress = _checked_progress(state.progress)
     if progress.samples != state.loader.samples:
         raise ValueError(f"loader is at sample {state.loader.samples}, progress at {progress.samples}")
     if state.ranks not in (None, len(state.rng)):
-        raise ValueError(f"rng is of {len(state.rng)} processes, {state.ranks} have saved")
+        raise ValueError(f"rng has the states of {len(state.rng)} processes, but {state.ranks} saved")
     for number, rng in enumerate(content["rng"]):
         try:
             check_rng_state(rng)
@@ -181,7 +181,7 @@ def check_folder_name(path: Path, step: int) -> None:
     """Raise ``ValueError`` if the folder's name is that of another step."""
     number = path.name.removeprefix("step-")
     if number != path.name and number.isdecimal() and int(number) != step:
-        raise ValueError(f"state.json is of step {step}")
+        raise ValueError(f"state.json belongs to step {step}")
 
 
 def tensor_files(path: Path, kind: str) -> TensorFiles:
@@ -205,7 +205,7 @@ def check_tensors(found: dict[str, TensorFiles], state: dict[str, Any]) -> None:
     for slot in sorted(found["optimizer"].keys()):
         parameter, _, key = slot.rpartition("/")
         if not key or parameter not in weights:
-            raise ValueError(f"optimizer state {slot!r} is of no weight")
+            raise ValueError(f"optimizer state {slot!r} belongs to no weight")
 
 
 def _compare(kind: str, saved: dict[str, Any], files: TensorFiles) -> None:

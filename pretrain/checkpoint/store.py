@@ -113,7 +113,7 @@ class CheckpointStore:
     def last_good(self) -> str:
         """Return which valid checkpoint is left, as the end of an error message."""
         kept = self.whole()
-        return f"the last good one is {self.path(kept[-1])}" if kept else "there is none before it"
+        return f"the last valid checkpoint is {self.path(kept[-1])}" if kept else "there is no earlier checkpoint"
 
     def steps(self) -> list[int]:
         """Return the steps of all checkpoint folders, complete or not, in ascending order."""
@@ -137,7 +137,7 @@ class CheckpointStore:
             reason = validation_error(path, verify=self.policy.verify)
             if reason is None:
                 return path
-            notice(f"checkpoint {path} passed over: {reason}")
+            notice(f"checkpoint {path} skipped: {reason}")
         return None
 
     def archive_after(self, step: int) -> None:
@@ -151,8 +151,8 @@ class CheckpointStore:
                 aside = self.folder / f"set-aside-{path.name}-{path.lstat().st_mtime_ns}"  # may be a dangling link
                 move(path, aside)
             except OSError as error:
-                raise UserError(f"{path} is of another branch and can't be moved aside: {error.strerror}") from error
-            notice(f"{path} is of the branch that was left: kept as {aside.name}")
+                raise UserError(f"{path} belongs to another branch and can't be renamed: {error.strerror}") from error
+            notice(f"{path} belongs to a branch that was abandoned: kept as {aside.name}")
 
     def _losses(self) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, str | None]]]:
         """Return the results of `losses_of` for every complete checkpoint, by step. A checkpoint whose state can't be read
@@ -205,7 +205,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     reason = validation_error(path)
     if reason is not None:
-        raise UserError(f"resume={path}: not a whole checkpoint: {reason}")
+        raise UserError(f"resume={path}: not a complete checkpoint: {reason}")
     state = read_state(path)
     state.pop("ranks", None)  # only needed to validate the number of random states
     engine: dict[str, Any] = {kind: tensor_files(path, kind) for kind in KINDS}

@@ -22,10 +22,10 @@ def weights_folder(name: str, *, key: str, verify: Verify = "size") -> str:
     if any((path / file).exists() for file in (MARKER, "state.json")) or path.parent.name == "checkpoints":
         reason = incomplete_reason(path, verify=verify)
         if reason is not None:
-            raise UserError(f"{key}={name}: not a whole checkpoint: {reason}")
+            raise UserError(f"{key}={name}: not a complete checkpoint: {reason}")
     elif not (path / "config.json").exists() and any((path / f).exists() for f in ("run.json", "checkpoints")):
         newest = CheckpointStore(path / "checkpoints", CheckpointConfig(verify=verify)).newest()
         if newest is None and not (path / "model").is_dir():
-            raise UserError(f"{key}={name}: a run that has neither a whole checkpoint nor a model/")
+            raise UserError(f"{key}={name}: a run with neither a complete checkpoint nor a model/")
         return str(newest or path / "model")
     return name

@@ -106,7 +106,7 @@ class AsyncCheckpointWriter:
 
     def _go_on(self, reason: object) -> None:
         if self._world.is_main:
-            notice(f"error: {reason}; the run goes on")
+            notice(f"error: {reason}; the run continues")
 
     def _behind(self, ready: Callable[[], None], arguments: tuple[Any, ...]) -> None:
         """Write a checkpoint in the thread."""

@@ -185,7 +185,9 @@ def tcp_store(
         if found is not None:
             options["master_listen_fd"] = found.detach()
         else:
-            notice(f"{host} is no address of this machine, so the run listens on all its interfaces, at port {port}")
+            notice(
+                f"{host} is not an address of this machine, so the run listens on all its interfaces, at port {port}"
+            )
     return dist.TCPStore(host, port, is_master=is_host, **options)
 
 

@@ -118,7 +118,7 @@ class TensorFiles:
             start, shape = pieces.pop(name) if name in pieces else (0, _shape_in(handle, name))
             dtype = str(handle.get_slice(name).get_dtype())
             if self._shapes.setdefault(name, shape) != shape or self._dtypes.setdefault(name, dtype) != dtype:
-                raise ValueError(f"{name} is another tensor than in the other files")
+                raise ValueError(f"{name} has another dtype or shape than in the other files")
             self._parts.setdefault(name, []).append((start, handle))
         if pieces:
             raise ValueError(f"{min(pieces)} is not in it")
@@ -132,7 +132,7 @@ class TensorFiles:
         for first, handle in parts:
             own = _shape_in(handle, name)
             if own[1:] != shape[1:] or len(own) != len(shape):
-                return f"a piece of shape {list(own)} in one of {list(shape)}"
+                return f"a shard of shape {list(own)} in a tensor of shape {list(shape)}"
             if first != rows:
                 return (
                     f"rows {min(rows, first)} to {max(rows, first)} are {'missing' if first > rows else 'there twice'}"
@@ -179,7 +179,7 @@ def _pieces_of(handle: Any) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Return ``PIECES`` of a file as name → (first row, full shape). Raises ``ValueError`` if it is invalid."""
     found = parse_json((handle.metadata() or {}).get(PIECES, "{}"))
     if not isinstance(found, dict) or not all(_is_piece(piece) for piece in found.values()):
-        raise ValueError(f"its {PIECES} are no first rows and shapes")
+        raise ValueError(f"its {PIECES} are not first rows and shapes")
     return {name: (start, tuple(shape)) for name, (start, shape) in found.items()}
 
 

@@ -118,7 +118,7 @@ class _Log(logging.FileHandler):
         if not self.failed and not _muted:
             self.failed = True
             with suppress(OSError):
-                sys.stderr.write(f"{self.baseFilename} can't be written: {sys.exc_info()[1]}; the run goes on\n")
+                sys.stderr.write(f"{self.baseFilename} can't be written: {sys.exc_info()[1]}; the run continues\n")
                 sys.stderr.flush()
 
 

@@ -117,7 +117,7 @@ def check_temporary_folder() -> None:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"TORCHINDUCTOR_CACHE_DIR={folder}: can't be made: {error.strerror}; set it to another folder, or not at all"
+                f"TORCHINDUCTOR_CACHE_DIR={folder}: can't be created: {error.strerror}; set it to another folder, or unset it"
             ) from None
 
 
@@ -126,5 +126,5 @@ def check_place_for_sockets() -> None:
     folder = tempfile.gettempdir()
     if len(os.fsencode(folder)) > SOCKET_BYTES:
         raise UserError(
-            f"TMPDIR={folder}: too long a name for the sockets of several processes; set it to a shorter one"
+            f"TMPDIR={folder}: this path is too long for the sockets of several processes; set it to a shorter one"
         )

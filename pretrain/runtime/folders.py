@@ -63,10 +63,10 @@ def check_private(folder: Path, key: str) -> None:
         return
     if os.environ.get(SHARED) in (None, "", "0"):
         raise UserError(
-            f"{key}={folder}: {reason}, and so could change what is read and written there; choose another place, or set "
-            f"{SHARED}=1 where all of them are trusted"
+            f"{key}={folder}: {reason}; others could change what is read and written there; choose another folder, or set "
+            f"{SHARED}=1 if all of them are trusted"
         )
-    _say(f"{key}={folder}: {reason}, and so could change what is read and written there")
+    _say(f"{key}={folder}: {reason}; others could change what is read and written there")
 
 
 def _shared_by(folder: Path) -> str | None:
@@ -75,11 +75,11 @@ def _shared_by(folder: Path) -> str | None:
     for place in _with_parents(folder):
         mode = place.stat().st_mode
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            return f"every user of this machine can write in {place} (chmod o-w would end that)"
+            return f"every user of this machine can write in {place} (chmod o-w prevents that)"
     if found.st_uid not in (0, os.geteuid()) and os.geteuid() != 0:
         return "it belongs to another user"
     if found.st_mode & stat.S_IWGRP and not found.st_mode & stat.S_ISVTX and not _is_own_group(found.st_gid):
-        _say(f"{folder} can be changed by everybody in its group, and with it what a run reads back: chmod g-w")
+        _say(f"{folder} and what a run reads from it can be changed by everybody in its group; chmod g-w prevents that")
     return None
 
 
@@ -123,10 +123,10 @@ def check_links(folder: Path, key: str, names: Iterable[str]) -> None:
         elif not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
             wrong = "neither a file nor a folder"
         elif found.st_uid not in (0, os.geteuid()) and os.geteuid() != 0:
-            wrong = "of another user"
+            wrong = "owned by another user"
         else:
             continue
-        raise UserError(f"{key}={folder}: {name} in it is {wrong}; remove it, or choose another place")
+        raise UserError(f"{key}={folder}: {name} in it is {wrong}; remove it, or choose another folder")
 
 
 def _present(folder: Path, name: str) -> list[Path]:

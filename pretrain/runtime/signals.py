@@ -54,7 +54,7 @@ class Interrupt:
         if not self.defer_signals:
             raise Stopped(name)
         if not self._silent:
-            notice(f"{name}: finishing this step, then saving; Ctrl-C again leaves at once")
+            notice(f"{name}: finishing this step, then saving; Ctrl-C again exits immediately")
 
 
 @contextmanager

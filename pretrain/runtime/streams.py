@@ -71,7 +71,7 @@ class NonBlockingStream(io.TextIOBase):
             self._put_out(item)
             if self._lost:
                 lost, self._lost = self._lost, 0
-                self._put_out(f"… {lost} lines are missing here: nobody read them in time …\n")
+                self._put_out(f"… {lost} lines are missing here: they were not read in time …\n")
 
     def _put_out(self, text: str) -> None:
         left = text.encode(self.encoding, "backslashreplace")

@@ -27,5 +27,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in found if names.count(n) > 1)!r} comes twice")
+        raise ValueError(f"the key {next(n for n in found if names.count(n) > 1)!r} is duplicated")
     return found

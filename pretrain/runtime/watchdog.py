@@ -99,7 +99,7 @@ class Watchdog:
             seen = self._pats
             limit, key = (slow_timeout, "launch.slow_timeout") if rests else (timeout, "launch.timeout")
             if still >= STILL_TICKS / TICKS * limit:
-                how_long = f"nothing has moved for {limit:g} s ({key})"
+                how_long = f"no progress for {limit:g} s ({key})"
                 # The disk of the log may itself be the cause of the hang, so nothing waits for the log.
                 threading.Thread(target=_dump, args=(log, how_long), daemon=True).start()
                 tell(place_of(sys._current_frames()[threading.main_thread().ident or 0]), how_long)

@@ -36,12 +36,12 @@ class Ddp(Strategy):
         if self.static_graph and setting.accumulation > 1:
             raise UserError(
                 f"strategy.static_graph=true with gradient_accumulation_steps={setting.accumulation}: torch's DDP can't "
-                "leave out the exchange of gradients of a static graph; use static_graph=false, or 1 step"
+                "skip the reduction of gradients of a static graph; use static_graph=false, or 1 step"
             )
         if self.static_graph and self.find_unused_parameters:
             raise UserError(
-                "strategy.static_graph=true with strategy.find_unused_parameters=true: a static graph finds them by "
-                "itself; use one of the two"
+                "strategy.static_graph=true with strategy.find_unused_parameters=true: with a static graph DDP "
+                "finds them itself; use one of the two"
             )
 
     def memory_saving_overrides(self, setting: Setting) -> list[str]:

@@ -97,10 +97,12 @@ class Deepspeed(Strategy):
         if find_spec("deepspeed") is None:
             raise UserError("strategy=deepspeed needs the package deepspeed: pip install 'pretrain[deepspeed]'")
         if self.offload_optimizer and self.zero_stage == 0:
-            raise UserError("strategy.offload_optimizer=true with strategy.zero_stage=0: only stages 1, 2 and 3 can")
+            raise UserError(
+                "strategy.offload_optimizer=true with strategy.zero_stage=0: only stages 1, 2 and 3 support it"
+            )
         if self.offload_parameters and self.zero_stage != 3:
             raise UserError(
-                f"strategy.offload_parameters=true with strategy.zero_stage={self.zero_stage}: only stage 3 can"
+                f"strategy.offload_parameters=true with strategy.zero_stage={self.zero_stage}: only stage 3 supports it"
             )
         precision = setting.precision
         if precision.weights != "float32":
@@ -109,7 +111,7 @@ class Deepspeed(Strategy):
             )
         if precision.compute == "float16" and setting.device_type == "cpu" and self.zero_stage > 0:
             raise UserError(
-                f"strategy.zero_stage={self.zero_stage} with precision={precision.name}: ZeRO has no fp16 on a CPU; "
+                f"strategy.zero_stage={self.zero_stage} with precision={precision.name}: ZeRO does not support fp16 on a CPU; "
                 "use bf16-mixed or 32-true"
             )
         self.ds_config(setting)
@@ -191,11 +193,11 @@ def agreed(decided: Mapping[str, Any], given: Mapping[str, Any], path: str = "st
         if value == "auto":
             continue
         if short in COMPILED and value:
-            raise UserError(f"{name}: DeepSpeed compiles code for that at its first use; this program runs without")
+            raise UserError(f"{name}: not supported, because DeepSpeed compiles code for it at its first use")
         if isinstance(ours, Mapping) and isinstance(value, Mapping) and owner is None:
             result[key] = agreed(decided.get(key, {}), value, f"{name}.")
         elif owner is not None and key not in decided:
-            raise UserError(f"{name}: this program has {owner} for that")
+            raise UserError(f"{name}: use {owner} instead")
         elif ours != value:
             raise UserError(f"{name}={json.dumps(value)}: the run sets it to {json.dumps(ours)} ({owner or 'always'})")
         else:

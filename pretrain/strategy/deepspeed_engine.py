@@ -66,7 +66,7 @@ def check_config(config: dict[str, Any]) -> None:
         key = ".".join(str(part) for part in wrong["loc"])
         raise UserError(f"strategy.config: {error.title}.{key}: {wrong['msg']}") from None
     except (DeepSpeedConfigError, AssertionError, TypeError, ValueError) as error:
-        raise UserError(f"strategy.config: DeepSpeed refuses it: {error}") from None
+        raise UserError(f"strategy.config: DeepSpeed rejects it: {error}") from None
 
 
 def wrap(model: LanguageModel, optimizer: Optimizer, config: dict[str, Any]) -> Any:
@@ -357,7 +357,7 @@ def tell_rounded(model: LanguageModel, precision: Precision) -> None:
     kept = sorted(kept_fp32(model.hf, precision.compute_dtype) & parameters)
     if kept:
         notice(
-            f"strategy=deepspeed: {len(kept)} weights that the model wants in fp32 (e.g. {kept[0]}) are computed with in "
+            f"strategy=deepspeed: {len(kept)} weights that the model requires in fp32 (e.g. {kept[0]}) are used in "
             f"{precision.compute}; strategy=ddp and strategy=fsdp with bf16-true keep them in fp32"
         )
 

@@ -55,7 +55,7 @@ class Dp(Strategy):
 
         built = model.build(world.device)
         if built.is_compiled and world.device.type == "cuda":
-            raise UserError("strategy=dp with model.compile=true: its copies are made anew at each step; use ddp")
+            raise UserError("strategy=dp with model.compile=true: its replicas are created again at each step; use ddp")
         devices = list(range(setting.devices_per_worker))
         copies = torch.nn.DataParallel(built, device_ids=devices) if world.device.type == "cuda" else built
         return Engine(built, optimizer(built), precision=setting.precision, world=world, step_module=copies)

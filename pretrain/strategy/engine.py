@@ -253,13 +253,13 @@ class Engine(InferenceEngine):
         slots = [(slot, *slot.rpartition("/")[::2]) for slot in sorted(files.keys())]
         for slot, name, key in slots:
             if name not in trained:
-                raise UserError(f"optimizer state {slot}: the model has no such parameter that is trained")
+                raise UserError(f"optimizer state {slot}: the model has no such trainable parameter")
             shape = () if key == "step" else tuple(getattr(trained[name], "ds_shape", trained[name].shape))
             tensors.check_shape(slot, files, shape)
         missing = sorted(trained.keys() - {name for _, name, _ in slots})
         if slots and missing and state.get("tensors") is None:
             raise UserError(
-                f"the checkpoint has no optimizer state of {len(missing)} parameters, e.g. {missing[0]}; continue from an "
+                f"the checkpoint has no optimizer state for {len(missing)} parameters, e.g. {missing[0]}; resume from an "
                 "earlier one (resume=<run>/checkpoints/step-…), or start a new run from its weights (model_name=<checkpoint>)"
             )
 

@@ -164,7 +164,7 @@ def wrapped_blocks(hf: Any, policy: str) -> list[nn.Module]:
     classes = {type(m).__name__ for m in blocks if any(True for _ in m.parameters())}
     if policy == "auto":
         raise UserError(
-            "strategy.auto_wrap_policy=auto: this model does not say which of its blocks must stay whole; "
+            "strategy.auto_wrap_policy=auto: this model does not declare which of its blocks must not be split; "
             f"name their class: {', '.join(sorted(classes))}"
         )
     raise UserError(

@@ -39,7 +39,7 @@ class Precision:
         if self.compute == "float16" and device_type == "cpu" and not self.allow_cpu:
             raise UserError(
                 f"precision={self.name} needs a GPU; fp16 on a CPU runs about 11 × slower; "
-                "use bf16-mixed or 32-true, or precision.allow_cpu=true to run it all the same"
+                "use bf16-mixed or 32-true, or precision.allow_cpu=true to run it anyway"
             )
 
     @property

@@ -55,8 +55,8 @@ def choose(
     if size == 0:
         raise OutOfMemory("step", failure)
     if size < sizes[-1]:
-        return whole.of(size), f"more does not fit: {failure}"
-    return whole.of(size), "all at once" if size == total else "more are no faster on a CPU"
+        return whole.of(size), f"larger ones do not fit: {failure}"
+    return whole.of(size), "all in one micro-batch" if size == total else "larger ones are no faster on a CPU"
 
 
 def largest(sizes: Sequence[int], fit: Callable[[int], bool]) -> int:

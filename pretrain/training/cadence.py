@@ -42,17 +42,19 @@ def cadence(
         key = f"checkpoint.with_evaluation=true, evaluate_every={evaluate_every or 'null'}"
         if _none_before(evaluate_every, steps) and save_every is not None:
             notices.append(
-                f"{key}: no evaluation comes before the end of {steps} steps; it saves every {save_every} (save_every)"
+                f"{key}: no evaluation comes before the end of {steps} steps; the run saves every {save_every} (save_every)"
             )
         else:
             saves = evaluate_every
     asked_for_none = save_every is None and evaluate_every is None
     if _none_before(saves, steps) and steps > LONG_STEPS and not asked_for_none and saves is not None:
-        notices.append(f"{key}: no checkpoint comes before the end of {steps} steps; a run that dies begins again")
+        notices.append(
+            f"{key}: no checkpoint comes before the end of {steps} steps; a run that dies restarts at step 0"
+        )
     if keep_every and saves and not _none_before(saves, steps) and math.lcm(saves, keep_every) > steps:
         notices.append(
-            f"checkpoint.keep_every={keep_every}: keeps none, for checkpoints come every {saves} steps and none of "
-            f"{steps} steps is a multiple of both"
+            f"checkpoint.keep_every={keep_every}: keeps none, because checkpoints come every {saves} steps and no step "
+            f"up to {steps} is a multiple of both"
         )
     return Cadence(evaluate_every, saves, tuple(notices))
 

@@ -78,7 +78,7 @@ class Exporter:
         try:
             self._write(models / f"step-{progress.step:08d}", progress)
         except UserError as error:
-            notice(f"{error}; the run goes on")
+            notice(f"{error}; the run continues")
         if self.engine.world.is_main:
             self._prune(models, progress.step)
 
@@ -111,7 +111,7 @@ class Exporter:
                 written += export.write_beside(files | self._card(progress), fresh)
             return written
 
-        write_folder(path, fill, world=world, hint=lambda: "the last checkpoint is good", marker=False)
+        write_folder(path, fill, world=world, hint=lambda: "the last checkpoint is valid", marker=False)
 
     def _prune(self, models: Path, step: int) -> None:
         """Delete earlier models whose checkpoints have been deleted."""
@@ -160,7 +160,7 @@ def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
 
     if sys.stderr.isatty():
         enable_progress_bar()  # for writing the weight files
-    write_folder(path, fill, world=alone, hint=lambda: "the checkpoint is as it was", marker=False)
+    write_folder(path, fill, world=alone, hint=lambda: "the checkpoint is unchanged", marker=False)
     return path
 
 

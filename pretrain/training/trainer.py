@@ -229,7 +229,7 @@ class Trainer:
         newest = self.saver.store.newest
         checkpoint = self.world.on_main_rank(lambda: newest(below=below) or newest()) or self.resume_from
         if checkpoint is None:
-            notice("there is no checkpoint to go back to yet: the run goes on")
+            notice("there is no checkpoint to roll back to yet: the step is skipped and the run continues")
             return False
         self._batches.close()
         with self.watchdog.slow():
@@ -237,7 +237,7 @@ class Trainer:
         self.progress.pending_evaluation = False  # this run evaluated at that step before it continued
         self.guard.last_step_skipped, self.guard.trained_since_rollback, self._back_at = True, False, self.progress.step
         self._batches = iter(self.loader)
-        notice(f"back at {checkpoint}")
+        notice(f"rolled back to {checkpoint}")
         self.emit(RolledBack(self.progress.step, bad.step, bad.reason))
         set_rng_state(self.rng)
         return True
@@ -357,7 +357,9 @@ class Trainer:
         if any(before[part] != self.identity[part] for part in ("weights", "optimizer")):  # allowed by resume_allow
             state["engine"]["optimizer"] = TensorFiles([])
             if self.world.is_main:
-                notice("the optimizer starts anew: its moments are of another optimizer or type of weights")
+                notice(
+                    "the optimizer state starts empty: the saved moments belong to another optimizer or dtype of weights"
+                )
         self.engine.load_state_dict(state["engine"])
         self.progress.load_state_dict(state["progress"])
         self.untouched.restore(self.progress)

@@ -156,7 +156,7 @@ SLOT = "model.norm.weight/exp_avg"
     [
         (
             lambda p: p | {"z.weight/exp_avg": number(0)},
-            "optimizer state z.weight/exp_avg: the model has no such parameter that is trained",
+            "optimizer state z.weight/exp_avg: the model has no such trainable parameter",
         ),
         (lambda p: p | {SLOT: number(0)}, f"weights that do not fit the model: {SLOT} is (), the model's (32,)"),
         (

@@ -13,7 +13,12 @@ WHAT = [  # keys → evaluates every, saves every, what is said
     ({"with_evaluation": True, "evaluate_every": None}, None, 50, "it saves every 50 (save_every)"),
     ({"with_evaluation": True, "evaluate_every": 1000}, 1000, 50, "it saves every 50 (save_every)"),
     ({"with_evaluation": True, "evaluate_every": 999}, 999, 999, ""),
-    ({"with_evaluation": True, "evaluate_every": 2000, "save_every": None}, 2000, 2000, "a run that dies begins again"),
+    (
+        {"with_evaluation": True, "evaluate_every": 2000, "save_every": None},
+        2000,
+        2000,
+        "a run that dies restarts at step 0",
+    ),
     ({"with_evaluation": True, "per_epoch": 1, "steps": 200}, 300, 50, "it saves every 50 (save_every)"),
     ({"save_every": 1000}, 100, 1000, "save_every=1000: no checkpoint comes before the end of 1000 steps"),
     ({"save_every": 1001}, 100, 1001, "save_every=1001: no checkpoint comes before the end of 1000 steps"),
@@ -29,7 +34,7 @@ WHAT = [  # keys → evaluates every, saves every, what is said
     ),
     ({"keep_every": 100}, 100, 50, ""),
     ({"keep_every": 30}, 100, 50, ""),
-    ({"keep_every": 77}, 100, 50, "checkpoint.keep_every=77: keeps none, for checkpoints come every 50 steps"),
+    ({"keep_every": 77}, 100, 50, "checkpoint.keep_every=77: keeps none, because checkpoints come every 50 steps"),
 ]
 
 

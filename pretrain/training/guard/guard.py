@@ -140,7 +140,7 @@ class Guard:
             if limit is not None:
                 raise UserError(
                     f"guard.{limit}: {bad}; nothing of this step is saved; its documents: {documents} (quarantine.jsonl "
-                    "has their text); the same command goes on from the last checkpoint, with a lower lr, other data or "
+                    "has their text); the same command continues from the last checkpoint, with a lower lr, other data or "
                     "another guard setting"
                 )
             notice(f"{bad}: not trained, {bad.action}; quarantine.jsonl has its documents: {documents}")

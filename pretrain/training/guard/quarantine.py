@@ -42,7 +42,7 @@ class Quarantine:
             try:
                 self._write(self._record(bad, found))
             except (OSError, ValueError) as error:  # for example a full disk, which must not end the run
-                notice(f"{self._path} can't be written: {error}; the run goes on")
+                notice(f"{self._path} can't be written: {error}; the run continues")
         names = ", ".join(f"{document.path}#{document.index}" for document, _ in found[:NAMED])
         return names + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
 
