@@ -165,7 +165,7 @@ def test_in_the_very_middle_of_a_save(action, says, left, uninterrupted, base_ar
         assert words in error
     assert "Traceback" not in out
     if (run / "checkpoints").exists():
-        assert CheckpointStore(run / "checkpoints").whole() == [5]
+        assert CheckpointStore(run / "checkpoints").complete_steps() == [5]
         (run / "checkpoints").chmod(0o700)
     code, _, err = command(arguments)
     assert code == 0, err

@@ -58,7 +58,7 @@ def write_folder(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
 
-    def told(work: Callable[[], Any]) -> Callable[[], Any]:
+    def with_path(work: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
             try:
                 return work()
@@ -69,10 +69,12 @@ def write_folder(
         return run
 
     try:
-        world.on_main_rank(told(begin))
-        parts = world.all_gather_object(told(lambda: _settle(partial, fill(partial), checksums=marker, alive=alive)))
+        world.on_main_rank(with_path(begin))
+        parts = world.all_gather_object(
+            with_path(lambda: _flush_files(partial, fill(partial), checksums=marker, alive=alive))
+        )
         entries = {name: entry for part in parts for name, entry in part.items()}
-        world.on_main_rank(told(lambda: _complete(partial, path, entries if marker else None)))
+        world.on_main_rank(with_path(lambda: _complete(partial, path, entries if marker else None)))
     except BaseException:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -88,7 +90,7 @@ def _is_full(error: OSError | SafetensorError) -> bool:
     return any(f"(os error {number})" in str(error) for number in numbers)
 
 
-def _settle(
+def _flush_files(
     folder: Path, files: Iterable[Path], *, checksums: bool, alive: Callable[[], None]
 ) -> dict[str, dict[str, Any]]:
     """Flush this rank's ``files`` to disk; return size and checksum of each by its name in ``folder``."""

@@ -209,9 +209,9 @@ def check_tensors(found: dict[str, TensorFiles], state: dict[str, Any]) -> None:
 
 
 def _compare(kind: str, saved: dict[str, Any], files: TensorFiles) -> None:
-    if odd := sorted(saved.keys() ^ files.keys()):
-        raise ValueError(f"{kind}: {odd[0]!r} {'is missing' if odd[0] in saved else 'was not saved'}")
+    if difference := sorted(saved.keys() ^ files.keys()):
+        raise ValueError(f"{kind}: {difference[0]!r} {'is missing' if difference[0] in saved else 'was not saved'}")
     for name, (kind_of_number, shape) in saved.items():
-        known = [files.dtype(name), list(files.shape(name))]
-        if known != [kind_of_number, shape]:
-            raise ValueError(f"{kind}: {name} is {known[0]} {known[1]}, {kind_of_number} {shape} was saved")
+        actual = [files.dtype(name), list(files.shape(name))]
+        if actual != [kind_of_number, shape]:
+            raise ValueError(f"{kind}: {name} is {actual[0]} {actual[1]}, {kind_of_number} {shape} was saved")

@@ -112,15 +112,15 @@ class CheckpointStore:
 
     def last_good(self) -> str:
         """Return which valid checkpoint is left, as the end of an error message."""
-        kept = self.whole()
-        return f"the last valid checkpoint is {self.path(kept[-1])}" if kept else "there is no earlier checkpoint"
+        steps = self.complete_steps()
+        return f"the last valid checkpoint is {self.path(steps[-1])}" if steps else "there is no earlier checkpoint"
 
     def steps(self) -> list[int]:
         """Return the steps of all checkpoint folders, complete or not, in ascending order."""
         names = (re.fullmatch(r"step-(\d+)", p.name) for p in self.folder.glob("step-*"))
         return sorted(int(match[1]) for match in names if match)
 
-    def whole(self) -> list[int]:
+    def complete_steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, checked by the sizes of their files."""
         return [step for step in self.steps() if incomplete_reason(self.path(step)) is None]
 
@@ -159,7 +159,7 @@ class CheckpointStore:
         counts as not evaluated."""
         losses: dict[int, dict[str, float]] = {}
         digests: dict[int, dict[str, str | None]] = {}
-        for step in self.whole():
+        for step in self.complete_steps():
             losses[step], digests[step] = {}, {}
             with suppress(UserError):
                 losses[step], digests[step] = losses_of(self.path(step))
@@ -174,10 +174,10 @@ class CheckpointStore:
 
     def _remove(self, step: int) -> None:
         """Delete a checkpoint. It is renamed first, so that a partly deleted one is never taken for an incomplete one."""
-        doomed = self.folder / f"{self.path(step).name}.removed"
+        renamed = self.folder / f"{self.path(step).name}.removed"
         try:
-            move(self.path(step), doomed)
-            shutil.rmtree(doomed)
+            move(self.path(step), renamed)
+            shutil.rmtree(renamed)
         except OSError as error:
             notice(f"checkpoint {self.path(step)} is no longer needed but can't be removed: {error}")
 

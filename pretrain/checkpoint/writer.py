@@ -40,7 +40,7 @@ class AsyncCheckpointWriter:
     ) -> None:
         self.store = store
         self._world = world
-        self._apart = world.apart(timeout_seconds=timeout_seconds) if background else None
+        self._thread_world = world.with_own_group(timeout_seconds=timeout_seconds) if background else None
         self._alive = alive
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
@@ -66,20 +66,22 @@ class AsyncCheckpointWriter:
         if reason is not None:
             if at_once:
                 raise NoRoom(reason)
-            self._go_on(reason)
+            self._continue_without(reason)
             return False
         if at_once:
             self._write(step, state, self._world, started_at)
-        elif self._apart is None:
+        elif self._thread_world is None:
             try:
                 self._write(step, state, self._world, started_at)
             except NoRoom as error:
-                self._go_on(error)
+                self._continue_without(error)
         else:
             copied, ready = self._copies.take(state)
             blocked_seconds = time.perf_counter() - started_at
-            arguments = (step, copied, self._apart, started_at, blocked_seconds)
-            self._thread = threading.Thread(target=self._behind, args=(ready, arguments), name="saver", daemon=True)
+            arguments = (step, copied, self._thread_world, started_at, blocked_seconds)
+            self._thread = threading.Thread(
+                target=self._write_in_thread, args=(ready, arguments), name="saver", daemon=True
+            )
             self._thread.start()
         return True
 
@@ -104,17 +106,17 @@ class AsyncCheckpointWriter:
         if error is not None:
             raise error
 
-    def _go_on(self, reason: object) -> None:
+    def _continue_without(self, reason: object) -> None:
         if self._world.is_main:
             notice(f"error: {reason}; the run continues")
 
-    def _behind(self, ready: Callable[[], None], arguments: tuple[Any, ...]) -> None:
+    def _write_in_thread(self, ready: Callable[[], None], arguments: tuple[Any, ...]) -> None:
         """Write a checkpoint in the thread."""
         try:
             ready()
             self._write(*arguments)
         except NoRoom as error:
-            self._go_on(error)
+            self._continue_without(error)
         except BaseException as error:  # `collect` raises it in the loop
             self._error = error
 

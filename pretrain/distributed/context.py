@@ -51,7 +51,7 @@ class DistributedContext:
     local_size: int = 1
     group: dist.ProcessGroup | None = None
 
-    def apart(self, *, timeout_seconds: float) -> DistributedContext:
+    def with_own_group(self, *, timeout_seconds: float) -> DistributedContext:
         """Return the same ranks with a new process group, for a thread that uses collectives at the same time as the loop.
         This is a collective."""
         if self.size == 1:
@@ -104,9 +104,9 @@ class DistributedContext:
             done = (None, type(error)(*error.args))
         every: list[Any] = [None] * self.size
         dist.all_gather_object(every, done, group=self.group)
-        for _, mistake in every:
-            if mistake is not None:
-                raise mistake
+        for _, user_error in every:
+            if user_error is not None:
+                raise user_error
         return [value for value, _ in every]
 
     def on_main_rank(self, work: Callable[[], T]) -> T:

@@ -40,7 +40,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor of a sharded one (a collective); any other tensor is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -130,14 +130,14 @@ class TensorFiles:
             return None if len(parts) == 1 and _shape_in(parts[0][1], name) == () else "more than one number"
         rows = 0
         for first, handle in parts:
-            own = _shape_in(handle, name)
-            if own[1:] != shape[1:] or len(own) != len(shape):
-                return f"a shard of shape {list(own)} in a tensor of shape {list(shape)}"
+            shard_shape = _shape_in(handle, name)
+            if shard_shape[1:] != shape[1:] or len(shard_shape) != len(shape):
+                return f"a shard of shape {list(shard_shape)} in a tensor of shape {list(shape)}"
             if first != rows:
                 return (
                     f"rows {min(rows, first)} to {max(rows, first)} are {'missing' if first > rows else 'there twice'}"
                 )
-            rows += own[0]
+            rows += shard_shape[0]
         return None if rows == shape[0] else f"{rows} rows of {shape[0]}"
 
     def keys(self) -> set[str]:
@@ -212,8 +212,8 @@ def fill(tensor: Tensor, files: TensorFiles, name: str) -> None:
 
 def check_names(names: Iterable[str], files: TensorFiles) -> None:
     """Raise ``UserError`` if ``files`` hold other names than the model's ``names``."""
-    if odd := set(names) ^ files.keys():
-        raise UserError(f"weights that do not fit the model: {', '.join(sorted(odd)[:5])} on one side only")
+    if mismatched := set(names) ^ files.keys():
+        raise UserError(f"weights that do not fit the model: {', '.join(sorted(mismatched)[:5])} on one side only")
 
 
 def check_shape(name: str, files: TensorFiles, wanted: tuple[int, ...]) -> None:

@@ -41,7 +41,7 @@ def quietly() -> Iterator[None]:
 
 def notice(message: str) -> None:
     """Write one line to stderr and to the run's log. A closed terminal does not stop the run."""
-    _say(message, aloud=not _muted)
+    _emit(message, on_terminal=not _muted)
 
 
 def complain(message: str) -> None:
@@ -50,20 +50,20 @@ def complain(message: str) -> None:
 
     When the first rank exits, torchrun ends the others. Therefore the ranks that print nothing wait for the one that does.
     """
-    aloud = os.environ["LOCAL_RANK"] == "0" if "LOCAL_RANK" in os.environ else not _muted
-    _say(message, aloud=aloud)
-    if not aloud and "TORCHELASTIC_RUN_ID" in os.environ:
+    on_terminal = os.environ["LOCAL_RANK"] == "0" if "LOCAL_RANK" in os.environ else not _muted
+    _emit(message, on_terminal=on_terminal)
+    if not on_terminal and "TORCHELASTIC_RUN_ID" in os.environ:
         time.sleep(LATER_SECONDS)
 
 
-def _say(message: str, *, aloud: bool) -> None:
+def _emit(message: str, *, on_terminal: bool) -> None:
     message = redact(message)
     logger = logging.getLogger("pretrain")
     if logger.handlers:
         logger.info(message)
     else:
         _unlogged.append(logging.makeLogRecord({"levelno": logging.INFO, "levelname": "INFO", "msg": message}))
-    if aloud:
+    if on_terminal:
         with suppress(OSError):
             sys.stderr.write(f"{message}\n")
             sys.stderr.flush()

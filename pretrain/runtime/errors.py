@@ -28,8 +28,8 @@ class ReplicasDiffer(RuntimeError):
 def one_line(error: BaseException, *, lines: int | None = 1) -> str:
     """Return another library's error as one line that can follow a file's name: the first ``lines`` of its message that are not
     empty (``None``: all of them), or the name of its type if the message is empty."""
-    said = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
-    return " ".join(said[:lines])[:MOST_CHARACTERS] or type(error).__name__
+    filled = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return " ".join(filled[:lines])[:MOST_CHARACTERS] or type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

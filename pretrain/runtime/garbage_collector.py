@@ -8,12 +8,12 @@ import gc
 USUAL = gc.get_threshold()
 
 
-def rarely() -> None:
+def collect_rarely() -> None:
     """Collect only after half a million new objects from now on. Disabling it would let memory grow in a long preparation."""
     gc.set_threshold(500_000, *USUAL[1:])
 
 
-def as_usual() -> None:
+def restore_thresholds() -> None:
     """Restore the usual thresholds at the end of the start, and exclude all present objects from later collections."""
     gc.freeze()
     gc.set_threshold(*USUAL)

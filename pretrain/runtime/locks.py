@@ -102,7 +102,7 @@ class Lock:
         if (holder := _read(claim)) is not None:
             if _is_alive(holder, claim):
                 return False
-            _take_away(claim, holder)
+            _remove_claim(claim, holder)
         try:
             file = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except FileExistsError:
@@ -159,7 +159,7 @@ def _is_stale(claim: Path) -> bool:
     return False
 
 
-def _take_away(claim: Path, holder: dict[str, Any]) -> None:
+def _remove_claim(claim: Path, holder: dict[str, Any]) -> None:
     """Remove the claim of a dead ``holder``. If another process has replaced it in the meantime, that claim is restored."""
     away = claim.with_name(f"{claim.name}.dead-{os.getpid()}")
     with suppress(OSError):

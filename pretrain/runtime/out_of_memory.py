@@ -51,10 +51,10 @@ def numbers(error: BaseException) -> str:
     """Return how much memory was requested and available, as far as the allocator's message states it."""
     text = str(error)
     found = []
-    if asked := re.search(r"tried to allocate (\d+) bytes", text):
-        found.append(f"tried to allocate {gib(int(asked[1]))}")
-    elif asked := re.search(r"(?:Tried|Unable) to allocate ([\d.]+ \w+)", text):
-        found.append(f"tried to allocate {asked[1]}")
+    if requested := re.search(r"tried to allocate (\d+) bytes", text):
+        found.append(f"tried to allocate {gib(int(requested[1]))}")
+    elif requested := re.search(r"(?:Tried|Unable) to allocate ([\d.]+ \w+)", text):
+        found.append(f"tried to allocate {requested[1]}")
     if device := re.search(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free", text):
         found.append(f"{device[2]} of {device[1]} free")
     elif "CUDA" not in text and (peak := peak_bytes()) is not None:

@@ -108,7 +108,7 @@ def forms(secret: str) -> Iterator[str]:
     yield from (line.strip() for line in secret.splitlines()[1:-1] if len(line.strip()) >= 2 * SHORTEST)
 
 
-def held(text: str, known: dict[str, str]) -> str | None:
+def find_secret(text: str, known: dict[str, str]) -> str | None:
     """Return a description of a secret in ``text``, or ``None``; ``known`` is the result of ``secrets()``."""
     where = next((where for value, where in known.items() if any(form in text for form in _forms(value))), None)
     return where or next((what for what, shape in SHAPES.items() if shape.search(text)), None)

@@ -19,7 +19,7 @@ if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it: t
 ONE_CTRL_C_SECONDS = 1.0  # under torchrun a single Ctrl-C arrives twice, from the terminal and from torchrun
 IMPORT_SECONDS = 0.05  # delay after which a signal that arrived during an import is sent again
 # The longest wait without a check: a signal that another thread has received (after SIGCONT) does not wake the waiting thread.
-HEARING_SECONDS = 0.1
+SIGNAL_POLL_SECONDS = 0.1
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
 
 
@@ -35,7 +35,7 @@ class Interrupt:
         self.requested = False
         self.defer_signals = False
         self._silent = silent
-        self._asked_at = 0.0
+        self._requested_at = 0.0
 
     def install(self) -> None:
         for number in SIGNALS:
@@ -44,13 +44,13 @@ class Interrupt:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.requested:
-            if number == signal.SIGINT and time.monotonic() - self._asked_at > ONE_CTRL_C_SECONDS:
+            if number == signal.SIGINT and time.monotonic() - self._requested_at > ONE_CTRL_C_SECONDS:
                 os._exit(128 + number)
             return
         if not self.defer_signals and importing(frame):
             threading.Timer(IMPORT_SECONDS, os.kill, (os.getpid(), number)).start()
             return
-        self.requested, self._asked_at = True, time.monotonic()
+        self.requested, self._requested_at = True, time.monotonic()
         if not self.defer_signals:
             raise Stopped(name)
         if not self._silent:

@@ -28,15 +28,15 @@ class NonBlockingStream(io.TextIOBase):
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self._descriptor = stream.fileno()
-        self._waiting: SimpleQueue[str | threading.Event] = SimpleQueue()  # safe in a signal handler
+        self._queue: SimpleQueue[str | threading.Event] = SimpleQueue()  # safe in a signal handler
         self._lost = 0
         self._bytes_out = 0
         self._reader_gone = False
-        threading.Thread(target=self._carry, name="outlet", daemon=True).start()
+        threading.Thread(target=self._write_queued, name="outlet", daemon=True).start()
 
     def write(self, text: str) -> int:
-        if self._waiting.qsize() < MOST_WAITING:
-            self._waiting.put(text)
+        if self._queue.qsize() < MOST_WAITING:
+            self._queue.put(text)
         else:
             self._lost += text.count("\n")
         return len(text)
@@ -44,7 +44,7 @@ class NonBlockingStream(io.TextIOBase):
     def flush(self) -> None:
         """Wait until all output is written, or no byte could be written for ``PATIENCE_SECONDS``."""
         done = threading.Event()
-        self._waiting.put(done)
+        self._queue.put(done)
         before = -1
         while not done.wait(PATIENCE_SECONDS) and self._bytes_out != before:
             before = self._bytes_out
@@ -62,18 +62,18 @@ class NonBlockingStream(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]
         return self.stream.encoding
 
-    def _carry(self) -> None:
+    def _write_queued(self) -> None:
         while True:
-            item = self._waiting.get()
+            item = self._queue.get()
             if isinstance(item, threading.Event):
                 item.set()
                 continue
-            self._put_out(item)
+            self._write_out(item)
             if self._lost:
                 lost, self._lost = self._lost, 0
-                self._put_out(f"… {lost} lines are missing here: they were not read in time …\n")
+                self._write_out(f"… {lost} lines are missing here: they were not read in time …\n")
 
-    def _put_out(self, text: str) -> None:
+    def _write_out(self, text: str) -> None:
         left = text.encode(self.encoding, "backslashreplace")
         while left and not self._reader_gone:
             try:
@@ -97,7 +97,7 @@ def ensure_open() -> None:
             setattr(sys, name, empty)
 
 
-def never_wait() -> None:
+def make_nonblocking() -> None:
     """Replace stdout and stderr with non-blocking streams, which are flushed at the latest when Python exits. Streams without
     a descriptor (in a test or a notebook) are not replaced."""
     for name in ("stdout", "stderr"):

@@ -27,7 +27,7 @@ from pretrain.runtime.streams import flush
 # suspended job) or the machine was asleep is not a hang. Each rank has two ticks to detect a hang by itself, so that all
 # ranks exit together before the earliest time at which a collective could time out.
 TICKS = 100
-STILL_TICKS = 96
+STALLED_TICKS = 96
 
 
 class Watchdog:
@@ -38,47 +38,47 @@ class Watchdog:
     """
 
     def __init__(self) -> None:
-        self._pats = 0
-        self._resting = True
-        self._naps = 0
+        self._heartbeats = 0
+        self._slow_allowed = True
+        self._slow_blocks = 0
 
     def heartbeat(self) -> None:
-        self._pats += 1
-        self._resting = False
+        self._heartbeats += 1
+        self._slow_allowed = False
 
     def allow_slow(self) -> None:
-        self._resting = True
+        self._slow_allowed = True
 
     @contextmanager
     def slow(self) -> Iterator[None]:
         """Inside, the longer limit applies, and no heartbeat ends that."""
-        self._naps += 1
+        self._slow_blocks += 1
         try:
             yield
         finally:
             self.heartbeat()
-            self._naps -= 1
+            self._slow_blocks -= 1
 
     @contextmanager
     def guarding(
-        self, timeout: float, slow_timeout: float, *, log: Path, tell: Callable[[str, str], None]
+        self, timeout: float, slow_timeout: float, *, log: Path, report: Callable[[str, str], None]
     ) -> Iterator[None]:
         """Inside, this process exits with 1 after ``timeout`` seconds without a heartbeat, or ``slow_timeout`` while slow work
-        is allowed. Before that, ``tell(place, how_long)`` is called with the function in which it is stalled.
+        is allowed. Before that, ``report(place, how_long)`` is called with the function in which it is stalled.
 
         SIGUSR2 writes the stacks to ``log`` at any time.
         """
-        over = threading.Event()
+        finished = threading.Event()
         with open_append(log, mode="a") as file:
             faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
             thread = threading.Thread(
-                target=self._watch, args=(timeout, slow_timeout, file, tell, over), name="watchdog", daemon=True
+                target=self._watch, args=(timeout, slow_timeout, file, report, finished), name="watchdog", daemon=True
             )
             thread.start()
             try:
                 yield
             finally:
-                over.set()
+                finished.set()
                 thread.join()
                 faulthandler.unregister(signal.SIGUSR2)
 
@@ -87,22 +87,23 @@ class Watchdog:
         timeout: float,
         slow_timeout: float,
         log: IO[str],
-        tell: Callable[[str, str], None],
-        over: threading.Event,
+        report: Callable[[str, str], None],
+        finished: threading.Event,
     ) -> None:
         tick = timeout / TICKS
-        seen, still, last_tick = self._pats, 0.0, time.monotonic()
-        while not over.wait(tick):
+        seen, stalled, last_tick = self._heartbeats, 0.0, time.monotonic()
+        while not finished.wait(tick):
             passed, last_tick = time.monotonic() - last_tick, time.monotonic()
-            rests = self._resting or self._naps  # read before the heartbeats, because `slow` ends after its heartbeat
-            still = 0 if self._pats != seen else still + min(passed, 2 * tick)
-            seen = self._pats
-            limit, key = (slow_timeout, "launch.slow_timeout") if rests else (timeout, "launch.timeout")
-            if still >= STILL_TICKS / TICKS * limit:
+            # Read before the heartbeats, because `slow` ends after its heartbeat.
+            is_slow = self._slow_allowed or self._slow_blocks
+            stalled = 0 if self._heartbeats != seen else stalled + min(passed, 2 * tick)
+            seen = self._heartbeats
+            limit, key = (slow_timeout, "launch.slow_timeout") if is_slow else (timeout, "launch.timeout")
+            if stalled >= STALLED_TICKS / TICKS * limit:
                 how_long = f"no progress for {limit:g} s ({key})"
                 # The disk of the log may itself be the cause of the hang, so nothing waits for the log.
                 threading.Thread(target=_dump, args=(log, how_long), daemon=True).start()
-                tell(place_of(sys._current_frames()[threading.main_thread().ident or 0]), how_long)
+                report(place_of(sys._current_frames()[threading.main_thread().ident or 0]), how_long)
                 time.sleep(2 * tick)
                 flush()
                 os._exit(1)

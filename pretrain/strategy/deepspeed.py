@@ -146,7 +146,7 @@ class Deepspeed(Strategy):
             "data_types": {"grad_accum_dtype": "fp32"},
             "fp16": {"loss_scale_window": 2000, "hysteresis": 1},  # the defaults of torch's GradScaler
         }
-        return overlaid(defaults, agreed(decided, self.config))
+        return merge(defaults, checked_config(decided, self.config))
 
     def memory_saving_overrides(self, setting: Setting) -> list[str]:
         ways = ["strategy.zero_stage=3"] if self.zero_stage < 3 and setting.workers > 1 else []
@@ -180,7 +180,9 @@ class Deepspeed(Strategy):
         )
 
 
-def agreed(decided: Mapping[str, Any], given: Mapping[str, Any], path: str = "strategy.config.") -> dict[str, Any]:
+def checked_config(
+    decided: Mapping[str, Any], given: Mapping[str, Any], path: str = "strategy.config."
+) -> dict[str, Any]:
     """Return ``decided`` with what ``given`` adds to it; the value "auto" stands for the value that the run sets.
 
     Raises ``UserError`` if ``given`` has another value than the run, or a feature that must be compiled.
@@ -195,7 +197,7 @@ def agreed(decided: Mapping[str, Any], given: Mapping[str, Any], path: str = "st
         if short in COMPILED and value:
             raise UserError(f"{name}: not supported, because DeepSpeed compiles code for it at its first use")
         if isinstance(ours, Mapping) and isinstance(value, Mapping) and owner is None:
-            result[key] = agreed(decided.get(key, {}), value, f"{name}.")
+            result[key] = checked_config(decided.get(key, {}), value, f"{name}.")
         elif owner is not None and key not in decided:
             raise UserError(f"{name}: use {owner} instead")
         elif ours != value:
@@ -205,10 +207,10 @@ def agreed(decided: Mapping[str, Any], given: Mapping[str, Any], path: str = "st
     return result
 
 
-def overlaid(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``base`` updated with ``top``; mappings are merged recursively."""
     merged = {
-        key: overlaid(base[key], value) if isinstance(value, Mapping) and isinstance(base.get(key), Mapping) else value
+        key: merge(base[key], value) if isinstance(value, Mapping) and isinstance(base.get(key), Mapping) else value
         for key, value in top.items()
     }
     return {**base, **merged}

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pretrain.strategy.precision import Precision
 
 
-def begin(config: dict[str, Any]) -> None:
+def join_process_group(config: dict[str, Any]) -> None:
     """Make DeepSpeed use the existing process group, and let it check its config.
 
     DeepSpeed's own CPU communication is disabled, because it compiles C++ for a minute at its first use and is only needed
@@ -93,7 +93,7 @@ class ReplicatedEngine(Engine):
         world: DistributedContext,
         **options: Any,
     ) -> ReplicatedEngine:
-        begin(config)
+        join_process_group(config)
         model = factory.build(world.device)
         update = optimizer(model)
         wrapped = wrap(model, update, config)
@@ -149,14 +149,14 @@ class DeepspeedEngine(Engine):
         sharded_export: bool,
     ) -> DeepspeedEngine:
         """Build the full model (at stage 3 on the host) and pass it to DeepSpeed."""
-        begin(config)
+        join_process_group(config)
         partitioned = config["zero_optimization"]["stage"] == 3
         model = factory.build(torch.device("cpu") if partitioned else world.device)
         num_parameters = sum(p.numel() for p in model.parameters())
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
         update = optimizer(model)
         fp32 = {p: p.data for p in model.parameters()} if precision.compute != "float32" else {}
-        tell_rounded(model, precision)
+        report_rounded(model, precision)
         if partitioned:
             partition(model, config, precision.compute_dtype)
         wrapped = wrap(model, update, config)
@@ -214,7 +214,7 @@ class DeepspeedEngine(Engine):
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.model.hf_state().items():
             yield name, self._whole(tensor)
 
@@ -234,7 +234,7 @@ class DeepspeedEngine(Engine):
 
     def _whole_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield ("model" or "optimizer", name, full tensor) of everything that a checkpoint holds. This is a collective."""
-        for name, tensor in self.whole_weights():
+        for name, tensor in self.full_weights():
             yield "model", name, tensor
         self._link_moments()
         moments = self.optimizer.state.get(self._shards()[0], {})  # empty before the first step
@@ -351,7 +351,7 @@ class DeepspeedEngine(Engine):
             self._zero.loss_scaler.last_overflow_iter = -1
 
 
-def tell_rounded(model: LanguageModel, precision: Precision) -> None:
+def report_rounded(model: LanguageModel, precision: Precision) -> None:
     """Report the parameters that a model keeps in fp32 but ZeRO computes in 16 bits, since its flat shards have one dtype."""
     parameters = {name for name, _ in model.hf_named_parameters()}
     kept = sorted(kept_fp32(model.hf, precision.compute_dtype) & parameters)

@@ -137,14 +137,14 @@ class Engine(InferenceEngine):
         self.scaler.unscale_(self.optimizer)
         norm = self.clip(max_norm)
         if self.scaler.is_enabled():
-            norm = self._agree_on_infinite(norm)
+            norm = self._sync_infinite(norm)
         refused = refuse(norm)
         self.update(refused)
         self.skipped += refused | ~torch.isfinite(norm) if self.scaler.is_enabled() else refused
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _agree_on_infinite(self, norm: Tensor) -> Tensor:
+    def _sync_infinite(self, norm: Tensor) -> Tensor:
         """Make the loss scaler of every rank skip the update if one rank has found an infinite gradient or a ``norm`` that is
         not finite. Return the norm, or NaN if only another rank's gradients are infinite."""
         finite = torch.isfinite(norm)
@@ -162,7 +162,7 @@ class Engine(InferenceEngine):
         ``found_inf``, by which a loss scaler reports infinite gradients.
         """
         if self.decides_on_device:
-            hook = self.optimizer.register_step_pre_hook(partial(_leave_out, refused))
+            hook = self.optimizer.register_step_pre_hook(partial(_skip_update, refused))
             self.scaler.step(self.optimizer)
             hook.remove()
             vars(self.optimizer).pop("found_inf", None)
@@ -191,11 +191,11 @@ class Engine(InferenceEngine):
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every full weight, one at a time, with its Hugging Face name. This is a collective: every rank must iterate
         over all of them."""
         for name, tensor in self.model.hf_state().items():
-            yield name, tensors.whole(tensor.detach())
+            yield name, tensors.full_tensor(tensor.detach())
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return what this rank has to write to a checkpoint.
@@ -210,8 +210,8 @@ class Engine(InferenceEngine):
         }
         weights = self.model.hf_state()
         return {
-            "model": self._own(weights),
-            "optimizer": self._own(moments),
+            "model": self._local_shards(weights),
+            "optimizer": self._local_shards(moments),
             "tensors": {"model": tensors.manifest(weights), "optimizer": tensors.manifest(moments)},
             "scaler": self.scaler.state_dict() | {"skipped": int(self.skipped)},
         }
@@ -227,9 +227,9 @@ class Engine(InferenceEngine):
         if self.scaler.is_enabled() and self.scaler._scale is not None:
             yield "the loss scale", self.scaler._scale
 
-    def _own(self, named: dict[str, Tensor]) -> dict[str, TensorShard]:
-        pieces = ((name, tensors.local_shard(t, is_main=self.world.is_main)) for name, t in named.items())
-        return {name: piece for name, piece in pieces if piece is not None}
+    def _local_shards(self, named: dict[str, Tensor]) -> dict[str, TensorShard]:
+        shards = ((name, tensors.local_shard(t, is_main=self.world.is_main)) for name, t in named.items())
+        return {name: shard for name, shard in shards if shard is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from files written by any strategy on any number of ranks. Moments are restored in the dtype in
@@ -292,10 +292,10 @@ def norm_of(parameters: Iterable[nn.Parameter]) -> Tensor:
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     rows = [torch.linalg.vector_norm(grad, dim=-1) if grad.ndim > 1 else grad for grad in grads]
-    return tensors.whole(nn.utils.get_total_norm(rows))
+    return tensors.full_tensor(nn.utils.get_total_norm(rows))
 
 
-def _leave_out(refused: Tensor, optimizer: Any, args: Any, kwargs: Any) -> None:
+def _skip_update(refused: Tensor, optimizer: Any, args: Any, kwargs: Any) -> None:
     """A hook before the optimizer's step, which makes it skip the update if ``refused`` or if the scaler requires it."""
     found = refused.float()
     by_scaler = getattr(optimizer, "found_inf", None)

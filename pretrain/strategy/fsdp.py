@@ -111,14 +111,14 @@ class Fsdp(Strategy):
             "reshard_after_forward": self.sharding_strategy in ("FULL_SHARD", "HYBRID_SHARD"),
             "offload_policy": self.offload(world),
         }
-        kept = kept_whole(built, setting.precision)
+        kept = unsharded_fp32(built, setting.precision)
         options["ignored_params"] = {p for name, p in built.hf_named_parameters() if name in kept}
         for block in blocks:
             fully_shard(block, **options)
         fully_shard(built, **options)
         materialise(built, world, offload=self.cpu_offload)
-        whole = [p for name, p in built.hf_named_parameters() if name in kept]
-        for parameter in whole:
+        unsharded = [p for name, p in built.hf_named_parameters() if name in kept]
+        for parameter in unsharded:
             parameter.data = parameter.data.to(world.device)
         load_weights(model, built, world)
         register_fsdp_forward_method(built, "probe")
@@ -132,7 +132,7 @@ class Fsdp(Strategy):
             replicas=world.size,
             exchange_always=not self.accumulate_unsharded,
             sharded_export=self.state_dict_type == "sharded",
-            whole=whole,
+            unsharded=unsharded,
         )
 
     def mesh(self, setting: Setting, world: DistributedContext) -> DeviceMesh:
@@ -182,7 +182,7 @@ def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=precision.compute_dtype, reduce_dtype=torch.float32)
 
 
-def kept_whole(model: LanguageModel, precision: Precision) -> set[str]:
+def unsharded_fp32(model: LanguageModel, precision: Precision) -> set[str]:
     """Return the names of the fp32 parameters of a model whose other weights are in 16 bits. They are few and small (routers,
     decays), and FSDP shards one dtype at a time, so every rank keeps full copies of them."""
     import torch
@@ -216,9 +216,9 @@ def load_weights(factory: ModelFactory, model: LanguageModel, world: Distributed
 
     def build() -> None:
         source.update({n: t.detach() for n, t in factory.build(torch.device("cpu")).hf_state().items()})
-        if odd := sorted(source.keys() ^ wanted.keys()):
+        if mismatched := sorted(source.keys() ^ wanted.keys()):
             raise UserError(
-                f"strategy=fsdp: the weights in the model's files do not fit its config: {odd[0]}; with "
+                f"strategy=fsdp: the weights in the model's files do not fit its config: {mismatched[0]}; with "
                 "tie_word_embeddings=true in config.json the head must not have a weight of its own"
             )
 

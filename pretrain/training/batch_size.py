@@ -39,24 +39,24 @@ def choose(
     that the first update will allocate. Returns the division and the reason for it.
     Raises ``OutOfMemory`` if not even one sequence fits.
     """
-    world, whole = engine.world, MicroBatching(1, total)
-    sizes = whole.sizes()
+    world, undivided = engine.world, MicroBatching(1, total)
+    sizes = undivided.sizes()
     if world.device.type == "cpu":
         sizes = [size for size in sizes if size * sequence_length <= max(CPU_TOKENS, sequence_length)]
     if len(sizes) == 1:
-        return whole.of(sizes[0]), "nothing to choose"
+        return undivided.of(sizes[0]), "nothing to choose"
     # Libraries allocate some memory at their first use. It must not be counted as part of any size.
     Trials(engine, rows, moment_bytes=moment_bytes).fit(1)
     # Measured when every rank has run this first trial and none has started a larger one.
-    left = world.all_gather_object(memory.available_bytes)[world.rank]
-    trials = Trials(engine, rows, moment_bytes=moment_bytes, room=left and left // world.local_size)
+    available = world.all_gather_object(memory.available_bytes)[world.rank]
+    trials = Trials(engine, rows, moment_bytes=moment_bytes, room=available and available // world.local_size)
     found = world.all_gather_object(lambda: (largest(sizes, trials.fit), trials.failure))
     size, failure = min(found)
     if size == 0:
         raise OutOfMemory("step", failure)
     if size < sizes[-1]:
-        return whole.of(size), f"larger ones do not fit: {failure}"
-    return whole.of(size), "all in one micro-batch" if size == total else "larger ones are no faster on a CPU"
+        return undivided.of(size), f"larger ones do not fit: {failure}"
+    return undivided.of(size), "all in one micro-batch" if size == total else "larger ones are no faster on a CPU"
 
 
 def largest(sizes: Sequence[int], fit: Callable[[int], bool]) -> int:
@@ -95,13 +95,13 @@ class Trials:
         self.resident = memory.resident_bytes()  # measured once: memory that a trial frees may stay with the process
         gradients = sum(p.numel() * p.element_size() for p in engine.model.parameters() if p.requires_grad)
         self.seen: tuple[int, float] = (0, gradients)  # the previous trial: its sequences and its bytes of host memory
-        self.row_bytes = 0.0  # additional bytes per sequence, as measured between the last two trials
+        self.bytes_per_row = 0.0  # additional bytes per sequence, as measured between the last two trials
         self.failure = ""
 
     def fit(self, size: int) -> bool:
         """Return whether micro-batches of ``size`` sequences fit."""
         before, taken = self.seen
-        problem = self._too_much_for_host(taken + self.row_bytes * (size - before))
+        problem = self._host_memory_problem(taken + self.bytes_per_row * (size - before))
         if not problem:
             try:
                 problem = self._run(size)
@@ -134,10 +134,10 @@ class Trials:
             return ""
         before, taken = self.seen
         self.seen = size, peak - self.resident
-        self.row_bytes = max(0.0, (self.seen[1] - taken) / (size - before))
-        return self._too_much_for_host(self.seen[1])
+        self.bytes_per_row = max(0.0, (self.seen[1] - taken) / (size - before))
+        return self._host_memory_problem(self.seen[1])
 
-    def _too_much_for_host(self, needed: float) -> str:
+    def _host_memory_problem(self, needed: float) -> str:
         """Return why ``needed`` bytes do not fit into host memory, or "". This is also checked before a trial runs: on a
         CPU no allocation fails, the kernel kills the process instead."""
         if self.device.type != "cpu" or self.room is None or needed + self.moment_bytes <= (1 - ROOM) * self.room:
@@ -160,12 +160,14 @@ def moment_bytes(make: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
     for parameter in model.parameters():
         if parameter.requires_grad:
             if parameter.dtype not in each:
-                each[parameter.dtype] = _kept_for_each(make, parameter.dtype)
+                each[parameter.dtype] = _state_bytes_per_element(make, parameter.dtype)
             needed += each[parameter.dtype] * parameter.numel()
     return math.ceil(needed)
 
 
-def _kept_for_each(make: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer], dtype: torch.dtype) -> float:
+def _state_bytes_per_element(
+    make: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer], dtype: torch.dtype
+) -> float:
     """Return the bytes of optimizer state per element of a parameter of ``dtype``."""
     matrix = nn.Parameter(torch.zeros(PROBE_SIDE, PROBE_SIDE, dtype=dtype))
     matrix.grad = torch.zeros_like(matrix)

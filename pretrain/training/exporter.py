@@ -58,10 +58,10 @@ class Exporter:
 
     def checkpoint_files(self, progress: TrainState) -> dict[str, bytes]:
         """Return the files, by name, that a checkpoint holds in addition to its state, so that it can be loaded as a model."""
-        return self._beside | self._card(progress)
+        return self._model_files | self._card(progress)
 
     @cached_property
-    def _beside(self) -> dict[str, bytes]:
+    def _model_files(self) -> dict[str, bytes]:
         return export.beside(self.engine.model.hf, self.tokenizer, dtype=None, separator=self.separator)
 
     def _card(self, progress: TrainState) -> dict[str, bytes]:
@@ -96,7 +96,7 @@ class Exporter:
         engine, world = self.engine, self.engine.world
         sharded = engine.sharded_export and world.size > 1
         dtypes = export.dtypes_for(engine.model.hf, self.save_dtype)
-        own = export.own_share(engine.whole_weights(), dtypes=dtypes, world=world, sharded=sharded)
+        own = export.own_share(engine.full_weights(), dtypes=dtypes, world=world, sharded=sharded)
         plan = world.all_gather_object(lambda: export.split(own, self.shard_size)) if sharded else []
         dtype = export.dtype_of(own)
 
@@ -140,27 +140,29 @@ def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
     files = model.weights()
     if files is None:
         raise UserError("task=export: model=scratch has no weights to export")
-    alone, tokenizer = DistributedContext(0, 1, torch.device("cpu")), model.tokenizer(None)
+    world, tokenizer = DistributedContext(0, 1, torch.device("cpu")), model.tokenizer(None)
     factory = ModelFactory(model, _dtype(files), seed=0)
-    outline = factory.build_on_meta()
+    meta_model = factory.build_on_meta()
 
     def weights() -> Iterable[tuple[str, Tensor]]:
-        fitting = factory.files(outline)
-        if fitting is None:
-            return factory.build(alone.device).hf_state().items()
-        return ((name, fitting.read(name)) for name in outline.hf_state())
+        model_files = factory.files(meta_model)
+        if model_files is None:
+            return factory.build(world.device).hf_state().items()
+        return ((name, model_files.read(name)) for name in meta_model.hf_state())
 
     def fill(fresh: Path) -> list[Path]:
-        dtypes = export.dtypes_for(outline.hf, model.save_dtype)
-        own = export.own_share(weights(), dtypes=dtypes, world=alone, sharded=False)
-        around = export.beside(outline.hf, tokenizer, dtype=export.dtype_of(own))
+        dtypes = export.dtypes_for(meta_model.hf, model.save_dtype)
+        own = export.own_share(weights(), dtypes=dtypes, world=world, sharded=False)
+        extra_files = export.beside(meta_model.hf, tokenizer, dtype=export.dtype_of(own))
         card = model.folder() / "README.md"
-        written = export.save_whole(outline.hf, own, fresh, shard_size=shard_size)
-        return written + export.write_beside(around | ({card.name: card.read_bytes()} if card.exists() else {}), fresh)
+        written = export.save_whole(meta_model.hf, own, fresh, shard_size=shard_size)
+        if card.exists():
+            extra_files |= {card.name: card.read_bytes()}
+        return written + export.write_beside(extra_files, fresh)
 
     if sys.stderr.isatty():
         enable_progress_bar()  # for writing the weight files
-    write_folder(path, fill, world=alone, hint=lambda: "the checkpoint is unchanged", marker=False)
+    write_folder(path, fill, world=world, hint=lambda: "the checkpoint is unchanged", marker=False)
     return path
 
 

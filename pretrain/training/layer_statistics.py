@@ -49,11 +49,11 @@ class LayerStatistics:
         before = {name: local(p).detach().clone() for name, p in self._engine.model.hf_named_parameters()}
         gradients: dict[str, Tensor] = {}  # stays empty if the update is skipped
 
-        def look(*_: Any) -> None:
+        def measure_gradients(*_: Any) -> None:
             for name, p in self._engine.model.hf_named_parameters():
                 gradients[name] = squares(local(p.grad)) if p.grad is not None else torch.zeros_like(squares(local(p)))
 
-        hook = self._engine.optimizer.register_step_pre_hook(look)
+        hook = self._engine.optimizer.register_step_pre_hook(measure_gradients)
         norm = self._engine.step(max_norm, refuse=refuse)
         hook.remove()
         clipped = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's clipping factor
@@ -73,9 +73,9 @@ class LayerStatistics:
             after, old = local(parameter).float(), before.pop(name)
             weight = squares(old)
             gradient = gradients[name] if gradients else torch.full_like(weight, torch.nan)
-            three = torch.stack([weight, gradient, squares(after - old)]).to(device, non_blocking=True)
+            squared_norms = torch.stack([weight, gradient, squares(after - old)]).to(device, non_blocking=True)
             layer = layer_of(name)
-            sums[layer] = sums.get(layer, 0) + three / copies(parameter, size)
+            sums[layer] = sums.get(layer, 0) + squared_norms / replication_factor(parameter, size)
         total = self._engine.world.all_reduce_sum(torch.stack(list(sums.values()))).sqrt()
         weights, grads, updates = total.unbind(1)
         return LayerNorms(tuple(sums), torch.stack([weights, grads / clipped, updates, updates / weights], 1))
@@ -87,7 +87,7 @@ def squares(tensor: Tensor) -> Tensor:
     return rows.square().sum()
 
 
-def copies(parameter: Tensor, world_size: int) -> int:
+def replication_factor(parameter: Tensor, world_size: int) -> int:
     """Return the replication factor of ``parameter``: the number of ranks that hold a copy of each element."""
     if not isinstance(parameter, DTensor):
         return world_size

@@ -117,7 +117,7 @@ class Trainer:
     clock: StepTimer = field(init=False)
     census: DataStatistics = field(init=False)
     _batches: Generator[Batch, None, None] = field(init=False)
-    _back_at: int = 0  # the step of the last rollback's checkpoint
+    _rollback_step: int = 0  # the step of the last rollback's checkpoint
     _announced: bool = False  # whether this start has announced what an evaluation scores
     _save_due: bool = False
     _started_at_step: int = 0
@@ -138,8 +138,8 @@ class Trainer:
             )
         )
         set_rng_state(self.rng)  # only now, because listeners may draw random numbers while they start
-        owed = self.progress.pending_evaluation
-        if (self.progress.step == 0 or owed) and self.evaluate() and owed:
+        pending = self.progress.pending_evaluation
+        if (self.progress.step == 0 or pending) and self.evaluate() and pending:
             self.save(at_once=self.finished)  # replaces the checkpoint without these scores
         for batch in self.batches():
             self.emit(self.train_step(batch))
@@ -202,30 +202,30 @@ class Trainer:
         micros = list(batch.split(self.micro_batch))
         loss = torch.zeros((), device=self.world.device)
         # A signal to the process group would kill a compiler that is started here. Another thread receives the signal.
-        held = signals_blocked() if self.engine.model.is_compiled else nullcontext()
-        with self.clock.part("compute"), held:
+        blocked = signals_blocked() if self.engine.model.is_compiled else nullcontext()
+        with self.clock.part("compute"), blocked:
             for i, micro in enumerate(micros):
                 loss += self.engine.backward(micro.to(self.world.device), tokens=tokens, last=i == len(micros) - 1)
                 self.watchdog.heartbeat()
         with self.clock.part("communication"):
             self.world.all_reduce_sum(loss)
-        look = self.guard.look(loss)
+        check = self.guard.check(loss)
         with self.clock.part("optimizer"):
-            norm = self.layers.step(self.progress.step + 1, self.grad_clip, refuse=look.should_skip)
-        self.guard.note(look, norm, step=self.progress.step + 1, first_sample=batch.first_sample)
+            norm = self.layers.step(self.progress.step + 1, self.grad_clip, refuse=check.should_skip)
+        self.guard.note(check, norm, step=self.progress.step + 1, first_sample=batch.first_sample)
         return loss, norm
 
     def rolled_back(self, *, at_once: bool) -> bool:
         """Read the bad steps that the guard has found; return whether the run was rolled back to a checkpoint."""
-        demands = (bad for bad in self.guard.found(at_once=at_once) if bad.action == "rollback")
-        return any(self.roll_back(bad) for bad in demands)
+        rollbacks = (bad for bad in self.guard.found(at_once=at_once) if bad.action == "rollback")
+        return any(self.roll_back(bad) for bad in rollbacks)
 
     def roll_back(self, bad: BadStep) -> bool:
         """Continue from the last good checkpoint. Return False if there is none yet; then the step is only skipped."""
         self.saver.wait()
-        self.tell_saved()
+        self.emit_saved()
         # If no step was trained since the last rollback, that checkpoint did not help: use an older one.
-        below = None if self.guard.trained_since_rollback else self._back_at
+        below = None if self.guard.trained_since_rollback else self._rollback_step
         newest = self.saver.store.newest
         checkpoint = self.world.on_main_rank(lambda: newest(below=below) or newest()) or self.resume_from
         if checkpoint is None:
@@ -235,7 +235,8 @@ class Trainer:
         with self.watchdog.slow():
             self.restore(checkpoint)
         self.progress.pending_evaluation = False  # this run evaluated at that step before it continued
-        self.guard.last_step_skipped, self.guard.trained_since_rollback, self._back_at = True, False, self.progress.step
+        self.guard.last_step_skipped, self.guard.trained_since_rollback = True, False
+        self._rollback_step = self.progress.step
         self._batches = iter(self.loader)
         notice(f"rolled back to {checkpoint}")
         self.emit(RolledBack(self.progress.step, bad.step, bad.reason))
@@ -268,10 +269,10 @@ class Trainer:
             self.untouched.keep(progress, scores)
         self.emit(Evaluated(progress.step, tuple(scores), scored_at - started_at))
         self.emit(Sampled(progress.step, tuple(samples), sampled_at - scored_at))
-        self.tell_data()
+        self.emit_data()
         return True
 
-    def tell_data(self) -> None:
+    def emit_data(self) -> None:
         """Emit the statistics of the data read so far. Only rank 0 counts and emits them."""
         if self.world.is_main and self.progress.samples:
             started_at = time.perf_counter()
@@ -299,14 +300,14 @@ class Trainer:
             with self.watchdog.slow():
                 self.exporter.at_save(self.progress)
         self.emit(TrainingPaused(self.progress.step, time.perf_counter() - started_at, "checkpoint"))
-        self.tell_saved()
+        self.emit_saved()
 
     def save_is_due(self) -> bool:
         """Return whether a checkpoint is due. After a skipped step it is delayed until a step has been trained."""
         self._save_due |= self.save_every.due(self.progress.step)
         return self._save_due and not self.guard.last_step_skipped
 
-    def tell_saved(self) -> None:
+    def emit_saved(self) -> None:
         while (saved := self.saver.collect()) is not None:
             self.emit(saved)
 
@@ -321,17 +322,17 @@ class Trainer:
             self.saver.wait()
             self.world.sum(0)  # the error was raised on another rank, whose exit ends the group
             raise RuntimeError("another rank could not write its part of a checkpoint")
-        self.tell_saved()
+        self.emit_saved()
         return stop
 
     def flush(self) -> None:
         """Before a failed run ends, complete the checkpoint that is being written and report it, or report its error."""
         self.saver.close()
         try:
-            self.tell_saved()
+            self.emit_saved()
         except Exception as error:
             notice(f"error: {error}")
-            self.tell_saved()
+            self.emit_saved()
 
     def resume(self) -> None:
         """Restore the state of ``resume_from``; without one the run starts at step 0."""
@@ -380,7 +381,7 @@ class Trainer:
         self.saver.close()
         self.sync_stop_signal()  # reports the last save, after which there was no step, or raises its error
         if self.progress.step not in (self.progress.evaluated_at, self._started_at_step):  # else it was already emitted
-            self.tell_data()
+            self.emit_data()
         with self.watchdog.slow():
             model = self.exporter.at_end(self.progress) if self.complete else None
         status = "finished" if self.complete else "stopped"

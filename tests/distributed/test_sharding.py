@@ -90,7 +90,7 @@ def test_rows_that_are_no_first_dimension_are_refused(rank_of):
 
 def test_a_plain_tensor_is_rank_zeros():
     tensor = ROWS.clone().requires_grad_()
-    assert tensors.local(tensor) is tensors.whole(tensor) is tensor
+    assert tensors.local(tensor) is tensors.full_tensor(tensor) is tensor
     assert tensors.start_of(tensor) == 0
     assert tensors.is_replicated(tensor)
     assert local_shard(tensor, is_main=False) is None

@@ -21,7 +21,7 @@ from pathlib import Path
 from pretrain.runtime.watchdog import Watchdog
 watchdog = Watchdog()
 limits, tell = map(float, sys.argv[2:]), lambda place, how_long: print("at", place, flush=True)
-with watchdog.guarding(*limits, log=Path(sys.argv[1]), tell=tell):
+with watchdog.guarding(*limits, log=Path(sys.argv[1]), report=tell):
 {work}
 print("ended well")
 """

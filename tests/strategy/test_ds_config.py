@@ -135,8 +135,8 @@ def test_what_deepspeed_refuses_is_the_user_s_mistake(given, says):
 
 
 def test_a_deepspeed_that_builds_elsewhere_is_not_let_to(monkeypatch):
-    from pretrain.strategy.deepspeed_engine import begin
+    from pretrain.strategy.deepspeed_engine import join_process_group
 
     monkeypatch.delattr(import_module("deepspeed.comm.torch"), "build_shm_op")
     with pytest.raises(AssertionError, match="builds its CPU communication elsewhere"):
-        begin({})
+        join_process_group({})

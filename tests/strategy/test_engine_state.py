@@ -45,8 +45,8 @@ def test_what_is_written():
     for name, parameter in named.items():
         assert torch.equal(state["model"][name].tensor, parameter)
         assert torch.equal(state["optimizer"][f"{name}/exp_avg"].tensor, engine.optimizer.state[parameter]["exp_avg"])
-    assert same(dict(engine.whole_weights()), {n: p.detach() for n, p in named.items()})
-    assert not any(t.requires_grad for _, t in engine.whole_weights())
+    assert same(dict(engine.full_weights()), {n: p.detach() for n, p in named.items()})
+    assert not any(t.requires_grad for _, t in engine.full_weights())
 
 
 def test_only_the_first_rank_writes_whole_tensors():

@@ -56,7 +56,7 @@ def test_a_run_that_saves_with_evaluations_it_has_not(base_arguments, command, t
     given += ["checkpoint.export=never", "sink=jsonl", "save_every=3", "max_steps=7", f"output_dir={tmp_path}"]
     code, _, err = command([*base_arguments, *given])
     assert code == 0, err
-    assert CheckpointStore(tmp_path / "checkpoints").whole() == [3, 6, 7]
+    assert CheckpointStore(tmp_path / "checkpoints").complete_steps() == [3, 6, 7]
     assert (
         err.count("checkpoint.with_evaluation=true, evaluate_every=null: no evaluation comes before the end of 7 steps")
         == 1

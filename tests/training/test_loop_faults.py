@@ -239,13 +239,13 @@ def test_only_the_first_rank_counts_the_data(loop):
     trainer, events, _ = loop()
     trainer.progress.samples = 8
     trainer.world = replace(ALONE, rank=1, size=2)
-    trainer.tell_data()
+    trainer.emit_data()
     assert events == []
     trainer.world = ALONE
-    trainer.tell_data()
+    trainer.emit_data()
     assert [type(e) for e in events] == [DataStatisticsEvent]
     trainer.progress.samples = 0
-    trainer.tell_data()
+    trainer.emit_data()
     assert len(events) == 1, "before the first step there is nothing to tell"
 
 

@@ -54,14 +54,14 @@ class StepCheck:
     """The check of one step before its update. All tensors are 0-d and on the device.
 
     Attributes:
-        judge: the detector, which holds the losses of the steps before.
+        detector: holds the losses of the steps before.
         loss: mean loss of the global batch.
         zscore: robust standard deviations of ``loss`` above the median.
         agree: maps this rank's verdict to the worst verdict of all ranks. A rank whose memory or device is faulty may
             compute other numbers, and one rank alone must not skip an update.
     """
 
-    judge: SpikeDetector
+    detector: SpikeDetector
     loss: Tensor
     zscore: Tensor
     agree: Callable[[Tensor], Tensor]
@@ -75,7 +75,7 @@ class StepCheck:
     def verdict(self, norm: Tensor) -> Tensor:
         """Return FINE, NONFINITE or SPIKE: 0-d int64, equal on all ranks. This is a collective, once for each ``norm``."""
         if self._verdict is None or self._norm is not norm:
-            self._norm, self._verdict = norm, self.agree(self.judge.verdict(self.loss, self.zscore, norm))
+            self._norm, self._verdict = norm, self.agree(self.detector.verdict(self.loss, self.zscore, norm))
         return self._verdict
 
 
@@ -96,7 +96,7 @@ class Guard:
         agree: Callable[[Tensor], Tensor] = lambda verdict: verdict,
     ) -> None:
         self.policy = policy
-        self.judge = SpikeDetector(policy, device=device, scaled=scaled)
+        self.detector = SpikeDetector(policy, device=device, scaled=scaled)
         self.passed_over: set[int] = set()
         self._quarantine = quarantine
         self._agree = agree
@@ -107,17 +107,17 @@ class Guard:
         self._late = device.type == "cuda"
         self._unread: deque[Callable[[], BadStep | None]] = deque()
 
-    def look(self, loss: Tensor) -> StepCheck:
+    def check(self, loss: Tensor) -> StepCheck:
         """Start the check of a step, before its update. ``loss`` is the mean loss of the global batch."""
-        return StepCheck(self.judge, loss, self.judge.zscore(loss), self._agree)
+        return StepCheck(self.detector, loss, self.detector.zscore(loss), self._agree)
 
-    def note(self, look: StepCheck, norm: Tensor, *, step: int, first_sample: int) -> None:
+    def note(self, check: StepCheck, norm: Tensor, *, step: int, first_sample: int) -> None:
         """Keep the result of a step until `found` reads it."""
-        verdict = look.verdict(norm)
-        self.judge.accept(look.loss, verdict)
-        numbers = torch.stack([verdict.float(), look.loss, norm, look.zscore]).to("cpu", non_blocking=True)
+        verdict = check.verdict(norm)
+        self.detector.accept(check.loss, verdict)
+        numbers = torch.stack([verdict.float(), check.loss, norm, check.zscore]).to("cpu", non_blocking=True)
         copied = None
-        if look.loss.is_cuda:
+        if check.loss.is_cuda:
             copied = torch.cuda.Event()
             copied.record()
         self._unread.append(partial(self._read, step, first_sample, numbers, copied))
@@ -177,7 +177,7 @@ class Guard:
         """Return the state for a checkpoint. `found` must have been called with ``at_once`` before."""
         assert not self._unread
         return {
-            "losses": self.judge.state(),
+            "losses": self.detector.state(),
             "skips_in_a_row": self._skips_in_a_row,
             "passed_over": sorted(self.passed_over),
         }
@@ -186,7 +186,7 @@ class Guard:
         """Restore a checkpoint's state on resume or rollback. Blocklisted batches stay blocklisted. The state is empty in
         checkpoints of versions without a guard."""
         self._unread.clear()
-        self.judge.load_state(state.get("losses", []))
+        self.detector.load_state(state.get("losses", []))
         self._skips_in_a_row = state.get("skips_in_a_row", 0)
         self.passed_over |= set(state.get("passed_over", []))
 

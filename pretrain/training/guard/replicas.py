@@ -30,21 +30,21 @@ def check_replicas(engine: Engine, step: int) -> None:
     world = engine.world
     if world.size == 1:
         return
-    held = {f"{name} from {start_of(t)}": checksum(local(t)) for name, t in engine.replicated()}
-    sums = torch.stack([s.to(world.device) for s in held.values()]).tolist() if held else []
-    mine = (_digest(held), _digest(sums))
-    every = world.all_gather_object(lambda: mine)
-    groups = {part: [rank for rank, (theirs, _) in enumerate(every) if theirs == part] for part, _ in every}
-    if all(len({every[rank][1] for rank in ranks}) == 1 for ranks in groups.values()):
+    checksums = {f"{name} from {start_of(t)}": checksum(local(t)) for name, t in engine.replicated()}
+    sums = torch.stack([s.to(world.device) for s in checksums.values()]).tolist() if checksums else []
+    mine = (_digest(checksums), _digest(sums))
+    digests = world.all_gather_object(lambda: mine)
+    groups = {part: [rank for rank, (theirs, _) in enumerate(digests) if theirs == part] for part, _ in digests}
+    if all(len({digests[rank][1] for rank in ranks}) == 1 for ranks in groups.values()):
         return
-    all_sums = world.all_gather_object(lambda: dict(zip(held, sums, strict=True)))
+    all_sums = world.all_gather_object(lambda: dict(zip(checksums, sums, strict=True)))
     for ranks in groups.values():
-        odd = _odd([all_sums[rank] for rank in ranks])
-        if odd:
-            names = sorted({name.rpartition(" from ")[0] for o in odd.values() for name in o})
-            others = [ranks[i] for i in range(len(ranks)) if i not in odd]
+        deviating = _deviating([all_sums[rank] for rank in ranks])
+        if deviating:
+            names = sorted({name.rpartition(" from ")[0] for o in deviating.values() for name in o})
+            others = [ranks[i] for i in range(len(ranks)) if i not in deviating]
             raise ReplicasDiffer(
-                f"step {step}: rank {_listed([ranks[i] for i in odd])} has other numbers than rank {_listed(others)} in "
+                f"step {step}: rank {_listed([ranks[i] for i in deviating])} has other numbers than rank {_listed(others)} in "
                 f"{_listed(names)}: a fault of its device or memory, or a bug; nothing of this step is saved, and the "
                 "same command continues from the last checkpoint"
             )
@@ -54,11 +54,11 @@ def _digest(values: Iterable[object]) -> str:
     return xxhash.xxh3_128_hexdigest(repr(list(values)).encode())
 
 
-def _odd(sums: Sequence[dict[str, int]]) -> dict[int, list[str]]:
+def _deviating(sums: Sequence[dict[str, int]]) -> dict[int, list[str]]:
     """Return the ranks, by their index in ``sums``, that differ from the majority (in a tie, from the first rank), with the
     names of the tensors that differ."""
-    usual = max(sums, key=lambda one: (sums.count(one), -sums.index(one)))
-    return {i: [n for n in s if s[n] != usual[n]] for i, s in enumerate(sums) if s != usual}
+    majority = max(sums, key=lambda one: (sums.count(one), -sums.index(one)))
+    return {i: [n for n in s if s[n] != majority[n]] for i, s in enumerate(sums) if s != majority}
 
 
 def _listed(items: Sequence[object]) -> str:

@@ -30,7 +30,7 @@ def guard_of(*, agree=lambda verdict: verdict, **settings):
 
 
 def step(guard, loss, norm=1.0, *, number=1, first_sample=0):
-    look = guard.look(torch.tensor(loss))
+    look = guard.check(torch.tensor(loss))
     guard.note(look, torch.tensor(norm), step=number, first_sample=first_sample)
     return look
 
@@ -95,7 +95,7 @@ def test_own_numbers_are_told_as_they_are(loss, norm):
 def test_the_ranks_agree_once_for_a_norm():
     asked = []
     guard, _ = guard_of(agree=lambda verdict: asked.append(int(verdict)) or verdict)
-    look = guard.look(torch.tensor(2.0))
+    look = guard.check(torch.tensor(2.0))
     one, other = torch.tensor(1.0), torch.tensor(INF)
     assert [bool(look.should_skip(norm)) for norm in (one, one, other, other)] == [False, False, True, True]
     assert int(look.verdict(one)) == FINE
