@@ -215,5 +215,5 @@ def load(path: Path) -> dict[str, Any]:
 
 def bytes_of(state: dict[str, Any]) -> int:
     """Return the size of this rank's tensors in ``state``."""
-    pieces = (piece.tensor for kind in KINDS for piece in state["engine"][kind].values())
-    return sum(tensor.numel() * tensor.element_size() for tensor in pieces)
+    shards = (shard.tensor for kind in KINDS for shard in state["engine"][kind].values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in shards)

@@ -148,7 +148,7 @@ class HostCopies:
         """Return ``state`` with copied shards, and a function that must be called before they are read."""
         engine = dict(state["engine"])
         for kind in KINDS:
-            engine[kind] = {name: self._copy((kind, name), piece) for name, piece in engine[kind].items()}
+            engine[kind] = {name: self._copy((kind, name), shard) for name, shard in engine[kind].items()}
         ready: Callable[[], None] = lambda: None  # noqa: E731
         if torch.cuda.is_available():
             event = torch.cuda.Event()
@@ -156,11 +156,11 @@ class HostCopies:
             ready = event.synchronize
         return state | {"engine": engine}, ready
 
-    def _copy(self, key: tuple[str, str], piece: TensorShard) -> TensorShard:
-        source = piece.tensor
+    def _copy(self, key: tuple[str, str], shard: TensorShard) -> TensorShard:
+        source = shard.tensor
         memory = self._memory.get(key)
         if memory is None or memory.shape != source.shape or memory.dtype != source.dtype:
             memory = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
             self._memory[key] = memory
         memory.copy_(source, non_blocking=True)
-        return TensorShard(memory, piece.start, piece.shape)
+        return TensorShard(memory, shard.start, shard.shape)

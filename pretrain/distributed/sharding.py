@@ -82,13 +82,13 @@ def local_shard(tensor: Tensor, *, is_main: bool) -> TensorShard | None:
     return TensorShard(part, start_of(tensor), tuple(tensor.shape)) if part.numel() or is_main else None
 
 
-def write(path: Path, pieces: Mapping[str, TensorShard]) -> bool:
+def write(path: Path, shards: Mapping[str, TensorShard]) -> bool:
     """Write one safetensors file. If there is nothing to write, create no file and return False."""
-    if not pieces:
+    if not shards:
         return False
-    parts = {n: [p.start, list(p.shape)] for n, p in pieces.items() if p.tensor.shape != torch.Size(p.shape)}
+    parts = {n: [p.start, list(p.shape)] for n, p in shards.items() if p.tensor.shape != torch.Size(p.shape)}
     metadata = {"format": "pt"} | ({PIECES: json.dumps(parts)} if parts else {})
-    save_file({name: p.tensor.contiguous() for name, p in pieces.items()}, path, metadata=metadata)
+    save_file({name: p.tensor.contiguous() for name, p in shards.items()}, path, metadata=metadata)
     return True
 
 

@@ -234,9 +234,9 @@ def receive(tensor: Tensor, source: Tensor | None, world: DistributedContext) ->
 
     from pretrain.distributed.sharding import local, start_of
 
-    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=world.device) if source is None else source
-    whole = whole.to(world.device, tensor.dtype).contiguous()
-    dist.broadcast(whole, 0)
+    full = torch.empty(tensor.shape, dtype=tensor.dtype, device=world.device) if source is None else source
+    full = full.to(world.device, tensor.dtype).contiguous()
+    dist.broadcast(full, 0)
     part, start = local(tensor), start_of(tensor)
     with torch.no_grad():
-        part.copy_(whole[start : start + len(part)] if part.ndim else whole)
+        part.copy_(full[start : start + len(part)] if part.ndim else full)

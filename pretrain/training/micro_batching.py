@@ -17,13 +17,13 @@ class MicroBatching:
     accumulation: int
 
     @classmethod
-    def asked(cls, config: RunConfig) -> MicroBatching:
+    def from_config(cls, config: RunConfig) -> MicroBatching:
         """Return the division in the config. ``batch_size=auto`` counts as 1 until the largest size that fits is known."""
         size = 1 if config.batch_size == "auto" else config.batch_size
         return cls(size, config.gradient_accumulation_steps)
 
     @classmethod
-    def recorded(cls, facts: dict[str, Any]) -> MicroBatching:
+    def from_record(cls, facts: dict[str, Any]) -> MicroBatching:
         """Read the division from run.json, where `facts` has put it."""
         return cls(facts["batch_size"], facts["gradient_accumulation_steps"])
 
