@@ -293,7 +293,7 @@ def test_moments_that_format_3_lost_do_not_start_anew(run, base_arguments, comma
     as_format_3(newest)
     code, _, err = command([*base_arguments, "max_steps=6", f"output_dir={copy}", "sink=jsonl"])
     assert code == 2
-    assert f"error: the checkpoint has no optimizer state of 1 parameters, e.g. {NORM}" in err
+    assert f"error: the checkpoint has no optimizer state for 1 parameters, e.g. {NORM}" in err
     assert "Traceback" not in err
 
 

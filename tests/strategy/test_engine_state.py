@@ -179,7 +179,9 @@ def test_moments_of_a_frozen_parameter_are_refused(tmp_path):
     engine = trained(engine_of())
     saved = files_of(engine, tmp_path / "a")
     dict(engine.model.hf_named_parameters())["model.norm.weight"].requires_grad_(False)
-    with pytest.raises(UserError, match=r"^optimizer state model.norm.weight/exp_avg: the model has no such parameter"):
+    with pytest.raises(
+        UserError, match=r"^optimizer state model.norm.weight/exp_avg: the model has no such trainable parameter"
+    ):
         engine.load_state_dict(saved)
 
 
@@ -193,7 +195,7 @@ def test_missing_moments_are_refused_where_nothing_says_that_there_were_none(tmp
     with pytest.raises(UserError) as refused:
         engine.load_state_dict(damaged(engine, tmp_path / "a", change, tensors=None))
     assert str(refused.value) == (
-        "the checkpoint has no optimizer state of 2 parameters, e.g. lm_head.weight; continue from an earlier one "
+        "the checkpoint has no optimizer state for 2 parameters, e.g. lm_head.weight; resume from an earlier one "
         "(resume=<run>/checkpoints/step-…), or start a new run from its weights (model_name=<checkpoint>)"
     )
     engine.load_state_dict(damaged(engine, tmp_path / "b", change))

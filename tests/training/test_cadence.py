@@ -10,8 +10,8 @@ KEYS = {"steps": 1000, "epoch_steps": 300, "evaluate_every": 100, "save_every": 
 WHAT = [  # keys → evaluates every, saves every, what is said
     ({}, 100, 50, ""),
     ({"with_evaluation": True}, 100, 100, ""),
-    ({"with_evaluation": True, "evaluate_every": None}, None, 50, "it saves every 50 (save_every)"),
-    ({"with_evaluation": True, "evaluate_every": 1000}, 1000, 50, "it saves every 50 (save_every)"),
+    ({"with_evaluation": True, "evaluate_every": None}, None, 50, "the run saves every 50 (save_every)"),
+    ({"with_evaluation": True, "evaluate_every": 1000}, 1000, 50, "the run saves every 50 (save_every)"),
     ({"with_evaluation": True, "evaluate_every": 999}, 999, 999, ""),
     (
         {"with_evaluation": True, "evaluate_every": 2000, "save_every": None},
@@ -19,7 +19,7 @@ WHAT = [  # keys → evaluates every, saves every, what is said
         2000,
         "a run that dies restarts at step 0",
     ),
-    ({"with_evaluation": True, "per_epoch": 1, "steps": 200}, 300, 50, "it saves every 50 (save_every)"),
+    ({"with_evaluation": True, "per_epoch": 1, "steps": 200}, 300, 50, "the run saves every 50 (save_every)"),
     ({"save_every": 1000}, 100, 1000, "save_every=1000: no checkpoint comes before the end of 1000 steps"),
     ({"save_every": 1001}, 100, 1001, "save_every=1001: no checkpoint comes before the end of 1000 steps"),
     ({"save_every": 100, "steps": 100}, 100, 100, ""),
