@@ -35,9 +35,9 @@ from pretrain.runtime import garbage_collector as collector
 from pretrain.runtime.console import complain, notice, quiet_libraries
 from pretrain.runtime.errors import UserError, WorkersFailed
 from pretrain.runtime.filesystem import check_temporary_folder
-from pretrain.runtime.redact import held, redact, secrets
+from pretrain.runtime.redact import find_secret, redact, secrets
 from pretrain.runtime.signals import EXIT_CODE, Interrupt, Stopped
-from pretrain.runtime.streams import ensure_open, flush, never_wait
+from pretrain.runtime.streams import ensure_open, flush, make_nonblocking
 from pretrain.sweep.child import enter, note_failure
 
 
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 def program() -> NoReturn:
     """`main` as a process of its own. One that was in a process group ends without Python's clean-up: a thread of gloo's
     may want the interpreter while that is being taken down, which aborts the process in a few of a hundred ends."""
-    collector.rarely()
+    collector.collect_rarely()
     ensure_open()
     enter()
     faulthandler.enable()  # a bus error, a segmentation fault: say where
@@ -112,7 +112,7 @@ def _dispatch(arguments: list[str]) -> int:
         raise UserError(f"--config: a file may not set {', '.join(COMMAND_LINE_ONLY)}; the command line may")
     known = secrets()
     for argument in arguments:
-        if secret := held(argument, known):
+        if secret := find_secret(argument, known):
             raise UserError(
                 f"{redact(argument)}: holds {secret}; others see a command line, set it in the environment alone"
             )
@@ -223,7 +223,7 @@ def run(config: DictConfig, overrides: list[str], spoken: dict[str, Any]) -> int
     interrupt = Interrupt()
     interrupt.install()
     if checked.task in ("pretraining", "evaluation"):
-        never_wait()  # what the other tasks say is their result: it waits for its reader
+        make_nonblocking()  # what the other tasks say is their result: it waits for its reader
     quiet_libraries()
     if not gpu_visible():
         # Threads that spin while they wait make a CPU run 10 × slower as soon as another program wants a core.

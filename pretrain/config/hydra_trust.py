@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from pretrain.config.hydra_configs import compose_config, composing, options_of, plain_mistakes
 from pretrain.config.trust import COMMAND_LINE_ONLY
 from pretrain.runtime.errors import UserError
-from pretrain.runtime.redact import held, secrets
+from pretrain.runtime.redact import find_secret, secrets
 
 MAY_SET = ("mode", "sweep.dir")  # of `hydra`, by a file; a sweeper and a launcher within limits too
 # `overrides` are compared by themselves.
@@ -65,7 +65,7 @@ def _chooses_elsewhere(override: str, hydra: Hydra) -> bool:
 
 def _hydra_node(hydra: Hydra, words: list[str]) -> dict[str, Any]:
     config = compose_config(hydra, words, RunMode.RUN, validate_sweep_overrides=False)
-    if secret := held(OmegaConf.to_yaml(config), secrets()):  # Hydra writes it to multirun.yaml
+    if secret := find_secret(OmegaConf.to_yaml(config), secrets()):  # Hydra writes it to multirun.yaml
         raise UserError(f"a config file holds {secret}; no key takes a secret, set it in the environment alone")
     node: Any = OmegaConf.to_container(config.hydra)
     return {str(key): value for key, value in node.items()}

@@ -19,7 +19,7 @@ from pretrain.run.prepare import prepare, total_steps
 from pretrain.runtime import garbage_collector as collector
 from pretrain.runtime.console import capture_stderr, quiet_libraries
 from pretrain.runtime.signals import EXIT_CODE, SIGNALS, Interrupt, Stopped
-from pretrain.runtime.streams import flush, never_wait
+from pretrain.runtime.streams import flush, make_nonblocking
 from pretrain.strategy.base import Setting
 
 FROM_AGENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -72,7 +72,7 @@ def work(job: WorkerJob) -> int:
     capture_stderr(Path(job.reports) / f"rank-{rank}.stderr", keep_terminal=rank == 0)
     faulthandler.enable(2)  # a bus error, a segmentation fault: its stacks go into the log
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # asked by the parent, of a group that hangs
-    never_wait()
+    make_nonblocking()
     interrupt = Interrupt(silent=True)  # the parent has said it
     interrupt.defer_signals = True
     interrupt.install()
@@ -91,7 +91,7 @@ def work(job: WorkerJob) -> int:
 
 def _enter(job: WorkerJob) -> None:
     """Stand where the parent stands: the server was started earlier, perhaps elsewhere."""
-    collector.rarely()
+    collector.collect_rarely()
     os.environ.update({k: v for k, v in job.environment.items() if k not in FROM_AGENT})
     os.chdir(job.folder)
     threading.Thread(target=_leave_with_parent, daemon=True).start()

@@ -251,7 +251,7 @@ def build_split(
     from pretrain.run.metadata import device_name
     from pretrain.training.batch_size import choose, moment_bytes
 
-    asked, world = MicroBatching.asked(config), engine.world
+    asked, world = MicroBatching.from_config(config), engine.world
     if config.batch_size != "auto":
         return asked
     blocks, length = Blocks(prepared.train, config.sequence_length), config.sequence_length

@@ -84,7 +84,7 @@ def pretraining(
                 watchdog=watchdog,
             )
         interrupt.defer_signals = True
-        collector.as_usual()
+        collector.restore_thresholds()
         with memory_explained(config, world, setting, trainer):
             run_logged(trainer)
     leave()
@@ -111,7 +111,7 @@ def guarded_by(config: RunConfig, log: Path, on_hang: Callable[[str, str], None]
     log_to(log)
     watchdog, policy = Watchdog(), config.launch
     tell = on_hang or partial(say_hung, log)
-    claims.enter_context(watchdog.guarding(policy.timeout, policy.patience, log=log, tell=tell))
+    claims.enter_context(watchdog.guarding(policy.timeout, policy.patience, log=log, report=tell))
     return watchdog
 
 
@@ -153,7 +153,7 @@ def memory_explained(
         raise explained(
             failure,
             config,
-            split=MicroBatching.asked(config) if trainer is None else MicroBatching.recorded(trainer.facts),
+            split=MicroBatching.from_config(config) if trainer is None else MicroBatching.from_record(trainer.facts),
             memory_saving_overrides=config.strategy.memory_saving_overrides(setting) if setting is not None else [],
             device=world.device,
             step=0 if trainer is None else trainer.progress.step,
