@@ -160,7 +160,7 @@ def balancing_coefficient(hf: Any) -> float:
 
 
 def num_positions(config: Any) -> int:
-    """How many tokens a model with this config can see at once; ``sys.maxsize`` where it does not say."""
+    """Return the longest sequence that a model with this config has positions for; ``sys.maxsize`` without a limit."""
     limits = [getattr(config, key, None) for key in POSITION_KEYS]
     return min((n for n in limits if isinstance(n, int) and n > 0), default=sys.maxsize)
 
@@ -169,7 +169,8 @@ def num_positions(config: Any) -> int:
 
 
 def _documents(hf: Any) -> Tensor | None:
-    """Five documents of different tokens, int64 [5, n], of which three fit the model's positions; ``None``: none do."""
+    """Return five documents of different tokens, int64 [5, n], short enough that three of them fit the model's positions;
+    ``None`` if the model has fewer than three positions."""
     length = min(LENGTH, num_positions(hf.config) // 3)
     if length < 1:
         return None
