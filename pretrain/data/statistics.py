@@ -23,8 +23,8 @@ Counts = NDArray[np.int64]  # [sources, 2]: tokens, documents
 
 
 class DataStatistics:
-    """Tokens and documents read, by source. A source is a file, or a folder if there are more than ``MAX_SOURCES`` files. With more
-    than ``MAX_SOURCES`` sources, all but the largest (by tokens per epoch) are counted together as ``OTHERS``."""
+    """Tokens and documents read, by source. A source is a file, or a folder if there are more than ``MAX_SOURCES`` files. With
+    more than ``MAX_SOURCES`` sources, all but the largest (by tokens per epoch) are counted together as ``OTHERS``."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
