@@ -284,4 +284,4 @@ def test_a_folder_that_cannot_be_listed_is_said(tmp_path: Path, capsys: pytest.C
 
 @pytest.fixture(autouse=True)
 def said_again() -> None:
-    listing.say_once.cache_clear()
+    listing.notice_once.cache_clear()
