@@ -197,10 +197,10 @@ class TokenView:
 
     def limited(self, max_tokens: int | None) -> TokenView:
         """Return a view of complete documents with at most ``max_tokens`` tokens in total, but at least one document. The
-         documents with the smallest hashes are chosen, which is an unbiased sample that changes little when documents are
-        added.""" if max_tokens is None or self.num_tokens <= max_tokens:
-              return self
-         hashes, lengths = [], []
+        documents with the smallest hashes are chosen, an unbiased sample that changes little when documents are added."""
+        if max_tokens is None or self.num_tokens <= max_tokens:
+            return self
+        hashes, lengths = [], []
         for index, part in enumerate(self.store.parts):
             mask = self._mask(index)
             hashes.append(part.hashes[mask])
