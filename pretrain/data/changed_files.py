@@ -81,8 +81,8 @@ class FilesWatch:
         if changed or gone:
             self._stamps = {}  # the notice is printed only once
             notice(
-                f"data: {_named([(changed, 'changed'), (gone, 'is gone')])} since this run read it; the run goes on with the "
-                "tokens it has, but if the text is another it can't be resumed"
+                f"data: {_named([(changed, 'changed'), (gone, 'is gone')])} since this run read it; the run continues with its "
+                "cached tokens, but it can't be resumed if the text has changed"
             )
 
 

@@ -32,7 +32,7 @@ def train_bpe(texts: Iterator[str], *, vocab_size: int) -> Any:
     )
     tokenizer.train_from_iterator(_first(texts, MAX_CHARS), trainer)
     if tokenizer.get_vocab_size() < vocab_size:
-        notice(f"model.train_tokenizer={vocab_size}: the text earns {tokenizer.get_vocab_size()} tokens only")
+        notice(f"model.train_tokenizer={vocab_size}: the text yields only {tokenizer.get_vocab_size()} tokens")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )

@@ -76,10 +76,12 @@ class CausalLM(ABC):
         config = files.read_config(self.folder(), self.name_or_path)
         if not _is_known(config["model_type"]):
             if "auto_map" not in config:
-                raise UserError(f"model_name={self.name_or_path}: transformers has no causal {config['model_type']!r}")
+                raise UserError(
+                    f"model_name={self.name_or_path}: transformers has no causal language model of type {config['model_type']!r}"
+                )
             if not self.trust_remote_code:
                 raise UserError(
-                    f"model_name={self.name_or_path}: its model_type {config['model_type']!r} brings code of its own, "
+                    f"model_name={self.name_or_path}: its model_type {config['model_type']!r} needs the code in its folder, "
                     "which would run on this machine; if you trust its author: model.trust_remote_code=true"
                 )
         return config
@@ -238,7 +240,8 @@ class Pretrained(CausalLM):
         wrong = [*sorted(loaded["missing_keys"]), *(str(key[0]) for key in loaded["mismatched_keys"])]
         if wrong:
             raise UserError(
-                f"model_name={self.name_or_path}: {len(wrong)} weights are not in its files as needed, e.g. {wrong[0]}"
+                f"model_name={self.name_or_path}: {len(wrong)} weights are missing from its files or have "
+                f"another shape, e.g. {wrong[0]}"
             )
         if loaded["unexpected_keys"]:
             unused = sorted(loaded["unexpected_keys"])
@@ -254,7 +257,7 @@ class Pretrained(CausalLM):
             return
         if _is_tied(self.build_on_meta(param_dtype=hf.dtype).hf):
             raise UserError(
-                f"model_name={self.name_or_path}: {self.folder() / 'config.json'} says tie_word_embeddings: true, but the weight "
+                f"model_name={self.name_or_path}: {self.folder() / 'config.json'} sets tie_word_embeddings: true, but the weight "
                 "files hold a head that is not the embedding; set it to false, or remove the head from the files"
             )
 
@@ -287,7 +290,7 @@ class Scratch(CausalLM):
         config = self.config()
         kind = config["model_type"]
         if not _is_known(kind) and not self.trust_remote_code:
-            raise UserError(f"model.overrides.model_type={kind!r}: transformers has no such model")
+            raise UserError(f"model.overrides.model_type={kind!r}: transformers has no such model type")
         if _is_known(kind):
             known = set(_default_config(kind)) | OLD_CONFIG_KEYS
             for key in self.overrides:

@@ -50,7 +50,7 @@ def generate(
             # With an empty prompt the model starts a new document.
             tokens = [*before, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] or [around.separator]
             if len(tokens) >= positions:
-                raise UserError(f"a prompt of {len(tokens)} tokens leaves no room: the model has {positions} positions")
+                raise UserError(f"a prompt of {len(tokens)} tokens is too long: the model has {positions} positions")
             ids = torch.tensor([tokens], device=device)
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(seed + number)

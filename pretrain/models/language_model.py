@@ -139,7 +139,7 @@ class LanguageModel(nn.Module):
             )
         if self.balancing and self.document_mask is by_masks:
             raise UserError(
-                f"dataset.document_mask=true: {type(self.hf).__name__} works out its load balancing loss from plain masks only; "
+                f"dataset.document_mask=true: {type(self.hf).__name__} computes its load balancing loss from plain masks only; "
                 "set output_router_logits: false in its config.json, or document_mask=false"
             )
         # The dtype of the embedding and not of the model: under FSDP it is the dtype of the gathered weights here.

@@ -67,7 +67,7 @@ def check_causal(hf: Any) -> None:
         one, two = (_logits(hf, ids[order])[:, : ids.shape[1]] for order in ([0, 1, 2], [0, 3, 4]))
     if not _is_rounding(*_finite(one, two)):
         raise UserError(
-            f"{type(hf).__name__} sees the tokens that it should predict: its logits change with later tokens, so it can't "
+            f"{type(hf).__name__} is not causal: its logits change with later tokens, so it can't "
             "be trained or scored as a causal model; an encoder (BERT, RoBERTa) needs is_decoder: true in its config.json "
             "(model=scratch: model.overrides.is_decoder=true)"
         )

@@ -93,7 +93,7 @@ def _from_file(folder: Path, code: bool) -> FolderTokenizer:
     expected = [_bare(backend).encode(line, add_special_tokens=False).ids for line in LINES]
     auto = _auto(folder, code)
     if not isinstance(auto, str) and not hasattr(auto, "backend_tokenizer"):  # e.g. RagTokenizer, which wraps two
-        auto = f"{type(auto).__name__} is not of the tokenizers library"
+        auto = f"{type(auto).__name__} is not a tokenizer of the tokenizers library"
     named, unknown = _special_tokens(folder, config, backend, auto)
     adds = _adds_bos(backend, named.get("bos_token"), config.get("add_bos_token"))
     finding = f"tokenizer.json has no {', '.join(unknown)}, named in tokenizer_config.json" if unknown else None
@@ -118,7 +118,7 @@ def _check_ids(folder: Path, backend: Tokenizer) -> None:
         if owners.setdefault(number, token) != token:
             one, other = sorted((owners[number], token))
             raise UserError(
-                f"tokenizer.json gives two tokens one id: {one[:40]!r} and {other[:40]!r} are both {number}"
+                f"tokenizer.json assigns one id to two tokens: {one[:40]!r} and {other[:40]!r} are both {number}"
             )
 
 
@@ -130,7 +130,7 @@ def boundaries(tokenizer: Any, *, bos: bool | str, separator: str | int) -> Boun
     end = _separator(tokenizer, separator)
     first = tokenizer.bos_token_id
     if bos is True and first is None:
-        raise UserError("dataset.bos=true: the tokenizer names no bos_token; dataset.bos=false")
+        raise UserError("dataset.bos=true: the tokenizer has no bos_token; set dataset.bos=false")
     # If one token is both BOS and separator, the separator of the previous document already precedes each document.
     wanted = bos if isinstance(bos, bool) else adds_bos(tokenizer) and first != end
     return Boundaries(first if wanted else None, end)
@@ -162,7 +162,8 @@ def _separator(tokenizer: Any, wanted: str | int) -> int:
             return int(vocabulary[wanted])
         special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         raise UserError(
-            f"dataset.separator={wanted!r}: no token of the tokenizer{did_you_mean(wanted, special)}; it is one token, or its id"
+            f"dataset.separator={wanted!r}: not a token of the tokenizer{did_you_mean(wanted, special)}; "
+            "give one token, or its id"
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -196,14 +197,14 @@ def _converted(folder: Path, code: bool) -> Any:
     for file, package in [(f, p) for kind, p in CONVERTED_BY.items() for f in sorted(folder.glob(kind))]:
         if importlib.util.find_spec(package) is None and not listed:
             raise UserError(
-                f"{missing} but {file.name}; make one, once, where {package} and protobuf are installed: "
+                f"{missing} but {file.name}; create one once, where {package} and protobuf are installed: "
                 f"{CONVERT.format(folder)}"
             )
     if not listed and not code and not any(any(folder.glob(kind)) for kind in CONVERTED_BY):
         raise UserError(f"{missing}; {OTHERWISE}")
     auto = _auto(folder, code)
     if isinstance(auto, str):
-        raise UserError(f"{missing}, and transformers can't make one ({auto}); {OTHERWISE}")
+        raise UserError(f"{missing}, and transformers can't create one ({auto}); {OTHERWISE}")
     if not auto.is_fast:
         raise UserError(f"{folder}: no fast tokenizer (tokenizer.json)")
     if len(auto.get_vocab()) < listed:  # a class that can't read these files returns only its few built-in tokens
@@ -349,7 +350,7 @@ def _difference(auto: Any, backend: Tokenizer, expected: list[list[int]]) -> str
             return f"AutoTokenizer ({name}) can't encode {line!r} ({error})"
         if found != ids:
             many = f" ({len(found)} instead of {len(ids)})" if len(found) != len(ids) else ""
-            return f"AutoTokenizer ({name}) would make other tokens{many} of {line!r}"
+            return f"AutoTokenizer ({name}) would give other tokens{many} for {line!r}"
     invented = sorted(auto.get_vocab().keys() - ours.keys())
     if invented:
         return f"AutoTokenizer ({name}) would add {len(invented)} tokens, such as {invented[0]!r}"

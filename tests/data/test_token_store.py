@@ -126,9 +126,10 @@ def test_a_part_that_is_lost_under_a_run(content, tmp_path):
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(UserError) as lost:
         _ = part.tokens
-    assert (
-        str(lost.value) == f"the token cache has lost {path} under this run; the same command makes it anew and goes on"
+    expected = (
+        f"{path} has disappeared from the token cache during the run; the same command creates it again and resumes"
     )
+    assert str(lost.value) == expected
 
 
 def test_a_part_is_mapped_once(tmp_path, monkeypatch):

@@ -134,14 +134,17 @@ BAD = {
         lambda m: edit(m / "config.json", model_type="mine", auto_map={"AutoModelForCausalLM": "m.M"}),
         "trust_remote_code=true",
     ),
-    "torn weights": (lambda m: cut(m / "model.safetensors"), "is torn"),
-    "empty weights": (lambda m: (m / "model.safetensors").write_bytes(b""), "is torn"),
-    "weights of noise": (lambda m: (m / "model.safetensors").write_bytes(b"x" * 4000), "is torn"),
+    "torn weights": (lambda m: cut(m / "model.safetensors"), "is not a complete safetensors file"),
+    "empty weights": (lambda m: (m / "model.safetensors").write_bytes(b""), "is not a complete safetensors file"),
+    "weights of noise": (
+        lambda m: (m / "model.safetensors").write_bytes(b"x" * 4000),
+        "is not a complete safetensors file",
+    ),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "has no weights"),
     "pickle": (lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"), "pickled"),
     "missing shard": (as_shards, "1 of 2 weight files are missing, e.g. model-00002-of-00002"),
     "tokenizer too large": (lambda m: edit(m / "config.json", vocab_size=100), "300 token ids, the embedding 100 rows"),
-    "broken tokenizer": (lambda m: (m / "tokenizer.json").write_text("{}"), "is no tokenizer"),
+    "broken tokenizer": (lambda m: (m / "tokenizer.json").write_text("{}"), "is not a valid tokenizer"),
     "few positions": (lambda m: edit(m / "config.json", max_position_embeddings=32), "32 positions"),
 }
 
@@ -194,7 +197,7 @@ def test_weights_that_do_not_fit_the_config(model: Path) -> None:
     with pytest.raises(UserError, match=r"9 weights .* model\.layers\.2"):
         build(Pretrained(name_or_path=str(model)))
     edit(model / "config.json", num_hidden_layers=2, hidden_size=64)
-    with pytest.raises(UserError, match="not in its files as needed"):
+    with pytest.raises(UserError, match="missing from its files or have another shape"):
         build(Pretrained(name_or_path=str(model)))
 
 

@@ -26,7 +26,7 @@ def csv_documents(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
         if len(fields) <= column or any(fields[len(names) :]):
             raise UserError(
                 f"{place(start)}: a record of {len(fields)} fields, but the header has {len(names)}; "
-                "a field with a comma, a quote or a line end in it stands between quotes"
+                "a field that contains a comma, a quote or a line end must be quoted"
             )
         yield fields[column]
 

@@ -24,7 +24,7 @@ def cut(file: SourceFile, options: ReadOptions) -> list[FileRange]:
     with reading(file.path):
         stamp = stamp_of(file.path)
         if not stamp[0] and file.format.endswith(NEVER_EMPTY):
-            raise UserError(f"{file.path}: cut off: it has no bytes, which no {file.format} file is")
+            raise UserError(f"{file.path}: cut off: the file is empty, which is not a valid {file.format} file")
         cuts = CUTTERS.get(file.format, _whole)(file, options) if stamp[0] else ()
         return [FileRange(file.path, file.format, start, stop, size, stamp) for start, stop, size in cuts]
 

@@ -151,7 +151,7 @@ def document_of(value: Any, place: RankInfo, options: ReadOptions) -> Document:
             return np.array(value, np.int64)
         except OverflowError as error:
             largest = max(value, key=abs)
-            raise UserError(f"{place()}: {str(largest)[:40]} is no token id") from error
+            raise UserError(f"{place()}: {str(largest)[:40]} is not a token id") from error
     raise UserError(
         f"{place()}: neither text nor a list of token ids, but {type(value).__name__} ({reprlib.repr(value)})"
     )
@@ -165,7 +165,7 @@ def _without_surrogates(text: str, place: RankInfo, options: ReadOptions) -> str
     if options.errors == "replace":
         return SURROGATE.sub("\ufffd", text)
     raise UserError(
-        f"{place()}: half of a surrogate pair (\\u{ord(found[0]):04x}) at character {found.start()} of the text, which is no "
+        f"{place()}: half of a surrogate pair (\\u{ord(found[0]):04x}) at character {found.start()} of the text, which is not a "
         "character; correct the file, or read it with dataset.errors=replace"
     )
 

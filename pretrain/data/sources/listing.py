@@ -96,7 +96,7 @@ def _folders(root: str, *, follow: bool) -> Iterator[str]:
         (links, "links to folders, which a glob such as 'd/**/*' follows"),
     ):
         if found:
-            notice_once(f"{root}: not read in it: {len(found)} {what}, such as {found[0]}")
+            notice_once(f"{root}: skipped {len(found)} {what}, such as {found[0]}")
 
 
 def _holds_no_text(path: str) -> bool:

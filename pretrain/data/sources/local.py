@@ -76,7 +76,7 @@ class Local(Source):
             raise UserError(f"dataset.nameOrPath={self.nameOrPath}: no file matches")
         if os.path.exists(path):
             raise UserError(
-                f"dataset.nameOrPath={self.nameOrPath}: neither a file nor a folder; text is read more than once"
+                f"dataset.nameOrPath={self.nameOrPath}: neither a file nor a folder, and the text has to be read more than once"
             )
         raise UserError(f"dataset.nameOrPath={self.nameOrPath}: no such file or folder{_near(Path(path))}")
 
@@ -121,7 +121,7 @@ def saved_files(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").exists():
         splits = _field(folder / "dataset_dict.json", "splits")
         if not splits or not all(isinstance(name, str) for name in splits):
-            raise UserError(f"{folder / 'dataset_dict.json'}: 'splits' is no list of names")
+            raise UserError(f"{folder / 'dataset_dict.json'}: 'splits' is not a list of names")
         if "train" not in splits and len(splits) != 1:
             raise UserError(
                 f"{folder}: splits {', '.join(splits)}, none of them 'train'; name the folder of one of them"

@@ -34,7 +34,7 @@ def check_cards(folder: Path) -> None:
 def check_builder(name: str, described: str) -> None:
     """Raise ``UserError`` for a builder of ``datasets`` that does more than read text from its data files."""
     if name not in BUILDERS:
-        raise UserError(f"{described}: a dataset of the kind {name!r}; read are {', '.join(BUILDERS)}")
+        raise UserError(f"{described}: datasets of type {name!r} are not supported, only {', '.join(BUILDERS)}")
 
 
 def check_data_files(found: Any, folder: Path | None, repository: str) -> None:
@@ -48,7 +48,7 @@ def check_data_files(found: Any, folder: Path | None, repository: str) -> None:
         )
         if not inside:
             raise UserError(
-                f"dataset.nameOrPath={folder or repository}: its data lies elsewhere ({name}) and is not read"
+                f"dataset.nameOrPath={folder or repository}: its data is outside of it ({name}) and is not read"
             )
 
 

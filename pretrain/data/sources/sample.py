@@ -69,7 +69,7 @@ class Python(Source):
             found += [os.path.join(folder, name) for name in code]
         if not found:
             raise UserError(
-                f"dataset=sample: this Python carries no library sources in {_library()}; use dataset=local"
+                f"dataset=sample: this Python installation has no library sources in {_library()}; use dataset=local"
             )
         return [SourceFile(name, "text") for name in sorted(found)]
 
@@ -102,7 +102,9 @@ class English(Source):
             except importlib.metadata.PackageNotFoundError:
                 continue
         if not found:
-            raise UserError("dataset=sample_base: no documentation found in this Python; use dataset=local")
+            raise UserError(
+                "dataset=sample_base: no documentation found in this Python installation; use dataset=local"
+            )
         return found
 
 

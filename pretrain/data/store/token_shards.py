@@ -147,7 +147,7 @@ def _mapped(part: TokenShard) -> tuple[NDArray[Any], ...]:
         raw = np.empty(0, np.uint8)
     if len(raw) < starts[-1]:
         raise UserError(
-            f"the token cache has lost {part.path} under this run; the same command makes it anew and goes on"
+            f"{part.path} has disappeared from the token cache during the run; the same command creates it again and resumes"
         )
     columns = [raw[start:stop].view(kind) for (_, kind), start, stop in zip(COLUMNS, starts, starts[1:], strict=False)]
     return raw[: part.num_tokens * part.dtype.itemsize].view(part.dtype), *columns

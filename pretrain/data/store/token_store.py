@@ -64,7 +64,9 @@ class TokenStore:
         found = [open_part(Path(part)) for part in manifest["parts"]]
         self.parts = [part for part in found if part is not None]
         if len(self.parts) < len(found):
-            raise UserError(f"the token cache {path.parent} lost files since it was filled; run the same command again")
+            raise UserError(
+                f"the token cache {path.parent} has lost files since it was filled; run the same command again"
+            )
         self.part_tokens = np.cumsum([0, *(part.num_tokens for part in self.parts)])
         self.part_documents = np.cumsum([0, *(part.num_documents for part in self.parts)])
 

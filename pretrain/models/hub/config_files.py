@@ -44,8 +44,8 @@ def check_unquantized(config: dict[str, Any], name: str) -> None:
         if found:
             method = found.get("quant_method") if isinstance(found, dict) else found
             raise UserError(
-                f"model_name={name}: config.json: quantization_config ({str(method)[:40]}): quantized weights can't be trained "
-                "on; use the model in bfloat16 or float32 (from_pretrained with dequantization, then save_pretrained)"
+                f"model_name={name}: config.json: quantization_config ({str(method)[:40]}): quantized weights can't be "
+                "trained; use the model in bfloat16 or float32 (from_pretrained with dequantization, then save_pretrained)"
             )
 
 

@@ -86,7 +86,7 @@ def read_object(file: Path, *, label: str) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{label} can't be read: {one_line(error)}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{label}: not an object with keys, but {type(content).__name__}")
+        raise UserError(f"{label}: not a JSON object, but {type(content).__name__}")
     return content
 
 
@@ -124,8 +124,8 @@ def check_vocabulary(config: dict[str, Any], tokens: int, name: str) -> None:
     rows = text_part(config).get("vocab_size")
     if isinstance(rows, int) and tokens > rows:
         raise UserError(
-            f"model_name={name}: the tokenizer has {tokens} token ids, the embedding {rows} rows: not of one model; name the "
-            "model's own as model.tokenizer_name, or give the model the rows once (transformers: "
+            f"model_name={name}: the tokenizer has {tokens} token ids, the embedding {rows} rows, so they do not belong to "
+            "one model; set model.tokenizer_name to the model's own, or resize the embedding once (transformers: "
             f"model.resize_token_embeddings({tokens}), then save_pretrained)"
         )
 
@@ -142,7 +142,7 @@ def vocabulary_size(folder: Path) -> int:
         added = [token["id"] for token in tokenizer.get("added_tokens") or []]
         return 1 + max(ids + added, default=-1)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is no tokenizer: {type(error).__name__}: {str(error)[:200]}") from None
+        raise UserError(f"{file} is not a valid tokenizer: {type(error).__name__}: {str(error)[:200]}") from None
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
@@ -162,7 +162,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             outside = [shard for shard in shards if not is_below(shard)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"model_name={name}: {index} is broken: {type(error).__name__}: {error}") from None
+            raise UserError(f"model_name={name}: {index} is invalid: {type(error).__name__}: {error}") from None
         if outside:
             raise UserError(f"model_name={name}: {index} names {outside[0]!r}, which is outside the folder")
     gone = [shard for shard in shards if not (folder / shard).is_file()]
@@ -175,8 +175,8 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         return pieces
     for pickled in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")):
         raise UserError(
-            f"model_name={name}: {pickled} is pickled; reading a pickle can run anything, so only safetensors are read. "
-            "Convert it where you trust it (from_pretrained, then save_pretrained), or use a revision that has them"
+            f"model_name={name}: {pickled} is pickled; reading a pickle can run any code, so only safetensors are read. "
+            "Convert it if you trust it (from_pretrained, then save_pretrained), or use a revision that has them"
         )
     raise UserError(f"model_name={name}: {folder} has no weights (model.safetensors); model=scratch needs none")
 
@@ -189,7 +189,10 @@ def check_weights(folder: Path, name: str) -> None:
         except OSError as error:  # the path is a folder, or the file may not be read
             raise UserError(f"model_name={name}: {file} can't be read: {error.strerror}") from None
         if reason:
-            raise UserError(f"model_name={name}: {file} is torn: {reason}; fetch or save the model again")
+            raise UserError(
+                f"model_name={name}: {file} is not a complete safetensors file: {reason}; "
+                "download or save the model again"
+            )
 
 
 def check_layers(config: dict[str, Any], folder: Path, name: str) -> None:
@@ -216,7 +219,7 @@ def torn(file: Path) -> str | None:
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if 8 + length > size:
-            return f"{size} bytes, not even its header fits"
+            return f"{size} bytes, its header does not fit"
         try:
             header = json.loads(handle.read(length))
             header.pop("__metadata__", None)
@@ -226,10 +229,10 @@ def torn(file: Path) -> str | None:
     end = 0
     for start, stop, name in places:
         if start != end:
-            return f"its header puts {name[:80]} at byte {start}, where {end} is next"
+            return f"{name[:80]} begins at byte {start} by its header, {end} expected"
         end = stop
     want = 8 + length + end
-    return None if size == want else f"{size} bytes, its header says {want}"
+    return None if size == want else f"{size} bytes, {want} expected by its header"
 
 
 def _place(name: str, entry: dict[str, Any]) -> tuple[int, int, str]:
@@ -237,7 +240,7 @@ def _place(name: str, entry: dict[str, Any]) -> tuple[int, int, str]:
     start, stop = entry["data_offsets"]
     shape, bits = entry["shape"], BITS[entry["dtype"]]
     if not all(type(n) is int and n >= 0 for n in (start, stop, *shape)):
-        raise ValueError(f"{name[:80]}: sizes that are no numbers")
+        raise ValueError(f"{name[:80]}: sizes that are not valid numbers")
     if (stop - start) * 8 != math.prod(shape) * bits:
         raise ValueError(f"{name[:80]}: {stop - start} bytes for {entry['dtype']} of {shape}")
     return start, stop, name

@@ -48,7 +48,7 @@ def model_card(
         f"step {progress.step:,} of {total_steps:,}, {progress.tokens:,} target tokens "
         f"({progress.samples:,} sequences, {data['global_batch']:,} a step).\n",
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."  # where this file lies\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n'
+        'folder = "."  # the folder of this file\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n'
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n",
         "## Results\n",
         _results(progress),
@@ -57,7 +57,7 @@ def model_card(
         f"{data['documents']:,} documents, {data['tokens']:,} tokens, {data['bytes']:,} bytes of text.\n",
         "## Settings\n",
         _table(("setting", "value"), settings),
-        "<details><summary>The whole configuration</summary>\n",
+        "<details><summary>The full configuration</summary>\n",
         f"```yaml\n{yaml.safe_dump(public(shown), sort_keys=False, allow_unicode=True)}```\n\n</details>\n",
         "## Versions\n",
         ", ".join(f"{name} {version}" for name, version in facts["versions"].items()) + ".\n",
