@@ -33,7 +33,7 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def whole_or_absent(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Write ``path`` through a temporary file in the same folder. The file gets its name only when it is complete and on
     disk.
 
@@ -53,13 +53,13 @@ def whole_or_absent(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Write a small file atomically."""
-    with whole_or_absent(path) as file:
+    with atomic_file(path) as file:
         file.write(content)
 
 
-def keep_whole(path: Path, content: bytes) -> None:
+def ensure_content(path: Path, content: bytes) -> None:
     """Make sure that a small file, whose name derives from its ``content``, holds this content. It is written if it is missing or
     was corrupted on disk."""
     try:
@@ -67,7 +67,7 @@ def keep_whole(path: Path, content: bytes) -> None:
     except OSError:
         is_intact = False
     if not is_intact:
-        write_whole(path, content)
+        write_atomically(path, content)
 
 
 def make_folder(path: Path) -> None:

@@ -30,13 +30,13 @@ def files_of(units: Iterable[WorkUnit], digests: Iterable[Sequence[str]]) -> Fil
     return {path: (stamps[path], found[path][0] if len(found[path]) == 1 else key_of(found[path])) for path in stamps}
 
 
-def remember(path: Path, files: Files) -> None:
+def save_files(path: Path, files: Files) -> None:
     """Write ``files`` to ``path``."""
     replace_file(path, json.dumps(files))
 
 
-def recall(path: Path) -> Files:
-    """Return what ``remember`` wrote; an empty dict if the file is missing (runs of earlier versions have none) or damaged."""
+def load_files(path: Path) -> Files:
+    """Return what ``save_files`` wrote; an empty dict if the file is missing (runs of earlier versions have none) or damaged."""
     try:
         return {name: (tuple(stamp), digest) for name, (stamp, digest) in json.loads(path.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):

@@ -20,7 +20,7 @@ def generate(
     tokenizer: Any,
     prompts: list[str],
     *,
-    around: Boundaries,
+    boundaries: Boundaries,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -28,7 +28,7 @@ def generate(
 ) -> list[str]:
     """Return the continuation of each prompt, without the prompt, up to a token that ends a text or, in a chat model, a turn.
 
-    A prompt is the start of a document, so it begins with the BOS of ``around`` (the tokens around a document) if there is one.
+    A prompt is the start of a document, so it begins with the BOS of ``boundaries`` if there is one.
     ``temperature=0`` decodes greedily. Prompt number n is sampled with the seed ``seed`` + n, so a sample does not depend on
     the prompts before it. A continuation ends at the latest at the model's last position.
 
@@ -42,13 +42,13 @@ def generate(
         else {"do_sample": False}
     )
     model.eval()
-    ends = _ends(hf, tokenizer, around)
+    ends = _ends(hf, tokenizer, boundaries)
     texts = []
     try:
         for number, prompt in enumerate(prompts):
-            before = [] if around.bos is None else [around.bos]
+            before = [] if boundaries.bos is None else [boundaries.bos]
             # With an empty prompt the model starts a new document.
-            tokens = [*before, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] or [around.separator]
+            tokens = [*before, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] or [boundaries.separator]
             if len(tokens) >= positions:
                 raise UserError(f"a prompt of {len(tokens)} tokens is too long: the model has {positions} positions")
             ids = torch.tensor([tokens], device=device)
@@ -59,7 +59,7 @@ def generate(
                     attention_mask=torch.ones_like(ids),
                     max_new_tokens=min(max_new_tokens, positions - len(tokens)),
                     eos_token_id=ends,
-                    pad_token_id=around.separator,
+                    pad_token_id=boundaries.separator,
                     use_cache=True,
                     **sampling,
                 )
@@ -69,8 +69,8 @@ def generate(
     return texts
 
 
-def _ends(hf: Any, tokenizer: Any, around: Boundaries) -> list[int]:
+def _ends(hf: Any, tokenizer: Any, boundaries: Boundaries) -> list[int]:
     """Return the token ids at which generation stops: those of the generation config, the tokenizer's eos_token and the
     separator of documents."""
-    named = (*end_ids(hf.generation_config), tokenizer.eos_token_id, around.separator)
+    named = (*end_ids(hf.generation_config), tokenizer.eos_token_id, boundaries.separator)
     return sorted({token for token in named if token is not None})

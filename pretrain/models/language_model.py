@@ -15,11 +15,11 @@ from pretrain.distributed.sharding import TensorFiles, check_names, fill
 from pretrain.models import packing
 from pretrain.models.loss import linear_cross_entropy
 from pretrain.models.probe import (
-    Way,
+    DocumentMask,
     balancing_coefficient,
     by_masks,
     check_causal,
-    document_separation,
+    find_document_mask,
     has_plain_head,
     num_positions,
 )
@@ -49,7 +49,7 @@ class LanguageModel(nn.Module):
         self.hf = hf
         hf.config.use_cache = False
         self.fused_loss = False
-        self.document_mask: Way | None = None
+        self.document_mask: DocumentMask | None = None
         self.balancing = 0.0
         if not any(p.is_meta for p in hf.parameters()):
             self.probe()
@@ -64,7 +64,7 @@ class LanguageModel(nn.Module):
         """
         check_causal(self.hf)
         self.fused_loss = has_plain_head(self.hf)
-        self.document_mask = document_separation(self.hf)
+        self.document_mask = find_document_mask(self.hf)
         self.balancing = balancing_coefficient(self.hf)
 
     def forward(

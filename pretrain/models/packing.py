@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-ASKED = "find_packed_sequence_indices"
-_asks = vars(masking_utils).get(ASKED)
+PACKING_CHECK = "find_packed_sequence_indices"
+_original = vars(masking_utils).get(PACKING_CHECK)
 _lock, _inside = Lock(), 0
 
 
@@ -31,7 +31,7 @@ def known(*, packed: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        _enter(-1, _asks)
+        _enter(-1, _original)
 
 
 def _enter(change: int, answer: Any) -> None:
@@ -39,8 +39,8 @@ def _enter(change: int, answer: Any) -> None:
     global _inside
     with _lock:
         _inside += change
-        if _asks is not None and _inside == max(change, 0):
-            setattr(masking_utils, ASKED, answer)
+        if _original is not None and _inside == max(change, 0):
+            setattr(masking_utils, PACKING_CHECK, answer)
 
 
 def sequences(position_ids: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ from pretrain.models.hub.files import POSITION_KEYS
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 
-Way = Callable[[Any, Tensor, torch.dtype], dict[str, Any]]  # (model, position_ids, dtype) → arguments of its forward
+DocumentMask = Callable[
+    [Any, Tensor, torch.dtype], dict[str, Any]
+]  # (model, position_ids, dtype) → arguments of its forward
 
 PROBE_LOGIT = 100.0  # larger than any soft cap in use (Gemma 2: 30), so that a capped head can't look linear
 LENGTH = 12  # tokens of a document
@@ -50,7 +52,7 @@ def by_masks(hf: Any, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Any
     return {"position_ids": position_ids, "attention_mask": masks}
 
 
-WAYS: tuple[Way, ...] = (by_positions, by_masks)
+DOCUMENT_MASKS: tuple[DocumentMask, ...] = (by_positions, by_masks)
 
 
 # -- probes -----------------------------------------------------------------------------------------------------------
@@ -63,7 +65,7 @@ def check_causal(hf: Any) -> None:
     ids = _documents(hf)
     if ids is None:
         return
-    with _trial(hf):
+    with _probing(hf):
         one, two = (_logits(hf, ids[order])[:, : ids.shape[1]] for order in ([0, 1, 2], [0, 3, 4]))
     if not _is_rounding(*_finite(one, two)):
         raise UserError(
@@ -74,7 +76,7 @@ def check_causal(hf: Any) -> None:
 
 
 @torch.no_grad()
-def document_separation(hf: Any) -> Way | None:
+def find_document_mask(hf: Any) -> DocumentMask | None:
     """Return the way in which this causal model keeps packed documents apart, or ``None`` if it can't.
 
     Every module's output for a document between two others must be bit for bit independent of those, and the logits must equal,
@@ -85,9 +87,9 @@ def document_separation(hf: Any) -> Way | None:
         return None
     length = ids.shape[1]
     positions = torch.arange(length, device=hf.device).repeat(3).unsqueeze(0)
-    with _trial(hf):
+    with _probing(hf):
         alone = _logits(hf, ids[[0, 1, 2]])[:, :length]
-        for way in WAYS:
+        for way in DOCUMENT_MASKS:
             try:
                 given = way(hf, positions, hf.get_input_embeddings().weight.dtype)
                 one, two = (_outputs(hf, ids[order], length, given) for order in ([1, 0, 2], [3, 0, 4]))
@@ -146,7 +148,7 @@ def balancing_coefficient(hf: Any) -> float:
     ids = _documents(hf)
     if not coefficient or ids is None:
         return 0.0
-    with _trial(hf):
+    with _probing(hf):
         try:
             loss = hf(input_ids=ids[:1], use_cache=False, output_router_logits=True).aux_loss
         except (TypeError, AttributeError):
@@ -203,7 +205,7 @@ def _outputs(hf: Any, documents: Tensor, length: int, given: dict[str, Any]) -> 
 
 
 @contextmanager
-def _trial(hf: Any) -> Iterator[None]:
+def _probing(hf: Any) -> Iterator[None]:
     """Inside this context the model is in eval mode, its attention windows are small, and every token goes through the same
     kernels. The random state is unchanged afterwards."""
     training = hf.training

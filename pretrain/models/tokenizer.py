@@ -34,7 +34,7 @@ FILES = (  # files of a tokenizer in a model folder
 CONVERTED_BY = {"*.model": "sentencepiece", "*.tiktoken": "tiktoken", "tekken.json": "mistral_common"}  # file → package
 TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # of a document; a chat model's eos_token ends a turn
 DOCUMENT_ENDS = (*TEXT_ENDS, "</s>", "<eos>")
-LINES = (  # lines that reveal different tokenization rules: digits, spaces, contractions, accents, scripts, line ends
+PROBE_LINES = (  # lines that reveal different tokenization rules: digits, spaces, contractions, accents, scripts, line ends
     "In 1984 it cost 1234567.89, they'd say; I'LL pay 12345 on 2024-05-17.",
     "  two  spaces\tand a tab\n\n\nthen   three  ",
     "naïve café Ångström e\u0301 ﬁ ½ Straße İstanbul",
@@ -42,7 +42,7 @@ LINES = (  # lines that reveal different tokenization rules: digits, spaces, con
     "def f(x):\n    return x**2 + 0x1F  # <html> &amp;\r\n",
 )
 CONVERT = "python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{0}').save_pretrained('{0}')\""
-OTHERWISE = (
+ALTERNATIVES = (
     "copy tokenizer.json from the model's own folder, name another folder or Hub id as model.tokenizer_name, or convert the "
     "files with the class that they were made for (tokenizer_class in tokenizer_config.json)"
 )
@@ -81,7 +81,7 @@ def folder_tokenizer(folder: Path, *, code: bool = False) -> Any:
     _check_links(folder)
     if not (folder / "tokenizer.json").exists():
         return _converted(folder, code)
-    with _usable(f"{folder}: no usable tokenizer: tokenizer.json"):
+    with _as_user_error(f"{folder}: no usable tokenizer: tokenizer.json"):
         return _from_file(folder, code)
 
 
@@ -90,7 +90,7 @@ def _from_file(folder: Path, code: bool) -> FolderTokenizer:
     backend, config = Tokenizer.from_file(str(folder / "tokenizer.json")), _read_json(folder, "tokenizer_config.json")
     _check_ids(folder, backend)
     # This also validates the file, which may name an unknown token that its vocabulary lacks.
-    expected = [_bare(backend).encode(line, add_special_tokens=False).ids for line in LINES]
+    expected = [_without_truncation(backend).encode(line, add_special_tokens=False).ids for line in PROBE_LINES]
     auto = _auto(folder, code)
     if not isinstance(auto, str) and not hasattr(auto, "backend_tokenizer"):  # e.g. RagTokenizer, which wraps two
         auto = f"{type(auto).__name__} is not a tokenizer of the tokenizers library"
@@ -99,7 +99,7 @@ def _from_file(folder: Path, code: bool) -> FolderTokenizer:
     finding = f"tokenizer.json has no {', '.join(unknown)}, named in tokenizer_config.json" if unknown else None
     if isinstance(auto, str):
         finding = f"AutoTokenizer can't load it ({auto})"
-    elif _same_rules(auto.backend_tokenizer, backend):
+    elif _are_equivalent(auto.backend_tokenizer, backend):
         # Both are equivalent. The token cache was keyed by AutoTokenizer's serialisation, so its keys stay valid.
         backend = auto.backend_tokenizer
     else:
@@ -145,7 +145,7 @@ def _adds_bos(backend: Tokenizer, bos: str | None, add_bos_token: Any) -> bool:
     """Return ``add_bos_token`` if the config sets it, otherwise whether the post-processor adds a BOS."""
     if bos is None or isinstance(add_bos_token, bool):
         return bos is not None and add_bos_token is True
-    return _bare(backend).encode("").ids[:1] == [backend.token_to_id(bos)]
+    return _without_truncation(backend).encode("").ids[:1] == [backend.token_to_id(bos)]
 
 
 def _separator(tokenizer: Any, wanted: str | int) -> int:
@@ -201,16 +201,16 @@ def _converted(folder: Path, code: bool) -> Any:
                 f"{CONVERT.format(folder)}"
             )
     if not listed and not code and not any(any(folder.glob(kind)) for kind in CONVERTED_BY):
-        raise UserError(f"{missing}; {OTHERWISE}")
+        raise UserError(f"{missing}; {ALTERNATIVES}")
     auto = _auto(folder, code)
     if isinstance(auto, str):
-        raise UserError(f"{missing}, and transformers can't create one ({auto}); {OTHERWISE}")
+        raise UserError(f"{missing}, and transformers can't create one ({auto}); {ALTERNATIVES}")
     if not auto.is_fast:
         raise UserError(f"{folder}: no fast tokenizer (tokenizer.json)")
     if len(auto.get_vocab()) < listed:  # a class that can't read these files returns only its few built-in tokens
         raise UserError(
             f"{missing}, and transformers' {type(auto).__name__} has {len(auto.get_vocab())} tokens where the folder's files "
-            f"have {listed}; {OTHERWISE}"
+            f"have {listed}; {ALTERNATIVES}"
         )
     return auto
 
@@ -223,7 +223,7 @@ def _lines(file: Path) -> int:
 def _auto(folder: Path, code: bool) -> Any:
     """Return transformers' AutoTokenizer of ``folder``, or the reason why it can't be loaded."""
     try:
-        with _usable(""):
+        with _as_user_error(""):
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=code)
     except UserError as error:
         return str(error)
@@ -233,7 +233,7 @@ def _auto(folder: Path, code: bool) -> Any:
 
 
 @contextmanager
-def _usable(what: str) -> Iterator[None]:
+def _as_user_error(what: str) -> Iterator[None]:
     """Convert any error that a library raises for a broken file into a ``UserError``. A panic in Rust is not an
     ``Exception``, but it is converted too."""
     try:
@@ -254,7 +254,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 def _check_links(folder: Path) -> None:
     """Raise ``UserError`` when a file of the tokenizer is a link out of ``folder`` to a file of a different name (``vocab.txt``
     → ``~/.netrc``), because the export would copy that file. Links to a file of the same name are allowed."""
-    for path in _own_paths(folder):
+    for path in _tokenizer_paths(folder):
         if path.is_symlink():
             target = Path(os.path.realpath(path))
             if target.name != path.name and not is_inside(path, folder):
@@ -265,10 +265,10 @@ def _check_links(folder: Path) -> None:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in _own_paths(folder) if path.is_file()}
+    return {path.name: path.read_bytes() for path in _tokenizer_paths(folder) if path.is_file()}
 
 
-def _own_paths(folder: Path) -> list[Path]:
+def _tokenizer_paths(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if any(fnmatch(path.name, kind) for kind in FILES))
 
 
@@ -300,7 +300,7 @@ def _special_tokens(
 # Comparison with AutoTokenizer -----------------------------------------------------------------------------------------
 
 
-def _same_rules(one: Tokenizer, other: Tokenizer) -> bool:
+def _are_equivalent(one: Tokenizer, other: Tokenizer) -> bool:
     """Return whether both encode and decode every text identically, apart from the special tokens added around it."""
     a, b = one.to_str(), other.to_str()
     return a == b or _rules(a) == _rules(b)
@@ -328,7 +328,7 @@ def _plain(node: Any) -> Any:
     return plain
 
 
-def _bare(backend: Tokenizer) -> Tokenizer:
+def _without_truncation(backend: Tokenizer) -> Tokenizer:
     """Return ``backend``, or a copy of it without truncation and padding if its file sets them."""
     if backend.truncation is None and backend.padding is None:
         return backend
@@ -339,12 +339,12 @@ def _bare(backend: Tokenizer) -> Tokenizer:
 
 
 def _difference(auto: Any, backend: Tokenizer, expected: list[list[int]]) -> str | None:
-    """Return how AutoTokenizer differs from tokenizer.json: in the ids of ``LINES``, for which ``expected`` holds those of the
-    file, or in the vocabulary. Return ``None`` if no difference is found."""
+    """Return how AutoTokenizer differs from tokenizer.json: in the ids of ``PROBE_LINES``, for which ``expected`` holds those of
+    the file, or in the vocabulary. Return ``None`` if no difference is found."""
     name, ours = type(auto).__name__, backend.get_vocab()
-    for line, ids in zip(LINES, expected, strict=True):
+    for line, ids in zip(PROBE_LINES, expected, strict=True):
         try:
-            with _usable(""):
+            with _as_user_error(""):
                 found = auto(line, add_special_tokens=False)["input_ids"]
         except UserError as error:  # a class whose unknown token is not in the vocabulary
             return f"AutoTokenizer ({name}) can't encode {line!r} ({error})"

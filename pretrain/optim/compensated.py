@@ -78,16 +78,16 @@ class CompensatedAdamW(Optimizer):
             if not compensation:
                 _adamw(p, g, m, v, step, group, found_inf)
                 continue
-            lost = compensation[0]
-            exact, exp_avg = p.float().add_(lost), m.float()
+            error = compensation[0]
+            exact, exp_avg = p.float().add_(error), m.float()
             _adamw(exact, g.float(), exp_avg, v, step, group, found_inf)
             rounded = exact.to(p.dtype)
-            still_lost = exact.sub_(rounded)
+            new_error = exact.sub_(rounded)
             if found_inf is not None:  # rounding p + c again could move p when c is half a unit in the last place
-                rounded, still_lost = (torch.where(found_inf == 1, a, b) for a, b in ((p, rounded), (lost, still_lost)))
+                rounded, new_error = (torch.where(found_inf == 1, a, b) for a, b in ((p, rounded), (error, new_error)))
             m.copy_(exp_avg)
             p.copy_(rounded)
-            lost.copy_(still_lost)
+            error.copy_(new_error)
         state["step"] += 1 if found_inf is None else 1 - found_inf
 
 

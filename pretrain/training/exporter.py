@@ -52,7 +52,7 @@ class Exporter:
 
     @cached_property
     def _beside(self) -> dict[str, bytes]:
-        return export.beside(self.engine.model.hf, self.tokenizer, dtype=None, separator=self.separator)
+        return export.companion_files(self.engine.model.hf, self.tokenizer, dtype=None, separator=self.separator)
 
     def _card(self, progress: TrainState) -> dict[str, bytes]:
         return {"README.md": self.card(progress).encode()}
@@ -86,7 +86,7 @@ class Exporter:
         engine, world = self.engine, self.engine.world
         sharded = engine.sharded_export and world.size > 1
         dtypes = export.dtypes_for(engine.model.hf, self.save_dtype)
-        own = export.own_share(engine.whole_weights(), dtypes=dtypes, world=world, sharded=sharded)
+        own = export.weights_to_write(engine.whole_weights(), dtypes=dtypes, world=world, sharded=sharded)
         plan = world.all_gather_object(lambda: export.split(own, self.shard_size)) if sharded else []
         dtype = export.dtype_of(own)
 
@@ -95,10 +95,10 @@ class Exporter:
             if sharded:
                 written = export.save_shards(own, fresh, plan=plan, rank=world.rank)
             elif world.is_main:
-                written = export.save_whole(engine.model.hf, own, fresh, shard_size=self.shard_size)
+                written = export.save_full(engine.model.hf, own, fresh, shard_size=self.shard_size)
             if world.is_main:
-                files = export.beside(engine.model.hf, self.tokenizer, dtype=dtype, separator=self.separator)
-                written += export.write_beside(files | self._card(progress), fresh)
+                files = export.companion_files(engine.model.hf, self.tokenizer, dtype=dtype, separator=self.separator)
+                written += export.write_companion_files(files | self._card(progress), fresh)
             return written
 
         write_folder(path, fill, world=world, hint=lambda: "the last checkpoint is good", marker=False)
@@ -141,11 +141,13 @@ def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
 
     def fill(fresh: Path) -> list[Path]:
         dtypes = export.dtypes_for(outline.hf, model.save_dtype)
-        own = export.own_share(weights(), dtypes=dtypes, world=alone, sharded=False)
-        around = export.beside(outline.hf, tokenizer, dtype=export.dtype_of(own))
+        own = export.weights_to_write(weights(), dtypes=dtypes, world=alone, sharded=False)
+        companions = export.companion_files(outline.hf, tokenizer, dtype=export.dtype_of(own))
         card = model.folder() / "README.md"
-        written = export.save_whole(outline.hf, own, fresh, shard_size=shard_size)
-        return written + export.write_beside(around | ({card.name: card.read_bytes()} if card.exists() else {}), fresh)
+        written = export.save_full(outline.hf, own, fresh, shard_size=shard_size)
+        return written + export.write_companion_files(
+            companions | ({card.name: card.read_bytes()} if card.exists() else {}), fresh
+        )
 
     if sys.stderr.isatty():
         enable_progress_bar()  # of the files written

@@ -47,10 +47,10 @@ def build(spec: Pretrained | Scratch, dtype: torch.dtype = torch.float32, seed: 
 def save(spec: Pretrained | Scratch, model: LanguageModel, folder: Path) -> None:
     alone = DistributedContext(0, 1, CPU)
     dtypes = export.dtypes_for(model.hf, spec.save_dtype)
-    own = export.own_share(model.hf_state().items(), dtypes=dtypes, world=alone, sharded=False)
-    beside = export.beside(model.hf, spec.tokenizer(lambda: iter(TEXTS)), dtype=export.dtype_of(own))
-    export.save_whole(model.hf, own, folder, shard_size="5GB")
-    export.write_beside(beside, folder)
+    own = export.weights_to_write(model.hf_state().items(), dtypes=dtypes, world=alone, sharded=False)
+    beside = export.companion_files(model.hf, spec.tokenizer(lambda: iter(TEXTS)), dtype=export.dtype_of(own))
+    export.save_full(model.hf, own, folder, shard_size="5GB")
+    export.write_companion_files(beside, folder)
 
 
 @pytest.fixture(scope="session")
@@ -296,7 +296,7 @@ def speaker(whole: Path) -> tuple[Any, Any]:
 
 def say(speaker: tuple[Any, Any], prompts: list[str], **given: Any) -> list[str]:
     asked = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95, "seed": 0} | given
-    return generate(*speaker, prompts, around=Boundaries(None, 0), **asked)
+    return generate(*speaker, prompts, boundaries=Boundaries(None, 0), **asked)
 
 
 def test_greedy_is_the_argmax(speaker: tuple[Any, Any]) -> None:

@@ -94,10 +94,10 @@ def test_a_mask_in_the_place_of_the_window_is_noticed(monkeypatch: pytest.Monkey
         seen = (document.unsqueeze(2) == document.unsqueeze(1)).tril().unsqueeze(1)
         return {"position_ids": position_ids, "attention_mask": seen}
 
-    monkeypatch.setattr(probe, "WAYS", (plain,))
-    assert probe.document_separation(tiny("opt")) is plain
-    assert probe.document_separation(tiny("gpt_oss")) is None
-    assert probe.document_separation(tiny("afmoe")) is None
+    monkeypatch.setattr(probe, "DOCUMENT_MASKS", (plain,))
+    assert probe.find_document_mask(tiny("opt")) is plain
+    assert probe.find_document_mask(tiny("gpt_oss")) is None
+    assert probe.find_document_mask(tiny("afmoe")) is None
 
 
 # -- causality --------------------------------------------------------------------------------------------------------

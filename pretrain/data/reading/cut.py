@@ -25,11 +25,11 @@ def cut(file: SourceFile, options: ReadOptions) -> list[FileRange]:
         stamp = stamp_of(file.path)
         if not stamp[0] and file.format.endswith(NEVER_EMPTY):
             raise UserError(f"{file.path}: cut off: the file is empty, which is not a valid {file.format} file")
-        cuts = CUTTERS.get(file.format, _whole)(file, options) if stamp[0] else ()
+        cuts = CUTTERS.get(file.format, _entire_file)(file, options) if stamp[0] else ()
         return [FileRange(file.path, file.format, start, stop, size, stamp) for start, stop, size in cuts]
 
 
-def _whole(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
+def _entire_file(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
     """Yield the entire file as one piece."""
     size = Path(file.path).stat().st_size
     yield 0, size, size * (COMPRESSION_RATIO if file.format.endswith((".gz", ".zst")) else 1)

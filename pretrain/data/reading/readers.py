@@ -75,7 +75,7 @@ def _text(piece: FileRange, options: ReadOptions) -> Iterator[str]:
     yield left
 
 
-def _whole_text(piece: FileRange, options: ReadOptions) -> str:
+def _full_text(piece: FileRange, options: ReadOptions) -> str:
     """Return the text of ``piece``."""
     return "".join(decode(block, piece, offset, options) for offset, block in blocks(piece))
 
@@ -87,7 +87,7 @@ READERS: dict[str, Callable[[FileRange, ReadOptions], Iterator[Document]]] = {
     "csv": csv_documents,
     "parquet": parquet,
     "arrow": arrow,
-    "docstrings": lambda piece, options: docstrings(_whole_text(piece, options), options.max_document_chars),
-    "description": lambda piece, options: package_description(_whole_text(piece, options), options.max_document_chars),
-    "topics": lambda piece, options: topics(_whole_text(piece, options)),
+    "docstrings": lambda piece, options: docstrings(_full_text(piece, options), options.max_document_chars),
+    "description": lambda piece, options: package_description(_full_text(piece, options), options.max_document_chars),
+    "topics": lambda piece, options: topics(_full_text(piece, options)),
 }

@@ -16,7 +16,7 @@ from pretrain.data.reading.units import FileRange, ReadOptions
 from pretrain.runtime.errors import UserError
 
 Document = str | NDArray[np.int64]
-RankInfo = Callable[[], str]
+Location = Callable[[], str]
 BLOCK_BYTES = 8 << 20
 LONGEST_CHARACTER = 4  # bytes of UTF-8
 # https://www.unicode.org/faq/utf_bom.html#bom4. UTF-32 comes first, because its mark begins with that of UTF-16.
@@ -89,7 +89,7 @@ def decode(raw: bytes, piece: FileRange, offset: int, options: ReadOptions) -> s
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
-def decode_value(raw: bytes, place: RankInfo, options: ReadOptions) -> str:
+def decode_value(raw: bytes, place: Location, options: ReadOptions) -> str:
     """Return the text of a table's value, given as bytes."""
     try:
         return raw.decode("utf-8", options.errors)
@@ -133,7 +133,7 @@ def line_at(piece: FileRange, offset: int) -> str:
     return f"{piece.path}:{number}"
 
 
-def document_of_record(record: Any, place: RankInfo, options: ReadOptions) -> Document | None:
+def document_of_record(record: Any, place: Location, options: ReadOptions) -> Document | None:
     """Return the document of a JSON value: the text column of an object, or the value itself. Return ``None`` for null."""
     if isinstance(record, dict):
         names = list(record)
@@ -141,7 +141,7 @@ def document_of_record(record: Any, place: RankInfo, options: ReadOptions) -> Do
     return None if record is None else document_of(record, place, options)
 
 
-def document_of(value: Any, place: RankInfo, options: ReadOptions) -> Document:
+def document_of(value: Any, place: Location, options: ReadOptions) -> Document:
     """Return ``value`` as a document. Raises ``UserError`` if it is neither text nor a list of token ids, or if UTF-8 can't
     represent the text."""
     if isinstance(value, str):
@@ -157,7 +157,7 @@ def document_of(value: Any, place: RankInfo, options: ReadOptions) -> Document:
     )
 
 
-def _without_surrogates(text: str, place: RankInfo, options: ReadOptions) -> str:
+def _without_surrogates(text: str, place: Location, options: ReadOptions) -> str:
     """Replace lone surrogates in ``text``, or raise ``UserError``. JSON can escape half of a surrogate pair, which is not a
     character and can't be encoded in UTF-8."""
     if not (found := SURROGATE.search(text)):
@@ -170,7 +170,7 @@ def _without_surrogates(text: str, place: RankInfo, options: ReadOptions) -> str
     )
 
 
-def column_index(names: list[str], place: RankInfo, options: ReadOptions) -> int:
+def column_index(names: list[str], place: Location, options: ReadOptions) -> int:
     """Return the index of the text column, or that of ``input_ids`` (data tokenized elsewhere) if there is no text column."""
     for wanted in (options.text_column, "input_ids"):
         if wanted in names:

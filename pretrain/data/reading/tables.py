@@ -52,7 +52,7 @@ def parquet(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
             names = file.schema_arrow.names
             column = names[column_index(names, lambda: piece.path, options)]
             for batch in file.iter_batches(ROWS, row_groups=list(range(piece.start, piece.stop)), columns=[column]):
-                yield from _of_column(batch.column(0), _rows(piece.path, column), row, options)
+                yield from _column_documents(batch.column(0), _rows(piece.path, column), row, options)
                 row += batch.num_rows
 
 
@@ -79,7 +79,7 @@ def arrow(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
         while (at := stream.tell()) < piece.stop:
             batch = pa.ipc.read_record_batch(pa.ipc.read_message(stream), schema)
             place = _rows(piece.path, schema.names[column], f" of the record batch at byte {at}")
-            yield from _of_column(batch.column(column), place, 0, options)
+            yield from _column_documents(batch.column(column), place, 0, options)
 
 
 def arrow_schema(stream: Any) -> Any:
@@ -145,7 +145,7 @@ def _rows(path: str, column: str, of: str = "") -> RowPlace:
     return lambda row: f"{path}, column {column!r}, row {row}{of}"
 
 
-def _of_column(values: Any, place: RowPlace, first_row: int, options: ReadOptions) -> Iterator[Document]:
+def _column_documents(values: Any, place: RowPlace, first_row: int, options: ReadOptions) -> Iterator[Document]:
     """Yield the documents of an array, whose rows are numbered from ``first_row``."""
     values = _validated(values)
     for start in range(0, len(values), ROWS):

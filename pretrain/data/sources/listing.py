@@ -14,7 +14,7 @@ from pretrain.runtime.console import notice
 
 # A folder that holds all names of one of these tuples is skipped: a folder of a run (of any task), of a sweep, a token cache, or
 # the folder of a model.
-NO_TEXT = (
+FOLDERS_WITHOUT_TEXT = (
     (".lock", "logs"),
     ("config.yaml", "run.json"),
     ("sweep.json",),
@@ -53,7 +53,7 @@ def matching(pattern: str) -> list[str]:
     return sorted({name for path in paths for name in matching(os.path.join(glob.escape(path), rest))})
 
 
-def without_doubles(names: Iterable[str]) -> list[str]:
+def without_duplicates(names: Iterable[str]) -> list[str]:
     """Return ``names`` with one name per file: further symbolic or hard links to it are removed. A path that is not a symbolic
     link is preferred."""
     kept: dict[object, str] = {}
@@ -103,7 +103,7 @@ def _holds_no_text(path: str) -> bool:
     """Return whether a folder is the token cache or belongs to a run, a sweep or a model."""
     if os.path.realpath(path) == os.path.realpath(cache_dir()):
         return True
-    return any(all(os.path.lexists(os.path.join(path, name)) for name in marks) for marks in NO_TEXT)
+    return any(all(os.path.lexists(os.path.join(path, name)) for name in marks) for marks in FOLDERS_WITHOUT_TEXT)
 
 
 def _identity(path: str) -> tuple[int, int]:

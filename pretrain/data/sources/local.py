@@ -14,7 +14,7 @@ from pydantic import Field
 
 from pretrain.data.reading.units import SourceFile
 from pretrain.data.sources.base import Source
-from pretrain.data.sources.listing import in_folder, matching, notice_once, without_doubles
+from pretrain.data.sources.listing import in_folder, matching, notice_once, without_duplicates
 from pretrain.runtime.errors import UserError, did_you_mean, one_line
 from pretrain.runtime.folders import is_below
 from pretrain.runtime.strict_json import read_json
@@ -71,7 +71,7 @@ class Local(Source):
         if os.path.isdir(path):
             return self._in_folder(Path(path))
         if glob.has_magic(path):
-            if found := without_doubles(matching(path)):
+            if found := without_duplicates(matching(path)):
                 return [SourceFile(name, format_of(name) or "text") for name in found]
             raise UserError(f"dataset.nameOrPath={self.nameOrPath}: no file matches")
         if os.path.exists(path):
@@ -93,7 +93,7 @@ class Local(Source):
                 notice_once(
                     f"{folder}: {len(left_out)} files are not read ({_endings(left_out)}); dataset.pattern chooses them"
                 )
-            return [SourceFile(name, known[name]) for name in without_doubles(known)]
+            return [SourceFile(name, known[name]) for name in without_duplicates(known)]
         if self.pattern:
             raise UserError(f"dataset.pattern={self.pattern}: no file in {self.nameOrPath} matches")
         if not every:

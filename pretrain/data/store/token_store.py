@@ -103,7 +103,7 @@ class TokenStore:
         different documents, the one with the smallest hash is held out (the one with the largest hash is kept for training)."""
         limit = _hash_limit(self.parts, held_out)
         ratio_limit = int(train_data_ratio * 2**64)
-        first = _first_of_equals(self.parts) if deduplicate else None
+        first = _first_occurrences(self.parts) if deduplicate else None
 
         def is_held_out(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
             return np.zeros(len(hashes), bool) if limit is None else hashes <= limit
@@ -262,7 +262,7 @@ def _hash_limit(parts: list[TokenShard], held_out: float) -> np.uint64 | None:
     return largest - np.uint64(1) if largest <= limit else limit
 
 
-def _first_of_equals(parts: list[TokenShard]) -> NDArray[np.bool_]:
+def _first_occurrences(parts: list[TokenShard]) -> NDArray[np.bool_]:
     """Return a mask over all documents that is True for the first document of each hash."""
     hashes = np.concatenate([np.empty(0, np.uint64), *(part.hashes for part in parts)])
     keep = np.zeros(len(hashes), bool)

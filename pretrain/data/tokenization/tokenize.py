@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from pretrain.data.cache import cache_dir, cache_errors, keep_whole, make_folder, remove_abandoned
+from pretrain.data.cache import cache_dir, cache_errors, ensure_content, make_folder, remove_abandoned
 from pretrain.data.changed_files import files_of
 from pretrain.data.reading.cut import cut
 from pretrain.data.reading.readers import read
@@ -32,7 +32,9 @@ from pretrain.runtime.locks import Busy, Lock
 # works (6 % of the CPU time in a profile of 11 MB). The break-even point of workers is estimated from that share and from their
 # start-up time of about 0.7 s, not measured: some 50 MB on 8 cores.
 WORKERS_FROM_BYTES = 64 << 20
-UNNOTICED_SECONDS = 2.0  # a wait for the lock up to this long is not reported; ranks that open a filled cache wait less
+UNREPORTED_WAIT_SECONDS = (
+    2.0  # a wait for the lock up to this long is not reported; ranks that open a filled cache wait less
+)
 YOUNG_SECONDS = 0.05  # a file modified this shortly before it was read could change again without a new mtime
 
 
@@ -65,7 +67,7 @@ def prepare(
     options = source.options()
     tokenizer_key = key_of(tokenizer_json)
     tokenizer_path = cache / "tokenizers" / f"{tokenizer_key}.json"
-    keep_whole(tokenizer_path, tokenizer_json.encode())
+    ensure_content(tokenizer_path, tokenizer_json.encode())
     encoder = Encoder(
         folder=cache / "parts",
         tokenizer_path=tokenizer_path,
@@ -76,7 +78,7 @@ def prepare(
     )
     key = key_of(FORMAT, source.identity(), asdict(options))
     memory = cache / "files" / f"{key}.json"
-    with _alone(cache / "locks" / f"{key}.lock", source.domain):
+    with _exclusive(cache / "locks" / f"{key}.lock", source.domain):
         started_at = time.time()
         units = group(_pieces(source, _recall(memory)))
         outcomes = _encode_all(units, encoder, num_workers, source.domain)
@@ -153,7 +155,7 @@ def _remember(memory: Path, units: list[WorkUnit], outcomes: list[Outcome], star
             known = digest if started_at - piece.stamp[1] / 1e9 > YOUNG_SECONDS else None
             pieces.append(piece if piece.digest == known else replace(piece, digest=known))
     rows = [[*vars(piece).values()] for piece in pieces]
-    keep_whole(memory, json.dumps([key_of(rows), rows]).encode())
+    ensure_content(memory, json.dumps([key_of(rows), rows]).encode())
 
 
 def _write_manifest(
@@ -169,19 +171,19 @@ def _write_manifest(
     }
     raw = json.dumps(content).encode()
     path = folder / f"{xxhash.xxh3_128_hexdigest(raw)}.json"
-    keep_whole(path, raw)
+    ensure_content(path, raw)
     return path
 
 
 @contextmanager
-def _alone(path: Path, name: str) -> Iterator[None]:
+def _exclusive(path: Path, name: str) -> Iterator[None]:
     """Hold the dataset's lock. A second process waits and then finds the work done. The kernel releases the lock of a process
     that died."""
     make_folder(path.parent)
     lock = Lock(path)
     with cache_errors(path.parent):
         try:
-            lock.acquire(timeout=UNNOTICED_SECONDS)
+            lock.acquire(timeout=UNREPORTED_WAIT_SECONDS)
         except Busy:
             notice(f"dataset {name!r}: another run is filling the token cache; waiting for it")
             lock.acquire()

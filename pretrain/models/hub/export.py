@@ -23,7 +23,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}  # as transformers reads them
 Sizes = dict[str, int]  # weight → bytes
 
 
-def own_share(
+def weights_to_write(
     weights: Iterable[tuple[str, Tensor]],
     *,
     dtypes: Mapping[str, torch.dtype],
@@ -57,7 +57,7 @@ def dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype | None:
     return found[0][0] if found and found[0][1] else None
 
 
-def save_whole(hf: Any, own: dict[str, Tensor], folder: Path, *, shard_size: str) -> list[Path]:
+def save_full(hf: Any, own: dict[str, Tensor], folder: Path, *, shard_size: str) -> list[Path]:
     """Write all weights with transformers' ``save_pretrained``, which converts them back into the layout that their architecture
     has on the Hub. ``own`` is emptied: the weights of a file are released when it is written. Return the files."""
     trained_in = hf.config.dtype
@@ -99,7 +99,9 @@ def save_shards(own: dict[str, Tensor], folder: Path, *, plan: list[list[Sizes]]
     return written
 
 
-def beside(hf: Any, tokenizer: Any, *, dtype: torch.dtype | None, separator: int | None = None) -> dict[str, bytes]:
+def companion_files(
+    hf: Any, tokenizer: Any, *, dtype: torch.dtype | None, separator: int | None = None
+) -> dict[str, bytes]:
     """Return the files that a model folder needs in addition to the weights, by name: both configs, the tokenizer, and the code
     of a model that has its own.
 
@@ -123,7 +125,7 @@ def beside(hf: Any, tokenizer: Any, *, dtype: torch.dtype | None, separator: int
         return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def write_beside(files: Mapping[str, bytes], folder: Path) -> list[Path]:
+def write_companion_files(files: Mapping[str, bytes], folder: Path) -> list[Path]:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)

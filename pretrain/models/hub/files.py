@@ -185,7 +185,7 @@ def check_weights(folder: Path, name: str) -> None:
     """Raise ``UserError`` when weight files are missing or incomplete. Only headers are read."""
     for file in weight_files(folder, name):
         try:
-            reason = torn(file)
+            reason = invalid_reason(file)
         except OSError as error:  # the path is a folder, or the file may not be read
             raise UserError(f"model_name={name}: {file} can't be read: {error.strerror}") from None
         if reason:
@@ -213,7 +213,7 @@ def _tensor_count(file: Path) -> int:
     return len(header.keys() - {"__metadata__"})
 
 
-def torn(file: Path) -> str | None:
+def invalid_reason(file: Path) -> str | None:
     """Return why a safetensors file is incomplete or invalid, or ``None``. Layout: https://huggingface.co/docs/safetensors"""
     size = file.stat().st_size
     with file.open("rb") as handle:

@@ -19,7 +19,7 @@ SETTINGS = (
     *("sequence_length", "batch_size", "gradient_accumulation_steps", "lr", "warmup_proportion", "weight_decay"),
     *("beta1", "beta2", "grad_clip", "seed"),
 )
-OF_THE_MACHINE = {"task", "name", "output_dir", "resume", "devices", "launch", "sink", "generation"}
+MACHINE_KEYS = {"task", "name", "output_dir", "resume", "devices", "launch", "sink", "generation"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key)$", re.IGNORECASE)
 
@@ -40,7 +40,7 @@ def model_card(
         ("precision", facts["precision"]),
         ("strategy", f"{facts['strategy']}, {facts['world_size']} processes"),
     ]
-    shown = {key: value for key, value in config.items() if key not in OF_THE_MACHINE}
+    shown = {key: value for key, value in config.items() if key not in MACHINE_KEYS}
     parts = (
         _front_matter(config),
         f"# {public(config['name'])}\n",
@@ -110,7 +110,13 @@ def _results(progress: TrainState) -> str:
     head = ("domain", "loss (nats per token)", "change", "perplexity", "bits per byte")
     if progress.evaluated_at == 0:
         rows = [
-            (f"{s['domain']} ({s['role']})", _n(s["loss"]), "—", _n(s["perplexity"], 2), _n(s["bits_per_byte"]))
+            (
+                f"{s['domain']} ({s['role']})",
+                _number(s["loss"]),
+                "—",
+                _number(s["perplexity"], 2),
+                _number(s["bits_per_byte"]),
+            )
             for s in progress.scores
         ]
         since = "; it was not scored since" if progress.step else ""
@@ -127,8 +133,8 @@ def _before_after(s: dict[str, Any]) -> tuple[str, ...]:
     loss, delta, bits = s["loss"], s.get("delta_loss"), s["bits_per_byte"]
     before = None if loss is None or delta is None else loss - delta
     earlier_bits = bits * before / loss if bits and before and loss else None  # the text and its tokens are the same
-    losses, bits_per_byte = f"{_n(before)} → {_n(loss)}", f"{_n(earlier_bits)} → {_n(bits)}"
-    perplexity = f"{_n(_exp(before), 2)} → {_n(s['perplexity'], 2)}"
+    losses, bits_per_byte = f"{_number(before)} → {_number(loss)}", f"{_number(earlier_bits)} → {_number(bits)}"
+    perplexity = f"{_number(_exp(before), 2)} → {_number(s['perplexity'], 2)}"
     change = "—" if delta is None else f"{round(delta, 4) + 0.0:+.4f}"  # + 0.0 removes the minus of a negative zero
     return f"{s['domain']} ({s['role']})", losses, change, perplexity, bits_per_byte
 
@@ -137,7 +143,7 @@ def _exp(loss: float | None) -> float | None:
     return math.exp(loss) if loss is not None and loss < 700 else None
 
 
-def _n(value: float | None, digits: int = 4) -> str:
+def _number(value: float | None, digits: int = 4) -> str:
     return "—" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
