@@ -14,7 +14,7 @@ from pretrain.data.batch import Batch
 from pretrain.data.blocks import Blocks
 from pretrain.data.evaluation import evaluation_batches
 from pretrain.data.order import Permutation
-from pretrain.data.store.token_store import Document, TokenView
+from pretrain.data.store.token_store import DocumentOrigin, TokenView
 from pretrain.runtime.errors import UserError
 
 __all__ = ["Loader", "check_enough", "evaluation_batches"]
@@ -85,7 +85,7 @@ class Loader:
         chosen = self.blocks_of(first_sample + self._own)
         return self.blocks.batch(chosen, document_mask=self.document_mask, first_sample=first_sample)
 
-    def texts(self, first_sample: int) -> Iterator[tuple[Document, NDArray[np.int64]]]:
+    def texts(self, first_sample: int) -> Iterator[tuple[DocumentOrigin, NDArray[np.int64]]]:
         """Yield every document with a token in the global batch (of all ranks) that begins at ``first_sample``, in batch order,
         each with the first contiguous run of its tokens there."""
         length, view = self.blocks.sequence_length, self.blocks.view

@@ -103,6 +103,7 @@ class DataStatistics:
     def _pieces(
         self, store: TokenStore, index: int, numbers: dict[str, int]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return for part ``index`` the source number of each piece, and the token offsets of the pieces followed by the end."""
         part, paths = store.parts[index], store.paths(index)
         documents = np.searchsorted(part.pieces, np.arange(len(paths)), "right")  # number up to the end of each piece
         bounds = np.concatenate([[0], part.ends])[np.concatenate([[0], documents])]

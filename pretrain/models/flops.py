@@ -62,8 +62,8 @@ def flops_per_token(hf: Any, sequence_length: int) -> Flops:
         return Flops(unknown=f"its attention sees {window} of the {sequence_length} tokens of a sequence")
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 12.0 * config.num_hidden_layers * config.num_attention_heads * head_size * sequence_length
-    products = 6.0 * sum(matrix_sizes(hf))
-    return Flops(causal=products + attention / 2, full=products + attention)
+    matmuls = 6.0 * sum(matrix_sizes(hf))
+    return Flops(causal=matmuls + attention / 2, full=matmuls + attention)
 
 
 def matrix_sizes(hf: nn.Module) -> Iterator[int]:

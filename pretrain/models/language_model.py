@@ -95,6 +95,7 @@ class LanguageModel(nn.Module):
             return self._loss(input_ids, labels, position_ids)
 
     def _loss(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Return the summed loss. This is the function that is compiled."""
         given = {"input_ids": input_ids} | self._documents(position_ids)
         if self.balancing and self.training and torch.is_grad_enabled():
             return self._balanced_loss(given, labels)

@@ -35,7 +35,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, la
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
     with torch.autocast(device_type, enabled=False):
         if not torch.is_grad_enabled():
-            return _forward(hidden, weight, bias, labels, dtype, wants=(False, False, False))[0]
+            return _forward(hidden, weight, bias, labels, dtype, needs_grad=(False, False, False))[0]
         loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, dtype)
     return loss
 
@@ -47,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        loss, *grads = _forward(hidden, weight, bias, labels, dtype, wants=ctx.needs_input_grad[:3])
+        loss, *grads = _forward(hidden, weight, bias, labels, dtype, needs_grad=ctx.needs_input_grad[:3])
         ctx.save_for_backward(*grads)
         return loss
 
@@ -65,9 +65,9 @@ def _forward(
     labels: Tensor,
     dtype: torch.dtype,
     *,
-    wants: tuple[bool, bool, bool],
+    needs_grad: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the loss and its gradients with respect to hidden, weight and bias; ``None`` where ``wants`` is False."""
+    """Return the loss and its gradients with respect to hidden, weight and bias; ``None`` where ``needs_grad`` is False."""
     # For each chunk of rows x [c, h] with labels y, head W [v, h] and bias b [v]:
     #   z       = x W^T + b                 logits [c, v]: the matmul runs in dtype, the result is cast to fp32
     #   loss   += sum(logsumexp(z) - z[y])  in fp32, over the rows that have a target
@@ -90,12 +90,12 @@ def _forward(
         one_chunk = _traced_chunk if torch.compiler.is_compiling() else _eager_chunk
         chunk_loss, grad = one_chunk(logits, label)
         loss = loss + chunk_loss
-        if bias is not None and wants[2]:
+        if bias is not None and needs_grad[2]:
             bias_grad = grad.sum(0) if bias_grad is None else bias_grad + grad.sum(0)
         scaled = (grad * grad_scale if grad_scale != 1 else grad).to(dtype)
-        if wants[0]:
+        if needs_grad[0]:
             hidden_grads.append(scaled @ head / grad_scale if grad_scale != 1 else scaled @ head)
-        if wants[1]:
+        if needs_grad[1]:
             weight_grad = _accumulate_weight_grad(weight_grad, scaled, row, 1 / grad_scale)
     return (
         loss,

@@ -81,6 +81,7 @@ class Local(Source):
         raise UserError(f"dataset.nameOrPath={self.nameOrPath}: no such file or folder{_near(Path(path))}")
 
     def _in_folder(self, folder: Path) -> list[SourceFile]:
+        """Return the files of a folder. Raises ``UserError`` when it holds nothing that can be read."""
         saved = any((folder / mark).exists() for mark in SAVED_MARKS)
         if self.format == "hf" and not saved:
             raise UserError(f"{self.described()}: not a folder saved by datasets.save_to_disk (dataset.format=hf)")

@@ -60,6 +60,8 @@ def download_manager(builder: Any) -> Any:
     from datasets.utils.py_utils import NestedDataStructure
 
     class SingleFiles(DownloadManager):
+        """A download manager that decompresses single files and refuses archives."""
+
         def extract(self, path_or_paths: Any) -> Any:
             for path in NestedDataStructure(path_or_paths).flatten():
                 if Extractor.infer_extractor_format(path) in ("tar", "zip", "rar", "7z"):

@@ -21,7 +21,7 @@ Select = Callable[[NDArray[np.uint64]], NDArray[np.bool_]]  # document hashes ->
 
 
 @dataclass(frozen=True)
-class Document:
+class DocumentOrigin:
     """The origin of a document.
 
     Attributes:
@@ -82,12 +82,12 @@ class TokenStore:
     def num_bytes(self) -> int:
         return sum(part.num_bytes for part in self.parts)
 
-    def document(self, number: int) -> Document:
+    def document(self, number: int) -> DocumentOrigin:
         """Return the origin of document ``number`` (in store order)."""
         index = int(np.searchsorted(self.part_documents, number, "right")) - 1
         part, inside = self.parts[index], number - int(self.part_documents[index])
         path, start = self._units[index][int(part.pieces[inside])]
-        return Document(number, path, start, int(part.indices[inside]), int(part.hashes[inside]))
+        return DocumentOrigin(number, path, start, int(part.indices[inside]), int(part.hashes[inside]))
 
     def paths(self, index: int) -> list[str]:
         """Return the file of each piece of part ``index``."""
