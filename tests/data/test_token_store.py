@@ -9,7 +9,7 @@ import pytest
 
 from pretrain.data.store import token_shards as parts_module
 from pretrain.data.store.token_shards import MAGIC, PartWriter, _mapped, open_part
-from pretrain.data.store.token_store import Document, TokenStore, aranges, by_value
+from pretrain.data.store.token_store import DocumentOrigin, TokenStore, aranges, by_value
 from pretrain.runtime.errors import UserError
 
 SMALL, LARGE = 2**62, 3 * 2**62
@@ -149,10 +149,10 @@ def test_what_a_store_knows(store, tmp_path):
     assert (store.num_tokens, store.num_documents, store.num_bytes) == (13, 5, 29)
     assert (store.part_tokens.tolist(), store.part_documents.tolist()) == ([0, 7, 7, 13], [0, 3, 3, 5])
     assert store.paths(0) == ["a.txt", "b.txt"]
-    assert store.document(0) == Document(0, "a.txt", 0, 0, SMALL)
-    assert store.document(2) == Document(2, "b.txt", 64, 4, LARGE)
-    assert store.document(3) == Document(3, "c.txt", 128, 2, SMALL + 1)
-    assert store.document(4) == Document(4, "c.txt", 128, 3, 2**64 - 1)
+    assert store.document(0) == DocumentOrigin(0, "a.txt", 0, 0, SMALL)
+    assert store.document(2) == DocumentOrigin(2, "b.txt", 64, 4, LARGE)
+    assert store.document(3) == DocumentOrigin(3, "c.txt", 128, 2, SMALL + 1)
+    assert store.document(4) == DocumentOrigin(4, "c.txt", 128, 3, 2**64 - 1)
 
 
 def test_a_manifest_of_before_there_was_a_bos(store, tmp_path):
