@@ -23,9 +23,8 @@ from pretrain.models.hub.files import POSITION_KEYS
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 
-DocumentMask = Callable[
-    [Any, Tensor, torch.dtype], dict[str, Any]
-]  # (model, position_ids, dtype) → arguments of its forward
+# (model, position_ids, dtype) → arguments of its forward
+DocumentMask = Callable[[Any, Tensor, torch.dtype], dict[str, Any]]
 
 PROBE_LOGIT = 100.0  # larger than any soft cap in use (Gemma 2: 30), so that a capped head can't look linear
 LENGTH = 12  # tokens of a document
@@ -34,7 +33,7 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "s
 ULPS = 32  # of the largest value: the tolerance between two ways to compute the same result in fp32
 
 
-# -- ways to keep documents apart -------------------------------------------------------------------------------------
+# -- document masks --------------------------------------------------------------------------------------------------
 
 
 def by_positions(hf: Any, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:

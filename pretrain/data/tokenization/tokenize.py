@@ -32,9 +32,8 @@ from pretrain.runtime.locks import Busy, Lock
 # works (6 % of the CPU time in a profile of 11 MB). The break-even point of workers is estimated from that share and from their
 # start-up time of about 0.7 s, not measured: some 50 MB on 8 cores.
 WORKERS_FROM_BYTES = 64 << 20
-UNREPORTED_WAIT_SECONDS = (
-    2.0  # a wait for the lock up to this long is not reported; ranks that open a filled cache wait less
-)
+# A wait for the lock up to this long is not reported. Ranks that open a filled cache at the same time wait less.
+UNREPORTED_WAIT_SECONDS = 2.0
 YOUNG_SECONDS = 0.05  # a file modified this shortly before it was read could change again without a new mtime
 
 
