@@ -33,7 +33,7 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "s
 ULPS = 32  # of the largest value: the tolerance between two ways to compute the same result in fp32
 
 
-# -- document masks --------------------------------------------------------------------------------------------------
+# -- document masks ---------------------------------------------------------------------------------------------------
 
 
 def by_positions(hf: Any, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
