@@ -129,7 +129,7 @@ BAD = {
     "no config.json": (lambda m: (m / "config.json").unlink(), "has no config.json"),
     "config that is no JSON": (lambda m: (m / "config.json").write_text("{"), "can't be read"),
     "config without a type": (lambda m: (m / "config.json").write_text("{}"), "names no model_type"),
-    "unknown type": (lambda m: edit(m / "config.json", model_type="lama"), "no causal 'lama'"),
+    "unknown type": (lambda m: edit(m / "config.json", model_type="lama"), "no causal language model of type 'lama'"),
     "remote code": (
         lambda m: edit(m / "config.json", model_type="mine", auto_map={"AutoModelForCausalLM": "m.M"}),
         "trust_remote_code=true",

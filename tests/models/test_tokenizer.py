@@ -275,7 +275,7 @@ WITHOUT: dict[str, tuple[str, bytes, str, str]] = {  # file, its content, model 
         "gpt2",
         "GPT2Tokenizer has . tokens where .* have 6",
     ),
-    "vocab.json that is none": ("vocab.json", b"[1]", "gpt2", "vocab.json: not an object"),
+    "vocab.json that is none": ("vocab.json", b"[1]", "gpt2", "vocab.json: not a JSON object"),
 }
 
 

@@ -159,8 +159,8 @@ TABLE: dict[str, tuple[str, bytes, dict[str, Any], Expected]] = {
     "a tar of text": ("a.tar", tar_of(b"some text"), {}, "not text, but a tar archive"),
     "a zip": ("a.zip", b"PK\x03\x04 and more", {"errors": "replace"}, "not text, but a zip archive"),
     "a tar inside of gz": ("a.txt.gz", gzip.compress(tar_of(b"some text")), {}, "not text, but a tar archive"),
-    "parquet of no bytes": ("a.parquet", b"", {}, r"a\.parquet: cut off: it has no bytes"),
-    "zst of no bytes": ("a.jsonl.zst", b"", {}, r"a\.jsonl\.zst: cut off: it has no bytes"),
+    "parquet of no bytes": ("a.parquet", b"", {}, r"a\.parquet: cut off: the file is empty"),
+    "zst of no bytes": ("a.jsonl.zst", b"", {}, r"a\.jsonl\.zst: cut off: the file is empty"),
     "text of no bytes": ("a.jsonl", b"", {}, []),
     # Tables
     "parquet cut off": ("a.parquet", parquet(["a", "b"])[:-1], {}, r"a\.parquet: not a readable parquet file, perhaps cut off"),

@@ -122,7 +122,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "weights: bytes behind": (lambda m: (m / W).write_bytes((m / W).read_bytes() + b"x"), "expected by its header"),
     "a weight is missing": (weights(lambda w: w.pop("model.norm.weight")), r"1 weights .*model\.norm\.weight"),
     "a weight is transposed": (weights(lambda w: w.update({"model.layers.0.mlp.up_proj.weight": w["model.layers.0.mlp.up_proj.weight"].t().contiguous()})), r"or have another shape, e.g. model\.layers\.0\.mlp\.up_proj"),
-    "tied, and a head of its own": (weights(lambda w: w.update({"lm_head.weight": w[EMBEDDING] + 1})), r"config\.json says tie_word_embeddings: true, but"),
+    "tied, and a head of its own": (weights(lambda w: w.update({"lm_head.weight": w[EMBEDDING] + 1})), r"config\.json sets tie_word_embeddings: true, but"),
     # the index of several files
     "index: a shard that is not there": (index({EMBEDDING: "model-00002-of-00002.safetensors"}), "1 of 1 weight files are missing"),
     "index: a list": (index([1]), r"index\.json is invalid"),
