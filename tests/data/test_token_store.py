@@ -166,7 +166,9 @@ def test_a_store_that_has_lost_a_part(store, tmp_path):
     (tmp_path / "2.tokens").unlink()
     with pytest.raises(UserError) as lost:
         TokenStore(store.path)
-    assert str(lost.value) == f"the token cache {tmp_path} has lost files since it was filled; run the same command again"
+    assert (
+        str(lost.value) == f"the token cache {tmp_path} has lost files since it was filled; run the same command again"
+    )
 
 
 def numbers(view) -> list[int]:
