@@ -105,7 +105,7 @@ TABLE: dict[str, tuple[str, dict[str, Any], Callable[[Path], None] | None, list[
         None,
         ["dataset.separator=nope"],
         2,
-        "dataset.separator='nope': no token",
+        "dataset.separator='nope': not a token",
     ),
     "a separator beyond the end": (
         "byte_level",
