@@ -125,7 +125,7 @@ def test_tokens_that_vanish_under_a_run_are_named(left, corpus, base_arguments, 
         path.unlink()
     else:
         os.truncate(path, left)
-    with pytest.raises(UserError, match=f"has lost {path} under this run"):
+    with pytest.raises(UserError, match=f"{path} has disappeared from the token cache"):
         _ = part.tokens
 
 

@@ -29,7 +29,7 @@ def read_all(folder, text):
     """Every reader of such a file."""
     for name in ("run.json", "job.json", "sweep.json", "data.json", "metrics.jsonl", "lock.held"):
         (folder / name).write_text(text)
-    assert isinstance(fingerprint.recall(folder / "data.json"), dict)
+    assert isinstance(fingerprint.load_files(folder / "data.json"), dict)
     assert isinstance(job._read(folder), dict)
     assert isinstance(locks._read(folder / "lock.held"), dict)
     facts = read_run_file(folder)
@@ -56,4 +56,4 @@ def test_shapes(tmp_path_factory, content):
 
 def test_a_stamp_that_is_a_number_is_no_list_of_files(tmp_path):
     (tmp_path / "data.json").write_text('{"/d/a.txt": [1.5, "x"]}')
-    assert fingerprint.recall(tmp_path / "data.json") == {}
+    assert fingerprint.load_files(tmp_path / "data.json") == {}

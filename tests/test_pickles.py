@@ -115,9 +115,9 @@ def test_pickles_beside_a_checkpoint_stay_unopened(run_arguments, made, payload,
 
 
 MODEL = {  # what is replaced by the pickle → what the line says
-    "model.safetensors": "is torn",
+    "model.safetensors": "is not a complete safetensors file",
     "config.json": "can't be read",
-    "tokenizer.json": "is no tokenizer",
+    "tokenizer.json": "is not a valid tokenizer",
     "tokenizer_config.json": "no usable tokenizer",
     "pytorch_model.bin": "is pickled",
 }

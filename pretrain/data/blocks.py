@@ -1,8 +1,8 @@
-"""Blocks: the stream of a view cut into windows of ``sequence_length`` + 1 tokens, without padding.
+"""Blocks: windows of ``sequence_length`` + 1 tokens over the token stream of a view, without padding.
 
-The stream is the documents one after the other, each with its end-of-text token behind it and, where a run has one, its BOS
-before it. Then every sequence begins with BOS too, also where it begins inside a document: models that were trained with it put
-much of their attention there (Xiao et al. 2023, arXiv:2309.17453). BOS is never a target: nothing has to foresee it.
+The stream is the concatenation of the documents. Each document is followed by its end-of-text token and, if the run uses
+BOS, preceded by BOS. With BOS, every sequence also begins with BOS, even one that begins inside a document, because models
+that were trained with BOS put much of their attention on it (Xiao et al. 2023, arXiv:2309.17453). BOS is never a target.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pretrain.data.store.token_store import TokenView
 
 
 class Blocks:
-    """Block i is tokens [i*S, i*S + S] of the view: neighbours share a token, so that every token but the first is a
-    target (but BOS)."""
+    """The blocks of a view. Block i is tokens [i*S, i*S + S]: neighbouring blocks share a token, so that every token except the
+    first one and BOS is a target."""
 
     def __init__(self, view: TokenView, sequence_length: int) -> None:
         self.view, self.sequence_length = view, sequence_length
@@ -26,7 +26,7 @@ class Blocks:
         return max(self.view.num_tokens - 1, 0) // self.sequence_length
 
     def batch(self, indices: NDArray[np.int64], *, document_mask: bool, first_sample: int = 0) -> Batch:
-        """The blocks ``indices``, one a row."""
+        """Return the blocks ``indices``, one per row."""
         starts, length, bos = indices * self.sequence_length, self.sequence_length + 1, self.view.store.bos
         begins = self.view.gather_starts(starts, length) if document_mask or bos is not None else None
         tokens = self.view.gather(starts, length)
@@ -41,9 +41,12 @@ def packed(
     bos: int | None = None,
     first_sample: int = 0,
 ) -> Batch:
-    """Inputs, labels and positions out of [n, S+1] tokens. ``begins`` (same shape) marks the documents' first tokens, which
-    are then no targets; needed with a document mask, with which positions restart there, and with ``bos``, which takes the
-    place of every row's first input."""
+    """Return inputs, labels and positions for tokens of shape [n, S+1].
+
+    ``begins`` (same shape) marks the first token of each document; it is required with ``document_mask`` or ``bos``, and the
+    marked tokens are not targets. With ``document_mask`` positions restart at them. ``bos`` replaces the first input of every
+    row.
+    """
     inputs, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
     positions = None
     if begins is not None:

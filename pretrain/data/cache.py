@@ -1,5 +1,4 @@
-"""Where tokens are kept, and how a file gets there: whole or not at all. Nothing in the cache is ever changed in
-place."""
+"""The folder of the token cache and atomic writing into it. No file in the cache is ever changed in place."""
 
 from __future__ import annotations
 
@@ -19,9 +18,9 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def cache_dir() -> Path:
-    """``$PRETRAIN_CACHE``, else ``$XDG_CACHE_HOME/pretrain``, else ``~/.cache/pretrain``.
+    """Return ``$PRETRAIN_CACHE``, else ``$XDG_CACHE_HOME/pretrain``, else ``~/.cache/pretrain``.
 
-    Raises ``UserError`` for an account without a home.
+    Raises ``UserError`` for an account without a home folder.
     """
     if named := os.environ.get("PRETRAIN_CACHE"):
         return expanded(named)
@@ -34,8 +33,8 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def whole_or_absent(path: Path) -> Iterator[IO[bytes]]:
-    """Write ``path`` through a temporary file in the same folder; it gets its name only when it is complete and on
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Write ``path`` through a temporary file in the same folder. The file gets its name only when it is complete and on
     disk.
 
     Raises:
@@ -54,38 +53,40 @@ def whole_or_absent(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file, whole or absent."""
-    with whole_or_absent(path) as file:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file atomically."""
+    with atomic_file(path) as file:
         file.write(content)
 
 
-def keep_whole(path: Path, content: bytes) -> None:
-    """See to it that a small file named after its ``content`` holds that: it is written where it is not there, or a disk has made
-    something else of it."""
+def ensure_content(path: Path, content: bytes) -> None:
+    """Make sure that a small file, whose name derives from its ``content``, holds this content. It is written if it is missing or
+    was corrupted on disk."""
     try:
-        kept = path.read_bytes() == content
+        is_intact = path.read_bytes() == content
     except OSError:
-        kept = False
-    if not kept:
-        write_whole(path, content)
+        is_intact = False
+    if not is_intact:
+        write_atomically(path, content)
 
 
 def make_folder(path: Path) -> None:
+    """Create the folder ``path`` and its parents. Raises ``UserError`` when that is not possible."""
     with cache_errors(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Delete temporary files that killed processes left a day ago or earlier."""
+    """Delete temporary files that killed processes left behind at least a day ago."""
     for temporary in folder.glob("*/.*.tmp"):
-        with suppress(OSError):  # another run was quicker, or it is another user's
+        with suppress(OSError):  # another run deleted it already, or it belongs to another user
             if time.time() - temporary.lstat().st_mtime > ABANDONED_SECONDS:
                 temporary.unlink()
 
 
 @contextmanager
 def cache_errors(folder: Path) -> Iterator[None]:
+    """Convert an ``OSError`` raised while writing into ``folder`` into a ``UserError``."""
     try:
         yield
     except OSError as error:

@@ -1,5 +1,5 @@
-"""Which files a run has read, and which of them are others now. Kept in the run folder, so that a resumed run can name them,
-and looked at while the run goes on."""
+"""The files that a run has read, and which of them have changed since. The record is kept in the run folder, so that a resumed
+run can name changed files, and the files are checked during the run."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from pretrain.telemetry.events import Evaluated, Event, RunFinished, Saved
 
 Files = dict[str, tuple[Stamp, str]]  # path → its stamp and the digest of what was read of it
 MOST_NAMED = 5
-LAST_LOOK_SECONDS = 1.0
+LAST_CHECK_SECONDS = 1.0  # how long the end of a run waits for a check in progress
 
 
 def files_of(units: Iterable[WorkUnit], digests: Iterable[Sequence[str]]) -> Files:
-    """``digests`` of each unit's pieces."""
+    """Return the files of ``units``. ``digests`` holds the digests of each unit's pieces."""
     stamps: dict[str, Stamp] = {}
     found: dict[str, list[str]] = defaultdict(list)
-    for unit, own in zip(units, digests, strict=True):
-        for piece, digest in zip(unit.pieces, own, strict=True):
+    for unit, unit_digests in zip(units, digests, strict=True):
+        for piece, digest in zip(unit.pieces, unit_digests, strict=True):
             stamps[piece.path] = piece.stamp
             found[piece.path].append(digest)
     return {path: (stamps[path], found[path][0] if len(found[path]) == 1 else key_of(found[path])) for path in stamps}
 
 
-def remember(path: Path, files: Files) -> None:
+def save_files(path: Path, files: Files) -> None:
+    """Write ``files`` to ``path``."""
     replace_file(path, json.dumps(files))
 
 
-def recall(path: Path) -> Files:
-    """What ``remember`` wrote; nothing where there is no such file, of a run by an earlier version."""
+def load_files(path: Path) -> Files:
+    """Return what ``save_files`` wrote; an empty dict if the file is missing (runs of earlier versions have none) or damaged."""
     try:
         return {name: (tuple(stamp), digest) for name, (stamp, digest) in json.loads(path.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
@@ -43,7 +44,7 @@ def recall(path: Path) -> Files:
 
 
 def differing(before: Files, after: Files) -> str:
-    """``"/d/a.txt changed, /d/b.txt is gone, /d/c.txt is new"``; by content, not by date."""
+    """Return the differences as ``"/d/a.txt changed, /d/b.txt is gone, /d/c.txt is new"``. Contents are compared, not dates."""
     if not before:
         return ""
     changed = [path for path in before if path in after and before[path][1] != after[path][1]]
@@ -53,8 +54,8 @@ def differing(before: Files, after: Files) -> str:
 
 
 class FilesWatch:
-    """A listener that says once which files were changed or removed under the run. It looks in a thread of its own, when the
-    run evaluates or saves: a disk may be slow, or not answer at all."""
+    """A listener that reports once which files were changed or removed during the run. It checks them after each evaluation and
+    save, in a thread of its own, because a disk may be slow or not respond at all."""
 
     def __init__(self, files: Files) -> None:
         self._stamps = {path: stamp for path, (stamp, _) in files.items()}
@@ -62,13 +63,14 @@ class FilesWatch:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunFinished) and self._thread is not None:
-            self._thread.join(LAST_LOOK_SECONDS)
+            self._thread.join(LAST_CHECK_SECONDS)
         if not isinstance(event, Evaluated | Saved) or (self._thread is not None and self._thread.is_alive()):
             return
-        self._thread = threading.Thread(target=self._look, name="files", daemon=True)
+        self._thread = threading.Thread(target=self._check, name="files", daemon=True)
         self._thread.start()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
+        """Compare the stamps of all files and print a notice about those that differ."""
         changed, gone = [], []
         for path, stamp in self._stamps.items():
             try:
@@ -77,14 +79,15 @@ class FilesWatch:
             except OSError:
                 gone.append(path)
         if changed or gone:
-            self._stamps = {}  # once is enough
+            self._stamps = {}  # the notice is printed only once
             notice(
-                f"data: {_named([(changed, 'changed'), (gone, 'is gone')])} since this run read it; the run goes on with the "
-                "tokens it has, but if the text is another it can't be resumed"
+                f"data: {_named([(changed, 'changed'), (gone, 'is gone')])} since this run read it; the run continues with its "
+                "cached tokens, but it can't be resumed if the text has changed"
             )
 
 
 def _named(kinds: list[tuple[list[str], str]]) -> str:
+    """Return (paths, what happened to them) as a list in words, with at most ``MOST_NAMED`` paths of each kind."""
     parts = [f"{path} {what}" for paths, what in kinds for path in paths[:MOST_NAMED]]
     more = sum(len(paths[MOST_NAMED:]) for paths, _ in kinds)
     return ", ".join(parts) + (f", and {more:,} more files" if more else "")

@@ -1,7 +1,7 @@
-"""Evaluation domains: which ones a configuration has, and the name under which each is shown.
+"""The evaluation domains of a configuration, and the name under which each is shown.
 
-A base domain is identified by its key under `evaluation.domains`. Its name, which a person reads, comes from the
-configuration or from the path of its text, and several domains may have the same one.
+A base domain is identified by its key under `evaluation.domains`. Its display name comes from the configuration or from the
+path of its text, and several domains may have the same one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 def base_domains(dataset: Source, bases: Mapping[str, Source]) -> dict[str, Source]:
-    """Shown name → source of every base domain that is scored, in their order; no two share a name with each other or
-    with ``dataset``, whose own name is ``dataset.domain``.
+    """Return display name → source of every base domain that is scored, in the order of the configuration. The names are unique
+    and differ from ``dataset.domain``, the name of ``dataset``.
 
-    ``bases``: by key. One with the name, the text and the options of ``dataset`` is the new domain itself and left out.
+    ``bases`` maps keys to sources. A source with the name, the text and the options of ``dataset`` is the new domain itself and
+    is left out.
     """
     scored = {key: source for key, source in bases.items() if not is_same_domain(source, dataset)}
     names = {key: source.domain for key, source in scored.items()}
@@ -28,11 +29,12 @@ def base_domains(dataset: Source, bases: Mapping[str, Source]) -> dict[str, Sour
 
 
 def is_same_domain(one: Source, other: Source) -> bool:
+    """Return whether both sources have the same name and hold out the same documents of the same text."""
     return one.domain == other.domain and _what_is_scored(one) == _what_is_scored(other)
 
 
 def view_options(source: Source) -> dict[str, Any]:
-    """Which documents of a source are trained on and which are held out: the keyword arguments of `TokenStore.views`."""
+    """Return the keyword arguments of `TokenStore.views`, which select the training and the held-out documents of a source."""
     return {
         "held_out": source.held_out,
         "train_data_ratio": source.train_data_ratio,
@@ -41,11 +43,11 @@ def view_options(source: Source) -> dict[str, Any]:
 
 
 def _what_is_scored(source: Source) -> list[Any]:
-    """What decides which documents are held out, and how their text is read."""
+    """Return the values that determine which documents are held out and how their text is read."""
     return [source.identity(), source.options(), source.held_out, source.deduplicate]
 
 
 def _shared(names: Mapping[str, str], new: str) -> list[str]:
-    """Keys of the base domains whose name another domain has too."""
+    """Return the keys of the base domains whose name another domain has too."""
     count = Counter([new, *names.values()])
     return [key for key, name in names.items() if count[name] > 1]

@@ -1,5 +1,5 @@
-"""The held-out documents as batches, in order and to the last token, with the exact bytes behind them for bits per
-byte."""
+"""The held-out documents as evaluation batches, in order and including the last token, with the exact number of text bytes
+for bits per byte."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from pretrain.data.batch import IGNORE, Batch
 from pretrain.data.blocks import packed
 from pretrain.data.store.token_store import TokenView
 
-PROMPT_WINDOW = 1 << 16  # tokens in which prompts are looked for: a view may be far too long to look at all of it
+PROMPT_WINDOW = 1 << 16  # number of tokens that are searched for prompts; a view may be too long to search all of it
 
 
 class EvaluationBatches(Sequence[Batch]):
-    """A sequence of batches made when asked for. ``num_bytes`` of text, ``num_tokens`` targets, ``num_documents``.
+    """A sequence of batches that are built when they are indexed.
 
-    Without a document mask an end-of-text token goes before the stream, so that every token is predicted once and
-    loss / ln 2 / num_bytes is exact. With it no document's first token is a target. Where documents begin with BOS, that is
-    no target either, nothing goes before the stream, and loss / ln 2 / num_bytes is exact with a document mask too.
+    Without a document mask an end-of-text token is put before the stream, so that every token is predicted once and
+    loss / ln 2 / num_bytes is exact. With a document mask no document's first token is a target. If documents begin with BOS,
+    BOS is not a target, no token is put before the stream, and loss / ln 2 / num_bytes is exact with a document mask too.
+
+    Attributes:
+        num_bytes: bytes of text that are scored.
+        num_tokens: number of targets.
+        num_documents: number of documents.
+        num_blocks: number of sequences.
     """
 
     def __init__(self, view: TokenView, *, sequence_length: int, batch_size: int, document_mask: bool) -> None:
@@ -29,12 +35,12 @@ class EvaluationBatches(Sequence[Batch]):
         self.num_bytes, self.num_documents = view.num_bytes, view.num_documents
         self.bos = view.store.bos
         self.num_tokens = view.num_tokens - (view.num_documents if document_mask or self.bos is not None else 0)
-        self._first = 0 if self.bos is None else 1  # label; the stream's first BOS is none
+        self._first = 0 if self.bos is None else 1  # index of the first label; the stream's first BOS is not a label
         self.num_blocks = -(-(view.num_tokens - self._first) // sequence_length)
 
     def digest(self) -> str:
-        """A hash of every token that is read, every target and every position, independent of ``batch_size``. Two streams
-        with one digest have one loss, up to rounding."""
+        """Return a hash of all inputs, targets and positions that does not depend on ``batch_size``. Two streams with the same
+        digest have the same loss, up to rounding."""
         hashes = [xxhash.xxh3_64() for _ in range(3)]
         for batch in self:
             for found, tensor in zip(hashes, (batch.input_ids, batch.labels, batch.position_ids), strict=True):
@@ -49,7 +55,7 @@ class EvaluationBatches(Sequence[Batch]):
             raise IndexError(index)
         length, eot = self.sequence_length, self.view.store.eot
         rows = min(self.batch_size, self.num_blocks - index * self.batch_size)
-        start = self._first + index * self.batch_size * length  # of the labels; the inputs are one token earlier
+        start = self._first + index * self.batch_size * length  # of the labels; inputs start one token earlier
         stop = min(start + rows * length, self.view.num_tokens)
         before = [eot] if start == 0 else self.view.read(start - 1, start)
         padding = np.full(start + rows * length - stop, eot)
@@ -68,7 +74,7 @@ class EvaluationBatches(Sequence[Batch]):
 def evaluation_batches(
     view: TokenView, sequence_length: int, batch_size: int, document_mask: bool = False, max_tokens: int | None = None
 ) -> EvaluationBatches:
-    """Batches over ``view``, or over whole documents of it with at most ``max_tokens``."""
+    """Return the batches over ``view``, or over complete documents of it with at most ``max_tokens`` tokens in total."""
     chosen = view.limited(max_tokens)
     return EvaluationBatches(
         chosen, sequence_length=sequence_length, batch_size=batch_size, document_mask=document_mask
@@ -76,8 +82,9 @@ def evaluation_batches(
 
 
 def first_tokens(view: TokenView, count: int, length: int) -> list[list[int]]:
-    """The first ``length`` tokens of ``count`` documents, the same each time: the first ones that are so long, then the
-    others, without the tokens around them. Documents of the view's first ``PROMPT_WINDOW`` tokens only."""
+    """Return the first ``length`` tokens of ``count`` documents, without BOS and separator. The choice is deterministic: the
+    first documents of at least ``length`` tokens, then the others. Only documents within the view's first ``PROMPT_WINDOW``
+    tokens are considered."""
     stop = min(view.num_tokens, PROMPT_WINDOW)
     starts = view.document_starts(0, stop)
     lengths = np.diff(starts, append=stop) - 1
@@ -89,5 +96,5 @@ def first_tokens(view: TokenView, count: int, length: int) -> list[list[int]]:
 
 
 def _rows(stream: np.ndarray, rows: int, length: int) -> np.ndarray:
-    """[rows, length + 1] windows that overlap by one."""
+    """Return windows [rows, length + 1] that overlap by one token."""
     return np.lib.stride_tricks.sliding_window_view(stream, length + 1)[::length][:rows].copy()

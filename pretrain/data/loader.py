@@ -1,5 +1,5 @@
-"""Batches in the order of a stateless permutation. The only state is how many samples the run has taken, so that
-resuming costs nothing at any depth, and the global batches do not depend on how many ranks share them."""
+"""Training batches in the order of a stateless permutation. The only state is the number of samples taken so far. Resuming
+therefore costs the same at any step, and the global batches do not depend on the number of ranks that share them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from pretrain.data.batch import Batch
 from pretrain.data.blocks import Blocks
 from pretrain.data.evaluation import evaluation_batches
 from pretrain.data.order import Permutation
-from pretrain.data.store.token_store import Document, TokenView
+from pretrain.data.store.token_store import DocumentOrigin, TokenView
 from pretrain.runtime.errors import UserError
 
 __all__ = ["Loader", "check_enough", "evaluation_batches"]
 
-PREFETCH = 2  # global batches that wait ready
-POLL_SECONDS = 0.1  # how soon the thread notices that nobody reads any more
+PREFETCH = 2  # number of batches that are prepared in advance
+POLL_SECONDS = 0.1  # how soon the thread notices that the iterator was closed
 
 
 class Loader:
-    """An endless iterator of this rank's share of each global batch: ``accumulation`` micro-batches of
-    ``batch_size`` rows.
+    """An endless iterable of this rank's share of each global batch: ``accumulation`` micro-batches of ``batch_size`` rows.
 
-    The samples of a run are numbered without end: sample g is block ``permutation(g % n, epoch=g // n)``. A global
-    batch is G = world_size * accumulation * batch_size samples in a row; of these, row j of micro-batch m of rank r
-    is number ``(m * world_size + r) * batch_size + j``.
+    The samples of a run form an endless sequence: sample g is block ``permutation(g % n, epoch=g // n)`` of the n blocks. A
+    global batch consists of G = world_size * accumulation * batch_size consecutive samples. Row j of micro-batch m of rank r
+    is sample ``(m * world_size + r) * batch_size + j`` of them.
     """
 
     def __init__(
@@ -56,16 +55,16 @@ class Loader:
 
     @property
     def num_blocks(self) -> int:
-        """Samples in one epoch."""
+        """The number of samples in one epoch."""
         return len(self.blocks)
 
     @property
     def epoch(self) -> float:
-        """How often the data has been seen by now; 1.5 is in the middle of the second time."""
+        """The number of passes over the data so far; 1.5 is in the middle of the second pass."""
         return self.samples / len(self.blocks)
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        """Batches from ``self.samples`` on, made ahead by a thread that ends with the iterator."""
+        """Yield batches starting at sample ``self.samples``. A thread, which ends with the iterator, prepares them in advance."""
         ready: Queue[Batch | BaseException] = Queue(PREFETCH)
         stop = threading.Event()
         thread = threading.Thread(target=self._fill, args=(ready, stop, self.samples), name="loader", daemon=True)
@@ -82,13 +81,13 @@ class Loader:
             thread.join()
 
     def batch(self, first_sample: int) -> Batch:
-        """This rank's share of the global batch that begins at ``first_sample``."""
+        """Return this rank's share of the global batch that begins at ``first_sample``."""
         chosen = self.blocks_of(first_sample + self._own)
         return self.blocks.batch(chosen, document_mask=self.document_mask, first_sample=first_sample)
 
-    def texts(self, first_sample: int) -> Iterator[tuple[Document, NDArray[np.int64]]]:
-        """All documents with a token in the global batch (of all ranks) that begins at ``first_sample``, in its order, each with
-        the first stretch of its tokens there."""
+    def texts(self, first_sample: int) -> Iterator[tuple[DocumentOrigin, NDArray[np.int64]]]:
+        """Yield every document with a token in the global batch (of all ranks) that begins at ``first_sample``, in batch order,
+        each with the first contiguous run of its tokens there."""
         length, view = self.blocks.sequence_length, self.blocks.view
         seen: set[int] = set()
         for index in self.blocks_of(first_sample + np.arange(self.global_batch_size)).tolist():
@@ -104,11 +103,11 @@ class Loader:
         return {"samples": self.samples}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Takes effect with the next ``iter(loader)``."""
+        """Set the number of samples taken. It takes effect with the next ``iter(loader)``."""
         self.samples = state["samples"]
 
     def blocks_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The block that each of the run's ``samples`` is."""
+        """Return the block index of each of the run's ``samples``."""
         epochs, positions = np.divmod(samples, len(self.blocks))
         chosen = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
@@ -122,7 +121,7 @@ class Loader:
                 batch = self.batch(sample)
                 _put(ready, batch.pin() if self.pin_memory else batch, stop)
                 sample += self.global_batch_size
-        except BaseException as error:  # whatever it is, the reader must hear of it
+        except BaseException as error:  # errors of any type are raised again in the thread that reads
             _put(ready, error, stop)
 
 
@@ -139,6 +138,7 @@ def check_enough(view: TokenView, *, sequence_length: int, global_batch: int) ->
 
 
 def _put(ready: Queue[Batch | BaseException], item: Batch | BaseException, stop: threading.Event) -> None:
+    """Put ``item`` into the queue as soon as there is space, unless ``stop`` is set."""
     while not stop.is_set():
         try:
             return ready.put(item, timeout=POLL_SECONDS)

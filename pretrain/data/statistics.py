@@ -1,5 +1,5 @@
-"""What a run has read so far, by source. Nothing is kept for it: the samples that a cursor stands for are a function of
-(seed, epoch, index), so the count is exact after any resume. Epochs that are over are counted once and multiplied."""
+"""Counts of what a run has read so far, by source. No state is saved: the samples up to a cursor are a function of
+(seed, epoch, index), so the count is exact after any resume. Complete epochs are counted once and multiplied."""
 
 from __future__ import annotations
 
@@ -15,48 +15,49 @@ from pretrain.data.reading.units import printable
 from pretrain.data.store.token_store import TokenStore, aranges, by_value
 from pretrain.telemetry.events import SourceCount
 
-MAX_SOURCES = 16  # in a record
+MAX_SOURCES = 16  # the most sources in a record
 OTHERS = "(others)"
-BATCH = 1 << 18  # samples looked up at a time
+BATCH = 1 << 18  # number of samples that are counted at a time
 
 Counts = NDArray[np.int64]  # [sources, 2]: tokens, documents
 
 
 class DataStatistics:
-    """A source is a file; of more than ``MAX_SOURCES`` files, a folder of them. Beyond the largest ones, by the tokens of an
-    epoch, they are counted together as ``OTHERS``."""
+    """Tokens and documents read, by source. A source is a file, or a folder if there are more than ``MAX_SOURCES`` files. With
+    more than ``MAX_SOURCES`` sources, all but the largest (by tokens per epoch) are counted together as ``OTHERS``."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
         self._view, self._length = loader.blocks.view, loader.blocks.sequence_length
-        self._epoch, self._samples = -1, 0  # how far into which epoch ``_partial`` has counted
+        self._epoch, self._samples = -1, 0  # ``_partial`` counts the first ``_samples`` samples of this epoch
         self._partial: Counts
 
     def at(self, samples: int) -> dict[str, SourceCount]:
-        """What the first ``samples`` samples of the run hold. Quick where it goes on from the last time."""
-        epochs, rest = divmod(samples, self._loader.num_blocks)
-        if epochs != self._epoch or rest < self._samples:
+        """Return the counts of the first ``samples`` samples of the run. It is fast if it can continue from the previous call."""
+        epochs, in_epoch = divmod(samples, self._loader.num_blocks)
+        if epochs != self._epoch or in_epoch < self._samples:
             self._epoch, self._samples, self._partial = epochs, 0, self._zeros()
-        while self._samples < rest:
-            stop = min(rest, self._samples + BATCH)
+        while self._samples < in_epoch:
+            stop = min(in_epoch, self._samples + BATCH)
             numbers = epochs * self._loader.num_blocks + np.arange(self._samples, stop)
             self._partial += self._count(self._loader.blocks_of(numbers) * self._length, self._length)
             self._samples = stop
-        return self._largest(self._partial + epochs * self._whole if epochs else self._partial)
+        return self._largest(self._partial + epochs * self._per_epoch if epochs else self._partial)
 
     @cached_property
-    def _whole(self) -> Counts:
-        """One epoch's."""
+    def _per_epoch(self) -> Counts:
+        """The counts of one epoch."""
         return self._count(np.zeros(1, np.int64), self._loader.num_blocks * self._length)
 
     @cached_property
     def _shown(self) -> NDArray[np.int64]:
-        """The sources that have a row of their own in a record."""
+        """The numbers of the sources that have an entry of their own in a record."""
         if len(self._names) <= MAX_SOURCES:
             return np.arange(len(self._names))
-        return np.sort(np.argsort(-self._whole[:, 0], kind="stable")[: MAX_SOURCES - 1])
+        return np.sort(np.argsort(-self._per_epoch[:, 0], kind="stable")[: MAX_SOURCES - 1])
 
     def _largest(self, counts: Counts) -> dict[str, SourceCount]:
+        """Return ``counts`` by name, with the sources that are not shown summed up as ``OTHERS``."""
         found = {self._names[i]: SourceCount(*counts[i].tolist()) for i in self._shown.tolist()}
         if len(self._names) > MAX_SOURCES:
             found[OTHERS] = SourceCount(*np.delete(counts, self._shown, axis=0).sum(0).tolist())
@@ -66,7 +67,7 @@ class DataStatistics:
         return np.zeros((len(self._names), 2), np.int64)
 
     def _count(self, starts: NDArray[np.int64], length: int) -> Counts:
-        """Of the windows of ``length`` tokens of the view that begin at ``starts``."""
+        """Return the counts of the windows of ``length`` tokens of the view that begin at ``starts``."""
         counts = self._zeros()
         parts, begins, ends, _ = self._view.segments(starts, length)
         for index, here in by_value(parts):
@@ -74,7 +75,7 @@ class DataStatistics:
         return counts
 
     def _count_part(self, index: int, begins: NDArray[np.int64], ends: NDArray[np.int64], counts: Counts) -> None:
-        """Add the tokens [begin, end) of a part, each of which may go over several of its files."""
+        """Add to ``counts`` the token ranges [begin, end) of a part. A range may span several of the part's files."""
         part, (sources, bounds) = self._view.store.parts[index], self._files[index]
         low = np.searchsorted(bounds, begins, "right") - 1
         high = np.searchsorted(bounds, ends, "left")
@@ -94,7 +95,7 @@ class DataStatistics:
 
     @cached_property
     def _files(self) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Per part: the source of each of its pieces, and where in its tokens they begin, with its end."""
+        """For each part: the source of each piece, and the token offsets at which the pieces begin, followed by the end."""
         numbers = {name: number for number, name in enumerate(self._names)}
         store = self._view.store
         return [self._pieces(store, index, numbers) for index in range(len(store.parts))]
@@ -102,19 +103,22 @@ class DataStatistics:
     def _pieces(
         self, store: TokenStore, index: int, numbers: dict[str, int]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return for part ``index`` the source number of each piece, and the token offsets of the pieces followed by the end."""
         part, paths = store.parts[index], store.paths(index)
-        documents = np.searchsorted(part.pieces, np.arange(len(paths)), "right")  # up to the end of each piece
+        documents = np.searchsorted(part.pieces, np.arange(len(paths)), "right")  # number up to the end of each piece
         bounds = np.concatenate([[0], part.ends])[np.concatenate([[0], documents])]
         return np.array([numbers[self._by_path[path]] for path in paths]), bounds
 
 
 def _begun(ends: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many documents begin in the first ``tokens`` tokens of a part: the first one at 0, and one at the end of each."""
+    """Return how many documents begin in the first ``tokens`` tokens of a part. The first document begins at 0, every other one
+    at the end of its predecessor."""
     return np.searchsorted(ends, tokens) + (tokens > 0)
 
 
 def names(paths: set[str]) -> dict[str, str]:
-    """What each file is called: its path below the folder that all share; of many files the first folder there."""
+    """Return the name of the source of each file: its path relative to the common folder, or, if there are more than
+    ``MAX_SOURCES`` files, the first folder of that path."""
     parents = {os.path.dirname(path) for path in paths}
     try:
         root = os.path.commonpath(parents) if parents else ""

@@ -1,4 +1,4 @@
-"""A byte-level BPE of one's own, for a language that the model's tokenizer cuts to pieces, or a model from scratch."""
+"""Training of a byte-level BPE tokenizer, for a model from scratch or a language that existing tokenizers split too finely."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pretrain.runtime.console import notice
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
-MAX_CHARS = 200_000_000  # more text changes a vocabulary no more, and its training is slow
+MAX_CHARS = 200_000_000  # more text does not change the vocabulary any more, and training on it is slow
 
 
 def train_bpe(texts: Iterator[str], *, vocab_size: int) -> Any:
-    """A transformers tokenizer with exactly the tokens that ``texts`` earn, at most ``vocab_size`` of them.
+    """Train a tokenizer on ``texts`` and return it as a transformers tokenizer. It has at most ``vocab_size`` tokens, and fewer
+    if the texts have fewer different pairs to merge.
 
-    Byte-level (Radford et al. 2019): any text can be written with it. The same texts give the same tokenizer.
+    The BPE is byte-level (Radford et al. 2019), so it can encode any text. The same texts give the same tokenizer.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -31,14 +32,14 @@ def train_bpe(texts: Iterator[str], *, vocab_size: int) -> Any:
     )
     tokenizer.train_from_iterator(_first(texts, MAX_CHARS), trainer)
     if tokenizer.get_vocab_size() < vocab_size:
-        notice(f"model.train_tokenizer={vocab_size}: the text earns {tokenizer.get_vocab_size()} tokens only")
+        notice(f"model.train_tokenizer={vocab_size}: the text yields only {tokenizer.get_vocab_size()} tokens")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
 
 
 def _first(texts: Iterator[str], max_chars: int) -> Iterator[str]:
-    """``texts`` until ``max_chars`` characters were given."""
+    """Yield from ``texts`` until ``max_chars`` characters have been yielded."""
     given = 0
     for text in texts:
         if given >= max_chars:

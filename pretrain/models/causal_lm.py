@@ -1,7 +1,7 @@
-"""Where a run's model comes from: a pretrained folder or Hub id, or a config with random weights.
+"""The origin of a run's model: a pretrained folder or Hub id, or a config with random weights.
 
-Specs are values from YAML; torch and transformers are imported when the model is built. Remote code stays off unless
-asked for, and pickled weights are never read.
+Specs hold values from YAML; torch and transformers are imported when the model is built. Remote code is off by default, and
+pickled weights are never read.
 """
 
 from __future__ import annotations
@@ -30,13 +30,23 @@ if TYPE_CHECKING:
     from pretrain.models.language_model import LanguageModel
 
 Texts = Callable[[], Iterator[str]]
-OLD_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}  # transformers still takes them and renames them
+OLD_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}  # transformers still accepts them and renames them
 
 
 @dataclass(frozen=True, kw_only=True)
 class CausalLM(ABC):
-    """What both kinds share. ``tokenizer_name``: a folder or Hub id, if not the model's own. ``revision``: of a Hub id.
-    ``save_dtype``: type of the weights in the final folder (``None``: as they were trained)."""
+    """The settings that both kinds of model share.
+
+    Attributes:
+        name_or_path: ``sample``, a local folder or a Hub id.
+        revision: branch, tag or commit of a Hub id.
+        tokenizer_name: folder or Hub id of the tokenizer; ``None`` for the model's own.
+        attention: attention implementation of transformers.
+        gradient_checkpointing: recompute activations in the backward pass instead of storing them.
+        compile: compile the training step with ``torch.compile``.
+        trust_remote_code: allow the Python code of the model's folder to run.
+        save_dtype: dtype of the weights in the exported folder; ``None`` for the dtype they were trained in.
+    """
 
     name_or_path: Annotated[str, Field(min_length=1)]
     revision: str | None = None
@@ -49,33 +59,37 @@ class CausalLM(ABC):
 
     @abstractmethod
     def check(self, sequence_length: int) -> None:
-        """Raises ``UserError`` for a model that can't be had, or a sequence it has no positions for."""
+        """Raise ``UserError`` for a model that is not available, or a sequence longer than its positions."""
 
     def folder(self) -> Path:
+        """Return the folder of the model; a Hub repository is downloaded first."""
         return files.model_folder(self.name_or_path, revision=self.revision, code=self.trust_remote_code)
 
     def tokenizer_folder(self) -> Path:
+        """Return the folder of the tokenizer, which is the model's own unless ``tokenizer_name`` is set."""
         if self.tokenizer_name is None:
             return self.folder()
         return files.model_folder(self.tokenizer_name, key="model.tokenizer_name", code=self.trust_remote_code)
 
     def config(self) -> dict[str, Any]:
-        """config.json as a dict. Raises ``UserError`` when there is none, or when it needs remote code that is off."""
+        """Return config.json as a dict. Raises ``UserError`` when it is missing, or when it needs remote code and that is off."""
         config = files.read_config(self.folder(), self.name_or_path)
         if not _is_known(config["model_type"]):
             if "auto_map" not in config:
-                raise UserError(f"model_name={self.name_or_path}: transformers has no causal {config['model_type']!r}")
+                raise UserError(
+                    f"model_name={self.name_or_path}: transformers has no causal language model of type {config['model_type']!r}"
+                )
             if not self.trust_remote_code:
                 raise UserError(
-                    f"model_name={self.name_or_path}: its model_type {config['model_type']!r} brings code of its own, "
+                    f"model_name={self.name_or_path}: its model_type {config['model_type']!r} needs the code in its folder, "
                     "which would run on this machine; if you trust its author: model.trust_remote_code=true"
                 )
         return config
 
     def tokenizer(self, texts: Texts | None) -> Any:
-        """The tokenizer (a fast transformers one). ``texts``: the training documents, for a spec that trains its own.
+        """Return the tokenizer, a fast one of transformers. ``texts`` are the training documents, for a spec that trains its own.
 
-        Raises ``UserError`` when there is none or it has tokens that the model has no embedding for.
+        Raises ``UserError`` when there is no tokenizer, or when it has tokens for which the model has no embedding.
         """
         from pretrain.models.tokenizer import folder_tokenizer
 
@@ -85,14 +99,14 @@ class CausalLM(ABC):
         return tokenizer
 
     def load(self, make: Callable[..., Any], **given: Any) -> Any:
-        """``make`` with this spec's attention; with eager attention for an architecture that has no sdpa."""
+        """Call ``make`` with this spec's attention, or with eager attention for an architecture without sdpa."""
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # the run has its own
+        logging.disable_progress_bar()  # the run shows its own progress bar
         given |= {"trust_remote_code": self.trust_remote_code}
         try:
             return make(attn_implementation=self.attention, **given)
-        except Exception as error:  # whatever a foreign config's values make of its architecture
+        except Exception as error:  # invalid config values raise errors of any type
             if self.attention == "sdpa" and "scaled_dot_product_attention" in str(error):
                 notice(f"model.attention=sdpa: {self.name_or_path} has no such attention; it runs with eager")
                 return make(attn_implementation="eager", **given)
@@ -101,7 +115,7 @@ class CausalLM(ABC):
             raise UserError(f"model_name={self.name_or_path}: can't be built: {one_line(error, lines=2)}") from None
 
     def hf_config(self) -> Any:
-        """The transformers config object. Raises ``UserError`` when it can't be read, or is of quantized weights."""
+        """Return the transformers config object. Raises ``UserError`` when it can't be read or when the weights are quantized."""
         from transformers import AutoConfig
 
         config, folder = self.config(), self.folder()
@@ -111,23 +125,24 @@ class CausalLM(ABC):
             if "auto_map" in config and self.trust_remote_code:
                 return AutoConfig.from_pretrained(str(folder), trust_remote_code=True)
             return model_config.config_object(config, folder)
-        except Exception as error:  # whatever its validation raises
+        except Exception as error:  # its validation raises errors of any type
             raise UserError(
                 f"model_name={self.name_or_path}: {folder / 'config.json'}: {one_line(error, lines=2)}"
             ) from None
 
     def uniform_loss(self) -> float | None:
-        """Nats per token of a guess among all tokens alike; ``None``: the weights are random, nothing better is expected."""
+        """Return the loss (nats per token) of a uniform distribution over the vocabulary, or ``None`` for random weights, of
+        which no lower loss is expected."""
         return None
 
     def num_parameters(self) -> int:
-        """Of the model, without making its weights."""
+        """Return the number of parameters of the model without allocating its weights."""
         import torch
 
         return int(self.build_on_meta(param_dtype=torch.float32).hf.num_parameters())
 
     def build_on_meta(self, *, param_dtype: torch.dtype) -> LanguageModel:
-        """The model in training mode with its parameters on the meta device and its buffers on the CPU."""
+        """Return the model in training mode with its parameters on the meta device and its buffers on the CPU."""
         from transformers import AutoModelForCausalLM
 
         from pretrain.models.dtypes import keep_fp32
@@ -142,7 +157,8 @@ class CausalLM(ABC):
         return self.finish(hf, None)
 
     def finish(self, hf: Any, device: torch.device | None) -> LanguageModel:
-        """The model in training mode on ``device`` (``None``: where it is). Dropout is as its config has it."""
+        """Wrap ``hf`` and return it in training mode on ``device``; with ``None`` it stays where it is. Dropout is as its config
+        sets it."""
         from pretrain.models.language_model import LanguageModel
 
         if self.gradient_checkpointing:
@@ -154,11 +170,11 @@ class CausalLM(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained(CausalLM):
-    """Continue from existing weights."""
+    """A model with existing weights, for continual pretraining."""
 
     def check(self, sequence_length: int) -> None:
-        """Raises ``UserError`` for a folder that is no whole model, a tokenizer that is another's, or a sequence it has
-        no positions for. Torch is imported, by transformers, for the last question only: is the architecture known."""
+        """Raise ``UserError`` for an incomplete model folder, a tokenizer that does not fit the model, or a sequence longer than
+        its positions. Only the last check, whether transformers has the architecture, imports torch."""
         folder = self.folder()
         config = files.read_config(folder, self.name_or_path)
         files.check_positions(config, sequence_length, self.name_or_path)
@@ -169,12 +185,12 @@ class Pretrained(CausalLM):
         self.hf_config()
 
     def identity(self) -> str:
-        """Changes with config and weights; where they lie, and how that was typed, is no part of it."""
+        """Return a hash of config and weights. It does not depend on where the folder is or how its path was written."""
         folder = self.folder()
         return files.fingerprint([folder / "config.json", *files.weight_files(folder, self.name_or_path)])
 
     def weights(self) -> TensorFiles:
-        """The folder's weight files, unread."""
+        """Return the folder's weight files. Their tensors are read later."""
         from pretrain.distributed.sharding import TensorFiles
 
         return TensorFiles(files.weight_files(self.folder(), self.name_or_path))
@@ -184,7 +200,7 @@ class Pretrained(CausalLM):
         return math.log(rows) if isinstance(rows, int) and rows > 0 else None
 
     def num_parameters(self) -> int:
-        """Numbers in the weight files; their headers say how many."""
+        """Return the number of values in the weight files, which their headers give."""
         found = self.weights()
         return sum(math.prod(found.shape(name)) for name in found.keys())  # noqa: SIM118 (not a dict)
 
@@ -194,13 +210,14 @@ class Pretrained(CausalLM):
         return model
 
     def _adopt_generation_config(self, hf: Any) -> None:
-        """What ``from_pretrained`` does for a model that it reads from its folder."""
+        """Set the folder's generation config, as ``from_pretrained`` does for a model that it reads itself."""
         found = model_config.generation_config(self.folder(), self.name_or_path)
         if found is not None:
             hf.generation_config = found
 
     def _reader(self, param_dtype: torch.dtype) -> Callable[..., Any]:
-        """``from_pretrained`` of the folder; where weights lie in pieces of rows, which it can't read, of themselves."""
+        """Return ``from_pretrained`` bound to the folder, or to the weights themselves if they are sharded along dim 0, which it
+        can't read."""
         from transformers import AutoModelForCausalLM
 
         if not any(self.folder().glob(files.PIECES)):
@@ -212,7 +229,7 @@ class Pretrained(CausalLM):
         return partial(architecture.from_pretrained, None, config=self.hf_config(), state_dict=weights)
 
     def build(self, *, param_dtype: torch.dtype, device: torch.device, seed: int) -> LanguageModel:
-        """The model in training mode on ``device``. Raises ``UserError`` when weights are missing from its files."""
+        """Return the model in training mode on ``device``. Raises ``UserError`` when weights are missing from its files."""
         hf, loaded = self.load(
             self._reader(param_dtype),
             dtype=param_dtype,
@@ -223,7 +240,8 @@ class Pretrained(CausalLM):
         wrong = [*sorted(loaded["missing_keys"]), *(str(key[0]) for key in loaded["mismatched_keys"])]
         if wrong:
             raise UserError(
-                f"model_name={self.name_or_path}: {len(wrong)} weights are not in its files as needed, e.g. {wrong[0]}"
+                f"model_name={self.name_or_path}: {len(wrong)} weights are missing from its files or have "
+                f"another shape, e.g. {wrong[0]}"
             )
         if loaded["unexpected_keys"]:
             unused = sorted(loaded["unexpected_keys"])
@@ -233,22 +251,26 @@ class Pretrained(CausalLM):
         return self.finish(hf, device)
 
     def _check_ties(self, hf: Any) -> None:
-        """Raises ``UserError`` where config.json ties the head to the embedding and the files hold another head: transformers
-        then takes both, and nothing would say which model is trained, or what its config means."""
+        """Raise ``UserError`` when config.json ties the head to the embedding but the files hold a different head. transformers
+        then loads both, so it would be undefined which model is trained and what its config means."""
         if _is_tied(hf) or not getattr(hf.config.get_text_config(), "tie_word_embeddings", False):
             return
         if _is_tied(self.build_on_meta(param_dtype=hf.dtype).hf):
             raise UserError(
-                f"model_name={self.name_or_path}: {self.folder() / 'config.json'} says tie_word_embeddings: true, but the weight "
+                f"model_name={self.name_or_path}: {self.folder() / 'config.json'} sets tie_word_embeddings: true, but the weight "
                 "files hold a head that is not the embedding; set it to false, or remove the head from the files"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scratch(CausalLM):
-    """Random weights under the run's seed. ``overrides``: config values on top of the named model's; with a
-    ``model_type`` among them they are the whole config. ``train_tokenizer``: vocabulary size of a byte-level BPE
-    trained on the run's own training documents, instead of an existing tokenizer."""
+    """A model with random weights, drawn with the run's seed.
+
+    Attributes:
+        overrides: config values that replace those of the named model; with ``model_type`` among them they are the entire config.
+        train_tokenizer: vocabulary size of a byte-level BPE that is trained on the run's own training documents and used instead
+            of an existing tokenizer.
+    """
 
     overrides: dict[str, Any] = field(default_factory=dict)
     train_tokenizer: Annotated[int, Field(ge=257)] | None = None  # 256 bytes and the end of text
@@ -264,11 +286,11 @@ class Scratch(CausalLM):
         return {"vocab_size": files.vocabulary_size(self.tokenizer_folder())} | config
 
     def check(self, sequence_length: int) -> None:
-        """Raises ``UserError`` for a config that can't be used. No weights are made."""
+        """Raise ``UserError`` for a config that can't be used. No weights are allocated."""
         config = self.config()
         kind = config["model_type"]
         if not _is_known(kind) and not self.trust_remote_code:
-            raise UserError(f"model.overrides.model_type={kind!r}: transformers has no such model")
+            raise UserError(f"model.overrides.model_type={kind!r}: transformers has no such model type")
         if _is_known(kind):
             known = set(_default_config(kind)) | OLD_CONFIG_KEYS
             for key in self.overrides:
@@ -280,22 +302,23 @@ class Scratch(CausalLM):
             files.check_vocabulary(config, files.vocabulary_size(self.tokenizer_folder()), kind)
 
     def weights(self) -> None:
-        """There are none: they are drawn."""
+        """Return ``None``: there are no weight files."""
 
     def identity(self) -> str:
+        """Return a hash of the config."""
         return xxhash.xxh3_64_hexdigest(repr(sorted(self.config().items())).encode())
 
     def hf_config(self) -> Any:
-        """Raises ``UserError`` when the architecture refuses the values."""
+        """Return the transformers config object. Raises ``UserError`` when the architecture rejects the values."""
         from transformers import AutoConfig
 
         config = self.config()
         try:
             if not _is_known(config["model_type"]):
                 return AutoConfig.from_pretrained(str(self.folder()), trust_remote_code=True, **self.overrides)
-            config.pop("quantization_config", None)  # of weights that are not used
+            config.pop("quantization_config", None)  # it describes weights that are not used
             return AutoConfig.for_model(**model_config.without_kernels(config))
-        except Exception as error:  # whatever its validation raises
+        except Exception as error:  # its validation raises errors of any type
             raise UserError(f"model.overrides: {one_line(error, lines=2)}") from None
 
     def tokenizer(self, texts: Texts | None) -> Any:
@@ -308,7 +331,8 @@ class Scratch(CausalLM):
         return train_bpe(texts(), vocab_size=self.train_tokenizer)
 
     def build(self, *, param_dtype: torch.dtype, device: torch.device, seed: int) -> LanguageModel:
-        """Random weights, drawn on the CPU: the same for the same seed on every device. In training mode."""
+        """Return the model with random weights in training mode on ``device``. The weights are drawn on the CPU, so the same seed
+        gives the same weights on every device."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -326,19 +350,20 @@ class Scratch(CausalLM):
 
 
 def _is_tied(hf: Any) -> bool:
-    """Whether head and embedding are one weight."""
+    """Return whether head and embedding are one tensor."""
     head, embedding = hf.get_output_embeddings(), hf.get_input_embeddings()
     return head is not None and head.weight is embedding.weight
 
 
 def _is_known(model_type: str) -> bool:
+    """Return whether transformers has a causal LM of this type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _default_config(model_type: str) -> list[str]:
-    """All keys that a config of this type may have, old names of them too."""
+    """Return all keys that a config of this type may have, including their old names."""
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(model_type)

@@ -1,7 +1,8 @@
-"""Which weights stay in fp32 beside 16-bit ones: routers, decays, correction biases, which a model names or makes so.
+"""The weights that stay in fp32 when a model is cast to 16 bits: routers, decays, correction biases.
 
-`from_pretrained` follows this (transformers 5.20 to 5.23: ``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``, and
-parameters that the code creates in fp32); models built or saved in another way are made to.
+A transformers model lists them (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``) or creates them in fp32.
+`from_pretrained` respects both (transformers 5.20 to 5.23); this module does the same for models that are built or saved in
+another way.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pretrain.models.meta import parameters_on_meta
 
 
 def keep_fp32(hf: Any, dtype: torch.dtype) -> None:
-    """Put what ``hf``, just made in ``dtype``, names as fp32 in fp32: parameters and buffers."""
+    """Cast to fp32 the parameters and buffers of ``hf`` (just built in ``dtype``) that its class lists as fp32."""
     plan = hf._get_dtype_plan(dtype)
     if not plan:
         return
@@ -27,7 +28,7 @@ def keep_fp32(hf: Any, dtype: torch.dtype) -> None:
 
 
 def dtypes_in(hf: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The type of every weight (parameters and persistent buffers, by name) of a model like ``hf`` in ``dtype``."""
+    """Return the dtype of every weight (parameters and persistent buffers, by name) of a model like ``hf`` in ``dtype``."""
     with torch.random.fork_rng(devices=[]), parameters_on_meta():
         twin = type(hf)._from_config(deepcopy(hf.config), dtype=dtype)
     keep_fp32(twin, dtype)
@@ -35,15 +36,15 @@ def dtypes_in(hf: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def kept_fp32(hf: Any, dtype: torch.dtype) -> set[str]:
-    """The weights that stay in fp32 where the others are in the 16 bits of ``dtype``."""
+    """Return the names of the weights that stay in fp32 when the others are cast to ``dtype``."""
     if dtype == torch.float32:
         return set()
     return {name for name, found in dtypes_in(hf, dtype).items() if found == torch.float32}
 
 
 def cast(hf: Any, dtype: torch.dtype) -> None:
-    """Parameters of ``hf`` in ``dtype``, ties kept, but for those that stay in fp32; buffers as they are (RoPE's frequencies
-    in 16 bits are wrong positions)."""
+    """Cast the parameters of ``hf`` to ``dtype``, except those that stay in fp32. Ties are kept. Buffers are not cast, because
+    RoPE's frequencies in 16 bits would give wrong positions."""
     kept = kept_fp32(hf, dtype)
     for name, parameter in hf.named_parameters():
         if parameter.is_floating_point():

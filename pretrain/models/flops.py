@@ -1,9 +1,10 @@
-"""How many floating-point operations a model needs for a token of training: what MFU is measured by.
+"""The number of floating-point operations per training token, from which MFU is computed.
 
-The convention is that of Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B): 6 for each weight of a matrix product,
-the head's too and embeddings not (2 forward, 4 backward), and 12 · layers · width · length for attention, where width is
-heads × their size. Softmax, norms and what is computed a second time (activation checkpointing) do not count. Causal
-attention needs half of its products, so ``causal`` counts half; ``full`` counts all, as a mask that is no shortcut does.
+The convention is that of Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B): 6 operations (2 forward, 4 backward) per
+weight that takes part in a matmul, including the head and excluding embeddings, plus 12 · layers · width · length for
+attention, where width is heads × head size. Softmax, norms and recomputation (activation checkpointing) are not counted.
+Causal attention needs half of its matmuls, so ``causal`` counts half of them; ``full`` counts all, as a kernel does that
+does not exploit the mask.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-# Dense decoders without anything but this in them: tests count the operations of every one. Another may hide a product
-# that no module shows, or skip one that it has; its number would be a guess.
+# Dense decoders that consist of these matmuls only; tests count the operations of each. Another architecture may have a matmul
+# outside of a module, or skip one that it has, so its number would be a guess.
 COUNTED = {
     "gpt2",
     "llama",
@@ -35,23 +36,23 @@ COUNTED = {
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """Operations of a token's training, forward and backward; ``None`` both where ``unknown`` says why."""
+    """Operations per training token, forward and backward. Both are ``None`` when ``unknown`` gives the reason."""
 
     causal: float | None = None
     full: float | None = None
     unknown: str | None = None
 
     def facts(self) -> dict[str, Any]:
-        """For run.json."""
+        """Return the entries of run.json."""
         known = {"flops_per_token": self.causal, "flops_per_token_full_attention": self.full}
         return known if self.unknown is None else known | {"flops_unknown": self.unknown}
 
 
 def flops_per_token(hf: Any, sequence_length: int) -> Flops:
-    """Of ``hf``, a causal LM of transformers, whole or sharded, on sequences of ``sequence_length``.
+    """Return the operations per token of ``hf``, a full or sharded causal LM of transformers, on sequences of
+    ``sequence_length`` tokens.
 
-    A document mask leaves out attention across borders; packed sequences are counted whole nevertheless, as the kernels
-    compute them.
+    Packed sequences are counted as if attention crossed the document boundaries, as the kernels compute them.
     """
     config = hf.config
     if config.model_type not in COUNTED:
@@ -61,12 +62,13 @@ def flops_per_token(hf: Any, sequence_length: int) -> Flops:
         return Flops(unknown=f"its attention sees {window} of the {sequence_length} tokens of a sequence")
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 12.0 * config.num_hidden_layers * config.num_attention_heads * head_size * sequence_length
-    products = 6.0 * sum(matrix_sizes(hf))
-    return Flops(causal=products + attention / 2, full=products + attention)
+    matmuls = 6.0 * sum(matrix_sizes(hf))
+    return Flops(causal=matmuls + attention / 2, full=matmuls + attention)
 
 
 def matrix_sizes(hf: nn.Module) -> Iterator[int]:
-    """The number of weights in each matrix that every token is multiplied by. A shard knows its whole module's sizes."""
+    """Yield the number of weights of each matrix that every token is multiplied by. The sizes are read from the modules, so they
+    are those of the full matrix under any sharding."""
     for module in hf.modules():
         if isinstance(module, nn.Linear):
             yield module.in_features * module.out_features

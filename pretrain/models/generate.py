@@ -1,4 +1,4 @@
-"""Continue prompts, greedily or by sampling, without touching the random state of a run."""
+"""Generation of continuations, greedily or by sampling, without changing the random state of the run."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ def generate(
     tokenizer: Any,
     prompts: list[str],
     *,
-    around: Boundaries,
+    boundaries: Boundaries,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
     seed: int,
 ) -> list[str]:
-    """The continuation of each prompt, without the prompt, up to a token that ends a text or, in a chat model, a turn.
-    ``around``: the tokens around a document; a prompt begins one. ``temperature`` 0 is greedy. The n-th prompt draws from
-    ``seed`` + n, so that a sample does not depend on the prompts before it.
+    """Return the continuation of each prompt, without the prompt, up to a token that ends a text or, in a chat model, a turn.
 
-    Raises ``UserError`` for a prompt as long as the model has positions; a continuation stops where they end.
+    A prompt is the start of a document, so it begins with the BOS of ``boundaries`` if there is one.
+    ``temperature=0`` decodes greedily. Prompt number n is sampled with the seed ``seed`` + n, so a sample does not depend on
+    the prompts before it. A continuation ends at the latest at the model's last position.
+
+    Raises ``UserError`` for a prompt that takes all positions of the model.
     """
     hf, training, positions = model.hf, model.training, model.num_positions
     device = next(hf.parameters()).device
@@ -40,15 +42,15 @@ def generate(
         else {"do_sample": False}
     )
     model.eval()
-    ends = _ends(hf, tokenizer, around)
+    ends = _ends(hf, tokenizer, boundaries)
     texts = []
     try:
         for number, prompt in enumerate(prompts):
-            before = [] if around.bos is None else [around.bos]
-            # An empty prompt begins a new document.
-            tokens = [*before, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] or [around.separator]
+            before = [] if boundaries.bos is None else [boundaries.bos]
+            # With an empty prompt the model starts a new document.
+            tokens = [*before, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] or [boundaries.separator]
             if len(tokens) >= positions:
-                raise UserError(f"a prompt of {len(tokens)} tokens leaves no room: the model has {positions} positions")
+                raise UserError(f"a prompt of {len(tokens)} tokens is too long: the model has {positions} positions")
             ids = torch.tensor([tokens], device=device)
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(seed + number)
@@ -57,7 +59,7 @@ def generate(
                     attention_mask=torch.ones_like(ids),
                     max_new_tokens=min(max_new_tokens, positions - len(tokens)),
                     eos_token_id=ends,
-                    pad_token_id=around.separator,
+                    pad_token_id=boundaries.separator,
                     use_cache=True,
                     **sampling,
                 )
@@ -67,7 +69,8 @@ def generate(
     return texts
 
 
-def _ends(hf: Any, tokenizer: Any, around: Boundaries) -> list[int]:
-    """The tokens at which a text ends: those of the generation config, the tokenizer's, and the separator of documents."""
-    named = (*end_ids(hf.generation_config), tokenizer.eos_token_id, around.separator)
+def _ends(hf: Any, tokenizer: Any, boundaries: Boundaries) -> list[int]:
+    """Return the token ids at which generation stops: those of the generation config, the tokenizer's eos_token and the
+    separator of documents."""
+    named = (*end_ids(hf.generation_config), tokenizer.eos_token_id, boundaries.separator)
     return sorted({token for token in named if token is not None})

@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM with the loss inside its forward: whatever wraps the module wraps the head's weight too."""
+"""A Hugging Face causal LM whose forward computes the loss, so that a wrapper (DDP, FSDP) wraps the head's weight too."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pretrain.distributed.sharding import TensorFiles, check_names, fill
 from pretrain.models import packing
 from pretrain.models.loss import linear_cross_entropy
 from pretrain.models.probe import (
-    Way,
+    DocumentMask,
     balancing_coefficient,
     by_masks,
     check_causal,
-    document_separation,
+    find_document_mask,
     has_plain_head,
     num_positions,
 )
@@ -27,13 +27,21 @@ from pretrain.runtime.errors import UserError
 
 
 class LanguageModel(nn.Module):
-    """``hf``: the wrapped model. ``fused_loss``: its logits are just ``head(last hidden state)``, found out on a probe, so
-    that the loss can be worked out without them; models that cap or scale their logits go through their own head.
+    """A causal LM of transformers together with its training loss.
 
-    ``balancing``: the weight of the mixture of experts' load balancing loss, 0 unless the config has
-    ``output_router_logits: true``. Dropout is as the model's config has it.
-    ``compile``: backbone and loss of the training step become one graph; evaluation, whose last batch is smaller than
-    the others, stays eager. Strategies wrap this module and not ``hf``, whose head is used outside of its own forward.
+    Strategies wrap this module and not ``hf``, because the head of ``hf`` is used outside of the forward of ``hf``. Dropout is
+    as the model's config sets it. With ``compile=True``, backbone and loss of the training step become one graph; evaluation,
+    whose last batch is smaller than the others, runs eagerly.
+
+    Attributes:
+        hf: the wrapped transformers model.
+        fused_loss: whether the logits are exactly ``head(last hidden state)``, which a probe determines. The loss is then
+            computed by `linear_cross_entropy` without all logits in memory. Models that cap or scale their logits use their own
+            head.
+        document_mask: how the model keeps packed documents apart; ``None`` if it can't.
+        balancing: the weight of the load balancing loss of a mixture of experts; 0 unless the config has
+            ``output_router_logits: true``.
+        is_compiled: whether the training step is compiled.
     """
 
     def __init__(self, hf: Any, *, compile: bool = False) -> None:  # noqa: A002 (the key users know)
@@ -41,7 +49,7 @@ class LanguageModel(nn.Module):
         self.hf = hf
         hf.config.use_cache = False
         self.fused_loss = False
-        self.document_mask: Way | None = None
+        self.document_mask: DocumentMask | None = None
         self.balancing = 0.0
         if not any(p.is_meta for p in hf.parameters()):
             self.probe()
@@ -49,13 +57,14 @@ class LanguageModel(nn.Module):
         self._compiled: Callable[..., Tensor] | None = torch.compile(self._loss, dynamic=False) if compile else None
 
     def probe(self, _: Tensor | None = None) -> None:
-        """Find out what this model's head and its attention are like. A model on the meta device is probed later.
+        """Set ``fused_loss``, ``document_mask`` and ``balancing`` by running the model on a few tokens. A model on the meta
+        device is probed after its weights are loaded.
 
-        The argument is for hooks of FSDP, which can't do without one. Raises ``UserError`` for a model that is not causal.
+        The argument is unused; FSDP's hooks need one. Raises ``UserError`` for a model that is not causal.
         """
         check_causal(self.hf)
         self.fused_loss = has_plain_head(self.hf)
-        self.document_mask = document_separation(self.hf)
+        self.document_mask = find_document_mask(self.hf)
         self.balancing = balancing_coefficient(self.hf)
 
     def forward(
@@ -66,25 +75,27 @@ class LanguageModel(nn.Module):
         *,
         ends: Tensor | None = None,
     ) -> Tensor:
-        """The loss summed over all labels that are not ``IGNORE``: nats, an fp32 scalar. Its value is the cross entropy;
-        the load balancing loss adds to its gradient alone.
+        """Return the loss summed over all labels that are not ``IGNORE``: an fp32 scalar in nats. Its value is the cross entropy;
+        the load balancing loss contributes to the gradient only.
 
-        ``input_ids``, ``labels`` (already shifted) int64 [n, S]. ``position_ids`` [n, S] restart at each document and
-        keep attention inside it; ``None``: one context a row. Raises ``UserError`` for positions that the model heeds
-        neither by themselves nor through a mask.
+        ``input_ids`` and ``labels`` (already shifted) are int64 [n, S]. ``position_ids`` [n, S] restart at each document and
+        keep attention inside it; with ``None`` each row is one context. Raises ``UserError`` for ``position_ids`` when the model
+        keeps documents apart neither by positions nor by masks.
 
-        With ``ends``, int64 [n], instead of labels: the logits [n, V] of what follows the token at ``ends[i]`` of row i.
+        With ``ends``, int64 [n], instead of ``labels``, return the logits [n, V] of the token that follows position ``ends[i]``
+        of row i.
         """
         if ends is not None:
             return self._logits(input_ids, ends)
         assert labels is not None
         if self._compiled is not None and self.training and torch.is_grad_enabled():
             return self._compiled(input_ids, labels, position_ids)
-        on_host = input_ids.device.type == "cpu"  # where looking costs nothing
+        on_host = input_ids.device.type == "cpu"  # where reading the positions does not synchronise a device
         with nullcontext() if on_host else packing.known(packed=position_ids is not None):
             return self._loss(input_ids, labels, position_ids)
 
     def _loss(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Return the summed loss. This is the function that is compiled."""
         given = {"input_ids": input_ids} | self._documents(position_ids)
         if self.balancing and self.training and torch.is_grad_enabled():
             return self._balanced_loss(given, labels)
@@ -96,15 +107,16 @@ class LanguageModel(nn.Module):
         return linear_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, labels.flatten())
 
     def _balanced_loss(self, given: dict[str, Any], labels: Tensor) -> Tensor:
-        """The cross entropy, and in its gradient ``balancing`` × the model's own loss of this micro-batch for each target:
-        divided by the targets of a global batch that is the mean over micro-batches, weighted by their targets."""
+        """Return the cross entropy, whose gradient includes that of ``balancing`` × the model's load balancing loss of this
+        micro-batch × its number of targets. After the division by the targets of the global batch, this is the mean over
+        micro-batches, weighted by their targets."""
         out = self.hf(**given, use_cache=False, output_router_logits=True)
         loss = F.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
         pull = self.balancing * out.aux_loss * (labels != IGNORE).sum()
         return loss + (pull - pull.detach())
 
     def _logits(self, input_ids: Tensor, ends: Tensor) -> Tensor:
-        """What is right of an end is not seen by it: attention is causal."""
+        """Return the logits at ``ends``. Tokens after an end do not matter, because attention is causal."""
         rows = torch.arange(len(ends), device=ends.device)
         if not self.fused_loss:
             logits: Tensor = self.hf(input_ids=input_ids, use_cache=False).logits[rows, ends]
@@ -115,10 +127,11 @@ class LanguageModel(nn.Module):
 
     @property
     def num_positions(self) -> int:
-        """How many tokens the model can see at once; ``sys.maxsize`` where its config does not say."""
+        """The longest sequence the model has positions for; ``sys.maxsize`` when its config gives no limit."""
         return num_positions(self.hf.config)
 
     def _documents(self, position_ids: Tensor | None) -> dict[str, Any]:
+        """Return the arguments that make ``hf`` keep the documents of ``position_ids`` apart."""
         if position_ids is None:
             return {}
         if self.document_mask is None:
@@ -127,20 +140,20 @@ class LanguageModel(nn.Module):
             )
         if self.balancing and self.document_mask is by_masks:
             raise UserError(
-                f"dataset.document_mask=true: {type(self.hf).__name__} works out its load balancing loss from plain masks only; "
+                f"dataset.document_mask=true: {type(self.hf).__name__} computes its load balancing loss from plain masks only; "
                 "set output_router_logits: false in its config.json, or document_mask=false"
             )
-        # The embedding's type and not the model's: under FSDP it is, here, that of the gathered weights.
+        # The dtype of the embedding and not of the model: under FSDP it is the dtype of the gathered weights here.
         return self.document_mask(self.hf, position_ids, self.hf.get_input_embeddings().weight.dtype)
 
     # -- names of the wrapped model ---------------------------------------------------------------------------------
 
     def hf_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters under their Hugging Face names; a tied weight comes once."""
+        """Iterate over the parameters under their Hugging Face names; a tied weight appears once."""
         return iter(self.hf.named_parameters())
 
     def hf_state(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers under their Hugging Face names; a tied weight is there once."""
+        """Return parameters and persistent buffers under their Hugging Face names; a tied weight appears once."""
         seen: set[int] = set()
         state = {}
         for name, tensor in self.hf.state_dict(keep_vars=True).items():
@@ -150,8 +163,8 @@ class LanguageModel(nn.Module):
         return state
 
     def load(self, files: TensorFiles) -> None:
-        """Fill every weight from ``files``, this rank's rows of a sharded one. Raises ``UserError`` when a name or a
-        shape does not fit."""
+        """Fill every weight from ``files``; of a weight sharded along dim 0, fill the local shard. Raises ``UserError`` when a
+        name or a shape does not match."""
         own = self.hf_state()
         check_names(own, files)
         for name, tensor in own.items():

@@ -1,8 +1,10 @@
-"""The cross entropy of a linear head, worked out in chunks of rows: the logits of all positions never exist at once.
+"""The fused cross entropy of a linear head. It is computed in chunks of rows, so the logits of all positions never exist at
+once.
 
-Gradients are made in the forward pass, chunk by chunk, so the head costs the same three matrix products as the plain
-way and nothing is computed twice; memory falls from rows × vocabulary to chunk × vocabulary. (The idea is that of
-Liger-Kernel, arXiv:2410.10989; torch's own `linear_cross_entropy` sums bf16 in bf16 and leaves compiled graphs.)
+The gradients are computed in the forward pass, chunk by chunk. The head therefore costs the same three matmuls as the unfused
+computation, nothing is recomputed, and memory falls from rows × vocabulary to chunk × vocabulary. The idea is that of
+Liger-Kernel (arXiv:2410.10989). torch's own `linear_cross_entropy` is not used: it sums bf16 in bf16 and breaks compiled
+graphs.
 """
 
 from __future__ import annotations
@@ -15,38 +17,43 @@ from torch.nn import functional as F
 
 from pretrain.data.batch import IGNORE
 
-# Logits at a time, 128 MiB in fp32: with fewer, adding to the weight's gradient costs more than it saves.
+# Logits per chunk, 128 MiB in fp32. With smaller chunks, accumulating the weight's gradient costs more than the memory saves.
 CHUNK_LOGITS = 2**25
-ROOM = 64.0  # fp16 can't hold p - one-hot ~ 1/V well; a power of two takes it up and down again without rounding
+# Factor by which logit gradients are scaled up before they are cast to fp16, where p - one_hot ~ 1/V would lose bits. It is a
+# power of two, so that scaling up and down again does not round.
+FP16_GRAD_SCALE = 64.0
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """Summed cross entropy (nats, fp32 scalar) of ``hidden @ weight.T + bias`` against ``labels``.
+    """Return the summed cross entropy (nats, fp32 scalar) of ``hidden @ weight.T + bias`` against ``labels``.
 
-    ``hidden`` [n, h] · ``weight`` [v, h] · ``bias`` [v] or None · ``labels`` int64 [n], ``IGNORE`` where there is no
-    target. Under autocast the products run in its type; softmax, loss and the sum of the weight's gradient in fp32.
+    ``hidden`` is [n, h], ``weight`` [v, h], ``bias`` [v] or None, and ``labels`` int64 [n] with ``IGNORE`` where there is no
+    target. Under autocast the matmuls run in the autocast dtype; softmax, loss and the accumulation of the weight's gradient
+    always run in fp32.
     """
     device_type = hidden.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
     with torch.autocast(device_type, enabled=False):
         if not torch.is_grad_enabled():
-            return _forward(hidden, weight, bias, labels, dtype, wants=(False, False, False))[0]
+            return _forward(hidden, weight, bias, labels, dtype, needs_grad=(False, False, False))[0]
         loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, dtype)
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """The autograd function of the loss: ``forward`` computes loss and gradients, ``backward`` scales the gradients."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        loss, *grads = _forward(hidden, weight, bias, labels, dtype, wants=ctx.needs_input_grad[:3])
+        loss, *grads = _forward(hidden, weight, bias, labels, dtype, needs_grad=ctx.needs_input_grad[:3])
         ctx.save_for_backward(*grads)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Not in place: the saved gradients are those of another backward too, should there be one.
+        # Not in place, because backward may be called again on the same graph (retain_graph=True).
         scaled = (None if saved is None else _times(saved, grads[0]) for saved in ctx.saved_tensors)
         return (*scaled, None, None)
 
@@ -58,11 +65,19 @@ def _forward(
     labels: Tensor,
     dtype: torch.dtype,
     *,
-    wants: tuple[bool, bool, bool],
+    needs_grad: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The loss and its gradients for hidden, weight and bias as far as ``wants`` says."""
+    """Return the loss and its gradients with respect to hidden, weight and bias; ``None`` where ``needs_grad`` is False."""
+    # For each chunk of rows x [c, h] with labels y, head W [v, h] and bias b [v]:
+    #   z       = x W^T + b                 logits [c, v]: the matmul runs in dtype, the result is cast to fp32
+    #   loss   += sum(logsumexp(z) - z[y])  in fp32, over the rows that have a target
+    #   g       = softmax(z) - one_hot(y)   d loss / d z, 0 in rows without a target
+    #   dx      = g W                       [c, h]: the gradient of this chunk's rows is final
+    #   dW     += g^T x                     [v, h]: the matmul runs in dtype, accumulated in fp32
+    #   db     += sum over rows of g        [v], in fp32
+    # z and g exist for one chunk at a time. backward() multiplies dx, dW and db by the incoming scalar gradient.
     rows, head = hidden.to(dtype), weight.to(dtype)
-    room = ROOM if dtype == torch.float16 else 1.0
+    grad_scale = FP16_GRAD_SCALE if dtype == torch.float16 else 1.0
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     hidden_grads: list[Tensor] = []
     weight_grad: Tensor | None = None
@@ -75,13 +90,13 @@ def _forward(
         one_chunk = _traced_chunk if torch.compiler.is_compiling() else _eager_chunk
         chunk_loss, grad = one_chunk(logits, label)
         loss = loss + chunk_loss
-        if bias is not None and wants[2]:
+        if bias is not None and needs_grad[2]:
             bias_grad = grad.sum(0) if bias_grad is None else bias_grad + grad.sum(0)
-        scaled = (grad * room if room != 1 else grad).to(dtype)
-        if wants[0]:
-            hidden_grads.append(scaled @ head / room if room != 1 else scaled @ head)
-        if wants[1]:
-            weight_grad = _add_product(weight_grad, scaled, row, 1 / room)
+        scaled = (grad * grad_scale if grad_scale != 1 else grad).to(dtype)
+        if needs_grad[0]:
+            hidden_grads.append(scaled @ head / grad_scale if grad_scale != 1 else scaled @ head)
+        if needs_grad[1]:
+            weight_grad = _accumulate_weight_grad(weight_grad, scaled, row, 1 / grad_scale)
     return (
         loss,
         torch.cat(hidden_grads).to(hidden.dtype) if hidden_grads else None,
@@ -91,18 +106,19 @@ def _forward(
 
 
 def _eager_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss and its gradient for fp32 ``logits`` [rows, v], in whose memory the gradient comes."""
+    """Return the summed loss of fp32 ``logits`` [rows, v] and its gradient, which overwrites the logits in memory."""
     counts, target = (labels != IGNORE).unsqueeze(1), labels.clamp(min=0).unsqueeze(1)
     top, at_target = logits.amax(1, keepdim=True), logits.gather(1, target)
     p = torch.softmax(logits, 1, out=logits)
-    # max p = 1 / sum exp(z - max z): the log-sum-exp is had for one more look at p.
+    # max p = 1 / sum exp(z - max z), so logsumexp(z) = max z - log(max p): no second pass of exponentials is needed.
     loss = ((top - p.amax(1, keepdim=True).log() - at_target) * counts).sum()
     p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
     return loss, p.mul_(counts)
 
 
 def _traced_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The same without writing in place, as the compiler fuses it best: fp32 logits then never exist in memory."""
+    """Return the same as `_eager_chunk` without in-place operations, which the compiler fuses best: the fp32 logits then never
+    exist in memory."""
     counts, target = (labels != IGNORE).unsqueeze(1), labels.clamp(min=0).unsqueeze(1)
     log_sum = torch.logsumexp(logits, 1, keepdim=True)
     loss = ((log_sum - logits.gather(1, target)) * counts).sum()
@@ -111,14 +127,16 @@ def _traced_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _times(saved: Tensor, grad: Tensor) -> Tensor:
-    """The product in ``saved``'s type; a scaled loss's gradient can be more than fp16 holds."""
+    """Return ``saved * grad`` in the dtype of ``saved``. The gradient of a scaled loss can exceed the range of fp16, so fp16
+    is multiplied in fp32."""
     if saved.dtype == torch.float16:
         return (saved.float() * grad).to(saved.dtype)
     return saved * grad.to(saved.dtype)
 
 
-def _add_product(total: Tensor | None, grad: Tensor, row: Tensor, scale: float) -> Tensor:
-    """``total + scale * grad.T @ row`` in fp32, into ``total`` and without a temporary where that can be."""
+def _accumulate_weight_grad(total: Tensor | None, grad: Tensor, row: Tensor, scale: float) -> Tensor:
+    """Return ``total + scale * grad.T @ row`` in fp32. An existing ``total`` is updated in place, and with
+    fp32 gradients without a temporary tensor."""
     if total is not None and grad.dtype == torch.float32:
         return total.addmm_(grad.t(), row, alpha=scale)
     product = grad.t() @ row
@@ -128,6 +146,6 @@ def _add_product(total: Tensor | None, grad: Tensor, row: Tensor, scale: float) 
 
 
 def chunk_rows(rows: int, vocabulary: int) -> int:
-    """Rows at a time: near ``CHUNK_LOGITS`` logits, shared evenly between the chunks, a multiple of 8."""
+    """Return the number of rows per chunk: about ``CHUNK_LOGITS`` logits, chunks of equal size, a multiple of 8."""
     chunks = max(1, round(rows * vocabulary / CHUNK_LOGITS))
     return max(8, (-(-rows // chunks) + 7) // 8 * 8)

@@ -1,6 +1,6 @@
-"""Building a model whose parameters are shapes without memory, but whose buffers (RoPE's frequencies, masks) are real.
+"""Building a model whose parameters are on the meta device but whose buffers (RoPE's frequencies, masks) are real.
 
-A model built whole on the meta device would lose buffers that are no part of any checkpoint.
+A model built entirely on the meta device would lose the buffers that no checkpoint contains.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Inside, every parameter that a module registers is moved to the meta device at once; a tied one stays tied."""
+    """Inside this context every parameter that a module registers is moved to the meta device; ties are kept."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -30,14 +30,15 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def put_buffers(module: nn.Module, buffers: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Put ``buffers`` (by name) back on ``device`` as they are: RoPE's frequencies do not stand 16 bits."""
+    """Set ``buffers`` (by name) on ``device`` in their own dtype: RoPE's frequencies lose too much precision in 16 bits."""
     for name, buffer in buffers.items():
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, buffer.to(device))
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
-    """All parameters in ``dtype``, ties kept; buffers as they are. `dtypes.cast` leaves in fp32 what a model wants so."""
+    """Cast all parameters to ``dtype``. Ties are kept and buffers are not cast. Unlike `dtypes.cast`, this also casts the
+    parameters that a model lists as fp32."""
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

@@ -1,4 +1,4 @@
-"""A model that is not built yet: a strategy decides where, and whether any process ever holds all of it."""
+"""A model that is not built yet. The strategy decides on which device it is built, and whether any process holds all of it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFactory:
-    """``spec``: where config and weights come from · ``param_dtype``: of the weights · ``seed``: of random ones."""
+    """Build a model: ``spec`` gives config and weights, ``param_dtype`` the dtype of the weights, ``seed`` that of random
+    weights."""
 
     spec: Pretrained | Scratch
     param_dtype: torch.dtype
     seed: int
 
     def build(self, device: torch.device) -> LanguageModel:
-        """The whole model with its weights on ``device``, in training mode."""
+        """Return the full model with its weights on ``device``, in training mode."""
         return self.spec.build(param_dtype=self.param_dtype, device=device, seed=self.seed)
 
     def build_on_meta(self) -> LanguageModel:
-        """The model with its parameters on the meta device (a shape and no memory) and its buffers on the CPU."""
+        """Return the model with its parameters on the meta device (shapes without memory) and its buffers on the CPU."""
         return self.spec.build_on_meta(param_dtype=self.param_dtype)
 
     def files(self, build_on_meta: LanguageModel) -> TensorFiles | None:
-        """The weights in files, under the names and shapes of ``build_on_meta``; ``None`` where they exist only by building:
-        random weights, and files of another layout that transformers converts."""
+        """Return the weight files if they hold every weight under the names and shapes of ``build_on_meta``. Return ``None`` when
+        the model has to be built to get its weights: random weights, and files whose layout transformers converts."""
         files = self.spec.weights()
         wanted = build_on_meta.hf_state()
         if files is None or wanted.keys() != files.keys():

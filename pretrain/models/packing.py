@@ -1,7 +1,7 @@
-"""Whether a batch has packed documents, told to transformers by whoever made it.
+"""Pass the information whether a batch has packed documents to transformers, which would otherwise read it from the device.
 
-Asked for no mask, transformers (5.20 to 5.23, ``masking_utils.find_packed_sequence_indices``) reads from the device in every
-forward whether positions restart anywhere. A GPU that has to answer has nothing left to do when it has done so.
+When no attention mask is given, transformers (5.20 to 5.23, ``masking_utils.find_packed_sequence_indices``) checks in every
+forward whether positions restart anywhere. On a GPU that check is a synchronisation: the kernel queue is empty after it.
 """
 
 from __future__ import annotations
@@ -15,33 +15,35 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-ASKED = "find_packed_sequence_indices"
-_asks = vars(masking_utils).get(ASKED)
+PACKING_CHECK = "find_packed_sequence_indices"
+_original = vars(masking_utils).get(PACKING_CHECK)
 _lock, _inside = Lock(), 0
 
 
 @contextmanager
 def known(*, packed: bool) -> Iterator[None]:
-    """Inside, no model asks: documents are kept apart where positions restart, or each row is one. Threads may be inside
-    together, with parts of one batch (``strategy=dp``). Not for compiled graphs, in which nothing is asked, and no help where
-    this transformers asks elsewhere."""
+    """Inside this context no model reads from the device whether positions restart. With ``packed=True`` documents are kept apart
+    where positions restart; with ``False`` each row is one document.
+
+    Several threads may be inside at the same time, with parts of one batch (``strategy=dp``). Compiled graphs don't need this
+    context, because they contain no such check. It has no effect if another version of transformers checks elsewhere."""
     _enter(1, sequences if packed else lambda position_ids: None)
     try:
         yield
     finally:
-        _enter(-1, _asks)
+        _enter(-1, _original)
 
 
 def _enter(change: int, answer: Any) -> None:
-    """Count the threads inside; the first and the last change what transformers asks."""
+    """Count the threads inside. The first one to enter and the last one to leave replace the function of transformers."""
     global _inside
     with _lock:
         _inside += change
-        if _asks is not None and _inside == max(change, 0):
-            setattr(masking_utils, ASKED, answer)
+        if _original is not None and _inside == max(change, 0):
+            setattr(masking_utils, PACKING_CHECK, answer)
 
 
 def sequences(position_ids: Tensor) -> Tensor:
-    """int64 [n, S]: the number, in its row, of the document that a token of ``position_ids`` [n, S] belongs to."""
+    """Return int64 [n, S]: for each token of ``position_ids`` [n, S] the number of its document within its row."""
     steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
     return (steps != 1).cumsum(-1)

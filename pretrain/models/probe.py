@@ -1,9 +1,9 @@
-"""What a model does, found out by running it on a few tokens when it is built: whether its head is linear, whether it sees
-the future, and how it keeps packed documents apart. Architectures are not listed: numbers decide.
+"""Probes of a model's behaviour. When a model is built, it is run on a few tokens to determine whether its head is linear,
+whether its attention is causal, and how it keeps packed documents apart. There is no list of architectures.
 
-What must not be seen is changed, and nothing may change with it, to the last bit: two inputs of one shape go through the same
-kernels, so a difference is a leak and not rounding. The outputs of all modules are compared and not the logits alone, in
-which 16 bits may round away a small leak that training makes large.
+A probe changes the tokens that must not be visible and requires every output to stay the same to the last bit. Two inputs of
+one shape go through the same kernels, so any difference is a leak and not rounding. The outputs of all modules are compared,
+not the logits alone: in 16 bits the logits may round away a small leak that training would make large.
 """
 
 from __future__ import annotations
@@ -23,70 +23,72 @@ from pretrain.models.hub.files import POSITION_KEYS
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 
-Way = Callable[[Any, Tensor, torch.dtype], dict[str, Any]]  # (model, position_ids, dtype) → arguments of its forward
+# (model, position_ids, dtype) → arguments of its forward
+DocumentMask = Callable[[Any, Tensor, torch.dtype], dict[str, Any]]
 
-PROBE_LOGIT = 100.0  # beyond any soft cap in use (Gemma 2: 30), so that a cap can't pass for a straight line
+PROBE_LOGIT = 100.0  # larger than any soft cap in use (Gemma 2: 30), so that a capped head can't look linear
 LENGTH = 12  # tokens of a document
-WINDOW = 4  # of attention during a trial, so that documents are longer than windows and chunks
+WINDOW = 4  # attention window during a probe, so that documents are longer than windows and chunks
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "sliding_window_size")
-ULPS = 32  # of the largest number: what two ways to compute the same may differ by in fp32
+ULPS = 32  # of the largest value: the tolerance between two ways to compute the same result in fp32
 
 
-# -- ways to keep documents apart -------------------------------------------------------------------------------------
+# -- document masks ---------------------------------------------------------------------------------------------------
 
 
 def by_positions(hf: Any, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """What most models need: with no cache and no mask, transformers masks attention where positions restart."""
+    """Return positions only, which is enough for most models: with no cache and no mask, transformers masks attention where
+    positions restart."""
     return {"position_ids": position_ids}
 
 
 def by_masks(hf: Any, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """The masks themselves, one for each type of layer with its window or chunk, for models that do not make them from
-    positions (OPT, GPT-OSS). They are made by transformers: a plain mask would take the windows' place."""
+    """Return positions and attention masks, one mask for each type of layer with its window or chunk. Models that do not derive
+    masks from positions (OPT, GPT-OSS) need them. transformers builds them, because a plain mask would replace the windows."""
     rows, length = position_ids.shape
-    embeds = torch.empty(rows, length, 0, dtype=dtype, device=position_ids.device)  # read for its shape and type
+    embeds = torch.empty(rows, length, 0, dtype=dtype, device=position_ids.device)  # only its shape and dtype are read
     masks = create_masks_for_generate(hf.config, embeds, None, None, position_ids)
     return {"position_ids": position_ids, "attention_mask": masks}
 
 
-WAYS: tuple[Way, ...] = (by_positions, by_masks)
+DOCUMENT_MASKS: tuple[DocumentMask, ...] = (by_positions, by_masks)
 
 
-# -- trials -----------------------------------------------------------------------------------------------------------
+# -- probes -----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def check_causal(hf: Any) -> None:
-    """Raises ``UserError`` for a model whose logits at a token change with the tokens after it: it would be trained to
-    copy its targets."""
+    """Raise ``UserError`` for a model whose logits at a token change with the tokens after it, because training it would teach it
+    to copy its targets."""
     ids = _documents(hf)
     if ids is None:
         return
-    with _trial(hf):
+    with _probing(hf):
         one, two = (_logits(hf, ids[order])[:, : ids.shape[1]] for order in ([0, 1, 2], [0, 3, 4]))
     if not _is_rounding(*_finite(one, two)):
         raise UserError(
-            f"{type(hf).__name__} sees the tokens that it should predict: its logits change with later tokens, so it can't "
+            f"{type(hf).__name__} is not causal: its logits change with later tokens, so it can't "
             "be trained or scored as a causal model; an encoder (BERT, RoBERTa) needs is_decoder: true in its config.json "
             "(model=scratch: model.overrides.is_decoder=true)"
         )
 
 
 @torch.no_grad()
-def document_separation(hf: Any) -> Way | None:
-    """The way in which this model, which must be causal, keeps packed documents apart, or ``None``.
+def find_document_mask(hf: Any) -> DocumentMask | None:
+    """Return the way in which this causal model keeps packed documents apart, or ``None`` if it can't.
 
-    A document between two others must come out bit for bit the same whatever these are, in every module, and the same up to
-    rounding as at the start of a row, where it sees nothing else.
+    Every module's output for a document between two others must be bit for bit independent of those, and the logits must equal,
+    up to rounding, those of the same document at the start of a row, where no other document is visible.
     """
     ids = _documents(hf)
     if ids is None:
         return None
     length = ids.shape[1]
     positions = torch.arange(length, device=hf.device).repeat(3).unsqueeze(0)
-    with _trial(hf):
+    with _probing(hf):
         alone = _logits(hf, ids[[0, 1, 2]])[:, :length]
-        for way in WAYS:
+        for way in DOCUMENT_MASKS:
             try:
                 given = way(hf, positions, hf.get_input_embeddings().weight.dtype)
                 one, two = (_outputs(hf, ids[order], length, given) for order in ([1, 0, 2], [3, 0, 4]))
@@ -100,11 +102,11 @@ def document_separation(hf: Any) -> Way | None:
 
 @torch.no_grad()
 def has_plain_head(hf: Any) -> bool:
-    """Whether the logits are the output embedding applied to the last hidden state of ``base_model`` and nothing else.
+    """Return whether the logits are exactly the output embedding applied to the last hidden state of ``base_model``.
 
-    Asked of the numbers and not of a list of architectures: the head must be given what ``base_model`` returns, and
-    what it makes of large random numbers must come out untouched. So soft-capping, a logit scale, a further layer all
-    show, even where the model's own logits are still small.
+    The probe checks that the input of the head is what ``base_model`` returns, and that the head's output for large random
+    inputs is returned unchanged as the logits. This detects soft-capping, a logit scale and a further layer, even while the
+    model's own logits are still small.
     """
     backbone, head = hf.base_model, hf.get_output_embeddings()
     if backbone is hf or not isinstance(head, nn.Linear):
@@ -135,8 +137,8 @@ def has_plain_head(hf: Any) -> bool:
 
 @torch.no_grad()
 def balancing_coefficient(hf: Any) -> float:
-    """By what the load balancing loss of a mixture of experts (Fedus et al., arXiv:2101.03961) is multiplied before it is
-    added; 0 where the config does not ask for it (``output_router_logits``) or the architecture has none."""
+    """Return the factor of the load balancing loss of a mixture of experts (Fedus et al., arXiv:2101.03961). It is 0 unless the
+    config enables the loss (``output_router_logits``) and the architecture has one."""
     config = hf.config.get_text_config()
     if not getattr(config, "output_router_logits", False):
         return 0.0
@@ -145,7 +147,7 @@ def balancing_coefficient(hf: Any) -> float:
     ids = _documents(hf)
     if not coefficient or ids is None:
         return 0.0
-    with _trial(hf):
+    with _probing(hf):
         try:
             loss = hf(input_ids=ids[:1], use_cache=False, output_router_logits=True).aux_loss
         except (TypeError, AttributeError):
@@ -159,7 +161,7 @@ def balancing_coefficient(hf: Any) -> float:
 
 
 def num_positions(config: Any) -> int:
-    """How many tokens a model with this config can see at once; ``sys.maxsize`` where it does not say."""
+    """Return the longest sequence that a model with this config has positions for; ``sys.maxsize`` without a limit."""
     limits = [getattr(config, key, None) for key in POSITION_KEYS]
     return min((n for n in limits if isinstance(n, int) and n > 0), default=sys.maxsize)
 
@@ -168,7 +170,8 @@ def num_positions(config: Any) -> int:
 
 
 def _documents(hf: Any) -> Tensor | None:
-    """Five documents of different tokens, int64 [5, n], of which three fit the model's positions; ``None``: none do."""
+    """Return five documents of different tokens, int64 [5, n], short enough that three of them fit the model's positions;
+    ``None`` if the model has fewer than three positions."""
     length = min(LENGTH, num_positions(hf.config) // 3)
     if length < 1:
         return None
@@ -177,19 +180,19 @@ def _documents(hf: Any) -> Tensor | None:
 
 
 def _logits(hf: Any, documents: Tensor, given: dict[str, Any] | None = None) -> Tensor:
-    """[1, S, V] of the documents one after the other in one row."""
+    """Return the logits [1, S, V] of the documents concatenated into one row."""
     logits: Tensor = hf(input_ids=documents.reshape(1, -1), use_cache=False, **given or {}).logits
     return logits
 
 
 def _outputs(hf: Any, documents: Tensor, length: int, given: dict[str, Any]) -> list[Tensor]:
-    """What every module gives for the tokens of the second document, in the order of the calls; the logits last."""
+    """Return every module's output for the tokens of the second document, in call order; the logits are last."""
     seen: list[Tensor] = []
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) and output else output
         if isinstance(first, Tensor) and first.is_floating_point() and first.ndim in (2, 3):
-            tokens = first[0] if first.ndim == 3 and len(first) == 1 else first  # experts see rows alone
+            tokens = first[0] if first.ndim == 3 and len(first) == 1 else first  # experts get flattened rows
             if len(tokens) == documents.numel():
                 seen.append(tokens[length : 2 * length].clone())
 
@@ -201,8 +204,9 @@ def _outputs(hf: Any, documents: Tensor, length: int, given: dict[str, Any]) -> 
 
 
 @contextmanager
-def _trial(hf: Any) -> Iterator[None]:
-    """In eval mode, with small windows, the same kernels for every token, and no trace in the random state."""
+def _probing(hf: Any) -> Iterator[None]:
+    """Inside this context the model is in eval mode, its attention windows are small, and every token goes through the same
+    kernels. The random state is unchanged afterwards."""
     training = hf.training
     with ExitStack() as stack:
         cuda = [hf.device] if hf.device.type == "cuda" else []
@@ -215,7 +219,7 @@ def _trial(hf: Any) -> Iterator[None]:
                 if isinstance(size, int) and size > WINDOW:
                     setattr(config, key, WINDOW)
                     stack.callback(setattr, config, key, size)
-            if getattr(config, "output_router_logits", False):  # its loss takes no masks of documents
+            if getattr(config, "output_router_logits", False):  # the load balancing loss accepts no document masks
                 config.output_router_logits = False
                 stack.callback(setattr, config, "output_router_logits", True)
         for module in hf.modules():
@@ -229,7 +233,7 @@ def _trial(hf: Any) -> Iterator[None]:
 
 @contextmanager
 def _deterministic(*, active: bool) -> Iterator[None]:
-    """A GPU adds up what experts give in any order, unless told otherwise."""
+    """Use deterministic algorithms, because a GPU otherwise sums the outputs of experts in a varying order."""
     if not active:
         yield
         return
@@ -244,14 +248,16 @@ def _deterministic(*, active: bool) -> Iterator[None]:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    """Experts as transformers 5 writes them: forward(hidden [tokens, h], indices, weights [tokens, k])."""
+    """Return whether ``module`` has the form of transformers 5's experts: forward(hidden [tokens, h], indices, weights
+    [tokens, k])."""
     if not type(module).__name__.endswith("Experts") or "forward" in vars(module):
         return False
     return len(signature(module.forward).parameters) == 3
 
 
 def _token_by_token(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An expert rounds by how many tokens it gets at once, and other documents decide that."""
+    """Wrap the forward of experts so that it runs one token at a time. The rounding of an expert depends on how many tokens it
+    gets at once, and that depends on the other documents."""
 
     def each(*inputs: Tensor) -> Tensor:
         return torch.cat([forward(*(each[t : t + 1] for each in inputs)) for t in range(len(inputs[0]))])
@@ -260,35 +266,36 @@ def _token_by_token(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _finite(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with zeros where one of them is not finite. A model may overflow at some tokens, and attention hands that on even
-    where its weight is 0: there is nothing to compare there, and the guard of the run deals with it."""
+    """Return both tensors with zeros where either is not finite. A model may overflow at some tokens, and attention propagates
+    non-finite values even with weight 0. Such values can't be compared; the run's guard handles them."""
     both = a.isfinite() & b.isfinite() if a.shape == b.shape else torch.tensor(True, device=a.device)
     return torch.where(both, a, 0), torch.where(both, b, 0)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to rounding in the tensors' type, measured at the largest number."""
+    """Return whether the tensors are equal up to rounding in their dtype, relative to the largest value."""
     eps = torch.finfo(a.dtype).eps
     a, b = a.float(), b.float()
     return bool((a - b).abs().max() <= ULPS * eps * b.abs().max())
 
 
 def _is_rounding(a: Tensor, b: Tensor) -> bool:
-    """Equal but for what some models (ProphetNet) round by the whole sequence: in 16 bits that changes few tokens, where what
-    is seen changes all."""
+    """Return whether the tensors differ by rounding only. In some models (ProphetNet) rounding depends on the entire sequence:
+    in 16 bits this changes few tokens, whereas visible later tokens change all of them."""
     if a.dtype == torch.float32:
         return torch.equal(a, b) or _close(a, b)
     return bool(_errors(a, b).median() < torch.finfo(torch.bfloat16).eps / 8)
 
 
 def _errors(a: Tensor, b: Tensor) -> Tensor:
-    """Of each token of [.., n, V], relative to its norm."""
+    """Return the error of each token of [.., n, V], relative to the norm of its logits."""
     a, b = a.float(), b.float()
     return torch.linalg.vector_norm(a - b, dim=-1) / torch.linalg.vector_norm(b, dim=-1).clamp_min(1e-30)
 
 
 def _similar(a: Tensor, b: Tensor) -> bool:
-    """Of the tokens [.., n, V] at least half differ by rounding only: in 16 bits a few may have gone to other experts."""
+    """Return whether at least half of the tokens [.., n, V] differ by rounding only. In 16 bits a few tokens may be routed to
+    other experts."""
     if a.dtype == torch.float32:
         return _close(a, b)
     return bool(_errors(a, b).median() <= 1.5 * torch.finfo(torch.bfloat16).eps)

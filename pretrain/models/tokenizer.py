@@ -1,8 +1,8 @@
-"""The tokenizer of a model folder: its tokenizer.json as it is, whatever class transformers would make of it.
+"""The tokenizer of a model folder: its tokenizer.json unchanged, regardless of the class that transformers would use.
 
-transformers 5 builds many tokenizer classes anew from the vocabulary alone, with the rules that the class is written for and
-not those of the file (``TokenizersBackend.convert_to_native_format``, 5.20 to 5.23), and adds tokens that the class expects.
-What a model was trained with is the file.
+transformers 5 rebuilds many tokenizer classes from the vocabulary alone, with the rules of the class and not those of the
+file (``TokenizersBackend.convert_to_native_format``, 5.20 to 5.23), and adds tokens that the class expects. The model,
+however, was trained with the file.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from pretrain.runtime.errors import UserError, did_you_mean, one_line
 from pretrain.runtime.folders import is_inside
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-FILES = (  # of a tokenizer, in a model folder
+FILES = (  # files of a tokenizer in a model folder
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "*.model", "*.tiktoken", "tekken.json"),
     *("chat_template.jinja", "chat_template.json", "tokenization_*.py"),
 )
 CONVERTED_BY = {"*.model": "sentencepiece", "*.tiktoken": "tiktoken", "tekken.json": "mistral_common"}  # file → package
-TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # a document's; a chat model's eos_token ends a turn
+TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # of a document; a chat model's eos_token ends a turn
 DOCUMENT_ENDS = (*TEXT_ENDS, "</s>", "<eos>")
-LINES = (  # in which rules differ: digits, spaces, contractions, accents, scripts, line ends
+PROBE_LINES = (  # lines that reveal different tokenization rules: digits, spaces, contractions, accents, scripts, line ends
     "In 1984 it cost 1234567.89, they'd say; I'LL pay 12345 on 2024-05-17.",
     "  two  spaces\tand a tab\n\n\nthen   three  ",
     "naïve café Ångström e\u0301 ﬁ ½ Straße İstanbul",
@@ -42,7 +42,7 @@ LINES = (  # in which rules differ: digits, spaces, contractions, accents, scrip
     "def f(x):\n    return x**2 + 0x1F  # <html> &amp;\r\n",
 )
 CONVERT = "python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{0}').save_pretrained('{0}')\""
-OTHERWISE = (
+ALTERNATIVES = (
     "copy tokenizer.json from the model's own folder, name another folder or Hub id as model.tokenizer_name, or convert the "
     "files with the class that they were made for (tokenizer_class in tokenizer_config.json)"
 )
@@ -50,22 +50,22 @@ OTHERWISE = (
 
 @dataclass(frozen=True)
 class Boundaries:
-    """The tokens around every document: ``bos`` before it (``None``: there is none), ``separator`` after it."""
+    """The tokens around every document: ``bos`` before it (``None`` if there is none) and ``separator`` after it."""
 
     bos: int | None
     separator: int
 
 
 class FolderTokenizer(PreTrainedTokenizerFast):
-    """``backend`` is kept exactly as given; ``files`` are what ``save_pretrained`` writes, unchanged."""
+    """A fast tokenizer that uses ``backend`` exactly as given. ``save_pretrained`` writes ``files`` unchanged."""
 
     def __init__(self, backend: Tokenizer, files: dict[str, bytes], **options: Any) -> None:
         super().__init__(tokenizer_object=backend, **options)
-        self._tokenizer = backend  # transformers has changed its copy
+        self._tokenizer = backend  # transformers modifies the copy that it makes
         self.files = files
 
     def save_pretrained(self, save_directory: Any, *_: Any, **__: Any) -> tuple[str, ...]:
-        """Write the tokenizer's files into a folder, byte for byte as they were read; return their paths."""
+        """Write the tokenizer's files into a folder, byte for byte as they were read, and return their paths."""
         paths = [Path(save_directory) / name for name in self.files]
         for path, content in zip(paths, self.files.values(), strict=True):
             path.write_bytes(content)
@@ -73,92 +73,97 @@ class FolderTokenizer(PreTrainedTokenizerFast):
 
 
 def folder_tokenizer(folder: Path, *, code: bool = False) -> Any:
-    """The fast tokenizer of ``folder``. ``code``: the folder's own Python may run.
+    """Return the fast tokenizer of ``folder``. With ``code=True`` the folder's own Python may run.
 
-    Says in a notice where transformers' AutoTokenizer would make other tokens. Raises ``UserError`` when there is none.
+    A notice is printed when transformers' AutoTokenizer would give different tokens. Raises ``UserError`` when there is no
+    tokenizer.
     """
     _check_links(folder)
     if not (folder / "tokenizer.json").exists():
         return _converted(folder, code)
-    with _usable(f"{folder}: no usable tokenizer: tokenizer.json"):
-        return _of_file(folder, code)
+    with _as_user_error(f"{folder}: no usable tokenizer: tokenizer.json"):
+        return _from_file(folder, code)
 
 
-def _of_file(folder: Path, code: bool) -> FolderTokenizer:
+def _from_file(folder: Path, code: bool) -> FolderTokenizer:
+    """Return the tokenizer of the folder's tokenizer.json, and print a notice if AutoTokenizer's differs from it."""
     backend, config = Tokenizer.from_file(str(folder / "tokenizer.json")), _read_json(folder, "tokenizer_config.json")
     _check_ids(folder, backend)
-    # A trial too: a file may name an unknown token that its vocabulary lacks.
-    expected = [_bare(backend).encode(line, add_special_tokens=False).ids for line in LINES]
+    # This also validates the file, which may name an unknown token that its vocabulary lacks.
+    expected = [_without_truncation(backend).encode(line, add_special_tokens=False).ids for line in PROBE_LINES]
     auto = _auto(folder, code)
-    if not isinstance(auto, str) and not hasattr(auto, "backend_tokenizer"):  # RagTokenizer, which is two in one
-        auto = f"{type(auto).__name__} is not of the tokenizers library"
+    if not isinstance(auto, str) and not hasattr(auto, "backend_tokenizer"):  # e.g. RagTokenizer, which wraps two
+        auto = f"{type(auto).__name__} is not a tokenizer of the tokenizers library"
     named, unknown = _special_tokens(folder, config, backend, auto)
     adds = _adds_bos(backend, named.get("bos_token"), config.get("add_bos_token"))
-    said = f"tokenizer.json has no {', '.join(unknown)}, named in tokenizer_config.json" if unknown else None
+    finding = f"tokenizer.json has no {', '.join(unknown)}, named in tokenizer_config.json" if unknown else None
     if isinstance(auto, str):
-        said = f"AutoTokenizer can't load it ({auto})"
-    elif _same_rules(auto.backend_tokenizer, backend):
-        # The same in other words; by those of AutoTokenizer the cache has named its tokens so far.
+        finding = f"AutoTokenizer can't load it ({auto})"
+    elif _are_equivalent(auto.backend_tokenizer, backend):
+        # Both are equivalent. The token cache was keyed by AutoTokenizer's serialisation, so its keys stay valid.
         backend = auto.backend_tokenizer
     else:
-        said = _difference(auto, backend, expected) or said
-    if said:
-        notice(f"{folder}: {said}; the run uses tokenizer.json as it is, and exports it unchanged")
+        finding = _difference(auto, backend, expected) or finding
+    if finding:
+        notice(f"{folder}: {finding}; the run uses tokenizer.json as it is, and exports it unchanged")
     template = _chat_template(folder, config)
     return FolderTokenizer(backend, _files(folder), **named, add_bos_token=adds, chat_template=template)
 
 
 def _check_ids(folder: Path, backend: Tokenizer) -> None:
-    """Raises ``UserError`` where two tokens have one id: written again, as the token cache does, one of them would be lost."""
+    """Raise ``UserError`` when two tokens have the same id. The token cache serialises the tokenizer again, and one of the two
+    would be lost."""
     owners: dict[int, str] = {}
     for token, number in backend.get_vocab(with_added_tokens=True).items():
         if owners.setdefault(number, token) != token:
             one, other = sorted((owners[number], token))
             raise UserError(
-                f"tokenizer.json gives two tokens one id: {one[:40]!r} and {other[:40]!r} are both {number}"
+                f"tokenizer.json assigns one id to two tokens: {one[:40]!r} and {other[:40]!r} are both {number}"
             )
 
 
 def boundaries(tokenizer: Any, *, bos: bool | str, separator: str | int) -> Boundaries:
-    """What stands around the documents of a run. ``bos``: ``dataset.bos``, ``separator``: ``dataset.separator``.
+    """Return the tokens around the documents of a run. The arguments are ``dataset.bos`` and ``dataset.separator``.
 
     Raises ``UserError`` for a token that the tokenizer does not have.
     """
     end = _separator(tokenizer, separator)
     first = tokenizer.bos_token_id
     if bos is True and first is None:
-        raise UserError("dataset.bos=true: the tokenizer names no bos_token; dataset.bos=false")
-    # Where one token is both, the one that ends a document already stands before the next one.
+        raise UserError("dataset.bos=true: the tokenizer has no bos_token; set dataset.bos=false")
+    # If one token is both BOS and separator, the separator of the previous document already precedes each document.
     wanted = bos if isinstance(bos, bool) else adds_bos(tokenizer) and first != end
     return Boundaries(first if wanted else None, end)
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself puts a BOS before a text."""
+    """Return whether the tokenizer itself puts a BOS before a text."""
     return _adds_bos(tokenizer.backend_tokenizer, tokenizer.bos_token, tokenizer.init_kwargs.get("add_bos_token"))
 
 
-def _adds_bos(backend: Tokenizer, bos: str | None, said: Any) -> bool:
-    """What ``add_bos_token`` says, else what the post-processor does."""
-    if bos is None or isinstance(said, bool):
-        return bos is not None and said is True
-    return _bare(backend).encode("").ids[:1] == [backend.token_to_id(bos)]
+def _adds_bos(backend: Tokenizer, bos: str | None, add_bos_token: Any) -> bool:
+    """Return ``add_bos_token`` if the config sets it, otherwise whether the post-processor adds a BOS."""
+    if bos is None or isinstance(add_bos_token, bool):
+        return bos is not None and add_bos_token is True
+    return _without_truncation(backend).encode("").ids[:1] == [backend.token_to_id(bos)]
 
 
-def _separator(tokenizer: Any, asked: str | int) -> int:
+def _separator(tokenizer: Any, wanted: str | int) -> int:
+    """Return the id of the token that ends each document, from the value of ``dataset.separator``."""
     vocabulary = tokenizer.get_vocab()
-    if isinstance(asked, int):
-        if asked in vocabulary.values():
-            return asked
+    if isinstance(wanted, int):
+        if wanted in vocabulary.values():
+            return wanted
         raise UserError(
-            f"dataset.separator={asked}: the tokenizer's ids are 0 to {max(vocabulary.values(), default=0)}"
+            f"dataset.separator={wanted}: the tokenizer's ids are 0 to {max(vocabulary.values(), default=0)}"
         )
-    if asked != "auto":
-        if asked in vocabulary:
-            return int(vocabulary[asked])
+    if wanted != "auto":
+        if wanted in vocabulary:
+            return int(vocabulary[wanted])
         special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         raise UserError(
-            f"dataset.separator={asked!r}: no token of the tokenizer{did_you_mean(asked, special)}; it is one token, or its id"
+            f"dataset.separator={wanted!r}: not a token of the tokenizer{did_you_mean(wanted, special)}; "
+            "give one token, or its id"
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -176,7 +181,7 @@ def _separator(tokenizer: Any, asked: str | int) -> int:
 
 
 def _end_of_text(tokenizer: Any) -> str | None:
-    """The special token of a chat model's tokenizer that ends a text, where its eos_token ends a turn."""
+    """Return the special token that ends a text in a chat model's tokenizer; ``None`` if its eos_token does or there is none."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     named = tokenizer.eos_token in DOCUMENT_ENDS
     return None if named else next((token for token in TEXT_ENDS if token in special), None)
@@ -186,49 +191,51 @@ def _end_of_text(tokenizer: Any) -> str | None:
 
 
 def _converted(folder: Path, code: bool) -> Any:
-    """What transformers makes of older files. Raises ``UserError`` that says what is missing."""
+    """Return the tokenizer that transformers converts from older files. Raises ``UserError``, which names what is missing."""
     missing = f"{folder}: no usable tokenizer: it has no tokenizer.json"
     listed = max(len(_read_json(folder, "vocab.json")), _lines(folder / "vocab.txt"))
     for file, package in [(f, p) for kind, p in CONVERTED_BY.items() for f in sorted(folder.glob(kind))]:
         if importlib.util.find_spec(package) is None and not listed:
             raise UserError(
-                f"{missing} but {file.name}; make one, once, where {package} and protobuf are installed: "
+                f"{missing} but {file.name}; create one once, where {package} and protobuf are installed: "
                 f"{CONVERT.format(folder)}"
             )
     if not listed and not code and not any(any(folder.glob(kind)) for kind in CONVERTED_BY):
-        raise UserError(f"{missing}; {OTHERWISE}")
+        raise UserError(f"{missing}; {ALTERNATIVES}")
     auto = _auto(folder, code)
     if isinstance(auto, str):
-        raise UserError(f"{missing}, and transformers can't make one ({auto}); {OTHERWISE}")
+        raise UserError(f"{missing}, and transformers can't create one ({auto}); {ALTERNATIVES}")
     if not auto.is_fast:
         raise UserError(f"{folder}: no fast tokenizer (tokenizer.json)")
-    if len(auto.get_vocab()) < listed:  # a class that does not read such files has a handful of tokens of its own
+    if len(auto.get_vocab()) < listed:  # a class that can't read these files returns only its few built-in tokens
         raise UserError(
             f"{missing}, and transformers' {type(auto).__name__} has {len(auto.get_vocab())} tokens where the folder's files "
-            f"have {listed}; {OTHERWISE}"
+            f"have {listed}; {ALTERNATIVES}"
         )
     return auto
 
 
 def _lines(file: Path) -> int:
+    """Return the number of lines of ``file``; 0 if it does not exist."""
     return len(file.read_bytes().splitlines()) if file.exists() else 0
 
 
 def _auto(folder: Path, code: bool) -> Any:
-    """transformers' own tokenizer, or why there is none."""
+    """Return transformers' AutoTokenizer of ``folder``, or the reason why it can't be loaded."""
     try:
-        with _usable(""):
+        with _as_user_error(""):
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=code)
     except UserError as error:
         return str(error)
 
 
-# Of the folder's files -------------------------------------------------------------------------------------------------
+# The folder's files ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _usable(what: str) -> Iterator[None]:
-    """Whatever a broken file made the libraries raise becomes a ``UserError``; a panic in Rust is no ``Exception``."""
+def _as_user_error(what: str) -> Iterator[None]:
+    """Convert any error that a library raises for a broken file into a ``UserError``. A panic in Rust is not an
+    ``Exception``, but it is converted too."""
     try:
         yield
     except UserError:
@@ -240,14 +247,14 @@ def _usable(what: str) -> Iterator[None]:
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A file's object; empty where there is no such file."""
-    return read_object(folder / name, said=f"{folder}: no usable tokenizer: {name}") or {}
+    """Return the JSON object in a file of ``folder``; an empty one if the file does not exist."""
+    return read_object(folder / name, label=f"{folder}: no usable tokenizer: {name}") or {}
 
 
 def _check_links(folder: Path) -> None:
-    """Raises ``UserError`` where a file of the tokenizer is another one, which the export would then copy: a link out of
-    ``folder`` to a file of another name (``vocab.txt`` → ``~/.netrc``). The same file elsewhere may be linked to."""
-    for path in _own_paths(folder):
+    """Raise ``UserError`` when a file of the tokenizer is a link out of ``folder`` to a file of a different name (``vocab.txt``
+    → ``~/.netrc``), because the export would copy that file. Links to a file of the same name are allowed."""
+    for path in _tokenizer_paths(folder):
         if path.is_symlink():
             target = Path(os.path.realpath(path))
             if target.name != path.name and not is_inside(path, folder):
@@ -258,15 +265,15 @@ def _check_links(folder: Path) -> None:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in _own_paths(folder) if path.is_file()}
+    return {path.name: path.read_bytes() for path in _tokenizer_paths(folder) if path.is_file()}
 
 
-def _own_paths(folder: Path) -> list[Path]:
+def _tokenizer_paths(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if any(fnmatch(path.name, kind) for kind in FILES))
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> Any:
-    """The chat template, whichever file holds it; only whether there is one matters here."""
+    """Return the chat template from any of the files that may hold it. Only its presence matters here."""
     file = folder / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8", errors="replace")
@@ -276,7 +283,8 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> Any:
 def _special_tokens(
     folder: Path, config: dict[str, Any], backend: Tokenizer, auto: Any
 ) -> tuple[dict[str, str], list[str]]:
-    """Those that the folder names, else those of the class, of the tokens that tokenizer.json has; and what it has not."""
+    """Return the special tokens (those that the folder names, otherwise those of the class) that tokenizer.json contains, and a
+    list of those that the folder names but tokenizer.json does not contain."""
     named = _read_json(folder, "special_tokens_map.json") | config
     found, unknown = {}, []
     for key in SPECIAL:
@@ -289,22 +297,24 @@ def _special_tokens(
     return found, unknown
 
 
-# What transformers would make of it ------------------------------------------------------------------------------------
+# Comparison with AutoTokenizer -----------------------------------------------------------------------------------------
 
 
-def _same_rules(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether both make the same ids of a text, and the same text of ids, whatever stands around them."""
+def _are_equivalent(one: Tokenizer, other: Tokenizer) -> bool:
+    """Return whether both encode and decode every text identically, apart from the special tokens added around it."""
     a, b = one.to_str(), other.to_str()
     return a == b or _rules(a) == _rules(b)
 
 
 def _rules(serialized: str) -> Any:
-    """What of a tokenizer decides ids and text: without post-processor, truncation, padding and spellings of defaults."""
+    """Return the parts of a tokenizer that determine ids and text, in normal form: without post-processor, truncation and
+    padding, and with equivalent spellings of defaults unified."""
     content = json.loads(serialized)
     return _plain({key: content[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens", "decoder")})
 
 
 def _plain(node: Any) -> Any:
+    """Return ``node`` of a serialised tokenizer with equivalent spellings of defaults unified."""
     if isinstance(node, list):
         return [_plain(value) for value in node] if node and isinstance(node[0], dict) else node
     if not isinstance(node, dict) or "vocab" in node:
@@ -314,12 +324,12 @@ def _plain(node: Any) -> Any:
         node = {key: value for key, value in node.items() if key != "trim_offsets"}
     plain = {key: _plain(value) for key, value in node.items()}
     if isinstance(plain.get("decoder"), dict) and plain["decoder"].get("type") == "ByteLevel":
-        plain["decoder"] = {"type": "ByteLevel"}  # it decodes without options
+        plain["decoder"] = {"type": "ByteLevel"}  # decoding ignores its options
     return plain
 
 
-def _bare(backend: Tokenizer) -> Tokenizer:
-    """``backend``, or a copy of it without the truncation and padding that its file asks for."""
+def _without_truncation(backend: Tokenizer) -> Tokenizer:
+    """Return ``backend``, or a copy of it without truncation and padding if its file sets them."""
     if backend.truncation is None and backend.padding is None:
         return backend
     copy = Tokenizer.from_str(backend.to_str())
@@ -329,17 +339,18 @@ def _bare(backend: Tokenizer) -> Tokenizer:
 
 
 def _difference(auto: Any, backend: Tokenizer, expected: list[list[int]]) -> str | None:
-    """How AutoTokenizer's tokens differ from the file's, ``expected`` of ``LINES``, and in the vocabulary."""
+    """Return how AutoTokenizer differs from tokenizer.json: in the ids of ``PROBE_LINES``, for which ``expected`` holds those of
+    the file, or in the vocabulary. Return ``None`` if no difference is found."""
     name, ours = type(auto).__name__, backend.get_vocab()
-    for line, ids in zip(LINES, expected, strict=True):
+    for line, ids in zip(PROBE_LINES, expected, strict=True):
         try:
-            with _usable(""):
+            with _as_user_error(""):
                 found = auto(line, add_special_tokens=False)["input_ids"]
         except UserError as error:  # a class whose unknown token is not in the vocabulary
             return f"AutoTokenizer ({name}) can't encode {line!r} ({error})"
         if found != ids:
             many = f" ({len(found)} instead of {len(ids)})" if len(found) != len(ids) else ""
-            return f"AutoTokenizer ({name}) would make other tokens{many} of {line!r}"
+            return f"AutoTokenizer ({name}) would give other tokens{many} for {line!r}"
     invented = sorted(auto.get_vocab().keys() - ours.keys())
     if invented:
         return f"AutoTokenizer ({name}) would add {len(invented)} tokens, such as {invented[0]!r}"

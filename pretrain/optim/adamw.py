@@ -1,7 +1,7 @@
-"""AdamW (Loshchilov & Hutter, arXiv:1711.05101): torch's fused one, or for bf16 parameters one whose update arrives.
+"""AdamW (Loshchilov & Hutter, arXiv:1711.05101): torch's fused AdamW, or `CompensatedAdamW` for bf16 parameters.
 
-A bf16 number has 8 significant bits: adding lr 2e-5 to a weight of 0.02 changes nothing. `CompensatedAdamW` keeps what
-rounding took from each bf16 parameter in a second bf16 tensor.
+A bf16 number has 8 significant bits, so adding lr 2e-5 to a weight of 0.02 changes nothing. `CompensatedAdamW` stores the
+rounding error of each bf16 parameter in a second bf16 tensor and adds it to the next update.
 """
 
 from __future__ import annotations
@@ -23,8 +23,18 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True)
 class AdamW(OptimizerFactory):
-    """``weight_decay`` acts on matrices, not on biases and norms. ``fused``: torch's one-kernel update, on CPUs too.
-    ``compensate``: the update for bf16 parameters; False: torch's, which stalls at small learning rates."""
+    """Settings of AdamW; calling an instance builds the optimizer.
+
+    Attributes:
+        lr: peak learning rate.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+        eps: term added to the denominator of the update.
+        weight_decay: decoupled weight decay of matrices; biases and norms have none.
+        fused: use torch's fused kernel, which exists for CPUs too.
+        compensate: use `CompensatedAdamW` where parameters are in 16 bits. With ``False`` torch's AdamW updates them; its
+            updates round to zero at small learning rates.
+    """
 
     lr: PositiveFloat
     beta1: Beta = 0.9
@@ -52,10 +62,11 @@ class AdamW(OptimizerFactory):
 
 
 def decay_groups(named_parameters: Iterable[tuple[str, Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices with ``weight_decay``, vectors (biases, norms) without. Frozen parameters are in neither.
+    """Return two parameter groups: matrices with ``weight_decay``, and vectors (biases, norms) without. Frozen parameters
+    are in neither group, and an empty group is left out.
 
-    Embeddings are matrices: a tied one is the head as well, whose logits decay keeps small. Biases of a mixture of
-    experts are stacked to matrices, and so known by their name.
+    Embeddings count as matrices, because a tied embedding is also the head, and weight decay keeps its logits small. The
+    biases of a mixture of experts are stacked into matrices and are therefore recognised by their name.
     """
     matrices: list[Parameter] = []
     vectors: list[Parameter] = []

@@ -1,4 +1,4 @@
-"""What every optimizer of the config has in common."""
+"""The base class of the optimizer factories that a config names."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 
 
 class OptimizerFactory(ABC):
-    """To add an optimizer: a frozen dataclass of its settings here, and a YAML under ``conf/optimizer``."""
+    """A callable that builds an optimizer from named parameters.
+
+    To add an optimizer, write a frozen dataclass with its settings in this folder and a YAML file under ``conf/optimizer``.
+    """
 
     @abstractmethod
     def __call__(self, named_parameters: Iterable[tuple[str, Parameter]]) -> Optimizer:
-        """The optimizer of these parameters, once the strategy has placed them."""
+        """Return an optimizer of ``named_parameters``. It is called after the strategy has placed (wrapped, sharded) them."""

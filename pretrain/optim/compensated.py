@@ -1,7 +1,8 @@
-"""AdamW for bf16 parameters: 12 bytes a parameter with its gradient, against 16 for fp32 master weights.
+"""AdamW for bf16 parameters. It takes 12 bytes per parameter including the gradient; fp32 master weights take 16.
 
-Neither torch-optimi 0.3.3 nor torchao serves: the first keeps the second moment in bf16, where beta2 = 0.999 can never
-lower it, and its step count outside of the parameters' state; the second's stochastic rounding compiles its kernels.
+Two existing implementations do not meet the requirements. torch-optimi 0.3.3 stores the second moment in bf16, where
+beta2 = 0.999 can never lower it, and keeps its step count outside of the parameters' state. The stochastic rounding of torchao
+compiles its kernels.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
-CHUNK = {"cpu": 2**20}  # elements at a time, for fp32 copies that stay in a core's cache
+CHUNK = {"cpu": 2**20}  # elements updated at a time, so that their fp32 copies fit into a core's cache
 CHUNK_ELSEWHERE = 2**26
 
 
 class CompensatedAdamW(Optimizer):
-    """State per parameter: ``step`` (fp32 scalar), ``exp_avg`` and ``compensation`` (the parameter's type),
-    ``exp_avg_sq`` (fp32).
+    """AdamW with Kahan summation for parameters in less than 32 bits.
 
-    The update is torch's own AdamW in fp32, of parameter + compensation; what the parameter's type can't hold goes back
-    into the compensation (Kahan summation; for bf16 AdamW see arXiv:2010.06192, section 3). Deterministic: a resumed
-    run continues bit for bit. fp32 parameters have no compensation. Like torch's fused AdamW it leaves all as it is where
-    its attribute ``found_inf``, a 0-d tensor that a loss scaler may have set, is 1.
+    The state of a parameter is ``step`` (fp32 scalar), ``exp_avg`` and ``compensation`` (in the dtype of the parameter) and
+    ``exp_avg_sq`` (fp32). fp32 parameters have no ``compensation``.
+
+    The update is torch's AdamW in fp32, applied to parameter + compensation. The part of the result that the dtype of the
+    parameter can't represent becomes the new compensation (Kahan summation; for bf16 AdamW see arXiv:2010.06192, section 3).
+    The update is deterministic, so a resumed run continues bit for bit. As in torch's fused AdamW, a loss scaler may set the
+    attribute ``found_inf`` (a 0-d tensor); where it is 1, parameters and state stay unchanged.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class CompensatedAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient. Return the loss of ``closure`` when it is given."""
         loss = closure() if closure is not None else None
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
@@ -51,6 +55,16 @@ class CompensatedAdamW(Optimizer):
         return loss
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
+        """Update one parameter in place.
+
+        For each chunk of a 16-bit parameter p with compensation c:
+            x  = fp32(p) + c          the value before the last rounding
+            x' = AdamW(x, g, m, v)    torch's own update, entirely in fp32; v is stored in fp32, m is rounded back to 16 bits
+            p  = bf16(x')             what the model computes with
+            c  = x' - p               the rounding error, which the next step adds again
+        An update smaller than half a unit in the last place of p changes only c, and reaches p when enough of them have
+        accumulated. Where ``found_inf`` is 1, p, c, m, v and ``step`` keep their values.
+        """
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
@@ -60,26 +74,27 @@ class CompensatedAdamW(Optimizer):
                 state["compensation"] = torch.zeros_like(parameter)
         slots = [state[key] for key in ("exp_avg", "exp_avg_sq", "compensation") if key in state]
         for p, g, m, v, *compensation in _chunks(parameter, gradient, *slots):
-            step = state["step"].clone()  # torch counts on with every chunk
+            step = state["step"].clone()  # adamw() increments its step, and it is called once per chunk
             if not compensation:
                 _adamw(p, g, m, v, step, group, found_inf)
                 continue
-            lost = compensation[0]
-            exact, exp_avg = p.float().add_(lost), m.float()
+            error = compensation[0]
+            exact, exp_avg = p.float().add_(error), m.float()
             _adamw(exact, g.float(), exp_avg, v, step, group, found_inf)
             rounded = exact.to(p.dtype)
-            still_lost = exact.sub_(rounded)
-            if found_inf is not None:  # a sum that lies between two numbers must not be rounded anew
-                rounded, still_lost = (torch.where(found_inf == 1, a, b) for a, b in ((p, rounded), (lost, still_lost)))
+            new_error = exact.sub_(rounded)
+            if found_inf is not None:  # rounding p + c again could move p when c is half a unit in the last place
+                rounded, new_error = (torch.where(found_inf == 1, a, b) for a, b in ((p, rounded), (error, new_error)))
             m.copy_(exp_avg)
             p.copy_(rounded)
-            lost.copy_(still_lost)
+            error.copy_(new_error)
         state["step"] += 1 if found_inf is None else 1 - found_inf
 
 
 def _adamw(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, group: dict[str, Any], found_inf: Tensor | None
 ) -> None:
+    """Apply torch's functional AdamW to one tensor in place: parameter ``p``, gradient ``g``, moments ``m`` and ``v``."""
     adamw(
         [p],
         [g],
@@ -101,7 +116,8 @@ def _adamw(
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same pieces of each tensor, flat. Of a sharded tensor this rank's part: the update knows no neighbours."""
+    """Yield matching flat chunks of all ``tensors``. A sharded tensor contributes its local shard, because the update is
+    elementwise. Tensors that are not contiguous are yielded unchunked."""
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     if not all(t.is_contiguous() for t in local):
         yield tuple(local)

@@ -1,6 +1,7 @@
-"""The learning rate of a run: its peak where the config leaves it open, and what a longer run does to it.
+"""The learning rate of a run: the peak that ``lr=auto`` stands for, and the comparison of two runs' schedules.
 
-Plain values in and out; nothing that a config names is called but the schedules of this package.
+The functions take and return plain values. Of the functions that a config names, only the schedules of this package are
+called.
 """
 
 from __future__ import annotations
@@ -12,25 +13,26 @@ from typing import Any
 from pretrain.optim import schedule
 
 AUTO = "auto"
-# Peak by number of parameters, below each limit: roughly those of GPT-3 (Brown et al. 2020, arXiv:2005.14165, table 2.1:
-# 350M 3e-4, 1.3B 2e-4, 6.7B 1.2e-4, 175B 6e-5), to which a model is warmed up again (Gupta et al. 2023, arXiv:2308.04014;
-# Ibrahim et al. 2024, arXiv:2403.08763). Below 350M they are 6e-4, but the higher the peak, the more is forgotten: a model of
-# 135M was better at 3e-4 than at 1e-3 on new text and on old. The first row is that of the shipped sample.
+# (number of parameters, peak learning rate of models below it). The peaks are roughly those of GPT-3 (Brown et al. 2020,
+# arXiv:2005.14165, table 2.1: 350M 3e-4, 1.3B 2e-4, 6.7B 1.2e-4, 175B 6e-5), to which continual pretraining warms a model up
+# again (Gupta et al. 2023, arXiv:2308.04014; Ibrahim et al. 2024, arXiv:2403.08763). Below 350M, GPT-3 used 6e-4, but a higher
+# peak causes more forgetting: a model of 135M was better at 3e-4 than at 1e-3 on both new and old text. The first row is the
+# shipped sample's.
 PEAKS = ((30e6, 1e-3), (1e9, 3e-4), (5e9, 2e-4), (20e9, 1.2e-4), (math.inf, 6e-5))
 SCHEDULES: dict[str, Callable[..., float]] = {
     f"{function.__module__}.{function.__name__}": function
     for function in (schedule.constant, schedule.linear, schedule.cosine, schedule.wsd)
 }
-NOTICED = 0.1  # the least relative change that is worth a line
+NOTICED = 0.1  # the smallest relative change that is reported
 
 
 def peak_lr(parameters: int) -> float:
-    """The peak for a model of so many parameters."""
+    """Return the peak learning rate for a model with this number of parameters."""
     return next(peak for limit, peak in PEAKS if parameters < limit)
 
 
 def with_lr(config: dict[str, Any], lr: float) -> dict[str, Any]:
-    """``config`` with ``lr`` in the place of ``auto``, the optimizer's that follows it too."""
+    """Return ``config`` with ``auto`` replaced by ``lr``, also in the optimizer's settings that refer to it."""
     if config["lr"] != AUTO:
         return config
     optimizer = config.get("optimizer")
@@ -40,13 +42,13 @@ def with_lr(config: dict[str, Any], lr: float) -> dict[str, Any]:
 
 
 def warmup_steps(total_steps: int, proportion: float) -> int:
-    """How many of a run's steps warm up."""
+    """Return the number of warm-up steps."""
     return round(total_steps * proportion)
 
 
 def rate(config: Mapping[str, Any], *, total_steps: int, step: int) -> float | None:
-    """The learning rate of the update ``step`` (0-based) by a run's config; ``None`` where its schedule is not one of ours or
-    the config holds something else than it should."""
+    """Return the learning rate of update ``step`` (0-based) under a run's config. Return ``None`` when its schedule is not one
+    of this package or when the config is malformed."""
     try:
         node = config["scheduler"]
         options = {key: value for key, value in node.items() if not key.startswith("_")}
@@ -58,7 +60,7 @@ def rate(config: Mapping[str, Any], *, total_steps: int, step: int) -> float | N
 
 
 def stable_until(config: Mapping[str, Any], total_steps: int) -> int | None:
-    """The last step up to which a run with ``wsd`` is at its peak; ``None`` for another schedule."""
+    """Return the last step at which a run with schedule ``wsd`` is at its peak; ``None`` for any other schedule."""
     try:
         node, warm = config["scheduler"], warmup_steps(total_steps, config["warmup_proportion"])
         if SCHEDULES[node["_target_"]] is not schedule.wsd:
@@ -71,8 +73,8 @@ def stable_until(config: Mapping[str, Any], total_steps: int) -> int | None:
 def change(
     old: Mapping[str, Any], old_steps: int, new: Mapping[str, Any], new_steps: int, *, step: int
 ) -> tuple[float, float] | None:
-    """The learning rates of the last step that was made and of the next one, where a run that is continued at ``step`` with
-    another length, peak or schedule leaves its curve; ``None`` where it does not."""
+    """Return the learning rates of the last completed step and of the next one if resuming at ``step`` with another length,
+    peak or schedule makes the learning rate jump; ``None`` if it does not."""
     before = rate(old, total_steps=old_steps, step=step - 1)
     planned = rate(old, total_steps=old_steps, step=step)
     after = rate(new, total_steps=new_steps, step=step)

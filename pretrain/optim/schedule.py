@@ -1,7 +1,7 @@
-"""Learning-rate schedules: pure functions of the step, so that there is nothing to save and nothing to get out of step.
+"""Learning-rate schedules. They are pure functions of the step, so a checkpoint holds no scheduler state.
 
-Each returns the multiplier of the peak learning rate for the ``step``-th update (0-based). The builder gives
-``total_steps`` and ``warmup_steps``; what is left comes from YAML.
+Each function returns the multiplier of the peak learning rate for update ``step`` (0-based). The builder passes
+``total_steps`` and ``warmup_steps``; the other arguments come from the YAML.
 """
 
 from __future__ import annotations
@@ -15,28 +15,30 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
 def warmup(step: int, warmup_steps: int) -> float:
-    """Rises linearly to 1 at step ``warmup_steps - 1``; above 0 from the first step on, which so trains too."""
+    """Return the linear warm-up: 1 at step ``warmup_steps - 1``, and above 0 at step 0, so that the first step trains."""
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
 
 
 def decayed(step: int, total_steps: int, warmup_steps: int) -> float:
-    """Share of the way after the warm-up, in [0, 1]; 1 at the last step and beyond. A single step is at the peak."""
+    """Return the fraction of the decay that has passed, in [0, 1]: 0 at the end of the warm-up, 1 at the last step and after
+    it. A decay of a single step stays at 0, the peak."""
     steps = total_steps - 1 - warmup_steps
     return min(1.0, max(0.0, (step - warmup_steps) / steps)) if steps > 0 else float(step > warmup_steps)
 
 
 def decay_steps(total_steps: int, min_lr_ratio: float) -> int:
-    """Steps until a decay is at its end: the last one, but an end of 0 comes after it. A step at 0 would train nothing."""
+    """Return the number of steps over which a decay runs. It ends at the last step, but a decay to 0 ends one step later,
+    because a step with learning rate 0 would train nothing."""
     return total_steps + (min_lr_ratio == 0)
 
 
 def constant(step: int, *, total_steps: int, warmup_steps: int) -> float:
-    """Warm-up, then 1."""
+    """Return the warm-up, then 1."""
     return warmup(step, warmup_steps)
 
 
 def linear(step: int, *, total_steps: int, warmup_steps: int, min_lr_ratio: Ratio = 0.0) -> float:
-    """Warm-up, then a straight line to ``min_lr_ratio`` at the last step; to 0 after it."""
+    """Return the warm-up, then a linear decay to ``min_lr_ratio`` at the last step. A decay to 0 ends after the last step."""
     if step < warmup_steps:
         return warmup(step, warmup_steps)
     return 1 - (1 - min_lr_ratio) * decayed(step, decay_steps(total_steps, min_lr_ratio), warmup_steps)
@@ -45,8 +47,8 @@ def linear(step: int, *, total_steps: int, warmup_steps: int, min_lr_ratio: Rati
 def cosine(
     step: int, *, total_steps: int, warmup_steps: int, min_lr_ratio: Ratio = 0.0, cycles: PositiveInt = 1
 ) -> float:
-    """Warm-up, then half a cosine to ``min_lr_ratio`` at the last step, to 0 after it; ``cycles`` = n does so n times, with
-    n - 1 jumps back to 1.
+    """Return the warm-up, then half a cosine down to ``min_lr_ratio`` at the last step. A decay to 0 ends after the last step.
+    With ``cycles`` = n the decay is repeated n times, with n - 1 jumps back to 1.
 
     Source: SGDR, Loshchilov and Hutter 2017 (arXiv:1608.03983), with cycles of equal length.
     """
@@ -60,11 +62,11 @@ def cosine(
 def wsd(
     step: int, *, total_steps: int, warmup_steps: int, min_lr_ratio: Ratio = 0.0, decay_proportion: Ratio = 0.2
 ) -> float:
-    """Warm-up, stable at 1, then ``1 - sqrt`` over the last ``decay_proportion`` of the run, down to ``min_lr_ratio`` after
-    the last step.
+    """Return the warm-up, then 1, then a ``1 - sqrt`` decay over the last ``decay_proportion`` of the run, which reaches
+    ``min_lr_ratio`` after the last step (warmup-stable-decay).
 
-    A run can be continued from any point of the stable part. Source: Hägele et al. 2024 (arXiv:2405.18392), whose decay also
-    begins at 1 and ends after the last update.
+    A run can be resumed with more steps from any point of the stable part. Source: Hägele et al. 2024 (arXiv:2405.18392),
+    whose decay also starts at 1 and ends after the last update.
     """
     if step < warmup_steps:
         return warmup(step, warmup_steps)
@@ -75,5 +77,5 @@ def wsd(
 
 
 def wsd_decay_from(total_steps: int, warmup_steps: int, decay_proportion: float) -> int:
-    """The first step (0-based) of the decay of ``wsd``; it is still at the peak."""
+    """Return the first step (0-based) of the decay of ``wsd``; that step is still at the peak."""
     return max(warmup_steps, total_steps - round(total_steps * decay_proportion))

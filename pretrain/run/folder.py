@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from pretrain.checkpoint.schema import read_state, validation_error
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.data.changed_files import Files, differing, recall, remember
+from pretrain.data.changed_files import Files, differing, load_files, save_files
 from pretrain.distributed.rank_info import RankInfo
 from pretrain.run.fingerprint import changed_settings, check_finished_run, check_same_run
 from pretrain.run.leftovers import (
@@ -105,7 +105,7 @@ def begin(
     resume_from = resume_point(folder, store, mode)
     asked, config = config.lr, config.with_lr(chosen_lr(config, resume_from, lr_by_size))
     if resume_from is not None:
-        changed_files = differing(recall(folder.path / DATA), files)
+        changed_files = differing(load_files(folder.path / DATA), files)
         check_same_run(resume_from, identity, config, model_config=model_config, files=changed_files)
         check_not_beyond(resume_from, config, steps)
         if finished(folder.path, resume_from, config, steps):
@@ -124,7 +124,7 @@ def begin(
     say_lr(asked, float(config.lr), continued=resume_from is not None)
     with _writing(folder.path):
         replace_file(folder.path / RUN_ID, place.run_id)
-        remember(folder.path / DATA, files)
+        save_files(folder.path / DATA, files)
     return Start(resume_from, folder.write_config(config, overrides), float(config.lr))
 
 

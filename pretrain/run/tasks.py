@@ -237,7 +237,7 @@ def generation(config: RunConfig, overrides: list[str], interrupt: Interrupt) ->
         language_model,
         tokenizer,
         prompts,
-        around=boundaries(tokenizer, bos=data.bos, separator=data.separator),
+        boundaries=boundaries(tokenizer, bos=data.bos, separator=data.separator),
         max_new_tokens=asked.max_new_tokens,
         temperature=asked.temperature,
         top_p=asked.top_p,

@@ -62,7 +62,7 @@ class Exporter:
 
     @cached_property
     def _model_files(self) -> dict[str, bytes]:
-        return export.beside(self.engine.model.hf, self.tokenizer, dtype=None, separator=self.separator)
+        return export.companion_files(self.engine.model.hf, self.tokenizer, dtype=None, separator=self.separator)
 
     def _card(self, progress: TrainState) -> dict[str, bytes]:
         return {"README.md": self.card(progress).encode()}
@@ -96,7 +96,7 @@ class Exporter:
         engine, world = self.engine, self.engine.world
         sharded = engine.sharded_export and world.size > 1
         dtypes = export.dtypes_for(engine.model.hf, self.save_dtype)
-        own = export.own_share(engine.full_weights(), dtypes=dtypes, world=world, sharded=sharded)
+        own = export.weights_to_write(engine.full_weights(), dtypes=dtypes, world=world, sharded=sharded)
         plan = world.all_gather_object(lambda: export.split(own, self.shard_size)) if sharded else []
         dtype = export.dtype_of(own)
 
@@ -105,10 +105,10 @@ class Exporter:
             if sharded:
                 written = export.save_shards(own, fresh, plan=plan, rank=world.rank)
             elif world.is_main:
-                written = export.save_whole(engine.model.hf, own, fresh, shard_size=self.shard_size)
+                written = export.save_full(engine.model.hf, own, fresh, shard_size=self.shard_size)
             if world.is_main:
-                files = export.beside(engine.model.hf, self.tokenizer, dtype=dtype, separator=self.separator)
-                written += export.write_beside(files | self._card(progress), fresh)
+                files = export.companion_files(engine.model.hf, self.tokenizer, dtype=dtype, separator=self.separator)
+                written += export.write_companion_files(files | self._card(progress), fresh)
             return written
 
         write_folder(path, fill, world=world, hint=lambda: "the last checkpoint is valid", marker=False)
@@ -152,13 +152,13 @@ def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
 
     def fill(fresh: Path) -> list[Path]:
         dtypes = export.dtypes_for(meta_model.hf, model.save_dtype)
-        own = export.own_share(weights(), dtypes=dtypes, world=world, sharded=False)
-        extra_files = export.beside(meta_model.hf, tokenizer, dtype=export.dtype_of(own))
+        own = export.weights_to_write(weights(), dtypes=dtypes, world=world, sharded=False)
+        extra_files = export.companion_files(meta_model.hf, tokenizer, dtype=export.dtype_of(own))
         card = model.folder() / "README.md"
-        written = export.save_whole(meta_model.hf, own, fresh, shard_size=shard_size)
+        written = export.save_full(meta_model.hf, own, fresh, shard_size=shard_size)
         if card.exists():
             extra_files |= {card.name: card.read_bytes()}
-        return written + export.write_beside(extra_files, fresh)
+        return written + export.write_companion_files(extra_files, fresh)
 
     if sys.stderr.isatty():
         enable_progress_bar()  # for writing the weight files

@@ -153,10 +153,13 @@ FILES = {
         lambda t, m: broken_model(t, m, lambda f: (f / "config.json").unlink()),
         "has no config.json",
     ),
-    "torn weights": (lambda t, m: broken_model(t, m, cut_weights), "model.safetensors is torn"),
+    "torn weights": (
+        lambda t, m: broken_model(t, m, cut_weights),
+        "model.safetensors is not a complete safetensors file",
+    ),
     "weights that are no weights": (
         lambda t, m: broken_model(t, m, lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 3) + b"abc")),
-        "model.safetensors is torn",
+        "model.safetensors is not a complete safetensors file",
     ),
     "no weights": (
         lambda t, m: broken_model(t, m, lambda f: (f / "model.safetensors").unlink()),

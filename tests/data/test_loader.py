@@ -108,7 +108,7 @@ def test_an_error_of_the_thread_reaches_the_reader(view: TokenView, monkeypatch:
     from pretrain.data.store.token_shards import _mapped
 
     _mapped.cache_clear()
-    with pytest.raises(UserError, match="the token cache has lost"):
+    with pytest.raises(UserError, match="has disappeared from the token cache"):
         list(itertools.islice(batches, 10))
 
 

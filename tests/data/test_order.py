@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data.order import Permutation, _mix
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))
 def test_is_a_bijection(n: int, seed: int, epoch: int) -> None:
     image = Permutation(n, seed)(np.arange(n), epoch)

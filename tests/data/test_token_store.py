@@ -9,7 +9,7 @@ import pytest
 
 from pretrain.data.store import token_shards as parts_module
 from pretrain.data.store.token_shards import MAGIC, PartWriter, _mapped, open_part
-from pretrain.data.store.token_store import Document, TokenStore, aranges, by_value
+from pretrain.data.store.token_store import DocumentOrigin, TokenStore, aranges, by_value
 from pretrain.runtime.errors import UserError
 
 SMALL, LARGE = 2**62, 3 * 2**62
@@ -126,9 +126,10 @@ def test_a_part_that_is_lost_under_a_run(content, tmp_path):
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(UserError) as lost:
         _ = part.tokens
-    assert (
-        str(lost.value) == f"the token cache has lost {path} under this run; the same command makes it anew and goes on"
+    expected = (
+        f"{path} has disappeared from the token cache during the run; the same command creates it again and resumes"
     )
+    assert str(lost.value) == expected
 
 
 def test_a_part_is_mapped_once(tmp_path, monkeypatch):
@@ -148,10 +149,10 @@ def test_what_a_store_knows(store, tmp_path):
     assert (store.num_tokens, store.num_documents, store.num_bytes) == (13, 5, 29)
     assert (store.part_tokens.tolist(), store.part_documents.tolist()) == ([0, 7, 7, 13], [0, 3, 3, 5])
     assert store.paths(0) == ["a.txt", "b.txt"]
-    assert store.document(0) == Document(0, "a.txt", 0, 0, SMALL)
-    assert store.document(2) == Document(2, "b.txt", 64, 4, LARGE)
-    assert store.document(3) == Document(3, "c.txt", 128, 2, SMALL + 1)
-    assert store.document(4) == Document(4, "c.txt", 128, 3, 2**64 - 1)
+    assert store.document(0) == DocumentOrigin(0, "a.txt", 0, 0, SMALL)
+    assert store.document(2) == DocumentOrigin(2, "b.txt", 64, 4, LARGE)
+    assert store.document(3) == DocumentOrigin(3, "c.txt", 128, 2, SMALL + 1)
+    assert store.document(4) == DocumentOrigin(4, "c.txt", 128, 3, 2**64 - 1)
 
 
 def test_a_manifest_of_before_there_was_a_bos(store, tmp_path):
@@ -165,7 +166,9 @@ def test_a_store_that_has_lost_a_part(store, tmp_path):
     (tmp_path / "2.tokens").unlink()
     with pytest.raises(UserError) as lost:
         TokenStore(store.path)
-    assert str(lost.value) == f"the token cache {tmp_path} lost files since it was filled; run the same command again"
+    assert (
+        str(lost.value) == f"the token cache {tmp_path} has lost files since it was filled; run the same command again"
+    )
 
 
 def numbers(view) -> list[int]:

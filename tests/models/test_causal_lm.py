@@ -47,10 +47,10 @@ def build(spec: Pretrained | Scratch, dtype: torch.dtype = torch.float32, seed: 
 def save(spec: Pretrained | Scratch, model: LanguageModel, folder: Path) -> None:
     alone = DistributedContext(0, 1, CPU)
     dtypes = export.dtypes_for(model.hf, spec.save_dtype)
-    own = export.own_share(model.hf_state().items(), dtypes=dtypes, world=alone, sharded=False)
-    beside = export.beside(model.hf, spec.tokenizer(lambda: iter(TEXTS)), dtype=export.dtype_of(own))
-    export.save_whole(model.hf, own, folder, shard_size="5GB")
-    export.write_beside(beside, folder)
+    own = export.weights_to_write(model.hf_state().items(), dtypes=dtypes, world=alone, sharded=False)
+    beside = export.companion_files(model.hf, spec.tokenizer(lambda: iter(TEXTS)), dtype=export.dtype_of(own))
+    export.save_full(model.hf, own, folder, shard_size="5GB")
+    export.write_companion_files(beside, folder)
 
 
 @pytest.fixture(scope="session")
@@ -129,19 +129,22 @@ BAD = {
     "no config.json": (lambda m: (m / "config.json").unlink(), "has no config.json"),
     "config that is no JSON": (lambda m: (m / "config.json").write_text("{"), "can't be read"),
     "config without a type": (lambda m: (m / "config.json").write_text("{}"), "names no model_type"),
-    "unknown type": (lambda m: edit(m / "config.json", model_type="lama"), "no causal 'lama'"),
+    "unknown type": (lambda m: edit(m / "config.json", model_type="lama"), "no causal language model of type 'lama'"),
     "remote code": (
         lambda m: edit(m / "config.json", model_type="mine", auto_map={"AutoModelForCausalLM": "m.M"}),
         "trust_remote_code=true",
     ),
-    "torn weights": (lambda m: cut(m / "model.safetensors"), "is torn"),
-    "empty weights": (lambda m: (m / "model.safetensors").write_bytes(b""), "is torn"),
-    "weights of noise": (lambda m: (m / "model.safetensors").write_bytes(b"x" * 4000), "is torn"),
+    "torn weights": (lambda m: cut(m / "model.safetensors"), "is not a complete safetensors file"),
+    "empty weights": (lambda m: (m / "model.safetensors").write_bytes(b""), "is not a complete safetensors file"),
+    "weights of noise": (
+        lambda m: (m / "model.safetensors").write_bytes(b"x" * 4000),
+        "is not a complete safetensors file",
+    ),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "has no weights"),
     "pickle": (lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"), "pickled"),
     "missing shard": (as_shards, "1 of 2 weight files are missing, e.g. model-00002-of-00002"),
     "tokenizer too large": (lambda m: edit(m / "config.json", vocab_size=100), "300 token ids, the embedding 100 rows"),
-    "broken tokenizer": (lambda m: (m / "tokenizer.json").write_text("{}"), "is no tokenizer"),
+    "broken tokenizer": (lambda m: (m / "tokenizer.json").write_text("{}"), "is not a valid tokenizer"),
     "few positions": (lambda m: edit(m / "config.json", max_position_embeddings=32), "32 positions"),
 }
 
@@ -194,7 +197,7 @@ def test_weights_that_do_not_fit_the_config(model: Path) -> None:
     with pytest.raises(UserError, match=r"9 weights .* model\.layers\.2"):
         build(Pretrained(name_or_path=str(model)))
     edit(model / "config.json", num_hidden_layers=2, hidden_size=64)
-    with pytest.raises(UserError, match="not in its files as needed"):
+    with pytest.raises(UserError, match="missing from its files or have another shape"):
         build(Pretrained(name_or_path=str(model)))
 
 
@@ -293,7 +296,7 @@ def speaker(whole: Path) -> tuple[Any, Any]:
 
 def say(speaker: tuple[Any, Any], prompts: list[str], **given: Any) -> list[str]:
     asked = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95, "seed": 0} | given
-    return generate(*speaker, prompts, around=Boundaries(None, 0), **asked)
+    return generate(*speaker, prompts, boundaries=Boundaries(None, 0), **asked)
 
 
 def test_greedy_is_the_argmax(speaker: tuple[Any, Any]) -> None:

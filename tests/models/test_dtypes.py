@@ -107,9 +107,11 @@ def test_saving_in_bf16_rounds_no_more_than_loading_does(name: str, folder: Any,
     spec = Pretrained(name_or_path=str(path), save_dtype="bfloat16")
     model = spec.build(param_dtype=torch.float32, device=CPU, seed=0)
     dtypes = export.dtypes_for(model.hf, spec.save_dtype)
-    own = export.own_share(model.hf_state().items(), dtypes=dtypes, world=DistributedContext(0, 1, CPU), sharded=False)
+    own = export.weights_to_write(
+        model.hf_state().items(), dtypes=dtypes, world=DistributedContext(0, 1, CPU), sharded=False
+    )
     assert export.dtype_of(own) == BF16
-    export.save_whole(model.hf, own, tmp_path, shard_size="5GB")
+    export.save_full(model.hf, own, tmp_path, shard_size="5GB")
     found = load_file(tmp_path / "model.safetensors")
     kept = [key for key in found if found[key].dtype == torch.float32]  # some have another name in files
     assert 0 < len(kept) < len(found) / 2

@@ -61,13 +61,13 @@ def test_shards_of_several_ranks_have_one_numbering(tmp_path: Path) -> None:
 def test_a_checkpoint_s_names_and_an_export_s_are_both_read(name: str, tokenizer: Any, tmp_path: Path) -> None:
     """Mixtral keeps its experts in one weight in memory, and one by one on the Hub."""
     model = LanguageModel(tiny(name, vocab_size=300))
-    files = export.beside(model.hf, tokenizer, dtype=None)
+    files = export.companion_files(model.hf, tokenizer, dtype=None)
     for folder in ("checkpoint", "export"):
-        export.write_beside(files, tmp_path / folder)
+        export.write_companion_files(files, tmp_path / folder)
     state = {n: t.detach() for n, t in model.hf_state().items()}
     pieces = {n: TensorShard(t, 0, tuple(t.shape)) for n, t in state.items()}
     write(tmp_path / "checkpoint" / "model.safetensors", pieces)
-    export.save_whole(model.hf, dict(state), tmp_path / "export", shard_size="5GB")
+    export.save_full(model.hf, dict(state), tmp_path / "export", shard_size="5GB")
     ids = torch.arange(12)[None]
     expected = model.eval().hf(ids).logits
     for folder in ("checkpoint", "export"):
@@ -82,13 +82,13 @@ def test_a_checkpoint_s_names_and_an_export_s_are_both_read(name: str, tokenizer
 def test_what_lies_beside_the_weights_leaves_the_model_as_it_is(tokenizer: Any, tmp_path: Path) -> None:
     hf = tiny("llama", vocab_size=300, eos_token_id=7)
     hf.config.use_cache = False
-    files = export.beside(hf, tokenizer, dtype=torch.bfloat16)
+    files = export.companion_files(hf, tokenizer, dtype=torch.bfloat16)
     assert (hf.config.use_cache, hf.config.dtype, hf.config.eos_token_id) == (False, None, 7)
     config, generation = (json.loads(files[name]) for name in ("config.json", "generation_config.json"))
     assert (config["use_cache"], config["dtype"], config["eos_token_id"]) == (True, "bfloat16", 0)
     assert generation["eos_token_id"] == 0
     assert config["architectures"] == ["LlamaForCausalLM"]
-    export.write_beside(files, tmp_path)
+    export.write_companion_files(files, tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
 
 
@@ -114,7 +114,7 @@ def test_code_that_a_model_brings_comes_along(
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
     spec = Pretrained(name_or_path=str(folder), trust_remote_code=True)
     hf = spec.build(param_dtype=torch.float32, device=torch.device("cpu"), seed=0).hf
-    files = export.beside(hf, spec.tokenizer(None), dtype=None)
+    files = export.companion_files(hf, spec.tokenizer(None), dtype=None)
     assert files["mine.py"].decode() == REMOTE
     assert json.loads(files["config.json"])["auto_map"] == auto_map
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pretrain.data.batch import IGNORE
 from pretrain.models import loss as module
-from pretrain.models.loss import ROOM, linear_cross_entropy
+from pretrain.models.loss import FP16_GRAD_SCALE, linear_cross_entropy
 
 ROWS, HIDDEN, VOCABULARY = 48, 16, 40
 
@@ -76,7 +76,7 @@ def test_every_chunks_gradients_are_as_large_as_they_are(dtype: torch.dtype) -> 
     with torch.autocast("cpu", dtype):
         loss = linear_cross_entropy(hidden, weight, None, labels)
     got_hidden, got_weight = torch.autograd.grad(loss, [hidden, weight])
-    assert ROOM == 64
+    assert FP16_GRAD_SCALE == 64
     tolerance = 2e-2 if dtype == torch.bfloat16 else 3e-3
     assert float((got_weight - want_weight).norm() / want_weight.norm()) < tolerance
     for rows in range(0, ROWS, 8):

@@ -72,7 +72,7 @@ def test_eager_attention_too(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture(name: str) -> None:
     if not is_causal(tiny(name).eval()):
-        with pytest.raises(UserError, match="sees the tokens that it should predict"):
+        with pytest.raises(UserError, match="is not causal: its logits change with later tokens"):
             LanguageModel(tiny(name))
         return
     model = LanguageModel(tiny(name)).eval()
@@ -94,10 +94,10 @@ def test_a_mask_in_the_place_of_the_window_is_noticed(monkeypatch: pytest.Monkey
         seen = (document.unsqueeze(2) == document.unsqueeze(1)).tril().unsqueeze(1)
         return {"position_ids": position_ids, "attention_mask": seen}
 
-    monkeypatch.setattr(probe, "WAYS", (plain,))
-    assert probe.document_separation(tiny("opt")) is plain
-    assert probe.document_separation(tiny("gpt_oss")) is None
-    assert probe.document_separation(tiny("afmoe")) is None
+    monkeypatch.setattr(probe, "DOCUMENT_MASKS", (plain,))
+    assert probe.find_document_mask(tiny("opt")) is plain
+    assert probe.find_document_mask(tiny("gpt_oss")) is None
+    assert probe.find_document_mask(tiny("afmoe")) is None
 
 
 # -- causality --------------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def is_causal(hf: Any) -> bool:
 def test_a_model_that_sees_the_future_is_refused(name: str, dtype: torch.dtype) -> None:
     if (name, dtype) == ("xlnet", torch.bfloat16):
         pytest.skip("XLNet computes in no 16 bits: transformers multiplies it with fp32")
-    with pytest.raises(UserError, match=r"sees the tokens that it should predict.*is_decoder") as raised:
+    with pytest.raises(UserError, match=r"is not causal: its logits change with later tokens.*is_decoder") as raised:
         LanguageModel(tiny(name, dtype=dtype))
     assert "\n" not in str(raised.value)
 
@@ -150,7 +150,7 @@ def test_a_sharded_model_is_tried_when_it_has_its_weights() -> None:
 
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     spec = Scratch(name_or_path="none", overrides=shape | {"model_type": "bert"}, train_tokenizer=300)
-    with as_rank(0, 1) as world, pytest.raises(UserError, match="sees the tokens"):
+    with as_rank(0, 1) as world, pytest.raises(UserError, match="is not causal"):
         set_up(Fsdp(), ModelFactory(spec, torch.float32, 0), world)
 
 

@@ -139,7 +139,7 @@ def test_digits_by_threes_stay_so(tmp_path: Path, said: list[str]) -> None:
     split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("1234567")
     assert [text for text, _ in split] == ["123", "456", "7"]
     assert len(said) == 1
-    assert "AutoTokenizer (Qwen2Tokenizer) would make other tokens" in said[0]
+    assert "AutoTokenizer (Qwen2Tokenizer) would give other tokens" in said[0]
 
 
 def test_a_class_that_invents_tokens_makes_the_model_no_other(tmp_path: Path, said: list[str]) -> None:
@@ -217,7 +217,7 @@ def test_a_template_in_a_file_of_its_own_makes_an_instruct_tokenizer_too(tmp_pat
         ({"separator": "<|endoftxt|>"}, {}, r"dataset.separator='<\|endoftxt\|>'.*did you mean '<\|endoftext\|>'"),
         ({"separator": 500}, {}, "dataset.separator=500: the tokenizer's ids are 0 to 499"),
         ({}, {"eos_token": None}, "no end-of-text token.*dataset.separator"),
-        ({"bos": True}, {"bos_token": None}, "dataset.bos=true: the tokenizer names no bos_token"),
+        ({"bos": True}, {"bos_token": None}, "dataset.bos=true: the tokenizer has no bos_token"),
     ],
 )
 def test_tokens_that_are_not_there(asked: dict, named: dict, words: str, tmp_path: Path) -> None:
@@ -254,19 +254,19 @@ WITHOUT: dict[str, tuple[str, bytes, str, str]] = {  # file, its content, model 
         "tokenizer.model",
         b"\n\x05",
         "llama",
-        r"no tokenizer.json but tokenizer.model; make one, once, where senten",
+        r"no tokenizer.json but tokenizer.model; create one once, where senten",
     ),
     "tiktoken": (
         "qwen.tiktoken",
         b"IQ== 0\n",
         "qwen2",
-        "no tokenizer.json but qwen.tiktoken; make one, once, where tiktoken",
+        "no tokenizer.json but qwen.tiktoken; create one once, where tiktoken",
     ),
     "tekken": (
         "tekken.json",
         b"{}",
         "mistral",
-        "no tokenizer.json but tekken.json; make one, once, where mistral_common",
+        "no tokenizer.json but tekken.json; create one once, where mistral_common",
     ),
     "nothing": ("notes", b"", "llama", "no tokenizer.json; copy tokenizer.json from the model's own folder"),
     "a class that reads no vocab.txt": (
@@ -275,7 +275,7 @@ WITHOUT: dict[str, tuple[str, bytes, str, str]] = {  # file, its content, model 
         "gpt2",
         "GPT2Tokenizer has . tokens where .* have 6",
     ),
-    "vocab.json that is none": ("vocab.json", b"[1]", "gpt2", "vocab.json: not an object"),
+    "vocab.json that is none": ("vocab.json", b"[1]", "gpt2", "vocab.json: not a JSON object"),
 }
 
 

@@ -172,7 +172,7 @@ SLOW = ["launch.timeout=4", "launch.slow_timeout=4"]
             for where in (
                 "pretrain.strategy.engine:Engine.backward",
                 "pretrain.training.trainer:Trainer.restore",
-                "pretrain.models.hub.export:save_whole",
+                "pretrain.models.hub.export:save_full",
             )
         ),
     ],

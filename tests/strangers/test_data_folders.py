@@ -78,8 +78,8 @@ LEADING_OUT: dict[str, tuple[Callable[[Path], object], str]] = {
     "a second configuration": (lambda d: (d / "README.md").write_text(card("data_files: train.jsonl") .replace("---\n# Data", "- config_name: b\n  data_files: /etc/passwd\n---\n# Data")), "outside its folder"),
     "data_dir": (lambda d: (d / "README.md").write_text(card("data_dir: ../elsewhere")), r"outside its folder \('\.\./elsewhere'\)"),
     "a card of its own": (lambda d: (d / ".huggingface.yaml").write_text("configs:\n- config_name: default\n  data_files: /etc/passwd\n"), r"\.huggingface\.yaml: it names data outside"),
-    "a link to a file": (linked, "its data lies elsewhere"),
-    "a link to a folder": (linked_folder, "its data lies elsewhere|any data file|no data files"),
+    "a link to a file": (linked, "its data is outside of it"),
+    "a link to a folder": (linked_folder, "its data is outside of it|any data file|no data files"),
     "YAML that is none": (lambda d: (d / "README.md").write_text("---\nconfigs: [\n---\n"), r"README\.md: its YAML cannot be read"),
     "a configuration that is none": (lambda d: (d / "README.md").write_text("---\nconfigs: 3\n---\n"), "d, split train: "),
     "a script": (lambda d: ((d / "train.jsonl").unlink(), (d / "d.py").write_text("open('ran', 'w')")), "split train: .*scripts are no longer supported"),
@@ -90,8 +90,8 @@ LEADING_OUT: dict[str, tuple[Callable[[Path], object], str]] = {
     "a tar": (lambda d: tarred(d, "train.tar", "w"), r"train\.tar: archives are not unpacked"),
     "a tar of another name": (lambda d: tarred(d, "train.jsonl", "w"), r"train\.jsonl: archives are not unpacked"),
     "a tar.gz": (lambda d: tarred(d, "train.jsonl.gz", "w:gz"), r"train\.jsonl\.gz: archives are not unpacked"),
-    "an HDF5 file, which may name others": (lambda d: (d / "train.jsonl").rename(d / "train.h5"), "a dataset of the kind 'hdf5'; read are arrow, csv, json"),
-    "a folder of tasks, whose files name others": (lambda d: ((d / "train.jsonl").unlink(), (d / "task.toml").write_text("")), "a dataset of the kind 'harbor'"),
+    "an HDF5 file, which may name others": (lambda d: (d / "train.jsonl").rename(d / "train.h5"), "datasets of type 'hdf5' are not supported, only arrow, csv, json"),
+    "a folder of tasks, whose files name others": (lambda d: ((d / "train.jsonl").unlink(), (d / "task.toml").write_text("")), "datasets of type 'harbor' are not supported"),
     "a saved dataset": (lambda d: (d / "state.json").write_text("{}"), "is read with dataset=local"),
     "broken records": (lambda d: (d / "train.jsonl").write_text('{"text": "a"}\n{oops\n'), "split train: "),
 }  # fmt: skip
@@ -125,9 +125,9 @@ def test_a_dataset_folder_reads_nothing_elsewhere(case: str, folder: Path) -> No
 
 
 @pytest.mark.parametrize(("found", "words"), [
-    ("/etc/passwd", "its data lies elsewhere"),
-    ("hf://datasets/a/other@0123/x.jsonl", "its data lies elsewhere"),
-    ("https://example.invalid/x.jsonl", "its data lies elsewhere"),
+    ("/etc/passwd", "its data is outside of it"),
+    ("hf://datasets/a/other@0123/x.jsonl", "its data is outside of it"),
+    ("https://example.invalid/x.jsonl", "its data is outside of it"),
     ("hf://datasets/a/b@0123/x.tar.gz", "archives are not unpacked"),
 ])  # fmt: skip
 def test_a_dataset_of_the_hub_reads_nothing_elsewhere(found: str, words: str) -> None:
@@ -205,7 +205,7 @@ def test_folders_that_lead_in_circles_end(tmp_path: Path, capsys: pytest.Capture
     assert documents_of(f"{folder}/**") == ["one", "two", "three"]
     assert documents_of(folder) == ["one", "two"]
     said = " ".join(capsys.readouterr().err.split())
-    assert "not read in it: 21 links to folders, which a glob such as" in said
+    assert "skipped 21 links to folders, which a glob such as" in said
 
 
 def test_links_to_files_elsewhere_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,7 +240,7 @@ def test_what_a_run_wrote_is_no_text(tmp_path: Path, monkeypatch, capsys: pytest
     for path in (folder, f"{folder}/**/*"):
         assert documents_of(path) == ["one", "two"]
     said = " ".join(capsys.readouterr().err.split())
-    assert "not read in it: 6 folders of runs, models or caches, such as" in said
+    assert "skipped 6 folders of runs, models or caches, such as" in said
     assert documents_of(folder, pattern="**/*.txt") == documents_of(folder, pattern="*.txt") == ["one"]
 
 
@@ -284,4 +284,4 @@ def test_a_folder_that_cannot_be_listed_is_said(tmp_path: Path, capsys: pytest.C
 
 @pytest.fixture(autouse=True)
 def said_again() -> None:
-    listing.say_once.cache_clear()
+    listing.notice_once.cache_clear()

@@ -105,7 +105,7 @@ TABLE: dict[str, tuple[str, dict[str, Any], Callable[[Path], None] | None, list[
         None,
         ["dataset.separator=nope"],
         2,
-        "dataset.separator='nope': no token",
+        "dataset.separator='nope': not a token",
     ),
     "a separator beyond the end": (
         "byte_level",
@@ -115,7 +115,7 @@ TABLE: dict[str, tuple[str, dict[str, Any], Callable[[Path], None] | None, list[
         2,
         "the tokenizer's ids are 0 to 499",
     ),
-    "a BOS it does not name": ("byte_level", {"bos_token": None}, None, ["dataset.bos=true"], 2, "names no bos_token"),
+    "a BOS it does not name": ("byte_level", {"bos_token": None}, None, ["dataset.bos=true"], 2, "has no bos_token"),
     "a bos that is no word for it": ("byte_level", {}, None, ["dataset.bos=maybe"], 2, "dataset.bos='maybe'"),
     "larger than the embedding": (
         *("byte_level", {}, lambda p: with_config(p, vocab_size=499), []),
@@ -144,11 +144,11 @@ TABLE: dict[str, tuple[str, dict[str, Any], Callable[[Path], None] | None, list[
     "broken": ("byte_level", {}, lambda p: replaced(p, "tokenizer.json", b'{"model": 3}'), [], 2, "tokenizer"),
     "two tokens with one id": (
         *("byte_level", {}, lambda p: edited(p, lambda v: v.update({"!": v['"']})), []),
-        *(2, "gives two tokens one id: '!' and '\"' are both"),
+        *(2, "assigns one id to two tokens: '!' and '\"' are both"),
     ),
     "nested": (
         *("byte_level", {}, lambda p: replaced(p, "tokenizer.json", b'{"model": ' + b"[" * 100_000), []),
-        *(2, "tokenizer.json is no tokenizer: RecursionError"),
+        *(2, "tokenizer.json is not a valid tokenizer: RecursionError"),
     ),
     "none": ("byte_level", {}, lambda p: (p / "tokenizer.json").unlink(), [], 2, "it has no tokenizer.json; copy"),
 }

@@ -1,5 +1,5 @@
-"""Files as streams of plain bytes, decompressed as they are read, in bounded memory. A compressed file that ends too early,
-or has something else behind its end, is an error: none of its text is lost without a word."""
+"""Files as streams of plain bytes, decompressed as they are read, in bounded memory. A compressed file that is truncated or has
+other data after its end raises an error, so that no text is lost silently."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from pretrain.data.reading.units import FileRange
 from pretrain.runtime.errors import UserError
 
 READ_BYTES = 1 << 20
-# Of zstd, at a time. A block of 4 bytes can stand for 128 KiB, so this bounds what one step may make: 64 MiB.
+# Compressed zstd bytes that are fed at a time. A block of 4 bytes can expand to 128 KiB, so one step yields at most 64 MiB.
 COMPRESSED_BYTES = 2 << 10
-# The largest that libzstd reads (``zstd --long=31``); the memory is taken only for such a file.
+# The largest window that libzstd reads (``zstd --long=31``). The memory is allocated only for files that use it.
 MAX_WINDOW_BYTES = 1 << 31
 
 
 def is_compressed(piece: FileRange) -> bool:
+    """Return whether the piece's file is compressed."""
     return piece.format.endswith((".gz", ".zst"))
 
 
 def open_bytes(piece: FileRange, start: int | None = None) -> IO[bytes]:
-    """The bytes of the piece's file from ``start`` (default: the piece's) on; of a compressed file always all, decompressed.
-    The caller closes it."""
+    """Return a stream of the piece's file from byte ``start`` (by default that of the piece). A compressed file is always
+    decompressed from its beginning. The caller closes the stream."""
     file = open(piece.path, "rb")  # noqa: SIM115
     if piece.format.endswith(".gz"):
         return io.BufferedReader(_Decompressed(file, _gzip_blocks(file), piece.path), READ_BYTES)
@@ -36,15 +37,17 @@ def open_bytes(piece: FileRange, start: int | None = None) -> IO[bytes]:
 
 
 def _gzip_blocks(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield the decompressed bytes of a gzip file."""
     with gzip.open(file) as stream:
         while block := stream.read(READ_BYTES):
             yield block
 
 
 def _zstd_blocks(file: IO[bytes]) -> Iterator[bytes]:
-    """Frame by frame: ``stream_reader`` of zstandard takes a frame without its end for a complete one.
+    """Yield the decompressed bytes of a zstd file, frame by frame. The ``stream_reader`` of zstandard is not used, because it
+    accepts an incomplete frame.
 
-    Raises ``EOFError`` where the last frame has no end.
+    Raises ``EOFError`` if the last frame is incomplete.
     """
     import zstandard
 
@@ -61,7 +64,8 @@ def _zstd_blocks(file: IO[bytes]) -> Iterator[bytes]:
 
 
 class _Decompressed(io.RawIOBase):
-    """A stream out of ``blocks`` of bytes, whose errors name the file. Closes ``file`` with itself."""
+    """A raw stream over ``blocks`` of bytes. Decompression errors become ``UserError`` with the file's name. Closing the stream
+    closes ``file``."""
 
     def __init__(self, file: IO[bytes], blocks: Iterator[bytes], path: str) -> None:
         import zstandard

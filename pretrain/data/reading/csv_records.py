@@ -1,4 +1,4 @@
-"""Documents out of CSV (RFC 4180: a quoted field may hold commas and line ends), and where its records end."""
+"""Documents from CSV files (RFC 4180: a quoted field may hold commas and line ends), and the offsets at which records end."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pretrain.data.reading.units import FileRange, ReadOptions
 from pretrain.runtime.errors import UserError
 
 UTF8_MARK = b"\xef\xbb\xbf"
-Record = tuple[int, int, list[str]]  # the bytes it begins and ends at, its fields
+Record = tuple[int, int, list[str]]  # offset of its first byte, offset after its last byte, its fields
 
 
 def csv_documents(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
+    """Yield the text column of each record in ``piece``. Raises ``UserError`` for records that do not match the header."""
     names, after_header = header(piece, options)
     column = column_index(names, lambda: piece.path, options)
     place = partial(line_at, piece)
@@ -25,13 +26,13 @@ def csv_documents(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
         if len(fields) <= column or any(fields[len(names) :]):
             raise UserError(
                 f"{place(start)}: a record of {len(fields)} fields, but the header has {len(names)}; "
-                "a field with a comma, a quote or a line end in it stands between quotes"
+                "a field that contains a comma, a quote or a line end must be quoted"
             )
         yield fields[column]
 
 
 def header(piece: FileRange, options: ReadOptions) -> tuple[list[str], int]:
-    """The names of the columns, and the byte after them."""
+    """Return the names of the columns and the offset of the first byte after the header."""
     whole_file = FileRange(piece.path, piece.format, 0, piece.stop, piece.size, piece.stamp)
     for _, end, names in _records(_text_lines(whole_file, options), partial(line_at, piece)):
         return names, end
@@ -39,12 +40,12 @@ def header(piece: FileRange, options: ReadOptions) -> tuple[list[str], int]:
 
 
 def record_ends(path: str) -> Iterator[int]:
-    """The byte after each record, as far as the file is CSV; what is wrong behind that, its reader says."""
+    """Yield the offset after each record, up to the first invalid one. The reader reports the error when it gets there."""
 
     def text_lines() -> Iterator[tuple[int, int, str]]:
         with open(path, "rb") as file:
             offset = 0
-            for line in file:  # all that means something in CSV is ASCII, so that any encoding will do
+            for line in file:  # the syntax of CSV is ASCII, so latin-1 decodes it in files of any ASCII superset
                 start, offset = offset, offset + len(line)
                 yield start, offset, (line if start else line.removeprefix(UTF8_MARK)).decode("latin-1")
 
@@ -59,12 +60,13 @@ def _text_lines(piece: FileRange, options: ReadOptions) -> Iterator[tuple[int, i
 
 
 def _records(text_lines: Iterable[tuple[int, int, str]], place: Callable[[int], str]) -> Iterator[Record]:
-    """The records of ``text_lines`` (start, end, text). ``place``: what an error calls the byte at which a record begins."""
+    """Yield the records of ``text_lines`` (start, end, text). ``place`` returns the description of a byte offset for errors."""
     csv.field_size_limit(sys.maxsize)
     start, end = -1, 0
 
     def feed() -> Iterator[str]:
-        """``csv.reader`` takes a line when it needs it, so that ``start`` is that of the record's first line."""
+        """Yield lines on demand. ``csv.reader`` takes a line only when it needs one, so ``start`` is the offset of the record's
+        first line."""
         nonlocal start, end
         for offset, end, line in text_lines:  # noqa: B007
             start = offset if start < 0 else start

@@ -1,5 +1,5 @@
-"""Where a large file may be cut so that its pieces can be read alone: looks at a few bytes around each cut, not at
-the file (but for CSV, where only what stands before a line tells whether a record begins there)."""
+"""Cutting a large file into pieces that can be read independently. Only a few bytes around each cut are read, except for CSV,
+where all preceding bytes determine whether a line begins a record."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from pretrain.data.reading.units import UNIT_BYTES, FileRange, ReadOptions, Sour
 from pretrain.runtime.errors import UserError
 
 COMPRESSION_RATIO = 4  # a guess, for the progress bar only
-TEXT_WINDOW_BYTES = 1 << 20  # how far to look for a pleasant place to cut
-NEVER_EMPTY = ("parquet", "arrow", ".gz", ".zst")  # even without any text there is something in such a file
+TEXT_WINDOW_BYTES = 1 << 20  # number of bytes that are searched for a paragraph, line, sentence or word boundary
+NEVER_EMPTY = ("parquet", "arrow", ".gz", ".zst")  # a valid file of these formats has bytes even without any text
 Cut = tuple[int, int, int]  # start, stop, size in bytes
 
 
 def cut(file: SourceFile, options: ReadOptions) -> list[FileRange]:
-    """The pieces of one file. Raises ``UserError`` when the file cannot be opened as what it says it is."""
+    """Return the pieces of one file. Raises ``UserError`` when the file can't be opened in its format."""
     with reading(file.path):
         stamp = stamp_of(file.path)
         if not stamp[0] and file.format.endswith(NEVER_EMPTY):
-            raise UserError(f"{file.path}: cut off: it has no bytes, which no {file.format} file is")
-        cuts = CUTTERS.get(file.format, _whole)(file, options) if stamp[0] else ()
+            raise UserError(f"{file.path}: cut off: the file is empty, which is not a valid {file.format} file")
+        cuts = CUTTERS.get(file.format, _entire_file)(file, options) if stamp[0] else ()
         return [FileRange(file.path, file.format, start, stop, size, stamp) for start, stop, size in cuts]
 
 
-def _whole(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
+def _entire_file(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
+    """Yield the entire file as one piece."""
     size = Path(file.path).stat().st_size
     yield 0, size, size * (COMPRESSION_RATIO if file.format.endswith((".gz", ".zst")) else 1)
 
 
 def _at_marks(path: str, find: Callable[[IO[bytes], int, int], int]) -> Iterator[Cut]:
-    """Byte ranges of about UNIT_BYTES; ``find(file, position, total)`` says where the cut near ``position`` may be."""
+    """Yield byte ranges of about ``UNIT_BYTES``. ``find(file, position, total)`` returns the offset of a valid cut at or after
+    ``position``."""
     total = Path(path).stat().st_size
     start = 0
     with open(path, "rb") as file:
@@ -48,6 +50,7 @@ def _at_marks(path: str, find: Callable[[IO[bytes], int, int], int]) -> Iterator
 
 
 def _after_line(file: IO[bytes], position: int, total: int) -> int:
+    """Return the offset after the line that contains ``position``."""
     file.seek(position)
     while chunk := file.readline(1 << 20):
         if chunk.endswith(b"\n"):
@@ -56,7 +59,8 @@ def _after_line(file: IO[bytes], position: int, total: int) -> int:
 
 
 def _after_pause(file: IO[bytes], position: int, total: int) -> int:
-    """After a paragraph, line, sentence or word; text without any of them is cut between two characters."""
+    """Return the offset after the first paragraph end; if there is none, after the first line end, sentence end or word end. Text
+    without any of them is cut between two characters."""
     file.seek(position)
     window = file.read(TEXT_WINDOW_BYTES)
     for mark in (b"\n\n", b"\n", b". ", b" "):
@@ -76,6 +80,7 @@ def _lines(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
 
 
 def _csv(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
+    """Yield byte ranges of complete records of about ``UNIT_BYTES``."""
     total = Path(file.path).stat().st_size
     start = 0
     if total > UNIT_BYTES * 3 // 2:
@@ -88,7 +93,7 @@ def _csv(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
 
 
 def _parquet(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
-    """Ranges of row groups whose text column makes about UNIT_BYTES."""
+    """Yield ranges of row groups whose text column has about ``UNIT_BYTES``."""
     start = size = 0
     with readable_table(file.path, "parquet"):
         metadata = parquet_metadata(file.path, stamp_of(file.path))
@@ -103,7 +108,7 @@ def _parquet(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
 
 
 def _arrow(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
-    """Byte ranges of whole record batches."""
+    """Yield byte ranges of complete record batches of about ``UNIT_BYTES``."""
     start: int | None = None
     stop = 0
     for begin, stop in arrow_batches(file.path):

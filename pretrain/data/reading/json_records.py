@@ -1,5 +1,5 @@
-"""Documents out of JSON Lines and JSON, a record at a time: every byte is parsed once or, of a record that crosses blocks, a
-few times, and memory does not depend on the file's size."""
+"""Documents from JSON Lines and JSON files, one record at a time. Every byte is parsed once, or a few times in a record that
+crosses blocks, and memory does not depend on the file's size."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from pretrain.runtime.errors import UserError
 
 NESTED = "nested too deep"
 BETWEEN = re.compile(r"[ \t\r\n,]*")
-LONGEST_WORD = 16  # characters: more than "-Infinity" or half of "\ud83d\ude00", which may be cut at the end of a block
+# Characters. A syntax error this close to the end of the window may be a literal or an escape that is cut off there: it is more
+# than "-Infinity" or half of "\ud83d\ude00".
+LONGEST_WORD = 16
 
 
 def jsonl(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
+    """Yield the document of each line of JSON Lines. Empty lines are skipped."""
     for offset, raw in lines(piece):
         line = decode(raw, piece, offset, options)
         if not line or line.isspace():
@@ -36,8 +39,8 @@ def jsonl(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
 
 
 def json_values(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
-    """The records of a list, of several lists one after another, or single records (JSON Lines under the name .json is
-    common), until the file ends."""
+    """Yield the documents of a JSON file that holds a list of records, several lists in sequence, or bare records (files named
+    .json are often JSON Lines)."""
     window = _Window(piece, options)
     inside = False
     for index in itertools.count():
@@ -53,20 +56,21 @@ def json_values(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
 
 
 class _Window:
-    """The text of a file as far as it has been read, without what has been parsed. ``at``: where to parse next."""
+    """The text of a file that has been read but not parsed yet. ``at`` is the position in ``text`` at which parsing continues."""
 
     def __init__(self, piece: FileRange, options: ReadOptions) -> None:
         self.text, self.at = "", 0
-        self._start = 0  # of the record at hand
-        self._path, self._line = piece.path, 1  # the number of the line on which ``text`` begins
+        self._start = 0  # position of the current record
+        self._path, self._line = piece.path, 1  # number of the line on which ``text`` begins
         self._blocks = (decode(raw, piece, offset, options) for offset, raw in blocks(piece))
         self._decode = json.JSONDecoder().raw_decode
 
     def place(self, more: str = "") -> str:
+        """Return ``file:line`` of the current record, followed by ``more``."""
         return f"{self._path}:{self._line + self.text.count(chr(10), 0, self._start)}{more}"
 
     def next_char(self) -> str:
-        """The next character that is neither white space nor a comma; none at the end of the file."""
+        """Return the next character that is neither white space nor a comma; an empty string at the end of the file."""
         while True:
             self.at = self._start = BETWEEN.match(self.text, self.at).end()  # type: ignore[union-attr]  # matches always
             if self.at < len(self.text):
@@ -75,7 +79,7 @@ class _Window:
                 return ""
 
     def value(self) -> Any:
-        """The value that begins at ``at``. Raises ``UserError`` with its place where there is none."""
+        """Return the value that begins at ``at``. Raises ``UserError`` with its place if there is no valid value."""
         while True:
             try:
                 value, stop = self._decode(self.text, self.at)
@@ -90,14 +94,14 @@ class _Window:
             except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
                 reason = NESTED if isinstance(error, RecursionError) else error
                 raise UserError(f"{self.place()}: broken JSON ({reason})") from error
-            if stop == len(self.text) and self._read_on():  # a number may have more digits in the next block
+            if stop == len(self.text) and self._read_on():  # a number may continue in the next block
                 continue
             self._start, self.at = self.at, stop
             return value
 
     def _read_on(self) -> bool:
-        """Drop what is parsed and read as much again as is left, at least a block: however long a record is, the text that
-        is parsed for it adds up to a few times its length. False at the end of the file."""
+        """Drop the parsed text and read at least one block, and as much as is left unparsed. Doubling the window bounds the text
+        that is parsed for a record to a few times its length. Return False at the end of the file."""
         self._line += self.text.count("\n", 0, self.at)
         parts, wanted = [self.text[self.at :]], len(self.text) - self.at
         while block := next(self._blocks, ""):

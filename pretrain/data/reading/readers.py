@@ -1,5 +1,5 @@
-"""Documents out of pieces of files, one generator per format, each in bounded memory. A document is text, or token
-ids where the data was tokenized elsewhere. Every error names the file and the place in it."""
+"""Readers of documents from pieces of files: one generator per format, in bounded memory. A document is text, or token ids if
+the data was tokenized elsewhere. Every error names the file and the place in it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["READERS", "Document", "digest", "read"]
 
 
 def read(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
-    """The documents of ``piece`` in order, without those that hold nothing but white space.
+    """Yield the documents of ``piece`` in order, without those that hold only white space.
 
     Raises:
-        UserError: the bytes are not what the format promises, or the file changed since it was listed.
+        UserError: the file is not valid in its format, or it changed since it was listed.
     """
     with reading(piece.path):
         for document in READERS[piece.format.partition(".")[0]](piece, options):
@@ -37,7 +37,7 @@ def read(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
 
 
 def digest(piece: FileRange, options: ReadOptions) -> str:
-    """Hash of the bytes that decide what ``read`` yields."""
+    """Return a hash of the bytes that determine what ``read`` yields."""
     state = xxhash.xxh3_128(key_of(piece.format, *asdict(options).values()).encode())
     with reading(piece.path), open(piece.path, "rb") as file:
         for start, stop in _deciding_bytes(piece, options):
@@ -49,7 +49,7 @@ def digest(piece: FileRange, options: ReadOptions) -> str:
 
 
 def _deciding_bytes(piece: FileRange, options: ReadOptions) -> Iterator[tuple[int, int]]:
-    """The byte ranges of the file that ``piece`` is made of, what names its columns first."""
+    """Yield the byte ranges of the file on which the content of ``piece`` depends; the header or schema comes first."""
     if piece.format == "parquet":
         with readable_table(piece.path, "parquet"):
             yield from parquet_bytes(piece, options)
@@ -63,7 +63,8 @@ def _deciding_bytes(piece: FileRange, options: ReadOptions) -> Iterator[tuple[in
 
 
 def _text(piece: FileRange, options: ReadOptions) -> Iterator[str]:
-    """A block that ends inside a line hands its last section on to the next block, so that no word is cut there."""
+    """Yield the sections of plain text. If a block ends inside a line, its last section is prepended to the next block, so that
+    no word is cut there."""
     left = ""
     for offset, block in blocks(piece):
         *found, left = sections(left + decode(block, piece, offset, options), options.max_document_chars)
@@ -74,7 +75,8 @@ def _text(piece: FileRange, options: ReadOptions) -> Iterator[str]:
     yield left
 
 
-def _whole_text(piece: FileRange, options: ReadOptions) -> str:
+def _full_text(piece: FileRange, options: ReadOptions) -> str:
+    """Return the text of ``piece``."""
     return "".join(decode(block, piece, offset, options) for offset, block in blocks(piece))
 
 
@@ -85,7 +87,7 @@ READERS: dict[str, Callable[[FileRange, ReadOptions], Iterator[Document]]] = {
     "csv": csv_documents,
     "parquet": parquet,
     "arrow": arrow,
-    "docstrings": lambda piece, options: docstrings(_whole_text(piece, options), options.max_document_chars),
-    "description": lambda piece, options: package_description(_whole_text(piece, options), options.max_document_chars),
-    "topics": lambda piece, options: topics(_whole_text(piece, options)),
+    "docstrings": lambda piece, options: docstrings(_full_text(piece, options), options.max_document_chars),
+    "description": lambda piece, options: package_description(_full_text(piece, options), options.max_document_chars),
+    "topics": lambda piece, options: topics(_full_text(piece, options)),
 }

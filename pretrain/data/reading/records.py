@@ -1,5 +1,5 @@
-"""What all formats share: text out of bytes, documents out of records, and the place that an error names. A place is worked
-out only for a message: the number of a line is counted from the beginning of its file."""
+"""The parts that all readers share: decoding bytes, extracting the document of a record, and describing a place in a file for
+error messages. A place is computed only when a message needs it, because lines are counted from the beginning of the file."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from pretrain.data.reading.units import FileRange, ReadOptions
 from pretrain.runtime.errors import UserError
 
 Document = str | NDArray[np.int64]
-RankInfo = Callable[[], str]
+Location = Callable[[], str]
 BLOCK_BYTES = 8 << 20
 LONGEST_CHARACTER = 4  # bytes of UTF-8
-# https://www.unicode.org/faq/utf_bom.html#bom4; UTF-32 first: its mark begins as that of UTF-16 does
+# https://www.unicode.org/faq/utf_bom.html#bom4. UTF-32 comes first, because its mark begins with that of UTF-16.
 OTHER_MARKS = {
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-# What is compressed or packed under a name that does not say so, by its first bytes; with ``errors=replace`` it would be text.
+# First bytes of compressed files and archives. They are detected under any file name; with ``errors=replace`` they would
+# otherwise be read as text.
 PACKED = (
     (re.compile(rb"\x1f\x8b\x08"), "compressed by gzip: call it .gz"),
     (re.compile(rb"\x28\xb5\x2f\xfd"), "compressed by zstd: call it .zst"),
@@ -39,7 +40,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def lines(piece: FileRange) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of each line that begins in the piece."""
+    """Yield (offset, line) for each line that begins in the piece."""
     with open_bytes(piece) as file:
         offset, stop = piece.start, None if is_compressed(piece) else piece.stop
         while (stop is None or offset < stop) and (line := file.readline()):
@@ -48,7 +49,8 @@ def lines(piece: FileRange) -> Iterator[tuple[int, bytes]]:
 
 
 def blocks(piece: FileRange) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) in blocks of BLOCK_BYTES that end at a line where there is one, and never inside a character."""
+    """Yield (offset, bytes) in blocks of about ``BLOCK_BYTES``. A block ends at a line end if there is one, and never inside a
+    character."""
     with open_bytes(piece) as file:
         offset = piece.start
         left = 1 << 62 if is_compressed(piece) else piece.stop - piece.start
@@ -61,19 +63,21 @@ def blocks(piece: FileRange) -> Iterator[tuple[int, bytes]]:
 
 
 def _rest_of_character(file: Any, block: bytes, left: int) -> bytes:
-    rest = b""
-    while len(rest) < min(LONGEST_CHARACTER - 1, left) and not block.endswith(b"\n"):
+    """Read and return the bytes that complete a UTF-8 character at the end of ``block``."""
+    remainder = b""
+    while len(remainder) < min(LONGEST_CHARACTER - 1, left) and not block.endswith(b"\n"):
         if not 0x80 <= (file.peek(1)[:1] or b"\0")[0] < 0xC0:  # not the continuation of a character
             break
-        rest += file.read(1)
-    return rest
+        remainder += file.read(1)
+    return remainder
 
 
 def decode(raw: bytes, piece: FileRange, offset: int, options: ReadOptions) -> str:
-    """``raw``, which lies at ``offset`` of the (decompressed) file, without the byte order mark of UTF-8.
+    """Return the text of ``raw``, which begins at ``offset`` of the (decompressed) file, without a UTF-8 byte order mark.
 
     Raises:
-        UserError: it is not UTF-8; UTF-16 and UTF-32 are refused with ``errors=replace`` too, for nothing would be left.
+        UserError: ``raw`` is not UTF-8. UTF-16 and UTF-32 are refused with ``errors=replace`` too, because hardly any text would
+            be left.
     """
     if offset == 0:
         _check_beginning(raw, piece.path)
@@ -85,8 +89,8 @@ def decode(raw: bytes, piece: FileRange, offset: int, options: ReadOptions) -> s
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
-def decode_value(raw: bytes, place: RankInfo, options: ReadOptions) -> str:
-    """Text out of the bytes that a table has for it."""
+def decode_value(raw: bytes, place: Location, options: ReadOptions) -> str:
+    """Return the text of a table's value, given as bytes."""
     try:
         return raw.decode("utf-8", options.errors)
     except UnicodeDecodeError as error:
@@ -120,7 +124,7 @@ def _other_encoding(raw: bytes) -> str | None:
 
 
 def line_at(piece: FileRange, offset: int) -> str:
-    """``file:line`` of the byte ``offset``. Reads the file up to there: for messages only."""
+    """Return ``file:line`` of the byte ``offset``. It reads the file up to there, so it is used for messages only."""
     with open_bytes(piece, 0) as file:
         number, left = 1, offset
         while left > 0 and (block := file.read(min(left, BLOCK_BYTES))):
@@ -129,16 +133,17 @@ def line_at(piece: FileRange, offset: int) -> str:
     return f"{piece.path}:{number}"
 
 
-def document_of_record(record: Any, place: RankInfo, options: ReadOptions) -> Document | None:
-    """The document of a JSON value: an object's text column, or the value itself. ``None`` for null."""
+def document_of_record(record: Any, place: Location, options: ReadOptions) -> Document | None:
+    """Return the document of a JSON value: the text column of an object, or the value itself. Return ``None`` for null."""
     if isinstance(record, dict):
         names = list(record)
         record = record[names[column_index(names, place, options)]]
     return None if record is None else document_of(record, place, options)
 
 
-def document_of(value: Any, place: RankInfo, options: ReadOptions) -> Document:
-    """Raises ``UserError``: neither text that UTF-8 can hold nor a list of token ids."""
+def document_of(value: Any, place: Location, options: ReadOptions) -> Document:
+    """Return ``value`` as a document. Raises ``UserError`` if it is neither text nor a list of token ids, or if UTF-8 can't
+    represent the text."""
     if isinstance(value, str):
         return value if value.isascii() else _without_surrogates(value, place, options)
     if isinstance(value, list) and all(type(token) is int for token in value):
@@ -146,26 +151,27 @@ def document_of(value: Any, place: RankInfo, options: ReadOptions) -> Document:
             return np.array(value, np.int64)
         except OverflowError as error:
             largest = max(value, key=abs)
-            raise UserError(f"{place()}: {str(largest)[:40]} is no token id") from error
+            raise UserError(f"{place()}: {str(largest)[:40]} is not a token id") from error
     raise UserError(
         f"{place()}: neither text nor a list of token ids, but {type(value).__name__} ({reprlib.repr(value)})"
     )
 
 
-def _without_surrogates(text: str, place: RankInfo, options: ReadOptions) -> str:
-    """JSON can escape half of a surrogate pair, which is no character and has no bytes in UTF-8."""
+def _without_surrogates(text: str, place: Location, options: ReadOptions) -> str:
+    """Replace lone surrogates in ``text``, or raise ``UserError``. JSON can escape half of a surrogate pair, which is not a
+    character and can't be encoded in UTF-8."""
     if not (found := SURROGATE.search(text)):
         return text
     if options.errors == "replace":
         return SURROGATE.sub("\ufffd", text)
     raise UserError(
-        f"{place()}: half of a surrogate pair (\\u{ord(found[0]):04x}) at character {found.start()} of the text, which is no "
+        f"{place()}: half of a surrogate pair (\\u{ord(found[0]):04x}) at character {found.start()} of the text, which is not a "
         "character; correct the file, or read it with dataset.errors=replace"
     )
 
 
-def column_index(names: list[str], place: RankInfo, options: ReadOptions) -> int:
-    """Index of the text column; of ``input_ids``, data tokenized elsewhere, where there is no text."""
+def column_index(names: list[str], place: Location, options: ReadOptions) -> int:
+    """Return the index of the text column, or that of ``input_ids`` (data tokenized elsewhere) if there is no text column."""
     for wanted in (options.text_column, "input_ids"):
         if wanted in names:
             return names.index(wanted)

@@ -1,18 +1,16 @@
-"""Long plain text has no documents of its own: cut it where a reader would pause, never inside a word if that can be
-helped."""
+"""Cutting long plain text, which has no document boundaries, into sections at paragraph, line, sentence or word ends."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-PAUSES = ("\n\n", "\n", ". ", " ")  # paragraph, line, sentence, word: the first that is there decides
+PAUSES = ("\n\n", "\n", ". ", " ")  # paragraph, line, sentence, word: the first one that occurs is used
 
 
 def sections(text: str, size: int) -> Iterator[str]:
-    """Cut ``text`` into pieces of at most ``size`` characters; joined again they are ``text``.
+    """Cut ``text`` into sections of at most ``size`` characters, whose concatenation is ``text``.
 
-    A cut is looked for in the second half of each piece, so that pieces are never shorter than ``size / 2`` but for
-    the last.
+    Each cut is placed in the second half of a section, so only the last section can be shorter than ``size / 2``.
     """
     start = 0
     while len(text) - start > size:
@@ -23,6 +21,7 @@ def sections(text: str, size: int) -> Iterator[str]:
 
 
 def _pause(text: str, low: int, high: int) -> int:
+    """Return the position after the last pause in ``text[low:high]``; ``high`` if there is none."""
     for pause in PAUSES:
         found = text.rfind(pause, low, high)
         if found >= 0:

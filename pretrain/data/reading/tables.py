@@ -1,5 +1,5 @@
-"""Documents out of parquet and arrow files, a few hundred rows at a time. What pyarrow reads is validated before it is used:
-an offset that leads outside its buffer would end the process instead of raising."""
+"""Documents from parquet and arrow files, a few hundred rows at a time. The arrays that pyarrow reads are validated before use,
+because an offset outside of its buffer would crash the process instead of raising an error."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pretrain.data.reading.records import Document, column_index, decode_value, 
 from pretrain.data.reading.units import FileRange, ReadOptions, Stamp
 from pretrain.runtime.errors import UserError, one_line
 
-ROWS = 256  # rows of a column that are Python objects at a time
-RowPlace = Callable[[int], str]  # of the row's number
+ROWS = 256  # number of rows that are converted to Python objects at a time
+RowPlace = Callable[[int], str]  # row number → description of the row for messages
 
 
 @contextmanager
 def readable_table(path: str, kind: str) -> Iterator[None]:
-    """What pyarrow raises for a broken file, as the user's mistake."""
+    """Convert the errors that pyarrow raises for an invalid file into ``UserError``."""
     from pyarrow import ArrowException
 
     try:
@@ -29,18 +29,20 @@ def readable_table(path: str, kind: str) -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def parquet_metadata(path: str, stamp: Stamp) -> Any:
-    """The footer, parsed once for all pieces of a file: it describes each of its row groups. ``stamp``: of which file."""
+    """Return the footer of a parquet file, which describes its row groups. It is parsed once for all pieces of a file; ``stamp``
+    is part of the cache key."""
     import pyarrow.parquet as pq
 
     return pq.read_metadata(path)
 
 
 def is_wanted(column_path: str, options: ReadOptions) -> bool:
-    """Whether a column of parquet, ``text`` or ``input_ids.list.element``, belongs to what is read."""
+    """Return whether a parquet column (such as ``text`` or ``input_ids.list.element``) belongs to a column that is read."""
     return any(column_path == name or column_path.startswith(f"{name}.") for name in (options.text_column, "input_ids"))
 
 
 def parquet(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
+    """Yield the documents of a range of row groups."""
     import pyarrow.parquet as pq
 
     with readable_table(piece.path, "parquet"):
@@ -50,12 +52,12 @@ def parquet(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
             names = file.schema_arrow.names
             column = names[column_index(names, lambda: piece.path, options)]
             for batch in file.iter_batches(ROWS, row_groups=list(range(piece.start, piece.stop)), columns=[column]):
-                yield from _of_column(batch.column(0), _rows(piece.path, column), row, options)
+                yield from _column_documents(batch.column(0), _rows(piece.path, column), row, options)
                 row += batch.num_rows
 
 
 def parquet_bytes(piece: FileRange, options: ReadOptions) -> Iterator[tuple[int, int]]:
-    """The byte ranges of the column that is read, in the row groups of ``piece``."""
+    """Yield the byte ranges of the columns that are read, in the row groups of ``piece``."""
     metadata = parquet_metadata(piece.path, piece.stamp)
     for group in (metadata.row_group(index) for index in range(piece.start, piece.stop)):
         for column in (group.column(number) for number in range(group.num_columns)):
@@ -67,6 +69,7 @@ def parquet_bytes(piece: FileRange, options: ReadOptions) -> Iterator[tuple[int,
 
 
 def arrow(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
+    """Yield the documents of the record batches in a byte range."""
     import pyarrow as pa
 
     with readable_table(piece.path, "arrow"), pa.OSFile(piece.path) as stream:
@@ -76,11 +79,11 @@ def arrow(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
         while (at := stream.tell()) < piece.stop:
             batch = pa.ipc.read_record_batch(pa.ipc.read_message(stream), schema)
             place = _rows(piece.path, schema.names[column], f" of the record batch at byte {at}")
-            yield from _of_column(batch.column(column), place, 0, options)
+            yield from _column_documents(batch.column(column), place, 0, options)
 
 
 def arrow_schema(stream: Any) -> Any:
-    """Read past the magic (file format only) and the schema, to the first record batch.
+    """Read the schema and return it. The stream is then at the first record batch. The magic of the file format is skipped.
 
     The body of Arrow's file format is its stream format:
     https://arrow.apache.org/docs/format/Columnar.html#ipc-file-format
@@ -92,7 +95,7 @@ def arrow_schema(stream: Any) -> Any:
 
 
 def schema_bytes(path: str) -> int:
-    """Where the record batches begin."""
+    """Return the offset of the first record batch."""
     import pyarrow as pa
 
     with pa.OSFile(path) as stream:
@@ -101,9 +104,10 @@ def schema_bytes(path: str) -> int:
 
 
 def arrow_batches(path: str) -> Iterator[tuple[int, int]]:
-    """The bytes of each record batch. The messages are walked over a memory map, their bodies stay unread.
+    """Yield the byte range of each record batch. The messages are read through a memory map, so their bodies are not loaded.
 
-    Raises ``UserError`` where the stream has no end marker or something behind it, or the file's footer counts otherwise.
+    Raises ``UserError`` if the stream has no end marker or has data after it, or if the file's footer has another number of
+    record batches.
     """
     import pyarrow as pa
 
@@ -127,6 +131,7 @@ def arrow_batches(path: str) -> Iterator[tuple[int, int]]:
 
 
 def _next_message(stream: Any) -> Any:
+    """Return the next message; ``None`` at the end of the stream."""
     import pyarrow as pa
 
     try:
@@ -136,11 +141,12 @@ def _next_message(stream: Any) -> Any:
 
 
 def _rows(path: str, column: str, of: str = "") -> RowPlace:
+    """Return the function that describes a row for messages."""
     return lambda row: f"{path}, column {column!r}, row {row}{of}"
 
 
-def _of_column(values: Any, place: RowPlace, first_row: int, options: ReadOptions) -> Iterator[Document]:
-    """The documents of an array, whose rows are numbered from ``first_row`` on."""
+def _column_documents(values: Any, place: RowPlace, first_row: int, options: ReadOptions) -> Iterator[Document]:
+    """Yield the documents of an array, whose rows are numbered from ``first_row``."""
     values = _validated(values)
     for start in range(0, len(values), ROWS):
         for row, value in enumerate(values.slice(start, ROWS).to_pylist(), first_row + start):
@@ -151,7 +157,8 @@ def _of_column(values: Any, place: RowPlace, first_row: int, options: ReadOption
 
 
 def _validated(values: Any) -> Any:
-    """``values`` with every offset checked, text as its bytes: pyarrow would decode all or nothing, and not name the row."""
+    """Return ``values`` after checking every offset. Text is returned as bytes, because pyarrow decodes an entire array at once
+    and its error does not name the row."""
     import pyarrow as pa
 
     if isinstance(values.type, pa.DictionaryType):

@@ -1,6 +1,6 @@
-"""What is tokenized at a time. A *piece* is a byte range (or row groups, or record batches) of one file; a *unit* is
-one large piece or several small files. The cut depends on the files alone, never on the number of workers, so that
-every run makes the same parts; and one new file among thousands changes one unit, not all that follow."""
+"""The units of tokenization. A *piece* (``FileRange``) is a byte range, or a range of row groups or record batches, of one file.
+A *unit* (``WorkUnit``) is one large piece or several small files. Units depend on the files only and not on the number of
+workers, so every run makes the same parts. One new file among thousands changes one unit and not all units after it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ import xxhash
 
 from pretrain.runtime.errors import UserError
 
-UNIT_BYTES = 8 << 20  # text of one unit: some seconds of one core's work, some megabytes of memory
+UNIT_BYTES = 8 << 20  # text of one unit: some seconds of work for one core and some megabytes of memory
 OWN_UNIT_BYTES = 1 << 20  # a piece of at least this size is not grouped with others
 
 
 def key_of(*values: Any) -> str:
-    """A name for ``values`` (fit for JSON), the same in every process and on every machine."""
+    """Return a hash of ``values`` (JSON-serialisable), which is the same in every process and on every machine."""
     return xxhash.xxh3_128_hexdigest(json.dumps(values).encode())
 
 
-Stamp = tuple[int, int, int]  # size, mtime_ns, inode: unchanged means the same bytes
+Stamp = tuple[int, int, int]  # size, mtime_ns, inode; a file with an unchanged stamp is taken to have the same bytes
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How documents come out of files; every one of these changes the tokens, so they are part of a part's key."""
+    """The settings that determine which documents are read from files. They change the tokens, so they are included in the key of
+    a part."""
 
     text_column: str = "text"
     errors: str = "strict"
@@ -39,8 +40,7 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file and the name of its format, a key of ``readers.READERS``, with ``.gz`` or ``.zst`` behind it if
-    compressed."""
+    """A file and its format: a key of ``readers.READERS``, followed by ``.gz`` or ``.zst`` if the file is compressed."""
 
     path: str
     format: str
@@ -48,7 +48,17 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class FileRange:
-    """``start`` and ``stop`` are bytes, for parquet row groups; ``size`` is about its text in bytes."""
+    """A piece of a file.
+
+    Attributes:
+        path: the file.
+        format: format of the file, as in ``SourceFile``.
+        start: first byte, or first row group of a parquet file.
+        stop: end (exclusive), in the same unit.
+        size: approximate amount of text in bytes.
+        stamp: stamp of the file when it was cut.
+        digest: hash of the piece's content; ``None`` while it is unknown.
+    """
 
     path: str
     format: str
@@ -61,21 +71,25 @@ class FileRange:
 
 @dataclass(frozen=True)
 class WorkUnit:
+    """The pieces that are tokenized together into one part."""
+
     pieces: tuple[FileRange, ...]
 
     @property
     def size(self) -> int:
+        """The approximate amount of text in bytes."""
         return sum(piece.size for piece in self.pieces)
 
 
 def stamp_of(path: str | Path) -> Stamp:
+    """Return the current stamp of a file."""
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """What the file system says about a file of the user's, in the user's words."""
+    """Convert an ``OSError`` raised while reading a user's file into a ``UserError``."""
     try:
         yield
     except OSError as error:
@@ -83,14 +97,14 @@ def reading(path: str) -> Iterator[None]:
 
 
 def printable(name: str) -> str:
-    """A file's name for messages and records. Where its bytes are not UTF-8, Python has halves of surrogate pairs for them,
-    which can be written nowhere."""
+    """Return a file's name for messages and records. Python represents bytes of a name that are not UTF-8 as lone surrogates,
+    which can't be encoded; they are replaced."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def group(pieces: Iterable[FileRange]) -> list[WorkUnit]:
-    """Small neighbours share a unit. A unit may end only at a file whose *name* says so, until it is full: then a
-    new file shifts the groups near it and no others (content-defined chunking)."""
+    """Group pieces into units; small neighbouring pieces share a unit. Until a unit is full, it may end only after a file whose
+    name has a certain hash, so a new file changes only the groups near it (content-defined chunking)."""
     units: list[WorkUnit] = []
     waiting: list[FileRange] = []
     waiting_bytes = 0

@@ -1,5 +1,4 @@
-"""What every dataset has in common. A source says which files there are and how to read them; it reads nothing
-itself."""
+"""The base class of datasets. A source lists its files and how they are read; it does not read their text itself."""
 
 from __future__ import annotations
 
@@ -14,10 +13,25 @@ from pretrain.data.reading.units import ReadOptions, SourceFile, printable
 
 @dataclass(frozen=True, kw_only=True)
 class Source(ABC):
-    """``held_out`` and ``train_data_ratio`` choose documents by the hash of their text: the same ones on every
-    machine. ``bos``: put the tokenizer's bos_token before each document (auto: if the tokenizer itself does so).
-    ``separator``: the token that ends each document, or its id (auto: the tokenizer's eos_token, in a chat model's the token
-    that ends a text). In an evaluation domain auto means: as in the run's dataset."""
+    """The settings that all datasets share.
+
+    ``held_out`` and ``train_data_ratio`` select documents by the hash of their text, so the same ones are selected on every
+    machine. In an evaluation domain, ``auto`` stands for the value of the run's dataset.
+
+    Attributes:
+        name: name in metrics and messages; ``None`` derives one from the files.
+        text_column: column or key that holds the text.
+        errors: what to do with bytes that are not UTF-8: ``strict`` is an error, ``replace`` substitutes U+FFFD.
+        max_document_chars: the longest document of plain text, in characters; longer text is cut into several documents.
+        held_out: fraction of documents that are held out for evaluation.
+        train_data_ratio: fraction of the other documents that are trained on.
+        deduplicate: use only the first of several identical documents.
+        document_mask: keep attention within documents when several are packed into one sequence.
+        bos: put the tokenizer's bos_token before each document; ``auto`` if the tokenizer itself does so.
+        separator: the token that ends each document, or its id; ``auto`` is the tokenizer's eos_token, or for a chat model the
+            token that ends a text.
+        num_workers: number of tokenizing processes; ``None`` for one per core.
+    """
 
     name: str | None = None
     text_column: str = "text"
@@ -37,19 +51,21 @@ class Source(ABC):
         return self.name or printable(self.default_name())
 
     def options(self) -> ReadOptions:
+        """Return the settings that determine how documents are read from files."""
         return ReadOptions(self.text_column, self.errors, self.max_document_chars)
 
     @abstractmethod
-    def default_name(self) -> str: ...
+    def default_name(self) -> str:
+        """Return the name of the dataset when ``name`` is not set."""
 
     @abstractmethod
     def described(self) -> str:
-        """What the user named, for messages."""
+        """Return a description for messages, in the terms of the configuration."""
 
     @abstractmethod
     def files(self) -> list[SourceFile]:
-        """All files in a fixed order. Raises ``UserError`` when there are none."""
+        """Return all files in a fixed order. Raises ``UserError`` when there are none."""
 
     @abstractmethod
     def identity(self) -> list[Any]:
-        """What decides which files there are, fit for JSON."""
+        """Return the JSON-serialisable values that determine which files there are."""

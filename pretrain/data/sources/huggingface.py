@@ -1,4 +1,4 @@
-"""Datasets of the Hub, or local folders, through ``datasets``. Its arrow files are read where it put them."""
+"""Datasets from the Hub or from local folders, loaded with ``datasets``. Its arrow files are read directly from its cache."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ LOCAL_WAYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace(Source):
+    """A dataset that ``datasets.load_dataset`` can load.
+
+    Attributes:
+        nameOrPath: Hub id or local folder.
+        subset: configuration of the dataset.
+        split: split, or a slice of one.
+        revision: branch, tag or commit of a Hub dataset.
+    """
+
     source: Literal["huggingface"] = "huggingface"
     nameOrPath: Annotated[str, Field(min_length=1)]
     subset: str | None = None
@@ -40,7 +49,7 @@ class HuggingFace(Source):
     def files(self) -> list[SourceFile]:
         dataset = self._load()
         found = [entry["filename"] for entry in dataset.cache_files]
-        if not found or any(mark in self.split for mark in "[+"):  # a slice is only in memory: write it out
+        if not found or any(mark in self.split for mark in "[+"):  # a slice exists in memory only, so write it to disk
             from datasets import load_from_disk
 
             folder = cache_dir() / "huggingface" / dataset._fingerprint
@@ -50,9 +59,9 @@ class HuggingFace(Source):
         return [SourceFile(name, "arrow") for name in found]
 
     def _load(self) -> Any:
-        """``datasets.load_dataset`` in its three steps: between them is looked at what would be read.
+        """Run the three steps of ``datasets.load_dataset``, with checks between them of what would be read.
 
-        Raises ``UserError`` for whatever ``datasets`` says: all it gets here is the user's.
+        Every error of ``datasets`` becomes a ``UserError``, because all of its input here comes from the user.
         """
         import datasets
 
@@ -73,6 +82,7 @@ class HuggingFace(Source):
             raise UserError(f"{self.described()}: {_reason(error)}") from error
 
     def _checked_load(self) -> Any:
+        """Return the dataset. Raises ``UserError`` when it would read other files than its own, or run code."""
         import datasets
 
         folder = Path(self.nameOrPath) if os.path.isdir(self.nameOrPath) else None
@@ -80,7 +90,7 @@ class HuggingFace(Source):
             raise UserError(f"{self.described()}: a folder saved by datasets.save_to_disk is read with dataset=local")
         if folder:
             check_cards(folder)
-        # A folder called "json" is not the builder of that name.
+        # A folder named "json" must not be taken for the builder of that name.
         path = os.path.join(os.curdir, self.nameOrPath) if folder and os.sep not in self.nameOrPath else self.nameOrPath
         builder = datasets.load_dataset_builder(path, self.subset, revision=self.revision)
         check_data_files(builder.config.data_files, folder, self._repository())
@@ -89,7 +99,7 @@ class HuggingFace(Source):
         return builder.as_dataset(split=self.split)
 
     def _repository(self) -> str:
-        """How ``datasets`` begins the addresses of a Hub dataset's files."""
+        """Return the prefix that ``datasets`` gives to the addresses of a Hub dataset's files."""
         name = self.nameOrPath.removeprefix("hf://")
         return name if name.startswith(("buckets/", "datasets/")) else f"datasets/{name}"
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from pretrain.data.reading.units import SourceFile
 from pretrain.data.sources.base import Source
-from pretrain.data.sources.listing import in_folder, matching, say_once, without_doubles
+from pretrain.data.sources.listing import in_folder, matching, notice_once, without_duplicates
 from pretrain.runtime.errors import UserError, did_you_mean, one_line
 from pretrain.runtime.folders import is_below
 from pretrain.runtime.strict_json import read_json
@@ -35,8 +35,15 @@ SAVED_MARKS = ("state.json", "dataset_dict.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Local(Source):
-    """A file that is named, or matched by a glob or by ``pattern``, is read as text when its ending tells nothing
-    else."""
+    """A local file, folder, glob or saved dataset.
+
+    A file that is named, or matched by a glob or by ``pattern``, is read as plain text unless its extension is known.
+
+    Attributes:
+        nameOrPath: path of a file or folder, or a glob.
+        pattern: glob of the files to read, relative to the folder.
+        format: ``files``, ``hf`` (a folder saved by ``datasets.save_to_disk``), or ``auto`` to detect it.
+    """
 
     source: Literal["local"] = "local"
     nameOrPath: Annotated[str, Field(min_length=1)]
@@ -64,16 +71,17 @@ class Local(Source):
         if os.path.isdir(path):
             return self._in_folder(Path(path))
         if glob.has_magic(path):
-            if found := without_doubles(matching(path)):
+            if found := without_duplicates(matching(path)):
                 return [SourceFile(name, format_of(name) or "text") for name in found]
             raise UserError(f"dataset.nameOrPath={self.nameOrPath}: no file matches")
         if os.path.exists(path):
             raise UserError(
-                f"dataset.nameOrPath={self.nameOrPath}: neither a file nor a folder; text is read more than once"
+                f"dataset.nameOrPath={self.nameOrPath}: neither a file nor a folder, and the text has to be read more than once"
             )
         raise UserError(f"dataset.nameOrPath={self.nameOrPath}: no such file or folder{_near(Path(path))}")
 
     def _in_folder(self, folder: Path) -> list[SourceFile]:
+        """Return the files of a folder. Raises ``UserError`` when it holds nothing that can be read."""
         saved = any((folder / mark).exists() for mark in SAVED_MARKS)
         if self.format == "hf" and not saved:
             raise UserError(f"{self.described()}: not a folder saved by datasets.save_to_disk (dataset.format=hf)")
@@ -83,10 +91,10 @@ class Local(Source):
         known = {name: kind for name in every if (kind := format_of(name) or (self.pattern and "text"))}
         if known:
             if left_out := [name for name in every if name not in known]:
-                say_once(
+                notice_once(
                     f"{folder}: {len(left_out)} files are not read ({_endings(left_out)}); dataset.pattern chooses them"
                 )
-            return [SourceFile(name, known[name]) for name in without_doubles(known)]
+            return [SourceFile(name, known[name]) for name in without_duplicates(known)]
         if self.pattern:
             raise UserError(f"dataset.pattern={self.pattern}: no file in {self.nameOrPath} matches")
         if not every:
@@ -98,7 +106,7 @@ class Local(Source):
 
 
 def format_of(path: str) -> str | None:
-    """The format by the ending of the name, ``None`` if it tells nothing."""
+    """Return the format by the file's extension; ``None`` if the extension is unknown."""
     stem, ending = os.path.splitext(path.lower())
     if ending in (".gz", ".zst"):
         inner = FORMATS.get(os.path.splitext(stem)[1])
@@ -107,14 +115,14 @@ def format_of(path: str) -> str | None:
 
 
 def saved_files(folder: Path) -> list[Path]:
-    """The arrow files of a saved dataset, of its ``train`` split when it has several.
+    """Return the arrow files of a saved dataset, or of its ``train`` split if it has several splits.
 
     https://huggingface.co/docs/datasets/process#save
     """
     if (folder / "dataset_dict.json").exists():
         splits = _field(folder / "dataset_dict.json", "splits")
         if not splits or not all(isinstance(name, str) for name in splits):
-            raise UserError(f"{folder / 'dataset_dict.json'}: 'splits' is no list of names")
+            raise UserError(f"{folder / 'dataset_dict.json'}: 'splits' is not a list of names")
         if "train" not in splits and len(splits) != 1:
             raise UserError(
                 f"{folder}: splits {', '.join(splits)}, none of them 'train'; name the folder of one of them"
@@ -129,7 +137,7 @@ def saved_files(folder: Path) -> list[Path]:
 
 
 def _field(path: Path, key: str) -> list[Any]:
-    """A list in a JSON file that ``datasets`` wrote."""
+    """Return the list ``key`` of a JSON file that ``datasets`` wrote. Raises ``UserError`` if it has none."""
     try:
         found = read_json(path)
     except (OSError, ValueError) as error:
@@ -140,16 +148,19 @@ def _field(path: Path, key: str) -> list[Any]:
 
 
 def _inside(folder: Path, name: str) -> Path:
+    """Return ``folder / name``. Raises ``UserError`` if that is outside of the folder."""
     if not is_below(name):
         raise UserError(f"{folder}: its JSON names {name!r}, which is outside the folder")
     return folder / name
 
 
 def _near(path: Path) -> str:
+    """Return a "did you mean" hint with a similar name in the same folder; an empty string if there is none."""
     siblings = [name for name in os.listdir(path.parent) if name[0] != "."] if path.parent.is_dir() else []
     return did_you_mean(path.name, siblings) if 0 < len(siblings) <= 1000 else ""
 
 
 def _endings(names: Iterable[str]) -> str:
+    """Return the most frequent file extensions with their counts, for messages."""
     counts = Counter(os.path.splitext(name)[1] or "no ending" for name in names)
     return ", ".join(f"{count} × {ending}" for ending, count in counts.most_common(5))

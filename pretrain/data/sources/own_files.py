@@ -1,5 +1,5 @@
-"""What a dataset's own files may make ``datasets`` read: files of that folder or Hub repository and nothing else, and no
-archive. A README.md can name any path and URL as its data, and so can a link in the folder."""
+"""Checks that ``datasets`` reads only files of the dataset's own folder or Hub repository, and no archives. Without them, a
+README.md or a link in the folder could name any path or URL as the data."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pretrain.runtime.folders import is_below, is_inside
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".rar", ".7z")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 CARDS = ("README.md", ".huggingface.yaml")
-# Others unpickle (pandas), or open files that a file names (hdf5).
+# Other builders unpickle (pandas), or open files that a file names (hdf5).
 BUILDERS = ("arrow", "csv", "json", "parquet", "text", "xml")
 NOT_UNPACKED = "archives are not unpacked; unpack it and name the folder with dataset=local"
 
 
 def check_cards(folder: Path) -> None:
-    """Refuse paths and URLs that lead out of ``folder`` before ``datasets`` looks them up.
+    """Raise ``UserError`` when a dataset card names paths or URLs outside of ``folder``, before ``datasets`` resolves them.
 
     https://huggingface.co/docs/hub/datasets-manual-configuration
     """
@@ -32,14 +32,14 @@ def check_cards(folder: Path) -> None:
 
 
 def check_builder(name: str, described: str) -> None:
-    """Refuse a builder of ``datasets`` that reads anything else than text in its data files."""
+    """Raise ``UserError`` for a builder of ``datasets`` that does more than read text from its data files."""
     if name not in BUILDERS:
-        raise UserError(f"{described}: a dataset of the kind {name!r}; read are {', '.join(BUILDERS)}")
+        raise UserError(f"{described}: datasets of type {name!r} are not supported, only {', '.join(BUILDERS)}")
 
 
 def check_data_files(found: Any, folder: Path | None, repository: str) -> None:
-    """Refuse what ``datasets`` has found for its builder (split → paths) where it is an archive or lies outside ``folder``;
-    of a Hub dataset (``folder`` is ``None``): outside ``repository``."""
+    """Raise ``UserError`` when one of the data files that ``datasets`` has found (split → paths) is an archive or is outside of
+    ``folder``, or, for a Hub dataset (``folder`` is ``None``), outside of ``repository``."""
     for name in (str(path) for paths in (found or {}).values() for path in paths):
         if _ending(name) in ARCHIVES:
             raise UserError(f"{name}: {NOT_UNPACKED}")
@@ -48,17 +48,20 @@ def check_data_files(found: Any, folder: Path | None, repository: str) -> None:
         )
         if not inside:
             raise UserError(
-                f"dataset.nameOrPath={folder or repository}: its data lies elsewhere ({name}) and is not read"
+                f"dataset.nameOrPath={folder or repository}: its data is outside of it ({name}) and is not read"
             )
 
 
 def download_manager(builder: Any) -> Any:
-    """The ``DownloadManager`` that ``builder`` would make for itself, except that it opens no archive, whatever its name."""
+    """Return the ``DownloadManager`` that ``builder`` would create itself, except that it never opens an archive, regardless of
+    the file's name."""
     from datasets import DownloadConfig, DownloadManager
     from datasets.utils.extract import Extractor
     from datasets.utils.py_utils import NestedDataStructure
 
     class SingleFiles(DownloadManager):
+        """A download manager that decompresses single files and refuses archives."""
+
         def extract(self, path_or_paths: Any) -> Any:
             for path in NestedDataStructure(path_or_paths).flatten():
                 if Extractor.infer_extractor_format(path) in ("tar", "zip", "rar", "7z"):
@@ -79,6 +82,7 @@ def download_manager(builder: Any) -> Any:
 
 
 def _card(path: Path) -> Any:
+    """Return the YAML metadata of a dataset card. Raises ``UserError`` if it can't be read."""
     import yaml
     from huggingface_hub import DatasetCard
 
@@ -91,7 +95,7 @@ def _card(path: Path) -> Any:
 
 
 def _named_in(card: Any) -> Iterator[str]:
-    """Every path that a configuration of the card gives."""
+    """Yield every data path that a configuration of the card names."""
     configs = card.get("configs") if isinstance(card, dict) else None
     for config in configs if isinstance(configs, list) else []:
         if isinstance(config, dict):
@@ -99,7 +103,7 @@ def _named_in(card: Any) -> Iterator[str]:
 
 
 def _strings(value: Any, seen: set[int]) -> Iterator[str]:
-    """All strings in nested lists and mappings, each of which is looked at once: YAML can repeat one without end."""
+    """Yield all strings in nested lists and mappings. Each container is visited once, because YAML aliases can be recursive."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list) and id(value) not in seen:
@@ -109,5 +113,6 @@ def _strings(value: Any, seen: set[int]) -> Iterator[str]:
 
 
 def _ending(name: str) -> str:
+    """Return the file extension; that of the archive for a compressed archive (``.tar.gz`` → ``.tar``)."""
     stem, ending = os.path.splitext(name.lower())
     return os.path.splitext(stem)[1] if ending in COMPRESSIONS and os.path.splitext(stem)[1] in ARCHIVES else ending

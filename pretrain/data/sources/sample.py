@@ -1,6 +1,5 @@
-"""The two domains every machine has: the source code of the standard library (``Python``) and English prose out of
-the documentation that installed packages carry (``English``). They share no file, so neither do their held-out
-documents."""
+"""Two domains that are available on every machine: the source code of the standard library (``Python``) and English prose from
+the documentation in installed packages (``English``). They have no file in common, and therefore no held-out document."""
 
 from __future__ import annotations
 
@@ -18,12 +17,12 @@ from pretrain.data.reading.units import SourceFile
 from pretrain.data.sources.base import Source
 from pretrain.runtime.errors import UserError
 
-# Tests, other people's code, applications, tables of character sets, text that is the other domain.
+# Folders of tests, third-party code, applications, character set tables, and text that belongs to the other domain.
 NOT_LIBRARY = {
     *("test", "tests", "idle_test", "site-packages", "dist-packages", "ensurepip", "idlelib", "lib2to3", "turtledemo"),
     *("encodings", "pydoc_data", "__pycache__", "__phello__", "lib-dynload"),
 }
-# Packages that are always installed with this project and explain themselves at length.
+# Packages that are always installed with this project and have long documentation.
 PROSE_PACKAGES = (
     *("numpy", "pandas", "sympy", "networkx", "torch", "datasets", "huggingface_hub", "pyarrow", "mpmath", "fsspec"),
     *(
@@ -46,7 +45,7 @@ NOT_PROSE = {"tests", "test", "testing", "_vendor", "vendor", "licenses", "__pyc
 
 @dataclass(frozen=True, kw_only=True)
 class Python(Source):
-    """The new domain of the default run."""
+    """The new domain of the default run: the source code of the standard library."""
 
     source: Literal["sample"] = "sample"
     name: str | None = "python"
@@ -70,14 +69,14 @@ class Python(Source):
             found += [os.path.join(folder, name) for name in code]
         if not found:
             raise UserError(
-                f"dataset=sample: this Python carries no library sources in {_library()}; use dataset=local"
+                f"dataset=sample: this Python installation has no library sources in {_library()}; use dataset=local"
             )
         return [SourceFile(name, "text") for name in sorted(found)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class English(Source):
-    """The base domain: what the sample model was trained on."""
+    """The base domain of the default run: the text on which the sample model was trained."""
 
     source: Literal["sample_base"] = "sample_base"
     name: str | None = "english"
@@ -103,11 +102,14 @@ class English(Source):
             except importlib.metadata.PackageNotFoundError:
                 continue
         if not found:
-            raise UserError("dataset=sample_base: no documentation found in this Python; use dataset=local")
+            raise UserError(
+                "dataset=sample_base: no documentation found in this Python installation; use dataset=local"
+            )
         return found
 
 
 def _package_files(package: importlib.metadata.Distribution) -> list[SourceFile]:
+    """Return the files of a package that hold prose, sorted by name."""
     root, found = str(package.locate_file("")), []
     for name in _names(package):
         kind = PROSE_FORMATS.get(name[name.rfind(".") :]) or ("description" if name.endswith("/METADATA") else None)
@@ -119,7 +121,8 @@ def _package_files(package: importlib.metadata.Distribution) -> list[SourceFile]
 
 
 def _names(package: importlib.metadata.Distribution) -> list[str]:
-    """The package's files, out of RECORD: ``package.files`` makes objects of them, of torch's 15,000 in a quarter second."""
+    """Return the names of the package's files from RECORD. ``package.files`` creates an object per file, which takes a quarter of
+    a second for the 15,000 files of torch."""
     record = package.read_text("RECORD")
     return (
         [row[0] for row in csv.reader(record.splitlines())] if record else [str(path) for path in package.files or ()]
@@ -127,8 +130,10 @@ def _names(package: importlib.metadata.Distribution) -> list[str]:
 
 
 def _library() -> Path:
+    """Return the folder of the standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def _package_roots() -> list[Path]:
+    """Return the site-packages folders."""
     return sorted({Path(sysconfig.get_paths()[name]) for name in ("purelib", "platlib")})

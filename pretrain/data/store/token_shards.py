@@ -1,8 +1,9 @@
-"""A part: the tokens of one unit in one file, written once and read through a memory map.
+"""Token shards: one file with the tokens of one work unit, written once and read through a memory map. A shard is also called
+a part of its store.
 
-Layout: tokens (uint16 or uint32), padding to 8 bytes, then per document int64 end (exclusive, in tokens), uint64
-hash, int64 bytes of text, uint32 piece of the unit and uint32 index in that piece; then a JSON footer, its length as
-uint64, and the magic.
+Layout: the tokens (uint16 or uint32), padding to 8 bytes, then five columns with one value per document: int64 end
+(exclusive, in tokens), uint64 hash, int64 bytes of text, uint32 number of the piece within the unit, and uint32 index of the
+document within that piece; then a JSON footer, the length of the footer as uint64, and the magic.
 """
 
 from __future__ import annotations
@@ -29,14 +30,22 @@ COLUMNS = (("ends", "<i8"), ("hashes", "<u8"), ("sizes", "<i8"), ("pieces", "<u4
 
 
 class PartWriter:
-    """Tokens go to the file as they come; only what is known per document waits in memory."""
+    """A writer of one shard. Tokens are written to the file immediately; only the columns are held in memory until the end."""
 
     def __init__(self, file: IO[bytes], dtype: np.dtype[Any]) -> None:
         self.file, self.dtype, self.num_tokens, self.num_bytes = file, dtype, 0, 0
         self.columns = {name: array({"<i8": "q", "<u8": "Q", "<u4": "I"}[kind]) for name, kind in COLUMNS}
 
     def append(self, tokens: NDArray[Any], *, digest: int, size: int, piece: int, index: int) -> None:
-        """One document, its end-of-text token included. ``size``: bytes of its text."""
+        """Write one document.
+
+        Args:
+            tokens: the tokens of the document, including its end-of-text token.
+            digest: hash of the text.
+            size: bytes of the text.
+            piece: number of the document's piece within the unit.
+            index: number of the document within that piece.
+        """
         self.file.write(tokens.astype(self.dtype, copy=False).data)
         self.num_tokens += len(tokens)
         self.num_bytes += size
@@ -44,6 +53,7 @@ class PartWriter:
             self.columns[name].append(value)
 
     def finish(self, facts: dict[str, Any]) -> None:
+        """Write padding, columns and footer. ``facts`` are further entries of the footer."""
         self.file.write(bytes(-self.num_tokens * self.dtype.itemsize % 8))
         for column in self.columns.values():
             self.file.write(column.tobytes())
@@ -60,7 +70,8 @@ class PartWriter:
 
 @dataclass(frozen=True)
 class TokenShard:
-    """What the footer says; the arrays are views of a memory map."""
+    """The content of a shard's footer. The arrays are views of a memory map; per document they hold ``ends`` (exclusive, in
+    tokens), ``hashes``, ``sizes`` (bytes of text), ``pieces`` and ``indices``."""
 
     path: Path
     dtype: np.dtype[Any]
@@ -94,7 +105,7 @@ class TokenShard:
 
 
 def open_part(path: Path) -> TokenShard | None:
-    """``None`` when there is no such file, or when it is not all there (a disk that lost its last writes)."""
+    """Return the shard at ``path``; ``None`` when the file does not exist or is incomplete (a disk may lose its last writes)."""
     try:
         with open(path, "rb") as file:
             total = file.seek(0, os.SEEK_END)
@@ -117,6 +128,7 @@ def open_part(path: Path) -> TokenShard | None:
 
 
 def _column_starts(part: TokenShard) -> list[int]:
+    """Return the byte offset of each column, followed by that of the footer."""
     start = -(-part.num_tokens * part.dtype.itemsize // 8) * 8
     starts = [start]
     for _, kind in COLUMNS:
@@ -127,14 +139,15 @@ def _column_starts(part: TokenShard) -> list[int]:
 
 @lru_cache(maxsize=MAX_OPEN)
 def _mapped(part: TokenShard) -> tuple[NDArray[Any], ...]:
+    """Map the file and return the tokens and the columns. Raises ``UserError`` if the file was deleted or truncated."""
     starts = _column_starts(part)
     try:
-        raw = mapped(Path(part.path))  # a plain array: slicing a memmap costs ten times as much
-    except (OSError, ValueError):  # gone, or empty
+        raw = mapped(Path(part.path))  # a plain array, because slicing a memmap takes ten times as long
+    except (OSError, ValueError):  # the file is missing or empty
         raw = np.empty(0, np.uint8)
     if len(raw) < starts[-1]:
         raise UserError(
-            f"the token cache has lost {part.path} under this run; the same command makes it anew and goes on"
+            f"{part.path} has disappeared from the token cache during the run; the same command creates it again and resumes"
         )
     columns = [raw[start:stop].view(kind) for (_, kind), start, stop in zip(COLUMNS, starts, starts[1:], strict=False)]
     return raw[: part.num_tokens * part.dtype.itemsize].view(part.dtype), *columns

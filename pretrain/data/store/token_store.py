@@ -1,5 +1,5 @@
-"""The token stream of a dataset and its views. The split into training and held-out documents is a way to look at
-the parts, not a copy of them: another fraction, another share, another sequence length needs no new tokenization."""
+"""The token store of a dataset and its views. The split into training and held-out documents is a view of the shards and not a
+copy of them, so another fraction, another ratio or another sequence length needs no new tokenization."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ from pretrain.data.order import _mix
 from pretrain.data.store.token_shards import TokenShard, open_part
 from pretrain.runtime.errors import UserError
 
-Select = Callable[[NDArray[np.uint64]], NDArray[np.bool_]]  # document hashes -> which of them
+Select = Callable[[NDArray[np.uint64]], NDArray[np.bool_]]  # document hashes -> mask of the selected documents
 
 
 @dataclass(frozen=True)
-class Document:
-    """Where document ``number`` of a store came from: the ``index``-th one of the piece of ``path`` that begins at
-    ``start`` (bytes; for parquet the row group)."""
+class DocumentOrigin:
+    """The origin of a document.
+
+    Attributes:
+        number: index of the document in its store.
+        path: file from which it was read.
+        start: first byte (for parquet the row group) of the piece of the file in which it is.
+        index: index of the document within that piece.
+        hash: hash of its text.
+    """
 
     number: int
     path: str
@@ -33,8 +40,18 @@ class Document:
 
 
 class TokenStore:
-    """Memory-mapped parts in the order of their files. ``path`` is the small manifest that ``prepare`` wrote;
-    workers open the store by it. ``files``: what ``prepare`` has read, empty where it was not this process."""
+    """Memory-mapped parts (token shards) in the order of their files.
+
+    Attributes:
+        path: the small manifest that ``prepare`` wrote; workers open the store from it.
+        files: the files that ``prepare`` has read; empty if another process ran ``prepare``.
+        name: name of the dataset.
+        eot: id of the token that ends each document.
+        bos: id of the token that begins each document; ``None`` if there is none.
+        parts: the token shards.
+        part_tokens: for each part the number of tokens before it, followed by the total.
+        part_documents: for each part the number of documents before it, followed by the total.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,7 +64,9 @@ class TokenStore:
         found = [open_part(Path(part)) for part in manifest["parts"]]
         self.parts = [part for part in found if part is not None]
         if len(self.parts) < len(found):
-            raise UserError(f"the token cache {path.parent} lost files since it was filled; run the same command again")
+            raise UserError(
+                f"the token cache {path.parent} has lost files since it was filled; run the same command again"
+            )
         self.part_tokens = np.cumsum([0, *(part.num_tokens for part in self.parts)])
         self.part_documents = np.cumsum([0, *(part.num_documents for part in self.parts)])
 
@@ -63,43 +82,56 @@ class TokenStore:
     def num_bytes(self) -> int:
         return sum(part.num_bytes for part in self.parts)
 
-    def document(self, number: int) -> Document:
-        """Where document ``number`` (in store order) is to be found."""
+    def document(self, number: int) -> DocumentOrigin:
+        """Return the origin of document ``number`` (in store order)."""
         index = int(np.searchsorted(self.part_documents, number, "right")) - 1
         part, inside = self.parts[index], number - int(self.part_documents[index])
         path, start = self._units[index][int(part.pieces[inside])]
-        return Document(number, path, start, int(part.indices[inside]), int(part.hashes[inside]))
+        return DocumentOrigin(number, path, start, int(part.indices[inside]), int(part.hashes[inside]))
 
     def paths(self, index: int) -> list[str]:
-        """The file of each piece of part ``index``."""
+        """Return the file of each piece of part ``index``."""
         return [path for path, _ in self._units[index]]
 
     def views(
         self, *, held_out: float, train_data_ratio: float = 1.0, deduplicate: bool = False
     ) -> tuple[TokenView, TokenView]:
-        """(training view, held-out view). A document is held out when its hash is in the lowest ``held_out`` of all
-        hashes: the same document on every machine, whatever else is in the dataset. Where that takes none (or all)
-        of two or more different documents, the one with the smallest (largest) hash is the one held out (kept)."""
+        """Return (training view, held-out view).
+
+        A document is held out when its hash is in the lowest fraction ``held_out`` of the hash range. The same documents are
+        therefore held out on every machine, regardless of the rest of the dataset. If this selects none (or all) of two or more
+        different documents, the one with the smallest hash is held out (the one with the largest hash is kept for training)."""
         limit = _hash_limit(self.parts, held_out)
-        share = int(train_data_ratio * 2**64)
-        first = _first_of_equals(self.parts) if deduplicate else None
-        no_one = np.uint64(0) if limit is None else limit
+        ratio_limit = int(train_data_ratio * 2**64)
+        first = _first_occurrences(self.parts) if deduplicate else None
 
         def is_held_out(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-            return np.zeros(len(hashes), bool) if limit is None else hashes <= no_one
+            return np.zeros(len(hashes), bool) if limit is None else hashes <= limit
 
         def is_training(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-            kept = ~is_held_out(hashes)
-            return kept if share >= 2**64 else kept & (_mix(hashes) < np.uint64(share))
+            in_training = ~is_held_out(hashes)
+            return in_training if ratio_limit >= 2**64 else in_training & (_mix(hashes) < np.uint64(ratio_limit))
 
         return TokenView(self, is_training, first), TokenView(self, is_held_out, first)
 
 
 class TokenView:
-    """Some documents of a store as one contiguous stream of tokens, end-of-text tokens included.
+    """Selected documents of a store as one contiguous stream of tokens, including the end-of-text tokens.
 
-    Kept per *run* of neighbouring selected documents, 24 bytes each; a run lies in one part.
+    ``select`` chooses documents by their hashes; ``keep``, a mask over all documents of the store, restricts the choice.
     """
+
+    # The view stores runs. A run is a maximal range of neighbouring selected documents of one part; its tokens are contiguous
+    # in the part and in the view. 24 bytes per run replace a list of documents or a copy of the tokens:
+    #
+    #   part 0   [doc0 doc1|  --  |doc3]     selected documents: 0, 1, 3 of part 0 and 0 of part 1
+    #   part 1   [doc0|  --  ]               runs: A = doc0-doc1 and B = doc3 of part 0, C = doc0 of part 1
+    #   view     A A A A A B B B C C C       _run_start = offsets of A, B, C and the end in the view
+    #                                        _run_part, _run_begin = part of the run and offset in that part
+    #
+    # To read the window [s, s + n) of the view, `segments` finds by binary search in _run_start the runs that overlap it, clips
+    # each of them to the window, and shifts the clipped ranges from view to part offsets (by _run_begin - _run_start). All
+    # windows of a batch are processed at once. The result is a list of slices of parts, which `gather` copies.
 
     def __init__(self, store: TokenStore, select: Select, keep: NDArray[np.bool_] | None = None) -> None:
         self.store, self._select, self._keep = store, select, keep
@@ -116,19 +148,19 @@ class TokenView:
             begins.append(first)
             lengths.append(last - first)
         self._run_part = np.concatenate([np.empty(0, np.int32), *parts])
-        self._run_begin = np.concatenate([np.empty(0, np.int64), *begins])  # in tokens of the part
-        self._run_start = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)  # in tokens of the view
+        self._run_begin = np.concatenate([np.empty(0, np.int64), *begins])  # offset in tokens of the part
+        self._run_start = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)  # offset in tokens of the view
 
     @property
     def num_tokens(self) -> int:
         return int(self._run_start[-1])
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens [start, stop) of the stream."""
+        """Return tokens [start, stop) of the stream."""
         return self.gather(np.array([start]), stop - start)[0]
 
     def gather(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """int64 [len(starts), length]: the windows that begin at ``starts``, each wholly inside the stream."""
+        """Return int64 [len(starts), length]: the windows that begin at ``starts``. Each must be inside the stream."""
         found = np.empty(len(starts) * length, np.int64)
         parts, begins, ends, targets = self.segments(starts, length)
         tokens = {int(index): self.store.parts[index].tokens for index in np.unique(parts)}
@@ -140,7 +172,7 @@ class TokenView:
         return found.reshape(len(starts), length)
 
     def gather_starts(self, starts: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
-        """bool [len(starts), length]: where in those windows a document begins."""
+        """Return bool [len(starts), length]: where in the windows that begin at ``starts`` a document begins."""
         found = np.zeros(len(starts) * length, bool)
         parts, begins, ends, targets = self.segments(starts, length)
         for index, here in by_value(parts):
@@ -153,11 +185,11 @@ class TokenView:
         return found.reshape(len(starts), length)
 
     def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Positions in [start, stop) of the stream at which a document begins."""
+        """Return the positions in [start, stop) of the stream at which a document begins."""
         return np.flatnonzero(self.gather_starts(np.array([start]), stop - start)[0]) + start
 
     def document_ids(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Numbers in the store of the documents that have a token in [start, stop), in order."""
+        """Return the store numbers of the documents that have a token in [start, stop), in order."""
         found = [np.empty(0, np.int64)]
         for index, begin, end, _ in zip(*self.segments(np.array([start]), stop - start), strict=True):
             ends = self.store.parts[index].ends
@@ -166,8 +198,8 @@ class TokenView:
         return np.concatenate(found)
 
     def limited(self, max_tokens: int | None) -> TokenView:
-        """A view of whole documents with at most ``max_tokens`` (but at least one document): those with the smallest
-        hashes, a fair sample that stays the same when others are added."""
+        """Return a view of complete documents with at most ``max_tokens`` tokens in total, but at least one document. The
+        documents with the smallest hashes are chosen, an unbiased sample that changes little when documents are added."""
         if max_tokens is None or self.num_tokens <= max_tokens:
             return self
         hashes, lengths = [], []
@@ -182,6 +214,7 @@ class TokenView:
         return TokenView(self.store, lambda some: self._select(some) & (some <= limit), self._keep)
 
     def _mask(self, index: int) -> NDArray[np.bool_]:
+        """Return which documents of part ``index`` are selected."""
         mask = self._select(np.asarray(self.store.parts[index].hashes))
         if self._keep is None:
             return mask
@@ -189,7 +222,9 @@ class TokenView:
         return mask & self._keep[first:last]
 
     def segments(self, starts: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], ...]:
-        """The windows cut at runs: (part, begin and end in its tokens, position in the flattened result)."""
+        """Return the slices of parts that make up the windows: (part, begin and end in the tokens of the part, position in the
+        flattened result). A window that crosses runs yields several slices."""
+        # low and high: the half-open range of runs that overlap each window
         low = np.searchsorted(self._run_start, starts, "right") - 1
         high = np.searchsorted(self._run_start, starts + length, "left")
         runs = aranges(low, high)
@@ -201,8 +236,8 @@ class TokenView:
 
 
 def by_value(values: NDArray[Any]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """(value, where it stands) for each that occurs, in one sort: a comparison with all of them for every value would be
-    quadratic in the size of a corpus, of which a stretch in each part is looked up."""
+    """Yield (value, indices at which it occurs) for each distinct value. A single sort is used: comparing the array with every
+    value would be quadratic in the size of a corpus when windows lie in all of its parts."""
     order = np.argsort(values, kind="stable")
     found, starts = np.unique(values[order], return_index=True)
     if len(found):
@@ -210,13 +245,13 @@ def by_value(values: NDArray[Any]) -> Iterator[tuple[int, NDArray[np.int64]]]:
 
 
 def aranges(low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[low[0], …, high[0]-1, low[1], …, high[1]-1, …]."""
+    """Return the concatenated ranges [low[0], …, high[0]-1, low[1], …, high[1]-1, …]."""
     counts = high - low
     return np.repeat(high - np.cumsum(counts), counts) + np.arange(counts.sum())
 
 
 def _hash_limit(parts: list[TokenShard], held_out: float) -> np.uint64 | None:
-    """Documents with a hash up to this one are held out; ``None``: none are."""
+    """Return the largest hash of held-out documents; ``None`` if no document is held out."""
     extremes = [value for part in parts if part.num_documents for value in (part.hashes.min(), part.hashes.max())]
     if held_out <= 0 or len(set(extremes)) < 2:
         return None
@@ -227,7 +262,8 @@ def _hash_limit(parts: list[TokenShard], held_out: float) -> np.uint64 | None:
     return largest - np.uint64(1) if largest <= limit else limit
 
 
-def _first_of_equals(parts: list[TokenShard]) -> NDArray[np.bool_]:
+def _first_occurrences(parts: list[TokenShard]) -> NDArray[np.bool_]:
+    """Return a mask over all documents that is True for the first document of each hash."""
     hashes = np.concatenate([np.empty(0, np.uint64), *(part.hashes for part in parts)])
     keep = np.zeros(len(hashes), bool)
     keep[np.unique(hashes, return_index=True)[1]] = True

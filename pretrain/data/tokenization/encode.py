@@ -1,4 +1,5 @@
-"""One unit in, one part out. Runs in the main process or in a worker: light imports only."""
+"""The encoder: it turns one work unit into one token shard (part). It runs in the main process or in a worker, so the imports
+are light."""
 
 from __future__ import annotations
 
@@ -11,21 +12,30 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pretrain.data.cache import whole_or_absent
+from pretrain.data.cache import atomic_file
 from pretrain.data.reading.readers import Document, digest, read
 from pretrain.data.reading.units import FileRange, ReadOptions, WorkUnit, key_of
 from pretrain.data.store.token_shards import PartWriter, open_part
 from pretrain.runtime.errors import UserError
 
-FORMAT = 1  # of parts and of what the readers make of files; another number makes every part anew
-BATCH_BYTES = 1 << 20  # text that is encoded at a time: enough for all cores, little for memory
+FORMAT = 1  # version of the parts and of the readers' output; a new number invalidates every part
+BATCH_BYTES = 1 << 20  # bytes of text encoded at a time: enough to use all cores, and little memory
 Progress = Callable[[int], None]
-Outcome = tuple[Path, list[str]]  # a part and the digests of its unit's pieces
+Outcome = tuple[Path, list[str]]  # a part and the digests of the pieces of its unit
 
 
 class Encoder:
-    """Turns units into parts of ``folder``: of each document ``bos`` (``None``: nothing), its tokens, ``eot``. The tokenizer
-    is loaded when the first document needs it."""
+    """An encoder of work units into parts. A part holds for each document ``bos`` (unless it is ``None``), its tokens, and
+    ``eot``. The tokenizer is loaded when the first document needs it.
+
+    Attributes:
+        folder: folder of the parts.
+        tokenizer_path: a tokenizer.json file.
+        tokenizer_key: hash of that file.
+        eot: id of the token that ends each document.
+        options: how documents are read from files.
+        bos: id of the token that begins each document; ``None`` if there is none.
+    """
 
     def __init__(
         self,
@@ -43,7 +53,7 @@ class Encoder:
         self._tokenizer: Any = None
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments that make this encoder again, fit for JSON."""
+        """Return the constructor arguments of this encoder in JSON-serialisable form."""
         return {
             "folder": str(self.folder),
             "tokenizer_path": str(self.tokenizer_path),
@@ -54,19 +64,19 @@ class Encoder:
         }
 
     def finished(self, unit: WorkUnit) -> Outcome | None:
-        """The outcome when all digests are known and the part is there; no source file is opened."""
+        """Return the outcome if all digests are known and the part exists, otherwise ``None``. No source file is opened."""
         digests = [piece.digest for piece in unit.pieces if piece.digest]
         path = self._path(digests)
         return (path, digests) if len(digests) == len(unit.pieces) and open_part(path) else None
 
     def encode(self, unit: WorkUnit, progress: Progress) -> Outcome:
-        """Make the part of ``unit``; nothing is tokenized when it is already there. ``progress`` gets ``unit.size``
-        in all."""
+        """Write the part of ``unit``, unless it exists already. ``progress`` is called with amounts of bytes that add up to
+        ``unit.size``."""
         digests = [piece.digest or digest(piece, self.options) for piece in unit.pieces]
         path, left = self._path(digests), unit.size
         if open_part(path) is None:
             self._load()
-            with whole_or_absent(path) as file:
+            with atomic_file(path) as file:
                 writer = PartWriter(file, self.dtype)
                 for batch in batches(unit, self.options):
                     self._append(writer, batch)
@@ -78,10 +88,12 @@ class Encoder:
         return path, digests
 
     def _path(self, digests: list[str]) -> Path:
+        """Return the path of the part, whose name is a hash of everything that determines its content."""
         key = key_of(FORMAT, self.tokenizer_key, self.eot, digests, *self._before)
         return self.folder / key[:2] / f"{key}.tokens"
 
     def _load(self) -> None:
+        """Load the tokenizer, unless it is loaded already."""
         if self._tokenizer is not None:
             return
         from tokenizers import Tokenizer
@@ -89,11 +101,13 @@ class Encoder:
         self._tokenizer = Tokenizer.from_file(str(self.tokenizer_path))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # the *text* "<|endoftext|>" in a document ends no document
+        # A document that contains the text "<|endoftext|>" does not end there.
+        self._tokenizer.encode_special_tokens = True
         self.vocabulary = 1 + max(max(self._tokenizer.get_vocab().values()), self.eot, *self._before)
         self.dtype = np.dtype(np.uint16 if self.vocabulary <= 1 << 16 else np.uint32)
 
     def _append(self, writer: PartWriter, batch: list[tuple[Document, FileRange, tuple[int, int]]]) -> None:
+        """Encode a batch of documents and write them to the part."""
         texts = [document for document, _, _ in batch if isinstance(document, str)]
         encoded = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)) if texts else iter(())
         for document, piece, (number, index) in batch:
@@ -107,7 +121,8 @@ class Encoder:
             writer.append(tokens, digest=xxhash.xxh3_64_intdigest(raw), size=size, piece=number, index=index)
 
     def _checked(self, tokens: NDArray[np.int64], piece: FileRange, index: int) -> NDArray[Any]:
-        """Token ids from elsewhere with the tokens that go around a document, where they lack them."""
+        """Return ``tokens`` of a pretokenized dataset with BOS and end-of-text token added where they are missing. Raises
+        ``UserError`` for ids outside of the vocabulary."""
         if tokens.min() < 0 or tokens.max() >= self.vocabulary:
             wrong = tokens[(tokens < 0) | (tokens >= self.vocabulary)][0]
             raise UserError(
@@ -119,7 +134,8 @@ class Encoder:
 
 
 def batches(unit: WorkUnit, options: ReadOptions) -> Iterator[list[tuple[Document, FileRange, tuple[int, int]]]]:
-    """Documents with (number of the piece in the unit, index in the piece), about BATCH_BYTES at a time."""
+    """Yield the documents of ``unit`` in batches of about ``BATCH_BYTES``, each document with its piece and (number of the piece
+    in the unit, index of the document in the piece)."""
     batch: list[tuple[Document, FileRange, tuple[int, int]]] = []
     waiting = 0
     for number, piece in enumerate(unit.pieces):
@@ -134,4 +150,5 @@ def batches(unit: WorkUnit, options: ReadOptions) -> Iterator[list[tuple[Documen
 
 
 def _size(document: Document) -> int:
+    """Return the approximate size of a document in bytes."""
     return len(document) if isinstance(document, str) else document.nbytes

@@ -1,6 +1,6 @@
-"""Fill the token cache for one source, before any process group exists: in this process when there is little to do
-(starting workers costs half a second), else in child processes. Every unit is its own file in the cache, so a killed
-run loses one unit per worker, and datasets that share files share their tokens."""
+"""Tokenization of a source into the token cache, before any process group exists. A small amount of text is tokenized in this
+process (starting workers takes half a second), a larger one in child processes. Every work unit is a file of its own in the
+cache, so a killed run loses at most one unit per worker, and datasets that share files share their tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from pretrain.data.cache import cache_dir, cache_errors, keep_whole, make_folder, remove_abandoned
+from pretrain.data.cache import cache_dir, cache_errors, ensure_content, make_folder, remove_abandoned
 from pretrain.data.changed_files import files_of
 from pretrain.data.reading.cut import cut
 from pretrain.data.reading.readers import read
@@ -28,12 +28,13 @@ from pretrain.runtime.errors import UserError
 from pretrain.runtime.folders import check_private
 from pretrain.runtime.locks import Busy, Lock
 
-# Less text than this is tokenized here, by all cores through the tokenizer's own threads. Between its calls one core
-# works alone (6 % of the CPU time in a profile of 11 MB). Where workers begin to pay is an estimate from that and from a start of
-# about 0.7 s, not a measurement: some 50 MB on 8 cores.
+# Less text than this is tokenized in this process; the tokenizer's own threads use all cores. Between their calls a single core
+# works (6 % of the CPU time in a profile of 11 MB). The break-even point of workers is estimated from that share and from their
+# start-up time of about 0.7 s, not measured: some 50 MB on 8 cores.
 WORKERS_FROM_BYTES = 64 << 20
-UNNOTICED_SECONDS = 2.0  # ranks that look into a full cache at once wait for each other this little
-YOUNG_SECONDS = 0.05  # a file changed this shortly before it was read could change again under the same time stamp
+# A wait for the lock up to this long is not reported. Ranks that open a filled cache at the same time wait less.
+UNREPORTED_WAIT_SECONDS = 2.0
+YOUNG_SECONDS = 0.05  # a file modified this shortly before it was read could change again without a new mtime
 
 
 def prepare(
@@ -45,14 +46,18 @@ def prepare(
     num_workers: int | None = None,
     cache: Path | None = None,
 ) -> TokenStore:
-    """Tokenize what is not yet in the cache and open the whole as one store.
+    """Tokenize what is not yet in the cache and return the store of all documents.
 
-    ``tokenizer_json`` is the text of a ``tokenizer.json``; ``eot`` the id that ends each document, ``bos`` the one
-    that begins it (``None``: none does). ``num_workers`` defaults to the source's, then to the cores this process may use.
+    Args:
+        source: the dataset.
+        tokenizer_json: the text of a ``tokenizer.json``.
+        eot: id of the token that ends each document.
+        bos: id of the token that begins each document; ``None`` if there is none.
+        num_workers: number of worker processes; by default that of the source, or else one per usable core.
+        cache: folder of the token cache; by default ``cache_dir()``.
 
     Raises:
-        UserError: a file is missing, not what it says it is, or without text; the disk is full. What was finished is
-            kept.
+        UserError: a file is missing, is not of its format or has no text, or the disk is full. Finished units are kept.
     """
     cache = cache or cache_dir()
     make_folder(cache)
@@ -61,7 +66,7 @@ def prepare(
     options = source.options()
     tokenizer_key = key_of(tokenizer_json)
     tokenizer_path = cache / "tokenizers" / f"{tokenizer_key}.json"
-    keep_whole(tokenizer_path, tokenizer_json.encode())
+    ensure_content(tokenizer_path, tokenizer_json.encode())
     encoder = Encoder(
         folder=cache / "parts",
         tokenizer_path=tokenizer_path,
@@ -72,7 +77,7 @@ def prepare(
     )
     key = key_of(FORMAT, source.identity(), asdict(options))
     memory = cache / "files" / f"{key}.json"
-    with _alone(cache / "locks" / f"{key}.lock", source.domain):
+    with _exclusive(cache / "locks" / f"{key}.lock", source.domain):
         started_at = time.time()
         units = group(_pieces(source, _recall(memory)))
         outcomes = _encode_all(units, encoder, num_workers, source.domain)
@@ -89,8 +94,7 @@ def prepare(
 
 
 def training_texts(source: Source) -> Iterator[str]:
-    """The texts of the training documents, for training a tokenizer: those that ``TokenStore.views`` would not hold
-    out."""
+    """Yield the texts on which a tokenizer is trained: the documents that ``TokenStore.views`` would not hold out."""
     limit = source.held_out * 2**64
     for piece in _pieces(source, {}):
         for document in read(piece, source.options()):
@@ -101,20 +105,21 @@ def training_texts(source: Source) -> Iterator[str]:
 
 
 def default_workers() -> int:
-    """One per core, but none beside this process on one or two: there the tokenizer's own threads already keep the cores
-    busy, and two workers took a quarter more CPU time for the same text."""
+    """Return one worker per core, but 1 (this process) on one or two cores. There the tokenizer's own threads already keep the
+    cores busy, and two workers took a quarter more CPU time for the same text."""
     return usable_cores() if usable_cores() > 2 else 1
 
 
 def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# What is known about the files ---------------------------------------------------------------------------------------
+# Records of the files ------------------------------------------------------------------------------------------------
 
 
 def _pieces(source: Source, remembered: dict[str, list[FileRange]]) -> Iterator[FileRange]:
-    """The pieces of all files. A file that looks as it did last time (size, time, inode) is not opened."""
+    """Yield the pieces of all files. A file whose size, mtime and inode are unchanged since the last time is not opened."""
     for file in source.files():
         known = remembered.get(file.path)
         if known and known[0].format == file.format:
@@ -127,7 +132,7 @@ def _pieces(source: Source, remembered: dict[str, list[FileRange]]) -> Iterator[
 
 
 def _recall(memory: Path) -> dict[str, list[FileRange]]:
-    """What ``_remember`` has written; nothing where there is no such file, or it is damaged: then all files are read again."""
+    """Return what ``_remember`` wrote. If the file is missing or damaged, return an empty dict; then all files are read again."""
     known: dict[str, list[FileRange]] = {}
     try:
         checksum, rows = json.loads(memory.read_text())
@@ -141,22 +146,22 @@ def _recall(memory: Path) -> dict[str, list[FileRange]]:
 
 
 def _remember(memory: Path, units: list[WorkUnit], outcomes: list[Outcome], started_at: float) -> None:
-    """So that the next start opens no file; but a file so young that it may change under the same time is read
-    again."""
+    """Write the pieces with their digests, so that the next start opens no source file. Files modified so recently that they may
+    still change without a new mtime are written without a digest and are read again."""
     pieces = []
     for unit, (_, digests) in zip(units, outcomes, strict=True):
         for piece, digest in zip(unit.pieces, digests, strict=True):
             known = digest if started_at - piece.stamp[1] / 1e9 > YOUNG_SECONDS else None
             pieces.append(piece if piece.digest == known else replace(piece, digest=known))
     rows = [[*vars(piece).values()] for piece in pieces]
-    keep_whole(memory, json.dumps([key_of(rows), rows]).encode())
+    ensure_content(memory, json.dumps([key_of(rows), rows]).encode())
 
 
 def _write_manifest(
     folder: Path, name: str, around: dict[str, int], units: list[WorkUnit], outcomes: list[Outcome]
 ) -> Path:
-    """Named after its content and never changed: a store that one run has open is not another store after the next
-    run."""
+    """Write the manifest of the store and return its path. Its name is a hash of its content and it is never changed, so a store
+    that a run has open is not changed by the next run."""
     content = {
         "name": name,
         **around,
@@ -165,19 +170,19 @@ def _write_manifest(
     }
     raw = json.dumps(content).encode()
     path = folder / f"{xxhash.xxh3_128_hexdigest(raw)}.json"
-    keep_whole(path, raw)
+    ensure_content(path, raw)
     return path
 
 
 @contextmanager
-def _alone(path: Path, name: str) -> Iterator[None]:
-    """Hold the dataset's lock; whoever comes second waits and then finds the work done. The kernel frees the lock of a
-    process that died."""
+def _exclusive(path: Path, name: str) -> Iterator[None]:
+    """Hold the dataset's lock. A second process waits and then finds the work done. The kernel releases the lock of a process
+    that died."""
     make_folder(path.parent)
     lock = Lock(path)
     with cache_errors(path.parent):
         try:
-            lock.acquire(timeout=UNNOTICED_SECONDS)
+            lock.acquire(timeout=UNREPORTED_WAIT_SECONDS)
         except Busy:
             notice(f"dataset {name!r}: another run is filling the token cache; waiting for it")
             lock.acquire()
@@ -187,10 +192,11 @@ def _alone(path: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
-# The work ------------------------------------------------------------------------------------------------------------
+# Encoding ------------------------------------------------------------------------------------------------------------
 
 
 def _encode_all(units: list[WorkUnit], encoder: Encoder, num_workers: int, name: str) -> list[Outcome]:
+    """Encode the units that are not in the cache and return the outcomes of all units in order."""
     outcomes = {index: outcome for index, unit in enumerate(units) if (outcome := encoder.finished(unit))}
     missing = [index for index in range(len(units)) if index not in outcomes]
     work = sum(units[index].size for index in missing)

@@ -1,6 +1,6 @@
-"""Encoders in child processes. A worker is a plain ``python -m pretrain.data.tokenization.workers`` that reads a JSON object a
-line and answers likewise: it imports nothing of the caller's main module, and when the caller dies, by whatever
-signal, its input ends and so does it."""
+"""Encoders in child processes. A worker is a plain ``python -m pretrain.data.tokenization.workers`` that reads one JSON object
+per line and answers in the same form. It does not import the caller's main module. When the caller dies, by any signal, the
+worker's input ends and the worker exits."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from pretrain.runtime.signals import SIGNAL_POLL_SECONDS, signals_blocked
 def encode_in_workers(
     units: dict[int, WorkUnit], encoder: Encoder, num_workers: int, progress: Progress
 ) -> dict[int, Outcome]:
-    """Encode ``units`` by ``num_workers`` processes, each taking the next one when it is done.
+    """Encode ``units`` with ``num_workers`` processes. Each worker takes the next unit when it has finished one.
 
-    The first mistake ends it: the others finish the unit at hand, which is kept, and take no more.
+    The first error stops the work: the other workers finish their current unit, which is kept, and take no further one.
     """
     waiting: SimpleQueue[int] = SimpleQueue()
     for index in units:
@@ -44,7 +44,7 @@ def encode_in_workers(
         except Empty:
             return
         except BaseException:
-            with suppress(Empty):  # another worker may empty it too
+            with suppress(Empty):  # another thread may empty the queue at the same time
                 while True:
                     waiting.get_nowait()
             raise
@@ -52,7 +52,7 @@ def encode_in_workers(
     with ThreadPoolExecutor(num_workers) as pool:
         futures: list[Future[None]] = []
         try:
-            with signals_blocked():  # of what reaches the whole group the caller decides
+            with signals_blocked():  # only the caller reacts to signals that are sent to the process group
                 workers.extend(_Worker(encoder) for _ in range(num_workers))
             futures.extend(pool.submit(work, worker) for worker in workers)
             while wait(futures, SIGNAL_POLL_SECONDS).not_done:
@@ -61,7 +61,7 @@ def encode_in_workers(
                 future.result()
         except UserError:
             raise
-        except BaseException:  # Ctrl-C: do not wait for units
+        except BaseException:  # e.g. Ctrl-C: do not wait for unfinished units
             for worker in workers:
                 worker.process.kill()
             raise
@@ -74,7 +74,7 @@ def encode_in_workers(
 
 
 class _Worker:
-    """The caller's end of one child process."""
+    """One child process, as seen by the caller."""
 
     def __init__(self, encoder: Encoder) -> None:
         root = str(PACKAGE.parent)
@@ -88,10 +88,11 @@ class _Worker:
             env=environment,
         )
         self.folder = encoder.folder
-        self._say(encoder.arguments())
+        self._send(encoder.arguments())
 
     def encode(self, unit: WorkUnit, progress: Progress) -> Outcome:
-        self._say([asdict(piece) for piece in unit.pieces])
+        """Let the worker encode ``unit``. Raises the worker's ``UserError``, or ``RuntimeError`` if it failed or died."""
+        self._send([asdict(piece) for piece in unit.pieces])
         assert self.process.stdout is not None
         for line in self.process.stdout:
             answer = json.loads(line)
@@ -106,29 +107,30 @@ class _Worker:
         raise RuntimeError(f"a tokenizing worker died with exit code {self.process.wait()}; out of memory?")
 
     def close(self) -> None:
+        """Wait until the process has ended and delete its temporary files."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        with suppress(BrokenPipeError):  # it died; why has been said
+        with suppress(BrokenPipeError):  # the worker died; `encode` has reported that
             self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
         for left in self.folder.glob(f"*/.*.{self.process.pid}-*.tmp"):
             left.unlink(missing_ok=True)
 
-    def _say(self, request: Any) -> None:
+    def _send(self, request: Any) -> None:
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # reading the answer finds the end and says so
+        with suppress(BrokenPipeError):  # the worker died; `encode` reports it when it reads the answer
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
 
 
 def serve() -> None:
-    """The worker's end: the encoder's arguments, then a unit a line; answers {"bytes"} as it goes, then {"path",
-    "digests"}."""
+    """Run the worker. It reads the encoder's arguments, then one unit per line. For each unit it answers {"bytes"} while it
+    works and {"path", "digests"} at the end, or {"mistake"} or {"traceback"}."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not end up between the answers
+    os.dup2(2, 1)  # output of libraries must not be mixed with the answers
 
-    def say(answer: dict[str, Any]) -> None:
+    def send(answer: dict[str, Any]) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -140,14 +142,14 @@ def serve() -> None:
     for line in sys.stdin:
         unit = WorkUnit(tuple(FileRange(**{**piece, "stamp": tuple(piece["stamp"])}) for piece in json.loads(line)))
         try:
-            path, digests = encoder.encode(unit, lambda amount: say({"bytes": amount}))
-            say({"path": str(path), "digests": digests})
+            path, digests = encoder.encode(unit, lambda amount: send({"bytes": amount}))
+            send({"path": str(path), "digests": digests})
         except UserError as error:
-            say({"mistake": str(error)})
+            send({"mistake": str(error)})
         except BrokenPipeError:
             raise
         except Exception:
-            say({"traceback": traceback.format_exc()})
+            send({"traceback": traceback.format_exc()})
 
 
 if __name__ == "__main__":

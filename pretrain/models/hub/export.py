@@ -1,4 +1,4 @@
-"""The model as a Hugging Face folder: safetensors of a bounded size, config, generation config, tokenizer."""
+"""Export of the model as a Hugging Face folder: safetensors of a bounded size, config, generation config, tokenizer."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}  # as transformers reads them
 Sizes = dict[str, int]  # weight → bytes
 
 
-def own_share(
+def weights_to_write(
     weights: Iterable[tuple[str, Tensor]],
     *,
     dtypes: Mapping[str, torch.dtype],
     world: DistributedContext,
     sharded: bool,
 ) -> dict[str, Tensor]:
-    """The weights that this rank will write, whole, on the host, each in its type of ``dtypes`` (not there: its own).
+    """Return the full weights that this rank will write, in host memory, each cast to its dtype in ``dtypes`` (a weight that
+    is not listed keeps its own).
 
-    ``sharded``: every rank takes its part of the names, so that none ever holds the model; else rank 0 takes all.
+    With ``sharded=True`` the names are distributed over the ranks, so that no rank holds all weights; otherwise rank 0 takes all.
     """
     own = {}
     for number, (name, tensor) in enumerate(weights):
@@ -42,13 +43,13 @@ def own_share(
 
 
 def dtypes_for(hf: Any, save_dtype: str | None) -> dict[str, torch.dtype]:
-    """What each weight of ``hf`` is saved in for ``model.save_dtype``: what transformers keeps in fp32 stays in it. Empty:
-    each in its own."""
+    """Return the dtype in which each weight of ``hf`` is saved under ``model.save_dtype``. Weights that transformers keeps in
+    fp32 stay in fp32. Without ``save_dtype`` the dict is empty: each weight keeps its dtype."""
     return dtypes_in(hf, getattr(torch, save_dtype)) if save_dtype else {}
 
 
 def dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype | None:
-    """The type of most numbers that are no counts; ``None`` when there are none."""
+    """Return the dtype that most floating-point values have; ``None`` when there are none."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in weights.values():
         sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
@@ -56,9 +57,9 @@ def dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype | None:
     return found[0][0] if found and found[0][1] else None
 
 
-def save_whole(hf: Any, own: dict[str, Tensor], folder: Path, *, shard_size: str) -> list[Path]:
-    """Write all weights by transformers' own hand, which puts them back into the layout that their architecture has on
-    the Hub. ``own`` is emptied: a file's weights are let go when it is written. Return the files."""
+def save_full(hf: Any, own: dict[str, Tensor], folder: Path, *, shard_size: str) -> list[Path]:
+    """Write all weights with transformers' ``save_pretrained``, which converts them back into the layout that their architecture
+    has on the Hub. ``own`` is emptied: the weights of a file are released when it is written. Return the files."""
     trained_in = hf.config.dtype
     hf.save_pretrained(str(folder), state_dict=own, max_shard_size=shard_size)
     hf.config.dtype = trained_in
@@ -66,7 +67,7 @@ def save_whole(hf: Any, own: dict[str, Tensor], folder: Path, *, shard_size: str
 
 
 def split(own: Mapping[str, Tensor], shard_size: str) -> list[Sizes]:
-    """``own`` cut into files of at most ``shard_size`` in its order; a larger weight is alone in its file."""
+    """Assign the weights of ``own``, in order, to files of at most ``shard_size``. A larger weight gets a file of its own."""
     limit = int(shard_size[:-2]) * UNITS[shard_size[-2:]]
     files: list[Sizes] = []
     for name, tensor in own.items():
@@ -78,9 +79,9 @@ def split(own: Mapping[str, Tensor], shard_size: str) -> list[Sizes]:
 
 
 def save_shards(own: dict[str, Tensor], folder: Path, *, plan: list[list[Sizes]], rank: int) -> list[Path]:
-    """Write this rank's files, and on rank 0 the index that tells ``from_pretrained`` which file has which weight.
+    """Write this rank's files, and on rank 0 the index from which ``from_pretrained`` reads which file has which weight.
 
-    ``plan``: what ``split`` gave on each rank. Return the files.
+    ``plan`` is the result of ``split`` on each rank. Return the files.
     """
     shards = [shard for files in plan for shard in files]
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -98,17 +99,20 @@ def save_shards(own: dict[str, Tensor], folder: Path, *, plan: list[list[Sizes]]
     return written
 
 
-def beside(hf: Any, tokenizer: Any, *, dtype: torch.dtype | None, separator: int | None = None) -> dict[str, bytes]:
-    """The files that make weights a model, by name: both configs, the tokenizer, the code of a model that brings its own.
+def companion_files(
+    hf: Any, tokenizer: Any, *, dtype: torch.dtype | None, separator: int | None = None
+) -> dict[str, bytes]:
+    """Return the files that a model folder needs in addition to the weights, by name: both configs, the tokenizer, and the code
+    of a model that has its own.
 
-    ``dtype``: of the weights; ``None``: left to the program that loads them. ``separator``: the token that documents were
-    trained to end with; ``None``: the tokenizer's eos_token.
+    ``dtype`` is the dtype of the weights; ``None`` leaves it to the program that loads them. ``separator`` is the token that
+    ended the training documents; ``None`` stands for the tokenizer's eos_token.
     """
     from transformers.dynamic_module_utils import custom_object_save
 
     config, generation = deepcopy(hf.config), deepcopy(hf.generation_config)
     _adopt_special_tokens(config, generation, tokenizer, separator)
-    config.use_cache = True  # off only for training
+    config.use_cache = True  # it is off only during training
     config.dtype = dtype
     config.architectures = [type(hf).__name__.removeprefix("FSDP")]
     with TemporaryDirectory() as name:
@@ -121,7 +125,7 @@ def beside(hf: Any, tokenizer: Any, *, dtype: torch.dtype | None, separator: int
         return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def write_beside(files: Mapping[str, bytes], folder: Path) -> list[Path]:
+def write_companion_files(files: Mapping[str, bytes], folder: Path) -> list[Path]:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -129,8 +133,8 @@ def write_beside(files: Mapping[str, bytes], folder: Path) -> list[Path]:
 
 
 def _adopt_special_tokens(config: Any, generation: Any, tokenizer: Any, separator: int | None) -> None:
-    """Let the configs name the tokens that documents really ended with. A config from nothing names others; those of a
-    trained model stay, and generation also ends at ``separator``."""
+    """Set the special tokens of both configs to those of the training documents. A default config names other tokens and is
+    overwritten; the tokens of a trained model stay. Generation also ends at ``separator``."""
     end = separator if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if end not in (*end_ids(config), *end_ids(generation)):
         for each in (config, generation):
@@ -141,6 +145,6 @@ def _adopt_special_tokens(config: Any, generation: Any, tokenizer: Any, separato
 
 
 def end_ids(config: Any) -> list[int]:
-    """The tokens at which a text ends, of a config that names one, several or none."""
+    """Return the eos_token_ids of a config, which may name one, several or none."""
     named = getattr(config, "eos_token_id", None)
     return named if isinstance(named, list) else [] if named is None else [named]

@@ -1,6 +1,6 @@
-"""What can be said about a model's folder without loading it: is it there, is it whole, does the run fit it.
+"""Checks of a model's folder without loading the model: whether it exists, is complete, and fits the run.
 
-Only JSON and safetensors headers are read. Pickled weights are refused: to read them is to run what is in them.
+Only JSON and safetensors headers are read. Pickled weights are refused, because reading a pickle can run code.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ LAYER_KEYS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     *("num_experts", "num_local_experts", "n_routed_experts"),
 )
-# More than any model has; to build so many takes minutes, before it is known that they have no weights.
+# More layers than any model has. Building so many takes minutes, and only then would it turn out that they have no weights.
 MANY_LAYERS = 10_000
-PIECES = "model.rank-*.safetensors"  # of a checkpoint that several processes have written
-BITS = {  # of a number, by its name in a safetensors header
+PIECES = "model.rank-*.safetensors"  # the files of a checkpoint that several processes have written
+BITS = {  # bits per value, by the dtype's name in a safetensors header
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
@@ -38,9 +38,11 @@ WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def model_folder(name: str, *, revision: str | None = None, key: str = "model_name", code: bool = False) -> Path:
-    """The folder ``name`` stands for: the shipped ``sample``, a local one, or a Hub repository's, downloaded.
+    """Return the folder of model ``name``: the shipped ``sample``, a local folder, or the snapshot of a Hub repository, which is
+    downloaded.
 
-    ``code``: Python files too. Raises ``UserError`` when there is none, with the ways there are to have one.
+    With ``code=True`` Python files are downloaded too. Raises ``UserError``, which names the alternatives, when there is no
+    such model.
     """
     if name == "sample":
         return SAMPLE
@@ -75,24 +77,24 @@ def _download(name: str, revision: str | None, key: str, wanted: list[str]) -> P
         ) from None
 
 
-def read_object(file: Path, *, said: str) -> dict[str, Any] | None:
-    """The JSON object that a file of a model's folder holds; ``None`` without that file. Raises ``UserError``, which calls
-    the file ``said``, when it holds anything else."""
+def read_object(file: Path, *, label: str) -> dict[str, Any] | None:
+    """Return the JSON object in a file of a model's folder; ``None`` if the file does not exist. Raises ``UserError``, in which
+    the file is called ``label``, when it holds anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{said} can't be read: {one_line(error)}") from None
+        raise UserError(f"{label} can't be read: {one_line(error)}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{said}: not an object with keys, but {type(content).__name__}")
+        raise UserError(f"{label}: not a JSON object, but {type(content).__name__}")
     return content
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """config.json of a model folder. Raises ``UserError`` when it is missing or broken."""
+    """Return config.json of a model folder. Raises ``UserError`` when it is missing or invalid."""
     file = folder / "config.json"
-    config = read_object(file, said=f"model_name={name}: {file}")
+    config = read_object(file, label=f"model_name={name}: {file}")
     if config is None:
         raise UserError(f"model_name={name}: {folder} has no config.json; a model is a folder saved by save_pretrained")
     if "model_type" not in config:
@@ -103,13 +105,13 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def text_part(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that is about text, of a model that knows pictures too."""
+    """Return the text part of a multimodal model's config; any other config is returned unchanged."""
     text = config.get("text_config")
     return text if text and isinstance(text, dict) else config
 
 
 def check_positions(config: dict[str, Any], sequence_length: int, name: str) -> None:
-    """Raises ``UserError`` when the sequence is longer than the positions the model was made for."""
+    """Raise ``UserError`` when the sequence is longer than the model's positions."""
     for key in POSITION_KEYS:
         limit = text_part(config).get(key)
         if isinstance(limit, int) and 0 < limit < sequence_length:
@@ -119,18 +121,18 @@ def check_positions(config: dict[str, Any], sequence_length: int, name: str) -> 
 
 
 def check_vocabulary(config: dict[str, Any], tokens: int, name: str) -> None:
-    """Raises ``UserError`` when a tokenizer of ``tokens`` ids needs more rows than the embedding has."""
+    """Raise ``UserError`` when a tokenizer with ``tokens`` ids needs more rows than the embedding has."""
     rows = text_part(config).get("vocab_size")
     if isinstance(rows, int) and tokens > rows:
         raise UserError(
-            f"model_name={name}: the tokenizer has {tokens} token ids, the embedding {rows} rows: not of one model; name the "
-            "model's own as model.tokenizer_name, or give the model the rows once (transformers: "
+            f"model_name={name}: the tokenizer has {tokens} token ids, the embedding {rows} rows, so they do not belong to "
+            "one model; set model.tokenizer_name to the model's own, or resize the embedding once (transformers: "
             f"model.resize_token_embeddings({tokens}), then save_pretrained)"
         )
 
 
 def vocabulary_size(folder: Path) -> int:
-    """The largest token id of tokenizer.json + 1; 0 without that file. Raises ``UserError`` when it is broken."""
+    """Return the largest token id of tokenizer.json + 1; 0 without that file. Raises ``UserError`` when it is invalid."""
     file = folder / "tokenizer.json"
     if not file.exists():
         return 0
@@ -141,14 +143,15 @@ def vocabulary_size(folder: Path) -> int:
         added = [token["id"] for token in tokenizer.get("added_tokens") or []]
         return 1 + max(ids + added, default=-1)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is no tokenizer: {type(error).__name__}: {str(error)[:200]}") from None
+        raise UserError(f"{file} is not a valid tokenizer: {type(error).__name__}: {str(error)[:200]}") from None
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files. Raises ``UserError`` when there are none, pickled ones only, or one of several is gone."""
+    """Return the safetensors files. Raises ``UserError`` when there are none, pickled ones only, or when one of several is
+    missing."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    shards = marked_files(folder, "model*.safetensors")  # of a checkpoint
-    if (folder / "adapter_config.json").exists():  # transformers with peft would load another model, which it names
+    shards = marked_files(folder, "model*.safetensors")  # the files of a checkpoint
+    if (folder / "adapter_config.json").exists():  # with peft, transformers would load its base model
         raise UserError(
             f"model_name={name}: {folder} is an adapter (adapter_config.json); merge it into its model first (peft: "
             "merge_and_unload, then save_pretrained)"
@@ -160,7 +163,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             outside = [shard for shard in shards if not is_below(shard)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"model_name={name}: {index} is broken: {type(error).__name__}: {error}") from None
+            raise UserError(f"model_name={name}: {index} is invalid: {type(error).__name__}: {error}") from None
         if outside:
             raise UserError(f"model_name={name}: {index} names {outside[0]!r}, which is outside the folder")
     gone = [shard for shard in shards if not os.path.isfile(folder / shard)]  # also of a name that no file can have
@@ -173,25 +176,28 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         return pieces
     for pickled in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")):
         raise UserError(
-            f"model_name={name}: {pickled} is pickled; reading a pickle can run anything, so only safetensors are read. "
-            "Convert it where you trust it (from_pretrained, then save_pretrained), or use a revision that has them"
+            f"model_name={name}: {pickled} is pickled; reading a pickle can run any code, so only safetensors are read. "
+            "Convert it if you trust it (from_pretrained, then save_pretrained), or use a revision that has them"
         )
     raise UserError(f"model_name={name}: {folder} has no weights (model.safetensors); model=scratch needs none")
 
 
 def check_weights(folder: Path, name: str) -> None:
-    """Raises ``UserError`` when weights are missing or torn. Reads headers only."""
+    """Raise ``UserError`` when weight files are missing or incomplete. Only headers are read."""
     for file in weight_files(folder, name):
         try:
-            reason = torn(file)
-        except OSError as error:  # a folder, a file without permission
+            reason = invalid_reason(file)
+        except OSError as error:  # the path is a folder, or the file may not be read
             raise UserError(f"model_name={name}: {file} can't be read: {error.strerror}") from None
         if reason:
-            raise UserError(f"model_name={name}: {file} is torn: {reason}; fetch or save the model again")
+            raise UserError(
+                f"model_name={name}: {file} is not a complete safetensors file: {reason}; "
+                "download or save the model again"
+            )
 
 
 def check_layers(config: dict[str, Any], folder: Path, name: str) -> None:
-    """Raises ``UserError`` when the config asks for more layers or experts than its whole weight files have tensors."""
+    """Raise ``UserError`` when the config has more layers or experts than all weight files together have tensors."""
     for key in LAYER_KEYS:
         layers = text_part(config).get(key)
         if isinstance(layers, int) and layers > MANY_LAYERS:
@@ -208,13 +214,13 @@ def _tensor_count(file: Path) -> int:
     return len(header.keys() - {"__metadata__"})
 
 
-def torn(file: Path) -> str | None:
-    """Why a safetensors file can't be whole, or ``None``. Layout: https://huggingface.co/docs/safetensors"""
+def invalid_reason(file: Path) -> str | None:
+    """Return why a safetensors file is incomplete or invalid, or ``None``. Layout: https://huggingface.co/docs/safetensors"""
     size = file.stat().st_size
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if 8 + length > size:
-            return f"{size} bytes, not even its header fits"
+            return f"{size} bytes, its header does not fit"
         try:
             header = json.loads(handle.read(length))
             header.pop("__metadata__", None)
@@ -224,25 +230,25 @@ def torn(file: Path) -> str | None:
     end = 0
     for start, stop, name in places:
         if start != end:
-            return f"its header puts {name[:80]} at byte {start}, where {end} is next"
+            return f"{name[:80]} begins at byte {start} by its header, {end} expected"
         end = stop
     want = 8 + length + end
-    return None if size == want else f"{size} bytes, its header says {want}"
+    return None if size == want else f"{size} bytes, {want} expected by its header"
 
 
 def _place(name: str, entry: dict[str, Any]) -> tuple[int, int, str]:
-    """First byte, last byte + 1 and name of a tensor. Raises ``ValueError`` where they contradict its shape and type."""
+    """Return first byte, last byte + 1 and name of a tensor. Raises ``ValueError`` when they contradict its shape and dtype."""
     start, stop = entry["data_offsets"]
     shape, bits = entry["shape"], BITS[entry["dtype"]]
     if not all(type(n) is int and n >= 0 for n in (start, stop, *shape)):
-        raise ValueError(f"{name[:80]}: sizes that are no numbers")
+        raise ValueError(f"{name[:80]}: sizes that are not valid numbers")
     if (stop - start) * 8 != math.prod(shape) * bits:
         raise ValueError(f"{name[:80]}: {stop - start} bytes for {entry['dtype']} of {shape}")
     return start, stop, name
 
 
 def fingerprint(paths: list[Path]) -> str:
-    """A hash of names, sizes, and first and last MiB of each file: tells models apart without reading them whole."""
+    """Return a hash of the name, size, first MiB and last MiB of each file. It distinguishes models without reading all bytes."""
     digest = xxhash.xxh3_64()
     for path in paths:
         size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""The model card: what a model was trained on, how, and what that did to it; as the Hub reads it, YAML and then Markdown.
+"""The model card: training data, settings and results of a model, in the Hub's format of YAML followed by Markdown.
 Source: https://huggingface.co/docs/hub/model-cards"""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SETTINGS = (
     *("sequence_length", "batch_size", "gradient_accumulation_steps", "lr", "warmup_proportion", "weight_decay"),
     *("beta1", "beta2", "grad_clip", "seed"),
 )
-OF_THE_MACHINE = {"task", "name", "output_dir", "resume", "devices", "launch", "sink", "generation"}
+MACHINE_KEYS = {"task", "name", "output_dir", "resume", "devices", "launch", "sink", "generation"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key)$", re.IGNORECASE)
 
@@ -27,8 +27,11 @@ SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key)$
 def model_card(
     config: dict[str, Any], progress: TrainState, *, data: dict[str, int], facts: dict[str, Any], total_steps: int
 ) -> str:
-    """``config``: the resolved one · ``data``: documents, tokens and bytes of the training text, sequences of a global batch ·
-    ``facts``: those of run.json. No path of the machine and no secret gets into it."""
+    """Return the text of the model card. It contains no path of this machine and no secret.
+
+    ``config`` is the resolved config. ``data`` holds documents, tokens and bytes of the training text, and the sequences of a
+    global batch. ``facts`` is the content of run.json.
+    """
     model, dataset = config["model_name"], config["dataset"]
     trained = "random weights" if _is_scratch(config) else f"`{public(model)}`"
     settings = [(key, facts.get(key, config[key])) for key in SETTINGS]  # batch_size=auto has become a number
@@ -37,7 +40,7 @@ def model_card(
         ("precision", facts["precision"]),
         ("strategy", f"{facts['strategy']}, {facts['world_size']} processes"),
     ]
-    shown = {key: value for key, value in config.items() if key not in OF_THE_MACHINE}
+    shown = {key: value for key, value in config.items() if key not in MACHINE_KEYS}
     parts = (
         _front_matter(config),
         f"# {public(config['name'])}\n",
@@ -45,7 +48,7 @@ def model_card(
         f"step {progress.step:,} of {total_steps:,}, {progress.tokens:,} target tokens "
         f"({progress.samples:,} sequences, {data['global_batch']:,} a step).\n",
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."  # where this file lies\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n'
+        'folder = "."  # the folder of this file\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n'
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n",
         "## Results\n",
         _results(progress),
@@ -54,7 +57,7 @@ def model_card(
         f"{data['documents']:,} documents, {data['tokens']:,} tokens, {data['bytes']:,} bytes of text.\n",
         "## Settings\n",
         _table(("setting", "value"), settings),
-        "<details><summary>The whole configuration</summary>\n",
+        "<details><summary>The full configuration</summary>\n",
         f"```yaml\n{yaml.safe_dump(public(shown), sort_keys=False, allow_unicode=True)}```\n\n</details>\n",
         "## Versions\n",
         ", ".join(f"{name} {version}" for name, version in facts["versions"].items()) + ".\n",
@@ -63,7 +66,7 @@ def model_card(
 
 
 def public(value: Any) -> Any:
-    """``value`` without secrets, and with the last part alone of a path that leads through this machine."""
+    """Return ``value`` without secrets. Of a path on this machine only the last component is kept."""
     if isinstance(value, dict):
         return {key: public(item) for key, item in value.items() if not SECRET.search(str(key))}
     if isinstance(value, list):
@@ -78,13 +81,13 @@ def _is_scratch(config: dict[str, Any]) -> bool:
 
 
 def _choice(node: dict[str, Any]) -> str:
-    """A part by the name of what it builds and its own numbers."""
+    """Return a part of the config as the name of its class or function with its own values."""
     own = ", ".join(f"{key} {value}" for key, value in node.items() if not key.startswith("_"))
     return f"{node['_target_'].rpartition('.')[2]}" + (f" ({own})" if own else "")
 
 
 def _front_matter(config: dict[str, Any]) -> str:
-    """What the Hub shows and links: only what has an address there."""
+    """Return the YAML front matter, which the Hub shows and links. It names only models and datasets that exist on the Hub."""
     matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if not _is_scratch(config) and _on_the_hub(config["model_name"]):
         matter["base_model"] = config["model_name"]
@@ -96,18 +99,24 @@ def _front_matter(config: dict[str, Any]) -> str:
 
 
 def _on_the_hub(name: str) -> bool:
-    """Whether a name that has worked is an address on the Hub: not the shipped model and nothing on this disk."""
+    """Return whether a valid name is a Hub id, that is, neither the shipped model nor a path on this disk."""
     return name != "sample" and bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def _results(progress: TrainState) -> str:
-    """Every domain before and after."""
+    """Return the table of results, with every domain before and after training."""
     if not progress.scores:
         return "No text was scored.\n"
     head = ("domain", "loss (nats per token)", "change", "perplexity", "bits per byte")
     if progress.evaluated_at == 0:
         rows = [
-            (f"{s['domain']} ({s['role']})", _n(s["loss"]), "—", _n(s["perplexity"], 2), _n(s["bits_per_byte"]))
+            (
+                f"{s['domain']} ({s['role']})",
+                _number(s["loss"]),
+                "—",
+                _number(s["perplexity"], 2),
+                _number(s["bits_per_byte"]),
+            )
             for s in progress.scores
         ]
         since = "; it was not scored since" if progress.step else ""
@@ -120,13 +129,13 @@ def _results(progress: TrainState) -> str:
 
 
 def _before_after(s: dict[str, Any]) -> tuple[str, ...]:
-    """A row of the results, from a domain's last score and how far it is from the untouched model's on the same text."""
+    """Return a row of the results, from a domain's last score and its difference from the base model's score on the same text."""
     loss, delta, bits = s["loss"], s.get("delta_loss"), s["bits_per_byte"]
     before = None if loss is None or delta is None else loss - delta
-    earlier_bits = bits * before / loss if bits and before and loss else None  # of the same text in the same tokens
-    losses, bits_per_byte = f"{_n(before)} → {_n(loss)}", f"{_n(earlier_bits)} → {_n(bits)}"
-    perplexity = f"{_n(_exp(before), 2)} → {_n(s['perplexity'], 2)}"
-    change = "—" if delta is None else f"{round(delta, 4) + 0.0:+.4f}"  # no minus before a zero
+    earlier_bits = bits * before / loss if bits and before and loss else None  # the text and its tokens are the same
+    losses, bits_per_byte = f"{_number(before)} → {_number(loss)}", f"{_number(earlier_bits)} → {_number(bits)}"
+    perplexity = f"{_number(_exp(before), 2)} → {_number(s['perplexity'], 2)}"
+    change = "—" if delta is None else f"{round(delta, 4) + 0.0:+.4f}"  # + 0.0 removes the minus of a negative zero
     return f"{s['domain']} ({s['role']})", losses, change, perplexity, bits_per_byte
 
 
@@ -134,7 +143,7 @@ def _exp(loss: float | None) -> float | None:
     return math.exp(loss) if loss is not None and loss < 700 else None
 
 
-def _n(value: float | None, digits: int = 4) -> str:
+def _number(value: float | None, digits: int = 4) -> str:
     return "—" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pretrain.data.loader import Loader
-    from pretrain.data.store.token_store import Document
+    from pretrain.data.store.token_store import DocumentOrigin
 
 EXCERPT_CHARS = 200
 NAMED = 3  # number of documents listed in a message
@@ -46,7 +46,7 @@ class Quarantine:
         names = ", ".join(f"{document.path}#{document.index}" for document, _ in found[:NAMED])
         return names + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
 
-    def _record(self, bad: BadStep, found: list[tuple[Document, NDArray[np.int64]]]) -> dict[str, Any]:
+    def _record(self, bad: BadStep, found: list[tuple[DocumentOrigin, NDArray[np.int64]]]) -> dict[str, Any]:
         documents = [
             {
                 "path": document.path,
