@@ -1,4 +1,4 @@
-"""When something is due that happens every so many steps."""
+"""An interval in steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """``Interval(10).due(step)`` is true at 10, 20, …; ``Interval(None)`` never is."""
+    """An action that is due every ``steps`` steps: ``Interval(10).due(step)`` is true at 10, 20, …. ``Interval(None)`` is
+    never due."""
 
     steps: int | None
 
