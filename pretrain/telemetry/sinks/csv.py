@@ -1,4 +1,4 @@
-"""train.csv, evaluation.csv and, where there are such records, layers.csv and data.csv: tables for spreadsheets and pandas
+"""Write train.csv, evaluation.csv and, if there are such records, layers.csv and data.csv: tables for spreadsheets and pandas
 (RFC 4180: a header, commas, CRLF; null is an empty field)."""
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pretrain.telemetry.sinks.base import Sink
 from pretrain.telemetry.sinks.jsonl import keep_broken
 from pretrain.telemetry.sinks.retrying_file import RetryingAppendFile
 
-# event → what has a row for each name
+# event → the field that maps names to records; it becomes one row per name
 FAMILY = {"train": None, "evaluation": None, "layers": "layers", "data": "sources"}
 Row = Mapping[str, object]
 
 
 class Csv(Sink):
-    """One table an event. Its header is that of its first record; where a later one has more (another version has gone on
-    with the run), the table is written once more with new columns at its end."""
+    """One table per event. The first record defines the header. If a later record has more fields (another version resumed
+    the run), the table is rewritten with the new columns at its end."""
 
     def __init__(self) -> None:
         self._tables: dict[str, Table] = {}
@@ -43,7 +43,8 @@ class Csv(Sink):
 
 
 class Table:
-    """A CSV file with a column ``step``. Rows of steps beyond ``start.step`` are cut: they are about to be written again."""
+    """A CSV file with a column ``step``. Rows of steps after ``start.step`` are removed, because they will be written
+    again."""
 
     def __init__(self, path: Path, start: RunStarted) -> None:
         self._path = path
@@ -81,7 +82,7 @@ class Table:
         return text.getvalue()
 
     def _rewrite(self, kept: Sequence[Row], new: list[str]) -> None:
-        """Replace the file by the rows ``kept``, with ``new`` columns at its end; without rows there is no file."""
+        """Replace the file by the rows ``kept`` with the columns ``new`` added at the end; without rows, delete the file."""
         if not kept:
             self._columns = []
             self._path.unlink()
@@ -92,7 +93,7 @@ class Table:
 
 
 def rows(record: Record) -> list[Row]:
-    """A row for the record, or one for each of its layers or sources."""
+    """Return one row for the record, or one row per layer or source."""
     family = FAMILY[record["event"]]
     own = {key: value for key, value in record.items() if key not in ("event", family)}
     if family is None:
@@ -101,9 +102,11 @@ def rows(record: Record) -> list[Row]:
 
 
 def read_rows(path: Path, *, say: Callable[[str], None] = notice) -> list[dict[str, str]]:
-    """The rows of a table. A torn last one (the run was killed while writing it) is left out, and any other that does not
-    fit the header too; ``say`` is told of those. A quote that is never closed spoils its own line only. A program that has
-    saved the table may have ended its lines as Unix does.
+    """Return the rows of a table.
+
+    An incomplete last row (the run was killed while writing it) is skipped, and so is any other row that does not fit the
+    header; the latter are reported to ``say``. An unclosed quote affects only its own line. Lines may end in LF too, because
+    another program may have saved the table.
     """
     text = path.read_bytes().decode(errors="replace")
     end = "\r\n" if text.partition("\n")[0].endswith("\r") else "\n"
@@ -122,7 +125,7 @@ def read_rows(path: Path, *, say: Callable[[str], None] = notice) -> list[dict[s
 
 
 def _cells(line: str) -> list[str]:
-    """Those of one line; none where it is not one row."""
+    """Return the cells of a line, or none if the line is not exactly one row."""
     try:
         rows = [*csv.reader([line])]
     except csv.Error:

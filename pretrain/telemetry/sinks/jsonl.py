@@ -1,4 +1,4 @@
-"""metrics.jsonl: every record of the run, once, in order. The file other tools read."""
+"""metrics.jsonl: every record of the run, once, in order. Other tools read this file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TAIL_BYTES = 1 << 16
 
 
 class Jsonl(Sink):
-    """One JSON object a line."""
+    """A sink that writes one JSON object per line to metrics.jsonl."""
 
     def __init__(self) -> None:
         self._file: RetryingAppendFile | None = None
@@ -40,8 +40,10 @@ class Jsonl(Sink):
 
 
 def read_records(path: Path, *, say: Callable[[str], None] = notice) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl or quarantine.jsonl. A torn last line (the run was killed while writing it) is left
-    out, and any other that is no record too; ``say`` is told of those, file and line.
+    """Return the records of a metrics.jsonl or quarantine.jsonl.
+
+    An incomplete last line (the run was killed while writing it) is skipped, and so is any other line that is not a record;
+    the latter are reported to ``say`` with file and line number.
 
     Raises ``OSError`` for a file that can't be read.
     """
@@ -51,7 +53,8 @@ def read_records(path: Path, *, say: Callable[[str], None] = notice) -> list[dic
 def iter_records(
     path: Path, *, say: Callable[[str], None] = notice, torn: Callable[[str], None] = lambda where: None
 ) -> Iterator[dict[str, Any]]:
-    """The same one by one, of files that are better not held whole. ``torn`` is told of a torn last line: file and number."""
+    """Yield the records of a file one by one, without loading the whole file. ``torn`` is called with ``file:line`` of an
+    incomplete last line. See `read_records`."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             record = _record(line)
@@ -64,7 +67,7 @@ def iter_records(
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """What a line holds; ``None``: no JSON, cut in the middle of a character, or nothing that has a step."""
+    """Parse a line. Return ``None`` if it is not JSON, ends in the middle of a character, or is not an object with a step."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -76,7 +79,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def tail(file: Path) -> Iterator[dict[str, Any]]:
-    """The last records of a metrics.jsonl; what is torn at either end is passed over."""
+    """Yield the last records of a metrics.jsonl. An incomplete line at either end of the part that is read is skipped."""
     with suppress(OSError), file.open("rb") as lines:
         lines.seek(max(0, lines.seek(0, 2) - TAIL_BYTES))
         for line in lines.read().split(b"\n"):
@@ -87,9 +90,11 @@ def tail(file: Path) -> Iterator[dict[str, Any]]:
 def records_until(
     path: Path, start: RunStarted, *, say: Callable[[str], None] = lambda where: None
 ) -> list[dict[str, Any]]:
-    """The records up to the step where a run goes on: without the end it has not come to, and without the evaluation of that
-    step, and what comes with it, where it owes that: it is about to be made again. Those that the checkpoint brought and the
-    file lost stand at the end; without a file they are all there is."""
+    """Return the records up to the step at which a run resumes.
+
+    The ``run_finished`` record of a finished run is dropped, because the run now continues. If the evaluation of that step is
+    pending, its records (with samples and data statistics) are dropped too, because it is repeated. Records that were saved
+    with the checkpoint but are missing in the file are appended; without a file they are the only records."""
 
     def holds(record: dict[str, Any]) -> bool:
         again = record["step"] == start.step and start.pending_evaluation and record["event"] in WITH_EVALUATION
@@ -104,9 +109,10 @@ def records_until(
 
 
 def cut(path: Path, start: RunStarted) -> None:
-    """Drop the records of steps beyond that of ``start``: they were lost with a crash and are about to be trained again.
+    """Remove the records of steps after ``start.step`` from the file: a crash lost those steps, and they are trained again.
 
-    A run that starts over (step 0) drops everything. A file with a line that is no record is kept beside the new one.
+    A run that starts over (step 0) removes everything. If any line is not a record, a copy of the old file is kept next to the
+    new one.
     """
     odd: list[str] = []
     kept = records_until(path, start, say=odd.append) if start.step > 0 else []
@@ -115,7 +121,8 @@ def cut(path: Path, start: RunStarted) -> None:
 
 
 def keep_broken(path: Path, odd: Sequence[str]) -> None:
-    """Before ``path`` is rewritten without the lines that ``odd`` is about, keep a copy of it, and say the first of them."""
+    """Keep a copy of ``path`` and report the first message of ``odd``, before ``path`` is rewritten without the invalid lines
+    that ``odd`` describes."""
     if odd:
         keep_copy(path)
         notice(odd[0] + (f" (and {len(odd) - 1} more such lines)" if len(odd) > 1 else ""))

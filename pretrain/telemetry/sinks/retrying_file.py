@@ -1,4 +1,4 @@
-"""A file that records are appended to, on disks that are full for a while."""
+"""An append-only file whose writes are retried after the disk was full."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pretrain.runtime.safe_files import open_append
 
 
 class RetryingAppendFile:
-    """Bytes are written at once, so that a killed run has all of them up to the kill. What a disk does not take waits, in
-    order, and is tried again with the next write; it is said once."""
+    """A file that writes unbuffered, so that everything written before a kill is on disk.
+
+    Bytes that could not be written are kept in order and retried with the next write. The first failure is reported; later
+    ones are not."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,4 +1,4 @@
-"""Messages to a process of its own, for what may hang: whoever sends never waits."""
+"""A queue of messages to a subprocess, for work that may hang: the sender never blocks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from pretrain.runtime.python import module_command
 from pretrain.runtime.safe_files import open_append, own_folder
 
 MOST_WAITING = 10_000  # messages
-PATIENCE_SECONDS = 3.0  # before a person is told what is waited for
+PATIENCE_SECONDS = 3.0  # before a notice says what is being waited for
 
 
 class SubprocessQueue:
-    """Runs ``module`` in a session of its own, so that a terminal's signals don't reach it. It gets JSON objects, one a line,
-    and their end; what it prints is said to people. What it, or a library in it, writes to stderr goes to ``log``.
+    """A subprocess that runs ``module`` and receives JSON objects on stdin, one per line, until the end of stdin.
 
-    When more than ``MOST_WAITING`` messages wait, further ones are lost; it is said once.
+    The subprocess has its own session, so that signals of the terminal don't reach it. Its stdout is printed as notices; its
+    stderr is appended to ``log``. When more than ``MOST_WAITING`` messages are queued, further ones are dropped, and the first
+    drop is reported.
     """
 
     def __init__(self, module: str, *, log: Path) -> None:
@@ -43,6 +44,7 @@ class SubprocessQueue:
         threading.Thread(target=self._carry, name="courier", daemon=True).start()
 
     def send(self, message: dict[str, Any]) -> None:
+        """Queue ``message``, or drop it if the queue is full. This never blocks."""
         try:
             self._waiting.put_nowait(message)
         except Full:
@@ -51,7 +53,7 @@ class SubprocessQueue:
             self._lost += 1
 
     def finish(self, *, seconds: float) -> None:
-        """Wait until the process has taken everything and has ended, at most ``seconds``; then it is killed."""
+        """Wait until the process has read all messages and exited; kill it after ``seconds``."""
         threading.Thread(target=self._waiting.put, args=(None,), daemon=True).start()
         try:
             self._process.wait(PATIENCE_SECONDS)
@@ -71,7 +73,7 @@ class SubprocessQueue:
                 while (message := self._waiting.get()) is not None:
                     pipe.write(json.dumps(message).encode() + b"\n")
                     pipe.flush()
-        except BrokenPipeError:  # it has ended by itself; `_listen` says so
+        except BrokenPipeError:  # the process has exited by itself; `_listen` reports it
             while self._waiting.get() is not None:
                 pass
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a live bar on a terminal, a line per log step elsewhere, a summary at the end."""
+"""The console output of a run: a live bar on a terminal, one line per log step elsewhere, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 class Terminal(Sink):
-    """Writes to stdout; without escape codes where that is no terminal, without colours where NO_COLOR is set. The table
-    at the end compares each domain before this run with after it.
+    """A sink that writes to stdout. It writes no escape codes if stdout is not a terminal, and no colours if NO_COLOR is set.
+    The table at the end compares each domain before and after this run.
 
-    ``level``: 1 start and end · 2 and evaluations and checkpoints · 3 and steps · 4 with gradient norm and memory.
+    ``level`` 1 prints the start and the end, 2 also evaluations and checkpoints, 3 also steps, 4 also the gradient norm and
+    the memory.
     """
 
     def __init__(self, level: Literal[1, 2, 3, 4] = 3) -> None:
@@ -44,17 +45,18 @@ class Terminal(Sink):
                 self._tally.add(record)
         self._tally.start(start.step)
         self._last = {"step": start.step}
-        # a terminal that can't go back a line gets the lines of a file
+        # a terminal without cursor movement gets one line per log step, like a file
         if self._level >= 3 and self._total and self._console.is_interactive and self._console.file.isatty():
             self._live = self._drawn(self._console)
 
     def console(self) -> Console:
+        """Return the console to write to."""
         from rich.console import Console
 
         return Console(highlight=False)
 
     def _drawn(self, console: Console) -> Live:
-        """Redrawn at log steps and by nothing else: no thread works beside the training."""
+        """Start a live display that is redrawn at log steps only, so that no thread runs next to the training."""
         from rich.live import Live
 
         live = Live(console=console, auto_refresh=False, get_renderable=self._status, vertical_overflow="visible")
@@ -72,7 +74,8 @@ class Terminal(Sink):
             self._live = None
 
     def _status(self) -> RenderableType:
-        """The empty line is where the bar of an evaluation is drawn, which is another's."""
+        """Return the two status lines. The empty line below them is reserved for the progress bar of an evaluation, which is
+        drawn by `runtime.console`."""
         from rich.console import Group
 
         assert self._console is not None
@@ -81,7 +84,7 @@ class Terminal(Sink):
         return lines if self._over else Group(lines, "")
 
     def _say(self, *parts: Any) -> None:
-        """One line, however long: paths are there to be copied."""
+        """Print one line without wrapping, so that paths can be copied."""
         from rich.text import Text
 
         assert self._console is not None
@@ -142,14 +145,14 @@ class Terminal(Sink):
             self._totals(r)
 
     def _domains(self, step: int) -> RenderableType:
-        """What became of each domain in a run; the scores themselves where nothing was trained."""
+        """Return the table of each domain's change in this run, or of the scores if nothing was trained."""
         assert self._console is not None
         if not self._total:
             return tables.scores(self._tally)
         return tables.changes(self._tally, step=step, width=self._console.width)
 
     def _totals(self, r: Record) -> None:
-        """How it ended, how fast it was, where everything is."""
+        """Print the status, the speed, and the paths of the results."""
         colour = {"finished": "green", "stopped": "yellow"}.get(r["status"], "red")
         self._say((r["status"], f"bold {colour}"), f" at step {r['step']}/{self._total}: {r['tokens']:,} tokens")
         speed = [f"{r['tokens_per_second']:,.0f} tokens/s"] if r["tokens_per_second"] else []
@@ -170,7 +173,7 @@ class Terminal(Sink):
 
 
 def _earlier(run: Path, start: RunStarted) -> list[Record]:
-    """The records of the run that goes on; none where they can't be read, which others will say."""
+    """Return the earlier records of a resumed run; none if they can't be read, which other sinks report."""
     try:
         return records_until(run / "metrics.jsonl", start)
     except (OSError, ValueError):

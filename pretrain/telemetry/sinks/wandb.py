@@ -1,5 +1,5 @@
-"""Weights & Biases. Everything of W&B's happens in a process of its own (`wandb_process.py`): whatever becomes of the network
-or of W&B, the training neither waits for it nor shares a lock, a signal or a random number with it."""
+"""The sink for Weights & Biases. W&B runs in a subprocess (`wandb_process.py`), so that the training never waits for the
+network or for W&B and shares no lock, signal or random number generator with it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from pretrain.telemetry.sinks.base import Sink, require
 from pretrain.telemetry.sinks.jsonl import records_until
 from pretrain.telemetry.sinks.subprocess_queue import SubprocessQueue
 
-RUN_ID = ".wandb_run_id"  # in the run folder: the same run in W&B for every start that goes on
-GRACE_SECONDS = 15.0  # to start, and to end, the processes of W&B
+RUN_ID = ".wandb_run_id"  # in the run folder: every resumed start continues the same W&B run
+GRACE_SECONDS = 15.0  # for W&B's processes to start and to exit
 Mode = Literal["online", "offline", "disabled"]
 
 
 class Wandb(Sink):
-    """The keys are explained in conf/sink/wandb.yaml. ``mode``: ``None`` is online where there is a key, else offline."""
+    """A sink that sends records to W&B. conf/sink/wandb.yaml documents the keys. ``mode`` ``None`` is online if there is a
+    key, else offline."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class Wandb(Sink):
         self._over = False
 
     def check(self) -> None:
-        """Raises ``UserError`` where the package is missing, or W&B online was asked for and there is no key."""
+        """Raise ``UserError`` if the package is missing, or if online mode is configured and there is no key."""
         require("wandb", sink="wandb")
         if self._asked() == "online" and not wandb_key.has_key():
             raise UserError(
@@ -63,7 +64,8 @@ class Wandb(Sink):
             )
 
     def _asked(self) -> str | None:
-        """The mode by the key, the environment or W&B's own settings (``wandb offline``), if any says it."""
+        """Return the configured mode: from the config key, the environment or W&B's own settings (``wandb offline``), in this
+        order; ``None`` if none of them sets it."""
         words = {"dryrun": "offline", "run": "online"}
         asked = self._mode or os.environ.get("WANDB_MODE") or wandb_key.mode()
         return words.get(asked, asked) if asked else None
@@ -84,7 +86,7 @@ class Wandb(Sink):
             "id": run_id(run, fresh=start.step == 0),
             "folder": str(run),
             "group": self._group or sweep_of(run),
-            # W&B can't put two offline parts of a run together: each start writes the whole of it
+            # W&B can't merge two offline parts of a run, so each start writes all records of the run
             "records": earlier,
         }
         self._courier.send({"start": order | self._given | self._wishes})
@@ -95,7 +97,7 @@ class Wandb(Sink):
             self._courier.send({"record": record})
 
     def close(self) -> None:
-        """The end of a run waits for W&B, for a while; a run that goes back to a checkpoint does not."""
+        """Close the W&B run. At the end of a run this waits for W&B for a limited time; at a rollback it does not wait."""
         if self._courier is not None:
             self._courier.send({"end": None})
             if self._over:
@@ -104,7 +106,7 @@ class Wandb(Sink):
 
 
 def run_id(run: Path, *, fresh: bool) -> str:
-    """The id in W&B of the run in that folder. ``fresh``: it begins, so it is another one than what was there before."""
+    """Return the W&B id of the run in that folder. With ``fresh`` the run starts from step 0, so it gets a new id."""
     file = run / RUN_ID
     if fresh or not file.exists():
         replace_file(file, secrets.token_hex(4))
@@ -112,6 +114,6 @@ def run_id(run: Path, *, fresh: bool) -> str:
 
 
 def sweep_of(run: Path) -> str | None:
-    """The name of the sweep that the run is a job of."""
+    """Return the name of the sweep that the run is a job of, or ``None``."""
     folder = run.resolve().parent
     return folder.name if (folder / "sweep.json").exists() else None

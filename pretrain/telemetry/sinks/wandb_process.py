@@ -1,7 +1,7 @@
-"""The process that talks to W&B. It reads orders from stdin (`wandb.py` sends them), one JSON object a line:
+"""The subprocess that communicates with W&B. It reads messages of `wandb.py` from stdin, one JSON object per line:
 
-``{"start": …}`` begins or continues a run, ``{"record": …}`` is one of its records, ``{"end": null}`` closes it. The end of
-stdin without one: the training was killed. What is printed is said to people.
+``{"start": …}`` starts or resumes a run, ``{"record": …}`` is a record of the run, ``{"end": null}`` closes the run. If stdin
+ends without ``end``, the training process was killed. Lines on stdout are shown to the user.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pretrain.runtime.locks import Busy, Lock
 from pretrain.runtime.redact import redact
 from pretrain.telemetry.record import Record, scalars
 
-ROWS = ("train", "layers", "data", "evaluation", "sample")  # what becomes a row, in this order within a step
-COLUMNS: list[Any] = ["domain", "role", "prompt", "text"]  # of the table of samples
+ROWS = ("train", "layers", "data", "evaluation", "sample")  # events that become rows, in this order within a step
+COLUMNS: list[Any] = ["domain", "role", "prompt", "text"]  # columns of the table of samples
 SUMMARY = ("status", "tokens", "train_seconds", "tokens_per_second", "goodput", "mfu")
 EXIT_CODES = {"finished": 0, "stopped": 75}
 
@@ -31,20 +31,20 @@ EXIT_CODES = {"finished": 0, "stopped": 75}
 class Run:
     """One start of a run.
 
-    W&B has no rows with a number below the last one's, and can't take a row back. So a row's number is made of its step and
-    its kind: what a resumed run tells once more has the number of what is there already and is passed over, and an
-    evaluation that was still owed has one that is free. Charts have ``step`` as their x-axis.
+    W&B rejects a row whose number is below the last one's, and can't delete a row. A row's number is therefore computed from
+    its step and its event: rows that a resumed run writes again have numbers that exist already and are skipped, and a pending
+    evaluation has a number that is still free. Charts use ``step`` as their x-axis.
     """
 
     def __init__(self, order: dict[str, Any], say: TextIO) -> None:
         self._order = order
         self._say = say
-        self._held: dict[int, dict[str, Any]] = {}  # rows of the newest step, until another one comes
+        self._held: dict[int, dict[str, Any]] = {}  # rows of the current step, sent when the next step starts
         self._step = -1
         self._skipped = 0
-        self._exit_code = 75  # it goes back to a checkpoint, unless its end is told
+        self._exit_code = 75  # a rollback, unless a `run_finished` record follows
         self._lock = Lock(Path(order["folder"], ".wandb_lock"))
-        with suppress(Busy):  # the process of an earlier start, whose training was killed, may still be sending
+        with suppress(Busy):  # the subprocess of an earlier start that was killed may still be sending
             self._lock.acquire(timeout=order["timeout"])
         self._run = self._begin()
         self._first_row = self._run.step
@@ -81,7 +81,7 @@ class Run:
             self._lock.release()
 
     def _begin(self) -> Any:
-        """Online where that works; else offline, so that nothing is lost."""
+        """Start the W&B run online; if that fails, start it offline, so that no record is lost."""
         import wandb
 
         if self._order["mode"] == "online":
@@ -120,7 +120,8 @@ class Run:
         return wandb.init(dir=folder, config=config, mode=mode, settings=settings, **given, **more)
 
     def _put_aside_earlier(self) -> None:
-        """What earlier starts wrote offline is the beginning of what this one writes, and would only be sent twice."""
+        """Move the offline folders of earlier starts away: this start writes their records again, so that they would be sent
+        twice."""
         here = Path(self._run.sync_dir)
         for earlier in here.parent.glob(f"offline-run-*-{self._run.id}"):
             if earlier != here:
@@ -161,7 +162,7 @@ class Run:
             self._alert(f"Run {record['status']}", "the same command goes on from the last checkpoint", record)
         elif self._order["log_model"] and record["model"]:
             artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata={"step": record["step"]})
-            artifact.add_dir(record["model"], policy="immutable")  # no second copy of it on this disk
+            artifact.add_dir(record["model"], policy="immutable")  # "immutable" avoids a second copy on this disk
             self._run.log_artifact(artifact)
 
     def _alert(self, title: str, text: str, record: Record) -> None:
@@ -170,8 +171,8 @@ class Run:
 
 
 def read_settings() -> None:
-    """Have W&B read the user's settings, in an empty folder: ``wandb/settings`` of the current one may be a stranger's, and
-    name the server to which the key is sent."""
+    """Make W&B read its settings while an empty folder is the current one. ``wandb/settings`` of the real current folder may
+    belong to another user and name the server to which the key is sent."""
     import wandb
 
     with TemporaryDirectory() as nothing, chdir(nothing):
@@ -179,7 +180,7 @@ def read_settings() -> None:
 
 
 class Orders:
-    """Carries the orders out. What W&B can't do is said once and costs what it was about, not what comes after it."""
+    """Handles the messages. If W&B fails on a message, the first failure is reported and later messages are still handled."""
 
     def __init__(self, say: TextIO) -> None:
         self._say = say
@@ -202,20 +203,21 @@ class Orders:
             self._said = True
 
     def give_up(self) -> None:
-        """The training is gone without a word."""
+        """Close the run as failed: stdin ended without an ``end`` message."""
         if self._run is not None:
             self._run.end(exit_code=1)
 
 
 def main() -> None:
-    """Carry out the orders on stdin. Signals are the training's business: its last words are still to be sent."""
+    """Handle the messages on stdin. Signals are ignored, because the training handles them and its last records are still to
+    be sent."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     orders = Orders(os.fdopen(os.dup(1), "w", buffering=1))
     os.dup2(2, 1)
     for line in sys.stdin.buffer:
-        if line.endswith(b"\n"):  # else it was torn by a kill
+        if line.endswith(b"\n"):  # otherwise a kill cut the line
             orders.handle(json.loads(line))
     orders.give_up()
 
