@@ -1,4 +1,4 @@
-"""The page about one run, for people who would rather look than read."""
+"""The report page of one run."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from pretrain.telemetry.report.style import (
 )
 from pretrain.telemetry.report.summary import before_after, verdict
 
-MOST_ROWS = 40  # of a table that could become any length
+MOST_ROWS = 40  # maximum rows of a table of unbounded length
 MOST_SAMPLES = 12
 
 
 def run_page(run: Run) -> str:
-    """The whole page as HTML text."""
+    """Return the page as HTML text."""
     history = run.history
     domains = history.domains
     body = join(
@@ -92,7 +92,7 @@ def _head(run: Run) -> Markup:
 
 
 def _doubt(history: History) -> Markup:
-    """A warning, where the model knew less than nothing when the run began."""
+    """Return a warning if the base model scored worse than a uniform guess at step 0."""
     first = {name: d.first.get("loss") for name, d in history.domains.items() if d.first.get("step") == 0}
     uniform = history.start.get("uniform_loss")
     text = doubt({n: x for n, x in first.items() if is_number(x)}, uniform if is_number(uniform) else None)
@@ -100,7 +100,7 @@ def _doubt(history: History) -> Markup:
 
 
 def _tiles(run: Run) -> Iterator[Markup]:
-    """The numbers that people ask for first, of those that are known."""
+    """Yield tiles with the most important numbers, as far as they are known."""
     history, last = run.history, run.history.last_train
     for name, domain in list(history.domains.items())[:4]:
         before = " before this run" if domain.before_only and history.step else ""
@@ -122,7 +122,7 @@ def _tiles(run: Run) -> Iterator[Markup]:
 
 
 def _coloured(text: str, kind: str) -> Markup:
-    """``kind``: good · bad · warn · empty."""
+    """Return ``text`` in the colour of ``kind``: good · bad · warn · empty."""
     return Markup(f'<span class="{kind}">{escape(text)}</span>')
 
 
@@ -148,7 +148,7 @@ def _scores(history: History) -> Markup:
 
 
 def _scored_last(domain: Domain, step: int) -> str:
-    """The perplexity of the last evaluation, and its step where that is not the one the run is at."""
+    """Return the perplexity of the last evaluation, with its step if that is not the run's current ``step``."""
     scored_at = domain.last["step"]
     if scored_at == 0 < step:
         return NOTHING
@@ -156,14 +156,14 @@ def _scored_last(domain: Domain, step: int) -> str:
 
 
 def _change(domain: Domain, step: int) -> str:
-    """In nats per token, or why it is not known."""
+    """Return the change in nats per token, or the reason why it is unknown."""
     if domain.before_only and step:
         return "not scored since step 0"
     return str(domain.last.get("delta_reason") or signed(domain.change()))
 
 
 def _samples(history: History) -> Iterator[Markup]:
-    """A prompt and what the model made of it, before the run and now."""
+    """Yield cards with a prompt and its continuations before the run and now."""
     known = [kept for kept in history.samples.values() if kept]
     cards = []
     for kept in known[:MOST_SAMPLES]:
@@ -183,7 +183,7 @@ def _samples(history: History) -> Iterator[Markup]:
 
 
 def _time_bar(history: History) -> Markup:
-    """What all of the run's time went to, added up."""
+    """Return a bar of the run's time by part."""
     total = sum(history.seconds.values())
     if total <= 0:
         return Markup("")
@@ -224,7 +224,7 @@ def _layers(history: History) -> Markup:
 
 
 def _events(run: Run) -> Markup:
-    """Starts, resumes, stops, rollbacks and quarantined batches, by time."""
+    """Return the table of starts, resumes, stops, rollbacks and quarantined batches, sorted by time."""
     found = [(r.get("time"), r["step"], *_happened(r)) for r in run.history.happened]
     found += [(r.get("time"), r.get("step", 0), *_quarantined(r)) for r in run.quarantine]
     found.sort(key=lambda row: row[0] if is_number(row[0]) else 0.0)
@@ -246,7 +246,7 @@ def _events(run: Run) -> Markup:
 
 
 def _happened(record: Record) -> tuple[str, str]:
-    """A start, a stop or a rollback in words, and how it is coloured."""
+    """Return a description of a start, a stop or a rollback, and its colour (see `_coloured`)."""
     if record["event"] == "rollback":
         return f"went back from step {record.get('bad_step')}: {record.get('reason')}", "bad"
     if record["event"] == "run_finished":

@@ -1,4 +1,4 @@
-"""The charts of one run, and of several side by side."""
+"""The charts of one run, and those that compare several runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain.telemetry.report.history import PARTS, History
 from pretrain.telemetry.report.style import NUM_COLOURS, Markup, join
 
 NATS = "nats per token"
-TRAINING = 0  # colours: that of training; those of the domains follow
+TRAINING = 0  # colour of training; the domains have the next colours
 
 
 def percent(value: float) -> str:
@@ -34,7 +34,7 @@ def domain_label(name: str, role: str) -> str:
 
 
 def loss_chart(history: History) -> Markup:
-    """Training and every domain."""
+    """Return the chart of the training loss and of the loss of every domain."""
     train = history.train
     key = "loss_mean" if train.has("loss_mean") else "loss"
     band = (train.low("loss"), train.high("loss")) if train.width > 1 else ((), ())
@@ -43,7 +43,7 @@ def loss_chart(history: History) -> Markup:
 
 
 def change_chart(history: History) -> Markup:
-    """What the new domain gained against what the base domains lost."""
+    """Return the chart of the change of the loss since step 0 of every domain."""
     if all(domain.once for domain in history.domains.values()):
         return Markup("")
     lines = _domain_lines(history, "delta_loss")
@@ -74,7 +74,7 @@ def speed_charts(history: History) -> Markup:
 
 
 def time_chart(history: History) -> Markup:
-    """Each part's share of the time, by step."""
+    """Return the chart of each part's share of the time, by step."""
     curves = history.train
     columns = {name: curves.mean(f"part/{name}") for name in PARTS}
     totals = [sum(v or 0.0 for v in row) for row in zip(*columns.values(), strict=True)]
@@ -91,7 +91,7 @@ def time_chart(history: History) -> Markup:
 
 
 def part_label(history: History, part: str) -> str:
-    """``other`` is what is left; where nothing else is known of the steps, it is them."""
+    """Return the label of a part. If the records lack the parts of a step, ``other`` is the time of the steps."""
     return "steps" if part == "other" and not history.seconds["compute"] else part
 
 
@@ -120,7 +120,7 @@ def layer_charts(history: History) -> Markup:
 
 
 def layer_label(name: str) -> str:
-    """model.layers.3 is layers.3, model.embed_tokens is embed_tokens."""
+    """Shorten the name of a layer: model.layers.3 becomes layers.3, model.embed_tokens becomes embed_tokens."""
     parts = name.split(".")
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
@@ -143,7 +143,8 @@ def _single(
 
 
 def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> tuple[Markup, Markup]:
-    """What they learned, and how they went: a line a run in every chart, each run in one colour throughout."""
+    """Return the charts of what the runs learned, and the charts of how they ran. Each run is one line in every chart and has
+    the same colour in all of them."""
     domains: dict[str, str] = {}
     for run in runs:
         domains |= {name: d.role for name, d in run.history.domains.items()}
@@ -170,7 +171,7 @@ def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> tuple[Markup, Mar
 
 
 def trade_chart(runs: Sequence[Run], names: Sequence[str]) -> Markup:
-    """Gain on the new domains against forgetting of the base domains, a point a run."""
+    """Return the chart of gain on the new domains against forgetting of the base domains, with one point per run."""
     points = []
     for i, (name, run) in enumerate(zip(names, runs, strict=True)):
         gain, lost = mean_change(run.history, "new"), mean_change(run.history, "base")
@@ -187,8 +188,8 @@ def trade_chart(runs: Sequence[Run], names: Sequence[str]) -> Markup:
 
 
 def mean_change(history: History, role: str) -> float | None:
-    """Of the loss since step 0, over the domains of a role; ``None`` where that of one is not known: the mean of the others
-    is another number."""
+    """Return the mean change of the loss since step 0 over the domains of a role. It is ``None`` if the change of any domain
+    is unknown, because a mean over fewer domains is not comparable."""
     changes = [d.change() for d in history.domains.values() if d.role == role]
     known = [change for change in changes if change is not None]
     return sum(known) / len(known) if known and len(known) == len(changes) else None
