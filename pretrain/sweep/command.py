@@ -1,4 +1,4 @@
-"""`python -m pretrain -m …`: plan, check, run, and say what came of it."""
+"""`python -m pretrain -m …`: plan a sweep, check its jobs, run them, and report the results."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ from pretrain.sweep.show import show
 
 
 def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], spoken: dict[str, Any]) -> int:
-    """Run a sweep; its exit code is the worst of its jobs'. ``arguments``: as they were typed; ``config_dir`` and
-    ``overrides``: as Hydra gets them; ``spoken``: see `trust.said`.
+    """Run a sweep and return its exit code, the worst of its jobs'.
+
+    ``arguments`` are the words of the command line; ``config_dir`` and ``overrides`` are what Hydra gets. For ``spoken`` see
+    `trust.said`.
 
     Raises ``UserError`` for a mistake in any job, before the first one starts.
     """
@@ -57,19 +59,19 @@ def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], sp
             total=None if plan.jobs is None else len(plan.jobs),
             config_dir=config_dir and os.path.abspath(os.path.expanduser(config_dir)),
         )
-        own = [f"hydra.sweep.dir={quoted(folder)}", "hydra.sweeper.params=null"]  # the params are among plan.words
+        own = [f"hydra.sweep.dir={quoted(folder)}", "hydra.sweeper.params=null"]  # plan.words includes the params
         words = [*plan.words, *config.hydra.overrides.hydra, *own]
         return _carry_out(this, plan, _multirun(hydra, this, words))
 
 
 def _as_sweep(arguments: list[str]) -> tuple[str, ...]:
-    """The words that say the same again, with the ``-m`` that an experiment or a launcher stands for."""
+    """Return ``arguments`` with ``-m``, which an experiment or a launcher can imply."""
     return tuple(arguments if {"-m", "--multirun"} & set(arguments) else ["-m", *arguments])
 
 
 def _multirun(hydra: Hydra, this: Sweep, words: list[str]) -> Callable[[], Any]:
-    """Hydra's multirun, ready to be started: so sweeper and launcher refuse what is wrong with their keys before anything is
-    written."""
+    """Return a function that runs Hydra's multirun. The sweeper and the launcher are created here already, so that they raise
+    for invalid keys before anything is written."""
     config = compose_config(hydra, words, RunMode.MULTIRUN)
     callbacks = Callbacks(config)
     context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
@@ -84,7 +86,7 @@ def _multirun(hydra: Hydra, this: Sweep, words: list[str]) -> Callable[[], Any]:
 
 
 def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
-    """The exit code of the sweep, once its folder and the terminal say what came of it."""
+    """Run the sweep, write its table, print the results, and return the exit code."""
     Interrupt().install()
     status, stopped_by = "failed", None
     with _at_work(this.folder):
@@ -99,9 +101,9 @@ def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
         finally:
             told = this.write_table(status or _status(this))
     code = EXIT_CODE if stopped_by else worst(_codes(this))
-    never_wait()  # a reader of the table that has left is no failure
+    never_wait()  # a closed pipe on stdout must not fail the sweep
     show(this.folder, told)
-    flush()  # what is said next is on stderr, and comes after it
+    flush()  # the next messages go to stderr and must come after the table
     failed = _failures(this)
     if stopped_by:
         notice(f"stopped ({stopped_by}); to go on: {this.command_line}")
@@ -111,17 +113,17 @@ def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
 
 
 def _states(this: Sweep) -> list[dict[str, Any]]:
-    """Of this command's jobs; the folder may hold others."""
+    """Return the states of this command's jobs; the folder may contain other jobs."""
     return [state for _, state in jobs_in(this.folder) if state.get("began_at") == this.began_at]
 
 
 def _codes(this: Sweep) -> list[int]:
-    """The exit codes of this command's jobs."""
+    """Return the exit codes of this command's jobs."""
     return [0 if state["status"] == "pruned" else state["exit_code"] or 0 for state in _states(this)]
 
 
 def _failures(this: Sweep) -> list[dict[str, Any]]:
-    """This command's jobs where every one of them failed, else nothing."""
+    """Return the states of this command's jobs if all of them failed, else an empty list."""
     states = _states(this)
     return states if all(state["status"] == "failed" for state in states) else []
 
@@ -132,7 +134,7 @@ def _status(this: Sweep) -> str:
 
 
 def worst(codes: list[int]) -> int:
-    """A bug before a mistake before a stop; a job that was killed counts as a bug."""
+    """Return the worst exit code: 1 (a bug, or a job that was killed), then 2 (a mistake), then 75 (stopped), then 0."""
     known = {0: 0, EXIT_CODE: EXIT_CODE, 2: 2}
     codes = [known.get(code, 1) for code in codes]
     return next((code for code in (1, 2, EXIT_CODE) if code in codes), 0)
@@ -140,7 +142,7 @@ def worst(codes: list[int]) -> int:
 
 @contextmanager
 def _at_work(folder: Path) -> Iterator[None]:
-    """Meanwhile whoever reads the folder can see that a sweep is at work in it; several may be."""
+    """Hold a shared lock in the folder, so that a reader sees that a sweep is running. Several sweeps may hold it at once."""
     try:
         make_folder(folder)
         check_private(folder, "sweep_dir")

@@ -1,4 +1,4 @@
-"""The keys of conf/sweep/default.yaml, which says what each is for."""
+"""The configuration of sweeps. conf/sweep/default.yaml documents the keys."""
 
 from __future__ import annotations
 
@@ -14,5 +14,7 @@ METRIC = rf"^({'|'.join(OF_A_RUN)}|.+\.({'|'.join(OF_A_DOMAIN)}))$"
 
 @dataclass(frozen=True)
 class SweepConfig:
+    """The objective of a sweep: the ``metric`` by which jobs are ranked, and its ``direction``."""
+
     metric: Annotated[str, Field(pattern=METRIC)]
     direction: Literal["minimize", "maximize"]

@@ -1,4 +1,4 @@
-"""sweep.html: the jobs of a sweep on one page: which is best, what each key does, what gain costs in forgetting."""
+"""sweep.html: one page about the jobs of a sweep: the best job, the effect of each key, and gain against forgetting."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORDS |= {"forgetting": "forgetting", "tokens_per_second": "tokens/s"}
 
 
 def page(folder: Path, table: Row) -> str:
-    """The whole page as HTML text. ``table``: what stands in sweep.json."""
+    """Return the page as HTML text. ``table`` is the content of sweep.json."""
     rows: list[Row] = table["jobs"]
     ranked = ranking(rows, table["metric"]["direction"])
     title = folder.absolute().name
@@ -43,7 +43,7 @@ def page(folder: Path, table: Row) -> str:
 
 
 def verdict(table: Row, ranked: list[Row]) -> str:
-    """One sentence: which job is best, and what it has learned and forgotten."""
+    """Return one sentence on the best job, its gain and its forgetting."""
     if not ranked:
         failed = sum(row["status"] == "failed" for row in table["jobs"])
         return f"No job has finished yet{f'; {failed} failed' if failed else ''}."
@@ -59,7 +59,7 @@ def verdict(table: Row, ranked: list[Row]) -> str:
 
 
 def varying(rows: list[Row]) -> dict[str, list[str | None]]:
-    """Key → its value in each job, of the keys that are not the same in all; ``None`` where a job has no such key."""
+    """Return the keys whose values differ between jobs, each with its value in every job; ``None`` if a job lacks the key."""
     said = [dict(o.lstrip("+~").split("=", 1) for o in row["overrides"] if "=" in o) for row in rows]
     keys = dict.fromkeys(key for words in said for key in words)
     values = {key: [words.get(key) for words in said] for key in keys}
@@ -67,7 +67,7 @@ def varying(rows: list[Row]) -> dict[str, list[str | None]]:
 
 
 def short_names(rows: list[Row]) -> dict[int, str]:
-    """Number → ``0.001 · ddp``: the values of the keys that vary, for where there is little room."""
+    """Return a short name for each job number: the values of the keys that vary, such as ``0.001 · ddp``."""
     values = [[str(value or "default")[:LONGEST_VALUE] for value in column] for column in varying(rows).values()]
     said = [" · ".join(of_job) for of_job in zip(*values, strict=True)]
     return {row["number"]: name for row, name in zip(rows, said or [row["name"] for row in rows], strict=True)}
@@ -93,7 +93,7 @@ def _tiles(rows: list[Row], ranked: list[Row], table: Row) -> Markup:
 
 
 def _axes(ranked: list[Row], table: Row) -> list[Axis]:
-    """Of the parallel coordinates: the keys that vary, then what came of them, the objective last."""
+    """Return the axes of the parallel coordinates: first the keys that vary, then the results, the objective last."""
     if len(ranked) < 2:
         return []
     axes = [Axis.of_words(key, values) for key, values in varying(ranked).items()]
@@ -110,7 +110,7 @@ def _lines(ranked: list[Row]) -> list[str]:
 
 
 def _front(rows: list[Row], table: Row) -> Markup:
-    """Every finished job by gain and forgetting; the line joins those that no other beats in both."""
+    """Return the chart of every finished job by gain and forgetting; a line joins the jobs of the Pareto front."""
     known = [r for r in rows if r["status"] == "finished" and None not in (r["new_delta"], r["forgetting"])]
     by_number = {row["number"]: row for row in known}
     front = [by_number[number] for number in table["pareto"]]
@@ -136,7 +136,7 @@ def _front(rows: list[Row], table: Row) -> Markup:
 
 
 def _curves(folder: Path, ranked: list[Row]) -> list[Markup]:
-    """The way of the best jobs: the change of the loss since step 0, new domains and base domains."""
+    """Return the charts of the best jobs' change of the loss since step 0, on the new and on the base domains."""
     shown = ranked[:NUM_COLOURS]
     names = short_names(ranked)
     of_roles: dict[str, list[Line]] = {"new": [], "base": []}
@@ -145,7 +145,9 @@ def _curves(folder: Path, ranked: list[Row]) -> list[Markup]:
         for role, lines in of_roles.items():
             steps = sorted({r["step"] for r in records if r["role"] == role})
             at = [mean(r["delta_loss"] for r in records if r["role"] == role and r["step"] == s) for s in steps]
-            twin = colour % 2 == 1  # of jobs that come to the same, neighbours in rank, both show
+            twin = (
+                colour % 2 == 1
+            )  # so that two lines that coincide are both visible: equal jobs are neighbours in rank
             lines.append(Line(names[row["number"]], steps, at, colour, dashed=twin))
     few = f", the best {len(shown)} jobs" if len(shown) < len(ranked) else ""
     titles = {"new": f"New domain: change of the loss{few}", "base": f"Base domains: change of the loss{few}"}
@@ -154,7 +156,7 @@ def _curves(folder: Path, ranked: list[Row]) -> list[Markup]:
 
 
 def _jobs(folder: Path, rows: list[Row], ranked: list[Row], table: Row) -> Markup:
-    """The ranked table; a job's name leads to its report."""
+    """Return the ranked table of jobs. A job's name links to its report."""
     others = [row for row in rows if row not in ranked]
     metric = table["metric"]
     own = () if metric["name"] in ("new_loss", "new_delta", "forgetting", "tokens_per_second") else (_word(metric),)

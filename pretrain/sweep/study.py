@@ -1,5 +1,5 @@
-"""The study of a search: Optuna's journal in the sweep's folder. It remembers what was chosen and what came of it, so that
-the same command goes on where it was stopped or killed."""
+"""The study of a search, stored as Optuna's journal in the sweep's folder. The journal has all trials and their results, so
+that the same command resumes the search after it was stopped or killed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ CREATE_TRIAL = 4  # optuna.storages.journal: JournalOperation.CREATE_TRIAL; seen
 
 @contextmanager
 def search_alone(folder: Path) -> Iterator[None]:
-    """Only one command searches in a folder: another could not tell its open trials from those of a killed one.
+    """Hold the folder's search lock, so that only one command searches in it. A second command could not distinguish the open
+    trials of the first from those of a killed one.
 
-    Raises ``UserError`` when there is one.
+    Raises ``UserError`` if another command holds the lock.
     """
     held = lock_of(folder, "search.lock", wait=False)
     if held is None:
@@ -40,8 +41,10 @@ def search_alone(folder: Path) -> Iterator[None]:
 
 
 class Study:
-    """Chooses by the tree-structured Parzen estimator (Bergstra et al. 2011), prunes below the median of the other trials
-    (Golovin et al. 2017). Raises ``UserError`` when ``folder`` holds a search of something else, or Optuna is missing."""
+    """A study that chooses trials with the tree-structured Parzen estimator (Bergstra et al. 2011) and prunes those that are
+    worse than the median of the other trials (Golovin et al. 2017).
+
+    Raises ``UserError`` if ``folder`` contains a different search, or if Optuna is missing."""
 
     def __init__(
         self, folder: Path, *, space: Space, metric: str, direction: str, startup_trials: int, seed: int
@@ -57,7 +60,7 @@ class Study:
             load_if_exists=True,
             pruner=optuna.pruners.MedianPruner(n_startup_trials=startup_trials),
         )
-        # Another seed each time: a random state that starts again would draw the same trials again.
+        # Each start uses another seed, because the same seed would draw the same trials again.
         seed += len(self._study.trials)
         self._study.sampler = optuna.samplers.TPESampler(n_startup_trials=startup_trials, seed=seed, constant_liar=True)
         searched = {key: optuna.distributions.distribution_to_json(d) for key, d in space.searched.items()}
@@ -75,7 +78,7 @@ class Study:
                 raise UserError(f"{folder / FILE}: trial {trial.number} has other keys or values than this search has")
 
     def resume(self) -> int:
-        """Take up the open trials, try the failed ones again; how many trials have a result already."""
+        """Resume the open trials and queue the failed ones again. Return the number of trials that have a result."""
         from optuna.trial import Trial, TrialState
 
         trials = self._study.trials
@@ -88,11 +91,11 @@ class Study:
         return sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials)
 
     def next(self) -> Trial:
-        """An open trial if there is one, else one that the study chooses."""
+        """Return an open trial if there is one, else one that the study chooses."""
         return self._open.pop(0) if self._open else self._study.ask(self._space.searched)
 
     def tell(self, trial: Trial, outcome: Outcome) -> None:
-        """What came of a trial. One that was stopped stays open."""
+        """Report the result of a trial to the study. A trial that was stopped stays open."""
         from optuna.trial import TrialState
 
         if outcome.status == "finished" and outcome.objective is not None:
@@ -113,14 +116,17 @@ def _optuna() -> Any:
 
 
 def _params(trial: FrozenTrial) -> dict[str, Any]:
-    """Also of one that waits to be tried again."""
+    """Return the parameters of a trial, also of one that is queued to be tried again."""
     params: dict[str, Any] = trial.system_attrs.get("fixed_params", trial.params)
     return params
 
 
 def _leave_out_broken_lines(file: Path) -> None:
-    """Optuna reads its journal up to the first line that is no JSON, and writes behind a torn last one: none of the
-    trials after it would ever be known. The torn last one goes; where others do, the file is kept as it was."""
+    """Remove invalid lines from the journal. Optuna reads its journal only up to the first line that is not JSON and appends
+    after an incomplete last line, so that all later trials would be lost. If any but the last line is removed, a copy of the
+    file is kept.
+
+    Raises ``UserError`` if the remaining entries are inconsistent."""
     if not file.exists():
         return
     before = file.read_bytes()
@@ -142,7 +148,7 @@ def _leave_out_broken_lines(file: Path) -> None:
 
 
 def _is_consistent(entries: bytes) -> bool:
-    """Whether every entry is of a trial that was begun before it: trials are numbered by the order of their beginnings."""
+    """Return whether every entry belongs to a trial that was created before it. Trials are numbered in order of creation."""
     begun = 0
     for entry in map(json.loads, entries.splitlines()):
         begun += entry.get("op_code") == CREATE_TRIAL
@@ -159,7 +165,7 @@ def _is_entry(line: bytes) -> bool:
 
 
 def _difference(known: dict[str, Any], about: dict[str, Any]) -> str:
-    """``of metric new_loss, not forgetting``: the first thing that differs, before and now."""
+    """Return the first difference between two searches, such as ``of metric new_loss, not forgetting``."""
     if known["fixed"] != about["fixed"]:
         was, now = (sorted(set(a["fixed"]) - set(b["fixed"])) for a, b in ((known, about), (about, known)))
         return f"with {' '.join(was) or 'less'}, not {' '.join(now) or 'less'}"

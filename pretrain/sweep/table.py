@@ -1,6 +1,6 @@
-"""sweep.json: every job of a sweep folder with what came out of it, made anew from the jobs' folders each time.
+"""sweep.json: every job of a sweep folder with its results. The file is created again from the jobs' folders each time.
 
-Jobs that are no longer part of the command stay listed: the folder is the record of everything that was tried in it.
+Jobs that are no longer part of the command stay in the table, so that it lists everything that was tried in the folder.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pretrain.sweep.measure import measures_of, objective_in, pareto, ranking
 from pretrain.sweep.page import page
 from pretrain.telemetry.run_file import write_json
 
-COMMAND_LOCK = "command.lock"  # held by a sweep command as long as it lives
+COMMAND_LOCK = "command.lock"  # a sweep command holds it until it exits
 
 
 def write(
     folder: Path, *, command: str, metric: str, direction: str, status: str = "running", with_page: bool = True
 ) -> dict[str, Any]:
-    """Rewrite sweep.json and sweep.html (``with_page``); the table that stands in them now.
+    """Rewrite sweep.json and (``with_page``) sweep.html. Return the table.
 
-    Any process of the sweep may do so at any time: one at a time, and each from all that is there.
+    Any process of the sweep can call this at any time; a lock serialises the calls, and each reads all jobs' folders.
     """
     with alone_in(folder):
         table = collect(folder, command=command, metric=metric, direction=direction, status=status)
@@ -38,9 +38,9 @@ def write(
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The table of a sweep folder as things stand now, with the metric of its last command.
+    """Return the current table of a sweep folder, with the metric of its last command.
 
-    Raises ``UserError`` when the folder is none of a sweep.
+    Raises ``UserError`` if the folder is not a sweep folder.
     """
     try:
         told = json.loads((folder / "sweep.json").read_text())
@@ -56,7 +56,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def collect(folder: Path, *, command: str, metric: str, direction: str, status: str) -> dict[str, Any]:
-    """The table, from the jobs' folders. A job's number is its place in the order in which jobs were thought of."""
+    """Return the table, read from the jobs' folders. Jobs are numbered in the order in which they were created."""
     rows = [_row(number, job, state, metric) for number, (job, state) in enumerate(jobs_in(folder))]
     ranked = ranking(rows, direction)
     return {
@@ -73,7 +73,7 @@ def _row(number: int, job: SweepJob, state: dict[str, Any], metric: str) -> dict
     measures = measures_of(job.folder)
     status = state["status"]
     if status == "running" and state.get("locked") and not _held(job.sweep, f"{job.name}.lock"):
-        status = "stopped"  # killed, so that it could not say so
+        status = "stopped"  # it was killed, so that it could not write its status
     return {
         "number": number,
         "name": job.name,
@@ -94,7 +94,7 @@ def _row(number: int, job: SweepJob, state: dict[str, Any], metric: str) -> dict
 
 
 def _held(folder: Path, lock: str) -> bool:
-    with suppress(OSError):  # a folder that is somebody else's, to be read only
+    with suppress(OSError):  # a read-only folder of another user
         held = lock_of(folder, lock, wait=False)
         if held is None:
             return True
