@@ -106,7 +106,7 @@ def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
     flush()  # the next messages go to stderr and must come after the table
     failed = _failures(this)
     if stopped_by:
-        notice(f"stopped ({stopped_by}); to go on: {this.command_line}")
+        notice(f"stopped ({stopped_by}); to resume: {this.command_line}")
     elif failed:
         complain(f"error: every job of the sweep failed; the first one: {failed[0]['error']}")
     return code

@@ -117,7 +117,7 @@ class SweepJob:
         said = False
         while (held := self.lock()) is None:
             if not said and time.monotonic() > deadline:
-                notice(f"{self.name}: another command is at work on it; waiting")
+                notice(f"{self.name}: another command is running it; waiting")
                 said = True
             time.sleep(0.1)
         try:
@@ -182,7 +182,7 @@ def _read(folder: Path) -> dict[str, Any]:
         state = read_json(file)
         if _is_state(state):
             return dict(state)
-    _say(f"{file}: not the state of a job; it is left out")
+    _say(f"{file}: not a valid job state; the job is ignored")
     return {}
 
 

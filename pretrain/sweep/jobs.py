@@ -162,7 +162,7 @@ def run_job(
     with job.alone() as held:
         state = sweep.begin(job)
         if state["status"] in DONE:
-            notice(f"{job.name}: {state['status']} before, not run again")
+            notice(f"{job.name}: already {state['status']}, not run again")
             return sweep.outcome(job)
         job.write(status="running", locked=True)
         notice(f"job {sweep.place(job)}: {job.name}")

@@ -33,11 +33,11 @@ def page(folder: Path, table: Row) -> str:
         Markup(f'<p class="soft">{escape(_counted(rows))}</p>'),
         Markup(f'<p class="verdict">{escape(verdict(table, ranked))}</p>'),
         _tiles(rows, ranked, table),
-        style.section("What each key does", parallel_chart(_axes(ranked, table), _lines(ranked))),
+        style.section("Effect of each key", parallel_chart(_axes(ranked, table), _lines(ranked))),
         style.section("Gain and forgetting", style.grid([_front(rows, table), *_curves(folder, ranked)])),
         style.section("Jobs", style.card(_jobs(folder, rows, ranked, table))),
-        style.section("The best run again", style.copyable(ranked[0]["command"])) if ranked else "",
-        style.section("This sweep again, or on from here", style.copyable(table["command"])),
+        style.section("Command of the best run", style.copyable(ranked[0]["command"])) if ranked else "",
+        style.section("Command that repeats or resumes this sweep", style.copyable(table["command"])),
     ]
     return style.document(f"{title} · sweep", join(parts))
 
@@ -84,11 +84,11 @@ def _tiles(rows: list[Row], ranked: list[Row], table: Row) -> Markup:
     if ranked:
         tiles.append(style.tile(_number(objectives[0]), f"best {_word(table['metric'])}"))
     if len(ranked) > 1:
-        tiles.append(style.tile(_number(abs(objectives[-1] - objectives[0])), "between the best and the last"))
+        tiles.append(style.tile(_number(abs(objectives[-1] - objectives[0])), "between the best and the worst"))
     speeds = [row["tokens_per_second"] for row in rows if row["tokens_per_second"]]
     if speeds:
         tiles.append(style.tile(compact(max(speeds)), "tokens/s, the fastest job"))
-    tiles.append(style.tile(duration(sum(row["seconds"] for row in rows)), "of work"))
+    tiles.append(style.tile(duration(sum(row["seconds"] for row in rows)), "total time of the jobs"))
     return style.grid(tiles, "tiles")
 
 
@@ -130,7 +130,7 @@ def _front(rows: list[Row], table: Row) -> Markup:
         "Forgetting against gain",
         points,
         x_label="gain on the new domain (nats per token)",
-        unit="nats per token; on the line: beaten by no other in both",
+        unit="nats per token; the line is the Pareto front",
         front=line if len(line) > 1 else (),
     )
 

@@ -68,8 +68,8 @@ def parallel_chart(axes: Sequence[Axis], names: Sequence[str]) -> Markup:
     lines = [_job(name, rank, len(names), axes, x) for rank, name in enumerate(names)]
     said = f"Parallel coordinates of {len(names)} jobs; best: {names[0]}"
     return Markup(
-        f'{CSS}<figure class="card parallel"><figcaption>Every job, through its keys to what came of them '
-        f"<small>the best in full blue; point at a line for its name</small></figcaption>"
+        f'{CSS}<figure class="card parallel"><figcaption>Every job: its keys and its results '
+        f"<small>the best job is blue; point at a line for its name</small></figcaption>"
         f'<div class="scroll"><svg viewBox="0 0 {WIDTH} {HEIGHT}" style="min-width:40rem" role="img" '
         f'aria-label="{escape(said)}">{frame}{"".join(lines[::-1])}{words}</svg></div></figure>'
     )

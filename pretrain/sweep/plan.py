@@ -45,7 +45,7 @@ class Plan:
             for o in parsed:
                 if o.is_sweep_override() and not o.is_discrete_sweep():
                     raise UserError(
-                        f"{str(o.input_line).lstrip('+')}: only a sweeper that searches knows intervals; a list is key=a,b,c"
+                        f"{str(o.input_line).lstrip('+')}: only a sweeper that searches supports intervals; a list is key=a,b,c"
                     )
             self.jobs = [list(words) for words in itertools.product(*map(_choices, self._overrides.values()))]
 
@@ -55,7 +55,7 @@ class Plan:
         Raises ``UserError`` for the first mistake in any job.
         """
         if "sweep_dir" in self.keys or any(k == "sweep" or k.startswith("sweep.") for k in self.keys):
-            raise UserError("sweep_dir and sweep.* are of the whole sweep; they can't be swept")
+            raise UserError("sweep_dir and sweep.* apply to the whole sweep; they can't be swept")
         one = self.jobs is not None and len(self.jobs) == 1
         launcher = self._config.hydra.launcher
         here = "slurm" not in launcher._target_.lower() or launcher.get("cluster") == "local"
@@ -74,7 +74,7 @@ class Plan:
             check_metric(check(resolved, here=here))
         if "output_dir" in self._overrides and "output_dir" not in self.keys and not one:
             raise UserError(
-                "output_dir: every job of a sweep has a folder of its own; their common one is sweep_dir=..."
+                "output_dir: every job of a sweep has its own folder; sweep_dir=... sets their parent folder"
             )
 
     def _one_by_one(self) -> Iterator[list[str]]:

@@ -70,12 +70,12 @@ class Study:
             self._study.set_user_attr("about", about)
         elif known != about:
             raise UserError(
-                f"sweep_dir={folder} holds another search, {_difference(known, about)}; take another folder"
+                f"sweep_dir={folder} contains another search, {_difference(known, about)}; use another folder"
             )
 
         for trial in self._study.trials:
             if not space.holds(_params(trial)):
-                raise UserError(f"{folder / FILE}: trial {trial.number} has other keys or values than this search has")
+                raise UserError(f"{folder / FILE}: trial {trial.number} has keys or values that are not in this search")
 
     def resume(self) -> int:
         """Resume the open trials and queue the failed ones again. Return the number of trials that have a result."""
@@ -136,13 +136,13 @@ def _leave_out_broken_lines(file: Path) -> None:
         (kept if _is_entry(line) else odd).append((number, line))
     after = b"".join(line for _, line in kept)
     if odd:
-        where = f"{file}:{odd[0][0]}: no entry of a search"
+        where = f"{file}:{odd[0][0]}: not an entry of a search"
         if not _is_consistent(after):
             raise UserError(
-                f"{where}, and those after it can't be understood without it; restore the file, or move it away"
+                f"{where}, and later entries are inconsistent without it; restore the file, or move it away"
             )
         keep_copy(file)
-        notice(f"{where}; it is left out, those after it are read")
+        notice(f"{where}; it is skipped, later entries are read")
     if after != before:
         replace_file(file, after.decode())
 

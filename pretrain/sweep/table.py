@@ -47,7 +47,7 @@ def read(folder: Path) -> dict[str, Any]:
         facts = {"command": told["command"], "metric": told["metric"]["name"], "status": told["status"]}
         facts["direction"] = told["metric"]["direction"]
     except OSError:
-        raise UserError(f"{folder}: no sweep.json in it, so it is no sweep's folder") from None
+        raise UserError(f"{folder}: not a sweep folder: it has no sweep.json") from None
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / 'sweep.json'} can't be read: {type(error).__name__}: {error}") from None
     if facts["status"] == "running" and not _held(folder, COMMAND_LOCK):

@@ -37,6 +37,6 @@ def doubt(losses: Mapping[str, float | None], uniform_loss: float | None) -> str
         return None
     return (
         f"at step 0 the model is worse than a uniform guess over its vocabulary of {math.exp(uniform_loss):,.0f} tokens "
-        f"({uniform_loss:.2f} nats per token): {', '.join(worse)}. Its tokenizer is likely another model's, or its weights are "
-        "broken"
+        f"({uniform_loss:.2f} nats per token): {', '.join(worse)}. Its tokenizer probably belongs to another model, "
+        "or its weights are damaged"
     )

@@ -230,13 +230,13 @@ class Monitor:
             except Exception as error:
                 if patient and isinstance(error, OSError) and error.errno in DISK_FULL:
                     if name not in self._said:
-                        notice(f"sink {name}: {error.strerror}; it tries again with the next record")
+                        notice(f"sink {name}: {error.strerror}; writing is retried with the next record")
                     self._said.add(name)
                     continue
                 del self._sinks[name]
                 with suppress(Exception):  # a live bar has hidden the cursor; closing restores it
                     sink.close()
-                notice(f"sink {name} stopped: {type(error).__name__}: {error}; the run goes on without it")
+                notice(f"sink {name} stopped: {type(error).__name__}: {error}; the run continues without it")
 
 
 class _Total:

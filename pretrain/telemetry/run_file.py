@@ -71,7 +71,7 @@ class RunFile:
             write_json(self._path, self._facts)
         except OSError as error:
             if not self._said:
-                notice(f"{self._path} can't be written: {error.strerror}; the run goes on")
+                notice(f"{self._path} can't be written: {error.strerror}; the run continues")
             self._said = True
 
 

@@ -87,7 +87,7 @@ def test_a_damaged_job_is_left_out_and_kept_as_it_is(damage, tmp_path, capsys):
     file.write_text(found)
     assert [left for left, _ in jobs_in(tmp_path)] == [other]
     assert [left for left, _ in jobs_in(tmp_path)] == [other]
-    assert capsys.readouterr().err == f"{file}: not the state of a job; it is left out\n"
+    assert capsys.readouterr().err == f"{file}: not a valid job state; the job is ignored\n"
     assert job_of(tmp_path, ["lr=1"], ("lr",)).name == f"lr=1-{digest(['lr=1'])}"
     assert file.read_text() == found
 

@@ -15,8 +15,8 @@ def test_records_that_nobody_takes_are_dropped_and_said_once(tmp_path, monkeypat
     courier.finish(seconds=0.2)
     courier._listener.join(10)
     err = capsys.readouterr().err
-    assert err.count("deaf does not take its records") == 1
-    assert "deaf did not end in 0.2 s and was killed" in err
+    assert err.count("deaf does not accept records fast enough") == 1
+    assert "deaf did not exit within 0.2 s and was killed" in err
     assert "has ended" not in err
     assert courier._process.wait(10) == -9
 
@@ -31,4 +31,4 @@ def test_a_process_that_dies_is_said(tmp_path, monkeypatch, capsys):
     courier._listener.join(10)
     err = capsys.readouterr().err
     assert "a last word\n" in err
-    assert f"dying has ended with 3, see {tmp_path}/logs/dying.log" in err
+    assert f"dying exited with code 3, see {tmp_path}/logs/dying.log" in err

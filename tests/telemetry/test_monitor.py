@@ -206,7 +206,10 @@ def test_a_disk_that_is_full_for_a_while_costs_no_sink(tmp_path, capsys):
         monitor(step_done(step))
     monitor(RunFinished(3, "finished", 30))
     assert sink.written == [0, 3, 3]
-    assert capsys.readouterr().err.count("sink page: No space left on device; it tries again with the next record") == 1
+    assert (
+        capsys.readouterr().err.count("sink page: No space left on device; writing is retried with the next record")
+        == 1
+    )
 
 
 def test_run_json_tells_status_and_results(tmp_path):

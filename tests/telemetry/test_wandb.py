@@ -139,7 +139,7 @@ def test_what_a_run_is_and_how_it_ended(resumed):
         assert json.loads(summary["status"]) == status
         assert of_kind(records, "exit")[0].exit_code == code
     titles = [alert.title for alert in of_kind(run_file(earlier), "alert")]
-    assert titles == ["Steps not trained", "Back to a checkpoint", "Run stopped"]
+    assert titles == ["Steps skipped", "Rolled back to a checkpoint", "Run stopped"]
     assert of_kind(run_file(now), "alert") == [], "what was told is not told again"
     (facts,) = [i for c in of_kind(run_file(now), "config") for i in c.update if i.key == "facts" or i.nested_key]
     assert json.loads(facts.value_json) == {"parameters": 27_000}
@@ -279,7 +279,7 @@ def test_a_run_whose_wandb_goes_down_on_the_way(online, base_arguments, command,
     code, _, err = command([*base_arguments, *wishes, f"output_dir={run}"])
     assert code == 0, err
     assert server.mood == "broken"
-    assert "W&B has not taken everything in time; to send it: wandb sync --include-online" in err
+    assert "W&B did not receive everything in time; to send it: wandb sync --include-online" in err
     code, _, said = command([*base_arguments, NO_TABLES, f"output_dir={tmp_path / 'without'}"])
     assert code == 0, said
     assert_same_run(run, tmp_path / "without")

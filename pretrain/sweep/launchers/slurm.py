@@ -72,9 +72,9 @@ class Options:
         """Raise ``UserError`` for invalid options."""
         check_options("hydra.launcher", self)
         if re.search(r"[\x00-\x1f\x7f%]", self.folder):  # a line end would start a new line of the batch script
-            raise UserError(f"hydra.launcher.folder={self.folder!r}: SLURM takes no line end and no % in a path")
+            raise UserError(f"hydra.launcher.folder={self.folder!r}: SLURM does not accept a line end or % in a path")
         if self.cluster == "local" and self.nodes > 1:
-            raise UserError(f"hydra.launcher.nodes={self.nodes}: cluster=local is one node, this machine")
+            raise UserError(f"hydra.launcher.nodes={self.nodes}: cluster=local runs on one node, this machine")
 
     def for_submitit(self) -> dict[str, Any]:
         """Return the options as parameters of submitit's executor."""
@@ -153,7 +153,7 @@ class SlurmLauncher(Launcher):
         except (KeyboardInterrupt, Stopped):
             if self.options.cluster == "slurm":
                 ids = " ".join(job.job_id for job in jobs.values())
-                notice(f"no longer waiting; the jobs go on. To cancel them: scancel {ids}")
+                notice(f"no longer waiting; the jobs continue. To cancel them: scancel {ids}")
             else:
                 # a job that a Ctrl-C of the terminal has ended left no result
                 for name, code in self._wait(left, stop=True):
@@ -168,7 +168,9 @@ class SlurmLauncher(Launcher):
             raise UserError("hydra/launcher=slurm needs submitit: pip install 'pretrain[slurm]'") from None
         cluster, requeues = self.options.cluster, self.options.max_requeues
         if cluster == "slurm" and shutil.which("srun") is None:
-            raise UserError("hydra/launcher=slurm: no srun on this machine; hydra.launcher.cluster=local does without")
+            raise UserError(
+                "hydra/launcher=slurm: no srun on this machine; hydra.launcher.cluster=local does not need it"
+            )
         folder = fresh_folder(self.options.folder)
         executor = submitit.AutoExecutor(folder, cluster, **{f"{cluster}_max_num_timeout": requeues})
         try:
@@ -177,10 +179,10 @@ class SlurmLauncher(Launcher):
                 jobs = {name: executor.submit(job) for name, job in callables.items()}
         except submitit.core.utils.FailedJobError:  # submitit has printed the message of sbatch
             raise UserError(
-                "sbatch did not take the jobs, for the reason above; hydra.launcher.* are its options"
+                "sbatch rejected the jobs for the reason above; hydra.launcher.* sets its options"
             ) from None
         ids = " ".join(job.job_id for job in jobs.values())
-        leaving = "; Ctrl-C only ends this waiting" if cluster == "slurm" else ""
+        leaving = "; Ctrl-C ends only the waiting" if cluster == "slurm" else ""
         notice(f"submitted {ids}; logs in {folder}{leaving}")
         return jobs
 
@@ -265,7 +267,7 @@ def _result(job: submitit.Job[int], *, live: bool) -> int | None:
 def _how(code: int, log: Path) -> str:
     if code == 0:
         return "done"
-    return f"exit code {code}, see {log}" if log.exists() else "ended before it could start"
+    return f"exit code {code}, see {log}" if log.exists() else "ended before the command started"
 
 
 @dataclass

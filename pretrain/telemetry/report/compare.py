@@ -34,10 +34,10 @@ def compare_page(runs: Sequence[Run], names: Sequence[str]) -> str:
         [
             Markup(f"<header><h1>{title}</h1><p class='soft'>{escape(' · '.join(names))}</p></header>"),
             section("Results", _results(runs, names)),
-            section("What they learned", grid([learned], "two")),
-            section("How they went", grid([went])),
-            section("Where they differ", _differences(runs, names)),
-            section("In a sentence", _sentences(runs, names)),
+            section("Learning and forgetting", grid([learned], "two")),
+            section("Training and speed", grid([went])),
+            section("Differences of the configurations", _differences(runs, names)),
+            section("Summaries", _sentences(runs, names)),
             Markup(
                 f'<footer class="soft"><p>Written {instant(time.time())}. Point at a chart for its numbers.</p></footer>'
             ),
@@ -99,7 +99,7 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> Markup:
         return Markup("")
     rows = [(key, *values) for key, values in differing([run.config for _, run in known])]
     if not rows:
-        return card(Markup("<p>Nowhere: the same configuration but for name and output_dir.</p>"))
+        return card(Markup("<p>None: the configurations are equal except for name and output_dir.</p>"))
     return card(table(("key", *(name for name, _ in known)), rows, text=range(len(known) + 1)))
 
 

@@ -87,7 +87,7 @@ def read_run(path: Path) -> Run:
 
 
 def _say_torn(where: str) -> None:
-    notice(f"{where}: torn (the run was killed while writing it, or writes it now); passed over")
+    notice(f"{where}: incomplete line (the run was killed while writing it, or is writing it now); skipped")
 
 
 def _yaml(path: Path) -> Any:

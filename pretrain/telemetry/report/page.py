@@ -49,18 +49,18 @@ def run_page(run: Run) -> str:
             _doubt(history),
             grid(_tiles(run), "tiles"),
             section(
-                "What it learned",
+                "Learning and forgetting",
                 grid([plots.loss_chart(history), plots.change_chart(history)], "two"),
                 _scores(history),
             ),
-            section("What it writes", *_samples(history)),
+            section("Samples", *_samples(history)),
             section(
-                "How it went",
+                "Training and speed",
                 _time_bar(history),
                 grid([plots.training_charts(history), plots.speed_charts(history)]),
             ),
             section("Data seen", _sources(history)),
-            section("Health by layer", grid([plots.layer_charts(history)]), _layers(history)),
+            section("Norms by layer", grid([plots.layer_charts(history)]), _layers(history)),
             section("Faults and resumes", _events(run)),
             section("Checkpoints", _checkpoints(history)),
             section("Configuration", *_configuration(run)),
@@ -112,13 +112,13 @@ def _tiles(run: Run) -> Iterator[Markup]:
     if is_number(mfu := end.get("mfu") or last.get("mfu")):
         yield tile(share(mfu), "MFU")
     if is_number(goodput := end.get("goodput") or last.get("goodput")):
-        yield tile(share(goodput), "goodput: share of the time that trained")
+        yield tile(share(goodput), "goodput: share of the time spent training")
     if is_number(memory := last.get("memory_gib")):
         yield tile(f"{memory:.2f} GiB", "peak memory")
     if is_number(seconds := run.facts.get("seconds")):
         yield tile(duration(seconds), "run time, all starts")
     if run.status == "running" and is_number(eta := last.get("eta_seconds")):
-        yield tile(duration(eta), "to go")
+        yield tile(duration(eta), "remaining")
 
 
 def _coloured(text: str, kind: str) -> Markup:
@@ -192,7 +192,7 @@ def _time_bar(history: History) -> Markup:
         for colour, (name, spent) in enumerate(history.seconds.items())
         if spent > 0
     ]
-    return card(bar("Time by what it went to, between the first step and the last record", parts))
+    return card(bar("Time by part, from the first step to the last record", parts))
 
 
 def _sources(history: History) -> Markup:
@@ -219,7 +219,7 @@ def _layers(history: History) -> Markup:
         return Markup("")
     keys = ("weight_norm", "grad_norm", "update_norm", "update_ratio")
     rows = [(name, *(amount(c.mean(k)[-1]) for k in keys)) for name, c in history.layers.items() if c.steps]
-    head = ("layer", "weight norm", "gradient norm", "update norm", "update against weight")
+    head = ("layer", "weight norm", "gradient norm", "update norm", "update / weight")
     return card(details(f"Last values of {len(rows)} layers", table(head, rows)))
 
 
@@ -248,7 +248,7 @@ def _events(run: Run) -> Markup:
 def _happened(record: Record) -> tuple[str, str]:
     """Return a description of a start, a stop or a rollback, and its colour (see `_coloured`)."""
     if record["event"] == "rollback":
-        return f"went back from step {record.get('bad_step')}: {record.get('reason')}", "bad"
+        return f"rolled back from step {record.get('bad_step')}: {record.get('reason')}", "bad"
     if record["event"] == "run_finished":
         status = str(record.get("status"))
         return status, KINDS.get(status, "")
@@ -275,10 +275,10 @@ def _checkpoints(history: History) -> Markup:
         )
         for r in reversed(history.checkpoints)
     ]
-    head = ("folder", "step", "size", "written in", "training stood still")
+    head = ("folder", "step", "size", "time to write", "training blocked")
     more = history.num_checkpoints - len(rows)
     note = (
-        f'<p class="soft">and {more} before these; old ones are removed as the configuration says</p>'
+        f'<p class="soft">and {more} earlier ones; the configuration determines which old checkpoints are kept</p>'
         if more > 0
         else ""
     )
@@ -288,7 +288,8 @@ def _checkpoints(history: History) -> Markup:
 def _configuration(run: Run) -> Iterator[Markup]:
     if run.overrides:
         yield card(
-            Markup("<p>Typed, or from a file:</p>"), copyable("\n".join(o.removeprefix("++") for o in run.overrides))
+            Markup("<p>Overrides from the command line or a file:</p>"),
+            copyable("\n".join(o.removeprefix("++") for o in run.overrides)),
         )
     if not run.config:
         return
@@ -300,9 +301,9 @@ def _configuration(run: Run) -> Iterator[Markup]:
     if rows:
         yield card(table(("key", "default", "this run"), rows, text=(0, 1, 2)))
     else:
-        yield card(Markup("<p>The defaults, all of them.</p>"))
+        yield card(Markup("<p>All keys have their default values.</p>"))
     every = table((), [(key, said(value)) for key, value in flat(run.config)], text=(0, 1))
-    yield card(details("The whole configuration", every))
+    yield card(details("Complete configuration", every))
 
 
 def _environment(start: Record) -> Markup:
@@ -316,8 +317,9 @@ def _foot(history: History) -> Markup:
     if history.train.width > 1:
         points = len(history.train.steps)
         thinned = (
-            f" Curves show {points} points of {history.num_train:,} records: each the mean of {history.train.width}, "
-            "in the loss with their lowest and highest as a band; all are in metrics.jsonl."
+            f" Curves show {points} points of {history.num_train:,} records: each is the mean of "
+            f"{history.train.width} records, and the loss chart shows their minimum and maximum as a band; metrics.jsonl has "
+            "all records."
         )
     return Markup(
         f'<footer class="soft"><p>Written {instant(time.time())}, last record {instant(history.last.get("time"))}. '

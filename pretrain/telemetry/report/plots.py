@@ -47,7 +47,7 @@ def change_chart(history: History) -> Markup:
     if all(domain.once for domain in history.domains.values()):
         return Markup("")
     lines = _domain_lines(history, "delta_loss")
-    return line_chart("Gain and forgetting", lines, unit=f"{NATS} since step 0, less is better", zero=True, large=True)
+    return line_chart("Gain and forgetting", lines, unit=f"{NATS} since step 0, lower is better", zero=True, large=True)
 
 
 def _domain_lines(history: History, key: str) -> list[Line]:
@@ -87,7 +87,7 @@ def time_chart(history: History) -> Markup:
         for colour, name in enumerate(PARTS)
         if history.seconds[name] > 0
     ]
-    return area_chart("Where the time went", lines, unit="share, by step", form=percent)
+    return area_chart("Time by part", lines, unit="share, by step", form=percent)
 
 
 def part_label(history: History, part: str) -> str:
@@ -107,7 +107,7 @@ def memory_chart(history: History) -> Markup:
 
 
 def layer_charts(history: History) -> Markup:
-    titles = {"update_ratio": "Update against weight", "grad_norm": "Gradient norm", "weight_norm": "Weight norm"}
+    titles = {"update_ratio": "Update / weight", "grad_norm": "Gradient norm", "weight_norm": "Weight norm"}
     layers = history.layers
     steps = next(iter(layers.values())).steps if layers else []
     same = {name: curves for name, curves in layers.items() if curves.steps == steps}

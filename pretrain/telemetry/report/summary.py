@@ -22,7 +22,7 @@ def verdict(domains: dict[str, Domain], step: int = 0) -> str:
     if domains and all(domain.once for domain in domains.values()):
         scores = [f"{number(domain.last.get('perplexity'))} on {name}" for name, domain in domains.items()]
         if step and all(domain.before_only for domain in domains.values()):
-            return f"Before this run the model had a perplexity of {_listed(scores)}; it was not scored since step 0."
+            return f"Before this run the model had a perplexity of {_listed(scores)}; it has not been scored since."
         return f"The model has a perplexity of {_listed(scores)}."
     changed = [
         f"{_verb(domain.role, delta)} {name} (perplexity {before_after(domain)}, {signed(delta, 3)} nats per token)"

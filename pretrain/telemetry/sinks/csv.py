@@ -120,7 +120,7 @@ def read_rows(path: Path, *, say: Callable[[str], None] = notice) -> list[dict[s
         if len(cells) == len(header) and re.fullmatch("[0-9]{1,18}", row.get("step", "")):
             found.append(row)
         else:
-            say(f"{path}:{number}: not a row of this table; it is left out, those after it are kept")
+            say(f"{path}:{number}: not a row of this table; it is skipped, later rows are kept")
     return found
 
 

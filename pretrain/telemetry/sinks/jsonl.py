@@ -63,7 +63,7 @@ def iter_records(
             elif not line.endswith(b"\n"):
                 torn(f"{path}:{number}")
             elif line.strip():
-                say(f"{path}:{number}: no record; this line is left out, those after it are read")
+                say(f"{path}:{number}: not a record; this line is skipped, later lines are read")
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

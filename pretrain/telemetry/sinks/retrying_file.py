@@ -30,7 +30,9 @@ class RetryingAppendFile:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
             if not self._said:
-                notice(f"{self._path} can't be written: {error.strerror}; its records wait, the run goes on")
+                notice(
+                    f"{self._path} can't be written: {error.strerror}; its records are kept and written later; the run continues"
+                )
             self._said = True
 
     def close(self) -> None:

@@ -49,7 +49,9 @@ class SubprocessQueue:
             self._waiting.put_nowait(message)
         except Full:
             if not self._lost:
-                notice(f"{self._log.stem} does not take its records: from here on some are lost to it; the run goes on")
+                notice(
+                    f"{self._log.stem} does not accept records fast enough: some records are dropped; the run continues"
+                )
             self._lost += 1
 
     def finish(self, *, seconds: float) -> None:
@@ -64,7 +66,7 @@ class SubprocessQueue:
             except subprocess.TimeoutExpired:
                 self._killed = True
                 self._process.kill()
-                notice(f"{self._log.stem} did not end in {seconds:g} s and was killed")
+                notice(f"{self._log.stem} did not exit within {seconds:g} s and was killed")
 
     def _carry(self) -> None:
         assert self._process.stdin is not None
@@ -83,4 +85,4 @@ class SubprocessQueue:
             notice(line.decode(errors="replace").rstrip("\n"))
         code = self._process.wait()
         if code and not self._killed:
-            notice(f"{self._log.stem} has ended with {code}, see {self._log}; the run goes on without it")
+            notice(f"{self._log.stem} exited with code {code}, see {self._log}; the run continues without it")

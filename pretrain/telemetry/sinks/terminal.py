@@ -120,7 +120,7 @@ class Terminal(Sink):
             return
         since: tuple[Any, ...] = ()
         if r.get("delta_reason"):
-            since = (f"  change since step 0 not known: {r['delta_reason']}",)
+            since = (f"  change since step 0 unknown: {r['delta_reason']}",)
         elif r["step"]:
             change = tables.change(r, unit=" nats")
             since = ("  ", change, " since step 0" if change.plain.startswith(("=", "—")) else " than at step 0")
@@ -163,7 +163,7 @@ class Terminal(Sink):
         if spent := tables.time_line(self._tally):
             self._named("time", spent)
         if memory := self._tally.memory_gib:
-            names = {"memory_gib": "GiB at most", "host_memory_gib": "GiB of the host's"}
+            names = {"memory_gib": "GiB peak", "host_memory_gib": "GiB on the host"}
             self._named("memory", " · ".join(f"{gib:.2f} {names[kind]}" for kind, gib in memory.items()))
         if r["model"]:
             self._named("model", r["model"])

@@ -114,7 +114,7 @@ def _scored_last(record: Record, step: int) -> str:
 def reasons(tally: RunSummary) -> list[str]:
     """Return one line for each domain whose change is unknown, with the reason."""
     return [
-        f"{domain}: no change since step 0 is known: {record['delta_reason']}"
+        f"{domain}: change since step 0 unknown: {record['delta_reason']}"
         for domain, record in tally.after.items()
         if record.get("delta_reason")
     ]

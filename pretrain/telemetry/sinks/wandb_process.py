@@ -61,13 +61,13 @@ class Run:
                 facts = {key: value for key, value in record.items() if key not in ("event", "step", "time")}
                 self._run.config.update({"facts": facts}, allow_val_change=True)
             case "rollback":
-                self._alert("Back to a checkpoint", f"{record['reason']} in step {record['bad_step']}", record)
+                self._alert("Rolled back to a checkpoint", f"{record['reason']} in step {record['bad_step']}", record)
             case "run_finished":
                 self._finish(record)
             case _:
                 skipped = record.get("skipped_steps") or 0
                 if skipped > self._skipped and record.get("loss_scale") is None:  # a loss scaler skips by design
-                    self._alert("Steps not trained", f"{skipped} so far; quarantine.jsonl has their text", record)
+                    self._alert("Steps skipped", f"{skipped} so far; quarantine.jsonl has their text", record)
                 self._keep(record)
 
     def end(self, exit_code: int | None = None) -> None:
@@ -76,7 +76,7 @@ class Run:
             self._run.finish(exit_code=self._exit_code if exit_code is None else exit_code)
         except TimeoutError:
             send = f"wandb sync --include-online {self._run.sync_dir}"
-            print(f"W&B has not taken everything in time; to send it: {send}", file=self._say)
+            print(f"W&B did not receive everything in time; to send it: {send}", file=self._say)
         finally:
             self._lock.release()
 
@@ -159,7 +159,7 @@ class Run:
         self._flush()
         self._run.summary.update({key: record[key] for key in SUMMARY if record.get(key) is not None})
         if record["status"] != "finished":
-            self._alert(f"Run {record['status']}", "the same command goes on from the last checkpoint", record)
+            self._alert(f"Run {record['status']}", "the same command resumes from the last checkpoint", record)
         elif self._order["log_model"] and record["model"]:
             artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata={"step": record["step"]})
             artifact.add_dir(record["model"], policy="immutable")  # "immutable" avoids a second copy on this disk
