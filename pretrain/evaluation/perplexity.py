@@ -55,7 +55,7 @@ class Evaluator:
 
     domains: list[Domain]
 
-    def of(self, names: Container[str]) -> Evaluator:
+    def select(self, names: Container[str]) -> Evaluator:
         """Return an evaluator of only the domains in ``names``."""
         return Evaluator([domain for domain in self.domains if domain.name in names])
 
@@ -100,12 +100,12 @@ class Evaluator:
             for first in range(0, len(domain.batches), world.size):
                 if interrupted():
                     return None
-                mine = first + world.rank < len(domain.batches)
+                has_batch = first + world.rank < len(domain.batches)
                 batch = domain.batches[
-                    first + world.rank if mine else first
+                    first + world.rank if has_batch else first
                 ]  # ranks without a batch run a dummy forward, so that collectives match
                 nats_here = engine.evaluate(batch.to(world.device))
-                if mine:
+                if has_batch:
                     summed += nats_here
                     tokens += batch.num_targets
                 alive()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pretrain.evaluation.perplexity import Domain
     from pretrain.strategy.engine import InferenceEngine
 
-AT_ONCE = 8  # prompts per batch; their logits are one row each
+PROMPTS_PER_BATCH = 8  # prompts per batch; their logits are one row each
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Sampler:
         are called as in ``Evaluator.run``, but for every token."""
         samples = []
         with evaluating(engine.model):
-            for start in range(0, len(self.prompts), AT_ONCE):
-                prompts = self.prompts[start : start + AT_ONCE]
+            for start in range(0, len(self.prompts), PROMPTS_PER_BATCH):
+                prompts = self.prompts[start : start + PROMPTS_PER_BATCH]
                 rows = self._continue(engine, prompts, interrupted, alive)
                 if rows is None:
                     return None
@@ -94,10 +94,10 @@ class Sampler:
 
     def _sample(self, prompt: Prompt, continuation: list[int]) -> Sample:
         before = self._text(prompt.tokens)
-        whole = self._text(
+        full_text = self._text(
             (*prompt.tokens, *continuation)
         )  # decoded with its prompt, because some tokenizers drop a leading space
-        text = whole.removeprefix(before) if whole.startswith(before) else self._text(continuation)
+        text = full_text.removeprefix(before) if full_text.startswith(before) else self._text(continuation)
         return Sample(prompt.domain, prompt.role, before, text)
 
     def _text(self, tokens: Sequence[int]) -> str:

@@ -32,7 +32,7 @@ class Untouched:
     evaluator: Evaluator
     weights_follow_from: tuple[str, ...] = ("model", "seed")
     is_there: bool = True
-    _again: dict[str, tuple[float, Measured]] = field(default_factory=dict)  # by domain, scored in this start
+    _rescored: dict[str, tuple[float, Measured]] = field(default_factory=dict)  # by domain, scored in this start
 
     def known(self, progress: TrainState) -> dict[str, Known]:
         """Return the baseline of every domain, as far as it was measured on what is scored now."""
@@ -65,14 +65,14 @@ class Untouched:
             return
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
         notice(f"the model before this run is scored again: {reasons}")
-        scores = self.evaluator.of(missing).run(engine, announce=True, interrupted=interrupted, alive=alive)
+        scores = self.evaluator.select(missing).run(engine, announce=True, interrupted=interrupted, alive=alive)
         domains = {domain.name: domain for domain in self.evaluator.domains}
-        self._again = {score.domain: (score.loss, domains[score.domain].measured_on) for score in scores or ()}
+        self._rescored = {score.domain: (score.loss, domains[score.domain].measured_on) for score in scores or ()}
 
     def restore(self, progress: TrainState) -> None:
         """Copy the losses that were scored again into ``progress``, which was just loaded from a checkpoint."""
-        progress.baseline |= {name: loss for name, (loss, _) in self._again.items()}
-        progress.measured_on |= {name: measured for name, (_, measured) in self._again.items()}
+        progress.baseline |= {name: loss for name, (loss, _) in self._rescored.items()}
+        progress.measured_on |= {name: measured for name, (_, measured) in self._rescored.items()}
 
     def _known(self, losses: Mapping[str, float], measured_on: Mapping[str, Measured]) -> dict[str, Known]:
         return {d.name: known(d.name, d.measured_on, losses, measured_on) for d in self.evaluator.domains}

@@ -28,7 +28,7 @@ from pretrain.runtime.signals import EXIT_CODE, Interrupt, Stopped
 from pretrain.runtime.streams import flush, never_wait
 from pretrain.sweep import table
 from pretrain.sweep.config import SweepConfig
-from pretrain.sweep.job import KEPT, jobs_in
+from pretrain.sweep.job import INTERNAL_FOLDER, jobs_in
 from pretrain.sweep.jobs import Sweep, quoted
 from pretrain.sweep.plan import Plan
 from pretrain.sweep.show import show
@@ -54,17 +54,17 @@ def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], sp
             keys=plan.keys,
             metric=policy.metric,
             direction=policy.direction,
-            command=_as_sweep(arguments),
+            command=_with_multirun(arguments),
             began_at=time.time(),
             total=None if plan.jobs is None else len(plan.jobs),
             config_dir=config_dir and os.path.abspath(os.path.expanduser(config_dir)),
         )
         own = [f"hydra.sweep.dir={quoted(folder)}", "hydra.sweeper.params=null"]  # plan.words includes the params
         words = [*plan.words, *config.hydra.overrides.hydra, *own]
-        return _carry_out(this, plan, _multirun(hydra, this, words))
+        return _run_sweep(this, plan, _multirun(hydra, this, words))
 
 
-def _as_sweep(arguments: list[str]) -> tuple[str, ...]:
+def _with_multirun(arguments: list[str]) -> tuple[str, ...]:
     """Return ``arguments`` with ``-m``, which an experiment or a launcher can imply."""
     return tuple(arguments if {"-m", "--multirun"} & set(arguments) else ["-m", *arguments])
 
@@ -85,11 +85,11 @@ def _multirun(hydra: Hydra, this: Sweep, words: list[str]) -> Callable[[], Any]:
     return run
 
 
-def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
+def _run_sweep(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
     """Run the sweep, write its table, print the results, and return the exit code."""
     Interrupt().install()
     status, stopped_by = "failed", None
-    with _at_work(this.folder):
+    with _running_in(this.folder):
         try:
             for words in plan.jobs or ():
                 this.expect(this.job(words))
@@ -99,10 +99,10 @@ def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
         except (Stopped, KeyboardInterrupt) as stop:
             status, stopped_by = "stopped", str(stop) or "Ctrl-C"
         finally:
-            told = this.write_table(status or _status(this))
+            content = this.write_table(status or _status(this))
     code = EXIT_CODE if stopped_by else worst(_codes(this))
     never_wait()  # a closed pipe on stdout must not fail the sweep
-    show(this.folder, told)
+    show(this.folder, content)
     flush()  # the next messages go to stderr and must come after the table
     failed = _failures(this)
     if stopped_by:
@@ -141,13 +141,15 @@ def worst(codes: list[int]) -> int:
 
 
 @contextmanager
-def _at_work(folder: Path) -> Iterator[None]:
+def _running_in(folder: Path) -> Iterator[None]:
     """Hold a shared lock in the folder, so that a reader sees that a sweep is running. Several sweeps may hold it at once."""
     try:
         make_folder(folder)
         check_private(folder, "sweep_dir")
-        check_links(folder, "sweep_dir", (KEPT, f"{KEPT}/*", "sweep.json", "sweep.html", "optuna.journal"))
-        file = os.fdopen(open_file(own_folder(folder / KEPT) / table.COMMAND_LOCK, os.O_RDWR), "r+")
+        check_links(
+            folder, "sweep_dir", (INTERNAL_FOLDER, f"{INTERNAL_FOLDER}/*", "sweep.json", "sweep.html", "optuna.journal")
+        )
+        file = os.fdopen(open_file(own_folder(folder / INTERNAL_FOLDER) / table.COMMAND_LOCK, os.O_RDWR), "r+")
     except OSError as error:
         raise UserError(f"sweep_dir={folder}: can't be written: {error.strerror}") from None
     with file:

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-OF_A_RUN = ("new_loss", "new_delta", "forgetting", "train_loss", "tokens_per_second")
-OF_A_DOMAIN = ("loss", "perplexity", "bits_per_byte", "delta_loss")
-METRIC = rf"^({'|'.join(OF_A_RUN)}|.+\.({'|'.join(OF_A_DOMAIN)}))$"
+RUN_METRICS = ("new_loss", "new_delta", "forgetting", "train_loss", "tokens_per_second")
+DOMAIN_METRICS = ("loss", "perplexity", "bits_per_byte", "delta_loss")
+METRIC = rf"^({'|'.join(RUN_METRICS)}|.+\.({'|'.join(DOMAIN_METRICS)}))$"
 
 
 @dataclass(frozen=True)

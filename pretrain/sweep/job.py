@@ -27,10 +27,10 @@ from pretrain.runtime.strict_json import read_json
 from pretrain.telemetry.run_file import write_json
 
 LONGEST_NAME = 100  # characters; file systems allow 255 bytes, but names must be readable in a table
-PATIENCE_SECONDS = 1.0  # before a notice that the job is locked: a job whose parent was killed may still be saving
-KEPT = ".jobs"  # the folder of locks, next to the folders of the jobs
+LOCK_NOTICE_SECONDS = 1.0  # before a notice that the job is locked: a job whose parent was killed may still be saving
+INTERNAL_FOLDER = ".jobs"  # locks and control files, next to the folders of the jobs
 DONE = ("finished", "pruned")  # statuses of jobs that are not run again
-TYPES: dict[str, tuple[type, ...]] = {  # of the fields of job.json
+FIELD_TYPES: dict[str, tuple[type, ...]] = {  # of the fields of job.json
     "name": (str,),
     "overrides": (list,),
     "status": (str,),
@@ -71,8 +71,8 @@ class SweepJob:
     @property
     def folder(self) -> Path:
         """Return the run folder: the job's own folder, unless the overrides set ``output_dir``."""
-        said = [o.partition("=")[2] for o in self.overrides if o.startswith("output_dir=")]
-        return Path(os.path.expanduser(unquoted(said[-1]))) if said else self.sweep / self.name
+        folders = [o.partition("=")[2] for o in self.overrides if o.startswith("output_dir=")]
+        return Path(os.path.expanduser(unquoted(folders[-1]))) if folders else self.sweep / self.name
 
     @property
     def words(self) -> list[str]:
@@ -81,14 +81,14 @@ class SweepJob:
         return [*self.overrides, *one]
 
     @property
-    def note(self) -> Path:
+    def error_file(self) -> Path:
         """Return the file to which a failed job writes the reason, in one line."""
-        return self.sweep / KEPT / f"{self.name}.error"
+        return self.sweep / INTERNAL_FOLDER / f"{self.name}.error"
 
     @property
     def prune_file(self) -> Path:
         """Return the file whose existence means: the trial is pruned, so the job must save and exit."""
-        return self.sweep / KEPT / f"{self.name}.prune"
+        return self.sweep / INTERNAL_FOLDER / f"{self.name}.prune"
 
     def read(self) -> dict[str, Any]:
         """Return the job's state; empty if there is none."""
@@ -111,14 +111,14 @@ class SweepJob:
         return lock_of(self.sweep, f"{self.name}.lock", wait=False)
 
     @contextmanager
-    def alone(self) -> Iterator[Lock]:
+    def exclusive(self) -> Iterator[Lock]:
         """Wait until no other process runs this job, and hold its lock."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        said = False
+        deadline = time.monotonic() + LOCK_NOTICE_SECONDS
+        reported = False
         while (held := self.lock()) is None:
-            if not said and time.monotonic() > deadline:
+            if not reported and time.monotonic() > deadline:
                 notice(f"{self.name}: another command is running it; waiting")
-                said = True
+                reported = True
             time.sleep(0.1)
         try:
             yield held
@@ -129,7 +129,7 @@ class SweepJob:
 def lock_of(sweep: Path, name: str, *, wait: bool = True) -> Lock | None:
     """Acquire the lock ``name`` in the sweep's folder. With ``wait=False`` return ``None`` if another process holds it."""
     sweep.mkdir(parents=True, exist_ok=True)
-    folder = own_folder(sweep / KEPT)
+    folder = own_folder(sweep / INTERNAL_FOLDER)
     try:
         return Lock(folder / name).acquire(timeout=None if wait else 0)
     except Busy:
@@ -137,7 +137,7 @@ def lock_of(sweep: Path, name: str, *, wait: bool = True) -> Lock | None:
 
 
 @contextmanager
-def alone_in(sweep: Path) -> Iterator[None]:
+def folder_lock(sweep: Path) -> Iterator[None]:
     """Hold the sweep's lock for a short time, to create a job's folder or to rewrite the table."""
     held = lock_of(sweep, "table.lock")
     assert held is not None
@@ -161,7 +161,7 @@ def jobs_in(sweep: Path) -> list[tuple[SweepJob, dict[str, Any]]]:
 def job_of(sweep: Path, overrides: list[str], keys: tuple[str, ...]) -> SweepJob:
     """Return the job with these overrides. If there is none yet, create it in a new folder."""
     words = plain(overrides)
-    with alone_in(sweep):
+    with folder_lock(sweep):
         known = {tuple(sorted(job.overrides)): job for job, _ in jobs_in(sweep)}
         if found := known.get(tuple(sorted(words))):
             return found
@@ -182,17 +182,17 @@ def _read(folder: Path) -> dict[str, Any]:
         state = read_json(file)
         if _is_state(state):
             return dict(state)
-    _say(f"{file}: not a valid job state; the job is ignored")
+    _notice_once(f"{file}: not a valid job state; the job is ignored")
     return {}
 
 
 def _is_state(content: Any) -> bool:
-    if not isinstance(content, dict) or not all(type(content.get(key)) in kinds for key, kinds in TYPES.items()):
+    if not isinstance(content, dict) or not all(type(content.get(key)) in kinds for key, kinds in FIELD_TYPES.items()):
         return False
     numbers = [value for value in content.values() if isinstance(value, float)]
     return all(map(math.isfinite, numbers)) and all(isinstance(word, str) for word in content["overrides"])
 
 
 @cache  # report a message once, although the folders are read again for every table
-def _say(message: str) -> None:
+def _notice_once(message: str) -> None:
     notice(message)

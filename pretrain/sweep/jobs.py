@@ -32,7 +32,7 @@ from pretrain.sweep.job import DONE, SweepJob, job_of, jobs_in
 from pretrain.sweep.measure import measures_of, objective_in
 from pretrain.sweep.table import write
 
-LOOK_SECONDS = 0.5  # between checks whether a job is to be pruned
+CHECK_SECONDS = 0.5  # between checks whether a job is to be pruned
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Sweep:
         """Return the job with these overrides in any order; if it is new, create its folder."""
         return job_of(self.folder, overrides, self.keys)
 
-    def place(self, job: SweepJob) -> str:
+    def position(self, job: SweepJob) -> str:
         """Return the job's position among this command's jobs, such as ``3 of 8``."""
         own = [other.name for other, state in jobs_in(self.folder) if state.get("began_at") == self.began_at]
         return f"{own.index(job.name) + 1}" + (f" of {self.total}" if self.total else "")
@@ -103,7 +103,7 @@ class Sweep:
     def begin(self, job: SweepJob) -> dict[str, Any]:
         """Mark the job as one of this command and return its state: ``waiting``, unless it is done. The files of an earlier
         attempt, the reason of its failure and the request to prune it, are deleted."""
-        for left in (job.note, job.prune_file):
+        for left in (job.error_file, job.prune_file):
             left.unlink(missing_ok=True)
         state = job.read()
         status = state.get("status") if state.get("status") in DONE else "waiting"
@@ -130,22 +130,26 @@ class Sweep:
 
     def write_table(self, status: str = "running", *, with_page: bool = True) -> dict[str, Any]:
         """Update sweep.json and (``with_page``) sweep.html; return the content of sweep.json."""
-        told = {"command": self.command_line, "metric": self.metric, "direction": self.direction, "status": status}
-        return write(self.folder, **told, with_page=with_page)
+        fields = {"command": self.command_line, "metric": self.metric, "direction": self.direction, "status": status}
+        return write(self.folder, **fields, with_page=with_page)
 
     @property
     def command_line(self) -> str:
         """Return the command that resumes this sweep."""
-        said = (
+        sweep_dir = (
             []
             if any(w.startswith(("sweep_dir=", "hydra.sweep.dir=")) for w in self.command)
             else [f"sweep_dir={quoted(self.folder)}"]
         )
-        return shlex.join(["python", "-m", "pretrain", *self.command, *said])
+        return shlex.join(["python", "-m", "pretrain", *self.command, *sweep_dir])
 
 
 def run_job(
-    sweep: Sweep, overrides: list[str], *, asked: list[str] | None = None, environment: dict[str, str] | None = None
+    sweep: Sweep,
+    overrides: list[str],
+    *,
+    stop_signals: list[str] | None = None,
+    environment: dict[str, str] | None = None,
 ) -> Outcome:
     """Run one job in a new process and wait for it. A job that is done already is not run again.
 
@@ -155,63 +159,67 @@ def run_job(
 
     Raises ``Stopped`` if this process or the job's process got a stop signal.
     """
-    if asked:
-        raise Stopped(asked[0])
-    asked = [] if asked is None else asked
+    if stop_signals:
+        raise Stopped(stop_signals[0])
+    stop_signals = [] if stop_signals is None else stop_signals
     job = sweep.job(overrides)
-    with job.alone() as held:
+    with job.exclusive() as held:
         state = sweep.begin(job)
         if state["status"] in DONE:
             notice(f"{job.name}: already {state['status']}, not run again")
             return sweep.outcome(job)
         job.write(status="running", locked=True)
-        notice(f"job {sweep.place(job)}: {job.name}")
+        notice(f"job {sweep.position(job)}: {job.name}")
         sweep.write_table()
         started_at = time.monotonic()
         process = subprocess.Popen(
             [*module_command("pretrain"), *sweep.words(job)],
-            env=child.environment(job.note) | (environment or {}),
+            env=child.environment(job.error_file) | (environment or {}),
             pass_fds=held.descriptors,  # so that the job stays locked while its process lives, even if this process dies
         )
         # The job decides when it stops. A terminal sends Ctrl-C to the job too; the job ignores the second of the two signals.
-        with hearing(asked, lambda n: process.send_signal(signal.SIGTERM if n == signal.SIGINT else n)):
-            code = _wait(process, job, asked)
+        with collecting_stop_signals(
+            stop_signals, lambda n: process.send_signal(signal.SIGTERM if n == signal.SIGINT else n)
+        ):
+            code = _wait(process, job, stop_signals)
         outcome = sweep.end(job, state, code, time.monotonic() - started_at)
     sweep.write_table(with_page=False)  # the page is drawn when the next job starts and when the sweep ends
     if outcome.status == "failed":
         notice(f"{job.name}: failed: {job.read()['error']}")
-    if asked or outcome.status == "stopped":
-        raise Stopped(asked[0] if asked else f"{job.name} was stopped and has saved")
+    if stop_signals or outcome.status == "stopped":
+        raise Stopped(stop_signals[0] if stop_signals else f"{job.name} was stopped and has saved")
     return outcome
 
 
-def _wait(process: subprocess.Popen[bytes], job: SweepJob, asked: list[str]) -> int:
+def _wait(process: subprocess.Popen[bytes], job: SweepJob, stop_signals: list[str]) -> int:
     """Return the exit code of the process, or 128 + the signal that killed it, as a shell does."""
-    told = False
+    terminated = False
     while True:
         try:
-            code = process.wait(LOOK_SECONDS)
+            code = process.wait(CHECK_SECONDS)
         except subprocess.TimeoutExpired:
-            if not told and (asked or job.prune_file.exists()):
-                told = True
+            if not terminated and (stop_signals or job.prune_file.exists()):
+                terminated = True
                 process.terminate()
         else:
             return code if code >= 0 else EXIT_CODE if -code == signal.SIGTERM else 128 - code
 
 
 @contextmanager
-def hearing(asked: list[str], pass_on: Callable[[int], None] = lambda number: None) -> Iterator[None]:
+def collecting_stop_signals(
+    stop_signals: list[str], pass_on: Callable[[int], None] = lambda number: None
+) -> Iterator[None]:
     """Handle stop signals in the body of the ``with`` statement: append their names to ``asked`` and call ``pass_on``. In any
     thread but the main one this does nothing, because Python delivers signals to the main thread only."""
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        asked.append(signal.Signals(number).name)
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop_signals.append(signal.Signals(number).name)
         pass_on(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, hear) for number in SIGNALS}
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield
     finally:
@@ -220,8 +228,8 @@ def hearing(asked: list[str], pass_on: Callable[[int], None] = lambda number: No
 
 
 def _reason(job: SweepJob, code: int) -> str:
-    if job.note.exists():
-        return job.note.read_text().removeprefix("error: ")
+    if job.error_file.exists():
+        return job.error_file.read_text().removeprefix("error: ")
     if code > 128:
         name = signal.Signals(code - 128).name if code - 128 in list(signal.Signals) else str(code - 128)
         return f"killed by {name}" + (": out of memory?" if name == "SIGKILL" else "")

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.sweep.config import OF_A_RUN
+from pretrain.sweep.config import RUN_METRICS
 from pretrain.telemetry.record import change_of
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import tail
@@ -60,15 +60,15 @@ def objectives(run: Path, metric: str) -> dict[int, float]:
     for record in evaluations(run / "metrics.jsonl"):
         by_step.setdefault(record["step"], {})[record["domain"]] = record
     domains = len(by_step.pop(0, {}))
-    whole = {step: results for step, results in by_step.items() if len(results) == domains}
-    values = {step: objective_in(_of_domains(results), metric) for step, results in whole.items()}
+    complete = {step: results for step, results in by_step.items() if len(results) == domains}
+    values = {step: objective_in(_of_domains(results), metric) for step, results in complete.items()}
     return {step: value for step, value in values.items() if value is not None}
 
 
 def objective_in(measures: dict[str, Any], metric: str) -> float | None:
     """Return the value of ``metric`` (see conf/sweep/default.yaml), or ``None`` if the run does not have it."""
     domain, _, field = metric.rpartition(".")
-    if metric in OF_A_RUN:
+    if metric in RUN_METRICS:
         of_the_run: float | None = measures.get(metric)
         return of_the_run
     scores = measures["results"].get(domain, {})

@@ -22,7 +22,7 @@ from pretrain.runtime.signals import Stopped
 from pretrain.sweep.jobs import Sweep
 from pretrain.sweep.pruning import pruning
 from pretrain.sweep.space import parse_space
-from pretrain.sweep.study import Study, search_alone
+from pretrain.sweep.study import Study, search_lock
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -65,7 +65,7 @@ class OptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Run trials until there are ``n_trials`` with a result. A failed trial counts too, but is tried again when the
         command is run again. ``arguments`` are ignored, because `setup` has parsed them."""
-        with search_alone(self.jobs.folder):
+        with search_lock(self.jobs.folder):
             study = Study(
                 self.jobs.folder,
                 space=self.space,

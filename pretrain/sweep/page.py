@@ -18,8 +18,8 @@ from pretrain.telemetry.report.style import KINDS, NUM_COLOURS, Markup, escape, 
 Row = dict[str, Any]
 HEAD = ("", "job", "status", "new-domain loss", "change", "forgetting", "tokens/s", "time")
 LONGEST_VALUE = 24  # characters
-WORDS = {"new_loss": "new-domain loss", "new_delta": "change of the new-domain loss", "train_loss": "training loss"}
-WORDS |= {"forgetting": "forgetting", "tokens_per_second": "tokens/s"}
+LABELS = {"new_loss": "new-domain loss", "new_delta": "change of the new-domain loss", "train_loss": "training loss"}
+LABELS |= {"forgetting": "forgetting", "tokens_per_second": "tokens/s"}
 
 
 def page(folder: Path, table: Row) -> str:
@@ -30,7 +30,7 @@ def page(folder: Path, table: Row) -> str:
     status = table["status"]
     parts = [
         Markup(f"<h1>{escape(title)}{style.pill(status, KINDS.get(status, ''))}</h1>"),
-        Markup(f'<p class="soft">{escape(_counted(rows))}</p>'),
+        Markup(f'<p class="soft">{escape(_status_counts(rows))}</p>'),
         Markup(f'<p class="verdict">{escape(verdict(table, ranked))}</p>'),
         _tiles(rows, ranked, table),
         style.section("Effect of each key", parallel_chart(_axes(ranked, table), _lines(ranked))),
@@ -48,7 +48,7 @@ def verdict(table: Row, ranked: list[Row]) -> str:
         failed = sum(row["status"] == "failed" for row in table["jobs"])
         return f"No job has finished yet{f'; {failed} failed' if failed else ''}."
     best, metric = ranked[0], table["metric"]
-    text = f"Best of {len(ranked)}: {best['name']}, {_word(metric)} {_number(best['objective'])}"
+    text = f"Best of {len(ranked)}: {best['name']}, {_metric_label(metric)} {_number(best['objective'])}"
     if best["new_delta"] is not None:
         verb = "gained" if best["new_delta"] <= 0 else "lost"
         text += f"; it {verb} {abs(best['new_delta']):.3f} nats per token on the new domain"
@@ -60,20 +60,20 @@ def verdict(table: Row, ranked: list[Row]) -> str:
 
 def varying(rows: list[Row]) -> dict[str, list[str | None]]:
     """Return the keys whose values differ between jobs, each with its value in every job; ``None`` if a job lacks the key."""
-    said = [dict(o.lstrip("+~").split("=", 1) for o in row["overrides"] if "=" in o) for row in rows]
-    keys = dict.fromkeys(key for words in said for key in words)
-    values = {key: [words.get(key) for words in said] for key in keys}
+    overrides = [dict(o.lstrip("+~").split("=", 1) for o in row["overrides"] if "=" in o) for row in rows]
+    keys = dict.fromkeys(key for words in overrides for key in words)
+    values = {key: [words.get(key) for words in overrides] for key in keys}
     return {key: column for key, column in values.items() if len(set(column)) > 1}
 
 
 def short_names(rows: list[Row]) -> dict[int, str]:
     """Return a short name for each job number: the values of the keys that vary, such as ``0.001 · ddp``."""
     values = [[str(value or "default")[:LONGEST_VALUE] for value in column] for column in varying(rows).values()]
-    said = [" · ".join(of_job) for of_job in zip(*values, strict=True)]
-    return {row["number"]: name for row, name in zip(rows, said or [row["name"] for row in rows], strict=True)}
+    labels = [" · ".join(of_job) for of_job in zip(*values, strict=True)]
+    return {row["number"]: name for row, name in zip(rows, labels or [row["name"] for row in rows], strict=True)}
 
 
-def _counted(rows: list[Row]) -> str:
+def _status_counts(rows: list[Row]) -> str:
     counts = Counter(row["status"] for row in rows)
     return f"{len(rows)} jobs: " + ", ".join(f"{counts[status]} {status}" for status in KINDS if counts[status])
 
@@ -82,7 +82,7 @@ def _tiles(rows: list[Row], ranked: list[Row], table: Row) -> Markup:
     tiles = [style.tile(f"{sum(r['status'] == 'finished' for r in rows)} of {len(rows)}", "jobs finished")]
     objectives = [row["objective"] for row in ranked]
     if ranked:
-        tiles.append(style.tile(_number(objectives[0]), f"best {_word(table['metric'])}"))
+        tiles.append(style.tile(_number(objectives[0]), f"best {_metric_label(table['metric'])}"))
     if len(ranked) > 1:
         tiles.append(style.tile(_number(abs(objectives[-1] - objectives[0])), "between the best and the worst"))
     speeds = [row["tokens_per_second"] for row in rows if row["tokens_per_second"]]
@@ -101,8 +101,8 @@ def _axes(ranked: list[Row], table: Row) -> list[Axis]:
     for name in ("tokens_per_second", "forgetting", "new_loss"):
         values = [row[name] for row in ranked]
         if name != metric and None not in values:
-            axes.append(Axis.of_numbers(WORDS[name], values))
-    return [*axes, Axis.of_numbers(_word(table["metric"]), [row["objective"] for row in ranked])]
+            axes.append(Axis.of_numbers(LABELS[name], values))
+    return [*axes, Axis.of_numbers(_metric_label(table["metric"]), [row["objective"] for row in ranked])]
 
 
 def _lines(ranked: list[Row]) -> list[str]:
@@ -159,7 +159,11 @@ def _jobs(folder: Path, rows: list[Row], ranked: list[Row], table: Row) -> Marku
     """Return the ranked table of jobs. A job's name links to its report."""
     others = [row for row in rows if row not in ranked]
     metric = table["metric"]
-    own = () if metric["name"] in ("new_loss", "new_delta", "forgetting", "tokens_per_second") else (_word(metric),)
+    own = (
+        ()
+        if metric["name"] in ("new_loss", "new_delta", "forgetting", "tokens_per_second")
+        else (_metric_label(metric),)
+    )
     lines = []
     for place, row in enumerate([*ranked, *others], start=1):
         status: Any = Markup(
@@ -192,9 +196,9 @@ def _named(folder: Path, row: Row, table: Row) -> Markup:
     return Markup(f'<div style="min-width:13rem">{name}{best}{front}</div>')
 
 
-def _word(metric: Row) -> str:
+def _metric_label(metric: Row) -> str:
     name: str = metric["name"]
-    return WORDS.get(name, re.sub(r"_(?=[a-z])", " ", name))
+    return LABELS.get(name, re.sub(r"_(?=[a-z])", " ", name))
 
 
 def _number(value: float | None) -> str:

@@ -15,7 +15,7 @@ from pretrain.telemetry.report.style import Markup, escape, short
 WIDTH, HEIGHT = 960, 290  # px; a narrow page scrolls the chart horizontally
 TOP, BOTTOM, SIDE = 46, 42, 80  # px around the axes, for names and values
 DECADE = 10.0  # positive numbers whose maximum / minimum is at least this are drawn on a logarithmic axis
-MOST_WORDS = 12  # an axis with more values has labels at its ends only
+MAX_LABELS = 12  # an axis with more values has labels at its ends only
 CSS = """<style>.parallel path { fill: none; stroke-linejoin: round; } .parallel g:hover path { stroke: var(--c1);
 stroke-width: 4; } .parallel g text { opacity: 0; font-weight: 600; } .parallel g:hover text { opacity: 1; fill: var(--ink); }
 </style>"""
@@ -66,12 +66,12 @@ def parallel_chart(axes: Sequence[Axis], names: Sequence[str]) -> Markup:
     frame = "".join(_axis(axis, at) for axis, at in placed)
     words = "".join(_ticks(axis, at, last=at == x[-1]) for axis, at in placed)  # drawn on top of the lines
     lines = [_job(name, rank, len(names), axes, x) for rank, name in enumerate(names)]
-    said = f"Parallel coordinates of {len(names)} jobs; best: {names[0]}"
+    description = f"Parallel coordinates of {len(names)} jobs; best: {names[0]}"
     return Markup(
         f'{CSS}<figure class="card parallel"><figcaption>Every job: its keys and its results '
         f"<small>the best job is blue; point at a line for its name</small></figcaption>"
         f'<div class="scroll"><svg viewBox="0 0 {WIDTH} {HEIGHT}" style="min-width:40rem" role="img" '
-        f'aria-label="{escape(said)}">{frame}{"".join(lines[::-1])}{words}</svg></div></figure>'
+        f'aria-label="{escape(description)}">{frame}{"".join(lines[::-1])}{words}</svg></div></figure>'
     )
 
 
@@ -96,14 +96,14 @@ def _axis(axis: Axis, x: float) -> str:
 def _ticks(axis: Axis, x: float, *, last: bool) -> str:
     """Return the labels of an axis. Labels at its ends are centred; labels in between are at its side."""
     halo = "paint-order:stroke;stroke:var(--card);stroke-width:5px;stroke-linejoin:round;pointer-events:none"
-    said = []
+    labels = []
     for place, text in axis.ticks:
         side, down = ("middle", 0), 15 if place == 0 else -7 if place == 1 else 4
         if 0 < place < 1:
             side = ("start", 8) if last else ("end", -8)
         at = f'x="{x + side[1]:.1f}" y="{_y(place) + down:.1f}" text-anchor="{side[0]}"'
-        said.append(f'<text {at} font-size="11" style="{halo}">{escape(short(text, 22))}</text>')
-    return "".join(said)
+        labels.append(f'<text {at} font-size="11" style="{halo}">{escape(short(text, 22))}</text>')
+    return "".join(labels)
 
 
 def _y(place: float) -> float:
@@ -113,6 +113,6 @@ def _y(place: float) -> float:
 def _spaced(words: dict[float, str]) -> list[tuple[float, str]]:
     """Return ticks that do not overlap: all of them, or only the ends if there are too many."""
     places = sorted(words)
-    if len(places) > MOST_WORDS:
+    if len(places) > MAX_LABELS:
         places = [places[0], places[-1]]
     return [(place, words[place]) for place in places]

@@ -17,36 +17,36 @@ from pretrain.sweep.measure import objectives
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
-LOOK_SECONDS = 0.5
+CHECK_SECONDS = 0.5
 
 
 @contextmanager
 def pruning(trials: dict[SweepJob, Trial], metric: str) -> Iterator[None]:
     """In the body of the ``with`` statement, report every evaluation of the running ``trials`` to the study, and stop the
     trials that its pruner rejects."""
-    over = threading.Event()
-    watch = threading.Thread(target=_watch, args=(trials, metric, over), name="pruning", daemon=True)
+    done = threading.Event()
+    watch = threading.Thread(target=_watch, args=(trials, metric, done), name="pruning", daemon=True)
     watch.start()
     try:
         yield
     finally:
-        over.set()
+        done.set()
         watch.join()
 
 
-def _watch(trials: dict[SweepJob, Trial], metric: str, over: threading.Event) -> None:
+def _watch(trials: dict[SweepJob, Trial], metric: str, done: threading.Event) -> None:
     reported: dict[SweepJob, set[int]] = {job: set() for job in trials}
     seen: dict[SweepJob, int] = {}
-    given_up: set[SweepJob] = set()
-    while not over.wait(LOOK_SECONDS):
+    rejected: set[SweepJob] = set()
+    while not done.wait(CHECK_SECONDS):
         for job, trial in trials.items():
             state = job.read()
             if state.get("status") != "running" or not state.get("locked"):  # no process on this machine waits for it
                 continue
-            if job not in given_up and evaluated_since(job, seen) and _looks_bad(job, trial, metric, reported[job]):
-                given_up.add(job)
+            if job not in rejected and evaluated_since(job, seen) and _should_prune(job, trial, metric, reported[job]):
+                rejected.add(job)
                 notice(f"{job.name}: worse than the median at step {max(reported[job])}; pruned")
-            if job in given_up:  # at every check, because a job that starts deletes the file of an earlier attempt
+            if job in rejected:  # at every check, because a job that starts deletes the file of an earlier attempt
                 job.prune_file.touch()
 
 
@@ -62,7 +62,7 @@ def evaluated_since(job: SweepJob, seen: dict[SweepJob, int]) -> bool:
     return written_at != known
 
 
-def _looks_bad(job: SweepJob, trial: Trial, metric: str, reported: set[int]) -> bool:
+def _should_prune(job: SweepJob, trial: Trial, metric: str, reported: set[int]) -> bool:
     """Report new evaluations to the study and return whether its pruner rejects the trial."""
     for step, value in objectives(job.folder, metric).items():
         if step in reported:

@@ -72,7 +72,7 @@ def _distribution(override: Override) -> BaseDistribution:
         return CategoricalDistribution(list(override.sweep_string_iterator()))
     numbers = sorted(value.range()) if isinstance(value, RangeSweep) else [value.start, value.end]
     if not numbers:
-        raise UserError(f"{_said(override)}: there is no number in this range")
+        raise UserError(f"{_as_written(override)}: there is no number in this range")
     low, high, log = numbers[0], numbers[-1], "log" in value.tags
     step = abs(value.step) if isinstance(value, RangeSweep) else None
     try:
@@ -80,9 +80,9 @@ def _distribution(override: Override) -> BaseDistribution:
             return IntDistribution(low, high, log=log, step=int(step or 1))
         return FloatDistribution(float(low), float(high), log=log, step=None if step is None else float(step))
     except ValueError as error:
-        raise UserError(f"{_said(override)}: {error}") from None
+        raise UserError(f"{_as_written(override)}: {error}") from None
 
 
-def _said(override: Override) -> str:
+def _as_written(override: Override) -> str:
     """Return the override as users write it, without the ``++`` that the command line adds."""
     return str(override.input_line).lstrip("+")

@@ -25,7 +25,7 @@ CREATE_TRIAL = 4  # optuna.storages.journal: JournalOperation.CREATE_TRIAL; seen
 
 
 @contextmanager
-def search_alone(folder: Path) -> Iterator[None]:
+def search_lock(folder: Path) -> Iterator[None]:
     """Hold the folder's search lock, so that only one command searches in it. A second command could not distinguish the open
     trials of the first from those of a killed one.
 
@@ -52,7 +52,7 @@ class Study:
         optuna = _optuna()
         self._space = space
         self._open: list[Trial] = []  # trials of a command that was stopped
-        _leave_out_broken_lines(folder / FILE)
+        _remove_invalid_lines(folder / FILE)
         self._study: OptunaStudy = optuna.create_study(
             study_name="sweep",
             storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / FILE))),
@@ -121,7 +121,7 @@ def _params(trial: FrozenTrial) -> dict[str, Any]:
     return params
 
 
-def _leave_out_broken_lines(file: Path) -> None:
+def _remove_invalid_lines(file: Path) -> None:
     """Remove invalid lines from the journal. Optuna reads its journal only up to the first line that is not JSON and appends
     after an incomplete last line, so that all later trials would be lost. If any but the last line is removed, a copy of the
     file is kept.
@@ -130,13 +130,13 @@ def _leave_out_broken_lines(file: Path) -> None:
     if not file.exists():
         return
     before = file.read_bytes()
-    kept: list[tuple[int, bytes]] = []
-    odd: list[tuple[int, bytes]] = []
+    valid: list[tuple[int, bytes]] = []
+    invalid: list[tuple[int, bytes]] = []
     for number, line in enumerate(before[: before.rfind(b"\n") + 1].splitlines(keepends=True), start=1):
-        (kept if _is_entry(line) else odd).append((number, line))
-    after = b"".join(line for _, line in kept)
-    if odd:
-        where = f"{file}:{odd[0][0]}: not an entry of a search"
+        (valid if _is_entry(line) else invalid).append((number, line))
+    after = b"".join(line for _, line in valid)
+    if invalid:
+        where = f"{file}:{invalid[0][0]}: not an entry of a search"
         if not _is_consistent(after):
             raise UserError(
                 f"{where}, and later entries are inconsistent without it; restore the file, or move it away"

@@ -14,7 +14,7 @@ from typing import Any
 
 from pretrain.runtime.atomic_files import replace_file
 from pretrain.runtime.errors import UserError
-from pretrain.sweep.job import SweepJob, alone_in, jobs_in, lock_of
+from pretrain.sweep.job import SweepJob, folder_lock, jobs_in, lock_of
 from pretrain.sweep.measure import measures_of, objective_in, pareto, ranking
 from pretrain.sweep.page import page
 from pretrain.telemetry.run_file import write_json
@@ -29,7 +29,7 @@ def write(
 
     Any process of the sweep can call this at any time; a lock serialises the calls, and each reads all jobs' folders.
     """
-    with alone_in(folder):
+    with folder_lock(folder):
         table = collect(folder, command=command, metric=metric, direction=direction, status=status)
         write_json(folder / "sweep.json", table)
         if with_page:
@@ -43,9 +43,9 @@ def read(folder: Path) -> dict[str, Any]:
     Raises ``UserError`` if the folder is not a sweep folder.
     """
     try:
-        told = json.loads((folder / "sweep.json").read_text())
-        facts = {"command": told["command"], "metric": told["metric"]["name"], "status": told["status"]}
-        facts["direction"] = told["metric"]["direction"]
+        saved = json.loads((folder / "sweep.json").read_text())
+        facts = {"command": saved["command"], "metric": saved["metric"]["name"], "status": saved["status"]}
+        facts["direction"] = saved["metric"]["direction"]
     except OSError:
         raise UserError(f"{folder}: not a sweep folder: it has no sweep.json") from None
     except (ValueError, LookupError, TypeError, RecursionError) as error:

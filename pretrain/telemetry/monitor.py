@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 NORMS = ("weight_norm", "grad_norm", "update_norm", "update_ratio")  # the columns of `LayerNorms.norms`
-MOST_UNSAVED = 1_000  # records that a checkpoint saves at most; metrics.jsonl normally has them too
+MAX_UNSAVED = 1_000  # records that a checkpoint saves at most; metrics.jsonl normally has them too
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -52,7 +52,7 @@ class Monitor:
 
     def __init__(self, sinks: dict[str, Sink], *, run: Path, log_every: int) -> None:
         self._sinks = dict(sinks)
-        self._said: set[str] = set()  # names of sinks whose full disk was reported
+        self._full_disk_reported: set[str] = set()  # names of sinks whose full disk was reported
         self._run = run
         self._every = Interval(log_every)
         self._window = Window()
@@ -65,35 +65,35 @@ class Monitor:
         self._total_steps = 0
         self._logged = False
         self._started = False
-        self._unsaved: deque[Record] = deque(maxlen=MOST_UNSAVED)
+        self._unsaved: deque[Record] = deque(maxlen=MAX_UNSAVED)
 
     def unsaved(self) -> list[Record]:
         """Return the latest records that no complete checkpoint has saved yet."""
         return list(self._unsaved)
 
     def _keep_unsaved(self, holds: Callable[[Record], bool]) -> None:
-        self._unsaved = deque(filter(holds, self._unsaved), maxlen=MOST_UNSAVED)
+        self._unsaved = deque(filter(holds, self._unsaved), maxlen=MAX_UNSAVED)
 
     def __call__(self, event: Event) -> None:
         match event:
             case StepDone():
                 self._step(event)
             case Evaluated():
-                self._tell_layers()
+                self._write_layers()
                 for s in event.scores:
-                    self._write_beside("evaluation", event.step, fields_of(s))
+                    self._write_untimed("evaluation", event.step, fields_of(s))
                 self._window.exclude(event.seconds)
             case Sampled():
                 for sample in event.samples:
-                    self._write_beside("sample", event.step, fields_of(sample))
+                    self._write_untimed("sample", event.step, fields_of(sample))
                 self._window.exclude(event.seconds)
             case Saved():
                 self._keep_unsaved(lambda r: r["step"] > event.step)
-                self._write_beside("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
+                self._write_untimed("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
             case TrainingPaused():
                 self._window.exclude(event.seconds, event.for_)
             case DataStatisticsEvent():
-                self._write_beside("data", event.step, data_fields(event))
+                self._write_untimed("data", event.step, data_fields(event))
                 self._window.exclude(event.seconds)
             case RolledBack():
                 self._go_back(event)
@@ -108,7 +108,7 @@ class Monitor:
         self._total_steps = event.total_steps
         self._facts = event.facts
         self._goodput.start(event)
-        self._each(lambda s: s.open(self._run, event))
+        self._call_sinks(lambda s: s.open(self._run, event))
         self._write(
             "run_started", event.step, {"total_steps": event.total_steps, "resumed": event.resumed} | event.facts
         )
@@ -116,10 +116,10 @@ class Monitor:
 
     def _go_back(self, event: RolledBack) -> None:
         """Close and reopen the sinks, as if the run had been stopped and resumed at ``event.step``."""
-        self._each(lambda s: s.close())
+        self._call_sinks(lambda s: s.close())
         self._keep_unsaved(lambda r: r["step"] <= event.step)
         again = RunStarted(event.step, self._total_steps, resumed=True, records=tuple(self._unsaved))
-        self._each(lambda s: s.open(self._run, again))
+        self._call_sinks(lambda s: s.open(self._run, again))
         self._write("rollback", event.step, fields_of(event))
         self._goodput.go_back(event.step)
         self._layers.clear()
@@ -162,10 +162,10 @@ class Monitor:
         ):  # `dp` communicates inside the step, where it can't be timed
             record["communication_seconds"] = None
         window.restart()
-        self._tell_layers()
+        self._write_layers()
         self._write("train", event.step, record)
 
-    def _tell_layers(self) -> None:
+    def _write_layers(self) -> None:
         """Write the pending layer norms. Do this before any record of a later step: W&B rejects a row of an earlier
         step."""
         for step, layers in self._layers:
@@ -207,9 +207,9 @@ class Monitor:
             "folder": str(self._run),
         }
         self._write("run_finished", event.step, fields)
-        self._each(lambda s: s.close())
+        self._call_sinks(lambda s: s.close())
 
-    def _write_beside(self, kind: str, step: int, fields: Record) -> None:
+    def _write_untimed(self, kind: str, step: int, fields: Record) -> None:
         """Write a record that is not of training, and exclude the seconds the sinks take for it (such as drawing a report)
         from the training time."""
         started_at = time.perf_counter()
@@ -219,19 +219,19 @@ class Monitor:
     def _write(self, kind: str, step: int, fields: Record) -> None:
         record = {"event": kind, "step": step, "time": time.time()} | json_safe(fields)
         self._unsaved.append(record)
-        self._each(lambda s: s.write(record), patient=True)
+        self._call_sinks(lambda s: s.write(record), keep_if_full=True)
 
-    def _each(self, call: Callable[[Sink], None], *, patient: bool = False) -> None:
+    def _call_sinks(self, call: Callable[[Sink], None], *, keep_if_full: bool = False) -> None:
         """Call ``call`` with every sink. A sink that raises is dropped with one notice, so that it does not stop the run.
         With ``patient`` a sink that raises because the disk is full is kept, because space may be freed later."""
         for name, sink in list(self._sinks.items()):
             try:
                 call(sink)
             except Exception as error:
-                if patient and isinstance(error, OSError) and error.errno in DISK_FULL:
-                    if name not in self._said:
+                if keep_if_full and isinstance(error, OSError) and error.errno in DISK_FULL:
+                    if name not in self._full_disk_reported:
                         notice(f"sink {name}: {error.strerror}; writing is retried with the next record")
-                    self._said.add(name)
+                    self._full_disk_reported.add(name)
                     continue
                 del self._sinks[name]
                 with suppress(Exception):  # a live bar has hidden the cursor; closing restores it

@@ -16,7 +16,7 @@ from pretrain.telemetry.events import Evaluated, Event, RolledBack, RunFinished,
 from pretrain.telemetry.record import fields_of, json_safe
 
 NUMBER = (int, float)
-TYPES: dict[str, tuple[type, ...]] = {  # of the fields that a later start or a tool reads
+FIELD_TYPES: dict[str, tuple[type, ...]] = {  # of the fields that a later start or a tool reads
     "results": (dict,),
     "status": (str,),
     "device": (str,),
@@ -41,7 +41,7 @@ class RunFile:
         self._facts: dict[str, Any] = {}
         self._started_at = time.monotonic()
         self._earlier_seconds = 0.0
-        self._said = False
+        self._failure_reported = False
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
@@ -49,9 +49,9 @@ class RunFile:
             facts.pop("launch_restarts", 0)
             earlier = earlier_facts(self._path.parent, event)
             self._earlier_seconds = earlier.get("seconds", 0.0)
-            kept = {"results": earlier.get("results", {}), "restarts": earlier.get("restarts", -1) + 1}
-            kept["started_at"] = earlier.get("started_at", time.time() - self._earlier_seconds)
-            self._facts = kept | facts | {"status": "running", "total_steps": event.total_steps}
+            earlier_fields = {"results": earlier.get("results", {}), "restarts": earlier.get("restarts", -1) + 1}
+            earlier_fields["started_at"] = earlier.get("started_at", time.time() - self._earlier_seconds)
+            self._facts = earlier_fields | facts | {"status": "running", "total_steps": event.total_steps}
         elif not self._facts:  # the run failed before RunStarted: keep the file of an earlier start
             return
         elif isinstance(event, Evaluated):
@@ -70,9 +70,9 @@ class RunFile:
         try:
             write_json(self._path, self._facts)
         except OSError as error:
-            if not self._said:
+            if not self._failure_reported:
                 notice(f"{self._path} can't be written: {error.strerror}; the run continues")
-            self._said = True
+            self._failure_reported = True
 
 
 def read_run_file(run: Path) -> dict[str, Any]:
@@ -84,7 +84,9 @@ def read_run_file(run: Path) -> dict[str, Any]:
         return {}
     if not isinstance(facts, dict):
         return {}
-    return {name: value for name, value in facts.items() if name not in TYPES or _is_one(value, TYPES[name])}
+    return {
+        name: value for name, value in facts.items() if name not in FIELD_TYPES or _is_one(value, FIELD_TYPES[name])
+    }
 
 
 def _is_one(value: Any, kinds: tuple[type, ...]) -> bool:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from pretrain.telemetry.step_timer import StepTimes
 
-Beside = Literal["evaluation", "checkpoint"]  # what a run does besides training
+Pause = Literal["evaluation", "checkpoint"]  # what a run does besides training
 
 
 class Window:
@@ -31,7 +31,7 @@ class Window:
         self._losses: Tensor | None = None  # [sum, count] of the finite losses, on the device
         self._times: deque[StepTimes] = deque()  # times of steps that the device may not have finished
         self._parts: dict[str, float] = {}
-        self._beside: dict[Beside, float] = {"evaluation": 0.0, "checkpoint": 0.0}
+        self._pauses: dict[Pause, float] = {"evaluation": 0.0, "checkpoint": 0.0}
         self._started_at = time.perf_counter()
 
     def add(self, event: StepDone) -> None:
@@ -54,8 +54,8 @@ class Window:
         for part, seconds in self._times.popleft().seconds().items():
             self._parts[part] = self._parts.get(part, 0.0) + seconds
 
-    def exclude(self, seconds: float, what: Beside = "evaluation") -> None:
-        self._beside[what] += seconds
+    def exclude(self, seconds: float, what: Pause = "evaluation") -> None:
+        self._pauses[what] += seconds
 
     def numbers(self, event: StepDone) -> Record:
         """Return the numbers of the window that are on the device. They are read in one transfer, the only synchronisation.
@@ -84,11 +84,11 @@ class Window:
 
     def seconds(self) -> float:
         """Return the seconds spent training since the window started."""
-        return time.perf_counter() - self._started_at - sum(self._beside.values())
+        return time.perf_counter() - self._started_at - sum(self._pauses.values())
 
     def split(self) -> Record:
         """Return the mean seconds per step of each part, and the total seconds of evaluation and checkpoints."""
         while self._times:
             self._fold()
         parts = {f"{part}_seconds": total / self.steps for part, total in self._parts.items()}
-        return parts | {f"{what}_seconds": seconds for what, seconds in self._beside.items()}
+        return parts | {f"{what}_seconds": seconds for what, seconds in self._pauses.items()}

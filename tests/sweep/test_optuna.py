@@ -22,7 +22,7 @@ from pretrain.sweep.measure import objectives
 from pretrain.sweep.optuna_sweeper import Options, OptunaSweeper
 from pretrain.sweep.pruning import evaluated_since, pruning
 from pretrain.sweep.space import parse_space
-from pretrain.sweep.study import Study, search_alone
+from pretrain.sweep.study import Study, search_lock
 
 LR = "lr=tag(log,interval(1e-5,1e-1))"
 
@@ -243,7 +243,9 @@ def test_a_journal_that_makes_no_sense_without_a_line_is_kept(search, tmp_path):
     begun = next(i for i, line in enumerate(lines) if '"op_code":4' in line)
     lines[begun] = "3\n"
     file.write_text("".join(lines))
-    with pytest.raises(UserError, match=rf"optuna.journal:{begun + 1}: not an entry .* restore the file, or move it away"):
+    with pytest.raises(
+        UserError, match=rf"optuna.journal:{begun + 1}: not an entry .* restore the file, or move it away"
+    ):
         search(3)
     assert file.read_text() == "".join(lines)
 
@@ -266,7 +268,7 @@ def test_a_planted_trial_is_no_job(planted, tmp_path):
 
 
 def test_only_one_command_searches(search, tmp_path):
-    with search_alone(tmp_path / "sweep"), pytest.raises(UserError, match="another command is searching"):
+    with search_lock(tmp_path / "sweep"), pytest.raises(UserError, match="another command is searching"):
         search(1)
     assert len(search(1)) == 1
 

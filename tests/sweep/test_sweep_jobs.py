@@ -100,7 +100,7 @@ def test_a_run_that_was_moved_aside_is_no_job(tmp_path):
 
 def test_a_job_is_held_by_one_command_and_by_the_child_it_leaves(tmp_path):
     job = job_of(tmp_path, ["lr=1"], ("lr",))
-    with job.alone() as held:
+    with job.exclusive() as held:
         assert job.lock() is None
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=held.descriptors)
     assert job.lock() is None, "the one who started it is gone, but it is still at work"
@@ -165,7 +165,7 @@ def test_what_an_earlier_attempt_left_is_not_the_next_ones(tmp_path):
     sweep = sweep_in(tmp_path)
     job = sweep.job(["lr=1"])
     job.prune_file.touch()
-    job.note.write_text("error: an old one")
+    job.error_file.write_text("error: an old one")
     assert sweep.end(job, sweep.begin(job), 75, 1.0).status == "stopped"
     assert sweep.end(job, sweep.begin(job), 3, 1.0).status == "failed"
     assert job.read()["error"] == "exit code 3"

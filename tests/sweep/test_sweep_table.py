@@ -54,7 +54,7 @@ def test_another_metric_ranks_the_same_jobs_anew(sweep):
 
 def test_a_job_at_work_is_running(sweep):
     job, _ = table.jobs_in(sweep)[5]
-    with job.alone():
+    with job.exclusive():
         assert table.write(sweep, **FACTS)["jobs"][5]["status"] == "running"
 
 

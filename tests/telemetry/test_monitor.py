@@ -341,7 +341,7 @@ def test_layers_come_in_the_order_of_steps(tmp_path):
 
 
 def test_a_run_that_saves_nothing_keeps_a_bounded_number_of_records(tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.telemetry.monitor.MOST_UNSAVED", 3)
+    monkeypatch.setattr("pretrain.telemetry.monitor.MAX_UNSAVED", 3)
     monitor = Monitor({}, run=tmp_path, log_every=1)
     monitor(RunStarted(0, total_steps=9, resumed=False))
     for step in range(1, 9):

@@ -8,7 +8,7 @@ import pytest
 
 from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.record import change_of, scored_before
-from pretrain.telemetry.run_summary import KEPT, RunSummary
+from pretrain.telemetry.run_summary import MAX_LOSSES, RunSummary
 from pretrain.telemetry.sinks.jsonl import Jsonl
 from pretrain.telemetry.sinks.terminal import Terminal
 from pretrain.telemetry.sinks.terminal_tables import BLOCKS, SPARK_WIDTH, one_line, sparkline
@@ -353,6 +353,6 @@ def test_one_line():
 
 def test_the_memory_of_a_long_run_does_not_grow():
     tally = RunSummary()
-    for step in range(1, 10 * KEPT):
+    for step in range(1, 10 * MAX_LOSSES):
         tally.add(train(step, float(step)))
-    assert len(tally.losses) == KEPT >= SPARK_WIDTH
+    assert len(tally.losses) == MAX_LOSSES >= SPARK_WIDTH

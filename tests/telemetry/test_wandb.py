@@ -15,7 +15,7 @@ from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.sinks import wandb_key
 from pretrain.telemetry.sinks.jsonl import Jsonl, read_records
 from pretrain.telemetry.sinks.wandb import RUN_ID, Wandb
-from pretrain.telemetry.sinks.wandb_process import Orders, Run
+from pretrain.telemetry.sinks.wandb_process import MessageHandler, Run
 from tests.runs import assert_same_numbers, assert_same_run
 from tests.wandb_tools import Server, of_kind, rows, run_file
 
@@ -373,10 +373,10 @@ def test_a_run_that_w_and_b_cannot_end_is_over_all_the_same(tmp_path, monkeypatc
     run = Run.__new__(Run)
     run._held, run._exit_code, run._run, run._lock = {}, 0, Broken(), Lock(tmp_path / "lock")
     run._lock.acquire()
-    orders = Orders(sys.stdout)
+    orders = MessageHandler(sys.stdout)
     orders._run = run
     orders.handle({"end": None})
-    orders.give_up()
+    orders.close_failed()
     assert not run._lock.descriptors
     out, err = capsys.readouterr()
     assert "RuntimeError: *** was refused" in out

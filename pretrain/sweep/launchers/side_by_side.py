@@ -22,7 +22,7 @@ from pydantic import PositiveInt
 from pretrain.config.check import check_value, gpu_visible
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.signals import HEARING_SECONDS, Stopped
-from pretrain.sweep.jobs import Sweep, hearing, run_job
+from pretrain.sweep.jobs import Sweep, collecting_stop_signals, run_job
 
 
 class SideBySideLauncher(Launcher):
@@ -44,21 +44,21 @@ class SideBySideLauncher(Launcher):
 
         Raises ``Stopped`` after a stop signal, or if a job was stopped. The other jobs have then saved and stopped too.
         """
-        asked: list[str] = []
-        with hearing(asked), ThreadPoolExecutor(self.n_jobs) as pool:
-            futures = [pool.submit(self._run, list(overrides), asked) for overrides in job_overrides]
+        stop_signals: list[str] = []
+        with collecting_stop_signals(stop_signals), ThreadPoolExecutor(self.n_jobs) as pool:
+            futures = [pool.submit(self._run, list(overrides), stop_signals) for overrides in job_overrides]
             while wait(futures, HEARING_SECONDS).not_done:
                 pass
-        if asked:
-            raise Stopped(asked[0])
+        if stop_signals:
+            raise Stopped(stop_signals[0])
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=future.result()) for future in futures]
 
-    def _run(self, overrides: list[str], asked: list[str]) -> float | None:
+    def _run(self, overrides: list[str], stop_signals: list[str]) -> float | None:
         share = self.shares.get()
         try:
-            return run_job(self.sweep, overrides, asked=asked, environment=share).objective
+            return run_job(self.sweep, overrides, stop_signals=stop_signals, environment=share).objective
         except Stopped as stop:  # if one job is stopped, all others stop too
-            asked.append(str(stop))
+            stop_signals.append(str(stop))
             raise
         finally:
             self.shares.put(share)

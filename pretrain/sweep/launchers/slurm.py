@@ -139,25 +139,25 @@ class SlurmLauncher(Launcher):
         started_at = time.monotonic()
         jobs = self._submit(callables)
 
-        def write_down(name: str, code: int) -> None:
-            own = callables[name].of
+        def record_end(name: str, code: int) -> None:
+            own = callables[name].sweep_job
             assert own is not None
             self.sweep.end(own, own.read(), code, time.monotonic() - started_at)
             self.sweep.write_table()
 
-        left = dict(jobs)
+        remaining = dict(jobs)
         try:
             for name, code in self._wait(jobs):
-                write_down(name, code)
-                del left[name]
+                record_end(name, code)
+                del remaining[name]
         except (KeyboardInterrupt, Stopped):
             if self.options.cluster == "slurm":
                 ids = " ".join(job.job_id for job in jobs.values())
                 notice(f"no longer waiting; the jobs continue. To cancel them: scancel {ids}")
             else:
                 # a job that a Ctrl-C of the terminal has ended left no result
-                for name, code in self._wait(left, stop=True):
-                    write_down(name, code and EXIT_CODE)
+                for name, code in self._wait(remaining, stop=True):
+                    record_end(name, code and EXIT_CODE)
             raise
 
     def _submit(self, callables: dict[str, SlurmJob]) -> dict[str, submitit.Job[int]]:
@@ -182,8 +182,8 @@ class SlurmLauncher(Launcher):
                 "sbatch rejected the jobs for the reason above; hydra.launcher.* sets its options"
             ) from None
         ids = " ".join(job.job_id for job in jobs.values())
-        leaving = "; Ctrl-C ends only the waiting" if cluster == "slurm" else ""
-        notice(f"submitted {ids}; logs in {folder}{leaving}")
+        hint = "; Ctrl-C ends only the waiting" if cluster == "slurm" else ""
+        notice(f"submitted {ids}; logs in {folder}{hint}")
         return jobs
 
     def _wait(self, jobs: dict[str, submitit.Job[int]], *, stop: bool = False) -> Iterator[tuple[str, int]]:
@@ -197,14 +197,14 @@ class SlurmLauncher(Launcher):
         live = before = {job.job_id for job in jobs.values()}
         for second in itertools.count():
             if stop:
-                _ask_to_stop(job for name, job in jobs.items() if name not in codes)
+                _send_stop_signal(job for name, job in jobs.items() if name not in codes)
             if second % QUEUE_SECONDS == 0:
                 live, before = self._live(jobs.values()), live
             for name, job in jobs.items():
                 code = None if name in codes else _result(job, live=job.job_id in live | before)
                 if code is not None:
                     codes[name] = code
-                    notice(f"job {job.job_id} ({name}): {_how(code, job.task(0).paths.stdout)}")
+                    notice(f"job {job.job_id} ({name}): {_exit_description(code, job.task(0).paths.stdout)}")
                     yield name, code
             if len(codes) == len(jobs):
                 break
@@ -238,7 +238,7 @@ def fresh_folder(parent: str) -> Path:
         raise UserError(f"hydra.launcher.folder={parent}: can't be written: {error.strerror}") from None
 
 
-def _ask_to_stop(jobs: Iterable[submitit.Job[int]]) -> None:
+def _send_stop_signal(jobs: Iterable[submitit.Job[int]]) -> None:
     """Send SIGTERM to the jobs, which are processes on this machine: a job's id is the pid of its controller, which forwards
     the signal. The caller repeats this, because submitit ignores the signal while a job is starting; a command acts on it
     once."""
@@ -264,7 +264,7 @@ def _result(job: submitit.Job[int], *, live: bool) -> int | None:
     return None if live and code == EXIT_CODE else code  # a job that was stopped may be requeued
 
 
-def _how(code: int, log: Path) -> str:
+def _exit_description(code: int, log: Path) -> str:
     if code == 0:
         return "done"
     return f"exit code {code}, see {log}" if log.exists() else "ended before the command started"
@@ -280,18 +280,18 @@ class SlurmJob:
 
     command: list[str]
     folder: Path
-    of: JobOfSweep | None = None
+    sweep_job: JobOfSweep | None = None
     pid: int = 0
 
     def __call__(self) -> int:
         import submitit
 
-        command = [*self.command, *_meeting_point()]
+        command = [*self.command, *_rendezvous_overrides()]
         environment = None
-        if self.of is not None:
+        if self.sweep_job is not None:
             if submitit.JobEnvironment().global_rank == 0:  # only the first node writes the state
-                self.of.write(status="running", locked=False)
-            environment = child.environment(self.of.note)
+                self.sweep_job.write(status="running", locked=False)
+            environment = child.environment(self.sweep_job.error_file)
         if submitit.JobEnvironment().cluster == "local":  # SLURM itself sends the signal to the command
             signal.signal(signal.SIGTERM, self._pass_on)
         process = subprocess.Popen(command, cwd=self.folder, env=environment, preexec_fn=_ignore_warning_signal)
@@ -315,7 +315,7 @@ class SlurmJob:
             os.kill(self.pid, signal.SIGTERM)
             if _exit_code(self.pid) not in (0, EXIT_CODE):
                 return None
-        return submitit.helpers.DelayedSubmission(SlurmJob(self.command, self.folder, self.of))
+        return submitit.helpers.DelayedSubmission(SlurmJob(self.command, self.folder, self.sweep_job))
 
 
 def _ignore_warning_signal() -> None:
@@ -337,7 +337,7 @@ def _exit_code(pid: int) -> int:
     return EXIT_CODE if end.si_status == signal.SIGTERM else 128 + end.si_status
 
 
-def _meeting_point() -> list[str]:
+def _rendezvous_overrides() -> list[str]:
     """Return the overrides for the rendezvous of a job with several nodes: the first node's address and a port.
 
     ``NodeAddr`` is the name or address by which SLURM itself reaches the node.

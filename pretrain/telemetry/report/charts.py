@@ -107,8 +107,8 @@ def line_chart(
     if from_zero:
         axes.set_ylim(bottom=0)
     keys = [(line.name, line.colour, _last(line.y, form)) for line in lines]
-    said = "; ".join(f"{line.name} from {_first(line.y, form)} to {_last(line.y, form)}" for line in lines)
-    return _figure(title, unit, keys, drawing.svg(f"{title}: {said}", drawing.readouts(lines)), large=large)
+    description = "; ".join(f"{line.name} from {_first(line.y, form)} to {_last(line.y, form)}" for line in lines)
+    return _figure(title, unit, keys, drawing.svg(f"{title}: {description}", drawing.readouts(lines)), large=large)
 
 
 def area_chart(
@@ -121,9 +121,9 @@ def area_chart(
     drawing.axes.set_ylim(bottom=0)
     drawing.axes.margins(x=0)
     keys = [(line.name, line.colour, form(sum(_floats(line.y)) / len(line.y))) for line in lines]
-    said = "; ".join(f"{name} {mean}" for name, _, mean in keys)
+    description = "; ".join(f"{name} {mean}" for name, _, mean in keys)
     return _figure(
-        title, unit, keys, drawing.svg(f"{title}: {said}", drawing.readouts(lines, marks=False)), large=large
+        title, unit, keys, drawing.svg(f"{title}: {description}", drawing.readouts(lines, marks=False)), large=large
     )
 
 
@@ -153,8 +153,8 @@ def scatter_chart(
         axes.axhline(0, color=SOFT, lw=1, zorder=1)
         axes.axvline(0, color=SOFT, lw=1, zorder=1)
     axes.margins(0.12)
-    said = "; ".join(f"{p.name} at {compact(p.x)}, {compact(p.y)}" for p in points)
-    return _figure(title, unit, [], drawing.svg(f"{title}: {said}", drawing.names(points)), large=large)
+    description = "; ".join(f"{p.name} at {compact(p.x)}, {compact(p.y)}" for p in points)
+    return _figure(title, unit, [], drawing.svg(f"{title}: {description}", drawing.names(points)), large=large)
 
 
 def heat_chart(
@@ -177,8 +177,10 @@ def heat_chart(
     )
     every = math.ceil(len(rows) / 12)
     drawing.axes.set_yticks(range(0, len(rows), every), [short(name) for name in rows[::every]], fontsize=9)
-    said = f"{compact(low)} (dark) to {compact(high)} (bright)"
-    return _figure(title, f"{unit}, {said}" if unit else said, [], drawing.svg(f"{title}: {said}", ""))
+    description = f"{compact(low)} (dark) to {compact(high)} (bright)"
+    return _figure(
+        title, f"{unit}, {description}" if unit else description, [], drawing.svg(f"{title}: {description}", "")
+    )
 
 
 class _Drawing:

@@ -22,14 +22,14 @@ def differing(configs: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     """Return the keys in which ``configs`` differ, each with the values of all ``configs``."""
     leaves = [dict(flat(config)) for config in configs]
     keys = dict.fromkeys(key for found in leaves for key in found if key not in NAMES)
-    rows = [(key, [said(found[key]) if key in found else ABSENT for found in leaves]) for key in keys]
+    rows = [(key, [as_yaml(found[key]) if key in found else ABSENT for found in leaves]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def said(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     """Format a value as YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
-        return f"[{', '.join(map(said, value))}]"
+        return f"[{', '.join(map(as_yaml, value))}]"
     return repr(value) if (isinstance(value, str) and value != value.strip()) or value == "" else str(value)

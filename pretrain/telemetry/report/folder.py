@@ -77,7 +77,7 @@ def read_run(path: Path) -> Run:
     history = History()
     number = 0
     try:
-        for number, record in enumerate(iter_records(file, torn=_say_torn), start=1):  # noqa: B007 (used below)
+        for number, record in enumerate(iter_records(file, torn=_report_incomplete), start=1):  # noqa: B007 (used below)
             history.add(record)
     except OSError as error:
         raise UserError(f"{file} can't be read: {error.strerror}") from None
@@ -86,7 +86,7 @@ def read_run(path: Path) -> Run:
     return run_of(path, history)
 
 
-def _say_torn(where: str) -> None:
+def _report_incomplete(where: str) -> None:
     notice(f"{where}: incomplete line (the run was killed while writing it, or is writing it now); skipped")
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pretrain.telemetry.numbers import is_number
 from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record, change_of, scored_before
 
-POINTS = 400  # maximum number of points of a curve; after merging, at least half as many remain
-KEPT = 12  # the last checkpoints that are listed
-LISTED = 200  # starts and rollbacks that are listed
+MAX_POINTS = 400  # maximum number of points of a curve; after merging, at least half as many remain
+MAX_CHECKPOINTS = 12  # the last checkpoints that are listed
+MAX_EVENTS = 200  # starts and rollbacks that are listed
 
 PARTS = (*STEP_PARTS, *WINDOW_PARTS, "other")
 
@@ -47,7 +47,7 @@ class _Point:
 class Curves:
     """Curves of several keys over the same steps, thinned to at most ``points`` points."""
 
-    def __init__(self, points: int = POINTS) -> None:
+    def __init__(self, points: int = MAX_POINTS) -> None:
         self._limit = points
         self._points: list[_Point] = []
         self.width = 1  # records per point
@@ -156,9 +156,9 @@ class History:
         self.layers: dict[str, Curves] = {}
         self.samples: dict[tuple[str, str], list[Record]] = {}  # key: domain, prompt; value: first and last
         self.data: Record = {}
-        self.checkpoints: deque[Record] = deque(maxlen=KEPT)
+        self.checkpoints: deque[Record] = deque(maxlen=MAX_CHECKPOINTS)
         self.num_checkpoints = 0
-        self.happened: deque[Record] = deque(maxlen=LISTED)  # starts, rollbacks, ends
+        self.run_events: deque[Record] = deque(maxlen=MAX_EVENTS)  # starts, rollbacks, ends
         self.first: Record = {}
         self.start: Record = {}
         self.end: Record | None = None
@@ -189,7 +189,7 @@ class History:
                 self.checkpoints.append(record)
                 self.num_checkpoints += 1
             case "run_started" | "rollback" | "run_finished":
-                self._happen(record)
+                self._add_run_event(record)
         self.first = self.first or record
         self.last = {"step": record["step"], "time": record.get("time")}
 
@@ -204,11 +204,11 @@ class History:
                 domain.last = domain.last | numbers | {"step": domain.scores.steps[-1]}
         self.domains = {name: d for name, d in self.domains.items() if d.scores.steps}
         self.samples = {k: [r for r in v if r["step"] <= step] for k, v in self.samples.items()}
-        self.checkpoints = deque((r for r in self.checkpoints if r["step"] <= step), maxlen=KEPT)
+        self.checkpoints = deque((r for r in self.checkpoints if r["step"] <= step), maxlen=MAX_CHECKPOINTS)
         self._counted = min(self._counted, step)
 
-    def _happen(self, record: Record) -> None:
-        self.happened.append(record)
+    def _add_run_event(self, record: Record) -> None:
+        self.run_events.append(record)
         self._counted = record["step"]
         if record["event"] == "run_started":
             self.start, self.end = record, None
@@ -229,8 +229,8 @@ class History:
         the steps is ``other``."""
         steps = max(record["step"] - self._counted, 1)
         parts = {name: _seconds(record, name) * steps for name in STEP_PARTS}
-        rest = _seconds(record, "step") * steps - sum(parts.values())
-        return parts | {name: _seconds(record, name) for name in WINDOW_PARTS} | {"other": max(rest, 0.0)}
+        unattributed = _seconds(record, "step") * steps - sum(parts.values())
+        return parts | {name: _seconds(record, name) for name in WINDOW_PARTS} | {"other": max(unattributed, 0.0)}
 
     def _evaluation(self, record: Record) -> None:
         domain = self.domains.setdefault(str(record["domain"]), Domain(str(record.get("role")), record, record))

@@ -12,7 +12,7 @@ from pretrain.telemetry.baseline import doubt
 from pretrain.telemetry.numbers import NOTHING, amount, duration, instant, is_number, number, share, signed, size
 from pretrain.telemetry.record import Record
 from pretrain.telemetry.report import plots
-from pretrain.telemetry.report.config_diff import differing, flat, said
+from pretrain.telemetry.report.config_diff import as_yaml, differing, flat
 from pretrain.telemetry.report.folder import Run
 from pretrain.telemetry.report.history import Domain, History
 from pretrain.telemetry.report.style import (
@@ -34,8 +34,8 @@ from pretrain.telemetry.report.style import (
 )
 from pretrain.telemetry.report.summary import before_after, verdict
 
-MOST_ROWS = 40  # maximum rows of a table of unbounded length
-MOST_SAMPLES = 12
+MAX_ROWS = 40  # maximum rows of a table of unbounded length
+MAX_SAMPLES = 12
 
 
 def run_page(run: Run) -> str:
@@ -164,11 +164,11 @@ def _change(domain: Domain, step: int) -> str:
 
 def _samples(history: History) -> Iterator[Markup]:
     """Yield cards with a prompt and its continuations before the run and now."""
-    known = [kept for kept in history.samples.values() if kept]
+    known = [pair for pair in history.samples.values() if pair]
     cards = []
-    for kept in known[:MOST_SAMPLES]:
-        first, last = kept[0], kept[-1]
-        texts = [(f"step {r['step']:,}", str(r.get("text", ""))) for r in ([first, last] if len(kept) > 1 else [first])]
+    for pair in known[:MAX_SAMPLES]:
+        first, last = pair[0], pair[-1]
+        texts = [(f"step {r['step']:,}", str(r.get("text", ""))) for r in ([first, last] if len(pair) > 1 else [first])]
         columns = (
             Markup(f'<div><p class="soft">{escape(when)}</p><pre class="wrote">{escape(text)}</pre></div>')
             for when, text in texts
@@ -178,8 +178,8 @@ def _samples(history: History) -> Iterator[Markup]:
         cards.append(card(Markup(f'<p class="soft">{escape(about)}</p>{prompt}'), grid(columns, "two")))
     if cards:
         yield Markup(f'<div class="stack">{join(cards)}</div>')
-    if len(known) > MOST_SAMPLES:
-        yield Markup(f'<p class="soft">{len(known) - MOST_SAMPLES} more are in metrics.jsonl.</p>')
+    if len(known) > MAX_SAMPLES:
+        yield Markup(f'<p class="soft">{len(known) - MAX_SAMPLES} more are in metrics.jsonl.</p>')
 
 
 def _time_bar(history: History) -> Markup:
@@ -202,10 +202,10 @@ def _sources(history: History) -> Markup:
     ranked = sorted(sources.items(), key=lambda item: -(item[1].get("tokens") or 0))
     rows = [
         (name, amount(s.get("documents")), amount(s.get("tokens")), share(s.get("share"), 1))
-        for name, s in ranked[:MOST_ROWS]
+        for name, s in ranked[:MAX_ROWS]
     ]
     parts = [(name, i, s.get("tokens") or 0, share(s.get("share"))) for i, (name, s) in enumerate(ranked[:8])]
-    more = f"{len(ranked) - MOST_ROWS} more sources; " if len(ranked) > MOST_ROWS else ""
+    more = f"{len(ranked) - MAX_ROWS} more sources; " if len(ranked) > MAX_ROWS else ""
     mean = f"{more}{number(history.data.get('tokens_per_document'), 0)} tokens per document"
     shares = bar("Tokens by source", parts) if len(parts) > 1 else Markup("")
     listed = table(("source", "documents", "tokens", "share"), rows)
@@ -225,27 +225,29 @@ def _layers(history: History) -> Markup:
 
 def _events(run: Run) -> Markup:
     """Return the table of starts, resumes, stops, rollbacks and quarantined batches, sorted by time."""
-    found = [(r.get("time"), r["step"], *_happened(r)) for r in run.history.happened]
+    found = [(r.get("time"), r["step"], *_event_text(r)) for r in run.history.run_events]
     found += [(r.get("time"), r.get("step", 0), *_quarantined(r)) for r in run.quarantine]
     found.sort(key=lambda row: row[0] if is_number(row[0]) else 0.0)
     restarts = run.facts.get("restarts")
-    resumed = sum(r["event"] == "run_started" and bool(r.get("resumed")) for r in run.history.happened)
-    rollbacks = sum(r["event"] == "rollback" for r in run.history.happened)
+    resumed = sum(r["event"] == "run_started" and bool(r.get("resumed")) for r in run.history.run_events)
+    rollbacks = sum(r["event"] == "rollback" for r in run.history.run_events)
     counts = [(resumed, "resume"), (rollbacks, "rollback"), (len(run.quarantine), "quarantined batch")]
     if is_number(restarts) and restarts > resumed:
         counts.append((int(restarts) - resumed, "restart from the beginning"))
-    told = ", ".join(f"{n} {what}{'' if n == 1 else 'es' if what.endswith('ch') else 's'}" for n, what in counts if n)
+    counted = ", ".join(
+        f"{n} {what}{'' if n == 1 else 'es' if what.endswith('ch') else 's'}" for n, what in counts if n
+    )
     rows = [(instant(when), f"{step:,}", _coloured(what, kind)) for when, step, what, kind in found]
-    shown = rows[-MOST_ROWS:]
-    summary = told or "None: one start, no rollback, nothing quarantined."
-    left_out = f" The last {MOST_ROWS} of {len(rows)} events:" if len(rows) > len(shown) else ""
+    shown = rows[-MAX_ROWS:]
+    summary = counted or "None: one start, no rollback, nothing quarantined."
+    left_out = f" The last {MAX_ROWS} of {len(rows)} events:" if len(rows) > len(shown) else ""
     return card(
         Markup(f"<p>{escape(summary + left_out)}</p>"),
         table(("time", "step", "what"), shown, text=(0, 2)) if rows else "",
     )
 
 
-def _happened(record: Record) -> tuple[str, str]:
+def _event_text(record: Record) -> tuple[str, str]:
     """Return a description of a start, a stop or a rollback, and its colour (see `_coloured`)."""
     if record["event"] == "rollback":
         return f"rolled back from step {record.get('bad_step')}: {record.get('reason')}", "bad"
@@ -302,13 +304,13 @@ def _configuration(run: Run) -> Iterator[Markup]:
         yield card(table(("key", "default", "this run"), rows, text=(0, 1, 2)))
     else:
         yield card(Markup("<p>All keys have their default values.</p>"))
-    every = table((), [(key, said(value)) for key, value in flat(run.config)], text=(0, 1))
+    every = table((), [(key, as_yaml(value)) for key, value in flat(run.config)], text=(0, 1))
     yield card(details("Complete configuration", every))
 
 
 def _environment(start: Record) -> Markup:
     known = {k: v for k, v in start.items() if k not in ("event", "step", "time", "resumed") and v is not None}
-    rows = [(key.replace(".", " · ").replace("_", " "), said(value)) for key, value in flat(known)]
+    rows = [(key.replace(".", " · ").replace("_", " "), as_yaml(value)) for key, value in flat(known)]
     return card(facts(rows)) if rows else Markup("")
 
 

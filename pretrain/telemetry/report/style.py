@@ -180,11 +180,11 @@ def key(name: str, colour: int, value: str) -> Markup:
 def bar(title: str, parts: Sequence[tuple[str, int, float, str]]) -> Markup:
     """Return a stacked bar of ``parts`` (name, colour, value, formatted value) with a legend under it."""
     pieces = "".join(
-        f'<i style="--key: var(--c{colour % NUM_COLOURS}); flex: {value:.6g}" title="{escape(name)} {escape(said)}"></i>'
-        for name, colour, value, said in parts
+        f'<i style="--key: var(--c{colour % NUM_COLOURS}); flex: {value:.6g}" title="{escape(name)} {escape(shown)}"></i>'
+        for name, colour, value, shown in parts
     )
-    label = escape(f"{title}: " + "; ".join(f"{name} {said}" for name, _, _, said in parts))
-    legend = join(key(name, colour, said) for name, colour, _, said in parts)
+    label = escape(f"{title}: " + "; ".join(f"{name} {shown}" for name, _, _, shown in parts))
+    legend = join(key(name, colour, shown) for name, colour, _, shown in parts)
     return Markup(
         f'<figure><figcaption>{escape(title)}</figcaption><div class="bar" role="img" aria-label="{label}">{pieces}</div>'
         f'<div class="keys">{legend}</div></figure>'

@@ -51,10 +51,10 @@ class Table:
         self._columns: list[str] = []
         self._file: RetryingAppendFile | None = None
         if path.exists():
-            odd: list[str] = []
-            rows = read_rows(path, say=odd.append) if start.step else []
-            keep_broken(path, odd)
-            self._rewrite([row for row in rows if not _comes_again(path.stem, row, start)], [])
+            invalid: list[str] = []
+            rows = read_rows(path, say=invalid.append) if start.step else []
+            keep_broken(path, invalid)
+            self._rewrite([row for row in rows if not _is_rewritten(path.stem, row, start)], [])
 
     def write(self, row: Row) -> None:
         new = [column for column in row if column not in self._columns]
@@ -133,6 +133,6 @@ def _cells(line: str) -> list[str]:
     return rows[0] if len(rows) == 1 else []
 
 
-def _comes_again(event: str, row: dict[str, str], start: RunStarted) -> bool:
+def _is_rewritten(event: str, row: dict[str, str], start: RunStarted) -> bool:
     step = int(row["step"])
     return step > start.step or (step == start.step and event in WITH_EVALUATION and start.pending_evaluation)

@@ -114,15 +114,15 @@ def cut(path: Path, start: RunStarted) -> None:
     A run that starts over (step 0) removes everything. If any line is not a record, a copy of the old file is kept next to the
     new one.
     """
-    odd: list[str] = []
-    kept = records_until(path, start, say=odd.append) if start.step > 0 else []
-    keep_broken(path, odd)
+    invalid: list[str] = []
+    kept = records_until(path, start, say=invalid.append) if start.step > 0 else []
+    keep_broken(path, invalid)
     replace_file(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), flush=True)
 
 
-def keep_broken(path: Path, odd: Sequence[str]) -> None:
+def keep_broken(path: Path, invalid: Sequence[str]) -> None:
     """Keep a copy of ``path`` and report the first message of ``odd``, before ``path`` is rewritten without the invalid lines
     that ``odd`` describes."""
-    if odd:
+    if invalid:
         keep_copy(path)
-        notice(odd[0] + (f" (and {len(odd) - 1} more such lines)" if len(odd) > 1 else ""))
+        notice(invalid[0] + (f" (and {len(invalid) - 1} more such lines)" if len(invalid) > 1 else ""))

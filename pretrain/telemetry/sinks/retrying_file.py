@@ -17,23 +17,23 @@ class RetryingAppendFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = open_append(path, mode="ab", buffering=0)
-        self._waiting = b""
-        self._said = False
+        self._pending = b""
+        self._failure_reported = False
 
     def write(self, data: bytes) -> None:
-        self._waiting += data
+        self._pending += data
         self.flush()
 
     def flush(self) -> None:
         try:
-            while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
-            if not self._said:
+            if not self._failure_reported:
                 notice(
                     f"{self._path} can't be written: {error.strerror}; its records are kept and written later; the run continues"
                 )
-            self._said = True
+            self._failure_reported = True
 
     def close(self) -> None:
         self.flush()

@@ -39,9 +39,9 @@ class SubprocessQueue:
         self._waiting: Queue[dict[str, Any] | None] = Queue(MOST_WAITING)
         self._lost = 0
         self._killed = False
-        self._listener = threading.Thread(target=self._listen, name="courier", daemon=True)
+        self._listener = threading.Thread(target=self._listen, name="subprocess-queue", daemon=True)
         self._listener.start()
-        threading.Thread(target=self._carry, name="courier", daemon=True).start()
+        threading.Thread(target=self._carry, name="subprocess-queue", daemon=True).start()
 
     def send(self, message: dict[str, Any]) -> None:
         """Queue ``message``, or drop it if the queue is full. This never blocks."""

@@ -30,7 +30,7 @@ class Terminal(Sink):
         self._level = level
         self._console: Console | None = None
         self._live: Live | None = None
-        self._tally = RunSummary()
+        self._summary = RunSummary()
         self._last: Record = {"step": 0}
         self._total = 0
         self._over = False
@@ -39,11 +39,11 @@ class Terminal(Sink):
     def open(self, run: Path, start: RunStarted) -> None:
         self._console = self.console()
         self._total, self._folder, self._over = start.total_steps, run, False
-        if start.step and (not self._tally.after or self._tally.has_beyond(start.step)):
-            self._tally = RunSummary()
+        if start.step and (not self._summary.after or self._summary.scored_after(start.step)):
+            self._summary = RunSummary()
             for record in _earlier(run, start):
-                self._tally.add(record)
-        self._tally.start(start.step)
+                self._summary.add(record)
+        self._summary.start(start.step)
         self._last = {"step": start.step}
         # a terminal without cursor movement gets one line per log step, like a file
         if self._level >= 3 and self._total and self._console.is_interactive and self._console.file.isatty():
@@ -64,7 +64,7 @@ class Terminal(Sink):
         return live
 
     def write(self, record: Record) -> None:
-        self._tally.add(record)
+        self._summary.add(record)
         getattr(self, f"_{record['event']}", lambda record: None)(record)
 
     def close(self) -> None:
@@ -80,18 +80,18 @@ class Terminal(Sink):
 
         assert self._console is not None
         width, curve = self._console.width, self._console.encoding.lower().startswith("utf")
-        lines = tables.status(self._last, self._tally, total=self._total, width=width, level=self._level, curve=curve)
+        lines = tables.status(self._last, self._summary, total=self._total, width=width, level=self._level, curve=curve)
         return lines if self._over else Group(lines, "")
 
-    def _say(self, *parts: Any) -> None:
+    def _print(self, *parts: Any) -> None:
         """Print one line without wrapping, so that paths can be copied."""
         from rich.text import Text
 
         assert self._console is not None
         self._console.print(Text.assemble(*parts), soft_wrap=True)
 
-    def _named(self, name: str, *parts: Any) -> None:
-        self._say((f"{name:<9}", "bright_black"), *parts)
+    def _print_labelled(self, name: str, *parts: Any) -> None:
+        self._print((f"{name:<9}", "bright_black"), *parts)
 
     def _run_started(self, r: Record) -> None:
         parameters = f"{r['parameters'] / 1e6:.1f} M parameters" if "parameters" in r else ""
@@ -99,7 +99,7 @@ class Terminal(Sink):
         if r["resumed"]:
             work = f"continues at step {r['step']} of {r['total_steps']}"
         name = (str(r.get("model", "model")), "bold")
-        self._say(name, f" ({parameters}) {work} on {r.get('device')}; {self._folder}")
+        self._print(name, f" ({parameters}) {work} on {r.get('device')}; {self._folder}")
 
     def _train(self, r: Record) -> None:
         self._last = r
@@ -113,7 +113,7 @@ class Terminal(Sink):
                 numbers += f"  MFU {r['mfu']:.1%}"
             if self._level >= 4:
                 numbers += f"  grad norm {number(r['grad_norm'])}  {r['memory_gib']:.2f} GiB"
-            self._say(f"step {r['step']:>{len(str(self._total))}}/{self._total}  {numbers}")
+            self._print(f"step {r['step']:>{len(str(self._total))}}/{self._total}  {numbers}")
 
     def _evaluation(self, r: Record) -> None:
         if self._level < 2:
@@ -126,20 +126,20 @@ class Terminal(Sink):
             since = ("  ", change, " since step 0" if change.plain.startswith(("=", "—")) else " than at step 0")
         domain = (f"{r['domain']} ({r['role']})".ljust(16), "bold")
         perplexity = f"perplexity {number(r['perplexity']):>6}"
-        self._say(f"step {r['step']:>{len(str(self._total))}}  ", domain, f"  {perplexity}", *since)
+        self._print(f"step {r['step']:>{len(str(self._total))}}  ", domain, f"  {perplexity}", *since)
 
     def _checkpoint(self, r: Record) -> None:
         if self._live is None and self._level >= 2:
-            self._say(f"step {r['step']}  saved {r['path']}")
+            self._print(f"step {r['step']}  saved {r['path']}")
 
     def _run_finished(self, r: Record) -> None:
         assert self._console is not None
         self.close()
-        if self._tally.after:
+        if self._summary.after:
             self._console.print(self._domains(r["step"]))
-            for reason in tables.reasons(self._tally):
-                self._say(reason)
-        for line in tables.samples(self._tally, r["step"]):
+            for reason in tables.reasons(self._summary):
+                self._print(reason)
+        for line in tables.samples(self._summary, r["step"]):
             self._console.print(line, no_wrap=True, overflow="ellipsis")
         if self._total:
             self._totals(r)
@@ -148,28 +148,28 @@ class Terminal(Sink):
         """Return the table of each domain's change in this run, or of the scores if nothing was trained."""
         assert self._console is not None
         if not self._total:
-            return tables.scores(self._tally)
-        return tables.changes(self._tally, step=step, width=self._console.width)
+            return tables.scores(self._summary)
+        return tables.changes(self._summary, step=step, width=self._console.width)
 
     def _totals(self, r: Record) -> None:
         """Print the status, the speed, and the paths of the results."""
         colour = {"finished": "green", "stopped": "yellow"}.get(r["status"], "red")
-        self._say((r["status"], f"bold {colour}"), f" at step {r['step']}/{self._total}: {r['tokens']:,} tokens")
+        self._print((r["status"], f"bold {colour}"), f" at step {r['step']}/{self._total}: {r['tokens']:,} tokens")
         speed = [f"{r['tokens_per_second']:,.0f} tokens/s"] if r["tokens_per_second"] else []
         speed += [f"MFU {r['mfu']:.1%}"] if r.get("mfu") is not None else []
         speed += [f"goodput {r['goodput']:.0%}"] if r.get("goodput") is not None else []
         if speed:
-            self._named("speed", " · ".join(speed))
-        if spent := tables.time_line(self._tally):
-            self._named("time", spent)
-        if memory := self._tally.memory_gib:
+            self._print_labelled("speed", " · ".join(speed))
+        if spent := tables.time_line(self._summary):
+            self._print_labelled("time", spent)
+        if memory := self._summary.memory_gib:
             names = {"memory_gib": "GiB peak", "host_memory_gib": "GiB on the host"}
-            self._named("memory", " · ".join(f"{gib:.2f} {names[kind]}" for kind, gib in memory.items()))
+            self._print_labelled("memory", " · ".join(f"{gib:.2f} {names[kind]}" for kind, gib in memory.items()))
         if r["model"]:
-            self._named("model", r["model"])
+            self._print_labelled("model", r["model"])
         if (self._folder / "report.html").exists():
-            self._named("report", str(self._folder / "report.html"))
-        self._named("records", str(self._folder / "metrics.jsonl"))
+            self._print_labelled("report", str(self._folder / "report.html"))
+        self._print_labelled("records", str(self._folder / "metrics.jsonl"))
 
 
 def _earlier(run: Path, start: RunStarted) -> list[Record]:

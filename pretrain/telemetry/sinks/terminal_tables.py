@@ -19,9 +19,9 @@ SPARK_WIDTH = 40  # columns, one log step each
 NARROW = 72  # columns
 PROMPT_TAIL = 60  # characters of a prompt that are shown: its end, where the continuation starts
 NEEDED_SPARK = 8  # columns that are reserved for the curve before optional numbers are added
-WORDS = {"data": "waiting for data", "compute": "forward+backward", "checkpoint": "checkpoints"}
-SHADES = {"training": "cyan", "compute": "cyan", "optimizer": "magenta", "communication": "blue", "data": "yellow"}
-SHADES |= {"evaluation": "green", "checkpoint": "bright_black", "other": "white"}
+LABELS = {"data": "waiting for data", "compute": "forward+backward", "checkpoint": "checkpoints"}
+COLOURS = {"training": "cyan", "compute": "cyan", "optimizer": "magenta", "communication": "blue", "data": "yellow"}
+COLOURS |= {"evaluation": "green", "checkpoint": "bright_black", "other": "white"}
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:
@@ -32,7 +32,7 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
     return "".join("×" if v is None else BLOCKS[round((v - low) / span * 7) if span > 0 else 0] for v in shown)
 
 
-def status(record: Record, tally: RunSummary, *, total: int, width: int, level: int, curve: bool) -> Table:
+def status(record: Record, summary: RunSummary, *, total: int, width: int, level: int, curve: bool) -> Table:
     """Return the two status lines of a running run: the bar, and the numbers with the curve of the loss.
 
     ``curve`` is whether the terminal can print the characters of the curve. ``record`` is the last train record; before the
@@ -54,7 +54,7 @@ def status(record: Record, tally: RunSummary, *, total: int, width: int, level: 
     lines = Table.grid(expand=False)
     lines.width = min(width, 100)
     lines.add_row(bar)
-    lines.add_row(numbers_line(record, tally, width=lines.width, level=level, curve=curve) if "lr" in record else "")
+    lines.add_row(numbers_line(record, summary, width=lines.width, level=level, curve=curve) if "lr" in record else "")
     return lines
 
 
@@ -66,7 +66,7 @@ def progress_text(record: Record, total: int) -> str:
     return f"{record['step'] / total:4.0%}" + (f"  {duration(left)} left" if left is not None else "")
 
 
-def numbers_line(r: Record, tally: RunSummary, *, width: int, level: int, curve: bool) -> Text:
+def numbers_line(r: Record, summary: RunSummary, *, width: int, level: int, curve: bool) -> Text:
     """Return the loss and as many other numbers as fit, the most important first."""
     from rich.text import Text
 
@@ -85,20 +85,20 @@ def numbers_line(r: Record, tally: RunSummary, *, width: int, level: int, curve:
         room -= len(word) + 3
     line = Text.assemble(("loss ", "bright_black"), (loss, "bold"), no_wrap=True, overflow="ellipsis")
     if curve:
-        values = [value for _, value in tally.losses]
+        values = [value for _, value in summary.losses]
         line.append(f"  {sparkline(values, min(SPARK_WIDTH, NEEDED_SPARK + room))}", "cyan")
     for word in shown:
         line.append(" · ", "bright_black").append(word)
     return line
 
 
-def changes(tally: RunSummary, *, step: int, width: int) -> Table:
+def changes(summary: RunSummary, *, step: int, width: int) -> Table:
     """Return the table of each domain's change in the run, which is at ``step``; narrow terminals get short labels."""
     narrow = width < NARROW
     titles = ("perplexity", "nats") if narrow else ("perplexity before", "after", "change in loss (nats)")
     table = _table("domain", *titles)
-    for domain, after in tally.after.items():
-        values = [number(tally.before[domain]["perplexity"]), _scored_last(after, step)]
+    for domain, after in summary.after.items():
+        values = [number(summary.before[domain]["perplexity"]), _scored_last(after, step)]
         values = [" → ".join(values)] if narrow else values
         table.add_row(f"{domain} ({after['role']})", *values, change(after, word=not narrow))
     return table
@@ -111,53 +111,53 @@ def _scored_last(record: Record, step: int) -> str:
     return number(record["perplexity"]) + ("" if record["step"] == step else f" (step {record['step']})")
 
 
-def reasons(tally: RunSummary) -> list[str]:
+def reasons(summary: RunSummary) -> list[str]:
     """Return one line for each domain whose change is unknown, with the reason."""
     return [
         f"{domain}: change since step 0 unknown: {record['delta_reason']}"
-        for domain, record in tally.after.items()
+        for domain, record in summary.after.items()
         if record.get("delta_reason")
     ]
 
 
-def scores(tally: RunSummary) -> Table:
+def scores(summary: RunSummary) -> Table:
     """Return the table of scores of `task=evaluation`."""
     table = _table("domain", "loss (nats)", "perplexity", "bits per byte", "tokens")
-    for domain, r in tally.after.items():
+    for domain, r in summary.after.items():
         loss, bits = ("—" if r[key] is None else f"{r[key]:.4f}" for key in ("loss", "bits_per_byte"))
         table.add_row(f"{domain} ({r['role']})", loss, number(r["perplexity"]), bits, f"{r['tokens']:,}")
     return table
 
 
-def samples(tally: RunSummary, step: int) -> list[Text]:
+def samples(summary: RunSummary, step: int) -> list[Text]:
     """Return one sample per domain, before and after the run, which is at ``step``. The caller truncates the lines to the
     width of the terminal."""
     from rich.text import Text
 
     lines = []
-    for before, after in tally.samples.values():
+    for before, after in summary.samples.values():
         prompt = one_line(after["prompt"])
         tail = prompt if len(prompt) <= PROMPT_TAIL else f"…{prompt[-PROMPT_TAIL:]}"
         lines.append(Text.assemble((f"{after['domain']} ({after['role']})", "bold"), f"  {tail}"))
-        told = [("before", before, ""), ("after", after, "bold")]
+        rows = [("before", before, ""), ("after", after, "bold")]
         if before["step"] == after["step"] or before["prompt"] != after["prompt"]:
-            told = [("before" if after["step"] == 0 < step else "model", after, "bold")]
-        for name, record, style in told:
+            rows = [("before" if after["step"] == 0 < step else "model", after, "bold")]
+        for name, record, style in rows:
             lines.append(Text.assemble((f"  {name:<7}", "bright_black"), (one_line(record["text"]), style)))
         lines.append(Text(""))
     return lines
 
 
-def time_line(tally: RunSummary) -> Text:
+def time_line(summary: RunSummary) -> Text:
     """Return the total time and the share of each part in its colour; the result is empty if no times were recorded."""
     from rich.text import Text
 
-    spent = tally.spent()
+    spent = summary.spent()
     total = sum(spent.values())
     line = Text(duration(total) if total else "")
     for name, seconds in spent.items():
         if seconds >= 0.005 * total:
-            line.append("  ■ ", SHADES[name]).append(f"{WORDS.get(name, name)} {seconds / total:.0%}")
+            line.append("  ■ ", COLOURS[name]).append(f"{LABELS.get(name, name)} {seconds / total:.0%}")
     return line
 
 

@@ -50,34 +50,34 @@ class Wandb(Sink):
             "entity": entity,
         }
         self._given |= {"name": name, "tags": tags, "notes": notes}
-        self._wishes = {"log_model": log_model, "alerts": alerts, "timeout": timeout}
-        self._courier: SubprocessQueue | None = None
+        self._options = {"log_model": log_model, "alerts": alerts, "timeout": timeout}
+        self._queue: SubprocessQueue | None = None
         self._over = False
 
     def check(self) -> None:
         """Raise ``UserError`` if the package is missing, or if online mode is configured and there is no key."""
         require("wandb", sink="wandb")
-        if self._asked() == "online" and not wandb_key.has_key():
+        if self._configured_mode() == "online" and not wandb_key.has_key():
             raise UserError(
                 f"sink.wandb.mode=online: there is no key for {wandb_key.server()}: run `wandb login` or set "
                 "WANDB_API_KEY; or sink.wandb.mode=offline, whose files `wandb sync` sends later"
             )
 
-    def _asked(self) -> str | None:
+    def _configured_mode(self) -> str | None:
         """Return the configured mode: from the config key, the environment or W&B's own settings (``wandb offline``), in this
         order; ``None`` if none of them sets it."""
         words = {"dryrun": "offline", "run": "online"}
-        asked = self._mode or os.environ.get("WANDB_MODE") or wandb_key.mode()
-        return words.get(asked, asked) if asked else None
+        configured = self._mode or os.environ.get("WANDB_MODE") or wandb_key.mode()
+        return words.get(configured, configured) if configured else None
 
     def open(self, run: Path, start: RunStarted) -> None:
-        mode = self._asked() or ("online" if wandb_key.has_key() else "offline")
+        mode = self._configured_mode() or ("online" if wandb_key.has_key() else "offline")
         if mode == "disabled":
             return
-        if self._courier is None:
-            if self._asked() is None and mode == "offline":
+        if self._queue is None:
+            if self._configured_mode() is None and mode == "offline":
                 notice(f"W&B: no key for {wandb_key.server()}, so this run is recorded offline")
-            self._courier = SubprocessQueue("pretrain.telemetry.sinks.wandb_process", log=run / "logs" / "wandb.log")
+            self._queue = SubprocessQueue("pretrain.telemetry.sinks.wandb_process", log=run / "logs" / "wandb.log")
         file, earlier = run / "metrics.jsonl", None
         if start.step > 0 and file.exists():
             earlier = records_until(file, start)
@@ -89,20 +89,20 @@ class Wandb(Sink):
             # W&B can't merge two offline parts of a run, so each start writes all records of the run
             "records": earlier,
         }
-        self._courier.send({"start": order | self._given | self._wishes})
+        self._queue.send({"start": order | self._given | self._options})
 
     def write(self, record: Record) -> None:
         self._over = record["event"] == "run_finished"
-        if self._courier is not None:
-            self._courier.send({"record": record})
+        if self._queue is not None:
+            self._queue.send({"record": record})
 
     def close(self) -> None:
         """Close the W&B run. At the end of a run this waits for W&B for a limited time; at a rollback it does not wait."""
-        if self._courier is not None:
-            self._courier.send({"end": None})
+        if self._queue is not None:
+            self._queue.send({"end": None})
             if self._over:
-                self._courier.finish(seconds=3 * self._timeout + GRACE_SECONDS)
-                self._courier = None
+                self._queue.finish(seconds=3 * self._timeout + GRACE_SECONDS)
+                self._queue = None
 
 
 def run_id(run: Path, *, fresh: bool) -> str:

@@ -36,10 +36,10 @@ class Run:
     evaluation has a number that is still free. Charts use ``step`` as their x-axis.
     """
 
-    def __init__(self, order: dict[str, Any], say: TextIO) -> None:
+    def __init__(self, order: dict[str, Any], out: TextIO) -> None:
         self._order = order
-        self._say = say
-        self._held: dict[int, dict[str, Any]] = {}  # rows of the current step, sent when the next step starts
+        self._out = out
+        self._rows: dict[int, dict[str, Any]] = {}  # rows of the current step, sent when the next step starts
         self._step = -1
         self._skipped = 0
         self._exit_code = 75  # a rollback, unless a `run_finished` record follows
@@ -53,7 +53,7 @@ class Run:
         for record in order["records"] or ():
             self._keep(record)
         if order["records"] is not None and self._run.offline:
-            self._put_aside_earlier()
+            self._archive_earlier()
 
     def record(self, record: Record) -> None:
         match record["event"]:
@@ -76,7 +76,7 @@ class Run:
             self._run.finish(exit_code=self._exit_code if exit_code is None else exit_code)
         except TimeoutError:
             send = f"wandb sync --include-online {self._run.sync_dir}"
-            print(f"W&B did not receive everything in time; to send it: {send}", file=self._say)
+            print(f"W&B did not receive everything in time; to send it: {send}", file=self._out)
         finally:
             self._lock.release()
 
@@ -87,14 +87,14 @@ class Run:
         if self._order["mode"] == "online":
             try:
                 run = self._init("online", resume="allow")
-                print(f"W&B: {run.url}", file=self._say)
+                print(f"W&B: {run.url}", file=self._out)
                 return run
             except Exception as error:
                 reason = " ".join(redact(str(error)).split())
-                print(f"W&B can't be reached, so this run is recorded offline: {reason}", file=self._say)
+                print(f"W&B can't be reached, so this run is recorded offline: {reason}", file=self._out)
                 wandb.teardown()
         run = self._init("offline")
-        print(f"W&B: to send this run: wandb sync {run.sync_dir}", file=self._say)
+        print(f"W&B: to send this run: wandb sync {run.sync_dir}", file=self._out)
         return run
 
     def _init(self, mode: Any, **more: Any) -> Any:
@@ -119,7 +119,7 @@ class Run:
         )
         return wandb.init(dir=folder, config=config, mode=mode, settings=settings, **given, **more)
 
-    def _put_aside_earlier(self) -> None:
+    def _archive_earlier(self) -> None:
         """Move the offline folders of earlier starts away: this start writes their records again, so that they would be sent
         twice."""
         here = Path(self._run.sync_dir)
@@ -136,7 +136,7 @@ class Run:
             self._flush()
             self._step = record["step"]
         number = len(ROWS) * record["step"] + ROWS.index(record["event"])
-        row = self._held.setdefault(number, {"step": record["step"], "_timestamp": record["time"]})
+        row = self._rows.setdefault(number, {"step": record["step"], "_timestamp": record["time"]})
         if record["event"] == "sample":
             row.setdefault("samples", []).append([record.get(column) for column in COLUMNS])
         else:
@@ -145,12 +145,12 @@ class Run:
     def _flush(self) -> None:
         import wandb
 
-        for number, row in sorted(self._held.items()):
+        for number, row in sorted(self._rows.items()):
             if number >= self._first_row:
                 if "samples" in row:
                     row["samples"] = wandb.Table(columns=COLUMNS, data=row["samples"])
                 self._run.log(row, step=number)
-        self._held = {}
+        self._rows = {}
 
     def _finish(self, record: Record) -> None:
         import wandb
@@ -179,18 +179,18 @@ def read_settings() -> None:
         wandb.setup()
 
 
-class Orders:
+class MessageHandler:
     """Handles the messages. If W&B fails on a message, the first failure is reported and later messages are still handled."""
 
-    def __init__(self, say: TextIO) -> None:
-        self._say = say
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
         self._run: Run | None = None
-        self._said = False
+        self._failure_reported = False
 
     def handle(self, message: dict[str, Any]) -> None:
         try:
             if "start" in message:
-                self._run = Run(message["start"], self._say)
+                self._run = Run(message["start"], self._out)
             elif self._run is not None and "record" in message:
                 self._run.record(message["record"])
             elif self._run is not None:
@@ -198,11 +198,11 @@ class Orders:
                 run.end()
         except Exception as error:
             print(redact(traceback.format_exc()), file=sys.stderr, end="")
-            if not self._said:
-                print(f"W&B: {type(error).__name__}: {' '.join(redact(str(error)).split())[:300]}", file=self._say)
-            self._said = True
+            if not self._failure_reported:
+                print(f"W&B: {type(error).__name__}: {' '.join(redact(str(error)).split())[:300]}", file=self._out)
+            self._failure_reported = True
 
-    def give_up(self) -> None:
+    def close_failed(self) -> None:
         """Close the run as failed: stdin ended without an ``end`` message."""
         if self._run is not None:
             self._run.end(exit_code=1)
@@ -214,12 +214,12 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    orders = Orders(os.fdopen(os.dup(1), "w", buffering=1))
+    handler = MessageHandler(os.fdopen(os.dup(1), "w", buffering=1))
     os.dup2(2, 1)
     for line in sys.stdin.buffer:
         if line.endswith(b"\n"):  # otherwise a kill cut the line
-            orders.handle(json.loads(line))
-    orders.give_up()
+            handler.handle(json.loads(line))
+    handler.close_failed()
 
 
 if __name__ == "__main__":
