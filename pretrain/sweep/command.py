@@ -34,10 +34,10 @@ from pretrain.sweep.plan import Plan
 from pretrain.sweep.show import show
 
 
-def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], spoken: dict[str, Any]) -> int:
+def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], cli_values: dict[str, Any]) -> int:
     """Run a sweep and return its exit code, the worst of its jobs'.
 
-    ``arguments`` are the words of the command line; ``config_dir`` and ``overrides`` are what Hydra gets. For ``spoken`` see
+    ``arguments`` are those of the command line; ``config_dir`` and ``overrides`` are what Hydra gets. For ``cli_values`` see
     `trust.said`.
 
     Raises ``UserError`` for a mistake in any job, before the first one starts.
@@ -45,7 +45,7 @@ def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], sp
     with composing(conf_dir(), config_dir) as hydra:
         config = compose_config(hydra, [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
         plan = Plan(hydra.config_loader, config)
-        plan.check(spoken)
+        plan.check(cli_values)
         folder = Path(os.path.expanduser(config.sweep_dir or config.hydra.sweep.dir))
         check_part("sweep", OmegaConf.to_container(config.sweep, resolve=True), PARTS["sweep"], [])
         policy: SweepConfig = build_part(dict(config.sweep))

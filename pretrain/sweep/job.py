@@ -61,8 +61,8 @@ def digest(overrides: list[str]) -> str:
 
 @dataclass(frozen=True)
 class SweepJob:
-    """A job of the sweep in the folder ``sweep``. ``name`` is the name of the job's folder, ``overrides`` are its words on the
-    command line."""
+    """A job of the sweep in the folder ``sweep``. ``name`` is the name of the job's folder, ``overrides`` are its overrides on
+    the command line."""
 
     sweep: Path
     name: str
@@ -75,8 +75,8 @@ class SweepJob:
         return Path(os.path.expanduser(unquoted(folders[-1]))) if folders else self.sweep / self.name
 
     @property
-    def words(self) -> list[str]:
-        """Return the words of a command line that runs only this job, also if its experiment is a sweep."""
+    def arguments(self) -> list[str]:
+        """Return the arguments of a command line that runs only this job, also if its experiment is a sweep."""
         one = ["hydra.mode=RUN"] if any(o.lstrip("+").startswith("experiment=") for o in self.overrides) else []
         return [*self.overrides, *one]
 

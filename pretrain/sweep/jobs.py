@@ -55,7 +55,7 @@ class Sweep:
         keys: Keys that are swept.
         metric: Metric by which jobs are ranked.
         direction: ``minimize`` or ``maximize``.
-        command: Words of the command line after ``python -m pretrain``.
+        command: Arguments of the command line after ``python -m pretrain``.
         began_at: Start of the command in Unix seconds. The jobs of this command have the same value in job.json, regardless
             of the process that runs them.
         total: Number of jobs, if it is known.
@@ -88,11 +88,11 @@ class Sweep:
         own = [other.name for other, state in jobs_in(self.folder) if state.get("began_at") == self.began_at]
         return f"{own.index(job.name) + 1}" + (f" of {self.total}" if self.total else "")
 
-    def words(self, job: SweepJob) -> list[str]:
-        """Return the job's words on a command line, with its own folder as ``output_dir``."""
+    def arguments(self, job: SweepJob) -> list[str]:
+        """Return the arguments of the job's command line, with its own folder as ``output_dir``."""
         config_dir = ["--config-dir", self.config_dir] if self.config_dir else []
         own = [] if any(o.startswith("output_dir=") for o in job.overrides) else [f"output_dir={quoted(job.folder)}"]
-        return [*config_dir, *job.words, *own]
+        return [*config_dir, *job.arguments, *own]
 
     def expect(self, job: SweepJob) -> None:
         """Mark the job as one of this command, unless another command is running it."""
@@ -154,8 +154,8 @@ def run_job(
     """Run one job in a new process and wait for it. A job that is done already is not run again.
 
     A job that fails has an exit code and no objective. If the job's ``prune_file`` appears, only this job is stopped.
-    ``asked`` is a list to which a caller that runs several jobs in threads can append the names of stop signals at any time.
-    ``environment`` is added to the environment of the job.
+    ``stop_signals`` is a list to which a caller that runs several jobs in threads can append the names of stop signals at any
+    time. ``environment`` is added to the environment of the job.
 
     Raises ``Stopped`` if this process or the job's process got a stop signal.
     """
@@ -173,7 +173,7 @@ def run_job(
         sweep.write_table()
         started_at = time.monotonic()
         process = subprocess.Popen(
-            [*module_command("pretrain"), *sweep.words(job)],
+            [*module_command("pretrain"), *sweep.arguments(job)],
             env=child.environment(job.error_file) | (environment or {}),
             pass_fds=held.descriptors,  # so that the job stays locked while its process lives, even if this process dies
         )
@@ -209,8 +209,8 @@ def _wait(process: subprocess.Popen[bytes], job: SweepJob, stop_signals: list[st
 def collecting_stop_signals(
     stop_signals: list[str], pass_on: Callable[[int], None] = lambda number: None
 ) -> Iterator[None]:
-    """Handle stop signals in the body of the ``with`` statement: append their names to ``asked`` and call ``pass_on``. In any
-    thread but the main one this does nothing, because Python delivers signals to the main thread only."""
+    """Handle stop signals in the body of the ``with`` statement: append their names to ``stop_signals`` and call ``pass_on``.
+    In any thread but the main one this does nothing, because Python delivers signals to the main thread only."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop_signals.append(signal.Signals(number).name)

@@ -49,8 +49,8 @@ class Plan:
                     )
             self.jobs = [list(words) for words in itertools.product(*map(_choices, self._overrides.values()))]
 
-    def check(self, spoken: dict[str, Any]) -> None:
-        """Compose and check every job's configuration. For ``spoken`` see `trust.said`.
+    def check(self, cli_values: dict[str, Any]) -> None:
+        """Compose and check every job's configuration. For ``cli_values`` see `trust.said`.
 
         Raises ``UserError`` for the first mistake in any job.
         """
@@ -70,7 +70,7 @@ class Plan:
             resolved = resolve(config)
             # words include a file's hydra.sweeper.params too; trust._only_sweeps has checked them, so they set no key that
             # only the command line may set
-            check_said(resolved, spoken | said(words))
+            check_said(resolved, cli_values | said(words))
             check_metric(check(resolved, here=here))
         if "output_dir" in self._overrides and "output_dir" not in self.keys and not one:
             raise UserError(

@@ -89,7 +89,7 @@ def _row(number: int, job: SweepJob, state: dict[str, Any], metric: str) -> dict
         "tokens_per_second": measures["tokens_per_second"],
         "seconds": state["seconds"],
         "results": measures["results"],
-        "command": shlex.join(["python", "-m", "pretrain", *job.words]),
+        "command": shlex.join(["python", "-m", "pretrain", *job.arguments]),
     }
 
 

@@ -119,8 +119,8 @@ def test_the_words_of_a_job_name_its_folder_and_the_config_dir(tmp_path):
     sweep = sweep_in(tmp_path / "it's", config_dir="/conf")
     job = sweep.job(["++lr=0.001"])
     folder = str(tmp_path / "it\\'s" / "lr=0.001")
-    assert sweep.words(job) == ["--config-dir", "/conf", "lr=0.001", f"output_dir='{folder}'"]
-    assert sweep.words(sweep.job(["lr=0.1", "output_dir=there"]))[-1] == "output_dir=there"
+    assert sweep.arguments(job) == ["--config-dir", "/conf", "lr=0.001", f"output_dir='{folder}'"]
+    assert sweep.arguments(sweep.job(["lr=0.1", "output_dir=there"]))[-1] == "output_dir=there"
 
 
 def test_quoted_paths_come_back_from_hydras_grammar():

@@ -129,7 +129,7 @@ class SlurmLauncher(Launcher):
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=value) for value in values]
 
     def _command(self, job: JobOfSweep) -> list[str]:
-        return [*module_command("pretrain"), *self.sweep.words(job)]
+        return [*module_command("pretrain"), *self.sweep.arguments(job)]
 
     def _run(self, callables: dict[str, SlurmJob]) -> None:
         """Submit the jobs and wait for them.

@@ -77,7 +77,7 @@ def read_run(path: Path) -> Run:
     history = History()
     number = 0
     try:
-        for number, record in enumerate(iter_records(file, torn=_report_incomplete), start=1):  # noqa: B007 (used below)
+        for number, record in enumerate(iter_records(file, on_incomplete=_report_incomplete), start=1):  # noqa: B007 (used below)
             history.add(record)
     except OSError as error:
         raise UserError(f"{file} can't be read: {error.strerror}") from None

@@ -13,13 +13,13 @@ from pretrain.telemetry.report.history import History
 from pretrain.telemetry.sinks.base import Sink
 from pretrain.telemetry.sinks.jsonl import records_until
 
-LARGEST_SHARE = 0.05  # maximum share of a run's time that drawing may take
+MAX_SHARE = 0.05  # maximum share of a run's time that drawing may take
 
 
 class Report(Sink):
     """A sink that writes report.html after every evaluation but the first, and at the end. The page includes earlier starts.
 
-    If evaluations are so frequent that drawing would take more than ``LARGEST_SHARE`` of the time, some are skipped. If the
+    If evaluations are so frequent that drawing would take more than ``MAX_SHARE`` of the time, some are skipped. If the
     disk is full, writing the page is retried with the next record, without drawing it again, because drawing takes longer than
     a step."""
 
@@ -46,7 +46,7 @@ class Report(Sink):
         if over or (self._evaluated and complete):
             self._evaluated = False
             if over or time.monotonic() >= self._next_at:
-                self._page = self._drawn()
+                self._page = self._draw()
         if self._page:
             replace_file(self._run / "report.html", self._page)
             self._page = ""
@@ -54,11 +54,11 @@ class Report(Sink):
     def close(self) -> None:
         pass
 
-    def _drawn(self) -> str:
+    def _draw(self) -> str:
         from pretrain.telemetry.report.page import run_page
 
         started_at = time.monotonic()
         page = run_page(run_of(self._run, self.history))
         now = time.monotonic()
-        self._next_at = now + (now - started_at) / LARGEST_SHARE
+        self._next_at = now + (now - started_at) / MAX_SHARE
         return page

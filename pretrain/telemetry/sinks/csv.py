@@ -52,7 +52,7 @@ class Table:
         self._file: RetryingAppendFile | None = None
         if path.exists():
             invalid: list[str] = []
-            rows = read_rows(path, say=invalid.append) if start.step else []
+            rows = read_rows(path, on_invalid=invalid.append) if start.step else []
             keep_broken(path, invalid)
             self._rewrite([row for row in rows if not _is_rewritten(path.stem, row, start)], [])
 
@@ -101,12 +101,12 @@ def rows(record: Record) -> list[Row]:
     return [own | {family.removesuffix("s"): name} | numbers for name, numbers in record[family].items()]
 
 
-def read_rows(path: Path, *, say: Callable[[str], None] = notice) -> list[dict[str, str]]:
+def read_rows(path: Path, *, on_invalid: Callable[[str], None] = notice) -> list[dict[str, str]]:
     """Return the rows of a table.
 
     An incomplete last row (the run was killed while writing it) is skipped, and so is any other row that does not fit the
-    header; the latter are reported to ``say``. An unclosed quote affects only its own line. Lines may end in LF too, because
-    another program may have saved the table.
+    header; the latter are reported to ``on_invalid``. An unclosed quote affects only its own line. Lines may end in LF too,
+    because another program may have saved the table.
     """
     text = path.read_bytes().decode(errors="replace")
     end = "\r\n" if text.partition("\n")[0].endswith("\r") else "\n"
@@ -120,7 +120,7 @@ def read_rows(path: Path, *, say: Callable[[str], None] = notice) -> list[dict[s
         if len(cells) == len(header) and re.fullmatch("[0-9]{1,18}", row.get("step", "")):
             found.append(row)
         else:
-            say(f"{path}:{number}: not a row of this table; it is skipped, later rows are kept")
+            on_invalid(f"{path}:{number}: not a row of this table; it is skipped, later rows are kept")
     return found
 
 

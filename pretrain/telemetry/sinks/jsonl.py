@@ -39,31 +39,31 @@ class Jsonl(Sink):
             self._file.close()
 
 
-def read_records(path: Path, *, say: Callable[[str], None] = notice) -> list[dict[str, Any]]:
+def read_records(path: Path, *, on_invalid: Callable[[str], None] = notice) -> list[dict[str, Any]]:
     """Return the records of a metrics.jsonl or quarantine.jsonl.
 
     An incomplete last line (the run was killed while writing it) is skipped, and so is any other line that is not a record;
-    the latter are reported to ``say`` with file and line number.
+    the latter are reported to ``on_invalid`` with file and line number.
 
     Raises ``OSError`` for a file that can't be read.
     """
-    return list(iter_records(path, say=say))
+    return list(iter_records(path, on_invalid=on_invalid))
 
 
 def iter_records(
-    path: Path, *, say: Callable[[str], None] = notice, torn: Callable[[str], None] = lambda where: None
+    path: Path, *, on_invalid: Callable[[str], None] = notice, on_incomplete: Callable[[str], None] = lambda where: None
 ) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file one by one, without loading the whole file. ``torn`` is called with ``file:line`` of an
-    incomplete last line. See `read_records`."""
+    """Yield the records of a file one by one, without loading the whole file. ``on_incomplete`` is called with ``file:line`` of
+    an incomplete last line. See `read_records`."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             record = _record(line)
             if record is not None:
                 yield record
             elif not line.endswith(b"\n"):
-                torn(f"{path}:{number}")
+                on_incomplete(f"{path}:{number}")
             elif line.strip():
-                say(f"{path}:{number}: not a record; this line is skipped, later lines are read")
+                on_invalid(f"{path}:{number}: not a record; this line is skipped, later lines are read")
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
@@ -88,7 +88,7 @@ def tail(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def records_until(
-    path: Path, start: RunStarted, *, say: Callable[[str], None] = lambda where: None
+    path: Path, start: RunStarted, *, on_invalid: Callable[[str], None] = lambda where: None
 ) -> list[dict[str, Any]]:
     """Return the records up to the step at which a run resumes.
 
@@ -100,7 +100,7 @@ def records_until(
         again = record["step"] == start.step and start.pending_evaluation and record["event"] in WITH_EVALUATION
         return record["step"] <= start.step and not again and record.get("status") != "finished"
 
-    records = read_records(path, say=say) if path.exists() else []
+    records = read_records(path, on_invalid=on_invalid) if path.exists() else []
     if start.records:
         oldest = min(record["step"] for record in start.records)
         known = {json.dumps(record) for record in records if record["step"] >= oldest}
@@ -115,7 +115,7 @@ def cut(path: Path, start: RunStarted) -> None:
     new one.
     """
     invalid: list[str] = []
-    kept = records_until(path, start, say=invalid.append) if start.step > 0 else []
+    kept = records_until(path, start, on_invalid=invalid.append) if start.step > 0 else []
     keep_broken(path, invalid)
     replace_file(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), flush=True)
 

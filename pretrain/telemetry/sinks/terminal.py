@@ -47,7 +47,7 @@ class Terminal(Sink):
         self._last = {"step": start.step}
         # a terminal without cursor movement gets one line per log step, like a file
         if self._level >= 3 and self._total and self._console.is_interactive and self._console.file.isatty():
-            self._live = self._drawn(self._console)
+            self._live = self._start_live(self._console)
 
     def console(self) -> Console:
         """Return the console to write to."""
@@ -55,7 +55,7 @@ class Terminal(Sink):
 
         return Console(highlight=False)
 
-    def _drawn(self, console: Console) -> Live:
+    def _start_live(self, console: Console) -> Live:
         """Start a live display that is redrawn at log steps only, so that no thread runs next to the training."""
         from rich.live import Live
 
