@@ -33,11 +33,11 @@ class Options:
     """The options of the sweeper.
 
     Attributes:
-        n_trials: Number of trials with a result at which the search ends.
-        n_jobs: Trials that are chosen at once; ``None`` is as many as the launcher runs at once.
-        startup_trials: Random trials before the search, and trials before pruning starts.
-        prune: Whether trials are stopped early.
-        seed: Seed of the search.
+        n_trials: Total number of trials, finished or pruned.
+        n_jobs: Trials at a time; ``None`` is the launcher's ``n_jobs``, or 1.
+        startup_trials: Number of first trials that are drawn at random, before TPE chooses trials and any are pruned.
+        prune: Whether to stop a trial whose objective at an evaluation is worse than the median of the others at that step.
+        seed: Random seed of the search.
     """
 
     n_trials: PositiveInt
@@ -48,6 +48,8 @@ class Options:
 
 
 class OptunaSweeper(Sweeper):
+    """A sweeper that runs a search with Optuna."""
+
     def __init__(self, *, params: None, **options: Any) -> None:
         """Hydra passes ``params`` too, but they are ignored, because the arguments of `sweep` include them (`Plan.words`)."""
         self.options = Options(**options)

@@ -48,10 +48,12 @@ class Goodput:
         self._started_at = time.monotonic()
 
     def add(self, step: int, seconds: float) -> None:
+        """Add a window of training steps that ends with ``step`` and took ``seconds``."""
         self._windows.append((step, seconds))
         self._seconds += seconds
 
     def go_back(self, step: int) -> None:
+        """Drop all windows that end after ``step``, to which the run was rolled back."""
         self._keep([window for window in self._windows if window[0] <= step])
 
     def _keep(self, windows: list[tuple[int, float]]) -> None:

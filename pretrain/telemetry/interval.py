@@ -13,4 +13,5 @@ class Interval:
     steps: int | None
 
     def due(self, step: int) -> bool:
+        """Return whether the action is due after ``step`` steps."""
         return self.steps is not None and step > 0 and step % self.steps == 0

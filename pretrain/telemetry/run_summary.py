@@ -31,6 +31,7 @@ class RunSummary:
         self._step = 0
 
     def add(self, record: Record) -> None:
+        """Add the next record of the run."""
         match record["event"]:
             case "train":
                 self._train(record)

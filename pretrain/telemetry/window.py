@@ -27,6 +27,7 @@ class Window:
         self.restart()
 
     def restart(self) -> None:
+        """Start an empty window now."""
         self.steps = self.tokens = self.samples = 0
         self._losses: Tensor | None = None  # [sum, count] of the finite losses, on the device
         self._times: deque[StepTimes] = deque()  # times of steps that the device may not have finished
@@ -35,6 +36,7 @@ class Window:
         self._started_at = time.perf_counter()
 
     def add(self, event: StepDone) -> None:
+        """Add one step."""
         self.steps += 1
         self.tokens += event.step_tokens
         self.samples += event.step_samples
@@ -55,6 +57,7 @@ class Window:
             self._parts[part] = self._parts.get(part, 0.0) + seconds
 
     def exclude(self, seconds: float, what: Pause = "evaluation") -> None:
+        """Count ``seconds`` as ``what`` and not as training."""
         self._pauses[what] += seconds
 
     def numbers(self, event: StepDone) -> Record:

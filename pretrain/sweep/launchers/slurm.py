@@ -49,7 +49,26 @@ QUEUE_SECONDS = 30
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the launcher. conf/hydra/launcher/slurm.yaml documents each of them."""
+    """The options of the launcher.
+
+    Attributes:
+        cluster: ``slurm``, or ``local`` for processes on this machine.
+        name: Name of the jobs in squeue.
+        nodes: Nodes per job; each node runs the command once.
+        gpus_per_node: GPUs per node; ``None`` is the default of the partition, or none with ``cluster=local``.
+        cpus_per_task: CPU cores per node.
+        mem_gb: Memory per node in GB.
+        timeout_min: Time limit of a submission in minutes.
+        signal_seconds: Seconds before the time limit at which a job receives the signal to save.
+        max_requeues: Number of times that a job may reach its time limit; preemptions are not counted.
+        partition: Partition of the jobs; ``None`` is SLURM's default.
+        account: Account to which the jobs are charged; ``None`` is SLURM's default.
+        qos: Quality of service; ``None`` is SLURM's default.
+        array_parallelism: Maximum number of the sweep's jobs that run at the same time.
+        setup: Shell lines that run before the command.
+        additional_parameters: Other options of sbatch.
+        folder: Parent of the folders for logs and submitit's files; it has the same path on every node.
+    """
 
     cluster: Literal["slurm", "local"]
     name: str

@@ -72,22 +72,28 @@ class Curves:
 
     @property
     def steps(self) -> list[int]:
+        """Return the last step of every point."""
         return [p.step for p in self._points]
 
     def mean(self, key: str) -> list[float | None]:
+        """Return the mean of ``key`` at every point; ``None`` where no record has it."""
         found = (p.numbers.get(key) for p in self._points)
         return [None if n is None else n[1] / n[0] for n in found]
 
     def low(self, key: str) -> list[float | None]:
+        """Return the minimum of ``key`` at every point."""
         return [p.numbers[key][2] if key in p.numbers else None for p in self._points]
 
     def high(self, key: str) -> list[float | None]:
+        """Return the maximum of ``key`` at every point."""
         return [p.numbers[key][3] if key in p.numbers else None for p in self._points]
 
     def has(self, key: str) -> bool:
+        """Return whether any point has ``key``."""
         return any(key in p.numbers for p in self._points)
 
     def median(self, key: str) -> float | None:
+        """Return the median of the points' means of ``key``, or ``None``."""
         values = sorted(v for v in self.mean(key) if v is not None)
         return values[len(values) // 2] if values else None
 
@@ -170,9 +176,11 @@ class History:
 
     @property
     def step(self) -> int:
+        """Return the step of the last record."""
         return int(self.last.get("step", 0))
 
     def add(self, record: Record) -> None:
+        """Add the next record of the run."""
         match record["event"]:
             case "train":
                 self._train(record)

@@ -23,10 +23,12 @@ TRAINING = 0  # colour of training; the domains have the next colours
 
 
 def percent(value: float) -> str:
+    """Format a fraction as a percentage for an axis."""
     return share(value).replace(" ", "")
 
 
 def domain_label(name: str, role: str) -> str:
+    """Return the label of a domain, such as ``law (new)``."""
     return f"{name} ({role})"
 
 
@@ -58,6 +60,7 @@ def _domain_lines(history: History, key: str) -> list[Line]:
 
 
 def training_charts(history: History) -> Markup:
+    """Return the charts of the learning rate, the gradient norm, the loss scale and the skipped steps."""
     lr = _single(history, "Learning rate", "lr", from_zero=True)
     norm = _single(history, "Gradient norm", "grad_norm", unit="before clipping", from_zero=True)
     scale = _single(history, "Loss scale", "loss_scale", logarithmic=True)
@@ -68,6 +71,7 @@ def training_charts(history: History) -> Markup:
 
 
 def speed_charts(history: History) -> Markup:
+    """Return the charts of throughput, time by part, MFU and memory."""
     speed = _single(history, "Throughput", "tokens_per_second", unit="tokens per second", from_zero=True)
     mfu = _single(history, "MFU", "mfu", unit="of the device's peak", from_zero=True, form=percent)
     return join([speed, time_chart(history), mfu, memory_chart(history)])
@@ -96,6 +100,7 @@ def part_label(history: History, part: str) -> str:
 
 
 def memory_chart(history: History) -> Markup:
+    """Return the chart of the memory of the GPU and of the host."""
     names = {"memory_gib": "peak", "memory_reserved_gib": "reserved", "host_memory_gib": "host"}
     train = history.train
     lines = [
@@ -107,6 +112,7 @@ def memory_chart(history: History) -> Markup:
 
 
 def layer_charts(history: History) -> Markup:
+    """Return one heat map per norm, by layer and step."""
     titles = {"update_ratio": "Update / weight", "grad_norm": "Gradient norm", "weight_norm": "Weight norm"}
     layers = history.layers
     steps = next(iter(layers.values())).steps if layers else []

@@ -96,6 +96,7 @@ def escape(value: object) -> Markup:
 
 
 def join(parts: Iterable[object]) -> Markup:
+    """Concatenate ``parts``, escaped."""
     return Markup("".join(escape(part) for part in parts))
 
 
@@ -130,6 +131,7 @@ def section(title: str, *parts: object) -> Markup:
 
 
 def card(*parts: object) -> Markup:
+    """Return a card that contains ``parts``."""
     return Markup(f'<div class="card">{join(parts)}</div>')
 
 

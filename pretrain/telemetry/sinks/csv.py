@@ -57,6 +57,7 @@ class Table:
             self._rewrite([row for row in rows if not _is_rewritten(path.stem, row, start)], [])
 
     def write(self, row: Row) -> None:
+        """Append a row; rewrite the table if the row has new columns."""
         new = [column for column in row if column not in self._columns]
         if new and self._columns:
             self.close()

@@ -21,10 +21,12 @@ class RetryingAppendFile:
         self._failure_reported = False
 
     def write(self, data: bytes) -> None:
+        """Append ``data``, after any bytes that could not be written before."""
         self._pending += data
         self.flush()
 
     def flush(self) -> None:
+        """Try to write all pending bytes."""
         try:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]

@@ -193,6 +193,7 @@ def one_line(text: str) -> str:
 
 
 def loss_text(value: float | None) -> str:
+    """Format a loss; null in a record stands for NaN or infinity."""
     return "nan" if value is None else f"{value:.4f}"
 
 

@@ -56,6 +56,7 @@ class Run:
             self._archive_earlier()
 
     def record(self, record: Record) -> None:
+        """Send one record to W&B, as a row, a summary, or an alert."""
         match record["event"]:
             case "run_started":
                 facts = {key: value for key, value in record.items() if key not in ("event", "step", "time")}
@@ -71,6 +72,7 @@ class Run:
                 self._keep(record)
 
     def end(self, exit_code: int | None = None) -> None:
+        """Send the remaining rows and close the W&B run."""
         try:
             self._flush()
             self._run.finish(exit_code=self._exit_code if exit_code is None else exit_code)
@@ -188,6 +190,7 @@ class MessageHandler:
         self._failure_reported = False
 
     def handle(self, message: dict[str, Any]) -> None:
+        """Handle one message; an exception is reported and never raised."""
         try:
             if "start" in message:
                 self._run = Run(message["start"], self._out)
