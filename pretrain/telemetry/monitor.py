@@ -223,7 +223,7 @@ class Monitor:
 
     def _call_sinks(self, call: Callable[[Sink], None], *, keep_if_full: bool = False) -> None:
         """Call ``call`` with every sink. A sink that raises is dropped with one notice, so that it does not stop the run.
-        With ``patient`` a sink that raises because the disk is full is kept, because space may be freed later."""
+        With ``keep_if_full`` a sink that raises because the disk is full is kept, because space may be freed later."""
         for name, sink in list(self._sinks.items()):
             try:
                 call(sink)
