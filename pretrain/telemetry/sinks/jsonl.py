@@ -121,8 +121,8 @@ def cut(path: Path, start: RunStarted) -> None:
 
 
 def keep_broken(path: Path, invalid: Sequence[str]) -> None:
-    """Keep a copy of ``path`` and report the first message of ``odd``, before ``path`` is rewritten without the invalid lines
-    that ``odd`` describes."""
+    """Keep a copy of ``path`` and report the first message of ``invalid``, before ``path`` is rewritten without the invalid lines
+    that ``invalid`` describes."""
     if invalid:
         keep_copy(path)
         notice(invalid[0] + (f" (and {len(invalid) - 1} more such lines)" if len(invalid) > 1 else ""))
