@@ -215,7 +215,7 @@ def test_the_current_folder_names_no_server(tmp_path, monkeypatch):
     (tmp_path / "wandb/settings").write_text("[default]\nbase_url = https://theirs\napi_key = theirs\nmode = offline\n")
     assert wandb_key.server() == wandb_key.CLOUD
     assert not wandb_key.has_key()
-    assert Wandb()._asked() == "offline"
+    assert Wandb()._configured_mode() == "offline"
     code = (
         "from pretrain.telemetry.sinks.wandb_process import read_settings; import wandb; read_settings()\n"
         "print(wandb.setup().settings.base_url, wandb.setup().settings.api_key)"
@@ -229,8 +229,8 @@ def test_the_current_folder_names_no_server(tmp_path, monkeypatch):
 def test_wandb_offline_said_to_wandb_itself_holds(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_MODE", "dryrun")
-    assert Wandb()._asked() == "offline"
-    assert Wandb(mode="online")._asked() == "online", "the key of the config says more"
+    assert Wandb()._configured_mode() == "offline"
+    assert Wandb(mode="online")._configured_mode() == "online", "the key of the config says more"
 
 
 # -- outages ------------------------------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ def test_a_run_that_w_and_b_cannot_end_is_over_all_the_same(tmp_path, monkeypatc
             raise RuntimeError("a-secret-of-mine was refused")
 
     run = Run.__new__(Run)
-    run._held, run._exit_code, run._run, run._lock = {}, 0, Broken(), Lock(tmp_path / "lock")
+    run._rows, run._exit_code, run._run, run._lock = {}, 0, Broken(), Lock(tmp_path / "lock")
     run._lock.acquire()
     orders = MessageHandler(sys.stdout)
     orders._run = run
