@@ -54,7 +54,7 @@ class Recorded(Terminal):
     def console(self) -> Console:
         return self.screen
 
-    def _drawn(self, console: Console) -> Any:
+    def _start_live(self, console: Console) -> Any:
         return Still(console, self._status)
 
 

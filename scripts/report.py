@@ -40,14 +40,14 @@ def write_report(folders: list[Path], output: Path | None) -> Path:
 
 def write_sweep(folder: Path, output: Path | None) -> Path:
     """The page of a sweep as things stand now; sweep.json stays the sweep's own. Raises ``UserError``."""
-    from pretrain.sweep.job import alone_in
+    from pretrain.sweep.job import folder_lock
     from pretrain.sweep.page import page
     from pretrain.sweep.table import read
 
     if output is not None:
         return write(output, page(folder, read(folder)))
     try:
-        with alone_in(folder):  # the sweep may be at work: an older page must not replace a newer one
+        with folder_lock(folder):  # the sweep may be at work: an older page must not replace a newer one
             return write(folder / "sweep.html", page(folder, read(folder)))
     except OSError as error:
         raise UserError(f"{folder / 'sweep.html'}: can't be written: {error.strerror}") from None

@@ -179,8 +179,11 @@ def test_a_disk_that_fills_up_under_a_run(base_arguments, spawn, small_disk):
             pass
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 2, out
-    assert out.count("metrics.jsonl can't be written: No space left on device; its records wait") == 1
-    assert out.count("run.json can't be written: No space left on device; the run goes on") == 1
+    assert (
+        out.count("metrics.jsonl can't be written: No space left on device; its records are kept and written later")
+        == 1
+    )
+    assert out.count("run.json can't be written: No space left on device; the run continues") == 1
     assert "step 299/300" in out
     assert "Traceback" not in out
     assert "Exception ignored" not in out
@@ -192,7 +195,7 @@ def test_run_json_on_a_full_disk(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("pretrain.runtime.atomic_files.open_new", lambda path, **options: full(**options))
     for event in (RunStarted(0, total_steps=2, resumed=False), Evaluated(0, (), 0.0), RunFinished(2, "finished", 20)):
         listener(event)
-    assert capsys.readouterr().err.count("run.json can't be written: No space left on device; the run goes on") == 1
+    assert capsys.readouterr().err.count("run.json can't be written: No space left on device; the run continues") == 1
     monkeypatch.undo()
     listener(RunFinished(2, "finished", 20))
     assert read_run_file(tmp_path)["status"] == "finished"

@@ -36,7 +36,9 @@ def read_all(folder, text):
     assert isinstance(facts, dict)
     assert isinstance(facts.get("results", {}), dict)
     assert all("step" in record for record in measure.evaluations(folder / "metrics.jsonl"))
-    assert all(isinstance(record, dict) for record in read_records(folder / "metrics.jsonl", say=lambda line: None))
+    assert all(
+        isinstance(record, dict) for record in read_records(folder / "metrics.jsonl", on_invalid=lambda line: None)
+    )
     with pytest.raises(UserError, match=r"sweep\.json"):
         table.read(folder)
 

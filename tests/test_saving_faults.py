@@ -182,7 +182,7 @@ def test_the_whole_run_removed_between_two_saves(uninterrupted, base_arguments, 
     process = spawn(arguments, env=injected(tmp_path, fault))
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
-    assert f"{run}/run.json can't be written: No such file or directory; the run goes on" in out
+    assert f"{run}/run.json can't be written: No such file or directory; the run continues" in out
     assert_same_checkpoint(run, uninterrupted)
     for known in (False, True):  # the records of its end were lost too: first it is told again
         code, _, err = command(arguments)

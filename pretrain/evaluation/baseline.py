@@ -1,7 +1,8 @@
-"""What the losses of the untouched model, the baseline of forgetting, were measured on.
+"""The baseline of forgetting: the losses of the untouched model (the base model before training) and what they were measured
+on.
 
-A change of loss is one only where both losses are of the same tokens in the same context. So each loss of the baseline is
-kept with what it was measured on, and is compared with nothing else.
+Two losses are comparable only if they are of the same tokens in the same context. Each loss of the baseline is therefore
+stored with what it was measured on, and is compared only with losses that were measured on the same.
 """
 
 from __future__ import annotations
@@ -12,28 +13,28 @@ from typing import Any
 
 import xxhash
 
-Measured = dict[str, Any]  # what a loss was measured on: `text`, a digest, and the settings below
+Measured = dict[str, Any]  # what a loss was measured on: `text` (a digest) and the settings below
 SETTINGS = ("sequence_length", "document_mask", "tokenizer", "precision")
 
 
 @dataclass(frozen=True)
 class Known:
-    """The untouched model's ``loss`` on a domain (nats per token), or the ``reason`` why it is not known."""
+    """The untouched model's ``loss`` on a domain in nats per token, or the ``reason`` why it is unknown."""
 
     loss: float | None = None
     reason: str | None = None
 
 
 def digest(measured: Measured) -> str:
-    """One word for ``measured``, equal for equal ones."""
+    """Return a hash of ``measured``."""
     return xxhash.xxh3_64_hexdigest(repr(sorted(measured.items())).encode())
 
 
 def known(name: str, measured: Measured, losses: Mapping[str, float], measured_on: Mapping[str, Measured]) -> Known:
-    """The baseline of the domain ``name``, which is now measured on ``measured``.
+    """Return the baseline of the domain ``name``, which is now measured on ``measured``.
 
-    ``losses``: of the untouched model, by the name that a domain had then; ``measured_on``: what those were measured on.
-    Checkpoints of earlier versions do not say it: their losses are taken by name.
+    ``losses`` are those of the untouched model by the name that the domain had then; ``measured_on`` has what they were
+    measured on. Checkpoints of earlier versions lack the latter, so their losses are matched by name.
     """
     if name in losses and measured_on.get(name, measured) == measured:
         return Known(losses[name])
@@ -46,7 +47,7 @@ def known(name: str, measured: Measured, losses: Mapping[str, float], measured_o
 
 
 def _difference(then: Measured, now: Measured) -> str:
-    """``sequence_length=128, not 64``: the first setting that differs, or the text."""
+    """Return the first setting that differs, such as ``sequence_length=128, not 64``, or that the text differs."""
     for setting in SETTINGS:
         if then.get(setting) != now.get(setting):
             if setting == "tokenizer":

@@ -1,4 +1,4 @@
-"""What is scored, on how much text, and what the model is asked to continue."""
+"""The configuration of evaluations: the domains, the amount of text, and the prompts to continue."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from pretrain.data.sources.base import Source
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """``batch_size``: auto is that of the training. ``domains``: sources of role ``base`` by name of the YAML key;
-    ``max_tokens``: of each domain (``None``: all); ``per_epoch``: evaluations per pass over the training documents,
-    instead of the run's ``evaluate_every``.
+    """What an evaluation scores and generates.
 
-    At every evaluation the model also continues, greedily by ``sample_tokens``, the first ``sample_prompt_tokens`` of
-    ``samples`` held-out documents of each domain, and each of ``sample_prompts``."""
+    Attributes:
+        batch_size: Sequences per device and batch; ``auto`` uses the training's.
+        max_tokens: Tokens to score of each domain; ``None`` scores all.
+        per_epoch: Evaluations per pass over the training documents, instead of the run's ``evaluate_every``.
+        samples: Number of held-out documents of each domain whose start the model continues at every evaluation.
+        sample_prompt_tokens: Length of such a prompt in tokens.
+        sample_tokens: Length of a greedy continuation in tokens.
+        sample_prompts: The user's own prompts, which the model continues too.
+        domains: Sources of role ``base`` by the name of their YAML key.
+    """
 
     batch_size: Literal["auto"] | PositiveInt
     max_tokens: PositiveInt | None = None

@@ -1,6 +1,6 @@
-"""Perplexity and bits per byte of each domain's held-out documents: what was learned, and what was forgotten.
+"""Score the held-out documents of each domain by perplexity and bits per byte, to measure learning and forgetting.
 
-Bits per byte compares models with different tokenizers; perplexity is per token of this model's own tokenizer.
+Bits per byte is comparable between models with different tokenizers; perplexity is per token of this model's own tokenizer.
 """
 
 from __future__ import annotations
@@ -26,9 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Domain:
-    """A named set of held-out batches. ``role``: ``new`` (what the run trains on) or ``base`` (what it may forget).
+    """A named set of held-out batches.
 
-    ``prompts``: the first tokens of some of its documents. ``settings``: what decides the loss beside the tokens.
+    Attributes:
+        name: Name of the domain.
+        role: ``new`` (the run trains on it) or ``base`` (the run may forget it).
+        batches: Batches of held-out documents.
+        prompts: The first tokens of some documents.
+        settings: Settings that affect the loss besides the tokens.
     """
 
     name: str
@@ -39,19 +44,19 @@ class Domain:
 
     @cached_property
     def measured_on(self) -> Measured:
-        """What its loss is a loss of. Reads all of its tokens."""
+        """Return what the domain's loss is measured on. This reads all of its tokens."""
         return {"text": self.batches.digest(), **self.settings}
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores ``domains`` in order, each rank every n-th batch; draws no random number, so that evaluating leaves
-    training as it was."""
+    """An evaluator that scores ``domains`` in order; the ranks share the batches of a domain. It draws no random numbers, so
+    that evaluations do not change the training."""
 
     domains: list[Domain]
 
-    def of(self, names: Container[str]) -> Evaluator:
-        """The same for the domains with these names only."""
+    def select(self, names: Container[str]) -> Evaluator:
+        """Return an evaluator of only the domains in ``names``."""
         return Evaluator([domain for domain in self.domains if domain.name in names])
 
     def run(
@@ -63,10 +68,11 @@ class Evaluator:
         interrupted: Callable[[], bool] = lambda: False,
         alive: Callable[[], None] = lambda: None,
     ) -> list[DomainScore] | None:
-        """``baseline``: each domain's loss before this run, for ``delta_loss``; ``None``: these scores are the baseline.
+        """Score all domains and return the scores, or ``None`` if ``interrupted`` returned true. All ranks must call this.
 
-        ``announce``: say before each domain what is scored, where no bar shows it. ``interrupted`` is asked before every
-        batch, on every rank; once it is true there are no scores: ``None``. ``alive`` is called after every batch.
+        ``baseline`` has each domain's loss before this run, for ``delta_loss``; with ``None`` these scores are the baseline.
+        ``announce`` prints a notice before each domain unless a progress bar is shown. ``interrupted`` is called before every
+        batch on every rank, ``alive`` after every batch.
         """
         scores = []
         with evaluating(engine.model):
@@ -94,10 +100,12 @@ class Evaluator:
             for first in range(0, len(domain.batches), world.size):
                 if interrupted():
                     return None
-                mine = first + world.rank < len(domain.batches)
-                batch = domain.batches[first + world.rank if mine else first]  # a rank too many computes along
+                has_batch = first + world.rank < len(domain.batches)
+                batch = domain.batches[
+                    first + world.rank if has_batch else first
+                ]  # ranks without a batch run a dummy forward, so that collectives match
                 nats_here = engine.evaluate(batch.to(world.device))
-                if mine:
+                if has_batch:
                     summed += nats_here
                     tokens += batch.num_targets
                 alive()
@@ -121,7 +129,7 @@ class Evaluator:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside, the former mode outside."""
+    """Put ``model`` into eval mode in the body of the ``with`` statement and restore its mode afterwards."""
     training = model.training
     model.eval()
     try:

@@ -1,8 +1,8 @@
-"""How the model continues a few prompts at every evaluation: what a change in perplexity looks like.
+"""Continue a few prompts at every evaluation, to show a change of the model in text and not only in perplexity.
 
-A plain greedy loop through the engine's own forward, without a cache of keys, and not transformers' ``generate``: under
-FSDP and ZeRO a forward is a collective of all ranks, so all take the same prompts for the same number of steps, whatever
-each of them finds. It is a few dozen short forwards; `task=generation` is for longer texts.
+This is a greedy loop over the engine's own forward without a KV cache, and does not use transformers' ``generate``. Under FSDP
+and ZeRO a forward is a collective, so all ranks run the same prompts for the same number of steps, even after a continuation
+has ended. It takes a few dozen short forwards; use `task=generation` for longer texts.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from pretrain.evaluation.perplexity import Domain
     from pretrain.strategy.engine import InferenceEngine
 
-AT_ONCE = 8  # prompts; their logits are one row each
+PROMPTS_PER_BATCH = 8  # prompts per batch; their logits are one row each
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """``tokens`` begin with what a document begins after in training too: BOS, or an end-of-text token."""
+    """A prompt. ``tokens`` start with the token that precedes a document in training: BOS, or an end-of-text token."""
 
     domain: str
     role: str
@@ -38,8 +38,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Continues ``prompts`` by ``num_tokens``, a few at once. Draws no random number and leaves the model as it
-    was, so that a run with samples is bit for bit the run without. A continuation ends at ``separator``."""
+    """A sampler that continues ``prompts`` by up to ``num_tokens`` tokens, until the token ``separator``. It draws no random
+    numbers and does not change the model, so that a run with samples equals a run without them bit for bit."""
 
     prompts: Sequence[Prompt]
     tokenizer: Any
@@ -53,11 +53,12 @@ class Sampler:
         interrupted: Callable[[], bool] = lambda: False,
         alive: Callable[[], None] = lambda: None,
     ) -> list[Sample] | None:
-        """One sample a prompt, in order. ``interrupted`` and ``alive`` are as in ``Evaluator.run``, for every token."""
+        """Return one sample per prompt, in order, or ``None`` if ``interrupted`` returned true. ``interrupted`` and ``alive``
+        are called as in ``Evaluator.run``, but for every token."""
         samples = []
         with evaluating(engine.model):
-            for start in range(0, len(self.prompts), AT_ONCE):
-                prompts = self.prompts[start : start + AT_ONCE]
+            for start in range(0, len(self.prompts), PROMPTS_PER_BATCH):
+                prompts = self.prompts[start : start + PROMPTS_PER_BATCH]
                 rows = self._continue(engine, prompts, interrupted, alive)
                 if rows is None:
                     return None
@@ -71,7 +72,7 @@ class Sampler:
         interrupted: Callable[[], bool],
         alive: Callable[[], None],
     ) -> list[list[int]] | None:
-        """The tokens that follow each prompt; the host waits for the device once, at the end."""
+        """Return the tokens that follow each prompt. The host synchronises with the device once, at the end."""
         device = engine.world.device
         lengths = torch.tensor([len(p.tokens) for p in prompts], device=device)
         longest = max(len(p.tokens) for p in prompts)
@@ -93,8 +94,10 @@ class Sampler:
 
     def _sample(self, prompt: Prompt, continuation: list[int]) -> Sample:
         before = self._text(prompt.tokens)
-        whole = self._text((*prompt.tokens, *continuation))  # some tokenizers drop a space where a text begins
-        text = whole.removeprefix(before) if whole.startswith(before) else self._text(continuation)
+        full_text = self._text(
+            (*prompt.tokens, *continuation)
+        )  # decoded with its prompt, because some tokenizers drop a leading space
+        text = full_text.removeprefix(before) if full_text.startswith(before) else self._text(continuation)
         return Sample(prompt.domain, prompt.role, before, text)
 
     def _text(self, tokens: Sequence[int]) -> str:
@@ -105,10 +108,10 @@ class Sampler:
 def prompts_of(
     domains: Sequence[Domain], policy: EvaluationConfig, tokenizer: Any, *, first: int, num_positions: int
 ) -> list[Prompt]:
-    """Of each domain, then the user's own, each after the token ``first``. A document's is cut to half of the model's
-    positions.
+    """Return the prompts of each domain, then the user's own, each after the token ``first``. Prompts from documents are
+    truncated to half of the model's positions.
 
-    Raises ``UserError`` for a prompt of the user's that leaves no position for a continuation.
+    Raises ``UserError`` if a prompt of the user leaves no position for a continuation.
     """
     found = [Prompt(d.name, d.role, (first, *tokens[: num_positions // 2])) for d in domains for tokens in d.prompts]
     for text in policy.sample_prompts:

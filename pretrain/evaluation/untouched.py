@@ -1,8 +1,9 @@
-"""The losses of the untouched model, kept with the progress of a run; measured again where what is scored has changed.
+"""The losses of the untouched model (the base model before training). They are stored with the progress of a run and measured
+again if the evaluation text or its settings have changed.
 
-A resumed run may score other text than step 0 did, or the same in another context. While it sets itself up, the engine holds
-the weights that the run began with, until those of the checkpoint replace them: the moment to score them once more, under
-the same strategy. It draws no random number and takes no memory of its own.
+A resumed run may score other text than step 0 did, or the same text in another context. During set-up the engine has the
+initial weights of the run until the weights of the checkpoint are loaded. In between, the untouched model can be scored again
+under the same strategy. This draws no random numbers and allocates no second model.
 """
 
 from __future__ import annotations
@@ -23,20 +24,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Untouched:
-    """``weights_follow_from``: the parts of a run's identity that decide the weights it begins with. ``is_there``: whether
-    the run has been built with these; where they are gone it begins with a checkpoint's."""
+    """The untouched model of a run and its losses.
+
+    ``weights_follow_from`` are the parts of a run's fingerprint that determine its initial weights. ``is_there`` is whether the
+    engine was built with the initial weights; if they are no longer available, it is built with a checkpoint's weights."""
 
     evaluator: Evaluator
     weights_follow_from: tuple[str, ...] = ("model", "seed")
     is_there: bool = True
-    _again: dict[str, tuple[float, Measured]] = field(default_factory=dict)  # by domain, scored since this start
+    _rescored: dict[str, tuple[float, Measured]] = field(default_factory=dict)  # by domain, scored in this start
 
     def known(self, progress: TrainState) -> dict[str, Known]:
-        """The baseline of every domain, as far as it was measured on what is scored now."""
+        """Return the baseline of every domain, as far as it was measured on what is scored now."""
         return self._known(progress.baseline, progress.measured_on)
 
     def keep(self, progress: TrainState, scores: Iterable[DomainScore]) -> None:
-        """The ``scores`` of step 0 are the baseline of the run from now on."""
+        """Store the ``scores`` of step 0 as the baseline of the run."""
         progress.baseline = {score.domain: score.loss for score in scores}
         progress.measured_on = {domain.name: domain.measured_on for domain in self.evaluator.domains}
 
@@ -49,8 +52,8 @@ class Untouched:
         interrupted: Callable[[], bool] = lambda: False,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
-        """Score the domains whose baseline the checkpoint ``state`` does not have, before it is loaded into ``engine``.
-        ``identity``: of this run. ``interrupted``, ``alive``: see `Evaluator.run`. A collective."""
+        """Score the domains whose baseline is missing in the checkpoint ``state``, before it is loaded into ``engine``. This is
+        a collective. ``identity`` is the fingerprint of this run. For ``interrupted`` and ``alive`` see `Evaluator.run`."""
         progress = state["progress"]
         if not self.is_there:
             return
@@ -62,14 +65,14 @@ class Untouched:
             return
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
         notice(f"the model before this run is scored again: {reasons}")
-        scores = self.evaluator.of(missing).run(engine, announce=True, interrupted=interrupted, alive=alive)
+        scores = self.evaluator.select(missing).run(engine, announce=True, interrupted=interrupted, alive=alive)
         domains = {domain.name: domain for domain in self.evaluator.domains}
-        self._again = {score.domain: (score.loss, domains[score.domain].measured_on) for score in scores or ()}
+        self._rescored = {score.domain: (score.loss, domains[score.domain].measured_on) for score in scores or ()}
 
     def restore(self, progress: TrainState) -> None:
-        """Put what was scored again into ``progress``, which a checkpoint has just filled."""
-        progress.baseline |= {name: loss for name, (loss, _) in self._again.items()}
-        progress.measured_on |= {name: measured for name, (_, measured) in self._again.items()}
+        """Copy the losses that were scored again into ``progress``, which was just loaded from a checkpoint."""
+        progress.baseline |= {name: loss for name, (loss, _) in self._rescored.items()}
+        progress.measured_on |= {name: measured for name, (_, measured) in self._rescored.items()}
 
     def _known(self, losses: Mapping[str, float], measured_on: Mapping[str, Measured]) -> dict[str, Known]:
         return {d.name: known(d.name, d.measured_on, losses, measured_on) for d in self.evaluator.domains}

@@ -1,5 +1,5 @@
-"""What the process of a job does differently from the same command typed by a person: it says in a file why it failed,
-and it saves and ends when the command that has started it is gone."""
+"""What the process of a sweep job does in addition to a normal run: it writes the reason of a failure to a file, and it saves
+and exits when the process that started it dies."""
 
 from __future__ import annotations
 
@@ -15,33 +15,35 @@ from pretrain.runtime.redact import redact
 from pretrain.runtime.signals import EXIT_CODE
 
 VARIABLE = "PRETRAIN_SWEEP_JOB"  # "<pid of the parent> <file for the reason of a failure>"
-PR_SET_PDEATHSIG = 1  # of prctl(2)
-LONGEST_REASON = 500  # characters
+PR_SET_PDEATHSIG = 1  # option of prctl(2)
+MAX_REASON = 500  # characters
 
-_note: Path | None = None
+_error_file: Path | None = None
 
 
-def environment(note: Path) -> dict[str, str]:
-    """For the process of a job that this process starts."""
-    return {**os.environ, VARIABLE: f"{os.getpid()} {note.absolute()}"}
+def environment(error_file: Path) -> dict[str, str]:
+    """Return the environment for the process of a job that this process starts."""
+    return {**os.environ, VARIABLE: f"{os.getpid()} {error_file.absolute()}"}
 
 
 def enter() -> None:
-    """Called first of all, in every process of the command line."""
-    global _note
+    """Set this process up as a sweep job, if it is one. Every process of the command line calls this first."""
+    global _error_file
     if VARIABLE not in os.environ:
         return
-    parent, _, note = os.environ.pop(VARIABLE).partition(" ")  # the job's own children are nobody's jobs
-    _note = Path(note)
+    parent, _, error_file = os.environ.pop(VARIABLE).partition(
+        " "
+    )  # popped, because the job's own children are not sweep jobs
+    _error_file = Path(error_file)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != int(parent):  # it was gone before
+        if os.getppid() != int(parent):  # the parent died before prctl
             sys.exit(EXIT_CODE)
 
 
 def note_failure(reason: str) -> None:
-    """Leave the last line of ``reason`` to the sweep; nothing in a command that is no job."""
+    """Write the last line of ``reason`` for the sweep. This does nothing if the process is not a sweep job."""
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    if _note is not None and lines:
-        with suppress(OSError):  # a full disk: the table then has the exit code only
-            replace_file(_note, redact(lines[-1])[:LONGEST_REASON])
+    if _error_file is not None and lines:
+        with suppress(OSError):  # on a full disk the table has only the exit code
+            replace_file(_error_file, redact(lines[-1])[:MAX_REASON])

@@ -1,4 +1,4 @@
-"""`python -m pretrain -m …`: plan, check, run, and say what came of it."""
+"""`python -m pretrain -m …`: plan a sweep, check its jobs, run them, and report the results."""
 
 from __future__ import annotations
 
@@ -28,22 +28,24 @@ from pretrain.runtime.signals import EXIT_CODE, Interrupt, Stopped
 from pretrain.runtime.streams import flush, make_nonblocking
 from pretrain.sweep import table
 from pretrain.sweep.config import SweepConfig
-from pretrain.sweep.job import KEPT, jobs_in
+from pretrain.sweep.job import INTERNAL_FOLDER, jobs_in
 from pretrain.sweep.jobs import Sweep, quoted
 from pretrain.sweep.plan import Plan
 from pretrain.sweep.show import show
 
 
-def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], spoken: dict[str, Any]) -> int:
-    """Run a sweep; its exit code is the worst of its jobs'. ``arguments``: as they were typed; ``config_dir`` and
-    ``overrides``: as Hydra gets them; ``spoken``: see `trust.said`.
+def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], cli_values: dict[str, Any]) -> int:
+    """Run a sweep and return its exit code, the worst of its jobs'.
+
+    ``arguments`` are those of the command line; ``config_dir`` and ``overrides`` are what Hydra gets. For ``cli_values`` see
+    `trust.said`.
 
     Raises ``UserError`` for a mistake in any job, before the first one starts.
     """
     with composing(conf_dir(), config_dir) as hydra:
         config = compose_config(hydra, [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
         plan = Plan(hydra.config_loader, config)
-        plan.check(spoken)
+        plan.check(cli_values)
         folder = Path(os.path.expanduser(config.sweep_dir or config.hydra.sweep.dir))
         check_part("sweep", OmegaConf.to_container(config.sweep, resolve=True), PARTS["sweep"], [])
         policy: SweepConfig = build_part(dict(config.sweep))
@@ -52,24 +54,24 @@ def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], sp
             keys=plan.keys,
             metric=policy.metric,
             direction=policy.direction,
-            command=_as_sweep(arguments),
+            command=_with_multirun(arguments),
             began_at=time.time(),
             total=None if plan.jobs is None else len(plan.jobs),
             config_dir=config_dir and os.path.abspath(os.path.expanduser(config_dir)),
         )
-        own = [f"hydra.sweep.dir={quoted(folder)}", "hydra.sweeper.params=null"]  # the params are among plan.words
+        own = [f"hydra.sweep.dir={quoted(folder)}", "hydra.sweeper.params=null"]  # plan.words includes the params
         words = [*plan.words, *config.hydra.overrides.hydra, *own]
-        return _carry_out(this, plan, _multirun(hydra, this, words))
+        return _run_sweep(this, plan, _multirun(hydra, this, words))
 
 
-def _as_sweep(arguments: list[str]) -> tuple[str, ...]:
-    """The words that say the same again, with the ``-m`` that an experiment or a launcher stands for."""
+def _with_multirun(arguments: list[str]) -> tuple[str, ...]:
+    """Return ``arguments`` with ``-m``, which an experiment or a launcher can imply."""
     return tuple(arguments if {"-m", "--multirun"} & set(arguments) else ["-m", *arguments])
 
 
 def _multirun(hydra: Hydra, this: Sweep, words: list[str]) -> Callable[[], Any]:
-    """Hydra's multirun, ready to be started: so sweeper and launcher refuse what is wrong with their keys before anything is
-    written."""
+    """Return a function that runs Hydra's multirun. The sweeper and the launcher are created here already, so that they raise
+    for invalid keys before anything is written."""
     config = compose_config(hydra, words, RunMode.MULTIRUN)
     callbacks = Callbacks(config)
     context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
@@ -83,11 +85,11 @@ def _multirun(hydra: Hydra, this: Sweep, words: list[str]) -> Callable[[], Any]:
     return run
 
 
-def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
-    """The exit code of the sweep, once its folder and the terminal say what came of it."""
+def _run_sweep(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
+    """Run the sweep, write its table, print the results, and return the exit code."""
     Interrupt().install()
     status, stopped_by = "failed", None
-    with _at_work(this.folder):
+    with _running_in(this.folder):
         try:
             for words in plan.jobs or ():
                 this.expect(this.job(words))
@@ -97,31 +99,31 @@ def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
         except (Stopped, KeyboardInterrupt) as stop:
             status, stopped_by = "stopped", str(stop) or "Ctrl-C"
         finally:
-            told = this.write_table(status or _status(this))
+            content = this.write_table(status or _status(this))
     code = EXIT_CODE if stopped_by else worst(_codes(this))
-    make_nonblocking()  # a reader of the table that has left is no failure
-    show(this.folder, told)
-    flush()  # what is said next is on stderr, and comes after it
+    make_nonblocking()  # a closed pipe on stdout must not fail the sweep
+    show(this.folder, content)
+    flush()  # the next messages go to stderr and must come after the table
     failed = _failures(this)
     if stopped_by:
-        notice(f"stopped ({stopped_by}); to go on: {this.command_line}")
+        notice(f"stopped ({stopped_by}); to resume: {this.command_line}")
     elif failed:
         complain(f"error: every job of the sweep failed; the first one: {failed[0]['error']}")
     return code
 
 
 def _states(this: Sweep) -> list[dict[str, Any]]:
-    """Of this command's jobs; the folder may hold others."""
+    """Return the states of this command's jobs; the folder may contain other jobs."""
     return [state for _, state in jobs_in(this.folder) if state.get("began_at") == this.began_at]
 
 
 def _codes(this: Sweep) -> list[int]:
-    """The exit codes of this command's jobs."""
+    """Return the exit codes of this command's jobs."""
     return [0 if state["status"] == "pruned" else state["exit_code"] or 0 for state in _states(this)]
 
 
 def _failures(this: Sweep) -> list[dict[str, Any]]:
-    """This command's jobs where every one of them failed, else nothing."""
+    """Return the states of this command's jobs if all of them failed, else an empty list."""
     states = _states(this)
     return states if all(state["status"] == "failed" for state in states) else []
 
@@ -132,20 +134,22 @@ def _status(this: Sweep) -> str:
 
 
 def worst(codes: list[int]) -> int:
-    """A bug before a mistake before a stop; a job that was killed counts as a bug."""
+    """Return the worst exit code: 1 (a bug, or a job that was killed), then 2 (a mistake), then 75 (stopped), then 0."""
     known = {0: 0, EXIT_CODE: EXIT_CODE, 2: 2}
     codes = [known.get(code, 1) for code in codes]
     return next((code for code in (1, 2, EXIT_CODE) if code in codes), 0)
 
 
 @contextmanager
-def _at_work(folder: Path) -> Iterator[None]:
-    """Meanwhile whoever reads the folder can see that a sweep is at work in it; several may be."""
+def _running_in(folder: Path) -> Iterator[None]:
+    """Hold a shared lock in the folder, so that a reader sees that a sweep is running. Several sweeps may hold it at once."""
     try:
         make_folder(folder)
         check_private(folder, "sweep_dir")
-        check_links(folder, "sweep_dir", (KEPT, f"{KEPT}/*", "sweep.json", "sweep.html", "optuna.journal"))
-        file = os.fdopen(open_file(own_folder(folder / KEPT) / table.COMMAND_LOCK, os.O_RDWR), "r+")
+        check_links(
+            folder, "sweep_dir", (INTERNAL_FOLDER, f"{INTERNAL_FOLDER}/*", "sweep.json", "sweep.html", "optuna.journal")
+        )
+        file = os.fdopen(open_file(own_folder(folder / INTERNAL_FOLDER) / table.COMMAND_LOCK, os.O_RDWR), "r+")
     except OSError as error:
         raise UserError(f"sweep_dir={folder}: can't be written: {error.strerror}") from None
     with file:

@@ -1,4 +1,4 @@
-"""The keys of conf/sweep/default.yaml, which says what each is for."""
+"""The configuration of sweeps. conf/sweep/default.yaml documents the keys."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-OF_A_RUN = ("new_loss", "new_delta", "forgetting", "train_loss", "tokens_per_second")
-OF_A_DOMAIN = ("loss", "perplexity", "bits_per_byte", "delta_loss")
-METRIC = rf"^({'|'.join(OF_A_RUN)}|.+\.({'|'.join(OF_A_DOMAIN)}))$"
+RUN_METRICS = ("new_loss", "new_delta", "forgetting", "train_loss", "tokens_per_second")
+DOMAIN_METRICS = ("loss", "perplexity", "bits_per_byte", "delta_loss")
+METRIC = rf"^({'|'.join(RUN_METRICS)}|.+\.({'|'.join(DOMAIN_METRICS)}))$"
 
 
 @dataclass(frozen=True)
 class SweepConfig:
+    """The objective of a sweep: the ``metric`` by which jobs are ranked, and its ``direction``."""
+
     metric: Annotated[str, Field(pattern=METRIC)]
     direction: Literal["minimize", "maximize"]

@@ -1,7 +1,7 @@
-"""The jobs of a sweep: each is this program again in a fresh process, so that no state of one can leak into another.
+"""Run the jobs of a sweep. Each job runs this program in a new process, so that no state leaks from one job to another.
 
-`Sweep` is the function that Hydra's launchers call, here or in processes of theirs; it travels as a pickle. What is known
-of a job stands in its folder alone, so that any number of processes may write at once.
+`Sweep` is the function that Hydra's launchers call, in this process or, pickled, in processes of the launcher. The state of a
+job is stored only in its folder, so that any number of processes can write at once.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from pretrain.sweep.job import DONE, SweepJob, job_of, jobs_in
 from pretrain.sweep.measure import measures_of, objective_in
 from pretrain.sweep.table import write
 
-LOOK_SECONDS = 0.5  # between looks whether a job is to be pruned
+CHECK_SECONDS = 0.5  # between checks whether a job is to be pruned
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """``status``: finished · failed · stopped · pruned. ``objective``: ``None`` where there is none."""
+    """The result of a job. ``status`` is finished · failed · stopped · pruned; ``objective`` is the value of the sweep's
+    metric, or ``None`` if the run has none."""
 
     job: SweepJob
     status: str
@@ -47,9 +48,19 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Sweep:
-    """``keys``: those that are swept. ``command``: the words after ``python -m pretrain``. ``began_at``: Unix seconds; the
-    jobs of this command bear it, whichever process runs them. ``total``: how many, where that is known.
-    ``config_dir``: of ``--config-dir``."""
+    """A sweep.
+
+    Attributes:
+        folder: Folder of the sweep.
+        keys: Keys that are swept.
+        metric: Metric by which jobs are ranked.
+        direction: ``minimize`` or ``maximize``.
+        command: Arguments of the command line after ``python -m pretrain``.
+        began_at: Start of the command in Unix seconds. The jobs of this command have the same value in job.json, regardless
+            of the process that runs them.
+        total: Number of jobs, if it is known.
+        config_dir: Value of ``--config-dir``.
+    """
 
     folder: Path
     keys: tuple[str, ...]
@@ -61,38 +72,38 @@ class Sweep:
     config_dir: str | None = None
 
     def __call__(self, config: DictConfig) -> float:
-        """For Hydra: run the job whose configuration is composed; its objective, NaN where there is none.
+        """Run the job whose configuration Hydra has composed. Return its objective, or NaN if it has none.
 
-        Raises ``Stopped`` when somebody has asked to stop.
+        Raises ``Stopped`` after a stop signal.
         """
         outcome = run_job(self, list(HydraConfig.get().overrides.task))
         return math.nan if outcome.objective is None else outcome.objective
 
     def job(self, overrides: list[str]) -> SweepJob:
-        """The job with these overrides, in whatever order; one that is new gets its folder."""
+        """Return the job with these overrides in any order; if it is new, create its folder."""
         return job_of(self.folder, overrides, self.keys)
 
-    def place(self, job: SweepJob) -> str:
-        """``3 of 8``: which of this command's jobs it is."""
+    def position(self, job: SweepJob) -> str:
+        """Return the job's position among this command's jobs, such as ``3 of 8``."""
         own = [other.name for other, state in jobs_in(self.folder) if state.get("began_at") == self.began_at]
         return f"{own.index(job.name) + 1}" + (f" of {self.total}" if self.total else "")
 
-    def words(self, job: SweepJob) -> list[str]:
-        """The words of the job as a command, with its own folder."""
+    def arguments(self, job: SweepJob) -> list[str]:
+        """Return the arguments of the job's command line, with its own folder as ``output_dir``."""
         config_dir = ["--config-dir", self.config_dir] if self.config_dir else []
         own = [] if any(o.startswith("output_dir=") for o in job.overrides) else [f"output_dir={quoted(job.folder)}"]
-        return [*config_dir, *job.words, *own]
+        return [*config_dir, *job.arguments, *own]
 
     def expect(self, job: SweepJob) -> None:
-        """List the job as one of this command, unless another command is at work on it."""
+        """Mark the job as one of this command, unless another command is running it."""
         if (held := job.lock()) is not None:
             self.begin(job)
             held.release()
 
     def begin(self, job: SweepJob) -> dict[str, Any]:
-        """The job's state, marked as one of this command; ``waiting`` unless there is nothing left to do. What an earlier
-        attempt has left, the reason it failed and the wish to prune it, is not this one's."""
-        for left in (job.note, job.prune_file):
+        """Mark the job as one of this command and return its state: ``waiting``, unless it is done. The files of an earlier
+        attempt, the reason of its failure and the request to prune it, are deleted."""
+        for left in (job.error_file, job.prune_file):
             left.unlink(missing_ok=True)
         state = job.read()
         status = state.get("status") if state.get("status") in DONE else "waiting"
@@ -100,102 +111,115 @@ class Sweep:
         return job.read()
 
     def end(self, job: SweepJob, state: dict[str, Any], code: int, seconds: float) -> Outcome:
-        """Write down how a job's process has left."""
+        """Write the exit of a job's process to job.json and return the outcome."""
         pruned = job.prune_file.exists()
         status = {0: "finished", EXIT_CODE: "pruned" if pruned else "stopped"}.get(code, "failed")
         error = _reason(job, code) if status == "failed" else None
-        known = {k: state[k] for k in ("created", "began_at") if k in state}  # its folder may be a new one by now
+        known = {
+            k: state[k] for k in ("created", "began_at") if k in state
+        }  # the run may have replaced its folder, and job.json with it
         job.write(**known, status=status, exit_code=code, error=error, seconds=state.get("seconds", 0.0) + seconds)
         return self.outcome(job)
 
     def outcome(self, job: SweepJob) -> Outcome:
+        """Return the job's outcome as read from its folder."""
         state = job.read()
         status = state.get("status", "failed")
         objective = objective_in(measures_of(job.folder), self.metric) if status in DONE else None
         return Outcome(job, status, state.get("exit_code") or 0, objective)
 
     def write_table(self, status: str = "running", *, with_page: bool = True) -> dict[str, Any]:
-        """Bring sweep.json up to date, and sweep.html; what stands in the former."""
-        told = {"command": self.command_line, "metric": self.metric, "direction": self.direction, "status": status}
-        return write(self.folder, **told, with_page=with_page)
+        """Update sweep.json and (``with_page``) sweep.html; return the content of sweep.json."""
+        fields = {"command": self.command_line, "metric": self.metric, "direction": self.direction, "status": status}
+        return write(self.folder, **fields, with_page=with_page)
 
     @property
     def command_line(self) -> str:
-        """What continues this sweep."""
-        said = (
+        """Return the command that resumes this sweep."""
+        sweep_dir = (
             []
             if any(w.startswith(("sweep_dir=", "hydra.sweep.dir=")) for w in self.command)
             else [f"sweep_dir={quoted(self.folder)}"]
         )
-        return shlex.join(["python", "-m", "pretrain", *self.command, *said])
+        return shlex.join(["python", "-m", "pretrain", *self.command, *sweep_dir])
 
 
 def run_job(
-    sweep: Sweep, overrides: list[str], *, asked: list[str] | None = None, environment: dict[str, str] | None = None
+    sweep: Sweep,
+    overrides: list[str],
+    *,
+    stop_signals: list[str] | None = None,
+    environment: dict[str, str] | None = None,
 ) -> Outcome:
-    """Run one job in a fresh process and wait for it; at once when it is known to be done.
+    """Run one job in a new process and wait for it. A job that is done already is not run again.
 
-    A job that fails has an exit code and no objective. Raises ``Stopped`` when this process or the job's was asked to
-    stop; a job whose ``prune_file`` appears is stopped alone. ``asked``: the signals that came to a caller who runs several
-    jobs, each in a thread, filled at any time; ``environment``: of the job, besides this process's.
+    A job that fails has an exit code and no objective. If the job's ``prune_file`` appears, only this job is stopped.
+    ``stop_signals`` is a list to which a caller that runs several jobs in threads can append the names of stop signals at any
+    time. ``environment`` is added to the environment of the job.
+
+    Raises ``Stopped`` if this process or the job's process got a stop signal.
     """
-    if asked:
-        raise Stopped(asked[0])
-    asked = [] if asked is None else asked
+    if stop_signals:
+        raise Stopped(stop_signals[0])
+    stop_signals = [] if stop_signals is None else stop_signals
     job = sweep.job(overrides)
-    with job.alone() as held:
+    with job.exclusive() as held:
         state = sweep.begin(job)
         if state["status"] in DONE:
-            notice(f"{job.name}: {state['status']} before, not run again")
+            notice(f"{job.name}: already {state['status']}, not run again")
             return sweep.outcome(job)
         job.write(status="running", locked=True)
-        notice(f"job {sweep.place(job)}: {job.name}")
+        notice(f"job {sweep.position(job)}: {job.name}")
         sweep.write_table()
         started_at = time.monotonic()
         process = subprocess.Popen(
-            [*module_command("pretrain"), *sweep.words(job)],
-            env=child.environment(job.note) | (environment or {}),
-            pass_fds=held.descriptors,  # the job is at work as long as this process lives, whatever becomes of ours
+            [*module_command("pretrain"), *sweep.arguments(job)],
+            env=child.environment(job.error_file) | (environment or {}),
+            pass_fds=held.descriptors,  # so that the job stays locked while its process lives, even if this process dies
         )
-        # The job decides when to stop. A terminal sends Ctrl-C to it too, and it passes over the second word for one wish.
-        with hearing(asked, lambda n: process.send_signal(signal.SIGTERM if n == signal.SIGINT else n)):
-            code = _wait(process, job, asked)
+        # The job decides when it stops. A terminal sends Ctrl-C to the job too; the job ignores the second of the two signals.
+        with collecting_stop_signals(
+            stop_signals, lambda n: process.send_signal(signal.SIGTERM if n == signal.SIGINT else n)
+        ):
+            code = _wait(process, job, stop_signals)
         outcome = sweep.end(job, state, code, time.monotonic() - started_at)
-    sweep.write_table(with_page=False)  # the next job's start and the end of the sweep draw it
+    sweep.write_table(with_page=False)  # the page is drawn when the next job starts and when the sweep ends
     if outcome.status == "failed":
         notice(f"{job.name}: failed: {job.read()['error']}")
-    if asked or outcome.status == "stopped":
-        raise Stopped(asked[0] if asked else f"{job.name} was stopped and has saved")
+    if stop_signals or outcome.status == "stopped":
+        raise Stopped(stop_signals[0] if stop_signals else f"{job.name} was stopped and has saved")
     return outcome
 
 
-def _wait(process: subprocess.Popen[bytes], job: SweepJob, asked: list[str]) -> int:
-    """The exit code; 128 + the signal that killed the process, as shells say it."""
-    told = False
+def _wait(process: subprocess.Popen[bytes], job: SweepJob, stop_signals: list[str]) -> int:
+    """Return the exit code of the process, or 128 + the signal that killed it, as a shell does."""
+    terminated = False
     while True:
         try:
-            code = process.wait(LOOK_SECONDS)
+            code = process.wait(CHECK_SECONDS)
         except subprocess.TimeoutExpired:
-            if not told and (asked or job.prune_file.exists()):
-                told = True
+            if not terminated and (stop_signals or job.prune_file.exists()):
+                terminated = True
                 process.terminate()
         else:
             return code if code >= 0 else EXIT_CODE if -code == signal.SIGTERM else 128 - code
 
 
 @contextmanager
-def hearing(asked: list[str], pass_on: Callable[[int], None] = lambda number: None) -> Iterator[None]:
-    """Meanwhile the signals that ask to stop are added to ``asked`` by name and passed on; in the main thread, as they
-    arrive in no other."""
+def collecting_stop_signals(
+    stop_signals: list[str], pass_on: Callable[[int], None] = lambda number: None
+) -> Iterator[None]:
+    """Handle stop signals in the body of the ``with`` statement: append their names to ``stop_signals`` and call ``pass_on``.
+    In any thread but the main one this does nothing, because Python delivers signals to the main thread only."""
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        asked.append(signal.Signals(number).name)
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop_signals.append(signal.Signals(number).name)
         pass_on(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, hear) for number in SIGNALS}
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield
     finally:
@@ -204,8 +228,8 @@ def hearing(asked: list[str], pass_on: Callable[[int], None] = lambda number: No
 
 
 def _reason(job: SweepJob, code: int) -> str:
-    if job.note.exists():
-        return job.note.read_text().removeprefix("error: ")
+    if job.error_file.exists():
+        return job.error_file.read_text().removeprefix("error: ")
     if code > 128:
         name = signal.Signals(code - 128).name if code - 128 in list(signal.Signals) else str(code - 128)
         return f"killed by {name}" + (": out of memory?" if name == "SIGKILL" else "")
@@ -213,5 +237,5 @@ def _reason(job: SweepJob, code: int) -> str:
 
 
 def quoted(path: Path) -> str:
-    """A path as a value that Hydra's grammar leaves alone."""
+    """Return a path as a value that Hydra's override grammar parses as that path."""
     return str(path) if re.fullmatch(r"[\w./-]+", str(path), re.ASCII) else quoting.quoted(str(path))

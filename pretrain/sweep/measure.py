@@ -1,4 +1,4 @@
-"""What came out of a run, read from its folder: the numbers by which the jobs of a sweep are compared."""
+"""Read the results of a run from its folder: the numbers by which the jobs of a sweep are compared."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.sweep.config import OF_A_RUN
+from pretrain.sweep.config import RUN_METRICS
 from pretrain.telemetry.record import change_of
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import tail
 
-DECIMALS = 4  # of nats per token: strategies agree to more, and a smaller difference beats nobody
+DECIMALS = (
+    4  # of nats per token: strategies agree to more decimals, and a smaller difference between two jobs does not count
+)
 
 
 def measures_of(run: Path) -> dict[str, Any]:
-    """``new_loss``, ``new_delta``, ``forgetting`` (nats per token, means over domains), ``train_loss``,
-    ``tokens_per_second`` and ``results`` (the last evaluation of each domain); ``None`` where a run has no such number.
+    """Return the measures of a run; a number that the run does not have is ``None``.
+
+    The keys are ``new_loss``, ``new_delta`` and ``forgetting`` (nats per token, means over domains), ``train_loss``,
+    ``tokens_per_second``, and ``results`` (the last evaluation of each domain).
     """
     results: dict[str, dict[str, Any]] = read_run_file(run).get("results") or {}
     last: dict[str, dict[str, Any]] = {}
@@ -34,7 +38,8 @@ def measures_of(run: Path) -> dict[str, Any]:
 
 
 def _of_domains(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """``results``: scores by domain; those of an earlier step than the last are of domains that are no longer scored."""
+    """Return the measures that are computed from ``results``, the last scores of each domain. Scores of an earlier step than
+    the last one are ignored, because those domains are no longer evaluated."""
     last = max((s.get("step", 0) for s in results.values()), default=0)
     scores = [s for s in results.values() if s.get("step", 0) == last]
     of_role = {role: [s for s in scores if s.get("role") == role] for role in ("new", "base")}
@@ -47,23 +52,23 @@ def _of_domains(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def objectives(run: Path, metric: str) -> dict[int, float]:
-    """``metric`` at every evaluation so far, by step, the one before the first step left out: it is the same in every run.
+    """Return ``metric`` at every evaluation so far, by step. Step 0 is left out, because it is the same in every run.
 
-    Empty for a metric that no evaluation measures.
+    The result is empty for a metric that evaluations do not measure.
     """
     by_step: dict[int, dict[str, Any]] = {}
     for record in evaluations(run / "metrics.jsonl"):
         by_step.setdefault(record["step"], {})[record["domain"]] = record
     domains = len(by_step.pop(0, {}))
-    whole = {step: results for step, results in by_step.items() if len(results) == domains}
-    values = {step: objective_in(_of_domains(results), metric) for step, results in whole.items()}
+    complete = {step: results for step, results in by_step.items() if len(results) == domains}
+    values = {step: objective_in(_of_domains(results), metric) for step, results in complete.items()}
     return {step: value for step, value in values.items() if value is not None}
 
 
 def objective_in(measures: dict[str, Any], metric: str) -> float | None:
-    """The number that ``metric`` (conf/sweep/default.yaml) names; ``None`` where the run has none."""
+    """Return the value of ``metric`` (see conf/sweep/default.yaml), or ``None`` if the run does not have it."""
     domain, _, field = metric.rpartition(".")
-    if metric in OF_A_RUN:
+    if metric in RUN_METRICS:
         of_the_run: float | None = measures.get(metric)
         return of_the_run
     scores = measures["results"].get(domain, {})
@@ -72,7 +77,7 @@ def objective_in(measures: dict[str, Any], metric: str) -> float | None:
 
 
 def evaluations(file: Path) -> list[dict[str, Any]]:
-    """The evaluation records of a metrics.jsonl, without reading the many others as JSON."""
+    """Return the evaluation records of a metrics.jsonl without parsing its other records."""
     found = []
     with suppress(OSError):
         for line in file.read_bytes().split(b"\n"):
@@ -85,20 +90,20 @@ def evaluations(file: Path) -> list[dict[str, Any]]:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """``None`` where one of them is not known: the mean of the others is another number."""
+    """Return the mean, or ``None`` if any value is ``None``, because a mean over fewer values is not comparable."""
     every = list(values)
     known = [v for v in every if v is not None]
     return sum(known) / len(known) if known and len(known) == len(every) else None
 
 
 def ranking(rows: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:
-    """The finished jobs that have an objective, the best first."""
+    """Return the finished jobs that have an objective, the best first."""
     judged = [row for row in rows if row["status"] == "finished" and row["objective"] is not None]
     return sorted(judged, key=lambda row: row["objective"], reverse=direction == "maximize")
 
 
 def pareto(rows: list[dict[str, Any]]) -> list[int]:
-    """Numbers of the finished jobs that no other beats in both gain and forgetting, the largest gain first."""
+    """Return the numbers of the jobs on the Pareto front of gain and forgetting, the largest gain first."""
     points = [
         (round(row["new_delta"], DECIMALS), round(row["forgetting"], DECIMALS), row["number"])
         for row in rows

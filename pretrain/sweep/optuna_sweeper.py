@@ -1,8 +1,8 @@
-"""`hydra/sweeper=optuna`: jobs are trials of a study of Optuna's, each chosen by what the earlier ones came to.
+"""`hydra/sweeper=optuna`: the jobs are trials of an Optuna study, which chooses each from the results of the earlier ones.
 
-Hydra's own plugin of that name needs Optuna 2 (its successor: a pre-release of Hydra), can't prune, and forgets the study
-at the end of the process. This one is as thin: parameters from the override grammar, trials through Hydra's launcher. What
-a job came to is read from its folder, so any launcher will do.
+Hydra's own plugin of that name needs Optuna 2 (its successor needs a pre-release of Hydra), can't prune, and loses the study
+when the process exits. This sweeper parses the parameters with Hydra's override grammar and runs the trials through Hydra's
+launcher. It reads the results from the jobs' folders, so it works with any launcher.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pretrain.runtime.signals import Stopped
 from pretrain.sweep.jobs import Sweep
 from pretrain.sweep.pruning import pruning
 from pretrain.sweep.space import parse_space
-from pretrain.sweep.study import Study, search_alone
+from pretrain.sweep.study import Study, search_lock
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -30,7 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """The keys of conf/hydra/sweeper/optuna.yaml, which says what each is for."""
+    """The options of the sweeper.
+
+    Attributes:
+        n_trials: Total number of trials, finished or pruned.
+        n_jobs: Trials at a time; ``None`` is the launcher's ``n_jobs``, or 1.
+        startup_trials: Number of first trials that are drawn at random, before TPE chooses trials and any are pruned.
+        prune: Whether to stop a trial whose objective at an evaluation is worse than the median of the others at that step.
+        seed: Random seed of the search.
+    """
 
     n_trials: PositiveInt
     n_jobs: PositiveInt | None
@@ -40,12 +48,14 @@ class Options:
 
 
 class OptunaSweeper(Sweeper):
+    """A sweeper that runs a search with Optuna."""
+
     def __init__(self, *, params: None, **options: Any) -> None:
-        """``params``: Hydra gives them too, but they are among the arguments of `sweep` by then (`Plan.words`)."""
+        """Hydra passes ``params`` too, but they are ignored, because the arguments of `sweep` include them (`Plan.words`)."""
         self.options = Options(**options)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Called by Hydra. Raises ``UserError`` for options that can't work and for a space that is none."""
+        """Called by Hydra. Raises ``UserError`` for invalid options and for an invalid search space."""
         check_options("hydra.sweeper", self.options)
         self.space = parse_space(list(config.hydra.overrides.task), hydra_context.config_loader)
         self.jobs = cast(Sweep, task_function)
@@ -55,9 +65,9 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run trials until there are ``n_trials`` with a result; one that fails counts, until the command is run again.
-        ``arguments`` are those that `setup` has read."""
-        with search_alone(self.jobs.folder):
+        """Run trials until there are ``n_trials`` with a result. A failed trial counts too, but is tried again when the
+        command is run again. ``arguments`` are ignored, because `setup` has parsed them."""
+        with search_lock(self.jobs.folder):
             study = Study(
                 self.jobs.folder,
                 space=self.space,
@@ -77,9 +87,9 @@ class OptunaSweeper(Sweeper):
             yield batch
 
     def _run(self, study: Study, trials: list[Trial]) -> None:
-        """Run trials side by side, as far as the launcher can, and tell the study what came of them.
+        """Run trials, in parallel if the launcher can, and report the results to the study.
 
-        Raises ``Stopped`` when one was stopped: it stays open in the study, to be resumed.
+        Raises ``Stopped`` if a trial was stopped. That trial stays open in the study and is resumed later.
         """
         overrides = [self.space.overrides(trial.params) for trial in trials]
         jobs = [self.jobs.job(words) for words in overrides]
@@ -87,7 +97,7 @@ class OptunaSweeper(Sweeper):
         with pruning(watched, self.jobs.metric):
             returns = self.starter.launch(overrides, initial_job_idx=trials[0].number)
         for returned in returns:
-            _ = returned.return_value  # raises what the launcher could not do
+            _ = returned.return_value  # reading the value raises the launcher's error, if there was one
         outcomes = [self.jobs.outcome(job) for job in jobs]
         for trial, outcome in zip(trials, outcomes, strict=True):
             study.tell(trial, outcome)

@@ -1,4 +1,4 @@
-"""sweep.html: the jobs of a sweep on one page: which is best, what each key does, what gain costs in forgetting."""
+"""sweep.html: one page about the jobs of a sweep: the best job, the effect of each key, and gain against forgetting."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from pretrain.telemetry.report.style import KINDS, NUM_COLOURS, Markup, escape, 
 Row = dict[str, Any]
 HEAD = ("", "job", "status", "new-domain loss", "change", "forgetting", "tokens/s", "time")
 LONGEST_VALUE = 24  # characters
-WORDS = {"new_loss": "new-domain loss", "new_delta": "change of the new-domain loss", "train_loss": "training loss"}
-WORDS |= {"forgetting": "forgetting", "tokens_per_second": "tokens/s"}
+LABELS = {"new_loss": "new-domain loss", "new_delta": "change of the new-domain loss", "train_loss": "training loss"}
+LABELS |= {"forgetting": "forgetting", "tokens_per_second": "tokens/s"}
 
 
 def page(folder: Path, table: Row) -> str:
-    """The whole page as HTML text. ``table``: what stands in sweep.json."""
+    """Return the page as HTML text. ``table`` is the content of sweep.json."""
     rows: list[Row] = table["jobs"]
     ranked = ranking(rows, table["metric"]["direction"])
     title = folder.absolute().name
     status = table["status"]
     parts = [
         Markup(f"<h1>{escape(title)}{style.pill(status, KINDS.get(status, ''))}</h1>"),
-        Markup(f'<p class="soft">{escape(_counted(rows))}</p>'),
+        Markup(f'<p class="soft">{escape(_status_counts(rows))}</p>'),
         Markup(f'<p class="verdict">{escape(verdict(table, ranked))}</p>'),
         _tiles(rows, ranked, table),
-        style.section("What each key does", parallel_chart(_axes(ranked, table), _lines(ranked))),
+        style.section("Effect of each key", parallel_chart(_axes(ranked, table), _lines(ranked))),
         style.section("Gain and forgetting", style.grid([_front(rows, table), *_curves(folder, ranked)])),
         style.section("Jobs", style.card(_jobs(folder, rows, ranked, table))),
-        style.section("The best run again", style.copyable(ranked[0]["command"])) if ranked else "",
-        style.section("This sweep again, or on from here", style.copyable(table["command"])),
+        style.section("Command of the best run", style.copyable(ranked[0]["command"])) if ranked else "",
+        style.section("Command that repeats or resumes this sweep", style.copyable(table["command"])),
     ]
     return style.document(f"{title} · sweep", join(parts))
 
 
 def verdict(table: Row, ranked: list[Row]) -> str:
-    """One sentence: which job is best, and what it has learned and forgotten."""
+    """Return one sentence on the best job, its gain and its forgetting."""
     if not ranked:
         failed = sum(row["status"] == "failed" for row in table["jobs"])
         return f"No job has finished yet{f'; {failed} failed' if failed else ''}."
     best, metric = ranked[0], table["metric"]
-    text = f"Best of {len(ranked)}: {best['name']}, {_word(metric)} {_number(best['objective'])}"
+    text = f"Best of {len(ranked)}: {best['name']}, {_metric_label(metric)} {_number(best['objective'])}"
     if best["new_delta"] is not None:
         verb = "gained" if best["new_delta"] <= 0 else "lost"
         text += f"; it {verb} {abs(best['new_delta']):.3f} nats per token on the new domain"
@@ -59,21 +59,21 @@ def verdict(table: Row, ranked: list[Row]) -> str:
 
 
 def varying(rows: list[Row]) -> dict[str, list[str | None]]:
-    """Key → its value in each job, of the keys that are not the same in all; ``None`` where a job has no such key."""
-    said = [dict(o.lstrip("+~").split("=", 1) for o in row["overrides"] if "=" in o) for row in rows]
-    keys = dict.fromkeys(key for words in said for key in words)
-    values = {key: [words.get(key) for words in said] for key in keys}
+    """Return the keys whose values differ between jobs, each with its value in every job; ``None`` if a job lacks the key."""
+    overrides = [dict(o.lstrip("+~").split("=", 1) for o in row["overrides"] if "=" in o) for row in rows]
+    keys = dict.fromkeys(key for words in overrides for key in words)
+    values = {key: [words.get(key) for words in overrides] for key in keys}
     return {key: column for key, column in values.items() if len(set(column)) > 1}
 
 
 def short_names(rows: list[Row]) -> dict[int, str]:
-    """Number → ``0.001 · ddp``: the values of the keys that vary, for where there is little room."""
+    """Return a short name for each job number: the values of the keys that vary, such as ``0.001 · ddp``."""
     values = [[str(value or "default")[:LONGEST_VALUE] for value in column] for column in varying(rows).values()]
-    said = [" · ".join(of_job) for of_job in zip(*values, strict=True)]
-    return {row["number"]: name for row, name in zip(rows, said or [row["name"] for row in rows], strict=True)}
+    labels = [" · ".join(of_job) for of_job in zip(*values, strict=True)]
+    return {row["number"]: name for row, name in zip(rows, labels or [row["name"] for row in rows], strict=True)}
 
 
-def _counted(rows: list[Row]) -> str:
+def _status_counts(rows: list[Row]) -> str:
     counts = Counter(row["status"] for row in rows)
     return f"{len(rows)} jobs: " + ", ".join(f"{counts[status]} {status}" for status in KINDS if counts[status])
 
@@ -82,18 +82,18 @@ def _tiles(rows: list[Row], ranked: list[Row], table: Row) -> Markup:
     tiles = [style.tile(f"{sum(r['status'] == 'finished' for r in rows)} of {len(rows)}", "jobs finished")]
     objectives = [row["objective"] for row in ranked]
     if ranked:
-        tiles.append(style.tile(_number(objectives[0]), f"best {_word(table['metric'])}"))
+        tiles.append(style.tile(_number(objectives[0]), f"best {_metric_label(table['metric'])}"))
     if len(ranked) > 1:
-        tiles.append(style.tile(_number(abs(objectives[-1] - objectives[0])), "between the best and the last"))
+        tiles.append(style.tile(_number(abs(objectives[-1] - objectives[0])), "between the best and the worst"))
     speeds = [row["tokens_per_second"] for row in rows if row["tokens_per_second"]]
     if speeds:
         tiles.append(style.tile(compact(max(speeds)), "tokens/s, the fastest job"))
-    tiles.append(style.tile(duration(sum(row["seconds"] for row in rows)), "of work"))
+    tiles.append(style.tile(duration(sum(row["seconds"] for row in rows)), "total time of the jobs"))
     return style.grid(tiles, "tiles")
 
 
 def _axes(ranked: list[Row], table: Row) -> list[Axis]:
-    """Of the parallel coordinates: the keys that vary, then what came of them, the objective last."""
+    """Return the axes of the parallel coordinates: first the keys that vary, then the results, the objective last."""
     if len(ranked) < 2:
         return []
     axes = [Axis.of_words(key, values) for key, values in varying(ranked).items()]
@@ -101,8 +101,8 @@ def _axes(ranked: list[Row], table: Row) -> list[Axis]:
     for name in ("tokens_per_second", "forgetting", "new_loss"):
         values = [row[name] for row in ranked]
         if name != metric and None not in values:
-            axes.append(Axis.of_numbers(WORDS[name], values))
-    return [*axes, Axis.of_numbers(_word(table["metric"]), [row["objective"] for row in ranked])]
+            axes.append(Axis.of_numbers(LABELS[name], values))
+    return [*axes, Axis.of_numbers(_metric_label(table["metric"]), [row["objective"] for row in ranked])]
 
 
 def _lines(ranked: list[Row]) -> list[str]:
@@ -110,7 +110,7 @@ def _lines(ranked: list[Row]) -> list[str]:
 
 
 def _front(rows: list[Row], table: Row) -> Markup:
-    """Every finished job by gain and forgetting; the line joins those that no other beats in both."""
+    """Return the chart of every finished job by gain and forgetting; a line joins the jobs of the Pareto front."""
     known = [r for r in rows if r["status"] == "finished" and None not in (r["new_delta"], r["forgetting"])]
     by_number = {row["number"]: row for row in known}
     front = [by_number[number] for number in table["pareto"]]
@@ -130,13 +130,13 @@ def _front(rows: list[Row], table: Row) -> Markup:
         "Forgetting against gain",
         points,
         x_label="gain on the new domain (nats per token)",
-        unit="nats per token; on the line: beaten by no other in both",
+        unit="nats per token; the line is the Pareto front",
         front=line if len(line) > 1 else (),
     )
 
 
 def _curves(folder: Path, ranked: list[Row]) -> list[Markup]:
-    """The way of the best jobs: the change of the loss since step 0, new domains and base domains."""
+    """Return the charts of the best jobs' change of the loss since step 0, on the new and on the base domains."""
     shown = ranked[:NUM_COLOURS]
     names = short_names(ranked)
     of_roles: dict[str, list[Line]] = {"new": [], "base": []}
@@ -145,7 +145,9 @@ def _curves(folder: Path, ranked: list[Row]) -> list[Markup]:
         for role, lines in of_roles.items():
             steps = sorted({r["step"] for r in records if r["role"] == role})
             at = [mean(r["delta_loss"] for r in records if r["role"] == role and r["step"] == s) for s in steps]
-            twin = colour % 2 == 1  # of jobs that come to the same, neighbours in rank, both show
+            twin = (
+                colour % 2 == 1
+            )  # so that two lines that coincide are both visible: equal jobs are neighbours in rank
             lines.append(Line(names[row["number"]], steps, at, colour, dashed=twin))
     few = f", the best {len(shown)} jobs" if len(shown) < len(ranked) else ""
     titles = {"new": f"New domain: change of the loss{few}", "base": f"Base domains: change of the loss{few}"}
@@ -154,10 +156,14 @@ def _curves(folder: Path, ranked: list[Row]) -> list[Markup]:
 
 
 def _jobs(folder: Path, rows: list[Row], ranked: list[Row], table: Row) -> Markup:
-    """The ranked table; a job's name leads to its report."""
+    """Return the ranked table of jobs. A job's name links to its report."""
     others = [row for row in rows if row not in ranked]
     metric = table["metric"]
-    own = () if metric["name"] in ("new_loss", "new_delta", "forgetting", "tokens_per_second") else (_word(metric),)
+    own = (
+        ()
+        if metric["name"] in ("new_loss", "new_delta", "forgetting", "tokens_per_second")
+        else (_metric_label(metric),)
+    )
     lines = []
     for place, row in enumerate([*ranked, *others], start=1):
         status: Any = Markup(
@@ -190,9 +196,9 @@ def _named(folder: Path, row: Row, table: Row) -> Markup:
     return Markup(f'<div style="min-width:13rem">{name}{best}{front}</div>')
 
 
-def _word(metric: Row) -> str:
+def _metric_label(metric: Row) -> str:
     name: str = metric["name"]
-    return WORDS.get(name, re.sub(r"_(?=[a-z])", " ", name))
+    return LABELS.get(name, re.sub(r"_(?=[a-z])", " ", name))
 
 
 def _number(value: float | None) -> str:

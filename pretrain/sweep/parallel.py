@@ -1,6 +1,6 @@
-"""Parallel coordinates: one line a job, through its place on every axis; the better the job, the stronger its line.
+"""Parallel coordinates: one line per job through its position on every axis. The better the job, the stronger its line.
 
-Drawn by hand as SVG: a few straight lines and words, in the page's own colours.
+The chart is written directly as SVG, because it has only straight lines and labels, in the page's own colours.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pretrain.telemetry.numbers import compact
 from pretrain.telemetry.report.style import Markup, escape, short
 
-WIDTH, HEIGHT = 960, 290  # px; a narrow page scrolls it sideways
+WIDTH, HEIGHT = 960, 290  # px; a narrow page scrolls the chart horizontally
 TOP, BOTTOM, SIDE = 46, 42, 80  # px around the axes, for names and values
-DECADE = 10.0  # positive numbers that span as much lie on a logarithmic axis
-MOST_WORDS = 12  # an axis with more values says the ends of them only
+DECADE = 10.0  # positive numbers whose maximum / minimum is at least this are drawn on a logarithmic axis
+MAX_LABELS = 12  # an axis with more values has labels at its ends only
 CSS = """<style>.parallel path { fill: none; stroke-linejoin: round; } .parallel g:hover path { stroke: var(--c1);
 stroke-width: 4; } .parallel g text { opacity: 0; font-weight: 600; } .parallel g:hover text { opacity: 1; fill: var(--ink); }
 </style>"""
@@ -23,7 +23,7 @@ stroke-width: 4; } .parallel g text { opacity: 0; font-weight: 600; } .parallel 
 
 @dataclass(frozen=True)
 class Axis:
-    """``places``: where each job lies, 0 (bottom) … 1; ``ticks``: (place, what it says)."""
+    """An axis. ``places`` has the position of each job, 0 (bottom) … 1; ``ticks`` has (position, label)."""
 
     name: str
     places: Sequence[float]
@@ -31,7 +31,7 @@ class Axis:
 
     @classmethod
     def of_numbers(cls, name: str, values: Sequence[float], *, words: Sequence[str] | None = None) -> Axis:
-        """``words``: what the values are called, at each of them; else the ends say their numbers."""
+        """Return a numeric axis. With ``words`` each value has that label; without, only the ends are labelled."""
         low, high = min(values), max(values)
         logarithmic = low > 0 and high / low >= DECADE
         scale = math.log if logarithmic else float
@@ -45,7 +45,7 @@ class Axis:
 
     @classmethod
     def of_words(cls, name: str, values: Sequence[str | None]) -> Axis:
-        """Numbers by their size, anything else in the order in which it comes."""
+        """Return an axis of strings: if all are numbers, a numeric axis, else in order of first occurrence."""
         words = ["default" if value is None else value for value in values]
         try:
             return cls.of_numbers(name, [float(word) for word in words], words=words)
@@ -56,21 +56,22 @@ class Axis:
 
 
 def parallel_chart(axes: Sequence[Axis], names: Sequence[str]) -> Markup:
-    """``names``: of the jobs, the best first, in the order of every axis's ``places``. Nothing for fewer than two axes."""
+    """Return the chart. ``names`` are the names of the jobs, the best first, in the order of every axis's ``places``. The
+    result is empty for fewer than two axes."""
     if len(axes) < 2:
         return Markup("")
     step = (WIDTH - 2 * SIDE) / (len(axes) - 1)
     x = [SIDE + i * step for i in range(len(axes))]
     placed = list(zip(axes, x, strict=True))
     frame = "".join(_axis(axis, at) for axis, at in placed)
-    words = "".join(_ticks(axis, at, last=at == x[-1]) for axis, at in placed)  # on top of the lines
+    words = "".join(_ticks(axis, at, last=at == x[-1]) for axis, at in placed)  # drawn on top of the lines
     lines = [_job(name, rank, len(names), axes, x) for rank, name in enumerate(names)]
-    said = f"Parallel coordinates of {len(names)} jobs; best: {names[0]}"
+    description = f"Parallel coordinates of {len(names)} jobs; best: {names[0]}"
     return Markup(
-        f'{CSS}<figure class="card parallel"><figcaption>Every job, through its keys to what came of them '
-        f"<small>the best in full blue; point at a line for its name</small></figcaption>"
+        f'{CSS}<figure class="card parallel"><figcaption>Every job: its keys and its results '
+        f"<small>the best job is blue; point at a line for its name</small></figcaption>"
         f'<div class="scroll"><svg viewBox="0 0 {WIDTH} {HEIGHT}" style="min-width:40rem" role="img" '
-        f'aria-label="{escape(said)}">{frame}{"".join(lines[::-1])}{words}</svg></div></figure>'
+        f'aria-label="{escape(description)}">{frame}{"".join(lines[::-1])}{words}</svg></div></figure>'
     )
 
 
@@ -93,16 +94,16 @@ def _axis(axis: Axis, x: float) -> str:
 
 
 def _ticks(axis: Axis, x: float, *, last: bool) -> str:
-    """What an axis says: at its ends, where all lines pass beside it, and between them to its side."""
+    """Return the labels of an axis. Labels at its ends are centred; labels in between are at its side."""
     halo = "paint-order:stroke;stroke:var(--card);stroke-width:5px;stroke-linejoin:round;pointer-events:none"
-    said = []
+    labels = []
     for place, text in axis.ticks:
         side, down = ("middle", 0), 15 if place == 0 else -7 if place == 1 else 4
         if 0 < place < 1:
             side = ("start", 8) if last else ("end", -8)
         at = f'x="{x + side[1]:.1f}" y="{_y(place) + down:.1f}" text-anchor="{side[0]}"'
-        said.append(f'<text {at} font-size="11" style="{halo}">{escape(short(text, 22))}</text>')
-    return "".join(said)
+        labels.append(f'<text {at} font-size="11" style="{halo}">{escape(short(text, 22))}</text>')
+    return "".join(labels)
 
 
 def _y(place: float) -> float:
@@ -110,8 +111,8 @@ def _y(place: float) -> float:
 
 
 def _spaced(words: dict[float, str]) -> list[tuple[float, str]]:
-    """Ticks that do not lie upon each other: all, or the ends where there are too many."""
+    """Return ticks that do not overlap: all of them, or only the ends if there are too many."""
     places = sorted(words)
-    if len(places) > MOST_WORDS:
+    if len(places) > MAX_LABELS:
         places = [places[0], places[-1]]
     return [(place, words[place]) for place in places]

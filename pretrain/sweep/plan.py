@@ -1,4 +1,4 @@
-"""Before the first job of a sweep starts: which jobs there will be, and whether each of them could start at all."""
+"""Before the first job of a sweep starts: list the jobs, and check that each of them can start."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from pretrain.data.domains import base_domains
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError, did_you_mean
 
-MANY = 50  # jobs, of which checking takes seconds
+MANY = 50  # jobs; checking more than these takes seconds, which a notice announces
 
 
 class Plan:
-    """What a sweep over ``words`` (the command line's, and the sweeper's ``params``) comes to.
+    """The plan of a sweep: the overrides of the command line and of the sweeper's ``params``, and the jobs they result in.
 
-    ``jobs``: the overrides of every job where the sweep lists them; ``None`` where a sweeper searches. ``words``: params and
-    command line in one, each key once; to Hydra ``lr`` of the one and ``++lr`` of the other would be two.
+    ``jobs`` has the overrides of every job if the sweep lists them, and is ``None`` if the sweeper searches. ``words`` merges
+    the params with the command line so that every key occurs once; Hydra would treat ``lr`` of the former and ``++lr`` of the
+    latter as two keys.
     """
 
     def __init__(self, loader: Any, config: DictConfig) -> None:
@@ -36,7 +37,7 @@ class Plan:
         words = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
         parser = OverridesParser.create(config_loader=loader)
         parsed = parser.parse_overrides(words)
-        self._overrides = {o.get_key_element().lstrip("+~"): o for o in parsed}  # the last one of a key counts
+        self._overrides = {o.get_key_element().lstrip("+~"): o for o in parsed}  # the last override of a key counts
         self.words = [str(o.input_line) for o in self._overrides.values()]
         self.keys = tuple(key for key, o in self._overrides.items() if o.is_sweep_override())
         self.jobs: list[list[str]] | None = None
@@ -44,17 +45,17 @@ class Plan:
             for o in parsed:
                 if o.is_sweep_override() and not o.is_discrete_sweep():
                     raise UserError(
-                        f"{str(o.input_line).lstrip('+')}: only a sweeper that searches knows intervals; a list is key=a,b,c"
+                        f"{str(o.input_line).lstrip('+')}: only a sweeper that searches supports intervals; a list is key=a,b,c"
                     )
             self.jobs = [list(words) for words in itertools.product(*map(_choices, self._overrides.values()))]
 
-    def check(self, spoken: dict[str, Any]) -> None:
-        """Compose and check every job's configuration. ``spoken``: see `trust.said`.
+    def check(self, cli_values: dict[str, Any]) -> None:
+        """Compose and check every job's configuration. For ``cli_values`` see `trust.said`.
 
-        Raises ``UserError`` for the first mistake, whatever job it is in.
+        Raises ``UserError`` for the first mistake in any job.
         """
         if "sweep_dir" in self.keys or any(k == "sweep" or k.startswith("sweep.") for k in self.keys):
-            raise UserError("sweep_dir and sweep.* are of the whole sweep; they can't be swept")
+            raise UserError("sweep_dir and sweep.* apply to the whole sweep; they can't be swept")
         one = self.jobs is not None and len(self.jobs) == 1
         launcher = self._config.hydra.launcher
         here = "slurm" not in launcher._target_.lower() or launcher.get("cluster") == "local"
@@ -67,17 +68,18 @@ class Plan:
             with open_dict(config):
                 del config["hydra"]
             resolved = resolve(config)
-            # words hold a file's hydra.sweeper.params too: trust._only_sweeps has judged them, so they say nothing that
-            # only the command line may
-            check_said(resolved, spoken | said(words))
+            # words include a file's hydra.sweeper.params too; trust._only_sweeps has checked them, so they set no key that
+            # only the command line may set
+            check_said(resolved, cli_values | said(words))
             check_metric(check(resolved, here=here))
         if "output_dir" in self._overrides and "output_dir" not in self.keys and not one:
             raise UserError(
-                "output_dir: every job of a sweep has a folder of its own; their common one is sweep_dir=..."
+                "output_dir: every job of a sweep has its own folder; sweep_dir=... sets their parent folder"
             )
 
     def _one_by_one(self) -> Iterator[list[str]]:
-        """Each value of each key once, with the first of the others: a search may come to any of them."""
+        """Yield jobs that have each value of each key once, with the first values of the other keys. A search can choose any of
+        these values."""
         choices = {key: _choices(o) for key, o in self._overrides.items()}
         first = {key: values[0] for key, values in choices.items()}
         yield list(first.values())
@@ -87,7 +89,7 @@ class Plan:
 
 
 def check_metric(config: RunConfig) -> None:
-    """Raises ``UserError`` where ``sweep.metric`` is of a domain that is not evaluated."""
+    """Raise ``UserError`` if ``sweep.metric`` names a domain that is not evaluated."""
     metric = config.sweep.metric
     domain = metric.rpartition(".")[0]
     domains = [config.dataset.domain, *base_domains(config.dataset, config.evaluation.domains)]
@@ -96,7 +98,7 @@ def check_metric(config: RunConfig) -> None:
 
 
 def _choices(override: Override) -> Sequence[str]:
-    """An override for each value of a swept one; the ends of an interval."""
+    """Return one override for each value of a swept key; for an interval, one for each end."""
     key = override.get_key_element()
     if override.is_discrete_sweep():
         return [f"{key}={value}" for value in override.sweep_string_iterator()]

@@ -1,6 +1,7 @@
-"""Stops trials that look bad at an evaluation. The jobs run elsewhere, in a launcher's hands; what is known of them here is
-their metrics.jsonl, and they are asked to stop by a file, so launchers need not know of it. The files have to be within
-reach of this process and of the one that waits for the job."""
+"""Stop trials early that are bad at an evaluation (pruning).
+
+A launcher runs the jobs elsewhere. This module reads their metrics.jsonl and requests a stop with a file, so that launchers
+need no support for pruning. This process and the process that waits for the job must both have access to these files."""
 
 from __future__ import annotations
 
@@ -16,41 +17,42 @@ from pretrain.sweep.measure import objectives
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
-LOOK_SECONDS = 0.5
+CHECK_SECONDS = 0.5
 
 
 @contextmanager
 def pruning(trials: dict[SweepJob, Trial], metric: str) -> Iterator[None]:
-    """Meanwhile report every evaluation of the running ``trials``, and have those stopped that the pruner gives up."""
-    over = threading.Event()
-    watch = threading.Thread(target=_watch, args=(trials, metric, over), name="pruning", daemon=True)
+    """In the body of the ``with`` statement, report every evaluation of the running ``trials`` to the study, and stop the
+    trials that its pruner rejects."""
+    done = threading.Event()
+    watch = threading.Thread(target=_watch, args=(trials, metric, done), name="pruning", daemon=True)
     watch.start()
     try:
         yield
     finally:
-        over.set()
+        done.set()
         watch.join()
 
 
-def _watch(trials: dict[SweepJob, Trial], metric: str, over: threading.Event) -> None:
+def _watch(trials: dict[SweepJob, Trial], metric: str, done: threading.Event) -> None:
     reported: dict[SweepJob, set[int]] = {job: set() for job in trials}
     seen: dict[SweepJob, int] = {}
-    given_up: set[SweepJob] = set()
-    while not over.wait(LOOK_SECONDS):
+    rejected: set[SweepJob] = set()
+    while not done.wait(CHECK_SECONDS):
         for job, trial in trials.items():
             state = job.read()
-            if state.get("status") != "running" or not state.get("locked"):  # nobody on this machine waits for it
+            if state.get("status") != "running" or not state.get("locked"):  # no process on this machine waits for it
                 continue
-            if job not in given_up and evaluated_since(job, seen) and _looks_bad(job, trial, metric, reported[job]):
-                given_up.add(job)
+            if job not in rejected and evaluated_since(job, seen) and _should_prune(job, trial, metric, reported[job]):
+                rejected.add(job)
                 notice(f"{job.name}: worse than the median at step {max(reported[job])}; pruned")
-            if job in given_up:  # again at every look: a job that starts takes away what an earlier one has left
+            if job in rejected:  # at every check, because a job that starts deletes the file of an earlier attempt
                 job.prune_file.touch()
 
 
 def evaluated_since(job: SweepJob, seen: dict[SweepJob, int]) -> bool:
-    """Whether there may be an evaluation since the last look, of which ``seen`` keeps the time. metrics.jsonl can be long;
-    run.json is written anew right after each evaluation's records."""
+    """Return whether there may be a new evaluation since the last call. ``seen`` keeps the modification time of run.json,
+    which is written right after the records of each evaluation; metrics.jsonl can be long, so it is read only if needed."""
     try:
         written_at = (job.folder / "run.json").stat().st_mtime_ns
     except OSError:
@@ -60,13 +62,13 @@ def evaluated_since(job: SweepJob, seen: dict[SweepJob, int]) -> bool:
     return written_at != known
 
 
-def _looks_bad(job: SweepJob, trial: Trial, metric: str, reported: set[int]) -> bool:
-    """Report what is new and say whether the pruner gives the trial up."""
+def _should_prune(job: SweepJob, trial: Trial, metric: str, reported: set[int]) -> bool:
+    """Report new evaluations to the study and return whether its pruner rejects the trial."""
     for step, value in objectives(job.folder, metric).items():
         if step in reported:
             continue
         reported.add(step)
-        trial.report(value, step)  # a step that an earlier process reported keeps its value
+        trial.report(value, step)  # Optuna keeps the value of a step that an earlier process reported
         if trial.should_prune():
             return True
     return False

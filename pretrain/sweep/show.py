@@ -1,4 +1,4 @@
-"""What a sweep says on the terminal when it is over."""
+"""Print the results of a sweep on the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pretrain.sweep.measure import ranking
 
 
 def show(folder: Path, table: dict[str, Any]) -> None:
-    """The jobs as a table on stdout, the best first; of those that failed, why."""
+    """Print the table of jobs on stdout, the best first, and the reasons of failed jobs."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -24,7 +24,7 @@ def show(folder: Path, table: dict[str, Any]) -> None:
         objective = "" if row["objective"] is None else f"{row['objective']:,.4f}"
         shown.add_row(row["name"], row["status"], objective)
     console = Console(markup=False, highlight=False, emoji=False)
-    with suppress(OSError):  # nobody is reading any more
+    with suppress(OSError):  # the reader of stdout has closed it
         console.print(shown)
         for row in others:
             if row["error"]:

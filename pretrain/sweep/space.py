@@ -1,12 +1,12 @@
-"""What `hydra/sweeper=optuna` searches, said in Hydra's override grammar.
+"""The search space of `hydra/sweeper=optuna`, written in Hydra's override grammar.
 
 =============================== ======================================
 ``lr=interval(1e-5,1e-2)``      any number in between
-``lr=tag(log,interval(…))``     the same, each decade as likely as another
-``x=int(interval(1,64))``       any whole number, both ends included
+``lr=tag(log,interval(…))``     any number in between, on a logarithmic scale
+``x=int(interval(1,64))``       any integer, both ends included
 ``x=range(8,65,8)``             one of the numbers; ``tag(log,range(…))`` for steps of 1
 ``strategy=ddp,fsdp``           one of the choices, without an order; also ``choice(…)`` and ``glob(…)``
-``seed=1``                      the same in every trial
+``seed=1``                      a fixed value in every trial
 =============================== ======================================
 """
 
@@ -27,27 +27,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Space:
+    """A search space. ``fixed`` are the overrides that every trial has, ``searched`` the distributions by key, ``keys`` the
+    keys as overrides set them."""
+
     fixed: list[str]
     searched: dict[str, BaseDistribution]
-    keys: dict[str, str]  # the searched ones as an override sets them: lr → ++lr
+    keys: dict[str, str]  # lr → ++lr
 
     def holds(self, values: dict[str, Any]) -> bool:
-        """Whether ``values`` are of this space; those of a trial that has just been begun may not be all."""
+        """Return whether ``values`` belong to this space. A trial that has just started may have only some of the keys."""
         try:
             return all(self.searched[k]._contains(self.searched[k].to_internal_repr(v)) for k, v in values.items())
-        except (KeyError, ValueError, TypeError):  # another key, another choice, no number
+        except (KeyError, ValueError, TypeError):  # an unknown key, an unknown choice, or not a number
             return False
 
     def overrides(self, values: dict[str, Any]) -> list[str]:
-        """One trial's command line. Six digits of a number are enough to try it, and a folder's name stays readable."""
+        """Return the overrides of one trial. Numbers are rounded to six digits, which keeps the folder's name readable."""
         words = {key: f"{value:.6g}" if isinstance(value, float) else f"{value}" for key, value in values.items()}
         return [*self.fixed, *(f"{self.keys[key]}={word}" for key, word in words.items())]
 
 
 def parse_space(arguments: list[str], config_loader: ConfigLoader) -> Space:
-    """``arguments``: an experiment's ``hydra.sweeper.params`` are the first of them; the last one of a key counts.
+    """Parse the search space. ``arguments`` start with an experiment's ``hydra.sweeper.params``; the last one of a key counts.
 
-    Raises ``UserError`` when nothing is left to choose, or for a range that is none.
+    Raises ``UserError`` if no key has a range, or if a range is empty or invalid.
     """
     parsed = OverridesParser.create(config_loader=config_loader).parse_overrides(arguments)
     last = {(o.key_or_group, o.package): o for o in parsed}  # dict keeps the first place and the last value
@@ -69,7 +72,7 @@ def _distribution(override: Override) -> BaseDistribution:
         return CategoricalDistribution(list(override.sweep_string_iterator()))
     numbers = sorted(value.range()) if isinstance(value, RangeSweep) else [value.start, value.end]
     if not numbers:
-        raise UserError(f"{_said(override)}: there is no number in this range")
+        raise UserError(f"{_as_written(override)}: there is no number in this range")
     low, high, log = numbers[0], numbers[-1], "log" in value.tags
     step = abs(value.step) if isinstance(value, RangeSweep) else None
     try:
@@ -77,9 +80,9 @@ def _distribution(override: Override) -> BaseDistribution:
             return IntDistribution(low, high, log=log, step=int(step or 1))
         return FloatDistribution(float(low), float(high), log=log, step=None if step is None else float(step))
     except ValueError as error:
-        raise UserError(f"{_said(override)}: {error}") from None
+        raise UserError(f"{_as_written(override)}: {error}") from None
 
 
-def _said(override: Override) -> str:
-    """As people write it, without the ``++`` that the command line puts before it."""
+def _as_written(override: Override) -> str:
+    """Return the override as users write it, without the ``++`` that the command line adds."""
     return str(override.input_line).lstrip("+")

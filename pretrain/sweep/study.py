@@ -1,5 +1,5 @@
-"""The study of a search: Optuna's journal in the sweep's folder. It remembers what was chosen and what came of it, so that
-the same command goes on where it was stopped or killed."""
+"""The study of a search, stored as Optuna's journal in the sweep's folder. The journal has all trials and their results, so
+that the same command resumes the search after it was stopped or killed."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ CREATE_TRIAL = 4  # optuna.storages.journal: JournalOperation.CREATE_TRIAL; seen
 
 
 @contextmanager
-def search_alone(folder: Path) -> Iterator[None]:
-    """Only one command searches in a folder: another could not tell its open trials from those of a killed one.
+def search_lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's search lock, so that only one command searches in it. A second command could not distinguish the open
+    trials of the first from those of a killed one.
 
-    Raises ``UserError`` when there is one.
+    Raises ``UserError`` if another command holds the lock.
     """
     held = lock_of(folder, "search.lock", wait=False)
     if held is None:
@@ -40,8 +41,10 @@ def search_alone(folder: Path) -> Iterator[None]:
 
 
 class Study:
-    """Chooses by the tree-structured Parzen estimator (Bergstra et al. 2011), prunes below the median of the other trials
-    (Golovin et al. 2017). Raises ``UserError`` when ``folder`` holds a search of something else, or Optuna is missing."""
+    """A study that chooses trials with the tree-structured Parzen estimator (Bergstra et al. 2011) and prunes those that are
+    worse than the median of the other trials (Golovin et al. 2017).
+
+    Raises ``UserError`` if ``folder`` contains a different search, or if Optuna is missing."""
 
     def __init__(
         self, folder: Path, *, space: Space, metric: str, direction: str, startup_trials: int, seed: int
@@ -49,7 +52,7 @@ class Study:
         optuna = _optuna()
         self._space = space
         self._open: list[Trial] = []  # trials of a command that was stopped
-        _leave_out_broken_lines(folder / FILE)
+        _remove_invalid_lines(folder / FILE)
         self._study: OptunaStudy = optuna.create_study(
             study_name="sweep",
             storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / FILE))),
@@ -57,7 +60,7 @@ class Study:
             load_if_exists=True,
             pruner=optuna.pruners.MedianPruner(n_startup_trials=startup_trials),
         )
-        # Another seed each time: a random state that starts again would draw the same trials again.
+        # Each start uses another seed, because the same seed would draw the same trials again.
         seed += len(self._study.trials)
         self._study.sampler = optuna.samplers.TPESampler(n_startup_trials=startup_trials, seed=seed, constant_liar=True)
         searched = {key: optuna.distributions.distribution_to_json(d) for key, d in space.searched.items()}
@@ -67,15 +70,15 @@ class Study:
             self._study.set_user_attr("about", about)
         elif known != about:
             raise UserError(
-                f"sweep_dir={folder} holds another search, {_difference(known, about)}; take another folder"
+                f"sweep_dir={folder} contains another search, {_difference(known, about)}; use another folder"
             )
 
         for trial in self._study.trials:
             if not space.holds(_params(trial)):
-                raise UserError(f"{folder / FILE}: trial {trial.number} has other keys or values than this search has")
+                raise UserError(f"{folder / FILE}: trial {trial.number} has keys or values that are not in this search")
 
     def resume(self) -> int:
-        """Take up the open trials, try the failed ones again; how many trials have a result already."""
+        """Resume the open trials and queue the failed ones again. Return the number of trials that have a result."""
         from optuna.trial import Trial, TrialState
 
         trials = self._study.trials
@@ -88,11 +91,11 @@ class Study:
         return sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials)
 
     def next(self) -> Trial:
-        """An open trial if there is one, else one that the study chooses."""
+        """Return an open trial if there is one, else one that the study chooses."""
         return self._open.pop(0) if self._open else self._study.ask(self._space.searched)
 
     def tell(self, trial: Trial, outcome: Outcome) -> None:
-        """What came of a trial. One that was stopped stays open."""
+        """Report the result of a trial to the study. A trial that was stopped stays open."""
         from optuna.trial import TrialState
 
         if outcome.status == "finished" and outcome.objective is not None:
@@ -113,36 +116,39 @@ def _optuna() -> Any:
 
 
 def _params(trial: FrozenTrial) -> dict[str, Any]:
-    """Also of one that waits to be tried again."""
+    """Return the parameters of a trial, also of one that is queued to be tried again."""
     params: dict[str, Any] = trial.system_attrs.get("fixed_params", trial.params)
     return params
 
 
-def _leave_out_broken_lines(file: Path) -> None:
-    """Optuna reads its journal up to the first line that is no JSON, and writes behind a torn last one: none of the
-    trials after it would ever be known. The torn last one goes; where others do, the file is kept as it was."""
+def _remove_invalid_lines(file: Path) -> None:
+    """Remove invalid lines from the journal. Optuna reads its journal only up to the first line that is not JSON and appends
+    after an incomplete last line, so that all later trials would be lost. If any but the last line is removed, a copy of the
+    file is kept.
+
+    Raises ``UserError`` if the remaining entries are inconsistent."""
     if not file.exists():
         return
     before = file.read_bytes()
-    kept: list[tuple[int, bytes]] = []
-    odd: list[tuple[int, bytes]] = []
+    valid: list[tuple[int, bytes]] = []
+    invalid: list[tuple[int, bytes]] = []
     for number, line in enumerate(before[: before.rfind(b"\n") + 1].splitlines(keepends=True), start=1):
-        (kept if _is_entry(line) else odd).append((number, line))
-    after = b"".join(line for _, line in kept)
-    if odd:
-        where = f"{file}:{odd[0][0]}: no entry of a search"
+        (valid if _is_entry(line) else invalid).append((number, line))
+    after = b"".join(line for _, line in valid)
+    if invalid:
+        where = f"{file}:{invalid[0][0]}: not an entry of a search"
         if not _is_consistent(after):
             raise UserError(
-                f"{where}, and those after it can't be understood without it; restore the file, or move it away"
+                f"{where}, and later entries are inconsistent without it; restore the file, or move it away"
             )
         keep_copy(file)
-        notice(f"{where}; it is left out, those after it are read")
+        notice(f"{where}; it is skipped, later entries are read")
     if after != before:
         replace_file(file, after.decode())
 
 
 def _is_consistent(entries: bytes) -> bool:
-    """Whether every entry is of a trial that was begun before it: trials are numbered by the order of their beginnings."""
+    """Return whether every entry belongs to a trial that was created before it. Trials are numbered in order of creation."""
     begun = 0
     for entry in map(json.loads, entries.splitlines()):
         begun += entry.get("op_code") == CREATE_TRIAL
@@ -159,7 +165,7 @@ def _is_entry(line: bytes) -> bool:
 
 
 def _difference(known: dict[str, Any], about: dict[str, Any]) -> str:
-    """``of metric new_loss, not forgetting``: the first thing that differs, before and now."""
+    """Return the first difference between two searches, such as ``of metric new_loss, not forgetting``."""
     if known["fixed"] != about["fixed"]:
         was, now = (sorted(set(a["fixed"]) - set(b["fixed"])) for a, b in ((known, about), (about, known)))
         return f"with {' '.join(was) or 'less'}, not {' '.join(now) or 'less'}"

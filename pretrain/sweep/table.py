@@ -1,6 +1,6 @@
-"""sweep.json: every job of a sweep folder with what came out of it, made anew from the jobs' folders each time.
+"""sweep.json: every job of a sweep folder with its results. The file is created again from the jobs' folders each time.
 
-Jobs that are no longer part of the command stay listed: the folder is the record of everything that was tried in it.
+Jobs that are no longer part of the command stay in the table, so that it lists everything that was tried in the folder.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any
 
 from pretrain.runtime.atomic_files import replace_file
 from pretrain.runtime.errors import UserError
-from pretrain.sweep.job import SweepJob, alone_in, jobs_in, lock_of
+from pretrain.sweep.job import SweepJob, folder_lock, jobs_in, lock_of
 from pretrain.sweep.measure import measures_of, objective_in, pareto, ranking
 from pretrain.sweep.page import page
 from pretrain.telemetry.run_file import write_json
 
-COMMAND_LOCK = "command.lock"  # held by a sweep command as long as it lives
+COMMAND_LOCK = "command.lock"  # a sweep command holds it until it exits
 
 
 def write(
     folder: Path, *, command: str, metric: str, direction: str, status: str = "running", with_page: bool = True
 ) -> dict[str, Any]:
-    """Rewrite sweep.json and sweep.html (``with_page``); the table that stands in them now.
+    """Rewrite sweep.json and (``with_page``) sweep.html. Return the table.
 
-    Any process of the sweep may do so at any time: one at a time, and each from all that is there.
+    Any process of the sweep can call this at any time; a lock serialises the calls, and each reads all jobs' folders.
     """
-    with alone_in(folder):
+    with folder_lock(folder):
         table = collect(folder, command=command, metric=metric, direction=direction, status=status)
         write_json(folder / "sweep.json", table)
         if with_page:
@@ -38,16 +38,16 @@ def write(
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The table of a sweep folder as things stand now, with the metric of its last command.
+    """Return the current table of a sweep folder, with the metric of its last command.
 
-    Raises ``UserError`` when the folder is none of a sweep.
+    Raises ``UserError`` if the folder is not a sweep folder.
     """
     try:
-        told = json.loads((folder / "sweep.json").read_text())
-        facts = {"command": told["command"], "metric": told["metric"]["name"], "status": told["status"]}
-        facts["direction"] = told["metric"]["direction"]
+        saved = json.loads((folder / "sweep.json").read_text())
+        facts = {"command": saved["command"], "metric": saved["metric"]["name"], "status": saved["status"]}
+        facts["direction"] = saved["metric"]["direction"]
     except OSError:
-        raise UserError(f"{folder}: no sweep.json in it, so it is no sweep's folder") from None
+        raise UserError(f"{folder}: not a sweep folder: it has no sweep.json") from None
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / 'sweep.json'} can't be read: {type(error).__name__}: {error}") from None
     if facts["status"] == "running" and not _held(folder, COMMAND_LOCK):
@@ -56,7 +56,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def collect(folder: Path, *, command: str, metric: str, direction: str, status: str) -> dict[str, Any]:
-    """The table, from the jobs' folders. A job's number is its place in the order in which jobs were thought of."""
+    """Return the table, read from the jobs' folders. Jobs are numbered in the order in which they were created."""
     rows = [_row(number, job, state, metric) for number, (job, state) in enumerate(jobs_in(folder))]
     ranked = ranking(rows, direction)
     return {
@@ -73,7 +73,7 @@ def _row(number: int, job: SweepJob, state: dict[str, Any], metric: str) -> dict
     measures = measures_of(job.folder)
     status = state["status"]
     if status == "running" and state.get("locked") and not _held(job.sweep, f"{job.name}.lock"):
-        status = "stopped"  # killed, so that it could not say so
+        status = "stopped"  # it was killed, so that it could not write its status
     return {
         "number": number,
         "name": job.name,
@@ -89,12 +89,12 @@ def _row(number: int, job: SweepJob, state: dict[str, Any], metric: str) -> dict
         "tokens_per_second": measures["tokens_per_second"],
         "seconds": state["seconds"],
         "results": measures["results"],
-        "command": shlex.join(["python", "-m", "pretrain", *job.words]),
+        "command": shlex.join(["python", "-m", "pretrain", *job.arguments]),
     }
 
 
 def _held(folder: Path, lock: str) -> bool:
-    with suppress(OSError):  # a folder that is somebody else's, to be read only
+    with suppress(OSError):  # a read-only folder of another user
         held = lock_of(folder, lock, wait=False)
         if held is None:
             return True

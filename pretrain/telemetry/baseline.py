@@ -1,4 +1,4 @@
-"""Whether the model that a run begins with knows anything of the text it is scored on."""
+"""Check that the base model (before training) scores better than a uniform guess on the evaluation text."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pretrain.runtime.console import notice
 from pretrain.telemetry.events import Evaluated, Event
 
-UNTRAINED = 0.1  # nats per token by which random weights, which know nothing either, are worse than a guess
+UNTRAINED = 0.1  # nats per token: randomly initialised weights score worse than a uniform guess by up to this much
 
 
 class BaselineCheck:
-    """A listener that says once where the untouched model scores worse than a guess among all tokens alike.
+    """A listener that warns once, at step 0, if the base model scores worse than a uniform guess over the vocabulary.
 
-    ``uniform_loss``: nats per token of such a guess; ``None``: nothing is expected of the model, its weights are random."""
+    ``uniform_loss`` is the loss of that guess in nats per token. ``None`` disables the check, for randomly initialised
+    weights."""
 
     def __init__(self, uniform_loss: float | None) -> None:
         self._uniform_loss = uniform_loss
@@ -27,7 +28,7 @@ class BaselineCheck:
 
 
 def doubt(losses: Mapping[str, float | None], uniform_loss: float | None) -> str | None:
-    """What to say of a model with these losses at step 0, by domain; ``None`` where all are better than a guess."""
+    """Return a warning if any of the step-0 ``losses`` (by domain) is worse than a uniform guess, else ``None``."""
     if uniform_loss is None:
         return None
     limit = uniform_loss + UNTRAINED
@@ -36,6 +37,6 @@ def doubt(losses: Mapping[str, float | None], uniform_loss: float | None) -> str
         return None
     return (
         f"at step 0 the model is worse than a uniform guess over its vocabulary of {math.exp(uniform_loss):,.0f} tokens "
-        f"({uniform_loss:.2f} nats per token): {', '.join(worse)}. Its tokenizer is likely another model's, or its weights are "
-        "broken"
+        f"({uniform_loss:.2f} nats per token): {', '.join(worse)}. Its tokenizer probably belongs to another model, "
+        "or its weights are damaged"
     )

@@ -1,6 +1,6 @@
-"""What the loop tells its listeners. Frozen: a listener watches and can never steer.
+"""The events that the training loop emits to its listeners. Events are frozen: a listener observes and never steers.
 
-Tensors in an event stay on the device; only a listener that has something to show reads them, at a log step.
+Tensors in an event stay on the device. Only a listener that needs their values reads them, at a log step.
 """
 
 from __future__ import annotations
@@ -17,16 +17,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """``step``: optimizer steps done when the event happened."""
+    """The base class of all events. ``step`` is the number of optimizer steps done when the event happened."""
 
     step: int
 
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """``facts``: what stands in run.json (world size, strategy, versions, number of parameters, …). ``pending_evaluation``:
-    this step is going to be evaluated, whatever is known of it from before. ``records``: those that came along with the
-    checkpoint; a full disk or a lost machine may have kept them from metrics.jsonl."""
+    """A run was started or resumed.
+
+    Attributes:
+        total_steps: Number of optimizer steps of the whole run.
+        resumed: Whether the run was loaded from a checkpoint.
+        pending_evaluation: Whether this step will be evaluated, even if metrics.jsonl already has scores of it.
+        records: Records that were saved with the checkpoint. metrics.jsonl may lack them after a full disk or the loss of
+            a machine.
+        facts: Metadata that is written to run.json (world size, strategy, versions, number of parameters, …).
+    """
 
     total_steps: int
     resumed: bool
@@ -37,8 +44,10 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class LayerNorms:
-    """``norms`` fp32 [len(names), 4] on the device: weight (before the update), gradient (before clipping), update, and
-    update to weight of every layer, over the shards of all ranks."""
+    """The norms of every layer, reduced over the shards of all ranks.
+
+    ``norms`` is fp32 [len(names), 4] on the device. Its columns are the weight norm (before the update), the gradient norm
+    (before clipping), the norm of the update, and the ratio of the update norm to the weight norm."""
 
     names: tuple[str, ...]
     norms: Tensor
@@ -46,11 +55,20 @@ class LayerNorms:
 
 @dataclass(frozen=True, slots=True)
 class StepDone(Event):
-    """One optimizer step. ``loss``, ``grad_norm`` and ``skipped`` (steps without an update so far) are 0-d tensors.
+    """One optimizer step was done.
 
-    ``tokens``: target tokens so far, all ranks. ``step_tokens``, ``step_samples``: those of this step. ``epoch``: of the
-    step's last sample, as a fraction. ``times``: where the time of this rank's step went. ``loss_scale``: that of fp16,
-    ``None`` without a scaler. ``layers``: where this step was looked at.
+    Attributes:
+        epoch: Epoch of the step's last sample, as a fraction.
+        tokens: Target tokens so far, summed over all ranks.
+        step_tokens: Target tokens of this step, summed over all ranks.
+        loss: Loss of the step in nats per target token, a 0-d tensor.
+        lr: Learning rate of the step.
+        grad_norm: Norm of the gradient before clipping, a 0-d tensor.
+        skipped: Number of steps without an update so far, a 0-d tensor.
+        step_samples: Sequences of this step, summed over all ranks.
+        times: How long each part of the step took on this rank.
+        loss_scale: Loss scale of fp16; ``None`` without a gradient scaler.
+        layers: Norms of every layer, if they were recorded at this step.
     """
 
     epoch: float
@@ -68,7 +86,8 @@ class StepDone(Event):
 
 @dataclass(frozen=True, slots=True)
 class SourceCount:
-    """``tokens`` of one source that the run has read so far, all epochs, and ``documents`` that began in them."""
+    """The ``tokens`` of one source that the run has read so far, over all epochs, and the ``documents`` that start in
+    them."""
 
     tokens: int
     documents: int
@@ -76,7 +95,7 @@ class SourceCount:
 
 @dataclass(frozen=True, slots=True)
 class DataStatisticsEvent(Event):
-    """What the run has read up to this step, by source. ``seconds``: how long the loop stood still to count it."""
+    """The data that the run has read up to this step, by source. ``seconds`` is how long counting blocked the loop."""
 
     sources: dict[str, SourceCount]
     seconds: float
@@ -84,9 +103,21 @@ class DataStatisticsEvent(Event):
 
 @dataclass(frozen=True, slots=True)
 class DomainScore:
-    """``loss`` in nats per target token. ``delta_loss`` is against step 0, the model before this run; ``None`` with a
-    ``delta_reason`` where that was not scored on the same tokens. ``digest``: of the tokens and the settings with which
-    they were scored; two losses can be compared where it is the same."""
+    """The scores of one domain at one evaluation.
+
+    Attributes:
+        domain: Name of the domain.
+        role: ``new`` (the run trains on it) or ``base`` (the run may forget it).
+        loss: Mean loss in nats per target token.
+        perplexity: ``exp(loss)``, per token of the model's own tokenizer.
+        bits_per_byte: Loss in bits per byte of text; ``None`` if the number of bytes is unknown.
+        tokens: Number of target tokens that were scored.
+        delta_loss: Change of the loss since step 0 (the base model before this run); ``None`` if step 0 was not scored on
+            the same tokens.
+        delta_reason: Why ``delta_loss`` is ``None``.
+        digest: Digest of the tokens and of the settings they were scored with. Two losses are comparable only if their
+            digests are equal.
+    """
 
     domain: str
     role: str
@@ -101,13 +132,16 @@ class DomainScore:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated(Event):
+    """All domains were scored. ``seconds`` is the duration of the evaluation."""
+
     scores: tuple[DomainScore, ...]
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """``text``: how the model goes on after ``prompt``. ``role``: new · base · user (a prompt of the user's own)."""
+    """One continuation of a prompt. ``text`` follows ``prompt``; ``role`` is new · base · user (a prompt of the user's
+    own)."""
 
     domain: str
     role: str
@@ -117,7 +151,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Sampled(Event):
-    """Told right after the scores of the same evaluation; ``seconds`` are not among theirs."""
+    """Samples were generated. This event follows `Evaluated` of the same evaluation; its ``seconds`` are not part of that
+    event's."""
 
     samples: tuple[Sample, ...]
     seconds: float
@@ -125,8 +160,8 @@ class Sampled(Event):
 
 @dataclass(frozen=True, slots=True)
 class Saved(Event):
-    """The checkpoint of ``step`` has become whole, perhaps some steps later. ``blocked_seconds``: how long the loop stood
-    still for it."""
+    """The checkpoint of ``step`` is complete; the event may be emitted some steps later. ``seconds`` is how long writing
+    took, ``blocked_seconds`` how long it blocked the loop."""
 
     path: Path
     seconds: float
@@ -136,8 +171,8 @@ class Saved(Event):
 
 @dataclass(frozen=True, slots=True)
 class TrainingPaused(Event):
-    """``seconds`` that have gone by ``for_`` a checkpoint and the model folder beside it, or an evaluation that a stop
-    signal has ended; told at once, whenever the checkpoint becomes whole."""
+    """The training loop was blocked for ``seconds`` by saving a checkpoint (with its model folder), or by an evaluation that
+    a stop signal ended. This event is emitted at once, even if the checkpoint becomes complete later."""
 
     seconds: float
     for_: Literal["evaluation", "checkpoint"]
@@ -145,8 +180,8 @@ class TrainingPaused(Event):
 
 @dataclass(frozen=True, slots=True)
 class RolledBack(Event):
-    """The run has gone back to ``step``, the last good checkpoint, because of what its guard found in ``bad_step``
-    (``reason``: nonfinite · spike), and trains on from there."""
+    """The run was rolled back to ``step``, its last good checkpoint, and continues from there. The guard found the fault
+    ``reason`` (nonfinite · spike) in ``bad_step``."""
 
     bad_step: int
     reason: str
@@ -154,7 +189,8 @@ class RolledBack(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunFinished(Event):
-    """``status``: finished · stopped · failed. ``model``: the exported Hugging Face folder, if any."""
+    """The run has ended. ``status`` is finished · stopped · failed; ``model`` is the exported Hugging Face folder, if
+    any."""
 
     status: str
     tokens: int

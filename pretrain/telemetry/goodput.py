@@ -1,8 +1,9 @@
-"""The share of a run's wall time, since it was first started, that went into training steps that count.
+"""Goodput: the share of a run's wall time, since its first start, that was spent on training steps that were kept.
 
-The rest: starting, evaluating, saving, standing still between two starts, and steps that were lost with a crash or a
-rollback and are trained again. It is had from what a run leaves anyway: run.json says when it began, metrics.jsonl which
-steps are kept. (The word: https://cloud.google.com/blog/products/ai-machine-learning/goodput-metric-as-measure-of-ml-productivity)
+The remaining time was spent on startup, evaluation, saving, the time between two starts, and steps that a crash or a rollback
+discarded and that are trained again. Goodput is computed from files that a run writes anyway: run.json has the time of the
+first start, metrics.jsonl has the steps that were kept. For the term see
+https://cloud.google.com/blog/products/ai-machine-learning/goodput-metric-as-measure-of-ml-productivity
 """
 
 from __future__ import annotations
@@ -18,26 +19,28 @@ from pretrain.telemetry.sinks.jsonl import records_until
 
 
 class Goodput:
-    """Counts whole windows of steps: of one that is cut in its middle nothing is kept."""
+    """The goodput of one run. It counts complete windows of steps: a window that a rollback cuts in its middle does not
+    count at all."""
 
     def __init__(self, run: Path) -> None:
         self._run = run
         self._windows: list[tuple[int, float]] = []  # (last step, seconds)
-        self._seconds = 0.0  # of them all
-        self._earlier_seconds: float | None = 0.0  # since the first start, until this one
+        self._seconds = 0.0  # the sum over all windows
+        self._earlier_seconds: float | None = 0.0  # wall time from the first start to this one
         self._started_at = time.monotonic()
 
     def start(self, event: RunStarted) -> None:
-        """Look at what earlier starts have left. Before sinks open, which cut it."""
+        """Read the files of earlier starts. Call this before the sinks are opened, because opening them truncates the
+        files."""
         records: list[dict[str, Any]] = []
         windows: list[tuple[int, float]] = []
         if event.step:
-            with suppress(OSError, ValueError, KeyError, TypeError):  # a file that is broken is worth less than the run
+            with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged file must not stop the run
                 earlier = records_until(self._run / "metrics.jsonl", event)
                 windows, records = trained(earlier), earlier
         self._keep(windows)
         known = earlier_facts(self._run, event).get("started_at")
-        if known is None and records:  # a run from before run.json said so
+        if known is None and records:  # run.json of earlier versions has no start time
             found = records[0].get("time")
             known = found if isinstance(found, int | float) else None
         now = time.time()
@@ -45,10 +48,12 @@ class Goodput:
         self._started_at = time.monotonic()
 
     def add(self, step: int, seconds: float) -> None:
+        """Add a window of training steps that ends with ``step`` and took ``seconds``."""
         self._windows.append((step, seconds))
         self._seconds += seconds
 
     def go_back(self, step: int) -> None:
+        """Drop all windows that end after ``step``, to which the run was rolled back."""
         self._keep([window for window in self._windows if window[0] <= step])
 
     def _keep(self, windows: list[tuple[int, float]]) -> None:
@@ -56,7 +61,7 @@ class Goodput:
         self._seconds = sum(seconds for _, seconds in windows)
 
     def share(self) -> float | None:
-        """0–1; ``None`` where an earlier start has left no records."""
+        """Return the goodput, 0–1, or ``None`` if an earlier start left no records."""
         if self._earlier_seconds is None:
             return None
         wall = self._earlier_seconds + time.monotonic() - self._started_at
@@ -64,7 +69,7 @@ class Goodput:
 
 
 def trained(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(last step, seconds) of every window of steps among the records of a run, whose first may be lost."""
+    """Return (last step, seconds) of every window of steps in ``records``. The first records of the run may be missing."""
     windows: list[tuple[int, float]] = []
     before: int | None = None
     for record in records:

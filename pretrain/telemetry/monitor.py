@@ -1,7 +1,7 @@
-"""Turns the loop's events into records and hands them to the sinks. Of it a checkpoint holds the latest records alone.
+"""The monitor turns the loop's events into records and passes them to the sinks.
 
-Losses, norms and times stay on the device until a log step: reading them is the only time the monitor waits for the device.
-docs/monitoring.md says what each number is.
+Losses, norms and times stay on the device until a log step; only there does the monitor synchronise with the device. Of the
+monitor's state a checkpoint saves only the latest records. docs/monitoring.md defines every number.
 """
 
 from __future__ import annotations
@@ -42,16 +42,17 @@ if TYPE_CHECKING:
 
 
 NORMS = ("weight_norm", "grad_norm", "update_norm", "update_ratio")  # the columns of `LayerNorms.norms`
-MOST_UNSAVED = 1_000  # records that a checkpoint brings along at most; metrics.jsonl has them as a rule
+MAX_UNSAVED = 1_000  # records that a checkpoint saves at most; metrics.jsonl normally has them too
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Monitor:
-    """A listener. ``log_every`` in steps; the first and the last step of a run are always logged."""
+    """A listener that writes records to ``sinks``. ``log_every`` is in steps; the first and the last step of a run are
+    always logged."""
 
     def __init__(self, sinks: dict[str, Sink], *, run: Path, log_every: int) -> None:
         self._sinks = dict(sinks)
-        self._said: set[str] = set()  # names of sinks that have found the disk full
+        self._full_disk_reported: set[str] = set()  # names of sinks whose full disk was reported
         self._run = run
         self._every = Interval(log_every)
         self._window = Window()
@@ -64,35 +65,35 @@ class Monitor:
         self._total_steps = 0
         self._logged = False
         self._started = False
-        self._unsaved: deque[Record] = deque(maxlen=MOST_UNSAVED)
+        self._unsaved: deque[Record] = deque(maxlen=MAX_UNSAVED)
 
     def unsaved(self) -> list[Record]:
-        """The latest records that no whole checkpoint has brought into safety yet."""
+        """Return the latest records that no complete checkpoint has saved yet."""
         return list(self._unsaved)
 
     def _keep_unsaved(self, holds: Callable[[Record], bool]) -> None:
-        self._unsaved = deque(filter(holds, self._unsaved), maxlen=MOST_UNSAVED)
+        self._unsaved = deque(filter(holds, self._unsaved), maxlen=MAX_UNSAVED)
 
     def __call__(self, event: Event) -> None:
         match event:
             case StepDone():
                 self._step(event)
             case Evaluated():
-                self._tell_layers()
+                self._write_layers()
                 for s in event.scores:
-                    self._write_beside("evaluation", event.step, fields_of(s))
+                    self._write_untimed("evaluation", event.step, fields_of(s))
                 self._window.exclude(event.seconds)
             case Sampled():
                 for sample in event.samples:
-                    self._write_beside("sample", event.step, fields_of(sample))
+                    self._write_untimed("sample", event.step, fields_of(sample))
                 self._window.exclude(event.seconds)
             case Saved():
                 self._keep_unsaved(lambda r: r["step"] > event.step)
-                self._write_beside("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
+                self._write_untimed("checkpoint", event.step, fields_of(event) | {"path": str(event.path)})
             case TrainingPaused():
                 self._window.exclude(event.seconds, event.for_)
             case DataStatisticsEvent():
-                self._write_beside("data", event.step, data_fields(event))
+                self._write_untimed("data", event.step, data_fields(event))
                 self._window.exclude(event.seconds)
             case RolledBack():
                 self._go_back(event)
@@ -107,18 +108,18 @@ class Monitor:
         self._total_steps = event.total_steps
         self._facts = event.facts
         self._goodput.start(event)
-        self._each(lambda s: s.open(self._run, event))
+        self._call_sinks(lambda s: s.open(self._run, event))
         self._write(
             "run_started", event.step, {"total_steps": event.total_steps, "resumed": event.resumed} | event.facts
         )
         self._window.restart()
 
     def _go_back(self, event: RolledBack) -> None:
-        """For the sinks as if the run had been stopped and resumed there."""
-        self._each(lambda s: s.close())
+        """Close and reopen the sinks, as if the run had been stopped and resumed at ``event.step``."""
+        self._call_sinks(lambda s: s.close())
         self._keep_unsaved(lambda r: r["step"] <= event.step)
         again = RunStarted(event.step, self._total_steps, resumed=True, records=tuple(self._unsaved))
-        self._each(lambda s: s.open(self._run, again))
+        self._call_sinks(lambda s: s.open(self._run, again))
         self._write("rollback", event.step, fields_of(event))
         self._goodput.go_back(event.step)
         self._layers.clear()
@@ -135,9 +136,10 @@ class Monitor:
         self._log(event)
 
     def _log(self, event: StepDone) -> None:
-        """Write the record of the window that ends with ``event``, after the layers that were looked at in it."""
+        """Write the norms of the layers recorded in this window, then the record of the window, which ends with
+        ``event``."""
         window, facts = self._window, self._facts
-        numbers = window.numbers(event)  # the device is waited for here, so the clock is read after it
+        numbers = window.numbers(event)  # this synchronises with the device, so the clock is read after it
         seconds = window.seconds()
         self._logged = True
         self._total.add(window, seconds)
@@ -155,21 +157,25 @@ class Monitor:
             "eta_seconds": self._eta_seconds(event.step),
             "goodput": self._goodput.share(),
         }
-        if facts.get("devices", 1) > facts.get("world_size", 1):  # inside a step of `dp`, where no clock can look
+        if facts.get("devices", 1) > facts.get(
+            "world_size", 1
+        ):  # `dp` communicates inside the step, where it can't be timed
             record["communication_seconds"] = None
         window.restart()
-        self._tell_layers()
+        self._write_layers()
         self._write("train", event.step, record)
 
-    def _tell_layers(self) -> None:
-        """Before what is told of a later step: W&B takes no row of a step it has passed."""
+    def _write_layers(self) -> None:
+        """Write the pending layer norms. Do this before any record of a later step: W&B rejects a row of an earlier
+        step."""
         for step, layers in self._layers:
             rows = zip(layers.names, layers.norms.tolist(), strict=True)
             self._write("layers", step, {"layers": {name: dict(zip(NORMS, row, strict=True)) for name, row in rows}})
         self._layers.clear()
 
     def _eta_seconds(self, step: int) -> float | None:
-        """By the pace since the first log step of this start, evaluations and checkpoints included."""
+        """Estimate the remaining seconds from the pace since the first log step of this start, including evaluations and
+        checkpoints."""
         if self._paced_from is None:
             self._paced_from = (step, time.perf_counter())
             return 0.0 if step >= self._total_steps else None
@@ -178,7 +184,7 @@ class Monitor:
         return pace * max(0, self._total_steps - step)
 
     def summary(self) -> Record:
-        """What there is to say of the whole run: its speed since this start, its goodput since its first."""
+        """Return the numbers of the whole run: the speed since this start, the goodput since the first one."""
         rates = speed(self._total.tokens, self._total.samples, self._total.seconds, self._facts)
         shown = ("tokens_per_second", "model_flops_per_second", "mfu")
         return {
@@ -201,10 +207,11 @@ class Monitor:
             "folder": str(self._run),
         }
         self._write("run_finished", event.step, fields)
-        self._each(lambda s: s.close())
+        self._call_sinks(lambda s: s.close())
 
-    def _write_beside(self, kind: str, step: int, fields: Record) -> None:
-        """Write what is no part of training; nor are the seconds that sinks take for it (a report's pictures)."""
+    def _write_untimed(self, kind: str, step: int, fields: Record) -> None:
+        """Write a record that is not of training, and exclude the seconds the sinks take for it (such as drawing a report)
+        from the training time."""
         started_at = time.perf_counter()
         self._write(kind, step, fields)
         self._window.exclude(time.perf_counter() - started_at)
@@ -212,29 +219,29 @@ class Monitor:
     def _write(self, kind: str, step: int, fields: Record) -> None:
         record = {"event": kind, "step": step, "time": time.time()} | json_safe(fields)
         self._unsaved.append(record)
-        self._each(lambda s: s.write(record), patient=True)
+        self._call_sinks(lambda s: s.write(record), keep_if_full=True)
 
-    def _each(self, call: Callable[[Sink], None], *, patient: bool = False) -> None:
-        """A sink that fails is dropped with one line; numbers are worth less than the run. ``patient``: one that finds the
-        disk full stays, for there may be room again."""
+    def _call_sinks(self, call: Callable[[Sink], None], *, keep_if_full: bool = False) -> None:
+        """Call ``call`` with every sink. A sink that raises is dropped with one notice, so that it does not stop the run.
+        With ``keep_if_full`` a sink that raises because the disk is full is kept, because space may be freed later."""
         for name, sink in list(self._sinks.items()):
             try:
                 call(sink)
             except Exception as error:
-                if patient and isinstance(error, OSError) and error.errno in DISK_FULL:
-                    if name not in self._said:
-                        notice(f"sink {name}: {error.strerror}; it tries again with the next record")
-                    self._said.add(name)
+                if keep_if_full and isinstance(error, OSError) and error.errno in DISK_FULL:
+                    if name not in self._full_disk_reported:
+                        notice(f"sink {name}: {error.strerror}; writing is retried with the next record")
+                    self._full_disk_reported.add(name)
                     continue
                 del self._sinks[name]
-                with suppress(Exception):  # a bar that is drawn leaves a cursor hidden
+                with suppress(Exception):  # a live bar has hidden the cursor; closing restores it
                     sink.close()
-                notice(f"sink {name} stopped: {type(error).__name__}: {error}; the run goes on without it")
+                notice(f"sink {name} stopped: {type(error).__name__}: {error}; the run continues without it")
 
 
 class _Total:
-    """Of all windows since this start; the first, whose step compiles and sets itself up, counts in no speed unless there is
-    no other. ``train_seconds``: with it."""
+    """Sums over all windows since this start. The first window includes compilation and set-up, so it is excluded from the
+    speed unless it is the only one; ``train_seconds`` includes it."""
 
     def __init__(self) -> None:
         self.tokens = self.samples = self._windows = 0
@@ -252,6 +259,7 @@ class _Total:
 
 
 def data_fields(event: DataStatisticsEvent) -> Record:
+    """Return the fields of a ``data`` record."""
     tokens, documents = (sum(getattr(s, name) for s in event.sources.values()) for name in ("tokens", "documents"))
     return {
         "tokens_per_document": tokens / documents if documents else None,
@@ -262,7 +270,8 @@ def data_fields(event: DataStatisticsEvent) -> Record:
 
 
 def speed(tokens: int, samples: int, seconds: float, facts: Record) -> Record:
-    """Rates of ``tokens`` and ``samples`` (all devices) in ``seconds``. ``facts``: of the run; what they lack stays null."""
+    """Return the rates of ``tokens`` and ``samples`` (summed over all devices) in ``seconds``. ``facts`` is the run's
+    metadata; a rate that needs a missing fact is null."""
     devices, length = facts.get("devices", 1), facts.get("sequence_length")
     flops, peak = facts.get("flops_per_token"), facts.get("peak_flops")
     seconds = seconds if seconds > 0 else math.nan
@@ -277,8 +286,10 @@ def speed(tokens: int, samples: int, seconds: float, facts: Record) -> Record:
 
 
 def memory_gib(device_type: str) -> Record:
-    """``memory_gib``: the peak so far, allocated on the GPU, or resident on the host where there is none;
-    ``memory_reserved_gib``: what the GPU's allocator has held at most; ``host_memory_gib``: resident now."""
+    """Return the memory of this process in GiB.
+
+    ``memory_gib`` is the peak so far: allocated on the GPU, or resident on the host where there is no GPU.
+    ``memory_reserved_gib`` is the peak that the GPU's allocator has reserved. ``host_memory_gib`` is resident now."""
     resident = resident_bytes()
     host = {"host_memory_gib": None if resident is None else resident / 2**30}
     if device_type == "cuda":

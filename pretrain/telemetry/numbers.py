@@ -1,4 +1,4 @@
-"""Numbers as people read them, on a terminal and on a page."""
+"""Format numbers for people, on a terminal and on a page."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ NOTHING = "—"
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """A finite number, and no truth value."""
+    """Return whether ``value`` is a finite int or float and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def number(value: object, digits: int = 2) -> str:
+    """Format with thousands separators and ``digits`` decimals."""
     return f"{value:,.{digits}f}".replace("-", "−") if is_number(value) else NOTHING
 
 
 def signed(value: object, digits: int = 4) -> str:
+    """Format like `number`, with a sign."""
     return f"{value:+,.{digits}f}".replace("-", "−") if is_number(value) else NOTHING
 
 
 def compact(value: float) -> str:
-    """A number as an axis and a legend say it: 12k, 3.4M, 0.042, 1e-05."""
+    """Format a number for an axis or a legend: 12k, 3.4M, 0.042, 1e-05."""
     size = abs(value)
     if size == 0 or not math.isfinite(value):
         return "0" if size == 0 else "—"
@@ -34,19 +36,20 @@ def compact(value: float) -> str:
 
 
 def amount(value: object) -> str:
-    """A count or a rate, short: 12.3k."""
+    """Format a count or a rate in short form: 12.3k."""
     return compact(value) if is_number(value) else NOTHING
 
 
 def share(value: object, digits: int = 0) -> str:
+    """Format a fraction as a percentage; a non-zero value that would round to 0 becomes ``<1 %``."""
     if not is_number(value):
         return NOTHING
-    least = 10.0**-digits  # percent that can be told from none
+    least = 10.0**-digits  # the smallest percentage that is not shown as 0
     return f"{100 * value:.{digits}f} %" if value == 0 or 100 * value >= least / 2 else f"<{least:g} %"
 
 
 def size(value: object) -> str:
-    """Bytes."""
+    """Format a number of bytes: 12.3 MB."""
     if not is_number(value):
         return NOTHING
     for unit in ("B", "kB", "MB", "GB"):
@@ -57,7 +60,7 @@ def size(value: object) -> str:
 
 
 def duration(seconds: object) -> str:
-    """4 ms, 8.4 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    """Format seconds: 4 ms, 8.4 s, 12 min, 3 h 05 min, 2 d 4 h."""
     if not is_number(seconds):
         return NOTHING
     if seconds < 0.1:
@@ -74,5 +77,5 @@ def duration(seconds: object) -> str:
 
 
 def instant(seconds: object) -> str:
-    """Unix seconds as a date and a time of day."""
+    """Format Unix seconds as a date and a time of day in UTC."""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC" if is_number(seconds) else NOTHING

@@ -1,7 +1,8 @@
-"""How fast devices are at best, by their vendors' datasheets: dense products, no sparsity, sums in fp32.
+"""Peak FLOP/s of devices from their vendors' datasheets: dense matmuls without sparsity, accumulated in fp32.
 
-A name must be the driver's own, whole: an H100 PCIe is no H100 SXM, a laptop's RTX 4090 no RTX 4090, a slice of a GPU (MIG)
-no GPU. Whatever is not here is unknown, and so is a number that a datasheet does not give.
+A device is matched by the complete name its driver reports, because similar names differ in speed: an H100 PCIe is slower
+than an H100 SXM, a laptop's RTX 4090 is slower than a desktop's, and a MIG slice is a part of a GPU. A device that is not
+listed has no known peak, nor has a dtype whose number the datasheet does not give.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ TERA = 1e12
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """TFLOP/s by the type of the products; ``None``: not built for it, or not told."""
+    """Peak dense TFLOP/s per matmul dtype; ``None`` if the device does not support it or the datasheet does not give it."""
 
     float32: float | None
     tf32: float | None
@@ -55,7 +56,7 @@ MI250X_DIE = Peak(47.85, None, 191.5, 191.5)
 # AMD Instinct MI300X datasheet (2023).
 MI300X = Peak(163.4, 653.7, 1307.4, 1307.4)
 
-PEAKS = {  # by what `torch.cuda.get_device_name` says, without the vendor that newer drivers put before it
+PEAKS = {  # key: `torch.cuda.get_device_name()` without the vendor's name, which newer drivers put before it
     "A100-SXM4-40GB": A100,
     "A100-SXM4-80GB": A100,
     "A100-PCIE-40GB": A100,
@@ -85,7 +86,9 @@ PEAKS = {  # by what `torch.cuda.get_device_name` says, without the vendor that 
 
 
 def peak_flops(device: str, products: str) -> float | None:
-    """FLOP/s of a device by its driver's name, for ``products`` in float32, tf32, float16 or bfloat16; ``None``: unknown."""
+    """Return the peak FLOP/s of a device, or ``None`` if it is unknown.
+
+    ``device`` is the name that the driver reports; ``products`` is the matmul dtype: float32, tf32, float16 or bfloat16."""
     peak = PEAKS.get(device.strip().removeprefix("NVIDIA "))
     tera = getattr(peak, products) if peak is not None else None
     return None if tera is None else tera * TERA

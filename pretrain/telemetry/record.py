@@ -1,27 +1,30 @@
-"""Events as plain records: JSON has no NaN and no infinity, so neither has a record; null stands for both."""
+"""Records: events as plain dicts. JSON has no NaN and no infinity, so a record has null instead of either."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-Record = dict[str, Any]  # one line of metrics.jsonl: `event`, `step`, `time`, then numbers, strings or None; of another
-# version's run any other field may be absent
+# One line of metrics.jsonl: `event`, `step`, `time`, then numbers, strings or None. In a run of another version any field but
+# these three may be missing.
+Record = dict[str, Any]
 
-STEP_PARTS = ("data", "compute", "optimizer", "communication")  # seconds of a mean step
-WINDOW_PARTS = ("evaluation", "checkpoint")  # seconds between two records, beside its steps
+STEP_PARTS = ("data", "compute", "optimizer", "communication")  # parts of a step; their seconds are means per step
+WINDOW_PARTS = ("evaluation", "checkpoint")  # other time between two train records; their seconds are sums
 
 
 def fields_of(event: Any) -> Record:
-    """The fields of an event or a score, without ``step``."""
+    """Return the fields of an event or a score, without ``step``."""
     names = [name for cls in type(event).__mro__ for name in getattr(cls, "__slots__", ()) if name != "step"]
     return json_safe({name: getattr(event, name) for name in names})
 
 
 def scored_before(known: Record | None, record: Record) -> Record:
-    """What the untouched model's evaluation of a domain says beside ``record``, a later one or the same. ``known``: of
-    step 0, as far as it has been seen; where ``record`` is of other text it is worked out from the change, and its numbers
-    are ``None`` where that is not known either."""
+    """Return the step-0 evaluation (of the base model) that ``record``, a later evaluation of the same domain, is compared
+    with.
+
+    ``known`` is the evaluation at step 0, if it has been read. If ``record`` scored other text than ``known``, the numbers are
+    computed from the ``delta_loss`` of ``record``; they are ``None`` where that is unknown too."""
     if record["step"] == 0:
         return record
     same = known is not None and known.get("digest") == record.get("digest") and known.get("loss") is not None
@@ -29,7 +32,8 @@ def scored_before(known: Record | None, record: Record) -> Record:
 
 
 def change_of(record: Record) -> float | None:
-    """Nats per token that a domain's loss has changed since step 0; ``None``: not known, or not scored since."""
+    """Return the change of a domain's loss since step 0 in nats per token, or ``None`` if it is unknown or the domain has not
+    been scored since."""
     delta = record.get("delta_loss")
     return None if record.get("step") == 0 or record.get("loss") is None else delta
 
@@ -44,11 +48,12 @@ def _worked_out(record: Record) -> Record:
 
 
 def is_clock(name: str) -> bool:
-    """Whether a field tells of time or of the machine: two runs that are equal need not share it."""
+    """Return whether a field depends on time or on the machine, so that two equal runs may differ in it."""
     return name in ("time", "goodput", "mfu") or name.endswith(("seconds", "_gib")) or "_per_second" in name
 
 
 def json_safe(record: Record) -> Record:
+    """Return ``record`` with ``None`` in place of every NaN and infinity."""
     return {k: _safe(v) for k, v in record.items()}
 
 
@@ -58,12 +63,12 @@ def _safe(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-WITH_EVALUATION = ("evaluation", "sample", "data")  # events that are made again where an evaluation is
-FAMILIES = ("layers", "sources")  # fields that hold a record for each of several names
+WITH_EVALUATION = ("evaluation", "sample", "data")  # events that are written again when an evaluation is repeated
+FAMILIES = ("layers", "sources")  # fields that map names to records
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """The numbers of a record by a path of the kind that dashboards group by: ``train/loss``,
+    """Return the numbers of a record by paths that dashboards can group: ``train/loss``,
     ``evaluation/<domain>/perplexity``, ``layers/<name>/grad_norm``, ``data/<source>/tokens``."""
     found: dict[str, float] = {}
 

@@ -1,4 +1,4 @@
-"""run.json: what this run is and how it ended, rewritten whole whenever that changes."""
+"""run.json: the metadata, the status and the results of a run. The file is replaced atomically at every change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pretrain.telemetry.events import Evaluated, Event, RolledBack, RunFinished,
 from pretrain.telemetry.record import fields_of, json_safe
 
 NUMBER = (int, float)
-TYPES: dict[str, tuple[type, ...]] = {  # of what is read again
+FIELD_TYPES: dict[str, tuple[type, ...]] = {  # of the fields that a later start or a tool reads
     "results": (dict,),
     "status": (str,),
     "device": (str,),
@@ -27,10 +27,13 @@ TYPES: dict[str, tuple[type, ...]] = {  # of what is read again
 
 
 class RunFile:
-    """A listener. Status: running · finished · stopped · failed; ``results``: the last evaluation of each domain;
-    ``started_at``: of the first start, Unix seconds. ``summary``: the numbers of the whole run that are asked at every event.
+    """A listener that writes run.json.
 
-    A disk that does not take it is said once and does not stop the run; the next event tries again."""
+    ``status`` in the file is running · finished · stopped · failed; ``results`` has the last evaluation of each domain;
+    ``started_at`` is the time of the first start in Unix seconds. ``summary`` returns the numbers of the whole run; it is
+    called at every event.
+
+    If the file can't be written, that is reported once and the run continues; the next event tries again."""
 
     def __init__(self, run: Path, summary: Callable[[], dict[str, Any]] = dict) -> None:
         self._path = run / "run.json"
@@ -38,7 +41,7 @@ class RunFile:
         self._facts: dict[str, Any] = {}
         self._started_at = time.monotonic()
         self._earlier_seconds = 0.0
-        self._said = False
+        self._failure_reported = False
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
@@ -46,10 +49,10 @@ class RunFile:
             facts.pop("launch_restarts", 0)
             earlier = earlier_facts(self._path.parent, event)
             self._earlier_seconds = earlier.get("seconds", 0.0)
-            kept = {"results": earlier.get("results", {}), "restarts": earlier.get("restarts", -1) + 1}
-            kept["started_at"] = earlier.get("started_at", time.time() - self._earlier_seconds)
-            self._facts = kept | facts | {"status": "running", "total_steps": event.total_steps}
-        elif not self._facts:  # it failed before it began: what an earlier start left stays
+            earlier_fields = {"results": earlier.get("results", {}), "restarts": earlier.get("restarts", -1) + 1}
+            earlier_fields["started_at"] = earlier.get("started_at", time.time() - self._earlier_seconds)
+            self._facts = earlier_fields | facts | {"status": "running", "total_steps": event.total_steps}
+        elif not self._facts:  # the run failed before RunStarted: keep the file of an earlier start
             return
         elif isinstance(event, Evaluated):
             for s in event.scores:
@@ -60,51 +63,55 @@ class RunFile:
         elif not isinstance(event, Saved | RolledBack):
             return
         steps = event.step
-        if isinstance(event, Saved):  # a checkpoint may be told of some steps later
+        if isinstance(event, Saved):  # a checkpoint may be reported some steps later
             steps = max(steps, self._facts.get("steps", 0))
         self._facts |= {"steps": steps, "seconds": self._earlier_seconds + time.monotonic() - self._started_at}
         self._facts |= json_safe(self._summary())
         try:
             write_json(self._path, self._facts)
         except OSError as error:
-            if not self._said:
-                notice(f"{self._path} can't be written: {error.strerror}; the run goes on")
-            self._said = True
+            if not self._failure_reported:
+                notice(f"{self._path} can't be written: {error.strerror}; the run continues")
+            self._failure_reported = True
 
 
 def read_run_file(run: Path) -> dict[str, Any]:
-    """The run.json of a run folder, without the values that are of another type than a run writes; empty when there is none, or
-    it is torn or something else."""
+    """Return the content of run.json without the values whose type is not what a run writes. The result is empty if the file
+    is missing, incomplete or not a JSON object."""
     try:
         facts = json.loads((run / "run.json").read_text())
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(facts, dict):
         return {}
-    return {name: value for name, value in facts.items() if name not in TYPES or _is_one(value, TYPES[name])}
+    return {
+        name: value for name, value in facts.items() if name not in FIELD_TYPES or _is_one(value, FIELD_TYPES[name])
+    }
 
 
 def _is_one(value: Any, kinds: tuple[type, ...]) -> bool:
     if isinstance(value, dict) and not all(isinstance(inner, dict) for inner in value.values()):
-        return False  # of results: each domain's
+        return False  # `results` holds one dict per domain
     if isinstance(value, float) and not math.isfinite(value):
         return False
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def earlier_facts(run: Path, start: RunStarted) -> dict[str, Any]:
-    """What earlier starts of the same run have left in run.json; nothing for a new run in the folder of an old one."""
+    """Return what earlier starts of the same run wrote to run.json; the result is empty for a new run in the folder of an old
+    one."""
     return read_run_file(run) if start.resumed or start.facts.get("launch_restarts", 0) else {}
 
 
 def mark_failed(run: Path) -> None:
-    """For whoever has seen all processes of a run die: none of them could say so itself."""
+    """Set the status in run.json to ``failed``. The process that has seen all processes of a run die calls this, because none
+    of them could."""
     facts = read_run_file(run)
     if facts.get("status") == "running":
-        with suppress(OSError):  # a full disk: then it says `running`
+        with suppress(OSError):  # on a full disk the status remains `running`
             write_json(run / "run.json", facts | {"status": "failed"})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace ``path`` whole, so that a reader never sees half of it."""
+    """Replace ``path`` atomically, so that a reader never sees an incomplete file."""
     replace_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,5 @@
-"""The steps since the last train record: added to at every step without waiting for the device, read at a log step."""
+"""The window of steps since the last train record. It grows at every step without synchronising with the device and is read
+at a log step."""
 
 from __future__ import annotations
 
@@ -15,25 +16,27 @@ if TYPE_CHECKING:
 
     from pretrain.telemetry.step_timer import StepTimes
 
-Beside = Literal["evaluation", "checkpoint"]  # what a run does beside training
+Pause = Literal["evaluation", "checkpoint"]  # what a run does besides training
 
 
 class Window:
-    """Steps, tokens and seconds; evaluation and saving are told apart from training. Losses stay where they are;
-    what is kept does not grow with the number of steps."""
+    """Sums of steps, tokens and seconds, with evaluation and saving kept separate from training. Losses stay on the device,
+    and memory use does not depend on the number of steps."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
+        """Start an empty window now."""
         self.steps = self.tokens = self.samples = 0
-        self._losses: Tensor | None = None  # [sum, number] of those that are finite, on their device
-        self._times: deque[StepTimes] = deque()  # of steps that the device may not have done yet
+        self._losses: Tensor | None = None  # [sum, count] of the finite losses, on the device
+        self._times: deque[StepTimes] = deque()  # times of steps that the device may not have finished
         self._parts: dict[str, float] = {}
-        self._beside: dict[Beside, float] = {"evaluation": 0.0, "checkpoint": 0.0}
+        self._pauses: dict[Pause, float] = {"evaluation": 0.0, "checkpoint": 0.0}
         self._started_at = time.perf_counter()
 
     def add(self, event: StepDone) -> None:
+        """Add one step."""
         self.steps += 1
         self.tokens += event.step_tokens
         self.samples += event.step_samples
@@ -53,18 +56,25 @@ class Window:
         for part, seconds in self._times.popleft().seconds().items():
             self._parts[part] = self._parts.get(part, 0.0) + seconds
 
-    def exclude(self, seconds: float, what: Beside = "evaluation") -> None:
-        self._beside[what] += seconds
+    def exclude(self, seconds: float, what: Pause = "evaluation") -> None:
+        """Count ``seconds`` as ``what`` and not as training."""
+        self._pauses[what] += seconds
 
     def numbers(self, event: StepDone) -> Record:
-        """Everything of the window's steps that lies on the device, read at once: here, and only here, it is waited for.
-        ``event``: the last of them."""
+        """Return the numbers of the window that are on the device. They are read in one transfer, the only synchronisation.
+        ``event`` is the last step of the window."""
         import torch
 
         assert self._losses is not None
         total, number = self._losses
         scale = math.nan if event.loss_scale is None else event.loss_scale
-        last = (event.loss, total / number, event.grad_norm, event.skipped, scale)  # 0/0 where no step had a loss
+        last = (
+            event.loss,
+            total / number,
+            event.grad_norm,
+            event.skipped,
+            scale,
+        )  # 0/0 = NaN if no step had a finite loss
         together = torch.stack([torch.as_tensor(x, device=total.device).to(total.dtype) for x in last])
         loss, loss_mean, grad_norm, skipped, loss_scale = together.tolist()
         return {
@@ -76,12 +86,12 @@ class Window:
         }
 
     def seconds(self) -> float:
-        """That were training, since the window began."""
-        return time.perf_counter() - self._started_at - sum(self._beside.values())
+        """Return the seconds spent training since the window started."""
+        return time.perf_counter() - self._started_at - sum(self._pauses.values())
 
     def split(self) -> Record:
-        """Seconds of the parts of a step, on average, and all that went to something else."""
+        """Return the mean seconds per step of each part, and the total seconds of evaluation and checkpoints."""
         while self._times:
             self._fold()
         parts = {f"{part}_seconds": total / self.steps for part, total in self._parts.items()}
-        return parts | {f"{what}_seconds": seconds for what, seconds in self._beside.items()}
+        return parts | {f"{what}_seconds": seconds for what, seconds in self._pauses.items()}

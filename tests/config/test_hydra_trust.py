@@ -52,7 +52,7 @@ def test_no_line_of_a_batch_script(key, command, tmp_path, mark, monkeypatch):
     nodes = {"sweep_dir": f"sweep_dir: {path}\n", "hydra.sweep.dir": f"hydra: {{sweep: {{dir: {path}}}}}\n"}
     theirs = experiment(tmp_path, chosen + nodes[key])
     outcome = command([*theirs, "-m", "experiment=theirs"])
-    assert_mistake(outcome, {"sweep_dir": "sweep_dir='x", "hydra.sweep.dir": "SLURM takes no line end"}[key])
+    assert_mistake(outcome, {"sweep_dir": "sweep_dir='x", "hydra.sweep.dir": "SLURM does not accept a line end"}[key])
     assert {path.name for path in tmp_path.iterdir()} == {"theirs", "site"}
 
 

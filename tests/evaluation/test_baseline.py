@@ -157,7 +157,7 @@ def test_where_the_untouched_model_can_t_be_had_the_change_is_not_known(base_arg
     reason = "step 0 was scored with other text"
     scores = last_scores(run)
     assert [(s["delta_loss"], s["delta_reason"]) for s in scores.values()] == [(None, reason)] * 2
-    assert f"other: no change since step 0 is known: {reason}" in out
+    assert f"other: change since step 0 unknown: {reason}" in out
     assert "better" not in out.split("step 6/6")[1]
     page = (run / "report.html").read_text()
     assert f"The change on other is not known: {reason}." in page

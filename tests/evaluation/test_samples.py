@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from pretrain.distributed.context import DistributedContext
 from pretrain.evaluation.config import EvaluationConfig
 from pretrain.evaluation.perplexity import Domain
-from pretrain.evaluation.samples import AT_ONCE, Prompt, Sampler, prompts_of
+from pretrain.evaluation.samples import PROMPTS_PER_BATCH, Prompt, Sampler, prompts_of
 from pretrain.models.language_model import LanguageModel
 from pretrain.runtime.errors import UserError
 from pretrain.strategy.engine import InferenceEngine
@@ -63,9 +63,9 @@ def test_it_is_the_model_s_own_greedy_continuation(name: str) -> None:
 
 def test_many_prompts_and_none() -> None:
     engine = scorer(tiny("llama"))
-    many = [Prompt("d", "new", (0, n)) for n in range(1, 2 * AT_ONCE)]
+    many = [Prompt("d", "new", (0, n)) for n in range(1, 2 * PROMPTS_PER_BATCH)]
     samples = Sampler(many, Numbers(), 3, 0).run(engine) or []
-    assert [s.prompt for s in samples] == [f" {n}" for n in range(1, 2 * AT_ONCE)]
+    assert [s.prompt for s in samples] == [f" {n}" for n in range(1, 2 * PROMPTS_PER_BATCH)]
     assert Sampler([], Numbers(), 3, 0).run(engine) == []
 
 

@@ -164,7 +164,7 @@ def test_one_node_speaks_for_all(rank, status, monkeypatch, tmp_path):
     ("argument", "reason"),
     [
         ("hydra.launcher.nodes=0", "hydra.launcher.nodes=0: input should be greater than 0"),
-        ("hydra.launcher.nodes=2", "hydra.launcher.nodes=2: cluster=local is one node"),
+        ("hydra.launcher.nodes=2", "hydra.launcher.nodes=2: cluster=local runs on one node"),
         ("hydra.launcher.gpus=2", "hydra.launcher.gpus"),
     ],
 )

@@ -22,7 +22,7 @@ from pretrain.sweep.measure import objectives
 from pretrain.sweep.optuna_sweeper import Options, OptunaSweeper
 from pretrain.sweep.pruning import evaluated_since, pruning
 from pretrain.sweep.space import parse_space
-from pretrain.sweep.study import Study, search_alone
+from pretrain.sweep.study import Study, search_lock
 
 LR = "lr=tag(log,interval(1e-5,1e-1))"
 
@@ -211,7 +211,7 @@ def test_a_failed_trial_counts_once_and_is_tried_again_by_the_next_command(searc
 )
 def test_another_search_needs_another_folder(changed, reason, search):
     search(1)
-    with pytest.raises(UserError, match=f"holds another search, {reason}"):
+    with pytest.raises(UserError, match=f"contains another search, {reason}"):
         search(2, **changed)
 
 
@@ -232,7 +232,7 @@ def test_a_broken_line_in_the_journal_loses_no_later_trial(search, tmp_path, cap
     assert len(search(3)) == 1
     assert states(tmp_path) == ["COMPLETE"] * 3
     assert (tmp_path / "sweep/optuna.journal.broken").read_bytes() == spoilt
-    assert f"{file}:4: no entry of a search" in capsys.readouterr().err
+    assert f"{file}:4: not an entry of a search" in capsys.readouterr().err
 
 
 def test_a_journal_that_makes_no_sense_without_a_line_is_kept(search, tmp_path):
@@ -243,7 +243,9 @@ def test_a_journal_that_makes_no_sense_without_a_line_is_kept(search, tmp_path):
     begun = next(i for i, line in enumerate(lines) if '"op_code":4' in line)
     lines[begun] = "3\n"
     file.write_text("".join(lines))
-    with pytest.raises(UserError, match=rf"optuna.journal:{begun + 1}: no entry .* restore the file, or move it away"):
+    with pytest.raises(
+        UserError, match=rf"optuna.journal:{begun + 1}: not an entry .* restore the file, or move it away"
+    ):
         search(3)
     assert file.read_text() == "".join(lines)
 
@@ -261,12 +263,12 @@ def test_a_planted_trial_is_no_job(planted, tmp_path):
     optuna.load_study(study_name="sweep", storage=storage).enqueue_trial({"lr": 1e-3, "strategy": "ddp"})
     assert Study(tmp_path, **told).next().params == {"lr": 1e-3, "strategy": "ddp"}
     optuna.load_study(study_name="sweep", storage=storage).enqueue_trial(planted)
-    with pytest.raises(UserError, match=r"optuna\.journal: trial 1 has other keys or values than this search has"):
+    with pytest.raises(UserError, match=r"optuna\.journal: trial 1 has keys or values that are not in this search"):
         Study(tmp_path, **told)
 
 
 def test_only_one_command_searches(search, tmp_path):
-    with search_alone(tmp_path / "sweep"), pytest.raises(UserError, match="another command is searching"):
+    with search_lock(tmp_path / "sweep"), pytest.raises(UserError, match="another command is searching"):
         search(1)
     assert len(search(1)) == 1
 

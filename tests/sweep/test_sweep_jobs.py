@@ -87,7 +87,7 @@ def test_a_damaged_job_is_left_out_and_kept_as_it_is(damage, tmp_path, capsys):
     file.write_text(found)
     assert [left for left, _ in jobs_in(tmp_path)] == [other]
     assert [left for left, _ in jobs_in(tmp_path)] == [other]
-    assert capsys.readouterr().err == f"{file}: not the state of a job; it is left out\n"
+    assert capsys.readouterr().err == f"{file}: not a valid job state; the job is ignored\n"
     assert job_of(tmp_path, ["lr=1"], ("lr",)).name == f"lr=1-{digest(['lr=1'])}"
     assert file.read_text() == found
 
@@ -100,7 +100,7 @@ def test_a_run_that_was_moved_aside_is_no_job(tmp_path):
 
 def test_a_job_is_held_by_one_command_and_by_the_child_it_leaves(tmp_path):
     job = job_of(tmp_path, ["lr=1"], ("lr",))
-    with job.alone() as held:
+    with job.exclusive() as held:
         assert job.lock() is None
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=held.descriptors)
     assert job.lock() is None, "the one who started it is gone, but it is still at work"
@@ -119,8 +119,8 @@ def test_the_words_of_a_job_name_its_folder_and_the_config_dir(tmp_path):
     sweep = sweep_in(tmp_path / "it's", config_dir="/conf")
     job = sweep.job(["++lr=0.001"])
     folder = str(tmp_path / "it\\'s" / "lr=0.001")
-    assert sweep.words(job) == ["--config-dir", "/conf", "lr=0.001", f"output_dir='{folder}'"]
-    assert sweep.words(sweep.job(["lr=0.1", "output_dir=there"]))[-1] == "output_dir=there"
+    assert sweep.arguments(job) == ["--config-dir", "/conf", "lr=0.001", f"output_dir='{folder}'"]
+    assert sweep.arguments(sweep.job(["lr=0.1", "output_dir=there"]))[-1] == "output_dir=there"
 
 
 def test_quoted_paths_come_back_from_hydras_grammar():
@@ -165,7 +165,7 @@ def test_what_an_earlier_attempt_left_is_not_the_next_ones(tmp_path):
     sweep = sweep_in(tmp_path)
     job = sweep.job(["lr=1"])
     job.prune_file.touch()
-    job.note.write_text("error: an old one")
+    job.error_file.write_text("error: an old one")
     assert sweep.end(job, sweep.begin(job), 75, 1.0).status == "stopped"
     assert sweep.end(job, sweep.begin(job), 3, 1.0).status == "failed"
     assert job.read()["error"] == "exit code 3"

@@ -91,7 +91,7 @@ def test_the_same_command_again_tries_only_what_failed(sweep, spawn):
     assert failed["seconds"] > before[0]["seconds"]
     assert finished == before[1]
     assert len(started_at(folder / "devices=1")) == 1
-    assert "devices=1: finished before, not run again" in out
+    assert "devices=1: already finished, not run again" in out
 
 
 def test_killed_and_run_again(base_arguments, spawn, tmp_path):
@@ -128,7 +128,7 @@ MISTAKES = [
     (["hydra/sweeper=optuna", "lr=1e-3"], "nothing to search"),
     (["hydra/sweeper=optuna", "lr=interval(1e-3,1e-5)"], "error: lr=interval(1e-3,1e-5): "),
     (["seed=0,1", "hydra.sweep.subdir=x"], "a job's folder is named by its overrides"),
-    (["lr=interval(1e-4,1e-3)"], "only a sweeper that searches knows intervals"),
+    (["lr=interval(1e-4,1e-3)"], "only a sweeper that searches supports intervals"),
 ]
 
 
@@ -195,7 +195,7 @@ def test_eight_jobs_killed_stopped_and_finished_by_the_same_command(base_argumen
     stopped.terminate()
     out, _ = stopped.communicate(timeout=120)
     assert stopped.returncode == 75, out
-    assert f"to go on: python -m pretrain -m {' '.join(arguments)}" in out
+    assert f"to resume: python -m pretrain -m {' '.join(arguments)}" in out
     assert told(folder)["status"] == "stopped"
     assert [job["status"] for job in told(folder)["jobs"]] == ["finished"] * 5 + ["stopped"] + ["waiting"] * 2
 

@@ -54,7 +54,7 @@ def test_another_metric_ranks_the_same_jobs_anew(sweep):
 
 def test_a_job_at_work_is_running(sweep):
     job, _ = table.jobs_in(sweep)[5]
-    with job.alone():
+    with job.exclusive():
         assert table.write(sweep, **FACTS)["jobs"][5]["status"] == "running"
 
 
@@ -99,7 +99,7 @@ def test_a_torn_or_missing_file_is_no_number(fabricate):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(None, "no sweep.json in it"), ("{", "can't be read"), ("[]", "can't be read")]
+    ("content", "says"), [(None, "it has no sweep.json"), ("{", "can't be read"), ("[]", "can't be read")]
 )
 def test_a_folder_that_is_no_sweep(content, says, tmp_path):
     if content:

@@ -52,7 +52,7 @@ def test_a_broken_line_anywhere_is_named_and_loses_no_other(line, tmp_path, caps
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"event": "train", "step": 1}\n' + line + b'\n{"event": "train", "step": 2}\n')
     assert [r["step"] for r in read_records(path)] == [1, 2]
-    assert capsys.readouterr().err.startswith(f"{path}:2: no record")
+    assert capsys.readouterr().err.startswith(f"{path}:2: not a record")
     assert [r["step"] for r in tail(path)] == [1, 2]
 
 
@@ -67,7 +67,7 @@ def test_a_run_goes_on_behind_a_broken_line_and_keeps_the_file(tmp_path, capsys)
     sink.close()
     assert [r["step"] for r in read_records(path)] == [0, 2, 3]
     assert (tmp_path / "metrics.jsonl.broken").read_text() == spoilt
-    assert f"{path}:2: no record" in capsys.readouterr().err
+    assert f"{path}:2: not a record" in capsys.readouterr().err
 
 
 def test_not_a_number_is_refused(tmp_path):

@@ -206,7 +206,10 @@ def test_a_disk_that_is_full_for_a_while_costs_no_sink(tmp_path, capsys):
         monitor(step_done(step))
     monitor(RunFinished(3, "finished", 30))
     assert sink.written == [0, 3, 3]
-    assert capsys.readouterr().err.count("sink page: No space left on device; it tries again with the next record") == 1
+    assert (
+        capsys.readouterr().err.count("sink page: No space left on device; writing is retried with the next record")
+        == 1
+    )
 
 
 def test_run_json_tells_status_and_results(tmp_path):
@@ -338,7 +341,7 @@ def test_layers_come_in_the_order_of_steps(tmp_path):
 
 
 def test_a_run_that_saves_nothing_keeps_a_bounded_number_of_records(tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.telemetry.monitor.MOST_UNSAVED", 3)
+    monkeypatch.setattr("pretrain.telemetry.monitor.MAX_UNSAVED", 3)
     monitor = Monitor({}, run=tmp_path, log_every=1)
     monitor(RunStarted(0, total_steps=9, resumed=False))
     for step in range(1, 9):

@@ -73,7 +73,7 @@ def test_the_device_is_read_at_log_steps_only(watched):
     assert [r["step"] for r in records(run, "train")] == [1, 5, 10, 12]
     assert {site: count for site, count in reads.items() if site not in FREE} == {
         ("telemetry/window.py", "numbers"): logged,
-        ("telemetry/monitor.py", "_tell_layers"): STEPS // LAYERS_EVERY - 1,  # those of step 8 with its evaluation
+        ("telemetry/monitor.py", "_write_layers"): STEPS // LAYERS_EVERY - 1,  # those of step 8 with its evaluation
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.record import change_of, scored_before
-from pretrain.telemetry.run_summary import KEPT, RunSummary
+from pretrain.telemetry.run_summary import MAX_LOSSES, RunSummary
 from pretrain.telemetry.sinks.jsonl import Jsonl
 from pretrain.telemetry.sinks.terminal import Terminal
 from pretrain.telemetry.sinks.terminal_tables import BLOCKS, SPARK_WIDTH, one_line, sparkline
@@ -229,7 +229,7 @@ def test_the_summary_says_where_the_time_went(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "5,000 tokens/s · MFU 41.2% · goodput 50%" in out
     assert "40 s  ■ forward+backward 30%  ■ optimizer 10%  ■ other 10%  ■ evaluation 50%" in out
-    assert "0.50 GiB at most · 2.00 GiB of the host's" in out
+    assert "0.50 GiB peak · 2.00 GiB on the host" in out
 
 
 def test_records_of_an_older_run(tmp_path, capsys):
@@ -285,9 +285,9 @@ def test_a_change_that_is_not_known_says_why(tmp_path, capsys, monkeypatch):
     reason = {"delta_loss": None, "delta_reason": "step 0 was scored with other text", "digest": "b"}
     play([STARTED, evaluation(0, "python", "new", 4.0, 4.0) | {"digest": "a"}, now | reason, FINISHED], tmp_path)
     out = capsys.readouterr().out
-    assert "perplexity  33.10  change since step 0 not known: step 0 was scored with other text\n" in out
+    assert "perplexity  33.10  change since step 0 unknown: step 0 was scored with other text\n" in out
     assert re.search(r"python \(new\) +— +33.10 +—", out)
-    assert "python: no change since step 0 is known: step 0 was scored with other text\n" in out
+    assert "python: change since step 0 unknown: step 0 was scored with other text\n" in out
     assert "54.58" not in out.split("step 40")[1], "the perplexity of other text"
 
 
@@ -353,6 +353,6 @@ def test_one_line():
 
 def test_the_memory_of_a_long_run_does_not_grow():
     tally = RunSummary()
-    for step in range(1, 10 * KEPT):
+    for step in range(1, 10 * MAX_LOSSES):
         tally.add(train(step, float(step)))
-    assert len(tally.losses) == KEPT >= SPARK_WIDTH
+    assert len(tally.losses) == MAX_LOSSES >= SPARK_WIDTH

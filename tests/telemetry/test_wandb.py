@@ -15,7 +15,7 @@ from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.sinks import wandb_key
 from pretrain.telemetry.sinks.jsonl import Jsonl, read_records
 from pretrain.telemetry.sinks.wandb import RUN_ID, Wandb
-from pretrain.telemetry.sinks.wandb_process import Orders, Run
+from pretrain.telemetry.sinks.wandb_process import MessageHandler, Run
 from tests.runs import assert_same_numbers, assert_same_run
 from tests.wandb_tools import Server, of_kind, rows, run_file
 
@@ -139,7 +139,7 @@ def test_what_a_run_is_and_how_it_ended(resumed):
         assert json.loads(summary["status"]) == status
         assert of_kind(records, "exit")[0].exit_code == code
     titles = [alert.title for alert in of_kind(run_file(earlier), "alert")]
-    assert titles == ["Steps not trained", "Back to a checkpoint", "Run stopped"]
+    assert titles == ["Steps skipped", "Rolled back to a checkpoint", "Run stopped"]
     assert of_kind(run_file(now), "alert") == [], "what was told is not told again"
     (facts,) = [i for c in of_kind(run_file(now), "config") for i in c.update if i.key == "facts" or i.nested_key]
     assert json.loads(facts.value_json) == {"parameters": 27_000}
@@ -215,7 +215,7 @@ def test_the_current_folder_names_no_server(tmp_path, monkeypatch):
     (tmp_path / "wandb/settings").write_text("[default]\nbase_url = https://theirs\napi_key = theirs\nmode = offline\n")
     assert wandb_key.server() == wandb_key.CLOUD
     assert not wandb_key.has_key()
-    assert Wandb()._asked() == "offline"
+    assert Wandb()._configured_mode() == "offline"
     code = (
         "from pretrain.telemetry.sinks.wandb_process import read_settings; import wandb; read_settings()\n"
         "print(wandb.setup().settings.base_url, wandb.setup().settings.api_key)"
@@ -229,8 +229,8 @@ def test_the_current_folder_names_no_server(tmp_path, monkeypatch):
 def test_wandb_offline_said_to_wandb_itself_holds(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_MODE", "dryrun")
-    assert Wandb()._asked() == "offline"
-    assert Wandb(mode="online")._asked() == "online", "the key of the config says more"
+    assert Wandb()._configured_mode() == "offline"
+    assert Wandb(mode="online")._configured_mode() == "online", "the key of the config says more"
 
 
 # -- outages ------------------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_a_run_whose_wandb_goes_down_on_the_way(online, base_arguments, command,
     code, _, err = command([*base_arguments, *wishes, f"output_dir={run}"])
     assert code == 0, err
     assert server.mood == "broken"
-    assert "W&B has not taken everything in time; to send it: wandb sync --include-online" in err
+    assert "W&B did not receive everything in time; to send it: wandb sync --include-online" in err
     code, _, said = command([*base_arguments, NO_TABLES, f"output_dir={tmp_path / 'without'}"])
     assert code == 0, said
     assert_same_run(run, tmp_path / "without")
@@ -371,12 +371,12 @@ def test_a_run_that_w_and_b_cannot_end_is_over_all_the_same(tmp_path, monkeypatc
             raise RuntimeError("a-secret-of-mine was refused")
 
     run = Run.__new__(Run)
-    run._held, run._exit_code, run._run, run._lock = {}, 0, Broken(), Lock(tmp_path / "lock")
+    run._rows, run._exit_code, run._run, run._lock = {}, 0, Broken(), Lock(tmp_path / "lock")
     run._lock.acquire()
-    orders = Orders(sys.stdout)
+    orders = MessageHandler(sys.stdout)
     orders._run = run
     orders.handle({"end": None})
-    orders.give_up()
+    orders.close_failed()
     assert not run._lock.descriptors
     out, err = capsys.readouterr()
     assert "RuntimeError: *** was refused" in out

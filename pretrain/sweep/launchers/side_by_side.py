@@ -1,8 +1,8 @@
-"""`hydra/launcher=joblib`: the jobs of a sweep side by side on this machine.
+"""`hydra/launcher=joblib`: run the jobs of a sweep in parallel on this machine.
 
-A job is a process already, so a thread that waits for each is all it takes. Hydra's plugin of that name puts a second
-process around each: a signal ends the sweep and leaves these behind, with jobs that go on, and no job knows which GPUs are
-another's.
+A job is a process already, so this launcher needs only a thread that waits for each job. Hydra's plugin of that name starts a
+second process around each job. A signal then ends the sweep but not these processes, so that their jobs continue, and the
+GPUs are not divided among the jobs.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from pydantic import PositiveInt
 from pretrain.config.check import check_value, gpu_visible
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.signals import SIGNAL_POLL_SECONDS, Stopped
-from pretrain.sweep.jobs import Sweep, hearing, run_job
+from pretrain.sweep.jobs import Sweep, collecting_stop_signals, run_job
 
 
 class SideBySideLauncher(Launcher):
-    """``n_jobs``: how many at a time."""
+    """A launcher that runs ``n_jobs`` jobs at a time."""
 
     def __init__(self, n_jobs: int) -> None:
         self.n_jobs = n_jobs
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Called by Hydra. Raises ``UserError`` when there are fewer GPUs than jobs at a time."""
+        """Called by Hydra. Raises ``UserError`` if there are fewer GPUs than jobs at a time."""
         check_value("hydra.launcher.n_jobs", self.n_jobs, PositiveInt)
         self.sweep = cast(Sweep, task_function)
         self.shares: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
@@ -40,34 +40,34 @@ class SideBySideLauncher(Launcher):
             self.shares.put({"CUDA_VISIBLE_DEVICES": ",".join(share)} if share else {})
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs and return their objectives; a job that fails stops no other.
+        """Run the jobs and return their objectives. A job that fails does not stop the others.
 
-        Raises ``Stopped`` when a signal came, or a job was stopped: the others are then stopped too, and have saved.
+        Raises ``Stopped`` after a stop signal, or if a job was stopped. The other jobs have then saved and stopped too.
         """
-        asked: list[str] = []
-        with hearing(asked), ThreadPoolExecutor(self.n_jobs) as pool:
-            futures = [pool.submit(self._run, list(overrides), asked) for overrides in job_overrides]
+        stop_signals: list[str] = []
+        with collecting_stop_signals(stop_signals), ThreadPoolExecutor(self.n_jobs) as pool:
+            futures = [pool.submit(self._run, list(overrides), stop_signals) for overrides in job_overrides]
             while wait(futures, SIGNAL_POLL_SECONDS).not_done:
                 pass
-        if asked:
-            raise Stopped(asked[0])
+        if stop_signals:
+            raise Stopped(stop_signals[0])
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=future.result()) for future in futures]
 
-    def _run(self, overrides: list[str], asked: list[str]) -> float | None:
+    def _run(self, overrides: list[str], stop_signals: list[str]) -> float | None:
         share = self.shares.get()
         try:
-            return run_job(self.sweep, overrides, asked=asked, environment=share).objective
-        except Stopped as stop:  # of this job alone: all of them stop
-            asked.append(str(stop))
+            return run_job(self.sweep, overrides, stop_signals=stop_signals, environment=share).objective
+        except Stopped as stop:  # if one job is stopped, all others stop too
+            stop_signals.append(str(stop))
             raise
         finally:
             self.shares.put(share)
 
 
 def shares(gpus: list[str], n_jobs: int) -> list[list[str]]:
-    """The GPUs of each of ``n_jobs`` places, neighbours together, as many for one as for another; none where there are none.
+    """Divide ``gpus`` into ``n_jobs`` equal shares of neighbouring GPUs; the shares are empty if there are no GPUs.
 
-    Raises ``UserError`` when there are fewer GPUs than places.
+    Raises ``UserError`` if there are fewer GPUs than jobs.
     """
     each = len(gpus) // n_jobs
     if gpus and not each:
@@ -76,7 +76,7 @@ def shares(gpus: list[str], n_jobs: int) -> list[list[str]]:
 
 
 def _gpus() -> list[str]:
-    """The GPUs that this process may use, by their names in CUDA_VISIBLE_DEVICES."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     if not gpu_visible():
         return []
     if "CUDA_VISIBLE_DEVICES" in os.environ:

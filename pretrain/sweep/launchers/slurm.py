@@ -1,7 +1,7 @@
-"""`hydra/launcher=slurm`: every job of a sweep becomes a SLURM job that survives preemption and its time limit.
+"""`hydra/launcher=slurm`: submit every job of a sweep as a SLURM job that is requeued after preemption or its time limit.
 
-submitit writes the sbatch script, catches SLURM's warning signal and queues the job again. The job itself is the same
-command line in a fresh process, so whatever stops and continues a run in a terminal does so here.
+submitit writes the sbatch script, handles SLURM's warning signal and requeues the job. The job itself is the same command
+line in a new process, so it stops and resumes in the same way as a run in a terminal.
 """
 
 from __future__ import annotations
@@ -49,7 +49,26 @@ QUEUE_SECONDS = 30
 
 @dataclass(frozen=True)
 class Options:
-    """The keys of conf/hydra/launcher/slurm.yaml, which says what each is for."""
+    """The options of the launcher.
+
+    Attributes:
+        cluster: ``slurm``, or ``local`` for processes on this machine.
+        name: Name of the jobs in squeue.
+        nodes: Nodes per job; each node runs the command once.
+        gpus_per_node: GPUs per node; ``None`` is the default of the partition, or none with ``cluster=local``.
+        cpus_per_task: CPU cores per node.
+        mem_gb: Memory per node in GB.
+        timeout_min: Time limit of a submission in minutes.
+        signal_seconds: Seconds before the time limit at which a job receives the signal to save.
+        max_requeues: Number of times that a job may reach its time limit; preemptions are not counted.
+        partition: Partition of the jobs; ``None`` is SLURM's default.
+        account: Account to which the jobs are charged; ``None`` is SLURM's default.
+        qos: Quality of service; ``None`` is SLURM's default.
+        array_parallelism: Maximum number of the sweep's jobs that run at the same time.
+        setup: Shell lines that run before the command.
+        additional_parameters: Other options of sbatch.
+        folder: Parent of the folders for logs and submitit's files; it has the same path on every node.
+    """
 
     cluster: Literal["slurm", "local"]
     name: str
@@ -69,15 +88,17 @@ class Options:
     folder: str
 
     def check(self) -> None:
+        """Raise ``UserError`` for invalid options."""
         check_options("hydra.launcher", self)
-        if re.search(r"[\x00-\x1f\x7f%]", self.folder):  # a line of its own would be one of the batch script
-            raise UserError(f"hydra.launcher.folder={self.folder!r}: SLURM takes no line end and no % in a path")
+        if re.search(r"[\x00-\x1f\x7f%]", self.folder):  # a line end would start a new line of the batch script
+            raise UserError(f"hydra.launcher.folder={self.folder!r}: SLURM does not accept a line end or % in a path")
         if self.cluster == "local" and self.nodes > 1:
-            raise UserError(f"hydra.launcher.nodes={self.nodes}: cluster=local is one node, this machine")
+            raise UserError(f"hydra.launcher.nodes={self.nodes}: cluster=local runs on one node, this machine")
 
     def for_submitit(self) -> dict[str, Any]:
-        srun = ["--kill-on-bad-exit=1"]  # a node that failed ends the others
-        if self.cpus_per_task:  # since 22.05 srun does not take it over from sbatch
+        """Return the options as parameters of submitit's executor."""
+        srun = ["--kill-on-bad-exit=1"]  # if one node fails, end the others
+        if self.cpus_per_task:  # since SLURM 22.05 srun does not inherit it from sbatch
             srun.append(f"--cpus-per-task={self.cpus_per_task}")
         same = ("name", "nodes", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min")
         return {
@@ -96,11 +117,13 @@ class Options:
 
 
 class SlurmLauncher(Launcher):
+    """A launcher that submits the jobs to SLURM, or runs them on this machine with ``cluster=local``, and waits for them."""
+
     def __init__(self, **options: Any) -> None:
         self.options = Options(**options)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Called by Hydra. ``task_function``: the `Sweep`; it is not called, what SLURM runs are its jobs' commands."""
+        """Called by Hydra. ``task_function`` is the `Sweep`. It is not called, because SLURM runs the commands of its jobs."""
         self.options.check()
         assert isinstance(task_function, Sweep)
         self.hydra_context = hydra_context
@@ -108,7 +131,8 @@ class SlurmLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Submit the jobs that are not done, wait for them, return the objectives; a job that fails stops no other."""
+        """Submit the jobs that are not done, wait for them, and return the objectives. A job that fails does not stop the
+        others."""
         known: dict[str, JobOfSweep] = {}
         callables = {}
         for overrides in job_overrides:
@@ -124,98 +148,105 @@ class SlurmLauncher(Launcher):
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=value) for value in values]
 
     def _command(self, job: JobOfSweep) -> list[str]:
-        return [*module_command("pretrain"), *self.sweep.words(job)]
+        return [*module_command("pretrain"), *self.sweep.arguments(job)]
 
     def _run(self, callables: dict[str, SlurmJob]) -> None:
-        """Raises ``Stopped`` when a signal ends the waiting: SLURM's jobs stay, those of this machine save and end."""
+        """Submit the jobs and wait for them.
+
+        Raises ``Stopped`` if a signal ends the waiting. Jobs in SLURM's queue then continue; jobs on this machine save and
+        exit."""
         started_at = time.monotonic()
         jobs = self._submit(callables)
 
-        def write_down(name: str, code: int) -> None:
-            own = callables[name].of
+        def record_end(name: str, code: int) -> None:
+            own = callables[name].sweep_job
             assert own is not None
             self.sweep.end(own, own.read(), code, time.monotonic() - started_at)
             self.sweep.write_table()
 
-        left = dict(jobs)
+        remaining = dict(jobs)
         try:
             for name, code in self._wait(jobs):
-                write_down(name, code)
-                del left[name]
+                record_end(name, code)
+                del remaining[name]
         except (KeyboardInterrupt, Stopped):
             if self.options.cluster == "slurm":
                 ids = " ".join(job.job_id for job in jobs.values())
-                notice(f"no longer waiting; the jobs go on. To cancel them: scancel {ids}")
+                notice(f"no longer waiting; the jobs continue. To cancel them: scancel {ids}")
             else:
-                for name, code in self._wait(
-                    left, stop=True
-                ):  # one that a Ctrl-C of the terminal has ended left no result
-                    write_down(name, code and EXIT_CODE)
+                # a job that a Ctrl-C of the terminal has ended left no result
+                for name, code in self._wait(remaining, stop=True):
+                    record_end(name, code and EXIT_CODE)
             raise
 
     def _submit(self, callables: dict[str, SlurmJob]) -> dict[str, submitit.Job[int]]:
-        """Raises ``UserError`` where there is no SLURM, or where it refuses the jobs."""
+        """Submit the jobs. Raises ``UserError`` if SLURM is missing or rejects them."""
         try:
             import submitit
         except ImportError:
             raise UserError("hydra/launcher=slurm needs submitit: pip install 'pretrain[slurm]'") from None
         cluster, requeues = self.options.cluster, self.options.max_requeues
         if cluster == "slurm" and shutil.which("srun") is None:
-            raise UserError("hydra/launcher=slurm: no srun on this machine; hydra.launcher.cluster=local does without")
+            raise UserError(
+                "hydra/launcher=slurm: no srun on this machine; hydra.launcher.cluster=local does not need it"
+            )
         folder = fresh_folder(self.options.folder)
         executor = submitit.AutoExecutor(folder, cluster, **{f"{cluster}_max_num_timeout": requeues})
         try:
             executor.update_parameters(**self.options.for_submitit())
             with executor.batch():
                 jobs = {name: executor.submit(job) for name, job in callables.items()}
-        except submitit.core.utils.FailedJobError:  # submitit has passed on what sbatch said
+        except submitit.core.utils.FailedJobError:  # submitit has printed the message of sbatch
             raise UserError(
-                "sbatch did not take the jobs, for the reason above; hydra.launcher.* are its options"
+                "sbatch rejected the jobs for the reason above; hydra.launcher.* sets its options"
             ) from None
         ids = " ".join(job.job_id for job in jobs.values())
-        leaving = "; Ctrl-C only ends this waiting" if cluster == "slurm" else ""
-        notice(f"submitted {ids}; logs in {folder}{leaving}")
+        hint = "; Ctrl-C ends only the waiting" if cluster == "slurm" else ""
+        notice(f"submitted {ids}; logs in {folder}{hint}")
         return jobs
 
     def _wait(self, jobs: dict[str, submitit.Job[int]], *, stop: bool = False) -> Iterator[tuple[str, int]]:
-        """The name and the exit code of each job, and a line, when it is over. ``stop``: ask them to, until they are.
+        """Yield the name and the exit code of each job when it has ended, and print a notice. With ``stop`` send the jobs a
+        stop signal until they end.
 
-        A job is over when it has left a result, or when the queue has twice not shown it any more; the second look
-        gives a shared file system the time to show the result.
+        A job has ended when its result exists, or when it is missing in the queue at two checks; the second check gives a
+        shared file system time to show the result.
         """
         codes: dict[str, int] = {}
         live = before = {job.job_id for job in jobs.values()}
         for second in itertools.count():
             if stop:
-                _ask_to_stop(job for name, job in jobs.items() if name not in codes)
+                _send_stop_signal(job for name, job in jobs.items() if name not in codes)
             if second % QUEUE_SECONDS == 0:
                 live, before = self._live(jobs.values()), live
             for name, job in jobs.items():
                 code = None if name in codes else _result(job, live=job.job_id in live | before)
                 if code is not None:
                     codes[name] = code
-                    notice(f"job {job.job_id} ({name}): {_how(code, job.task(0).paths.stdout)}")
+                    notice(f"job {job.job_id} ({name}): {_exit_description(code, job.task(0).paths.stdout)}")
                     yield name, code
             if len(codes) == len(jobs):
                 break
             time.sleep(1)
 
     def _live(self, jobs: Iterable[submitit.Job[int]]) -> set[str]:
-        """Ids of the jobs that are queued or running. squeue needs no accounting database, as sacct does."""
+        """Return the ids of the jobs that are queued or running. squeue, unlike sacct, needs no accounting database."""
         if self.options.cluster == "local":
             return {job.job_id for job in jobs if not job.done()}
         command = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
         queue = subprocess.run(command, capture_output=True, text=True, check=False)
-        if queue.returncode:  # the controller is busy or restarting: no news
+        if queue.returncode:  # the controller is busy or restarting: assume that nothing changed
             return {job.job_id for job in jobs}
         return set(queue.stdout.split())
 
 
 def fresh_folder(parent: str) -> Path:
-    """A new folder in ``parent``, for this user alone and of a name that nobody knows before: submitit unpickles what it
-    finds there under the number of a job, and a sweep's folder may have come with somebody else's files.
+    """Create a new folder in ``parent`` with an unpredictable name, accessible to this user only.
 
-    Raises ``UserError`` where it can't be made.
+    submitit unpickles the files that it finds there under a job's number, and the folder of a sweep may contain files of
+    another user.
+
+    Raises ``UserError`` if the folder can't be created.
     """
     place = Path(os.path.expanduser(parent))
     try:
@@ -226,16 +257,18 @@ def fresh_folder(parent: str) -> Path:
         raise UserError(f"hydra.launcher.folder={parent}: can't be written: {error.strerror}") from None
 
 
-def _ask_to_stop(jobs: Iterable[submitit.Job[int]]) -> None:
-    """Of jobs that are processes of this machine: each is called by the number of its controller, which passes it on.
-    Again and again: submitit ignores it while a job is starting, a command hears it once."""
+def _send_stop_signal(jobs: Iterable[submitit.Job[int]]) -> None:
+    """Send SIGTERM to the jobs, which are processes on this machine: a job's id is the pid of its controller, which forwards
+    the signal. The caller repeats this, because submitit ignores the signal while a job is starting; a command acts on it
+    once."""
     for job in jobs:
         with suppress(ProcessLookupError):
             os.kill(int(job.job_id), signal.SIGTERM)
 
 
 def _result(job: submitit.Job[int], *, live: bool) -> int | None:
-    """The exit code of a job that is over. The first node speaks for all; 1 where there is no result, or an exception."""
+    """Return the exit code of a job that has ended, else ``None``. The result of the first node counts; the code is 1 if the
+    result is missing or is an exception."""
     import submitit
 
     first = job.task(0)
@@ -244,45 +277,49 @@ def _result(job: submitit.Job[int], *, live: bool) -> int | None:
     try:
         code = first.result()
     except submitit.core.utils.FailedJobError as error:
-        code = EXIT_CODE if "timed-out too many times" in str(error) else 1  # max_requeues; it has saved
-    return None if live and code == EXIT_CODE else code  # one that was stopped may be queued again
+        code = (
+            EXIT_CODE if "timed-out too many times" in str(error) else 1
+        )  # max_requeues was reached; the job has saved
+    return None if live and code == EXIT_CODE else code  # a job that was stopped may be requeued
 
 
-def _how(code: int, log: Path) -> str:
+def _exit_description(code: int, log: Path) -> str:
     if code == 0:
         return "done"
-    return f"exit code {code}, see {log}" if log.exists() else "ended before it could start"
+    return f"exit code {code}, see {log}" if log.exists() else "ended before the command started"
 
 
 @dataclass
 class SlurmJob:
-    """What submitit pickles and calls in SLURM's job, once on each node: the command, as a child process.
+    """The callable that submitit pickles and calls in SLURM's job, once per node. It runs the command as a child process.
 
-    Everything that waits for the child leaves it unreaped (``WNOWAIT``): the signal handler of submitit calls
-    ``checkpoint`` in the middle of ``__call__``, and both have to see the exit code.
+    Waiting for the child never reaps it (``WNOWAIT``), because submitit's signal handler calls ``checkpoint`` in the middle of
+    ``__call__``, and both need the exit code.
     """
 
     command: list[str]
     folder: Path
-    of: JobOfSweep | None = None
+    sweep_job: JobOfSweep | None = None
     pid: int = 0
 
     def __call__(self) -> int:
         import submitit
 
-        command = [*self.command, *_meeting_point()]
+        command = [*self.command, *_rendezvous_overrides()]
         environment = None
-        if self.of is not None:
-            if submitit.JobEnvironment().global_rank == 0:  # one node speaks for all
-                self.of.write(status="running", locked=False)
-            environment = child.environment(self.of.note)
-        if submitit.JobEnvironment().cluster == "local":  # SLURM's reaches the command by itself
+        if self.sweep_job is not None:
+            if submitit.JobEnvironment().global_rank == 0:  # only the first node writes the state
+                self.sweep_job.write(status="running", locked=False)
+            environment = child.environment(self.sweep_job.error_file)
+        if submitit.JobEnvironment().cluster == "local":  # SLURM itself sends the signal to the command
             signal.signal(signal.SIGTERM, self._pass_on)
         process = subprocess.Popen(command, cwd=self.folder, env=environment, preexec_fn=_ignore_warning_signal)
         self.pid = process.pid
         code = _exit_code(self.pid)
         if code not in (0, EXIT_CODE):
-            atexit.register(os._exit, code)  # once submitit has written the result: SLURM too sees a failed job
+            atexit.register(
+                os._exit, code
+            )  # exit after submitit has written the result, so that SLURM shows a failed job too
         return code
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
@@ -290,25 +327,27 @@ class SlurmJob:
             os.kill(self.pid, number)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission | None:
-        """SLURM will end the job soon: let the command save, then have it queued again; not if it failed."""
+        """Called before SLURM ends the job: let the command save, then requeue the job unless the command failed."""
         import submitit
 
         if self.pid:
             os.kill(self.pid, signal.SIGTERM)
             if _exit_code(self.pid) not in (0, EXIT_CODE):
                 return None
-        return submitit.helpers.DelayedSubmission(SlurmJob(self.command, self.folder, self.of))
+        return submitit.helpers.DelayedSubmission(SlurmJob(self.command, self.folder, self.sweep_job))
 
 
 def _ignore_warning_signal() -> None:
-    """SLURM sends its warning to every process of the job; submitit passes it on to the command as a SIGTERM."""
+    """Ignore SLURM's warning signal, which every process of the job receives. submitit forwards it to the command as
+    SIGTERM."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def _exit_code(pid: int) -> int:
-    """Wait for a child; 128 + the signal that killed it, as shells say it.
+    """Wait for a child and return its exit code, or 128 + the signal that killed it, as a shell does.
 
-    Killed by SIGTERM means stopped: the signal came before the command listened to it, or after its work was done.
+    A child that SIGTERM killed counts as stopped: the signal arrived before the command had installed its handler, or after
+    its work was done.
     """
     end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert end is not None
@@ -317,8 +356,8 @@ def _exit_code(pid: int) -> int:
     return EXIT_CODE if end.si_status == signal.SIGTERM else 128 + end.si_status
 
 
-def _meeting_point() -> list[str]:
-    """In a job of several nodes, the overrides by which their commands find each other: the first node and a port.
+def _rendezvous_overrides() -> list[str]:
+    """Return the overrides for the rendezvous of a job with several nodes: the first node's address and a port.
 
     ``NodeAddr`` is the name or address by which SLURM itself reaches the node.
     """
@@ -330,5 +369,5 @@ def _meeting_point() -> list[str]:
     node = subprocess.check_output(["scontrol", "show", "node", job.hostnames[0]], text=True)
     address = re.search(r"NodeAddr=(\S+)", node)
     assert address is not None, node
-    port = 10_000 + int(job.raw_job_id) % 20_000  # below the ports that Linux gives out by itself
+    port = 10_000 + int(job.raw_job_id) % 20_000  # below Linux's ephemeral ports
     return [f"launch.nodes={job.num_nodes}", f"launch.endpoint='{address[1]}:{port}'"]

@@ -1,8 +1,8 @@
-"""Charts as inline SVG in the page's colours: matplotlib lays out and draws; what it wrote as colours becomes the page's
-variables, so that one drawing reads in light and in dark.
+"""Charts as inline SVG in the page's colours. matplotlib computes the layout and draws; its colours are then replaced by the
+page's CSS variables, so that one drawing works in light and in dark mode.
 
-Numbers are read off by pointing (or tapping) at a chart. That is CSS alone: columns, each of which shows its values while the
-pointer is over it.
+Pointing (or tapping) at a chart shows its numbers. This needs CSS only: the chart has invisible columns, each of which shows
+its values while the pointer is over it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 8, 34  # px around the axes, for the labels
-SOFT, GRID = "#fd0000", "#fd0001"  # stand for --soft and --line; #fe00xx for the colour xx
-READOUTS, COLUMNS = 200, 70  # values that can be pointed at in one chart, over all of its lines; steps at most
-MARKED = 30  # a line of fewer points shows each of them
+SOFT, GRID = "#fd0000", "#fd0001"  # placeholders for --soft and --line; #fe00xx is the placeholder for colour xx
+READOUTS, COLUMNS = 200, 70  # maximum number of values of all lines, and of steps, that one chart shows on hover
+MARKED = 30  # a line with fewer points has a marker at each
 
 
 @dataclass(frozen=True)
 class Line:
-    """``y``: as many numbers as ``x``, ``None`` where there is none. ``low`` and ``high``: a band around it, of the same
-    length. ``colour``: 0 … 9, one that stays the same for a thing in all charts of a page."""
+    """One line of a chart.
+
+    Attributes:
+        name: Label in the legend.
+        x: Steps.
+        y: Values, as many as ``x``; ``None`` where a value is missing.
+        colour: 0 … 9. The same quantity has the same colour in all charts of a page.
+        dashed: Whether the line is dashed.
+        low: Lower end of a band around the line, of the same length as ``x``, or empty.
+        high: Upper end of the band.
+    """
 
     name: str
     x: Sequence[float]
@@ -44,7 +53,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Point:
-    """A mark at ``x``, ``y``. ``strong``: larger, with its name beside it; other names come under the pointer."""
+    """A marker at ``x``, ``y``.
+
+    Attributes:
+        name: Label of the point.
+        x: Position on the x-axis.
+        y: Position on the y-axis.
+        colour: 0 … 9.
+        strong: Whether the marker is larger and always shows its name; other names appear on hover.
+    """
 
     name: str
     x: float
@@ -68,10 +85,10 @@ def line_chart(
     large: bool = False,
     form: Format = compact,
 ) -> Markup:
-    """A figure with a curve a line and a legend that says its last value; nothing when no line has a number.
+    """Return a figure with one curve per line and a legend with the last values. The result is empty if no line has a number.
 
-    ``unit``: of y, beside the title. ``zero``: draw the line y = 0. ``from_zero``: the axis begins there. ``large``: for two
-    charts beside each other, not three. ``form``: a number of y in words.
+    ``unit`` is the unit of y, shown next to the title. ``zero`` draws the line y = 0; ``from_zero`` starts the y-axis at 0.
+    ``large`` is the size for two charts in a row, otherwise three fit. ``form`` formats a value of y.
     """
     lines = [line for line in lines if any(map(is_number, line.y))]
     if not lines:
@@ -90,23 +107,23 @@ def line_chart(
     if from_zero:
         axes.set_ylim(bottom=0)
     keys = [(line.name, line.colour, _last(line.y, form)) for line in lines]
-    said = "; ".join(f"{line.name} from {_first(line.y, form)} to {_last(line.y, form)}" for line in lines)
-    return _figure(title, unit, keys, drawing.svg(f"{title}: {said}", drawing.readouts(lines)), large=large)
+    description = "; ".join(f"{line.name} from {_first(line.y, form)} to {_last(line.y, form)}" for line in lines)
+    return _figure(title, unit, keys, drawing.svg(f"{title}: {description}", drawing.readouts(lines)), large=large)
 
 
 def area_chart(
     title: str, lines: Sequence[Line], *, form: Format, unit: str = "", x_label: str = "step", large: bool = False
 ) -> Markup:
-    """Parts of a whole, one upon another: ``lines`` of the same ``x`` with numbers everywhere. The legend says means."""
+    """Return a stacked area chart. All ``lines`` have the same ``x`` and no missing values. The legend shows the means."""
     drawing = _Drawing(x_label, form, large=large)
     colours = [_colour(line.colour) for line in lines]
     drawing.axes.stackplot(lines[0].x, [_floats(line.y) for line in lines], colors=colours, alpha=0.85, lw=0)
     drawing.axes.set_ylim(bottom=0)
     drawing.axes.margins(x=0)
     keys = [(line.name, line.colour, form(sum(_floats(line.y)) / len(line.y))) for line in lines]
-    said = "; ".join(f"{name} {mean}" for name, _, mean in keys)
+    description = "; ".join(f"{name} {mean}" for name, _, mean in keys)
     return _figure(
-        title, unit, keys, drawing.svg(f"{title}: {said}", drawing.readouts(lines, marks=False)), large=large
+        title, unit, keys, drawing.svg(f"{title}: {description}", drawing.readouts(lines, marks=False)), large=large
     )
 
 
@@ -120,8 +137,8 @@ def scatter_chart(
     zero: bool = False,
     large: bool = False,
 ) -> Markup:
-    """Points with their names; ``front``: corners of a line drawn through some of them. ``unit``: of y. ``zero``: draw the
-    lines x = 0 and y = 0."""
+    """Return a scatter chart of named points. ``front`` is a polyline drawn through some of them. ``unit`` is the unit of y.
+    ``zero`` draws the lines x = 0 and y = 0."""
     points = [p for p in points if is_number(p.x) and is_number(p.y)]
     if not points:
         return Markup("")
@@ -136,14 +153,15 @@ def scatter_chart(
         axes.axhline(0, color=SOFT, lw=1, zorder=1)
         axes.axvline(0, color=SOFT, lw=1, zorder=1)
     axes.margins(0.12)
-    said = "; ".join(f"{p.name} at {compact(p.x)}, {compact(p.y)}" for p in points)
-    return _figure(title, unit, [], drawing.svg(f"{title}: {said}", drawing.names(points)), large=large)
+    description = "; ".join(f"{p.name} at {compact(p.x)}, {compact(p.y)}" for p in points)
+    return _figure(title, unit, [], drawing.svg(f"{title}: {description}", drawing.names(points)), large=large)
 
 
 def heat_chart(
     title: str, rows: Sequence[str], x: Sequence[float], values: Sequence[Sequence[float | None]], *, unit: str = ""
 ) -> Markup:
-    """A row of colour a name, darkest at the lowest value; ``values``: positive, one list a row, on a logarithmic scale."""
+    """Return a heat map with one row per name. ``values`` has one list per row; positive values are drawn on a logarithmic
+    scale, the lowest darkest."""
     from matplotlib.colors import LogNorm
 
     numbers = [v for row in values for v in row if is_number(v) and v > 0]
@@ -159,12 +177,15 @@ def heat_chart(
     )
     every = math.ceil(len(rows) / 12)
     drawing.axes.set_yticks(range(0, len(rows), every), [short(name) for name in rows[::every]], fontsize=9)
-    said = f"{compact(low)} (dark) to {compact(high)} (bright)"
-    return _figure(title, f"{unit}, {said}" if unit else said, [], drawing.svg(f"{title}: {said}", ""))
+    description = f"{compact(low)} (dark) to {compact(high)} (bright)"
+    return _figure(
+        title, f"{unit}, {description}" if unit else description, [], drawing.svg(f"{title}: {description}", "")
+    )
 
 
 class _Drawing:
-    """Axes in the style of the page, and what lies over them for the pointer. All in px of the SVG, whose y runs down."""
+    """Axes in the style of the page, with the hover elements over them. All coordinates are px of the SVG, where y points
+    down."""
 
     def __init__(
         self, x_label: str, form: Format, *, large: bool = False, logarithmic: bool = False, left: int = LEFT
@@ -202,13 +223,13 @@ class _Drawing:
         axes.yaxis.set_major_formatter(lambda value, _: self.form(value))
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point of the axes lies, once all is drawn into them."""
-        _ = self.axes.viewLim  # to read the limits is what makes matplotlib flush them
+        """Return the px of a point of the axes. Call this after everything is drawn, because drawing changes the limits."""
+        _ = self.axes.viewLim  # reading the limits makes matplotlib compute them
         across, up = self.axes.transData.transform((x, y))
         return float(across), self.height - float(up)
 
     def readouts(self, lines: Sequence[Line], *, marks: bool = True) -> str:
-        """Columns over the axes; the one under the pointer shows its x and the value of every line there."""
+        """Return invisible columns over the axes; the column under the pointer shows its x and the value of every line."""
         places = sorted({x for line in lines for x, y in zip(line.x, line.y, strict=True) if is_number(y)})
         wanted = min(COLUMNS, max(8, READOUTS // len(lines)))
         if len(places) > wanted:
@@ -241,7 +262,7 @@ class _Drawing:
         )
 
     def names(self, points: Sequence[Point]) -> str:
-        """The names of points: of the strong ones always, of the others under the pointer."""
+        """Return the names of the points. Strong points always show their names, the others on hover."""
         marks = []
         for p in points:
             x, y = self.at(p.x, p.y)
@@ -254,11 +275,11 @@ class _Drawing:
         return "".join(marks)
 
     def svg(self, description: str, over: str) -> str:
-        """The drawing as a part of an HTML page; ``over``: more SVG on top."""
+        """Return the drawing as SVG for an HTML page. ``over`` is SVG that is placed on top."""
         from matplotlib import rc_context
 
         text = io.StringIO()
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):  # text stays text; ids that repeat
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):  # text stays text; ids are reproducible
             self._figure.savefig(text, format="svg", transparent=True)
         return (
             f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(description)}">'
@@ -267,12 +288,14 @@ class _Drawing:
 
 
 def _cleaned(svg: str) -> str:
-    """What matplotlib drew, without what it says of itself, in the page's font and colours."""
+    """Return matplotlib's SVG without its metadata and ids, in the page's font and colours."""
     inner = svg.partition("<defs>")[2].partition("</defs>")[2].rpartition("</svg>")[0]
-    inner = re.sub(r"<g id=\"[^\"]*\">", "<g>", inner)  # ids are for references, and these have none
+    inner = re.sub(r"<g id=\"[^\"]*\">", "<g>", inner)  # nothing references these ids
     inner = re.sub(r"font-family: [^;\"]*;?", "", inner)
     inner = re.sub(r"\s+(?=[LMCz]\b|<)|(?<=>)\s+", "", inner)
-    inner = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d)\d{2,}", r"\1", tag[0]), inner)  # a tenth of a px is enough
+    inner = re.sub(
+        r"<[^>]+>", lambda tag: re.sub(r"(\.\d)\d{2,}", r"\1", tag[0]), inner
+    )  # a precision of 0.1 px is enough
     inner = re.sub(r"#fe00([0-9a-f]{2})", lambda found: f"var(--c{int(found[1], 16)})", inner)
     return inner.replace(SOFT, "var(--soft)").replace(GRID, "var(--line)")
 
@@ -287,7 +310,7 @@ def _figure(title: str, unit: str, keys: Sequence[tuple[str, int, str]], svg: st
 
 
 def _nearest(line: Line, x: float, left: float, right: float) -> tuple[float, float] | None:
-    """The line's point nearest to ``x`` of those between ``left`` and ``right``, if it has one there."""
+    """Return the point of ``line`` between ``left`` and ``right`` that is nearest to ``x``, or ``None``."""
     first, last = bisect_left(line.x, left), bisect_left(line.x, right)
     points = [(a, b) for a, b in zip(line.x[first:last], line.y[first:last], strict=True) if is_number(b)]
     return min(points, key=lambda point: abs(point[0] - x), default=None)

@@ -1,4 +1,4 @@
-"""The page about several runs, side by side."""
+"""The page that compares several runs."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from pretrain.telemetry.report.summary import before_after, verdict
 
 
 def compare_page(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """``names``: of the runs, each another, as `names_of` finds them."""
+    """Return the page as HTML text. ``names`` are the names of the runs, all different, as `names_of` returns them."""
     learned, went = plots.side_by_side(runs, names)
     title = f"{len(runs)} runs"
     body = join(
         [
             Markup(f"<header><h1>{title}</h1><p class='soft'>{escape(' · '.join(names))}</p></header>"),
             section("Results", _results(runs, names)),
-            section("What they learned", grid([learned], "two")),
-            section("How they went", grid([went])),
-            section("Where they differ", _differences(runs, names)),
-            section("In a sentence", _sentences(runs, names)),
+            section("Learning and forgetting", grid([learned], "two")),
+            section("Training and speed", grid([went])),
+            section("Differences of the configurations", _differences(runs, names)),
+            section("Summaries", _sentences(runs, names)),
             Markup(
                 f'<footer class="soft"><p>Written {instant(time.time())}. Point at a chart for its numbers.</p></footer>'
             ),
@@ -47,7 +47,7 @@ def compare_page(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of ``paths`` that tell them apart: ``run``, or ``a/run`` and ``b/run``."""
+    """Return the shortest suffixes of ``paths`` that are all different: ``run``, or ``a/run`` and ``b/run``."""
     parts = [path.resolve().parts for path in paths]
     for length in range(1, max(map(len, parts))):
         names = ["/".join(p[-length:]) for p in parts]
@@ -57,7 +57,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def _results(runs: Sequence[Run], names: Sequence[str]) -> Markup:
-    """The best gain first, as far as there is one."""
+    """Return the table of results, the run with the largest gain first."""
     rows = []
     for number in sorted(range(len(runs)), key=lambda i: _gain(runs[i])):
         run, history = runs[number], runs[number].history
@@ -88,18 +88,18 @@ def _gain(run: Run) -> float:
 
 
 def _marked(name: str, number: int) -> Markup:
-    """The name beside the run's colour."""
+    """Return the name with a marker in the run's colour."""
     return Markup(f'<span class="key" style="--key: var(--c{number % NUM_COLOURS})">{escape(name)}</span>')
 
 
 def _differences(runs: Sequence[Run], names: Sequence[str]) -> Markup:
-    """The keys in which the configurations differ; of runs without a config.yaml nothing is known."""
+    """Return the table of the keys in which the configurations differ. Runs without a config.yaml are left out."""
     known = [(name, run) for name, run in zip(names, runs, strict=True) if run.config]
     if len(known) < 2:
         return Markup("")
     rows = [(key, *values) for key, values in differing([run.config for _, run in known])]
     if not rows:
-        return card(Markup("<p>Nowhere: the same configuration but for name and output_dir.</p>"))
+        return card(Markup("<p>None: the configurations are equal except for name and output_dir.</p>"))
     return card(table(("key", *(name for name, _ in known)), rows, text=range(len(known) + 1)))
 
 

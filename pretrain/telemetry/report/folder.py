@@ -1,4 +1,4 @@
-"""A run as its folder tells it, finished or still going."""
+"""Read a run, finished or still running, from its folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ RECORDS = "metrics.jsonl"
 
 @dataclass
 class Run:
-    """``facts``: of run.json. ``config``: empty where the folder has none. ``quarantine``: batches that were left out."""
+    """A run as read from its folder.
+
+    Attributes:
+        name: Name of the run.
+        history: Its records.
+        facts: Content of run.json.
+        config: Content of config.yaml; empty if there is none.
+        overrides: Overrides of the command line.
+        quarantine: Records of quarantine.jsonl, one per batch that the guard skipped.
+    """
 
     name: str
     history: History
@@ -30,14 +39,15 @@ class Run:
 
     @property
     def status(self) -> str:
-        """running · finished · stopped · failed; of a run whose processes were killed: running."""
+        """Return running · finished · stopped · failed. A run whose processes were all killed counts as running."""
         if self.history.end is not None:
             return str(self.history.end.get("status"))
         return "failed" if self.facts.get("status") == "failed" else "running"
 
 
 def run_of(path: Path, history: History) -> Run:
-    """``history`` with what else lies in the run folder; a file that is missing or torn is worth less than the page."""
+    """Combine ``history`` with the other files of the run folder. Files that are missing or damaged are left out, because the
+    page is useful without them."""
     name = str(history.start.get("name") or path.resolve().name)
     config, overrides = _yaml(path / "config.yaml"), _yaml(path / ".hydra" / "overrides.yaml")
     try:
@@ -55,9 +65,9 @@ def run_of(path: Path, history: History) -> Run:
 
 
 def read_run(path: Path) -> Run:
-    """The run in the folder ``path``. A line of its records that is none is left out, with a notice.
+    """Read the run in the folder ``path``. A line of metrics.jsonl that is not a record is skipped with a notice.
 
-    Raises ``UserError`` for a folder that is no run, and for a record that lacks what its event has.
+    Raises ``UserError`` if the folder is not a run folder, or if a record lacks a required field of its event.
     """
     file = path / RECORDS
     if not path.is_dir():
@@ -67,7 +77,7 @@ def read_run(path: Path) -> Run:
     history = History()
     number = 0
     try:
-        for number, record in enumerate(iter_records(file, torn=_say_torn), start=1):  # noqa: B007 (used below)
+        for number, record in enumerate(iter_records(file, on_incomplete=_report_incomplete), start=1):  # noqa: B007 (used below)
             history.add(record)
     except OSError as error:
         raise UserError(f"{file} can't be read: {error.strerror}") from None
@@ -76,8 +86,8 @@ def read_run(path: Path) -> Run:
     return run_of(path, history)
 
 
-def _say_torn(where: str) -> None:
-    notice(f"{where}: torn (the run was killed while writing it, or writes it now); passed over")
+def _report_incomplete(where: str) -> None:
+    notice(f"{where}: incomplete line (the run was killed while writing it, or is writing it now); skipped")
 
 
 def _yaml(path: Path) -> Any:

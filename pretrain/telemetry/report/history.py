@@ -1,6 +1,6 @@
-"""What a page needs of a run, in memory that does not grow with it: curves keep at most some hundred points.
+"""The history of a run for its report page, in constant memory: a curve keeps at most some hundred points.
 
-Where more records come than that, neighbours become one point, their mean, whose lowest and highest value are kept too.
+When there are more records than that, neighbouring points are merged into one that has their mean, minimum and maximum.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from pretrain.telemetry.numbers import is_number
 from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record, change_of, scored_before
 
-POINTS = 400  # of a curve at most, and at least half as many where there are more records
-KEPT = 12  # the last checkpoints that are listed
-LISTED = 200  # starts and rollbacks that are listed
+MAX_POINTS = 400  # maximum number of points of a curve; after merging, at least half as many remain
+MAX_CHECKPOINTS = 12  # the last checkpoints that are listed
+MAX_EVENTS = 200  # starts and rollbacks that are listed
 
 PARTS = (*STEP_PARTS, *WINDOW_PARTS, "other")
 
 
 @dataclass(slots=True)
 class _Point:
-    """``numbers``: key → how many, their sum, the lowest, the highest."""
+    """One point of a curve. ``numbers`` maps each key to [count, sum, minimum, maximum] over ``records`` records."""
 
     step: int
     records: int = 0
@@ -45,15 +45,15 @@ class _Point:
 
 
 class Curves:
-    """Numbers by step, any number of keys on the same steps, thinned to ``points``."""
+    """Curves of several keys over the same steps, thinned to at most ``points`` points."""
 
-    def __init__(self, points: int = POINTS) -> None:
+    def __init__(self, points: int = MAX_POINTS) -> None:
         self._limit = points
         self._points: list[_Point] = []
-        self.width = 1  # records a point
+        self.width = 1  # records per point
 
     def add(self, step: int, record: Record) -> None:
-        """Every finite number of ``record``; what is none is left out."""
+        """Add every finite number of ``record``; other values are ignored."""
         if not self._points or self._points[-1].records >= self.width:
             self._points.append(_Point(step))
         self._points[-1].add(step, record)
@@ -67,34 +67,41 @@ class Curves:
         self.width *= 2
 
     def cut(self, step: int) -> None:
-        """Forget what is beyond ``step``; of a point that reaches beyond it, all."""
+        """Remove all points that include records after ``step``."""
         self._points = [p for p in self._points if p.step <= step]
 
     @property
     def steps(self) -> list[int]:
+        """Return the last step of every point."""
         return [p.step for p in self._points]
 
     def mean(self, key: str) -> list[float | None]:
+        """Return the mean of ``key`` at every point; ``None`` where no record has it."""
         found = (p.numbers.get(key) for p in self._points)
         return [None if n is None else n[1] / n[0] for n in found]
 
     def low(self, key: str) -> list[float | None]:
+        """Return the minimum of ``key`` at every point."""
         return [p.numbers[key][2] if key in p.numbers else None for p in self._points]
 
     def high(self, key: str) -> list[float | None]:
+        """Return the maximum of ``key`` at every point."""
         return [p.numbers[key][3] if key in p.numbers else None for p in self._points]
 
     def has(self, key: str) -> bool:
+        """Return whether any point has ``key``."""
         return any(key in p.numbers for p in self._points)
 
     def median(self, key: str) -> float | None:
+        """Return the median of the points' means of ``key``, or ``None``."""
         values = sorted(v for v in self.mean(key) if v is not None)
         return values[len(values) // 2] if values else None
 
 
 @dataclass
 class Domain:
-    """The scores of one domain; ``first``: the untouched model's on the text of ``last``, the last one."""
+    """The scores of one domain. ``last`` is the last evaluation, ``first`` that of the base model (before training) on the
+    same text."""
 
     role: str
     first: Record
@@ -103,16 +110,16 @@ class Domain:
 
     @property
     def once(self) -> bool:
-        """Whether it has been scored once only: there is no change to speak of."""
+        """Return whether the domain has been scored only once, so that no change can be computed."""
         return len(self.scores.steps) == 1
 
     @property
     def before_only(self) -> bool:
-        """Whether it has not been scored since step 0."""
+        """Return whether the domain has not been scored since step 0."""
         return bool(self.last["step"] == 0)
 
     def curve(self, key: str) -> tuple[list[int], list[float | None]]:
-        """Steps and values; however thinned, it begins and ends with the first and the last score themselves."""
+        """Return steps and values. Even if the curve is thinned, its ends are the exact first and last scores."""
         steps, values = self.scores.steps, self.scores.mean(key)
         if self.scores.width == 1 or not steps:
             return steps, values
@@ -121,13 +128,31 @@ class Domain:
         return [self.first["step"], *steps], [first, *values[:-1], last]
 
     def change(self) -> float | None:
-        """Nats per token since step 0; ``None``: not known."""
+        """Return the change of the loss since step 0 in nats per token, or ``None`` if it is unknown."""
         delta = change_of(self.last)
         return delta if is_number(delta) else None
 
 
 class History:
-    """Filled with records in their order, from a file or while they are made."""
+    """The history of a run. Records are added in order, from a file or while the run writes them.
+
+    Attributes:
+        train: Curves of the train records.
+        last_train: Last train record.
+        num_train: Number of train records.
+        domains: Scores by domain.
+        layers: Curves of the norms by layer.
+        samples: First and last sample by domain and prompt.
+        data: Last ``data`` record.
+        checkpoints: Last checkpoint records.
+        num_checkpoints: Number of checkpoint records.
+        happened: Last starts, rollbacks and ends.
+        first: First record.
+        start: Last ``run_started`` record.
+        end: ``run_finished`` record of the last start, if it exists.
+        last: Step and time of the last record.
+        seconds: Total seconds by part.
+    """
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self.train = Curves()
@@ -135,14 +160,14 @@ class History:
         self.num_train = 0
         self.domains: dict[str, Domain] = {}
         self.layers: dict[str, Curves] = {}
-        self.samples: dict[tuple[str, str], list[Record]] = {}  # by domain and prompt: the first and the last
+        self.samples: dict[tuple[str, str], list[Record]] = {}  # key: domain, prompt; value: first and last
         self.data: Record = {}
-        self.checkpoints: deque[Record] = deque(maxlen=KEPT)
+        self.checkpoints: deque[Record] = deque(maxlen=MAX_CHECKPOINTS)
         self.num_checkpoints = 0
-        self.happened: deque[Record] = deque(maxlen=LISTED)  # starts, rollbacks, ends
-        self.first: Record = {}  # of all records
-        self.start: Record = {}  # the last one
-        self.end: Record | None = None  # of the last start, if it has come
+        self.run_events: deque[Record] = deque(maxlen=MAX_EVENTS)  # starts, rollbacks, ends
+        self.first: Record = {}
+        self.start: Record = {}
+        self.end: Record | None = None
         self.last: Record = {}
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._counted = 0  # the step up to which seconds are counted
@@ -151,9 +176,11 @@ class History:
 
     @property
     def step(self) -> int:
+        """Return the step of the last record."""
         return int(self.last.get("step", 0))
 
     def add(self, record: Record) -> None:
+        """Add the next record of the run."""
         match record["event"]:
             case "train":
                 self._train(record)
@@ -170,12 +197,12 @@ class History:
                 self.checkpoints.append(record)
                 self.num_checkpoints += 1
             case "run_started" | "rollback" | "run_finished":
-                self._happen(record)
+                self._add_run_event(record)
         self.first = self.first or record
         self.last = {"step": record["step"], "time": record.get("time")}
 
     def cut(self, step: int) -> None:
-        """As if the run had been stopped after ``step``, which it has gone back to."""
+        """Restore the state after ``step``, to which the run was rolled back."""
         for curves in (self.train, *(d.scores for d in self.domains.values()), *self.layers.values()):
             curves.cut(step)
         for domain in self.domains.values():
@@ -185,11 +212,11 @@ class History:
                 domain.last = domain.last | numbers | {"step": domain.scores.steps[-1]}
         self.domains = {name: d for name, d in self.domains.items() if d.scores.steps}
         self.samples = {k: [r for r in v if r["step"] <= step] for k, v in self.samples.items()}
-        self.checkpoints = deque((r for r in self.checkpoints if r["step"] <= step), maxlen=KEPT)
+        self.checkpoints = deque((r for r in self.checkpoints if r["step"] <= step), maxlen=MAX_CHECKPOINTS)
         self._counted = min(self._counted, step)
 
-    def _happen(self, record: Record) -> None:
-        self.happened.append(record)
+    def _add_run_event(self, record: Record) -> None:
+        self.run_events.append(record)
         self._counted = record["step"]
         if record["event"] == "run_started":
             self.start, self.end = record, None
@@ -206,12 +233,12 @@ class History:
         self._counted = record["step"]
 
     def _parts(self, record: Record) -> dict[str, float]:
-        """The seconds since the record before, by what they went to. A run that does not say what its steps were made of
-        has them under ``other``, but for the data."""
+        """Return the seconds since the previous record by part. If the record has no parts of a step but the data, the time of
+        the steps is ``other``."""
         steps = max(record["step"] - self._counted, 1)
         parts = {name: _seconds(record, name) * steps for name in STEP_PARTS}
-        rest = _seconds(record, "step") * steps - sum(parts.values())
-        return parts | {name: _seconds(record, name) for name in WINDOW_PARTS} | {"other": max(rest, 0.0)}
+        unattributed = _seconds(record, "step") * steps - sum(parts.values())
+        return parts | {name: _seconds(record, name) for name in WINDOW_PARTS} | {"other": max(unattributed, 0.0)}
 
     def _evaluation(self, record: Record) -> None:
         domain = self.domains.setdefault(str(record["domain"]), Domain(str(record.get("role")), record, record))
@@ -220,7 +247,7 @@ class History:
 
     def _sample(self, record: Record) -> None:
         kept = self.samples.setdefault((str(record.get("domain")), str(record.get("prompt"))), [])
-        kept[1:] = [record]  # beside the first, the last; a slice beyond the end appends
+        kept[1:] = [record]  # keep the first and the last; assigning a slice past the end appends
 
 
 def _seconds(record: Record, name: str) -> float:

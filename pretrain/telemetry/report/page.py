@@ -1,4 +1,4 @@
-"""The page about one run, for people who would rather look than read."""
+"""The report page of one run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pretrain.telemetry.baseline import doubt
 from pretrain.telemetry.numbers import NOTHING, amount, duration, instant, is_number, number, share, signed, size
 from pretrain.telemetry.record import Record
 from pretrain.telemetry.report import plots
-from pretrain.telemetry.report.config_diff import differing, flat, said
+from pretrain.telemetry.report.config_diff import as_yaml, differing, flat
 from pretrain.telemetry.report.folder import Run
 from pretrain.telemetry.report.history import Domain, History
 from pretrain.telemetry.report.style import (
@@ -34,12 +34,12 @@ from pretrain.telemetry.report.style import (
 )
 from pretrain.telemetry.report.summary import before_after, verdict
 
-MOST_ROWS = 40  # of a table that could become any length
-MOST_SAMPLES = 12
+MAX_ROWS = 40  # maximum rows of a table of unbounded length
+MAX_SAMPLES = 12
 
 
 def run_page(run: Run) -> str:
-    """The whole page as HTML text."""
+    """Return the page as HTML text."""
     history = run.history
     domains = history.domains
     body = join(
@@ -49,18 +49,18 @@ def run_page(run: Run) -> str:
             _doubt(history),
             grid(_tiles(run), "tiles"),
             section(
-                "What it learned",
+                "Learning and forgetting",
                 grid([plots.loss_chart(history), plots.change_chart(history)], "two"),
                 _scores(history),
             ),
-            section("What it writes", *_samples(history)),
+            section("Samples", *_samples(history)),
             section(
-                "How it went",
+                "Training and speed",
                 _time_bar(history),
                 grid([plots.training_charts(history), plots.speed_charts(history)]),
             ),
             section("Data seen", _sources(history)),
-            section("Health by layer", grid([plots.layer_charts(history)]), _layers(history)),
+            section("Norms by layer", grid([plots.layer_charts(history)]), _layers(history)),
             section("Faults and resumes", _events(run)),
             section("Checkpoints", _checkpoints(history)),
             section("Configuration", *_configuration(run)),
@@ -92,7 +92,7 @@ def _head(run: Run) -> Markup:
 
 
 def _doubt(history: History) -> Markup:
-    """A warning, where the model knew less than nothing when the run began."""
+    """Return a warning if the base model scored worse than a uniform guess at step 0."""
     first = {name: d.first.get("loss") for name, d in history.domains.items() if d.first.get("step") == 0}
     uniform = history.start.get("uniform_loss")
     text = doubt({n: x for n, x in first.items() if is_number(x)}, uniform if is_number(uniform) else None)
@@ -100,7 +100,7 @@ def _doubt(history: History) -> Markup:
 
 
 def _tiles(run: Run) -> Iterator[Markup]:
-    """The numbers that people ask for first, of those that are known."""
+    """Yield tiles with the most important numbers, as far as they are known."""
     history, last = run.history, run.history.last_train
     for name, domain in list(history.domains.items())[:4]:
         before = " before this run" if domain.before_only and history.step else ""
@@ -112,17 +112,17 @@ def _tiles(run: Run) -> Iterator[Markup]:
     if is_number(mfu := end.get("mfu") or last.get("mfu")):
         yield tile(share(mfu), "MFU")
     if is_number(goodput := end.get("goodput") or last.get("goodput")):
-        yield tile(share(goodput), "goodput: share of the time that trained")
+        yield tile(share(goodput), "goodput: share of the time spent training")
     if is_number(memory := last.get("memory_gib")):
         yield tile(f"{memory:.2f} GiB", "peak memory")
     if is_number(seconds := run.facts.get("seconds")):
         yield tile(duration(seconds), "run time, all starts")
     if run.status == "running" and is_number(eta := last.get("eta_seconds")):
-        yield tile(duration(eta), "to go")
+        yield tile(duration(eta), "remaining")
 
 
 def _coloured(text: str, kind: str) -> Markup:
-    """``kind``: good · bad · warn · empty."""
+    """Return ``text`` in the colour of ``kind``: good · bad · warn · empty."""
     return Markup(f'<span class="{kind}">{escape(text)}</span>')
 
 
@@ -148,7 +148,7 @@ def _scores(history: History) -> Markup:
 
 
 def _scored_last(domain: Domain, step: int) -> str:
-    """The perplexity of the last evaluation, and its step where that is not the one the run is at."""
+    """Return the perplexity of the last evaluation, with its step if that is not the run's current ``step``."""
     scored_at = domain.last["step"]
     if scored_at == 0 < step:
         return NOTHING
@@ -156,19 +156,19 @@ def _scored_last(domain: Domain, step: int) -> str:
 
 
 def _change(domain: Domain, step: int) -> str:
-    """In nats per token, or why it is not known."""
+    """Return the change in nats per token, or the reason why it is unknown."""
     if domain.before_only and step:
         return "not scored since step 0"
     return str(domain.last.get("delta_reason") or signed(domain.change()))
 
 
 def _samples(history: History) -> Iterator[Markup]:
-    """A prompt and what the model made of it, before the run and now."""
-    known = [kept for kept in history.samples.values() if kept]
+    """Yield cards with a prompt and its continuations before the run and now."""
+    known = [pair for pair in history.samples.values() if pair]
     cards = []
-    for kept in known[:MOST_SAMPLES]:
-        first, last = kept[0], kept[-1]
-        texts = [(f"step {r['step']:,}", str(r.get("text", ""))) for r in ([first, last] if len(kept) > 1 else [first])]
+    for pair in known[:MAX_SAMPLES]:
+        first, last = pair[0], pair[-1]
+        texts = [(f"step {r['step']:,}", str(r.get("text", ""))) for r in ([first, last] if len(pair) > 1 else [first])]
         columns = (
             Markup(f'<div><p class="soft">{escape(when)}</p><pre class="wrote">{escape(text)}</pre></div>')
             for when, text in texts
@@ -178,12 +178,12 @@ def _samples(history: History) -> Iterator[Markup]:
         cards.append(card(Markup(f'<p class="soft">{escape(about)}</p>{prompt}'), grid(columns, "two")))
     if cards:
         yield Markup(f'<div class="stack">{join(cards)}</div>')
-    if len(known) > MOST_SAMPLES:
-        yield Markup(f'<p class="soft">{len(known) - MOST_SAMPLES} more are in metrics.jsonl.</p>')
+    if len(known) > MAX_SAMPLES:
+        yield Markup(f'<p class="soft">{len(known) - MAX_SAMPLES} more are in metrics.jsonl.</p>')
 
 
 def _time_bar(history: History) -> Markup:
-    """What all of the run's time went to, added up."""
+    """Return a bar of the run's time by part."""
     total = sum(history.seconds.values())
     if total <= 0:
         return Markup("")
@@ -192,7 +192,7 @@ def _time_bar(history: History) -> Markup:
         for colour, (name, spent) in enumerate(history.seconds.items())
         if spent > 0
     ]
-    return card(bar("Time by what it went to, between the first step and the last record", parts))
+    return card(bar("Time by part, from the first step to the last record", parts))
 
 
 def _sources(history: History) -> Markup:
@@ -202,10 +202,10 @@ def _sources(history: History) -> Markup:
     ranked = sorted(sources.items(), key=lambda item: -(item[1].get("tokens") or 0))
     rows = [
         (name, amount(s.get("documents")), amount(s.get("tokens")), share(s.get("share"), 1))
-        for name, s in ranked[:MOST_ROWS]
+        for name, s in ranked[:MAX_ROWS]
     ]
     parts = [(name, i, s.get("tokens") or 0, share(s.get("share"))) for i, (name, s) in enumerate(ranked[:8])]
-    more = f"{len(ranked) - MOST_ROWS} more sources; " if len(ranked) > MOST_ROWS else ""
+    more = f"{len(ranked) - MAX_ROWS} more sources; " if len(ranked) > MAX_ROWS else ""
     mean = f"{more}{number(history.data.get('tokens_per_document'), 0)} tokens per document"
     shares = bar("Tokens by source", parts) if len(parts) > 1 else Markup("")
     listed = table(("source", "documents", "tokens", "share"), rows)
@@ -219,36 +219,38 @@ def _layers(history: History) -> Markup:
         return Markup("")
     keys = ("weight_norm", "grad_norm", "update_norm", "update_ratio")
     rows = [(name, *(amount(c.mean(k)[-1]) for k in keys)) for name, c in history.layers.items() if c.steps]
-    head = ("layer", "weight norm", "gradient norm", "update norm", "update against weight")
+    head = ("layer", "weight norm", "gradient norm", "update norm", "update / weight")
     return card(details(f"Last values of {len(rows)} layers", table(head, rows)))
 
 
 def _events(run: Run) -> Markup:
-    """Starts, resumes, stops, rollbacks and quarantined batches, by time."""
-    found = [(r.get("time"), r["step"], *_happened(r)) for r in run.history.happened]
+    """Return the table of starts, resumes, stops, rollbacks and quarantined batches, sorted by time."""
+    found = [(r.get("time"), r["step"], *_event_text(r)) for r in run.history.run_events]
     found += [(r.get("time"), r.get("step", 0), *_quarantined(r)) for r in run.quarantine]
     found.sort(key=lambda row: row[0] if is_number(row[0]) else 0.0)
     restarts = run.facts.get("restarts")
-    resumed = sum(r["event"] == "run_started" and bool(r.get("resumed")) for r in run.history.happened)
-    rollbacks = sum(r["event"] == "rollback" for r in run.history.happened)
+    resumed = sum(r["event"] == "run_started" and bool(r.get("resumed")) for r in run.history.run_events)
+    rollbacks = sum(r["event"] == "rollback" for r in run.history.run_events)
     counts = [(resumed, "resume"), (rollbacks, "rollback"), (len(run.quarantine), "quarantined batch")]
     if is_number(restarts) and restarts > resumed:
         counts.append((int(restarts) - resumed, "restart from the beginning"))
-    told = ", ".join(f"{n} {what}{'' if n == 1 else 'es' if what.endswith('ch') else 's'}" for n, what in counts if n)
+    counted = ", ".join(
+        f"{n} {what}{'' if n == 1 else 'es' if what.endswith('ch') else 's'}" for n, what in counts if n
+    )
     rows = [(instant(when), f"{step:,}", _coloured(what, kind)) for when, step, what, kind in found]
-    shown = rows[-MOST_ROWS:]
-    summary = told or "None: one start, no rollback, nothing quarantined."
-    left_out = f" The last {MOST_ROWS} of {len(rows)} events:" if len(rows) > len(shown) else ""
+    shown = rows[-MAX_ROWS:]
+    summary = counted or "None: one start, no rollback, nothing quarantined."
+    left_out = f" The last {MAX_ROWS} of {len(rows)} events:" if len(rows) > len(shown) else ""
     return card(
         Markup(f"<p>{escape(summary + left_out)}</p>"),
         table(("time", "step", "what"), shown, text=(0, 2)) if rows else "",
     )
 
 
-def _happened(record: Record) -> tuple[str, str]:
-    """A start, a stop or a rollback in words, and how it is coloured."""
+def _event_text(record: Record) -> tuple[str, str]:
+    """Return a description of a start, a stop or a rollback, and its colour (see `_coloured`)."""
     if record["event"] == "rollback":
-        return f"went back from step {record.get('bad_step')}: {record.get('reason')}", "bad"
+        return f"rolled back from step {record.get('bad_step')}: {record.get('reason')}", "bad"
     if record["event"] == "run_finished":
         status = str(record.get("status"))
         return status, KINDS.get(status, "")
@@ -275,10 +277,10 @@ def _checkpoints(history: History) -> Markup:
         )
         for r in reversed(history.checkpoints)
     ]
-    head = ("folder", "step", "size", "written in", "training stood still")
+    head = ("folder", "step", "size", "time to write", "training blocked")
     more = history.num_checkpoints - len(rows)
     note = (
-        f'<p class="soft">and {more} before these; old ones are removed as the configuration says</p>'
+        f'<p class="soft">and {more} earlier ones; the configuration determines which old checkpoints are kept</p>'
         if more > 0
         else ""
     )
@@ -288,7 +290,8 @@ def _checkpoints(history: History) -> Markup:
 def _configuration(run: Run) -> Iterator[Markup]:
     if run.overrides:
         yield card(
-            Markup("<p>Typed, or from a file:</p>"), copyable("\n".join(o.removeprefix("++") for o in run.overrides))
+            Markup("<p>Overrides from the command line or a file:</p>"),
+            copyable("\n".join(o.removeprefix("++") for o in run.overrides)),
         )
     if not run.config:
         return
@@ -300,14 +303,14 @@ def _configuration(run: Run) -> Iterator[Markup]:
     if rows:
         yield card(table(("key", "default", "this run"), rows, text=(0, 1, 2)))
     else:
-        yield card(Markup("<p>The defaults, all of them.</p>"))
-    every = table((), [(key, said(value)) for key, value in flat(run.config)], text=(0, 1))
-    yield card(details("The whole configuration", every))
+        yield card(Markup("<p>All keys have their default values.</p>"))
+    every = table((), [(key, as_yaml(value)) for key, value in flat(run.config)], text=(0, 1))
+    yield card(details("Complete configuration", every))
 
 
 def _environment(start: Record) -> Markup:
     known = {k: v for k, v in start.items() if k not in ("event", "step", "time", "resumed") and v is not None}
-    rows = [(key.replace(".", " · ").replace("_", " "), said(value)) for key, value in flat(known)]
+    rows = [(key.replace(".", " · ").replace("_", " "), as_yaml(value)) for key, value in flat(known)]
     return card(facts(rows)) if rows else Markup("")
 
 
@@ -316,8 +319,9 @@ def _foot(history: History) -> Markup:
     if history.train.width > 1:
         points = len(history.train.steps)
         thinned = (
-            f" Curves show {points} points of {history.num_train:,} records: each the mean of {history.train.width}, "
-            "in the loss with their lowest and highest as a band; all are in metrics.jsonl."
+            f" Curves show {points} points of {history.num_train:,} records: each is the mean of "
+            f"{history.train.width} records, and the loss chart shows their minimum and maximum as a band; metrics.jsonl has "
+            "all records."
         )
     return Markup(
         f'<footer class="soft"><p>Written {instant(time.time())}, last record {instant(history.last.get("time"))}. '

@@ -1,4 +1,4 @@
-"""The charts of one run, and of several side by side."""
+"""The charts of one run, and those that compare several runs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from pretrain.telemetry.report.history import PARTS, History
 from pretrain.telemetry.report.style import NUM_COLOURS, Markup, join
 
 NATS = "nats per token"
-TRAINING = 0  # colours: that of training; those of the domains follow
+TRAINING = 0  # colour of training; the domains have the next colours
 
 
 def percent(value: float) -> str:
+    """Format a fraction as a percentage for an axis."""
     return share(value).replace(" ", "")
 
 
 def domain_label(name: str, role: str) -> str:
+    """Return the label of a domain, such as ``law (new)``."""
     return f"{name} ({role})"
 
 
@@ -34,7 +36,7 @@ def domain_label(name: str, role: str) -> str:
 
 
 def loss_chart(history: History) -> Markup:
-    """Training and every domain."""
+    """Return the chart of the training loss and of the loss of every domain."""
     train = history.train
     key = "loss_mean" if train.has("loss_mean") else "loss"
     band = (train.low("loss"), train.high("loss")) if train.width > 1 else ((), ())
@@ -43,11 +45,11 @@ def loss_chart(history: History) -> Markup:
 
 
 def change_chart(history: History) -> Markup:
-    """What the new domain gained against what the base domains lost."""
+    """Return the chart of the change of the loss since step 0 of every domain."""
     if all(domain.once for domain in history.domains.values()):
         return Markup("")
     lines = _domain_lines(history, "delta_loss")
-    return line_chart("Gain and forgetting", lines, unit=f"{NATS} since step 0, less is better", zero=True, large=True)
+    return line_chart("Gain and forgetting", lines, unit=f"{NATS} since step 0, lower is better", zero=True, large=True)
 
 
 def _domain_lines(history: History, key: str) -> list[Line]:
@@ -58,6 +60,7 @@ def _domain_lines(history: History, key: str) -> list[Line]:
 
 
 def training_charts(history: History) -> Markup:
+    """Return the charts of the learning rate, the gradient norm, the loss scale and the skipped steps."""
     lr = _single(history, "Learning rate", "lr", from_zero=True)
     norm = _single(history, "Gradient norm", "grad_norm", unit="before clipping", from_zero=True)
     scale = _single(history, "Loss scale", "loss_scale", logarithmic=True)
@@ -68,13 +71,14 @@ def training_charts(history: History) -> Markup:
 
 
 def speed_charts(history: History) -> Markup:
+    """Return the charts of throughput, time by part, MFU and memory."""
     speed = _single(history, "Throughput", "tokens_per_second", unit="tokens per second", from_zero=True)
     mfu = _single(history, "MFU", "mfu", unit="of the device's peak", from_zero=True, form=percent)
     return join([speed, time_chart(history), mfu, memory_chart(history)])
 
 
 def time_chart(history: History) -> Markup:
-    """Each part's share of the time, by step."""
+    """Return the chart of each part's share of the time, by step."""
     curves = history.train
     columns = {name: curves.mean(f"part/{name}") for name in PARTS}
     totals = [sum(v or 0.0 for v in row) for row in zip(*columns.values(), strict=True)]
@@ -87,15 +91,16 @@ def time_chart(history: History) -> Markup:
         for colour, name in enumerate(PARTS)
         if history.seconds[name] > 0
     ]
-    return area_chart("Where the time went", lines, unit="share, by step", form=percent)
+    return area_chart("Time by part", lines, unit="share, by step", form=percent)
 
 
 def part_label(history: History, part: str) -> str:
-    """``other`` is what is left; where nothing else is known of the steps, it is them."""
+    """Return the label of a part. If the records lack the parts of a step, ``other`` is the time of the steps."""
     return "steps" if part == "other" and not history.seconds["compute"] else part
 
 
 def memory_chart(history: History) -> Markup:
+    """Return the chart of the memory of the GPU and of the host."""
     names = {"memory_gib": "peak", "memory_reserved_gib": "reserved", "host_memory_gib": "host"}
     train = history.train
     lines = [
@@ -107,7 +112,8 @@ def memory_chart(history: History) -> Markup:
 
 
 def layer_charts(history: History) -> Markup:
-    titles = {"update_ratio": "Update against weight", "grad_norm": "Gradient norm", "weight_norm": "Weight norm"}
+    """Return one heat map per norm, by layer and step."""
+    titles = {"update_ratio": "Update / weight", "grad_norm": "Gradient norm", "weight_norm": "Weight norm"}
     layers = history.layers
     steps = next(iter(layers.values())).steps if layers else []
     same = {name: curves for name, curves in layers.items() if curves.steps == steps}
@@ -120,7 +126,7 @@ def layer_charts(history: History) -> Markup:
 
 
 def layer_label(name: str) -> str:
-    """model.layers.3 is layers.3, model.embed_tokens is embed_tokens."""
+    """Shorten the name of a layer: model.layers.3 becomes layers.3, model.embed_tokens becomes embed_tokens."""
     parts = name.split(".")
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
@@ -143,7 +149,8 @@ def _single(
 
 
 def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> tuple[Markup, Markup]:
-    """What they learned, and how they went: a line a run in every chart, each run in one colour throughout."""
+    """Return the charts of what the runs learned, and the charts of how they ran. Each run is one line in every chart and has
+    the same colour in all of them."""
     domains: dict[str, str] = {}
     for run in runs:
         domains |= {name: d.role for name, d in run.history.domains.items()}
@@ -170,7 +177,7 @@ def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> tuple[Markup, Mar
 
 
 def trade_chart(runs: Sequence[Run], names: Sequence[str]) -> Markup:
-    """Gain on the new domains against forgetting of the base domains, a point a run."""
+    """Return the chart of gain on the new domains against forgetting of the base domains, with one point per run."""
     points = []
     for i, (name, run) in enumerate(zip(names, runs, strict=True)):
         gain, lost = mean_change(run.history, "new"), mean_change(run.history, "base")
@@ -187,8 +194,8 @@ def trade_chart(runs: Sequence[Run], names: Sequence[str]) -> Markup:
 
 
 def mean_change(history: History, role: str) -> float | None:
-    """Of the loss since step 0, over the domains of a role; ``None`` where that of one is not known: the mean of the others
-    is another number."""
+    """Return the mean change of the loss since step 0 over the domains of a role. It is ``None`` if the change of any domain
+    is unknown, because a mean over fewer domains is not comparable."""
     changes = [d.change() for d in history.domains.values() if d.role == role]
     known = [change for change in changes if change is not None]
     return sum(known) / len(known) if known and len(known) == len(changes) else None

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page about the run. No network, no script."""
+"""The sink that writes report.html: one self-contained page about the run, without network access or scripts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from pretrain.telemetry.report.history import History
 from pretrain.telemetry.sinks.base import Sink
 from pretrain.telemetry.sinks.jsonl import records_until
 
-LARGEST_SHARE = 0.05  # of a run's time
+MAX_SHARE = 0.05  # maximum share of a run's time that drawing may take
 
 
 class Report(Sink):
-    """Written after every evaluation but the first, and at the end, about the run and what it continues. Where evaluations
-    come so fast that drawing would take more than a share of the time, some are passed over. A page that a full disk does
-    not take waits, and is tried again with the next record; it is not drawn again, which costs more than a step."""
+    """A sink that writes report.html after every evaluation but the first, and at the end. The page includes earlier starts.
+
+    If evaluations are so frequent that drawing would take more than ``MAX_SHARE`` of the time, some are skipped. If the
+    disk is full, writing the page is retried with the next record, without drawing it again, because drawing takes longer than
+    a step."""
 
     def __init__(self) -> None:
         self._run = Path()
         self._evaluated = False
-        self._page = ""  # drawn, and not yet written
+        self._page = ""  # drawn, but not written yet
         self._next_at = 0.0  # on the monotonic clock
         self.history = History()
 
@@ -33,18 +35,18 @@ class Report(Sink):
         earlier = run / RECORDS
         if start.step and earlier.exists():
             self.history = History(records_until(earlier, start))
-        else:  # without a file: after a rollback, its own
+        else:  # after a rollback without metrics.jsonl, keep the history in memory
             self.history.cut(start.step)
 
     def write(self, record: Record) -> None:
         self.history.add(record)
         event, over = record["event"], record["event"] == "run_finished"
         self._evaluated |= event == "evaluation" and record["step"] > 0
-        complete = event == "data" or event not in WITH_EVALUATION  # `data` is the last that comes with an evaluation
+        complete = event == "data" or event not in WITH_EVALUATION  # `data` is the last record of an evaluation
         if over or (self._evaluated and complete):
             self._evaluated = False
             if over or time.monotonic() >= self._next_at:
-                self._page = self._drawn()
+                self._page = self._draw()
         if self._page:
             replace_file(self._run / "report.html", self._page)
             self._page = ""
@@ -52,11 +54,11 @@ class Report(Sink):
     def close(self) -> None:
         pass
 
-    def _drawn(self) -> str:
+    def _draw(self) -> str:
         from pretrain.telemetry.report.page import run_page
 
         started_at = time.monotonic()
         page = run_page(run_of(self._run, self.history))
         now = time.monotonic()
-        self._next_at = now + (now - started_at) / LARGEST_SHARE
+        self._next_at = now + (now - started_at) / MAX_SHARE
         return page

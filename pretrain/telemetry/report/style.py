@@ -1,7 +1,7 @@
-"""The look of a page, and the few pieces of HTML that pages are made of. One file, no script, nothing loaded from anywhere:
-the page's own policy forbids both, whatever a prompt or a name may hold.
+"""The style sheet of pages, and functions for their HTML elements. A page is one file without scripts that loads nothing: its
+content security policy forbids both, even if a prompt or a name contains HTML.
 
-Text is escaped unless it is `Markup`, which only these functions and the charts make.
+Text is escaped unless it is `Markup`, which only these functions and the charts create.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-# Of a status.
+# status → kind of its pill
 KINDS = {"finished": "good", "failed": "bad", "running": "", "stopped": "warn", "pruned": "", "waiting": ""}
-NUM_COLOURS = 10  # --c0 … --c9, for lines; each has a shade for light and one for dark pages
+NUM_COLOURS = 10  # --c0 … --c9, for lines; each has one shade for light and one for dark mode
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -77,7 +77,9 @@ summary { cursor: pointer; color: var(--soft); font-size: .9rem; } del { color: 
   .tile b { font-size: 1.15rem; } .grid.tiles { grid-template-columns: 1fr 1fr; } }
 @media print { body { background: none; } .card { break-inside: avoid; } }
 """
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # no script, no network: the browser sees to it
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the browser enforces this: no scripts, no network
+)
 ICON = (
     "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M2 3l4 7 3-2 5 5' "
     "fill='none' stroke='%232563eb' stroke-width='2'/%3E%3C/svg%3E"
@@ -85,20 +87,21 @@ ICON = (
 
 
 class Markup(str):
-    """HTML, as it is; any other text is escaped where it is put into a page."""
+    """HTML that is inserted unchanged; any other text is escaped when it is inserted into a page."""
 
 
 def escape(value: object) -> Markup:
-    """``value`` as HTML text, fit for an attribute too; `Markup` stays what it is."""
+    """Escape ``value`` for HTML text and attributes; `Markup` is returned unchanged."""
     return value if isinstance(value, Markup) else Markup(html.escape(str(value)))
 
 
 def join(parts: Iterable[object]) -> Markup:
+    """Concatenate ``parts``, escaped."""
     return Markup("".join(escape(part) for part in parts))
 
 
 def document(title: str, body: str) -> str:
-    """A whole page. ``title``: text. ``body``: markup."""
+    """Return a complete page. ``title`` is text, ``body`` is markup."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -109,7 +112,7 @@ def document(title: str, body: str) -> str:
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, text: Sequence[int] = (0,)) -> Markup:
-    """A table that scrolls by itself where it is wider than the page. ``text``: columns set to the left, not numbers."""
+    """Return a table that scrolls horizontally if it is wider than the page. ``text`` lists the left-aligned columns."""
 
     def line(tag: str, cells: Sequence[object]) -> str:
         kinds = [' class="text"' if i in text else "" for i in range(len(cells))]
@@ -122,67 +125,68 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, text: Seq
 
 
 def section(title: str, *parts: object) -> Markup:
-    """A heading and what belongs under it; nothing where there is nothing."""
+    """Return a heading with ``parts`` under it; the result is empty if all parts are empty."""
     content = join(parts)
     return Markup(f"<section><h2>{escape(title)}</h2>{content}</section>") if content else Markup("")
 
 
 def card(*parts: object) -> Markup:
+    """Return a card that contains ``parts``."""
     return Markup(f'<div class="card">{join(parts)}</div>')
 
 
 def grid(parts: Iterable[object], kind: str = "") -> Markup:
-    """Cards side by side, as many as the page is wide enough for. ``kind``: two (large) · tiles (small) · empty."""
+    """Return cards in rows, as many per row as fit. ``kind`` is two (large) · tiles (small) · empty."""
     content = join(parts)
     return Markup(f'<div class="grid {kind}">{content}</div>') if content else Markup("")
 
 
 def tile(value: object, label: object) -> Markup:
-    """One number that matters, and what it is."""
+    """Return a tile with one number and its label."""
     return Markup(f'<div class="card tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>')
 
 
 def short(text: str, length: int = 12) -> str:
-    """Its end, where it is longer than that."""
+    """Truncate ``text`` from the left to ``length`` characters."""
     return text if len(text) <= length else f"…{text[1 - length :]}"
 
 
 def pill(text: str, kind: str = "") -> Markup:
-    """A word in a frame. ``kind``: good · bad · warn · empty."""
+    """Return a word in a frame. ``kind`` is good · bad · warn · empty."""
     return Markup(f'<span class="pill {kind}">{escape(text)}</span>')
 
 
 def copyable(command: str) -> Markup:
-    """A command line; one click selects all of it."""
+    """Return a command line that one click selects."""
     return Markup(f'<pre class="copy">{escape(command)}</pre>')
 
 
 def facts(pairs: Iterable[tuple[object, object]]) -> Markup:
-    """Names and what they are, in as many columns as fit."""
+    """Return name-value pairs in as many columns as fit."""
     content = join(Markup(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>") for name, value in pairs)
     return Markup(f"<dl>{content}</dl>") if content else Markup("")
 
 
 def details(summary: str, *parts: object) -> Markup:
-    """What opens when it is asked for."""
+    """Return a collapsed section that a click opens."""
     return Markup(f"<details><summary>{escape(summary)}</summary>{join(parts)}</details>")
 
 
 def key(name: str, colour: int, value: str) -> Markup:
-    """An entry of a legend."""
+    """Return an entry of a legend."""
     return Markup(
         f'<span class="key" style="--key: var(--c{colour % NUM_COLOURS})">{escape(name)} {escape(value)}</span>'
     )
 
 
 def bar(title: str, parts: Sequence[tuple[str, int, float, str]]) -> Markup:
-    """One bar of all ``parts`` (name, colour, how much, in words), with a legend under it."""
+    """Return a stacked bar of ``parts`` (name, colour, value, formatted value) with a legend under it."""
     pieces = "".join(
-        f'<i style="--key: var(--c{colour % NUM_COLOURS}); flex: {value:.6g}" title="{escape(name)} {escape(said)}"></i>'
-        for name, colour, value, said in parts
+        f'<i style="--key: var(--c{colour % NUM_COLOURS}); flex: {value:.6g}" title="{escape(name)} {escape(shown)}"></i>'
+        for name, colour, value, shown in parts
     )
-    label = escape(f"{title}: " + "; ".join(f"{name} {said}" for name, _, _, said in parts))
-    legend = join(key(name, colour, said) for name, colour, _, said in parts)
+    label = escape(f"{title}: " + "; ".join(f"{name} {shown}" for name, _, _, shown in parts))
+    legend = join(key(name, colour, shown) for name, colour, _, shown in parts)
     return Markup(
         f'<figure><figcaption>{escape(title)}</figcaption><div class="bar" role="img" aria-label="{label}">{pieces}</div>'
         f'<div class="keys">{legend}</div></figure>'

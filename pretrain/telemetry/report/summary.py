@@ -1,12 +1,12 @@
-"""What a run has come to, in words."""
+"""Summarise the result of a run in words."""
 
 from __future__ import annotations
 
 from pretrain.telemetry.numbers import number, signed
 from pretrain.telemetry.report.history import Domain
 
-# Nats per token, so that a perplexity is multiplied by e to their power: a change of less than half a percent is none; others
-# are called by sizes that end at 5 %, 35 % and a factor of 2.7.
+# Changes of the loss in nats per token; the perplexity changes by a factor of e to this power. A change of less than 0.5 %
+# counts as none; the sizes end at changes of 5 %, 35 % and a factor of 2.7.
 UNCHANGED = 0.005
 SIZES = (0.05, 0.3, 1.0)
 VERBS = {  # role of the domain, whether it became better → words for each size
@@ -18,11 +18,11 @@ VERBS = {  # role of the domain, whether it became better → words for each siz
 
 
 def verdict(domains: dict[str, Domain], step: int = 0) -> str:
-    """What the new domain gained and what the base domains paid, in a sentence or two. ``step``: the run is at."""
+    """Return one or two sentences on the changes of the new and the base domains. ``step`` is the run's current step."""
     if domains and all(domain.once for domain in domains.values()):
         scores = [f"{number(domain.last.get('perplexity'))} on {name}" for name, domain in domains.items()]
         if step and all(domain.before_only for domain in domains.values()):
-            return f"Before this run the model had a perplexity of {_listed(scores)}; it was not scored since step 0."
+            return f"Before this run the model had a perplexity of {_listed(scores)}; it has not been scored since."
         return f"The model has a perplexity of {_listed(scores)}."
     changed = [
         f"{_verb(domain.role, delta)} {name} (perplexity {before_after(domain)}, {signed(delta, 3)} nats per token)"
@@ -40,7 +40,7 @@ def verdict(domains: dict[str, Domain], step: int = 0) -> str:
 
 
 def _verb(role: str, delta: float) -> str:
-    """``delta``: nats per token, negative is better."""
+    """Return the verb for a change. ``delta`` is in nats per token; negative is better."""
     if abs(delta) < UNCHANGED:
         return "kept"
     words = VERBS["new" if role == "new" else "base", delta < 0]
@@ -52,7 +52,7 @@ def _listed(parts: list[str]) -> str:
 
 
 def before_after(domain: Domain, digits: int = 2) -> str:
-    """Its perplexity at the start of the run and now; the one that is known, where it was scored once."""
+    """Return the perplexity of the domain before the run and now, or the only one if the domain was scored once."""
     if domain.once or domain.before_only:
         return number(domain.last.get("perplexity"), digits)
     before, after = domain.first.get("perplexity"), domain.last.get("perplexity")

@@ -1,4 +1,4 @@
-"""train.csv, evaluation.csv and, where there are such records, layers.csv and data.csv: tables for spreadsheets and pandas
+"""Write train.csv, evaluation.csv and, if there are such records, layers.csv and data.csv: tables for spreadsheets and pandas
 (RFC 4180: a header, commas, CRLF; null is an empty field)."""
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pretrain.telemetry.sinks.base import Sink
 from pretrain.telemetry.sinks.jsonl import keep_broken
 from pretrain.telemetry.sinks.retrying_file import RetryingAppendFile
 
-# event → what has a row for each name
+# event → the field that maps names to records; it becomes one row per name
 FAMILY = {"train": None, "evaluation": None, "layers": "layers", "data": "sources"}
 Row = Mapping[str, object]
 
 
 class Csv(Sink):
-    """One table an event. Its header is that of its first record; where a later one has more (another version has gone on
-    with the run), the table is written once more with new columns at its end."""
+    """One table per event. The first record defines the header. If a later record has more fields (another version resumed
+    the run), the table is rewritten with the new columns at its end."""
 
     def __init__(self) -> None:
         self._tables: dict[str, Table] = {}
@@ -43,19 +43,21 @@ class Csv(Sink):
 
 
 class Table:
-    """A CSV file with a column ``step``. Rows of steps beyond ``start.step`` are cut: they are about to be written again."""
+    """A CSV file with a column ``step``. Rows of steps after ``start.step`` are removed, because they will be written
+    again."""
 
     def __init__(self, path: Path, start: RunStarted) -> None:
         self._path = path
         self._columns: list[str] = []
         self._file: RetryingAppendFile | None = None
         if path.exists():
-            odd: list[str] = []
-            rows = read_rows(path, say=odd.append) if start.step else []
-            keep_broken(path, odd)
-            self._rewrite([row for row in rows if not _comes_again(path.stem, row, start)], [])
+            invalid: list[str] = []
+            rows = read_rows(path, on_invalid=invalid.append) if start.step else []
+            keep_broken(path, invalid)
+            self._rewrite([row for row in rows if not _is_rewritten(path.stem, row, start)], [])
 
     def write(self, row: Row) -> None:
+        """Append a row; rewrite the table if the row has new columns."""
         new = [column for column in row if column not in self._columns]
         if new and self._columns:
             self.close()
@@ -81,7 +83,7 @@ class Table:
         return text.getvalue()
 
     def _rewrite(self, kept: Sequence[Row], new: list[str]) -> None:
-        """Replace the file by the rows ``kept``, with ``new`` columns at its end; without rows there is no file."""
+        """Replace the file by the rows ``kept`` with the columns ``new`` added at the end; without rows, delete the file."""
         if not kept:
             self._columns = []
             self._path.unlink()
@@ -92,7 +94,7 @@ class Table:
 
 
 def rows(record: Record) -> list[Row]:
-    """A row for the record, or one for each of its layers or sources."""
+    """Return one row for the record, or one row per layer or source."""
     family = FAMILY[record["event"]]
     own = {key: value for key, value in record.items() if key not in ("event", family)}
     if family is None:
@@ -100,10 +102,12 @@ def rows(record: Record) -> list[Row]:
     return [own | {family.removesuffix("s"): name} | numbers for name, numbers in record[family].items()]
 
 
-def read_rows(path: Path, *, say: Callable[[str], None] = notice) -> list[dict[str, str]]:
-    """The rows of a table. A torn last one (the run was killed while writing it) is left out, and any other that does not
-    fit the header too; ``say`` is told of those. A quote that is never closed spoils its own line only. A program that has
-    saved the table may have ended its lines as Unix does.
+def read_rows(path: Path, *, on_invalid: Callable[[str], None] = notice) -> list[dict[str, str]]:
+    """Return the rows of a table.
+
+    An incomplete last row (the run was killed while writing it) is skipped, and so is any other row that does not fit the
+    header; the latter are reported to ``on_invalid``. An unclosed quote affects only its own line. Lines may end in LF too,
+    because another program may have saved the table.
     """
     text = path.read_bytes().decode(errors="replace")
     end = "\r\n" if text.partition("\n")[0].endswith("\r") else "\n"
@@ -117,12 +121,12 @@ def read_rows(path: Path, *, say: Callable[[str], None] = notice) -> list[dict[s
         if len(cells) == len(header) and re.fullmatch("[0-9]{1,18}", row.get("step", "")):
             found.append(row)
         else:
-            say(f"{path}:{number}: not a row of this table; it is left out, those after it are kept")
+            on_invalid(f"{path}:{number}: not a row of this table; it is skipped, later rows are kept")
     return found
 
 
 def _cells(line: str) -> list[str]:
-    """Those of one line; none where it is not one row."""
+    """Return the cells of a line, or none if the line is not exactly one row."""
     try:
         rows = [*csv.reader([line])]
     except csv.Error:
@@ -130,6 +134,6 @@ def _cells(line: str) -> list[str]:
     return rows[0] if len(rows) == 1 else []
 
 
-def _comes_again(event: str, row: dict[str, str], start: RunStarted) -> bool:
+def _is_rewritten(event: str, row: dict[str, str], start: RunStarted) -> bool:
     step = int(row["step"])
     return step > start.step or (step == start.step and event in WITH_EVALUATION and start.pending_evaluation)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: every record of the run, once, in order. The file other tools read."""
+"""metrics.jsonl: every record of the run, once, in order. Other tools read this file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TAIL_BYTES = 1 << 16
 
 
 class Jsonl(Sink):
-    """One JSON object a line."""
+    """A sink that writes one JSON object per line to metrics.jsonl."""
 
     def __init__(self) -> None:
         self._file: RetryingAppendFile | None = None
@@ -39,32 +39,35 @@ class Jsonl(Sink):
             self._file.close()
 
 
-def read_records(path: Path, *, say: Callable[[str], None] = notice) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl or quarantine.jsonl. A torn last line (the run was killed while writing it) is left
-    out, and any other that is no record too; ``say`` is told of those, file and line.
+def read_records(path: Path, *, on_invalid: Callable[[str], None] = notice) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl or quarantine.jsonl.
+
+    An incomplete last line (the run was killed while writing it) is skipped, and so is any other line that is not a record;
+    the latter are reported to ``on_invalid`` with file and line number.
 
     Raises ``OSError`` for a file that can't be read.
     """
-    return list(iter_records(path, say=say))
+    return list(iter_records(path, on_invalid=on_invalid))
 
 
 def iter_records(
-    path: Path, *, say: Callable[[str], None] = notice, torn: Callable[[str], None] = lambda where: None
+    path: Path, *, on_invalid: Callable[[str], None] = notice, on_incomplete: Callable[[str], None] = lambda where: None
 ) -> Iterator[dict[str, Any]]:
-    """The same one by one, of files that are better not held whole. ``torn`` is told of a torn last line: file and number."""
+    """Yield the records of a file one by one, without loading the whole file. ``on_incomplete`` is called with ``file:line`` of
+    an incomplete last line. See `read_records`."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             record = _record(line)
             if record is not None:
                 yield record
             elif not line.endswith(b"\n"):
-                torn(f"{path}:{number}")
+                on_incomplete(f"{path}:{number}")
             elif line.strip():
-                say(f"{path}:{number}: no record; this line is left out, those after it are read")
+                on_invalid(f"{path}:{number}: not a record; this line is skipped, later lines are read")
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """What a line holds; ``None``: no JSON, cut in the middle of a character, or nothing that has a step."""
+    """Parse a line. Return ``None`` if it is not JSON, ends in the middle of a character, or is not an object with a step."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -76,7 +79,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def tail(file: Path) -> Iterator[dict[str, Any]]:
-    """The last records of a metrics.jsonl; what is torn at either end is passed over."""
+    """Yield the last records of a metrics.jsonl. An incomplete line at either end of the part that is read is skipped."""
     with suppress(OSError), file.open("rb") as lines:
         lines.seek(max(0, lines.seek(0, 2) - TAIL_BYTES))
         for line in lines.read().split(b"\n"):
@@ -85,17 +88,19 @@ def tail(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def records_until(
-    path: Path, start: RunStarted, *, say: Callable[[str], None] = lambda where: None
+    path: Path, start: RunStarted, *, on_invalid: Callable[[str], None] = lambda where: None
 ) -> list[dict[str, Any]]:
-    """The records up to the step where a run goes on: without the end it has not come to, and without the evaluation of that
-    step, and what comes with it, where it owes that: it is about to be made again. Those that the checkpoint brought and the
-    file lost stand at the end; without a file they are all there is."""
+    """Return the records up to the step at which a run resumes.
+
+    The ``run_finished`` record of a finished run is dropped, because the run now continues. If the evaluation of that step is
+    pending, its records (with samples and data statistics) are dropped too, because it is repeated. Records that were saved
+    with the checkpoint but are missing in the file are appended; without a file they are the only records."""
 
     def holds(record: dict[str, Any]) -> bool:
         again = record["step"] == start.step and start.pending_evaluation and record["event"] in WITH_EVALUATION
         return record["step"] <= start.step and not again and record.get("status") != "finished"
 
-    records = read_records(path, say=say) if path.exists() else []
+    records = read_records(path, on_invalid=on_invalid) if path.exists() else []
     if start.records:
         oldest = min(record["step"] for record in start.records)
         known = {json.dumps(record) for record in records if record["step"] >= oldest}
@@ -104,18 +109,20 @@ def records_until(
 
 
 def cut(path: Path, start: RunStarted) -> None:
-    """Drop the records of steps beyond that of ``start``: they were lost with a crash and are about to be trained again.
+    """Remove the records of steps after ``start.step`` from the file: a crash lost those steps, and they are trained again.
 
-    A run that starts over (step 0) drops everything. A file with a line that is no record is kept beside the new one.
+    A run that starts over (step 0) removes everything. If any line is not a record, a copy of the old file is kept next to the
+    new one.
     """
-    odd: list[str] = []
-    kept = records_until(path, start, say=odd.append) if start.step > 0 else []
-    keep_broken(path, odd)
+    invalid: list[str] = []
+    kept = records_until(path, start, on_invalid=invalid.append) if start.step > 0 else []
+    keep_broken(path, invalid)
     replace_file(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), flush=True)
 
 
-def keep_broken(path: Path, odd: Sequence[str]) -> None:
-    """Before ``path`` is rewritten without the lines that ``odd`` is about, keep a copy of it, and say the first of them."""
-    if odd:
+def keep_broken(path: Path, invalid: Sequence[str]) -> None:
+    """Keep a copy of ``path`` and report the first message of ``invalid``, before ``path`` is rewritten without the invalid lines
+    that ``invalid`` describes."""
+    if invalid:
         keep_copy(path)
-        notice(odd[0] + (f" (and {len(odd) - 1} more such lines)" if len(odd) > 1 else ""))
+        notice(invalid[0] + (f" (and {len(invalid) - 1} more such lines)" if len(invalid) > 1 else ""))

@@ -1,4 +1,4 @@
-"""A file that records are appended to, on disks that are full for a while."""
+"""An append-only file whose writes are retried after the disk was full."""
 
 from __future__ import annotations
 
@@ -9,27 +9,33 @@ from pretrain.runtime.safe_files import open_append
 
 
 class RetryingAppendFile:
-    """Bytes are written at once, so that a killed run has all of them up to the kill. What a disk does not take waits, in
-    order, and is tried again with the next write; it is said once."""
+    """A file that writes unbuffered, so that everything written before a kill is on disk.
+
+    Bytes that could not be written are kept in order and retried with the next write. The first failure is reported; later
+    ones are not."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = open_append(path, mode="ab", buffering=0)
-        self._waiting = b""
-        self._said = False
+        self._pending = b""
+        self._failure_reported = False
 
     def write(self, data: bytes) -> None:
-        self._waiting += data
+        """Append ``data``, after any bytes that could not be written before."""
+        self._pending += data
         self.flush()
 
     def flush(self) -> None:
+        """Try to write all pending bytes."""
         try:
-            while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
-            if not self._said:
-                notice(f"{self._path} can't be written: {error.strerror}; its records wait, the run goes on")
-            self._said = True
+            if not self._failure_reported:
+                notice(
+                    f"{self._path} can't be written: {error.strerror}; its records are kept and written later; the run continues"
+                )
+            self._failure_reported = True
 
     def close(self) -> None:
         self.flush()

@@ -1,4 +1,4 @@
-"""Messages to a process of its own, for what may hang: whoever sends never waits."""
+"""A queue of messages to a subprocess, for work that may hang: the sender never blocks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from pretrain.runtime.console import notice
 from pretrain.runtime.python import module_command
 from pretrain.runtime.safe_files import open_append, own_folder
 
-MOST_WAITING = 10_000  # messages
-PATIENCE_SECONDS = 3.0  # before a person is told what is waited for
+MAX_QUEUED = 10_000  # messages
+NOTICE_AFTER_SECONDS = 3.0  # before a notice says what is being waited for
 
 
 class SubprocessQueue:
-    """Runs ``module`` in a session of its own, so that a terminal's signals don't reach it. It gets JSON objects, one a line,
-    and their end; what it prints is said to people. What it, or a library in it, writes to stderr goes to ``log``.
+    """A subprocess that runs ``module`` and receives JSON objects on stdin, one per line, until the end of stdin.
 
-    When more than ``MOST_WAITING`` messages wait, further ones are lost; it is said once.
+    The subprocess has its own session, so that signals of the terminal don't reach it. Its stdout is printed as notices; its
+    stderr is appended to ``log``. When more than ``MAX_QUEUED`` messages are queued, further ones are dropped, and the first
+    drop is reported.
     """
 
     def __init__(self, module: str, *, log: Path) -> None:
@@ -35,50 +36,53 @@ class SubprocessQueue:
                 stderr=errors,
                 start_new_session=True,
             )
-        self._waiting: Queue[dict[str, Any] | None] = Queue(MOST_WAITING)
-        self._lost = 0
+        self._messages: Queue[dict[str, Any] | None] = Queue(MAX_QUEUED)
+        self._dropped = 0
         self._killed = False
-        self._listener = threading.Thread(target=self._listen, name="courier", daemon=True)
-        self._listener.start()
-        threading.Thread(target=self._carry, name="courier", daemon=True).start()
+        self._reader = threading.Thread(target=self._print_output, name="subprocess-queue", daemon=True)
+        self._reader.start()
+        threading.Thread(target=self._write_messages, name="subprocess-queue", daemon=True).start()
 
     def send(self, message: dict[str, Any]) -> None:
+        """Queue ``message``, or drop it if the queue is full. This never blocks."""
         try:
-            self._waiting.put_nowait(message)
+            self._messages.put_nowait(message)
         except Full:
-            if not self._lost:
-                notice(f"{self._log.stem} does not take its records: from here on some are lost to it; the run goes on")
-            self._lost += 1
+            if not self._dropped:
+                notice(
+                    f"{self._log.stem} does not accept records fast enough: some records are dropped; the run continues"
+                )
+            self._dropped += 1
 
     def finish(self, *, seconds: float) -> None:
-        """Wait until the process has taken everything and has ended, at most ``seconds``; then it is killed."""
-        threading.Thread(target=self._waiting.put, args=(None,), daemon=True).start()
+        """Wait until the process has read all messages and exited; kill it after ``seconds``."""
+        threading.Thread(target=self._messages.put, args=(None,), daemon=True).start()
         try:
-            self._process.wait(PATIENCE_SECONDS)
+            self._process.wait(NOTICE_AFTER_SECONDS)
         except subprocess.TimeoutExpired:
             notice(f"waiting for {self._log.stem}, at most {seconds:g} s")
             try:
-                self._process.wait(seconds - PATIENCE_SECONDS)
+                self._process.wait(seconds - NOTICE_AFTER_SECONDS)
             except subprocess.TimeoutExpired:
                 self._killed = True
                 self._process.kill()
-                notice(f"{self._log.stem} did not end in {seconds:g} s and was killed")
+                notice(f"{self._log.stem} did not exit within {seconds:g} s and was killed")
 
-    def _carry(self) -> None:
+    def _write_messages(self) -> None:
         assert self._process.stdin is not None
         try:
             with self._process.stdin as pipe:
-                while (message := self._waiting.get()) is not None:
+                while (message := self._messages.get()) is not None:
                     pipe.write(json.dumps(message).encode() + b"\n")
                     pipe.flush()
-        except BrokenPipeError:  # it has ended by itself; `_listen` says so
-            while self._waiting.get() is not None:
+        except BrokenPipeError:  # the process has exited by itself; `_print_output` reports it
+            while self._messages.get() is not None:
                 pass
 
-    def _listen(self) -> None:
+    def _print_output(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             notice(line.decode(errors="replace").rstrip("\n"))
         code = self._process.wait()
         if code and not self._killed:
-            notice(f"{self._log.stem} has ended with {code}, see {self._log}; the run goes on without it")
+            notice(f"{self._log.stem} exited with code {code}, see {self._log}; the run continues without it")

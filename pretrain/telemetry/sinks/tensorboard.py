@@ -1,5 +1,5 @@
-"""TensorBoard's event files, written by the package `tensorboard` itself and without a thread: a killed run has all of its
-records up to the kill."""
+"""Write TensorBoard's event files with the package `tensorboard` and without a thread, so that every record written before a
+kill is on disk."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class TensorBoard(Sink):
-    """A new file in ``tensorboard/`` of the run folder for each start. The first event of a file tells TensorBoard from which
-    step on it replaces what earlier files say."""
+    """A sink that writes a new file in ``tensorboard/`` of the run folder at each start. The first event of a file declares
+    the step from which on the file replaces the events of earlier files."""
 
     def __init__(self) -> None:
         self._file: RecordWriter | None = None
 
     def check(self) -> None:
-        """Raises ``UserError`` where the package is missing."""
+        """Raise ``UserError`` if the package is missing."""
         require("tensorboard", sink="tensorboard")
 
     def open(self, run: Path, start: RunStarted) -> None:
@@ -33,7 +33,9 @@ class TensorBoard(Sink):
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder = own_folder(run / "tensorboard")
-        number = len(list(folder.glob("*.tfevents.*")))  # they are read in the order of their names; a clock may jump
+        number = len(
+            list(folder.glob("*.tfevents.*"))
+        )  # files are read in the order of their names; a clock may jump, a counter does not
         self._file = RecordWriter(RetryingAppendFile(folder / f"events.out.tfevents.{number:08d}"))
         self._event(0, time.time(), file_version="brain.Event:2")
         again_from = start.step + 1 if start.step else 0
@@ -60,7 +62,7 @@ class TensorBoard(Sink):
 
 
 def _text(tag: str, text: str) -> Any:
-    """A value for TensorBoard's page of texts, which reads Markdown."""
+    """Return a value for TensorBoard's text page, which renders Markdown."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto

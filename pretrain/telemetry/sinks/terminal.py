@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a live bar on a terminal, a line per log step elsewhere, a summary at the end."""
+"""The console output of a run: a live bar on a terminal, one line per log step elsewhere, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 
 
 class Terminal(Sink):
-    """Writes to stdout; without escape codes where that is no terminal, without colours where NO_COLOR is set. The table
-    at the end compares each domain before this run with after it.
+    """A sink that writes to stdout. It writes no escape codes if stdout is not a terminal, and no colours if NO_COLOR is set.
+    The table at the end compares each domain before and after this run.
 
-    ``level``: 1 start and end · 2 and evaluations and checkpoints · 3 and steps · 4 with gradient norm and memory.
+    ``level`` 1 prints the start and the end, 2 also evaluations and checkpoints, 3 also steps, 4 also the gradient norm and
+    the memory.
     """
 
     def __init__(self, level: Literal[1, 2, 3, 4] = 3) -> None:
         self._level = level
         self._console: Console | None = None
         self._live: Live | None = None
-        self._tally = RunSummary()
+        self._summary = RunSummary()
         self._last: Record = {"step": 0}
         self._total = 0
         self._over = False
@@ -38,23 +39,24 @@ class Terminal(Sink):
     def open(self, run: Path, start: RunStarted) -> None:
         self._console = self.console()
         self._total, self._folder, self._over = start.total_steps, run, False
-        if start.step and (not self._tally.after or self._tally.has_beyond(start.step)):
-            self._tally = RunSummary()
+        if start.step and (not self._summary.after or self._summary.scored_after(start.step)):
+            self._summary = RunSummary()
             for record in _earlier(run, start):
-                self._tally.add(record)
-        self._tally.start(start.step)
+                self._summary.add(record)
+        self._summary.start(start.step)
         self._last = {"step": start.step}
-        # a terminal that can't go back a line gets the lines of a file
+        # a terminal without cursor movement gets one line per log step, like a file
         if self._level >= 3 and self._total and self._console.is_interactive and self._console.file.isatty():
-            self._live = self._drawn(self._console)
+            self._live = self._start_live(self._console)
 
     def console(self) -> Console:
+        """Return the console to write to."""
         from rich.console import Console
 
         return Console(highlight=False)
 
-    def _drawn(self, console: Console) -> Live:
-        """Redrawn at log steps and by nothing else: no thread works beside the training."""
+    def _start_live(self, console: Console) -> Live:
+        """Start a live display that is redrawn at log steps only, so that no thread runs next to the training."""
         from rich.live import Live
 
         live = Live(console=console, auto_refresh=False, get_renderable=self._status, vertical_overflow="visible")
@@ -62,7 +64,7 @@ class Terminal(Sink):
         return live
 
     def write(self, record: Record) -> None:
-        self._tally.add(record)
+        self._summary.add(record)
         getattr(self, f"_{record['event']}", lambda record: None)(record)
 
     def close(self) -> None:
@@ -72,23 +74,24 @@ class Terminal(Sink):
             self._live = None
 
     def _status(self) -> RenderableType:
-        """The empty line is where the bar of an evaluation is drawn, which is another's."""
+        """Return the two status lines. The empty line below them is reserved for the progress bar of an evaluation, which is
+        drawn by `runtime.console`."""
         from rich.console import Group
 
         assert self._console is not None
         width, curve = self._console.width, self._console.encoding.lower().startswith("utf")
-        lines = tables.status(self._last, self._tally, total=self._total, width=width, level=self._level, curve=curve)
+        lines = tables.status(self._last, self._summary, total=self._total, width=width, level=self._level, curve=curve)
         return lines if self._over else Group(lines, "")
 
-    def _say(self, *parts: Any) -> None:
-        """One line, however long: paths are there to be copied."""
+    def _print(self, *parts: Any) -> None:
+        """Print one line without wrapping, so that paths can be copied."""
         from rich.text import Text
 
         assert self._console is not None
         self._console.print(Text.assemble(*parts), soft_wrap=True)
 
-    def _named(self, name: str, *parts: Any) -> None:
-        self._say((f"{name:<9}", "bright_black"), *parts)
+    def _print_labelled(self, name: str, *parts: Any) -> None:
+        self._print((f"{name:<9}", "bright_black"), *parts)
 
     def _run_started(self, r: Record) -> None:
         parameters = f"{r['parameters'] / 1e6:.1f} M parameters" if "parameters" in r else ""
@@ -96,7 +99,7 @@ class Terminal(Sink):
         if r["resumed"]:
             work = f"continues at step {r['step']} of {r['total_steps']}"
         name = (str(r.get("model", "model")), "bold")
-        self._say(name, f" ({parameters}) {work} on {r.get('device')}; {self._folder}")
+        self._print(name, f" ({parameters}) {work} on {r.get('device')}; {self._folder}")
 
     def _train(self, r: Record) -> None:
         self._last = r
@@ -110,67 +113,67 @@ class Terminal(Sink):
                 numbers += f"  MFU {r['mfu']:.1%}"
             if self._level >= 4:
                 numbers += f"  grad norm {number(r['grad_norm'])}  {r['memory_gib']:.2f} GiB"
-            self._say(f"step {r['step']:>{len(str(self._total))}}/{self._total}  {numbers}")
+            self._print(f"step {r['step']:>{len(str(self._total))}}/{self._total}  {numbers}")
 
     def _evaluation(self, r: Record) -> None:
         if self._level < 2:
             return
         since: tuple[Any, ...] = ()
         if r.get("delta_reason"):
-            since = (f"  change since step 0 not known: {r['delta_reason']}",)
+            since = (f"  change since step 0 unknown: {r['delta_reason']}",)
         elif r["step"]:
             change = tables.change(r, unit=" nats")
             since = ("  ", change, " since step 0" if change.plain.startswith(("=", "—")) else " than at step 0")
         domain = (f"{r['domain']} ({r['role']})".ljust(16), "bold")
         perplexity = f"perplexity {number(r['perplexity']):>6}"
-        self._say(f"step {r['step']:>{len(str(self._total))}}  ", domain, f"  {perplexity}", *since)
+        self._print(f"step {r['step']:>{len(str(self._total))}}  ", domain, f"  {perplexity}", *since)
 
     def _checkpoint(self, r: Record) -> None:
         if self._live is None and self._level >= 2:
-            self._say(f"step {r['step']}  saved {r['path']}")
+            self._print(f"step {r['step']}  saved {r['path']}")
 
     def _run_finished(self, r: Record) -> None:
         assert self._console is not None
         self.close()
-        if self._tally.after:
+        if self._summary.after:
             self._console.print(self._domains(r["step"]))
-            for reason in tables.reasons(self._tally):
-                self._say(reason)
-        for line in tables.samples(self._tally, r["step"]):
+            for reason in tables.reasons(self._summary):
+                self._print(reason)
+        for line in tables.samples(self._summary, r["step"]):
             self._console.print(line, no_wrap=True, overflow="ellipsis")
         if self._total:
             self._totals(r)
 
     def _domains(self, step: int) -> RenderableType:
-        """What became of each domain in a run; the scores themselves where nothing was trained."""
+        """Return the table of each domain's change in this run, or of the scores if nothing was trained."""
         assert self._console is not None
         if not self._total:
-            return tables.scores(self._tally)
-        return tables.changes(self._tally, step=step, width=self._console.width)
+            return tables.scores(self._summary)
+        return tables.changes(self._summary, step=step, width=self._console.width)
 
     def _totals(self, r: Record) -> None:
-        """How it ended, how fast it was, where everything is."""
+        """Print the status, the speed, and the paths of the results."""
         colour = {"finished": "green", "stopped": "yellow"}.get(r["status"], "red")
-        self._say((r["status"], f"bold {colour}"), f" at step {r['step']}/{self._total}: {r['tokens']:,} tokens")
+        self._print((r["status"], f"bold {colour}"), f" at step {r['step']}/{self._total}: {r['tokens']:,} tokens")
         speed = [f"{r['tokens_per_second']:,.0f} tokens/s"] if r["tokens_per_second"] else []
         speed += [f"MFU {r['mfu']:.1%}"] if r.get("mfu") is not None else []
         speed += [f"goodput {r['goodput']:.0%}"] if r.get("goodput") is not None else []
         if speed:
-            self._named("speed", " · ".join(speed))
-        if spent := tables.time_line(self._tally):
-            self._named("time", spent)
-        if memory := self._tally.memory_gib:
-            names = {"memory_gib": "GiB at most", "host_memory_gib": "GiB of the host's"}
-            self._named("memory", " · ".join(f"{gib:.2f} {names[kind]}" for kind, gib in memory.items()))
+            self._print_labelled("speed", " · ".join(speed))
+        if spent := tables.time_line(self._summary):
+            self._print_labelled("time", spent)
+        if memory := self._summary.memory_gib:
+            names = {"memory_gib": "GiB peak", "host_memory_gib": "GiB on the host"}
+            self._print_labelled("memory", " · ".join(f"{gib:.2f} {names[kind]}" for kind, gib in memory.items()))
         if r["model"]:
-            self._named("model", r["model"])
+            self._print_labelled("model", r["model"])
         if (self._folder / "report.html").exists():
-            self._named("report", str(self._folder / "report.html"))
-        self._named("records", str(self._folder / "metrics.jsonl"))
+            self._print_labelled("report", str(self._folder / "report.html"))
+        self._print_labelled("records", str(self._folder / "metrics.jsonl"))
 
 
 def _earlier(run: Path, start: RunStarted) -> list[Record]:
-    """The records of the run that goes on; none where they can't be read, which others will say."""
+    """Return the earlier records of a resumed run; none if they can't be read, which other sinks report."""
     try:
         return records_until(run / "metrics.jsonl", start)
     except (OSError, ValueError):

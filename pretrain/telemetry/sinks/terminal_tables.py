@@ -1,4 +1,5 @@
-"""How a run looks on a terminal: its bar, its numbers, its tables. All text, no state; rich is imported where it is used."""
+"""The progress bar, the numbers and the tables that a run shows on a terminal. The functions are pure; rich is imported where
+it is used."""
 
 from __future__ import annotations
 
@@ -14,26 +15,28 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-SPARK_WIDTH = 40  # log points, one a column
+SPARK_WIDTH = 40  # columns, one log step each
 NARROW = 72  # columns
-PROMPT_TAIL = 60  # characters of a prompt that are shown: its end, which the model goes on from
-NEEDED_SPARK = 8  # columns that the curve gets before a number that is less needed
-WORDS = {"data": "waiting for data", "compute": "forward+backward", "checkpoint": "checkpoints"}
-SHADES = {"training": "cyan", "compute": "cyan", "optimizer": "magenta", "communication": "blue", "data": "yellow"}
-SHADES |= {"evaluation": "green", "checkpoint": "bright_black", "other": "white"}
+PROMPT_TAIL = 60  # characters of a prompt that are shown: its end, where the continuation starts
+NEEDED_SPARK = 8  # columns that are reserved for the curve before optional numbers are added
+LABELS = {"data": "waiting for data", "compute": "forward+backward", "checkpoint": "checkpoints"}
+COLOURS = {"training": "cyan", "compute": "cyan", "optimizer": "magenta", "communication": "blue", "data": "yellow"}
+COLOURS |= {"evaluation": "green", "checkpoint": "bright_black", "other": "white"}
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:
-    """The last ``width`` values between their own smallest and largest; × where one is no number."""
+    """Draw the last ``width`` values, scaled between their minimum and maximum; × marks a value that is not a number."""
     shown = list(values)[-width:] if width > 0 else []
     known = [v for v in shown if v is not None]
     low, span = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
     return "".join("×" if v is None else BLOCKS[round((v - low) / span * 7) if span > 0 else 0] for v in shown)
 
 
-def status(record: Record, tally: RunSummary, *, total: int, width: int, level: int, curve: bool) -> Table:
-    """Two lines while a run goes: its bar, and its numbers with the curve of the loss (``curve``: the terminal has the
-    letters for it). ``record``: the last one of a log step; before there is one, just its ``step``."""
+def status(record: Record, summary: RunSummary, *, total: int, width: int, level: int, curve: bool) -> Table:
+    """Return the two status lines of a running run: the bar, and the numbers with the curve of the loss.
+
+    ``curve`` is whether the terminal can print the characters of the curve. ``record`` is the last train record; before the
+    first one it has only ``step``."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
@@ -51,20 +54,20 @@ def status(record: Record, tally: RunSummary, *, total: int, width: int, level: 
     lines = Table.grid(expand=False)
     lines.width = min(width, 100)
     lines.add_row(bar)
-    lines.add_row(numbers_line(record, tally, width=lines.width, level=level, curve=curve) if "lr" in record else "")
+    lines.add_row(numbers_line(record, summary, width=lines.width, level=level, curve=curve) if "lr" in record else "")
     return lines
 
 
 def progress_text(record: Record, total: int) -> str:
-    """How far it is, and how long it is going to take."""
+    """Return the progress in percent and the estimated remaining time."""
     if record["step"] >= total:
         return "done"
     left = seconds_left(record, total)
     return f"{record['step'] / total:4.0%}" + (f"  {duration(left)} left" if left is not None else "")
 
 
-def numbers_line(r: Record, tally: RunSummary, *, width: int, level: int, curve: bool) -> Text:
-    """As many numbers as fit, the most wanted first."""
+def numbers_line(r: Record, summary: RunSummary, *, width: int, level: int, curve: bool) -> Text:
+    """Return the loss and as many other numbers as fit, the most important first."""
     from rich.text import Text
 
     loss = loss_text(r.get("loss"))
@@ -82,83 +85,84 @@ def numbers_line(r: Record, tally: RunSummary, *, width: int, level: int, curve:
         room -= len(word) + 3
     line = Text.assemble(("loss ", "bright_black"), (loss, "bold"), no_wrap=True, overflow="ellipsis")
     if curve:
-        values = [value for _, value in tally.losses]
+        values = [value for _, value in summary.losses]
         line.append(f"  {sparkline(values, min(SPARK_WIDTH, NEEDED_SPARK + room))}", "cyan")
     for word in shown:
         line.append(" · ", "bright_black").append(word)
     return line
 
 
-def changes(tally: RunSummary, *, step: int, width: int) -> Table:
-    """What the run, now at ``step``, did to each domain; in few words where there are few columns."""
+def changes(summary: RunSummary, *, step: int, width: int) -> Table:
+    """Return the table of each domain's change in the run, which is at ``step``; narrow terminals get short labels."""
     narrow = width < NARROW
     titles = ("perplexity", "nats") if narrow else ("perplexity before", "after", "change in loss (nats)")
     table = _table("domain", *titles)
-    for domain, after in tally.after.items():
-        values = [number(tally.before[domain]["perplexity"]), _scored_last(after, step)]
+    for domain, after in summary.after.items():
+        values = [number(summary.before[domain]["perplexity"]), _scored_last(after, step)]
         values = [" → ".join(values)] if narrow else values
         table.add_row(f"{domain} ({after['role']})", *values, change(after, word=not narrow))
     return table
 
 
 def _scored_last(record: Record, step: int) -> str:
-    """The perplexity of a domain's last evaluation, and its step where that is not the one the run is at."""
+    """Return the perplexity of a domain's last evaluation, with its step if that is not the run's current ``step``."""
     if record["step"] == 0 < step:
         return "—"
     return number(record["perplexity"]) + ("" if record["step"] == step else f" (step {record['step']})")
 
 
-def reasons(tally: RunSummary) -> list[str]:
-    """Why there is no change of a domain to show, a line each."""
+def reasons(summary: RunSummary) -> list[str]:
+    """Return one line for each domain whose change is unknown, with the reason."""
     return [
-        f"{domain}: no change since step 0 is known: {record['delta_reason']}"
-        for domain, record in tally.after.items()
+        f"{domain}: change since step 0 unknown: {record['delta_reason']}"
+        for domain, record in summary.after.items()
         if record.get("delta_reason")
     ]
 
 
-def scores(tally: RunSummary) -> Table:
-    """What `task=evaluation` found."""
+def scores(summary: RunSummary) -> Table:
+    """Return the table of scores of `task=evaluation`."""
     table = _table("domain", "loss (nats)", "perplexity", "bits per byte", "tokens")
-    for domain, r in tally.after.items():
+    for domain, r in summary.after.items():
         loss, bits = ("—" if r[key] is None else f"{r[key]:.4f}" for key in ("loss", "bits_per_byte"))
         table.add_row(f"{domain} ({r['role']})", loss, number(r["perplexity"]), bits, f"{r['tokens']:,}")
     return table
 
 
-def samples(tally: RunSummary, step: int) -> list[Text]:
-    """One sample a domain, before and after, each line to be cut where the terminal ends. ``step``: the run is at."""
+def samples(summary: RunSummary, step: int) -> list[Text]:
+    """Return one sample per domain, before and after the run, which is at ``step``. The caller truncates the lines to the
+    width of the terminal."""
     from rich.text import Text
 
     lines = []
-    for before, after in tally.samples.values():
+    for before, after in summary.samples.values():
         prompt = one_line(after["prompt"])
         tail = prompt if len(prompt) <= PROMPT_TAIL else f"…{prompt[-PROMPT_TAIL:]}"
         lines.append(Text.assemble((f"{after['domain']} ({after['role']})", "bold"), f"  {tail}"))
-        told = [("before", before, ""), ("after", after, "bold")]
+        rows = [("before", before, ""), ("after", after, "bold")]
         if before["step"] == after["step"] or before["prompt"] != after["prompt"]:
-            told = [("before" if after["step"] == 0 < step else "model", after, "bold")]
-        for name, record, style in told:
+            rows = [("before" if after["step"] == 0 < step else "model", after, "bold")]
+        for name, record, style in rows:
             lines.append(Text.assemble((f"  {name:<7}", "bright_black"), (one_line(record["text"]), style)))
         lines.append(Text(""))
     return lines
 
 
-def time_line(tally: RunSummary) -> Text:
-    """Where the time went, each share in its colour; empty where nothing is known of it."""
+def time_line(summary: RunSummary) -> Text:
+    """Return the total time and the share of each part in its colour; the result is empty if no times were recorded."""
     from rich.text import Text
 
-    spent = tally.spent()
+    spent = summary.spent()
     total = sum(spent.values())
     line = Text(duration(total) if total else "")
     for name, seconds in spent.items():
         if seconds >= 0.005 * total:
-            line.append("  ■ ", SHADES[name]).append(f"{WORDS.get(name, name)} {seconds / total:.0%}")
+            line.append("  ■ ", COLOURS[name]).append(f"{LABELS.get(name, name)} {seconds / total:.0%}")
     return line
 
 
 def change(record: Record, *, unit: str = "", word: bool = True) -> Text:
-    """Of a domain's loss since step 0 in nats per token, and whether that is good."""
+    """Return the change of a domain's loss since step 0 in nats per token, and whether it is better or worse."""
     from rich.text import Text
 
     delta = change_of(record)
@@ -171,8 +175,10 @@ def change(record: Record, *, unit: str = "", word: bool = True) -> Text:
 
 
 def seconds_left(record: Record, total: int) -> float | None:
-    """As the record says: not before there is a pace, which the first step, that compiles, is none of. Of a record of an
-    earlier version by the pace of its steps."""
+    """Return the remaining seconds that the record estimates.
+
+    The first record has no estimate, because its step includes compilation. For a record of an earlier version the estimate
+    is computed from the time of its steps."""
     if "eta_seconds" in record:
         eta = record["eta_seconds"]
         return None if eta is None else float(eta)
@@ -181,12 +187,13 @@ def seconds_left(record: Record, total: int) -> float | None:
 
 
 def one_line(text: str) -> str:
-    """``text`` for a terminal: what a model writes may hold line breaks, and what a terminal would handle."""
+    """Return ``text`` as one line that is safe to print: text of a model may contain line breaks and control characters."""
     broken = " ⏎ ".join(line.strip() for line in text.splitlines() if line.strip())
     return "".join(c if c.isprintable() else "·" for c in broken)
 
 
 def loss_text(value: float | None) -> str:
+    """Format a loss; null in a record stands for NaN or infinity."""
     return "nan" if value is None else f"{value:.4f}"
 
 

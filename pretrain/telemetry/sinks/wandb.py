@@ -1,5 +1,5 @@
-"""Weights & Biases. Everything of W&B's happens in a process of its own (`wandb_process.py`): whatever becomes of the network
-or of W&B, the training neither waits for it nor shares a lock, a signal or a random number with it."""
+"""The sink for Weights & Biases. W&B runs in a subprocess (`wandb_process.py`), so that the training never waits for the
+network or for W&B and shares no lock, signal or random number generator with it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from pretrain.telemetry.sinks.base import Sink, require
 from pretrain.telemetry.sinks.jsonl import records_until
 from pretrain.telemetry.sinks.subprocess_queue import SubprocessQueue
 
-RUN_ID = ".wandb_run_id"  # in the run folder: the same run in W&B for every start that goes on
-GRACE_SECONDS = 15.0  # to start, and to end, the processes of W&B
+RUN_ID = ".wandb_run_id"  # in the run folder: every resumed start continues the same W&B run
+GRACE_SECONDS = 15.0  # for W&B's processes to start and to exit
 Mode = Literal["online", "offline", "disabled"]
 
 
 class Wandb(Sink):
-    """The keys are explained in conf/sink/wandb.yaml. ``mode``: ``None`` is online where there is a key, else offline."""
+    """A sink that sends records to W&B. conf/sink/wandb.yaml documents the keys. ``mode`` ``None`` is online if there is a
+    key, else offline."""
 
     def __init__(
         self,
@@ -49,33 +50,34 @@ class Wandb(Sink):
             "entity": entity,
         }
         self._given |= {"name": name, "tags": tags, "notes": notes}
-        self._wishes = {"log_model": log_model, "alerts": alerts, "timeout": timeout}
-        self._courier: SubprocessQueue | None = None
+        self._options = {"log_model": log_model, "alerts": alerts, "timeout": timeout}
+        self._queue: SubprocessQueue | None = None
         self._over = False
 
     def check(self) -> None:
-        """Raises ``UserError`` where the package is missing, or W&B online was asked for and there is no key."""
+        """Raise ``UserError`` if the package is missing, or if online mode is configured and there is no key."""
         require("wandb", sink="wandb")
-        if self._asked() == "online" and not wandb_key.has_key():
+        if self._configured_mode() == "online" and not wandb_key.has_key():
             raise UserError(
                 f"sink.wandb.mode=online: there is no key for {wandb_key.server()}: run `wandb login` or set "
                 "WANDB_API_KEY; or sink.wandb.mode=offline, whose files `wandb sync` sends later"
             )
 
-    def _asked(self) -> str | None:
-        """The mode by the key, the environment or W&B's own settings (``wandb offline``), if any says it."""
+    def _configured_mode(self) -> str | None:
+        """Return the configured mode: from the config key, the environment or W&B's own settings (``wandb offline``), in this
+        order; ``None`` if none of them sets it."""
         words = {"dryrun": "offline", "run": "online"}
-        asked = self._mode or os.environ.get("WANDB_MODE") or wandb_key.mode()
-        return words.get(asked, asked) if asked else None
+        configured = self._mode or os.environ.get("WANDB_MODE") or wandb_key.mode()
+        return words.get(configured, configured) if configured else None
 
     def open(self, run: Path, start: RunStarted) -> None:
-        mode = self._asked() or ("online" if wandb_key.has_key() else "offline")
+        mode = self._configured_mode() or ("online" if wandb_key.has_key() else "offline")
         if mode == "disabled":
             return
-        if self._courier is None:
-            if self._asked() is None and mode == "offline":
+        if self._queue is None:
+            if self._configured_mode() is None and mode == "offline":
                 notice(f"W&B: no key for {wandb_key.server()}, so this run is recorded offline")
-            self._courier = SubprocessQueue("pretrain.telemetry.sinks.wandb_process", log=run / "logs" / "wandb.log")
+            self._queue = SubprocessQueue("pretrain.telemetry.sinks.wandb_process", log=run / "logs" / "wandb.log")
         file, earlier = run / "metrics.jsonl", None
         if start.step > 0 and file.exists():
             earlier = records_until(file, start)
@@ -84,27 +86,27 @@ class Wandb(Sink):
             "id": run_id(run, fresh=start.step == 0),
             "folder": str(run),
             "group": self._group or sweep_of(run),
-            # W&B can't put two offline parts of a run together: each start writes the whole of it
+            # W&B can't merge two offline parts of a run, so each start writes all records of the run
             "records": earlier,
         }
-        self._courier.send({"start": order | self._given | self._wishes})
+        self._queue.send({"start": order | self._given | self._options})
 
     def write(self, record: Record) -> None:
         self._over = record["event"] == "run_finished"
-        if self._courier is not None:
-            self._courier.send({"record": record})
+        if self._queue is not None:
+            self._queue.send({"record": record})
 
     def close(self) -> None:
-        """The end of a run waits for W&B, for a while; a run that goes back to a checkpoint does not."""
-        if self._courier is not None:
-            self._courier.send({"end": None})
+        """Close the W&B run. At the end of a run this waits for W&B for a limited time; at a rollback it does not wait."""
+        if self._queue is not None:
+            self._queue.send({"end": None})
             if self._over:
-                self._courier.finish(seconds=3 * self._timeout + GRACE_SECONDS)
-                self._courier = None
+                self._queue.finish(seconds=3 * self._timeout + GRACE_SECONDS)
+                self._queue = None
 
 
 def run_id(run: Path, *, fresh: bool) -> str:
-    """The id in W&B of the run in that folder. ``fresh``: it begins, so it is another one than what was there before."""
+    """Return the W&B id of the run in that folder. With ``fresh`` the run starts from step 0, so it gets a new id."""
     file = run / RUN_ID
     if fresh or not file.exists():
         replace_file(file, secrets.token_hex(4))
@@ -112,6 +114,6 @@ def run_id(run: Path, *, fresh: bool) -> str:
 
 
 def sweep_of(run: Path) -> str | None:
-    """The name of the sweep that the run is a job of."""
+    """Return the name of the sweep that the run is a job of, or ``None``."""
     folder = run.resolve().parent
     return folder.name if (folder / "sweep.json").exists() else None

@@ -1,7 +1,9 @@
-"""Whether W&B would find a key, and for which server, without importing wandb: from where wandb itself takes them.
+"""Find out whether W&B would find an API key, and for which server, without importing wandb. The places are those from which
+wandb itself reads them.
 
-No key of ours names the server: a config file from somebody else could have the key sent to a server of theirs. For the
-same reason ``wandb/settings`` of the current folder, which may be a stranger's, says nothing but the mode.
+No config key of this project names the server, because a config file from another person could send the API key to their
+server. For the same reason only the mode is read from ``wandb/settings`` of the current folder, which may belong to another
+user.
 """
 
 from __future__ import annotations
@@ -15,16 +17,16 @@ from urllib.parse import urlsplit
 from pretrain.runtime.filesystem import expanded
 
 CLOUD = "https://api.forge.coreweave.com"  # of wandb 0.31
-FORMER_CLOUD = "api.wandb.ai"  # the same servers: wandb takes a key of this name too
+FORMER_CLOUD = "api.wandb.ai"  # the same servers: wandb accepts a key under this name too
 
 
 def server() -> str:
-    """The URL of W&B's cloud, or of a server of one's own (``WANDB_BASE_URL``, ``wandb login --host``)."""
+    """Return the URL of W&B's cloud, or of the user's own server (``WANDB_BASE_URL``, ``wandb login --host``)."""
     return os.environ.get("WANDB_BASE_URL") or settings().get("base_url", CLOUD)
 
 
 def has_key() -> bool:
-    """Whether there is a key (or an identity token) for ``server()``: in the environment, netrc or W&B's settings."""
+    """Return whether there is a key (or an identity token) for ``server()`` in the environment, netrc or W&B's settings."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings().get("api_key"):
         return True
     home = expanded("~/.netrc")
@@ -38,12 +40,12 @@ def has_key() -> bool:
 
 
 def settings() -> dict[str, str]:
-    """What ``wandb login`` and ``wandb offline`` have left for this user."""
+    """Return the settings that ``wandb login`` and ``wandb offline`` saved for this user."""
     return _read(expanded(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb") / "settings")
 
 
 def mode() -> str | None:
-    """What ``wandb offline`` or ``wandb online`` have said for this folder, else for this user."""
+    """Return the mode that ``wandb offline`` or ``wandb online`` saved for this folder, else for this user."""
     folder = Path(os.environ.get("WANDB_DIR", "."), "wandb")
     return _read(folder / "settings").get("mode") or settings().get("mode")
 

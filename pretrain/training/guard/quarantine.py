@@ -64,7 +64,7 @@ class Quarantine:
     def _write(self, record: dict[str, Any]) -> None:
         assert self._path is not None
         odd: list[str] = []
-        earlier = read_records(self._path, say=odd.append) if self._path.exists() else []
+        earlier = read_records(self._path, on_invalid=odd.append) if self._path.exists() else []
         keep_broken(self._path, odd)
         kept = [r for r in earlier if r.get("first_sample") != record["first_sample"]]
         lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in [*kept, record])

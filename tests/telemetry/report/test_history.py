@@ -2,7 +2,7 @@
 
 import pytest
 
-from pretrain.telemetry.report.history import POINTS, Curves, History
+from pretrain.telemetry.report.history import MAX_POINTS, Curves, History
 from tests.telemetry.report.records import evaluation, eventful, started, train
 
 
@@ -11,7 +11,7 @@ def test_a_long_run_becomes_few_points_that_stand_for_all_records():
     steps = 10_007
     for step in range(1, steps + 1):
         curves.add(step, {"loss": 9.0 if step == 5000 else 1.0})
-    assert POINTS / 2 <= len(curves.steps) <= POINTS
+    assert MAX_POINTS / 2 <= len(curves.steps) <= MAX_POINTS
     assert curves.steps == sorted(set(curves.steps))
     assert curves.steps[-1] == steps
     assert max(curves.high("loss")) == 9.0, "a spike of one record is not averaged away"

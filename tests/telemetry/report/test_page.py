@@ -39,26 +39,26 @@ def charts(text):
 
 
 def test_everything_that_is_known_is_shown(eventful_page):
-    learned, went = ["What it learned", "What it writes"], ["How it went", "Data seen", "Health by layer"]
+    learned, went = ["Learning and forgetting", "Samples"], ["Training and speed", "Data seen", "Norms by layer"]
     assert headings(eventful_page) == [*learned, *went, "Faults and resumes", "Checkpoints", "Environment"]
     assert charts(eventful_page) == [
-        *("Loss", "Gain and forgetting", "Time by what it went to, between the first step and the last record"),
+        *("Loss", "Gain and forgetting", "Time by part, from the first step to the last record"),
         *(
             "Learning rate",
             "Gradient norm",
             "Steps without an update",
             "Throughput",
-            "Where the time went",
+            "Time by part",
             "MFU",
             "Memory",
         ),
-        *("Tokens by source", "Update against weight", "Gradient norm", "Weight norm"),
+        *("Tokens by source", "Update / weight", "Gradient norm", "Weight norm"),
     ]
     for said in (
         "held at step 400",
         "is a place where kings",
         "1 resume, 1 rollback",
-        "went back from step 262: spike",
+        "rolled back from step 262: spike",
     ):
         assert said in eventful_page
     assert "held at step 300" not in eventful_page, "of the samples the first and the last"
@@ -81,7 +81,7 @@ def test_nothing_is_loaded_and_nothing_can_run(eventful_page):
 def test_a_long_run_is_a_small_page():
     text = page([started(total=20_000), *(train(step) for step in range(1, 20_001))])
     assert len(text.encode()) < 1_000_000
-    assert "points of 20,000 records: each the mean of 64" in text
+    assert "points of 20,000 records: each is the mean of 64 records" in text
 
 
 def test_a_run_of_before(eventful_page):
@@ -168,7 +168,7 @@ def test_the_words_of_the_verdict_follow_the_size_of_the_change(role, delta, wor
 def test_what_was_not_scored_since_step_0_is_said_so():
     """It was shown as the perplexity after the run, with a change of 0.0000."""
     text = page([started(), evaluation(0, "law", "new", 3.0, 0.0), train(1), train(2)])
-    assert "Before this run the model had a perplexity of 20.09 on law; it was not scored since step 0." in text
+    assert "Before this run the model had a perplexity of 20.09 on law; it has not been scored since." in text
     assert "<td>20.09</td><td>—</td>" in text
     assert "not scored since step 0</span>" in text
     assert "0.0000" not in text
@@ -288,7 +288,9 @@ def test_side_by_side(runs):
 def test_runs_without_a_configuration_are_compared_too(runs):
     shutil.rmtree(runs[0].parent)
     write_run(runs[0], eventful(100))
-    assert "Where they differ" not in headings(compare_page([read_run(run) for run in runs], ["a", "b"]))
+    assert "Differences of the configurations" not in headings(
+        compare_page([read_run(run) for run in runs], ["a", "b"])
+    )
 
 
 def test_names_are_as_short_as_they_can_be():

@@ -30,7 +30,7 @@ def test_a_run_still_going_with_a_torn_last_line(run):
     done = script("run", cwd=run.parent)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "run/report.html"
-    assert done.stderr.startswith("run/metrics.jsonl:4: torn")
+    assert done.stderr.startswith("run/metrics.jsonl:4: incomplete line")
     assert done.stderr.count("\n") == 1
     text = (run / "report.html").read_text()
     assert "running" in text
@@ -79,7 +79,7 @@ def test_a_broken_line_in_the_middle_is_left_out(line, tmp_path, capsys):
     first, last = json.dumps(started()), json.dumps(train(1))
     (tmp_path / "metrics.jsonl").write_text(f"{first}\n{line}\n{last}\n")
     assert read_run(tmp_path).history.num_train == 1
-    assert f"{tmp_path}/metrics.jsonl:2: no record" in capsys.readouterr().err
+    assert f"{tmp_path}/metrics.jsonl:2: not a record" in capsys.readouterr().err
 
 
 def test_a_page_that_cannot_go_there_and_a_reader_that_has_left(run):
