@@ -24,6 +24,17 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+STARTS_A_RUN = {"command", "spawn", "base_arguments"}
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of parts that start no run are `quick`; whole runs are tested in files directly below tests/."""
+    for item in items:
+        in_a_folder = item.path.parent != Path(__file__).parent
+        if in_a_folder and not STARTS_A_RUN & set(item.fixturenames) and not item.get_closest_marker("slow"):
+            item.add_marker("quick")
+
+
 WORDS = "the sea road of stone a ship and its crew went under light rain to see old cities far from home again".split()
 
 
