@@ -25,13 +25,15 @@ def pytest_configure(config):
 
 
 STARTS_A_RUN = {"command", "spawn", "base_arguments"}
+NOT_QUICK = {"tests", "launch", "runtime", "strangers"}  # folders whose tests start processes
+LONG = {"test_browser.py", "test_dtypes.py", "test_interpolation.py", "test_probe.py", "test_statistics.py"}
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of parts that start no run are `quick`; whole runs are tested in files directly below tests/."""
+    """Mark as `quick` what `scripts/test.sh --quick` runs: tests of a part alone, which take about a second at most."""
     for item in items:
-        in_a_folder = item.path.parent != Path(__file__).parent
-        if in_a_folder and not STARTS_A_RUN & set(item.fixturenames) and not item.get_closest_marker("slow"):
+        started = STARTS_A_RUN & set(item.fixturenames) or item.path.parent.name in NOT_QUICK
+        if not started and item.path.name not in LONG and not item.get_closest_marker("slow"):
             item.add_marker("quick")
 
 
