@@ -26,14 +26,19 @@ def pytest_configure(config):
 
 STARTS_A_RUN = {"command", "spawn", "base_arguments"}
 NOT_QUICK = {"tests", "launch", "runtime", "strangers"}  # folders whose tests start processes
-LONG = {"test_browser.py", "test_dtypes.py", "test_interpolation.py", "test_probe.py", "test_statistics.py"}
+NOT_QUICK |= {
+    f"test_{name}.py" for name in "browser cli courier optuna round_trip script sources tokenize wandb".split()
+}
+NOT_QUICK |= {
+    f"test_{name}.py" for name in "dtypes interpolation probe statistics".split()
+}  # they go through many cases
 
 
 def pytest_collection_modifyitems(items):
     """Mark as `quick` what `scripts/test.sh --quick` runs: tests of a part alone, which take about a second at most."""
     for item in items:
-        started = STARTS_A_RUN & set(item.fixturenames) or item.path.parent.name in NOT_QUICK
-        if not started and item.path.name not in LONG and not item.get_closest_marker("slow"):
+        kept_out = STARTS_A_RUN & set(item.fixturenames) or NOT_QUICK & {item.path.parent.name, item.path.name}
+        if not kept_out and not item.get_closest_marker("slow"):
             item.add_marker("quick")
 
 
