@@ -25,13 +25,9 @@ def pytest_configure(config):
 
 
 STARTS_A_RUN = {"command", "spawn", "base_arguments"}
-NOT_QUICK = {"tests", "launch", "runtime", "strangers"}  # folders whose tests start processes
-NOT_QUICK |= {
-    f"test_{name}.py" for name in "browser cli courier optuna round_trip script sources tokenize wandb".split()
-}
-NOT_QUICK |= {
-    f"test_{name}.py" for name in "dtypes interpolation probe statistics".split()
-}  # they go through many cases
+STARTS_PROCESSES = "browser cli courier optuna round_trip script sources tokenize wandb".split()
+MANY_CASES = "dtypes interpolation probe statistics".split()  # every architecture, or large inputs
+NOT_QUICK = {"tests", "launch", "runtime", "strangers"} | {f"test_{n}.py" for n in (*STARTS_PROCESSES, *MANY_CASES)}
 
 
 def pytest_collection_modifyitems(items):
