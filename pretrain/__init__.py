@@ -1,4 +1,4 @@
-"""Continual pretraining of causal language models.
+"""Continual pretraining of causal language models. ::
 
     config = pretrain.compose(["dataset=local", "dataset.nameOrPath=books/", "max_steps=20"])
     result = pretrain.train(config)

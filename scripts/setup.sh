@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv and installs the project with one extra (`all` or `dev`); does nothing when that is already so.
+# Makes .venv and installs the project with one extra (`all`, `dev` or `docs`); does nothing when that is already so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extra=${1:-all}
@@ -10,7 +10,9 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     exit 2
 fi
 want=$(cat pyproject.toml constraints.txt scripts/setup.sh | cksum)
-for done in ".venv/.installed-$extra" .venv/.installed-dev; do # dev contains all
+marks=(".venv/.installed-$extra")
+if [ "$extra" = all ]; then marks+=(.venv/.installed-dev); fi # dev contains all
+for done in "${marks[@]}"; do
     if [ -f "$done" ] && [ "$(cat "$done")" = "$want" ]; then exit 0; fi
 done
 if [ ! -x .venv/bin/python ]; then

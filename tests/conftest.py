@@ -24,6 +24,20 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+STARTS_A_RUN = {"command", "spawn", "base_arguments"}
+STARTS_PROCESSES = "browser cli courier optuna round_trip script sources tokenize wandb".split()
+MANY_CASES = "dtypes interpolation probe statistics".split()  # every architecture, or large inputs
+NOT_QUICK = {"tests", "launch", "runtime", "strangers"} | {f"test_{n}.py" for n in (*STARTS_PROCESSES, *MANY_CASES)}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark as `quick` what `scripts/test.sh --quick` runs: tests of a part alone, which take about a second at most."""
+    for item in items:
+        kept_out = STARTS_A_RUN & set(item.fixturenames) or NOT_QUICK & {item.path.parent.name, item.path.name}
+        if not kept_out and not item.get_closest_marker("slow"):
+            item.add_marker("quick")
+
+
 WORDS = "the sea road of stone a ship and its crew went under light rain to see old cities far from home again".split()
 
 
