@@ -1,6 +1,6 @@
-"""What to say to the user when memory has run out: how much, where, and the settings that would fit.
+"""The error message for a device that is out of memory: how much was needed, where, and which settings need less.
 
-It is the user's to change, so it ends the run as a mistake does: one line, exit code 2, and no restart of the workers.
+The user has to change a setting, so it is a ``UserError``: one line, exit code 2, and no restart of the workers.
 """
 
 from __future__ import annotations
@@ -27,9 +27,15 @@ def explained(
     device: torch.device,
     step: int,
 ) -> UserError:
-    """The failure in a line, with the settings of this very config that need less.
+    """Return the failure as one line, with the settings that would need less memory in this config.
 
-    ``split``: how the step was divided; ``memory_saving_overrides``: what the strategy has to offer; ``step``: steps done so far.
+    Args:
+        failure: The failed allocation, and what the run was doing.
+        config: The config of the run.
+        split: How the global batch is split into micro-batches.
+        memory_saving_overrides: The settings of the strategy that need less memory.
+        device: The device that is out of memory.
+        step: Optimizer steps done so far.
     """
     length = f"sequence_length={config.sequence_length}"
     scored = config.evaluation.batch_size
@@ -52,7 +58,7 @@ def explained(
 
 
 def smaller_step(split: MicroBatching) -> list[str]:
-    """The same global batch in smaller pieces."""
+    """Return the setting that splits the same global batch into smaller micro-batches; nothing at batch size 1."""
     if split.batch_size == 1:
         return []
     less = split.smaller()
@@ -63,11 +69,12 @@ def smaller_step(split: MicroBatching) -> list[str]:
 
 
 def smaller_evaluation(scored: int) -> list[str]:
+    """Return the setting that halves the evaluation's batch of ``scored`` sequences; nothing at batch size 1."""
     return [f"evaluation.batch_size={scored // 2} gives the same scores"] if scored > 1 else []
 
 
 def other_ways(config: RunConfig, device: torch.device) -> list[str]:
-    """What of the model and the precision would take less and is not yet so."""
+    """Return the settings of model and precision that need less memory and are not in use yet."""
     ways = []
     if not getattr(config.model, "gradient_checkpointing", True):
         ways.append("model.gradient_checkpointing=true")

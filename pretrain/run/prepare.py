@@ -1,4 +1,4 @@
-"""What exists before the first process trains: the model's folder looked at, its tokenizer, and all text as tokens."""
+"""Prepare a run before any process trains: check the model's folder, load its tokenizer, and tokenize all text."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def model_spec(config: RunConfig) -> Any:
-    """The model that the config names; a run's or a checkpoint's weights where it names one of these.
+    """Return the model that the config names; the name of a run or a checkpoint stands for its weights.
 
-    Raises ``UserError`` for a checkpoint that is not whole.
+    Raises ``UserError`` for an incomplete checkpoint.
     """
     from pretrain.checkpoint.weights import weights_folder
 
@@ -35,7 +35,7 @@ def model_spec(config: RunConfig) -> Any:
 
 
 def _checked_model(config: RunConfig) -> tuple[Any, Remains | None]:
-    """The model that the config names, checked; where it is gone, that of the checkpoint from which the run continues.
+    """Return the checked model of the config, or that of the resumed checkpoint where the model no longer exists.
 
     Raises ``UserError`` where neither can be used.
     """
@@ -57,10 +57,19 @@ def _checked_model(config: RunConfig) -> tuple[Any, Remains | None]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What exists before the first process trains. ``domains``: name, role and held-out documents of each domain.
-    ``global_batch``: sequences of all devices and micro-batches in one step. ``boundaries``: the tokens around documents.
-    ``notices``: what to say of model and domains, once a run. ``base_gone``: ``model`` is what a checkpoint of the run holds,
-    for the model with which it began is no longer there."""
+    """The model, tokenizer and tokenized data of a run.
+
+    Attributes:
+        model: The model, checked and not yet built.
+        tokenizer: Its tokenizer.
+        train: The training documents as tokens.
+        domains: Name, role and held-out documents of each evaluation domain.
+        identity: What a checkpoint must share with the run so that it can be resumed.
+        global_batch: Sequences in one optimizer step, over all devices and micro-batches.
+        boundaries: The tokens before and between documents.
+        notices: Messages about model and domains that are printed once in a run.
+        base_gone: The base model no longer exists; ``model`` is the one in a checkpoint of the run.
+    """
 
     model: Any
     tokenizer: Any
@@ -74,10 +83,14 @@ class Prepared:
 
 
 def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
-    """Check the model's folder, get its tokenizer, and tokenize whatever the cache does not hold yet. ``devices``: of
-    all processes, each with ``batch_size`` sequences at a time.
+    """Check the model's folder, load its tokenizer, and tokenize the text that is not in the cache yet.
 
-    Raises ``UserError`` for a model or data that can't be used.
+    Args:
+        config: The config of the run.
+        devices: Number of devices of all processes; each computes ``batch_size`` sequences at a time.
+
+    Raises:
+        UserError: The model or the data can't be used.
     """
     from pretrain.data.tokenization.tokenize import prepare as tokenize
     from pretrain.data.tokenization.tokenize import training_texts
@@ -120,7 +133,7 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
 
 
 def of_domain(domain: Source, tokenizer: Any, around: Boundaries) -> Boundaries:
-    """The tokens around the documents of an evaluation domain: those of the run, ``around``, where it names no others.
+    """Return the boundary tokens of an evaluation domain: its own, or those of the run (``around``) by default.
 
     Raises ``UserError`` for a token that the tokenizer does not have.
     """
@@ -132,7 +145,7 @@ def of_domain(domain: Source, tokenizer: Any, around: Boundaries) -> Boundaries:
 
 
 def _not_scored(source: Source, held_out: TokenView, left_out: int) -> list[str]:
-    """What a person who expects every domain to be scored has to know."""
+    """Return notices about domains that are not scored, or not scored a second time."""
     notices = []
     if held_out.num_tokens <= 1 and source.held_out > 0:
         notices.append(f"dataset {source.domain!r} is a single document: none is held out, so it is not scored")
@@ -144,7 +157,7 @@ def _not_scored(source: Source, held_out: TokenView, left_out: int) -> list[str]
 
 
 def _held_out(name: str, base: Source, tokenized: TokenStore) -> TokenView:
-    """The held-out documents of a base domain. Raises ``UserError`` where there are none: nothing could be scored."""
+    """Return the held-out documents of a base domain. Raises ``UserError`` where there are none to score."""
     held_out = views(tokenized, base)[1]
     if held_out.num_tokens > 1:
         return held_out
@@ -153,12 +166,12 @@ def _held_out(name: str, base: Source, tokenized: TokenStore) -> TokenView:
 
 
 def views(store: TokenStore, source: Source) -> tuple[TokenView, TokenView]:
-    """The training and the held-out documents."""
+    """Return the training and the held-out documents."""
     return store.views(**view_options(source))
 
 
 def total_steps(config: RunConfig, prepared: Prepared) -> int:
-    """``max_steps``, or as many whole global batches as ``number_epochs`` passes over the training tokens hold.
+    """Return the optimizer steps: ``max_steps``, or the complete global batches in ``number_epochs`` of training tokens.
 
     Raises ``UserError`` when the text does not fill one global batch.
     """
