@@ -1,4 +1,4 @@
-"""How many processes a run has and where: from the config and the machine, or from whoever has started this process."""
+"""How many processes a run has and on which devices: from the config and the machine, or from torchrun's environment."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Topology:
-    """``workers`` processes on each of ``nodes`` machines, each computing on ``devices_per_worker`` devices.
+    """The processes of a run and their devices.
 
-    ``joined``: others started this process (torchrun, RANK and WORLD_SIZE); it is one of the workers.
+    Attributes:
+        device_type: ``cpu`` or ``cuda``.
+        workers: Processes on each machine.
+        nodes: Machines.
+        devices_per_worker: Devices on which each process computes.
+        joined: torchrun or a cluster started this process (RANK and WORLD_SIZE are set); it is one of the workers.
     """
 
     device_type: str
@@ -35,11 +40,12 @@ class Topology:
 
     @property
     def world_size(self) -> int:
+        """Return the number of processes on all machines."""
         return self.workers * self.nodes
 
 
 def layout(config: RunConfig, strategy: Strategy, policy: LaunchConfig) -> Topology:
-    """Raises ``UserError`` where the config, the machine and the environment do not agree."""
+    """Return the topology of the run. Raises ``UserError`` where config, machine and environment do not agree."""
     name = config.strategy.name
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _joined(config.devices, strategy, name)
@@ -62,7 +68,7 @@ def layout(config: RunConfig, strategy: Strategy, policy: LaunchConfig) -> Topol
 
 
 def _of_several() -> str:
-    """The choices of the strategy group that are several processes: "a, b or c"."""
+    """Return the choices of the strategy group that use several processes, as "a, b or c"."""
     found = []
     for name in choices("strategy"):
         options = OmegaConf.load(conf_dir() / f"strategy/{name}.yaml")
@@ -72,7 +78,7 @@ def _of_several() -> str:
 
 
 def _devices(asked: str | int) -> tuple[str, int]:
-    """Device type and number on this machine."""
+    """Return the type and the number of devices to use on this machine."""
     if not gpu_visible():
         return "cpu", 1 if asked == "auto" else int(asked)
     found = _gpus()

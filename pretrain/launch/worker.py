@@ -1,4 +1,4 @@
-"""One worker of a run that this program has started: its log, its signals, and how it leaves."""
+"""One worker process of a run: its log, its signal handlers, and how it exits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,16 @@ FROM_AGENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What travels to a worker. ``reports``: where it says why it failed. ``environment``, ``folder``: the parent's."""
+    """The arguments of a worker, which are sent to it as a pickle by its parent.
+
+    Attributes:
+        config: The config of the run as a plain dict.
+        overrides: The words of the command line.
+        setting: Processes, devices and batch of the run.
+        reports: The folder in which a failing worker writes its report.
+        environment: The parent's environment variables.
+        folder: The parent's working directory.
+    """
 
     config: dict[str, Any]
     overrides: list[str]
@@ -38,7 +47,7 @@ class WorkerJob:
 
 
 def prepare_data(job: WorkerJob) -> None:
-    """Prepare the data, before any worker exists. Leaves with 0, with 75 when stopped, or reports and leaves with 1."""
+    """Prepare the data before any worker exists. The process exits with 0, with 75 when stopped, or with 1 and a report."""
     _enter(job)
     Interrupt().install()
     quiet_libraries()
@@ -53,11 +62,11 @@ def prepare_data(job: WorkerJob) -> None:
         write_report(Path(job.reports), 0, error)
         os._exit(1)
     flush()
-    os._exit(0)  # taking the interpreter down would take longer than many a start has
+    os._exit(0)  # skips the interpreter's slow shutdown, for which the parent would wait
 
 
 def work(job: WorkerJob) -> int:
-    """Train as one rank; the exit code. A failing worker reports and leaves at once, with 1."""
+    """Train as one rank and return the exit code. A failing worker writes a report and exits at once with 1."""
     _enter(job)
     rank, local_size = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -70,13 +79,13 @@ def work(job: WorkerJob) -> int:
         prepared=True,
     )
     capture_stderr(Path(job.reports) / f"rank-{rank}.stderr", keep_terminal=rank == 0)
-    faulthandler.enable(2)  # a bus error, a segmentation fault: its stacks go into the log
-    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # asked by the parent, of a group that hangs
+    faulthandler.enable(2)  # writes the stacks to the log on a bus error or a segmentation fault
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # the parent sends it on a hang
     never_wait()
-    interrupt = Interrupt(silent=True)  # the parent has said it
+    interrupt = Interrupt(silent=True)  # the parent reports the signal
     interrupt.defer_signals = True
     interrupt.install()
-    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's reach the parent, who passes them on
+    for number in (signal.SIGINT, signal.SIGHUP):  # the parent receives the terminal's signals too, and forwards them
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
@@ -90,7 +99,7 @@ def work(job: WorkerJob) -> int:
 
 
 def _enter(job: WorkerJob) -> None:
-    """Stand where the parent stands: the server was started earlier, perhaps elsewhere."""
+    """Restore the parent's environment and working directory, which may have changed since the fork server started."""
     collector.rarely()
     os.environ.update({k: v for k, v in job.environment.items() if k not in FROM_AGENT})
     os.chdir(job.folder)
@@ -110,7 +119,7 @@ def _train(job: WorkerJob, interrupt: Interrupt, place: RankInfo) -> int:
 
 
 def _leave_with_parent() -> None:
-    """No orphans: when the parent is gone, however it went, so is this process."""
+    """Exit as soon as the parent has ended, however it ended, so that no orphan remains."""
     parent = parent_process()
     assert parent is not None
     parent.join()
