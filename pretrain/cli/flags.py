@@ -1,4 +1,4 @@
-"""The options of the command line, Hydra's own but for a few, and what is said about one that is none."""
+"""Parse the options of the command line, which are Hydra's but for a few, and explain an unknown one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pretrain.config.schema import RootKeys
 from pretrain.runtime.errors import UserError
 
 WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd"}
-# The last is a pickle.
+# Options of Hydra that are refused, with the number of their values. The last one would load a pickle.
 NOT_HERE = {"--config-path": 1, "-cp": 1, "--config-name": 1, "-cn": 1, "--experimental-rerun": 1}
 INFOS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 COMMANDS = ("multirun", "run", "cfg", "info", "hydra_help", "shell_completion")
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options with their values, and the words: ``key=value``, ``~key``."""
+    """Return the options with their values, and the words, which are ``key=value`` or ``~key``."""
     options: list[str] = []
     words: list[str] = []
     rest = iter(arguments)
@@ -37,9 +37,9 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options as Hydra's parser names them, and as ``overrides`` the words.
+    """Return the options under the names of Hydra's parser, and the words as ``overrides``.
 
-    Raises ``UserError`` for an option that is none, a word that is no ``key=value``, and options that don't go together.
+    Raises ``UserError`` for an unknown option, a word that is not ``key=value``, and options that exclude each other.
     """
     options, words = split(arguments)
     for option in options:
@@ -77,7 +77,7 @@ def _no_option(message: str) -> NoReturn:
 
 
 def _explain(option: str, words: list[str]) -> NoReturn:
-    """``--lr=1e-3`` and ``--lr 1e-3`` are how other programs have it."""
+    """Raise ``UserError`` for an unknown option. For one such as ``--lr=1e-3`` or ``--lr 1e-3`` it names our form."""
     name, equals, value = option.lstrip("-").partition("=")
     name = name.replace("-", "_")
     name = OTHER_NAMES.get(name, name)

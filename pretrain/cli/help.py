@@ -1,4 +1,4 @@
-"""`--help` for people: the YAML files are the reference, so their own comments are what is printed."""
+"""The text of `--help`. The YAML files are the reference, so their comments are printed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Use
 
 
 def help_text(arguments: list[str]) -> str:
-    """The help of the program, or of each ``group=choice`` among the arguments."""
+    """Return the help of the program, or that of each ``group=choice`` among the arguments."""
     chosen = [conf_dir() / group / f"{choice}.yaml" for group, _, choice in (a.partition("=") for a in arguments)]
     files = [file for file in chosen if file.is_file()]
     if files:
@@ -37,14 +37,14 @@ def help_text(arguments: list[str]) -> str:
 
 
 def _knobs() -> str:
-    """The root keys as conf/config.yaml has them, comments and all."""
+    """Return the root keys with their comments, as they are in conf/config.yaml."""
     text = (conf_dir() / "config.yaml").read_text()
     keys = text.split("\n\n", 1)[1].split("\nhydra:", 1)[0]
     return _indented(keys)
 
 
 def _groups() -> str:
-    """Every group with its choices, the default one starred, and the first comment line of each."""
+    """Return every group's choices with the first comment line of each; a star marks a default choice."""
     defaults = set(chosen())
     lines = []
     for folder in sorted(p for p in conf_dir().iterdir() if p.is_dir() and p.name not in ("schemas", "local")):

@@ -1,7 +1,7 @@
-"""The command line: compose, check, run. Imports no torch, so that help and mistakes answer at once.
+"""The command line: compose the config, check it, and run the task.
 
-Hydra composes and shows (`--cfg`, `--info`, …); it starts nothing but sweeps (`-m`), in pretrain.sweep, where every job is
-this command again in a fresh process.
+It does not import torch, so that help and error messages appear at once. Hydra composes and prints the config (`--cfg`,
+`--info`, …). It executes nothing but sweeps (`-m`, see pretrain.sweep), in which every job is this command in a new process.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from pretrain.sweep.child import enter, note_failure
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run the command line and leave with its exit code (0, 1, 2 or 75)."""
+    """Run the command line and exit with its exit code (0, 1, 2 or 75)."""
     arguments = sys.argv[1:] if argv is None else argv
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and leaving with 1
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of print a message and exit with 1
     try:
         code = _dispatch(arguments)
     except UserError as error:
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         note_failure(str(failure))
         notice(str(failure))
         code = 1
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, for example `| head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     flush()
@@ -66,12 +66,15 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 
 def program() -> NoReturn:
-    """`main` as a process of its own. One that was in a process group ends without Python's clean-up: a thread of gloo's
-    may want the interpreter while that is being taken down, which aborts the process in a few of a hundred ends."""
+    """Run `main` as the only task of this process, and exit.
+
+    A process that was in a process group skips the shutdown of the interpreter: a thread of gloo may access the interpreter
+    during the shutdown, which aborts the process in a few percent of the cases.
+    """
     collector.rarely()
     ensure_open()
     enter()
-    faulthandler.enable()  # a bus error, a segmentation fault: say where
+    faulthandler.enable()  # prints the stacks on a bus error or a segmentation fault
     try:
         main()
     except SystemExit as left:
@@ -88,7 +91,7 @@ def program() -> NoReturn:
 
 
 def _mistake(message: str) -> int:
-    """Say it in one line: a value that it shows, or a library's words, may have several."""
+    """Print a user's mistake and return its exit code. The message may have several lines and is printed as one."""
     message = " ".join(line.strip() for line in message.splitlines() if line.strip())
     note_failure(message)
     complain(f"error: {message}")
@@ -139,7 +142,7 @@ def _version() -> str:
 
 
 def _with_flat_file(arguments: list[str]) -> list[str]:
-    """Replace ``--config FILE`` by what the file stands for."""
+    """Return the arguments with ``--config FILE`` replaced by the overrides that the file stands for."""
     given = [a for a in arguments if a == "--config" or a.startswith("--config=")]
     if len(given) > 1:
         raise UserError("--config: one file, once")
@@ -149,16 +152,16 @@ def _with_flat_file(arguments: list[str]) -> list[str]:
                 raise UserError("--config: which file?")
             return overrides_from(Path(arguments[i + 1]), arguments[:i] + arguments[i + 2 :])
         if argument.startswith("--config="):
-            file = Path(os.path.expanduser(argument.split("=", 1)[1]))  # a shell leaves this one as it is
+            file = Path(os.path.expanduser(argument.split("=", 1)[1]))  # shells don't expand a ~ after the equals sign
             return overrides_from(file, arguments[:i] + arguments[i + 1 :])
     return arguments
 
 
 def _sweep(arguments: list[str], given: Namespace, spoken: dict[str, Any]) -> int:
-    """``arguments``: as they were typed; ``spoken``: see `trust.said`."""
+    """Run a sweep and return its exit code. ``arguments`` are as typed; ``spoken``: see `trust.said`."""
     overrides = [forced(quoted_word(word, sweeping=True)) for word in given.overrides]
     check_hydra(overrides, conf_dir(), given.config_dir)
-    logging.getLogger("pretrain").propagate = False  # notices are on stderr already; Hydra would say them again
+    logging.getLogger("pretrain").propagate = False  # notices are on stderr already; Hydra would repeat them
     from pretrain.sweep.command import sweep
     from pretrain.sweep.launchers.side_by_side import SideBySideLauncher
     from pretrain.sweep.launchers.slurm import SlurmLauncher
@@ -170,7 +173,7 @@ def _sweep(arguments: list[str], given: Namespace, spoken: dict[str, Any]) -> in
 
 
 def _show(given: Namespace, overrides: list[str], spoken: dict[str, Any]) -> int:
-    """What Hydra shows of a configuration, once that is one with which a run could start somewhere."""
+    """Print what Hydra shows of a config. A config that no machine could run is refused first."""
     if given.cfg in ("job", "all"):
         config = compose(overrides, given.config_dir)
         if given.package and OmegaConf.select(config, given.package, throw_on_missing=False) is None:
@@ -179,7 +182,7 @@ def _show(given: Namespace, overrides: list[str], spoken: dict[str, Any]) -> int
         check_said(resolved, spoken)
         name = check(resolved, here=False).name
         if given.resolve:
-            overrides = [*overrides, f"++name={quoted(name)}"]  # output_dir follows from it
+            overrides = [*overrides, f"++name={quoted(name)}"]  # output_dir depends on it
     with composing(conf_dir(), given.config_dir) as hydra:
         if given.cfg:
             hydra.show_cfg("config", overrides, given.cfg, given.package, given.resolve)
@@ -194,7 +197,7 @@ def _show(given: Namespace, overrides: list[str], spoken: dict[str, Any]) -> int
 
 @contextmanager
 def _own_logging() -> Iterator[None]:
-    """Hydra makes the root logger say everything on stdout; afterwards that is as it was."""
+    """Restore the root logger at the end of the block; Hydra makes it print all messages on stdout."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:
@@ -205,17 +208,17 @@ def _own_logging() -> Iterator[None]:
 
 
 def _complete(words: list[str]) -> int:
-    """For the shell's Tab key: `install=bash`, `query=bash`."""
+    """Run Hydra's shell completion: `install=bash` or `query=bash`."""
     with composing(conf_dir(), None) as hydra:
         try:
             hydra.shell_completion("config", words)
-        except ValueError as error:  # no such shell, or nothing asked
+        except ValueError as error:  # an unknown shell, or neither install nor query
             raise UserError(" ".join(str(error).split())) from None
     return 0
 
 
 def run(config: DictConfig, overrides: list[str], spoken: dict[str, Any]) -> int:
-    """Check a composed config and carry it out. ``spoken``: see `trust.said`."""
+    """Check a composed config, run its task, and return the exit code. ``spoken``: see `trust.said`."""
     resolved = resolve(config)
     check_said(resolved, spoken)
     checked = check(resolved)
@@ -223,7 +226,7 @@ def run(config: DictConfig, overrides: list[str], spoken: dict[str, Any]) -> int
     interrupt = Interrupt()
     interrupt.install()
     if checked.task in ("pretraining", "evaluation"):
-        never_wait()  # what the other tasks say is their result: it waits for its reader
+        never_wait()  # the output of the other tasks is their result, so writing it waits for the reader
     quiet_libraries()
     if not gpu_visible():
         # Threads that spin while they wait make a CPU run 10 × slower as soon as another program wants a core.
