@@ -13,7 +13,7 @@ def main() -> None:
     try:
         from pretrain.cli.main import program
     except KeyboardInterrupt:  # nothing has started yet; later interrupts are handled in `pretrain.cli.main`
-        sys.stderr.write("stopped (Ctrl-C); the same command goes on from here\n")
+        sys.stderr.write("stopped (Ctrl-C); the same command continues from here\n")
         sys.exit(75)
     program()
 

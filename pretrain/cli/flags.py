@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for option in options:
         name = option.partition("=")[0]
         if name in NOT_HERE:
-            raise UserError(f"{name}: not here; a flat YAML is --config FILE, a folder --config-dir")
+            raise UserError(f"{name}: not supported; a flat YAML is --config FILE, a folder --config-dir")
     parser = get_args_parser()
     parser.allow_abbrev = False
     parser.error = _no_option  # type: ignore[method-assign]
@@ -62,10 +62,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"{word}: not a setting; {hint}")
     asked = [name for name in COMMANDS if getattr(given, name)]
     if len(asked) > 1 and given.multirun:
-        raise UserError(f"--{asked[1]} shows one configuration: leave -m and the lists of values out")
+        raise UserError(f"--{asked[1]} shows one configuration: omit -m and the lists of values")
     if len(asked) > 1:
         first, second = (f"--{name.replace('_', '-')}" for name in asked[:2])
-        raise UserError(f"{first} and {second}: one of them at a time")
+        raise UserError(f"{first} and {second}: only one of them is allowed")
     if (given.resolve or given.package) and not given.cfg:
         raise UserError(f"{'--resolve' if given.resolve else '--package'}: only with --cfg job")
     given.overrides = words

@@ -131,7 +131,7 @@ def _dataset(flat: Flat, value: dict[str, Any]) -> None:
     flat.choices["dataset"] = choices[source]
     for key, given in value.items():
         if key == "format":
-            _no_effect("dataset.format", "how to read a path is seen from the path itself")(flat, given)
+            _no_effect("dataset.format", "the format is detected from the path")(flat, given)
         elif key != "source":
             flat.values[f"dataset.{key}"] = given
 

@@ -13,15 +13,15 @@ Use
   python -m pretrain strategy=fsdp devices=2               two processes; devices=auto: every visible GPU
   python -m pretrain -m lr=1e-4,3e-4                      a sweep, each job in a fresh process; docs/sweeps.md
   python -m pretrain hydra/sweeper=optuna 'lr=tag(log,interval(1e-5,1e-2))'   a search; hydra/sweeper=optuna --help
-  python -m pretrain hydra/launcher=joblib ...            jobs side by side on this machine
+  python -m pretrain hydra/launcher=joblib ...            jobs in parallel on this machine
   python -m pretrain hydra/launcher=slurm ...             the same as SLURM jobs; hydra/launcher=slurm --help
   python -m pretrain task=evaluation model_name=outputs/sample-python/model
   python -m pretrain task=generation model_name=outputs/sample-python/model 'generation.prompts=["def "]'
   python -m pretrain task=export model_name=outputs/sample-python output_dir=exported
 
-  The same command again continues an interrupted run.
+  Run the same command again to continue an interrupted run.
   --cfg job prints the whole configuration of a run; group=choice --help the keys of a choice; --version
-  the version; --hydra-help the rest. Paths and names need no quotes but your shell's; ~ is your home folder.
+  the version; --hydra-help the rest. Paths and names need quotes only for your shell; ~ is your home folder.
   Exit codes: 0 done · 2 a mistake in the command · 75 stopped by a signal, the same command continues · 1 a bug.
 """
 

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except (HydraException, OmegaConfBaseException) as error:
         code = _mistake(in_plain_words(error))
     except (Stopped, KeyboardInterrupt) as stop:
-        notice(f"stopped ({stop or 'Ctrl-C'}); the same command goes on from here")
+        notice(f"stopped ({stop or 'Ctrl-C'}); the same command continues from here")
         code = EXIT_CODE
     except WorkersFailed as failure:
         note_failure(str(failure))
@@ -108,7 +108,7 @@ def _dispatch(arguments: list[str]) -> int:
     try:
         os.getcwd()
     except OSError as error:
-        raise UserError(f"the current folder is gone: {error.strerror}; change to another one") from None
+        raise UserError(f"the current folder no longer exists: {error.strerror}; change to another one") from None
     spoken = said(arguments)
     arguments = _with_flat_file(arguments)
     if said(arguments) != spoken:
@@ -117,7 +117,7 @@ def _dispatch(arguments: list[str]) -> int:
     for argument in arguments:
         if secret := held(argument, known):
             raise UserError(
-                f"{redact(argument)}: holds {secret}; others see a command line, set it in the environment alone"
+                f"{redact(argument)}: holds {secret}; other users can see a command line, set it in the environment only"
             )
     given = parse(arguments)
     if given.shell_completion:
@@ -145,11 +145,11 @@ def _with_flat_file(arguments: list[str]) -> list[str]:
     """Return the arguments with ``--config FILE`` replaced by the overrides that the file stands for."""
     given = [a for a in arguments if a == "--config" or a.startswith("--config=")]
     if len(given) > 1:
-        raise UserError("--config: one file, once")
+        raise UserError("--config: only one file is allowed")
     for i, argument in enumerate(arguments):
         if argument == "--config":
             if i + 1 == len(arguments):
-                raise UserError("--config: which file?")
+                raise UserError("--config: needs a file")
             return overrides_from(Path(arguments[i + 1]), arguments[:i] + arguments[i + 2 :])
         if argument.startswith("--config="):
             file = Path(os.path.expanduser(argument.split("=", 1)[1]))  # shells don't expand a ~ after the equals sign

@@ -127,14 +127,14 @@ def check_leaves(config: dict[str, Any]) -> None:
     known = secrets()
     for path, value in leaves(config):
         if not _is_text(path):
-            raise UserError(f"{path!a}: a key of other characters than UTF-8 has, or with a zero byte")
+            raise UserError(f"{path!a}: a key must be UTF-8 without zero bytes")
         secret = held(path, known) or held(str(value) if _is_number_of_64_bits(value) else "", known)
         if secret:
-            raise UserError(f"{redact(path)}: holds {secret}; no key takes a secret, set it in the environment alone")
+            raise UserError(f"{redact(path)}: holds {secret}; no key takes a secret, set it in the environment only")
         if isinstance(value, str) and "${" in value:
-            raise UserError(f"{path}={value!r}: a value can't hold '${{', the mark of an interpolation")
+            raise UserError(f"{path}={value!r}: a value can't contain '${{', the start of an interpolation")
         if isinstance(value, str) and not _is_text(value):
-            raise UserError(f"{path}={value!a}: not UTF-8, or with a zero byte")
+            raise UserError(f"{path}={value!a}: not UTF-8, or it contains a zero byte")
         if not _is_number_of_64_bits(value):
             raise UserError(f"{path}: an integer of more than 64 bits, or NaN")
         if not isinstance(value, str | int | float | None):
@@ -199,7 +199,7 @@ def _check_partial(path: str, node: dict[str, Any], base: str | type, *, is_trus
     partial = node.get("_partial_", False)
     wanted = [True, False] if is_trusted else [base == SCHEDULES]
     if not isinstance(partial, bool) or partial not in wanted:
-        raise UserError(f"{path}._partial_={partial!r}: here it is {str(wanted[0]).lower()}")
+        raise UserError(f"{path}._partial_={partial!r}: here it must be {str(wanted[0]).lower()}")
 
 
 def check_nested(path: str, value: Any, hint: Any, trusted: list[str]) -> None:
@@ -218,7 +218,7 @@ def check_nested(path: str, value: Any, hint: Any, trusted: list[str]) -> None:
             check_part(f"{path}.{key}", item, base, trusted)
         elif key in ALL_HYDRA_KEYS:
             raise UserError(
-                f"{path}.{key}={item!r}: nothing is made here from what a config names; if you trust it, add "
+                f"{path}.{key}={item!r}: a config can't create an object here; if you trust it, add "
                 f"'allow_targets=[{item}]' to the command line"
             )
         else:

@@ -70,7 +70,7 @@ def _chooses_elsewhere(override: str, hydra: Hydra) -> bool:
 def _hydra_node(hydra: Hydra, words: list[str]) -> dict[str, Any]:
     config = compose_config(hydra, words, RunMode.RUN, validate_sweep_overrides=False)
     if secret := held(OmegaConf.to_yaml(config), secrets()):  # Hydra would write it to multirun.yaml
-        raise UserError(f"a config file holds {secret}; no key takes a secret, set it in the environment alone")
+        raise UserError(f"a config file holds {secret}; no key takes a secret, set it in the environment only")
     node: Any = OmegaConf.to_container(config.hydra)
     return {str(key): value for key, value in node.items()}
 

@@ -50,7 +50,7 @@ def bounded_interpolation() -> Iterator[None]:
         for name, follow in before.items():
             setattr(Container, name, follow)
     if spent > MOST:
-        raise UserError("the references (${…}) in it stand for more than fits into a config")
+        raise UserError("the references (${…}) in it expand to more than fits into a config")
 
 
 def _size(node: Any) -> int:

@@ -76,7 +76,7 @@ def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] =
         raise _refused(path, target)
     if not is_trusted and not _belongs(found, base):
         what = base if isinstance(base, str) else f"{base.__module__}.{base.__qualname__}"
-        raise UserError(f"{path}._target_={target!r}: not a part that can stand here; allowed are those of {what}")
+        raise UserError(f"{path}._target_={target!r}: not a part that is allowed here; allowed are those of {what}")
     return found
 
 

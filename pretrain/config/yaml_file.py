@@ -49,7 +49,7 @@ def checked_text(file: Path, *, name: str | None = None) -> str:
     except ValueError as error:  # not UTF-8; a path with a null byte
         raise UserError(f"{said}: can't be read as YAML: {error}") from None
     if len(content) > MAX_BYTES:
-        raise UserError(f"{said}: larger than {MAX_BYTES // 2**20} MiB, which is no config")
+        raise UserError(f"{said}: larger than {MAX_BYTES // 2**20} MiB, the limit for a config")
     check_limits(text, said)
     return text
 
@@ -66,7 +66,7 @@ def check_limits(text: str, said: str) -> None:
             line = event.start_mark.line + 1
             if isinstance(event, yaml.AliasEvent):
                 if event.anchor not in known:  # undefined, or an alias inside its own node
-                    raise UserError(f"{said}:{line}: *{event.anchor} stands for nothing that is complete before it")
+                    raise UserError(f"{said}:{line}: *{event.anchor} refers to nothing that is complete before it")
                 values += known[event.anchor]
             elif isinstance(event, yaml.CollectionStartEvent):
                 open_nodes.append((event.anchor, values))
@@ -80,8 +80,8 @@ def check_limits(text: str, said: str) -> None:
                 if anchor:
                     known[anchor] = values - before
             if len(open_nodes) > MAX_DEPTH:
-                raise UserError(f"{said}:{line}: nested more than {MAX_DEPTH} deep, which is no config")
+                raise UserError(f"{said}:{line}: nested more than {MAX_DEPTH} deep, the limit for a config")
             if values > MAX_VALUES:
-                raise UserError(f"{said}:{line}: more than {MAX_VALUES} values, which is no config")
+                raise UserError(f"{said}:{line}: more than {MAX_VALUES} values, the limit for a config")
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{said}: can't be read as YAML: {one_line(error, lines=None)}") from None

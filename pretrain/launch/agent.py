@@ -69,7 +69,9 @@ def _wait_for_data(job: WorkerJob) -> None:
         report = next(read_reports(Path(job.reports)), None)
         if report is not None and report.is_mistake:
             raise UserError(report.message)
-        raise WorkersFailed(report.trace if report else f"preparing the data left with exit code {process.exitcode}")
+        raise WorkersFailed(
+            report.trace if report else f"the process that prepared the data exited with code {process.exitcode}"
+        )
 
 
 def _meeting(policy: LaunchConfig, device_type: str) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Agent(LocalElasticAgent):
         if reports:
             return reports[0]
         rank, code = next(iter(self.deaths.items()), (0, 1))
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         return WorkerFailure(rank, how, "", 0.0)
 
     # -- overrides of torch's private methods --------------------------------------------------------------------------
@@ -127,7 +127,7 @@ class Agent(LocalElasticAgent):
         if self._remaining_restarts > 0:
             done = worker_group.spec.max_restarts - self._remaining_restarts + 1
             notice(
-                f"rank {cause.rank} {cause.first_line}; all ranks start again from the last checkpoint "
+                f"rank {cause.rank} {cause.first_line}; all ranks restart from the last checkpoint "
                 f"(restart {done} of {worker_group.spec.max_restarts})"
             )
         return result

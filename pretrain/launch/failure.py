@@ -81,7 +81,7 @@ def cause_of_hang(hangs: dict[int, WorkerFailure], silent: list[int]) -> WorkerF
         places.setdefault(report.stands_at or "", []).append(rank)
     rare = min(places, key=lambda place: (any(name in place for name in WAITING), len(places[place])))
     where = [f"rank {', '.join(map(str, ranks))} at {place}" for place, ranks in places.items()]
-    rank, how = (silent[0], "does not answer") if silent else (places[rare][0], "stands still")
+    rank, how = (silent[0], "does not answer") if silent else (places[rare][0], "is stalled")
     return WorkerFailure(
         rank,
         f"{how}: {hangs.get(rank, first).message}; {'; '.join(where)}; the stacks of every rank are in its log",

@@ -57,7 +57,7 @@ def launch(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int
     if plan.joined:
         check_joined(place, policy, plan.device_type)
     elif policy.max_restarts and plan.world_size == 1:
-        notice("launch.max_restarts has no effect on one process: nobody would be left to start it again")
+        notice("launch.max_restarts has no effect on one process: no parent process would be left to restart it")
     if plan.joined or plan.world_size == 1:
         from pretrain.run import tasks
 
@@ -79,7 +79,7 @@ def check_joined(place: RankInfo, policy: LaunchConfig, device_type: str) -> Non
     keys = [k for k in ("max_restarts", "nodes", "endpoint") if getattr(policy, k) != getattr(LaunchConfig, k)]
     if keys and place.rank == 0:
         given = ", ".join(f"launch.{key}" for key in keys)
-        notice(f"{given}: no effect under RANK and WORLD_SIZE; whoever has started the processes decides that")
+        notice(f"{given}: no effect under RANK and WORLD_SIZE; the program that started the processes decides them")
     shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if place.rank == 0 and shares_store and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         notice(

@@ -81,7 +81,7 @@ def meet(endpoint: str, *, nodes: int, is_host: bool, local_address: str, timeou
         backend = C10dRendezvousBackend(store, "pretrain")
     except (RuntimeError, RendezvousConnectionError) as error:
         raise UserError(
-            f"launch.endpoint={endpoint}: nobody answers there; does the command run on that machine?"
+            f"launch.endpoint={endpoint}: nothing answers there; is the command running on that machine?"
         ) from error
     return DynamicRendezvousHandler.from_backend(
         *("pretrain", store, backend, nodes, nodes, local_address),

@@ -60,7 +60,7 @@ def layout(config: RunConfig, strategy: Strategy, policy: LaunchConfig) -> Topol
         notice(f"strategy={name} uses 1 of {devices} GPUs; to use all of them: strategy={_of_several()}")
     if policy.nodes > 1 and policy.endpoint is None:
         raise UserError(
-            f"launch.nodes={policy.nodes}: the nodes have to meet: launch.endpoint=<host>:<port> of one of them"
+            f"launch.nodes={policy.nodes}: the nodes need an endpoint: launch.endpoint=<host>:<port> of one of them"
         )
     if policy.nodes > 1 and strategy.workers(2) == 1:
         raise UserError(f"launch.nodes={policy.nodes}: strategy={name} is one process; use {_of_several()}")

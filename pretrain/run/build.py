@@ -95,7 +95,7 @@ def build_evaluator(config: RunConfig, prepared: Prepared, *, batch_size: int | 
     policy = config.evaluation
     scored = batch_size if policy.batch_size == "auto" else policy.batch_size
     if scored is None:
-        raise UserError("evaluation.batch_size=auto is that of a training; here it needs a number")
+        raise UserError("evaluation.batch_size=auto is the batch_size of a training run; this task needs a number")
 
     settings = {
         "sequence_length": config.sequence_length,
@@ -283,7 +283,7 @@ def build_split(
 
     size = world.on_main_rank(lambda: recorded_batch_size(resume_from, device=device_name(world.device)))
     if size is not None and asked.total % size == 0:
-        split, why = asked.of(size), "as this run has had it so far"
+        split, why = asked.of(size), "as in this run so far"
     else:
         moments = moment_bytes(config.optimizer, engine.model)
         split, why = choose(engine, rows, total=asked.total, sequence_length=length, moment_bytes=moments)

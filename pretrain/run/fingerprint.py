@@ -60,12 +60,12 @@ def check_same_run(
     reasons = []
     for part in changed:
         keys = [d for d in differences(old, new) if d.split(".")[0].split(":")[0] in FIXED[part]]
-        why = " (the files changed since the run began)" if part in ("model", "tokenizer", "data") else ""
+        why = " (the files have changed since the run started)" if part in ("model", "tokenizer", "data") else ""
         if part == "data" and files:
-            keys.append(f"the data is not what the run began with: {files}")
+            keys.append(f"the data has changed since the run started: {files}")
         if part == "data" and not keys and old != earlier:
             keys.append(
-                f"{'; '.join(LATER)}: the run began without BOS before documents; {LATER[0]}=false continues it"
+                f"{'; '.join(LATER)}: the run started without BOS before documents; {LATER[0]}=false continues it"
             )
         reasons += keys or [f"{part}: {before.get(part)} → {identity[part]}{why}"]
         if part == "model":

@@ -195,8 +195,8 @@ def _may_begin(folder: Path, config: RunConfig, steps: int) -> bool:
     )
     if changed:
         raise UserError(
-            f"output_dir={folder} holds {describe(folder)} without a checkpoint that could be continued, with other settings: "
-            f"{'; '.join(changed)}. Choose another output_dir, or resume=never to keep it aside and start over"
+            f"output_dir={folder} holds {describe(folder)} without a checkpoint to resume from, with other settings: "
+            f"{'; '.join(changed)}. Choose another output_dir, or resume=never to move it aside and start over"
         )
     if facts.get("status") == "finished":
         say_finished(folder, facts)
@@ -257,7 +257,7 @@ def claim(output_dir: str, *, start_over: bool = False, foreign: bool = False) -
             refused.pop_all()
     except Busy:
         holder = (path / ".lock").read_text().strip() or "unknown"
-        raise UserError(f"output_dir={output_dir}: another run is at work in it (host and pid: {holder})") from None
+        raise UserError(f"output_dir={output_dir}: another run is using it (host and pid: {holder})") from None
     except OSError as error:
         raise UserError(f"output_dir={output_dir}: can't be written: {error.strerror}") from None
     return folder

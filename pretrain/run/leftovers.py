@@ -52,9 +52,9 @@ def check_not_foreign(folder: Path) -> None:
     """Raise ``UserError`` for a folder in which another program has files under the names that a run writes."""
     found = found_in(folder, (*RESULTS, *SETTINGS))
     if found and not is_run(folder):
+        verb = "was" if len(found) == 1 else "were"
         raise UserError(
-            f"output_dir={folder}: {_named(found)} in it {'is' if len(found) == 1 else 'are'} no run's and would be replaced; "
-            "choose another"
+            f"output_dir={folder}: {_named(found)} in it {verb} not written by a run and would be replaced; choose another"
         )
 
 

@@ -53,7 +53,7 @@ def explained(
     if more:
         ways.append(f"{'less is needed' if not ways else 'less still'} with {', '.join(more)}")
     if step:
-        ways.append("the run goes on from its last checkpoint")
+        ways.append("the run resumes from its last checkpoint")
     return UserError(f"out of memory {where} on {device}: {failure}{'; ' if ways else ''}{'; '.join(ways)}")
 
 

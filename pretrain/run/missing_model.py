@@ -34,7 +34,7 @@ class Remains:
 
     @property
     def notice(self) -> str:
-        return f"model_name={self.name} is no longer there: the run continues with the model in {self.checkpoint}"
+        return f"model_name={self.name} no longer exists: the run continues with the model in {self.checkpoint}"
 
     def in_place_of(self, spec: Any) -> Any:
         """Return ``spec`` with the checkpoint's config, and with its tokenizer where that of ``spec`` no longer exists."""
@@ -64,7 +64,7 @@ def remains_of(config: RunConfig) -> Remains | None:
         if name != known and not _is_there(name, "model_name"):
             raise UserError(
                 f"model_name={name}: no such folder or model; {checkpoint} was trained with model_name={known}: "
-                "with this name the run continues, even where that folder is gone"
+                "with this name the run continues even if that folder no longer exists"
             )
         return None
     return Remains(checkpoint, state["identity"]["model"], config.model_name)

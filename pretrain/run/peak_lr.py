@@ -47,7 +47,7 @@ def say_lr_change(checkpoint: Path, config: RunConfig, steps: int) -> None:
 def say_lr(asked: Any, lr: float, *, continued: bool) -> None:
     """Report the learning rate that ``lr=auto`` stands for."""
     if asked == AUTO:
-        why = "as this run has had it so far" if continued else "by the model's size; docs/runs.md"
+        why = "as in this run so far" if continued else "by the model's size; docs/runs.md"
         notice(f"lr=auto: {lr:g} ({why})")
 
 

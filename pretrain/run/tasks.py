@@ -137,7 +137,7 @@ def say_hung(log: Path, place: str, how_long: str) -> None:
     message bypasses logging, and a daemon thread writes run.json.
     """
     sys.stderr.write(
-        f"{log.stem} stands still at {place}: {how_long}, so it ends; all stacks are in {log}; the same command goes on "
+        f"{log.stem} is stalled at {place}: {how_long}, so it ends; all stacks are in {log}; the same command resumes "
         "from the last checkpoint\n"
     )
     threading.Thread(target=mark_failed, args=(log.parent.parent,), daemon=True).start()
@@ -147,14 +147,14 @@ def check_ranks_agree(world: DistributedContext, setting: Setting, facts: dict[s
     """Raise ``UserError`` where a rank, for example on another machine, has another config or other data than rank 0."""
     if world.size != setting.workers:
         raise UserError(
-            f"{world.size} processes have met, {setting.workers} were meant to: give all nodes equal devices"
+            f"{world.size} processes have joined, {setting.workers} were expected: give all nodes the same number of devices"
         )
     every = world.all_gather_object(lambda: facts)
     for rank, theirs in enumerate(every):
         differing = [name for name, value in every[0].items() if theirs[name] != value]
         if differing:
             raise UserError(
-                f"rank {rank} has another {', '.join(differing)} than rank 0: all need the same command, model and text"
+                f"rank {rank} differs from rank 0 in its {', '.join(differing)}: all ranks need the same command, model and text"
             )
 
 

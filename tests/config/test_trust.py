@@ -201,7 +201,7 @@ def test_the_message_says_how_to_trust(command, mark):
 def test_a_node_that_appears_when_resolved_again(command, mark):
     """Hydra's instantiate resolves once more; what the first time was text would be a node by then."""
     hidden = r"+model.overrides.x='\${oc.create:{_target_: foreign.run}}'"
-    assert_mistake(command(["model=scratch", hidden]), "the mark of an interpolation")
+    assert_mistake(command(["model=scratch", hidden]), "the start of an interpolation")
     assert not mark.exists()
 
 

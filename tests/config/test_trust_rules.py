@@ -57,26 +57,26 @@ def refusal(target) -> str:
         (
             "pretrain.strategy.single.Single",
             PARTS["optimizer"],
-            "a.b._target_='pretrain.strategy.single.Single': not a part that can stand here; allowed are those of "
+            "a.b._target_='pretrain.strategy.single.Single': not a part that is allowed here; allowed are those of "
             "pretrain.optim.base.OptimizerFactory",
         ),
         (
             "pretrain.strategy.single.Single",
             OptimizerFactory,
-            "a.b._target_='pretrain.strategy.single.Single': not a part that can stand here; allowed are those of "
+            "a.b._target_='pretrain.strategy.single.Single': not a part that is allowed here; allowed are those of "
             "pretrain.optim.base.OptimizerFactory",
         ),
         (
             "pretrain.optim.base.OptimizerFactory",
             OptimizerFactory,
-            "a.b._target_='pretrain.optim.base.OptimizerFactory': not a part that can stand here; allowed are those of "
+            "a.b._target_='pretrain.optim.base.OptimizerFactory': not a part that is allowed here; allowed are those of "
             "pretrain.optim.base.OptimizerFactory",
         ),
         *(  # a helper of the schedules' module, a class, and a function of another module are no schedules
             (
                 name,
                 SCHEDULES,
-                f"a.b._target_={name!r}: not a part that can stand here; allowed are those of {SCHEDULES}",
+                f"a.b._target_={name!r}: not a part that is allowed here; allowed are those of {SCHEDULES}",
             )
             for name in ("pretrain.optim.schedule.warmup", ADAMW, "pretrain.config.trust.trusts")
         ),

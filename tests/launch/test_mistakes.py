@@ -208,7 +208,9 @@ def test_ranks_that_disagree(differs, says, spawn, base_arguments, exact_model, 
     outs = [rank.communicate(timeout=180)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], outs
     for out in outs:
-        assert out == f"error: rank 1 has another {says} than rank 0: all need the same command, model and text\n"
+        assert (
+            out == f"error: rank 1 differs from rank 0 in its {says}: all ranks need the same command, model and text\n"
+        )
     assert not (tmp_path / "run").exists()
 
 
