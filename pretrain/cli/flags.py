@@ -16,7 +16,7 @@ from pretrain.runtime.errors import UserError
 
 WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd"}
 # Options of Hydra that are refused, with the number of their values. The last one would load a pickle.
-NOT_HERE = {"--config-path": 1, "-cp": 1, "--config-name": 1, "-cn": 1, "--experimental-rerun": 1}
+UNSUPPORTED = {"--config-path": 1, "-cp": 1, "--config-name": 1, "-cn": 1, "--experimental-rerun": 1}
 INFOS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 COMMANDS = ("multirun", "run", "cfg", "info", "hydra_help", "shell_completion")
 
@@ -28,7 +28,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     rest = iter(arguments)
     for argument in rest:
         if argument.startswith("-"):
-            options += [argument, *islice(rest, int(argument in WITH_VALUE or argument in NOT_HERE))]
+            options += [argument, *islice(rest, int(argument in WITH_VALUE or argument in UNSUPPORTED))]
         elif argument in INFOS and options[-1:] in (["--info"], ["-i"]):
             options.append(argument)
         else:
@@ -44,11 +44,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options, words = split(arguments)
     for option in options:
         name = option.partition("=")[0]
-        if name in NOT_HERE:
+        if name in UNSUPPORTED:
             raise UserError(f"{name}: not supported; a flat YAML is --config FILE, a folder --config-dir")
     parser = get_args_parser()
     parser.allow_abbrev = False
-    parser.error = _no_option  # type: ignore[method-assign]
+    parser.error = _raise_mistake  # type: ignore[method-assign]
     given, unknown = parser.parse_known_args(options)
     for option in unknown:
         _explain(option, words)
@@ -72,7 +72,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return given
 
 
-def _no_option(message: str) -> NoReturn:
+def _raise_mistake(message: str) -> NoReturn:
     raise UserError(message)
 
 

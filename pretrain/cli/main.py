@@ -30,7 +30,7 @@ from pretrain.config.compose import asks_for_sweep, compose, forced, in_plain_wo
 from pretrain.config.hydra_configs import composing
 from pretrain.config.hydra_trust import check_hydra
 from pretrain.config.quoting import quoted, quoted_word
-from pretrain.config.trust import COMMAND_LINE_ONLY, check_said, said
+from pretrain.config.trust import COMMAND_LINE_ONLY, check_command_line_only, command_line_only_values
 from pretrain.runtime import garbage_collector as collector
 from pretrain.runtime.console import complain, notice, quiet_libraries
 from pretrain.runtime.errors import UserError, WorkersFailed
@@ -109,9 +109,9 @@ def _dispatch(arguments: list[str]) -> int:
         os.getcwd()
     except OSError as error:
         raise UserError(f"the current folder no longer exists: {error.strerror}; change to another one") from None
-    spoken = said(arguments)
+    cli_values = command_line_only_values(arguments)
     arguments = _with_flat_file(arguments)
-    if said(arguments) != spoken:
+    if command_line_only_values(arguments) != cli_values:
         raise UserError(f"--config: a file may not set {', '.join(COMMAND_LINE_ONLY)}; the command line may")
     known = secrets()
     for argument in arguments:
@@ -123,13 +123,13 @@ def _dispatch(arguments: list[str]) -> int:
     if given.shell_completion:
         return _complete(given.overrides)
     if given.multirun or asks_for_sweep(given):
-        return _sweep(arguments, given, spoken)
+        return _sweep(arguments, given, cli_values)
     overrides = [forced(quoted_word(word, sweeping=False)) for word in given.overrides]
     if given.config_dir or given.cfg or given.info or given.hydra_help:
         check_hydra(overrides, conf_dir(), given.config_dir)
     if given.cfg or given.info or given.hydra_help:
-        return _show(given, overrides, spoken)
-    return run(compose(overrides, given.config_dir), overrides, spoken)
+        return _show(given, overrides, cli_values)
+    return run(compose(overrides, given.config_dir), overrides, cli_values)
 
 
 def _version() -> str:
@@ -157,8 +157,8 @@ def _with_flat_file(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def _sweep(arguments: list[str], given: Namespace, spoken: dict[str, Any]) -> int:
-    """Run a sweep and return its exit code. ``arguments`` are as typed; ``spoken``: see `trust.said`."""
+def _sweep(arguments: list[str], given: Namespace, cli_values: dict[str, Any]) -> int:
+    """Run a sweep and return its exit code. ``arguments`` are as typed; ``cli_values``: see `trust.command_line_only_values`."""
     overrides = [forced(quoted_word(word, sweeping=True)) for word in given.overrides]
     check_hydra(overrides, conf_dir(), given.config_dir)
     logging.getLogger("pretrain").propagate = False  # notices are on stderr already; Hydra would repeat them
@@ -169,17 +169,17 @@ def _sweep(arguments: list[str], given: Namespace, spoken: dict[str, Any]) -> in
     from pretrain.sweep.plugins import register
 
     register(OptunaSweeper, SideBySideLauncher, SlurmLauncher)
-    return sweep(arguments, given.config_dir, overrides, spoken)
+    return sweep(arguments, given.config_dir, overrides, cli_values)
 
 
-def _show(given: Namespace, overrides: list[str], spoken: dict[str, Any]) -> int:
+def _show(given: Namespace, overrides: list[str], cli_values: dict[str, Any]) -> int:
     """Print what Hydra shows of a config. A config that no machine could run is refused first."""
     if given.cfg in ("job", "all"):
         config = compose(overrides, given.config_dir)
         if given.package and OmegaConf.select(config, given.package, throw_on_missing=False) is None:
             raise UserError(f"--package={given.package}: the configuration has no such key")
         resolved = resolve(config)
-        check_said(resolved, spoken)
+        check_command_line_only(resolved, cli_values)
         name = check(resolved, here=False).name
         if given.resolve:
             overrides = [*overrides, f"++name={quoted(name)}"]  # output_dir depends on it
@@ -187,7 +187,7 @@ def _show(given: Namespace, overrides: list[str], spoken: dict[str, Any]) -> int
         if given.cfg:
             hydra.show_cfg("config", overrides, given.cfg, given.package, given.resolve)
         elif given.info:
-            with _own_logging():
+            with _root_logger_restored():
                 hydra.show_info(given.info, "config", overrides)
         else:
             given.overrides = overrides
@@ -196,7 +196,7 @@ def _show(given: Namespace, overrides: list[str], spoken: dict[str, Any]) -> int
 
 
 @contextmanager
-def _own_logging() -> Iterator[None]:
+def _root_logger_restored() -> Iterator[None]:
     """Restore the root logger at the end of the block; Hydra makes it print all messages on stdout."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
@@ -217,10 +217,10 @@ def _complete(words: list[str]) -> int:
     return 0
 
 
-def run(config: DictConfig, overrides: list[str], spoken: dict[str, Any]) -> int:
-    """Check a composed config, run its task, and return the exit code. ``spoken``: see `trust.said`."""
+def run(config: DictConfig, overrides: list[str], cli_values: dict[str, Any]) -> int:
+    """Check a composed config, run its task, and return the exit code. ``cli_values``: see `trust.command_line_only_values`."""
     resolved = resolve(config)
-    check_said(resolved, spoken)
+    check_command_line_only(resolved, cli_values)
     checked = check(resolved)
     check_temporary_folder()
     interrupt = Interrupt()

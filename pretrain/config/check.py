@@ -212,7 +212,7 @@ def check_nested(path: str, value: Any, hint: Any, trusted: list[str]) -> None:
         check_part(path, value, Any, trusted)
         return
     base = part_in(hint)
-    check_value(path, value, hint if base is None else _with_nodes(hint, base))
+    check_value(path, value, hint if base is None else _with_node_types(hint, base))
     for key, item in _items(value):
         if base is not None:
             check_part(f"{path}.{key}", item, base, trusted)
@@ -232,11 +232,11 @@ def part_in(hint: Any) -> type | None:
     return next((part for part in map(part_in, get_args(hint)) if part is not None), None)
 
 
-def _with_nodes(hint: Any, base: type) -> Any:
+def _with_node_types(hint: Any, base: type) -> Any:
     """Return ``hint`` with the type of a part's node, ``dict[str, Any]``, in place of ``base``."""
     if hint is base:
         return dict[str, Any]
-    arguments = tuple(_with_nodes(argument, base) for argument in get_args(hint))
+    arguments = tuple(_with_node_types(argument, base) for argument in get_args(hint))
     return get_origin(hint)[arguments] if arguments else hint
 
 

@@ -90,13 +90,13 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise UserError(in_plain_words(error)) from None
     assert isinstance(resolved, dict)
-    return {str(key): _at_home(str(key), with_moved_targets(value)) for key, value in resolved.items()}
+    return {str(key): _with_home_expanded(str(key), with_moved_targets(value)) for key, value in resolved.items()}
 
 
-def _at_home(key: str, value: Any) -> Any:
+def _with_home_expanded(key: str, value: Any) -> Any:
     """Return ``value`` with ``~/x`` and ``~user/x`` expanded in the values of all keys that are paths."""
     if isinstance(value, dict):
-        return {name: _at_home(str(name), item) for name, item in value.items()}
+        return {name: _with_home_expanded(str(name), item) for name, item in value.items()}
     return os.path.expanduser(value) if key in PATH_KEYS and isinstance(value, str) else value
 
 

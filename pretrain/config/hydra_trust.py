@@ -44,21 +44,21 @@ def check_hydra(overrides: list[str], conf: Path, config_dir: str | None) -> Non
     """
     with composing(conf, None) as hydra:
         own = [o for o in overrides if re.match(r"[+~]*hydra[./@]", o) and not _chooses_elsewhere(o, hydra)]
-        by_command_line = _hydra_node(hydra, own)
+        allowed = _hydra_node(hydra, own)
     with composing(conf, config_dir) as hydra:
 
-        def judge(words: list[str]) -> dict[str, Any]:
+        def check_job(words: list[str]) -> dict[str, Any]:
             found = _hydra_node(hydra, words)
-            _check_node(found, by_command_line, words)
+            _check_node(found, allowed, words)
             return found
 
         first = _sweeps(overrides, hydra)[0]
-        params = (judge(first)["sweeper"] or {}).get("params") or {}
+        params = (check_job(first)["sweeper"] or {}).get("params") or {}
         words = [*(f"{key}={value}" for key, value in params.items()), *overrides]  # as Hydra applies an experiment's
         fixed, swept = _sweeps(words, hydra)
         for choices in itertools.product(*swept):
             if (job := [*fixed, *choices]) != first:
-                judge(job)
+                check_job(job)
 
 
 def _chooses_elsewhere(override: str, hydra: Hydra) -> bool:
@@ -76,19 +76,19 @@ def _hydra_node(hydra: Hydra, words: list[str]) -> dict[str, Any]:
 
 
 def _check_node(found: dict[str, Any], expected: dict[str, Any], words: list[str]) -> None:
-    said = [*found["overrides"]["task"], *found["overrides"]["hydra"]]
-    if sorted(said) != sorted(words):
+    words_found = [*found["overrides"]["task"], *found["overrides"]["hydra"]]
+    if sorted(words_found) != sorted(words):
         raise _refused("overrides")
     if found["launcher"] != expected["launcher"] and (key := _executed_launcher_key(found["launcher"] or {})):
         raise _refused(f"launcher.{key}")
     if found["sweeper"] != expected["sweeper"] and not _only_sweeps(found["sweeper"]):
         raise _refused("sweeper")
-    other = _without_judged(found), _without_judged(expected)
+    other = _without_checked_separately(found), _without_checked_separately(expected)
     if key := _first_difference(*other):
         raise _refused(key)
 
 
-def _without_judged(node: dict[str, Any]) -> dict[str, Any]:
+def _without_checked_separately(node: dict[str, Any]) -> dict[str, Any]:
     """Return ``node`` without the keys that are checked separately or not at all."""
     kept = {key: dict(value) if isinstance(value, dict) else value for key, value in node.items()}
     for path in ("launcher", "sweeper", *MAY_SET, *SET_BY_HYDRA):

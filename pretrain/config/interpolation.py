@@ -14,13 +14,13 @@ from omegaconf.base import Container
 
 from pretrain.runtime.errors import UserError
 
-MOST = 1_000_000  # limit on the characters and values of all references together
-EACH = 200  # counted in addition for each reference, because resolving one takes 0.1 ms
+MAX_TOTAL = 1_000_000  # limit on the characters and values of all references together
+REFERENCE_COST = 200  # counted in addition for each reference, because resolving one takes 0.1 ms
 
 
 @contextmanager
 def bounded_interpolation() -> Iterator[None]:
-    """Limit the references that OmegaConf resolves inside the block to a total of ``MOST``.
+    """Limit the references that OmegaConf resolves inside the block to a total of ``MAX_TOTAL``.
 
     Raises ``UserError`` beyond the limit, also where OmegaConf has caught or replaced the error.
     """
@@ -29,8 +29,8 @@ def bounded_interpolation() -> Iterator[None]:
     def counted(follow: Callable[..., Any]) -> Callable[..., Any]:
         def run(self: Container, *args: Any, **options: Any) -> Any:
             nonlocal spent
-            spent += EACH
-            if spent > MOST:
+            spent += REFERENCE_COST
+            if spent > MAX_TOTAL:
                 raise OverflowError
             found = follow(self, *args, **options)
             spent += _size(found)
@@ -44,12 +44,12 @@ def bounded_interpolation() -> Iterator[None]:
             setattr(Container, name, counted(follow))
         yield
     except Exception:
-        if spent <= MOST:
+        if spent <= MAX_TOTAL:
             raise
     finally:
         for name, follow in before.items():
             setattr(Container, name, follow)
-    if spent > MOST:
+    if spent > MAX_TOTAL:
         raise UserError("the references (${…}) in it expand to more than fits into a config")
 
 

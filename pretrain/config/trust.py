@@ -119,7 +119,7 @@ def _refused(path: str, target: Any) -> UserError:
     )
 
 
-def said(arguments: list[str]) -> dict[str, Any]:
+def command_line_only_values(arguments: list[str]) -> dict[str, Any]:
     """Return the values that the command line gives to the keys in ``COMMAND_LINE_ONLY``; the last value of a key counts."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -127,14 +127,14 @@ def said(arguments: list[str]) -> dict[str, Any]:
     return {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(own)}
 
 
-def check_said(config: dict[str, Any], spoken: dict[str, Any]) -> None:
+def check_command_line_only(config: dict[str, Any], cli_values: dict[str, Any]) -> None:
     """Raise ``UserError`` when a key that only the command line may set has a value that a file has given.
 
-    ``spoken`` holds the values of the command line, from `said`.
+    ``cli_values`` holds the values of the command line, from `command_line_only_values`.
     """
     for key, harmless in COMMAND_LINE_ONLY.items():
         value: Any = config
         for name in key.split("."):
             value = value.get(name) if isinstance(value, dict) else None
-        if value not in (None, harmless, spoken.get(key)):
+        if value not in (None, harmless, cli_values.get(key)):
             raise UserError(f"{key}={value}: set by a config file; if you trust it, put '{key}=…' on the command line")

@@ -35,26 +35,26 @@ def read_yaml(file: Path, *, name: str | None = None) -> Any:
 
 def checked_text(file: Path, *, name: str | None = None) -> str:
     """Return the text of a YAML file. Raises ``UserError`` where the file exceeds the limits or is not YAML."""
-    said = name or str(file)
+    shown_name = name or str(file)
     try:
         if not file.is_file() and file.exists():
-            raise UserError(f"{said}: not a file")
+            raise UserError(f"{shown_name}: not a file")
         with file.open("rb") as opened:
             content = opened.read(MAX_BYTES + 1)
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{said}: no such file") from None
+        raise UserError(f"{shown_name}: no such file") from None
     except OSError as error:
-        raise UserError(f"{said}: can't be read: {error.strerror}") from None
+        raise UserError(f"{shown_name}: can't be read: {error.strerror}") from None
     except ValueError as error:  # not UTF-8; a path with a null byte
-        raise UserError(f"{said}: can't be read as YAML: {error}") from None
+        raise UserError(f"{shown_name}: can't be read as YAML: {error}") from None
     if len(content) > MAX_BYTES:
-        raise UserError(f"{said}: larger than {MAX_BYTES // 2**20} MiB, the limit for a config")
-    check_limits(text, said)
+        raise UserError(f"{shown_name}: larger than {MAX_BYTES // 2**20} MiB, the limit for a config")
+    check_limits(text, shown_name)
     return text
 
 
-def check_limits(text: str, said: str) -> None:
+def check_limits(text: str, shown_name: str) -> None:
     """Raise ``UserError`` for text that is nested too deeply, has too many values after expansion, or is not YAML."""
     import yaml
 
@@ -66,7 +66,9 @@ def check_limits(text: str, said: str) -> None:
             line = event.start_mark.line + 1
             if isinstance(event, yaml.AliasEvent):
                 if event.anchor not in known:  # undefined, or an alias inside its own node
-                    raise UserError(f"{said}:{line}: *{event.anchor} refers to nothing that is complete before it")
+                    raise UserError(
+                        f"{shown_name}:{line}: *{event.anchor} refers to nothing that is complete before it"
+                    )
                 values += known[event.anchor]
             elif isinstance(event, yaml.CollectionStartEvent):
                 open_nodes.append((event.anchor, values))
@@ -80,8 +82,8 @@ def check_limits(text: str, said: str) -> None:
                 if anchor:
                     known[anchor] = values - before
             if len(open_nodes) > MAX_DEPTH:
-                raise UserError(f"{said}:{line}: nested more than {MAX_DEPTH} deep, the limit for a config")
+                raise UserError(f"{shown_name}:{line}: nested more than {MAX_DEPTH} deep, the limit for a config")
             if values > MAX_VALUES:
-                raise UserError(f"{said}:{line}: more than {MAX_VALUES} values, the limit for a config")
+                raise UserError(f"{shown_name}:{line}: more than {MAX_VALUES} values, the limit for a config")
     except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{said}: can't be read as YAML: {one_line(error, lines=None)}") from None
+        raise UserError(f"{shown_name}: can't be read as YAML: {one_line(error, lines=None)}") from None

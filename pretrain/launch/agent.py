@@ -40,7 +40,7 @@ def run_workers(config: dict[str, Any], overrides: list[str], setting: Setting, 
     check_place_for_sockets()
     check_semaphores()
     warm_up()
-    meeting = _meeting(policy, setting.device_type)
+    meeting = _rendezvous_arguments(policy, setting.device_type)
     with tempfile.TemporaryDirectory(prefix="pretrain-") as reports:
         job = WorkerJob(config, overrides, setting, reports, dict(os.environ), os.getcwd())
         _wait_for_data(job)
@@ -74,7 +74,7 @@ def _wait_for_data(job: WorkerJob) -> None:
         )
 
 
-def _meeting(policy: LaunchConfig, device_type: str) -> dict[str, Any]:
+def _rendezvous_arguments(policy: LaunchConfig, device_type: str) -> dict[str, Any]:
     """Return the arguments of `pretrain.launch.rendezvous.meet` for a run on several nodes; empty for a single node.
 
     Raises ``UserError`` for an endpoint that can't be used, before any data is read.
@@ -118,7 +118,7 @@ def _run_agent(job: WorkerJob, workers: int, policy: LaunchConfig, meeting: dict
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
     from pretrain.launch.elastic import Agent
-    from pretrain.launch.rendezvous import Alone, meet
+    from pretrain.launch.rendezvous import SingleAgentRendezvous, meet
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn", "torchelastic-events-null"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # this program reports the cause itself, once
@@ -127,7 +127,7 @@ def _run_agent(job: WorkerJob, workers: int, policy: LaunchConfig, meeting: dict
         local_world_size=workers,
         entrypoint=work,
         args=(job,),
-        rdzv_handler=meet(**meeting) if meeting else Alone(uuid.uuid4().hex),
+        rdzv_handler=meet(**meeting) if meeting else SingleAgentRendezvous(uuid.uuid4().hex),
         max_restarts=policy.max_restarts,
         monitor_interval=0.05,
     )

@@ -27,7 +27,7 @@ from pretrain.runtime.signals import ONE_CTRL_C_SECONDS, SIGNALS, Stopped
 from pretrain.telemetry.run_file import mark_failed
 
 # Only the kernel or a person sends these. SIGABRT can be a consequence of another rank's failure, and torch sends SIGTERM.
-KILLERS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+FATAL_SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 REPORT_SECONDS = 1.0  # after one worker has exited, the others have this long to write their reports
 STACKS_SECONDS = 0.5  # after that, workers that are still alive have this long to write their stacks
 
@@ -46,7 +46,7 @@ class Agent(LocalElasticAgent):
         super().__init__(*args, **options)
         self.reports = reports
         self.stop: str | None = None
-        self._asked_at = 0.0
+        self._stop_time = 0.0
         self._pids: list[int] = []
         self.deaths: dict[int, int] = {}
         self.stuck: set[int] = set()
@@ -75,7 +75,7 @@ class Agent(LocalElasticAgent):
             raise UserError(cause.message)
         if self.stop is not None:
             raise Stopped(self.stop)
-        raise WorkersFailed(cause.told(run / "logs"))
+        raise WorkersFailed(cause.terminal_message(run / "logs"))
 
     def cause(self) -> WorkerFailure:
         """Return the cause: a user's mistake, else a hang, else a death by a signal, else the earliest exception."""
@@ -86,7 +86,7 @@ class Agent(LocalElasticAgent):
         if hangs:
             return cause_of_hang(hangs, sorted(self.stuck - hangs.keys()))
         for rank, code in self.deaths.items():
-            if -code in KILLERS:
+            if -code in FATAL_SIGNALS:
                 return WorkerFailure(rank, f"was killed by {signal.Signals(-code).name}", "", time.monotonic())
         if reports:
             return reports[0]
@@ -104,7 +104,7 @@ class Agent(LocalElasticAgent):
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torch's handlers would raise anywhere
         self._pids, self._closed = [], False
         for number in SIGNALS:
-            signal.signal(number, self._pass_on)
+            signal.signal(number, self._forward_signal)
         started = super()._start_workers(worker_group)
         assert self._pcontext is not None
         close = self._pcontext.close
@@ -155,14 +155,14 @@ class Agent(LocalElasticAgent):
             time.sleep(STACKS_SECONDS)
         close(signal.SIGKILL, 5)
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def _forward_signal(self, number: int, frame: FrameType | None) -> None:
         """Forward a stop signal: the workers finish the step and save a checkpoint. A second Ctrl-C kills them."""
         name = signal.Signals(number).name
         if self.stop is None:
-            self.stop, self._asked_at = name, time.monotonic()
+            self.stop, self._stop_time = name, time.monotonic()
             self._kill(signal.SIGTERM)
             notice(f"{name}: finishing this step, then saving; Ctrl-C again leaves at once")
-        elif number == signal.SIGINT and time.monotonic() - self._asked_at > ONE_CTRL_C_SECONDS:
+        elif number == signal.SIGINT and time.monotonic() - self._stop_time > ONE_CTRL_C_SECONDS:
             self._kill(signal.SIGKILL)
             raise SystemExit(128 + number)
 

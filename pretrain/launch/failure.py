@@ -40,7 +40,7 @@ class WorkerFailure:
     def first_line(self) -> str:
         return self.message.splitlines()[0] if self.message else "failed"
 
-    def told(self, logs: Path) -> str:
+    def terminal_message(self, logs: Path) -> str:
         """Return the message for the terminal, with the log file that has the details."""
         more = f"{logs}/rank-{self.rank}.log"
         return (

@@ -53,7 +53,7 @@ def launch(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int
         grad_clip=config.grad_clip,
     )
     strategy.check(setting)
-    place = place_in(plan)
+    place = rank_info(plan)
     if plan.joined:
         check_joined(place, policy, plan.device_type)
     elif policy.max_restarts and plan.world_size == 1:
@@ -100,7 +100,7 @@ def check_auto(config: RunConfig, strategy: Strategy) -> None:
         )
 
 
-def place_in(plan: Topology) -> RankInfo:
+def rank_info(plan: Topology) -> RankInfo:
     """Return this process's rank and group size, from the environment of a run that torchrun or a cluster started."""
     if not plan.joined:
         return RankInfo()

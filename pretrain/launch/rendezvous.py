@@ -38,7 +38,7 @@ KNOWN = {  # the classes in the pickled state of a rendezvous
 }
 
 
-class Alone(RendezvousHandler):
+class SingleAgentRendezvous(RendezvousHandler):
     """The rendezvous of a run on one machine: a single agent, with the workers' ranks in its own memory."""
 
     def __init__(self, run_id: str) -> None:

@@ -54,20 +54,20 @@ def layout(config: RunConfig, strategy: Strategy, policy: LaunchConfig) -> Topol
     if config.devices not in ("auto", workers * each):
         raise UserError(
             f"devices={devices}: strategy={name} is one process on one device; allowed: auto, 1; for several: "
-            f"strategy={_of_several()}"
+            f"strategy={_multi_process_choices()}"
         )
     if workers * each < devices:
-        notice(f"strategy={name} uses 1 of {devices} GPUs; to use all of them: strategy={_of_several()}")
+        notice(f"strategy={name} uses 1 of {devices} GPUs; to use all of them: strategy={_multi_process_choices()}")
     if policy.nodes > 1 and policy.endpoint is None:
         raise UserError(
             f"launch.nodes={policy.nodes}: the nodes need an endpoint: launch.endpoint=<host>:<port> of one of them"
         )
     if policy.nodes > 1 and strategy.workers(2) == 1:
-        raise UserError(f"launch.nodes={policy.nodes}: strategy={name} is one process; use {_of_several()}")
+        raise UserError(f"launch.nodes={policy.nodes}: strategy={name} is one process; use {_multi_process_choices()}")
     return Topology(device_type, workers, policy.nodes, each)
 
 
-def _of_several() -> str:
+def _multi_process_choices() -> str:
     """Return the choices of the strategy group that use several processes, as "a, b or c"."""
     found = []
     for name in choices("strategy"):
@@ -117,7 +117,7 @@ def _joined(asked: str | int, strategy: Strategy, name: str) -> Topology:
         )
     if size > 1 and strategy.workers(2) == 1:
         raise UserError(
-            f"WORLD_SIZE={size}: strategy={name} is one process; start it without torchrun, or use {_of_several()}"
+            f"WORLD_SIZE={size}: strategy={name} is one process; start it without torchrun, or use {_multi_process_choices()}"
         )
     gpus = _gpus() if gpu_visible() else 0
     if gpus and local > gpus:

@@ -48,7 +48,7 @@ class WorkerJob:
 
 def prepare_data(job: WorkerJob) -> None:
     """Prepare the data before any worker exists. The process exits with 0, with 75 when stopped, or with 1 and a report."""
-    _enter(job)
+    _restore_parent_state(job)
     Interrupt().install()
     quiet_libraries()
     setting = job.setting
@@ -67,7 +67,7 @@ def prepare_data(job: WorkerJob) -> None:
 
 def work(job: WorkerJob) -> int:
     """Train as one rank and return the exit code. A failing worker writes a report and exits at once with 1."""
-    _enter(job)
+    _restore_parent_state(job)
     rank, local_size = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     run_id = os.environ["TORCHELASTIC_RUN_ID"]
@@ -98,12 +98,12 @@ def work(job: WorkerJob) -> int:
     return code
 
 
-def _enter(job: WorkerJob) -> None:
+def _restore_parent_state(job: WorkerJob) -> None:
     """Restore the parent's environment and working directory, which may have changed since the fork server started."""
     collector.rarely()
     os.environ.update({k: v for k, v in job.environment.items() if k not in FROM_AGENT})
     os.chdir(job.folder)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _train(job: WorkerJob, interrupt: Interrupt, place: RankInfo) -> int:
@@ -118,7 +118,7 @@ def _train(job: WorkerJob, interrupt: Interrupt, place: RankInfo) -> int:
     return tasks.pretraining(RunConfig.of(job.config), job.overrides, interrupt, job.setting, place, on_hang)
 
 
-def _leave_with_parent() -> None:
+def _exit_with_parent() -> None:
     """Exit as soon as the parent has ended, however it ended, so that no orphan remains."""
     parent = parent_process()
     assert parent is not None

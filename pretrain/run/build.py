@@ -93,8 +93,8 @@ def build_evaluator(config: RunConfig, prepared: Prepared, *, batch_size: int | 
     for line in prepared.notices:
         notice(line)
     policy = config.evaluation
-    scored = batch_size if policy.batch_size == "auto" else policy.batch_size
-    if scored is None:
+    rows_scored = batch_size if policy.batch_size == "auto" else policy.batch_size
+    if rows_scored is None:
         raise UserError("evaluation.batch_size=auto is the batch_size of a training run; this task needs a number")
 
     settings = {
@@ -108,7 +108,7 @@ def build_evaluator(config: RunConfig, prepared: Prepared, *, batch_size: int | 
         batches = evaluation_batches(
             held_out,
             sequence_length=config.sequence_length,
-            batch_size=scored,
+            batch_size=rows_scored,
             document_mask=config.dataset.document_mask,
             max_tokens=policy.max_tokens,
         )
@@ -126,10 +126,10 @@ def build_sampler(config: RunConfig, prepared: Prepared, scorer: InferenceEngine
     from pretrain.evaluation.samples import Sampler, prompts_of
 
     policy, tokenizer = config.evaluation, prepared.tokenizer
-    around, positions = prepared.boundaries, scorer.model.num_positions
-    first = around.separator if around.bos is None else around.bos
+    boundary_tokens, positions = prepared.boundaries, scorer.model.num_positions
+    first = boundary_tokens.separator if boundary_tokens.bos is None else boundary_tokens.bos
     prompts = prompts_of(evaluator.domains, policy, tokenizer, first=first, num_positions=positions)
-    return Sampler(prompts, tokenizer, policy.sample_tokens, separator=around.separator)
+    return Sampler(prompts, tokenizer, policy.sample_tokens, separator=boundary_tokens.separator)
 
 
 def build_exporter(
@@ -158,8 +158,8 @@ def build_schedule(config: RunConfig, steps: int) -> Schedule:
     """Return the learning-rate schedule of a run of ``steps`` optimizer steps, as a function of the step."""
     from pretrain.optim.learning_rate import warmup_steps
 
-    warm = warmup_steps(steps, config.warmup_proportion)
-    return partial(config.scheduler, total_steps=steps, warmup_steps=warm)
+    warmup = warmup_steps(steps, config.warmup_proportion)
+    return partial(config.scheduler, total_steps=steps, warmup_steps=warmup)
 
 
 def build_facts(
@@ -197,20 +197,20 @@ def build_intervals(config: RunConfig, prepared: Prepared, steps: int) -> tuple[
     from pretrain.telemetry.interval import Interval
     from pretrain.training.cadence import cadence
 
-    policy, kept = config.evaluation, config.checkpoint
+    policy, checkpoint = config.evaluation, config.checkpoint
     sequences = (prepared.train.num_tokens - 1) // config.sequence_length
-    found = cadence(
+    intervals = cadence(
         steps=steps,
         epoch_steps=max(1, sequences // prepared.global_batch),
         evaluate_every=config.evaluate_every,
         save_every=config.save_every,
         per_epoch=policy.per_epoch,
-        with_evaluation=kept.with_evaluation,
-        keep_every=kept.keep_every,
+        with_evaluation=checkpoint.with_evaluation,
+        keep_every=checkpoint.keep_every,
     )
-    for line in found.notices:
+    for line in intervals.notices:
         notice(line)
-    return Interval(found.evaluate_every), Interval(found.save_every)
+    return Interval(intervals.evaluate_every), Interval(intervals.save_every)
 
 
 def build_untouched(config: RunConfig, prepared: Prepared, *, batch_size: int) -> Untouched:
@@ -272,9 +272,9 @@ def build_split(
     from pretrain.run.metadata import device_name
     from pretrain.training.batch_size import choose, moment_bytes
 
-    asked, world = MicroBatching.asked(config), engine.world
+    requested, world = MicroBatching.asked(config), engine.world
     if config.batch_size != "auto":
-        return asked
+        return requested
     blocks, length = Blocks(prepared.train, config.sequence_length), config.sequence_length
 
     def rows(size: int) -> Batch:
@@ -282,11 +282,11 @@ def build_split(
         return blocks.batch(indices, document_mask=config.dataset.document_mask)
 
     size = world.on_main_rank(lambda: recorded_batch_size(resume_from, device=device_name(world.device)))
-    if size is not None and asked.total % size == 0:
-        split, why = asked.of(size), "as in this run so far"
+    if size is not None and requested.total % size == 0:
+        split, why = requested.of(size), "as in this run so far"
     else:
         moments = moment_bytes(config.optimizer, engine.model)
-        split, why = choose(engine, rows, total=asked.total, sequence_length=length, moment_bytes=moments)
+        split, why = choose(engine, rows, total=requested.total, sequence_length=length, moment_bytes=moments)
     notice(f"batch_size=auto: batch_size={split.batch_size} gradient_accumulation_steps={split.accumulation} ({why})")
     return split
 
@@ -339,7 +339,7 @@ def build_trainer(
     uniform = prepared.model.uniform_loss()
     facts = build_facts(config, engine, split=split, setting=setting, place=place) | {"uniform_loss": uniform}
     files = prepared.train.store.files
-    heard = build_listeners(config, folder, files, uniform_loss=uniform) if world.is_main else ([], list)
+    observers = build_listeners(config, folder, files, uniform_loss=uniform) if world.is_main else ([], list)
     return Trainer(
         world=world,
         engine=engine,
@@ -361,7 +361,7 @@ def build_trainer(
         layers=build_layers(config, engine),
         resume_from=resume_from,
         facts=facts,
-        listeners=heard[0],
-        unsaved_records=heard[1],
+        listeners=observers[0],
+        unsaved_records=observers[1],
         watchdog=watchdog,
     )

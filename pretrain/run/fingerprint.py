@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.schema import read_state
-from pretrain.run.leftovers import LATER, read_config, with_later_keys
+from pretrain.run.leftovers import LATER_KEYS, read_config, with_later_keys
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.strict_json import read_json
 
@@ -65,19 +65,19 @@ def check_same_run(
             keys.append(f"the data has changed since the run started: {files}")
         if part == "data" and not keys and old != earlier:
             keys.append(
-                f"{'; '.join(LATER)}: the run started without BOS before documents; {LATER[0]}=false continues it"
+                f"{'; '.join(LATER_KEYS)}: the run started without BOS before documents; {LATER_KEYS[0]}=false continues it"
             )
         reasons += keys or [f"{part}: {before.get(part)} → {identity[part]}{why}"]
         if part == "model":
-            reasons += other_shape(checkpoint, model_config)
+            reasons += changed_model_config(checkpoint, model_config)
     raise UserError(
         f"{checkpoint} can't be continued with other settings: {'; '.join(dict.fromkeys(reasons))}. "
         "Choose another output_dir, or resume=never to start over"
-        f"{_allowing(changed)}"
+        f"{_resume_allow_hint(changed)}"
     )
 
 
-def other_shape(checkpoint: Path, model_config: dict[str, Any]) -> list[str]:
+def changed_model_config(checkpoint: Path, model_config: dict[str, Any]) -> list[str]:
     """Return the integers that differ between the model's config and the checkpoint's, formatted by ``differences``."""
     try:
         saved = read_json(checkpoint / "config.json")
@@ -89,7 +89,7 @@ def other_shape(checkpoint: Path, model_config: dict[str, Any]) -> list[str]:
     return differences({key: saved[key] for key in both}, {key: model_config[key] for key in both})
 
 
-def _allowing(changed: list[str]) -> str:
+def _resume_allow_hint(changed: list[str]) -> str:
     if "model" in changed:
         return ""
     return f"; or continue, no longer exactly, with resume_allow=[{','.join(changed)}]"
@@ -114,14 +114,16 @@ def changed_settings(old: dict[Any, Any], new: dict[str, Any], *, same_content: 
     old = with_later_keys(old, new)
 
     def without_places(config: dict[Any, Any]) -> dict[Any, Any]:
-        return {key: _at_its_place(key, value, same_content) for key, value in config.items() if key not in FREE}
+        return {
+            key: _with_comparable_path(key, value, same_content) for key, value in config.items() if key not in FREE
+        }
 
     return differences(without_places(old), without_places(new))
 
 
-def _at_its_place(key: Any, value: Any, same_content: bool) -> Any:
+def _with_comparable_path(key: Any, value: Any, same_content: bool) -> Any:
     if isinstance(value, dict):
-        return {k: _at_its_place(k, v, same_content) for k, v in value.items()}
+        return {k: _with_comparable_path(k, v, same_content) for k, v in value.items()}
     if key not in PLACES or not isinstance(value, str):
         return value
     return None if same_content else os.path.abspath(os.path.expanduser(value))

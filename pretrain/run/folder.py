@@ -30,7 +30,7 @@ from pretrain.run.leftovers import (
     run_of,
     task_of,
 )
-from pretrain.run.peak_lr import chosen_lr, say_lr, say_lr_change
+from pretrain.run.peak_lr import chosen_lr, report_lr, report_lr_change
 from pretrain.runtime.atomic_files import replace_file
 from pretrain.runtime.console import log_to, notice
 from pretrain.runtime.errors import UserError
@@ -61,7 +61,7 @@ class RunFolder:
         Raises ``UserError`` where a file can't be written, for example on a full disk.
         """
         text = OmegaConf.to_yaml(OmegaConf.create(config.plain))
-        with _writing(self.path):
+        with _write_errors_reported(self.path):
             if not (self.path / RUN_ID).exists():  # tasks without workers have no id, but the folder is marked as ours
                 replace_file(self.path / RUN_ID, "")
             replace_file(self.path / "config.yaml", text)
@@ -116,24 +116,24 @@ def begin(
     Raises:
         UserError: The folder can't be used, or it holds a run that can't be resumed with this config.
     """
-    again = place.restarts > 0 and claimed_by(Path(config.output_dir)) == place.run_id
-    folder = claim(config.output_dir, start_over=config.resume == "never" and not again)
+    is_restart = place.restarts > 0 and claimed_by(Path(config.output_dir)) == place.run_id
+    folder = claim(config.output_dir, start_over=config.resume == "never" and not is_restart)
     claims.callback(folder.lock.release)
     check_task(folder.path, "pretraining")
-    mode = "auto" if again and config.resume == "never" else config.resume
+    mode = "auto" if is_restart and config.resume == "never" else config.resume
     continues = mode in ("auto", "never") or _continues(folder, mode)
     resume_from = resume_point(folder, store, mode)
-    asked, config = config.lr, config.with_lr(chosen_lr(config, resume_from, lr_by_size))
+    requested_lr, config = config.lr, config.with_lr(chosen_lr(config, resume_from, lr_by_size))
     if resume_from is not None:
         changed_files = differing(recall(folder.path / DATA), files)
         check_same_run(resume_from, identity, config, model_config=model_config, files=changed_files)
         check_not_beyond(resume_from, config, steps)
         if finished(folder.path, resume_from, config, steps):
             return None
-    elif not _may_begin(folder.path, config, steps):
+    elif not _may_start(folder.path, config, steps):
         return None
     aside = not continues and not _is_inside(resume_from, folder.path) and bool(found_in(folder.path))
-    if aside or (resume_from is None and is_left_behind(folder.path, config)):
+    if aside or (resume_from is None and must_move_aside(folder.path, config)):
         folder = start_over(folder)
         claims.callback(folder.lock.release)
     elif resume_from is not None:
@@ -141,9 +141,9 @@ def begin(
         # After a resume from another folder, every checkpoint in this one belongs to another branch of the run.
         store.archive_after(step_of(resume_from) if own else -1)
     if resume_from is not None:
-        say_lr_change(resume_from, config, steps)
-    say_lr(asked, float(config.lr), continued=resume_from is not None)
-    with _writing(folder.path):
+        report_lr_change(resume_from, config, steps)
+    report_lr(requested_lr, float(config.lr), continued=resume_from is not None)
+    with _write_errors_reported(folder.path):
         replace_file(folder.path / RUN_ID, place.run_id)
         remember(folder.path / DATA, files)
     return Start(resume_from, folder.write_config(config, overrides), float(config.lr))
@@ -163,14 +163,14 @@ def finished(folder: Path, resume_from: Path, config: RunConfig, steps: int) -> 
     Raises ``UserError`` when it is finished but was made with other settings.
     """
     facts = read_run_file(folder)
-    if step_of(resume_from) < steps or facts.get("status") != "finished" or not _end_is_told(folder, config):
+    if step_of(resume_from) < steps or facts.get("status") != "finished" or not _end_is_recorded(folder, config):
         return False
     check_finished_run(read_config(resume_from), config)  # model and data were compared before, by content
-    say_finished(folder, facts)
+    report_finished(folder, facts)
     return True
 
 
-def say_finished(folder: Path, facts: dict[str, Any]) -> None:
+def report_finished(folder: Path, facts: dict[str, Any]) -> None:
     """Report that the run is finished, and how to export it, extend it or start over."""
     model = f"model in {facts['model']}" if facts.get("model") else "no model was exported"
     notice(f"{folder} is finished: {facts.get('steps')} steps; {model}")
@@ -179,7 +179,7 @@ def say_finished(folder: Path, facts: dict[str, Any]) -> None:
     notice("to train longer raise max_steps or number_epochs; to start over add resume=never")
 
 
-def _may_begin(folder: Path, config: RunConfig, steps: int) -> bool:
+def _may_start(folder: Path, config: RunConfig, steps: int) -> bool:
     """Return whether a run may start at step 0 in a folder without a checkpoint to resume from.
 
     It returns ``False`` where the folder holds this same run, finished. It raises ``UserError`` where the folder holds
@@ -199,12 +199,12 @@ def _may_begin(folder: Path, config: RunConfig, steps: int) -> bool:
             f"{'; '.join(changed)}. Choose another output_dir, or resume=never to move it aside and start over"
         )
     if facts.get("status") == "finished":
-        say_finished(folder, facts)
+        report_finished(folder, facts)
         return False
     return True
 
 
-def is_left_behind(folder: Path, config: RunConfig) -> bool:
+def must_move_aside(folder: Path, config: RunConfig) -> bool:
     """Return whether the content of a folder without a checkpoint to resume from must be moved aside.
 
     Only the records of this same run, killed before its first checkpoint, are not moved: the run is about to write them
@@ -220,10 +220,10 @@ def _is_inside(path: Path | None, folder: Path) -> bool:
     return path is not None and folder.resolve() in path.resolve().parents
 
 
-def _end_is_told(run: Path, config: RunConfig) -> bool:
+def _end_is_recorded(run: Path, config: RunConfig) -> bool:
     """Return whether metrics.jsonl has the run's last record, which a crash or a full disk may have prevented."""
-    told = any(record.get("status") == "finished" for record in tail(run / "metrics.jsonl"))
-    return told or "jsonl" not in config.plain["sink"]
+    is_recorded = any(record.get("status") == "finished" for record in tail(run / "metrics.jsonl"))
+    return is_recorded or "jsonl" not in config.plain["sink"]
 
 
 def claimed_by(path: Path) -> str | None:
@@ -245,16 +245,16 @@ def claim(output_dir: str, *, start_over: bool = False, foreign: bool = False) -
     """
     path = Path(output_dir)
     try:
-        with ExitStack() as refused:
+        with ExitStack() as undo:
             folder = RunFolder(path, _locked(path))
-            refused.callback(folder.lock.release)
+            undo.callback(folder.lock.release)
             if not foreign:
                 check_not_foreign(path)
             if start_over and found_in(path):
-                folder = _renewed(folder, "resume=never: ")
+                folder = _move_aside_and_lock(folder, "resume=never: ")
             else:
                 _open_logs(path)
-            refused.pop_all()
+            undo.pop_all()
     except Busy:
         holder = (path / ".lock").read_text().strip() or "unknown"
         raise UserError(f"output_dir={output_dir}: another run is using it (host and pid: {holder})") from None
@@ -265,11 +265,11 @@ def claim(output_dir: str, *, start_over: bool = False, foreign: bool = False) -
 
 def start_over(folder: RunFolder) -> RunFolder:
     """Move the content of a locked folder aside, and lock a new, empty folder in its place."""
-    with _writing(folder.path):
-        return _renewed(folder, "")
+    with _write_errors_reported(folder.path):
+        return _move_aside_and_lock(folder, "")
 
 
-def _renewed(folder: RunFolder, why: str) -> RunFolder:
+def _move_aside_and_lock(folder: RunFolder, why: str) -> RunFolder:
     aside = move_aside(folder.path)
     folder.lock.moved(aside / ".lock")
     folder.lock.release()
@@ -286,7 +286,7 @@ def _open_logs(path: Path) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _write_errors_reported(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -19,16 +19,16 @@ RESULTS = (  # files and folders that took time to compute
     *("train.csv", "evaluation.csv", "layers.csv", "data.csv"),
 )
 SETTINGS = ("config.yaml", "data.json", ".hydra/config.yaml", ".hydra/overrides.yaml")
-MOST_NAMED = 4
-LATER = ("dataset.bos", "dataset.separator")  # keys that the configs of earlier runs lack
+MAX_NAMED = 4
+LATER_KEYS = ("dataset.bos", "dataset.separator")  # keys that the configs of earlier runs lack
 
 
 def found_in(folder: Path, names: tuple[str, ...] = RESULTS) -> list[str]:
     """Return those of ``names`` that exist in ``folder`` and are not empty."""
-    return [name for name in names if _is_something(folder / name)]
+    return [name for name in names if _is_nonempty(folder / name)]
 
 
-def _is_something(path: Path) -> bool:
+def _is_nonempty(path: Path) -> bool:
     if path.is_dir():
         return any(path.iterdir())
     return path.is_symlink() or (path.exists() and path.stat().st_size > 0)
@@ -54,7 +54,7 @@ def check_not_foreign(folder: Path) -> None:
     if found and not is_run(folder):
         verb = "was" if len(found) == 1 else "were"
         raise UserError(
-            f"output_dir={folder}: {_named(found)} in it {verb} not written by a run and would be replaced; choose another"
+            f"output_dir={folder}: {_listed(found)} in it {verb} not written by a run and would be replaced; choose another"
         )
 
 
@@ -89,12 +89,12 @@ def describe(folder: Path) -> str:
     facts = read_run_file(folder)
     steps = f" of {facts['steps']} steps" if isinstance(facts.get("steps"), int) else ""
     status = f"{facts['status']}; " if isinstance(facts.get("status"), str) else ""
-    return f"a run{steps} ({status}{_named(found_in(folder))})"
+    return f"a run{steps} ({status}{_listed(found_in(folder))})"
 
 
-def _named(names: list[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def move_aside(path: Path) -> Path:
@@ -142,11 +142,11 @@ def read_config(folder: Path) -> dict[Any, Any]:
 
 
 def with_later_keys(old: dict[Any, Any], new: dict[str, Any]) -> dict[Any, Any]:
-    """Return the config of an earlier run, with the values of ``new`` for the ``LATER`` keys that it lacks.
+    """Return the config of an earlier run, with the values of ``new`` for the ``LATER_KEYS`` keys that it lacks.
 
     Their effect on a run is compared through the run's identity.
     """
-    for path in LATER:
+    for path in LATER_KEYS:
         group, _, key = path.partition(".")
         node = old.get(group)
         if isinstance(node, dict) and key not in node and key in new[group]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Remains:
+class ModelInCheckpoint:
     """The parts of a base model that a checkpoint of the run still holds.
 
     Attributes:
@@ -36,7 +36,7 @@ class Remains:
     def notice(self) -> str:
         return f"model_name={self.name} no longer exists: the run continues with the model in {self.checkpoint}"
 
-    def in_place_of(self, spec: Any) -> Any:
+    def apply_to(self, spec: Any) -> Any:
         """Return ``spec`` with the checkpoint's config, and with its tokenizer where that of ``spec`` no longer exists."""
         own: dict[str, Any] = {"name_or_path": str(self.checkpoint), "revision": None}
         if spec.tokenizer_name is not None and not _is_there(spec.tokenizer_name, "model.tokenizer_name"):
@@ -46,7 +46,7 @@ class Remains:
         return replace(spec, **own)
 
 
-def remains_of(config: RunConfig) -> Remains | None:
+def model_in_checkpoint(config: RunConfig) -> ModelInCheckpoint | None:
     """Return the base model as held by the newest checkpoint of the run that ``config`` resumes.
 
     It returns ``None`` where there is no readable checkpoint, or where the config names another model than the checkpoint's.
@@ -59,7 +59,7 @@ def remains_of(config: RunConfig) -> Remains | None:
         before, state = read_config(checkpoint), read_state(checkpoint)
     except UserError:
         return None
-    if not all(_same_place(before.get("model", {}).get(key), getattr(config.model, key, None)) for key in NAMES):
+    if not all(_same_path(before.get("model", {}).get(key), getattr(config.model, key, None)) for key in NAMES):
         name, known = config.model_name, before.get("model_name")
         if name != known and not _is_there(name, "model_name"):
             raise UserError(
@@ -67,7 +67,7 @@ def remains_of(config: RunConfig) -> Remains | None:
                 "with this name the run continues even if that folder no longer exists"
             )
         return None
-    return Remains(checkpoint, state["identity"]["model"], config.model_name)
+    return ModelInCheckpoint(checkpoint, state["identity"]["model"], config.model_name)
 
 
 NAMES = ("name_or_path", "tokenizer_name", "revision")
@@ -87,7 +87,7 @@ def _checkpoint(config: RunConfig) -> Path | None:
     return Path(mode) if mode != "auto" and validation_error(Path(mode), verify=verify) is None else None
 
 
-def _same_place(before: Any, now: Any) -> bool:
+def _same_path(before: Any, now: Any) -> bool:
     return before == now or (isinstance(before, str) and isinstance(now, str) and _absolute(before) == _absolute(now))
 
 

@@ -24,7 +24,7 @@ def chosen_lr(config: RunConfig, resume_from: Path | None, by_size: Callable[[],
     return float(earlier) if isinstance(earlier, int | float) and earlier > 0 else by_size()
 
 
-def say_lr_change(checkpoint: Path, config: RunConfig, steps: int) -> None:
+def report_lr_change(checkpoint: Path, config: RunConfig, steps: int) -> None:
     """Report a jump of the learning rate where the resumed run has another length, peak or schedule than before."""
     old, run = read_config(checkpoint), run_of(checkpoint)
     step = int(read_state(checkpoint)["progress"]["step"])
@@ -44,7 +44,7 @@ def say_lr_change(checkpoint: Path, config: RunConfig, steps: int) -> None:
     notice(f"the learning rate {verb} from {found[0]:.3g} to {found[1]:.3g} at step {step + 1}{better}")
 
 
-def say_lr(asked: Any, lr: float, *, continued: bool) -> None:
+def report_lr(asked: Any, lr: float, *, continued: bool) -> None:
     """Report the learning rate that ``lr=auto`` stands for."""
     if asked == AUTO:
         why = "as in this run so far" if continued else "by the model's size; docs/runs.md"

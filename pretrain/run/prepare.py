@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pretrain.data.sources.base import Source
     from pretrain.data.store.token_store import TokenStore, TokenView
     from pretrain.models.tokenizer import Boundaries
-    from pretrain.run.missing_model import Remains
+    from pretrain.run.missing_model import ModelInCheckpoint
 
 
 def model_spec(config: RunConfig) -> Any:
@@ -34,12 +34,12 @@ def model_spec(config: RunConfig) -> Any:
     return replace(spec, name_or_path=folder, tokenizer_name=tokenizer)
 
 
-def _checked_model(config: RunConfig) -> tuple[Any, Remains | None]:
+def _checked_model(config: RunConfig) -> tuple[Any, ModelInCheckpoint | None]:
     """Return the checked model of the config, or that of the resumed checkpoint where the model no longer exists.
 
     Raises ``UserError`` where neither can be used.
     """
-    from pretrain.run.missing_model import remains_of
+    from pretrain.run.missing_model import model_in_checkpoint
 
     length = config.sequence_length
     try:
@@ -47,10 +47,10 @@ def _checked_model(config: RunConfig) -> tuple[Any, Remains | None]:
         model.check(length)
         return model, None
     except UserError:
-        found = remains_of(config)
+        found = model_in_checkpoint(config)
         if found is None:
             raise
-    model = found.in_place_of(config.model)
+    model = found.apply_to(config.model)
     model.check(length)
     return model, found
 
@@ -96,26 +96,26 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     from pretrain.data.tokenization.tokenize import training_texts
     from pretrain.models.tokenizer import boundaries
 
-    model, gone = _checked_model(config)
+    model, replacement = _checked_model(config)
     source = config.dataset
     tokenizer = model.tokenizer(partial(training_texts, source))
-    around = boundaries(tokenizer, bos=source.bos, separator=source.separator)
+    boundary_tokens = boundaries(tokenizer, bos=source.bos, separator=source.separator)
     tokenizer_json = tokenizer.backend_tokenizer.to_str()
 
-    def encode(source: Source, around: Boundaries) -> TokenStore:
-        return tokenize(source, tokenizer_json=tokenizer_json, eot=around.separator, bos=around.bos)
+    def encode(source: Source, boundary_tokens: Boundaries) -> TokenStore:
+        return tokenize(source, tokenizer_json=tokenizer_json, eot=boundary_tokens.separator, bos=boundary_tokens.bos)
 
-    store = encode(source, around)
+    store = encode(source, boundary_tokens)
     train, held_out = views(store, source)
     domains = [(source.domain, "new", held_out)] if held_out.num_tokens > 1 else []
     configured = config.evaluation.domains
     bases = base_domains(source, configured)
     for name, base in bases.items():
-        tokenized = encode(base, of_domain(base, tokenizer, around))
+        tokenized = encode(base, domain_boundaries(base, tokenizer, boundary_tokens))
         domains.append((name, "base", _held_out(name, base, tokenized)))
     global_batch = MicroBatching.asked(config).total * devices
     identity = {
-        "model": gone.identity if gone else model.identity(),
+        "model": replacement.identity if replacement else model.identity(),
         "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json.encode()),
         "data": xxhash.xxh3_64_hexdigest(
             repr([[part.path.name for part in store.parts], view_options(source), source.document_mask]).encode()
@@ -126,25 +126,35 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
         "weights": config.precision.weights,
         "optimizer": config.optimizer_identity,
     }
-    notices = ([gone.notice] if gone else []) + _not_scored(source, held_out, len(configured) - len(bases))
+    notices = ([replacement.notice] if replacement else []) + _not_scored_notices(
+        source, held_out, len(configured) - len(bases)
+    )
     return Prepared(
-        model, tokenizer, train, domains, identity, global_batch, around, notices, base_gone=gone is not None
+        model,
+        tokenizer,
+        train,
+        domains,
+        identity,
+        global_batch,
+        boundary_tokens,
+        notices,
+        base_gone=replacement is not None,
     )
 
 
-def of_domain(domain: Source, tokenizer: Any, around: Boundaries) -> Boundaries:
-    """Return the boundary tokens of an evaluation domain: its own, or those of the run (``around``) by default.
+def domain_boundaries(domain: Source, tokenizer: Any, boundary_tokens: Boundaries) -> Boundaries:
+    """Return the boundary tokens of an evaluation domain: its own, or those of the run (``boundary_tokens``) by default.
 
     Raises ``UserError`` for a token that the tokenizer does not have.
     """
     from pretrain.models.tokenizer import boundaries
 
-    bos = around.bos is not None if domain.bos == "auto" else domain.bos
-    separator = around.separator if domain.separator == "auto" else domain.separator
+    bos = boundary_tokens.bos is not None if domain.bos == "auto" else domain.bos
+    separator = boundary_tokens.separator if domain.separator == "auto" else domain.separator
     return boundaries(tokenizer, bos=bos, separator=separator)
 
 
-def _not_scored(source: Source, held_out: TokenView, left_out: int) -> list[str]:
+def _not_scored_notices(source: Source, held_out: TokenView, left_out: int) -> list[str]:
     """Return notices about domains that are not scored, or not scored a second time."""
     notices = []
     if held_out.num_tokens <= 1 and source.held_out > 0:

@@ -61,7 +61,7 @@ def pretraining(
     Returns:
         0 when the run is finished, 75 when a signal stopped it.
     """
-    prepared, steps, world = meet(config, interrupt, setting, place)
+    prepared, steps, world = prepare_and_join(config, interrupt, setting, place)
     folder = Path(config.output_dir)
     store = CheckpointStore(folder / "checkpoints", config.checkpoint)
     store.policy.check({name: role for name, role, _ in prepared.domains})
@@ -81,8 +81,8 @@ def pretraining(
             leave()
             return 0
         config = config.with_lr(start.lr)
-        watchdog = guarded_by(config, folder / "logs" / f"rank-{place.rank}.log", on_hang, claims)
-        with memory_explained(config, world, setting):
+        watchdog = start_watchdog(config, folder / "logs" / f"rank-{place.rank}.log", on_hang, claims)
+        with out_of_memory_explained(config, world, setting):
             trainer = build.build_trainer(
                 config,
                 prepared,
@@ -97,13 +97,13 @@ def pretraining(
             )
         interrupt.defer_signals = True
         collector.as_usual()
-        with memory_explained(config, world, setting, trainer):
+        with out_of_memory_explained(config, world, setting, trainer):
             run_logged(trainer)
     leave()
     return 0 if trainer.complete else EXIT_CODE
 
 
-def meet(
+def prepare_and_join(
     config: RunConfig, interrupt: Interrupt, setting: Setting, place: RankInfo
 ) -> tuple[Prepared, int, DistributedContext]:
     """Prepare the data without the other ranks, then join them and check that all ranks agree.
@@ -121,16 +121,18 @@ def meet(
     return prepared, steps, world
 
 
-def guarded_by(config: RunConfig, log: Path, on_hang: Callable[[str, str], None] | None, claims: ExitStack) -> Watchdog:
+def start_watchdog(
+    config: RunConfig, log: Path, on_hang: Callable[[str, str], None] | None, claims: ExitStack
+) -> Watchdog:
     """Start a watchdog that runs until ``claims`` is closed; it and all later messages are written to ``log``."""
     log_to(log)
     watchdog, policy = Watchdog(), config.launch
-    tell = on_hang or partial(say_hung, log)
+    tell = on_hang or partial(report_hang, log)
     claims.enter_context(watchdog.guarding(policy.timeout, policy.patience, log=log, tell=tell))
     return watchdog
 
 
-def say_hung(log: Path, place: str, how_long: str) -> None:
+def report_hang(log: Path, place: str, how_long: str) -> None:
     """Report that this process is stalled, and record the failure in run.json.
 
     Neither of the two may block: the cause may be the disk, or a thread that holds a lock of the logging module. So the
@@ -159,7 +161,7 @@ def check_ranks_agree(world: DistributedContext, setting: Setting, facts: dict[s
 
 
 @contextmanager
-def memory_explained(
+def out_of_memory_explained(
     config: RunConfig, world: DistributedContext, setting: Setting | None = None, trainer: Trainer | None = None
 ) -> Iterator[None]:
     """Turn an out-of-memory error inside the block into a ``UserError`` that names settings with a lower memory use.
@@ -217,11 +219,11 @@ def evaluation(config: RunConfig, overrides: list[str], interrupt: Interrupt) ->
         folder = start_over(folder)
     folder.write_config(config, overrides)
     world = build.build_world(config, RankInfo(), group=False)
-    with memory_explained(config, world):
+    with out_of_memory_explained(config, world):
         scorer = build.build_scorer(config, prepared, world)
     uniform = prepared.model.uniform_loss()
     listeners, _ = build.build_listeners(config, folder.path, {}, uniform_loss=uniform)
-    with memory_explained(config, world), watched("evaluation"):
+    with out_of_memory_explained(config, world), watched("evaluation"):
         evaluator = build.build_evaluator(config, prepared)
         sampler = build.build_sampler(config, prepared, scorer, evaluator)
         scores, samples = evaluator.run(scorer, announce=True) or (), sampler.run(scorer) or ()

@@ -36,7 +36,7 @@ from pretrain.sweep.show import show
 
 def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], spoken: dict[str, Any]) -> int:
     """Run a sweep; its exit code is the worst of its jobs'. ``arguments``: as they were typed; ``config_dir`` and
-    ``overrides``: as Hydra gets them; ``spoken``: see `trust.said`.
+    ``overrides``: as Hydra gets them; ``spoken``: see `trust.command_line_only_values`.
 
     Raises ``UserError`` for a mistake in any job, before the first one starts.
     """

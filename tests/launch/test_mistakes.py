@@ -140,7 +140,7 @@ def test_a_strategy_of_ones_own_is_among_those_that_are_offered(monkeypatch, tmp
     (tmp_path / "strategy/zones.yaml").write_text("_target_: pretrain.strategy.fsdp.Fsdp\n")
     for module in (layout, help_page):
         monkeypatch.setattr(module, "conf_dir", lambda: tmp_path)
-    assert layout._of_several() == "fsdp or zones"
+    assert layout._multi_process_choices() == "fsdp or zones"
 
 
 def test_deepspeed_that_is_not_installed(command, base_arguments, tmp_path, monkeypatch):

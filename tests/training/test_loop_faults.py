@@ -162,7 +162,9 @@ def test_what_kept_another_rank_from_saving_ends_this_one(loop):
     trainer, _, _ = loop()
     asked = []
     trainer.world = SimpleNamespace(
-        any_rank=lambda *flags: asked.append(flags) or [False, True], sum=lambda value: asked.append(int(value)), device=CPU
+        any_rank=lambda *flags: asked.append(flags) or [False, True],
+        sum=lambda value: asked.append(int(value)),
+        device=CPU,
     )
     with pytest.raises(RuntimeError, match=r"^another rank could not write its part of a checkpoint$"):
         trainer.sync_stop_signal()
