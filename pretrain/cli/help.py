@@ -20,7 +20,7 @@ Use
   python -m pretrain task=export model_name=outputs/sample-python output_dir=exported
 
   Run the same command again to continue an interrupted run.
-  --cfg job prints the whole configuration of a run; group=choice --help the keys of a choice; --version
+  --cfg job prints the complete configuration of a run; group=choice --help the keys of a choice; --version
   the version; --hydra-help the rest. Paths and names need quotes only for your shell; ~ is your home folder.
   Exit codes: 0 done · 2 a mistake in the command · 75 stopped by a signal, the same command continues · 1 a bug.
 """

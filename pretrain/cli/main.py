@@ -229,7 +229,7 @@ def run(config: DictConfig, overrides: list[str], cli_values: dict[str, Any]) ->
         never_wait()  # the output of the other tasks is their result, so writing it waits for the reader
     quiet_libraries()
     if not gpu_visible():
-        # Threads that spin while they wait make a CPU run 10 × slower as soon as another program wants a core.
+        # Threads that spin while they wait make a CPU run 10 × slower as soon as another program needs a core.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from pretrain.launch.launcher import launch
 
