@@ -10,7 +10,7 @@ Use
   python -m pretrain                                      the embedded default: a small English model learns Python
   python -m pretrain model_name=gpt2 dataset=local dataset.nameOrPath=texts/ precision=bf16-mixed lr=1e-4
   python -m pretrain --config run.yaml lr=3e-4            a flat YAML; later keys win
-  python -m pretrain strategy=fsdp devices=2               two processes; devices=auto: every visible GPU
+  python -m pretrain strategy=fsdp devices=2              two processes; devices=auto: every visible GPU
   python -m pretrain -m lr=1e-4,3e-4                      a sweep, each job in a fresh process; docs/sweeps.md
   python -m pretrain hydra/sweeper=optuna 'lr=tag(log,interval(1e-5,1e-2))'   a search; hydra/sweeper=optuna --help
   python -m pretrain hydra/launcher=joblib ...            jobs in parallel on this machine
