@@ -96,8 +96,8 @@ def test_no_function_by_another_name():
     """Without the comparison with its real name this would be a class of Python's, called with what a file says."""
     with pytest.raises(UserError, match=r"subprocess\.Popen': a config may name pretrain's own parts only"):
         locate("optimizer", "pretrain.data.tokenization.workers.subprocess.Popen", PARTS["optimizer"])
-    with pytest.raises(UserError, match=r"store\.Policy': a config may name pretrain's own parts only"):
-        locate("checkpoint", "pretrain.checkpoint.store.Policy", PARTS["checkpoint"])
+    with pytest.raises(UserError, match=r"store\.CheckpointConfig': a config may name pretrain's own parts only"):
+        locate("checkpoint", "pretrain.checkpoint.store.CheckpointConfig", PARTS["checkpoint"])
 
 
 @pytest.mark.parametrize("group", PARTS)
