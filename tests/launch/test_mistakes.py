@@ -131,6 +131,7 @@ def test_idle_gpus_are_mentioned(capsys, monkeypatch):
 
 def test_a_strategy_of_ones_own_is_among_those_that_are_offered(monkeypatch, tmp_path):
     from pretrain.cli import help as help_page
+    from pretrain.config import choices
     from pretrain.config.check import conf_dir
     from pretrain.launch import topology as layout
 
@@ -138,7 +139,7 @@ def test_a_strategy_of_ones_own_is_among_those_that_are_offered(monkeypatch, tmp
     for name in ("single", "dp", "fsdp"):
         (tmp_path / f"strategy/{name}.yaml").write_text((conf_dir() / f"strategy/{name}.yaml").read_text())
     (tmp_path / "strategy/zones.yaml").write_text("_target_: pretrain.strategy.fsdp.Fsdp\n")
-    for module in (layout, help_page):
+    for module in (layout, help_page, choices):
         monkeypatch.setattr(module, "conf_dir", lambda: tmp_path)
     assert layout._multi_process_choices() == "fsdp or zones"
 
