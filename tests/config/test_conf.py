@@ -1,11 +1,21 @@
 """Every YAML under conf/ composes and passes the check; a part is added by its YAML alone."""
 
+import inspect
+import re
+from collections import Counter
+from dataclasses import fields
+from importlib import import_module
+from io import StringIO
+from token import NAME
+from tokenize import generate_tokens
+
 import hydra
 import pytest
 from omegaconf import OmegaConf
 
 from pretrain.config.check import GROUPS, check, conf_dir
 from pretrain.config.compose import resolve
+from pretrain.config.schema import RootKeys
 from pretrain.runtime.errors import UserError
 
 NEEDS = {  # keys without a default
@@ -34,8 +44,6 @@ def test_says_what_it_is_for(file):
 @pytest.mark.parametrize("file", [f for f in FILES if f.parent.name not in ("experiment", "sink", "evaluation")])
 def test_lists_every_key_of_its_target(file):
     """A reader of the YAML sees all there is to set."""
-    import inspect
-
     from pretrain.config.check import RUNTIME_ARGUMENTS, in_yaml
     from pretrain.config.trust import PARTS, locate
 
@@ -63,3 +71,25 @@ def test_a_key_that_holds_a_word_is_a_mistake(key):
     else:
         with pytest.raises(UserError, match=key):
             check(resolve(config))
+
+
+SOURCES = "\n".join(file.read_text() for file in (conf_dir().parent / "pretrain").rglob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if f.parent.name != "experiment"], ids=lambda f: f"{f.parent.name}={f.stem}"
+)
+def test_every_key_is_read(file):
+    """As an attribute of the part, or by name in the module that has it as a parameter."""
+    node = OmegaConf.to_container(OmegaConf.load(file))
+    for part in [node] if "_target_" in node else [v for v in node.values() if isinstance(v, dict) and "_target_" in v]:
+        module = inspect.getsource(import_module(part["_target_"].rpartition(".")[0]))
+        names = Counter(t.string for t in generate_tokens(StringIO(module).readline) if t.type == NAME)
+        for key in (key for key in part if not key.startswith("_")):
+            assert re.search(rf"\.{key}_?\b", SOURCES) or names[key] > 1, key
+
+
+def test_every_root_key_is_read():
+    unread = {f.name for f in fields(RootKeys) if not re.search(rf"\b(config|self|checked)\.{f.name}\b", SOURCES)}
+    of_groups = {"weight_decay", "beta1", "beta2"}  # which take them by interpolation
+    assert unread <= of_groups | {"allow_targets", "sweep_dir"}, "read by pretrain.config, and by the sweep"

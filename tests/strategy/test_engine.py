@@ -98,6 +98,26 @@ def test_what_is_called_in_a_step():
     assert (plain.skipped.dtype, int(plain.skipped)) == (torch.int64, 0)
 
 
+@pytest.mark.parametrize(
+    ("device", "groups", "on_device"),
+    [
+        ("cpu", [(True, "cpu")], False),
+        ("meta", [(True, "meta"), (True, "meta")], True),
+        ("meta", [(True, "meta"), (False, "meta")], False),
+        ("meta", [(None, "meta")], False),
+        ("meta", [(True, "cpu")], False),
+    ],
+)
+def test_who_decides_whether_an_update_is_made(device, groups, on_device):
+    """The device (here one that computes nothing) where every group has a fused optimizer and lies on it, else the host."""
+    made = [{"lr": 1.0, "fused": fused, "params": [torch.empty(1, device=where)]} for fused, where in groups]
+    optimizer = SimpleNamespace(param_groups=[{k: v for k, v in group.items() if v is not None} for group in made])
+    model, world = LanguageModel(tiny("llama")), replace(ALONE, device=torch.device(device))
+    engine = Engine(model, optimizer, precision=FULL, world=world)
+    assert engine.decides_on_device is on_device
+    assert (engine.skipped.device.type, engine.skipped.dtype) == (device, torch.int64)
+
+
 def test_last_is_passed_on():
     engine, seen = engine_of(), []
     keep = engine.communication
@@ -178,7 +198,7 @@ class OtherRank:
     is_main: bool = True
     asked: list = field(default_factory=list)
 
-    def largest(self, tensor):
+    def all_reduce_max(self, tensor):
         self.asked.append(float(tensor))
         return tensor.fill_(max(float(tensor), self.infinite))
 

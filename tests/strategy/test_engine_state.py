@@ -8,8 +8,12 @@ import torch
 from pretrain.distributed import sharding as tensors
 from pretrain.distributed.context import DistributedContext
 from pretrain.distributed.sharding import TensorFiles
+from pretrain.models.language_model import LanguageModel
+from pretrain.optim.adamw import AdamW
 from pretrain.runtime.errors import UserError
-from tests.engines import BATCH, CPU, FULL, HALF, engine_of, same, trained
+from pretrain.strategy.engine import Engine
+from tests.engines import ALONE, BATCH, CPU, FULL, HALF, engine_of, same, trained
+from tests.models.tiny import tiny
 
 
 def files_of(engine, folder) -> dict:
@@ -47,6 +51,12 @@ def test_what_is_written():
         assert torch.equal(state["optimizer"][f"{name}/exp_avg"].tensor, engine.optimizer.state[parameter]["exp_avg"])
     assert same(dict(engine.whole_weights()), {n: p.detach() for n, p in named.items()})
     assert not any(t.requires_grad for _, t in engine.whole_weights())
+
+
+def test_before_the_first_step_there_are_no_moments():
+    state = engine_of().state_dict()
+    assert (state["optimizer"], state["tensors"]["optimizer"]) == ({}, {})
+    assert len(state["model"]) > 0
 
 
 def test_only_the_first_rank_writes_whole_tensors():
@@ -130,6 +140,28 @@ def test_moments_keep_their_type_and_steps_their_place(tmp_path):
         assert not any(t.requires_grad for t in state.values())
 
 
+@pytest.mark.parametrize(
+    ("flags", "where"),
+    [({"fused": True}, "meta"), ({"capturable": True}, "meta"), ({"fused": False, "capturable": False}, "cpu")],
+    ids=str,
+)
+def test_step_counts_lie_where_the_optimizer_wants_them(flags, where, tmp_path):
+    """On the device for a fused or captured update, else on the host. The device here is one that computes nothing."""
+    saved = files_of(trained(engine_of()), tmp_path / "saved")
+    model = LanguageModel(tiny("llama").to("meta"))
+    engine = Engine(model, AdamW(lr=1e-2)(model.hf_named_parameters()), precision=FULL, world=ALONE)
+    for group in engine.optimizer.param_groups:
+        group |= {"fused": None, "capturable": False} | flags
+    engine.load_moments(saved["optimizer"])
+    assert len(engine.optimizer.state) == len(list(model.parameters()))
+    for state in engine.optimizer.state.values():
+        assert {key: t.device.type for key, t in state.items()} == {
+            "exp_avg": "meta",
+            "exp_avg_sq": "meta",
+            "step": where,
+        }
+
+
 def test_a_new_optimizer_starts_without_moments(tmp_path):
     engine = trained(engine_of())
     engine.load_state_dict(files_of(engine, tmp_path / "a") | {"optimizer": TensorFiles([])})
@@ -173,6 +205,19 @@ def test_moments_that_do_not_fit(change, says, tmp_path):
         engine.load_state_dict(damaged(engine, tmp_path / "a", change))
     assert str(refused.value) == says
     assert same(pieces_of(engine), before), "nothing is changed"
+
+
+def test_deepspeeds_parameters_have_their_whole_shape_apart(tmp_path):
+    """Under its stage 3 a parameter is empty between the steps; ``ds_shape`` is what it has when it is gathered."""
+    engine = trained(engine_of())
+    saved = files_of(engine, tmp_path / "a")
+    norm = dict(engine.model.hf_named_parameters())["model.norm.weight"]
+    norm.data = torch.empty(0)
+    norm.ds_shape = torch.Size([32])
+    engine.check_moments(saved)
+    norm.ds_shape = torch.Size([16])
+    with pytest.raises(UserError, match=r"model.norm.weight/exp_avg is \(32,\), the model's \(16,\)$"):
+        engine.check_moments(saved)
 
 
 def test_moments_of_a_frozen_parameter_are_refused(tmp_path):
