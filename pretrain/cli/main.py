@@ -35,9 +35,9 @@ from pretrain.runtime import garbage_collector as collector
 from pretrain.runtime.console import complain, notice, quiet_libraries
 from pretrain.runtime.errors import UserError, WorkersFailed
 from pretrain.runtime.filesystem import check_temporary_folder
-from pretrain.runtime.redact import held, redact, secrets
+from pretrain.runtime.redact import find_secret, redact, secrets
 from pretrain.runtime.signals import EXIT_CODE, Interrupt, Stopped
-from pretrain.runtime.streams import ensure_open, flush, never_wait
+from pretrain.runtime.streams import ensure_open, flush, make_nonblocking
 from pretrain.sweep.child import enter, note_failure
 
 
@@ -71,7 +71,7 @@ def program() -> NoReturn:
     A process that was in a process group skips the shutdown of the interpreter: a thread of gloo may access the interpreter
     during the shutdown, which aborts the process in a few percent of the cases.
     """
-    collector.rarely()
+    collector.collect_rarely()
     ensure_open()
     enter()
     faulthandler.enable()  # prints the stacks on a bus error or a segmentation fault
@@ -115,7 +115,7 @@ def _dispatch(arguments: list[str]) -> int:
         raise UserError(f"--config: a file may not set {', '.join(COMMAND_LINE_ONLY)}; the command line may")
     known = secrets()
     for argument in arguments:
-        if secret := held(argument, known):
+        if secret := find_secret(argument, known):
             raise UserError(
                 f"{redact(argument)}: holds {secret}; other users can see a command line, set it in the environment only"
             )
@@ -226,7 +226,7 @@ def run(config: DictConfig, overrides: list[str], cli_values: dict[str, Any]) ->
     interrupt = Interrupt()
     interrupt.install()
     if checked.task in ("pretraining", "evaluation"):
-        never_wait()  # the output of the other tasks is their result, so writing it waits for the reader
+        make_nonblocking()  # the output of the other tasks is their result, so writing it waits for the reader
     quiet_libraries()
     if not gpu_visible():
         # Threads that spin while they wait make a CPU run 10 × slower as soon as another program needs a core.

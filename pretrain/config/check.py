@@ -24,7 +24,7 @@ from pretrain.config.schema import RootKeys, RunConfig, build_part
 from pretrain.config.trust import PARTS, SCHEDULES, locate, trusts
 from pretrain.optim.learning_rate import with_lr
 from pretrain.runtime.errors import UserError, did_you_mean
-from pretrain.runtime.redact import held, redact, secrets
+from pretrain.runtime.redact import find_secret, redact, secrets
 
 GROUPS = tuple(PARTS)
 OTHER_NAMES = {  # names of the Hugging Face Trainer and other libraries → our root keys
@@ -128,7 +128,7 @@ def check_leaves(config: dict[str, Any]) -> None:
     for path, value in leaves(config):
         if not _is_text(path):
             raise UserError(f"{path!a}: a key must be UTF-8 without zero bytes")
-        secret = held(path, known) or held(str(value) if _is_number_of_64_bits(value) else "", known)
+        secret = find_secret(path, known) or find_secret(str(value) if _is_number_of_64_bits(value) else "", known)
         if secret:
             raise UserError(f"{redact(path)}: holds {secret}; no key takes a secret, set it in the environment only")
         if isinstance(value, str) and "${" in value:

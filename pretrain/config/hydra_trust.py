@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from pretrain.config.hydra_configs import compose_config, composing, options_of, plain_mistakes
 from pretrain.config.trust import COMMAND_LINE_ONLY
 from pretrain.runtime.errors import UserError
-from pretrain.runtime.redact import held, secrets
+from pretrain.runtime.redact import find_secret, secrets
 
 MAY_SET = ("mode", "sweep.dir")  # keys of `hydra` that a file may set; a sweeper and a launcher are checked separately
 # Hydra sets these keys itself; `overrides` are compared separately.
@@ -69,7 +69,7 @@ def _chooses_elsewhere(override: str, hydra: Hydra) -> bool:
 
 def _hydra_node(hydra: Hydra, words: list[str]) -> dict[str, Any]:
     config = compose_config(hydra, words, RunMode.RUN, validate_sweep_overrides=False)
-    if secret := held(OmegaConf.to_yaml(config), secrets()):  # Hydra would write it to multirun.yaml
+    if secret := find_secret(OmegaConf.to_yaml(config), secrets()):  # Hydra would write it to multirun.yaml
         raise UserError(f"a config file holds {secret}; no key takes a secret, set it in the environment only")
     node: Any = OmegaConf.to_container(config.hydra)
     return {str(key): value for key, value in node.items()}

@@ -24,7 +24,7 @@ from pretrain.launch.worker import WorkerJob, prepare_data, work
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError, WorkersFailed
 from pretrain.runtime.filesystem import check_place_for_sockets
-from pretrain.runtime.signals import EXIT_CODE, HEARING_SECONDS, Stopped, signals_blocked
+from pretrain.runtime.signals import EXIT_CODE, SIGNAL_POLL_SECONDS, Stopped, signals_blocked
 
 if TYPE_CHECKING:
     from pretrain.launch.config import LaunchConfig
@@ -59,7 +59,7 @@ def _wait_for_data(job: WorkerJob) -> None:
     process.start()
     try:
         while process.exitcode is None:
-            process.join(HEARING_SECONDS)
+            process.join(SIGNAL_POLL_SECONDS)
     finally:  # a signal may have interrupted the wait
         process.terminate()
         process.join()

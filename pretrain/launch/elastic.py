@@ -161,7 +161,7 @@ class Agent(LocalElasticAgent):
         if self.stop is None:
             self.stop, self._stop_time = name, time.monotonic()
             self._kill(signal.SIGTERM)
-            notice(f"{name}: finishing this step, then saving; Ctrl-C again leaves at once")
+            notice(f"{name}: finishing this step, then saving; Ctrl-C again exits immediately")
         elif number == signal.SIGINT and time.monotonic() - self._stop_time > ONE_CTRL_C_SECONDS:
             self._kill(signal.SIGKILL)
             raise SystemExit(128 + number)

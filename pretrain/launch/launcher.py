@@ -41,7 +41,7 @@ def launch(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int
     strategy = config.strategy
     plan = layout(config, strategy, policy)
     check_auto(config, strategy)
-    split = MicroBatching.asked(config)
+    split = MicroBatching.from_config(config)
     setting = Setting(
         device_type=plan.device_type,
         workers=plan.world_size,

@@ -19,7 +19,7 @@ from pretrain.run.prepare import prepare, total_steps
 from pretrain.runtime import garbage_collector as collector
 from pretrain.runtime.console import capture_stderr, quiet_libraries
 from pretrain.runtime.signals import EXIT_CODE, SIGNALS, Interrupt, Stopped
-from pretrain.runtime.streams import flush, never_wait
+from pretrain.runtime.streams import flush, make_nonblocking
 from pretrain.strategy.base import Setting
 
 FROM_AGENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -81,7 +81,7 @@ def work(job: WorkerJob) -> int:
     capture_stderr(Path(job.reports) / f"rank-{rank}.stderr", keep_terminal=rank == 0)
     faulthandler.enable(2)  # writes the stacks to the log on a bus error or a segmentation fault
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # the parent sends it on a hang
-    never_wait()
+    make_nonblocking()
     interrupt = Interrupt(silent=True)  # the parent reports the signal
     interrupt.defer_signals = True
     interrupt.install()
@@ -100,7 +100,7 @@ def work(job: WorkerJob) -> int:
 
 def _restore_parent_state(job: WorkerJob) -> None:
     """Restore the parent's environment and working directory, which may have changed since the fork server started."""
-    collector.rarely()
+    collector.collect_rarely()
     os.environ.update({k: v for k, v in job.environment.items() if k not in FROM_AGENT})
     os.chdir(job.folder)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

@@ -272,7 +272,7 @@ def build_split(
     from pretrain.run.metadata import device_name
     from pretrain.training.batch_size import choose, moment_bytes
 
-    requested, world = MicroBatching.asked(config), engine.world
+    requested, world = MicroBatching.from_config(config), engine.world
     if config.batch_size != "auto":
         return requested
     blocks, length = Blocks(prepared.train, config.sequence_length), config.sequence_length

@@ -319,7 +319,7 @@ def resume_point(folder: RunFolder, store: CheckpointStore, mode: str) -> Path |
     if (named / "checkpoints").is_dir():
         newest = replace(store, folder=named / "checkpoints").newest()
         if newest is None:
-            raise UserError(f"resume={mode}: a run without a whole checkpoint")
+            raise UserError(f"resume={mode}: a run without a complete checkpoint")
         return newest
     if not (named / "state.json").is_file():
         raise UserError(
@@ -327,7 +327,7 @@ def resume_point(folder: RunFolder, store: CheckpointStore, mode: str) -> Path |
         )
     reason = validation_error(named, verify=store.policy.verify)
     if reason is not None:
-        raise UserError(f"resume={mode}: not a whole checkpoint: {reason}")
+        raise UserError(f"resume={mode}: not a complete checkpoint: {reason}")
     return named
 
 

@@ -113,7 +113,7 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     for name, base in bases.items():
         tokenized = encode(base, domain_boundaries(base, tokenizer, boundary_tokens))
         domains.append((name, "base", _held_out(name, base, tokenized)))
-    global_batch = MicroBatching.asked(config).total * devices
+    global_batch = MicroBatching.from_config(config).total * devices
     identity = {
         "model": replacement.identity if replacement else model.identity(),
         "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json.encode()),

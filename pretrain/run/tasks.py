@@ -96,7 +96,7 @@ def pretraining(
                 watchdog=watchdog,
             )
         interrupt.defer_signals = True
-        collector.as_usual()
+        collector.restore_thresholds()
         with out_of_memory_explained(config, world, setting, trainer):
             run_logged(trainer)
     leave()
@@ -128,7 +128,7 @@ def start_watchdog(
     log_to(log)
     watchdog, policy = Watchdog(), config.launch
     tell = on_hang or partial(report_hang, log)
-    claims.enter_context(watchdog.guarding(policy.timeout, policy.patience, log=log, tell=tell))
+    claims.enter_context(watchdog.guarding(policy.timeout, policy.patience, log=log, report=tell))
     return watchdog
 
 
@@ -175,7 +175,7 @@ def out_of_memory_explained(
         raise explained(
             failure,
             config,
-            split=MicroBatching.asked(config) if trainer is None else MicroBatching.recorded(trainer.facts),
+            split=MicroBatching.from_config(config) if trainer is None else MicroBatching.from_record(trainer.facts),
             memory_saving_overrides=config.strategy.memory_saving_overrides(setting) if setting is not None else [],
             device=world.device,
             step=0 if trainer is None else trainer.progress.step,

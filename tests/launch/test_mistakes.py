@@ -75,7 +75,7 @@ MISTAKES = [
     (["strategy=deepspeed", "strategy.zero_stage=4"], "strategy.zero_stage=4: input should be 0, 1, 2 or 3"),
     (["strategy=deepspeed", "strategy.zero_stage=0", "strategy.offload_optimizer=true"], "only stages 1, 2 and 3"),
     (["strategy=deepspeed", "strategy.offload_parameters=true"], "only stage 3"),
-    (["strategy=deepspeed", "precision=16-mixed", "precision.allow_cpu=true"], "no fp16 on a CPU"),
+    (["strategy=deepspeed", "precision=16-mixed", "precision.allow_cpu=true"], "does not support fp16 on a CPU"),
     (["strategy=deepspeed", "precision=bf16-true"], "use bf16-mixed"),
     (
         ["strategy=deepspeed", "strategy.config.gradient_clipping=5"],
