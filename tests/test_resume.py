@@ -227,7 +227,7 @@ def test_a_live_run_is_not_moved_aside(base_arguments, command, spawn, tmp_path)
     wait_for(run, 1, process)
     code, _, err = command([*arguments, "resume=never"])
     assert code == 2
-    assert "another run is at work" in err
+    assert "another run is using it" in err
     assert not (tmp_path / "run.old-1").exists()
 
 

@@ -247,7 +247,7 @@ def test_a_slow_disk(uninterrupted, base_arguments, spawn, tmp_path):
     )
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
-    assert "stands still" not in out
+    assert "is stalled" not in out
     records = [(r["event"], r["step"]) for r in read_records(run / "metrics.jsonl")]
     assert records.index(("train", 19)) < records.index(("checkpoint", 10)), "it was written while training went on"
     (saved,) = [r for r in read_records(run / "metrics.jsonl") if (r["event"], r["step"]) == ("checkpoint", 10)]

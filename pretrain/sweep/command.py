@@ -38,7 +38,7 @@ def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], cl
     """Run a sweep and return its exit code, the worst of its jobs'.
 
     ``arguments`` are those of the command line; ``config_dir`` and ``overrides`` are what Hydra gets. For ``cli_values`` see
-    `trust.said`.
+    `trust.command_line_only_values`.
 
     Raises ``UserError`` for a mistake in any job, before the first one starts.
     """

@@ -14,7 +14,7 @@ from pretrain.config.check import check
 from pretrain.config.compose import resolve
 from pretrain.config.hydra_configs import plain_mistakes
 from pretrain.config.schema import RunConfig
-from pretrain.config.trust import check_said, said
+from pretrain.config.trust import check_command_line_only, command_line_only_values
 from pretrain.data.domains import base_domains
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError, did_you_mean
@@ -50,7 +50,7 @@ class Plan:
             self.jobs = [list(words) for words in itertools.product(*map(_choices, self._overrides.values()))]
 
     def check(self, cli_values: dict[str, Any]) -> None:
-        """Compose and check every job's configuration. For ``cli_values`` see `trust.said`.
+        """Compose and check every job's configuration. For ``cli_values`` see `trust.command_line_only_values`.
 
         Raises ``UserError`` for the first mistake in any job.
         """
@@ -70,7 +70,7 @@ class Plan:
             resolved = resolve(config)
             # words include a file's hydra.sweeper.params too; trust._only_sweeps has checked them, so they set no key that
             # only the command line may set
-            check_said(resolved, cli_values | said(words))
+            check_command_line_only(resolved, cli_values | command_line_only_values(words))
             check_metric(check(resolved, here=here))
         if "output_dir" in self._overrides and "output_dir" not in self.keys and not one:
             raise UserError(

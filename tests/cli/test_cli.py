@@ -99,7 +99,7 @@ KEYS = [
     (["dataset=local"], "dataset.nameOrPath has no value"),
     (["hydra.run.dir=there"], "the run folder is output_dir="),
     (["optimizer._target_=pretrain.optim.adamw.Adam"], "optimizer._target_='pretrain.optim.adamw.Adam'"),
-    (["--config"], "--config: which file?"),
+    (["--config"], "--config: needs a file"),
     (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
 ]
 

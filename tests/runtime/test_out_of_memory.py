@@ -139,7 +139,7 @@ def test_one_sequence_can_not_be_halved():
     said = told("step", 1, 4, step=7, config=config_of("model.gradient_checkpointing=true"))
     assert said.startswith("out of memory at step 8 with batch_size=1")
     assert said.endswith(
-        "; less is needed with precision=bf16-mixed, a shorter sequence_length (another run); the run goes on from its "
+        "; less is needed with precision=bf16-mixed, a shorter sequence_length (another run); the run resumes from its "
         "last checkpoint"
     )
 

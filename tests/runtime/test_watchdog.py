@@ -114,7 +114,7 @@ def test_a_run_whose_disk_does_not_answer(base_arguments, spawn, tmp_path):
     process = spawn([*arguments, "sink=jsonl", "launch.timeout=4"], env=environment)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
-    assert "rank-0 stands still at atomic_files.py" in out
+    assert "rank-0 is stalled at atomic_files.py" in out
     assert "no progress for 4 s (launch.timeout)" in out
     assert "write_json" in (tmp_path / "logs/rank-0.log").read_text()
 
@@ -202,7 +202,7 @@ def test_a_rank_that_stands_still_in_its_first_forward(strategy, where, base_arg
     process = spawn(arguments, env=at_call(where, "hang", tmp_path / "mark", rank="1"))
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
-    assert "rank 1 stands still: no progress for 4 s (launch.slow_timeout)" in out
+    assert "rank 1 is stalled: no progress for 4 s (launch.slow_timeout)" in out
     assert "rank 0 at " in out
     for rank in (0, 1):
         assert "Thread 0x" in (run / f"logs/rank-{rank}.log").read_text()

@@ -148,7 +148,7 @@ def test_a_folder_that_is_gone(base_arguments, command, tmp_path, monkeypatch):
     code, _, err = command(base_arguments)
     assert (code, err) == (
         2,
-        "error: the current folder is gone: No such file or directory; change to another one\n",
+        "error: the current folder no longer exists: No such file or directory; change to another one\n",
     )
 
 

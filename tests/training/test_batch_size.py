@@ -159,7 +159,7 @@ def test_auto_is_the_run_with_that_number(base_arguments, command, tmp_path):
 
     go_on(run, 11, ["batch_size=2", "gradient_accumulation_steps=2"])
     said = go_on(run, 12, AUTO)
-    assert "batch_size=auto: batch_size=2 gradient_accumulation_steps=2 (as this run has had it so far)" in said
+    assert "batch_size=auto: batch_size=2 gradient_accumulation_steps=2 (as in this run so far)" in said
 
 
 def test_two_processes(base_arguments, exact_model, command, tmp_path):
@@ -189,7 +189,7 @@ def test_an_evaluation_alone_needs_a_number(base_arguments, command, tmp_path):
     alone = [*base_arguments, "task=evaluation", f"output_dir={tmp_path}"]
     code, _, said = command([*alone, "batch_size=auto"])
     assert code == 2
-    assert "evaluation.batch_size=auto is that of a training; here it needs a number" in said
+    assert "evaluation.batch_size=auto is the batch_size of a training run; this task needs a number" in said
     code, _, said = command([*alone, "batch_size=auto", "evaluation.batch_size=4", "sink=jsonl"])
     assert code == 0, said
 

@@ -168,7 +168,9 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             raise UserError(f"model_name={name}: {index} names {outside[0]!r}, which is outside the folder")
     gone = [shard for shard in shards if not os.path.isfile(folder / shard)]  # also of a name that no file can have
     if gone:
-        raise UserError(f"model_name={name}: {len(gone)} of {len(shards)} weight files are missing, e.g. {gone[0][:200]}")
+        raise UserError(
+            f"model_name={name}: {len(gone)} of {len(shards)} weight files are missing, e.g. {gone[0][:200]}"
+        )
     if shards:
         return [folder / shard for shard in shards]
     pieces = sorted(folder.glob(PIECES))
