@@ -36,8 +36,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.cli.help import choices
 from pretrain.config.check import gpu_visible
+from pretrain.config.choices import choices
 from pretrain.telemetry.sinks.jsonl import read_records
 
 Records = list[dict[str, Any]]

@@ -214,11 +214,11 @@ def test_a_torn_checkpoint_starts_nothing(task, run, command, tmp_path):
     os.truncate(torn / "model.safetensors", 100)
     code, _, err = command([f"task={task}", f"model_name={torn}", f"output_dir={tmp_path / 'out'}"])
     assert code == 2
-    assert f"error: model_name={torn}: not a whole checkpoint: model.safetensors has 100 bytes" in err
+    assert f"error: model_name={torn}: not a complete checkpoint: model.safetensors has 100 bytes" in err
     (torn / "COMPLETE.json").unlink()
     code, _, err = command([f"task={task}", f"model_name={torn}", f"output_dir={tmp_path / 'out'}"])
     assert code == 2
-    assert "not a whole checkpoint: no COMPLETE.json" in err
+    assert "not a complete checkpoint: no COMPLETE.json" in err
 
 
 def test_a_run_stands_for_its_newest_whole_checkpoint(run, tmp_path):
@@ -235,7 +235,7 @@ def test_a_run_stands_for_its_newest_whole_checkpoint(run, tmp_path):
     shutil.rmtree(copy / "checkpoints")
     assert weights_folder(str(copy), key="model_name") == str(copy / "model")
     shutil.rmtree(copy / "model")
-    with pytest.raises(UserError, match="neither a whole checkpoint nor a model/"):
+    with pytest.raises(UserError, match="neither a complete checkpoint nor a model/"):
         weights_folder(str(copy), key="model_name")
     assert weights_folder("owner/name", key="model_name") == "owner/name"
 

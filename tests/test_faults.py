@@ -50,7 +50,7 @@ def test_a_resumed_run_names_the_files_that_are_others(on_own_corpus, own_corpus
     code, _, err = command([*on_own_corpus, "max_steps=7"])
     assert code == 2, err
     found = f"{own_corpus}/05.txt changed, {own_corpus}/07.txt is gone, {own_corpus}/new.txt is new"
-    assert f"the data is not what the run began with: {found}" in err
+    assert f"the data has changed since the run started: {found}" in err
     assert "03.txt" not in err
 
 
@@ -267,5 +267,5 @@ def test_a_folder_at_work_names_who_works_in_it(base_arguments, spawn, command, 
     assert os.path.exists(f"/proc/{pid}") or sys.platform == "darwin"
     code, _, err = command(arguments)
     assert code == 2
-    assert f"another run is at work in it (host and pid: {host} {pid})" in err
+    assert f"another run is using it (host and pid: {host} {pid})" in err
     assert process.poll() is None

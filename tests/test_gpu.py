@@ -206,7 +206,7 @@ def test_out_of_memory_is_told_with_what_would_fit(base_arguments, little_memory
 def test_auto_finds_what_fits(base_arguments, little_memory, ran):
     auto = ["batch_size=auto", "gradient_accumulation_steps=512", "max_steps=2"]
     run, out = ran("run", [*base_arguments, *auto], env=little_memory(128))  # cuBLAS alone takes 32
-    assert "(more does not fit: tried to allocate" in out
+    assert "(larger ones do not fit: tried to allocate" in out
     assert 1 <= read_run_file(run)["batch_size"] < 512
 
 

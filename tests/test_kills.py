@@ -69,7 +69,7 @@ class Killer:
 
     def phase(self, run):
         """The one that was hit least, of those that ``run`` can come to."""
-        whole = CheckpointStore(run / "checkpoints").whole()
+        whole = CheckpointStore(run / "checkpoints").complete_steps()
         return min((p for p in self.hits if whole or not PHASES[p].resumed), key=self.hits.__getitem__)
 
     def kill(self, name, arguments, run, *, ranks, seconds):

@@ -98,7 +98,7 @@ def test_resume_from_a_named_checkpoint_leaves_the_other_branch(uninterrupted, b
     arguments = [*base_arguments, f"output_dir={run}", "checkpoint.keep_last=null"]
     code, _, err = command([*arguments, f"resume={run}/checkpoints/step-00000005"])
     assert code == 0, err
-    assert "step-00000020 is of the branch that was left" in err
+    assert "step-00000020 belongs to a branch that was abandoned" in err
     assert_same_run(run, uninterrupted)
 
 
@@ -110,7 +110,7 @@ def test_resume_from_a_run_is_from_its_newest_whole_checkpoint(uninterrupted, ba
     before = sorted(named.rglob("*"))
     code, _, err = command([*base_arguments, f"output_dir={run}", f"resume={named}", "max_steps=22"])
     assert code == 0, err
-    assert "step-00000021 passed over" in err
+    assert "step-00000021 skipped" in err
     steps = [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
     assert steps == [21, 22]
     brought = json.loads((named / "checkpoints/step-00000020/state.json").read_text())["records"]
@@ -129,7 +129,7 @@ def test_a_torn_checkpoint_is_passed_over(uninterrupted, base_arguments, command
     (run / "run.json").unlink()
     code, _, err = command([*base_arguments, f"output_dir={run}"])
     assert code == 0, err
-    assert "step-00000020 passed over: optimizer.safetensors has" in err
+    assert "step-00000020 skipped: optimizer.safetensors has" in err
     assert_same_run(run, uninterrupted)
 
 
@@ -164,12 +164,12 @@ def test_a_flipped_bit_in_a_large_file(base_arguments, command, tmp_path):
     assert command([*export, f"output_dir={tmp_path / 'quick'}"])[0] == 0
     code, _, err = command([*export, f"output_dir={tmp_path / 'full'}", "checkpoint.verify=full"])
     assert code == 2
-    reason = "model.safetensors has other bytes than were written (checksum)"
-    assert f"error: model_name={newest}: not a whole checkpoint: {reason}" in err
+    reason = "model.safetensors does not match its checksum"
+    assert f"error: model_name={newest}: not a complete checkpoint: {reason}" in err
     assert weights_folder(str(run), key="model_name", verify="full") == str(run / "checkpoints/step-00000005")
     code, _, err = command([*arguments, "checkpoint.verify=full"])
     assert code == 0, err
-    assert f"{newest} passed over: {reason}" in err
+    assert f"{newest} skipped: {reason}" in err
     assert weights.read_bytes() == written
 
 
@@ -189,11 +189,11 @@ def test_torn_checkpoints_of_two_processes(base_arguments, spawn, tmp_path):
     whole = shutil.copytree(run, tmp_path / "whole")
 
     (run / last / "model.rank-1.safetensors").unlink()
-    goes_on(f"{run / last} passed over: model.rank-1.safetensors is missing")
+    goes_on(f"{run / last} skipped: model.rank-1.safetensors is missing")
     assert_same_run(run, whole)
     marker = run / last / "COMPLETE.json"
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": 99}))
-    goes_on(f"{run / last} passed over: format 99, this version reads 3 to 4")
+    goes_on(f"{run / last} skipped: format 99, this version reads 3 to 4")
     assert_same_run(run, whole)
     shutil.rmtree(run / last)
     shutil.copy(run / before / "model.rank-1.safetensors", run / before / "model.rank-7.safetensors")
@@ -227,7 +227,7 @@ def test_a_live_run_is_not_moved_aside(base_arguments, command, spawn, tmp_path)
     wait_for(run, 1, process)
     code, _, err = command([*arguments, "resume=never"])
     assert code == 2
-    assert "another run is at work" in err
+    assert "another run is using it" in err
     assert not (tmp_path / "run.old-1").exists()
 
 

@@ -51,10 +51,10 @@ def test_a_disk_without_room(uninterrupted, base_arguments, command, small_disk)
     arguments = [*base_arguments, f"output_dir={run}"]
     code, _, err = command(arguments)
     assert code == 2
-    assert err.count("the run goes on") == 3, "at steps 5, 10 and 15"
+    assert err.count("the run continues") == 3, "at steps 5, 10 and 15"
     last = [line for line in err.splitlines() if line.startswith("error:")][-1]
     assert "step-00000020 could not be written: it needs 0.00 GiB" in last
-    assert "there is none before it" in last
+    assert "there is no earlier checkpoint" in last
     assert "Traceback" not in err
     assert [r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] == "train"] == list(range(1, 21))
     ballast.unlink()
@@ -103,7 +103,7 @@ def test_a_disk_that_turns_read_only(uninterrupted, base_arguments, command, spa
     assert len(said) == 1
     assert "could not be written" in said[0]
     assert "Read-only file system" in said[0]
-    assert f"the last good one is {good}" in said[0]
+    assert f"the last valid checkpoint is {good}" in said[0]
     ended_at = read_records(run / "metrics.jsonl")[-1]["step"]
     assert ended_at < int(good.name[5:]) + 15, "not silently: soon after the save that failed"
     code, _, err = command(
@@ -140,14 +140,14 @@ def like_anybody():
         (
             "os.chmod('{run}/checkpoints', 0o500)",
             "Permission denied",
-            "the last good one is {run}/checkpoints/step-00000005",
+            "the last valid checkpoint is {run}/checkpoints/step-00000005",
         ),
         *(
             pytest.param(f"shutil.rmtree('{{run}}{below}')", "No such file or directory", left, marks=pytest.mark.slow)
             for below, left in [
-                (f"/checkpoints{SECOND}", "the last good one is {run}/checkpoints/step-00000005"),
-                ("/checkpoints", "there is none before it"),
-                ("", "there is none before it"),
+                (f"/checkpoints{SECOND}", "the last valid checkpoint is {run}/checkpoints/step-00000005"),
+                ("/checkpoints", "there is no earlier checkpoint"),
+                ("", "there is no earlier checkpoint"),
             ]
         ),
     ],
@@ -165,7 +165,7 @@ def test_in_the_very_middle_of_a_save(action, says, left, uninterrupted, base_ar
         assert words in error
     assert "Traceback" not in out
     if (run / "checkpoints").exists():
-        assert CheckpointStore(run / "checkpoints").whole() == [5]
+        assert CheckpointStore(run / "checkpoints").complete_steps() == [5]
         (run / "checkpoints").chmod(0o700)
     code, _, err = command(arguments)
     assert code == 0, err
@@ -209,11 +209,11 @@ def test_one_rank_that_cannot_write(base_arguments, spawn, command, tmp_path):
         out, _ = process.communicate(timeout=120)
         (error,) = [line for line in out.splitlines() if line.startswith("error:")]
         good = run / "checkpoints/step-00000005"
-        for words in ("step-00000010 could not be written", says, shard, f"the last good one is {good}"):
+        for words in ("step-00000010 could not be written", says, shard, f"the last valid checkpoint is {good}"):
             assert words in error
         assert "Traceback" not in out
         goes_on = name == "ENOSPC"
-        assert error.endswith("; the run goes on") == goes_on
+        assert error.endswith("; the run continues") == goes_on
         assert process.returncode == (0 if goes_on else 2), out
         assert CheckpointStore(run / "checkpoints").steps() == ([5, 15, 20] if goes_on else [5])
         code, _, err = command([*pair, f"output_dir={run}", "checkpoint.keep_last=null"])
@@ -247,7 +247,7 @@ def test_a_slow_disk(uninterrupted, base_arguments, spawn, tmp_path):
     )
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
-    assert "stands still" not in out
+    assert "is stalled" not in out
     records = [(r["event"], r["step"]) for r in read_records(run / "metrics.jsonl")]
     assert records.index(("train", 19)) < records.index(("checkpoint", 10)), "it was written while training went on"
     (saved,) = [r for r in read_records(run / "metrics.jsonl") if (r["event"], r["step"]) == ("checkpoint", 10)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.runtime.redact import held, redact, secrets
+from pretrain.runtime.redact import find_secret, redact, secrets
 from tests.cli.test_cli import assert_mistake
 from tests.launch.test_launch import PAIR
 from tests.runs import injected
@@ -175,7 +175,7 @@ SHAPED = {  # text → what is left of it
 @pytest.mark.parametrize("text", SHAPED)
 def test_what_looks_like_a_secret_goes(text):
     assert redact(f"a {text} b") == f"a {SHAPED[text]} b"
-    assert held(text, {}) is not None
+    assert find_secret(text, {}) is not None
 
 
 INNOCENT = [
@@ -203,7 +203,7 @@ INNOCENT = [
 @pytest.mark.parametrize("text", INNOCENT)
 def test_no_false_alarm(text):
     assert redact(text) == text
-    assert held(text, {}) is None
+    assert find_secret(text, {}) is None
 
 
 AWKWARD = ['it\'s "quoted"', "back\\slash\\t", "слово-пароль", "a b&c=d/e+f%g", "line one\nline two", "=abcDEF/123+"]
@@ -219,7 +219,7 @@ def test_a_quoted_secret_goes_too(secret, quoting, monkeypatch):
     assert said.startswith("sent ")
     assert said.endswith(" off")
     assert "***" in said
-    assert held(text, secrets()) == "the value of $MY_PASSPHRASE"
+    assert find_secret(text, secrets()) == "the value of $MY_PASSPHRASE"
 
 
 NAMED = [

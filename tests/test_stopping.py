@@ -83,7 +83,7 @@ def test_ctrl_c_during_the_first_imports(base_arguments, spawn, tmp_path):
     process = spawn([*base_arguments, f"output_dir={tmp_path / 'run'}"], env=injected(tmp_path, FIRST_IMPORTS))
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 75, out
-    assert out == "stopped (Ctrl-C); the same command goes on from here\n"
+    assert out == "stopped (Ctrl-C); the same command continues from here\n"
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def test_a_stop_during_a_save(behind, more, base_arguments, undisturbed, spawn, 
     assert saved[0] == 5, "it became whole"
     assert saved[-1] == read_run_file(run)["steps"] < 20
     assert sorted(set(saved)) == saved, "each once"
-    assert CheckpointStore(run / "checkpoints").whole() == saved[-2:]
+    assert CheckpointStore(run / "checkpoints").complete_steps() == saved[-2:]
     code, _, err = command(arguments)
     assert code == 0, err
     assert_same_numbers(run, undisturbed(more))
@@ -76,7 +76,7 @@ def test_a_second_ctrl_c_during_a_save(more, base_arguments, undisturbed, spawn,
     run = tmp_path / "run"
     arguments = [*base_arguments, *more, f"output_dir={run}"]
     process = spawn(arguments, env=injected(tmp_path, SLOW_DISK % STUCK_AFTER_ONE), start_new_session=True)
-    wait_for(lambda: CheckpointStore(run / "checkpoints").whole() == [5] and being_written(run), process)
+    wait_for(lambda: CheckpointStore(run / "checkpoints").complete_steps() == [5] and being_written(run), process)
     everyone = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(1.1)

@@ -197,7 +197,7 @@ def test_lr_auto_is_the_number_of_the_size_then_that_of_the_run(base_arguments, 
     assert (code, "is finished" in err, "lr=auto" in err) == (0, True, False), err
     code, _, err = command([*auto, f"output_dir={run}", "max_steps=4"])
     assert code == 0, err
-    assert "lr=auto: 0.002 (as this run has had it so far)" in err
+    assert "lr=auto: 0.002 (as in this run so far)" in err
     assert OmegaConf.load(run / "config.yaml").lr == 0.002
 
 

@@ -1,6 +1,6 @@
-"""Folders that are whole or absent: written beside their place by all ranks, flushed to disk, marked complete, renamed.
+"""Atomic writing of folders: all ranks write into a temporary folder, which is flushed to disk, marked complete and renamed.
 
-The ranks share the disk: on several nodes ``output_dir`` lies on a file system that all of them see.
+The ranks share the disk: with several nodes, ``output_dir`` must be on a file system that all of them can access.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Fill = Callable[[Path], Iterable[Path]]
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and what is missing above it, on disk."""
+    """Create a folder and its missing parents, and flush them to disk."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -42,12 +42,14 @@ def write_folder(
     marker: bool = True,
     alive: Callable[[], None] = lambda: None,
 ) -> int:
-    """Let every rank ``fill`` a fresh folder and return the files it wrote; then it becomes ``path``, complete and on
-    disk. Return its size in bytes, on every rank.
+    """Write ``path`` atomically; return its size in bytes, on every rank.
 
-    The ``marker`` (sizes and checksums of all files) is written last. An error leaves nothing behind and an older
-    ``path`` as it was. Raises ``UserError`` on every rank, naming place, cause and ``hint()``, when one can't write;
-    ``NoRoom`` where it is full. ``alive`` is called after every file.
+    Every rank calls ``fill`` with a temporary folder and gets back the files that it wrote. When all ranks are done, the
+    folder is flushed to disk and renamed to ``path``. The ``marker`` (sizes and checksums of all files) is written last.
+    ``alive`` is called after every file.
+
+    After an error the temporary folder is deleted and an older ``path`` is unchanged. Raises ``UserError`` on every rank,
+    with path, cause and ``hint()``, if one rank can't write, and ``NoRoom`` if the disk is full.
     """
     partial = path.with_name(f"{path.name}.partial")
 
@@ -56,7 +58,7 @@ def write_folder(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
 
-    def told(work: Callable[[], Any]) -> Callable[[], Any]:
+    def with_path(work: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
             try:
                 return work()
@@ -67,10 +69,12 @@ def write_folder(
         return run
 
     try:
-        world.on_main_rank(told(begin))
-        parts = world.all_gather_object(told(lambda: _settle(partial, fill(partial), checksums=marker, alive=alive)))
+        world.on_main_rank(with_path(begin))
+        parts = world.all_gather_object(
+            with_path(lambda: _flush_files(partial, fill(partial), checksums=marker, alive=alive))
+        )
         entries = {name: entry for part in parts for name, entry in part.items()}
-        world.on_main_rank(told(lambda: _complete(partial, path, entries if marker else None)))
+        world.on_main_rank(with_path(lambda: _complete(partial, path, entries if marker else None)))
     except BaseException:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -79,20 +83,20 @@ def write_folder(
 
 
 def _is_full(error: OSError | SafetensorError) -> bool:
-    """Whether a disk or a quota is full; safetensors says so in words alone."""
+    """Return whether a disk or a quota is full. safetensors reports the error number in its message only."""
     numbers = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError):
         return error.errno in numbers
     return any(f"(os error {number})" in str(error) for number in numbers)
 
 
-def _settle(
+def _flush_files(
     folder: Path, files: Iterable[Path], *, checksums: bool, alive: Callable[[], None]
 ) -> dict[str, dict[str, Any]]:
-    """This rank's ``files`` on disk; size and checksum of each by its name in ``folder``."""
+    """Flush this rank's ``files`` to disk; return size and checksum of each by its name in ``folder``."""
     entries = {}
     for file in files:
-        set_mode(file, 0o666 & ~_umask())  # safetensors makes its files for the owner alone
+        set_mode(file, 0o666 & ~_umask())  # safetensors makes its files readable for the owner only
         entries[str(file.relative_to(folder))] = entry_of(file) if checksums else {"bytes": file.stat().st_size}
         flush(file)
         alive()
@@ -100,7 +104,7 @@ def _settle(
 
 
 def _complete(partial: Path, path: Path, entries: dict[str, dict[str, Any]] | None) -> None:
-    """The marker of a whole folder, after its files; its folders on disk, and it in its place."""
+    """Write the marker after all files, flush the folders to disk, and rename ``partial`` to ``path``."""
     if entries is not None:
         flush(write_marker(partial, entries))
     for folder in (*filter(Path.is_dir, partial.rglob("*")), partial):
@@ -108,7 +112,7 @@ def _complete(partial: Path, path: Path, entries: dict[str, dict[str, Any]] | No
     replace_folder(partial, path)
 
 
-@cache  # asking means setting it for a moment, for all threads
+@cache  # reading the umask requires setting it for a moment, which affects all threads
 def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
@@ -116,7 +120,7 @@ def _umask() -> int:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Put ``new`` in the place of ``path``, moving an older ``path`` aside first and deleting it last."""
+    """Rename ``new`` to ``path``. An older ``path`` is first renamed and at last deleted."""
     old = path.with_name(f"{path.name}.replaced")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)

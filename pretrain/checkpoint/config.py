@@ -1,4 +1,4 @@
-"""When checkpoints are made, how, and which of them stay; when the model is exported."""
+"""The config group ``checkpoint``: when and how checkpoints are saved, which are kept, and when the model is exported."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from pydantic import Field, PositiveInt
 
 from pretrain.runtime.errors import UserError, did_you_mean
 
-Verify = Literal["size", "full"]  # what is looked at before loading
+Verify = Literal["size", "full"]  # how a checkpoint's files are checked before loading
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """``async_`` (``async`` in YAML): write while training goes on. ``verify`` before loading: the files' sizes, or all
-    of their bytes. ``with_evaluation``: save whenever the run evaluates, instead of every ``save_every`` steps.
+    """How a run saves. A complete checkpoint is kept if any of the ``keep_*`` fields selects it.
 
-    Of the whole checkpoints stay the newest ``keep_last`` (``None``: all), those at every multiple of ``keep_every``
-    steps, and the ``keep_best`` with the lowest loss of the domain ``best_by`` (``None``: the new one), among those that
-    were evaluated at their very step. Losses of other text can't be compared: where a resumed run evaluates something
-    else, the best of both stay.
-
-    ``export``: the model as a Hugging Face folder at the end, at every save too, or never. ``export_shard_size``: of its
-    weight files at most, such as 500MB or 5GB.
+    Attributes:
+        async_: write checkpoints while training continues (``async`` in YAML).
+        verify: before loading, check the sizes of a checkpoint's files ("size") or all of their bytes ("full").
+        keep_last: keep the newest checkpoints, this many (``None``: all).
+        keep_every: keep the checkpoints at multiples of this many steps.
+        keep_best: keep this many checkpoints with the lowest loss, among those that were evaluated at their own step.
+            Losses on different text are not compared: if a resumed run evaluates other text, the best of both are kept.
+        best_by: the domain whose loss ``keep_best`` compares (``None``: the new domain).
+        with_evaluation: save whenever the run evaluates, instead of every ``save_every`` steps.
+        export: write the model as a Hugging Face folder at the end, at every save too, or never.
+        export_shard_size: maximal size of a weight file, such as 500MB or 5GB.
     """
 
     async_: bool = True
@@ -40,7 +43,7 @@ class CheckpointConfig:
     export_shard_size: Annotated[str, Field(pattern=r"^[1-9]\d*(KB|MB|GB)$")] = "5GB"
 
     def check(self, domains: Mapping[str, str]) -> None:
-        """Raises ``UserError`` when the best are to be found by a domain that is not evaluated. ``domains``: name → role."""
+        """Raise ``UserError`` if the domain of ``best_by`` is not evaluated. ``domains`` maps names to roles."""
         if self.keep_best is None and self.best_by is not None:
             raise UserError(f"checkpoint.best_by={self.best_by}: has no effect without checkpoint.keep_best")
         if self.keep_best is None:
@@ -58,9 +61,10 @@ class CheckpointConfig:
     def kept(
         self, losses: Mapping[int, Mapping[str, float]], digests: Mapping[int, Mapping[str, str | None]] | None = None
     ) -> set[int]:
-        """Of the steps of whole checkpoints, each with its losses by domain (empty: not evaluated), those that stay.
+        """Return the steps of the checkpoints that are kept.
 
-        ``digests``: of what each loss was measured on; only equal ones are ranked with each other.
+        ``losses`` maps the step of every complete checkpoint to its losses by domain (empty: not evaluated). ``digests`` maps
+        steps to digests of the text on which each loss was measured; only losses with equal digests are compared.
         """
         if self.keep_last is None:
             return set(losses)

@@ -1,7 +1,7 @@
-"""The marker of a complete folder, ``COMPLETE.json``: its files with sizes and checksums, and a checksum of itself.
+"""``COMPLETE.json``, the marker of a complete folder. It lists the folder's files with sizes and checksums.
 
-``{"format": 4, "files": {name: {"bytes", "xxh3_128", "quick_xxh3_128"}}, "xxh3_128": of the files}``. Format 3 has neither
-a checksum of itself nor the quick ones; it is still read.
+Its content is ``{"format": 4, "files": {name: {"bytes", "xxh3_128", "quick_xxh3_128"}}, "xxh3_128": …}``, where the last is
+the checksum of "format" and "files". Format 3 has neither this checksum nor the quick ones; it can still be read.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pretrain.runtime.strict_json import read_json
 
 FORMAT = 4
 OLDEST_FORMAT = 3
-SMALL_BYTES = 1 << 20  # weights in files up to this size are always compared by their checksum
+SMALL_BYTES = 1 << 20  # weight files up to this size are always compared by their full checksum
 CHUNK_BYTES = 1 << 24
-SAMPLES = 16  # places in a large file that are always looked at
+SAMPLES = 16  # number of places in a large file that are always checked
 SAMPLE_BYTES = 1 << 14
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 class Entry(BaseModel):
-    """A file of the folder. ``quick_xxh3_128``: of a large safetensors file, see ``quick_checksum``."""
+    """A file of the folder. Only large safetensors files have ``quick_xxh3_128``, see ``quick_checksum``."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -39,7 +39,7 @@ class Entry(BaseModel):
 
 
 class Marker(BaseModel):
-    """What ``COMPLETE.json`` holds."""
+    """The content of ``COMPLETE.json``."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -49,7 +49,7 @@ class Marker(BaseModel):
 
 
 def entry_of(file: Path) -> dict[str, Any]:
-    """The entry of a file in the marker."""
+    """Return the entry of a file in the marker."""
     entry: dict[str, Any] = {"bytes": file.stat().st_size, "xxh3_128": checksum(file)}
     if _is_large(file):
         entry["quick_xxh3_128"] = quick_checksum(file)
@@ -68,7 +68,7 @@ def _own_checksum(entries: dict[str, dict[str, Any]]) -> str:
 
 
 def checksum(file: Path) -> str:
-    """xxh3-128 of a file's bytes, in hexadecimal digits."""
+    """Return the xxh3-128 of a file's bytes, in hexadecimal digits."""
     digest = xxhash.xxh3_128()
     with file.open("rb", buffering=0) as stream:
         while chunk := stream.read(CHUNK_BYTES):
@@ -77,8 +77,8 @@ def checksum(file: Path) -> str:
 
 
 def quick_checksum(file: Path) -> str:
-    """xxh3-128 of a safetensors file's header and of a few places in its data: it finds another file of the same size and
-    shapes, such as that of another step, without reading all of it."""
+    """Return the xxh3-128 of a safetensors file's header and of a few places in its data. It distinguishes files of the same
+    size and shapes, such as those of two steps, without reading all of a file."""
     digest, size = xxhash.xxh3_128(), file.stat().st_size
     with file.open("rb", buffering=0) as stream:
         length = stream.read(8)
@@ -95,7 +95,7 @@ def _is_large(file: Path) -> bool:
 
 
 def read_marker(folder: Path) -> Marker:
-    """Raises ``OSError`` where there is none, ``ValueError`` saying what is wrong with it."""
+    """Read a folder's marker. Raises ``OSError`` if there is none and ``ValueError`` with the reason if it is invalid."""
     try:
         content = read_json(folder / MARKER)
     except ValueError as error:
@@ -109,20 +109,23 @@ def read_marker(folder: Path) -> Marker:
         raise ValueError(f"unreadable {MARKER}: {first_error(error)}") from None
     own = None if marker.format == OLDEST_FORMAT else _own_checksum(content["files"])
     if marker.xxh3_128 != own:
-        raise ValueError(f"{MARKER} has other bytes than were written (checksum)")
+        raise ValueError(f"{MARKER} does not match its checksum")
     return marker
 
 
 def first_error(error: ValidationError) -> str:
-    """``files.state.json.bytes: input should be a valid integer``."""
+    """Return the first error as one line, such as ``files.state.json.bytes: input should be a valid integer``."""
     wrong = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in wrong["loc"])[:200]
     return f"{where}: {wrong['msg'][0].lower()}{wrong['msg'][1:]}".removeprefix(": ")
 
 
 def incomplete_reason(path: Path, *, verify: Verify = "size") -> str | None:
-    """Why the folder can't be trusted, or ``None`` when it is complete: the marker is there, and every file with the size
-    it had and, but for large weight files, its bytes; of these the header and a few places. ``full``: all bytes."""
+    """Return why the folder is not complete and unchanged, or ``None``.
+
+    It is complete if it has a marker and every file in it has its recorded size and checksum. Of large weight files only
+    the header and a few places are compared, unless ``verify`` is "full".
+    """
     try:
         for name, entry in read_marker(path).files.items():
             if reason := _damage(path, name, entry, verify):
@@ -149,7 +152,7 @@ def _damage(folder: Path, name: str, entry: Entry, verify: Verify) -> str | None
         if file.suffix == ".safetensors":
             safe_open(file, framework="numpy")
         if not _same_bytes(file, entry, verify):
-            return f"{name} has other bytes than were written (checksum)"
+            return f"{name} does not match its checksum"
     except (OSError, ValueError, SafetensorError) as error:
         return f"{name} can't be read: {error}"
     return None

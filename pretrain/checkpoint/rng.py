@@ -1,4 +1,4 @@
-"""Random state of this process, as JSON: Python, NumPy, torch on the CPU and on this rank's GPU."""
+"""The random state of this process as JSON: of Python, NumPy, torch on the CPU, and torch on this rank's GPU."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NUMPY_KEYS = 624  # of its Mersenne Twister
-BETWEEN_RANKS = 1_000_003  # seeds that people choose are smaller
+NUMPY_KEYS = 624  # words in the state of NumPy's Mersenne Twister
+BETWEEN_RANKS = 1_000_003  # difference of the seeds of two ranks; larger than the seeds that users choose
 
 
 def rng_state() -> dict[str, Any]:
-    """Everything ``set_rng_state`` needs to go on with the very next random number."""
+    """Return the state with which ``set_rng_state`` continues at exactly the next random number."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -37,23 +37,24 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def check_rng_state(state: dict[str, Any]) -> None:
-    """Raises ``ValueError`` for what ``set_rng_state`` could not set; sets nothing."""
+    """Raise ``ValueError`` for a state that ``set_rng_state`` could not set. This sets nothing."""
     try:
         version, internal, gauss = state["python"]
         random.Random().setstate((version, tuple(internal), gauss))
         name, keys, position, has_gauss, cached = state["numpy"]
-        if not (0 <= position <= NUMPY_KEYS and has_gauss in (0, 1)):  # numpy itself believes them
+        if not (0 <= position <= NUMPY_KEYS and has_gauss in (0, 1)):  # NumPy does not check these two
             raise ValueError("numpy: out of range")
         np.random.RandomState().set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, float(cached)))
         torch.Generator().set_state(_decode(state["torch"]))
         if state["cuda"] is not None and len(_decode(state["cuda"])) == 0:
             raise ValueError("cuda: empty")
     except (ValueError, TypeError, KeyError, OverflowError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"no random state: {type(error).__name__}: {error}".splitlines()[0][:200]) from None
+        raise ValueError(f"not a random state: {type(error).__name__}: {error}".splitlines()[0][:200]) from None
 
 
 def seed_everything(seed: int, *, rank: int = 0) -> None:
-    """Ranks draw different numbers, or dropout would be the same on all; rank 0 draws those of a single process."""
+    """Seed Python, NumPy and torch. Ranks draw different numbers, because dropout must differ between them; rank 0 draws
+    those of a single process."""
     seed += rank * BETWEEN_RANKS
     random.seed(seed)
     np.random.seed(seed % 2**32)

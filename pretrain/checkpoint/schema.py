@@ -1,7 +1,7 @@
-"""What a checkpoint must look like to be loaded: one schema, at the border, so that nothing behind it meets a surprise.
+"""The schema of a checkpoint. It is validated once before loading, so that the code that uses the content can rely on it.
 
-`validation_error` looks at the marker and the files, then at state.json, then at the headers of the weight files; it needs no
-model, so that a run can pass over a checkpoint before it has built anything.
+`validation_error` checks the marker and the files, then state.json, then the headers of the weight files. It needs no
+model, so a run can skip an invalid checkpoint before it has built anything.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from pretrain.runtime.strict_json import read_json
 
 KINDS = ("model", "optimizer")
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Tensors = dict[str, tuple[str, list[Count]]]  # name → type and shape of the whole
+Tensors = dict[str, tuple[str, list[Count]]]  # name → dtype and full shape
 
 
 class _Part(BaseModel):
-    """Keys that later versions add are left alone."""
+    """A part of state.json. Keys that later versions may add are ignored."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -40,7 +40,7 @@ class Cursor(_Part):
 
 
 class Scaler(_Part):
-    """torch's ``GradScaler`` and DeepSpeed's; all of its numbers or none."""
+    """The state of torch's ``GradScaler`` or DeepSpeed's loss scaler. It has either all of its numbers or none."""
 
     skipped: Count = 0
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -57,7 +57,7 @@ class Guard(_Part):
 
 
 class Identity(_Part):
-    """What a run that continues must share."""
+    """What a checkpoint must have in common with the run that resumes from it."""
 
     model: str
     tokenizer: str
@@ -83,14 +83,14 @@ class Record(_Part):
 
 
 class Manifest(_Part):
-    """Every tensor of the checkpoint, whichever files they lie in."""
+    """Every tensor of the checkpoint, in all of its files."""
 
     model: Tensors
     optimizer: Tensors
 
 
 class State(_Part):
-    """state.json. ``tensors`` and ``ranks`` are missing in checkpoints of format 3."""
+    """The content of state.json. Checkpoints of format 3 have neither ``tensors`` nor ``ranks``."""
 
     progress: dict[str, Any]
     loader: Cursor
@@ -104,7 +104,7 @@ class State(_Part):
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's state.json. Raises ``UserError`` when it can't be one."""
+    """Read a checkpoint's state.json. Raises ``UserError`` if it is missing or invalid."""
     file = path / "state.json"
     try:
         state: dict[str, Any] = read_json(file)
@@ -114,13 +114,13 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file} can't be read: {error}") from None
     identity = state["identity"]
-    # Earlier ones have the model's name in front of its content.
+    # Earlier versions wrote the model's name before the digest of its content.
     identity["model"] = identity["model"].rpartition(" ")[2]
     return state
 
 
 def check_state(content: Any) -> None:
-    """Raises ``ValueError`` for what is no state of a run."""
+    """Raise ``ValueError`` if ``content`` is not the state of a run."""
     try:
         state = State.model_validate_json(json.dumps(content))
     except ValidationError as error:
@@ -128,12 +128,12 @@ def check_state(content: Any) -> None:
     scaler = content["scaler"]
     numbers = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
     if 0 < len(numbers & scaler.keys()) < len(numbers) or not isinstance(scaler.get("_growth_tracker", 0), int):
-        raise ValueError("scaler: not all of its numbers")
+        raise ValueError("scaler: some of its numbers are missing")
     progress = _checked_progress(state.progress)
     if progress.samples != state.loader.samples:
         raise ValueError(f"loader is at sample {state.loader.samples}, progress at {progress.samples}")
     if state.ranks not in (None, len(state.rng)):
-        raise ValueError(f"rng is of {len(state.rng)} processes, {state.ranks} have saved")
+        raise ValueError(f"rng has the states of {len(state.rng)} processes, but {state.ranks} saved")
     for number, rng in enumerate(content["rng"]):
         try:
             check_rng_state(rng)
@@ -158,13 +158,13 @@ def _checked_progress(given: dict[str, Any]) -> TrainState:
 
 @cache
 def _field_checks() -> dict[str, TypeAdapter[Any]]:
-    """Each field of Progress by its own type; counts are not negative."""
+    """Return a validator for each field of `TrainState`, made from its type; counts must not be negative."""
     hints = get_type_hints(TrainState) | dict.fromkeys(("step", "samples", "tokens"), Count) | {"scores": list[Score]}
     return {f.name: TypeAdapter(hints[f.name]) for f in fields(TrainState)}
 
 
 def validation_error(path: Path, *, verify: Verify = "size") -> str | None:
-    """Why a checkpoint can't be loaded, or ``None``: not complete, or not what a run of this program has saved."""
+    """Return why a checkpoint can't be loaded, or ``None``: it is incomplete, or a run of this program did not save it."""
     if reason := incomplete_reason(path, verify=verify):
         return reason
     try:
@@ -178,21 +178,21 @@ def validation_error(path: Path, *, verify: Verify = "size") -> str | None:
 
 
 def check_folder_name(path: Path, step: int) -> None:
-    """Raises ``ValueError`` for a checkpoint under the name of another step."""
+    """Raise ``ValueError`` if the folder's name is that of another step."""
     number = path.name.removeprefix("step-")
     if number != path.name and number.isdecimal() and int(number) != step:
-        raise ValueError(f"state.json is of step {step}")
+        raise ValueError(f"state.json belongs to step {step}")
 
 
 def tensor_files(path: Path, kind: str) -> TensorFiles:
-    """The tensors of a checkpoint that are of ``kind``, unread. Raises ``UserError`` where its files can't be put
-    together."""
+    """Return the tensors of ``kind`` in a checkpoint, without reading them. Raises ``UserError`` if its files do not make
+    full tensors."""
     return TensorFiles(path / name for name in marked_files(path, f"{kind}*.safetensors"))
 
 
 def check_tensors(found: dict[str, TensorFiles], state: dict[str, Any]) -> None:
-    """Raises ``ValueError`` where the files hold other tensors than were saved. Of format 3 only what must be there is
-    known: weights, and moments that fit them once a step has been trained."""
+    """Raise ``ValueError`` if the files hold other tensors than were saved. Checkpoints of format 3 have no list of them, so
+    only the necessary ones are checked: weights, and moments for them once a step has been trained."""
     weights = found["model"].keys()
     if not weights:
         raise ValueError("no weights")
@@ -205,13 +205,13 @@ def check_tensors(found: dict[str, TensorFiles], state: dict[str, Any]) -> None:
     for slot in sorted(found["optimizer"].keys()):
         parameter, _, key = slot.rpartition("/")
         if not key or parameter not in weights:
-            raise ValueError(f"optimizer state {slot!r} is of no weight")
+            raise ValueError(f"optimizer state {slot!r} belongs to no weight")
 
 
 def _compare(kind: str, saved: dict[str, Any], files: TensorFiles) -> None:
-    if odd := sorted(saved.keys() ^ files.keys()):
-        raise ValueError(f"{kind}: {odd[0]!r} {'is missing' if odd[0] in saved else 'was not saved'}")
+    if difference := sorted(saved.keys() ^ files.keys()):
+        raise ValueError(f"{kind}: {difference[0]!r} {'is missing' if difference[0] in saved else 'was not saved'}")
     for name, (kind_of_number, shape) in saved.items():
-        known = [files.dtype(name), list(files.shape(name))]
-        if known != [kind_of_number, shape]:
-            raise ValueError(f"{kind}: {name} is {known[0]} {known[1]}, {kind_of_number} {shape} was saved")
+        actual = [files.dtype(name), list(files.shape(name))]
+        if actual != [kind_of_number, shape]:
+            raise ValueError(f"{kind}: {name} is {actual[0]} {actual[1]}, {kind_of_number} {shape} was saved")

@@ -1,9 +1,10 @@
-"""Checkpoints of one run: safetensors and JSON only, so that reading one never runs code and needs no tool of ours.
+"""The checkpoints of one run. They consist of safetensors and JSON, so that reading one never runs code, and other tools
+can read them too.
 
-``step-00000020/``: ``model.safetensors`` (Hugging Face names), ``optimizer.safetensors`` (``<parameter>/<moment>``),
-``state.json`` (progress, data cursor, RNG, loss scaler, the records since the checkpoint before), ``config.yaml``, what
-makes it a model folder by itself (config, tokenizer, …), and the marker of a whole folder. A sharding strategy writes
-``model.rank-0.safetensors``, … instead, each with its rank's rows.
+The folder ``step-00000020/`` holds ``model.safetensors`` (Hugging Face names), ``optimizer.safetensors``
+(``<parameter>/<moment>``), ``state.json`` (progress, data cursor, RNG, loss scaler, the records since the previous
+checkpoint), ``config.yaml``, the files that make it a model folder (config, tokenizer, …), and the marker of a complete
+folder. A sharding strategy writes ``model.rank-0.safetensors``, … instead, each with the rows of its rank.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from pretrain.runtime.filesystem import free_bytes, move
 if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
 
-SPARE_BYTES = 16 << 20  # what else a checkpoint needs on the disk, and the logs beside it
+SPARE_BYTES = 16 << 20  # space for a checkpoint's other files and for the logs
 
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """Checkpoints under ``folder``; ``policy`` says which stay and how they are verified. ``files``: name → content of
-    what else every checkpoint holds."""
+    """The checkpoints under ``folder``. ``policy`` determines which are kept and how they are verified. ``files`` maps the
+    names of further files that every checkpoint holds to their content."""
 
     folder: Path
     policy: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -48,11 +49,11 @@ class CheckpointStore:
     def save(
         self, step: int, state: dict[str, Any], *, world: DistributedContext, alive: Callable[[], None] = lambda: None
     ) -> int:
-        """Write the checkpoint of ``step``, each rank its own pieces, then prune; return its size in bytes. ``state``: what
-        `load` returns, and ``files``: those of this moment, like ``self.files``. ``alive`` is called after every file.
+        """Write the checkpoint of ``step``, each rank its local shards, then delete old ones; return its size in bytes.
 
-        Raises ``UserError`` naming place and cause (no permission, …), ``NoRoom`` where the disk is full; earlier
-        checkpoints stay good.
+        ``state`` has the structure that `load` returns, and may have ``files`` of this step in addition to ``self.files``.
+        ``alive`` is called after every file. Raises ``UserError`` with path and cause (no permission, …), and ``NoRoom`` if
+        the disk is full; earlier checkpoints stay valid.
         """
         engine = {key: state["engine"][key] for key in ("scaler", "tensors")}
         rest = engine | {k: v for k, v in state.items() if k not in ("engine", "files")} | {"ranks": world.size}
@@ -83,10 +84,10 @@ class CheckpointStore:
         return {"state.json": json.dumps(rest).encode(), **self.files}
 
     def make_room(self, step: int, needed: int) -> str | None:
-        """Why ``needed`` bytes can't be written, or ``None``. Where space is short, checkpoints go that would go anyway
-        once the one of ``step`` is whole, but never the newest one.
+        """Return why ``needed`` bytes can't be written, or ``None``. If space is short, this deletes the checkpoints that would
+        be deleted after the one of ``step`` is complete, but never the newest one.
 
-        Raises ``UserError`` when the folder can't be looked at.
+        Raises ``UserError`` if the folder can't be created or its free space can't be read.
         """
         if self._free() >= needed + SPARE_BYTES:
             return None
@@ -110,22 +111,24 @@ class CheckpointStore:
             raise UserError(f"{self.folder} can't be written: {error}; {self.last_good()}") from error
 
     def last_good(self) -> str:
-        """Which checkpoint is left, for the end of an error message."""
-        kept = self.whole()
-        return f"the last good one is {self.path(kept[-1])}" if kept else "there is none before it"
+        """Return which valid checkpoint is left, as the end of an error message."""
+        steps = self.complete_steps()
+        return f"the last valid checkpoint is {self.path(steps[-1])}" if steps else "there is no earlier checkpoint"
 
     def steps(self) -> list[int]:
-        """Steps of the folders that look like checkpoints, ascending; whole or not."""
+        """Return the steps of all checkpoint folders, complete or not, in ascending order."""
         names = (re.fullmatch(r"step-(\d+)", p.name) for p in self.folder.glob("step-*"))
         return sorted(int(match[1]) for match in names if match)
 
-    def whole(self) -> list[int]:
-        """Steps of the whole checkpoints, by the sizes of their files."""
+    def complete_steps(self) -> list[int]:
+        """Return the steps of the complete checkpoints, checked by the sizes of their files."""
         return [step for step in self.steps() if incomplete_reason(self.path(step)) is None]
 
     def newest(self, *, below: int | None = None) -> Path | None:
-        """The newest whole checkpoint, of a step ``below``; says which newer ones were passed over and why. Deletes
-        nothing; one that a kill kept from being replaced is put back."""
+        """Return the newest valid checkpoint (of a step less than ``below``), and report which newer ones were skipped and why.
+
+        This deletes nothing. If a process was killed while it replaced a checkpoint, the old one is restored.
+        """
         for old in self.folder.glob("step-*.replaced"):
             if not old.with_suffix("").exists():
                 move(old, old.with_suffix(""))
@@ -134,29 +137,29 @@ class CheckpointStore:
             reason = validation_error(path, verify=self.policy.verify)
             if reason is None:
                 return path
-            notice(f"checkpoint {path} passed over: {reason}")
+            notice(f"checkpoint {path} skipped: {reason}")
         return None
 
     def archive_after(self, step: int) -> None:
-        """Rename the checkpoints beyond ``step``, so that a run that goes back to it never picks up the other branch.
+        """Rename the checkpoints after ``step``, so that a run that resumes from it never loads those of the other branch.
 
-        Raises ``UserError`` where that can't be.
+        Raises ``UserError`` if one can't be renamed.
         """
         for later in [s for s in self.steps() if s > step]:
             path = self.path(later)
             try:
-                aside = self.folder / f"set-aside-{path.name}-{path.lstat().st_mtime_ns}"  # it may be a link to nowhere
+                aside = self.folder / f"set-aside-{path.name}-{path.lstat().st_mtime_ns}"  # may be a dangling link
                 move(path, aside)
             except OSError as error:
-                raise UserError(f"{path} is of another branch and can't be moved aside: {error.strerror}") from error
-            notice(f"{path} is of the branch that was left: kept as {aside.name}")
+                raise UserError(f"{path} belongs to another branch and can't be renamed: {error.strerror}") from error
+            notice(f"{path} belongs to a branch that was abandoned: kept as {aside.name}")
 
     def _losses(self) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, str | None]]]:
-        """Of every complete checkpoint, by its step, what `losses_of` finds; one whose state can't be read counts as not
-        evaluated."""
+        """Return the results of `losses_of` for every complete checkpoint, by step. A checkpoint whose state can't be read
+        counts as not evaluated."""
         losses: dict[int, dict[str, float]] = {}
         digests: dict[int, dict[str, str | None]] = {}
-        for step in self.whole():
+        for step in self.complete_steps():
             losses[step], digests[step] = {}, {}
             with suppress(UserError):
                 losses[step], digests[step] = losses_of(self.path(step))
@@ -170,24 +173,24 @@ class CheckpointStore:
             self._remove(step)
 
     def _remove(self, step: int) -> None:
-        """Renamed first: a half deleted checkpoint never looks like a torn one."""
-        doomed = self.folder / f"{self.path(step).name}.removed"
+        """Delete a checkpoint. It is renamed first, so that a partly deleted one is never taken for an incomplete one."""
+        renamed = self.folder / f"{self.path(step).name}.removed"
         try:
-            move(self.path(step), doomed)
-            shutil.rmtree(doomed)
+            move(self.path(step), renamed)
+            shutil.rmtree(renamed)
         except OSError as error:
             notice(f"checkpoint {self.path(step)} is no longer needed but can't be removed: {error}")
 
     def _clean_up(self) -> None:
-        """What a kill has left of a folder being written or deleted."""
+        """Delete what a killed process has left of a folder that it was writing or deleting."""
         for pattern in ("step-*.partial", "step-*.removed", "step-*.replaced"):
             for left in self.folder.glob(pattern):
                 shutil.rmtree(left, ignore_errors=True)
 
 
 def losses_of(checkpoint: Path) -> tuple[dict[str, float], dict[str, str | None]]:
-    """By domain, the loss at the checkpoint's very step and a digest of what it was measured on (``None``: not known, of
-    an earlier version); both empty when it was not evaluated at that step."""
+    """Return by domain the loss at exactly the checkpoint's step, and a digest of the text on which it was measured (``None``:
+    unknown, from an earlier version). Both are empty if the run did not evaluate at that step."""
     progress = read_state(checkpoint)["progress"]
     if progress.get("evaluated_at") != progress["step"]:
         return {}, {}
@@ -195,22 +198,22 @@ def losses_of(checkpoint: Path) -> tuple[dict[str, float], dict[str, str | None]
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint: ``{engine: {model, optimizer, scaler, tensors}, loader, progress, rng}``; of model and optimizer the
-    ``TensorFiles``, from which every rank reads its own rows.
+    """Load a checkpoint as ``{engine: {model, optimizer, scaler, tensors}, loader, progress, rng, …}``. Model and optimizer
+    are ``TensorFiles``, from which every rank reads its own rows.
 
-    Raises ``UserError`` when the folder is no whole checkpoint.
+    Raises ``UserError`` if the folder is not a valid, complete checkpoint.
     """
     reason = validation_error(path)
     if reason is not None:
-        raise UserError(f"resume={path}: not a whole checkpoint: {reason}")
+        raise UserError(f"resume={path}: not a complete checkpoint: {reason}")
     state = read_state(path)
-    state.pop("ranks", None)  # has said how many random states there must be
+    state.pop("ranks", None)  # only needed to validate the number of random states
     engine: dict[str, Any] = {kind: tensor_files(path, kind) for kind in KINDS}
     state["engine"] = engine | {"scaler": state.pop("scaler"), "tensors": state.pop("tensors", None)}
     return state
 
 
 def bytes_of(state: dict[str, Any]) -> int:
-    """Size of this rank's tensors in ``state``."""
-    pieces = (piece.tensor for kind in KINDS for piece in state["engine"][kind].values())
-    return sum(tensor.numel() * tensor.element_size() for tensor in pieces)
+    """Return the size of this rank's tensors in ``state``."""
+    shards = (shard.tensor for kind in KINDS for shard in state["engine"][kind].values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in shards)

@@ -1,21 +1,28 @@
-"""How far a run has come. The trainer owns it; it is saved with every checkpoint."""
+"""The progress of a run. It belongs to the trainer and is saved with every checkpoint."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-RENAMED = {"owes_evaluation": "pending_evaluation"}  # keys of checkpoints of earlier versions
+RENAMED = {"owes_evaluation": "pending_evaluation"}  # keys in checkpoints of earlier versions → present keys
 
 
 @dataclass(slots=True)
 class TrainState:
-    """``step`` optimizer steps done · ``samples`` sequences consumed by all ranks · ``tokens`` target tokens, all ranks.
+    """How far a run has come.
 
-    ``baseline`` holds each domain's loss of the untouched model (nats per token), against which forgetting is measured,
-    and ``measured_on`` on what it was measured (see `pretrain.evaluation.baseline`); ``losses`` those of the last
-    evaluation, at step ``evaluated_at``, and ``scores`` all that it found, by domain.
-    ``pending_evaluation``: a stop signal cut short the evaluation of this step.
+    Attributes:
+        step: optimizer steps done.
+        samples: sequences consumed by all ranks.
+        tokens: target tokens of all ranks.
+        baseline: by domain, the loss of the base model before training (nats per token), against which forgetting is
+            measured.
+        measured_on: by domain, the text on which the baseline was measured (see `pretrain.evaluation.baseline`).
+        losses: by domain, the loss of the last evaluation (nats per token).
+        evaluated_at: the step of the last evaluation (-1: none yet).
+        scores: all results of the last evaluation, one entry per domain.
+        pending_evaluation: whether a stop signal interrupted the evaluation of this step.
     """
 
     step: int = 0

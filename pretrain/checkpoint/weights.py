@@ -1,4 +1,4 @@
-"""Weights alone out of a checkpoint or a run: which folder a name stands for."""
+"""Loading only the weights of a checkpoint or a run: the model folder that a name refers to."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pretrain.runtime.folders import MARKER
 
 
 def weights_folder(name: str, *, key: str, verify: Verify = "size") -> str:
-    """The model folder that ``name`` stands for: a run's newest whole checkpoint, or its ``model/`` where it has none; any
-    other name is returned as it is.
+    """Return the model folder that ``name`` refers to. For a run this is its newest complete checkpoint, or its ``model/`` if
+    it has none; any other name is returned unchanged.
 
-    Raises ``UserError`` for a checkpoint that is not whole and a run that has neither.
+    Raises ``UserError`` for an incomplete checkpoint and for a run that has neither.
     """
     path = expanded(name)
     if not path.is_dir():
@@ -22,10 +22,10 @@ def weights_folder(name: str, *, key: str, verify: Verify = "size") -> str:
     if any((path / file).exists() for file in (MARKER, "state.json")) or path.parent.name == "checkpoints":
         reason = incomplete_reason(path, verify=verify)
         if reason is not None:
-            raise UserError(f"{key}={name}: not a whole checkpoint: {reason}")
+            raise UserError(f"{key}={name}: not a complete checkpoint: {reason}")
     elif not (path / "config.json").exists() and any((path / f).exists() for f in ("run.json", "checkpoints")):
         newest = CheckpointStore(path / "checkpoints", CheckpointConfig(verify=verify)).newest()
         if newest is None and not (path / "model").is_dir():
-            raise UserError(f"{key}={name}: a run that has neither a whole checkpoint nor a model/")
+            raise UserError(f"{key}={name}: a run with neither a complete checkpoint nor a model/")
         return str(newest or path / "model")
     return name

@@ -1,7 +1,6 @@
-"""Saving while the run goes on: the loop waits for a copy of the state, a thread writes it.
+"""Writing checkpoints while training continues. The loop waits only for a copy of the state; a thread writes it.
 
-One checkpoint is written at a time. What goes wrong in the thread is raised by `collect`, which the loop calls after
-every step.
+One checkpoint is written at a time. An error in the thread is raised by `collect`, which the loop calls after every step.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
 
 
 class AsyncCheckpointWriter:
-    """Saves into ``store``; ``background``: in a thread, whose ranks agree in a process group of their own and wait
-    ``timeout_seconds`` for each other. ``alive`` is called whenever a file has been written."""
+    """Saves into ``store``, with ``background`` in a thread. The threads of all ranks use a process group of their own, with
+    ``timeout_seconds`` for each collective. ``alive`` is called after every file."""
 
     def __init__(
         self,
@@ -41,7 +40,7 @@ class AsyncCheckpointWriter:
     ) -> None:
         self.store = store
         self._world = world
-        self._apart = world.apart(timeout_seconds=timeout_seconds) if background else None
+        self._thread_world = world.with_own_group(timeout_seconds=timeout_seconds) if background else None
         self._alive = alive
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
@@ -50,14 +49,15 @@ class AsyncCheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether the thread of this rank has ended with an error that `collect` is going to raise."""
+        """Whether the thread of this rank has ended with an error that the next `collect` will raise."""
         return self._error is not None
 
     def save(self, step: int, state: dict[str, Any], *, at_once: bool) -> bool:
-        """Save ``state`` as the checkpoint of ``step``. ``at_once``: before returning, because the run ends.
+        """Save ``state`` as the checkpoint of ``step``, with ``at_once`` before returning, because the run ends.
 
-        Where the disk has too little room the run goes on without this checkpoint; False when that is known at once.
-        Raises ``UserError``, on every rank, for what else keeps it from being written, and for that too when ``at_once``.
+        If the disk is full, the run continues without this checkpoint; the result is False if that is known before writing
+        starts. Raises ``UserError`` on every rank for any other error that prevents writing, and with ``at_once`` also if
+        the disk is full.
         """
         started_at = time.perf_counter()
         self.wait()
@@ -66,36 +66,38 @@ class AsyncCheckpointWriter:
         if reason is not None:
             if at_once:
                 raise NoRoom(reason)
-            self._go_on(reason)
+            self._continue_without(reason)
             return False
         if at_once:
             self._write(step, state, self._world, started_at)
-        elif self._apart is None:
+        elif self._thread_world is None:
             try:
                 self._write(step, state, self._world, started_at)
             except NoRoom as error:
-                self._go_on(error)
+                self._continue_without(error)
         else:
             copied, ready = self._copies.take(state)
             blocked_seconds = time.perf_counter() - started_at
-            arguments = (step, copied, self._apart, started_at, blocked_seconds)
-            self._thread = threading.Thread(target=self._behind, args=(ready, arguments), name="saver", daemon=True)
+            arguments = (step, copied, self._thread_world, started_at, blocked_seconds)
+            self._thread = threading.Thread(
+                target=self._write_in_thread, args=(ready, arguments), name="saver", daemon=True
+            )
             self._thread.start()
         return True
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises what kept a checkpoint from being written."""
+        """Wait until nothing is being written. Raises the error that prevented a checkpoint from being written."""
         self.close()
         self._raise()
 
     def close(self) -> None:
-        """Until nothing is being written, whatever came of it."""
+        """Wait until nothing is being written, without raising its errors."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def collect(self) -> Saved | None:
-        """The next checkpoint that has become whole since the last call, if any. Raises like `wait`, once."""
+        """Return the next checkpoint that was completed since the last call, if any. Raises each error once, like `wait`."""
         self._raise()
         return self._saved.popleft() if self._saved else None
 
@@ -104,18 +106,18 @@ class AsyncCheckpointWriter:
         if error is not None:
             raise error
 
-    def _go_on(self, reason: object) -> None:
+    def _continue_without(self, reason: object) -> None:
         if self._world.is_main:
-            notice(f"error: {reason}; the run goes on")
+            notice(f"error: {reason}; the run continues")
 
-    def _behind(self, ready: Callable[[], None], arguments: tuple[Any, ...]) -> None:
-        """What the thread does."""
+    def _write_in_thread(self, ready: Callable[[], None], arguments: tuple[Any, ...]) -> None:
+        """Write a checkpoint in the thread."""
         try:
             ready()
             self._write(*arguments)
         except NoRoom as error:
-            self._go_on(error)
-        except BaseException as error:  # raised where the loop will see it
+            self._continue_without(error)
+        except BaseException as error:  # `collect` raises it in the loop
             self._error = error
 
     def _write(
@@ -133,9 +135,9 @@ class AsyncCheckpointWriter:
 
 
 class HostCopies:
-    """Copies of a state's tensors in host memory, which is kept for the next time: new memory costs more than the copy.
+    """Copies of a state's tensors in host memory. The memory is reused, because allocating it takes longer than the copy.
 
-    From a GPU the copies are queued behind the step that made the state, and the host does not wait for them.
+    Copies from a GPU are queued after the step that produced the state, and the host does not wait for them.
     """
 
     def __init__(self) -> None:
@@ -143,10 +145,10 @@ class HostCopies:
 
     @torch.no_grad()
     def take(self, state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
-        """``state`` with copied pieces, and what to call before they may be read."""
+        """Return ``state`` with copied shards, and a function that must be called before they are read."""
         engine = dict(state["engine"])
         for kind in KINDS:
-            engine[kind] = {name: self._copy((kind, name), piece) for name, piece in engine[kind].items()}
+            engine[kind] = {name: self._copy((kind, name), shard) for name, shard in engine[kind].items()}
         ready: Callable[[], None] = lambda: None  # noqa: E731
         if torch.cuda.is_available():
             event = torch.cuda.Event()
@@ -154,11 +156,11 @@ class HostCopies:
             ready = event.synchronize
         return state | {"engine": engine}, ready
 
-    def _copy(self, key: tuple[str, str], piece: TensorShard) -> TensorShard:
-        source = piece.tensor
+    def _copy(self, key: tuple[str, str], shard: TensorShard) -> TensorShard:
+        source = shard.tensor
         memory = self._memory.get(key)
         if memory is None or memory.shape != source.shape or memory.dtype != source.dtype:
             memory = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
             self._memory[key] = memory
         memory.copy_(source, non_blocking=True)
-        return TensorShard(memory, piece.start, piece.shape)
+        return TensorShard(memory, shard.start, shard.shape)

@@ -1,4 +1,4 @@
-"""The options of the command line, Hydra's own but for a few, and what is said about one that is none."""
+"""Parse the options of the command line, which are Hydra's but for a few, and explain an unknown one."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from pretrain.config.schema import RootKeys
 from pretrain.runtime.errors import UserError
 
 WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd"}
-# The last is a pickle.
-NOT_HERE = {"--config-path": 1, "-cp": 1, "--config-name": 1, "-cn": 1, "--experimental-rerun": 1}
+# Options of Hydra that are refused, with the number of their values. The last one would load a pickle.
+UNSUPPORTED = {"--config-path": 1, "-cp": 1, "--config-name": 1, "-cn": 1, "--experimental-rerun": 1}
 INFOS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 COMMANDS = ("multirun", "run", "cfg", "info", "hydra_help", "shell_completion")
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options with their values, and the words: ``key=value``, ``~key``."""
+    """Return the options with their values, and the words, which are ``key=value`` or ``~key``."""
     options: list[str] = []
     words: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         if argument.startswith("-"):
-            options += [argument, *islice(rest, int(argument in WITH_VALUE or argument in NOT_HERE))]
+            options += [argument, *islice(rest, int(argument in WITH_VALUE or argument in UNSUPPORTED))]
         elif argument in INFOS and options[-1:] in (["--info"], ["-i"]):
             options.append(argument)
         else:
@@ -37,18 +37,18 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options as Hydra's parser names them, and as ``overrides`` the words.
+    """Return the options under the names of Hydra's parser, and the words as ``overrides``.
 
-    Raises ``UserError`` for an option that is none, a word that is no ``key=value``, and options that don't go together.
+    Raises ``UserError`` for an unknown option, a word that is not ``key=value``, and options that exclude each other.
     """
     options, words = split(arguments)
     for option in options:
         name = option.partition("=")[0]
-        if name in NOT_HERE:
-            raise UserError(f"{name}: not here; a flat YAML is --config FILE, a folder --config-dir")
+        if name in UNSUPPORTED:
+            raise UserError(f"{name}: not supported; a flat YAML is --config FILE, a folder --config-dir")
     parser = get_args_parser()
     parser.allow_abbrev = False
-    parser.error = _no_option  # type: ignore[method-assign]
+    parser.error = _raise_mistake  # type: ignore[method-assign]
     given, unknown = parser.parse_known_args(options)
     for option in unknown:
         _explain(option, words)
@@ -62,22 +62,22 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"{word}: not a setting; {hint}")
     asked = [name for name in COMMANDS if getattr(given, name)]
     if len(asked) > 1 and given.multirun:
-        raise UserError(f"--{asked[1]} shows one configuration: leave -m and the lists of values out")
+        raise UserError(f"--{asked[1]} shows one configuration: omit -m and the lists of values")
     if len(asked) > 1:
         first, second = (f"--{name.replace('_', '-')}" for name in asked[:2])
-        raise UserError(f"{first} and {second}: one of them at a time")
+        raise UserError(f"{first} and {second}: only one of them is allowed")
     if (given.resolve or given.package) and not given.cfg:
         raise UserError(f"{'--resolve' if given.resolve else '--package'}: only with --cfg job")
     given.overrides = words
     return given
 
 
-def _no_option(message: str) -> NoReturn:
+def _raise_mistake(message: str) -> NoReturn:
     raise UserError(message)
 
 
 def _explain(option: str, words: list[str]) -> NoReturn:
-    """``--lr=1e-3`` and ``--lr 1e-3`` are how other programs have it."""
+    """Raise ``UserError`` for an unknown option. For one such as ``--lr=1e-3`` or ``--lr 1e-3`` it names our form."""
     name, equals, value = option.lstrip("-").partition("=")
     name = name.replace("-", "_")
     name = OTHER_NAMES.get(name, name)

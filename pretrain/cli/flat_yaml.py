@@ -1,6 +1,6 @@
-"""The flat YAML of the original design → Hydra overrides, and its JSON schema.
+"""Translate the flat YAML of the original design into Hydra overrides, and generate its JSON schema.
 
-One table says for every key what it becomes; a key that lost its meaning is accepted with a one-line notice.
+One table maps every key to its meaning. A key that no longer has an effect is accepted with a one-line notice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pretrain.config.yaml_file import read_yaml
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError, did_you_mean
 
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # lr_scheduler → scheduler group, and what else it sets
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # lr_scheduler → choice of the scheduler group, other keys to set
     "constant": ("constant", {}),
     "linear": ("linear", {}),
     "cosine": ("cosine", {}),
@@ -35,7 +35,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # lr_scheduler → schedu
     "warmup_cosine_restart": ("cosine", {"scheduler.cycles": 2}),
 }
 STRATEGIES = {name: name for name in choices("strategy")} | {"none": "single", "deep_speed": "deepspeed"}
-ROUTED = {  # keys of some strategy or model, with the type of their values
+ROUTED = {  # keys that belong to a strategy or a model, with the type of their values
     "zero_stage": int,
     "offload_optimizer": bool,
     "offload_parameters": bool,
@@ -53,8 +53,13 @@ ROUTED = {  # keys of some strategy or model, with the type of their values
 
 @dataclass
 class Flat:
-    """What a file means. ``choices``: group → choice · ``values``: dotted key → value · ``routed``: key → value for
-    whichever of the chosen strategy and model has such a key."""
+    """The meaning of a flat file.
+
+    Attributes:
+        choices: Config group → choice.
+        values: Dotted key → value.
+        routed: Key → value, for the chosen strategy or the chosen model, the one that has such a key.
+    """
 
     choices: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +68,7 @@ class Flat:
 
 @dataclass(frozen=True)
 class Key:
-    """A flat key: the type of its values and what it does to the meaning of the file."""
+    """A flat key: the type of its values, and the function that applies a value to the meaning of the file."""
 
     hint: Any
     apply: Callable[[Flat, Any], None]
@@ -126,7 +131,7 @@ def _dataset(flat: Flat, value: dict[str, Any]) -> None:
     flat.choices["dataset"] = choices[source]
     for key, given in value.items():
         if key == "format":
-            _no_effect("dataset.format", "how to read a path is seen from the path itself")(flat, given)
+            _no_effect("dataset.format", "the format is detected from the path")(flat, given)
         elif key != "source":
             flat.values[f"dataset.{key}"] = given
 
@@ -145,7 +150,7 @@ def _logging(flat: Flat, value: str | None) -> None:
 
 
 def _wandb(key: str) -> Callable[[Flat, Any], None]:
-    """Set ``sink.wandb.<key>``; without logging_config, which stands before it in the table, it has no effect."""
+    """Set ``sink.wandb.<key>``. It has no effect without logging_config, which the table applies earlier."""
 
     def apply(flat: Flat, value: Any) -> None:
         if "sink" in flat.choices and value is not None:
@@ -202,9 +207,9 @@ for _name, _hint in get_type_hints(RootKeys, include_extras=True).items():
 
 
 def overrides_from(file: Path, later: list[str]) -> list[str]:
-    """The Hydra overrides a flat YAML stands for, followed by ``later`` (the command line), which win.
+    """Return the Hydra overrides of a flat YAML, followed by those of the command line (``later``), which take precedence.
 
-    Raises ``UserError`` for a file that is missing or no mapping, an unknown key (with the nearest known one) or a
+    Raises ``UserError`` for a missing file, a file that is not a mapping, an unknown key (with the nearest known one), or a
     value of the wrong type.
     """
     flat = _read(file)
@@ -236,13 +241,16 @@ def _read(file: Path) -> Flat:
 
 
 def _rank(name: Any) -> int:
-    """Root keys first, then the table's order, so that a key which refines another comes after it."""
+    """Return the order of a key: root keys first, then the table's order, so that a key is applied after the one it refines.
+
+    Unknown keys come before all others.
+    """
     order = list(KEYS)
     return (order.index(name) - _FIRST_ROOT_KEY) % len(order) if name in KEYS else -1
 
 
 def _signature(group: str, choice: str | None, later: list[str]) -> set[str]:
-    """The keys of the group's choice, the command line's first."""
+    """Return the keys of the part that the group chooses; a choice on the command line takes precedence."""
     for override in later:
         if override.startswith(f"{group}="):
             choice = override.split("=", 1)[1]
@@ -255,7 +263,7 @@ def _signature(group: str, choice: str | None, later: list[str]) -> set[str]:
 
 
 def _quote(value: Any) -> str:
-    """A value in Hydra's override grammar, whose quoted strings, lists and mappings read like JSON's."""
+    """Return a value in Hydra's override grammar, in which lists and numbers are written as in JSON."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_quote(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
@@ -266,7 +274,7 @@ def _quote(value: Any) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema (2020-12) of the flat YAML, generated from the same table that reads it."""
+    """Return the JSON schema (2020-12) of the flat YAML, generated from the table that also reads it."""
     properties = {}
     for name, key in sorted(KEYS.items()):
         properties[name] = TypeAdapter(key.hint).json_schema()

@@ -1,4 +1,4 @@
-"""`--help` for people: the YAML files are the reference, so their own comments are what is printed."""
+"""The text of `--help`. The YAML files are the reference, so their comments are printed."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ Use
   python -m pretrain                                      the embedded default: a small English model learns Python
   python -m pretrain model_name=gpt2 dataset=local dataset.nameOrPath=texts/ precision=bf16-mixed lr=1e-4
   python -m pretrain --config run.yaml lr=3e-4            a flat YAML; later keys win
-  python -m pretrain strategy=fsdp devices=2               two processes; devices=auto: every visible GPU
+  python -m pretrain strategy=fsdp devices=2              two processes; devices=auto: every visible GPU
   python -m pretrain -m lr=1e-4,3e-4                      a sweep, each job in a fresh process; docs/sweeps.md
   python -m pretrain hydra/sweeper=optuna 'lr=tag(log,interval(1e-5,1e-2))'   a search; hydra/sweeper=optuna --help
-  python -m pretrain hydra/launcher=joblib ...            jobs side by side on this machine
+  python -m pretrain hydra/launcher=joblib ...            jobs in parallel on this machine
   python -m pretrain hydra/launcher=slurm ...             the same as SLURM jobs; hydra/launcher=slurm --help
   python -m pretrain task=evaluation model_name=outputs/sample-python/model
   python -m pretrain task=generation model_name=outputs/sample-python/model 'generation.prompts=["def "]'
   python -m pretrain task=export model_name=outputs/sample-python output_dir=exported
 
-  The same command again continues an interrupted run.
-  --cfg job prints the whole configuration of a run; group=choice --help the keys of a choice; --version
-  the version; --hydra-help the rest. Paths and names need no quotes but your shell's; ~ is your home folder.
+  Run the same command again to continue an interrupted run.
+  --cfg job prints the complete configuration of a run; group=choice --help the keys of a choice; --version
+  the version; --hydra-help the rest. Paths and names need quotes only for your shell; ~ is your home folder.
   Exit codes: 0 done · 2 a mistake in the command · 75 stopped by a signal, the same command continues · 1 a bug.
 """
 
 
 def help_text(arguments: list[str]) -> str:
-    """The help of the program, or of each ``group=choice`` among the arguments."""
+    """Return the help of the program, or that of each ``group=choice`` among the arguments."""
     chosen = [conf_dir() / group / f"{choice}.yaml" for group, _, choice in (a.partition("=") for a in arguments)]
     files = [file for file in chosen if file.is_file()]
     if files:
@@ -37,14 +37,14 @@ def help_text(arguments: list[str]) -> str:
 
 
 def _knobs() -> str:
-    """The root keys as conf/config.yaml has them, comments and all."""
+    """Return the root keys with their comments, as they are in conf/config.yaml."""
     text = (conf_dir() / "config.yaml").read_text()
     keys = text.split("\n\n", 1)[1].split("\nhydra:", 1)[0]
     return _indented(keys)
 
 
 def _groups() -> str:
-    """Every group with its choices, the default one starred, and the first comment line of each."""
+    """Return every group's choices with the first comment line of each; a star marks a default choice."""
     defaults = set(chosen())
     lines = []
     for folder in sorted(p for p in conf_dir().iterdir() if p.is_dir() and p.name not in ("schemas", "local")):

@@ -1,7 +1,7 @@
-"""`check`: every key and type of a composed config, before anything heavy is imported.
+"""Check every key and type of a composed config before a slow import.
 
-Each group node is checked against the signature of its `_target_`, so that a key misspelt inside a group is an error and
-a dataclass is the only place where its keys are listed. The targets' modules import torch inside their methods.
+Each group node is checked against the signature of its `_target_`, so that a misspelt key inside a group is an error and a
+dataclass is the only place that lists its keys. The modules of the targets import torch inside their methods only.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from pretrain.config.schema import RootKeys, RunConfig, build_part
 from pretrain.config.trust import PARTS, SCHEDULES, locate, trusts
 from pretrain.optim.learning_rate import with_lr
 from pretrain.runtime.errors import UserError, did_you_mean
-from pretrain.runtime.redact import held, redact, secrets
+from pretrain.runtime.redact import find_secret, redact, secrets
 
 GROUPS = tuple(PARTS)
-OTHER_NAMES = {  # what the Hugging Face Trainer and others call our root keys
+OTHER_NAMES = {  # names of the Hugging Face Trainer and other libraries → our root keys
     "learning_rate": "lr",
     "max_learning_rate": "lr",
     "per_device_train_batch_size": "batch_size",
@@ -55,17 +55,20 @@ OTHER_NAMES = {  # what the Hugging Face Trainer and others call our root keys
     "parallelization_strategy": "strategy",
     "report_to": "sink",
 }
-HYDRA_KEYS = ("_target_", "_partial_")  # of a part; with Hydra's others arguments have no name, or no type, to check
+HYDRA_KEYS = ("_target_", "_partial_")  # keys of Hydra that a part may have; arguments of its others can't be checked
 ALL_HYDRA_KEYS = (*HYDRA_KEYS, "_args_", "_recursive_", "_convert_")
-RUNTIME_ARGUMENTS = {"step", "total_steps", "warmup_steps"}  # of a schedule: given by the builder, never by YAML
+RUNTIME_ARGUMENTS = {"step", "total_steps", "warmup_steps"}  # arguments of a schedule that the run passes, never YAML
 
 
 def check(config: dict[str, Any], *, here: bool = True) -> RunConfig:
-    """Check all of a resolved config (unknown keys, types, ranges, combinations that can't work) and build it.
+    """Check a resolved config (unknown keys, types, ranges, impossible combinations) and build the typed config.
 
-    ``here``: the run is to start on this machine, not on one that may have other devices.
+    Args:
+        config: The resolved config as a dict of plain values.
+        here: Check also that this machine can run it; ``False`` for a run on a machine with other devices.
 
-    Raises ``UserError`` naming the key, its value and what is allowed.
+    Raises:
+        UserError: A mistake in the config; the message names the key, its value and what is allowed.
     """
     root_keys, given = {field.name for field in fields(RootKeys)}, config
     for key in config:
@@ -74,7 +77,7 @@ def check(config: dict[str, Any], *, here: bool = True) -> RunConfig:
     for key, hint in get_type_hints(RootKeys, include_extras=True).items():
         check_value(key, config.get(key), hint)
     check_leaves(config)
-    config = with_lr(config, 1e-3)  # any number will do for the check of what follows it
+    config = with_lr(config, 1e-3)  # lr=auto is checked with an arbitrary number
     for group in GROUPS:
         node = config.get(group) or {}
         if group != "sink":
@@ -92,7 +95,7 @@ def check(config: dict[str, Any], *, here: bool = True) -> RunConfig:
 
 
 def known_as(key: str, known: set[str]) -> str:
-    """The nearest known key, also by the name that other trainers give it."""
+    """Return a hint with the nearest known key, which is also found by its names in other trainers."""
     others = [name for name, here in OTHER_NAMES.items() if here in known]
     near = difflib.get_close_matches(key, [*known, *others], n=1, cutoff=0.7)
     if near and near[0] in others:
@@ -105,7 +108,7 @@ def _items(node: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value that is no mapping or list, with its dotted path."""
+    """Yield the dotted path and the value of every node that is not a mapping or list."""
     if not isinstance(node, dict | list):
         yield path, node
     for key, value in _items(node):
@@ -113,20 +116,25 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_leaves(config: dict[str, Any]) -> None:
-    """Raises ``UserError`` for a secret, which would be written to config.yaml and with every checkpoint, for an interpolation
-    that came out of one (resolved once more, it could become a node that nobody has checked), and for what no file or tensor
-    can hold: integers of more than 64 bits, NaN, texts that are not UTF-8."""
+    """Check every leaf of a resolved config.
+
+    Raises ``UserError`` for
+
+    - a secret, which would be written to config.yaml and to every checkpoint;
+    - an interpolation that is the result of another one: resolving it again could create an unchecked node;
+    - values that a file or a tensor can't hold: integers of more than 64 bits, NaN, strings that are not UTF-8.
+    """
     known = secrets()
     for path, value in leaves(config):
         if not _is_text(path):
-            raise UserError(f"{path!a}: a key of other characters than UTF-8 has, or with a zero byte")
-        secret = held(path, known) or held(str(value) if _is_number_of_64_bits(value) else "", known)
+            raise UserError(f"{path!a}: a key must be UTF-8 without zero bytes")
+        secret = find_secret(path, known) or find_secret(str(value) if _is_number_of_64_bits(value) else "", known)
         if secret:
-            raise UserError(f"{redact(path)}: holds {secret}; no key takes a secret, set it in the environment alone")
+            raise UserError(f"{redact(path)}: holds {secret}; no key takes a secret, set it in the environment only")
         if isinstance(value, str) and "${" in value:
-            raise UserError(f"{path}={value!r}: a value can't hold '${{', the mark of an interpolation")
+            raise UserError(f"{path}={value!r}: a value can't contain '${{', the start of an interpolation")
         if isinstance(value, str) and not _is_text(value):
-            raise UserError(f"{path}={value!a}: not UTF-8, or with a zero byte")
+            raise UserError(f"{path}={value!a}: not UTF-8, or it contains a zero byte")
         if not _is_number_of_64_bits(value):
             raise UserError(f"{path}: an integer of more than 64 bits, or NaN")
         if not isinstance(value, str | int | float | None):
@@ -140,13 +148,16 @@ def _is_text(text: str) -> bool:
 
 
 def _is_number_of_64_bits(value: Any) -> bool:
-    """Whether a number fits into 64 bits and is one; everything else does."""
+    """Return whether ``value`` is not an integer of more than 64 bits and not NaN."""
     return not (isinstance(value, int) and abs(value) >= 2**63) and value == value
 
 
 def check_part(path: str, node: Any, base: str | type, trusted: list[str]) -> None:
-    """A node that becomes an object: whether it may be made at ``path``, where a part of ``base`` stands (see `trust.PARTS`);
-    its keys against the signature of its target and their values against its annotations."""
+    """Check a node from which an object is built.
+
+    Its target must be a part of ``base`` (see `trust.PARTS`) or in ``trusted``, its keys must be parameters of the target,
+    and their values must match the target's annotations. Raises ``UserError`` otherwise.
+    """
     if not isinstance(node, dict) or "_target_" not in node:
         raise UserError(f"{path}={node or None!r}: not a choice of this group; --help lists them")
     target = locate(path, node["_target_"], base, trusted=trusted)
@@ -168,8 +179,8 @@ def check_part(path: str, node: Any, base: str | type, trusted: list[str]) -> No
 
 
 def _arguments(path: str, target: Any) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
-    """The parameters of a target, and their annotations as far as they are known, by their keys in YAML."""
-    annotated: Any = target  # a dataclass names its types itself, another class those of its constructor
+    """Return the parameters of a target and their annotations, as far as they can be resolved, by their keys in YAML."""
+    annotated: Any = target  # the annotations of a dataclass are its own, those of another class its constructor's
     if isinstance(target, type) and not is_dataclass(target):
         annotated = target.__init__  # type: ignore[misc]
     try:
@@ -184,27 +195,30 @@ def _arguments(path: str, target: Any) -> tuple[dict[str, inspect.Parameter], di
 
 
 def _check_partial(path: str, node: dict[str, Any], base: str | type, *, is_trusted: bool) -> None:
-    """A schedule is a function with some of its arguments; everything else of ours is made, not bound."""
+    """Check ``_partial_``: true for a schedule, which is a function with bound arguments, and false for other parts."""
     partial = node.get("_partial_", False)
     wanted = [True, False] if is_trusted else [base == SCHEDULES]
     if not isinstance(partial, bool) or partial not in wanted:
-        raise UserError(f"{path}._partial_={partial!r}: here it is {str(wanted[0]).lower()}")
+        raise UserError(f"{path}._partial_={partial!r}: here it must be {str(wanted[0]).lower()}")
 
 
 def check_nested(path: str, value: Any, hint: Any, trusted: list[str]) -> None:
-    """A value of a part against its annotation. Parts stand in it only where the annotation says which, a `Source` of a
-    ``dict[str, Source]``; anywhere else a node with a ``_target_`` has to be trusted."""
+    """Check a value of a part against its annotation.
+
+    A value may contain parts where the annotation names their class, such as ``dict[str, Source]``. Elsewhere a node with a
+    ``_target_`` must be trusted.
+    """
     if isinstance(value, dict) and trusts(trusted, value.get("_target_")):
         check_part(path, value, Any, trusted)
         return
     base = part_in(hint)
-    check_value(path, value, hint if base is None else _with_nodes(hint, base))
+    check_value(path, value, hint if base is None else _with_node_types(hint, base))
     for key, item in _items(value):
         if base is not None:
             check_part(f"{path}.{key}", item, base, trusted)
         elif key in ALL_HYDRA_KEYS:
             raise UserError(
-                f"{path}.{key}={item!r}: nothing is made here from what a config names; if you trust it, add "
+                f"{path}.{key}={item!r}: a config can't create an object here; if you trust it, add "
                 f"'allow_targets=[{item}]' to the command line"
             )
         else:
@@ -212,27 +226,27 @@ def check_nested(path: str, value: Any, hint: Any, trusted: list[str]) -> None:
 
 
 def part_in(hint: Any) -> type | None:
-    """The class of parts that an annotation names, itself or of the items of a mapping."""
+    """Return the class of parts that an annotation names, either directly or as the item type of a mapping."""
     if isinstance(hint, type) and f"{hint.__module__}.{hint.__qualname__}" in PARTS.values():
         return hint
     return next((part for part in map(part_in, get_args(hint)) if part is not None), None)
 
 
-def _with_nodes(hint: Any, base: type) -> Any:
-    """The annotation of a part's node in place of the part."""
+def _with_node_types(hint: Any, base: type) -> Any:
+    """Return ``hint`` with the type of a part's node, ``dict[str, Any]``, in place of ``base``."""
     if hint is base:
         return dict[str, Any]
-    arguments = tuple(_with_nodes(argument, base) for argument in get_args(hint))
+    arguments = tuple(_with_node_types(argument, base) for argument in get_args(hint))
     return get_origin(hint)[arguments] if arguments else hint
 
 
 def in_yaml(name: str) -> str:
-    """A parameter's key in YAML: one that would be a word of Python (``async``) has an underscore behind it there."""
+    """Return a parameter's key in YAML: ``async_``, whose name would be a keyword of Python, is the key ``async``."""
     return name[:-1] if iskeyword(name[:-1]) else name
 
 
 def _owner(path: str, key: Any) -> str | None:
-    """Which other choices of the group at ``path`` have this key."""
+    """Return a hint with the other choices of the group at ``path`` that have this key; ``None`` where none has."""
     is_domain = path.startswith("evaluation.domains.")
     group, word = ("dataset", f"dataset@{path}") if is_domain else (path, path)
     files = sorted((conf_dir() / group).glob("*.yaml"))
@@ -241,9 +255,10 @@ def _owner(path: str, key: Any) -> str | None:
 
 
 def check_value(key: str, value: Any, hint: Any) -> None:
+    """Raise ``UserError`` when ``value`` does not match the annotation ``hint``."""
     try:
         TypeAdapter(hint).validate_python(value, strict=True)
-    except PydanticSchemaGenerationError:  # a class of a trusted part's own
+    except PydanticSchemaGenerationError:  # a trusted part is annotated with a class of its own
         return
     except ValidationError as error:
         reasons = dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in error.errors(include_url=False))
@@ -252,13 +267,13 @@ def check_value(key: str, value: Any, hint: Any) -> None:
 
 
 def check_options(prefix: str, options: Any) -> None:
-    """The fields of a dataclass against their types. Raises ``UserError`` that calls them ``<prefix>.<field>``."""
+    """Check the fields of a dataclass against their types. A ``UserError`` names the key as ``<prefix>.<field>``."""
     for key, hint in get_type_hints(type(options), include_extras=True).items():
         check_value(f"{prefix}.{key}", getattr(options, key), hint)
 
 
 def check_here(config: dict[str, Any]) -> None:
-    """Ask the parts that can't work everywhere whether they can work here."""
+    """Raise ``UserError`` where this machine lacks what the precision or a sink needs."""
     build_part(config["precision"]).check("cuda" if gpu_visible() else "cpu")
     for name, sink in (config.get("sink") or {}).items():
         if hasattr(locate(f"sink.{name}", sink["_target_"], PARTS["sink"], trusted=config["allow_targets"]), "check"):
@@ -266,7 +281,7 @@ def check_here(config: dict[str, Any]) -> None:
 
 
 def gpu_visible() -> bool:
-    """Whether this process may use a GPU, told by the driver's files and the usual variables, without importing torch."""
+    """Return whether this process may use a GPU, by the driver's files and the usual variables, without torch."""
     for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
         if variable in os.environ:
             return any(d.strip() not in ("", "-1") for d in os.environ[variable].split(","))

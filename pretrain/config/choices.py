@@ -1,4 +1,4 @@
-"""The config groups' choices: the YAML files there are, and those that conf/config.yaml chooses."""
+"""List the choices of the config groups: all YAML files, and those that conf/config.yaml chooses by default."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pretrain.config.defaults import conf_dir
 
 
 def choices(group: str) -> list[str]:
-    """The names of a group's YAML files."""
+    """Return the names of a group's YAML files."""
     folder: Path = conf_dir() / group
     return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
 def default_choices(group: str) -> list[str]:
-    """What conf/config.yaml chooses of a group."""
+    """Return the choices of a group in the defaults list of conf/config.yaml."""
     return [choice for of, choice in chosen() if of == group]
 
 
 def chosen() -> Iterator[tuple[str, str]]:
-    """(group, choice) of the defaults list."""
+    """Yield (group, choice) for each entry of the defaults list."""
     text = (conf_dir() / "config.yaml").read_text().split("\n\n", 1)[0]
     for group, choices in re.findall(r"^  - (\w+): (.+)$", text, re.MULTILINE):
         for choice in re.findall(r"[\w-]+", choices):

@@ -1,4 +1,4 @@
-"""From the words of a command line to a resolved config, and Hydra's complaints in plain words."""
+"""Compose and resolve a config from the words of a command line, and rephrase Hydra's error messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pretrain.runtime.errors import UserError, did_you_mean
 
 
 def forced(override: str) -> str:
-    """``key=value`` → ``++key=value``: an unknown key then composes and `check`, who knows the keys, explains it."""
+    """Return ``++key=value`` for ``key=value``: Hydra then composes an unknown key too, and `check` explains it."""
     key = override.split("=", 1)[0]
     if key.lstrip("+") in ("hydra.run.dir", "hydra.output_subdir"):
         raise UserError(f"{key}: the run folder is output_dir=...")
@@ -39,8 +39,11 @@ def forced(override: str) -> str:
 
 
 def asks_for_sweep(given: Namespace) -> bool:
-    """Whether a command line (`flags.parse`) without ``-m`` means a sweep: it names a launcher (one run is a sweep of one job)
-    or a sweeper, or its experiment is one (``hydra.mode: MULTIRUN``)."""
+    """Return whether a command line (from `flags.parse`) without ``-m`` is a sweep.
+
+    It is one where it names a launcher (a single run is then a sweep of one job) or a sweeper, or where its experiment sets
+    ``hydra.mode: MULTIRUN``.
+    """
     if given.run or given.cfg or given.info or given.hydra_help:
         return False
     if any(word.startswith(("hydra/launcher=", "hydra/sweeper=")) for word in given.overrides):
@@ -49,11 +52,12 @@ def asks_for_sweep(given: Namespace) -> bool:
     if not words:
         return False
     with composing(conf_dir(), given.config_dir) as hydra, bounded_interpolation():
-        return bool(hydra.get_mode("config", words) == RunMode.MULTIRUN)  # None: the one that composes it says why
+        # The mode is None for a config with an error, which is reported when it is composed.
+        return bool(hydra.get_mode("config", words) == RunMode.MULTIRUN)
 
 
 def compose(words: list[str], config_dir: str | None = None) -> DictConfig:
-    """The config of one run: what conf/config.yaml, the files it names and ``words`` come to, without Hydra's own node."""
+    """Return the config of one run, composed from conf/config.yaml and ``words``, without Hydra's own node."""
     with composing(conf_dir(), config_dir) as hydra:
         config = compose_config(hydra, words, RunMode.RUN)
     with open_dict(config):
@@ -62,7 +66,10 @@ def compose(words: list[str], config_dir: str | None = None) -> DictConfig:
 
 
 def run_config(words: list[str], config_dir: str | None = None) -> RunConfig:
-    """The checked config of the run that ``python -m pretrain *words`` would start. Raises ``UserError`` for a mistake."""
+    """Return the checked config of the run that ``python -m pretrain *words`` would start.
+
+    Raises ``UserError`` for a mistake.
+    """
     try:
         return check(resolve(compose([forced(word) for word in words], config_dir)))
     except (HydraException, OmegaConfBaseException) as error:
@@ -70,9 +77,9 @@ def run_config(words: list[str], config_dir: str | None = None) -> RunConfig:
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:
-    """The composed config as a plain dict, with the run's name filled in and ``~`` in paths replaced by the home folder.
+    """Return the composed config as a plain dict, with the run's default name and with ``~`` in paths expanded.
 
-    Raises ``UserError`` for an interpolation that leads nowhere.
+    Raises ``UserError`` for an interpolation that can't be resolved.
     """
     OmegaConf.set_struct(config, False)
     try:
@@ -83,20 +90,20 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise UserError(in_plain_words(error)) from None
     assert isinstance(resolved, dict)
-    return {str(key): _at_home(str(key), with_moved_targets(value)) for key, value in resolved.items()}
+    return {str(key): _with_home_expanded(str(key), with_moved_targets(value)) for key, value in resolved.items()}
 
 
-def _at_home(key: str, value: Any) -> Any:
-    """``value`` with ``~/x`` and ``~user/x`` as the paths they stand for, wherever a path is the value of a key."""
+def _with_home_expanded(key: str, value: Any) -> Any:
+    """Return ``value`` with ``~/x`` and ``~user/x`` expanded in the values of all keys that are paths."""
     if isinstance(value, dict):
-        return {name: _at_home(str(name), item) for name, item in value.items()}
+        return {name: _with_home_expanded(str(name), item) for name, item in value.items()}
     return os.path.expanduser(value) if key in PATH_KEYS and isinstance(value, str) else value
 
 
 def default_name(config: DictConfig) -> str:
-    """``<model>-<dataset>``, with the task in front where it isn't pretraining."""
+    """Return ``<model>-<dataset>``, with the task as prefix where it isn't pretraining."""
     dataset = config.get("dataset")
-    if not isinstance(dataset, DictConfig):  # `check` says what is wrong with it
+    if not isinstance(dataset, DictConfig):  # `check` reports it later
         dataset = DictConfig({})
     data = dataset.get("name") or Path(str(dataset.get("nameOrPath") or "data")).stem
     model = Path(str(config.get("model_name")))
@@ -108,7 +115,7 @@ def default_name(config: DictConfig) -> str:
 
 
 def in_plain_words(error: Exception) -> str:
-    """Hydra's message in one line, with the key it is about and the nearest names where a choice does not exist."""
+    """Return Hydra's error message as one line, with the key, and with the nearest name of a choice that does not exist."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice}: no such choice{did_you_mean(choice, choices(group))}"

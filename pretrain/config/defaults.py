@@ -1,4 +1,4 @@
-"""The configuration that comes with the program: where its YAML lies, and what it says when nothing is changed."""
+"""The shipped configuration: the folder of its YAML files, and its default values."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from typing import Any
 
 
 def conf_dir() -> Path:
-    """The folder of YAML: inside the package when installed from a wheel, beside it in a checkout."""
+    """Return the folder of YAML files: inside the package when installed from a wheel, next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
 
 
 def defaults_for(config: dict[str, Any]) -> dict[str, Any]:
-    """The shipped defaults, with what of their groups follows a root key (``optimizer.lr`` the ``lr``) following those of
-    ``config``: what is left to differ was chosen. No interpolation of ``config`` is followed: a stranger's could read the
-    environment of whoever looks at the run."""
+    """Return the shipped defaults, in which group keys that refer to a root key have the value of ``config``.
+
+    For example ``optimizer.lr`` follows the ``lr`` of ``config``. Every value that still differs from ``config`` was then
+    chosen explicitly. Interpolations in ``config`` are not resolved: a config from another person could read the environment
+    of the user who inspects the run.
+    """
     from omegaconf import OmegaConf
 
     ours = _composed()
@@ -35,8 +38,10 @@ def defaults_for(config: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _composed() -> Any:
-    """Without the user's conf/local. Hydra's own loader, because `compose` works through a global that the program may be
-    using."""
+    """Return the default config without the user's conf/local.
+
+    It is loaded by Hydra's internal loader, because Hydra's `compose` needs a global that the program may be using.
+    """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.utils import create_config_search_path
     from hydra.types import RunMode

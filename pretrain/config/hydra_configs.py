@@ -1,4 +1,4 @@
-"""Hydra, made to compose from our folder of YAML and from another one; nothing that it composes is executed here.
+"""Compose configs with Hydra from the shipped folder of YAML files and an optional second folder, executing nothing.
 
 `Hydra`, `create_config_search_path` and `SourcesRegistry` are private to hydra-core (seen in 1.3.8).
 """
@@ -30,7 +30,7 @@ from pretrain.runtime.errors import UserError
 
 
 class CheckedFileSource(FileConfigSource):
-    """Files of configs, each looked at before it is read: a stranger's YAML may be a bomb, or no YAML."""
+    """A config source that checks each file's size and syntax before it is read; a file may come from another person."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         file = Path(self.path, self._normalize_file_name(config_path))
@@ -43,12 +43,12 @@ class CheckedFileSource(FileConfigSource):
 
 @contextmanager
 def composing(conf: Path, config_dir: str | None) -> Iterator[Hydra]:
-    """The Hydra that composes from ``conf``, and from the folder of ``--config-dir`` after it: a file there can add a
-    choice, but can't take the place of one of ours.
+    """Yield a Hydra that composes from ``conf`` first, and then from the folder of ``--config-dir``.
 
-    Raises ``UserError`` for a ``config_dir`` that is no folder.
+    A file in ``config_dir`` can add a choice to a group but can't replace a shipped one. Raises ``UserError`` where
+    ``config_dir`` is not a folder.
     """
-    Plugins.instance()  # which registers Hydra's own sources at its first use
+    Plugins.instance()  # the first use registers Hydra's own sources, one of which ours replaces
     SourcesRegistry.instance().types["file"] = CheckedFileSource
     search = create_config_search_path(str(conf))
     if config_dir is not None:
@@ -65,8 +65,10 @@ def composing(conf: Path, config_dir: str | None) -> Iterator[Hydra]:
 
 @contextmanager
 def plain_mistakes() -> Iterator[None]:
-    """To compose executes nothing, so whatever Hydra or OmegaConf stumbles over is a mistake in a word or in a file. Raises
-    ``UserError``, ``HydraException`` or ``OmegaConfBaseException`` for any exception."""
+    """Turn any exception of a composition into a ``UserError``, ``HydraException`` or ``OmegaConfBaseException``.
+
+    Composing executes nothing, so every exception of Hydra or OmegaConf is caused by a mistake in a word or a file.
+    """
     try:
         with bounded_interpolation():
             yield
@@ -74,19 +76,19 @@ def plain_mistakes() -> Iterator[None]:
         raise
     except RecursionError:
         raise UserError("nested too deeply for a config") from None
-    except Exception as error:  # of its words for a group override that makes no sense, ValueError is one of many
+    except Exception as error:  # Hydra raises many types, for example ValueError for a senseless group override
         raise UserError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def compose_config(
     hydra: Hydra, words: list[str], mode: RunMode, *, validate_sweep_overrides: bool = True
 ) -> DictConfig:
-    """What conf/config.yaml and ``words`` come to. Raises as `plain_mistakes` says."""
+    """Return the config composed from conf/config.yaml and ``words``. It raises the exceptions of `plain_mistakes`."""
     with plain_mistakes():
         return hydra.compose_config("config", words, mode, validate_sweep_overrides=validate_sweep_overrides)
 
 
 def options_of(hydra: Hydra, group: str) -> list[str]:
-    """The choices of a group, where there is such a group."""
+    """Return the choices of a group; an unknown group has none."""
     found: Any = hydra.config_loader.get_group_options(group)
     return list(found)

@@ -1,5 +1,8 @@
-"""What Hydra itself would execute for a sweep: callbacks, factories of logging configs, a sweeper, a launcher and the shell
-lines of its jobs. A config file may change next to nothing of that; the command line and conf/ may.
+"""Check the parts of a config that Hydra itself would execute.
+
+For a sweep, these are callbacks, factories in logging configs, a sweeper, a launcher, and the shell lines of its jobs. The
+command line and conf/ may set all of them. Other config files may set only `MAY_SET` and plain values of a sweeper or a
+launcher.
 """
 
 from __future__ import annotations
@@ -17,10 +20,10 @@ from omegaconf import OmegaConf
 from pretrain.config.hydra_configs import compose_config, composing, options_of, plain_mistakes
 from pretrain.config.trust import COMMAND_LINE_ONLY
 from pretrain.runtime.errors import UserError
-from pretrain.runtime.redact import held, secrets
+from pretrain.runtime.redact import find_secret, secrets
 
-MAY_SET = ("mode", "sweep.dir")  # of `hydra`, by a file; a sweeper and a launcher within limits too
-# `overrides` are compared by themselves.
+MAY_SET = ("mode", "sweep.dir")  # keys of `hydra` that a file may set; a sweeper and a launcher are checked separately
+# Hydra sets these keys itself; `overrides` are compared separately.
 SET_BY_HYDRA = ("runtime", "overrides", "job.override_dirname", "job.config_name")
 SWEEPERS = ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "hydra_plugins.pretrain.OptunaSweeper")
 LAUNCHERS = (
@@ -28,64 +31,65 @@ LAUNCHERS = (
     "hydra_plugins.pretrain.SideBySideLauncher",
     "hydra_plugins.pretrain.SlurmLauncher",
 )
-LAUNCHER_FOLDER = "${hydra.sweep.dir}/.submitit"  # in a new folder there (launch.slurm.fresh_folder)
+LAUNCHER_FOLDER = "${hydra.sweep.dir}/.submitit"  # jobs use a new folder inside it (slurm.fresh_folder)
 
 
 def check_hydra(overrides: list[str], conf: Path, config_dir: str | None) -> None:
-    """What Hydra would execute has to come from conf/config.yaml, the user's conf/local or the command line.
+    """Check that all that Hydra would execute comes from conf/config.yaml, the user's conf/local or the command line.
 
-    Called before anything of it is executed: the config is composed as it will be then, for a sweep over groups with each
-    choice, and compared with what ``conf`` and the command line alone come to. Raises ``UserError`` when a file of a group,
-    an experiment or ``config_dir`` has changed anything else than a file may.
+    It is called before Hydra executes anything. The config is composed as the job will compose it, for a sweep over groups
+    with each choice, and compared with the config of ``conf`` and the command line alone.
+
+    Raises ``UserError`` when a file of a group, an experiment or ``config_dir`` has changed a key that files may not set.
     """
     with composing(conf, None) as hydra:
         own = [o for o in overrides if re.match(r"[+~]*hydra[./@]", o) and not _chooses_elsewhere(o, hydra)]
-        by_command_line = _hydra_node(hydra, own)
+        allowed = _hydra_node(hydra, own)
     with composing(conf, config_dir) as hydra:
 
-        def judge(words: list[str]) -> dict[str, Any]:
+        def check_job(words: list[str]) -> dict[str, Any]:
             found = _hydra_node(hydra, words)
-            _check_node(found, by_command_line, words)
+            _check_node(found, allowed, words)
             return found
 
         first = _sweeps(overrides, hydra)[0]
-        params = (judge(first)["sweeper"] or {}).get("params") or {}
-        words = [*(f"{key}={value}" for key, value in params.items()), *overrides]  # Hydra takes an experiment's so
+        params = (check_job(first)["sweeper"] or {}).get("params") or {}
+        words = [*(f"{key}={value}" for key, value in params.items()), *overrides]  # as Hydra applies an experiment's
         fixed, swept = _sweeps(words, hydra)
         for choices in itertools.product(*swept):
             if (job := [*fixed, *choices]) != first:
-                judge(job)
+                check_job(job)
 
 
 def _chooses_elsewhere(override: str, hydra: Hydra) -> bool:
-    """Whether ``hydra/launcher=mine`` is a choice that our own folder does not have."""
+    """Return whether an override such as ``hydra/launcher=mine`` chooses a file outside the shipped folder."""
     group, _, choice = override.partition("=")
     return "/" in group and "=" in override and choice not in options_of(hydra, group.lstrip("+~"))
 
 
 def _hydra_node(hydra: Hydra, words: list[str]) -> dict[str, Any]:
     config = compose_config(hydra, words, RunMode.RUN, validate_sweep_overrides=False)
-    if secret := held(OmegaConf.to_yaml(config), secrets()):  # Hydra writes it to multirun.yaml
-        raise UserError(f"a config file holds {secret}; no key takes a secret, set it in the environment alone")
+    if secret := find_secret(OmegaConf.to_yaml(config), secrets()):  # Hydra would write it to multirun.yaml
+        raise UserError(f"a config file holds {secret}; no key takes a secret, set it in the environment only")
     node: Any = OmegaConf.to_container(config.hydra)
     return {str(key): value for key, value in node.items()}
 
 
 def _check_node(found: dict[str, Any], expected: dict[str, Any], words: list[str]) -> None:
-    said = [*found["overrides"]["task"], *found["overrides"]["hydra"]]
-    if sorted(said) != sorted(words):
+    words_found = [*found["overrides"]["task"], *found["overrides"]["hydra"]]
+    if sorted(words_found) != sorted(words):
         raise _refused("overrides")
     if found["launcher"] != expected["launcher"] and (key := _executed_launcher_key(found["launcher"] or {})):
         raise _refused(f"launcher.{key}")
     if found["sweeper"] != expected["sweeper"] and not _only_sweeps(found["sweeper"]):
         raise _refused("sweeper")
-    other = _without_judged(found), _without_judged(expected)
+    other = _without_checked_separately(found), _without_checked_separately(expected)
     if key := _first_difference(*other):
         raise _refused(key)
 
 
-def _without_judged(node: dict[str, Any]) -> dict[str, Any]:
-    """``node`` without what is judged otherwise, or not at all."""
+def _without_checked_separately(node: dict[str, Any]) -> dict[str, Any]:
+    """Return ``node`` without the keys that are checked separately or not at all."""
     kept = {key: dict(value) if isinstance(value, dict) else value for key, value in node.items()}
     for path in ("launcher", "sweeper", *MAY_SET, *SET_BY_HYDRA):
         group, _, key = path.partition(".")
@@ -94,7 +98,7 @@ def _without_judged(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_difference(found: Any, expected: Any, path: str = "") -> str:
-    """The key at which two nodes differ first, with those above it; nothing where they are the same."""
+    """Return the dotted path of the first key at which two nodes differ; an empty string where they are equal."""
     if not (isinstance(found, dict) and isinstance(expected, dict)):
         return "" if found == expected else path
     differing = [key for key in [*found, *expected] if found.get(key) != expected.get(key)]
@@ -109,8 +113,10 @@ def _refused(key: str) -> UserError:
 
 
 def _executed_launcher_key(launcher: dict[str, Any]) -> str | None:
-    """The first key of a launcher of a file that is more than a plain setting of one of ours (a number, a name): shell lines,
-    options of sbatch, another class, a folder of results."""
+    """Return the first key of a file's launcher that is not a plain setting (a number, a name) of a shipped launcher.
+
+    Such keys are shell lines, options of sbatch, another class, and a folder of results. It returns ``None`` without one.
+    """
     if launcher.get("_target_") not in LAUNCHERS:
         return "_target_"
     fixed = {"folder": LAUNCHER_FOLDER, "_target_": launcher["_target_"]}
@@ -124,9 +130,9 @@ def _executed_launcher_key(launcher: dict[str, Any]) -> str | None:
 
 
 def _only_sweeps(sweeper: Any) -> bool:
-    """Whether a sweeper that a file has set does nothing but choose keys that a file may set: an experiment may be a sweep.
+    """Return whether a file's sweeper only sets keys that a file may set; an experiment may define a sweep.
 
-    Hydra makes the node with all that is in it, and ``params`` become the command lines of jobs.
+    Hydra instantiates the node with everything inside it, and ``params`` become the command lines of the jobs.
     """
     options = dict(sweeper or {})
     params = options.pop("params", None) or {}
@@ -142,7 +148,7 @@ def _only_sweeps(sweeper: Any) -> bool:
 
 
 def _sweeps(overrides: list[str], hydra: Hydra) -> tuple[list[str], list[list[str]]]:
-    """The overrides that are the same in every job, and of every group that is swept the choices; swept keys left out."""
+    """Return the overrides that all jobs share, and for every swept group its choices. Swept keys are omitted."""
     fixed: list[str] = []
     swept: list[list[str]] = []
     with plain_mistakes():

@@ -1,7 +1,7 @@
-"""A limit on what the interpolations of a config may come to: ``a: ${b}${b}``, ``b: ${c}${c}``, … doubles with every line.
+"""Limit the size to which the interpolations of a config expand: ``a: ${b}${b}``, ``b: ${c}${c}``, … doubles on each line.
 
-`_resolve_node_interpolation` and `_evaluate_custom_resolver` are private to omegaconf (seen in 2.3.1); what follows a
-reference goes through them.
+`_resolve_node_interpolation` and `_evaluate_custom_resolver` are private to omegaconf (seen in 2.3.1); every reference is
+resolved by one of them.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ from omegaconf.base import Container
 
 from pretrain.runtime.errors import UserError
 
-MOST = 1_000_000  # characters and values that all references together stand for
-EACH = 200  # of these for following a reference, which takes 0.1 ms
+MAX_TOTAL = 1_000_000  # limit on the characters and values of all references together
+REFERENCE_COST = 200  # counted in addition for each reference, because resolving one takes 0.1 ms
 
 
 @contextmanager
 def bounded_interpolation() -> Iterator[None]:
-    """Meanwhile OmegaConf follows references up to ``MOST``. Raises ``UserError`` beyond it, whatever becomes of the error on
-    its way through OmegaConf."""
+    """Limit the references that OmegaConf resolves inside the block to a total of ``MAX_TOTAL``.
+
+    Raises ``UserError`` beyond the limit, also where OmegaConf has caught or replaced the error.
+    """
     spent = 0
 
     def counted(follow: Callable[..., Any]) -> Callable[..., Any]:
         def run(self: Container, *args: Any, **options: Any) -> Any:
             nonlocal spent
-            spent += EACH
-            if spent > MOST:
+            spent += REFERENCE_COST
+            if spent > MAX_TOTAL:
                 raise OverflowError
             found = follow(self, *args, **options)
             spent += _size(found)
@@ -42,17 +44,17 @@ def bounded_interpolation() -> Iterator[None]:
             setattr(Container, name, counted(follow))
         yield
     except Exception:
-        if spent <= MOST:
+        if spent <= MAX_TOTAL:
             raise
     finally:
         for name, follow in before.items():
             setattr(Container, name, follow)
-    if spent > MOST:
-        raise UserError("the references (${…}) in it stand for more than fits into a config")
+    if spent > MAX_TOTAL:
+        raise UserError("the references (${…}) in it expand to more than fits into a config")
 
 
 def _size(node: Any) -> int:
-    """Characters and values in a node, its own references not followed."""
+    """Return the number of characters and values in a node, without resolving its references."""
     content = node._content if isinstance(node, Container) else None
     if isinstance(content, dict | list):
         return sum(1 + _size(item) for item in (content.values() if isinstance(content, dict) else content))

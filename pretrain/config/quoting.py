@@ -1,7 +1,7 @@
-"""Paths and names on the command line, as they are typed: ``output_dir=runs/книги``, ``dataset.nameOrPath=data/lang=de``.
+"""Quote paths and names on the command line: ``output_dir=runs/книги``, ``dataset.nameOrPath=data/lang=de``.
 
-Hydra's grammar knows such letters inside quotes only. The quotes are put here, around the values of keys that are paths
-and names; what means something to Hydra where such a value stands keeps its meaning.
+Hydra's grammar allows such characters only inside quotes. This module adds the quotes to the values of keys that are paths
+or names. A value that already has a meaning in Hydra's grammar keeps it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from hydra.errors import HydraException
 
 PATH_KEYS = {"output_dir", "sweep_dir", "model_name", "resume", "nameOrPath", "name_or_path", "tokenizer_name"}
 NAME_KEYS = {"name", "pattern", "subset", "split", "revision", "text_column", "best_by", "metric"}
-NAME_KEYS |= {"project", "entity", "group", "notes"}  # of sink.wandb
+NAME_KEYS |= {"project", "entity", "group", "notes"}  # keys of sink.wandb
 HYDRA_KEYS = {"hydra.sweep.dir", "hydra.launcher.folder"}
-ESCAPE = re.compile(r"\\[\\()\[\]{}:=, \t]")  # as Hydra's grammar has them
+ESCAPE = re.compile(r"\\[\\()\[\]{}:=, \t]")  # the escapes of Hydra's grammar
 CAST = re.compile(r"(str|json_str|int|float|bool)\(.*\)", re.DOTALL)
 
 
 def quoted_word(word: str, *, sweeping: bool) -> str:
-    """``key=value`` with quotes around the value where its key is a path or a name and Hydra would not take it as it is.
+    """Return ``key=value`` with quotes around a path or name that Hydra would not read as it is.
 
-    Left alone are ``null``, quoted values, interpolations (``${…}``), escapes (``\\,``), casts (``str(1)``) and, where the
-    command is a sweep, ``a,b`` and ``choice(a,b)``.
+    Values that stay unchanged are ``null``, quoted values, interpolations (``${…}``), escapes (``\\,``), casts (``str(1)``)
+    and, in a sweep, ``a,b`` and ``choice(a,b)``.
     """
     key, equals, value = word.partition("=")
     name = key.lstrip("+")
@@ -35,12 +35,12 @@ def quoted_word(word: str, *, sweeping: bool) -> str:
 
 
 def quoted(text: str) -> str:
-    """``text`` as a string of Hydra's grammar."""
+    """Return ``text`` as a quoted string of Hydra's grammar."""
     return QuotedString(text, Quote.single).with_quotes()
 
 
 def unquoted(value: str) -> str:
-    """The text that the value of an override stands for."""
+    """Return the text that the value of an override stands for."""
     parsed = _parsed(value)
     return value if parsed is None else str(parsed.value())
 

@@ -1,6 +1,7 @@
-"""The typed config of a run: the root keys, and each config group as the object that its YAML stands for.
+"""The typed config of a run: the root keys, and each config group as the object that its YAML describes.
 
-Built once by `check`, then passed on. Hydra, dicts of the config and ``_target_`` stay inside `pretrain.config`.
+`check` builds it once, and it is then passed as an argument. Only `pretrain.config` uses Hydra, dicts of the config and
+``_target_``.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ if TYPE_CHECKING:
     from pretrain.training.guard.config import GuardConfig
 
 Finite = Field(allow_inf_nan=False)
-ONE_LINE = r"^[^\x00-\x1f\x7f]+$"  # of a folder's name: what is made of it may be a line of a script or a log
+ONE_LINE = r"^[^\x00-\x1f\x7f]+$"  # for a folder's name, which can become part of a line of a script or a log
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
 class RootKeys:
-    """The keys of conf/config.yaml that are not groups. The comments there document each of them."""
+    """The keys of conf/config.yaml that are not groups. The comments in that file, which `--help` prints, document each."""
 
     task: Literal["pretraining", "tokenization", "evaluation", "generation", "export"]
-    name: Annotated[str, Field(pattern=r"^\.*[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]  # a folder's: not `..`, no path
+    name: Annotated[str, Field(pattern=r"^\.*[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]  # a folder's name: no `..`, no path
     output_dir: Annotated[str, Field(pattern=ONE_LINE)]
     model_name: Annotated[str, Field(min_length=1)]
     sequence_length: Annotated[int, Field(ge=2)]
@@ -67,8 +68,24 @@ class RootKeys:
 
 @dataclass(frozen=True)
 class RunConfig(RootKeys):
-    """All that a run is configured by. ``plain``: the same as a dict of plain values, as config.yaml has it and as it is sent
-    to workers."""
+    """The complete config of a run: the root keys, and an object for each config group.
+
+    Attributes:
+        model: The model, not yet built.
+        dataset: The source of the training documents.
+        strategy: How model and optimizer are set up on the devices.
+        precision: Dtypes of parameters and matmuls.
+        optimizer: Builds the optimizer from named parameters.
+        scheduler: The schedule, a function of ``step``, ``total_steps`` and ``warmup_steps``.
+        checkpoint: What is saved, and how long checkpoints are kept.
+        evaluation: What is evaluated.
+        generation: The prompts of ``task=generation``.
+        guard: How loss spikes and non-finite values are handled.
+        telemetry: Additional measurements.
+        launch: How processes are started and supervised.
+        sweep: How a sweep is ranked and reported.
+        plain: The same config as a dict of plain values, as written to config.yaml and as sent to workers.
+    """
 
     model: CausalLM
     dataset: Source
@@ -87,27 +104,27 @@ class RunConfig(RootKeys):
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> RunConfig:
-        """The config of a checked dict."""
-        built = with_lr(plain, 1.0)  # ``lr=auto`` stays so at the root; an optimizer is not made before it is a number
+        """Build the typed config from a checked dict."""
+        built = with_lr(plain, 1.0)  # a placeholder for lr=auto: the optimizer is created only after `with_lr`
         groups = {group: build_part(built[group]) for group in PARTS if group != "sink"}
         return cls(**{key.name: plain[key.name] for key in fields(RootKeys)}, **groups, plain=plain)
 
     def with_lr(self, lr: float) -> RunConfig:
-        """The same with ``lr`` in the place of ``auto``, in the optimizer too."""
+        """Return the config with ``lr`` in place of ``auto``, also in the optimizer."""
         return self if self.lr != AUTO else RunConfig.of(with_lr(self.plain, lr))
 
     def build_sinks(self) -> dict[str, Sink]:
-        """A new object of each chosen sink, by its name in the config."""
+        """Return a new object for each chosen sink, by its name in the config."""
         return {name: build_part(node) for name, node in (self.plain.get("sink") or {}).items()}
 
     @property
     def optimizer_identity(self) -> list[Any]:
-        """What of the optimizer a run that continues must share: its class, and whether it compensates rounding."""
+        """Return the settings of the optimizer that must not change on a resume: its class and ``compensate``."""
         return [self.plain["optimizer"].get(key) for key in ("_target_", "compensate")]
 
 
 def build_part(node: dict[Any, Any]) -> Any:
-    """The object that ``node`` stands for. A key that is a word of Python (``async``) gets the underscore it has there."""
+    """Return the object that ``node`` describes. A key that is a keyword of Python gets an underscore (``async_``)."""
     from hydra.utils import instantiate
 
     return instantiate({f"{k}_" if iskeyword(str(k)) else k: v for k, v in node.items()}, _convert_="all")

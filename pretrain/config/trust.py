@@ -1,8 +1,8 @@
-"""What a config file may not do, since it may come from somebody else: let code in.
+"""Make sure that a config file, which may come from another person, can't execute code.
 
-A file chooses among pretrain's own parts and sets their keys. What brings other code into the process, or other
-machines into the run, is said on the command line by the person who starts it; so is what Hydra itself would execute
-(`pretrain.config.hydra_trust`).
+A file may choose among pretrain's own parts and set their keys. Settings that bring other code into the process, or other
+machines into the run, must be on the command line of the user who starts it. `pretrain.config.hydra_trust` checks the
+settings that Hydra itself would execute.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 from pretrain.runtime.errors import UserError
 
-COMMAND_LINE_ONLY = {  # key → the value that a file may leave it at
+COMMAND_LINE_ONLY = {  # key → the only value that it may have in a file
     "allow_targets": [],
     "model.trust_remote_code": False,
-    "launch.endpoint": None,  # processes of one run send each other pickles
+    "launch.endpoint": None,  # the processes of a run exchange pickles
 }
 SCHEDULES = "pretrain.optim.schedule"
-PARTS = {  # group → the class whose subclasses it may make; schedules are functions of one module
+PARTS = {  # group → the class whose subclasses it may create; schedules are functions of one module
     "model": "pretrain.models.causal_lm.CausalLM",
     "dataset": "pretrain.data.sources.base.Source",
     "strategy": "pretrain.strategy.base.Strategy",
@@ -36,7 +36,7 @@ PARTS = {  # group → the class whose subclasses it may make; schedules are fun
     "sweep": "pretrain.sweep.config.SweepConfig",
     "sink": "pretrain.telemetry.sinks.base.Sink",
 }
-MOVED = {  # `_target_`s of earlier versions, which people's YAML may name
+MOVED = {  # `_target_` of an earlier version, which users' YAML files may contain → the present one
     "pretrain.precision.Precision": "pretrain.strategy.precision.Precision",
     "pretrain.checkpoint.policy.Policy": "pretrain.checkpoint.config.CheckpointConfig",
     "pretrain.evaluation.policy.Policy": "pretrain.evaluation.config.EvaluationConfig",
@@ -54,11 +54,13 @@ OWN_NAME = re.compile(r"pretrain(\.[A-Za-z]\w*)+")
 
 
 def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] = ()) -> Callable[..., Any]:
-    """The class or function that the ``_target_`` at ``path`` names: one of ours that belongs to ``base`` (see ``PARTS``), or
-    one of ``trusted``, which names classes, functions and packages.
+    """Return the class or function that the ``_target_`` at ``path`` names.
 
-    Raises ``UserError`` for any other. The name is judged before anything is imported: to import is to run code. Making
-    one of our parts does nothing yet; to call any function of ours would do what its arguments say, so a config can't.
+    It must be one of ours that belongs to ``base`` (see ``PARTS``), or be in ``trusted``, a list of classes, functions and
+    packages. The name is checked before anything is imported, because an import executes code. Creating one of our parts has
+    no side effects. Other functions of ours may have some, so a config can't call them.
+
+    Raises ``UserError`` for any other target.
     """
     is_trusted = trusts(trusted, target)
     if not is_trusted and not (isinstance(target, str) and OWN_NAME.fullmatch(target)):
@@ -70,16 +72,16 @@ def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] =
     if target in trusted:
         return found
     real_name = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
-    if real_name != target:  # what that module, or a trusted package, has imported: `pretrain.x.subprocess.Popen`
+    if real_name != target:  # an import of that module or of a trusted package, such as `pretrain.x.subprocess.Popen`
         raise _refused(path, target)
     if not is_trusted and not _belongs(found, base):
         what = base if isinstance(base, str) else f"{base.__module__}.{base.__qualname__}"
-        raise UserError(f"{path}._target_={target!r}: not a part that can stand here; allowed are those of {what}")
+        raise UserError(f"{path}._target_={target!r}: not a part that is allowed here; allowed are those of {what}")
     return found
 
 
 def with_moved_targets(node: Any) -> Any:
-    """``node`` with today's name of each part that an earlier version had elsewhere."""
+    """Return ``node`` with the present name of each part that an earlier version had under another name."""
     if isinstance(node, dict):
         moved = {key: with_moved_targets(value) for key, value in node.items()}
         target = moved.get("_target_")
@@ -88,7 +90,7 @@ def with_moved_targets(node: Any) -> Any:
 
 
 def trusts(trusted: Sequence[str], target: Any) -> bool:
-    """Whether ``target`` is one of ``trusted``, or lies in a package among them."""
+    """Return whether ``target`` is in ``trusted`` or in a package in ``trusted``."""
     return isinstance(target, str) and any(target == name or target.startswith(f"{name}.") for name in trusted)
 
 
@@ -102,7 +104,7 @@ def _find(name: str) -> Callable[..., Any]:
 
 
 def _belongs(found: Any, base: str | type) -> bool:
-    """Whether ``found`` is a class of ``base`` that can be made, or a schedule."""
+    """Return whether ``found`` is a schedule, where ``base`` asks for one, or a concrete subclass of ``base``."""
     if base == SCHEDULES:
         names = set(inspect.signature(found).parameters) if inspect.isfunction(found) else set()
         return found.__module__ == base and {"step", "total_steps", "warmup_steps"} <= names
@@ -117,19 +119,22 @@ def _refused(path: str, target: Any) -> UserError:
     )
 
 
-def said(arguments: list[str]) -> dict[str, Any]:
-    """What the command line itself gives the keys in ``COMMAND_LINE_ONLY``; the last one counts."""
+def command_line_only_values(arguments: list[str]) -> dict[str, Any]:
+    """Return the values that the command line gives to the keys in ``COMMAND_LINE_ONLY``; the last value of a key counts."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     own = [a for a in arguments if a.partition("=")[0].lstrip("+") in COMMAND_LINE_ONLY and "=" in a]
     return {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(own)}
 
 
-def check_said(config: dict[str, Any], spoken: dict[str, Any]) -> None:
-    """Raises ``UserError`` when a key that only the command line may set has another value than it gave (``spoken``)."""
+def check_command_line_only(config: dict[str, Any], cli_values: dict[str, Any]) -> None:
+    """Raise ``UserError`` when a key that only the command line may set has a value that a file has given.
+
+    ``cli_values`` holds the values of the command line, from `command_line_only_values`.
+    """
     for key, harmless in COMMAND_LINE_ONLY.items():
         value: Any = config
         for name in key.split("."):
             value = value.get(name) if isinstance(value, dict) else None
-        if value not in (None, harmless, spoken.get(key)):
+        if value not in (None, harmless, cli_values.get(key)):
             raise UserError(f"{key}={value}: set by a config file; if you trust it, put '{key}=…' on the command line")

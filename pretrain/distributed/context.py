@@ -1,7 +1,6 @@
-"""The group of processes that train together: this rank, its device, and the few collectives the loop needs.
+"""The processes that train together: this rank, its device, and the few collectives that the loop needs.
 
-What ranks agree on (counts, stop signals, errors) lies on the host and travels by gloo, so that agreeing never waits
-for a GPU.
+Counts, stop signals and errors are on the host and are exchanged by gloo, so that exchanging them never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -34,17 +33,27 @@ group_entered = False  # whether this process has ever been in a process group
 
 @dataclass(frozen=True, slots=True)
 class DistributedContext:
-    """``rank`` of ``size`` processes, ``local_rank`` of ``local_size`` on this machine; ``device``: where it computes."""
+    """This process in its process group, with the collectives of that group.
+
+    Attributes:
+        rank: rank of this process.
+        size: number of processes (the world size).
+        device: the device on which this process computes.
+        local_rank: rank of this process among those on this machine.
+        local_size: number of processes on this machine.
+        group: the process group for values on the host (``None``: the default group).
+    """
 
     rank: int
     size: int
     device: torch.device
     local_rank: int = 0
     local_size: int = 1
-    group: dist.ProcessGroup | None = None  # of what ranks agree on; None: the one of all
+    group: dist.ProcessGroup | None = None
 
-    def apart(self, *, timeout_seconds: float) -> DistributedContext:
-        """The same ranks in a group of their own, for a thread that agrees while the loop does so too. A collective."""
+    def with_own_group(self, *, timeout_seconds: float) -> DistributedContext:
+        """Return the same ranks with a new process group, for a thread that uses collectives at the same time as the loop.
+        This is a collective."""
         if self.size == 1:
             return self
         return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)))
@@ -54,7 +63,7 @@ class DistributedContext:
         return self.rank == 0
 
     def sum(self, value: int) -> int:
-        """The sum of a host integer over all ranks."""
+        """Return the sum of a host integer over all ranks."""
         if self.size == 1:
             return value
         total = torch.tensor(int(value))
@@ -62,7 +71,7 @@ class DistributedContext:
         return int(total)
 
     def any_rank(self, *flags: bool) -> list[bool]:
-        """Each of ``flags`` true on every rank as soon as it is true on one."""
+        """Return for each of ``flags`` whether it is true on any rank."""
         if self.size == 1:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.int64)
@@ -70,21 +79,21 @@ class DistributedContext:
         return [bool(count) for count in raised.tolist()]
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a device tensor over all ranks, in place. The host does not wait for it."""
+        """Sum a device tensor over all ranks, in place. The host does not wait for it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        """The maximum of a device tensor over all ranks, in place. The host does not wait for it."""
+        """Take the maximum of a device tensor over all ranks, in place. The host does not wait for it."""
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
     def all_gather_object(self, work: Callable[[], T]) -> list[T]:
-        """Do ``work`` on every rank and give every rank all results, by rank.
+        """Call ``work`` on every rank and return the results of all ranks, ordered by rank.
 
-        Raises ``UserError`` on every rank when it is raised on one, so that nobody waits for a rank that has left.
+        Raises ``UserError`` on every rank if it is raised on one, so that no rank waits for another that has exited.
         """
         if self.size == 1:
             return [work()]
@@ -95,20 +104,21 @@ class DistributedContext:
             done = (None, type(error)(*error.args))
         every: list[Any] = [None] * self.size
         dist.all_gather_object(every, done, group=self.group)
-        for _, mistake in every:
-            if mistake is not None:
-                raise mistake
+        for _, user_error in every:
+            if user_error is not None:
+                raise user_error
         return [value for value, _ in every]
 
     def on_main_rank(self, work: Callable[[], T]) -> T:
-        """Do ``work`` on rank 0 only; its result, or its ``UserError``, on every rank."""
+        """Call ``work`` on rank 0 only; return its result, or raise its ``UserError``, on every rank."""
         return self.all_gather_object(lambda: work() if self.is_main else None)[0]  # type: ignore[return-value]
 
 
 def enter(place: RankInfo, *, group: bool, timeout_seconds: float = 1800) -> DistributedContext:
-    """The world of a process at ``place``. ``group``: with a process group even where it is alone. Ends with ``leave``.
+    """Join the process group and return this process's context. Call ``leave`` at the end.
 
-    nccl for tensors on GPUs, gloo for the host's. They listen where `pretrain.distributed.sockets` says.
+    With ``group`` a process group is created even for a single process. It uses nccl for tensors on GPUs and gloo for those
+    on the host, on the network interfaces that `pretrain.distributed.sockets` selects.
     """
     device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -131,8 +141,8 @@ def enter(place: RankInfo, *, group: bool, timeout_seconds: float = 1800) -> Dis
 
 
 def _store(place: RankInfo, timeout: timedelta) -> dist.Store | None:
-    """Where the ranks leave each other their addresses. ``None``: torchrun's, which has started these processes and holds
-    one for them."""
+    """Return the store through which the ranks find each other. ``None`` means the store of torchrun, if it has started these
+    processes and provides one."""
     if place.size == 1:
         return dist.HashStore()
     if place.store:
@@ -153,10 +163,13 @@ def tcp_store(
     world_size: int | None = None,
     several_machines: bool = False,
 ) -> dist.TCPStore:
-    """torch's store at ``host``:``port``. The host listens there and nowhere else, if that is an address of its own; one
-    at which none of ``several_machines`` would reach it is none.
+    """Return torch's store at ``host``:``port``.
 
-    Raises ``UserError`` where it can't listen, ``DistNetworkError`` where nobody answers.
+    The process with ``is_host`` listens at that address only, if it is an address of this machine. With
+    ``several_machines``, a name that resolves to the loopback here does not count as one, since no other machine could
+    connect. Otherwise it listens on all interfaces.
+
+    Raises ``UserError`` if the host can't listen, and ``DistNetworkError`` if no host answers.
     """
     options: dict[str, Any] = {"timeout": timeout, "world_size": world_size, "multi_tenant": True}
     if is_host:
@@ -172,7 +185,9 @@ def tcp_store(
         if found is not None:
             options["master_listen_fd"] = found.detach()
         else:
-            notice(f"{host} is no address of this machine, so the run listens on all its interfaces, at port {port}")
+            notice(
+                f"{host} is not an address of this machine, so the run listens on all its interfaces, at port {port}"
+            )
     return dist.TCPStore(host, port, is_master=is_host, **options)
 
 

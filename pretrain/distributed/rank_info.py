@@ -1,4 +1,4 @@
-"""Where a process stands among those of its run, before it has met them. Imports no torch."""
+"""The rank of a process in its run, before the process group exists. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """``rank`` of ``size`` processes, ``local_rank`` of ``local_size`` on this machine; ``restarts`` of the group
-    so far, which all have the ``run_id`` of one command. ``store``: the file by which they meet, in a private folder
-    of their one machine; empty: at MASTER_ADDR and MASTER_PORT. ``one_machine``: whether all are on this one.
-    ``prepared``: whether the launcher has prepared the data before it started them, and has shown the notices of that."""
+    """The place of a process in its run.
+
+    Attributes:
+        rank: rank of this process.
+        size: number of processes (the world size).
+        local_rank: rank of this process among those on this machine.
+        local_size: number of processes on this machine.
+        restarts: how often the processes have been restarted.
+        run_id: id of the command; restarts keep it.
+        store: file through which the processes of one machine find each other, in a private folder; empty: they use
+            MASTER_ADDR and MASTER_PORT.
+        one_machine: whether all processes are on this machine.
+        prepared: whether the launcher has prepared the data and shown its notices before it started the processes.
+    """
 
     rank: int = 0
     size: int = 1

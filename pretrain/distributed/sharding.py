@@ -1,6 +1,6 @@
-"""Tensors by name in safetensors files, whole or cut into pieces of rows, so that every rank writes and reads its own part.
+"""Named tensors in safetensors files, full or sharded along dim 0, so that every rank writes and reads its local shards.
 
-A file written by several ranks' strategies is read by any other number of ranks: whoever reads asks for rows of a name.
+Files written by several ranks can be read by any other number of ranks, because tensors are read by name and range of rows.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from pretrain.runtime.errors import UserError
 from pretrain.runtime.strict_json import parse_json
 
 CHECKSUM_NUMBERS = 1 << 24
-PIECES = "pieces"  # metadata of a file: {name: [first row, shape of the whole]} for what is not whole in it
+PIECES = "pieces"  # metadata of a file: {name: [first row, full shape]} for the tensors that are sharded in it
 
 
 @dataclass(frozen=True, slots=True)
 class TensorShard:
-    """Rows from ``start`` on (first dimension) of a tensor of ``shape``. A 0-d tensor is always whole."""
+    """A shard along dim 0: ``tensor`` holds the rows from ``start`` on of a tensor whose full shape is ``shape``. A 0-d tensor
+    is never sharded."""
 
     tensor: Tensor
     start: int
@@ -35,17 +36,17 @@ class TensorShard:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
+    """Return the local shard of a sharded tensor, sharing its memory; any other tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor (a collective); any other tensor as it is."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor of a sharded one (a collective); any other tensor is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def start_of(tensor: Tensor) -> int:
-    """The first row of this rank's part."""
+    """Return the first row of the local shard."""
     if not isinstance(tensor, DTensor):
         return 0
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -53,7 +54,7 @@ def start_of(tensor: Tensor) -> int:
 
 
 def is_replicated(tensor: Tensor) -> bool:
-    """Whether several ranks hold the same part of ``tensor``, where there are several."""
+    """Return whether several ranks hold the same part of ``tensor``, given that there are several ranks."""
     if not isinstance(tensor, DTensor):
         return True
     sizes = (tensor.device_mesh.size(dim) for dim, p in enumerate(tensor.placements) if isinstance(p, Replicate))
@@ -61,15 +62,16 @@ def is_replicated(tensor: Tensor) -> bool:
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """The sum of its numbers' bits, taken as integers: int64 0-d, on its device. One flipped bit makes another one."""
+    """Return the sum of the elements' bits, interpreted as integers: int64, 0-d, on the tensor's device. A single flipped bit
+    changes it."""
     flat = tensor.detach().reshape(-1)
     bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
     sums = [part.sum(dtype=torch.int64) for part in bits.split(CHECKSUM_NUMBERS)]  # the sum's int64 copy stays small
-    return torch.stack(sums).sum()  # of an empty tensor there is one part too
+    return torch.stack(sums).sum()  # an empty tensor has one part too
 
 
 def local_shard(tensor: Tensor, *, is_main: bool) -> TensorShard | None:
-    """What this rank has to write of ``tensor``, or ``None``: of equal copies, those of the first rank count."""
+    """Return the shard of ``tensor`` that this rank has to write, or ``None``. Of equal copies the first rank writes its own."""
     if not isinstance(tensor, DTensor):
         return TensorShard(tensor.detach(), 0, tuple(tensor.shape)) if is_main else None
     mesh = tensor.device_mesh
@@ -80,21 +82,21 @@ def local_shard(tensor: Tensor, *, is_main: bool) -> TensorShard | None:
     return TensorShard(part, start_of(tensor), tuple(tensor.shape)) if part.numel() or is_main else None
 
 
-def write(path: Path, pieces: Mapping[str, TensorShard]) -> bool:
-    """Write one safetensors file; none, and return False, when there is nothing to write."""
-    if not pieces:
+def write(path: Path, shards: Mapping[str, TensorShard]) -> bool:
+    """Write one safetensors file. If there is nothing to write, create no file and return False."""
+    if not shards:
         return False
-    parts = {n: [p.start, list(p.shape)] for n, p in pieces.items() if p.tensor.shape != torch.Size(p.shape)}
+    parts = {n: [p.start, list(p.shape)] for n, p in shards.items() if p.tensor.shape != torch.Size(p.shape)}
     metadata = {"format": "pt"} | ({PIECES: json.dumps(parts)} if parts else {})
-    save_file({name: p.tensor.contiguous() for name, p in pieces.items()}, path, metadata=metadata)
+    save_file({name: p.tensor.contiguous() for name, p in shards.items()}, path, metadata=metadata)
     return True
 
 
 class TensorFiles:
-    """The tensors of several safetensors files. Nothing is read before it is asked for."""
+    """The tensors in several safetensors files. Only headers are read until `read` is called."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        """Raises ``UserError`` for a file that can't be read, and for pieces that do not make whole tensors."""
+        """Open ``files``. Raises ``UserError`` for a file that can't be read, and for shards that do not make full tensors."""
         self._parts: dict[str, list[tuple[int, Any]]] = {}  # name → (first row, open file), by row
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
@@ -104,7 +106,7 @@ class TensorFiles:
             except (OSError, ValueError, SafetensorError) as error:
                 raise UserError(f"{file} can't be read: {error}") from None
         for name, parts in self._parts.items():
-            # An empty piece lies before its neighbour.
+            # Of two shards with the same first row, the empty one comes first.
             parts.sort(key=lambda part: (part[0], _shape_in(part[1], name)[:1]))
             if reason := self._gap(name):
                 raise UserError(f"{file}: {name}: {reason}")
@@ -116,26 +118,26 @@ class TensorFiles:
             start, shape = pieces.pop(name) if name in pieces else (0, _shape_in(handle, name))
             dtype = str(handle.get_slice(name).get_dtype())
             if self._shapes.setdefault(name, shape) != shape or self._dtypes.setdefault(name, dtype) != dtype:
-                raise ValueError(f"{name} is another tensor than in the other files")
+                raise ValueError(f"{name} has another dtype or shape than in the other files")
             self._parts.setdefault(name, []).append((start, handle))
         if pieces:
             raise ValueError(f"{min(pieces)} is not in it")
 
     def _gap(self, name: str) -> str | None:
-        """Why the parts of a tensor are not all of it, each row once, or ``None``."""
+        """Return why the shards of a tensor do not hold every row exactly once, or ``None``."""
         parts, shape = self._parts[name], self._shapes[name]
         if not shape:
             return None if len(parts) == 1 and _shape_in(parts[0][1], name) == () else "more than one number"
         rows = 0
         for first, handle in parts:
-            own = _shape_in(handle, name)
-            if own[1:] != shape[1:] or len(own) != len(shape):
-                return f"a piece of shape {list(own)} in one of {list(shape)}"
+            shard_shape = _shape_in(handle, name)
+            if shard_shape[1:] != shape[1:] or len(shard_shape) != len(shape):
+                return f"a shard of shape {list(shard_shape)} in a tensor of shape {list(shape)}"
             if first != rows:
                 return (
                     f"rows {min(rows, first)} to {max(rows, first)} are {'missing' if first > rows else 'there twice'}"
                 )
-            rows += own[0]
+            rows += shard_shape[0]
         return None if rows == shape[0] else f"{rows} rows of {shape[0]}"
 
     def keys(self) -> set[str]:
@@ -145,11 +147,11 @@ class TensorFiles:
         return self._shapes[name]
 
     def dtype(self, name: str) -> str:
-        """Its type, such as ``"float32"``."""
+        """Return the tensor's dtype, such as ``"float32"``."""
         return described(self.read(name, 0, 0))[0]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of a tensor, on the CPU; a 0-d tensor whole."""
+        """Read rows [start, stop) of a tensor to the CPU; a 0-d tensor is read in full."""
         shape = self._shapes[name]
         if not shape:
             tensor: Tensor = self._parts[name][0][1].get_tensor(name)
@@ -169,15 +171,15 @@ class TensorFiles:
 
 
 def _shape_in(handle: Any, name: str) -> tuple[int, ...]:
-    """The shape of a file's piece of a tensor."""
+    """Return the shape of a file's shard of a tensor."""
     return tuple(handle.get_slice(name).get_shape())
 
 
 def _pieces_of(handle: Any) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """``PIECES`` of a file: name → (first row, shape of the whole). Raises ``ValueError`` when it is anything else."""
+    """Return ``PIECES`` of a file as name → (first row, full shape). Raises ``ValueError`` if it is invalid."""
     found = parse_json((handle.metadata() or {}).get(PIECES, "{}"))
     if not isinstance(found, dict) or not all(_is_piece(piece) for piece in found.values()):
-        raise ValueError(f"its {PIECES} are no first rows and shapes")
+        raise ValueError(f"its {PIECES} are not first rows and shapes")
     return {name: (start, tuple(shape)) for name, (start, shape) in found.items()}
 
 
@@ -188,19 +190,19 @@ def _is_piece(piece: Any) -> bool:
 
 
 def described(tensor: Tensor) -> tuple[str, list[int]]:
-    """Type and shape of the whole tensor, such as ``("float32", [5, 3])``."""
+    """Return dtype and full shape of a tensor, such as ``("float32", [5, 3])``."""
     return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
 
 
 def manifest(named: Mapping[str, Tensor]) -> dict[str, tuple[str, list[int]]]:
-    """Type and shape of each tensor, by name."""
+    """Return dtype and full shape of each tensor, by name."""
     return {name: described(tensor) for name, tensor in named.items()}
 
 
 def fill(tensor: Tensor, files: TensorFiles, name: str) -> None:
-    """Copy what ``files`` holds under ``name`` into ``tensor``, of a sharded one this rank's rows.
+    """Copy the tensor ``name`` of ``files`` into ``tensor``; if that is sharded, only this rank's rows.
 
-    Raises ``UserError`` when the shapes differ.
+    Raises ``UserError`` if the shapes differ.
     """
     check_shape(name, files, tuple(tensor.shape))
     part, start = local(tensor), start_of(tensor)
@@ -209,12 +211,12 @@ def fill(tensor: Tensor, files: TensorFiles, name: str) -> None:
 
 
 def check_names(names: Iterable[str], files: TensorFiles) -> None:
-    """Raises ``UserError`` when ``files`` hold other names than those of the model."""
-    if odd := set(names) ^ files.keys():
-        raise UserError(f"weights that do not fit the model: {', '.join(sorted(odd)[:5])} on one side only")
+    """Raise ``UserError`` if ``files`` hold other names than the model's ``names``."""
+    if mismatched := set(names) ^ files.keys():
+        raise UserError(f"weights that do not fit the model: {', '.join(sorted(mismatched)[:5])} on one side only")
 
 
 def check_shape(name: str, files: TensorFiles, wanted: tuple[int, ...]) -> None:
-    """Raises ``UserError`` when the tensor in ``files`` has another shape."""
+    """Raise ``UserError`` if the tensor in ``files`` has another shape than ``wanted``."""
     if wanted != files.shape(name):
         raise UserError(f"weights that do not fit the model: {name} is {files.shape(name)}, the model's {wanted}")

@@ -1,8 +1,9 @@
-"""On which network interfaces a run listens: on one machine the loopback alone, on several the one they meet on.
+"""The network interfaces on which a run listens: only the loopback on one machine, otherwise the one that connects the nodes.
 
-Processes of a run trust each other, so nobody else may reach them. torch's stores listen on all interfaces unless they
-get a socket that listens already (``master_listen_fd``); gloo goes by the host's name, NCCL by its own choice, unless
-they are given an interface. Source: https://docs.pytorch.org/docs/stable/distributed.html#choosing-the-network-interface-to-use
+The processes of a run trust each other, so no other process may be able to connect to them. torch's stores listen on all
+interfaces unless they get a socket that is already listening (``master_listen_fd``). gloo uses the interface of the
+host's name and NCCL selects one itself, unless an interface is set.
+Source: https://docs.pytorch.org/docs/stable/distributed.html#choosing-the-network-interface-to-use
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from contextlib import suppress
 from ipaddress import ip_address
 
 LOOPBACK = "127.0.0.1"
-SIOCGIFFLAGS, SIOCGIFADDR = 0x8913, 0x8915  # linux/sockios.h: the flags of an interface, its address
+SIOCGIFFLAGS, SIOCGIFADDR = 0x8913, 0x8915  # linux/sockios.h: read an interface's flags, its address
 IFF_LOOPBACK = 0x8  # linux/if.h
-BACKLOG = 2048  # torch's own
-_before: dict[str, str | None] = {}  # the environment's values of what is set here; None: it had none
+BACKLOG = 2048  # the value that torch uses
+_before: dict[str, str | None] = {}  # previous values of the variables set here; None: unset
 
 
 def keep_to_loopback() -> None:
-    """Make gloo and NCCL listen on the loopback, for a run on one machine, whatever the environment says."""
+    """Make gloo and NCCL listen on the loopback, for a run on one machine. This overrides the environment."""
     if interface := interface_of(LOOPBACK):
         _set({"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"})
 
 
 def keep_to_interface_towards(host: str) -> None:
-    """Make gloo and NCCL listen on the interface by which ``host`` is reached, where the environment names none.
+    """Make gloo and NCCL listen on the interface through which ``host`` is reached, unless the environment sets one.
 
-    Where this machine's own name leads to the loopback nothing is known of the others: nothing is set.
+    If ``host`` is reached through the loopback, the interface towards the other machines is unknown and nothing is set.
     """
     with suppress(OSError):
         address = address_towards(host)
@@ -46,8 +47,8 @@ def _set(variables: dict[str, str]) -> None:
 
 
 def restore_environment() -> None:
-    """Undo ``keep_to_loopback`` and ``keep_to_interface_towards``: the processes that this one starts later, and its own
-    next process group, choose anew."""
+    """Undo ``keep_to_loopback`` and ``keep_to_interface_towards``, so that later child processes and the next process group
+    of this process are not affected."""
     for name, value in _before.items():
         if value is None:
             os.environ.pop(name, None)
@@ -57,8 +58,8 @@ def restore_environment() -> None:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens on the address of ``host`` and no other. Raises ``OSError``: not an address of this machine,
-    or another program's port."""
+    """Return a socket that listens on the address of ``host`` only. Raises ``OSError`` if this is not an address of this machine
+    or another program uses the port."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     found = socket.socket(family, kind, protocol)
     try:
@@ -72,7 +73,8 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def address_towards(host: str) -> str:
-    """The address from which this machine reaches ``host``. Nothing is sent. Raises ``OSError``: no such host, no route."""
+    """Return the address from which this machine reaches ``host``. Nothing is sent. Raises ``OSError`` if there is no such host
+    or no route to it."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)
@@ -80,17 +82,17 @@ def address_towards(host: str) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether no other machine reaches ``address``."""
+    """Return whether ``address`` can't be reached from other machines."""
     return ip_address(address.partition("%")[0]).is_loopback
 
 
 def hides_address(host: str, address: str) -> bool:
-    """Whether ``host`` is a name that other machines may know, although here it leads to the loopback (``address``)."""
+    """Return whether ``host`` is a name that resolves to the loopback (``address``) here but may be known to other machines."""
     return is_loopback(address) and host not in (address, "localhost")
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has ``address`` (IPv4)."""
+    """Return the network interface that has ``address`` (IPv4)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with suppress(OSError):  # an interface without an address
@@ -101,15 +103,15 @@ def interface_of(address: str) -> str | None:
 
 
 def is_loopback_interface(name: str) -> bool:
-    """Raises ``OSError``: this machine has no such interface."""
+    """Return whether ``name`` is a loopback interface. Raises ``OSError`` if this machine has no such interface."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         [flags] = struct.unpack_from("H", _ask(probe, SIOCGIFFLAGS, name), 16)  # after the name
     return bool(flags & IFF_LOOPBACK)
 
 
 def interfaces_of_nccl(value: str) -> list[str]:
-    """The interfaces of this machine that NCCL_SOCKET_IFNAME names: prefixes, with ``=`` before them whole names; each may
-    have a port. Empty for ``^``, which names those that are not meant.
+    """Return the interfaces of this machine that the value of NCCL_SOCKET_IFNAME selects. It lists prefixes, or after ``=``
+    exact names; each may have a port. The result is empty for a value with ``^``, which lists excluded interfaces.
 
     Source: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-socket-ifname
     """

@@ -1,8 +1,8 @@
-"""The parent of local workers: torch's elastic agent, told how our runs end.
+"""Start and supervise the local workers with torch's elastic agent.
 
-It starts the workers, meets the agents of other nodes, passes stop signals on, ends the whole group when one of it dies,
-starts it again as often as asked, and says once what went wrong. Workers are forked from a server that has imported torch
-once, while this process was still finding out what to do.
+The agent starts the workers, joins the agents of other nodes, forwards stop signals, ends all workers when one of them
+dies, restarts them up to ``launch.max_restarts`` times, and reports the cause of a failure once. Workers are forked from a
+server process that imports torch while this process still checks the command.
 Source: https://docs.pytorch.org/docs/stable/elastic/agent.html
 """
 
@@ -24,7 +24,7 @@ from pretrain.launch.worker import WorkerJob, prepare_data, work
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError, WorkersFailed
 from pretrain.runtime.filesystem import check_place_for_sockets
-from pretrain.runtime.signals import EXIT_CODE, HEARING_SECONDS, Stopped, signals_blocked
+from pretrain.runtime.signals import EXIT_CODE, SIGNAL_POLL_SECONDS, Stopped, signals_blocked
 
 if TYPE_CHECKING:
     from pretrain.launch.config import LaunchConfig
@@ -34,12 +34,13 @@ if TYPE_CHECKING:
 def run_workers(config: dict[str, Any], overrides: list[str], setting: Setting, policy: LaunchConfig) -> int:
     """Prepare the data, then train in ``setting.workers // setting.nodes`` processes; return the exit code.
 
-    Raises ``UserError`` for a mistake that a worker found, ``WorkersFailed`` when the group failed for good.
+    Raises ``UserError`` for a mistake that a worker found, and ``WorkersFailed`` when the workers failed and no restart is
+    left.
     """
     check_place_for_sockets()
     check_semaphores()
     warm_up()
-    meeting = _meeting(policy, setting.device_type)
+    meeting = _rendezvous_arguments(policy, setting.device_type)
     with tempfile.TemporaryDirectory(prefix="pretrain-") as reports:
         job = WorkerJob(config, overrides, setting, reports, dict(os.environ), os.getcwd())
         _wait_for_data(job)
@@ -48,9 +49,9 @@ def run_workers(config: dict[str, Any], overrides: list[str], setting: Setting, 
 
 
 def _wait_for_data(job: WorkerJob) -> None:
-    """Tokenize what the cache does not hold yet, in a process of the warm server: this one imports too little for it.
+    """Tokenize the text that is not in the cache yet, in a child of the fork server, which has the needed imports.
 
-    Raises ``UserError``, ``Stopped`` or ``WorkersFailed`` as that process did.
+    Raises ``UserError``, ``Stopped`` or ``WorkersFailed``, by how that process ended.
     """
     from pretrain.launch import elastic  # noqa: F401 (torch's agent, while the server imports: start() waits for it)
 
@@ -58,8 +59,8 @@ def _wait_for_data(job: WorkerJob) -> None:
     process.start()
     try:
         while process.exitcode is None:
-            process.join(HEARING_SECONDS)
-    finally:  # a signal has ended the waiting
+            process.join(SIGNAL_POLL_SECONDS)
+    finally:  # a signal may have interrupted the wait
         process.terminate()
         process.join()
     if process.exitcode == EXIT_CODE:
@@ -68,18 +69,20 @@ def _wait_for_data(job: WorkerJob) -> None:
         report = next(read_reports(Path(job.reports)), None)
         if report is not None and report.is_mistake:
             raise UserError(report.message)
-        raise WorkersFailed(report.trace if report else f"preparing the data left with exit code {process.exitcode}")
+        raise WorkersFailed(
+            report.trace if report else f"the process that prepared the data exited with code {process.exitcode}"
+        )
 
 
-def _meeting(policy: LaunchConfig, device_type: str) -> dict[str, Any]:
-    """Where this agent meets those of other nodes, as arguments of ``meeting.meet``; empty where there are none.
+def _rendezvous_arguments(policy: LaunchConfig, device_type: str) -> dict[str, Any]:
+    """Return the arguments of `pretrain.launch.rendezvous.meet` for a run on several nodes; empty for a single node.
 
-    Raises ``UserError`` for a place that can't be one, before any data is read.
+    Raises ``UserError`` for an endpoint that can't be used, before any data is read.
     """
     if policy.nodes == 1:
         return {}
     assert policy.endpoint is not None
-    # torch finds out by the host's name whether it is the host, which need not lead to the address that was given
+    # torch compares host names to decide whether this machine is the host; a name need not resolve to the given address
     found = {"is_host": is_here(policy.endpoint), "local_address": own_address(policy.endpoint)}
     check_interfaces(split(policy.endpoint)[0], device_type)
     notice(f"meeting {policy.nodes} nodes at {policy.endpoint}")
@@ -87,7 +90,7 @@ def _meeting(policy: LaunchConfig, device_type: str) -> dict[str, Any]:
 
 
 def check_semaphores() -> None:
-    """Raises ``UserError`` where processes can't have one, which lies in /dev/shm: the results of workers need some."""
+    """Raise ``UserError`` where no semaphore can be created in /dev/shm; returning the workers' results needs some."""
     try:
         multiprocessing.get_context("forkserver").Lock()
     except OSError as error:
@@ -98,31 +101,33 @@ def check_semaphores() -> None:
 
 
 def warm_up() -> None:
-    """Start the server that workers are forked from: it imports what they need while this process goes on."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that has asked CUDA can't be forked
+    """Start the server from which workers are forked; it imports what they need while this process continues."""
+    # Without this, torch.cuda.is_available() initializes CUDA, and a process with CUDA initialized can't be forked.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     multiprocessing.get_context("forkserver").set_forkserver_preload(["pretrain.launch.preload"])
-    for module in (multiprocessing.resource_tracker, multiprocessing.forkserver):  # the former's start ends the holding
-        with signals_blocked():  # a worker hears them when it knows what to do
+    for module in (multiprocessing.resource_tracker, multiprocessing.forkserver):  # the former unblocks
+        with signals_blocked():  # workers inherit the mask, and unblock signals once their handlers are installed
             module.ensure_running()
 
 
 def _run_agent(job: WorkerJob, workers: int, policy: LaunchConfig, meeting: dict[str, Any]) -> list[int]:
-    """The workers' exit codes."""
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # attempts would share a port, and a restart hang
+    """Run the agent to its end and return the workers' exit codes."""
+    # If all attempts shared one store, they would share its port, and a restart would hang.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
     from pretrain.launch.elastic import Agent
-    from pretrain.launch.rendezvous import Alone, meet
+    from pretrain.launch.rendezvous import SingleAgentRendezvous, meet
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn", "torchelastic-events-null"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what happened is said by us, once
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # this program reports the cause itself, once
     spec = WorkerSpec(
         role="pretrain",
         local_world_size=workers,
         entrypoint=work,
         args=(job,),
-        rdzv_handler=meet(**meeting) if meeting else Alone(uuid.uuid4().hex),
+        rdzv_handler=meet(**meeting) if meeting else SingleAgentRendezvous(uuid.uuid4().hex),
         max_restarts=policy.max_restarts,
         monitor_interval=0.05,
     )

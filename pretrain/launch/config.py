@@ -1,4 +1,4 @@
-"""The keys of ``launch``."""
+"""The config group ``launch``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """``max_restarts``: of the whole group, after one of its processes has died · ``timeout``: seconds after which a run that
-    has not moved ends itself, and that nodes wait for each other · ``slow_timeout``: the same for what may be slow, never less
-    than ``timeout`` · ``nodes``: machines that run this same command and meet at ``endpoint`` (host:port of one of them)."""
+    """How the processes of a run are started and supervised.
+
+    Attributes:
+        max_restarts: How often all workers are restarted after one of them has died.
+        timeout: Seconds without progress after which a stalled run ends itself, and for which nodes wait for each other.
+        slow_timeout: The same for operations that may be slow, in seconds; a value below ``timeout`` counts as ``timeout``.
+        nodes: Number of machines that run this same command.
+        endpoint: ``host:port`` of one of the machines, where the agents of all nodes meet.
+    """
 
     max_restarts: NonNegativeInt = 0
     timeout: PositiveFloat = 1800
@@ -22,5 +28,5 @@ class LaunchConfig:
 
     @property
     def patience(self) -> float:
-        """``slow_timeout``, but never less than ``timeout``."""
+        """Return ``slow_timeout``, but at least ``timeout``, in seconds."""
         return max(self.timeout, self.slow_timeout)

@@ -1,6 +1,7 @@
-"""torch's local elastic agent with our ends: signals reach the workers, a mistake is not retried, the cause is found.
+"""A subclass of torch's local elastic agent with another shutdown.
 
-Of torch's private parts it overrides how the agent starts and watches the workers, and how their context is closed.
+It forwards signals to the workers, does not retry a user's mistake, and finds the cause of a failure. It overrides private
+methods of torch: how the agent starts and monitors the workers, and how their process context is closed.
 """
 
 from __future__ import annotations
@@ -25,29 +26,36 @@ from pretrain.runtime.errors import UserError, WorkersFailed
 from pretrain.runtime.signals import ONE_CTRL_C_SECONDS, SIGNALS, Stopped
 from pretrain.telemetry.run_file import mark_failed
 
-# Nobody but the kernel or a person sends these; SIGABRT may follow from what another rank did, SIGTERM comes from torch.
-KILLERS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
-REPORT_SECONDS = 1.0  # how long the others get to say why they end, after one has left
-STACKS_SECONDS = 0.5  # and then those who have not, to write their stacks
+# Only the kernel or a person sends these. SIGABRT can be a consequence of another rank's failure, and torch sends SIGTERM.
+FATAL_SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+REPORT_SECONDS = 1.0  # after one worker has exited, the others have this long to write their reports
+STACKS_SECONDS = 0.5  # after that, workers that are still alive have this long to write their stacks
 
 
 class Agent(LocalElasticAgent):
-    """``reports``: the folder in which a failing worker says why. ``stop``: the signal that asked the run to stop."""
+    """The parent of the local workers.
+
+    Attributes:
+        reports: The folder in which a failing worker writes its report.
+        stop: Name of the signal that stopped the run; ``None`` without one.
+        deaths: Exit codes of the workers that ended by themselves with a failure, by global rank.
+        stuck: Global ranks of the workers that had to be killed.
+    """
 
     def __init__(self, *args: Any, reports: Path, **options: Any) -> None:
         super().__init__(*args, **options)
         self.reports = reports
         self.stop: str | None = None
-        self._asked_at = 0.0
+        self._stop_time = 0.0
         self._pids: list[int] = []
-        self.deaths: dict[int, int] = {}  # global rank → exit code of those that left by themselves
-        self.stuck: set[int] = set()  # ranks that have not left
+        self.deaths: dict[int, int] = {}
+        self.stuck: set[int] = set()
         self._closed = False
 
     def outcome(self, run: Path) -> list[int]:
-        """Run to the end; the exit codes by rank.
+        """Run the workers to the end and return their exit codes by rank.
 
-        Raises ``UserError``, ``Stopped`` or ``WorkersFailed`` for the cause of a failure.
+        Raises ``UserError``, ``Stopped`` or ``WorkersFailed`` by the cause of a failure.
         """
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
@@ -57,7 +65,7 @@ class Agent(LocalElasticAgent):
         except RendezvousError as error:
             raise WorkersFailed(f"the nodes did not meet within launch.timeout: {type(error).__name__}") from error
         finally:
-            if claimed_by(run) == self._rdzv_handler.get_run_id():  # else another command's run is at work there
+            if claimed_by(run) == self._rdzv_handler.get_run_id():  # otherwise another command uses the folder
                 mark_failed(run)
             self._rdzv_handler.shutdown()
             for number, handler in handlers.items():
@@ -67,10 +75,10 @@ class Agent(LocalElasticAgent):
             raise UserError(cause.message)
         if self.stop is not None:
             raise Stopped(self.stop)
-        raise WorkersFailed(cause.told(run / "logs"))
+        raise WorkersFailed(cause.terminal_message(run / "logs"))
 
     def cause(self) -> WorkerFailure:
-        """The first thing that went wrong: a mistake, else a hang, else a death by a signal, else the earliest exception."""
+        """Return the cause: a user's mistake, else a hang, else a death by a signal, else the earliest exception."""
         reports = sorted(read_reports(self.reports), key=lambda report: (not report.is_mistake, report.time))
         if reports and reports[0].is_mistake:
             return reports[0]
@@ -78,38 +86,38 @@ class Agent(LocalElasticAgent):
         if hangs:
             return cause_of_hang(hangs, sorted(self.stuck - hangs.keys()))
         for rank, code in self.deaths.items():
-            if -code in KILLERS:
+            if -code in FATAL_SIGNALS:
                 return WorkerFailure(rank, f"was killed by {signal.Signals(-code).name}", "", time.monotonic())
         if reports:
             return reports[0]
         rank, code = next(iter(self.deaths.items()), (0, 1))
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         return WorkerFailure(rank, how, "", 0.0)
 
-    # -- torch's ------------------------------------------------------------------------------------------------------
+    # -- overrides of torch's private methods --------------------------------------------------------------------------
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         for old in self.reports.glob("rank-*.json"):
             old.unlink()
-        if self.stop is not None:  # asked for while an earlier attempt was ending
+        if self.stop is not None:  # the signal arrived while an earlier attempt was ending
             raise Stopped(self.stop)
-        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torch's own handlers would raise, wherever they are
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torch's handlers would raise anywhere
         self._pids, self._closed = [], False
         for number in SIGNALS:
-            signal.signal(number, self._pass_on)
+            signal.signal(number, self._forward_signal)
         started = super()._start_workers(worker_group)
         assert self._pcontext is not None
         close = self._pcontext.close
         self._pcontext.close = lambda *signal_and_timeout: self._end_workers(close)  # type: ignore[method-assign]
         self._pids = list(started.values())
-        if self.stop is not None:  # asked for while they were starting
+        if self.stop is not None:  # the signal arrived while the workers were starting
             self._kill(signal.SIGTERM)
         return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         assert self._pcontext is not None
         if any(process.exitcode for process in self._pcontext._pc.processes):  # type: ignore[attr-defined]
-            self._pcontext.close()  # torch would first ask the others politely, for 30 s
+            self._pcontext.close()  # torch would first send SIGTERM to the others and wait up to 30 s
         result = super()._monitor_workers(worker_group)
         if not result.is_failed():
             return result
@@ -119,14 +127,16 @@ class Agent(LocalElasticAgent):
         if self._remaining_restarts > 0:
             done = worker_group.spec.max_restarts - self._remaining_restarts + 1
             notice(
-                f"rank {cause.rank} {cause.first_line}; all ranks start again from the last checkpoint "
+                f"rank {cause.rank} {cause.first_line}; all ranks restart from the last checkpoint "
                 f"(restart {done} of {worker_group.spec.max_restarts})"
             )
         return result
 
     def _end_workers(self, close: Callable[..., None]) -> None:
-        """Note who has left by itself, let the rest write their stacks, and kill them: without all ranks there is nothing
-        that they could save. What is noted is the first call's, before anything is killed."""
+        """Record which workers have exited by themselves, let the others write their stacks, and kill them.
+
+        Without all ranks the others could not save a checkpoint. Only the first call records, before anything is killed.
+        """
         if self._closed:
             return
         self._closed = True
@@ -138,21 +148,21 @@ class Agent(LocalElasticAgent):
         self.deaths = {rank: p.exitcode for rank, p in by_rank.items() if p.exitcode not in (None, 0)}
         self.stuck = {rank for rank, p in by_rank.items() if p.is_alive()}
         for rank in self.stuck:
-            for number in (signal.SIGUSR2, signal.SIGCONT):  # one that was stopped writes its stacks, too
+            for number in (signal.SIGUSR2, signal.SIGCONT):  # SIGCONT: a suspended worker can write its stacks, too
                 with suppress(ProcessLookupError):
                     os.kill(by_rank[rank].pid, number)
         if self.stuck:
             time.sleep(STACKS_SECONDS)
         close(signal.SIGKILL, 5)
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Ask the workers to stop: they finish the step and save. A second Ctrl-C kills them."""
+    def _forward_signal(self, number: int, frame: FrameType | None) -> None:
+        """Forward a stop signal: the workers finish the step and save a checkpoint. A second Ctrl-C kills them."""
         name = signal.Signals(number).name
         if self.stop is None:
-            self.stop, self._asked_at = name, time.monotonic()
+            self.stop, self._stop_time = name, time.monotonic()
             self._kill(signal.SIGTERM)
-            notice(f"{name}: finishing this step, then saving; Ctrl-C again leaves at once")
-        elif number == signal.SIGINT and time.monotonic() - self._asked_at > ONE_CTRL_C_SECONDS:
+            notice(f"{name}: finishing this step, then saving; Ctrl-C again exits immediately")
+        elif number == signal.SIGINT and time.monotonic() - self._stop_time > ONE_CTRL_C_SECONDS:
             self._kill(signal.SIGKILL)
             raise SystemExit(128 + number)
 

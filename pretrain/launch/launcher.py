@@ -1,7 +1,6 @@
-"""Where a run happens: in this process, or in workers that this process starts and watches, or as one of the workers
-that torchrun or a cluster has started.
+"""Run a task in this process, in workers that this process starts and supervises, or as a worker of torchrun or a cluster.
 
-Data is prepared before any process group exists, so that no rank ever waits in a collective for another one's tokens.
+Data is prepared before a process group exists, so that no rank waits in a collective while another one tokenizes.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def launch(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
-    """Carry out ``config.task``; return the exit code.
+    """Run ``config.task`` and return the exit code.
 
-    Raises ``UserError`` for a mistake, on whichever process it was found, and ``WorkersFailed`` for a bug in a worker.
+    Raises ``UserError`` for a mistake, in this process or in a worker, and ``WorkersFailed`` for a bug in a worker.
     """
     if config.task != "pretraining":
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -42,7 +41,7 @@ def launch(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int
     strategy = config.strategy
     plan = layout(config, strategy, policy)
     check_auto(config, strategy)
-    split = MicroBatching.asked(config)
+    split = MicroBatching.from_config(config)
     setting = Setting(
         device_type=plan.device_type,
         workers=plan.world_size,
@@ -54,11 +53,11 @@ def launch(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int
         grad_clip=config.grad_clip,
     )
     strategy.check(setting)
-    place = place_in(plan)
+    place = rank_info(plan)
     if plan.joined:
         check_joined(place, policy, plan.device_type)
     elif policy.max_restarts and plan.world_size == 1:
-        notice("launch.max_restarts has no effect on one process: nobody would be left to start it again")
+        notice("launch.max_restarts has no effect on one process: no parent process would be left to restart it")
     if plan.joined or plan.world_size == 1:
         from pretrain.run import tasks
 
@@ -69,14 +68,18 @@ def launch(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int
 
 
 def check_joined(place: RankInfo, policy: LaunchConfig, device_type: str) -> None:
-    """Of a run that others have started, say what they decide. Raises ``UserError`` when its port is another program's,
-    or when this process would listen where the others do not reach it.
+    """Check a run whose processes torchrun or a cluster has started, and report the settings that have no effect there.
 
-    Of attempts that share torchrun's store, the next one may find the addresses of the one that has died."""
+    Where the attempts of a run share torchrun's store, a restarted attempt may find the addresses of the one that died; a
+    notice says how to avoid that.
+
+    Raises ``UserError`` when another program uses the port, or when this process would listen on an interface that the
+    other processes can't reach.
+    """
     keys = [k for k in ("max_restarts", "nodes", "endpoint") if getattr(policy, k) != getattr(LaunchConfig, k)]
     if keys and place.rank == 0:
         given = ", ".join(f"launch.{key}" for key in keys)
-        notice(f"{given}: no effect under RANK and WORLD_SIZE; whoever has started the processes decides that")
+        notice(f"{given}: no effect under RANK and WORLD_SIZE; the program that started the processes decides them")
     shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if place.rank == 0 and shares_store and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         notice(
@@ -84,12 +87,12 @@ def check_joined(place: RankInfo, policy: LaunchConfig, device_type: str) -> Non
         )
     if not place.one_machine:
         check_interfaces(os.environ["MASTER_ADDR"], device_type)
-    if place.size > 1 and not place.run_id:  # else torchrun has chosen the port
+    if place.size > 1 and not place.run_id:  # with a run id, torchrun has chosen the port
         check_master(place.rank)
 
 
 def check_auto(config: RunConfig, strategy: Strategy) -> None:
-    """Raises ``UserError`` where ``batch_size=auto`` can't be found out."""
+    """Raise ``UserError`` where ``batch_size=auto`` can't be determined with the strategy."""
     if config.batch_size == "auto" and not strategy.independent_forward:
         raise UserError(
             f"batch_size=auto with strategy={strategy.name}: its ranks need each other in every forward, so one that runs "
@@ -97,8 +100,8 @@ def check_auto(config: RunConfig, strategy: Strategy) -> None:
         )
 
 
-def place_in(plan: Topology) -> RankInfo:
-    """This process's place among the others, from the environment; alone in a plan of one process."""
+def rank_info(plan: Topology) -> RankInfo:
+    """Return this process's rank and group size, from the environment of a run that torchrun or a cluster started."""
     if not plan.joined:
         return RankInfo()
     rank = int(os.environ["RANK"])
@@ -111,7 +114,7 @@ def place_in(plan: Topology) -> RankInfo:
 
 
 def _on_one_machine(plan: Topology) -> bool:
-    """Whether all processes are on this machine. Where nobody says how many are, MASTER_ADDR does."""
+    """Return whether all processes run on this machine. Without LOCAL_WORLD_SIZE, MASTER_ADDR decides."""
     if plan.nodes > 1 or plan.world_size == 1 or "LOCAL_WORLD_SIZE" in os.environ:
         return plan.nodes == 1
     with suppress(OSError):

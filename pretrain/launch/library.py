@@ -1,4 +1,4 @@
-"""`train`: a run started from Python, in a notebook or a script, that leaves the process as it was."""
+"""`train`: start a run from Python, in a notebook or a script, and restore the state of the process afterwards."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def train(config: RunConfig) -> RunResult:
 
 @contextmanager
 def _process_restored() -> Iterator[None]:
-    """Whatever a run changes in its process is changed back at the end."""
+    """Restore, at the end of the block, the process state that a run changes."""
     environment, frozen, threshold = dict(os.environ), gc.get_freeze_count(), gc.get_threshold()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:

@@ -1,4 +1,4 @@
-"""Where the agents of several nodes meet, and by which of its addresses this machine is reached from there."""
+"""Check the endpoint at which the agents of several nodes meet, and the address and interfaces of this machine."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ ANSWER_SECONDS = 3.0
 
 
 def is_here(endpoint: str) -> bool:
-    """Whether the meeting point is an address of this machine.
+    """Return whether ``endpoint`` is an address of this machine.
 
-    Raises ``UserError`` when it is no address, or when something that is no agent of ours listens there.
+    Raises ``UserError`` when it is not a valid address, or when another program listens there.
     """
     host, port = split(endpoint)
     if not 0 < port < 2**16:
@@ -44,7 +44,7 @@ def is_here(endpoint: str) -> bool:
         except PermissionError:
             raise UserError(f"launch.endpoint={endpoint}: ports below 1024 need more rights") from None
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:  # not an address of this machine: another node's
+            if error.errno != errno.EADDRINUSE:  # the address belongs to another node
                 return False
             if not _is_meeting_point(address, port):
                 raise UserError(
@@ -54,12 +54,13 @@ def is_here(endpoint: str) -> bool:
 
 
 def split(endpoint: str) -> tuple[str, int]:
+    """Return host and port of ``host:port``."""
     host, port = endpoint.rsplit(":", 1)
     return host, int(port)
 
 
 def own_address(endpoint: str) -> str:
-    """The address from which this machine reaches the meeting point. Raises ``UserError``: no route."""
+    """Return this machine's address on the route to ``endpoint``. Raises ``UserError`` where there is no route."""
     try:
         return address_towards(split(endpoint)[0])
     except OSError as error:
@@ -67,9 +68,12 @@ def own_address(endpoint: str) -> str:
 
 
 def check_interfaces(host: str, device_type: str) -> None:
-    """Of several nodes that meet at ``host``. Raises ``UserError`` where the environment has gloo or NCCL listen on the
-    loopback alone, by which no other node reaches this one, or gloo on an interface that is not here: ranks would wait for
-    each other and fail. Nodes that meet at a loopback address are on one machine."""
+    """Check the interfaces that the environment gives to gloo and NCCL, for nodes that meet at ``host``.
+
+    Raises ``UserError`` where gloo or NCCL would use only the loopback interface, on which no other node reaches this one,
+    or where gloo would use an interface that does not exist: the ranks would wait for each other and fail. Nodes that meet
+    at a loopback address are on one machine and are not checked.
+    """
     with suppress(OSError):
         if is_loopback(address_towards(host)):
             return
@@ -92,21 +96,23 @@ def _check_interfaces(library: str, value: str, names: list[str], host: str) -> 
 
 
 def check_master(rank: int) -> None:
-    """Raises ``UserError`` when another program listens at MASTER_ADDR and MASTER_PORT, which rank 0 is to open: torch's
-    ranks would wait for its answer without end."""
+    """Raise ``UserError`` when another program listens at MASTER_ADDR and MASTER_PORT, where rank 0 has to listen.
+
+    torch's ranks would otherwise wait for its answer forever.
+    """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         socket.create_connection((address, port), timeout=ANSWER_SECONDS).close()
-    except OSError:  # nobody is there yet
+    except OSError:  # nothing listens there yet
         return
     if rank == 0 or not _is_meeting_point(address, port):
         raise UserError(f"MASTER_PORT={port}: another program listens there at {address}; choose a free port")
 
 
 def _is_meeting_point(address: str, port: int) -> bool:
-    """Whether a torch store answers there: the agent of another node, if several share this machine.
+    """Return whether a torch store answers at the address: the agent of another node that shares this machine.
 
-    Asked in a thread, for torch waits without end for an answer from what is no store.
+    The connection is made in a thread, because torch waits forever for an answer from a program that is not a store.
     """
     from torch.distributed import DistNetworkError, TCPStore
 

@@ -1,6 +1,7 @@
-"""What every worker needs and what takes long to import; see ``agent.warm_up``. Nothing here may ask for a GPU.
+"""Slow imports that every worker needs, done once in the fork server; see ``agent.warm_up``.
 
-The collector is off meanwhile: imports make millions of objects that stay. Frozen, their memory stays shared by the workers.
+No module imported here may initialize CUDA. The garbage collector is off during the imports, which create millions of
+permanent objects. These objects are frozen afterwards, so that their memory stays shared between the workers.
 """
 
 # ruff: noqa: E402, F401

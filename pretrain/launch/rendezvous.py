@@ -1,7 +1,7 @@
-"""Where agents meet: one alone without any network, several at the store that one of them holds.
+"""The rendezvous of the agents: a single one needs no network, several use a store that one of them hosts.
 
-torch's rendezvous keeps its state in that store as a pickle, which is read here with nothing but the few classes that it
-consists of. Seen in torch 2.13; ``tests/launch/test_sockets.py`` fails where that changes.
+torch's rendezvous keeps its state in that store as a pickle. Here the unpickler accepts only the few classes of which that
+state consists, as of torch 2.13; ``tests/launch/test_sockets.py`` fails when they change.
 Source: https://docs.pytorch.org/docs/stable/elastic/rendezvous.html
 """
 
@@ -30,7 +30,7 @@ from pretrain.launch.network import split
 from pretrain.runtime.errors import UserError
 
 READ_SECONDS = 60
-KNOWN = {  # what a rendezvous' state consists of
+KNOWN = {  # the classes in the pickled state of a rendezvous
     (dynamic_rendezvous.__name__, "_RendezvousState"),
     (dynamic_rendezvous.__name__, "_NodeDesc"),
     ("builtins", "set"),
@@ -38,8 +38,8 @@ KNOWN = {  # what a rendezvous' state consists of
 }
 
 
-class Alone(RendezvousHandler):
-    """Of a run on one machine: its one agent meets nobody, and keeps what the workers' ranks are in its own memory."""
+class SingleAgentRendezvous(RendezvousHandler):
+    """The rendezvous of a run on one machine: a single agent, with the workers' ranks in its own memory."""
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
@@ -69,9 +69,9 @@ class Alone(RendezvousHandler):
 
 
 def meet(endpoint: str, *, nodes: int, is_host: bool, local_address: str, timeout_seconds: float) -> RendezvousHandler:
-    """torch's rendezvous of ``nodes`` agents. Of two on the host of the meeting point the first one there holds it.
+    """Return torch's rendezvous of ``nodes`` agents; the first agent on the endpoint's machine hosts the store.
 
-    Raises ``UserError`` when nobody answers there.
+    Raises ``UserError`` when no store answers at the endpoint.
     """
     host, port = split(endpoint)
     restricted = SimpleNamespace(dumps=pickle.dumps, loads=loads, PickleError=pickle.PickleError)
@@ -81,7 +81,7 @@ def meet(endpoint: str, *, nodes: int, is_host: bool, local_address: str, timeou
         backend = C10dRendezvousBackend(store, "pretrain")
     except (RuntimeError, RendezvousConnectionError) as error:
         raise UserError(
-            f"launch.endpoint={endpoint}: nobody answers there; does the command run on that machine?"
+            f"launch.endpoint={endpoint}: nothing answers there; is the command running on that machine?"
         ) from error
     return DynamicRendezvousHandler.from_backend(
         *("pretrain", store, backend, nodes, nodes, local_address),
@@ -93,7 +93,7 @@ def _store(host: str, port: int, *, is_host: bool) -> Any:
     timeout = timedelta(seconds=READ_SECONDS)
     try:
         return tcp_store(host, port, is_host=is_host, timeout=timeout)
-    except UserError:  # another agent of this machine was faster
+    except UserError:  # another agent on this machine hosts the store already
         return tcp_store(host, port, is_host=False, timeout=timeout)
 
 
@@ -105,5 +105,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def loads(state: bytes) -> Any:
-    """The state of a rendezvous. Raises ``pickle.UnpicklingError`` for anything else, which it does not run."""
+    """Return the unpickled state of a rendezvous.
+
+    Raises ``pickle.UnpicklingError`` for any other class, whose code is not executed.
+    """
     return _Unpickler(io.BytesIO(state)).load()

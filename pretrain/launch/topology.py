@@ -1,4 +1,4 @@
-"""How many processes a run has and where: from the config and the machine, or from whoever has started this process."""
+"""How many processes a run has and on which devices: from the config and the machine, or from torchrun's environment."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Topology:
-    """``workers`` processes on each of ``nodes`` machines, each computing on ``devices_per_worker`` devices.
+    """The processes of a run and their devices.
 
-    ``joined``: others started this process (torchrun, RANK and WORLD_SIZE); it is one of the workers.
+    Attributes:
+        device_type: ``cpu`` or ``cuda``.
+        workers: Processes on each machine.
+        nodes: Machines.
+        devices_per_worker: Devices on which each process computes.
+        joined: torchrun or a cluster started this process (RANK and WORLD_SIZE are set); it is one of the workers.
     """
 
     device_type: str
@@ -35,11 +40,12 @@ class Topology:
 
     @property
     def world_size(self) -> int:
+        """Return the number of processes on all machines."""
         return self.workers * self.nodes
 
 
 def layout(config: RunConfig, strategy: Strategy, policy: LaunchConfig) -> Topology:
-    """Raises ``UserError`` where the config, the machine and the environment do not agree."""
+    """Return the topology of the run. Raises ``UserError`` where config, machine and environment do not agree."""
     name = config.strategy.name
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _joined(config.devices, strategy, name)
@@ -48,21 +54,21 @@ def layout(config: RunConfig, strategy: Strategy, policy: LaunchConfig) -> Topol
     if config.devices not in ("auto", workers * each):
         raise UserError(
             f"devices={devices}: strategy={name} is one process on one device; allowed: auto, 1; for several: "
-            f"strategy={_of_several()}"
+            f"strategy={_multi_process_choices()}"
         )
     if workers * each < devices:
-        notice(f"strategy={name} uses 1 of {devices} GPUs; to use all of them: strategy={_of_several()}")
+        notice(f"strategy={name} uses 1 of {devices} GPUs; to use all of them: strategy={_multi_process_choices()}")
     if policy.nodes > 1 and policy.endpoint is None:
         raise UserError(
-            f"launch.nodes={policy.nodes}: the nodes have to meet: launch.endpoint=<host>:<port> of one of them"
+            f"launch.nodes={policy.nodes}: the nodes need an endpoint: launch.endpoint=<host>:<port> of one of them"
         )
     if policy.nodes > 1 and strategy.workers(2) == 1:
-        raise UserError(f"launch.nodes={policy.nodes}: strategy={name} is one process; use {_of_several()}")
+        raise UserError(f"launch.nodes={policy.nodes}: strategy={name} is one process; use {_multi_process_choices()}")
     return Topology(device_type, workers, policy.nodes, each)
 
 
-def _of_several() -> str:
-    """The choices of the strategy group that are several processes: "a, b or c"."""
+def _multi_process_choices() -> str:
+    """Return the choices of the strategy group that use several processes, as "a, b or c"."""
     found = []
     for name in choices("strategy"):
         options = OmegaConf.load(conf_dir() / f"strategy/{name}.yaml")
@@ -72,7 +78,7 @@ def _of_several() -> str:
 
 
 def _devices(asked: str | int) -> tuple[str, int]:
-    """Device type and number on this machine."""
+    """Return the type and the number of devices to use on this machine."""
     if not gpu_visible():
         return "cpu", 1 if asked == "auto" else int(asked)
     found = _gpus()
@@ -111,7 +117,7 @@ def _joined(asked: str | int, strategy: Strategy, name: str) -> Topology:
         )
     if size > 1 and strategy.workers(2) == 1:
         raise UserError(
-            f"WORLD_SIZE={size}: strategy={name} is one process; start it without torchrun, or use {_of_several()}"
+            f"WORLD_SIZE={size}: strategy={name} is one process; start it without torchrun, or use {_multi_process_choices()}"
         )
     gpus = _gpus() if gpu_visible() else 0
     if gpus and local > gpus:

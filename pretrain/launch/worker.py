@@ -1,4 +1,4 @@
-"""One worker of a run that this program has started: its log, its signals, and how it leaves."""
+"""One worker process of a run: its log, its signal handlers, and how it exits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain.run.prepare import prepare, total_steps
 from pretrain.runtime import garbage_collector as collector
 from pretrain.runtime.console import capture_stderr, quiet_libraries
 from pretrain.runtime.signals import EXIT_CODE, SIGNALS, Interrupt, Stopped
-from pretrain.runtime.streams import flush, never_wait
+from pretrain.runtime.streams import flush, make_nonblocking
 from pretrain.strategy.base import Setting
 
 FROM_AGENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -27,7 +27,16 @@ FROM_AGENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What travels to a worker. ``reports``: where it says why it failed. ``environment``, ``folder``: the parent's."""
+    """The arguments of a worker, which are sent to it as a pickle by its parent.
+
+    Attributes:
+        config: The config of the run as a plain dict.
+        overrides: The words of the command line.
+        setting: Processes, devices and batch of the run.
+        reports: The folder in which a failing worker writes its report.
+        environment: The parent's environment variables.
+        folder: The parent's working directory.
+    """
 
     config: dict[str, Any]
     overrides: list[str]
@@ -38,8 +47,8 @@ class WorkerJob:
 
 
 def prepare_data(job: WorkerJob) -> None:
-    """Prepare the data, before any worker exists. Leaves with 0, with 75 when stopped, or reports and leaves with 1."""
-    _enter(job)
+    """Prepare the data before any worker exists. The process exits with 0, with 75 when stopped, or with 1 and a report."""
+    _restore_parent_state(job)
     Interrupt().install()
     quiet_libraries()
     setting = job.setting
@@ -53,12 +62,12 @@ def prepare_data(job: WorkerJob) -> None:
         write_report(Path(job.reports), 0, error)
         os._exit(1)
     flush()
-    os._exit(0)  # taking the interpreter down would take longer than many a start has
+    os._exit(0)  # skips the interpreter's slow shutdown, for which the parent would wait
 
 
 def work(job: WorkerJob) -> int:
-    """Train as one rank; the exit code. A failing worker reports and leaves at once, with 1."""
-    _enter(job)
+    """Train as one rank and return the exit code. A failing worker writes a report and exits at once with 1."""
+    _restore_parent_state(job)
     rank, local_size = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     run_id = os.environ["TORCHELASTIC_RUN_ID"]
@@ -70,13 +79,13 @@ def work(job: WorkerJob) -> int:
         prepared=True,
     )
     capture_stderr(Path(job.reports) / f"rank-{rank}.stderr", keep_terminal=rank == 0)
-    faulthandler.enable(2)  # a bus error, a segmentation fault: its stacks go into the log
-    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # asked by the parent, of a group that hangs
-    never_wait()
-    interrupt = Interrupt(silent=True)  # the parent has said it
+    faulthandler.enable(2)  # writes the stacks to the log on a bus error or a segmentation fault
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # the parent sends it on a hang
+    make_nonblocking()
+    interrupt = Interrupt(silent=True)  # the parent reports the signal
     interrupt.defer_signals = True
     interrupt.install()
-    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's reach the parent, who passes them on
+    for number in (signal.SIGINT, signal.SIGHUP):  # the parent receives the terminal's signals too, and forwards them
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
@@ -89,12 +98,12 @@ def work(job: WorkerJob) -> int:
     return code
 
 
-def _enter(job: WorkerJob) -> None:
-    """Stand where the parent stands: the server was started earlier, perhaps elsewhere."""
-    collector.rarely()
+def _restore_parent_state(job: WorkerJob) -> None:
+    """Restore the parent's environment and working directory, which may have changed since the fork server started."""
+    collector.collect_rarely()
     os.environ.update({k: v for k, v in job.environment.items() if k not in FROM_AGENT})
     os.chdir(job.folder)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _train(job: WorkerJob, interrupt: Interrupt, place: RankInfo) -> int:
@@ -109,8 +118,8 @@ def _train(job: WorkerJob, interrupt: Interrupt, place: RankInfo) -> int:
     return tasks.pretraining(RunConfig.of(job.config), job.overrides, interrupt, job.setting, place, on_hang)
 
 
-def _leave_with_parent() -> None:
-    """No orphans: when the parent is gone, however it went, so is this process."""
+def _exit_with_parent() -> None:
+    """Exit as soon as the parent has ended, however it ended, so that no orphan remains."""
     parent = parent_process()
     assert parent is not None
     parent.join()

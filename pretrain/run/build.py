@@ -1,4 +1,7 @@
-"""A config config, and what was prepared of it, → the objects of a run: where parts meet."""
+"""Build the objects of a run (engine, loader, evaluator, trainer, …) from its config and its prepared data.
+
+This is the only module that knows all parts; each part receives the others as constructor arguments.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 
 def build_world(config: RunConfig, place: RankInfo, *, group: bool) -> DistributedContext:
+    """Seed this rank and return its distributed context; ``group``: also join a process group."""
     from pretrain.checkpoint.rng import seed_everything
     from pretrain.distributed.context import enter
 
@@ -48,7 +52,7 @@ def build_world(config: RunConfig, place: RankInfo, *, group: bool) -> Distribut
 
 
 def build_engine(config: RunConfig, prepared: Prepared, setting: Setting, world: DistributedContext) -> Engine:
-    """Model and optimizer on this rank, by the strategy."""
+    """Return this rank's engine: the model and the optimizer as the strategy sets them up."""
     optimizer = config.optimizer
     engine: Engine = config.strategy.setup(
         build_model_factory(config, prepared.model),
@@ -60,13 +64,14 @@ def build_engine(config: RunConfig, prepared: Prepared, setting: Setting, world:
 
 
 def build_model_factory(config: RunConfig, model: Any) -> ModelFactory:
+    """Return the factory that builds ``model`` in the precision of the config."""
     from pretrain.models.model_factory import ModelFactory
 
     return ModelFactory(model, config.precision.param_dtype, config.seed)
 
 
 def build_scorer(config: RunConfig, prepared: Prepared, world: DistributedContext) -> InferenceEngine:
-    """The model alone, for evaluation and generation."""
+    """Return an engine without an optimizer, for evaluation alone."""
     from pretrain.strategy.engine import InferenceEngine
 
     model = build_model_factory(config, prepared.model).build(world.device)
@@ -74,9 +79,13 @@ def build_scorer(config: RunConfig, prepared: Prepared, world: DistributedContex
 
 
 def build_evaluator(config: RunConfig, prepared: Prepared, *, batch_size: int | None = None) -> Evaluator:
-    """``batch_size``: the training's, for ``evaluation.batch_size=auto``; ``None``: there is no training.
+    """Return the evaluator of all configured domains.
 
-    Raises ``UserError`` for auto without one.
+    Args:
+        batch_size: The training micro-batch, used for ``evaluation.batch_size=auto``; ``None`` outside a training run.
+
+    Raises:
+        UserError: ``evaluation.batch_size`` is auto and there is no training run.
     """
     from pretrain.data.evaluation import evaluation_batches, first_tokens
     from pretrain.evaluation.perplexity import Domain, Evaluator
@@ -84,9 +93,9 @@ def build_evaluator(config: RunConfig, prepared: Prepared, *, batch_size: int | 
     for line in prepared.notices:
         notice(line)
     policy = config.evaluation
-    scored = batch_size if policy.batch_size == "auto" else policy.batch_size
-    if scored is None:
-        raise UserError("evaluation.batch_size=auto is that of a training; here it needs a number")
+    rows_scored = batch_size if policy.batch_size == "auto" else policy.batch_size
+    if rows_scored is None:
+        raise UserError("evaluation.batch_size=auto is the batch_size of a training run; this task needs a number")
 
     settings = {
         "sequence_length": config.sequence_length,
@@ -99,7 +108,7 @@ def build_evaluator(config: RunConfig, prepared: Prepared, *, batch_size: int | 
         batches = evaluation_batches(
             held_out,
             sequence_length=config.sequence_length,
-            batch_size=scored,
+            batch_size=rows_scored,
             document_mask=config.dataset.document_mask,
             max_tokens=policy.max_tokens,
         )
@@ -110,23 +119,23 @@ def build_evaluator(config: RunConfig, prepared: Prepared, *, batch_size: int | 
 
 
 def build_sampler(config: RunConfig, prepared: Prepared, scorer: InferenceEngine, evaluator: Evaluator) -> Sampler:
-    """What continues the first tokens of the evaluated documents, and the user's own prompts.
+    """Return the sampler that generates continuations of the first tokens of held-out documents and of the user's prompts.
 
-    Raises ``UserError`` for a prompt longer than the model has positions.
+    Raises ``UserError`` for a prompt longer than the model's number of positions.
     """
     from pretrain.evaluation.samples import Sampler, prompts_of
 
     policy, tokenizer = config.evaluation, prepared.tokenizer
-    around, positions = prepared.boundaries, scorer.model.num_positions
-    first = around.separator if around.bos is None else around.bos
+    boundary_tokens, positions = prepared.boundaries, scorer.model.num_positions
+    first = boundary_tokens.separator if boundary_tokens.bos is None else boundary_tokens.bos
     prompts = prompts_of(evaluator.domains, policy, tokenizer, first=first, num_positions=positions)
-    return Sampler(prompts, tokenizer, policy.sample_tokens, separator=around.separator)
+    return Sampler(prompts, tokenizer, policy.sample_tokens, separator=boundary_tokens.separator)
 
 
 def build_exporter(
     config: RunConfig, prepared: Prepared, engine: Engine, folder: Path, *, facts: dict[str, Any], steps: int
 ) -> Exporter:
-    """What turns the weights of ``engine`` into Hugging Face folders of the run in ``folder``."""
+    """Return the exporter that writes the weights of ``engine`` as Hugging Face folders below the run's ``folder``."""
     from pretrain.models.hub.model_card import model_card
     from pretrain.training.exporter import Exporter
 
@@ -146,16 +155,17 @@ def build_exporter(
 
 
 def build_schedule(config: RunConfig, steps: int) -> Schedule:
+    """Return the learning-rate schedule of a run of ``steps`` optimizer steps, as a function of the step."""
     from pretrain.optim.learning_rate import warmup_steps
 
-    warm = warmup_steps(steps, config.warmup_proportion)
-    return partial(config.scheduler, total_steps=steps, warmup_steps=warm)
+    warmup = warmup_steps(steps, config.warmup_proportion)
+    return partial(config.scheduler, total_steps=steps, warmup_steps=warmup)
 
 
 def build_facts(
     config: RunConfig, engine: Engine, *, split: MicroBatching, setting: Setting, place: RankInfo
 ) -> dict[str, Any]:
-    """What stands in run.json and what rates are worked out from."""
+    """Return the metadata for run.json, including the values from which throughput and MFU are computed."""
     from pretrain.run.metadata import run_facts, speed_facts
 
     peak = config.telemetry.peak_flops
@@ -166,8 +176,12 @@ def build_facts(
 def build_listeners(
     config: RunConfig, folder: Path, files: Files, *, uniform_loss: float | None
 ) -> tuple[list[Listener], Callable[[], list[Record]]]:
-    """Who hears of the run's events, and what tells the records that belong into the next checkpoint. ``files``: of the
-    training data, to be watched. ``uniform_loss``: see ``BaselineCheck``."""
+    """Return the listeners that receive the run's events, and a function that returns the records for the next checkpoint.
+
+    Args:
+        files: The files of the training data, which are watched for changes.
+        uniform_loss: See ``BaselineCheck``.
+    """
     from pretrain.data.changed_files import FilesWatch
     from pretrain.telemetry.baseline import BaselineCheck
     from pretrain.telemetry.monitor import Monitor
@@ -179,28 +193,31 @@ def build_listeners(
 
 
 def build_intervals(config: RunConfig, prepared: Prepared, steps: int) -> tuple[Interval, Interval]:
-    """After how many of its ``steps`` the run evaluates, and saves; what was changed in them is logged."""
+    """Return the evaluation and the checkpoint interval of a run of ``steps`` steps; log where they were adjusted."""
     from pretrain.telemetry.interval import Interval
     from pretrain.training.cadence import cadence
 
-    policy, kept = config.evaluation, config.checkpoint
+    policy, checkpoint = config.evaluation, config.checkpoint
     sequences = (prepared.train.num_tokens - 1) // config.sequence_length
-    found = cadence(
+    intervals = cadence(
         steps=steps,
         epoch_steps=max(1, sequences // prepared.global_batch),
         evaluate_every=config.evaluate_every,
         save_every=config.save_every,
         per_epoch=policy.per_epoch,
-        with_evaluation=kept.with_evaluation,
-        keep_every=kept.keep_every,
+        with_evaluation=checkpoint.with_evaluation,
+        keep_every=checkpoint.keep_every,
     )
-    for line in found.notices:
+    for line in intervals.notices:
         notice(line)
-    return Interval(found.evaluate_every), Interval(found.save_every)
+    return Interval(intervals.evaluate_every), Interval(intervals.save_every)
 
 
 def build_untouched(config: RunConfig, prepared: Prepared, *, batch_size: int) -> Untouched:
-    """What scores the model before the run. Random initial weights follow from the seed too."""
+    """Return the object that scores the untouched model, which is the model before training.
+
+    Its scores depend on the model, and on the seed where the initial weights are random.
+    """
     from pretrain.evaluation.untouched import Untouched
 
     weights_follow_from = ("model", "seed") if prepared.model.weights() is None else ("model",)
@@ -209,7 +226,7 @@ def build_untouched(config: RunConfig, prepared: Prepared, *, batch_size: int) -
 
 
 def build_loader(config: RunConfig, prepared: Prepared, split: MicroBatching, world: DistributedContext) -> Loader:
-    """This rank's share of the training documents; ``split``: of all its devices."""
+    """Return the loader of this rank's share of the training data; ``split`` counts all devices of the rank."""
     from pretrain.data.loader import Loader
 
     return Loader(
@@ -226,7 +243,7 @@ def build_loader(config: RunConfig, prepared: Prepared, split: MicroBatching, wo
 
 
 def build_guard(config: RunConfig, prepared: Prepared, engine: Engine, loader: Loader, folder: Path) -> Guard:
-    """The judge of every step; rank 0 writes quarantine.jsonl into ``folder``."""
+    """Return the guard that checks every step; rank 0 writes quarantine.jsonl into ``folder``."""
     from pretrain.training.guard.guard import Guard
     from pretrain.training.guard.quarantine import Quarantine
 
@@ -243,7 +260,11 @@ def build_guard(config: RunConfig, prepared: Prepared, engine: Engine, loader: L
 def build_split(
     config: RunConfig, prepared: Prepared, engine: Engine, *, setting: Setting, resume_from: Path | None
 ) -> MicroBatching:
-    """What the config says, or for ``batch_size=auto`` what the run has done so far on such a device, or what fits."""
+    """Return how the global batch is split into micro-batches.
+
+    ``batch_size=auto`` uses the micro-batch that this run has used so far on the same kind of device, otherwise the largest
+    one that fits into memory.
+    """
     import numpy as np
 
     from pretrain.data.blocks import Blocks
@@ -251,9 +272,9 @@ def build_split(
     from pretrain.run.metadata import device_name
     from pretrain.training.batch_size import choose, moment_bytes
 
-    asked, world = MicroBatching.asked(config), engine.world
+    requested, world = MicroBatching.from_config(config), engine.world
     if config.batch_size != "auto":
-        return asked
+        return requested
     blocks, length = Blocks(prepared.train, config.sequence_length), config.sequence_length
 
     def rows(size: int) -> Batch:
@@ -261,11 +282,11 @@ def build_split(
         return blocks.batch(indices, document_mask=config.dataset.document_mask)
 
     size = world.on_main_rank(lambda: recorded_batch_size(resume_from, device=device_name(world.device)))
-    if size is not None and asked.total % size == 0:
-        split, why = asked.of(size), "as this run has had it so far"
+    if size is not None and requested.total % size == 0:
+        split, why = requested.of(size), "as in this run so far"
     else:
         moments = moment_bytes(config.optimizer, engine.model)
-        split, why = choose(engine, rows, total=asked.total, sequence_length=length, moment_bytes=moments)
+        split, why = choose(engine, rows, total=requested.total, sequence_length=length, moment_bytes=moments)
     notice(f"batch_size=auto: batch_size={split.batch_size} gradient_accumulation_steps={split.accumulation} ({why})")
     return split
 
@@ -273,6 +294,7 @@ def build_split(
 def build_saver(
     config: RunConfig, store: CheckpointStore, world: DistributedContext, watchdog: Watchdog
 ) -> AsyncCheckpointWriter:
+    """Return the writer of checkpoints, in a background thread where the config says so."""
     from pretrain.checkpoint.writer import AsyncCheckpointWriter
 
     timeout = config.launch.timeout
@@ -282,6 +304,7 @@ def build_saver(
 
 
 def build_layers(config: RunConfig, engine: Engine) -> LayerStatistics:
+    """Return the per-layer statistics, computed every ``telemetry.layers_every`` steps."""
     from pretrain.telemetry.interval import Interval
     from pretrain.training.layer_statistics import LayerStatistics
 
@@ -301,12 +324,13 @@ def build_trainer(
     world: DistributedContext,
     watchdog: Watchdog,
 ) -> Trainer:
+    """Return the trainer of this rank with all its parts; rank 0 alone has listeners."""
     from pretrain.checkpoint.rng import rng_state
     from pretrain.training.trainer import Trainer
 
     steps = total_steps(config, prepared)
     engine = build_engine(config, prepared, setting, world)
-    rng = rng_state()  # before anything is tried
+    rng = rng_state()  # captured before the search for a micro-batch, which draws random numbers
     split = build_split(config, prepared, engine, setting=setting, resume_from=resume_from)
     micro_batch = split.batch_size * setting.devices_per_worker
     loader = build_loader(config, prepared, MicroBatching(micro_batch, split.accumulation), world)
@@ -315,7 +339,7 @@ def build_trainer(
     uniform = prepared.model.uniform_loss()
     facts = build_facts(config, engine, split=split, setting=setting, place=place) | {"uniform_loss": uniform}
     files = prepared.train.store.files
-    heard = build_listeners(config, folder, files, uniform_loss=uniform) if world.is_main else ([], list)
+    observers = build_listeners(config, folder, files, uniform_loss=uniform) if world.is_main else ([], list)
     return Trainer(
         world=world,
         engine=engine,
@@ -337,7 +361,7 @@ def build_trainer(
         layers=build_layers(config, engine),
         resume_from=resume_from,
         facts=facts,
-        listeners=heard[0],
-        unsaved_records=heard[1],
+        listeners=observers[0],
+        unsaved_records=observers[1],
         watchdog=watchdog,
     )

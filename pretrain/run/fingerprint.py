@@ -1,4 +1,4 @@
-"""Whether two commands mean the same run: what a checkpoint has recorded of the run against what is configured now."""
+"""Decide whether two commands describe the same run: compare what a checkpoint recorded with the present config."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.schema import read_state
-from pretrain.run.leftovers import LATER, read_config, with_later_keys
+from pretrain.run.leftovers import LATER_KEYS, read_config, with_later_keys
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.strict_json import read_json
 
-FIXED = {  # part of a run's identity → the config keys it follows from
+FIXED = {  # part of a run's identity → the config keys that determine it
     "model": ("model_name", "model"),
     "tokenizer": ("model_name", "model"),
     "data": ("dataset",),
@@ -21,14 +21,14 @@ FIXED = {  # part of a run's identity → the config keys it follows from
     "weights": ("precision",),
     "optimizer": ("optimizer",),
 }
-FREE = {  # may differ in a run that is over; of the batch only its product counts, which is compared before
+FREE = {  # keys that may differ in a finished run; the product of the batch keys is compared before, as global batch
     *("name", "output_dir", "task", "resume", "resume_allow", "allow_targets", "devices", "strategy", "launch"),
     *("sweep", "sweep_dir"),
     *("batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every", "save_every"),
     *("sink", "checkpoint", "evaluation", "generation", "guard", "telemetry"),
 }
 
-PLACES = ("model_name", "name_or_path", "tokenizer_name", "revision", "nameOrPath")  # where content lies
+PLACES = ("model_name", "name_or_path", "tokenizer_name", "revision", "nameOrPath")  # keys that locate content
 
 if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
@@ -37,9 +37,19 @@ if TYPE_CHECKING:
 def check_same_run(
     checkpoint: Path, identity: dict[str, Any], config: RunConfig, *, model_config: dict[str, Any], files: str
 ) -> None:
-    """Raises ``UserError`` listing old and new values when ``checkpoint`` is of a run with another model, tokenizer,
-    data, sequence length, global batch or seed; such a run can't be continued exactly. ``model_config``: the model's
-    config.json of now; ``files``: which ones of the data are others now."""
+    """Check that ``checkpoint`` belongs to the run that ``config`` describes.
+
+    Args:
+        checkpoint: The checkpoint from which the run resumes.
+        identity: The identity of the present run, by part (see ``FIXED``).
+        config: The present config.
+        model_config: The model's present config.json.
+        files: A description of the data files that have changed; empty where none has.
+
+    Raises:
+        UserError: The checkpoint belongs to a run with another model, tokenizer, data, sequence length, global batch,
+            seed, weights or optimizer, so that it can't be continued exactly. The message lists old and new values.
+    """
     before = read_state(checkpoint)["identity"]
     changed = [p for p in FIXED if before.get(p) != identity[p] and p not in config.resume_allow]
     if not changed:
@@ -50,25 +60,25 @@ def check_same_run(
     reasons = []
     for part in changed:
         keys = [d for d in differences(old, new) if d.split(".")[0].split(":")[0] in FIXED[part]]
-        why = " (the files changed since the run began)" if part in ("model", "tokenizer", "data") else ""
+        why = " (the files have changed since the run started)" if part in ("model", "tokenizer", "data") else ""
         if part == "data" and files:
-            keys.append(f"the data is not what the run began with: {files}")
+            keys.append(f"the data has changed since the run started: {files}")
         if part == "data" and not keys and old != earlier:
             keys.append(
-                f"{'; '.join(LATER)}: the run began without BOS before documents; {LATER[0]}=false continues it"
+                f"{'; '.join(LATER_KEYS)}: the run started without BOS before documents; {LATER_KEYS[0]}=false continues it"
             )
         reasons += keys or [f"{part}: {before.get(part)} → {identity[part]}{why}"]
         if part == "model":
-            reasons += other_shape(checkpoint, model_config)
+            reasons += changed_model_config(checkpoint, model_config)
     raise UserError(
         f"{checkpoint} can't be continued with other settings: {'; '.join(dict.fromkeys(reasons))}. "
         "Choose another output_dir, or resume=never to start over"
-        f"{_allowing(changed)}"
+        f"{_resume_allow_hint(changed)}"
     )
 
 
-def other_shape(checkpoint: Path, model_config: dict[str, Any]) -> list[str]:
-    """The numbers of the model's config that are others in the checkpoint's, as ``differences`` tells them."""
+def changed_model_config(checkpoint: Path, model_config: dict[str, Any]) -> list[str]:
+    """Return the integers that differ between the model's config and the checkpoint's, formatted by ``differences``."""
     try:
         saved = read_json(checkpoint / "config.json")
     except (OSError, ValueError):
@@ -79,14 +89,14 @@ def other_shape(checkpoint: Path, model_config: dict[str, Any]) -> list[str]:
     return differences({key: saved[key] for key in both}, {key: model_config[key] for key in both})
 
 
-def _allowing(changed: list[str]) -> str:
+def _resume_allow_hint(changed: list[str]) -> str:
     if "model" in changed:
         return ""
     return f"; or continue, no longer exactly, with resume_allow=[{','.join(changed)}]"
 
 
 def check_finished_run(old: dict[Any, Any], config: RunConfig) -> None:
-    """Raises ``UserError`` when the finished run of the config ``old`` was made with other settings than these."""
+    """Raise ``UserError`` when the finished run with the config ``old`` had other settings than ``config``."""
     if changed := changed_settings(old, config.plain, same_content=True):
         raise UserError(
             f"output_dir={config.output_dir} holds a finished run with other settings: {'; '.join(changed)}. "
@@ -95,27 +105,32 @@ def check_finished_run(old: dict[Any, Any], config: RunConfig) -> None:
 
 
 def changed_settings(old: dict[Any, Any], new: dict[str, Any], *, same_content: bool = False) -> list[str]:
-    """The settings of a run that are others now, but for those that may differ in one that is over. Where the model and the
-    data lie is none of them: ``same_content``, if it is known to be the same, wherever it lies; else of the same place."""
+    """Return the settings that differ between two configs, without those that may differ in a finished run.
+
+    ``same_content`` means that model and data are known to be the same, so that their paths are not compared. Otherwise the
+    paths are compared as absolute paths.
+    """
 
     old = with_later_keys(old, new)
 
     def without_places(config: dict[Any, Any]) -> dict[Any, Any]:
-        return {key: _at_its_place(key, value, same_content) for key, value in config.items() if key not in FREE}
+        return {
+            key: _with_comparable_path(key, value, same_content) for key, value in config.items() if key not in FREE
+        }
 
     return differences(without_places(old), without_places(new))
 
 
-def _at_its_place(key: Any, value: Any, same_content: bool) -> Any:
+def _with_comparable_path(key: Any, value: Any, same_content: bool) -> Any:
     if isinstance(value, dict):
-        return {k: _at_its_place(k, v, same_content) for k, v in value.items()}
+        return {k: _with_comparable_path(k, v, same_content) for k, v in value.items()}
     if key not in PLACES or not isinstance(value, str):
         return value
     return None if same_content else os.path.abspath(os.path.expanduser(value))
 
 
 def differences(old: dict[Any, Any], new: dict[Any, Any], prefix: str = "") -> list[str]:
-    """``["lr: 0.1 → 0.2", …]`` for every leaf that differs, in the order of the new config."""
+    """Return ``["lr: 0.1 → 0.2", …]`` with every leaf that differs, in the order of the new config."""
     found = []
     for key in dict.fromkeys([*new, *old]):
         before, after = old.get(key), new.get(key)

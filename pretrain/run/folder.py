@@ -1,4 +1,4 @@
-"""One run, one folder: claim it, decide whether to continue what is in it, and refuse to continue something else."""
+"""The run folder (``output_dir``): lock it, decide whether the run in it is resumed, and refuse to resume another run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pretrain.run.leftovers import (
     run_of,
     task_of,
 )
-from pretrain.run.peak_lr import chosen_lr, say_lr, say_lr_change
+from pretrain.run.peak_lr import chosen_lr, report_lr, report_lr_change
 from pretrain.runtime.atomic_files import replace_file
 from pretrain.runtime.console import log_to, notice
 from pretrain.runtime.errors import UserError
@@ -41,8 +41,8 @@ from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import tail
 
 OWN_NAMES = (".lock", RUN_ID, ".hydra", "logs", "logs/*", "tensorboard", "wandb", "samples.jsonl")
-DATA = "data.json"  # the files of the training data, as the run has read them
-PATIENCE_SECONDS = 1.0  # the workers of a killed command need a moment to notice
+DATA = "data.json"  # lists the files of the training data, as the run has read them
+PATIENCE_SECONDS = 1.0  # wait for the lock: the workers of a killed command need a moment to exit
 
 if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
@@ -50,16 +50,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """``output_dir``, claimed by this process until it ends."""
+    """An ``output_dir`` that this process has locked until it exits."""
 
     path: Path
     lock: Lock
 
     def write_config(self, config: RunConfig, overrides: list[str]) -> str:
-        """Write config.yaml and .hydra/overrides.yaml; return the former's text. Raises ``UserError``: a full disk."""
+        """Write config.yaml and .hydra/overrides.yaml, and return the text of config.yaml.
+
+        Raises ``UserError`` where a file can't be written, for example on a full disk.
+        """
         text = OmegaConf.to_yaml(OmegaConf.create(config.plain))
-        with _writing(self.path):
-            if not (self.path / RUN_ID).exists():  # of a task without workers, but what follows is ours all the same
+        with _write_errors_reported(self.path):
+            if not (self.path / RUN_ID).exists():  # tasks without workers have no id, but the folder is marked as ours
                 replace_file(self.path / RUN_ID, "")
             replace_file(self.path / "config.yaml", text)
             hydra = own_folder(self.path / ".hydra")
@@ -70,7 +73,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: from which checkpoint, its config.yaml, and the peak learning rate."""
+    """How a run starts: the checkpoint that it resumes from, the text of its config.yaml, and the peak learning rate."""
 
     resume_from: Path | None
     config_yaml: str
@@ -90,46 +93,64 @@ def begin(
     store: CheckpointStore,
     claims: ExitStack,
 ) -> Start | None:
-    """Claim output_dir until ``claims`` ends, and decide what to continue in it; ``None``: it holds this very run,
-    finished. ``lr_by_size``: the peak learning rate of a new run with ``lr=auto``.
+    """Lock output_dir until ``claims`` is closed, and decide from which checkpoint the run in it resumes.
 
-    Raises ``UserError`` when the folder can't be had, or holds a run that this one can't continue. After a restart of
-    the workers ``resume=never`` and a named checkpoint have done their work: the run's own newest checkpoint counts.
+    After a restart of the workers, ``resume=never`` and a named checkpoint are no longer applied: the run resumes from its
+    own newest checkpoint.
+
+    Args:
+        config: The config of the run.
+        overrides: The words of the command line, written to .hydra/overrides.yaml.
+        identity: The identity of the run, by part (see `pretrain.run.fingerprint.FIXED`).
+        steps: Optimizer steps of the complete run.
+        model_config: The model's config.json.
+        lr_by_size: Returns the peak learning rate of a new run with ``lr=auto``.
+        files: The files of the training data.
+        place: This process among all ranks.
+        store: The checkpoints of the folder.
+        claims: Receives the release of the lock.
+
+    Returns:
+        How the run starts; ``None`` where the folder holds this same run and it is finished.
+
+    Raises:
+        UserError: The folder can't be used, or it holds a run that can't be resumed with this config.
     """
-    again = place.restarts > 0 and claimed_by(Path(config.output_dir)) == place.run_id
-    folder = claim(config.output_dir, start_over=config.resume == "never" and not again)
+    is_restart = place.restarts > 0 and claimed_by(Path(config.output_dir)) == place.run_id
+    folder = claim(config.output_dir, start_over=config.resume == "never" and not is_restart)
     claims.callback(folder.lock.release)
     check_task(folder.path, "pretraining")
-    mode = "auto" if again and config.resume == "never" else config.resume
+    mode = "auto" if is_restart and config.resume == "never" else config.resume
     continues = mode in ("auto", "never") or _continues(folder, mode)
     resume_from = resume_point(folder, store, mode)
-    asked, config = config.lr, config.with_lr(chosen_lr(config, resume_from, lr_by_size))
+    requested_lr, config = config.lr, config.with_lr(chosen_lr(config, resume_from, lr_by_size))
     if resume_from is not None:
         changed_files = differing(recall(folder.path / DATA), files)
         check_same_run(resume_from, identity, config, model_config=model_config, files=changed_files)
         check_not_beyond(resume_from, config, steps)
         if finished(folder.path, resume_from, config, steps):
             return None
-    elif not _may_begin(folder.path, config, steps):
+    elif not _may_start(folder.path, config, steps):
         return None
     aside = not continues and not _is_inside(resume_from, folder.path) and bool(found_in(folder.path))
-    if aside or (resume_from is None and is_left_behind(folder.path, config)):
+    if aside or (resume_from is None and must_move_aside(folder.path, config)):
         folder = start_over(folder)
         claims.callback(folder.lock.release)
     elif resume_from is not None:
         own = resume_from.resolve().parent == store.folder.resolve()
-        store.archive_after(step_of(resume_from) if own else -1)  # from elsewhere: all here is another branch
+        # After a resume from another folder, every checkpoint in this one belongs to another branch of the run.
+        store.archive_after(step_of(resume_from) if own else -1)
     if resume_from is not None:
-        say_lr_change(resume_from, config, steps)
-    say_lr(asked, float(config.lr), continued=resume_from is not None)
-    with _writing(folder.path):
+        report_lr_change(resume_from, config, steps)
+    report_lr(requested_lr, float(config.lr), continued=resume_from is not None)
+    with _write_errors_reported(folder.path):
         replace_file(folder.path / RUN_ID, place.run_id)
         remember(folder.path / DATA, files)
     return Start(resume_from, folder.write_config(config, overrides), float(config.lr))
 
 
 def check_task(folder: Path, task: str) -> None:
-    """Raises ``UserError`` for a folder with the results of another task than ``task``."""
+    """Raise ``UserError`` for a folder that holds the results of another task than ``task``."""
     found = task_of(folder) or (task if not found_in(folder, ("checkpoints", "model", "models")) else "pretraining")
     if found != task:
         kind = "an evaluation" if found == "evaluation" else f"a {found} run"
@@ -137,19 +158,20 @@ def check_task(folder: Path, task: str) -> None:
 
 
 def finished(folder: Path, resume_from: Path, config: RunConfig, steps: int) -> bool:
-    """Whether the run in ``folder`` is over and nothing is left to do; then it is said.
+    """Return whether the run in ``folder`` is finished, and report it if so.
 
-    Raises ``UserError`` when it is, but of other settings.
+    Raises ``UserError`` when it is finished but was made with other settings.
     """
     facts = read_run_file(folder)
-    if step_of(resume_from) < steps or facts.get("status") != "finished" or not _end_is_told(folder, config):
+    if step_of(resume_from) < steps or facts.get("status") != "finished" or not _end_is_recorded(folder, config):
         return False
-    check_finished_run(read_config(resume_from), config)  # of the same content, or it would have been refused
-    say_finished(folder, facts)
+    check_finished_run(read_config(resume_from), config)  # model and data were compared before, by content
+    report_finished(folder, facts)
     return True
 
 
-def say_finished(folder: Path, facts: dict[str, Any]) -> None:
+def report_finished(folder: Path, facts: dict[str, Any]) -> None:
+    """Report that the run is finished, and how to export it, extend it or start over."""
     model = f"model in {facts['model']}" if facts.get("model") else "no model was exported"
     notice(f"{folder} is finished: {facts.get('steps')} steps; {model}")
     if not facts.get("model"):
@@ -157,11 +179,11 @@ def say_finished(folder: Path, facts: dict[str, Any]) -> None:
     notice("to train longer raise max_steps or number_epochs; to start over add resume=never")
 
 
-def _may_begin(folder: Path, config: RunConfig, steps: int) -> bool:
-    """Whether a run may begin at step 0 in a folder without a checkpoint to continue from; False: it holds this very run,
-    finished.
+def _may_start(folder: Path, config: RunConfig, steps: int) -> bool:
+    """Return whether a run may start at step 0 in a folder without a checkpoint to resume from.
 
-    Raises ``UserError`` where it holds another run that has come to a checkpoint: to train over it would lose it.
+    It returns ``False`` where the folder holds this same run, finished. It raises ``UserError`` where the folder holds
+    another run that has saved a checkpoint or a model, because a new run would overwrite it.
     """
     if config.resume == "never" or not has_saved(folder):
         return True
@@ -173,18 +195,21 @@ def _may_begin(folder: Path, config: RunConfig, steps: int) -> bool:
     )
     if changed:
         raise UserError(
-            f"output_dir={folder} holds {describe(folder)} without a checkpoint that could be continued, with other settings: "
-            f"{'; '.join(changed)}. Choose another output_dir, or resume=never to keep it aside and start over"
+            f"output_dir={folder} holds {describe(folder)} without a checkpoint to resume from, with other settings: "
+            f"{'; '.join(changed)}. Choose another output_dir, or resume=never to move it aside and start over"
         )
     if facts.get("status") == "finished":
-        say_finished(folder, facts)
+        report_finished(folder, facts)
         return False
     return True
 
 
-def is_left_behind(folder: Path, config: RunConfig) -> bool:
-    """Whether what lies in a folder without a checkpoint to continue from must be kept aside: all but the records of this
-    very run up to a kill before its first checkpoint, which are about to be made again."""
+def must_move_aside(folder: Path, config: RunConfig) -> bool:
+    """Return whether the content of a folder without a checkpoint to resume from must be moved aside.
+
+    Only the records of this same run, killed before its first checkpoint, are not moved: the run is about to write them
+    again.
+    """
     if has_saved(folder):
         return True
     same = (folder / "config.yaml").exists() and not changed_settings(read_config(folder), config.plain)
@@ -195,51 +220,56 @@ def _is_inside(path: Path | None, folder: Path) -> bool:
     return path is not None and folder.resolve() in path.resolve().parents
 
 
-def _end_is_told(run: Path, config: RunConfig) -> bool:
-    """Whether metrics.jsonl has the record of a finished run's end: a crash or a full disk may have kept it out."""
-    told = any(record.get("status") == "finished" for record in tail(run / "metrics.jsonl"))
-    return told or "jsonl" not in config.plain["sink"]
+def _end_is_recorded(run: Path, config: RunConfig) -> bool:
+    """Return whether metrics.jsonl has the run's last record, which a crash or a full disk may have prevented."""
+    is_recorded = any(record.get("status") == "finished" for record in tail(run / "metrics.jsonl"))
+    return is_recorded or "jsonl" not in config.plain["sink"]
 
 
 def claimed_by(path: Path) -> str | None:
-    """The id of the command whose processes have last claimed the folder."""
+    """Return the id of the command whose processes locked the folder last; ``None`` where there was none."""
     file = path / RUN_ID
     return file.read_text() if file.exists() else None
 
 
 def claim(output_dir: str, *, start_over: bool = False, foreign: bool = False) -> RunFolder:
-    """Make the folder and lock it; with ``start_over`` an earlier run in it is moved aside, never deleted. ``foreign``: what
-    lies there may be anybody's.
+    """Create and lock the run folder.
 
-    Raises ``UserError`` when it can't be written, another process runs in it, or it holds files that are no run's.
+    Args:
+        output_dir: Path of the folder.
+        start_over: Move an earlier run in the folder aside. Nothing is deleted.
+        foreign: Accept a folder with files that no run has written.
+
+    Raises:
+        UserError: The folder can't be written, another process uses it, or it holds files that no run has written.
     """
     path = Path(output_dir)
     try:
-        with ExitStack() as refused:
+        with ExitStack() as undo:
             folder = RunFolder(path, _locked(path))
-            refused.callback(folder.lock.release)
+            undo.callback(folder.lock.release)
             if not foreign:
                 check_not_foreign(path)
             if start_over and found_in(path):
-                folder = _renewed(folder, "resume=never: ")
+                folder = _move_aside_and_lock(folder, "resume=never: ")
             else:
                 _open_logs(path)
-            refused.pop_all()
+            undo.pop_all()
     except Busy:
         holder = (path / ".lock").read_text().strip() or "unknown"
-        raise UserError(f"output_dir={output_dir}: another run is at work in it (host and pid: {holder})") from None
+        raise UserError(f"output_dir={output_dir}: another run is using it (host and pid: {holder})") from None
     except OSError as error:
         raise UserError(f"output_dir={output_dir}: can't be written: {error.strerror}") from None
     return folder
 
 
 def start_over(folder: RunFolder) -> RunFolder:
-    """Keep what lies in a claimed folder aside, and claim a new one in its place."""
-    with _writing(folder.path):
-        return _renewed(folder, "")
+    """Move the content of a locked folder aside, and lock a new, empty folder in its place."""
+    with _write_errors_reported(folder.path):
+        return _move_aside_and_lock(folder, "")
 
 
-def _renewed(folder: RunFolder, why: str) -> RunFolder:
+def _move_aside_and_lock(folder: RunFolder, why: str) -> RunFolder:
     aside = move_aside(folder.path)
     folder.lock.moved(aside / ".lock")
     folder.lock.release()
@@ -256,7 +286,7 @@ def _open_logs(path: Path) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _write_errors_reported(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -264,18 +294,20 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> Lock:
-    make_folder(Path(os.path.realpath(path)))  # where a link leads to, once that was moved aside
+    make_folder(Path(os.path.realpath(path)))  # a link's target may have been moved aside
     check_private(path, "output_dir")
     check_links(path, "output_dir", (*RESULTS, *SETTINGS, *OWN_NAMES))
     return Lock(path / ".lock").acquire(timeout=PATIENCE_SECONDS)
 
 
 def resume_point(folder: RunFolder, store: CheckpointStore, mode: str) -> Path | None:
-    """The checkpoint to continue from: the newest whole one (``auto``), the one named, the newest whole one of the run
-    named, or none (``never``).
+    """Return the checkpoint to resume from, by the value of ``resume``.
 
-    A run that was stopped after it had gone on from a named one goes on from its own newest when the same command comes
-    again. Raises ``UserError`` when the named one is no whole checkpoint, the named run has none.
+    ``auto`` is the newest complete checkpoint of the folder and ``never`` is none. A checkpoint's path is that checkpoint,
+    and a run's path is that run's newest complete checkpoint. A run that has already resumed from a named checkpoint and was
+    stopped later resumes from its own newest checkpoint when the same command is repeated.
+
+    Raises ``UserError`` when the named checkpoint is incomplete, or the named run has no complete one.
     """
     if mode == "never":
         return None
@@ -287,7 +319,7 @@ def resume_point(folder: RunFolder, store: CheckpointStore, mode: str) -> Path |
     if (named / "checkpoints").is_dir():
         newest = replace(store, folder=named / "checkpoints").newest()
         if newest is None:
-            raise UserError(f"resume={mode}: a run without a whole checkpoint")
+            raise UserError(f"resume={mode}: a run without a complete checkpoint")
         return newest
     if not (named / "state.json").is_file():
         raise UserError(
@@ -295,30 +327,32 @@ def resume_point(folder: RunFolder, store: CheckpointStore, mode: str) -> Path |
         )
     reason = validation_error(named, verify=store.policy.verify)
     if reason is not None:
-        raise UserError(f"resume={mode}: not a whole checkpoint: {reason}")
+        raise UserError(f"resume={mode}: not a complete checkpoint: {reason}")
     return named
 
 
 def _continues(folder: RunFolder, mode: str) -> bool:
-    """Whether the run in ``folder`` is the one that this very ``resume=`` began."""
+    """Return whether the run in ``folder`` was started with this same ``resume=``."""
     config = folder.path / "config.yaml"
     return config.exists() and read_config(folder.path).get("resume") == mode
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step at which a checkpoint was made."""
+    """Return the step at which a checkpoint was saved."""
     return int(read_state(checkpoint)["progress"]["step"])
 
 
 def recorded_batch_size(checkpoint: Path | None, *, device: str) -> int | None:
-    """The micro-batch of the run that ``checkpoint`` is of, where it ran on such a ``device``: the same again gives the
-    same last bits."""
+    """Return the micro-batch with which the run of ``checkpoint`` ran on the same kind of ``device``, else ``None``.
+
+    The same micro-batch gives the same losses to the last bit.
+    """
     facts = read_run_file(run_of(checkpoint)) if checkpoint is not None else {}
     return facts.get("batch_size") if facts.get("device") == device else None
 
 
 def check_not_beyond(checkpoint: Path, config: RunConfig, steps: int) -> None:
-    """Raises ``UserError`` when ``checkpoint`` was made at a later step than the last one of this run, ``steps``."""
+    """Raise ``UserError`` when ``checkpoint`` was saved at a later step than this run's last step, ``steps``."""
     reached = step_of(checkpoint)
     if reached > steps:
         key = "max_steps" if config.max_steps else "number_epochs"

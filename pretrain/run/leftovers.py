@@ -1,4 +1,4 @@
-"""What an earlier command has left in a folder, and whether the next one may write there: nothing of it is overwritten."""
+"""Inspect what an earlier command has left in a folder, so that the next command overwrites nothing."""
 
 from __future__ import annotations
 
@@ -13,66 +13,68 @@ from pretrain.runtime.errors import UserError
 from pretrain.runtime.filesystem import move
 from pretrain.telemetry.run_file import read_run_file
 
-RUN_ID = ".run_id"  # of the command whose processes have last claimed the folder
-RESULTS = (  # what took time to make
+RUN_ID = ".run_id"  # file with the id of the command whose processes locked the folder last
+RESULTS = (  # files and folders that took time to compute
     *("checkpoints", "model", "models", "metrics.jsonl", "run.json", "report.html", "quarantine.jsonl"),
     *("train.csv", "evaluation.csv", "layers.csv", "data.csv"),
 )
 SETTINGS = ("config.yaml", "data.json", ".hydra/config.yaml", ".hydra/overrides.yaml")
-MOST_NAMED = 4
-LATER = ("dataset.bos", "dataset.separator")  # keys that the configs of earlier runs lack
+MAX_NAMED = 4
+LATER_KEYS = ("dataset.bos", "dataset.separator")  # keys that the configs of earlier runs lack
 
 
 def found_in(folder: Path, names: tuple[str, ...] = RESULTS) -> list[str]:
-    """Those of ``names`` that are there; an empty folder or file is nothing."""
-    return [name for name in names if _is_something(folder / name)]
+    """Return those of ``names`` that exist in ``folder`` and are not empty."""
+    return [name for name in names if _is_nonempty(folder / name)]
 
 
-def _is_something(path: Path) -> bool:
+def _is_nonempty(path: Path) -> bool:
     if path.is_dir():
         return any(path.iterdir())
     return path.is_symlink() or (path.exists() and path.stat().st_size > 0)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a command of this program has worked in the folder; names alone do not tell: many programs have a
-    config.yaml."""
+    """Return whether a command of this program has used the folder.
+
+    File names alone don't show it, because many programs write a config.yaml.
+    """
     own = (folder / RUN_ID).exists() or "status" in read_run_file(folder)
     return own or any((folder / "checkpoints").glob("step-*/COMPLETE.json"))
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The folder of the run in which a checkpoint lies, however its path was typed."""
+    """Return the run folder that contains ``checkpoint``; the path may be relative or contain links."""
     return checkpoint.resolve().parent.parent
 
 
 def check_not_foreign(folder: Path) -> None:
-    """Raises ``UserError`` for a folder with files of somebody else under the names of ours."""
+    """Raise ``UserError`` for a folder in which another program has files under the names that a run writes."""
     found = found_in(folder, (*RESULTS, *SETTINGS))
     if found and not is_run(folder):
+        verb = "was" if len(found) == 1 else "were"
         raise UserError(
-            f"output_dir={folder}: {_named(found)} in it {'is' if len(found) == 1 else 'are'} no run's and would be replaced; "
-            "choose another"
+            f"output_dir={folder}: {_listed(found)} in it {verb} not written by a run and would be replaced; choose another"
         )
 
 
 def task_of(folder: Path) -> str | None:
-    """The task whose results the folder holds; ``None`` where there are none, or nobody knows."""
+    """Return the task whose results the folder holds; ``None`` where there are none or the task is unknown."""
     if not found_in(folder) or not (folder / "config.yaml").exists():
         return None
     return str(read_config(folder).get("task", "pretraining"))
 
 
 def has_saved(folder: Path) -> bool:
-    """Whether the run in the folder has come so far that it has made a checkpoint or a model, wherever they are now."""
+    """Return whether the run in the folder has saved a checkpoint or a model, even if these were deleted since."""
     made = [p for name in ("checkpoints", "models") for p in (folder / name).glob("*step-*") if not p.suffix]
     if made or found_in(folder, ("model",)) or read_run_file(folder).get("status") == "finished":
-        return True  # one with an ending was being written, or removed
+        return True  # names with a suffix were not counted: they were being written or removed
     return any(b'"event": "checkpoint"' in line for line in _lines(folder / "metrics.jsonl"))
 
 
 def has_trained(folder: Path) -> bool:
-    """Whether it has a record of a step."""
+    """Return whether metrics.jsonl has the record of a training step."""
     return any(b'"event": "train"' in line for line in _lines(folder / "metrics.jsonl"))
 
 
@@ -83,22 +85,22 @@ def _lines(file: Path) -> Iterator[bytes]:
 
 
 def describe(folder: Path) -> str:
-    """``a run of 20 steps (finished; metrics.jsonl, model)``."""
+    """Return a description such as ``a run of 20 steps (finished; metrics.jsonl, model)``."""
     facts = read_run_file(folder)
     steps = f" of {facts['steps']} steps" if isinstance(facts.get("steps"), int) else ""
     status = f"{facts['status']}; " if isinstance(facts.get("status"), str) else ""
-    return f"a run{steps} ({status}{_named(found_in(folder))})"
+    return f"a run{steps} ({status}{_listed(found_in(folder))})"
 
 
-def _named(names: list[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def move_aside(path: Path) -> Path:
-    """Rename the folder, or what a link leads to, to ``<name>.old-<number>`` and return its new name.
+    """Rename the folder, or the target of a link, to ``<name>.old-<number>`` and return the new path.
 
-    Raises ``UserError`` where that can't be.
+    Raises ``UserError`` where it can't be renamed.
     """
     real = Path(os.path.realpath(path))
     if real in (Path.cwd(), *Path.cwd().parents):
@@ -116,7 +118,7 @@ def move_aside(path: Path) -> Path:
 
 
 def keep_aside(file: Path) -> Path | None:
-    """Rename a file to ``<name>.old-<number><ending>``; ``None`` where there is none."""
+    """Rename a file to ``<name>.old-<number><suffix>`` and return the new path; ``None`` where there is no such file."""
     if not os.path.lexists(file):
         return None
     number = 1
@@ -127,7 +129,10 @@ def keep_aside(file: Path) -> Path | None:
 
 
 def read_config(folder: Path) -> dict[Any, Any]:
-    """config.yaml of a run or a checkpoint. Raises ``UserError`` when it is no YAML mapping of plain values."""
+    """Return config.yaml of a run or a checkpoint.
+
+    Raises ``UserError`` when the file is not a YAML mapping of plain values.
+    """
     file = folder / "config.yaml"
     config = read_yaml(file)
     if not isinstance(config, dict):
@@ -137,9 +142,11 @@ def read_config(folder: Path) -> dict[Any, Any]:
 
 
 def with_later_keys(old: dict[Any, Any], new: dict[str, Any]) -> dict[Any, Any]:
-    """The config of a run begun before there were ``LATER`` keys, with the values of ``new`` for those that it lacks: what
-    they do to the run is in its identity."""
-    for path in LATER:
+    """Return the config of an earlier run, with the values of ``new`` for the ``LATER_KEYS`` keys that it lacks.
+
+    Their effect on a run is compared through the run's identity.
+    """
+    for path in LATER_KEYS:
         group, _, key = path.partition(".")
         node = old.get(group)
         if isinstance(node, dict) and key not in node and key in new[group]:

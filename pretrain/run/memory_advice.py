@@ -1,6 +1,6 @@
-"""What to say to the user when memory has run out: how much, where, and the settings that would fit.
+"""The error message for a device that is out of memory: how much was needed, where, and which settings need less.
 
-It is the user's to change, so it ends the run as a mistake does: one line, exit code 2, and no restart of the workers.
+The user has to change a setting, so it is a ``UserError``: one line, exit code 2, and no restart of the workers.
 """
 
 from __future__ import annotations
@@ -27,50 +27,57 @@ def explained(
     device: torch.device,
     step: int,
 ) -> UserError:
-    """The failure in a line, with the settings of this very config that need less.
+    """Return the failure as one line, with the settings that would need less memory in this config.
 
-    ``split``: how the step was divided; ``memory_saving_overrides``: what the strategy has to offer; ``step``: steps done so far.
+    Args:
+        failure: The failed allocation, and what the run was doing.
+        config: The config of the run.
+        split: How the global batch is split into micro-batches.
+        memory_saving_overrides: The settings of the strategy that need less memory.
+        device: The device that is out of memory.
+        step: Optimizer steps done so far.
     """
     length = f"sequence_length={config.sequence_length}"
-    scored = config.evaluation.batch_size
-    scored = split.batch_size if scored == "auto" else scored
+    evaluation_size = config.evaluation.batch_size
+    evaluation_size = split.batch_size if evaluation_size == "auto" else evaluation_size
     where = {
         "setup": "while the model was being built",
         "step": f"at step {step + 1} with batch_size={split.batch_size} × {length}",
-        "evaluation": f"in the evaluation after step {step} with evaluation.batch_size={scored} × {length}",
+        "evaluation": f"in the evaluation after step {step} with evaluation.batch_size={evaluation_size} × {length}",
         "run": f"after step {step}",
     }[failure.doing]
-    ways = {"step": smaller_step(split), "evaluation": smaller_evaluation(scored)}.get(failure.doing, [])
-    more = [*(other_ways(config, device) if failure.doing in ("step", "run") else ()), *memory_saving_overrides]
+    advice = {"step": smaller_step(split), "evaluation": smaller_evaluation(evaluation_size)}.get(failure.doing, [])
+    more = [*(other_settings(config, device) if failure.doing in ("step", "run") else ()), *memory_saving_overrides]
     if failure.doing == "step" and split.batch_size == 1:
         more.append("a shorter sequence_length (another run)")
     if more:
-        ways.append(f"{'less is needed' if not ways else 'less still'} with {', '.join(more)}")
+        advice.append(f"{'less is needed' if not advice else 'less still'} with {', '.join(more)}")
     if step:
-        ways.append("the run goes on from its last checkpoint")
-    return UserError(f"out of memory {where} on {device}: {failure}{'; ' if ways else ''}{'; '.join(ways)}")
+        advice.append("the run resumes from its last checkpoint")
+    return UserError(f"out of memory {where} on {device}: {failure}{'; ' if advice else ''}{'; '.join(advice)}")
 
 
 def smaller_step(split: MicroBatching) -> list[str]:
-    """The same global batch in smaller pieces."""
+    """Return the setting that splits the same global batch into smaller micro-batches; nothing at batch size 1."""
     if split.batch_size == 1:
         return []
-    less = split.smaller()
+    smaller = split.smaller()
     return [
-        f"batch_size={less.batch_size} gradient_accumulation_steps={less.accumulation} keeps the global batch with about "
-        f"{Fraction(less.batch_size, split.batch_size)} of the activations"
+        f"batch_size={smaller.batch_size} gradient_accumulation_steps={smaller.accumulation} keeps the global batch with about "
+        f"{Fraction(smaller.batch_size, split.batch_size)} of the activations"
     ]
 
 
-def smaller_evaluation(scored: int) -> list[str]:
-    return [f"evaluation.batch_size={scored // 2} gives the same scores"] if scored > 1 else []
+def smaller_evaluation(evaluation_size: int) -> list[str]:
+    """Return the setting that halves the evaluation's batch of ``evaluation_size`` sequences; nothing at batch size 1."""
+    return [f"evaluation.batch_size={evaluation_size // 2} gives the same scores"] if evaluation_size > 1 else []
 
 
-def other_ways(config: RunConfig, device: torch.device) -> list[str]:
-    """What of the model and the precision would take less and is not yet so."""
-    ways = []
+def other_settings(config: RunConfig, device: torch.device) -> list[str]:
+    """Return the settings of model and precision that need less memory and are not in use yet."""
+    advice = []
     if not getattr(config.model, "gradient_checkpointing", True):
-        ways.append("model.gradient_checkpointing=true")
+        advice.append("model.gradient_checkpointing=true")
     if device.type == "cuda" and config.precision.compute == "float32":
-        ways.append("precision=bf16-mixed")
-    return ways
+        advice.append("precision=bf16-mixed")
+    return advice

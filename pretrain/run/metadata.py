@@ -1,4 +1,4 @@
-"""What a run should be able to say of itself later: model size, device, versions, commit."""
+"""The metadata of a run that is recorded in run.json: model size, device, versions, git commit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIBRARIES = ("pretrain", "torch", "transformers", "tokenizers", "datasets", "hyd
 def run_facts(
     config: RunConfig, world: DistributedContext, scorer: InferenceEngine, *, restarts: int = 0
 ) -> dict[str, Any]:
-    """Plain values for run.json and the ``run_started`` record."""
+    """Return the metadata, as plain values, for run.json and the ``run_started`` record."""
     import torch
 
     return {
@@ -42,7 +42,10 @@ def run_facts(
 
 
 def speed_facts(config: RunConfig, engine: Engine, *, devices: int, peak: float | None) -> dict[str, Any]:
-    """What rates are worked out from. ``devices``: of all processes; ``peak``: FLOP/s of one, where the user says so."""
+    """Return the values from which throughput and MFU are computed.
+
+    ``devices`` counts the devices of all processes. ``peak`` is the peak FLOP/s of one device if the user has given it.
+    """
     from pretrain.models.flops import flops_per_token
     from pretrain.telemetry.peaks import peak_flops
 
@@ -52,14 +55,14 @@ def speed_facts(config: RunConfig, engine: Engine, *, devices: int, peak: float 
 
 
 def device_name(device: torch.device) -> str:
-    """What kind of device it is: the GPU's name, or cpu."""
+    """Return the kind of device: the GPU's name, or ``cpu``."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def versions() -> dict[str, str]:
-    """Of what is installed; this program is not, where it runs from a bare checkout."""
+    """Return the versions of the installed libraries. In a checkout that is not installed, ``pretrain`` has none."""
     found = {}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -68,7 +71,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the working directory; ``None`` outside a repository or without git."""
+    """Return the git commit of the working directory; ``None`` outside a repository or without git."""
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""A run whose base model is gone: its checkpoint holds all that it needs to continue (config, tokenizer, weights)."""
+"""Resume a run whose base model no longer exists: the checkpoint holds all that is needed (config, tokenizer, weights)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Remains:
-    """``checkpoint``: from which the run continues. ``identity``: of the base model, as the run has recorded it. ``name``: as
-    it was typed."""
+class ModelInCheckpoint:
+    """The parts of a base model that a checkpoint of the run still holds.
+
+    Attributes:
+        checkpoint: The checkpoint from which the run resumes.
+        identity: The identity of the base model, as the run has recorded it.
+        name: The ``model_name`` of the command.
+    """
 
     checkpoint: Path
     identity: str
@@ -29,23 +34,23 @@ class Remains:
 
     @property
     def notice(self) -> str:
-        return f"model_name={self.name} is no longer there: the run continues with the model in {self.checkpoint}"
+        return f"model_name={self.name} no longer exists: the run continues with the model in {self.checkpoint}"
 
-    def in_place_of(self, spec: Any) -> Any:
-        """``spec`` with the checkpoint's config, and its tokenizer where that of ``spec`` is gone too."""
+    def apply_to(self, spec: Any) -> Any:
+        """Return ``spec`` with the checkpoint's config, and with its tokenizer where that of ``spec`` no longer exists."""
         own: dict[str, Any] = {"name_or_path": str(self.checkpoint), "revision": None}
         if spec.tokenizer_name is not None and not _is_there(spec.tokenizer_name, "model.tokenizer_name"):
             own["tokenizer_name"] = None
-        if hasattr(spec, "overrides"):  # of a model from scratch; the checkpoint's config has them
+        if hasattr(spec, "overrides"):  # a model from scratch: the checkpoint's config includes them
             own |= {"overrides": {}, "train_tokenizer": None}
         return replace(spec, **own)
 
 
-def remains_of(config: RunConfig) -> Remains | None:
-    """What is left of the run that ``config`` continues, if the model that it names is the one that the run was last
-    continued with; ``None``: nothing is left.
+def model_in_checkpoint(config: RunConfig) -> ModelInCheckpoint | None:
+    """Return the base model as held by the newest checkpoint of the run that ``config`` resumes.
 
-    Raises ``UserError`` where it names another model, which is not there.
+    It returns ``None`` where there is no readable checkpoint, or where the config names another model than the checkpoint's.
+    It raises ``UserError`` where that other model does not exist.
     """
     checkpoint = _checkpoint(config)
     if checkpoint is None:
@@ -54,22 +59,22 @@ def remains_of(config: RunConfig) -> Remains | None:
         before, state = read_config(checkpoint), read_state(checkpoint)
     except UserError:
         return None
-    if not all(_same_place(before.get("model", {}).get(key), getattr(config.model, key, None)) for key in NAMES):
+    if not all(_same_path(before.get("model", {}).get(key), getattr(config.model, key, None)) for key in NAMES):
         name, known = config.model_name, before.get("model_name")
         if name != known and not _is_there(name, "model_name"):
             raise UserError(
                 f"model_name={name}: no such folder or model; {checkpoint} was trained with model_name={known}: "
-                "with this name the run continues, even where that folder is gone"
+                "with this name the run continues even if that folder no longer exists"
             )
         return None
-    return Remains(checkpoint, state["identity"]["model"], config.model_name)
+    return ModelInCheckpoint(checkpoint, state["identity"]["model"], config.model_name)
 
 
 NAMES = ("name_or_path", "tokenizer_name", "revision")
 
 
 def _checkpoint(config: RunConfig) -> Path | None:
-    """The newest checkpoint that can be loaded, as `run_folder.resume_point` is going to find it."""
+    """Return the newest checkpoint that can be loaded; `pretrain.run.folder.resume_point` will find the same one."""
     mode = config.resume
     if config.task != "pretraining" or mode == "never":
         return None
@@ -82,7 +87,7 @@ def _checkpoint(config: RunConfig) -> Path | None:
     return Path(mode) if mode != "auto" and validation_error(Path(mode), verify=verify) is None else None
 
 
-def _same_place(before: Any, now: Any) -> bool:
+def _same_path(before: Any, now: Any) -> bool:
     return before == now or (isinstance(before, str) and isinstance(now, str) and _absolute(before) == _absolute(now))
 
 

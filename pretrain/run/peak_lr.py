@@ -1,4 +1,4 @@
-"""The peak learning rate of a run that leaves it open, and what to say where a longer run leaves its schedule."""
+"""The peak learning rate of a run with ``lr=auto``, and a notice where a resumed run departs from its schedule."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def chosen_lr(config: RunConfig, resume_from: Path | None, by_size: Callable[[], float]) -> float:
-    """The peak that the config gives, else that of the run that is continued, else that of the model's size."""
+    """Return the peak learning rate: the config's, else that of the resumed run, else the one for the model's size."""
     if config.lr != AUTO:
         return float(config.lr)
     earlier = read_config(resume_from).get("lr") if resume_from is not None else None
     return float(earlier) if isinstance(earlier, int | float) and earlier > 0 else by_size()
 
 
-def say_lr_change(checkpoint: Path, config: RunConfig, steps: int) -> None:
-    """Say where the learning rate leaves its curve because the run has another length, peak or schedule than before."""
+def report_lr_change(checkpoint: Path, config: RunConfig, steps: int) -> None:
+    """Report a jump of the learning rate where the resumed run has another length, peak or schedule than before."""
     old, run = read_config(checkpoint), run_of(checkpoint)
     step = int(read_state(checkpoint)["progress"]["step"])
     planned = read_run_file(run).get("total_steps")
@@ -44,15 +44,15 @@ def say_lr_change(checkpoint: Path, config: RunConfig, steps: int) -> None:
     notice(f"the learning rate {verb} from {found[0]:.3g} to {found[1]:.3g} at step {step + 1}{better}")
 
 
-def say_lr(asked: Any, lr: float, *, continued: bool) -> None:
-    """Say what ``lr=auto`` has become."""
+def report_lr(asked: Any, lr: float, *, continued: bool) -> None:
+    """Report the learning rate that ``lr=auto`` stands for."""
     if asked == AUTO:
-        why = "as this run has had it so far" if continued else "by the model's size; docs/runs.md"
+        why = "as in this run so far" if continued else "by the model's size; docs/runs.md"
         notice(f"lr=auto: {lr:g} ({why})")
 
 
 def _before_decay(old: dict[Any, Any], planned: int, run: Path) -> str:
-    """How a run with scheduler=wsd, or the next one, is extended without a jump."""
+    """Return the advice how a run with scheduler=wsd, this one or the next, is extended without a jump."""
     first = stable_until(old, planned)
     if first is None:
         return "scheduler=wsd from the start, which can be extended from a checkpoint before its decay"

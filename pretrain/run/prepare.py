@@ -1,4 +1,4 @@
-"""What exists before the first process trains: the model's folder looked at, its tokenizer, and all text as tokens."""
+"""Prepare a run before any process trains: check the model's folder, load its tokenizer, and tokenize all text."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from pretrain.data.sources.base import Source
     from pretrain.data.store.token_store import TokenStore, TokenView
     from pretrain.models.tokenizer import Boundaries
-    from pretrain.run.missing_model import Remains
+    from pretrain.run.missing_model import ModelInCheckpoint
 
 
 def model_spec(config: RunConfig) -> Any:
-    """The model that the config names; a run's or a checkpoint's weights where it names one of these.
+    """Return the model that the config names; the name of a run or a checkpoint stands for its weights.
 
-    Raises ``UserError`` for a checkpoint that is not whole.
+    Raises ``UserError`` for an incomplete checkpoint.
     """
     from pretrain.checkpoint.weights import weights_folder
 
@@ -34,12 +34,12 @@ def model_spec(config: RunConfig) -> Any:
     return replace(spec, name_or_path=folder, tokenizer_name=tokenizer)
 
 
-def _checked_model(config: RunConfig) -> tuple[Any, Remains | None]:
-    """The model that the config names, checked; where it is gone, that of the checkpoint from which the run continues.
+def _checked_model(config: RunConfig) -> tuple[Any, ModelInCheckpoint | None]:
+    """Return the checked model of the config, or that of the resumed checkpoint where the model no longer exists.
 
     Raises ``UserError`` where neither can be used.
     """
-    from pretrain.run.missing_model import remains_of
+    from pretrain.run.missing_model import model_in_checkpoint
 
     length = config.sequence_length
     try:
@@ -47,20 +47,29 @@ def _checked_model(config: RunConfig) -> tuple[Any, Remains | None]:
         model.check(length)
         return model, None
     except UserError:
-        found = remains_of(config)
+        found = model_in_checkpoint(config)
         if found is None:
             raise
-    model = found.in_place_of(config.model)
+    model = found.apply_to(config.model)
     model.check(length)
     return model, found
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What exists before the first process trains. ``domains``: name, role and held-out documents of each domain.
-    ``global_batch``: sequences of all devices and micro-batches in one step. ``boundaries``: the tokens around documents.
-    ``notices``: what to say of model and domains, once a run. ``base_gone``: ``model`` is what a checkpoint of the run holds,
-    for the model with which it began is no longer there."""
+    """The model, tokenizer and tokenized data of a run.
+
+    Attributes:
+        model: The model, checked and not yet built.
+        tokenizer: Its tokenizer.
+        train: The training documents as tokens.
+        domains: Name, role and held-out documents of each evaluation domain.
+        identity: What a checkpoint must share with the run so that it can be resumed.
+        global_batch: Sequences in one optimizer step, over all devices and micro-batches.
+        boundaries: The tokens before and between documents.
+        notices: Messages about model and domains that are printed once in a run.
+        base_gone: The base model no longer exists; ``model`` is the one in a checkpoint of the run.
+    """
 
     model: Any
     tokenizer: Any
@@ -74,35 +83,39 @@ class Prepared:
 
 
 def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
-    """Check the model's folder, get its tokenizer, and tokenize whatever the cache does not hold yet. ``devices``: of
-    all processes, each with ``batch_size`` sequences at a time.
+    """Check the model's folder, load its tokenizer, and tokenize the text that is not in the cache yet.
 
-    Raises ``UserError`` for a model or data that can't be used.
+    Args:
+        config: The config of the run.
+        devices: Number of devices of all processes; each computes ``batch_size`` sequences at a time.
+
+    Raises:
+        UserError: The model or the data can't be used.
     """
     from pretrain.data.tokenization.tokenize import prepare as tokenize
     from pretrain.data.tokenization.tokenize import training_texts
     from pretrain.models.tokenizer import boundaries
 
-    model, gone = _checked_model(config)
+    model, replacement = _checked_model(config)
     source = config.dataset
     tokenizer = model.tokenizer(partial(training_texts, source))
-    around = boundaries(tokenizer, bos=source.bos, separator=source.separator)
+    boundary_tokens = boundaries(tokenizer, bos=source.bos, separator=source.separator)
     tokenizer_json = tokenizer.backend_tokenizer.to_str()
 
-    def encode(source: Source, around: Boundaries) -> TokenStore:
-        return tokenize(source, tokenizer_json=tokenizer_json, eot=around.separator, bos=around.bos)
+    def encode(source: Source, boundary_tokens: Boundaries) -> TokenStore:
+        return tokenize(source, tokenizer_json=tokenizer_json, eot=boundary_tokens.separator, bos=boundary_tokens.bos)
 
-    store = encode(source, around)
+    store = encode(source, boundary_tokens)
     train, held_out = views(store, source)
     domains = [(source.domain, "new", held_out)] if held_out.num_tokens > 1 else []
     configured = config.evaluation.domains
     bases = base_domains(source, configured)
     for name, base in bases.items():
-        tokenized = encode(base, of_domain(base, tokenizer, around))
+        tokenized = encode(base, domain_boundaries(base, tokenizer, boundary_tokens))
         domains.append((name, "base", _held_out(name, base, tokenized)))
-    global_batch = MicroBatching.asked(config).total * devices
+    global_batch = MicroBatching.from_config(config).total * devices
     identity = {
-        "model": gone.identity if gone else model.identity(),
+        "model": replacement.identity if replacement else model.identity(),
         "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json.encode()),
         "data": xxhash.xxh3_64_hexdigest(
             repr([[part.path.name for part in store.parts], view_options(source), source.document_mask]).encode()
@@ -113,26 +126,36 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
         "weights": config.precision.weights,
         "optimizer": config.optimizer_identity,
     }
-    notices = ([gone.notice] if gone else []) + _not_scored(source, held_out, len(configured) - len(bases))
+    notices = ([replacement.notice] if replacement else []) + _not_scored_notices(
+        source, held_out, len(configured) - len(bases)
+    )
     return Prepared(
-        model, tokenizer, train, domains, identity, global_batch, around, notices, base_gone=gone is not None
+        model,
+        tokenizer,
+        train,
+        domains,
+        identity,
+        global_batch,
+        boundary_tokens,
+        notices,
+        base_gone=replacement is not None,
     )
 
 
-def of_domain(domain: Source, tokenizer: Any, around: Boundaries) -> Boundaries:
-    """The tokens around the documents of an evaluation domain: those of the run, ``around``, where it names no others.
+def domain_boundaries(domain: Source, tokenizer: Any, boundary_tokens: Boundaries) -> Boundaries:
+    """Return the boundary tokens of an evaluation domain: its own, or those of the run (``boundary_tokens``) by default.
 
     Raises ``UserError`` for a token that the tokenizer does not have.
     """
     from pretrain.models.tokenizer import boundaries
 
-    bos = around.bos is not None if domain.bos == "auto" else domain.bos
-    separator = around.separator if domain.separator == "auto" else domain.separator
+    bos = boundary_tokens.bos is not None if domain.bos == "auto" else domain.bos
+    separator = boundary_tokens.separator if domain.separator == "auto" else domain.separator
     return boundaries(tokenizer, bos=bos, separator=separator)
 
 
-def _not_scored(source: Source, held_out: TokenView, left_out: int) -> list[str]:
-    """What a person who expects every domain to be scored has to know."""
+def _not_scored_notices(source: Source, held_out: TokenView, left_out: int) -> list[str]:
+    """Return notices about domains that are not scored, or not scored a second time."""
     notices = []
     if held_out.num_tokens <= 1 and source.held_out > 0:
         notices.append(f"dataset {source.domain!r} is a single document: none is held out, so it is not scored")
@@ -144,7 +167,7 @@ def _not_scored(source: Source, held_out: TokenView, left_out: int) -> list[str]
 
 
 def _held_out(name: str, base: Source, tokenized: TokenStore) -> TokenView:
-    """The held-out documents of a base domain. Raises ``UserError`` where there are none: nothing could be scored."""
+    """Return the held-out documents of a base domain. Raises ``UserError`` where there are none to score."""
     held_out = views(tokenized, base)[1]
     if held_out.num_tokens > 1:
         return held_out
@@ -153,12 +176,12 @@ def _held_out(name: str, base: Source, tokenized: TokenStore) -> TokenView:
 
 
 def views(store: TokenStore, source: Source) -> tuple[TokenView, TokenView]:
-    """The training and the held-out documents."""
+    """Return the training and the held-out documents."""
     return store.views(**view_options(source))
 
 
 def total_steps(config: RunConfig, prepared: Prepared) -> int:
-    """``max_steps``, or as many whole global batches as ``number_epochs`` passes over the training tokens hold.
+    """Return the optimizer steps: ``max_steps``, or the complete global batches in ``number_epochs`` of training tokens.
 
     Raises ``UserError`` when the text does not fill one global batch.
     """

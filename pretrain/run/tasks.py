@@ -1,4 +1,4 @@
-"""What `task=` names. Each task takes the config config and returns the exit code."""
+"""The tasks that `task=` names. Each one takes the config of the run and returns the exit code."""
 
 from __future__ import annotations
 
@@ -47,9 +47,21 @@ def pretraining(
     place: RankInfo,
     on_hang: Callable[[str, str], None] | None = None,
 ) -> int:
-    """Continue the run in output_dir, or start it, as one of its processes. ``on_hang(place, how_long)`` hears where
-    a process that is about to be ended stands still; by default the person at the terminal does."""
-    prepared, steps, world = meet(config, interrupt, setting, place)
+    """Train as one of the run's processes: resume the run in output_dir, or start it.
+
+    Args:
+        config: The config of the run.
+        overrides: The words of the command line.
+        interrupt: Receives the stop signals.
+        setting: Processes, devices and batch of the run.
+        place: This process among all ranks.
+        on_hang: Called as ``on_hang(place, how_long)`` before a stalled process ends itself; by default a message is
+            printed on stderr.
+
+    Returns:
+        0 when the run is finished, 75 when a signal stopped it.
+    """
+    prepared, steps, world = prepare_and_join(config, interrupt, setting, place)
     folder = Path(config.output_dir)
     store = CheckpointStore(folder / "checkpoints", config.checkpoint)
     store.policy.check({name: role for name, role, _ in prepared.domains})
@@ -69,8 +81,8 @@ def pretraining(
             leave()
             return 0
         config = config.with_lr(start.lr)
-        watchdog = guarded_by(config, folder / "logs" / f"rank-{place.rank}.log", on_hang, claims)
-        with memory_explained(config, world, setting):
+        watchdog = start_watchdog(config, folder / "logs" / f"rank-{place.rank}.log", on_hang, claims)
+        with out_of_memory_explained(config, world, setting):
             trainer = build.build_trainer(
                 config,
                 prepared,
@@ -84,68 +96,78 @@ def pretraining(
                 watchdog=watchdog,
             )
         interrupt.defer_signals = True
-        collector.as_usual()
-        with memory_explained(config, world, setting, trainer):
+        collector.restore_thresholds()
+        with out_of_memory_explained(config, world, setting, trainer):
             run_logged(trainer)
     leave()
     return 0 if trainer.complete else EXIT_CODE
 
 
-def meet(
+def prepare_and_join(
     config: RunConfig, interrupt: Interrupt, setting: Setting, place: RankInfo
 ) -> tuple[Prepared, int, DistributedContext]:
-    """Prepare the data, alone, and only then meet the other ranks; all have found the same. The data, and the run's steps."""
+    """Prepare the data without the other ranks, then join them and check that all ranks agree.
+
+    Returns the prepared data, the optimizer steps of the run, and the distributed context.
+    """
     if place.rank > 0:
         mute()
     with quietly() if place.prepared else nullcontext():
         prepared = prepare(config, devices=setting.devices)
     steps = total_steps(config, prepared)
-    interrupt.defer_signals = place.size > 1  # from here on the others would wait for a process that leaves
+    interrupt.defer_signals = place.size > 1  # from here on the other ranks would wait for a process that exits
     world = build.build_world(config, place, group=config.strategy.needs_group)
     check_ranks_agree(world, setting, {"configuration": config.plain, "steps": steps} | prepared.identity)
     return prepared, steps, world
 
 
-def guarded_by(config: RunConfig, log: Path, on_hang: Callable[[str, str], None] | None, claims: ExitStack) -> Watchdog:
-    """A watchdog that is at work until ``claims`` ends; it writes into ``log``, as from now on everything does."""
+def start_watchdog(
+    config: RunConfig, log: Path, on_hang: Callable[[str, str], None] | None, claims: ExitStack
+) -> Watchdog:
+    """Start a watchdog that runs until ``claims`` is closed; it and all later messages are written to ``log``."""
     log_to(log)
     watchdog, policy = Watchdog(), config.launch
-    tell = on_hang or partial(say_hung, log)
-    claims.enter_context(watchdog.guarding(policy.timeout, policy.patience, log=log, tell=tell))
+    tell = on_hang or partial(report_hang, log)
+    claims.enter_context(watchdog.guarding(policy.timeout, policy.patience, log=log, report=tell))
     return watchdog
 
 
-def say_hung(log: Path, place: str, how_long: str) -> None:
-    """Say that this process stands still, and note it in run.json. Neither waits: what hangs may be the disk, or whatever
-    holds a lock that logging needs."""
+def report_hang(log: Path, place: str, how_long: str) -> None:
+    """Report that this process is stalled, and record the failure in run.json.
+
+    Neither of the two may block: the cause may be the disk, or a thread that holds a lock of the logging module. So the
+    message bypasses logging, and a daemon thread writes run.json.
+    """
     sys.stderr.write(
-        f"{log.stem} stands still at {place}: {how_long}, so it ends; all stacks are in {log}; the same command goes on "
+        f"{log.stem} is stalled at {place}: {how_long}, so it ends; all stacks are in {log}; the same command resumes "
         "from the last checkpoint\n"
     )
     threading.Thread(target=mark_failed, args=(log.parent.parent,), daemon=True).start()
 
 
 def check_ranks_agree(world: DistributedContext, setting: Setting, facts: dict[str, Any]) -> None:
-    """Raises ``UserError`` where ranks on other machines were given, or found, something else than rank 0."""
+    """Raise ``UserError`` where a rank, for example on another machine, has another config or other data than rank 0."""
     if world.size != setting.workers:
         raise UserError(
-            f"{world.size} processes have met, {setting.workers} were meant to: give all nodes equal devices"
+            f"{world.size} processes have joined, {setting.workers} were expected: give all nodes the same number of devices"
         )
     every = world.all_gather_object(lambda: facts)
     for rank, theirs in enumerate(every):
         differing = [name for name, value in every[0].items() if theirs[name] != value]
         if differing:
             raise UserError(
-                f"rank {rank} has another {', '.join(differing)} than rank 0: all need the same command, model and text"
+                f"rank {rank} differs from rank 0 in its {', '.join(differing)}: all ranks need the same command, model and text"
             )
 
 
 @contextmanager
-def memory_explained(
+def out_of_memory_explained(
     config: RunConfig, world: DistributedContext, setting: Setting | None = None, trainer: Trainer | None = None
 ) -> Iterator[None]:
-    """Memory that runs out inside becomes a ``UserError`` that says what would fit. ``setting``: of a run that trains;
-    ``trainer``: as soon as there is one."""
+    """Turn an out-of-memory error inside the block into a ``UserError`` that names settings with a lower memory use.
+
+    ``setting`` is given by training runs, and ``trainer`` as soon as it exists.
+    """
     try:
         with watched("setup" if trainer is None else "run"):
             yield
@@ -153,7 +175,7 @@ def memory_explained(
         raise explained(
             failure,
             config,
-            split=MicroBatching.asked(config) if trainer is None else MicroBatching.recorded(trainer.facts),
+            split=MicroBatching.from_config(config) if trainer is None else MicroBatching.from_record(trainer.facts),
             memory_saving_overrides=config.strategy.memory_saving_overrides(setting) if setting is not None else [],
             device=world.device,
             step=0 if trainer is None else trainer.progress.step,
@@ -161,7 +183,7 @@ def memory_explained(
 
 
 def run_logged(trainer: Trainer) -> None:
-    """Run; put the traceback of a failure into the log, and its status into run.json."""
+    """Run the trainer; on a failure, log the traceback and record the status in run.json."""
     try:
         trainer.run()
     except BaseException:
@@ -174,7 +196,7 @@ def run_logged(trainer: Trainer) -> None:
 
 
 def tokenization(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
-    """Fill the token cache and say what is in it."""
+    """Fill the token cache and print its counts."""
     prepared = prepare(config)
     rows = [("training", prepared.train)] + [
         (f"held out, {name} ({role})", view) for name, role, view in prepared.domains
@@ -197,11 +219,11 @@ def evaluation(config: RunConfig, overrides: list[str], interrupt: Interrupt) ->
         folder = start_over(folder)
     folder.write_config(config, overrides)
     world = build.build_world(config, RankInfo(), group=False)
-    with memory_explained(config, world):
+    with out_of_memory_explained(config, world):
         scorer = build.build_scorer(config, prepared, world)
     uniform = prepared.model.uniform_loss()
     listeners, _ = build.build_listeners(config, folder.path, {}, uniform_loss=uniform)
-    with memory_explained(config, world), watched("evaluation"):
+    with out_of_memory_explained(config, world), watched("evaluation"):
         evaluator = build.build_evaluator(config, prepared)
         sampler = build.build_sampler(config, prepared, scorer, evaluator)
         scores, samples = evaluator.run(scorer, announce=True) or (), sampler.run(scorer) or ()
@@ -218,7 +240,7 @@ def evaluation(config: RunConfig, overrides: list[str], interrupt: Interrupt) ->
 
 
 def generation(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
-    """Print the model's continuation of each prompt; keep them in samples.jsonl."""
+    """Print the model's continuation of each prompt, and write all of them to samples.jsonl."""
     from pretrain.models.generate import generate
     from pretrain.models.tokenizer import boundaries
 

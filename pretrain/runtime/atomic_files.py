@@ -1,4 +1,4 @@
-"""A file that is rewritten whole: a reader, and whoever comes after a crash, finds the old one or the new one."""
+"""Atomic rewriting of a file: a reader finds either the old content or the new one, also after a crash."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pretrain.runtime.safe_files import open_new
 
 
 def replace_file(path: Path, text: str, *, flush: bool = False) -> None:
-    """Write ``text`` beside ``path`` and put it in its place. ``flush``: on disk first (fsync), to survive a power cut too.
+    """Write ``text`` to a temporary file and rename it to ``path``. ``flush`` calls fsync before, to survive a power cut too.
 
-    Raises ``OSError`` where it can't be written; then ``path`` is as it was.
+    Raises ``OSError`` if it can't be written; then ``path`` is unchanged.
     """
     partial = partial_of(path)
     try:
@@ -31,14 +31,15 @@ def replace_file(path: Path, text: str, *, flush: bool = False) -> None:
 
 
 def keep_copy(path: Path) -> None:
-    """Keep what is in ``path`` as ``<name>.broken`` beside it, before it is rewritten without what can't be read of it;
-    the first such copy stays."""
+    """Copy ``path`` to ``<name>.broken`` in its folder, before it is rewritten without its unreadable parts. An existing copy
+    is not overwritten."""
     copy = path.with_name(f"{path.name}.broken")
     if not os.path.lexists(copy):
-        with suppress(OSError):  # no room: the records that can be read are worth more
+        with suppress(OSError):  # a full disk: saving the readable records matters more
             shutil.copyfile(path, copy)
 
 
 def partial_of(path: Path, *, process: int | None = None) -> Path:
-    """What a process (this one) writes before it is ``path``: its own, since others may be writing the same file."""
+    """Return the temporary file that a process (default: this one) renames to ``path``. Every process has its own, since
+    several may write the same file."""
     return path.with_name(f".{path.name}.{os.uname().nodename}.{process or os.getpid()}.partial")

@@ -1,4 +1,4 @@
-"""What people see on the terminal: notices on stderr and a progress bar for long work, quiet when nobody watches."""
+"""Output on the terminal: notices on stderr, and a progress bar for long work if stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from pretrain.runtime.safe_files import open_append, open_file
 LATER_SECONDS = 5.0  # by how much a rank may be slower than another to find the same mistake
 
 _muted = False
-_captured: Path | None = None  # where stderr goes before there is a log
+_captured: Path | None = None  # the file that receives stderr before there is a log
 _unlogged: list[logging.LogRecord] = []  # notices from before there is a log
 
 
 def mute() -> None:
-    """Say nothing on the terminal from now on, only in the log: of several processes one talks."""
+    """Print nothing on the terminal from now on, only write to the log: of several processes only one prints."""
     global _muted
     _muted = True
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Say nothing on the terminal meanwhile, only in the log: another process has said it there."""
+    """Print nothing on the terminal inside, only write to the log, because another process has already printed it."""
     global _muted
     before, _muted = _muted, True
     try:
@@ -40,50 +40,50 @@ def quietly() -> Iterator[None]:
 
 
 def notice(message: str) -> None:
-    """Say one line on stderr, and in the run's log; a closed terminal is no reason to stop a run."""
-    _say(message, aloud=not _muted)
+    """Write one line to stderr and to the run's log. A closed terminal does not stop the run."""
+    _emit(message, on_terminal=not _muted)
 
 
 def complain(message: str) -> None:
-    """Say why this command ends, once a machine where torchrun has started it for several ranks: another machine may
-    have other files, and a terminal of its own.
+    """Print why this command exits. If torchrun has started several ranks, one rank per machine prints it, because another
+    machine may have other files and a terminal of its own.
 
-    The first rank that leaves makes torchrun end the others: those that say nothing let the one that does come first.
+    When the first rank exits, torchrun ends the others. Therefore the ranks that print nothing wait for the one that does.
     """
-    aloud = os.environ["LOCAL_RANK"] == "0" if "LOCAL_RANK" in os.environ else not _muted
-    _say(message, aloud=aloud)
-    if not aloud and "TORCHELASTIC_RUN_ID" in os.environ:
+    on_terminal = os.environ["LOCAL_RANK"] == "0" if "LOCAL_RANK" in os.environ else not _muted
+    _emit(message, on_terminal=on_terminal)
+    if not on_terminal and "TORCHELASTIC_RUN_ID" in os.environ:
         time.sleep(LATER_SECONDS)
 
 
-def _say(message: str, *, aloud: bool) -> None:
+def _emit(message: str, *, on_terminal: bool) -> None:
     message = redact(message)
     logger = logging.getLogger("pretrain")
     if logger.handlers:
         logger.info(message)
     else:
         _unlogged.append(logging.makeLogRecord({"levelno": logging.INFO, "levelname": "INFO", "msg": message}))
-    if aloud:
+    if on_terminal:
         with suppress(OSError):
             sys.stderr.write(f"{message}\n")
             sys.stderr.flush()
 
 
 def log_error(message: str) -> None:
-    """Put ``message`` and the traceback of the exception at hand into the run's log."""
+    """Write ``message`` and the traceback of the current exception to the run's log."""
     logging.getLogger("pretrain").error(message, exc_info=True)
 
 
 def shows_progress() -> bool:
-    """Whether what this command prints is seen on a terminal, with the bars of long work."""
+    """Return whether the output of this command, including progress bars, goes to a terminal."""
     return sys.stderr.isatty() and sys.stdout.isatty()
 
 
 @contextmanager
 def progress_bar(description: str, *, total: float | None, unit: str = "") -> Iterator[Callable[[float], None]]:
-    """Yield ``advance(amount)``. A bar on a terminal; elsewhere nothing is drawn.
+    """Yield ``advance(amount)``, which moves a progress bar. Without a terminal nothing is drawn.
 
-    ``total`` is in the same unit as the amounts (``None``: unknown); ``unit`` ``"B"`` shows sizes as bytes.
+    ``total`` is in the same unit as the amounts (``None``: unknown). The unit ``"B"`` shows amounts as sizes in bytes.
     """
     if _muted or not sys.stderr.isatty():  # not `shows_progress`: stdout may be a file while a person sees stderr
         yield lambda amount: None
@@ -107,7 +107,7 @@ def progress_bar(description: str, *, total: float | None, unit: str = "") -> It
 
 
 class _Log(logging.FileHandler):
-    """Says once that it can't be written; logging itself prints a traceback for every line it loses."""
+    """A log file that reports once if it can't be written. logging itself prints a traceback for every lost line."""
 
     failed = False
 
@@ -118,7 +118,7 @@ class _Log(logging.FileHandler):
         if not self.failed and not _muted:
             self.failed = True
             with suppress(OSError):
-                sys.stderr.write(f"{self.baseFilename} can't be written: {sys.exc_info()[1]}; the run goes on\n")
+                sys.stderr.write(f"{self.baseFilename} can't be written: {sys.exc_info()[1]}; the run continues\n")
                 sys.stderr.flush()
 
 
@@ -133,7 +133,7 @@ def end_log() -> None:
 
 
 def log_to(file: Path) -> None:
-    """Append what this process has said, and says from now on, to ``file``."""
+    """Append the notices of this process, earlier and later ones, to ``file``."""
     handler = _Log(file, encoding="utf-8")
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("pretrain")
@@ -156,9 +156,9 @@ def log_to(file: Path) -> None:
 
 
 def capture_stderr(early: Path, *, keep_terminal: bool) -> None:
-    """From now on, what C++ libraries write to stderr goes to the log, and into ``early`` until there is one.
+    """Redirect what C++ libraries write to stderr to the log, and to ``early`` until there is a log.
 
-    ``keep_terminal``: what Python writes there stays on the terminal, and it goes the same way without.
+    With ``keep_terminal``, what Python writes to stderr still goes to the terminal; otherwise it is redirected too.
     """
     global _captured
     if keep_terminal:
@@ -174,7 +174,7 @@ def _stderr_into(file: Path) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep what libraries say to their own developers off the terminal; errors and our own words stay."""
+    """Keep libraries' messages for their own developers off the terminal. Errors and this program's messages stay."""
     warnings.filterwarnings("ignore", module="torch|transformers")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("DeepSpeed").addFilter(

@@ -1,11 +1,11 @@
-"""Errors meant for the person at the keyboard: one clear message, exit code 2, no traceback."""
+"""Errors for the user: they are printed as one clear message without a traceback, and the exit code is 2."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-MOST_CHARACTERS = 500  # of another library's message, which may quote the input
+MOST_CHARACTERS = 500  # maximal length of another library's message, which may quote the input
 
 
 class UserError(ValueError):
@@ -17,18 +17,19 @@ class NoRoom(UserError):
 
 
 class WorkersFailed(RuntimeError):
-    """A worker process died or raised; the message holds what it said. The parent has no traceback of its own to show."""
+    """A worker process died or raised. The message holds its error, because the parent has no useful traceback of its own."""
 
 
 class ReplicasDiffer(RuntimeError):
-    """Ranks that must hold the same numbers do not: a fault of a machine, or a bug. The message names step, ranks and what."""
+    """Ranks that must hold the same numbers do not, because of a faulty machine or a bug. The message names the step, the
+    ranks and the tensors."""
 
 
 def one_line(error: BaseException, *, lines: int | None = 1) -> str:
-    """What another library's error says in the first ``lines`` that are not empty (``None``: in all of them), as one line that
-    can stand behind a file's name; the name of its type where it says nothing."""
-    said = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
-    return " ".join(said[:lines])[:MOST_CHARACTERS] or type(error).__name__
+    """Return another library's error as one line that can follow a file's name: the first ``lines`` of its message that are not
+    empty (``None``: all of them), or the name of its type if the message is empty."""
+    filled = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return " ".join(filled[:lines])[:MOST_CHARACTERS] or type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,8 +1,8 @@
-"""What not every file system, container or account can do, each in one place: flush a folder, change a mode, map a file,
-rename across devices, say how much room there is, have a home or a place for temporary files.
+"""Operations that not every file system, container or account supports: flushing a folder, changing a mode, mapping a file,
+renaming across devices, reading the free space, a home folder, a folder for temporary files.
 
-Network and foreign disks (NFS, CIFS, FUSE, exFAT) answer such calls with an error although the data is well; then the
-run does without. What it can't do without becomes a ``UserError``.
+Network and foreign file systems (NFS, CIFS, FUSE, exFAT) answer such calls with an error although the data is intact. Then
+the run continues without the operation. If the operation is necessary, a ``UserError`` is raised.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# The file system has no such thing.
+# The file system does not support the operation.
 CANNOT = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY}
-MAY_NOT = {errno.EPERM, errno.EACCES}  # this user may not use it
-SOCKET_BYTES = 60  # what a temporary folder's name may have: a socket's has 107, with a folder and a name of its own
+MAY_NOT = {errno.EPERM, errno.EACCES}  # this user is not allowed to use it
+SOCKET_BYTES = 60  # maximal length of the temporary folder's path: a socket's path below it may have 107 bytes
 
 
 def flush(path: Path) -> None:
-    """fsync a file or a folder, where that is possible. Raises ``OSError`` where data did not reach the disk."""
+    """fsync a file or a folder, if the file system supports that. Raises ``OSError`` if data did not reach the disk."""
     is_folder = path.is_dir()
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError as error:
-        if is_folder and error.errno in CANNOT | MAY_NOT:  # one that may be written but not read
+        if is_folder and error.errno in CANNOT | MAY_NOT:  # this folder may be writable but not readable
             return
         raise
     try:
@@ -45,7 +45,7 @@ def flush(path: Path) -> None:
 
 
 def set_mode(path: Path, mode: int) -> None:
-    """chmod, where files have modes of their own."""
+    """chmod a file, if the file system supports modes."""
     try:
         path.chmod(mode)
     except OSError as error:
@@ -54,7 +54,7 @@ def set_mode(path: Path, mode: int) -> None:
 
 
 def move(path: Path, to: Path) -> None:
-    """Rename a file or folder; copy it where it lies on another device, as the lower layers of a container's disk do."""
+    """Rename a file or folder. If it is on another device, as in the lower layers of a container's disk, copy it instead."""
     try:
         os.rename(path, to)
     except OSError as error:
@@ -65,7 +65,7 @@ def move(path: Path, to: Path) -> None:
 
 
 def _copy(path: Path, to: Path) -> None:
-    """The content alone: modes and times can't be kept everywhere."""
+    """Copy the content only, because not every file system can keep modes and times."""
     if not path.is_dir():
         shutil.copyfile(path, to)
         return
@@ -75,8 +75,8 @@ def _copy(path: Path, to: Path) -> None:
 
 
 def mapped(path: Path) -> NDArray[np.uint8]:
-    """The bytes of a file: mapped into memory, or read where files can't be mapped. Raises ``OSError``, and ``ValueError`` for
-    an empty one."""
+    """Return the bytes of a file, mapped into memory, or read if it can't be mapped. Raises ``OSError``, and ``ValueError`` if
+    the file is empty."""
     import numpy as np
 
     try:
@@ -88,7 +88,7 @@ def mapped(path: Path) -> NDArray[np.uint8]:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """The room that there is; ``None`` where the file system does not say. Raises ``OSError``: no such folder."""
+    """Return the free space; ``None`` if the file system does not report it. Raises ``OSError`` if there is no such folder."""
     try:
         usage = shutil.disk_usage(folder)
         return usage.free if usage.total else None
@@ -99,7 +99,7 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def expanded(path: str | Path) -> Path:
-    """``path`` with its ``~``; as it is where this account has no home (no HOME, no entry in passwd)."""
+    """Return ``path`` with ``~`` expanded; unchanged if this account has no home (no HOME, no entry in passwd)."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -107,7 +107,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def check_temporary_folder() -> None:
-    """Raises ``UserError`` where no temporary file can be made, nor the cache that torch makes when it is imported."""
+    """Raise ``UserError`` if temporary files, or the cache folder that torch creates at import, can't be created."""
     try:
         tempfile.gettempdir()
     except OSError as error:
@@ -117,14 +117,14 @@ def check_temporary_folder() -> None:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"TORCHINDUCTOR_CACHE_DIR={folder}: can't be made: {error.strerror}; set it to another folder, or not at all"
+                f"TORCHINDUCTOR_CACHE_DIR={folder}: can't be created: {error.strerror}; set it to another folder, or unset it"
             ) from None
 
 
 def check_place_for_sockets() -> None:
-    """Raises ``UserError`` where the temporary folder's name is too long for a socket in it."""
+    """Raise ``UserError`` if the temporary folder's path is too long for a socket in it."""
     folder = tempfile.gettempdir()
     if len(os.fsencode(folder)) > SOCKET_BYTES:
         raise UserError(
-            f"TMPDIR={folder}: too long a name for the sockets of several processes; set it to a shorter one"
+            f"TMPDIR={folder}: this path is too long for the sockets of several processes; set it to a shorter one"
         )

@@ -1,4 +1,4 @@
-"""Whose a folder is, what makes it whole, and whether a name that a file gives leads out of it."""
+"""Checks of folders: which user owns one, which files make it complete, and whether a path leads out of it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.strict_json import read_json
 
-MARKER = "COMPLETE.json"  # of a folder that is whole: its files, with sizes and checksums
+MARKER = "COMPLETE.json"  # the marker of a complete folder: its files with sizes and checksums
 
 
 def is_below(name: str) -> bool:
-    """Whether ``name``, read in a file, stays in that file's folder."""
+    """Return whether the relative path ``name``, read from a file, stays inside that file's folder."""
     return not os.path.isabs(name) and ".." not in PurePath(name).parts
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether the file itself, links followed, lies in ``folder``. In the Hub's cache all files of a snapshot are links into
-    the ``blobs`` of the same repository."""
+    """Return whether the file, after following links, is in ``folder``. In the Hub's cache all files of a snapshot are links to
+    the ``blobs`` of the same repository, which are accepted."""
     target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     blobs = root.parent.parent / "blobs"
     return target.is_relative_to(root) or (root.parent.name == "snapshots" and target.parent == blobs)
 
 
 def marked_files(folder: Path, pattern: str) -> list[str]:
-    """Names of the files that match ``pattern`` among those that make a folder whole; what else lies there is not its
-    own. None without a marker that can be read."""
+    """Return the names in the folder's marker that match ``pattern``. Other files in the folder are ignored. The list is empty
+    if there is no readable marker."""
     try:
         names = read_json(folder / MARKER)["files"]
         return [name for name in sorted(names) if fnmatch(name, pattern) and is_below(name)]
@@ -39,63 +39,64 @@ def marked_files(folder: Path, pattern: str) -> list[str]:
         return []
 
 
-SHARED = "PRETRAIN_SHARED_FOLDERS"  # in the environment: people who share a folder trust each other
-NEW_FOLDER = 0o775  # whatever the umask: others may not write
+SHARED = "PRETRAIN_SHARED_FOLDERS"  # environment variable: the users who share a folder trust each other
+NEW_FOLDER = 0o775  # mode of new folders, so that other users can't write with any umask
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and what is missing above it; none of them can be changed by others."""
+    """Create a folder and its missing parents, which other users can't write to."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(NEW_FOLDER, exist_ok=True)
 
 
 def check_private(folder: Path, key: str) -> None:
-    """Look whether somebody else could change what a run reads and writes in ``folder``, which ``key`` has named.
+    """Check whether another user could change what a run reads and writes in ``folder``, the value of ``key``.
 
-    Raises ``UserError`` for a folder of another user, and where every user of the machine can write, in it or in one above,
-    without the sticky bit, which keeps them from others' files. A group of several people costs a notice: an administrator
-    has made it. Root, in a container, owns few of its folders. With ``SHARED`` in the environment all of it is a notice.
+    Raises ``UserError`` if the folder belongs to another user, or if every user of the machine can write to it or to a parent
+    without the sticky bit (with the sticky bit they can't change each other's files). A folder writable by a group of several
+    users only causes a notice, because an administrator has created the group. Root is exempt from the check of the owner,
+    since in a container it owns few of the folders. With ``SHARED`` in the environment every finding is only a notice.
     """
     reason = _shared_by(folder)
     if reason is None:
         return
     if os.environ.get(SHARED) in (None, "", "0"):
         raise UserError(
-            f"{key}={folder}: {reason}, and so could change what is read and written there; choose another place, or set "
-            f"{SHARED}=1 where all of them are trusted"
+            f"{key}={folder}: {reason}; others could change what is read and written there; choose another folder, or set "
+            f"{SHARED}=1 if all of them are trusted"
         )
-    _say(f"{key}={folder}: {reason}, and so could change what is read and written there")
+    _say(f"{key}={folder}: {reason}; others could change what is read and written there")
 
 
 def _shared_by(folder: Path) -> str | None:
-    """Who else could change the folder, as a sentence; only said of a group."""
+    """Return which other user could change the folder, as a sentence, or ``None``. A group only causes a notice."""
     found = folder.stat()
     for place in _with_parents(folder):
         mode = place.stat().st_mode
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            return f"every user of this machine can write in {place} (chmod o-w would end that)"
+            return f"every user of this machine can write in {place} (chmod o-w prevents that)"
     if found.st_uid not in (0, os.geteuid()) and os.geteuid() != 0:
         return "it belongs to another user"
     if found.st_mode & stat.S_IWGRP and not found.st_mode & stat.S_ISVTX and not _is_own_group(found.st_gid):
-        _say(f"{folder} can be changed by everybody in its group, and with it what a run reads back: chmod g-w")
+        _say(f"{folder} and what a run reads from it can be changed by everybody in its group; chmod g-w prevents that")
     return None
 
 
 def _with_parents(folder: Path) -> list[Path]:
-    """The folder and all above it, also of what a link leads to."""
+    """Return the folder and all of its parents, and those of its target if it is a link."""
     named, real = Path(os.path.abspath(folder)), Path(os.path.realpath(folder))
     return list(dict.fromkeys(p for path in (real, named) for p in (path, *path.parents) if p.exists()))
 
 
 def _is_own_group(gid: int) -> bool:
-    """Whether nobody else is in the group: most systems make one for each user, under the user's name."""
+    """Return whether the user is the only member of the group. Most systems create such a group for each user."""
     import grp
     import pwd
 
     try:
         group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
-    except KeyError:  # of no name here: who is in it can't be known
+    except KeyError:  # the group has no name here, so its members are unknown
         return gid == os.getegid() == os.geteuid()
     alone = set(group.gr_mem) <= {user.pw_name}
     return alone and (gid == user.pw_gid) and group.gr_name == user.pw_name
@@ -107,10 +108,11 @@ def _say(message: str) -> None:
 
 
 def check_links(folder: Path, key: str, names: Iterable[str]) -> None:
-    """Look at what lies in ``folder`` under ``names`` of what is written there; ``logs/*``: all in the folder ``logs``.
+    """Check the existing entries of ``folder`` that a run writes to. ``names`` lists them; ``logs/*`` means every entry of the
+    folder ``logs``.
 
-    Raises ``UserError`` for a link, through which another place would be written; for what is neither a file nor a folder; and
-    for what belongs to another user. ``folder`` itself may be a link.
+    Raises ``UserError`` for a link, through which another place would be written, for an entry that is neither a file nor a
+    folder, and for one that belongs to another user. ``folder`` itself may be a link.
     """
     for path in (path for name in names for path in _present(folder, name)):
         found, name = path.lstat(), path.relative_to(folder)
@@ -121,14 +123,14 @@ def check_links(folder: Path, key: str, names: Iterable[str]) -> None:
         elif not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
             wrong = "neither a file nor a folder"
         elif found.st_uid not in (0, os.geteuid()) and os.geteuid() != 0:
-            wrong = "of another user"
+            wrong = "owned by another user"
         else:
             continue
-        raise UserError(f"{key}={folder}: {name} in it is {wrong}; remove it, or choose another place")
+        raise UserError(f"{key}={folder}: {name} in it is {wrong}; remove it, or choose another folder")
 
 
 def _present(folder: Path, name: str) -> list[Path]:
-    """What is there under a name, a link that leads nowhere too."""
+    """Return the existing entries that a name selects, including dangling links."""
     path = folder / name.removesuffix("/*")
     if name.endswith("/*"):
         return sorted(path.iterdir()) if path.is_dir() and not path.is_symlink() else []

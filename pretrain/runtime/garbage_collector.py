@@ -1,5 +1,5 @@
-"""Python's garbage collector, out of the way: while a program starts, imports make millions of objects that all stay, and
-looking through them again and again took a sixth of the CPU time to the first step (measured on one process)."""
+"""Settings of Python's garbage collector. While a program starts, imports create millions of objects that all stay, and
+scanning them repeatedly took a sixth of the CPU time to the first step (measured on one process)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import gc
 USUAL = gc.get_threshold()
 
 
-def rarely() -> None:
-    """From now on it looks once in half a million new objects; never would let a long preparation grow."""
+def collect_rarely() -> None:
+    """Collect only after half a million new objects from now on. Disabling it would let memory grow in a long preparation."""
     gc.set_threshold(500_000, *USUAL[1:])
 
 
-def as_usual() -> None:
-    """The start is over: what exists by now stays and is not looked at again."""
+def restore_thresholds() -> None:
+    """Restore the usual thresholds at the end of the start, and exclude all present objects from later collections."""
     gc.freeze()
     gc.set_threshold(*USUAL)

@@ -1,8 +1,8 @@
-"""One process at a time: the kernel's lock on a file, which is free as soon as its holder is gone, however it went.
+"""Mutual exclusion of processes by the kernel's lock on a file, which the kernel frees when its holder ends for any reason.
 
-Some file systems have none (ENOSYS, ENOLCK: NFS without its lock daemon, some FUSE, CIFS). There a file that only one can
-make stands for it. It names its maker, whose life is looked at: on this machine by its process, on another by the time of
-the file, which the holder renews. (`filelock` 4.2 does without the kernel's lock for ENOSYS alone.)
+Some file systems have no such lock (ENOSYS, ENOLCK: NFS without its lock daemon, some FUSE, CIFS). There a claim file is
+used, which only one process can create. It names its holder. A holder on this machine is alive if its process is; a holder on
+another machine renews the modification time of the file. (`filelock` 4.2 has a fallback for ENOSYS only.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BUSY = {errno.EAGAIN, errno.EACCES}
 NO_LOCKS = CANNOT | {errno.ENOLCK}
 POLL_SECONDS = 0.01
 RENEW_SECONDS = 10.0
-STALE_SECONDS = 120.0  # of a holder on another machine
+STALE_SECONDS = 120.0  # a claim of another machine that was not renewed for so long is stale
 
 
 class Busy(OSError):
@@ -33,16 +33,16 @@ class Busy(OSError):
 
 
 class Lock:
-    """An exclusive lock on ``path``, a file that is made and stays."""
+    """An exclusive lock on the file ``path``, which is created and not deleted."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: int | None = None
-        self._claim: Path | None = None  # instead of the kernel's lock
+        self._claim: Path | None = None  # the claim file, if the kernel has no lock
         self._released = threading.Event()
 
     def acquire(self, timeout: float | None = None) -> Lock:
-        """Hold it. ``timeout``: seconds; ``None``: however long it takes. Raises ``Busy``, ``OSError``."""
+        """Acquire the lock within ``timeout`` seconds (``None``: no limit). Raises ``Busy`` and ``OSError``."""
         until = None if timeout is None else time.monotonic() + timeout
         while not self._try():
             if until is not None and time.monotonic() >= until:
@@ -52,17 +52,17 @@ class Lock:
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """What a child that is to hold it too must inherit."""
+        """The file descriptors that a child process must inherit to hold the lock too."""
         return () if self._file is None else (self._file,)
 
     def moved(self, path: Path) -> None:
-        """The file is now ``path``: the folder in which it lies was renamed."""
+        """Set the file to ``path``, after its folder was renamed."""
         self.path = path
         if self._claim is not None:
             self._claim = _claim_of(path)
 
     def release(self) -> None:
-        """A child that has inherited it still holds it."""
+        """Release the lock. A child process that has inherited it still holds it."""
         self._released.set()
         if self._claim is not None:
             with suppress(OSError):
@@ -73,7 +73,7 @@ class Lock:
             self._file = None
 
     def __del__(self) -> None:
-        """A lock that nobody has any more is free. A claim stays: the process may be a fork of the one that made it."""
+        """Free the kernel's lock. A claim file stays, because this process may be a fork of the one that created it."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -89,20 +89,20 @@ class Lock:
             if error.errno not in NO_LOCKS:
                 raise
             return self._try_to_claim()
-        if not _is_at(self.path, file):  # its holder has moved it between the two calls above
+        if not _is_at(self.path, file):  # its holder has moved the file between open and flock
             os.close(file)
             return False
         self._file = file
         return True
 
-    # -- without the kernel's ------------------------------------------------------------------------------------------
+    # -- without the kernel's lock -------------------------------------------------------------------------------------
 
     def _try_to_claim(self) -> bool:
         claim = _claim_of(self.path)
         if (holder := _read(claim)) is not None:
             if _is_alive(holder, claim):
                 return False
-            _take_away(claim, holder)
+            _remove_claim(claim, holder)
         try:
             file = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except FileExistsError:
@@ -110,7 +110,7 @@ class Lock:
         try:
             with os.fdopen(file, "w", encoding="utf-8") as made:
                 json.dump(_this_process(), made)
-        except OSError:  # a full disk: nobody would renew it, and others wait for that
+        except OSError:  # a full disk: no process would renew the claim, and others would wait for it
             claim.unlink(missing_ok=True)
             raise
         self._claim = claim
@@ -136,7 +136,7 @@ def _claim_of(path: Path) -> Path:
 
 
 def _read(claim: Path) -> dict[str, Any] | None:
-    """Who holds it; ``None``: nobody. Empty where it does not say, being written or torn."""
+    """Return the holder of a claim, or ``None`` if there is no claim. It is empty if the claim is incomplete or being written."""
     try:
         holder = json.loads(claim.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -153,14 +153,14 @@ def _is_alive(holder: dict[str, Any], claim: Path) -> bool:
 
 
 def _is_stale(claim: Path) -> bool:
-    """By the clock of the file system, which may be another machine's."""
+    """Return whether a claim was not renewed in time, by the clock of the file system, which may be another machine's."""
     with suppress(OSError), NamedTemporaryFile(prefix=f"{claim.name}.", dir=claim.parent) as now:
         return os.fstat(now.fileno()).st_mtime - claim.stat().st_mtime > STALE_SECONDS
     return False
 
 
-def _take_away(claim: Path, holder: dict[str, Any]) -> None:
-    """The claim of a dead ``holder``; one that somebody else has made meanwhile is put back."""
+def _remove_claim(claim: Path, holder: dict[str, Any]) -> None:
+    """Remove the claim of a dead ``holder``. If another process has replaced it in the meantime, that claim is restored."""
     away = claim.with_name(f"{claim.name}.dead-{os.getpid()}")
     with suppress(OSError):
         os.rename(claim, away)
@@ -183,7 +183,7 @@ def _boot() -> str:
 
 
 def _started(pid: Any) -> str | None:
-    """When a process of this machine was started (clock ticks since it was, by proc(5)); ``None``: there is none."""
+    """Return when a process of this machine was started, in clock ticks after boot (see proc(5)); ``None`` if it does not run."""
     try:
         state = Path(f"/proc/{int(pid)}/stat").read_text(encoding="utf-8", errors="replace")
     except (OSError, TypeError, ValueError):

@@ -1,6 +1,6 @@
-"""How much memory of the host this process may still take, and how much it has taken: from the kernel's own files.
+"""Available and used host memory of this process, read from the kernel's files.
 
-Where there are none (macOS) the answers are ``None``; a failed allocation is then the first to tell.
+Where these files do not exist (macOS) the results are ``None``; then only a failed allocation shows that memory ran out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ V1, V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "mem
 
 
 def available_bytes() -> int | None:
-    """The least of what the machine, the cgroups around this process and ``ulimit -v`` leave."""
+    """Return the available host memory: the minimum of MemAvailable and what the cgroups' limits and RLIMIT_AS leave."""
     limits = list(cgroup_bytes())
     machine = read_kib(Path("/proc/meminfo"), "MemAvailable")
     if machine is not None:
@@ -28,7 +28,7 @@ def available_bytes() -> int | None:
 
 
 def cgroup_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) -> Iterator[int]:
-    """What each cgroup around this process leaves of its limit, of version 1 or 2; nothing for one without a limit."""
+    """Yield what each cgroup (version 1 or 2) of this process leaves of its limit; nothing for a cgroup without a limit."""
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
@@ -44,12 +44,12 @@ def cgroup_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) ->
 
 
 def resident_bytes() -> int | None:
-    """What this process has in memory now."""
+    """Return the resident memory of this process."""
     return read_kib(Path("/proc/self/status"), "VmRSS")
 
 
 def peak_bytes() -> int | None:
-    """The most it has had in memory since ``reset_peak``, or since it began where the kernel keeps no shorter account."""
+    """Return the peak resident memory since ``reset_peak``, or since the process started if the kernel can't reset it."""
     return read_kib(Path("/proc/self/status"), "VmHWM")
 
 
@@ -59,7 +59,7 @@ def reset_peak() -> None:
 
 
 def read_kib(file: Path, name: str) -> int | None:
-    """The bytes of a line such as ``VmSize:  640256 kB`` of a file of the kernel's."""
+    """Return the bytes in a line such as ``VmSize:  640256 kB`` of one of the kernel's files."""
     try:
         found = re.search(rf"^{name}:\s+(\d+) kB$", file.read_text(), re.MULTILINE)
     except OSError:
@@ -68,5 +68,5 @@ def read_kib(file: Path, name: str) -> int | None:
 
 
 def gib(number: float) -> str:
-    """``"3.1 GiB"``, ``"310 MiB"``."""
+    """Format a number of bytes, such as ``"3.1 GiB"`` or ``"310 MiB"``."""
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"

@@ -1,4 +1,4 @@
-"""Memory that ran out, of a device or of the host: recognised where it happens."""
+"""Detection of errors that mean that memory of a device or of the host ran out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIGNS = (  # in the message of a RuntimeError; the first two are torch's CPU all
 
 
 class OutOfMemory(RuntimeError):
-    """``doing``: what needed the memory. The message is the numbers."""
+    """Memory ran out while ``doing`` something. The message states how much was requested and available."""
 
     def __init__(self, doing: Doing, numbers: str) -> None:
         super().__init__(numbers)
@@ -28,7 +28,7 @@ class OutOfMemory(RuntimeError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory of the device or of the host ran out."""
+    """Return whether ``error`` means that memory of the device or of the host ran out."""
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
@@ -36,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def watched(doing: Doing) -> Iterator[None]:
-    """Raises ``OutOfMemory`` for memory that runs out inside; the innermost one knows best what it was for."""
+    """Raise ``OutOfMemory`` if memory runs out inside. Of nested blocks the innermost ``doing`` is reported."""
     try:
         yield
     except OutOfMemory:
@@ -48,13 +48,13 @@ def watched(doing: Doing) -> Iterator[None]:
 
 
 def numbers(error: BaseException) -> str:
-    """How much was asked for and how much there was, from the allocator's own message as far as it says so."""
+    """Return how much memory was requested and available, as far as the allocator's message states it."""
     text = str(error)
     found = []
-    if asked := re.search(r"tried to allocate (\d+) bytes", text):
-        found.append(f"tried to allocate {gib(int(asked[1]))}")
-    elif asked := re.search(r"(?:Tried|Unable) to allocate ([\d.]+ \w+)", text):
-        found.append(f"tried to allocate {asked[1]}")
+    if requested := re.search(r"tried to allocate (\d+) bytes", text):
+        found.append(f"tried to allocate {gib(int(requested[1]))}")
+    elif requested := re.search(r"(?:Tried|Unable) to allocate ([\d.]+ \w+)", text):
+        found.append(f"tried to allocate {requested[1]}")
     if device := re.search(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free", text):
         found.append(f"{device[2]} of {device[1]} free")
     elif "CUDA" not in text and (peak := peak_bytes()) is not None:

@@ -1,4 +1,4 @@
-"""How a process of ours starts another one of this program."""
+"""Starting another process of this program."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1]  # the folder of this package
 
 
 def module_command(module: str) -> list[str]:
-    """The words that run ``module`` as a program, with imports from where this process has them: ``python -m`` alone puts the
-    current folder first, and a stranger's folder may hold a ``yaml.py``."""
+    """Return the command that runs ``module`` as a program with this process's import path. ``python -m`` alone would put the
+    current folder first, and another user's folder may contain a ``yaml.py``."""
     here = {"", os.curdir, os.getcwd()}
     return [sys.executable, *([] if here & set(sys.path) else ["-P"]), "-m", module]

@@ -1,8 +1,8 @@
-"""Secrets: none may stand in a config, and what is said or logged goes through `redact`.
+"""Secrets. A config must not contain any, and everything that is printed or logged passes through `redact`.
 
-No key takes a token: the libraries read theirs from the environment, the Hub's token file and netrc. Known are the
-values found there, in each form in which a log may quote them, and what looks like a token or a password in a URL wherever
-it comes from.
+No key accepts a token: libraries read tokens from the environment, the Hub's token file and netrc. The secrets that are
+recognised are the values found there, in each form in which a log may quote them, and every text that has the form of a
+token or of a password in a URL.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ NAMES = re.compile(  # of environment variables
     r"|_PWD$|_PASS$|_PAT$|_AUTH$",
     re.IGNORECASE,
 )
-SHORTEST = 8  # characters; a shorter value stands in innocent words
+SHORTEST = 8  # characters; a shorter value may occur in ordinary words
 WORD = r"[^\s/:@\"'<>,]"  # of a URL, before the host
-SHAPES = {  # what is replaced is the match, or of one with a group `secret` that group
+SHAPES = {  # the match is replaced, or only its group `secret` if there is one
     "a Hugging Face token": re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}"),
     "a W&B key": re.compile(r"\bwandb_v\d_\w{16,}|\blocal-[0-9a-f]{40}\b"),
-    "a key": re.compile(  # hex digits alone may be a commit or a checksum: only where the words before say otherwise
+    "a key": re.compile(  # hex digits alone may be a commit or a checksum, so a word before them is required
         r"(?i:(?:wandb|api|access|secret|private|auth)[\w. -]{0,20}?(?:key|token)|\b(?:token|passwd|password|passphrase))"
         r"""(?:["']?\s*[=:]\s*["']?|\s+(?:is\s+)?)(?P<secret>[0-9a-f]{40}|[0-9a-f]{32})\b"""
     ),
@@ -51,7 +51,7 @@ SHAPES = {  # what is replaced is the match, or of one with a group `secret` tha
     "an authorization": re.compile(
         r"(?i:\bauthorization[\"']?\s*[:=]\s*[\"']?(?:bearer|basic|token)\s+|\bbearer\s+(?=\S*\d))(?P<secret>[\w.~+/=-]{16,})"
     ),
-    # A password may have slashes in it; `host:8080/` is no password.
+    # A password may contain slashes; `host:8080/` is not a password.
     "a password in a URL": re.compile(rf"(?<=://)(?P<secret>{WORD}*:(?!\d{{1,5}}[/?#])[^\s@\"'<>,]*)(?=@[\w.\[-])"),
     "a token in a URL": re.compile(rf"\bhttps?://(?P<secret>(?={WORD}*\d){WORD}{{8,}}|{WORD}{{20,}})(?=@[\w.\[-])"),
     "a key in a URL": re.compile(
@@ -61,7 +61,7 @@ SHAPES = {  # what is replaced is the match, or of one with a group `secret` tha
 
 
 def secrets() -> dict[str, str]:
-    """Value → where it stands, of every secret this process can know. A path is none: it says where one lies."""
+    """Return every secret that this process can find, with its location. A path is not a secret, since it only names a file."""
     found = {value: f"the value of ${name}" for name, value in os.environ.items() if NAMES.search(name)}
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
     file = expanded(os.environ.get("HF_TOKEN_PATH", f"{home}/token"))
@@ -76,7 +76,7 @@ def secrets() -> dict[str, str]:
 
 
 def _is_path(value: str) -> bool:
-    """Whether a value says where something lies, as a path does; a secret in base64 may begin like one."""
+    """Return whether a value is a path; a secret in base64 may start like one."""
     return value[0] in "/~" and (re.fullmatch(r"[\w./~@ -]+", value) is not None or os.path.exists(value))
 
 
@@ -93,7 +93,7 @@ def _forms(secret: str) -> tuple[str, ...]:
 
 
 def forms(secret: str) -> Iterator[str]:
-    """``secret`` as a text may quote it: as it is, in its repr, in JSON, in a URL, in base64, and of several lines each."""
+    """Yield the forms in which a text may quote ``secret``: unchanged, as repr, in JSON, in a URL, in base64, and each line."""
     yield secret
     yield repr(secret)[1:-1]
     yield repr(secret.encode(errors="surrogateescape"))[2:-1]
@@ -108,14 +108,14 @@ def forms(secret: str) -> Iterator[str]:
     yield from (line.strip() for line in secret.splitlines()[1:-1] if len(line.strip()) >= 2 * SHORTEST)
 
 
-def held(text: str, known: dict[str, str]) -> str | None:
-    """Which secret stands in ``text``, in words; ``known``: of ``secrets()``."""
+def find_secret(text: str, known: dict[str, str]) -> str | None:
+    """Return a description of a secret in ``text``, or ``None``; ``known`` is the result of ``secrets()``."""
     where = next((where for value, where in known.items() if any(form in text for form in _forms(value))), None)
     return where or next((what for what, shape in SHAPES.items() if shape.search(text)), None)
 
 
 def redact(text: str) -> str:
-    """``text`` with ``***`` for every secret in it."""
+    """Return ``text`` with every secret replaced by ``***``."""
     for form in sorted({form for value in secrets() for form in _forms(value)}, key=len, reverse=True):
         text = text.replace(form, "***")
     for shape in SHAPES.values():
@@ -131,7 +131,7 @@ def _without_secret(match: re.Match[str]) -> str:
 
 
 class RedactingFormatter(logging.Formatter):
-    """What is logged, tracebacks too, without secrets."""
+    """A formatter that removes secrets from log messages and tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))

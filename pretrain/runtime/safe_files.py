@@ -1,7 +1,7 @@
-"""Writing in folders where somebody else may have put something: a link is never followed, and a pipe never waited for.
+"""Safe writing in folders that may contain other users' entries: links are never followed and pipes never waited for.
 
-A folder of a run, a sweep or the cache is ours alone (`pretrain.runtime.folders.check_private`); this is for what lay
-there before.
+Other users can't write to the folder of a run, a sweep or the cache (`pretrain.runtime.folders.check_private`); this
+protects against entries that existed before.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getatt
 
 
 def open_file(path: Path, flags: int, mode: int = 0o666, *, truncate: bool = False) -> int:
-    """A descriptor of the regular file ``path``, which is made where there is none, and emptied with ``truncate``. One with
-    another name elsewhere (a hard link) is replaced by a copy first, so that what lies under the other name stays as it is.
+    """Return a descriptor of the regular file ``path``. It is created if it does not exist, and emptied with ``truncate``. A file
+    with several hard links is replaced by a copy first, so that the content under its other names is not changed.
 
-    Raises ``OSError`` for a link, and for what is no regular file.
+    Raises ``OSError`` for a symbolic link and for anything else that is not a regular file.
     """
     handle = os.open(path, flags | os.O_CREAT | NO_FOLLOW, mode)
     found = os.fstat(handle)
@@ -45,18 +45,18 @@ def _own_copy(path: Path) -> None:
 
 
 def open_append(path: Path, **options: Any) -> IO[Any]:
-    """``path`` opened to append; ``options``: of ``os.fdopen``."""
+    """Open ``path`` for appending; ``options`` are those of ``os.fdopen``."""
     return os.fdopen(open_file(path, os.O_WRONLY | os.O_APPEND), **options)
 
 
 def open_new(path: Path, **options: Any) -> IO[Any]:
-    """``path`` made anew, in the place of a file or a link of that name."""
+    """Create the file ``path``; an existing file or link of that name is removed first."""
     path.unlink(missing_ok=True)
     return os.fdopen(open_file(path, os.O_WRONLY | os.O_EXCL), **options)
 
 
 def own_folder(path: Path) -> Path:
-    """Make a folder where there is none, and return it. Raises ``OSError`` for a link, and for what is no folder."""
+    """Create a folder if it does not exist, and return it. Raises ``OSError`` for a link and for anything but a folder."""
     path.mkdir(exist_ok=True)
     if path.is_symlink():
         raise OSError(errno.ELOOP, f"{path} is a link to {os.path.realpath(path)}", str(path))

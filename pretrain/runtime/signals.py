@@ -1,5 +1,5 @@
-"""Ctrl-C, SIGTERM, SIGUSR1 and a terminal that is closed (SIGHUP) ask a run to stop: the step is finished, the state saved,
-and the exit code is 75."""
+"""Stop signals: after Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP (a closed terminal) a run finishes its step, saves its state and exits
+with code 75."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from types import FrameType
 from pretrain.runtime.console import notice
 
 SIGNALS: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it for us: the run outlives its terminal
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it: the run outlives its terminal
     SIGNALS += (signal.SIGHUP,)
-ONE_CTRL_C_SECONDS = 1.0  # under torchrun a single one arrives twice, from the terminal and from torchrun
-IMPORT_SECONDS = 0.05  # then a signal that came in the middle of an import is sent again
-# At most, of waiting without a look: a signal that another thread has taken (after SIGCONT) does not wake the one that waits.
-HEARING_SECONDS = 0.1
+ONE_CTRL_C_SECONDS = 1.0  # under torchrun a single Ctrl-C arrives twice, from the terminal and from torchrun
+IMPORT_SECONDS = 0.05  # delay after which a signal that arrived during an import is sent again
+# The longest wait without a check: a signal that another thread has received (after SIGCONT) does not wake the waiting thread.
+SIGNAL_POLL_SECONDS = 0.1
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
 
 
 class Interrupt:
-    """``requested`` turns true at the first signal; a second Ctrl-C leaves at once, the last checkpoint stays good.
+    """The handler of stop signals. ``requested`` becomes true at the first signal. A second Ctrl-C exits immediately; the last
+    checkpoint stays valid.
 
-    defer_signals is false while there is nothing to finish (reading data, building the model): then the first signal
-    raises ``Stopped`` where the program stands.
+    ``defer_signals`` is false while there is nothing to finish (reading data, building the model). Then the first signal
+    raises ``Stopped`` at once.
     """
 
     def __init__(self, *, silent: bool = False) -> None:
         self.requested = False
         self.defer_signals = False
         self._silent = silent
-        self._asked_at = 0.0
+        self._requested_at = 0.0
 
     def install(self) -> None:
         for number in SIGNALS:
@@ -43,22 +44,23 @@ class Interrupt:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.requested:
-            if number == signal.SIGINT and time.monotonic() - self._asked_at > ONE_CTRL_C_SECONDS:
+            if number == signal.SIGINT and time.monotonic() - self._requested_at > ONE_CTRL_C_SECONDS:
                 os._exit(128 + number)
             return
         if not self.defer_signals and importing(frame):
             threading.Timer(IMPORT_SECONDS, os.kill, (os.getpid(), number)).start()
             return
-        self.requested, self._asked_at = True, time.monotonic()
+        self.requested, self._requested_at = True, time.monotonic()
         if not self.defer_signals:
             raise Stopped(name)
         if not self._silent:
-            notice(f"{name}: finishing this step, then saving; Ctrl-C again leaves at once")
+            notice(f"{name}: finishing this step, then saving; Ctrl-C again exits immediately")
 
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Inside, signals that ask to stop wait; processes that are started inside never hear one, unless they unblock them."""
+    """Block stop signals inside. Processes that are started inside inherit this, and never receive one unless they unblock
+    them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -67,8 +69,8 @@ def signals_blocked() -> Iterator[None]:
 
 
 def importing(frame: FrameType | None) -> bool:
-    """Whether ``frame`` is in the middle of an import: one that is left there (numpy's, torch's) can't be made again, and
-    whoever tries says that instead of why the program ends."""
+    """Return whether ``frame`` is inside an import. An interrupted import (numpy's, torch's) can't be repeated, and a second
+    attempt would raise an error that hides why the program ends."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
@@ -77,4 +79,4 @@ def importing(frame: FrameType | None) -> bool:
 
 
 class Stopped(BaseException):
-    """A signal came before there was anything to save. The same command starts where it was."""
+    """A signal arrived before there was anything to save. The same command starts again from there."""

@@ -1,7 +1,7 @@
-"""Standard streams that can't hold a run up: a pipe that nobody reads, a terminal that was paused, closed or never there.
+"""Standard streams that can't block a run: a pipe that is not read, or a terminal that is paused, closed or missing.
 
-A thread of its own carries what is said to its descriptor. Where that does not take it, lines are lost, and counted; a run
-is worth more than what it says.
+A thread writes the output to its descriptor. If the descriptor does not accept it, lines are dropped and counted, because
+training matters more than its output.
 """
 
 from __future__ import annotations
@@ -17,35 +17,34 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import TextIO
 
-MOST_WAITING = 1000  # pieces of text
-PATIENCE_SECONDS = 1.0  # how long nothing may move, at the end, before what still waits is given up
+MOST_WAITING = 1000  # maximal number of queued writes
+PATIENCE_SECONDS = 1.0  # at the end, the queued output is dropped if none of it could be written for so long
 READER_GONE = {errno.EPIPE, errno.EIO, errno.EBADF}  # EIO: a terminal that has hung up
 
 
 class NonBlockingStream(io.TextIOBase):
-    """A text stream over the descriptor of ``stream`` whose ``write`` and ``flush`` never wait, in a signal handler
-    either."""
+    """A text stream over the descriptor of ``stream`` whose ``write`` never blocks, not even in a signal handler."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self._descriptor = stream.fileno()
-        self._waiting: SimpleQueue[str | threading.Event] = SimpleQueue()  # the one queue that a handler may use
+        self._queue: SimpleQueue[str | threading.Event] = SimpleQueue()  # safe in a signal handler
         self._lost = 0
         self._bytes_out = 0
         self._reader_gone = False
-        threading.Thread(target=self._carry, name="outlet", daemon=True).start()
+        threading.Thread(target=self._write_queued, name="outlet", daemon=True).start()
 
     def write(self, text: str) -> int:
-        if self._waiting.qsize() < MOST_WAITING:
-            self._waiting.put(text)
+        if self._queue.qsize() < MOST_WAITING:
+            self._queue.put(text)
         else:
             self._lost += text.count("\n")
         return len(text)
 
     def flush(self) -> None:
-        """Wait until all of it is out, or nothing has moved for ``PATIENCE_SECONDS``."""
+        """Wait until all output is written, or no byte could be written for ``PATIENCE_SECONDS``."""
         done = threading.Event()
-        self._waiting.put(done)
+        self._queue.put(done)
         before = -1
         while not done.wait(PATIENCE_SECONDS) and self._bytes_out != before:
             before = self._bytes_out
@@ -63,34 +62,34 @@ class NonBlockingStream(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]
         return self.stream.encoding
 
-    def _carry(self) -> None:
+    def _write_queued(self) -> None:
         while True:
-            item = self._waiting.get()
+            item = self._queue.get()
             if isinstance(item, threading.Event):
                 item.set()
                 continue
-            self._put_out(item)
+            self._write_out(item)
             if self._lost:
                 lost, self._lost = self._lost, 0
-                self._put_out(f"… {lost} lines are missing here: nobody read them in time …\n")
+                self._write_out(f"… {lost} lines are missing here: they were not read in time …\n")
 
-    def _put_out(self, text: str) -> None:
+    def _write_out(self, text: str) -> None:
         left = text.encode(self.encoding, "backslashreplace")
         while left and not self._reader_gone:
             try:
                 written = os.write(self._descriptor, left)
                 left = left[written:]
                 self._bytes_out += written
-            except BlockingIOError:  # someone who shares it has made it non-blocking
+            except BlockingIOError:  # another process that shares it has made it non-blocking
                 select.select([], [self._descriptor], [])
             except OSError as error:
                 self._reader_gone = error.errno in READER_GONE
-                return  # a full disk behind it may have room later
+                return  # for example a full disk, which may have space later
 
 
 def ensure_open() -> None:
-    """Give a process that was started without a standard stream (``>&-``) an empty one. Otherwise Python has ``None``
-    there, and the next file that is opened would get, and be, the descriptor that libraries write their words to."""
+    """Open an empty stream for each standard stream without which the process was started (``>&-``). Otherwise Python has
+    ``None`` there, and the next opened file would get the descriptor to which libraries write their messages."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             empty = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 (open as long as the process lives)
@@ -98,9 +97,9 @@ def ensure_open() -> None:
             setattr(sys, name, empty)
 
 
-def never_wait() -> None:
-    """From now on stdout and stderr are outlets, settled at the latest when Python ends. What is no descriptor (a test's,
-    a notebook's) stays."""
+def make_nonblocking() -> None:
+    """Replace stdout and stderr with non-blocking streams, which are flushed at the latest when Python exits. Streams without
+    a descriptor (in a test or a notebook) are not replaced."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         with suppress(OSError):
@@ -111,8 +110,8 @@ def never_wait() -> None:
 
 
 def flush() -> None:
-    """Before a process leaves: get out what can be got out, and put the streams back as they were. A reader that is gone
-    is no failure, neither now nor for Python's own last flush."""
+    """Before a process exits, write what can be written and restore the original streams. A closed reader is not an error,
+    neither here nor in Python's own last flush."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, NonBlockingStream):

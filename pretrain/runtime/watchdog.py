@@ -1,7 +1,7 @@
-"""Notices that a run stands still, and ends the process with the stacks of all its threads in its log.
+"""Detection of a stalled run: the watchdog ends the process and writes the stacks of all its threads to its log.
 
-It watches what has no business to take long: a micro-batch, a batch of an evaluation, the loader, what is told to sinks. What
-may take long rests, and has a longer limit: the first batch (it compiles), resuming, exporting, building the model. Patting
+The usual limit applies to work that is never slow: a micro-batch, a batch of an evaluation, the loader, writing to sinks. A
+longer limit applies to slow work: the first batch (which compiles), resuming, exporting, building the model. A heartbeat
 costs two assignments.
 """
 
@@ -23,59 +23,62 @@ from typing import IO
 from pretrain.runtime.safe_files import open_append
 from pretrain.runtime.streams import flush
 
-# A tick counts for as long as it took, but never for more than two: time in which the whole process was stopped (Ctrl-Z,
-# a suspended job) or the machine was asleep is no hang. The ranks of a group get two ticks to notice it each by itself, and
-# leave all together before the shortest time in which a collective could give up.
+# A tick counts as the time that it took, but at most as two ticks: time in which the whole process was stopped (Ctrl-Z, a
+# suspended job) or the machine was asleep is not a hang. Each rank has two ticks to detect a hang by itself, so that all
+# ranks exit together before the earliest time at which a collective could time out.
 TICKS = 100
-STILL_TICKS = 96
+STALLED_TICKS = 96
 
 
 class Watchdog:
-    """heartbeat: something has moved. allow_slow: what comes until the next pat may take long, and so may what happens inside
-    slow. Watches inside ``guarding``, which begins at rest."""
+    """Ends the process if it makes no progress, inside ``guarding``.
+
+    ``heartbeat`` reports progress. After ``allow_slow`` the longer limit applies until the next heartbeat, and inside
+    ``slow`` it applies throughout. ``guarding`` starts with the longer limit.
+    """
 
     def __init__(self) -> None:
-        self._pats = 0
-        self._resting = True
-        self._naps = 0
+        self._heartbeats = 0
+        self._slow_allowed = True
+        self._slow_blocks = 0
 
     def heartbeat(self) -> None:
-        self._pats += 1
-        self._resting = False
+        self._heartbeats += 1
+        self._slow_allowed = False
 
     def allow_slow(self) -> None:
-        self._resting = True
+        self._slow_allowed = True
 
     @contextmanager
     def slow(self) -> Iterator[None]:
-        """Inside, no pat ends the rest."""
-        self._naps += 1
+        """Inside, the longer limit applies, and no heartbeat ends that."""
+        self._slow_blocks += 1
         try:
             yield
         finally:
             self.heartbeat()
-            self._naps -= 1
+            self._slow_blocks -= 1
 
     @contextmanager
     def guarding(
-        self, timeout: float, slow_timeout: float, *, log: Path, tell: Callable[[str, str], None]
+        self, timeout: float, slow_timeout: float, *, log: Path, report: Callable[[str, str], None]
     ) -> Iterator[None]:
-        """Inside, ``timeout`` seconds without a pat end this process with 1, or ``slow_timeout`` at rest, after
-        ``tell(place, how_long)`` has heard where it stands.
+        """Inside, this process exits with 1 after ``timeout`` seconds without a heartbeat, or ``slow_timeout`` while slow work
+        is allowed. Before that, ``report(place, how_long)`` is called with the function in which it is stalled.
 
-        SIGUSR2 writes the stacks into ``log`` at any time.
+        SIGUSR2 writes the stacks to ``log`` at any time.
         """
-        over = threading.Event()
+        finished = threading.Event()
         with open_append(log, mode="a") as file:
             faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
             thread = threading.Thread(
-                target=self._watch, args=(timeout, slow_timeout, file, tell, over), name="watchdog", daemon=True
+                target=self._watch, args=(timeout, slow_timeout, file, report, finished), name="watchdog", daemon=True
             )
             thread.start()
             try:
                 yield
             finally:
-                over.set()
+                finished.set()
                 thread.join()
                 faulthandler.unregister(signal.SIGUSR2)
 
@@ -84,30 +87,31 @@ class Watchdog:
         timeout: float,
         slow_timeout: float,
         log: IO[str],
-        tell: Callable[[str, str], None],
-        over: threading.Event,
+        report: Callable[[str, str], None],
+        finished: threading.Event,
     ) -> None:
         tick = timeout / TICKS
-        seen, still, last_tick = self._pats, 0.0, time.monotonic()
-        while not over.wait(tick):
+        seen, stalled, last_tick = self._heartbeats, 0.0, time.monotonic()
+        while not finished.wait(tick):
             passed, last_tick = time.monotonic() - last_tick, time.monotonic()
-            rests = self._resting or self._naps  # asked first: a rest ends after its pat
-            still = 0 if self._pats != seen else still + min(passed, 2 * tick)
-            seen = self._pats
-            limit, key = (slow_timeout, "launch.slow_timeout") if rests else (timeout, "launch.timeout")
-            if still >= STILL_TICKS / TICKS * limit:
-                how_long = f"nothing has moved for {limit:g} s ({key})"
-                # The hang may be of the very disk that the log is on, so nothing waits for the log.
+            # Read before the heartbeats, because `slow` ends after its heartbeat.
+            is_slow = self._slow_allowed or self._slow_blocks
+            stalled = 0 if self._heartbeats != seen else stalled + min(passed, 2 * tick)
+            seen = self._heartbeats
+            limit, key = (slow_timeout, "launch.slow_timeout") if is_slow else (timeout, "launch.timeout")
+            if stalled >= STALLED_TICKS / TICKS * limit:
+                how_long = f"no progress for {limit:g} s ({key})"
+                # The disk of the log may itself be the cause of the hang, so nothing waits for the log.
                 threading.Thread(target=_dump, args=(log, how_long), daemon=True).start()
-                tell(place_of(sys._current_frames()[threading.main_thread().ident or 0]), how_long)
+                report(place_of(sys._current_frames()[threading.main_thread().ident or 0]), how_long)
                 time.sleep(2 * tick)
                 flush()
                 os._exit(1)
 
 
 def place_of(frame: FrameType) -> str:
-    """Where a stack stands in this project's own code, as ``world.py:48 sum``; and the innermost function if that is
-    another's."""
+    """Return the innermost function of this project in a stack, such as ``world.py:48 sum``, followed by the innermost function
+    of all if that belongs to another package."""
     package = str(Path(__file__).parents[1]) + os.sep
     stack = [(f.f_code.co_filename, line, f.f_code.co_name) for f, line in traceback.walk_stack(frame)]
     own = next((entry for entry in stack if entry[0].startswith(package)), stack[0])

@@ -1,4 +1,4 @@
-"""What a strategy is: a value from YAML, without state, that turns a model into an Engine."""
+"""The base class of strategies. A strategy is a stateless value from YAML that builds an `Engine` from a model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a strategy is asked to work in: ``workers`` processes in all, on ``nodes`` machines, each on
-    ``devices_per_worker`` devices of ``device_type`` ("cuda" or "cpu")."""
+    """The processes, devices and batch sizes that a strategy has to support.
+
+    Attributes:
+        device_type: "cuda" or "cpu".
+        workers: number of processes on all machines.
+        nodes: number of machines.
+        devices_per_worker: number of devices of each process.
+        precision: dtypes of weights and computation.
+        batch_size: sequences per device and micro-batch.
+        accumulation: micro-batches per step.
+        grad_clip: maximal gradient norm (``None``: gradients are not clipped).
+    """
 
     device_type: str
     workers: int
@@ -33,35 +43,36 @@ class Setting:
 
     @property
     def devices(self) -> int:
-        """Of all processes."""
+        """The number of devices of all processes."""
         return self.workers * self.devices_per_worker
 
 
 class Strategy(ABC):
-    """To add one: a file here with a frozen dataclass, and a YAML of the same name under ``conf/strategy``."""
+    """Builds the engine of a run. To add a strategy, write a file in this folder with a frozen dataclass, and a YAML of the
+    same name under ``conf/strategy``."""
 
-    needs_group: bool = True  # whether even one process wants a process group
-    independent_forward: bool = True  # whether a rank can go forward and backward without the others
+    needs_group: bool = True  # whether even a single process needs a process group
+    independent_forward: bool = True  # whether one rank can run a forward and a backward without the others
 
     @property
     def name(self) -> str:
-        """As it is chosen: ``strategy=<name>``."""
+        """The name by which it is selected: ``strategy=<name>``."""
         return type(self).__name__.lower()
 
     def workers(self, devices: int) -> int:
-        """How many processes share a machine with ``devices`` devices."""
+        """Return the number of processes on a machine with ``devices`` devices."""
         return devices
 
     def devices_per_worker(self, devices: int) -> int:
-        """How many of a machine's ``devices`` one process computes on, each with ``batch_size`` sequences."""
+        """Return how many of a machine's ``devices`` one process uses. Each device computes ``batch_size`` sequences."""
         return 1
 
     def check(self, setting: Setting) -> None:
-        """Raises ``UserError`` for options that can't work there. Imports no torch."""
+        """Raise ``UserError`` for options that can't work with ``setting``. This does not import torch."""
         return
 
     def memory_saving_overrides(self, setting: Setting) -> list[str]:
-        """Overrides with which a device needs less memory there, the best first."""
+        """Return overrides with which a device needs less memory, the most effective first."""
         return []
 
     @abstractmethod
@@ -73,4 +84,5 @@ class Strategy(ABC):
         setting: Setting,
         world: DistributedContext,
     ) -> Engine:
-        """Build model and optimizer on this rank. Both come as recipes, so that a strategy decides when and where."""
+        """Build model and optimizer on this rank. Both are passed as factories, so that the strategy decides when and on
+        which device they are built."""

@@ -1,4 +1,4 @@
-"""``DistributedDataParallel``: a whole model on every rank, gradients averaged while the backward still runs."""
+"""``DistributedDataParallel``: every rank holds the full model, and gradients are averaged during the backward."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ddp(Strategy):
-    """``find_unused_parameters``, ``static_graph``, ``gradient_as_bucket_view``, ``bucket_cap_mb`` (MiB): see
+    """torch's DDP. The fields are its arguments (``bucket_cap_mb`` in MiB), see
     https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html"""
 
     find_unused_parameters: bool = False
@@ -36,12 +36,12 @@ class Ddp(Strategy):
         if self.static_graph and setting.accumulation > 1:
             raise UserError(
                 f"strategy.static_graph=true with gradient_accumulation_steps={setting.accumulation}: torch's DDP can't "
-                "leave out the exchange of gradients of a static graph; use static_graph=false, or 1 step"
+                "skip the reduction of gradients of a static graph; use static_graph=false, or 1 step"
             )
         if self.static_graph and self.find_unused_parameters:
             raise UserError(
-                "strategy.static_graph=true with strategy.find_unused_parameters=true: a static graph finds them by "
-                "itself; use one of the two"
+                "strategy.static_graph=true with strategy.find_unused_parameters=true: with a static graph DDP "
+                "finds them itself; use one of the two"
             )
 
     def memory_saving_overrides(self, setting: Setting) -> list[str]:
@@ -64,7 +64,7 @@ class Ddp(Strategy):
                 return nullcontext() if last else wrapped.no_sync()
 
         built = model.build(world.device)
-        more: dict[str, Any] = {_buffers_keyword(DistributedDataParallel): False}  # they are constants
+        more: dict[str, Any] = {_buffers_keyword(DistributedDataParallel): False}  # the model's buffers are constants
         if world.device.type == "cuda":
             more["device_ids"] = [world.device]
         wrapped = DistributedDataParallel(
@@ -86,6 +86,6 @@ class Ddp(Strategy):
 
 
 def _buffers_keyword(ddp: type) -> str:
-    """torch 2.13 renamed it."""
+    """Return the name of DDP's argument that synchronises buffers. torch 2.13 renamed it."""
     known = inspect.signature(ddp).parameters
     return "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"

@@ -1,7 +1,8 @@
-"""DeepSpeed's ZeRO: gradients, moments and weights in shards, by stage. Schedule, accumulation and checkpoints stay ours.
+"""DeepSpeed's ZeRO: gradients, moments and weights are sharded, depending on the stage. Schedule, accumulation and
+checkpoints are this program's own.
 
-Stage 0 shards nothing and is DDP by another library. From stage 1 on, 16-bit precisions keep the whole module in 16
-bits, with fp32 weights in the optimizer's shards: DeepSpeed's own mixed precision takes the place of autocast.
+Stage 0 shards nothing and equals DDP. From stage 1 on, 16-bit precisions keep the module's parameters in 16 bits and fp32
+weights in the optimizer's shards: DeepSpeed's own mixed precision replaces autocast.
 Source: https://www.deepspeed.ai/docs/config-json/
 """
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from pretrain.models.model_factory import ModelFactory
     from pretrain.strategy.engine import Engine
 
-OWNERS = {  # what decides a key of DeepSpeed's config in this program
+OWNERS = {  # the keys of this program that determine a key of DeepSpeed's config
     "train_batch_size": "batch_size, gradient_accumulation_steps and the number of processes",
     "train_micro_batch_size_per_gpu": "batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
@@ -39,7 +40,7 @@ OWNERS = {  # what decides a key of DeepSpeed's config in this program
     "fp16.enabled": "precision",
     "bfloat16": "precision",
     "torch_autocast": "precision",
-    # What writes files of its own, or sends records elsewhere: a config file may not choose such places.
+    # These write files or send records to a place that a config file must not choose.
     "tensorboard": "sink=[…,tensorboard]",
     "wandb": "sink=[…,wandb]",
     "csv_monitor": "sink=[…,csv]",
@@ -48,7 +49,7 @@ OWNERS = {  # what decides a key of DeepSpeed's config in this program
     "autotuning": "batch_size=auto",
     "data_efficiency": "the dataset group",
 }
-COMPILED = {  # what DeepSpeed compiles C++ or CUDA for at its first use
+COMPILED = {  # features for which DeepSpeed compiles C++ or CUDA at their first use
     "zero_optimization.zero_quantized_weights",
     "zero_optimization.zero_quantized_nontrainable_weights",
     "zero_optimization.zero_quantized_gradients",
@@ -57,7 +58,7 @@ COMPILED = {  # what DeepSpeed compiles C++ or CUDA for at its first use
     "hybrid_engine.enabled",
     "compile.deepcompile",
 }
-ROOT_KEYS = set(  # of DeepSpeed 0.19's config; it passes over any other without a word
+ROOT_KEYS = set(  # the keys of DeepSpeed 0.19's config; it silently ignores any other
     """
     activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type
     compile csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather
@@ -74,10 +75,14 @@ ROOT_KEYS = set(  # of DeepSpeed 0.19's config; it passes over any other without
 
 @dataclass(frozen=True)
 class Deepspeed(Strategy):
-    """``zero_stage``: what lies in shards: 0 nothing, 1 moments and fp32 weights, 2 gradients too, 3 all weights.
-    ``offload_optimizer``: moments, fp32 weights and the update on the host. ``offload_parameters``: at stage 3, shards
-    of the weights on the host. ``config``: further keys of DeepSpeed's own config. ``state_dict_type``: the final model
-    is written by rank 0 (full), or in as many files as there are ranks (sharded).
+    """DeepSpeed's ZeRO.
+
+    Attributes:
+        zero_stage: what is sharded: 0 nothing, 1 moments and fp32 weights, 2 gradients too, 3 all weights.
+        offload_optimizer: keep moments and fp32 weights on the host and compute the update there.
+        offload_parameters: at stage 3, keep the shards of the weights on the host.
+        config: further keys of DeepSpeed's own config.
+        state_dict_type: the final model is written by rank 0 (full), or by every rank to a file of its own (sharded).
     """
 
     independent_forward = False
@@ -92,10 +97,12 @@ class Deepspeed(Strategy):
         if find_spec("deepspeed") is None:
             raise UserError("strategy=deepspeed needs the package deepspeed: pip install 'pretrain[deepspeed]'")
         if self.offload_optimizer and self.zero_stage == 0:
-            raise UserError("strategy.offload_optimizer=true with strategy.zero_stage=0: only stages 1, 2 and 3 can")
+            raise UserError(
+                "strategy.offload_optimizer=true with strategy.zero_stage=0: only stages 1, 2 and 3 support it"
+            )
         if self.offload_parameters and self.zero_stage != 3:
             raise UserError(
-                f"strategy.offload_parameters=true with strategy.zero_stage={self.zero_stage}: only stage 3 can"
+                f"strategy.offload_parameters=true with strategy.zero_stage={self.zero_stage}: only stage 3 supports it"
             )
         precision = setting.precision
         if precision.weights != "float32":
@@ -104,15 +111,15 @@ class Deepspeed(Strategy):
             )
         if precision.compute == "float16" and setting.device_type == "cpu" and self.zero_stage > 0:
             raise UserError(
-                f"strategy.zero_stage={self.zero_stage} with precision={precision.name}: ZeRO has no fp16 on a CPU; "
+                f"strategy.zero_stage={self.zero_stage} with precision={precision.name}: ZeRO does not support fp16 on a CPU; "
                 "use bf16-mixed or 32-true"
             )
         self.ds_config(setting)
 
     def ds_config(self, setting: Setting) -> dict[str, Any]:
-        """DeepSpeed's config: what the run decides, what ``config`` adds, defaults for what both leave open.
+        """Return DeepSpeed's config: the values that the run sets, those that ``config`` adds, and defaults for the rest.
 
-        Raises ``UserError`` where ``config`` says otherwise than the run, or what DeepSpeed does not know.
+        Raises ``UserError`` if ``config`` contradicts the run or has a key that DeepSpeed does not have.
         """
         for key in self.config:
             if key not in ROOT_KEYS:
@@ -128,7 +135,7 @@ class Deepspeed(Strategy):
             "gradient_clipping": (setting.grad_clip or 0.0) if sharded else 0.0,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the host too, and needs no compiler
+            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on the host, without a compiler
             "bf16": {"enabled": sharded and setting.precision.compute == "bfloat16"},
             "fp16": {"enabled": sharded and setting.precision.compute == "float16"},
         }
@@ -137,9 +144,9 @@ class Deepspeed(Strategy):
             "zero_optimization": {"offload_optimizer": pinned, "offload_param": pinned},
             "communication_data_type": "fp32",  # gradients are summed over ranks and micro-batches in fp32
             "data_types": {"grad_accum_dtype": "fp32"},
-            "fp16": {"loss_scale_window": 2000, "hysteresis": 1},  # as torch's GradScaler
+            "fp16": {"loss_scale_window": 2000, "hysteresis": 1},  # the defaults of torch's GradScaler
         }
-        return overlaid(defaults, agreed(decided, self.config))
+        return merge(defaults, checked_config(decided, self.config))
 
     def memory_saving_overrides(self, setting: Setting) -> list[str]:
         ways = ["strategy.zero_stage=3"] if self.zero_stage < 3 and setting.workers > 1 else []
@@ -173,10 +180,12 @@ class Deepspeed(Strategy):
         )
 
 
-def agreed(decided: Mapping[str, Any], given: Mapping[str, Any], path: str = "strategy.config.") -> dict[str, Any]:
-    """``decided`` and what ``given`` adds to it; "auto" stands for what the run decides.
+def checked_config(
+    decided: Mapping[str, Any], given: Mapping[str, Any], path: str = "strategy.config."
+) -> dict[str, Any]:
+    """Return ``decided`` with what ``given`` adds to it; the value "auto" stands for the value that the run sets.
 
-    Raises ``UserError`` where ``given`` has another value than the run, or wants something compiled.
+    Raises ``UserError`` if ``given`` has another value than the run, or a feature that must be compiled.
     """
     result = dict(decided)
     for key, value in given.items():
@@ -186,11 +195,11 @@ def agreed(decided: Mapping[str, Any], given: Mapping[str, Any], path: str = "st
         if value == "auto":
             continue
         if short in COMPILED and value:
-            raise UserError(f"{name}: DeepSpeed compiles code for that at its first use; this program runs without")
+            raise UserError(f"{name}: not supported, because DeepSpeed compiles code for it at its first use")
         if isinstance(ours, Mapping) and isinstance(value, Mapping) and owner is None:
-            result[key] = agreed(decided.get(key, {}), value, f"{name}.")
+            result[key] = checked_config(decided.get(key, {}), value, f"{name}.")
         elif owner is not None and key not in decided:
-            raise UserError(f"{name}: this program has {owner} for that")
+            raise UserError(f"{name}: use {owner} instead")
         elif ours != value:
             raise UserError(f"{name}={json.dumps(value)}: the run sets it to {json.dumps(ours)} ({owner or 'always'})")
         else:
@@ -198,10 +207,10 @@ def agreed(decided: Mapping[str, Any], given: Mapping[str, Any], path: str = "st
     return result
 
 
-def overlaid(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with everything of ``top`` on it, mappings merged."""
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` updated with ``top``; mappings are merged recursively."""
     merged = {
-        key: overlaid(base[key], value) if isinstance(value, Mapping) and isinstance(base.get(key), Mapping) else value
+        key: merge(base[key], value) if isinstance(value, Mapping) and isinstance(base.get(key), Mapping) else value
         for key, value in top.items()
     }
     return {**base, **merged}

@@ -1,7 +1,8 @@
-"""The engines of ``strategy=deepspeed``. DeepSpeed averages, clips and updates; what a checkpoint holds is made here,
-one whole tensor at a time, so that it moves to every other strategy and number of ranks.
+"""The engines of ``strategy=deepspeed``. DeepSpeed averages gradients, clips and updates. The checkpoints are written by
+this program, one full tensor at a time, so that any other strategy and number of ranks can resume from them.
 
-DeepSpeed's flat shards know no rows, so a rank does not write what it holds but its share of the names.
+DeepSpeed's flat shards do not end at rows of a tensor. Therefore a rank does not write its own shards; the full tensors
+are gathered, and each rank writes its share of them.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ if TYPE_CHECKING:
     from pretrain.strategy.precision import Precision
 
 
-def begin(config: dict[str, Any]) -> None:
-    """Join DeepSpeed to the process group that there is, and have it check its config.
+def join_process_group(config: dict[str, Any]) -> None:
+    """Make DeepSpeed use the existing process group, and let it check its config.
 
-    Its own CPU communication is left out: a minute of C++ at the first use, and for inference alone. So are its kernels
-    of Muon, an optimizer that no run here has: decorating them imports torch's whole compiler, for a second.
+    DeepSpeed's own CPU communication is disabled, because it compiles C++ for a minute at its first use and is only needed
+    for inference. Its kernels for Muon are disabled too, because no run here uses that optimizer and decorating them
+    imports torch's compiler, which takes a second.
 
-    Raises ``UserError`` for a config that DeepSpeed refuses.
+    Raises ``UserError`` for a config that DeepSpeed rejects.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     communication = vars(import_module("deepspeed.comm.torch"))
@@ -56,7 +58,7 @@ def begin(config: dict[str, Any]) -> None:
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Raises ``UserError`` for a config that DeepSpeed refuses."""
+    """Raise ``UserError`` for a config that DeepSpeed rejects."""
     try:
         DeepSpeedConfig(config)
     except ValidationError as error:
@@ -64,18 +66,18 @@ def check_config(config: dict[str, Any]) -> None:
         key = ".".join(str(part) for part in wrong["loc"])
         raise UserError(f"strategy.config: {error.title}.{key}: {wrong['msg']}") from None
     except (DeepSpeedConfigError, AssertionError, TypeError, ValueError) as error:
-        raise UserError(f"strategy.config: DeepSpeed refuses it: {error}") from None
+        raise UserError(f"strategy.config: DeepSpeed rejects it: {error}") from None
 
 
 def wrap(model: LanguageModel, optimizer: Optimizer, config: dict[str, Any]) -> Any:
-    """DeepSpeed's engine, without what it prints about memory."""
+    """Return DeepSpeed's engine, without its output about memory."""
     with redirect_stdout(StringIO()):
         return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
 class ReplicatedEngine(Engine):
-    """Stage 0: whole copies. DeepSpeed averages the gradients; clipping, optimizer, autocast and loss scaler are those
-    of every other strategy."""
+    """The engine of stage 0, with a full copy of the model on every rank. DeepSpeed averages the gradients; clipping,
+    optimizer, autocast and loss scaler are those of every other strategy."""
 
     def __init__(self, *args: Any, wrapped: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -91,7 +93,7 @@ class ReplicatedEngine(Engine):
         world: DistributedContext,
         **options: Any,
     ) -> ReplicatedEngine:
-        begin(config)
+        join_process_group(config)
         model = factory.build(world.device)
         update = optimizer(model)
         wrapped = wrap(model, update, config)
@@ -107,11 +109,25 @@ class ReplicatedEngine(Engine):
 
 
 class DeepspeedEngine(Engine):
-    """Stages 1 to 3. ``wrapped``: DeepSpeed's engine, whose optimizer holds fp32 weights and moments in flat shards.
+    """The engine of stages 1 to 3. ``wrapped`` is DeepSpeed's engine, whose optimizer holds fp32 weights and moments in flat
+    shards.
 
-    What DeepSpeed decides takes the place of ours: clipping to the norm it was configured with, and under fp16 its loss
-    scale. A step with a non-finite gradient is skipped in every precision.
+    DeepSpeed's own clipping (to the norm in its config) and, under fp16, its own loss scale are used. A step with a
+    non-finite gradient is skipped in every precision.
     """
+
+    # A step of n micro-batches with T target tokens in the global batch, on R ranks:
+    #     for each micro-batch:
+    #         loss = (sum of its token losses) / T
+    #         wrapped.backward(loss * R)    # DeepSpeed averages over R ranks, so the factor R makes it a sum
+    #     wrapped.step()                    # clip, update this rank's fp32 shard, renew the 16-bit weights from it
+    # If the guard rejects the step, DeepSpeed's norm is replaced by infinity, so that it skips the update itself.
+    #
+    # Saving: for tensor i of all weights and moments, in the same order on every rank:
+    #     full = the fp32 tensor gathered from the shards of all ranks    # a collective
+    #     rank i mod R keeps and writes it; the other ranks drop it
+    # Loading: every rank reads each full tensor, copies its own part into its flat fp32 shard, and at the end renews the
+    # 16-bit weights from the fp32 ones.
 
     has_gradients = False
 
@@ -132,15 +148,15 @@ class DeepspeedEngine(Engine):
         world: DistributedContext,
         sharded_export: bool,
     ) -> DeepspeedEngine:
-        """Build the model whole, at stage 3 on the host, and hand it to DeepSpeed."""
-        begin(config)
+        """Build the full model (at stage 3 on the host) and pass it to DeepSpeed."""
+        join_process_group(config)
         partitioned = config["zero_optimization"]["stage"] == 3
         model = factory.build(torch.device("cpu") if partitioned else world.device)
         num_parameters = sum(p.numel() for p in model.parameters())
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
         update = optimizer(model)
         fp32 = {p: p.data for p in model.parameters()} if precision.compute != "float32" else {}
-        tell_rounded(model, precision)
+        report_rounded(model, precision)
         if partitioned:
             partition(model, config, precision.compute_dtype)
         wrapped = wrap(model, update, config)
@@ -155,7 +171,7 @@ class DeepspeedEngine(Engine):
             sharded_export=sharded_export,
             wrapped=wrapped,
         )
-        for parameter in list(fp32):  # DeepSpeed makes its fp32 weights from the 16-bit ones
+        for parameter in list(fp32):  # because DeepSpeed has initialised its fp32 weights from the 16-bit ones
             engine._assign(parameter, fp32.pop(parameter))
         engine.num_parameters = num_parameters
         return engine
@@ -173,8 +189,8 @@ class DeepspeedEngine(Engine):
         return loss.detach()
 
     def step(self, max_norm: float | None, *, refuse: Callable[[Tensor], Tensor] = never) -> Tensor:
-        """``refuse`` is asked before the norm is known, with 0: DeepSpeed itself refuses what is not finite. It waits for
-        the device in every step, so reading the answer costs nothing more."""
+        """Take a step. ``refuse`` is called with 0, because the norm is not known yet; DeepSpeed itself skips a step whose norm
+        is not finite. DeepSpeed waits for the device in every step, so reading the answer does not add a wait."""
         assert (max_norm or 0.0) == self._wrapped.gradient_clipping()
         with self._infinite_norm() if refuse(torch.zeros((), device=self.world.device)) else nullcontext():
             self._wrapped.step()
@@ -183,7 +199,7 @@ class DeepspeedEngine(Engine):
 
     @contextmanager
     def _infinite_norm(self) -> Iterator[None]:
-        """DeepSpeed finds a norm that is infinite, and leaves the step out, with all that it has to clear."""
+        """Make DeepSpeed compute an infinite norm, so that it skips the step and clears its gradients."""
         measure = "scaled_global_norm" if self._stage < 3 else "_get_norm_groups"
         infinite = torch.tensor(float("inf"), device=self.world.device)
         setattr(self._zero, measure, lambda: infinite if self._stage < 3 else [infinite])
@@ -198,7 +214,7 @@ class DeepspeedEngine(Engine):
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.model.hf_state().items():
             yield name, self._whole(tensor)
 
@@ -212,19 +228,19 @@ class DeepspeedEngine(Engine):
         return own | {"tensors": every, "scaler": self._loss_scale() | {"skipped": int(self.skipped)}}
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
-        """Below stage 3 the weights that the forward uses; all else lies in shards."""
+        """Yield the weights that the forward uses, below stage 3; everything else is sharded."""
         if self._stage < 3:
             yield from self.model.hf_state().items()
 
     def _whole_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """("model" or "optimizer", name, tensor) of everything a checkpoint holds. A collective."""
-        for name, tensor in self.whole_weights():
+        """Yield ("model" or "optimizer", name, full tensor) of everything that a checkpoint holds. This is a collective."""
+        for name, tensor in self.full_weights():
             yield "model", name, tensor
         self._link_moments()
-        moments = self.optimizer.state.get(self._shards()[0], {})  # nothing before the first step
+        moments = self.optimizer.state.get(self._shards()[0], {})  # empty before the first step
         for name, parameter in self.model.hf_named_parameters():
             for key, value in moments.items() if parameter.requires_grad else ():
-                if value.ndim == 0:  # the count of steps, the same for all
+                if value.ndim == 0:  # the step counter, equal for all parameters
                     yield "optimizer", f"{name}/{key}", value.clone()
                 else:
                     yield "optimizer", f"{name}/{key}", ds_utils.safe_get_full_optimizer_state(parameter, key)
@@ -265,20 +281,20 @@ class DeepspeedEngine(Engine):
     # -- DeepSpeed's shards -------------------------------------------------------------------------------------------
 
     def _shards(self) -> list[Tensor]:
-        """The flat fp32 tensors that the optimizer updates on this rank."""
+        """Return the flat fp32 tensors that the optimizer updates on this rank."""
         if self._stage == 3:
             return list(self._zero.fp32_partitioned_groups_flat)
         return [shard for group in self.optimizer.param_groups for shard in group["params"]]
 
     def _link_moments(self) -> None:
-        """Give parameters their views of the moments in the shards, as far as there are any. DeepSpeed does it once, when
-        only the first group of parameters has been updated."""
+        """Give parameters their views of the moments in the shards, where moments exist. DeepSpeed does this only once, when
+        the first parameter group has been updated and the others have no moments yet."""
         if self._stage < 3:
             self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def _whole(self, tensor: Tensor) -> Tensor:
-        """A weight in fp32 as the optimizer has it; a buffer as it is. A collective."""
+        """Return the full fp32 weight that the optimizer updates; a buffer is returned as it is. This is a collective."""
         if not isinstance(tensor, nn.Parameter):
             return tensor
         if tensor.requires_grad:
@@ -289,7 +305,7 @@ class DeepspeedEngine(Engine):
 
     @torch.no_grad()
     def _assign(self, tensor: Tensor, value: Tensor, key: str | None = None) -> None:
-        """Put the whole ``value`` of a weight, or of its moment ``key``, into this rank's fp32 shard."""
+        """Copy this rank's part of the full ``value`` of a weight, or of its moment ``key``, into the fp32 shard."""
         if not tensor.requires_grad:  # a buffer, a frozen weight
             with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
                 tensor.copy_(value)
@@ -306,7 +322,7 @@ class DeepspeedEngine(Engine):
                 ds_utils.safe_set_local_optimizer_state(tensor, shard, key)
 
     def _update_weights(self) -> None:
-        """Make the weights of the model from the fp32 ones, as at the end of a step."""
+        """Renew the weights of the model from the fp32 ones, as DeepSpeed does at the end of a step."""
         if self._stage < 3:
             self._zero.update_lp_params()
             return
@@ -316,7 +332,7 @@ class DeepspeedEngine(Engine):
         self._zero._post_step(set())
 
     def _loss_scale(self) -> dict[str, float]:
-        """DeepSpeed's dynamic loss scale under the names of torch's ``GradScaler``."""
+        """Return the state of DeepSpeed's dynamic loss scale with the key names of torch's ``GradScaler``."""
         scaler = self._zero.loss_scaler if self.scaler.is_enabled() else None
         if scaler is None or not scaler.dynamic:
             return {}
@@ -335,19 +351,20 @@ class DeepspeedEngine(Engine):
             self._zero.loss_scaler.last_overflow_iter = -1
 
 
-def tell_rounded(model: LanguageModel, precision: Precision) -> None:
-    """Say which parameters ZeRO computes with in 16 bits that a model wants in fp32: its flat shards have one type."""
+def report_rounded(model: LanguageModel, precision: Precision) -> None:
+    """Report the parameters that a model keeps in fp32 but ZeRO computes in 16 bits, since its flat shards have one dtype."""
     parameters = {name for name, _ in model.hf_named_parameters()}
     kept = sorted(kept_fp32(model.hf, precision.compute_dtype) & parameters)
     if kept:
         notice(
-            f"strategy=deepspeed: {len(kept)} weights that the model wants in fp32 (e.g. {kept[0]}) are computed with in "
+            f"strategy=deepspeed: {len(kept)} weights that the model requires in fp32 (e.g. {kept[0]}) are used in "
             f"{precision.compute}; strategy=ddp and strategy=fsdp with bf16-true keep them in fp32"
         )
 
 
 def partition(model: LanguageModel, config: dict[str, Any], dtype: torch.dtype) -> None:
-    """Cut every weight into shards on the devices, one after the other; the loss needs the head's from outside of it."""
+    """Shard every weight over the devices, one at a time. The weight of the output head is registered as external, because
+    the loss uses it outside of the head's module."""
     cast_parameters(model, dtype)
     deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=dtype)
     for parameter in model.hf.get_output_embeddings().parameters():
@@ -355,7 +372,7 @@ def partition(model: LanguageModel, config: dict[str, Any], dtype: torch.dtype) 
 
 
 def padded_shard(value: Tensor, parameter: Any) -> Tensor:
-    """This rank's part of ``value`` as ZeRO-3 cuts it: flat, equal parts, zeros at the end of the last."""
+    """Return this rank's shard of ``value`` in the layout of ZeRO-3: flattened, in equal parts, the last padded with zeros."""
     size, rank = parameter.ds_tensor.numel(), dist.get_rank(parameter.ds_process_group)
     part = value.flatten()[rank * size : (rank + 1) * size].to(torch.float32)
     return nn.functional.pad(part, (0, size - part.numel()))

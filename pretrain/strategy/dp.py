@@ -1,6 +1,6 @@
-"""``torch.nn.DataParallel``: one process, its model copied to every visible GPU at each step.
+"""``torch.nn.DataParallel``: one process that copies the model to every visible GPU at each step.
 
-The simplest way to use a second GPU and the slowest; ``ddp`` computes the same, faster.
+It is the simplest and slowest way to use several GPUs; ``ddp`` computes the same numbers faster.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dp(Strategy):
-    """No options. Without GPUs it is one process on the CPU, and says so."""
+    """torch's DataParallel. It has no options. Without GPUs it is one process on the CPU, and a notice reports that."""
 
     needs_group = False
 
@@ -55,7 +55,7 @@ class Dp(Strategy):
 
         built = model.build(world.device)
         if built.is_compiled and world.device.type == "cuda":
-            raise UserError("strategy=dp with model.compile=true: its copies are made anew at each step; use ddp")
+            raise UserError("strategy=dp with model.compile=true: its replicas are created again at each step; use ddp")
         devices = list(range(setting.devices_per_worker))
         copies = torch.nn.DataParallel(built, device_ids=devices) if world.device.type == "cuda" else built
         return Engine(built, optimizer(built), precision=setting.precision, world=world, step_module=copies)

@@ -1,7 +1,7 @@
-"""Model and optimizer under one strategy: the state of a run, and the two things done to it, backward and step.
+"""Engines: the model and the optimizer under one strategy, with the two operations of training, backward and step.
 
-The loss is summed and divided by the *global* number of target tokens, so that accumulation, packing and the number of
-ranks change nothing but rounding.
+The loss is summed and divided by the *global* number of target tokens. Therefore gradient accumulation, packing and the
+number of ranks change nothing but rounding.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 def never(norm: Tensor) -> Tensor:
-    """Refuses no update."""
+    """Return False: no update is rejected."""
     return torch.zeros_like(norm, dtype=torch.bool)
 
 
 class InferenceEngine:
-    """A model that can be evaluated: all that `task=evaluation` needs."""
+    """A model that can be evaluated. `task=evaluation` needs nothing else."""
 
     def __init__(self, model: LanguageModel, *, precision: Precision, world: DistributedContext) -> None:
         self.model = model
@@ -40,34 +40,40 @@ class InferenceEngine:
         self.num_parameters = sum(p.numel() for _, p in model.hf_named_parameters())
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context of every forward."""
+        """Return the context of every forward."""
         return self.precision.autocast(self.world.device.type)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
-        """The summed loss of a batch (nats, fp32, on the device). The model must be in eval mode."""
+        """Return the summed loss of a batch (nats, fp32, on the device). The model must be in eval mode."""
         return self.forward(batch.input_ids, batch.labels, batch.position_ids)
 
     @torch.no_grad()
     def next_tokens(self, input_ids: Tensor, ends: Tensor) -> Tensor:
-        """int64 [n]: the likeliest token after ``ends[i]`` of row i of ``input_ids`` [n, S]. In eval mode; where others
-        hold parts of the model a collective, for which all ranks must give the same shapes."""
+        """Return the most likely token after position ``ends[i]`` of row i of ``input_ids`` [n, S], as int64 [n].
+
+        The model must be in eval mode. If the model is sharded this is a collective, and all ranks must pass the same
+        shapes.
+        """
         return self.forward(input_ids, ends=ends).argmax(-1)
 
     def forward(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
-        """A forward without a backward."""
+        """Run a forward without a backward."""
         with self.autocast():
             found: Tensor = self.model(*inputs, **more)
         return found
 
 
 class Engine(InferenceEngine):
-    """Model and optimizer as they lie on this rank; by itself, one process with whole parameters.
+    """Model and optimizer as this rank holds them. This class itself is for one process with full parameters; a strategy
+    that uses several ranks derives from it.
 
-    A strategy that spreads them over ranks derives from it: ``replicas`` is the number of ranks over whose gradients
-    it averages (so that the loss is multiplied by it), ``step_module`` what is called for a training step;
-    ``sharded_export``: the final model is written by all ranks and not by one. ``has_gradients``: at the optimizer's step
-    every parameter's gradient (its shard) is in its ``grad``.
+    Attributes:
+        step_module: the module that is called in a training step (default: the model).
+        replicas: the number of ranks over which the strategy averages gradients; the loss is multiplied by it.
+        sharded_export: whether the final model is written by all ranks instead of one.
+        has_gradients: whether every parameter has its gradient (or shard of it) in ``grad`` at the optimizer's step.
+        skipped: number of steps without an update (int64, 0-d, on the device).
     """
 
     has_gradients = True
@@ -91,8 +97,8 @@ class Engine(InferenceEngine):
         self.scaler = precision.grad_scaler(world.device.type)
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
-        # Fused optimizers leave out an update by themselves, but for parameters on the host, to which torch copies found_inf
-        # without waiting for it to arrive. Reading a tensor costs nothing on a CPU only.
+        # Fused optimizers can skip an update on the device. They can't for parameters on the host, to which torch copies
+        # found_inf without waiting for the copy. There the host reads the decision, which is free on a CPU only.
         self.decides_on_device = world.device.type != "cpu" and all(
             group.get("fused") and all(p.device.type == world.device.type for p in group["params"])
             for group in optimizer.param_groups
@@ -100,15 +106,15 @@ class Engine(InferenceEngine):
 
     @property
     def loss_scale(self) -> Tensor | float | None:
-        """What the loss scaler multiplies by, on the device; ``None`` without one."""
+        """The factor of the loss scaler, on the device; ``None`` without a scaler."""
         return self.scaler._scale if self.scaler.is_enabled() else None
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def backward(self, batch: Batch, *, tokens: int, last: bool) -> Tensor:
-        """Add the gradients of one micro-batch; return its part of the global mean loss, on the device.
+        """Accumulate the gradients of one micro-batch; return its part of the global mean loss, on the device.
 
-        ``tokens``: target tokens of the whole global batch. ``last``: no further micro-batch follows in this step.
+        ``tokens`` is the number of target tokens of the global batch. ``last`` marks the last micro-batch of a step.
         """
         with self.communication(last):
             with self.autocast():
@@ -118,28 +124,29 @@ class Engine(InferenceEngine):
         return loss.detach()
 
     def communication(self, last: bool) -> AbstractContextManager[object]:
-        """The context of one micro-batch's forward and backward; ``last``: gradients must be exchanged in it."""
+        """Return the context of one micro-batch's forward and backward. With ``last``, gradients must be reduced in it."""
         return nullcontext()
 
     def step(self, max_norm: float | None, *, refuse: Callable[[Tensor], Tensor] = never) -> Tensor:
-        """Clip to the global norm ``max_norm`` (``None``: measure only), update, clear; return the norm, on the device.
+        """Clip the gradients to the global norm ``max_norm`` (``None``: measure only), update the weights and clear the
+        gradients; return the norm, on the device.
 
-        ``refuse``: norm → whether weights and moments must stay as they are, a 0-d bool, equal on all ranks. Such a step
-        counts in ``skipped``, as does, under 16-mixed, one with a non-finite gradient.
+        ``refuse`` maps the norm to a 0-d bool, equal on all ranks: whether weights and moments must not change. Such a step
+        counts in ``skipped``, as does a step with a non-finite gradient under 16-mixed.
         """
         self.scaler.unscale_(self.optimizer)
         norm = self.clip(max_norm)
         if self.scaler.is_enabled():
-            norm = self._agree_on_infinite(norm)
+            norm = self._sync_infinite(norm)
         refused = refuse(norm)
         self.update(refused)
         self.skipped += refused | ~torch.isfinite(norm) if self.scaler.is_enabled() else refused
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _agree_on_infinite(self, norm: Tensor) -> Tensor:
-        """Make the loss scaler of every rank leave out an update where one has found an infinite gradient, or has a
-        ``norm`` that is not finite; return the norm, NaN where only another rank's gradients are infinite."""
+    def _sync_infinite(self, norm: Tensor) -> Tensor:
+        """Make the loss scaler of every rank skip the update if one rank has found an infinite gradient or a ``norm`` that is
+        not finite. Return the norm, or NaN if only another rank's gradients are infinite."""
         finite = torch.isfinite(norm)
         found = [
             self.world.all_reduce_max(flag.copy_(torch.maximum(flag, (~finite).to(flag))))
@@ -149,10 +156,13 @@ class Engine(InferenceEngine):
         return torch.where(infinite & finite, torch.nan, norm)
 
     def update(self, refused: Tensor) -> None:
-        """The optimizer's step, unless ``refused``, and the scaler's. A GPU is not waited for: it is told in the way in
-        which a loss scaler tells optimizers of infinite gradients, by their attribute ``found_inf``."""
+        """Run the optimizer's step, unless ``refused``, and update the scaler.
+
+        The host does not wait for a GPU: ``refused`` is passed on the device through the optimizer's attribute
+        ``found_inf``, by which a loss scaler reports infinite gradients.
+        """
         if self.decides_on_device:
-            hook = self.optimizer.register_step_pre_hook(partial(_leave_out, refused))
+            hook = self.optimizer.register_step_pre_hook(partial(_skip_update, refused))
             self.scaler.step(self.optimizer)
             hook.remove()
             vars(self.optimizer).pop("found_inf", None)
@@ -161,8 +171,8 @@ class Engine(InferenceEngine):
         self.scaler.update()
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """The norm over all shards of all parameters, on the device wherever they lie; gradients are scaled down where it is
-        more than ``max_norm``."""
+        """Scale the gradients down if their norm exceeds ``max_norm``; return the norm over all shards of all parameters. It is
+        on the device, also if parameters are on the host."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = self.norm(parameters)
         if max_norm is not None:
@@ -170,7 +180,7 @@ class Engine(InferenceEngine):
         return norm.to(self.world.device, non_blocking=True)
 
     def norm(self, parameters: list[nn.Parameter]) -> Tensor:
-        """Of the gradients of ``parameters``, over all their shards."""
+        """Return the norm of the gradients of ``parameters``, over all their shards."""
         return norm_of(parameters)
 
     def set_lr(self, scale: float) -> float:
@@ -181,14 +191,18 @@ class Engine(InferenceEngine):
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight whole, one after the other, under its Hugging Face name. A collective: every rank must take all."""
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every full weight, one at a time, with its Hugging Face name. This is a collective: every rank must iterate
+        over all of them."""
         for name, tensor in self.model.hf_state().items():
-            yield name, tensors.whole(tensor.detach())
+            yield name, tensors.full_tensor(tensor.detach())
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """What this rank has to write. ``model``: pieces by Hugging Face parameter name · ``optimizer``: pieces by
-        ``<parameter>/<key>`` · ``scaler``: numbers · ``tensors``: type and shape of what all ranks write, as a list."""
+        """Return what this rank has to write to a checkpoint.
+
+        ``model`` holds this rank's shards by Hugging Face parameter name, ``optimizer`` its shards by ``<parameter>/<key>``,
+        ``scaler`` numbers, and ``tensors`` dtype and full shape of every tensor that any rank writes.
+        """
         moments = {
             f"{name}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
             for name, parameter in self.model.hf_named_parameters()
@@ -196,15 +210,15 @@ class Engine(InferenceEngine):
         }
         weights = self.model.hf_state()
         return {
-            "model": self._own(weights),
-            "optimizer": self._own(moments),
+            "model": self._local_shards(weights),
+            "optimizer": self._local_shards(moments),
             "tensors": {"model": tensors.manifest(weights), "optimizer": tensors.manifest(moments)},
             "scaler": self.scaler.state_dict() | {"skipped": int(self.skipped)},
         }
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, this rank's part) of the state that other ranks hold as well. Those that hold the same parts under the
-        same names must have the same bits in them."""
+        """Yield (name, local shard) of the state that other ranks hold as well. Ranks that hold the same shards under the
+        same names must hold the same bits."""
         yield from ((name, t) for name, t in self.model.hf_state().items() if tensors.is_replicated(t))
         for name, parameter in self.model.hf_named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -213,13 +227,13 @@ class Engine(InferenceEngine):
         if self.scaler.is_enabled() and self.scaler._scale is not None:
             yield "the loss scale", self.scaler._scale
 
-    def _own(self, named: dict[str, Tensor]) -> dict[str, TensorShard]:
-        pieces = ((name, tensors.local_shard(t, is_main=self.world.is_main)) for name, t in named.items())
-        return {name: piece for name, piece in pieces if piece is not None}
+    def _local_shards(self, named: dict[str, Tensor]) -> dict[str, TensorShard]:
+        shards = ((name, tensors.local_shard(t, is_main=self.world.is_main)) for name, t in named.items())
+        return {name: shard for name, shard in shards if shard is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse, from files written by any strategy on any number of ranks. Moments are put back as they were
-        saved, never cast to the parameter's type.
+        """Restore the state from files written by any strategy on any number of ranks. Moments are restored in the dtype in
+        which they were saved, never cast to the parameter's.
 
         Raises ``UserError`` for other names or shapes than the model's.
         """
@@ -232,20 +246,20 @@ class Engine(InferenceEngine):
             self.scaler.load_state_dict(scaler)
 
     def check_moments(self, state: dict[str, Any]) -> None:
-        """Raises ``UserError`` for moments that do not fit the parameters, and for a parameter without any where the
-        checkpoint does not say that it had none: what is missing would silently start anew."""
+        """Raise ``UserError`` for moments that do not fit the parameters, and for parameters without moments if the checkpoint
+        does not list its tensors: missing moments would silently be initialised again."""
         files: TensorFiles = state["optimizer"]
         trained = {n: p for n, p in self.model.hf_named_parameters() if p.requires_grad}
         slots = [(slot, *slot.rpartition("/")[::2]) for slot in sorted(files.keys())]
         for slot, name, key in slots:
             if name not in trained:
-                raise UserError(f"optimizer state {slot}: the model has no such parameter that is trained")
+                raise UserError(f"optimizer state {slot}: the model has no such trainable parameter")
             shape = () if key == "step" else tuple(getattr(trained[name], "ds_shape", trained[name].shape))
             tensors.check_shape(slot, files, shape)
         missing = sorted(trained.keys() - {name for _, name, _ in slots})
         if slots and missing and state.get("tensors") is None:
             raise UserError(
-                f"the checkpoint has no optimizer state of {len(missing)} parameters, e.g. {missing[0]}; continue from an "
+                f"the checkpoint has no optimizer state for {len(missing)} parameters, e.g. {missing[0]}; resume from an "
                 "earlier one (resume=<run>/checkpoints/step-…), or start a new run from its weights (model_name=<checkpoint>)"
             )
 
@@ -260,7 +274,7 @@ class Engine(InferenceEngine):
         for slot in sorted(files.keys()):
             name, key = slot.rsplit("/", 1)
             parameter = parameters[name]
-            if key == "step":  # a count, and whole everywhere
+            if key == "step":  # a counter, which is never sharded
                 value = files.read(slot).to(parameter.device if on_device[id(parameter)] else "cpu")
             else:
                 start = tensors.start_of(parameter)
@@ -271,17 +285,18 @@ class Engine(InferenceEngine):
 
 
 def norm_of(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The norm of the gradients, over all shards of all ranks: a collective where there are shards.
+    """Return the norm of the gradients over all shards of all ranks. This is a collective if there are shards.
 
-    Rows first: on a CPU torch's norm of a whole matrix of 38 M fp32 numbers is off by 3e-3, of its rows by 3e-7.
+    The norms of rows are computed first: on a CPU torch's norm of a whole matrix of 38 M fp32 numbers has a relative error
+    of 3e-3, that of its rows 3e-7.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     rows = [torch.linalg.vector_norm(grad, dim=-1) if grad.ndim > 1 else grad for grad in grads]
-    return tensors.whole(nn.utils.get_total_norm(rows))
+    return tensors.full_tensor(nn.utils.get_total_norm(rows))
 
 
-def _leave_out(refused: Tensor, optimizer: Any, args: Any, kwargs: Any) -> None:
-    """Before an optimizer's step: where ``refused`` it leaves all as it is; so it does where the scaler wants it to."""
+def _skip_update(refused: Tensor, optimizer: Any, args: Any, kwargs: Any) -> None:
+    """A hook before the optimizer's step, which makes it skip the update if ``refused`` or if the scaler requires it."""
     found = refused.float()
     by_scaler = getattr(optimizer, "found_inf", None)
     optimizer.found_inf = found if by_scaler is None else torch.maximum(found, by_scaler)

@@ -1,7 +1,7 @@
-"""FSDP2 (``fully_shard``): parameters, gradients and moments in shards, gathered block by block while they are needed.
+"""FSDP2 (``fully_shard``): parameters, gradients and moments are sharded, and parameters are gathered block by block.
 
-No rank ever holds the whole model: parameters begin on the meta device and every rank reads its own rows of the weight
-files. Only random weights, and files that transformers has to convert, are built whole on rank 0, and sent from there.
+No rank ever holds the full model: parameters are created on the meta device, and every rank reads its own rows of the
+weight files. Only random weights, and files that transformers has to convert, are built in full on rank 0 and broadcast.
 Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
@@ -33,18 +33,22 @@ BLOCKS = {"gpt2": "GPT2Block", "llama": "LlamaDecoderLayer"}  # short names of t
 
 @dataclass(frozen=True)
 class Fsdp(Strategy):
-    """``auto_wrap_policy``: the blocks that are gathered one at a time: auto (those the model says must not be split),
-    gpt2, llama, or a class name. ``sharding_strategy``, per step:
+    """torch's FSDP2.
 
-    - FULL_SHARD: parameters are freed after each block's forward and gathered again for its backward
-    - SHARD_GRAD_OP: they stay from forward to backward
-    - HYBRID_SHARD: FULL_SHARD inside each of ``replicas`` groups of ranks (``None``: one a node, at
-      least 2), copies across them
-    - NO_SHARD: whole copies on every rank, as in ddp
+    Attributes:
+        auto_wrap_policy: the blocks that are gathered one at a time: auto (those that the model declares as not to be
+            split), gpt2, llama, or a class name.
+        sharding_strategy: what is sharded in a step:
 
-    ``cpu_offload``: shards and optimizer on the host. ``accumulate_unsharded``: micro-batches but the last exchange no
-    gradients; each rank then holds the whole gradient. ``state_dict_type``: the final model is written by rank 0
-    (full), or in as many files as there are ranks (sharded).
+            - FULL_SHARD: parameters are freed after each block's forward and gathered again for its backward.
+            - SHARD_GRAD_OP: parameters stay gathered from forward to backward.
+            - HYBRID_SHARD: FULL_SHARD inside each of ``replicas`` groups of ranks, replicated across the groups.
+            - NO_SHARD: every rank holds a full copy, as in ddp.
+        replicas: the number of groups of HYBRID_SHARD (``None``: one per node, at least 2).
+        cpu_offload: keep shards and optimizer on the host.
+        accumulate_unsharded: reduce gradients after the last micro-batch of a step only; each rank then holds the full
+            gradient.
+        state_dict_type: the final model is written by rank 0 (full), or by every rank to a file of its own (sharded).
     """
 
     independent_forward = False
@@ -107,14 +111,14 @@ class Fsdp(Strategy):
             "reshard_after_forward": self.sharding_strategy in ("FULL_SHARD", "HYBRID_SHARD"),
             "offload_policy": self.offload(world),
         }
-        kept = kept_whole(built, setting.precision)
+        kept = unsharded_fp32(built, setting.precision)
         options["ignored_params"] = {p for name, p in built.hf_named_parameters() if name in kept}
         for block in blocks:
             fully_shard(block, **options)
         fully_shard(built, **options)
         materialise(built, world, offload=self.cpu_offload)
-        whole = [p for name, p in built.hf_named_parameters() if name in kept]
-        for parameter in whole:
+        unsharded = [p for name, p in built.hf_named_parameters() if name in kept]
+        for parameter in unsharded:
             parameter.data = parameter.data.to(world.device)
         load_weights(model, built, world)
         register_fsdp_forward_method(built, "probe")
@@ -128,11 +132,11 @@ class Fsdp(Strategy):
             replicas=world.size,
             exchange_always=not self.accumulate_unsharded,
             sharded_export=self.state_dict_type == "sharded",
-            whole=whole,
+            unsharded=unsharded,
         )
 
     def mesh(self, setting: Setting, world: DistributedContext) -> DeviceMesh:
-        """One dimension of shards, or copies × shards."""
+        """Return the device mesh: one dimension of shards, or copies × shards."""
         from torch.distributed.device_mesh import init_device_mesh
 
         copies = {"HYBRID_SHARD": self.replicas or max(setting.nodes, 2), "NO_SHARD": world.size}
@@ -149,9 +153,9 @@ class Fsdp(Strategy):
 
 
 def wrapped_blocks(hf: Any, policy: str) -> list[nn.Module]:
-    """The modules that ``policy`` names. Raises ``UserError`` naming the classes there are when it names none."""
+    """Return the modules that ``policy`` names. Raises ``UserError`` listing the model's classes if it names none."""
     names = set(hf._no_split_modules or ()) if policy == "auto" else {BLOCKS.get(policy, policy)}
-    head = hf.get_output_embeddings().weight  # the loss takes it from outside of its module, so it stays with the root
+    head = hf.get_output_embeddings().weight  # the loss uses it outside of its module, so it belongs to the root
     blocks = [m for m in hf.modules() if m is not hf and all(p is not head for p in m.parameters())]
     found = [m for m in blocks if type(m).__name__ in names]
     if found:
@@ -160,7 +164,7 @@ def wrapped_blocks(hf: Any, policy: str) -> list[nn.Module]:
     classes = {type(m).__name__ for m in blocks if any(True for _ in m.parameters())}
     if policy == "auto":
         raise UserError(
-            "strategy.auto_wrap_policy=auto: this model does not say which of its blocks must stay whole; "
+            "strategy.auto_wrap_policy=auto: this model does not declare which of its blocks must not be split; "
             f"name their class: {', '.join(sorted(classes))}"
         )
     raise UserError(
@@ -169,7 +173,7 @@ def wrapped_blocks(hf: Any, policy: str) -> list[nn.Module]:
 
 
 def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:
-    """Parameters are gathered in the type of the products; gradients are summed over ranks in fp32."""
+    """Return the policy: parameters are gathered in the matmul dtype, and gradients are summed over ranks in fp32."""
     import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -178,9 +182,9 @@ def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=precision.compute_dtype, reduce_dtype=torch.float32)
 
 
-def kept_whole(model: LanguageModel, precision: Precision) -> set[str]:
-    """The fp32 parameters of a model whose other weights are in 16 bits, by name. They are few and small (routers, decays),
-    and FSDP shards one type at a time: every rank keeps them whole."""
+def unsharded_fp32(model: LanguageModel, precision: Precision) -> set[str]:
+    """Return the names of the fp32 parameters of a model whose other weights are in 16 bits. They are few and small (routers,
+    decays), and FSDP shards one dtype at a time, so every rank keeps full copies of them."""
     import torch
 
     if precision.weights == "float32":
@@ -189,7 +193,7 @@ def kept_whole(model: LanguageModel, precision: Precision) -> set[str]:
 
 
 def materialise(model: LanguageModel, world: DistributedContext, *, offload: bool) -> None:
-    """Give the shards memory, and put the buffers, which have their values, on the device."""
+    """Allocate the shards, and move the buffers, which already have their values, to the device."""
     import torch
 
     from pretrain.models.meta import put_buffers
@@ -200,7 +204,7 @@ def materialise(model: LanguageModel, world: DistributedContext, *, offload: boo
 
 
 def load_weights(factory: ModelFactory, model: LanguageModel, world: DistributedContext) -> None:
-    """Fill every shard: from the weight files, or from a whole model on rank 0."""
+    """Fill every shard, from the weight files or from a full model on rank 0."""
     files = factory.files(model)
     if files is not None:
         model.load(files)
@@ -212,9 +216,9 @@ def load_weights(factory: ModelFactory, model: LanguageModel, world: Distributed
 
     def build() -> None:
         source.update({n: t.detach() for n, t in factory.build(torch.device("cpu")).hf_state().items()})
-        if odd := sorted(source.keys() ^ wanted.keys()):
+        if mismatched := sorted(source.keys() ^ wanted.keys()):
             raise UserError(
-                f"strategy=fsdp: the weights in the model's files do not fit its config: {odd[0]}; with "
+                f"strategy=fsdp: the weights in the model's files do not fit its config: {mismatched[0]}; with "
                 "tie_word_embeddings=true in config.json the head must not have a weight of its own"
             )
 
@@ -224,15 +228,15 @@ def load_weights(factory: ModelFactory, model: LanguageModel, world: Distributed
 
 
 def receive(tensor: Tensor, source: Tensor | None, world: DistributedContext) -> None:
-    """Fill this rank's part of ``tensor`` from the whole one that rank 0 has. A collective."""
+    """Fill this rank's shard of ``tensor`` from the full tensor that rank 0 has. This is a collective."""
     import torch
     import torch.distributed as dist
 
     from pretrain.distributed.sharding import local, start_of
 
-    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=world.device) if source is None else source
-    whole = whole.to(world.device, tensor.dtype).contiguous()
-    dist.broadcast(whole, 0)
+    full = torch.empty(tensor.shape, dtype=tensor.dtype, device=world.device) if source is None else source
+    full = full.to(world.device, tensor.dtype).contiguous()
+    dist.broadcast(full, 0)
     part, start = local(tensor), start_of(tensor)
     with torch.no_grad():
-        part.copy_(whole[start : start + len(part)] if part.ndim else whole)
+        part.copy_(full[start : start + len(part)] if part.ndim else full)

@@ -1,4 +1,4 @@
-"""The engine of ``strategy=fsdp``: the policies of `fully_shard` take the place of autocast and of DDP's ``no_sync``."""
+"""The engine of ``strategy=fsdp``. The policies of `fully_shard` replace autocast and DDP's ``no_sync``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from pretrain.strategy.engine import Engine, never, norm_of
 
 
 class FsdpEngine(Engine):
-    """``exchange_always``: gradients are reduced and freed after every micro-batch, not only after the last. ``whole``:
-    parameters that every rank has whole; their gradients are averaged here."""
+    """With ``exchange_always``, gradients are reduced and freed after every micro-batch, not only after the last one.
+    ``unsharded`` are the parameters that are replicated instead of sharded; their gradients are averaged here."""
 
-    def __init__(self, *args: Any, exchange_always: bool, whole: Sequence[nn.Parameter] = (), **options: Any) -> None:
+    def __init__(
+        self, *args: Any, exchange_always: bool, unsharded: Sequence[nn.Parameter] = (), **options: Any
+    ) -> None:
         super().__init__(*args, **options)
         self._exchange_always = exchange_always
-        self._whole = whole
+        self._unsharded = unsharded
 
     def autocast(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -32,18 +34,18 @@ class FsdpEngine(Engine):
         return nullcontext()
 
     def step(self, max_norm: float | None, *, refuse: Callable[[Tensor], Tensor] = never) -> Tensor:
-        for parameter in self._whole:
+        for parameter in self._unsharded:
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= self.world.size
         return super().step(max_norm, refuse=refuse)
 
     def norm(self, parameters: list[nn.Parameter]) -> Tensor:
-        whole = {id(p) for p in self._whole}
-        sharded = norm_of([p for p in parameters if id(p) not in whole])
-        if not whole:
+        unsharded = {id(p) for p in self._unsharded}
+        sharded = norm_of([p for p in parameters if id(p) not in unsharded])
+        if not unsharded:
             return sharded
-        return torch.hypot(sharded, norm_of([p for p in parameters if id(p) in whole]).to(sharded.device))
+        return torch.hypot(sharded, norm_of([p for p in parameters if id(p) in unsharded]).to(sharded.device))
 
     def forward(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
         found = super().forward(*inputs, **more)
@@ -52,7 +54,7 @@ class FsdpEngine(Engine):
 
 
 def free_gathered(model: nn.Module) -> None:
-    """Leave shards only: after a forward without a backward nothing else frees what it has gathered."""
+    """Free the gathered parameters and keep the shards. After a forward without a backward nothing else frees them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,6 +1,6 @@
-"""In what floating-point types a run keeps its weights and computes. One value, no state; the names are Lightning's.
+"""The dtypes in which a run keeps its weights and computes. The names are Lightning's.
 
-Mixed: fp32 weights, products in 16 bits under autocast. True: weights and products in the same type.
+"Mixed" precisions keep fp32 weights and compute matmuls in 16 bits under autocast. "True" precisions use one dtype for both.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Precision:
-    """``weights``: type of parameters (and of what the optimizer starts from); ``compute``: type of the products.
+    """The precision of a run. It has no state.
 
-    ``tf32``: fp32 products of an NVIDIA GPU round their inputs to 10 bits of mantissa (many times faster).
-    ``allow_cpu``: run fp16 on a CPU all the same.
+    Attributes:
+        name: the name by which it is selected.
+        weights: dtype of the parameters that the optimizer updates.
+        compute: compute dtype (matmuls).
+        tf32: fp32 matmuls on an NVIDIA GPU round their inputs to 10 bits of mantissa, which is many times faster.
+        allow_cpu: allow fp16 on a CPU.
     """
 
     name: Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true"]
@@ -31,11 +35,11 @@ class Precision:
     allow_cpu: bool = False
 
     def check(self, device_type: str) -> None:
-        """Raises ``UserError`` where this precision can't sensibly run. Imports no torch."""
+        """Raise ``UserError`` for a device on which this precision is not practical. This does not import torch."""
         if self.compute == "float16" and device_type == "cpu" and not self.allow_cpu:
             raise UserError(
                 f"precision={self.name} needs a GPU; fp16 on a CPU runs about 11 × slower; "
-                "use bf16-mixed or 32-true, or precision.allow_cpu=true to run it all the same"
+                "use bf16-mixed or 32-true, or precision.allow_cpu=true to run it anyway"
             )
 
     @property
@@ -52,11 +56,11 @@ class Precision:
 
     @property
     def products(self) -> str:
-        """What a device's peak goes by: float32, tf32, float16 or bfloat16."""
+        """The matmul dtype by which a device's peak is looked up: float32, tf32, float16 or bfloat16."""
         return "tf32" if self.compute == "float32" and self.tf32 else self.compute
 
     def autocast(self, device_type: str) -> AbstractContextManager[object]:
-        """The context of every forward; no context where weights and products have the same type."""
+        """Return the context of every forward; it does nothing if weights and matmuls have the same dtype."""
         import torch
 
         if self.weights == self.compute:
@@ -64,7 +68,7 @@ class Precision:
         return torch.autocast(device_type, self.compute_dtype)
 
     def grad_scaler(self, device_type: str) -> GradScaler:
-        """A scaler that works under fp16 and passes everything through otherwise. Sets a GPU's fp32 products as asked."""
+        """Return a loss scaler, which is enabled under fp16 only. This also sets ``tf32`` for a GPU's fp32 matmuls."""
         import torch
 
         if device_type == "cuda":

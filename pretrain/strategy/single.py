@@ -1,4 +1,4 @@
-"""One process on one device: the reference every other strategy must equal."""
+"""One process on one device: the reference that every other strategy must equal numerically."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Single(Strategy):
-    """No options: the model lives whole on the first device."""
+    """The full model on the first device. It has no options."""
 
     needs_group = False
 

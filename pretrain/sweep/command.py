@@ -25,7 +25,7 @@ from pretrain.runtime.errors import UserError
 from pretrain.runtime.folders import check_links, check_private, make_folder
 from pretrain.runtime.safe_files import open_file, own_folder
 from pretrain.runtime.signals import EXIT_CODE, Interrupt, Stopped
-from pretrain.runtime.streams import flush, never_wait
+from pretrain.runtime.streams import flush, make_nonblocking
 from pretrain.sweep import table
 from pretrain.sweep.config import SweepConfig
 from pretrain.sweep.job import KEPT, jobs_in
@@ -36,7 +36,7 @@ from pretrain.sweep.show import show
 
 def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], spoken: dict[str, Any]) -> int:
     """Run a sweep; its exit code is the worst of its jobs'. ``arguments``: as they were typed; ``config_dir`` and
-    ``overrides``: as Hydra gets them; ``spoken``: see `trust.said`.
+    ``overrides``: as Hydra gets them; ``spoken``: see `trust.command_line_only_values`.
 
     Raises ``UserError`` for a mistake in any job, before the first one starts.
     """
@@ -99,7 +99,7 @@ def _carry_out(this: Sweep, plan: Plan, multirun: Callable[[], Any]) -> int:
         finally:
             told = this.write_table(status or _status(this))
     code = EXIT_CODE if stopped_by else worst(_codes(this))
-    never_wait()  # a reader of the table that has left is no failure
+    make_nonblocking()  # a reader of the table that has left is no failure
     show(this.folder, told)
     flush()  # what is said next is on stderr, and comes after it
     failed = _failures(this)

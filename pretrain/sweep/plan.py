@@ -14,7 +14,7 @@ from pretrain.config.check import check
 from pretrain.config.compose import resolve
 from pretrain.config.hydra_configs import plain_mistakes
 from pretrain.config.schema import RunConfig
-from pretrain.config.trust import check_said, said
+from pretrain.config.trust import check_command_line_only, command_line_only_values
 from pretrain.data.domains import base_domains
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError, did_you_mean
@@ -49,7 +49,7 @@ class Plan:
             self.jobs = [list(words) for words in itertools.product(*map(_choices, self._overrides.values()))]
 
     def check(self, spoken: dict[str, Any]) -> None:
-        """Compose and check every job's configuration. ``spoken``: see `trust.said`.
+        """Compose and check every job's configuration. ``spoken``: see `trust.command_line_only_values`.
 
         Raises ``UserError`` for the first mistake, whatever job it is in.
         """
@@ -69,7 +69,7 @@ class Plan:
             resolved = resolve(config)
             # words hold a file's hydra.sweeper.params too: trust._only_sweeps has judged them, so they say nothing that
             # only the command line may
-            check_said(resolved, spoken | said(words))
+            check_command_line_only(resolved, spoken | command_line_only_values(words))
             check_metric(check(resolved, here=here))
         if "output_dir" in self._overrides and "output_dir" not in self.keys and not one:
             raise UserError(

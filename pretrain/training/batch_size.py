@@ -1,8 +1,8 @@
-"""``batch_size=auto``: the largest micro-batch that fits, found by forwards and backwards before step 1.
+"""``batch_size=auto``: find the largest micro-batch that fits in memory by trial forward and backward passes before step 1.
 
-Trials leave the run as it was: no weight and no moment is touched, nothing is exchanged with another rank (which might
-have run out of memory), and whoever calls puts the random state back. Nothing is timed: a choice by the clock would be
-another one tomorrow, and so would the last bits of every loss.
+The trials do not change the run: they touch no weight and no moment and use no collective (another rank might have run
+out of memory), and the caller restores the random state. Nothing is timed: a choice based on timings could differ from
+run to run, and with it the last bits of every loss.
 """
 
 from __future__ import annotations
@@ -25,44 +25,45 @@ if TYPE_CHECKING:
     from pretrain.data.batch import Batch
     from pretrain.strategy.engine import Engine
 
-ROOM = 0.05  # of the memory stays free: for what a trial can't know, such as buffers of the communication
-CPU_TOKENS = 8192  # at a time: on a CPU more are no faster (docs/memory.md)
-PROBE_SIDE = 64  # of the matrix that is updated to see what an optimizer keeps
+ROOM = 0.05  # share of the memory that stays free for what a trial can't measure, such as communication buffers
+CPU_TOKENS = 8192  # tokens per micro-batch: on a CPU larger ones are no faster (docs/memory.md)
+PROBE_SIDE = 64  # rows and columns of the matrix that is updated to measure an optimizer's state
 
 
 def choose(
     engine: Engine, rows: Callable[[int], Batch], *, total: int, sequence_length: int, moment_bytes: int
 ) -> tuple[MicroBatching, str]:
-    """``total`` sequences of a device in the largest micro-batches that fit on every rank, and why these. A collective.
+    """Divide ``total`` sequences per device into the largest micro-batches that fit on every rank. This is a collective.
 
-    ``rows(n)``: a micro-batch of n sequences for one device · ``moment_bytes``: what the optimizer will add.
-    Raises ``OutOfMemory`` where not even one sequence fits.
+    ``rows(n)`` returns a micro-batch of n sequences for one device; ``moment_bytes`` is the size of the optimizer state
+    that the first update will allocate. Returns the division and the reason for it.
+    Raises ``OutOfMemory`` if not even one sequence fits.
     """
-    world, whole = engine.world, MicroBatching(1, total)
-    sizes = whole.sizes()
+    world, undivided = engine.world, MicroBatching(1, total)
+    sizes = undivided.sizes()
     if world.device.type == "cpu":
         sizes = [size for size in sizes if size * sequence_length <= max(CPU_TOKENS, sequence_length)]
     if len(sizes) == 1:
-        return whole.of(sizes[0]), "nothing to choose"
-    Trials(engine, rows, moment_bytes=moment_bytes).fit(1)  # what libraries take once is no part of any size
-    left = world.all_gather_object(memory.available_bytes)[
-        world.rank
-    ]  # when all have done that and none has tried more yet
-    trials = Trials(engine, rows, moment_bytes=moment_bytes, room=left and left // world.local_size)
+        return undivided.of(sizes[0]), "nothing to choose"
+    # Libraries allocate some memory at their first use. It must not be counted as part of any size.
+    Trials(engine, rows, moment_bytes=moment_bytes).fit(1)
+    # Measured when every rank has run this first trial and none has started a larger one.
+    available = world.all_gather_object(memory.available_bytes)[world.rank]
+    trials = Trials(engine, rows, moment_bytes=moment_bytes, room=available and available // world.local_size)
     found = world.all_gather_object(lambda: (largest(sizes, trials.fit), trials.failure))
     size, failure = min(found)
     if size == 0:
         raise OutOfMemory("step", failure)
     if size < sizes[-1]:
-        return whole.of(size), f"more does not fit: {failure}"
-    return whole.of(size), "all at once" if size == total else "more are no faster on a CPU"
+        return undivided.of(size), f"larger ones do not fit: {failure}"
+    return undivided.of(size), "all in one micro-batch" if size == total else "larger ones are no faster on a CPU"
 
 
 def largest(sizes: Sequence[int], fit: Callable[[int], bool]) -> int:
-    """The largest of the ascending ``sizes`` that fits, 0 where none does.
+    """Return the largest of the ascending ``sizes`` that fits, or 0 if none does.
 
-    It grows until one is too large, never to more than the next size from twice what has fitted, and then halves the
-    gap: on a CPU a trial that is far too large is not refused but ends with the kernel killing the process.
+    The size is at most doubled (rounded up to the next of ``sizes``) until one does not fit; then the gap is bisected.
+    Larger jumps are unsafe on a CPU: no allocation fails there, the kernel kills the process instead.
     """
     good, bad = -1, len(sizes)
     while bad - good > 1:
@@ -79,10 +80,10 @@ def largest(sizes: Sequence[int], fit: Callable[[int], bool]) -> int:
 
 
 class Trials:
-    """Micro-batches tried on this rank alone, beside gradients and as much memory as the moments will take.
+    """Trial micro-batches on this rank alone, with memory allocated for the gradients and the optimizer state.
 
-    ``room``: bytes of the host this rank may take (``None``: unknown) · ``failure``: the numbers of the last that did
-    not fit.
+    ``room`` is the number of bytes of host memory that this rank may use (``None``: unknown). ``failure`` describes the
+    last trial that did not fit.
     """
 
     def __init__(
@@ -91,16 +92,16 @@ class Trials:
         self.engine, self.rows = engine, rows
         self.device = engine.world.device
         self.moment_bytes, self.room = moment_bytes, room
-        self.resident = memory.resident_bytes()  # once: what a trial has freed may stay with the process
+        self.resident = memory.resident_bytes()  # measured once: memory that a trial frees may stay with the process
         gradients = sum(p.numel() * p.element_size() for p in engine.model.parameters() if p.requires_grad)
-        self.seen: tuple[int, float] = (0, gradients)  # the trial before: sequences, and bytes of the host they took
-        self.row_bytes = 0.0  # by which one more sequence raised them
+        self.seen: tuple[int, float] = (0, gradients)  # the previous trial: its sequences and its bytes of host memory
+        self.bytes_per_row = 0.0  # additional bytes per sequence, as measured between the last two trials
         self.failure = ""
 
     def fit(self, size: int) -> bool:
-        """Whether micro-batches of ``size`` sequences fit."""
+        """Return whether micro-batches of ``size`` sequences fit."""
         before, taken = self.seen
-        problem = self._too_much_for_host(taken + self.row_bytes * (size - before))
+        problem = self._host_memory_problem(taken + self.bytes_per_row * (size - before))
         if not problem:
             try:
                 problem = self._run(size)
@@ -109,14 +110,14 @@ class Trials:
                     raise
                 problem = numbers(error)
             if problem:
-                gc.collect()  # what a traceback held is in cycles; otherwise there are none, and it takes its time
+                gc.collect()  # the traceback holds tensors in reference cycles; a trial that fits leaves none
             self._clear()
         self.failure = problem or self.failure
         return not problem
 
     def _run(self, size: int) -> str:
-        """What is wrong with this size, if it ran. Twice, because from the second micro-batch of a step on there are
-        gradients beside the activations."""
+        """Run one trial and return why the size does not fit, or "". It runs two micro-batches, because from the second
+        one of a step on the gradients exist in addition to the activations."""
         memory.reset_peak()
         batch = self.rows(size).to(self.device)
         moments = torch.empty(self.moment_bytes, dtype=torch.uint8, device=self.device)
@@ -125,7 +126,7 @@ class Trials:
         del moments
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            # What has been freed counts as taken until it is cleared.
+            # torch's allocator counts freed memory as used until its cache is emptied.
             free, total = torch.cuda.mem_get_info(self.device)
             return "" if free >= ROOM * total else f"{memory.gib(free)} of {memory.gib(total)} would be left"
         peak = memory.peak_bytes()
@@ -133,11 +134,12 @@ class Trials:
             return ""
         before, taken = self.seen
         self.seen = size, peak - self.resident
-        self.row_bytes = max(0.0, (self.seen[1] - taken) / (size - before))
-        return self._too_much_for_host(self.seen[1])
+        self.bytes_per_row = max(0.0, (self.seen[1] - taken) / (size - before))
+        return self._host_memory_problem(self.seen[1])
 
-    def _too_much_for_host(self, needed: float) -> str:
-        """Asked before as well: a CPU's allocator refuses nothing, the kernel kills."""
+    def _host_memory_problem(self, needed: float) -> str:
+        """Return why ``needed`` bytes do not fit into host memory, or "". This is also checked before a trial runs: on a
+        CPU no allocation fails, the kernel kills the process instead."""
         if self.device.type != "cpu" or self.room is None or needed + self.moment_bytes <= (1 - ROOM) * self.room:
             return ""
         return f"needs {memory.gib(needed + self.moment_bytes)} of {memory.gib(self.room)} available"
@@ -145,26 +147,28 @@ class Trials:
     def _clear(self) -> None:
         self.engine.model.zero_grad(set_to_none=True)
         if self.engine.model.is_compiled:
-            torch.compiler.reset()  # one graph a size; torch stops compiling after eight
+            torch.compiler.reset()  # every size compiles its own graph, and torch stops compiling after eight
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def moment_bytes(make: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer], model: nn.Module) -> int:
-    """What an optimizer will keep of ``model``'s parameters from its first update on, seen on a small matrix of each
-    type."""
+    """Return the size in bytes of an optimizer's state for the parameters of ``model``, measured on a small matrix of each
+    dtype."""
     each: dict[torch.dtype, float] = {}
     needed = 0.0
     for parameter in model.parameters():
         if parameter.requires_grad:
             if parameter.dtype not in each:
-                each[parameter.dtype] = _kept_for_each(make, parameter.dtype)
+                each[parameter.dtype] = _state_bytes_per_element(make, parameter.dtype)
             needed += each[parameter.dtype] * parameter.numel()
     return math.ceil(needed)
 
 
-def _kept_for_each(make: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer], dtype: torch.dtype) -> float:
-    """Bytes for each number of a parameter of ``dtype``."""
+def _state_bytes_per_element(
+    make: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer], dtype: torch.dtype
+) -> float:
+    """Return the bytes of optimizer state per element of a parameter of ``dtype``."""
     matrix = nn.Parameter(torch.zeros(PROBE_SIDE, PROBE_SIDE, dtype=dtype))
     matrix.grad = torch.zeros_like(matrix)
     optimizer = make([("probe", matrix)])

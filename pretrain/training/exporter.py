@@ -1,5 +1,7 @@
-"""When a run's model becomes a Hugging Face folder: at its end, or with every checkpoint too. What lies beside the weights
-there lies in every checkpoint as well, which so is a model by itself."""
+"""Export of a run's model as a Hugging Face folder, at the end of the run or with every checkpoint too.
+
+A checkpoint holds the same files next to its weights (config, tokenizer, model card), so it can be loaded as a model.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Exporter:
-    """``run``: the run's folder · ``when``, ``shard_size``: see ``checkpoint.policy`` · ``save_dtype``: type of the exported
-    weights (``None``: as they were trained) · ``card``: the model card of a moment · ``separator``: the token that ends
-    documents.
+    """Writes the model of a run as Hugging Face folders.
 
-    Every rank calls every method: weights may lie on all of them.
+    Every rank must call every method, since the weights may be sharded over all of them.
+
+    Attributes:
+        engine: holds the weights.
+        tokenizer: the tokenizer that is saved with them.
+        run: folder of the run.
+        when: when the model is exported, see `CheckpointConfig.export`.
+        shard_size: maximal size of a weight file, see `CheckpointConfig.export_shard_size`.
+        save_dtype: dtype of the exported weights (``None``: the dtype in which they were trained).
+        card: returns the text of the model card for a state of the run.
+        separator: id of the token that ends documents.
     """
 
     engine: Engine
@@ -47,20 +57,20 @@ class Exporter:
     separator: int | None = None
 
     def checkpoint_files(self, progress: TrainState) -> dict[str, bytes]:
-        """What a checkpoint holds beside its state, by name, so that it is a model by itself."""
-        return self._beside | self._card(progress)
+        """Return the files, by name, that a checkpoint holds in addition to its state, so that it can be loaded as a model."""
+        return self._model_files | self._card(progress)
 
     @cached_property
-    def _beside(self) -> dict[str, bytes]:
+    def _model_files(self) -> dict[str, bytes]:
         return export.beside(self.engine.model.hf, self.tokenizer, dtype=None, separator=self.separator)
 
     def _card(self, progress: TrainState) -> dict[str, bytes]:
         return {"README.md": self.card(progress).encode()}
 
     def at_save(self, progress: TrainState) -> None:
-        """Export beside a checkpoint, where asked to; the last model of a run comes from ``at_end``.
+        """Export the model with a checkpoint if ``when`` is "save". The last model of a run is written by ``at_end``.
 
-        A folder that can't be written costs a line and not the run: the checkpoint is there.
+        A folder that can't be written is reported and does not end the run, because the checkpoint exists.
         """
         if self.when != "save":
             return
@@ -68,12 +78,12 @@ class Exporter:
         try:
             self._write(models / f"step-{progress.step:08d}", progress)
         except UserError as error:
-            notice(f"{error}; the run goes on")
+            notice(f"{error}; the run continues")
         if self.engine.world.is_main:
             self._prune(models, progress.step)
 
     def at_end(self, progress: TrainState) -> Path | None:
-        """Export ``model/``, whole or not at all, and return it; ``None`` when the run was told to export never."""
+        """Export ``model/``, completely or not at all, and return its path; ``None`` if ``when`` is "never"."""
         if self.when == "never":
             return None
         path = self.run / "model"
@@ -86,7 +96,7 @@ class Exporter:
         engine, world = self.engine, self.engine.world
         sharded = engine.sharded_export and world.size > 1
         dtypes = export.dtypes_for(engine.model.hf, self.save_dtype)
-        own = export.own_share(engine.whole_weights(), dtypes=dtypes, world=world, sharded=sharded)
+        own = export.own_share(engine.full_weights(), dtypes=dtypes, world=world, sharded=sharded)
         plan = world.all_gather_object(lambda: export.split(own, self.shard_size)) if sharded else []
         dtype = export.dtype_of(own)
 
@@ -101,11 +111,11 @@ class Exporter:
                 written += export.write_beside(files | self._card(progress), fresh)
             return written
 
-        write_folder(path, fill, world=world, hint=lambda: "the last checkpoint is good", marker=False)
+        write_folder(path, fill, world=world, hint=lambda: "the last checkpoint is valid", marker=False)
 
     def _prune(self, models: Path, step: int) -> None:
-        """An earlier model goes when its checkpoint has gone."""
-        for left in (*models.glob("step-*.partial"), *models.glob("step-*.replaced")):  # of a kill
+        """Delete earlier models whose checkpoints have been deleted."""
+        for left in (*models.glob("step-*.partial"), *models.glob("step-*.replaced")):  # left by a killed process
             shutil.rmtree(left, ignore_errors=True)
         for old in models.glob("step-*[0-9]"):
             if old.name != f"step-{step:08d}" and not (self.run / "checkpoints" / old.name).exists():
@@ -113,11 +123,12 @@ class Exporter:
 
 
 def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
-    """Write the weights of a checkpoint or a model folder as the Hugging Face folder ``path``, in ``model.save_dtype``
-    (``None``: as they are there), on the CPU, in one process; return ``path``. A checkpoint's card comes along.
+    """Write the weights of a checkpoint or a model folder as the Hugging Face folder ``path``; return ``path``.
 
-    Weights are read one by one and let go file by file; only those in a layout that transformers has to convert are
-    built as a model first. Raises ``UserError`` for a model that can't be read and a place that can't be written.
+    They are written in ``model.save_dtype`` (``None``: their present dtype), on the CPU, in one process. The model card of
+    a checkpoint is copied. Weights are read one by one and freed after each file; only weights in a layout that
+    transformers has to convert are loaded into a model first. Raises ``UserError`` for a model that can't be read and a
+    folder that can't be written.
     """
     import torch
     from transformers.utils.logging import enable_progress_bar
@@ -125,36 +136,38 @@ def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
     from pretrain.distributed.context import DistributedContext
     from pretrain.models.model_factory import ModelFactory
 
-    model.check(1)  # any sequence will do
+    model.check(1)  # the sequence length does not matter here
     files = model.weights()
     if files is None:
         raise UserError("task=export: model=scratch has no weights to export")
-    alone, tokenizer = DistributedContext(0, 1, torch.device("cpu")), model.tokenizer(None)
+    world, tokenizer = DistributedContext(0, 1, torch.device("cpu")), model.tokenizer(None)
     factory = ModelFactory(model, _dtype(files), seed=0)
-    outline = factory.build_on_meta()
+    meta_model = factory.build_on_meta()
 
     def weights() -> Iterable[tuple[str, Tensor]]:
-        fitting = factory.files(outline)
-        if fitting is None:
-            return factory.build(alone.device).hf_state().items()
-        return ((name, fitting.read(name)) for name in outline.hf_state())
+        model_files = factory.files(meta_model)
+        if model_files is None:
+            return factory.build(world.device).hf_state().items()
+        return ((name, model_files.read(name)) for name in meta_model.hf_state())
 
     def fill(fresh: Path) -> list[Path]:
-        dtypes = export.dtypes_for(outline.hf, model.save_dtype)
-        own = export.own_share(weights(), dtypes=dtypes, world=alone, sharded=False)
-        around = export.beside(outline.hf, tokenizer, dtype=export.dtype_of(own))
+        dtypes = export.dtypes_for(meta_model.hf, model.save_dtype)
+        own = export.own_share(weights(), dtypes=dtypes, world=world, sharded=False)
+        extra_files = export.beside(meta_model.hf, tokenizer, dtype=export.dtype_of(own))
         card = model.folder() / "README.md"
-        written = export.save_whole(outline.hf, own, fresh, shard_size=shard_size)
-        return written + export.write_beside(around | ({card.name: card.read_bytes()} if card.exists() else {}), fresh)
+        written = export.save_whole(meta_model.hf, own, fresh, shard_size=shard_size)
+        if card.exists():
+            extra_files |= {card.name: card.read_bytes()}
+        return written + export.write_beside(extra_files, fresh)
 
     if sys.stderr.isatty():
-        enable_progress_bar()  # of the files written
-    write_folder(path, fill, world=alone, hint=lambda: "the checkpoint is as it was", marker=False)
+        enable_progress_bar()  # for writing the weight files
+    write_folder(path, fill, world=world, hint=lambda: "the checkpoint is unchanged", marker=False)
     return path
 
 
 def _dtype(files: TensorFiles) -> torch.dtype:
-    """The type of most numbers that are no counts."""
+    """Return the floating-point dtype of most elements."""
     import torch
 
     sizes: Counter[torch.dtype] = Counter()

@@ -1,4 +1,4 @@
-"""How the sequences that one device computes in a step are divided into micro-batches. Imports no torch."""
+"""The division of one device's sequences of a step into micro-batches. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatching:
-    """``accumulation`` micro-batches of ``batch_size`` sequences. An equal ``total`` is an equal run."""
+    """``accumulation`` micro-batches of ``batch_size`` sequences. Divisions with an equal ``total`` train the same run."""
 
     batch_size: int
     accumulation: int
 
     @classmethod
-    def asked(cls, config: RunConfig) -> MicroBatching:
-        """What the config says; ``batch_size=auto`` stands for 1 until it is known how many fit at once."""
+    def from_config(cls, config: RunConfig) -> MicroBatching:
+        """Return the division in the config. ``batch_size=auto`` counts as 1 until the largest size that fits is known."""
         size = 1 if config.batch_size == "auto" else config.batch_size
         return cls(size, config.gradient_accumulation_steps)
 
     @classmethod
-    def recorded(cls, facts: dict[str, Any]) -> MicroBatching:
-        """What `facts` has made of it for run.json."""
+    def from_record(cls, facts: dict[str, Any]) -> MicroBatching:
+        """Read the division from run.json, where `facts` has put it."""
         return cls(facts["batch_size"], facts["gradient_accumulation_steps"])
 
     @property
@@ -32,17 +32,17 @@ class MicroBatching:
         return self.batch_size * self.accumulation
 
     def facts(self) -> dict[str, int]:
-        """For run.json, which a run that goes on reads again."""
+        """Return the entries of run.json, which a resumed run reads again."""
         return {"batch_size": self.batch_size, "gradient_accumulation_steps": self.accumulation}
 
     def sizes(self) -> list[int]:
-        """Every micro-batch that divides ``total``, the smallest first."""
+        """Return every micro-batch size that divides ``total``, in ascending order."""
         return [size for size in range(1, self.total + 1) if self.total % size == 0]
 
     def of(self, size: int) -> MicroBatching:
-        """As much in micro-batches of ``size``."""
+        """Return the same total in micro-batches of ``size``."""
         return MicroBatching(size, self.total // size)
 
     def smaller(self) -> MicroBatching:
-        """As much in the largest micro-batches of at most half the size; a single sequence stays one."""
+        """Return the same total in the largest micro-batches of at most half the size; a single sequence stays one."""
         return self.of(max(size for size in self.sizes() if 2 * size <= max(2, self.batch_size)))

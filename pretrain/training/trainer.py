@@ -1,4 +1,4 @@
-"""The loop: resume, then batch by batch train, evaluate, save. Read `run` first; the rest are its verbs."""
+"""The training loop: resume, then train, evaluate and save batch by batch. Read `Trainer.run` first; it calls the rest."""
 
 from __future__ import annotations
 
@@ -57,15 +57,36 @@ Listener = Callable[[Event], None]
 
 @dataclass
 class Trainer:
-    """Everything a run consists of, built by `build.py`.
+    """The training loop and everything it works with.
 
-    ``loader`` yields this rank's share of one global batch per step, ``micro_batch`` sequences at a time.
-    ``identity``: what a checkpoint must share with the run that continues it. ``rng``: this rank's random state at
-    step 0. Only rank 0 has ``listeners``.
-    ``unsaved_records``: what listeners have noted since the last checkpoint, to lie in the next; ``records``: those of the
-    checkpoint that the run goes on from, if it is its own. ``resume_from``: a checkpoint folder, or ``None``. ``exporter`` writes
-    the model as Hugging Face folders.
-    ``census`` counts what has been read, for rank 0 to tell.
+    Attributes:
+        world: the ranks of this run and their collectives.
+        engine: the model and the optimizer under one strategy.
+        loader: yields this rank's share of one global batch per step.
+        schedule: maps a step to the factor of the learning rate.
+        guard: detects bad steps (non-finite numbers, loss spikes) and decides what to do about them.
+        untouched: evaluates, and keeps the losses of the base model (before training) as the baseline of forgetting.
+        sampler: continues the prompts at every evaluation.
+        saver: writes checkpoints.
+        interrupt: whether a stop signal has arrived.
+        identity: what a checkpoint must have in common with the run that resumes from it.
+        rng: this rank's random state at the first step of this start.
+        total_steps: length of the run in optimizer steps.
+        micro_batch: sequences per micro-batch.
+        grad_clip: maximal gradient norm (``None``: gradients are not clipped).
+        evaluate_every: interval of evaluations in steps.
+        save_every: interval of checkpoints in steps.
+        exporter: writes the model as Hugging Face folders.
+        layers: measures the norms of each layer.
+        resume_from: the checkpoint folder to resume from, or ``None``.
+        unsaved_records: returns the records since the last checkpoint, which the next checkpoint will hold.
+        records: the records in the checkpoint that the run resumes from, if it is a checkpoint of this run.
+        facts: metadata of the run for run.json.
+        listeners: receive every event; only rank 0 has any.
+        progress: how far the run has come; saved with every checkpoint.
+        watchdog: ends the process if the run makes no progress.
+        clock: times the parts of a step.
+        census: counts what has been read; rank 0 reports it.
     """
 
     world: DistributedContext
@@ -96,8 +117,8 @@ class Trainer:
     clock: StepTimer = field(init=False)
     census: DataStatistics = field(init=False)
     _batches: Generator[Batch, None, None] = field(init=False)
-    _back_at: int = 0  # the step to which the guard has sent the run back last
-    _announced: bool = False  # whether this start has said what an evaluation scores
+    _rollback_step: int = 0  # the step of the last rollback's checkpoint
+    _announced: bool = False  # whether this start has announced what an evaluation scores
     _save_due: bool = False
     _started_at_step: int = 0
 
@@ -116,10 +137,10 @@ class Trainer:
                 facts=self.facts,
             )
         )
-        set_rng_state(self.rng)  # only now: listeners may draw random numbers while they set themselves up
-        owed = self.progress.pending_evaluation
-        if (self.progress.step == 0 or owed) and self.evaluate() and owed:
-            self.save(at_once=self.finished)  # in the place of the one without these scores
+        set_rng_state(self.rng)  # only now, because listeners may draw random numbers while they start
+        pending = self.progress.pending_evaluation
+        if (self.progress.step == 0 or pending) and self.evaluate() and pending:
+            self.save(at_once=self.finished)  # replaces the checkpoint without these scores
         for batch in self.batches():
             self.emit(self.train_step(batch))
             stop = self.sync_stop_signal()
@@ -134,7 +155,7 @@ class Trainer:
         return self.finish()
 
     def batches(self) -> Iterator[Batch]:
-        """Global batches up to the last step."""
+        """Yield this rank's share of the global batches up to the last step."""
         if self.finished or self.interrupted():
             return
         self._batches = iter(self.loader)
@@ -146,7 +167,7 @@ class Trainer:
 
     @watched("step")
     def train_step(self, batch: Batch) -> StepDone:
-        """One optimizer step on one global batch, or none where it is passed over. Nothing here waits for the device."""
+        """Take one optimizer step on one global batch, unless the batch is blocklisted. Nothing here waits for the device."""
         with self.clock.part("communication"):
             tokens = self.world.sum(batch.num_targets)
         lr = self.engine.set_lr(self.schedule(self.progress.step))
@@ -174,57 +195,59 @@ class Trainer:
         )
 
     def update(self, batch: Batch, tokens: int) -> tuple[Tensor, Tensor]:
-        """Train on ``batch``, unless the guard refuses what comes of it; loss and gradient norm, on the device.
+        """Train on ``batch`` unless the guard rejects the update; return loss and gradient norm, on the device.
 
-        ``tokens``: targets of the whole global batch.
+        ``tokens`` is the number of target tokens of the global batch.
         """
         micros = list(batch.split(self.micro_batch))
         loss = torch.zeros((), device=self.world.device)
-        # A compiler that they start would die of a signal to the whole group; other threads hear it for this one.
-        held = signals_blocked() if self.engine.model.is_compiled else nullcontext()
-        with self.clock.part("compute"), held:
+        # A signal to the process group would kill a compiler that is started here. Another thread receives the signal.
+        blocked = signals_blocked() if self.engine.model.is_compiled else nullcontext()
+        with self.clock.part("compute"), blocked:
             for i, micro in enumerate(micros):
                 loss += self.engine.backward(micro.to(self.world.device), tokens=tokens, last=i == len(micros) - 1)
                 self.watchdog.heartbeat()
         with self.clock.part("communication"):
             self.world.all_reduce_sum(loss)
-        look = self.guard.look(loss)
+        check = self.guard.check(loss)
         with self.clock.part("optimizer"):
-            norm = self.layers.step(self.progress.step + 1, self.grad_clip, refuse=look.should_skip)
-        self.guard.note(look, norm, step=self.progress.step + 1, first_sample=batch.first_sample)
+            norm = self.layers.step(self.progress.step + 1, self.grad_clip, refuse=check.should_skip)
+        self.guard.note(check, norm, step=self.progress.step + 1, first_sample=batch.first_sample)
         return loss, norm
 
     def rolled_back(self, *, at_once: bool) -> bool:
-        """Hear of bad steps; whether the run has gone back to a checkpoint because of one."""
-        demands = (bad for bad in self.guard.found(at_once=at_once) if bad.action == "rollback")
-        return any(self.roll_back(bad) for bad in demands)
+        """Read the bad steps that the guard has found; return whether the run was rolled back to a checkpoint."""
+        rollbacks = (bad for bad in self.guard.found(at_once=at_once) if bad.action == "rollback")
+        return any(self.roll_back(bad) for bad in rollbacks)
 
     def roll_back(self, bad: BadStep) -> bool:
-        """Go on from the last good checkpoint. False where there is none yet: then the step just was not trained."""
+        """Continue from the last good checkpoint. Return False if there is none yet; then the step is only skipped."""
         self.saver.wait()
-        self.tell_saved()
-        below = None if self.guard.trained_since_rollback else self._back_at  # the last one was no better
+        self.emit_saved()
+        # If no step was trained since the last rollback, that checkpoint did not help: use an older one.
+        below = None if self.guard.trained_since_rollback else self._rollback_step
         newest = self.saver.store.newest
         checkpoint = self.world.on_main_rank(lambda: newest(below=below) or newest()) or self.resume_from
         if checkpoint is None:
-            notice("there is no checkpoint to go back to yet: the run goes on")
+            notice("there is no checkpoint to roll back to yet: the step is skipped and the run continues")
             return False
         self._batches.close()
         with self.watchdog.slow():
             self.restore(checkpoint)
-        self.progress.pending_evaluation = False  # whoever went on from there has made it
-        self.guard.last_step_skipped, self.guard.trained_since_rollback, self._back_at = True, False, self.progress.step
+        self.progress.pending_evaluation = False  # this run evaluated at that step before it continued
+        self.guard.last_step_skipped, self.guard.trained_since_rollback = True, False
+        self._rollback_step = self.progress.step
         self._batches = iter(self.loader)
-        notice(f"back at {checkpoint}")
+        notice(f"rolled back to {checkpoint}")
         self.emit(RolledBack(self.progress.step, bad.step, bad.reason))
         set_rng_state(self.rng)
         return True
 
     @watched("evaluation")
     def evaluate(self) -> bool:
-        """Score every domain, and continue the prompts; a run's first scores are the baseline of its forgetting.
+        """Score every domain and continue the prompts. A run's first scores are the baseline of its forgetting.
 
-        False: a stop signal came, and whoever continues here owes the evaluation.
+        Return False if a stop signal interrupted the evaluation, which must then be run again on resume.
         """
         self.watchdog.allow_slow()
         started_at = time.perf_counter()
@@ -246,18 +269,18 @@ class Trainer:
             self.untouched.keep(progress, scores)
         self.emit(Evaluated(progress.step, tuple(scores), scored_at - started_at))
         self.emit(Sampled(progress.step, tuple(samples), sampled_at - scored_at))
-        self.tell_data()
+        self.emit_data()
         return True
 
-    def tell_data(self) -> None:
-        """Tell what has been read so far. Only rank 0 counts it, and only it tells."""
+    def emit_data(self) -> None:
+        """Emit the statistics of the data read so far. Only rank 0 counts and emits them."""
         if self.world.is_main and self.progress.samples:
             started_at = time.perf_counter()
             sources = self.census.at(self.progress.samples)
             self.emit(DataStatisticsEvent(self.progress.step, sources, time.perf_counter() - started_at))
 
     def save(self, *, at_once: bool) -> None:
-        """Make a checkpoint of exactly this moment; it is written while training goes on, or ``at_once``."""
+        """Make a checkpoint of the present state. It is written while training continues, or ``at_once`` before returning."""
         self._save_due = False
         started_at = time.perf_counter()
         if self.guard.policy.replicas == "stop":
@@ -273,89 +296,92 @@ class Trainer:
             "files": self.exporter.checkpoint_files(self.progress) if self.world.is_main else {},
         }
         saved = self.saver.save(self.progress.step, state, at_once=at_once)
-        if saved and not self.finished:  # the last model is exported at the end
+        if saved and not self.finished:  # `finish` exports the last model
             with self.watchdog.slow():
                 self.exporter.at_save(self.progress)
         self.emit(TrainingPaused(self.progress.step, time.perf_counter() - started_at, "checkpoint"))
-        self.tell_saved()
+        self.emit_saved()
 
     def save_is_due(self) -> bool:
-        """Whether it is time for a checkpoint; after a step that was not trained it waits for one that is."""
+        """Return whether a checkpoint is due. After a skipped step it is delayed until a step has been trained."""
         self._save_due |= self.save_every.due(self.progress.step)
         return self._save_due and not self.guard.last_step_skipped
 
-    def tell_saved(self) -> None:
+    def emit_saved(self) -> None:
         while (saved := self.saver.collect()) is not None:
             self.emit(saved)
 
     def sync_stop_signal(self) -> bool:
-        """Whether a stop signal has come, to any rank.
+        """Return whether any rank has received a stop signal.
 
-        Raises what kept a checkpoint from being written.
+        Raises the error that prevented a checkpoint from being written.
         """
         with self.clock.part("communication"):
             stop, failed = self.world.any_rank(self.interrupt.requested, self.saver.failed)
         if failed:
             self.saver.wait()
-            self.world.sum(0)  # it was another rank's, which ends the group
+            self.world.sum(0)  # the error was raised on another rank, whose exit ends the group
             raise RuntimeError("another rank could not write its part of a checkpoint")
-        self.tell_saved()
+        self.emit_saved()
         return stop
 
     def flush(self) -> None:
-        """Before a failed run ends: what was being saved becomes whole and is told of, or why it did not."""
+        """Before a failed run ends, complete the checkpoint that is being written and report it, or report its error."""
         self.saver.close()
         try:
-            self.tell_saved()
+            self.emit_saved()
         except Exception as error:
             notice(f"error: {error}")
-            self.tell_saved()
+            self.emit_saved()
 
     def resume(self) -> None:
-        """Put back the state of ``resume_from``; without one the run starts at step 0."""
+        """Restore the state of ``resume_from``; without one the run starts at step 0."""
         if self.resume_from is not None:
             self.score_untouched(self.resume_from)
             self.restore(self.resume_from)
 
     @watched("evaluation")
     def score_untouched(self, checkpoint: Path) -> None:
-        """Before ``checkpoint`` replaces the weights that the run began with: score them where its baseline is of other
-        text than this run evaluates."""
+        """Score the initial weights before those of ``checkpoint`` replace them, if its baseline was measured on other text
+        than this run evaluates."""
         self.watchdog.allow_slow()
         self.untouched.score_again(self.engine, schema.read_state(checkpoint), self.identity, **self.hooks)
 
     def restore(self, checkpoint: Path) -> None:
-        """Put back the state of ``checkpoint``.
+        """Restore the state of ``checkpoint``.
 
-        It may be of another strategy or number of ranks: then a rank it did not have keeps its own random state.
+        The checkpoint may have been written by another strategy or number of ranks; a rank without a saved random state
+        keeps its own.
         """
         state = store.load(checkpoint)
         before = state["identity"]
-        if any(before[part] != self.identity[part] for part in ("weights", "optimizer")):  # by resume_allow
+        if any(before[part] != self.identity[part] for part in ("weights", "optimizer")):  # allowed by resume_allow
             state["engine"]["optimizer"] = TensorFiles([])
             if self.world.is_main:
-                notice("the optimizer starts anew: its moments are of another optimizer or type of weights")
+                notice(
+                    "the optimizer state starts empty: the saved moments belong to another optimizer or dtype of weights"
+                )
         self.engine.load_state_dict(state["engine"])
         self.progress.load_state_dict(state["progress"])
         self.untouched.restore(self.progress)
-        # of another length by resume_allow: the same place in the text
+        # resume_allow may permit another sequence length: continue at the same place in the text.
         self.progress.samples = self.progress.samples * before["sequence_length"] // self.identity["sequence_length"]
         self.loader.load_state_dict({"samples": self.progress.samples})
         guard = state.get("guard", {})
         if any(before[part] != self.identity[part] for part in ("data", "sequence_length", "global_batch", "seed")):
-            guard["passed_over"] = []  # they were other batches
+            guard["passed_over"] = []  # the first samples belong to other batches
         self.guard.load_state_dict(guard)
         own = checkpoint.resolve().parent == self.saver.store.folder.resolve()
-        self.records = state.get("records", []) if own else []  # another run's are told by its own files
+        self.records = state.get("records", []) if own else []  # another run's records are in its own files
         if self.world.rank < len(state["rng"]):
             self.rng = state["rng"][self.world.rank]
 
     def finish(self) -> TrainState:
-        """Export the model of a run that reached its end; tell how the run ended."""
+        """Export the model if the run is complete, and emit how the run ended."""
         self.saver.close()
-        self.sync_stop_signal()  # a save that no step came after: it is told of, or why it failed
-        if self.progress.step not in (self.progress.evaluated_at, self._started_at_step):  # then it has been told
-            self.tell_data()
+        self.sync_stop_signal()  # reports the last save, after which there was no step, or raises its error
+        if self.progress.step not in (self.progress.evaluated_at, self._started_at_step):  # else it was already emitted
+            self.emit_data()
         with self.watchdog.slow():
             model = self.exporter.at_end(self.progress) if self.complete else None
         status = "finished" if self.complete else "stopped"
@@ -364,7 +390,7 @@ class Trainer:
 
     @property
     def hooks(self) -> dict[str, Callable[[], Any]]:
-        """What a long evaluation asks, and calls, meanwhile."""
+        """The callbacks that a long evaluation uses: whether to stop, and the watchdog's heartbeat."""
         return {"interrupted": self.interrupted, "alive": self.watchdog.heartbeat}
 
     @property
@@ -373,7 +399,7 @@ class Trainer:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to do but to export."""
+        """Whether only the export is left to do."""
         return self.finished and not self.progress.pending_evaluation
 
     @property
@@ -383,7 +409,7 @@ class Trainer:
         return self.finished or due or self._save_due
 
     def interrupted(self) -> bool:
-        """Whether a stop signal has come, to any rank. Every rank must ask."""
+        """Return whether any rank has received a stop signal. This is a collective."""
         return self.world.any_rank(self.interrupt.requested)[0]
 
     def emit(self, event: Event) -> None:

@@ -77,7 +77,7 @@ def test_a_checkpoint_is_not_ranked_by_an_older_evaluation(tmp_path):
         }
         saved["progress"] |= {"evaluated_at": evaluated_at, "losses": {"new": loss}, "scores": [score]}
         assert losses_of(saved_at(store, step, saved)) == expected[step]
-    assert store.whole() == [2, 4, 5], "by the older evaluation step 3 were as good as step 2, and newer"
+    assert store.complete_steps() == [2, 4, 5], "by the older evaluation step 3 were as good as step 2, and newer"
 
 
 def test_the_best_by_the_records_is_kept(base_arguments, command, tmp_path):
@@ -91,7 +91,7 @@ def test_the_best_by_the_records_is_kept(base_arguments, command, tmp_path):
     assert list(losses) == [5, 10, 15, 20]
     best = min(losses, key=losses.__getitem__)
     assert best != 20
-    assert CheckpointStore(tmp_path / "checkpoints").whole() == [best, 20]
+    assert CheckpointStore(tmp_path / "checkpoints").complete_steps() == [best, 20]
     saved = [r for r in records if r["event"] == "checkpoint"]
     assert [r["step"] for r in saved] == [5, 10, 15, 20]
     assert all(r["blocked_seconds"] == r["seconds"] for r in saved)

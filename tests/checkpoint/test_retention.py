@@ -67,7 +67,7 @@ def test_without_room_it_says_what_is_missing(tmp_path, free):
     assert store.make_room(5, 13 * GIB // 4) == f"{says}there is none before it"
     for step in (3, 4):
         saved_at(store, step, state(step))
-    assert store.make_room(5, 13 * GIB // 4) == f"{says}the last good one is {store.path(4)}"
+    assert store.make_room(5, 13 * GIB // 4) == f"{says}the last valid checkpoint is {store.path(4)}"
     assert store.steps() == [3, 4]
 
 
@@ -193,7 +193,7 @@ def test_all_bytes_are_compared_when_asked(tmp_path, monkeypatch, capsys):
     assert quick.newest() == quick.path(2)
     assert capsys.readouterr().err == ""
     assert full.newest() == quick.path(1)
-    assert "model.safetensors has other bytes than were written (checksum)" in capsys.readouterr().err
+    assert "model.safetensors does not match its checksum" in capsys.readouterr().err
 
 
 def test_one_that_cannot_be_set_aside_is_named(tmp_path):

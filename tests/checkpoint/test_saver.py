@@ -73,7 +73,7 @@ def test_what_goes_wrong_is_raised(background, tmp_path):
     saver.wait()
     (tmp_path / "step-00000002.partial").write_text("a file where the folder has to be")
     with pytest.raises(
-        UserError, match=f"step-00000002 could not be written.*the last good one is {saver.store.path(1)}"
+        UserError, match=f"step-00000002 could not be written.*the last valid checkpoint is {saver.store.path(1)}"
     ):
         saver.save(2, state(2), at_once=False)
         while not saver.failed:
@@ -106,7 +106,7 @@ def test_without_room_the_run_goes_on_until_its_last_checkpoint(tmp_path, free, 
     saver.wait()
     said = capsys.readouterr().err
     assert f"{saver.store.path(2)} could not be written: it needs" in said
-    assert f"the last good one is {saver.store.path(1)}; the run goes on" in said
+    assert f"the last valid checkpoint is {saver.store.path(1)}; the run continues" in said
     assert saver.store.steps() == [1]
     with pytest.raises(UserError, match="GiB free"):
         saver.save(3, state(3), at_once=True)

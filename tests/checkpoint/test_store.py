@@ -65,10 +65,10 @@ def test_newest_passes_over_what_is_torn_and_says_why(tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:-1])
     assert store.newest() == tmp_path / "step-00000002"
     said = capsys.readouterr().err
-    assert "step-00000004 passed over: no COMPLETE.json" in said
-    assert "step-00000003 passed over: model.safetensors has" in said
+    assert "step-00000004 skipped: no COMPLETE.json" in said
+    assert "step-00000003 skipped: model.safetensors has" in said
     assert store.steps() == [1, 2, 3, 4], "nothing is deleted"
-    with pytest.raises(UserError, match="not a whole checkpoint"):
+    with pytest.raises(UserError, match="not a complete checkpoint"):
         load(tmp_path / "step-00000003")
 
 
@@ -102,7 +102,7 @@ def test_the_one_before_is_used_and_the_reason_said(damage, reason, tmp_path, ca
     saved_at(store, 1, state(1))
     damage(saved_at(store, 2, state(2)))
     assert store.newest() == store.path(1)
-    assert f"{store.path(2)} passed over: {reason}" in capsys.readouterr().err
+    assert f"{store.path(2)} skipped: {reason}" in capsys.readouterr().err
 
 
 def test_what_the_marker_does_not_name_is_not_read(tmp_path):
@@ -163,9 +163,9 @@ def test_a_flipped_byte_is_found_and_named(name, tmp_path, capsys):
     store = CheckpointStore(tmp_path, CheckpointConfig(verify="full"))
     saved_at(store, 1, state(1))
     flip(saved_at(store, 2, state(2)) / name, -3)
-    assert incomplete_reason(store.path(2), verify="full") == f"{name} has other bytes than were written (checksum)"
+    assert incomplete_reason(store.path(2), verify="full") == f"{name} does not match its checksum"
     assert store.newest() == store.path(1)
-    assert f"step-00000002 passed over: {name} has other bytes" in capsys.readouterr().err
+    assert f"step-00000002 skipped: {name} does not match" in capsys.readouterr().err
 
 
 def test_the_quick_look_reads_small_files_and_headers_only(tmp_path, monkeypatch):
@@ -222,7 +222,7 @@ def test_a_place_that_cannot_be_written_names_the_last_good_one(tmp_path):
     store = CheckpointStore(tmp_path / "checkpoints")
     good = saved_at(store, 1, state(1))
     (tmp_path / "checkpoints" / "step-00000002.partial").write_text("a file where the folder has to be")
-    with pytest.raises(UserError, match=f"the last good one is {good}"):
+    with pytest.raises(UserError, match=f"the last valid checkpoint is {good}"):
         store.save(2, state(2), world=ALONE)
     assert store.newest() == good
 
@@ -266,7 +266,7 @@ def test_what_is_beyond_a_step_is_set_aside_and_nothing_else(tmp_path, capsys):
     assert store.steps() == [1, 2]
     aside = sorted(p.name.rpartition("-")[0] for p in tmp_path.glob("set-aside-*"))
     assert aside == ["set-aside-step-00000003", "set-aside-step-00000004"]
-    assert capsys.readouterr().err.count("is of the branch that was left: kept as set-aside-step-0000000") == 2
+    assert capsys.readouterr().err.count("belongs to a branch that was abandoned: kept as set-aside-step-0000000") == 2
     store.archive_after(-1)
     assert store.steps() == []
     assert store.newest() is None

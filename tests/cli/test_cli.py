@@ -99,7 +99,7 @@ KEYS = [
     (["dataset=local"], "dataset.nameOrPath has no value"),
     (["hydra.run.dir=there"], "the run folder is output_dir="),
     (["optimizer._target_=pretrain.optim.adamw.Adam"], "optimizer._target_='pretrain.optim.adamw.Adam'"),
-    (["--config"], "--config: which file?"),
+    (["--config"], "--config: needs a file"),
     (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
 ]
 
@@ -171,7 +171,7 @@ FILES = {
     "Hub id without network": (lambda t, m: ["model_name=someone/some-model"], "model_name=sample, a local folder"),
     "a run without a checkpoint to resume": (
         lambda t, m: [f"resume={make(t, 'r/checkpoints/x', '').parents[1]}"],
-        "a run without a whole checkpoint",
+        "a run without a complete checkpoint",
     ),
     "no checkpoint to resume": (lambda t, m: [f"resume={t}"], "not a checkpoint folder"),
     "output_dir below a file": (lambda t, m: [f"output_dir={make(t, 'f', 'x')}/run"], "output_dir="),
@@ -225,7 +225,7 @@ def test_disk_full_during_a_checkpoint_keeps_the_last_good_one(base_arguments, t
     )
     assert second.returncode == 2, second.stderr
     assert "step-00000010 could not be written" in second.stderr
-    assert f"the last good one is {run}/checkpoints/step-00000005" in second.stderr
+    assert f"the last valid checkpoint is {run}/checkpoints/step-00000005" in second.stderr
     assert "Traceback" not in second.stderr
     third = run_process([*arguments, "max_steps=10", "dataset.held_out=0.1"])
     assert third.returncode == 0, third.stderr

@@ -19,13 +19,13 @@ DOUBLING = {
 def test_what_doubles_with_every_line(kind):
     lines = [DOUBLING[kind].format(f"x{i}", f"x{i + 1}") for i in range(30)]
     config = OmegaConf.create("\n".join([*lines, "x30: a", "name: x"]))
-    with pytest.raises(UserError, match="stand for more than fits into a config"):
+    with pytest.raises(UserError, match="expand to more than fits into a config"):
         resolve(config)
 
 
 def test_a_long_text_many_times():
     config = OmegaConf.create({"name": "x", "a": "b" * 200_000, "c": "${a}" * 1000})
-    with pytest.raises(UserError, match="stand for more than fits into a config"):
+    with pytest.raises(UserError, match="expand to more than fits into a config"):
         resolve(config)
 
 

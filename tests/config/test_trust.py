@@ -96,8 +96,8 @@ def test_no_function_by_another_name():
     """Without the comparison with its real name this would be a class of Python's, called with what a file says."""
     with pytest.raises(UserError, match=r"subprocess\.Popen': a config may name pretrain's own parts only"):
         locate("optimizer", "pretrain.data.tokenization.workers.subprocess.Popen", PARTS["optimizer"])
-    with pytest.raises(UserError, match=r"store\.Policy': a config may name pretrain's own parts only"):
-        locate("checkpoint", "pretrain.checkpoint.store.Policy", PARTS["checkpoint"])
+    with pytest.raises(UserError, match=r"store\.CheckpointConfig': a config may name pretrain's own parts only"):
+        locate("checkpoint", "pretrain.checkpoint.store.CheckpointConfig", PARTS["checkpoint"])
 
 
 @pytest.mark.parametrize("group", PARTS)
@@ -201,7 +201,7 @@ def test_the_message_says_how_to_trust(command, mark):
 def test_a_node_that_appears_when_resolved_again(command, mark):
     """Hydra's instantiate resolves once more; what the first time was text would be a node by then."""
     hidden = r"+model.overrides.x='\${oc.create:{_target_: foreign.run}}'"
-    assert_mistake(command(["model=scratch", hidden]), "the mark of an interpolation")
+    assert_mistake(command(["model=scratch", hidden]), "the start of an interpolation")
     assert not mark.exists()
 
 

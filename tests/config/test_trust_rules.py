@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from pretrain.config.check import RootKeys  # a name that is imported here, and so is not this module's own
-from pretrain.config.trust import PARTS, SCHEDULES, check_said, locate, said, trusts
+from pretrain.config.trust import PARTS, SCHEDULES, check_command_line_only, command_line_only_values, locate, trusts
 from pretrain.optim.adamw import AdamW
 from pretrain.optim.base import OptimizerFactory
 from pretrain.optim.schedule import cosine
@@ -57,26 +57,26 @@ def refusal(target) -> str:
         (
             "pretrain.strategy.single.Single",
             PARTS["optimizer"],
-            "a.b._target_='pretrain.strategy.single.Single': not a part that can stand here; allowed are those of "
+            "a.b._target_='pretrain.strategy.single.Single': not a part that is allowed here; allowed are those of "
             "pretrain.optim.base.OptimizerFactory",
         ),
         (
             "pretrain.strategy.single.Single",
             OptimizerFactory,
-            "a.b._target_='pretrain.strategy.single.Single': not a part that can stand here; allowed are those of "
+            "a.b._target_='pretrain.strategy.single.Single': not a part that is allowed here; allowed are those of "
             "pretrain.optim.base.OptimizerFactory",
         ),
         (
             "pretrain.optim.base.OptimizerFactory",
             OptimizerFactory,
-            "a.b._target_='pretrain.optim.base.OptimizerFactory': not a part that can stand here; allowed are those of "
+            "a.b._target_='pretrain.optim.base.OptimizerFactory': not a part that is allowed here; allowed are those of "
             "pretrain.optim.base.OptimizerFactory",
         ),
         *(  # a helper of the schedules' module, a class, and a function of another module are no schedules
             (
                 name,
                 SCHEDULES,
-                f"a.b._target_={name!r}: not a part that can stand here; allowed are those of {SCHEDULES}",
+                f"a.b._target_={name!r}: not a part that is allowed here; allowed are those of {SCHEDULES}",
             )
             for name in ("pretrain.optim.schedule.warmup", ADAMW, "pretrain.config.trust.trusts")
         ),
@@ -129,11 +129,17 @@ def test_trusts(trusted, target, expected):
 
 def test_said_is_what_the_command_line_gives_those_keys():
     words = ["lr=1", "allow_targets=[a,b]", "model.trust_remote_code=false", "+launch.endpoint=h:1", "max_steps=3"]
-    assert said(words) == {"allow_targets": ["a", "b"], "model.trust_remote_code": False, "launch.endpoint": "h:1"}
-    assert said(["++model.trust_remote_code=true"]) == {"model.trust_remote_code": True}
-    assert said(["allow_targets=[a]", "allow_targets=[b]"]) == {"allow_targets": ["b"]}, "the last one counts"
-    assert said(["allow_targets", "~launch.endpoint", "launch=[x"]) == {}, "no value"
-    assert said(["launch.endpoint='a=b'"]) == {"launch.endpoint": "a=b"}
+    assert command_line_only_values(words) == {
+        "allow_targets": ["a", "b"],
+        "model.trust_remote_code": False,
+        "launch.endpoint": "h:1",
+    }
+    assert command_line_only_values(["++model.trust_remote_code=true"]) == {"model.trust_remote_code": True}
+    assert command_line_only_values(["allow_targets=[a]", "allow_targets=[b]"]) == {"allow_targets": ["b"]}, (
+        "the last one counts"
+    )
+    assert command_line_only_values(["allow_targets", "~launch.endpoint", "launch=[x"]) == {}, "no value"
+    assert command_line_only_values(["launch.endpoint='a=b'"]) == {"launch.endpoint": "a=b"}
 
 
 @pytest.mark.parametrize(
@@ -148,7 +154,7 @@ def test_said_is_what_the_command_line_gives_those_keys():
     ],
 )
 def test_what_a_file_may_leave_as_it_is(config, spoken):
-    check_said(config, spoken)
+    check_command_line_only(config, spoken)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +169,6 @@ def test_what_a_file_may_leave_as_it_is(config, spoken):
 )
 def test_what_a_file_may_not_set(config, spoken, key):
     with pytest.raises(UserError) as refused:
-        check_said(config, spoken)
+        check_command_line_only(config, spoken)
     name = key.partition("=")[0]
     assert str(refused.value) == f"{key}: set by a config file; if you trust it, put '{name}=…' on the command line"

@@ -90,7 +90,7 @@ def test_rows_that_are_no_first_dimension_are_refused(rank_of):
 
 def test_a_plain_tensor_is_rank_zeros():
     tensor = ROWS.clone().requires_grad_()
-    assert tensors.local(tensor) is tensors.whole(tensor) is tensor
+    assert tensors.local(tensor) is tensors.full_tensor(tensor) is tensor
     assert tensors.start_of(tensor) == 0
     assert tensors.is_replicated(tensor)
     assert local_shard(tensor, is_main=False) is None
@@ -193,9 +193,9 @@ def test_rows_that_no_file_has(files):
         ([(0, 3, (5, 3)), (2, 5, (5, 3))], "a: rows 2 to 3 are there twice"),
         ([(0, 4, (5, 3))], "a: 4 rows of 5"),
         ([(0, 5, (4, 3))], "a: 5 rows of 4"),
-        ([(0, 5, (5, 2))], "a: a piece of shape [5, 3] in one of [5, 2]"),
-        ([(0, 5, (5,))], "a: a piece of shape [5, 3] in one of [5]"),
-        ([(0, 5, (5, 3, 1))], "a: a piece of shape [5, 3] in one of [5, 3, 1]"),
+        ([(0, 5, (5, 2))], "a: a shard of shape [5, 3] in a tensor of shape [5, 2]"),
+        ([(0, 5, (5,))], "a: a shard of shape [5, 3] in a tensor of shape [5]"),
+        ([(0, 5, (5, 3, 1))], "a: a shard of shape [5, 3] in a tensor of shape [5, 3, 1]"),
         ([(0, 5, ())], "a: more than one number"),
     ],
 )
@@ -222,7 +222,7 @@ def test_the_files_must_mean_the_same_tensor(other, tmp_path):
     write(tmp_path / "1", {"a": other})
     with pytest.raises(UserError) as refused:
         TensorFiles(sorted(tmp_path.iterdir()))
-    assert str(refused.value) == f"{tmp_path / '1'} can't be read: a is another tensor than in the other files"
+    assert str(refused.value) == f"{tmp_path / '1'} can't be read: a has another dtype or shape than in the other files"
 
 
 @pytest.mark.parametrize(
@@ -230,9 +230,9 @@ def test_the_files_must_mean_the_same_tensor(other, tmp_path):
     [
         ({"b": [0, [5, 3]], "c": [0, [1]]}, "b is not in it"),
         ({"a": [0, [5, 3]], "z": [0, [1]]}, "z is not in it"),
-        ([], "its pieces are no first rows and shapes"),
+        ([], "its pieces are not first rows and shapes"),
         *(
-            ({"a": wrong}, "its pieces are no first rows and shapes")
+            ({"a": wrong}, "its pieces are not first rows and shapes")
             for wrong in (
                 *(5, [0], [0, [5, 3], 1], [0, 5], [0, {"a": 1}], [-1, [5, 3]], [0, [5, -1]], [True, [5, 3]]),
                 *([0, [5, True]], [0.0, [5, 3]], [0, ["5", 3]], [None, [5, 3]], {"0": 1, "1": []}),

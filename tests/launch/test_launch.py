@@ -150,7 +150,7 @@ def test_a_second_command_leaves_a_live_run_alone(long_run, base_arguments, comm
     process, _, run = long_run()
     code, _, err = command([*base_arguments, *LONG, *PAIR, f"output_dir={run}"])
     assert code == 2, err
-    assert "another run is at work in it" in err
+    assert "another run is using it" in err
     assert process.poll() is None
     assert read_run_file(run)["status"] == "running"
 

@@ -75,7 +75,7 @@ MISTAKES = [
     (["strategy=deepspeed", "strategy.zero_stage=4"], "strategy.zero_stage=4: input should be 0, 1, 2 or 3"),
     (["strategy=deepspeed", "strategy.zero_stage=0", "strategy.offload_optimizer=true"], "only stages 1, 2 and 3"),
     (["strategy=deepspeed", "strategy.offload_parameters=true"], "only stage 3"),
-    (["strategy=deepspeed", "precision=16-mixed", "precision.allow_cpu=true"], "no fp16 on a CPU"),
+    (["strategy=deepspeed", "precision=16-mixed", "precision.allow_cpu=true"], "does not support fp16 on a CPU"),
     (["strategy=deepspeed", "precision=bf16-true"], "use bf16-mixed"),
     (
         ["strategy=deepspeed", "strategy.config.gradient_clipping=5"],
@@ -131,6 +131,7 @@ def test_idle_gpus_are_mentioned(capsys, monkeypatch):
 
 def test_a_strategy_of_ones_own_is_among_those_that_are_offered(monkeypatch, tmp_path):
     from pretrain.cli import help as help_page
+    from pretrain.config import choices
     from pretrain.config.check import conf_dir
     from pretrain.launch import topology as layout
 
@@ -138,9 +139,9 @@ def test_a_strategy_of_ones_own_is_among_those_that_are_offered(monkeypatch, tmp
     for name in ("single", "dp", "fsdp"):
         (tmp_path / f"strategy/{name}.yaml").write_text((conf_dir() / f"strategy/{name}.yaml").read_text())
     (tmp_path / "strategy/zones.yaml").write_text("_target_: pretrain.strategy.fsdp.Fsdp\n")
-    for module in (layout, help_page):
+    for module in (layout, help_page, choices):
         monkeypatch.setattr(module, "conf_dir", lambda: tmp_path)
-    assert layout._of_several() == "fsdp or zones"
+    assert layout._multi_process_choices() == "fsdp or zones"
 
 
 def test_deepspeed_that_is_not_installed(command, base_arguments, tmp_path, monkeypatch):
@@ -208,7 +209,9 @@ def test_ranks_that_disagree(differs, says, spawn, base_arguments, exact_model, 
     outs = [rank.communicate(timeout=180)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], outs
     for out in outs:
-        assert out == f"error: rank 1 has another {says} than rank 0: all need the same command, model and text\n"
+        assert (
+            out == f"error: rank 1 differs from rank 0 in its {says}: all ranks need the same command, model and text\n"
+        )
     assert not (tmp_path / "run").exists()
 
 

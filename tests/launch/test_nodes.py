@@ -206,4 +206,6 @@ def test_nodes_with_unequal_devices(spawn, base_arguments, tmp_path):
     assert [node.returncode for node in nodes] == [2, 2], outs
     for out, meant in zip(outs, (2, 4), strict=True):
         errors = [line for line in out.splitlines() if line.startswith("error: ")]
-        assert errors == [f"error: 3 processes have met, {meant} were meant to: give all nodes equal devices"]
+        assert errors == [
+            f"error: 3 processes have joined, {meant} were expected: give all nodes the same number of devices"
+        ]

@@ -72,12 +72,12 @@ def trained(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
     """Weights as they are set up, and after a step; the gradients' norm."""
     engine = set_up(strategy, ModelFactory(Pretrained(name_or_path=str(path)), BF16, 0), world, "bf16-true")
-    before = {name: t.clone() for name, t in engine.whole_weights()}
+    before = {name: t.clone() for name, t in engine.full_weights()}
     ids = torch.randint(5, 97, (2, 17), generator=torch.Generator().manual_seed(0))
     engine.backward(Batch(ids[:, :-1], ids[:, 1:], None, 32), tokens=32, last=True)
     norm = float(engine.step(1.0))
     state = engine.state_dict()["model"]
-    after = {name: t.clone() for name, t in engine.whole_weights()}
+    after = {name: t.clone() for name, t in engine.full_weights()}
     assert {name: piece.tensor.dtype for name, piece in state.items()} == {n: t.dtype for n, t in after.items()}
     return before, after, norm
 
@@ -90,7 +90,7 @@ def test_every_strategy_keeps_what_from_pretrained_keeps(name: str, folder: Any)
     assert_equal(before, wanted, KEPT[name])
     with as_rank(0, 1) as world:
         ddp = set_up(Ddp(), ModelFactory(Pretrained(name_or_path=str(path)), BF16, 0), world, "bf16-true")
-        assert_equal(dict(ddp.whole_weights()), wanted, KEPT[name])
+        assert_equal(dict(ddp.full_weights()), wanted, KEPT[name])
     for strategy in (Fsdp(), Fsdp(cpu_offload=True)):
         with as_rank(0, 1) as world:
             before, after, norm = trained(strategy, path, world)

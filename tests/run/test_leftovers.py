@@ -51,7 +51,7 @@ def test_another_run_does_not_begin_over_it(change, run, base_arguments, command
         outcome, f"output_dir={run} holds a run of 20 steps (finished; model, metrics.jsonl, run.json, report.html)"
     )
     assert f"{change.partition('=')[0]}: " in outcome[2]
-    assert "resume=never to keep it aside" in outcome[2]
+    assert "resume=never to move it aside" in outcome[2]
     assert content(run) == before
 
 
@@ -94,8 +94,8 @@ def test_starting_over_beside_checkpoints_without_a_config(run, base_arguments, 
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     code, _, err = command([*base_arguments, *SMALL, "save_every=1", f"output_dir={run}", "resume=never"])
     assert code == 0, err
-    assert CheckpointStore(run / "checkpoints").whole() == [2, 3]
-    assert CheckpointStore(tmp_path / "run.old-1/checkpoints").whole() == [15, 20]
+    assert CheckpointStore(run / "checkpoints").complete_steps() == [2, 3]
+    assert CheckpointStore(tmp_path / "run.old-1/checkpoints").complete_steps() == [15, 20]
 
 
 def test_resuming_another_run_keeps_what_lies_there(run, uninterrupted, base_arguments, command, tmp_path):

@@ -87,7 +87,7 @@ def test_files_of_somebody_elses_are_not_replaced(name, more, command, base_argu
         given = [*base_arguments, f"output_dir={tmp_path / 'run'}", *more]
         assert_mistake(
             command(given),
-            f"{name if name.startswith('.') else name.partition('/')[0]} in it is no run's and would be replaced",
+            f"{name if name.startswith('.') else name.partition('/')[0]} in it was not written by a run and would be replaced",
         )
     assert file.read_text() == "x"
     assert os.listdir(tmp_path) == ["run"]

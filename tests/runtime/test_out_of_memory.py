@@ -70,7 +70,7 @@ def test_auto_finds_what_fits(limited, tmp_path):
     """A trial of a size that does not fit leaves a run that goes well."""
     code, said = limited("batch_size=auto", "gradient_accumulation_steps=64")
     assert code == 0, said
-    size = re.search(r"batch_size=auto: batch_size=(\d+) .* \(more does not fit: ", said)
+    size = re.search(r"batch_size=auto: batch_size=(\d+) .* \(larger ones do not fit: ", said)
     assert int(size[1]) in (16, 32), said
     assert read_run_file(tmp_path / "run")["batch_size"] == int(size[1])
 
@@ -139,7 +139,7 @@ def test_one_sequence_can_not_be_halved():
     said = told("step", 1, 4, step=7, config=config_of("model.gradient_checkpointing=true"))
     assert said.startswith("out of memory at step 8 with batch_size=1")
     assert said.endswith(
-        "; less is needed with precision=bf16-mixed, a shorter sequence_length (another run); the run goes on from its "
+        "; less is needed with precision=bf16-mixed, a shorter sequence_length (another run); the run resumes from its "
         "last checkpoint"
     )
 

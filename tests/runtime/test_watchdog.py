@@ -21,7 +21,7 @@ from pathlib import Path
 from pretrain.runtime.watchdog import Watchdog
 watchdog = Watchdog()
 limits, tell = map(float, sys.argv[2:]), lambda place, how_long: print("at", place, flush=True)
-with watchdog.guarding(*limits, log=Path(sys.argv[1]), tell=tell):
+with watchdog.guarding(*limits, log=Path(sys.argv[1]), report=tell):
 {work}
 print("ended well")
 """
@@ -56,7 +56,7 @@ def test_a_hang_ends_with_its_place_and_its_stacks(guarded):
     assert process.returncode == 1
     assert "stuck" in out
     assert "ended well" not in out
-    assert "nothing has moved for 1 s (launch.timeout)" in log.read_text()
+    assert "no progress for 1 s (launch.timeout)" in log.read_text()
     assert "in stuck" in log.read_text()
 
 
@@ -83,7 +83,7 @@ def test_what_rests_for_too_long_is_a_hang_too(lines, guarded):
     process, log = guarded(["def stuck(): time.sleep(60)", *lines], timeout=0.2, slow_timeout=1.5)
     out, _ = process.communicate(timeout=30)
     assert (process.returncode, "stuck" in out) == (1, True)
-    assert "nothing has moved for 1.5 s (launch.slow_timeout)" in log.read_text()
+    assert "no progress for 1.5 s (launch.slow_timeout)" in log.read_text()
 
 
 def test_a_process_that_was_stopped_for_long_goes_on(guarded):
@@ -114,8 +114,8 @@ def test_a_run_whose_disk_does_not_answer(base_arguments, spawn, tmp_path):
     process = spawn([*arguments, "sink=jsonl", "launch.timeout=4"], env=environment)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
-    assert "rank-0 stands still at atomic_files.py" in out
-    assert "nothing has moved for 4 s (launch.timeout)" in out
+    assert "rank-0 is stalled at atomic_files.py" in out
+    assert "no progress for 4 s (launch.timeout)" in out
     assert "write_json" in (tmp_path / "logs/rank-0.log").read_text()
 
 
@@ -131,7 +131,7 @@ def test_a_rank_that_is_stopped_is_found_and_the_group_comes_back(
     workers_of(process.pid)[1].send_signal(signal.SIGSTOP)
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
-    assert "rank 1 does not answer: nothing has moved for 8 s (launch.timeout); rank 0 at " in out
+    assert "rank 1 does not answer: no progress for 8 s (launch.timeout); rank 0 at " in out
     assert "(restart 1 of 1)" in out
     for rank in (0, 1):
         assert "Thread 0x" in (run / f"logs/rank-{rank}.log").read_text()
@@ -186,7 +186,7 @@ def test_what_may_be_slow_has_an_end(where, base_arguments, spawn, command, tmp_
     process = spawn(arguments, env=at_call(where, "hang", tmp_path / "mark"))
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
-    assert "nothing has moved for 4 s (launch.slow_timeout), so it ends" in out
+    assert "no progress for 4 s (launch.slow_timeout), so it ends" in out
     assert (tmp_path / "mark").exists()
     assert "sitecustomize.py" in (run / "logs/rank-0.log").read_text()
 
@@ -202,7 +202,7 @@ def test_a_rank_that_stands_still_in_its_first_forward(strategy, where, base_arg
     process = spawn(arguments, env=at_call(where, "hang", tmp_path / "mark", rank="1"))
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
-    assert "rank 1 stands still: nothing has moved for 4 s (launch.slow_timeout)" in out
+    assert "rank 1 is stalled: no progress for 4 s (launch.slow_timeout)" in out
     assert "rank 0 at " in out
     for rank in (0, 1):
         assert "Thread 0x" in (run / f"logs/rank-{rank}.log").read_text()

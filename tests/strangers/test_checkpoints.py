@@ -45,7 +45,7 @@ AS_IT_IS = {  # the marker is what it was → what is said
     "a flipped bit in the marker": (flip(MARKER), MARKER),
     "a flipped bit in a name of the marker": (swap_text(MARKER, '"optimizer.s', '"optimizes.s'), "(checksum)"),
     "the optimizer's entry taken out": (edit_marker(lambda m: m["files"].pop(O)), "(checksum)"),
-    "an entry twice": (swap_text(MARKER, '"config.json": {', '"state.json": {'), "comes twice"),
+    "an entry twice": (swap_text(MARKER, '"config.json": {', '"state.json": {'), "is duplicated"),
     "no checksum of itself": (edit_marker(lambda m: m.pop("xxh3_128")), "(checksum)"),
     "another format": (edit_marker(lambda m: m.update(format=5)), "format 5, this version reads 3 to 4"),
     "an older format": (edit_marker(lambda m: m.update(format=3)), "(checksum)"),
@@ -73,7 +73,7 @@ FORGED = {  # the marker fits what lies there → what is said
     "state.json is deep": (put("state.json", DEEP), "nested too deep"),
     "state.json has a key twice": (
         swap_text("state.json", '"loader": {', '"progress": {}, "loader": {'),
-        "comes twice",
+        "is duplicated",
     ),
     "no progress": (drop("progress"), "progress"),
     "no step": (drop("progress.step"), "no step"),
@@ -81,14 +81,17 @@ FORGED = {  # the marker fits what lies there → what is said
     "a step below zero": (set_at("progress.step", -1), "progress.step"),
     "a huge step": (set_at("progress.step", 10**400), "progress.step"),
     "a step that is NaN": (set_at("progress.step", float("nan")), "progress.step"),
-    "the step of another folder": (set_at("progress.step", 3), "state.json is of step 3"),
+    "the step of another folder": (set_at("progress.step", 3), "state.json belongs to step 3"),
     "a key of nobody's": (set_at("progress.weights", 1), "unknown key 'weights'"),
     "a baseline of words": (set_at("progress.baseline", {"d": "low"}), "progress.baseline"),
     "scores without a domain": (set_at("progress.scores", [{}]), "progress.scores"),
     "another cursor": (set_at("loader.samples", 3), "loader is at sample 3"),
     "no cursor": (set_at("loader", None), "loader"),
     "no random state": (set_at("rng", []), "rng"),
-    "a random state more": (edit_state(lambda s: s["rng"].append(s["rng"][0])), "rng is of 2 processes, 1 have saved"),
+    "a random state more": (
+        edit_state(lambda s: s["rng"].append(s["rng"][0])),
+        "rng has the states of 2 processes, but 1 saved",
+    ),
     "a broken random state": (set_at("rng.0.torch", "AAAA"), "rng.0"),
     "a random state beyond its end": (set_at("rng.0.numpy.2", 10**6), "rng.0"),
     "a short random state": (set_at("rng.0.python.1", [1, 2]), "rng.0"),
@@ -135,7 +138,7 @@ SHARDED = {  # of two processes; the marker fits what lies there → what is sai
     "a piece of no shape": (edit_pieces(R0, lambda p: p[NORM].__setitem__(1, None)), "pieces"),
     "a piece of one number": (edit_pieces(R0, lambda p: p.update({NORM: 7})), "pieces"),
     "both ranks the same": (lambda c: shutil.copy(c / R0, c / R1), "there twice"),
-    "a random state less": (edit_state(lambda s: s["rng"].pop()), "rng is of 1 processes, 2 have saved"),
+    "a random state less": (edit_state(lambda s: s["rng"].pop()), "rng has the states of 1 processes, but 2 saved"),
 }
 
 
@@ -165,11 +168,11 @@ def assert_passed_over(store, says, capsys):
     capsys.readouterr()
     assert store.newest() == store.path(2)
     said = capsys.readouterr().err
-    assert said.startswith(f"checkpoint {store.path(4)} passed over: ")
+    assert said.startswith(f"checkpoint {store.path(4)} skipped: ")
     assert says in said
     assert said.count("\n") == 1
     assert {p: p.stat().st_size for p in store.path(4).rglob("*")} == before, "it stays for people to look at"
-    with pytest.raises(UserError, match="not a whole checkpoint"):
+    with pytest.raises(UserError, match="not a complete checkpoint"):
         load(store.path(4))
 
 
@@ -266,7 +269,7 @@ def test_a_run_continues_from_the_one_before(run, base_arguments, command, tmp_p
     few = ["max_steps=4", "save_every=2", "evaluate_every=2", "sink=jsonl", "evaluation.samples=0"]
     code, _, err = command([*base_arguments, *few, f"output_dir={copy}"])
     assert code == 0, err
-    assert f"{newest} passed over: optimizer: " in err
+    assert f"{newest} skipped: optimizer: " in err
     for kind in KINDS:
         ours, theirs = (load(r / "checkpoints/step-00000004")["engine"][kind] for r in (copy, run))
         assert all(torch.equal(ours.read(n), theirs.read(n)) for n in theirs.keys() | ours.keys())
@@ -278,7 +281,7 @@ def test_a_named_one_that_is_damaged_is_a_mistake(run, base_arguments, command, 
     forge(named)
     code, _, err = command([*base_arguments, f"resume={named}", f"output_dir={tmp_path / 'run'}"])
     assert code == 2
-    assert err.strip().splitlines()[-1].startswith(f"error: resume={named}: not a whole checkpoint: optimizer: ")
+    assert err.strip().splitlines()[-1].startswith(f"error: resume={named}: not a complete checkpoint: optimizer: ")
     assert "Traceback" not in err
 
 
@@ -290,7 +293,7 @@ def test_moments_that_format_3_lost_do_not_start_anew(run, base_arguments, comma
     as_format_3(newest)
     code, _, err = command([*base_arguments, "max_steps=6", f"output_dir={copy}", "sink=jsonl"])
     assert code == 2
-    assert f"error: the checkpoint has no optimizer state of 1 parameters, e.g. {NORM}" in err
+    assert f"error: the checkpoint has no optimizer state for 1 parameters, e.g. {NORM}" in err
     assert "Traceback" not in err
 
 
@@ -312,5 +315,5 @@ def test_under_every_strategy(strategy, base_arguments, spawn, tmp_path):
     file = sorted(newest.glob("optimizer*.safetensors"))[0].name
     edit_tensors(file, lambda t, m: t.pop(sorted(n for n in t if n.endswith("/exp_avg"))[0]))(newest)
     forge(newest)
-    assert "passed over: " in train()
+    assert "skipped: " in train()
     assert_same_run(tmp_path / "run", expected)

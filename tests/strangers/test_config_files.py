@@ -13,8 +13,8 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 YAML = {  # content → what the line says
     "aliases of aliases": (BOMB, "more than 100000 values"),
-    "an alias inside itself": ("lr: &a [*a]\n", "*a stands for nothing that is complete"),
-    "an alias of nothing": ("lr: *a\n", "*a stands for nothing"),
+    "an alias inside itself": ("lr: &a [*a]\n", "*a refers to nothing that is complete"),
+    "an alias of nothing": ("lr: *a\n", "*a refers to nothing"),
     "deep lists": ("lr: " + "[" * 200_000 + "]" * 200_000 + "\n", "nested more than 50 deep"),
     "deep mappings": ("lr: " + "{a: " * 5_000 + "\n", "nested more than 50 deep"),
     "a huge file": ("lr: 1 # " + "x" * 2**20 + "\n", "larger than 1 MiB"),

@@ -148,7 +148,7 @@ def test_a_folder_that_is_gone(base_arguments, command, tmp_path, monkeypatch):
     code, _, err = command(base_arguments)
     assert (code, err) == (
         2,
-        "error: the current folder is gone: No such file or directory; change to another one\n",
+        "error: the current folder no longer exists: No such file or directory; change to another one\n",
     )
 
 
@@ -166,7 +166,7 @@ def test_a_compilers_cache_that_cannot_be_made(command, base_arguments, tmp_path
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/nowhere")
     code, _, err = command([*base_arguments, f"output_dir={tmp_path / 'run'}"])
     assert code == 2, err
-    assert "error: TORCHINDUCTOR_CACHE_DIR=/proc/nowhere: can't be made: No such file" in err
+    assert "error: TORCHINDUCTOR_CACHE_DIR=/proc/nowhere: can't be created: No such file" in err
 
 
 def test_a_place_for_temporary_files_that_is_no_place_for_sockets(monkeypatch):

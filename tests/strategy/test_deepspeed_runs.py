@@ -44,6 +44,6 @@ def test_a_config_that_deepspeed_refuses(run):
     assert code == 2, said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert errors == [
-        'error: strategy.config: DeepSpeed refuses it: data_types.keep_in_fp32_modules must be "auto" or a list of name '
+        'error: strategy.config: DeepSpeed rejects it: data_types.keep_in_fp32_modules must be "auto" or a list of name '
         "patterns, got 5"
     ]

@@ -76,12 +76,12 @@ def test_the_flops_profiler_may_print():
     [
         ({"zero_optimisation": {}}, "config.zero_optimisation: DeepSpeed has no such key; did you mean 'zero_optimiz"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3: the run sets it to 2 (strategy.zero_stage)"),
-        ({"scheduler": {"type": "WarmupLR"}}, "config.scheduler: this program has the scheduler group for that"),
+        ({"scheduler": {"type": "WarmupLR"}}, "config.scheduler: use the scheduler group instead"),
+        *((nested(key, value), f"config.{key}: use {OWNERS[key]} instead") for key, value in ELSEWHERE.items()),
         *(
-            (nested(key, value), f"config.{key}: this program has {OWNERS[key]} for that")
-            for key, value in ELSEWHERE.items()
+            (nested(key, True), f"config.{key}: not supported, because DeepSpeed compiles code for it")
+            for key in sorted(COMPILED)
         ),
-        *((nested(key, True), f"config.{key}: DeepSpeed compiles code for that") for key in sorted(COMPILED)),
     ],
     ids=str,
 )
@@ -124,8 +124,8 @@ def test_the_root_keys_are_those_that_deepspeed_asks_for():
     ("given", "says"),
     [
         ({"zero_optimization": {"reduce_bucket_sise": 5}}, "reduce_bucket_sise: Extra inputs are not permitted"),
-        ({"checkpoint": {"tag_validation": "maybe"}}, "DeepSpeed refuses it: "),
-        ({"data_types": {"keep_in_fp32_modules": 5}}, "DeepSpeed refuses it: data_types.keep_in_fp32_modules must be"),
+        ({"checkpoint": {"tag_validation": "maybe"}}, "DeepSpeed rejects it: "),
+        ({"data_types": {"keep_in_fp32_modules": 5}}, "DeepSpeed rejects it: data_types.keep_in_fp32_modules must be"),
     ],
     ids=str,
 )
@@ -138,8 +138,8 @@ def test_what_deepspeed_refuses_is_the_user_s_mistake(given, says):
 
 
 def test_a_deepspeed_that_builds_elsewhere_is_not_let_to(monkeypatch):
-    from pretrain.strategy.deepspeed_engine import begin
+    from pretrain.strategy.deepspeed_engine import join_process_group
 
     monkeypatch.delattr(import_module("deepspeed.comm.torch"), "build_shm_op")
     with pytest.raises(AssertionError, match="builds its CPU communication elsewhere"):
-        begin({})
+        join_process_group({})

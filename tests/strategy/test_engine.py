@@ -11,7 +11,7 @@ from torch import nn
 from pretrain.data.batch import Batch
 from pretrain.models.language_model import LanguageModel
 from pretrain.optim.adamw import AdamW
-from pretrain.strategy.engine import Engine, InferenceEngine, _leave_out, never, norm_of
+from pretrain.strategy.engine import Engine, InferenceEngine, _skip_update, never, norm_of
 from pretrain.strategy.precision import Precision
 from tests.engines import ALONE, BATCH, CPU, FULL, HALF, engine_of, same
 from tests.models.tiny import tiny
@@ -237,7 +237,7 @@ def test_nobody_is_asked_without_a_scaler():
 )
 def test_both_reasons_to_leave_an_update_out(refused, by_scaler, found):
     optimizer = SimpleNamespace() if by_scaler is None else SimpleNamespace(found_inf=torch.tensor(float(by_scaler)))
-    _leave_out(torch.tensor(refused), optimizer, (), {})
+    _skip_update(torch.tensor(refused), optimizer, (), {})
     assert (optimizer.found_inf.dtype, float(optimizer.found_inf)) == (torch.float32, found)
 
 

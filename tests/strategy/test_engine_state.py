@@ -49,8 +49,8 @@ def test_what_is_written():
     for name, parameter in named.items():
         assert torch.equal(state["model"][name].tensor, parameter)
         assert torch.equal(state["optimizer"][f"{name}/exp_avg"].tensor, engine.optimizer.state[parameter]["exp_avg"])
-    assert same(dict(engine.whole_weights()), {n: p.detach() for n, p in named.items()})
-    assert not any(t.requires_grad for _, t in engine.whole_weights())
+    assert same(dict(engine.full_weights()), {n: p.detach() for n, p in named.items()})
+    assert not any(t.requires_grad for _, t in engine.full_weights())
 
 
 def test_before_the_first_step_there_are_no_moments():
@@ -188,7 +188,7 @@ SLOT = "model.norm.weight/exp_avg"
     [
         (
             lambda p: p | {"z.weight/exp_avg": number(0)},
-            "optimizer state z.weight/exp_avg: the model has no such parameter that is trained",
+            "optimizer state z.weight/exp_avg: the model has no such trainable parameter",
         ),
         (lambda p: p | {SLOT: number(0)}, f"weights that do not fit the model: {SLOT} is (), the model's (32,)"),
         (
@@ -224,7 +224,9 @@ def test_moments_of_a_frozen_parameter_are_refused(tmp_path):
     engine = trained(engine_of())
     saved = files_of(engine, tmp_path / "a")
     dict(engine.model.hf_named_parameters())["model.norm.weight"].requires_grad_(False)
-    with pytest.raises(UserError, match=r"^optimizer state model.norm.weight/exp_avg: the model has no such parameter"):
+    with pytest.raises(
+        UserError, match=r"^optimizer state model.norm.weight/exp_avg: the model has no such trainable parameter"
+    ):
         engine.load_state_dict(saved)
 
 
@@ -238,7 +240,7 @@ def test_missing_moments_are_refused_where_nothing_says_that_there_were_none(tmp
     with pytest.raises(UserError) as refused:
         engine.load_state_dict(damaged(engine, tmp_path / "a", change, tensors=None))
     assert str(refused.value) == (
-        "the checkpoint has no optimizer state of 2 parameters, e.g. lm_head.weight; continue from an earlier one "
+        "the checkpoint has no optimizer state for 2 parameters, e.g. lm_head.weight; resume from an earlier one "
         "(resume=<run>/checkpoints/step-…), or start a new run from its weights (model_name=<checkpoint>)"
     )
     engine.load_state_dict(damaged(engine, tmp_path / "b", change))

@@ -110,13 +110,16 @@ def test_more_than_fits(engine):
 
     split, why = choose(engine(), growing, total=24, sequence_length=16, moment_bytes=0)
     assert split == MicroBatching(6, 4)
-    assert why.startswith("more does not fit: tried to allocate")
+    assert why.startswith("larger ones do not fit: tried to allocate")
 
 
 def test_more_than_helps_on_a_cpu(engine):
     tried, why = choose(engine(), rows, total=16, sequence_length=4096, moment_bytes=0)
-    assert (tried, why) == (MicroBatching(2, 8), "more are no faster on a CPU")
-    assert choose(engine(), rows, total=16, sequence_length=16, moment_bytes=0) == (MicroBatching(16, 1), "all at once")
+    assert (tried, why) == (MicroBatching(2, 8), "larger ones are no faster on a CPU")
+    assert choose(engine(), rows, total=16, sequence_length=16, moment_bytes=0) == (
+        MicroBatching(16, 1),
+        "all in one micro-batch",
+    )
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
@@ -148,7 +151,7 @@ def test_auto_is_the_run_with_that_number(base_arguments, command, tmp_path):
 
     go_on(tmp_path / "same", 10, SAME)
     run = tmp_path / "auto"
-    assert "batch_size=auto: batch_size=4 gradient_accumulation_steps=1 (all at once)" in go_on(run, 4, AUTO)
+    assert "batch_size=auto: batch_size=4 gradient_accumulation_steps=1 (all in one micro-batch)" in go_on(run, 4, AUTO)
     assert read_run_file(run)["batch_size"] == 4
     go_on(run, 7, SAME)
     go_on(run, 10, AUTO)
@@ -156,7 +159,7 @@ def test_auto_is_the_run_with_that_number(base_arguments, command, tmp_path):
 
     go_on(run, 11, ["batch_size=2", "gradient_accumulation_steps=2"])
     said = go_on(run, 12, AUTO)
-    assert "batch_size=auto: batch_size=2 gradient_accumulation_steps=2 (as this run has had it so far)" in said
+    assert "batch_size=auto: batch_size=2 gradient_accumulation_steps=2 (as in this run so far)" in said
 
 
 def test_two_processes(base_arguments, exact_model, command, tmp_path):
@@ -186,7 +189,7 @@ def test_an_evaluation_alone_needs_a_number(base_arguments, command, tmp_path):
     alone = [*base_arguments, "task=evaluation", f"output_dir={tmp_path}"]
     code, _, said = command([*alone, "batch_size=auto"])
     assert code == 2
-    assert "evaluation.batch_size=auto is that of a training; here it needs a number" in said
+    assert "evaluation.batch_size=auto is the batch_size of a training run; this task needs a number" in said
     code, _, said = command([*alone, "batch_size=auto", "evaluation.batch_size=4", "sink=jsonl"])
     assert code == 0, said
 

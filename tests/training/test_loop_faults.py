@@ -58,7 +58,7 @@ def test_a_run_goes_back_to_the_last_checkpoint(loop, capsys):
     back = [e for e in events if isinstance(e, RolledBack)]
     assert [(e.step, e.bad_step, e.reason) for e in back] == [(2, 4, "nonfinite")]
     assert [e.step for e in events if isinstance(e, StepDone)] == [1, 2, 3, 4, 3, 4, 5, 6]
-    assert f"back at {trainer.saver.store.path(2)}" in capsys.readouterr().err
+    assert f"rolled back to {trainer.saver.store.path(2)}" in capsys.readouterr().err
     assert trainer.guard.passed_over == {12}
     done = [e for e in events if isinstance(e, StepDone)]
     assert float(done[2].loss) == float(done[4].loss), "the step before it is the same again"
@@ -73,7 +73,10 @@ def test_without_a_checkpoint_the_run_goes_on(loop, capsys):
     trainer, events, _ = loop(guard=GuardPolicy(nonfinite="rollback"), evaluate_every=Interval(1))
     poison(trainer, 0)
     trainer.run()
-    assert "there is no checkpoint to go back to yet: the run goes on\n" in capsys.readouterr().err
+    assert (
+        "there is no checkpoint to roll back to yet: the step is skipped and the run continues\n"
+        in capsys.readouterr().err
+    )
     assert [e.step for e in events if isinstance(e, StepDone)] == [1, 2, 3, 4, 5, 6]
     assert [e.step for e in events if isinstance(e, Evaluated)] == [0, 1, 2, 3, 4, 5, 6]
 
@@ -140,7 +143,7 @@ def test_another_optimizer_starts_anew(identity, loop, capsys):
     trainer.run()
     other = changed(loop()[0], **identity)
     other.restore(trainer.saver.store.path(2))
-    said = "the optimizer starts anew: its moments are of another optimizer or type of weights\n"
+    said = "the optimizer state starts empty: the saved moments belong to another optimizer or dtype of weights\n"
     assert said in capsys.readouterr().err
     assert not other.engine.optimizer.state
     same = loop()[0]
@@ -238,13 +241,13 @@ def test_only_the_first_rank_counts_the_data(loop):
     trainer, events, _ = loop()
     trainer.progress.samples = 8
     trainer.world = replace(ALONE, rank=1, size=2)
-    trainer.tell_data()
+    trainer.emit_data()
     assert events == []
     trainer.world = ALONE
-    trainer.tell_data()
+    trainer.emit_data()
     assert [type(e) for e in events] == [DataStatisticsEvent]
     trainer.progress.samples = 0
-    trainer.tell_data()
+    trainer.emit_data()
     assert len(events) == 1, "before the first step there is nothing to tell"
 
 

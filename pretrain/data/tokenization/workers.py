@@ -20,7 +20,7 @@ from pretrain.data.reading.units import FileRange, ReadOptions, WorkUnit
 from pretrain.data.tokenization.encode import Encoder, Outcome, Progress
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.python import PACKAGE, module_command
-from pretrain.runtime.signals import HEARING_SECONDS, signals_blocked
+from pretrain.runtime.signals import SIGNAL_POLL_SECONDS, signals_blocked
 
 
 def encode_in_workers(
@@ -55,7 +55,7 @@ def encode_in_workers(
             with signals_blocked():  # of what reaches the whole group the caller decides
                 workers.extend(_Worker(encoder) for _ in range(num_workers))
             futures.extend(pool.submit(work, worker) for worker in workers)
-            while wait(futures, HEARING_SECONDS).not_done:
+            while wait(futures, SIGNAL_POLL_SECONDS).not_done:
                 pass
             for future in futures:
                 future.result()

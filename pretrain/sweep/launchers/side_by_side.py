@@ -21,7 +21,7 @@ from pydantic import PositiveInt
 
 from pretrain.config.check import check_value, gpu_visible
 from pretrain.runtime.errors import UserError
-from pretrain.runtime.signals import HEARING_SECONDS, Stopped
+from pretrain.runtime.signals import SIGNAL_POLL_SECONDS, Stopped
 from pretrain.sweep.jobs import Sweep, hearing, run_job
 
 
@@ -47,7 +47,7 @@ class SideBySideLauncher(Launcher):
         asked: list[str] = []
         with hearing(asked), ThreadPoolExecutor(self.n_jobs) as pool:
             futures = [pool.submit(self._run, list(overrides), asked) for overrides in job_overrides]
-            while wait(futures, HEARING_SECONDS).not_done:
+            while wait(futures, SIGNAL_POLL_SECONDS).not_done:
                 pass
         if asked:
             raise Stopped(asked[0])

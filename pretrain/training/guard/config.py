@@ -1,4 +1,4 @@
-"""The keys of ``guard``."""
+"""The config group ``guard``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ Action = Literal["ignore", "skip", "rollback", "stop"]
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What is done about a step whose loss or gradient norm is no finite number (``nonfinite``), or whose loss lies more
-    than ``spike_zscore`` robust standard deviations above the median of the last ``window`` good steps (``spike``).
+    """What is done about a bad step. Only the action ``ignore`` lets such a step change the weights. ``skip`` continues with
+    the next batch, ``rollback`` resumes from the last checkpoint and skips the batch when it is reached again, ``stop``
+    ends the run.
 
-    No action but ``ignore`` lets the step change the weights. ``skip``: go on with the next batch. ``rollback``: go back
-    to the last checkpoint and pass over the batch when it comes again. ``stop``: end the run.
-
-    ``replicas``: ``stop``: before every save, ranks that hold the same weights and moments compare them, and the run ends
-    where they differ; ``ignore``: they don't (machines of different kinds may round differently).
+    Attributes:
+        nonfinite: action for a step whose loss or gradient norm is not finite.
+        spike: action for a step whose loss lies more than ``spike_zscore`` robust standard deviations above the median
+            of the last ``window`` good steps.
+        spike_zscore: see ``spike``.
+        window: see ``spike``.
+        max_skips_in_a_row: the run ends when more steps than this are skipped in a row.
+        max_rollbacks: the run ends when more batches than this have caused a rollback.
+        replicas: with ``stop``, ranks that hold the same weights and moments compare them before every save, and the run
+            ends if they differ; with ``ignore`` they are not compared (machines of different kinds may round differently).
     """
 
     nonfinite: Action = "skip"

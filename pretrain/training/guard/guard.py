@@ -1,7 +1,7 @@
-"""Looks at every step before it changes the weights, and says what is to be done about the bad ones.
+"""The guard checks every step before it changes the weights, and decides what is done about the bad ones.
 
-The device decides whether an update is made; the host hears of it later. On a GPU it reads a step's verdict when the next
-step has been queued, so that the device never idles; which step that is, is the same on every rank.
+The device decides whether the update is applied, and the host reads the decision later: on a GPU it reads the verdict of a
+step after the next step has been queued, so that the device never idles. It does so at the same step on every rank.
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ from pretrain.training.guard.spike_detector import FINE, NONFINITE, SpikeDetecto
 
 @dataclass(frozen=True, slots=True)
 class BadStep:
-    """A step without an update. ``step``: its number, from 1. ``first_sample``: of its batch. ``reason``: the policy's key."""
+    """A step whose update was rejected.
+
+    Attributes:
+        step: its number, starting at 1.
+        first_sample: index of the first sample of its batch.
+        reason: the key of `GuardConfig` that applies: "nonfinite" or "spike".
+        action: the value of that key.
+        loss: mean loss of the global batch (nats per target token).
+        grad_norm: norm of the gradients.
+        zscore: robust standard deviations above the median.
+    """
 
     step: int
     first_sample: int
@@ -41,13 +51,17 @@ class BadStep:
 
 @dataclass(slots=True)
 class StepCheck:
-    """What is known of a step before its update: 0-d tensors on the device. The ``judge`` knows the steps before it.
+    """The check of one step before its update. All tensors are 0-d and on the device.
 
-    ``agree``: a verdict → the worst one that a rank has come to: on a rank whose memory or device is at fault these
-    numbers may be others, and one rank alone must not leave an update out.
+    Attributes:
+        detector: holds the losses of the steps before.
+        loss: mean loss of the global batch.
+        zscore: robust standard deviations of ``loss`` above the median.
+        agree: maps this rank's verdict to the worst verdict of all ranks. A rank whose memory or device is faulty may
+            compute other numbers, and one rank alone must not skip an update.
     """
 
-    judge: SpikeDetector
+    detector: SpikeDetector
     loss: Tensor
     zscore: Tensor
     agree: Callable[[Tensor], Tensor]
@@ -55,20 +69,21 @@ class StepCheck:
     _verdict: Tensor | None = None
 
     def should_skip(self, norm: Tensor) -> Tensor:
-        """Whether gradients of this ``norm`` must not change the weights, 0-d bool, equal on all ranks."""
+        """Return whether the update must be skipped, given the gradients' ``norm``: 0-d bool, equal on all ranks."""
         return self.verdict(norm) != FINE
 
     def verdict(self, norm: Tensor) -> Tensor:
-        """FINE, NONFINITE or SPIKE, 0-d int64, equal on all ranks. A collective, once for each ``norm``."""
+        """Return FINE, NONFINITE or SPIKE: 0-d int64, equal on all ranks. This is a collective, once for each ``norm``."""
         if self._verdict is None or self._norm is not norm:
-            self._norm, self._verdict = norm, self.agree(self.judge.verdict(self.loss, self.zscore, norm))
+            self._norm, self._verdict = norm, self.agree(self.detector.verdict(self.loss, self.zscore, norm))
         return self._verdict
 
 
 class Guard:
-    """``quarantine`` writes down the batch of a bad step and returns its documents in a few words.
+    """Checks every step and applies the policy to bad ones.
 
-    ``passed_over``: first samples of the batches that the run went back for; they are not trained. ``agree``: see `StepCheck`.
+    ``quarantine`` records the batch of a bad step and returns a short list of its documents. ``agree`` is described in
+    `StepCheck`. ``passed_over`` holds the first samples of the batches that caused a rollback; they are not trained.
     """
 
     def __init__(
@@ -81,38 +96,37 @@ class Guard:
         agree: Callable[[Tensor], Tensor] = lambda verdict: verdict,
     ) -> None:
         self.policy = policy
-        self.judge = SpikeDetector(policy, device=device, scaled=scaled)
+        self.detector = SpikeDetector(policy, device=device, scaled=scaled)
         self.passed_over: set[int] = set()
         self._quarantine = quarantine
         self._agree = agree
-        self.last_step_skipped = (
-            False  # the last step was not trained: what the weights are worth the next one will show
-        )
-        self.trained_since_rollback = True  # a step has been trained since the run went back
+        # After a skipped step it is not known whether the weights are good; the next step will show.
+        self.last_step_skipped = False
+        self.trained_since_rollback = True  # whether a step has been trained since the last rollback
         self._skips_in_a_row = 0
         self._late = device.type == "cuda"
         self._unread: deque[Callable[[], BadStep | None]] = deque()
 
-    def look(self, loss: Tensor) -> StepCheck:
-        """Look at the ``loss`` of a step, that of the whole global batch, before the update."""
-        return StepCheck(self.judge, loss, self.judge.zscore(loss), self._agree)
+    def check(self, loss: Tensor) -> StepCheck:
+        """Start the check of a step, before its update. ``loss`` is the mean loss of the global batch."""
+        return StepCheck(self.detector, loss, self.detector.zscore(loss), self._agree)
 
-    def note(self, look: StepCheck, norm: Tensor, *, step: int, first_sample: int) -> None:
-        """Keep what came of a step until `found` reads it."""
-        verdict = look.verdict(norm)
-        self.judge.accept(look.loss, verdict)
-        numbers = torch.stack([verdict.float(), look.loss, norm, look.zscore]).to("cpu", non_blocking=True)
+    def note(self, check: StepCheck, norm: Tensor, *, step: int, first_sample: int) -> None:
+        """Keep the result of a step until `found` reads it."""
+        verdict = check.verdict(norm)
+        self.detector.accept(check.loss, verdict)
+        numbers = torch.stack([verdict.float(), check.loss, norm, check.zscore]).to("cpu", non_blocking=True)
         copied = None
-        if look.loss.is_cuda:
+        if check.loss.is_cuda:
             copied = torch.cuda.Event()
             copied.record()
         self._unread.append(partial(self._read, step, first_sample, numbers, copied))
 
     def found(self, *, at_once: bool) -> Iterator[BadStep]:
-        """The bad steps that have become known, in order, written down and told. ``at_once``: up to the very last step,
-        because the run is about to evaluate, save or end; the device is waited for.
+        """Yield the bad steps whose verdicts have been read, in order, after recording and reporting them.
 
-        Raises ``UserError`` when the run is to stop.
+        With ``at_once`` the verdicts of all steps are read, because the run is about to evaluate, save or end; this waits
+        for the device. Raises ``UserError`` if the run has to stop.
         """
         while len(self._unread) > (self._late and not at_once):
             bad = self._unread.popleft()()
@@ -126,7 +140,7 @@ class Guard:
             if limit is not None:
                 raise UserError(
                     f"guard.{limit}: {bad}; nothing of this step is saved; its documents: {documents} (quarantine.jsonl "
-                    "has their text); the same command goes on from the last checkpoint, with a lower lr, other data or "
+                    "has their text); the same command continues from the last checkpoint, with a lower lr, other data or "
                     "another guard setting"
                 )
             notice(f"{bad}: not trained, {bad.action}; quarantine.jsonl has its documents: {documents}")
@@ -140,11 +154,11 @@ class Guard:
             return None
         reason = "nonfinite" if verdict == NONFINITE else "spike"
         if reason == "nonfinite" and all(math.isfinite(number) for number in rest[:2]):
-            rest[1] = math.nan  # another rank's: nobody's gradients are trained
+            rest[1] = math.nan  # the numbers of another rank were not finite, so no rank made an update
         return BadStep(step, first_sample, reason, getattr(self.policy, reason), *rest)
 
     def _limit(self, bad: BadStep) -> str | None:
-        """Count ``bad``; the setting by which the run must stop now, if any."""
+        """Count ``bad`` and return the setting that requires the run to stop now, if any."""
         if bad.action == "stop":
             return f"{bad.reason}=stop"
         if bad.action == "skip":
@@ -154,24 +168,25 @@ class Guard:
         return _exceeded("max_rollbacks", self.policy.max_rollbacks, len(self.passed_over))
 
     def is_blocklisted(self, first_sample: int) -> bool:
-        """Whether the batch that begins there is one that the run went back for: it is not trained."""
+        """Return whether the batch that starts at ``first_sample`` caused a rollback before. Such a batch is not trained."""
         found = first_sample in self.passed_over
         self.last_step_skipped |= found
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps. Everything has been read before: `found` at once."""
+        """Return the state for a checkpoint. `found` must have been called with ``at_once`` before."""
         assert not self._unread
         return {
-            "losses": self.judge.state(),
+            "losses": self.detector.state(),
             "skips_in_a_row": self._skips_in_a_row,
             "passed_over": sorted(self.passed_over),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's, or go back to it: what is passed over stays so. Empty: it is of before there was one."""
+        """Restore a checkpoint's state on resume or rollback. Blocklisted batches stay blocklisted. The state is empty in
+        checkpoints of versions without a guard."""
         self._unread.clear()
-        self.judge.load_state(state.get("losses", []))
+        self.detector.load_state(state.get("losses", []))
         self._skips_in_a_row = state.get("skips_in_a_row", 0)
         self.passed_over |= set(state.get("passed_over", []))
 

@@ -1,4 +1,4 @@
-"""quarantine.jsonl: the batches that were not trained, each with its documents, for people who want to see what was in them."""
+"""quarantine.jsonl: the batches that were not trained, with their documents, so that users can inspect their text."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from pretrain.data.store.token_store import Document
 
 EXCERPT_CHARS = 200
-NAMED = 3  # documents in a message
+NAMED = 3  # number of documents listed in a message
 
 
 class Quarantine:
-    """One record a batch: a step that is trained again takes the place of what was found in it before.
+    """Writes one record per batch. The record of a step that is trained again replaces the earlier one.
 
-    ``path``: the file, or ``None`` on ranks that write none.
+    ``path`` is the file, or ``None`` on ranks that do not write it.
     """
 
     def __init__(self, path: Path | None, *, loader: Loader, tokenizer: Any) -> None:
@@ -36,13 +36,13 @@ class Quarantine:
         self._tokenizer = tokenizer
 
     def __call__(self, bad: BadStep) -> str:
-        """Write down what is in the batch of ``bad``; return its first documents as ``path#index``."""
+        """Record the documents in the batch of ``bad``; return the first ones as ``path#index``."""
         found = list(self._loader.texts(bad.first_sample))
         if self._path is not None:
             try:
                 self._write(self._record(bad, found))
-            except (OSError, ValueError) as error:  # no room: worth less than the run
-                notice(f"{self._path} can't be written: {error}; the run goes on")
+            except (OSError, ValueError) as error:  # for example a full disk, which must not end the run
+                notice(f"{self._path} can't be written: {error}; the run continues")
         names = ", ".join(f"{document.path}#{document.index}" for document, _ in found[:NAMED])
         return names + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
 

@@ -1,8 +1,8 @@
-"""Whether ranks that must hold the same numbers still do.
+"""A check that ranks which must hold the same numbers still do.
 
-A replica that a fault of its device, its memory or a bug has changed stays another one to the end of the run, and only
-rank 0's is saved: what the others add to every gradient is of no model that anybody has. So they compare themselves
-before every save, by checksums.
+A replica that was changed by a faulty device, faulty memory or a bug stays different to the end of the run. Only the
+replica of rank 0 is saved, so the others would contribute gradients of a model that no checkpoint holds. Therefore the
+ranks compare checksums before every save.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ NAMED = 3
 
 
 def check_replicas(engine: Engine, step: int) -> None:
-    """A collective. Waits for the device, once.
+    """Compare the replicated state of all ranks. This is a collective, and it waits for the device once.
 
-    Raises ``ReplicasDiffer``, on every rank, where ranks hold the same part of the state with other bits in it.
+    Raises ``ReplicasDiffer`` on every rank if ranks hold the same part of the state with different bits.
     """
     world = engine.world
     if world.size == 1:
         return
-    held = {f"{name} from {start_of(t)}": checksum(local(t)) for name, t in engine.replicated()}
-    sums = torch.stack([s.to(world.device) for s in held.values()]).tolist() if held else []
-    mine = (_digest(held), _digest(sums))
-    every = world.all_gather_object(lambda: mine)
-    groups = {part: [rank for rank, (theirs, _) in enumerate(every) if theirs == part] for part, _ in every}
-    if all(len({every[rank][1] for rank in ranks}) == 1 for ranks in groups.values()):
+    checksums = {f"{name} from {start_of(t)}": checksum(local(t)) for name, t in engine.replicated()}
+    sums = torch.stack([s.to(world.device) for s in checksums.values()]).tolist() if checksums else []
+    mine = (_digest(checksums), _digest(sums))
+    digests = world.all_gather_object(lambda: mine)
+    groups = {part: [rank for rank, (theirs, _) in enumerate(digests) if theirs == part] for part, _ in digests}
+    if all(len({digests[rank][1] for rank in ranks}) == 1 for ranks in groups.values()):
         return
-    all_sums = world.all_gather_object(lambda: dict(zip(held, sums, strict=True)))
+    all_sums = world.all_gather_object(lambda: dict(zip(checksums, sums, strict=True)))
     for ranks in groups.values():
-        odd = _odd([all_sums[rank] for rank in ranks])
-        if odd:
-            names = sorted({name.rpartition(" from ")[0] for o in odd.values() for name in o})
-            others = [ranks[i] for i in range(len(ranks)) if i not in odd]
+        deviating = _deviating([all_sums[rank] for rank in ranks])
+        if deviating:
+            names = sorted({name.rpartition(" from ")[0] for o in deviating.values() for name in o})
+            others = [ranks[i] for i in range(len(ranks)) if i not in deviating]
             raise ReplicasDiffer(
-                f"step {step}: rank {_listed([ranks[i] for i in odd])} has other numbers than rank {_listed(others)} in "
+                f"step {step}: rank {_listed([ranks[i] for i in deviating])} has other numbers than rank {_listed(others)} in "
                 f"{_listed(names)}: a fault of its device or memory, or a bug; nothing of this step is saved, and the "
                 "same command continues from the last checkpoint"
             )
@@ -54,11 +54,11 @@ def _digest(values: Iterable[object]) -> str:
     return xxhash.xxh3_128_hexdigest(repr(list(values)).encode())
 
 
-def _odd(sums: Sequence[dict[str, int]]) -> dict[int, list[str]]:
-    """The ranks, by their place in ``sums``, that are not as most are (of equally many: as the first is), and the names
-    under which they are not."""
-    usual = max(sums, key=lambda one: (sums.count(one), -sums.index(one)))
-    return {i: [n for n in s if s[n] != usual[n]] for i, s in enumerate(sums) if s != usual}
+def _deviating(sums: Sequence[dict[str, int]]) -> dict[int, list[str]]:
+    """Return the ranks, by their index in ``sums``, that differ from the majority (in a tie, from the first rank), with the
+    names of the tensors that differ."""
+    majority = max(sums, key=lambda one: (sums.count(one), -sums.index(one)))
+    return {i: [n for n in s if s[n] != majority[n]] for i, s in enumerate(sums) if s != majority}
 
 
 def _listed(items: Sequence[object]) -> str:

@@ -30,7 +30,7 @@ def guard_of(*, agree=lambda verdict: verdict, **settings):
 
 
 def step(guard, loss, norm=1.0, *, number=1, first_sample=0):
-    look = guard.look(torch.tensor(loss))
+    look = guard.check(torch.tensor(loss))
     guard.note(look, torch.tensor(norm), step=number, first_sample=first_sample)
     return look
 
@@ -95,7 +95,7 @@ def test_own_numbers_are_told_as_they_are(loss, norm):
 def test_the_ranks_agree_once_for_a_norm():
     asked = []
     guard, _ = guard_of(agree=lambda verdict: asked.append(int(verdict)) or verdict)
-    look = guard.look(torch.tensor(2.0))
+    look = guard.check(torch.tensor(2.0))
     one, other = torch.tensor(1.0), torch.tensor(INF)
     assert [bool(look.should_skip(norm)) for norm in (one, one, other, other)] == [False, False, True, True]
     assert int(look.verdict(one)) == FINE
@@ -134,7 +134,7 @@ def test_stop_and_the_limits_say_what_to_do(capsys):
         list(guard.found(at_once=True))
     assert str(stopped.value) == (
         "guard.nonfinite=stop: step 4: loss nan, gradient norm 5; nothing of this step is saved; its documents: its "
-        "documents (quarantine.jsonl has their text); the same command goes on from the last checkpoint, with a lower lr, "
+        "documents (quarantine.jsonl has their text); the same command continues from the last checkpoint, with a lower lr, "
         "other data or another guard setting"
     )
     assert len(written) == 1
@@ -246,7 +246,7 @@ def test_a_file_that_cannot_be_written_costs_no_run(tmp_path, capsys):
     assert write(BAD) == "0.txt#0"
     said = capsys.readouterr().err
     assert said.startswith(f"{path} can't be written: ")
-    assert said.endswith("; the run goes on\n")
+    assert said.endswith("; the run continues\n")
 
 
 def test_it_is_on_the_disk(tmp_path, monkeypatch):

@@ -348,7 +348,7 @@ def test_a_checkpoint_that_was_bad_itself_is_not_gone_back_to_twice(nan_run, com
     more = ["guard.nonfinite=rollback", "guard.max_rollbacks=9", "save_every=1", "evaluate_every=null", "max_steps=11"]
     code, _, err = command([*given, *more, f"output_dir={run}"])
     assert code == 0, err
-    assert err.count("back at ") == 2
+    assert err.count("rolled back to ") == 2
     assert "step-00000006" in err
     assert "step-00000005" in err
     assert not any(tensor.isnan().any() for tensor in weights(run, 11).values())
