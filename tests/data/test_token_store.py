@@ -228,6 +228,18 @@ def test_views_by_hand(store):
     assert train.document_ids(2, 3).dtype == np.int64
 
 
+def test_a_view_of_every_second_document(tmp_path):
+    """Each is a run of its own."""
+    hashes = [SMALL, LARGE, SMALL + 1, LARGE + 1, SMALL + 2]
+    name = write(tmp_path / "0.tokens", [(h, [n + 1, 0], n, 0, n) for n, h in enumerate(hashes)])
+    manifest = {"name": "x", "eot": 0, "parts": [str(name)], "units": [[["a", 0]]]}
+    (tmp_path / "m.json").write_text(json.dumps(manifest))
+    train, held = TokenStore(tmp_path / "m.json").views(held_out=0.5)
+    assert held.read(0, held.num_tokens).tolist() == [1, 0, 3, 0, 5, 0]
+    assert train.read(0, train.num_tokens).tolist() == [2, 0, 4, 0]
+    assert (numbers(held), numbers(train)) == ([0, 2, 4], [1, 3])
+
+
 def test_equal_documents_are_read_once_when_asked(store):
     train, held = store.views(held_out=0.26, deduplicate=True)
     assert (numbers(train), numbers(held)) == ([1, 4], [0, 3])
