@@ -59,13 +59,13 @@ def test_one_process(event, step, saved_at, owes, uninterrupted, base_arguments,
 
 AMID_STEPS = """
 import os, signal
-from pretrain.telemetry.interval import Every
-due = Every.due
+from pretrain.telemetry.interval import Interval
+due = Interval.due
 def signalled(self, step):
     if step == 6 and os.environ.get("RANK") == "{rank}":
         os.kill(os.getpid(), signal.{number})
     return due(self, step)
-Every.due = signalled
+Interval.due = signalled
 """
 
 

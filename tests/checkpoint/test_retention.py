@@ -64,7 +64,7 @@ def test_without_room_it_says_what_is_missing(tmp_path, free):
     store = CheckpointStore(tmp_path / "checkpoints", ALL)
     free(store.folder, 3 * GIB // 2)
     says = f"{store.path(5)} could not be written: it needs 3.25 GiB, {store.folder} has 1.50 GiB free; "
-    assert store.make_room(5, 13 * GIB // 4) == f"{says}there is none before it"
+    assert store.make_room(5, 13 * GIB // 4) == f"{says}there is no earlier checkpoint"
     for step in (3, 4):
         saved_at(store, step, state(step))
     assert store.make_room(5, 13 * GIB // 4) == f"{says}the last valid checkpoint is {store.path(4)}"
@@ -82,7 +82,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     folder = tmp_path / "file" / "checkpoints"
     with pytest.raises(UserError) as found:
         CheckpointStore(folder).make_room(1, 1)
-    assert str(found.value) == f"{folder} can't be written: {found.value.__cause__}; there is none before it"
+    assert str(found.value) == f"{folder} can't be written: {found.value.__cause__}; there is no earlier checkpoint"
     assert found.value.__cause__.errno == errno.EEXIST
 
 
@@ -202,7 +202,7 @@ def test_one_that_cannot_be_set_aside_is_named(tmp_path):
     (tmp_path / f"set-aside-{path.name}-{path.lstat().st_mtime_ns}" / "in the way").mkdir(parents=True)
     with pytest.raises(UserError) as found:
         store.archive_after(1)
-    assert str(found.value) == f"{path} is of another branch and can't be moved aside: Directory not empty"
+    assert str(found.value) == f"{path} belongs to another branch and can't be renamed: Directory not empty"
     assert store.newest() == path
 
 

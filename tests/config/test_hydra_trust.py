@@ -159,4 +159,4 @@ def test_an_experiment_may_be_a_sweep(sweeper, command, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flag", ["--config-name", "--config-path", "--experimental-rerun"])
 def test_no_other_primary_config(flag, command, tmp_path):
-    assert_mistake(command([flag, str(tmp_path)]), f"{flag}: not here")
+    assert_mistake(command([flag, str(tmp_path)]), f"{flag}: not supported")

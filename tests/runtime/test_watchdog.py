@@ -238,8 +238,8 @@ def test_a_disk_that_hangs_during_a_save(more, base_arguments, spawn, tmp_path):
 
 
 def test_a_bug_in_one_ranks_saving_is_the_one_that_is_told(base_arguments, spawn, tmp_path):
-    fault = "import os\nfrom pretrain.checkpoint.store import Store\n"
-    fault += "def prune(self): raise KeyError('on purpose')\nStore._prune = prune\n"
+    fault = "import os\nfrom pretrain.checkpoint.store import CheckpointStore\n"
+    fault += "def prune(self): raise KeyError('on purpose')\nCheckpointStore._prune = prune\n"
     process = spawn([*base_arguments, *PAIR, f"output_dir={tmp_path / 'run'}"], env=injected(tmp_path, fault))
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out

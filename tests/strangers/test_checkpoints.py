@@ -56,11 +56,11 @@ AS_IT_IS = {  # the marker is what it was → what is said
     "a size that is no number": (edit_marker(lambda m: m["files"][O].update(bytes="1")), "should be a valid integer"),
     "a pipe for a marker": (pipe(MARKER), f"no {MARKER}"),
     "a folder for a marker": (folder(MARKER), f"no {MARKER}"),
-    "a flipped bit in state.json": (flip("state.json"), "state.json has other bytes"),
-    "a flipped bit in the weights": (flip(W, -9), f"{W} has other bytes"),
+    "a flipped bit in state.json": (flip("state.json"), "state.json does not match its checksum"),
+    "a flipped bit in the weights": (flip(W, -9), f"{W} does not match its checksum"),
     "a flipped bit in a header": (flip(W, 9), W),
-    "moments of another step": (from_another(O), f"{O} has other bytes"),
-    "weights of another step": (from_another(W), f"{W} has other bytes"),
+    "moments of another step": (from_another(O), f"{O} does not match its checksum"),
+    "weights of another step": (from_another(W), f"{W} does not match its checksum"),
     "moments cut off": (truncate(O), f"{O} has"),
     "weights gone": (remove(W), f"{W} is missing"),
     "a pipe for weights": (pipe(W), f"{W} is missing"),
@@ -246,7 +246,7 @@ def test_files_of_another_step_show_in_large_files(store, monkeypatch, capsys):
     assert "quick_xxh3_128" in json.loads((store.path(4) / MARKER).read_text())["files"][O]
     assert store.newest() == store.path(4)
     from_another(O)(store.path(4))
-    assert_passed_over(store, f"{O} has other bytes", capsys)
+    assert_passed_over(store, f"{O} does not match its checksum", capsys)
 
 
 def test_small_files_are_compared_by_their_bytes(store):
