@@ -21,6 +21,16 @@ PAGE = Path(__file__).parents[2] / "docs" / "library.md"
 PUBLIC = ["RunConfig", "RunResult", "Sink", "Source", "Strategy", "Trainer", "UserError", "compose", "train"]
 
 
+@pytest.fixture(autouse=True)
+def as_at_a_prompt():
+    """As the process of a person is before the first run: pytest's workers ignore Ctrl-C, and commands that other tests have run
+    in this process have frozen objects."""
+    gc.unfreeze()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def state_of_the_process():
     handlers = [signal.getsignal(number) for number in SIGNALS]
     logger = logging.getLogger("pretrain")
