@@ -13,7 +13,7 @@ from pretrain.runtime.atomic_files import replace_file
 from pretrain.runtime.errors import ReplicasDiffer, UserError
 
 # Files in which a rank waits for the others: those with collectives, and autograd's backward, which runs some.
-WAITING = ("context.py", "distributed_c10d.py", "_fsdp", "graph.py")
+WAITING = ("distributed/context.py", "distributed_c10d.py", "_fsdp", "graph.py")
 
 
 @dataclass(frozen=True)

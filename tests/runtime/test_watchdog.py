@@ -114,7 +114,7 @@ def test_a_run_whose_disk_does_not_answer(base_arguments, spawn, tmp_path):
     process = spawn([*arguments, "sink=jsonl", "launch.timeout=4"], env=environment)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
-    assert "rank-0 is stalled at atomic_files.py" in out
+    assert "rank-0 is stalled at runtime/atomic_files.py" in out
     assert "no progress for 4 s (launch.timeout)" in out
     assert "write_json" in (tmp_path / "logs/rank-0.log").read_text()
 

@@ -111,6 +111,7 @@ def test_the_command_line_wins_over_an_experiments_params(more, jobs):
 def test_checking_many_jobs_is_announced(jobs, says, monkeypatch, capsys):
     monkeypatch.setattr("pretrain.sweep.plan.MANY", 2)
     monkeypatch.setattr("pretrain.sweep.plan.check", lambda *given, **options: None)
+    monkeypatch.setattr("pretrain.sweep.plan.check_metric", lambda config: None)
     with composing(conf_dir(), None) as hydra:
         words = ["seed=" + ",".join(map(str, range(jobs)))]
         Plan(hydra.config_loader, hydra.compose_config("config", words, RunMode.MULTIRUN)).check({})
