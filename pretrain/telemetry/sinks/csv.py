@@ -20,6 +20,9 @@ from pretrain.telemetry.sinks.retrying_file import RetryingAppendFile
 # event → the field that maps names to records; it becomes one row per name
 FAMILY = {"train": None, "evaluation": None, "layers": "layers", "data": "sources"}
 Row = Mapping[str, object]
+LONGEST_LINE = (
+    2**17
+)  # characters; the csv module's own limit of a cell is one of the process, which reading data raises
 
 
 class Csv(Sink):
@@ -127,6 +130,8 @@ def read_rows(path: Path, *, on_invalid: Callable[[str], None] = notice) -> list
 
 def _cells(line: str) -> list[str]:
     """Return the cells of a line, or none if the line is not exactly one row."""
+    if len(line) > LONGEST_LINE:
+        return []
     try:
         rows = [*csv.reader([line])]
     except csv.Error:
