@@ -6,6 +6,7 @@ import shutil
 import pytest
 from omegaconf import OmegaConf
 
+from pretrain.config.schema import RunConfig
 from pretrain.models.bpe import train_bpe
 from pretrain.run.fingerprint import check_finished_run, check_same_run, differences
 from pretrain.run.leftovers import read_config
@@ -208,10 +209,11 @@ def test_a_run_from_before_there_were_keys_for_documents_borders(uninterrupted, 
     edited(checkpoint / "config.yaml", dataset__bos=None, dataset__separator=None)
     assert differences(read_config(checkpoint), now) == ["dataset.bos: None → auto", "dataset.separator: None → auto"]
     identity = json.loads((checkpoint / "state.json").read_text())["identity"]
-    check_finished_run(read_config(checkpoint), now)
-    check_same_run(checkpoint, identity, now, model_config={}, files="")
+    config = RunConfig.of(now)
+    check_finished_run(read_config(checkpoint), config)
+    check_same_run(checkpoint, identity, config, model_config={}, files="")
     with pytest.raises(UserError, match=r"dataset\.bos=false continues it"):
-        check_same_run(checkpoint, identity | {"data": "with BOS"}, now, model_config={}, files="")
+        check_same_run(checkpoint, identity | {"data": "with BOS"}, config, model_config={}, files="")
 
 
 def test_a_finished_run_split_otherwise_is_finished(uninterrupted, base_arguments, command, tmp_path):

@@ -23,7 +23,7 @@ READER_GONE = {errno.EPIPE, errno.EIO, errno.EBADF}  # EIO: a terminal that has 
 
 
 class NonBlockingStream(io.TextIOBase):
-    """A text stream over the descriptor of ``stream`` whose ``write`` never blocks, not even in a signal handler."""
+    """A text stream over the descriptor of ``stream`` whose ``write`` and ``flush`` never block, not even in a signal handler."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -41,7 +41,7 @@ class NonBlockingStream(io.TextIOBase):
             self._lost += text.count("\n")
         return len(text)
 
-    def flush(self) -> None:
+    def drain(self) -> None:
         """Wait until all output is written, or no byte could be written for ``PATIENCE_SECONDS``."""
         done = threading.Event()
         self._queue.put(done)
@@ -115,7 +115,7 @@ def flush() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, NonBlockingStream):
-            stream.flush()
+            stream.drain()
             setattr(sys, name, stream.stream)
             continue
         try:

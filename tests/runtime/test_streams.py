@@ -69,7 +69,7 @@ def test_a_reader_gets_everything_in_order(pipe):
     thread.start()
     for i in range(300):
         print(f"line {i} ü", file=outlet)  # two pieces each
-    outlet.flush()
+    outlet.drain()
     outlet.stream.close()
     thread.join()
     assert b"".join(read).decode().splitlines() == [f"line {i} ü" for i in range(300)]
@@ -81,7 +81,7 @@ def test_a_pipe_that_nobody_reads_takes_no_time_and_says_what_is_missing(pipe, m
     line = "x" * 999 + "\n"
     for _ in range(3 * streams.MOST_WAITING):  # 3 MB into a pipe of 64 kB: this returns, or the test hangs
         outlet.write(line)
-    outlet.flush()  # gives up
+    outlet.drain()  # gives up
     read = b""
     while b"missing here" not in read:
         read += reader.read(1 << 16)
@@ -94,7 +94,7 @@ def test_a_reader_that_leaves_is_no_error(pipe):
     reader.close()
     for _ in range(3):
         print("into the void", file=outlet, flush=True)
-    outlet.flush()
+    outlet.drain()
 
 
 def test_a_signal_handler_may_speak_in_the_middle_of_a_line(pipe):
@@ -108,7 +108,7 @@ def test_a_signal_handler_may_speak_in_the_middle_of_a_line(pipe):
             outlet.write("b\n")
     finally:
         signal.signal(signal.SIGUSR1, before)
-    outlet.flush()
+    outlet.drain()
     assert reader.read(1 << 16).count(b"heard") == 100
 
 

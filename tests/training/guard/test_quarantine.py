@@ -78,5 +78,5 @@ def test_a_broken_line_costs_no_other_batch(loader, tokenizer, tmp_path, capsys)
         file.write('{"first_sa\n')
     write(bad(8, 3))
     assert [r["first_sample"] for r in read_records(path)] == [0, 8]
-    assert f"{path}:2: no record" in capsys.readouterr().err
+    assert f"{path}:2: not a record" in capsys.readouterr().err
     assert '{"first_sa\n' in (tmp_path / "quarantine.jsonl.broken").read_text()
