@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint, and how long it takes until it is safe on disk.
+"""How long a checkpoint blocks training, and how long it takes until it is on disk.
 
     python scripts/bench_checkpoint.py [--rounds 5] [--folder DIR]
 

@@ -135,7 +135,7 @@ def trainer(folder: Path, steps: int, precision: str, compiled: bool) -> Result:
 
 
 def allocated() -> Result:
-    """The peak of this process on a GPU; on a CPU whoever has started it knows better."""
+    """The peak of this process on a GPU; on a CPU the process that started it measures it."""
     import torch
 
     return {"peak_mib": torch.cuda.max_memory_allocated() / 2**20} if DEVICE == "cuda" else {}

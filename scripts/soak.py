@@ -88,7 +88,7 @@ def ask(number: signal.Signals, *, all_of_them: bool) -> Callable[[Process, Path
 
 
 def pause(process: Process, run: Path) -> None:
-    """The whole run stands still for a moment, then is killed."""
+    """Suspend all processes of the run for a moment, then kill them."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGSTOP)
         time.sleep(1)

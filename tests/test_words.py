@@ -31,6 +31,10 @@ WORDS = {
     "StepClock": "StepTimer",
     "StoodStill": "TrainingPaused",
     "Tally": "RunSummary",
+    "goes on": "continues, resumes",
+    "stands still": "is stalled",
+    "type of the products": "matmul dtype",
+    "whoever": "the process that",
 }
 KEPT = {("pretrain/checkpoint/train_state.py", "owes_evaluation")}  # a key of checkpoints of earlier versions
 OLD = re.compile(rf"\b({'|'.join(WORDS)})\b")
