@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import pretrain
+from pretrain.runtime.console import end_log
 from pretrain.runtime.signals import SIGNALS
 from pretrain.telemetry.run_file import read_run_file
 
@@ -24,8 +25,9 @@ PUBLIC = ["RunConfig", "RunResult", "Sink", "Source", "Strategy", "Trainer", "Us
 @pytest.fixture(autouse=True)
 def as_at_a_prompt():
     """As the process of a person is before the first run: pytest's workers ignore Ctrl-C, and commands that other tests have run
-    in this process have frozen objects."""
+    in this process have frozen objects and opened a log."""
     gc.unfreeze()
+    end_log()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

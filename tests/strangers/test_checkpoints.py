@@ -43,12 +43,15 @@ DEEP = "[" * 200_000
 
 AS_IT_IS = {  # the marker is what it was → what is said
     "a flipped bit in the marker": (flip(MARKER), MARKER),
-    "a flipped bit in a name of the marker": (swap_text(MARKER, '"optimizer.s', '"optimizes.s'), "(checksum)"),
-    "the optimizer's entry taken out": (edit_marker(lambda m: m["files"].pop(O)), "(checksum)"),
+    "a flipped bit in a name of the marker": (
+        swap_text(MARKER, '"optimizer.s', '"optimizes.s'),
+        "does not match its checksum",
+    ),
+    "the optimizer's entry taken out": (edit_marker(lambda m: m["files"].pop(O)), "does not match its checksum"),
     "an entry twice": (swap_text(MARKER, '"config.json": {', '"state.json": {'), "is duplicated"),
-    "no checksum of itself": (edit_marker(lambda m: m.pop("xxh3_128")), "(checksum)"),
+    "no checksum of itself": (edit_marker(lambda m: m.pop("xxh3_128")), "does not match its checksum"),
     "another format": (edit_marker(lambda m: m.update(format=5)), "format 5, this version reads 3 to 4"),
-    "an older format": (edit_marker(lambda m: m.update(format=3)), "(checksum)"),
+    "an older format": (edit_marker(lambda m: m.update(format=3)), "does not match its checksum"),
     "a marker that is no object": (put(MARKER, "[]"), f"unreadable {MARKER}"),
     "an empty marker": (put(MARKER, ""), f"unreadable {MARKER}"),
     "a deep marker": (put(MARKER, DEEP), "nested too deep"),
@@ -134,7 +137,7 @@ SHARDED = {  # of two processes; the marker fits what lies there → what is sai
     "a piece that overlaps": (edit_pieces(R1, lambda p: p[NORM].__setitem__(0, 8)), "there twice"),
     "a piece beyond a gap": (edit_pieces(R1, lambda p: p[NORM].__setitem__(0, 20)), "missing"),
     "a piece before the first": (edit_pieces(R1, lambda p: p[NORM].__setitem__(0, -16)), "pieces"),
-    "a piece of a larger whole": (edit_pieces(R1, lambda p: p[NORM].__setitem__(1, [64])), "another tensor"),
+    "a piece of a larger whole": (edit_pieces(R1, lambda p: p[NORM].__setitem__(1, [64])), "another dtype or shape"),
     "a piece of no shape": (edit_pieces(R0, lambda p: p[NORM].__setitem__(1, None)), "pieces"),
     "a piece of one number": (edit_pieces(R0, lambda p: p.update({NORM: 7})), "pieces"),
     "both ranks the same": (lambda c: shutil.copy(c / R0, c / R1), "there twice"),
