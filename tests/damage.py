@@ -1,5 +1,5 @@
 """Edits of a checkpoint: what disks, kills, people and attackers may do to its files. Each function changes the folder it is
-given; `forge` then makes a marker that believes what lies there, as whoever can change a checkpoint can do."""
+given; `forge` then makes a marker that believes what lies there, as anybody who can change a checkpoint can do."""
 
 import json
 import os

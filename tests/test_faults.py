@@ -169,7 +169,7 @@ def test_a_disk_that_is_full_from_the_start(more, base_arguments, spawn, small_d
 
 
 def test_a_disk_that_fills_up_under_a_run(base_arguments, spawn, small_disk):
-    """Records and log have no room any more: said once each, and the run goes on until it has to save."""
+    """Records and log have no room any more: said once each, and the run continues until it has to save."""
     disk = small_disk("4m")
     run = disk / "run"
     process = spawn([*base_arguments, f"output_dir={run}", "max_steps=300", "save_every=300", "evaluate_every=50"])

@@ -22,7 +22,7 @@ from tests.runs import assert_same_run, at_call
 class Phase:
     """A kill at one of the first ``most`` calls of ``where`` (module:function) with a path among their arguments in which
     ``paths`` is found, ``before`` or ``after`` the work is done. ``by``: the ranks that come there. ``resumed``: only a run
-    that goes on from a checkpoint does."""
+    that resumes from a checkpoint does."""
 
     where: str
     most: int

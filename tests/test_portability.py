@@ -1,4 +1,4 @@
-"""One checkpoint format for all: a run handed from strategy to strategy and from world size to world size goes on as if
+"""One checkpoint format for all: a run handed from strategy to strategy and from world size to world size continues as if
 nothing had happened, and ends where the run in one process ends."""
 
 import subprocess

@@ -47,7 +47,7 @@ def test_records_that_did_not_reach_the_disk_come_with_the_checkpoint(uninterrup
 
 @pytest.mark.parametrize("strategy", ["fsdp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("ddp", "deepspeed"))])
 def test_kill_9_of_two_processes_and_the_same_command(strategy, base_arguments, command, spawn, tmp_path):
-    """The model has dropout: each rank goes on with its own random numbers."""
+    """The model has dropout: each rank continues with its own random numbers."""
     pair = [*base_arguments, f"strategy={strategy}", "devices=2", "batch_size=1"]
     code, _, err = command([*pair, f"output_dir={tmp_path / 'whole'}"])
     assert code == 0, err
@@ -146,7 +146,7 @@ def test_the_end_of_a_finished_run_that_its_records_lost_is_told_again(
 
 
 def test_a_flipped_bit_in_a_large_file(base_arguments, command, tmp_path):
-    """The quick look does not see it. In full the file is named: a run goes on from the checkpoint before, and nothing
+    """The quick look does not see it. In full the file is named: a run resumes from the checkpoint before, and nothing
     starts from its weights."""
     run = tmp_path / "run"
     larger = ["model=scratch", "model.overrides.hidden_size=128", "model.overrides.intermediate_size=512"]
@@ -253,7 +253,7 @@ def test_an_evaluation_does_not_write_over_a_run(uninterrupted, base_arguments, 
 def test_from_a_named_checkpoint_elsewhere_all_that_lies_here_is_another_branch(
     uninterrupted, base_arguments, command, spawn, tmp_path
 ):
-    """Killed before its first own save, the run goes on from the named one again, never from what lay here before."""
+    """Killed before its first own save, the run resumes from the named one again, never from what lay here before."""
     run = tmp_path / "run"
     code, _, err = command([*base_arguments, f"output_dir={run}", "max_steps=5", "lr=5e-3"])
     assert code == 0, err

@@ -1,5 +1,5 @@
 """What happens to the disk while a run saves: the last good checkpoint stays, the error says what and where, and the same
-command goes on from it to the very run that was never disturbed."""
+command resumes from it to the very run that was never disturbed."""
 
 import ctypes
 import os
@@ -45,7 +45,7 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_without_room(uninterrupted, base_arguments, command, small_disk):
-    """Training goes on without checkpoints; only the last one can't be missed."""
+    """Training continues without checkpoints; only the last one can't be missed."""
     run, ballast = small_disk / "run", small_disk / "ballast"
     ballast.write_bytes(bytes(30 * MIB))
     arguments = [*base_arguments, f"output_dir={run}"]
@@ -174,7 +174,7 @@ def test_in_the_very_middle_of_a_save(action, says, left, uninterrupted, base_ar
 
 @pytest.mark.slow
 def test_the_whole_run_removed_between_two_saves(uninterrupted, base_arguments, command, spawn, tmp_path):
-    """Training goes on and is saved again. What lay in the folder is lost, and it is said that records are."""
+    """Training continues and is saved again. What lay in the folder is lost, and it is said that records are."""
     run = tmp_path / "run"
     arguments = [*base_arguments, f"output_dir={run}"]
     remove = f"os.path.exists('{run}/checkpoints/step-00000005') and shutil.rmtree('{run}')"
@@ -193,7 +193,7 @@ def test_the_whole_run_removed_between_two_saves(uninterrupted, base_arguments, 
 
 @pytest.mark.slow
 def test_one_rank_that_cannot_write(base_arguments, spawn, command, tmp_path):
-    """Full: the run goes on without this checkpoint, on all ranks. Anything else ends it, with the error of that rank."""
+    """Full: the run continues without this checkpoint, on all ranks. Anything else ends it, with the error of that rank."""
     pair = [*base_arguments, "strategy=fsdp", "devices=2", "batch_size=1"]
     whole, shard = tmp_path / "whole", f"{SECOND}/model.rank-1.safetensors"
     code, _, err = command([*pair, f"output_dir={whole}"])
@@ -239,7 +239,7 @@ os.fsync, io.open = fsync, open
 @pytest.mark.slow
 def test_a_slow_disk(uninterrupted, base_arguments, spawn, tmp_path):
     """Every file takes its time, and all of them more than launch.timeout: nobody calls it a hang. Until the next save is
-    due training goes on."""
+    due training continues."""
     run = tmp_path / "run"
     process = spawn(
         [*base_arguments, f"output_dir={run}", "save_every=10", "launch.timeout=6"],

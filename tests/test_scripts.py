@@ -100,7 +100,7 @@ Loader.load_state_dict = load_state_dict
 )
 @pytest.mark.parametrize("more", [[], PAIR], ids=["single", "pair"])
 def test_verify_resume_finds_what_differs(more, fault, differ, base_arguments, tmp_path):
-    """A resume that forgets the random states (the model has dropout), or goes on in another order."""
+    """A resume that forgets the random states (the model has dropout), or continues in another order."""
     done = script("verify_resume.py", *base_arguments, *more, env=injected(tmp_path, fault))
     assert done.returncode == 1, done.stderr + done.stdout
     assert done.stdout.splitlines()[-1] == "NOT equal"

@@ -27,7 +27,7 @@ def stopping(event: str, step: int) -> list[str]:
 @pytest.mark.parametrize(
     ("event", "step", "saved_at", "owes"),
     [
-        ("train", 8, 8, True),  # an evaluation is due there: it is left to whoever continues
+        ("train", 8, 8, True),  # an evaluation is due there: it is left to the resumed run
         pytest.param("train", 5, 5, False, marks=pytest.mark.slow),  # a save is due there: made once
         pytest.param("evaluation", 8, 9, False, marks=pytest.mark.slow),
         pytest.param("checkpoint", 10, None, None, marks=pytest.mark.slow),  # known whenever it has become whole
@@ -50,7 +50,7 @@ def test_one_process(event, step, saved_at, owes, uninterrupted, base_arguments,
     assert saves.count(facts["steps"]) == 1, "saved once"
     assert not (run / "model").exists()
     beside = run / f"models/step-{facts['steps']:08d}/model.safetensors"
-    assert beside.exists() == (step != 20), "the last model is left to whoever continues"
+    assert beside.exists() == (step != 20), "the last model is left to the resumed run"
     process = spawn(arguments)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out

@@ -1,4 +1,4 @@
-"""Signals while a checkpoint is being written: it becomes whole or never counts, and the same command goes on."""
+"""Signals while a checkpoint is being written: it becomes whole or never counts, and the same command resumes."""
 
 import os
 import signal

@@ -107,7 +107,7 @@ def test_while_tokenizing(number, workers_from, finished, more, texts, base_argu
 
 
 def test_a_signal_that_another_thread_takes(texts, base_arguments, spawn, tmp_path):
-    """As may happen to one that was sent to a process that stood still: the thread that waits for workers does not wake of it."""
+    """As may happen to one that was sent to a suspended process: the thread that waits for workers does not wake of it."""
     cache = tmp_path / "cache"
     fault = MANY_UNITS.format(workers_from=IN_WORKERS) + TAKEN_BY_ANOTHER_THREAD
     arguments = [*base_arguments, f"dataset.nameOrPath={texts}", "dataset.num_workers=2", *ALONE]

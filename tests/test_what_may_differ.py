@@ -119,7 +119,7 @@ def test_what_would_change_the_numbers_is_refused(change, says, uninterrupted, b
 
 
 def test_more_epochs_and_other_sinks(base_arguments, command, tmp_path):
-    """A run whose learning rate does not depend on its end goes on as if it had been told so at first."""
+    """A run whose learning rate does not depend on its end continues as if it had been told so at first."""
     same = [*base_arguments, "max_steps=null", "scheduler=constant", "warmup_proportion=0", "checkpoint.export=never"]
     whole, run = tmp_path / "whole", tmp_path / "run"
     for more in (
@@ -148,7 +148,7 @@ def test_more_epochs_and_other_sinks(base_arguments, command, tmp_path):
     ],
 )
 def test_what_is_allowed_to_differ(part, change, steps, uninterrupted, base_arguments, command, tmp_path):
-    """Refused, with the word that allows it; with it the run goes on where it was."""
+    """Refused, with the word that allows it; with it the run continues where it was."""
     run, tokenizer = tmp_path / "run", tmp_path / "tokenizer"
     shutil.copytree(uninterrupted, run)
     if part == "tokenizer":

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -237,13 +238,38 @@ def _as_user_error(what: str) -> Iterator[None]:
     """Convert any error that a library raises for a broken file into a ``UserError``. A panic in Rust is not an
     ``Exception``, but it is converted too."""
     try:
-        yield
+        with _without_panic_message():
+            yield
     except UserError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not _is_panic(error):
             raise
         raise UserError(f"{what}: {one_line(error)}" if what else one_line(error)) from None
+
+
+@contextmanager
+def _without_panic_message() -> Iterator[None]:
+    """Drop what Rust prints to descriptor 2 when it panics, before Python receives the panic; pass on everything else."""
+    with TemporaryFile() as printed:
+        terminal = os.dup(2)
+        os.dup2(printed.fileno(), 2)
+        panicked = False
+        try:
+            yield
+        except BaseException as error:
+            panicked = _is_panic(error)
+            raise
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            if not panicked:
+                printed.seek(0)
+                os.write(2, printed.read())
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

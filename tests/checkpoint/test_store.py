@@ -258,7 +258,7 @@ def test_half_written_folders_are_no_checkpoints(tmp_path):
 
 
 def test_what_is_beyond_a_step_is_set_aside_and_nothing_else(tmp_path, capsys):
-    """The step itself stays: the run goes on from it."""
+    """The step itself stays: the run resumes from it."""
     store = CheckpointStore(tmp_path, CheckpointConfig(keep_last=None))
     for step in (1, 2, 3, 4):
         store.save(step, state(step), world=ALONE)

@@ -64,7 +64,7 @@ def test_it_ends_with_an_error_too() -> None:
 
 
 def test_threads_are_inside_together() -> None:
-    """As the copies of DataParallel are; whoever leaves first takes nothing from the other."""
+    """As the copies of DataParallel are; the first that leaves takes nothing from the other."""
     before, both, left = vars(masking_utils)[packing.PACKING_CHECK], Barrier(2), Event()
 
     def second() -> None:

@@ -92,7 +92,7 @@ def test_chunks_do_not_show(fused: bool, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resume_is_exact(dtype: torch.dtype) -> None:
-    """State is per parameter and all tensors; put back as it was, the run goes on bit for bit."""
+    """State is per parameter and all tensors; put back as it was, the run continues bit for bit."""
     spec = AdamW(lr=1e-3)
     straight, stopped = parameters(dtype), parameters(dtype)
     train(straight, spec(straight.items()), 10)

@@ -1,4 +1,4 @@
-"""A file that is rewritten whole, by whoever else may be doing the same."""
+"""A file that is rewritten whole, while other processes may do the same."""
 
 import multiprocessing
 import os

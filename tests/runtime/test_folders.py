@@ -164,7 +164,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name, command, base_arg
 
 
 def test_a_hard_link_is_written_under_one_name(command, base_arguments, tmp_path):
-    """As `cp -al` makes a backup of a run: the run goes on in a copy, the backup stays as it is."""
+    """As `cp -al` makes a backup of a run: the run continues in a copy, the backup stays as it is."""
     run, backup = tmp_path / "run", tmp_path / "backup"
     given = [
         *base_arguments,

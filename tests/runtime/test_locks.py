@@ -1,4 +1,4 @@
-"""One process at a time, also where the file system has no locks, and whoever held it is dead."""
+"""One process at a time, also where the file system has no locks, and its holder is dead."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""A run that stands still ends by itself, says where it stands, and leaves the stacks of all its threads."""
+"""A run that is stalled ends by itself, says where it is stalled, and leaves the stacks of all its threads."""
 
 import signal
 import subprocess

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from pretrain.models.causal_lm import Pretrained
+from pretrain.runtime.errors import UserError
 from pretrain.telemetry.sinks.jsonl import read_records
 from tests.tokenizer_files import EOS, UNK, folder
 
@@ -274,3 +276,16 @@ def test_a_run_is_continued_only_with_the_same_borders(tmp_path: Path, fresh: Pa
         assert words in err
     code, _, err = command([*arguments, "dataset.bos=true", f"dataset.separator='{EOS}'", "max_steps=3"])
     assert code == 0, err  # the same tokens, said in words
+
+
+def test_a_panic_in_rust_prints_nothing_of_its_own(tiny_model, tmp_path, capfd):
+    """A template for one text that names a second one: the library panics, and Rust would print that first."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    sequences = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
+    template = {"type": "TemplateProcessing", "single": sequences, "pair": sequences, "special_tokens": {}}
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"post_processor": template}))
+    with pytest.raises(UserError, match=r"no usable tokenizer: tokenizer\.json: index out of bounds"):
+        Pretrained(name_or_path=str(folder)).tokenizer(None)
+    assert capfd.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""hydra/sweeper=optuna: the words of the search space, a study that goes on where it was left, and bad trials pruned."""
+"""hydra/sweeper=optuna: the words of the search space, a study that is resumed, and bad trials pruned."""
 
 import json
 import math
@@ -139,7 +139,7 @@ def test_the_same_command_goes_on(fate, search, tmp_path):
     assert not set(second) & set(first[:2]), "what is finished is not run again, nor drawn again"
     assert states(tmp_path) == ["COMPLETE"] * 6
     assert search(6) == []
-    assert len(search(8)) == 2, "a larger number goes on"
+    assert len(search(8)) == 2, "a larger number continues"
 
 
 def drawn(folder, seed, count, start=0):

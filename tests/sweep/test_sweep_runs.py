@@ -95,7 +95,7 @@ def test_the_same_command_again_tries_only_what_failed(sweep, spawn):
 
 
 def test_killed_and_run_again(base_arguments, spawn, tmp_path):
-    """kill -9 of the sweep alone: its job saves and ends by itself, and goes on with the same command."""
+    """kill -9 of the sweep alone: its job saves and ends by itself, and continues with the same command."""
     folder = tmp_path / "sweep"
     arguments = [*base_arguments, "max_steps=300", "evaluate_every=null", "save_every=null", "sink=jsonl"]
     arguments += ["lr=1e-3", f"sweep_dir={folder}"]

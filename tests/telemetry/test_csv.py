@@ -102,7 +102,7 @@ def test_a_table_that_another_program_has_saved_with_its_own_ends_of_lines_keeps
 
 
 def test_records_that_have_gained_keys_and_lost_some(tmp_path):
-    """Another version goes on with the run."""
+    """Another version continues the run."""
     written(tmp_path, FRESH, train(1), train(2))
     later = train(3, goodput=0.9)
     del later["mfu"]

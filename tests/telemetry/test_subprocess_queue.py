@@ -4,7 +4,7 @@ from pretrain.telemetry.sinks.subprocess_queue import SubprocessQueue
 
 
 def test_records_that_nobody_takes_are_dropped_and_said_once(tmp_path, monkeypatch, capsys):
-    """A process that reads nothing: whoever sends goes on, and the end is waited for only so long."""
+    """A process that reads nothing: the sender continues, and the end is waited for only so long."""
     (tmp_path / "deaf.py").write_text("import time\ntime.sleep(3600)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr("pretrain.telemetry.sinks.subprocess_queue.MAX_QUEUED", 10)

@@ -69,7 +69,7 @@ def test_it_goes_on_from_the_records_of_the_run_it_continues(tmp_path):
 
 
 def test_what_could_not_be_written_is_tried_again_and_not_drawn_again(tmp_path, monkeypatch):
-    """With every record of a run that goes on for days: what that costs must not be a drawing."""
+    """With every record of a run of several days: what that costs must not be a drawing."""
     report, page, drawn = Report(), tmp_path / "report.html", []
     monkeypatch.setattr("pretrain.telemetry.report.page.run_page", lambda run: drawn.append(run) or "page")
     report.open(tmp_path, RunStarted(0, 9, resumed=False))

@@ -119,7 +119,7 @@ def test_stop_saves_nothing_bad_and_the_same_command_goes_on(nan_run, ran, comma
 
 @pytest.mark.parametrize("action", [pytest.param("skip", marks=pytest.mark.slow), "rollback"])
 def test_kill_9_behind_a_bad_step(action, nan_run, ran, spawn, tmp_path):
-    """Whether the checkpoint it goes on from is of before the step or of behind it."""
+    """Whether the checkpoint it resumes from is of before the step or of behind it."""
     given, bad = nan_run(dropout=0.1)
     given.append(f"guard.nonfinite={action}")
     whole, run = ran("whole", given), tmp_path / "run"
