@@ -46,11 +46,7 @@ def generate(
     texts = []
     try:
         for number, prompt in enumerate(prompts):
-            before = [] if boundaries.bos is None else [boundaries.bos]
-            # With an empty prompt the model starts a new document.
-            tokens = [*before, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] or [boundaries.separator]
-            if len(tokens) >= positions:
-                raise UserError(f"a prompt of {len(tokens)} tokens is too long: the model has {positions} positions")
+            tokens = _prompt_tokens(prompt, tokenizer, boundaries, positions)
             ids = torch.tensor([tokens], device=device)
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(seed + number)
@@ -67,6 +63,16 @@ def generate(
     finally:
         model.train(training)
     return texts
+
+
+def _prompt_tokens(prompt: str, tokenizer: Any, boundaries: Boundaries, positions: int) -> list[int]:
+    """Return the tokens of a prompt with its BOS. Raise ``UserError`` for one that takes all ``positions`` of the model."""
+    bos = [] if boundaries.bos is None else [boundaries.bos]
+    # With an empty prompt the model starts a new document.
+    tokens = [*bos, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] or [boundaries.separator]
+    if len(tokens) >= positions:
+        raise UserError(f"a prompt of {len(tokens)} tokens is too long: the model has {positions} positions")
+    return tokens
 
 
 def _ends(hf: Any, tokenizer: Any, boundaries: Boundaries) -> list[int]:

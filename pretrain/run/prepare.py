@@ -117,14 +117,9 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     identity = {
         "model": replacement.identity if replacement else model.identity(),
         "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json.encode()),
-        "data": xxhash.xxh3_64_hexdigest(
-            repr([[part.path.name for part in store.parts], view_options(source), source.document_mask]).encode()
-        ),
-        "sequence_length": config.sequence_length,
+        "data": _data_identity(store, source),
         "global_batch": global_batch,
-        "seed": config.seed,
-        "weights": config.precision.weights,
-        "optimizer": config.optimizer_identity,
+        **_config_identity(config),
     }
     notices = ([replacement.notice] if replacement else []) + _not_scored_notices(
         source, held_out, len(configured) - len(bases)
@@ -140,6 +135,22 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
         notices,
         base_gone=replacement is not None,
     )
+
+
+def _data_identity(store: TokenStore, source: Source) -> str:
+    """Return the digest of the tokens and of what selects and masks them."""
+    content = [[part.path.name for part in store.parts], view_options(source), source.document_mask]
+    return xxhash.xxh3_64_hexdigest(repr(content).encode())
+
+
+def _config_identity(config: RunConfig) -> dict[str, Any]:
+    """Return the part of the run's identity that the config alone determines."""
+    return {
+        "sequence_length": config.sequence_length,
+        "seed": config.seed,
+        "weights": config.precision.weights,
+        "optimizer": config.optimizer_identity,
+    }
 
 
 def domain_boundaries(domain: Source, tokenizer: Any, boundary_tokens: Boundaries) -> Boundaries:
