@@ -107,7 +107,7 @@ class Engine(InferenceEngine):
     @property
     def loss_scale(self) -> Tensor | float | None:
         """The factor of the loss scaler, on the device; ``None`` without a scaler."""
-        return self.scaler._scale if self.scaler.is_enabled() else None
+        return self.scaler.scale_on(self.world.device)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class Engine(InferenceEngine):
         finite = torch.isfinite(norm)
         found = [
             self.world.all_reduce_max(flag.copy_(torch.maximum(flag, (~finite).to(flag))))
-            for flag in self.scaler._found_inf_per_device(self.optimizer).values()
+            for flag in self.scaler.found_inf(self.optimizer)
         ]
         infinite = torch.stack([flag.to(self.world.device) for flag in found]).sum() > 0
         return torch.where(infinite & finite, torch.nan, norm)
@@ -224,8 +224,9 @@ class Engine(InferenceEngine):
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and tensors.is_replicated(value):
                     yield f"{name}/{key}", value
-        if self.scaler.is_enabled() and self.scaler._scale is not None:
-            yield "the loss scale", self.scaler._scale
+        scale = self.scaler.scale_on(self.world.device)
+        if scale is not None:
+            yield "the loss scale", scale
 
     def _local_shards(self, named: dict[str, Tensor]) -> dict[str, TensorShard]:
         shards = ((name, tensors.local_shard(t, is_main=self.world.is_main)) for name, t in named.items())
