@@ -12,7 +12,7 @@ from pretrain.models.language_model import LanguageModel
 from pretrain.optim.adamw import AdamW
 from pretrain.runtime.errors import UserError
 from pretrain.strategy.engine import Engine
-from tests.engines import ALONE, BATCH, CPU, FULL, HALF, engine_of, same, trained
+from tests.engines import ALONE, CPU, FULL, HALF, engine_of, same, trained
 from tests.models.tiny import tiny
 
 
