@@ -67,6 +67,7 @@ class Identity(_Part):
     seed: int
     weights: str
     optimizer: list[Any]
+    transforms: list[dict[str, Any]] = []
 
 
 class Score(_Part):
@@ -116,6 +117,7 @@ def read_state(path: Path) -> dict[str, Any]:
     identity = state["identity"]
     # Earlier versions wrote the model's name before the digest of its content.
     identity["model"] = identity["model"].rpartition(" ")[2]
+    identity.setdefault("transforms", [])  # they came later
     return state
 
 

@@ -239,7 +239,8 @@ class Pretrained(CausalLM):
     def build(
         self, *, param_dtype: torch.dtype, device: torch.device, seed: int, change: Change = _unchanged
     ) -> LanguageModel:
-        """Return the model, changed by ``change``, in training mode on ``device``. Raises ``UserError`` when weights are missing from its files."""
+        """Return the model, changed by ``change``, in training mode on ``device``. Raises ``UserError`` when weights are missing
+        from its files."""
         hf, loaded = self.load(
             self._reader(param_dtype),
             dtype=param_dtype,
@@ -343,8 +344,8 @@ class Scratch(CausalLM):
     def build(
         self, *, param_dtype: torch.dtype, device: torch.device, seed: int, change: Change = _unchanged
     ) -> LanguageModel:
-        """Return the model with random weights, changed by ``change``, in training mode on ``device``. The weights are drawn on the CPU, so the same seed
-        gives the same weights on every device."""
+        """Return the model with random weights, changed by ``change``, in training mode on ``device``. The weights are drawn on
+        the CPU, so the same seed gives the same weights on every device."""
         import torch
         from transformers import AutoModelForCausalLM
 

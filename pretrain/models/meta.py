@@ -60,6 +60,6 @@ def replace_parameters(module: nn.Module, replace: Callable[[nn.Parameter], torc
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:
-    """Allocate the parameters of a module that are on the meta device on ``device``, uninitialised, and move its buffers there."""
+    """Allocate the parameters on the meta device on ``device``, uninitialised, and move buffers and other parameters there."""
     replace_parameters(module, lambda p: torch.empty_like(p, device=device) if p.is_meta else p)
     module.to(device)

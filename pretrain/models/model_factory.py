@@ -45,9 +45,9 @@ class ModelFactory:
         return self.spec.build_on_meta(param_dtype=self.param_dtype, change=self._transform)
 
     def files(self, build_on_meta: LanguageModel) -> TensorFiles | None:
-        """Return the weights of ``build_on_meta``, which are read from the weight files; new weights of transforms have the values
-        that those gave them. Return ``None`` if the files do not hold every other weight under its name and with its shape. The
-        model has to be built then to get its weights: random weights, and files whose layout transformers converts."""
+        """Return the weights of ``build_on_meta``: new ones with the values that the transforms gave them, all others as the
+        weight files hold them under the names and shapes before the transforms. Return ``None`` when the model has to be built to get
+        its weights: random weights, and files whose layout transformers converts."""
         from pretrain.models.transforms.apply import TransformedFiles
 
         files, transformed = self.spec.weights(), build_on_meta.transformed

@@ -47,14 +47,15 @@ class Transformed:
     names: dict[str, str]
     values: dict[str, Tensor] = field(repr=False)
 
-    def export(self, hf: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights that ``from_pretrained`` of the plain architecture reads, made from all full ``weights`` of ``hf`` by
-        the transforms in reverse order. Raises ``UserError`` if they are not exactly the weights of that architecture."""
+    def export(self, plain: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of ``plain``, a model without the transforms. They are made from all full ``weights`` of the
+        transformed model by the transforms in reverse order. Raises ``UserError`` if ``plain`` has other weights."""
         for transform in reversed(self.transforms):
-            weights = transform.export(weights)
+            if hasattr(transform, "export"):  # a class without the base class may have none
+                weights = transform.export(weights)
             if not isinstance(weights, dict):
                 raise UserError(f"transform {_name(transform)}: export() returned no dict of tensors")
-        check_exported(weights, plain_model(hf))
+        check_exported(weights, plain)
         return weights
 
 
@@ -106,8 +107,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class TransformedFiles(TensorFiles):
-    """The weights of a transformed model: old ones from the files of the plain model, new ones with the values that the transforms
-    gave them. Only the rows that are read are in memory."""
+    """The weights of a transformed model: old ones from the files of the plain model, new ones with the values that the
+    transforms gave them. Only the rows that are read are in memory."""
 
     def __init__(self, files: TensorFiles, transformed: Transformed) -> None:
         self._files, self._names, self._values = files, transformed.names, transformed.values
@@ -135,7 +136,7 @@ def plain_model(hf: Any, config: Any = None) -> Any:
 
 
 def check_exported(weights: dict[str, Tensor], plain: Any) -> None:
-    """Raise ``UserError`` unless ``weights`` have the names and shapes of the weights of ``plain``; of tied weights one is enough."""
+    """Raise ``UserError`` unless ``weights`` have the names and shapes of those of ``plain``; of tied weights one is enough."""
     wanted = plain.state_dict(keep_vars=True)
     given = {id(wanted[name]) for name in weights if name in wanted}
     missing = [name for name, tensor in wanted.items() if id(tensor) not in given]
