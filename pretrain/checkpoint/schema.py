@@ -121,7 +121,6 @@ def read_state(path: Path) -> dict[str, Any]:
     identity = state["identity"]
     # Earlier versions wrote the model's name before the digest of its content.
     identity["model"] = identity["model"].rpartition(" ")[2]
-    identity.setdefault("transforms", [])  # they came later
     return state
 
 

@@ -45,8 +45,8 @@ class ModelFactory:
         return self.spec.build_on_meta(param_dtype=self.param_dtype, change=self._transform)
 
     def files(self, build_on_meta: LanguageModel) -> TensorFiles | None:
-        """Return the weights of ``build_on_meta``: new ones with the values that the transforms gave them, all others as the
-        weight files hold them under the names and shapes before the transforms. Return ``None`` when the model has to be built to get
+        """Return the weights of ``build_on_meta``. New weights have the values that the transforms gave them; all others are
+        read from the weight files under the names that they had before. Return ``None`` when the model has to be built to get
         its weights: random weights, and files whose layout transformers converts."""
         from pretrain.models.transforms.apply import TransformedFiles
 

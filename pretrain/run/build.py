@@ -233,7 +233,7 @@ def build_untouched(config: RunConfig, prepared: Prepared, *, batch_size: int) -
     from pretrain.evaluation.untouched import Untouched
 
     random_weights = prepared.model.weights() is None or bool(config.transforms)
-    weights_follow_from = ("model", "transforms", *(["seed"] if random_weights else []))
+    weights_follow_from = ("model", "seed") if random_weights else ("model",)
     evaluator = build_evaluator(config, prepared, batch_size=batch_size)
     return Untouched(evaluator, weights_follow_from, is_there=not prepared.base_gone)
 

@@ -51,7 +51,7 @@ def check_same_run(
         UserError: The checkpoint belongs to a run with another model, tokenizer, data, sequence length, global batch,
             seed, weights, optimizer or transforms, so that it can't be continued exactly. The message lists old and new values.
     """
-    before = read_state(checkpoint)["identity"]
+    before = {"transforms": []} | read_state(checkpoint)["identity"]  # checkpoints of earlier versions have none
     changed = [p for p in FIXED if before.get(p) != identity[p] and p not in config.resume_allow]
     if not changed:
         return
