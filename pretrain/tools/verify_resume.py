@@ -6,7 +6,7 @@
 The arguments are those of a run; max_steps, save_every, evaluate_every and output_dir are set by this program. The run is
 made twice in a temporary folder: once with N steps without interruption; and once with all its processes killed (SIGKILL)
 after N/2 steps, two steps after its last checkpoint, and then resumed by the same command. Both runs are compared: weights,
-moments, random states, data cursor, progress, guard and loss scaler of the last checkpoint; the records of metrics.jsonl;
+moments, hooks, random states, data cursor, progress, guard and loss scaler of the last checkpoint; the records of metrics.jsonl;
 and, on every rank, the tokens of every step.
 
 difference: the largest absolute difference of all numbers. On a CPU it is 0. Some kernels of GPUs add in no fixed order:
@@ -59,8 +59,9 @@ def compare(run: Path, reference: Path) -> dict[str, Difference]:
 
     ours, theirs = (load(last_checkpoint(folder)) for folder in (run, reference))
     found = {}
-    for kind, name in zip(KINDS, ("weights", "moments"), strict=True):
+    for kind, name in zip(KINDS, ("weights", "moments", "hooks"), strict=True):
         found[name] = _worst(_tensors(ours["engine"][kind], theirs["engine"][kind]))
+    found["hooks"] = max(found["hooks"], _worst(_values(ours.get("hooks"), theirs.get("hooks"))))
     found["random states"] = _worst(_values(ours["rng"], theirs["rng"]))
     found["data cursor"] = _worst(_values(ours["loader"], theirs["loader"]))
     found["progress"] = _worst(_values(ours["progress"], theirs["progress"]))
