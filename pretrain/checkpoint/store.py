@@ -67,7 +67,7 @@ class CheckpointStore:
                 file = fresh / (f"{kind}.safetensors" if one_file[kind] else f"{kind}.rank-{world.rank}.safetensors")
                 if tensors.write(file, shards[kind]):
                     written.append(file)
-                alive()
+                    alive()
             for name, content in (self._small_files(rest) | state.get("files", {})).items() if world.is_main else ():
                 (fresh / name).parent.mkdir(parents=True, exist_ok=True)
                 (fresh / name).write_bytes(content)
