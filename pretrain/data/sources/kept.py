@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.data.cache import atomic_file, ensure_content, remove_abandoned
+from pretrain.data.cache import ensure_content, remove_abandoned, write_atomically
 from pretrain.data.reading.units import UNIT_BYTES, SourceFile, key_of
 from pretrain.runtime.console import progress_bar
 from pretrain.runtime.errors import UserError
@@ -44,19 +44,25 @@ def _complete(folder: Path) -> dict[str, int] | None:
 
 def _write(source: Source, folder: Path) -> Iterator[Path]:
     """Write segments of about ``UNIT_BYTES``, each of which is one work unit of the tokenization, and yield their paths."""
-    documents, number = iter(source.documents()), 0
     with progress_bar(f"reading {source.domain}", total=None, unit="B") as advance:
-        while (document := next(documents, None)) is not None:
-            number, size = number + 1, 0
+        for number, segment in enumerate(_segments(source), 1):
             path = folder / f"{number:05d}.jsonl"
-            with atomic_file(path) as file:
-                while document is not None and size < UNIT_BYTES:
-                    line = _line(source, document)
-                    file.write(line)
-                    size += len(line)
-                    advance(len(line))
-                    document = next(documents, None) if size < UNIT_BYTES else None
+            write_atomically(path, segment)
+            advance(len(segment))
             yield path
+
+
+def _segments(source: Source) -> Iterator[bytes]:
+    """Yield the documents as JSON lines, some at a time. The source is read here, where an OSError is its own."""
+    lines, size = [], 0
+    for document in source.documents():
+        lines.append(_line(source, document))
+        size += len(lines[-1])
+        if size >= UNIT_BYTES:
+            yield b"".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield b"".join(lines)
 
 
 def _line(source: Source, document: object) -> bytes:
