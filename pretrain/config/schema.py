@@ -113,6 +113,11 @@ class RunConfig(RootKeys):
         """Return the config with ``lr`` in place of ``auto``, also in the optimizer."""
         return self if self.lr != AUTO else RunConfig.of(with_lr(self.plain, lr))
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences per device and micro-batch. ``batch_size=auto`` counts as 1 until the largest size that fits is known."""
+        return 1 if self.batch_size == "auto" else self.batch_size
+
     def build_sinks(self) -> dict[str, Sink]:
         """Return a new object for each chosen sink, by its name in the config."""
         return {name: build_part(node) for name, node in (self.plain.get("sink") or {}).items()}

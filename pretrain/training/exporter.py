@@ -130,7 +130,6 @@ def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
     transformers has to convert are loaded into a model first. Raises ``UserError`` for a model that can't be read and a
     folder that can't be written.
     """
-    import torch
     from transformers.utils.logging import enable_progress_bar
 
     from pretrain.distributed.context import DistributedContext
@@ -140,7 +139,7 @@ def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
     files = model.weights()
     if files is None:
         raise UserError("task=export: model=scratch has no weights to export")
-    world, tokenizer = DistributedContext(0, 1, torch.device("cpu")), model.tokenizer(None)
+    world, tokenizer = DistributedContext(), model.tokenizer(None)
     factory = ModelFactory(model, _dtype(files), seed=0)
     meta_model = factory.build_on_meta()
 

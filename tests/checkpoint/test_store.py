@@ -19,7 +19,7 @@ from pretrain.models.hub.files import weight_files
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.folders import MARKER
 
-ALONE = DistributedContext(0, 1, torch.device("cpu"))
+ALONE = DistributedContext()
 
 
 def state(seed: int) -> dict:
