@@ -22,7 +22,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 from pretrain.config.defaults import conf_dir
 from pretrain.config.quoting import PATH_KEYS
 from pretrain.config.schema import RootKeys, RunConfig, build_part
-from pretrain.config.trust import PARTS, SCHEDULES, locate, trusts
+from pretrain.config.trust import MULTI_SELECT, NESTED_PARTS, PARTS, SCHEDULES, locate, trusts
 from pretrain.optim.learning_rate import with_lr
 from pretrain.runtime.errors import UserError, did_you_mean
 from pretrain.runtime.redact import find_secret, redact, secrets
@@ -82,15 +82,17 @@ def check(config: dict[str, Any], *, here: bool = True) -> RunConfig:
     config = with_lr(config, 1e-3)  # lr=auto is checked with an arbitrary number
     for group in GROUPS:
         node = config.get(group) or {}
-        if group != "sink":
+        if group not in MULTI_SELECT:
             check_part(group, node, PARTS[group], config["allow_targets"])
             continue
         if not isinstance(node, dict):
-            raise UserError(f"sink={node!r}: not a choice of this group; --help lists them")
-        for name, sink in node.items():
-            if not isinstance(sink, dict) or "_target_" not in sink:
-                raise UserError(f"sink.{name}: {name!r} is not among the chosen sinks; add it: sink=[…,{name}]")
-            check_part(f"sink.{name}", sink, PARTS[group], config["allow_targets"])
+            raise UserError(f"{group}={node!r}: not a choice of this group; --help lists them")
+        for name, part in node.items():
+            if not isinstance(part, dict) or "_target_" not in part:
+                raise UserError(
+                    f"{group}.{name}: {name!r} is not among the chosen {group}s; add it: {group}=[…,{name}]"
+                )
+            check_part(f"{group}.{name}", part, PARTS[group], config["allow_targets"])
     if here:
         check_here(config)
     return RunConfig.of(given)
@@ -237,7 +239,7 @@ def check_nested(path: str, value: Any, hint: Any, trusted: list[str]) -> None:
 
 def part_in(hint: Any) -> type | None:
     """Return the class of parts that an annotation names, either directly or as the item type of a mapping."""
-    if isinstance(hint, type) and f"{hint.__module__}.{hint.__qualname__}" in PARTS.values():
+    if isinstance(hint, type) and f"{hint.__module__}.{hint.__qualname__}" in (*PARTS.values(), *NESTED_PARTS.values()):
         return hint
     return next((part for part in map(part_in, get_args(hint)) if part is not None), None)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from pretrain.config.trust import PARTS
+from pretrain.config.trust import MULTI_SELECT, PARTS
 from pretrain.optim.learning_rate import AUTO, with_lr
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pretrain.evaluation.prompts import Prompts
     from pretrain.launch.config import LaunchConfig
     from pretrain.models.causal_lm import CausalLM
+    from pretrain.models.transforms.base import ModelTransform
     from pretrain.optim.base import OptimizerFactory
     from pretrain.strategy.base import Strategy
     from pretrain.strategy.precision import Precision
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pretrain.telemetry.config import TelemetryConfig
     from pretrain.telemetry.sinks.base import Sink
     from pretrain.training.guard.config import GuardConfig
+    from pretrain.training.hook import Hook
 
 Finite = Field(allow_inf_nan=False)
 ONE_LINE = r"^[^\x00-\x1f\x7f]+$"  # for a folder's name, which can become part of a line of a script or a log
@@ -84,6 +86,8 @@ class RunConfig(RootKeys):
         telemetry: Additional measurements.
         launch: How processes are started and supervised.
         sweep: How a sweep is ranked and reported.
+        transforms: The changes of the model, in the order in which they are applied.
+        hooks: State beside the model; `Hook.setup` creates it anew.
         plain: The same config as a dict of plain values, as written to config.yaml and as sent to workers.
     """
 
@@ -100,14 +104,20 @@ class RunConfig(RootKeys):
     telemetry: TelemetryConfig
     launch: LaunchConfig
     sweep: SweepConfig
+    transforms: tuple[ModelTransform, ...]
+    hooks: tuple[Hook, ...]
     plain: dict[str, Any] = field(repr=False)
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> RunConfig:
         """Build the typed config from a checked dict."""
         built = with_lr(plain, 1.0)  # a placeholder for lr=auto: the optimizer is created only after `with_lr`
-        groups = {group: build_part(built[group]) for group in PARTS if group != "sink"}
-        return cls(**{key.name: plain[key.name] for key in fields(RootKeys)}, **groups, plain=plain)
+        groups = {group: build_part(built[group]) for group in PARTS if group not in MULTI_SELECT}
+        transforms, hooks = (
+            tuple(map(build_part, (built.get(group) or {}).values())) for group in ("transform", "hook")
+        )
+        root = {key.name: plain[key.name] for key in fields(RootKeys)}
+        return cls(**root, **groups, transforms=transforms, hooks=hooks, plain=plain)
 
     def with_lr(self, lr: float) -> RunConfig:
         """Return the config with ``lr`` in place of ``auto``, also in the optimizer."""

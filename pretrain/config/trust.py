@@ -35,7 +35,13 @@ PARTS = {  # group → the class whose subclasses it may create; schedules are f
     "launch": "pretrain.launch.config.LaunchConfig",
     "sweep": "pretrain.sweep.config.SweepConfig",
     "sink": "pretrain.telemetry.sinks.base.Sink",
+    "transform": "pretrain.models.transforms.base.ModelTransform",
+    "hook": "pretrain.training.hook.Hook",
 }
+MULTI_SELECT = ("sink", "transform", "hook")  # groups with any number of choices, each under its own key
+NESTED_PARTS = {
+    "evaluation.tasks": "pretrain.evaluation.task.EvaluationTask"
+}  # parts inside a group: key → their class
 MOVED = {  # `_target_` of an earlier version, which users' YAML files may contain → the present one
     "pretrain.precision.Precision": "pretrain.strategy.precision.Precision",
     "pretrain.checkpoint.policy.Policy": "pretrain.checkpoint.config.CheckpointConfig",

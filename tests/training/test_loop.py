@@ -292,7 +292,7 @@ def test_a_pending_evaluation_is_made_and_saved(last, loop):
     asked = at_once_of(again)
     again.run()
     assert asked[0] == (3, last == 3)
-    assert load(again.saver.store.path(3))["progress"]["evaluated_at"] == 3
+    assert load(again.checkpoints.writer.store.path(3))["progress"]["evaluated_at"] == 3
 
 
 def test_a_pending_evaluation_that_is_cut_short_again_stays_pending(loop):

@@ -216,7 +216,7 @@ class Pair(DistributedContext):
 @pytest.mark.parametrize(("rank", "files"), [(0, {"card.md": b"step 1"}), (1, {})])
 def test_what_a_rank_gives_to_a_checkpoint(rank, files, loop):
     """Its random state; the first one the files that are no rank's own."""
-    trainer, _, _ = loop(steps=2)
+    trainer, _, _ = loop(steps=2, guard=GuardPolicy(replicas="ignore"))
     given = []
     trainer.engine.world = Pair(rank, Topology(workers_per_node=2))
     trainer.checkpoints.writer = SimpleNamespace(
