@@ -87,7 +87,6 @@ class RunConfig(RootKeys):
         launch: How processes are started and supervised.
         sweep: How a sweep is ranked and reported.
         transforms: The changes of the model, in the order in which they are applied.
-        hooks: State beside the model; `Hook.setup` creates it anew.
         plain: The same config as a dict of plain values, as written to config.yaml and as sent to workers.
     """
 
@@ -105,7 +104,6 @@ class RunConfig(RootKeys):
     launch: LaunchConfig
     sweep: SweepConfig
     transforms: tuple[ModelTransform, ...]
-    hooks: tuple[Hook, ...]
     plain: dict[str, Any] = field(repr=False)
 
     @classmethod
@@ -113,11 +111,9 @@ class RunConfig(RootKeys):
         """Build the typed config from a checked dict."""
         built = with_lr(plain, 1.0)  # a placeholder for lr=auto: the optimizer is created only after `with_lr`
         groups = {group: build_part(built[group]) for group in PARTS if group not in MULTI_SELECT}
-        transforms, hooks = (
-            tuple(map(build_part, (built.get(group) or {}).values())) for group in ("transform", "hook")
-        )
+        transforms = tuple(build_part(node) for node in (built.get("transform") or {}).values())
         root = {key.name: plain[key.name] for key in fields(RootKeys)}
-        return cls(**root, **groups, transforms=transforms, hooks=hooks, plain=plain)
+        return cls(**root, **groups, transforms=transforms, plain=plain)
 
     def with_lr(self, lr: float) -> RunConfig:
         """Return the config with ``lr`` in place of ``auto``, also in the optimizer."""
@@ -130,7 +126,14 @@ class RunConfig(RootKeys):
 
     def build_sinks(self) -> dict[str, Sink]:
         """Return a new object for each chosen sink, by its name in the config."""
-        return {name: build_part(node) for name, node in (self.plain.get("sink") or {}).items()}
+        return self._build_each("sink")
+
+    def build_hooks(self) -> dict[str, Hook]:
+        """Return a new object for each chosen hook, by its name in the config."""
+        return self._build_each("hook")
+
+    def _build_each(self, group: str) -> dict[str, Any]:
+        return {name: build_part(node) for name, node in (self.plain.get(group) or {}).items()}
 
     @property
     def optimizer_identity(self) -> list[Any]:

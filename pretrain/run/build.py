@@ -371,6 +371,7 @@ def build_trainer(
         guard=build_guard(config, prepared, engine, loader, folder),
         exporter=exporter,
         layers=build_layers(config, engine),
+        hooks=config.build_hooks(),
         listeners=listeners,
         interrupt=interrupt,
         watchdog=watchdog,

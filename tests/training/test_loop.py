@@ -1,7 +1,6 @@
 """The loop of a run that nothing goes wrong in, or that a signal ends: what it does when, its numbers, its checkpoints."""
 
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ from pretrain.strategy import engine as engine_module
 from pretrain.telemetry.events import DataStatisticsEvent, Evaluated, Sampled, Saved, StepDone, TrainingPaused
 from pretrain.telemetry.interval import Interval
 from pretrain.training.layer_statistics import LayerStatistics
-from tests.engines import ALONE, engine_of
+from tests.engines import engine_of
 from tests.loops import IDENTITY, RECORD, loop_in
 
 
