@@ -129,7 +129,7 @@ class Engine(EngineState, InferenceEngine):
     @property
     def loss_scale(self) -> Tensor | float | None:
         """The factor of the loss scaler, on the device; ``None`` without a scaler."""
-        return self.scaler._scale if self.scaler.is_enabled() else None
+        return self.scaler.scale_on(self.world.device)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ class Engine(EngineState, InferenceEngine):
         finite = torch.isfinite(norm)
         found = [
             self.world.all_reduce_max(flag.copy_(torch.maximum(flag, (~finite).to(flag))))
-            for flag in self.scaler._found_inf_per_device(self.optimizer).values()
+            for flag in self.scaler.found_inf(self.optimizer)
         ]
         infinite = torch.stack([flag.to(self.world.device) for flag in found]).sum() > 0
         return torch.where(infinite & finite, torch.nan, norm)

@@ -13,10 +13,9 @@ from pretrain.distributed.sharding import TensorFiles, TensorShard
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from torch.amp.grad_scaler import GradScaler
-
     from pretrain.distributed.context import DistributedContext
     from pretrain.models.language_model import LanguageModel
+    from pretrain.strategy.loss_scaler import LossScaler
 
 
 class EngineState:
@@ -24,7 +23,7 @@ class EngineState:
 
     model: LanguageModel
     optimizer: torch.optim.Optimizer
-    scaler: GradScaler
+    scaler: LossScaler
     skipped: Tensor
     world: DistributedContext
 
@@ -55,8 +54,9 @@ class EngineState:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and tensors.is_replicated(value):
                     yield f"{name}/{key}", value
-        if self.scaler.is_enabled() and self.scaler._scale is not None:
-            yield "the loss scale", self.scaler._scale
+        scale = self.scaler.scale_on(self.world.device)
+        if scale is not None:
+            yield "the loss scale", scale
 
     def _local_shards(self, named: dict[str, Tensor]) -> dict[str, TensorShard]:
         shards = ((name, tensors.local_shard(t, is_main=self.world.is_main)) for name, t in named.items())
