@@ -45,7 +45,7 @@ def build_world(config: RunConfig, place: RankInfo, *, group: bool) -> Distribut
     from pretrain.distributed.context import enter
 
     world = enter(place, group=group, timeout_seconds=config.launch.patience)
-    seed_everything(config.seed, rank=place.rank)
+    seed_everything(config.seed, rank=world.data_rank)
     return world
 
 
