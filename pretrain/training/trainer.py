@@ -29,6 +29,7 @@ from pretrain.training.checkpoints import Checkpoints
 from pretrain.training.guard.config import GuardConfig
 from pretrain.training.guard.guard import Guard
 from pretrain.training.guard.replicas import check_replicas
+from pretrain.training.hooks import Hooks
 from pretrain.training.layer_statistics import LayerStatistics
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Trainer:
         self.evaluation, self.checkpoints, self.exporter = evaluation, checkpoints or Checkpoints(), exporter
         self.guard = guard or Guard(GuardConfig(), device=engine.world.device)
         self.layers = layers or LayerStatistics(engine, Interval(None))
-        self.hooks = dict(hooks or {})
+        self.hooks = Hooks(hooks or {}, engine.world)
         self.listeners = list(listeners)
         self.interrupt, self.watchdog = interrupt or Interrupt(), watchdog or Watchdog()
         self.rng = rng_state() if rng is None else rng
@@ -123,8 +124,7 @@ class Trainer:
 
     def start(self) -> None:
         """Restore the checkpoint to resume from, if there is one, and announce the run."""
-        for hook in self.hooks.values():
-            hook.setup(self.engine)
+        self.hooks.setup(self.engine)
         checkpoint = self.checkpoints.resume_from
         if checkpoint is not None:
             self.score_baseline_again()
@@ -159,8 +159,7 @@ class Trainer:
             guard.note(done.loss, done.grad_norm, step=number, first_sample=batch.first_sample)
         layers = self.layers.after_step(done.grad_norm)
         state.step, state.samples, state.tokens = number, self.loader.samples, state.tokens + done.tokens
-        for hook in self.hooks.values():
-            hook.after_step(state, engine)
+        self.hooks.after_step(state, engine)
         return StepDone(
             number,
             epoch=self.loader.epoch,
@@ -235,7 +234,8 @@ class Trainer:
         if self.guard.policy.replicas == "stop":
             check_replicas(self.engine, self.state.step)
         state = {
-            "engine": self.engine.state_dict(),
+            "engine": self.hooks.added_to(self.engine.state_dict()),
+            "hooks": self.hooks.values(),
             "loader": self.loader.state_dict(),
             "guard": self.guard.state_dict(),
             "rng": self.world.all_gather_object(rng_state),
@@ -295,6 +295,7 @@ class Trainer:
         self.state.load_state_dict(saved["progress"])
         self.loader.load_state_dict(saved["loader"])
         self.guard.load_state_dict(saved["guard"])
+        self.hooks.load_state_dict(saved)
         if self.evaluation is not None:
             self.evaluation.restore(self.state)
         if self.world.rank < len(saved["rng"]):
