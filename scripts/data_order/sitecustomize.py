@@ -19,7 +19,7 @@ def watch(trainer):
     def noted(self, batch):
         tokens = batch.input_ids.cpu().numpy().tobytes() + batch.labels.cpu().numpy().tobytes()
         with open(Path(os.environ["PRETRAIN_DATA_ORDER"]) / f"rank-{self.world.rank}", "a") as file:
-            file.write(f"{self.progress.step + 1} {xxhash.xxh3_64_hexdigest(tokens)}\n")
+            file.write(f"{self.state.step + 1} {xxhash.xxh3_64_hexdigest(tokens)}\n")
         return train_step(self, batch)
 
     trainer.train_step = noted
