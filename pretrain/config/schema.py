@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from inspect import signature
@@ -146,6 +147,12 @@ class RunConfig(RootKeys):
 
     def _build_each(self, group: str) -> dict[str, Any]:
         return {name: build_part(node) for name, node in (self.plain.get(group) or {}).items()}
+
+    @property
+    def transforms_identity(self) -> list[dict[str, Any]]:
+        """Return the transforms in order, each as the config describes it."""
+        nodes: list[dict[str, Any]] = json.loads(json.dumps([*(self.plain.get("transform") or {}).values()]))
+        return nodes  # as a checkpoint's JSON has them
 
     @property
     def optimizer_identity(self) -> list[Any]:

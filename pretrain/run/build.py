@@ -16,6 +16,8 @@ from pretrain.runtime.errors import UserError
 from pretrain.training.micro_batching import MicroBatching
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from pretrain.checkpoint.store import CheckpointStore
     from pretrain.config.schema import RunConfig
     from pretrain.data.batch import Batch
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from pretrain.evaluation.evaluation import Evaluation
     from pretrain.evaluation.perplexity import Domain, Evaluator
     from pretrain.evaluation.samples import Sampler
+    from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
     from pretrain.runtime.signals import Interrupt
     from pretrain.runtime.watchdog import Watchdog
@@ -53,20 +56,28 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
     """Return this rank's engine: the model and the optimizer as the strategy sets them up."""
     from pretrain.strategy.base import StepConfig
 
-    optimizer = config.optimizer
+    def optimizer(model: LanguageModel) -> Optimizer:
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError(
+                f"transform=[{','.join(config.plain.get('transform') or {})}]: no parameter of the model is left to train"
+            )
+        return config.optimizer(model.hf_named_parameters())
+
     return config.strategy.setup(
         build_model_factory(config, prepared.model),
-        lambda model: optimizer(model.hf_named_parameters()),
+        optimizer,
         StepConfig.of(config),
         world,
     )
 
 
 def build_model_factory(config: RunConfig, model: Any) -> ModelFactory:
-    """Return the factory that builds ``model`` in the precision of the config."""
+    """Return the factory that builds ``model`` with the transforms and in the precision of the config."""
+    from pretrain.checkpoint.weights import saved_transforms
     from pretrain.models.model_factory import ModelFactory
 
-    return ModelFactory(model, config.precision.param_dtype, config.seed)
+    in_checkpoint = model.weights() is not None and bool(saved_transforms(model.folder()))
+    return ModelFactory(model, config.precision.param_dtype, config.seed, config.transforms, in_checkpoint)
 
 
 def build_scorer(config: RunConfig, prepared: Prepared, world: DistributedContext) -> InferenceEngine:
@@ -222,7 +233,8 @@ def build_evaluation(
     from pretrain.evaluation.evaluation import Evaluation
     from pretrain.evaluation.untouched import Untouched
 
-    weights_follow_from = ("model", "seed") if prepared.model.weights() is None else ("model",)
+    random_weights = prepared.model.weights() is None or bool(config.transforms)
+    weights_follow_from = ("model", "seed") if random_weights else ("model",)
     evaluator = build_evaluator(config, prepared, batch_size=batch_size)
     untouched = Untouched(evaluator, weights_follow_from, is_there=not prepared.base_gone)
     return Evaluation(untouched, build_sampler(config, prepared, engine, evaluator), every)

@@ -24,14 +24,18 @@ if TYPE_CHECKING:
 def model_spec(config: RunConfig) -> Any:
     """Return the model that the config names; the name of a run or a checkpoint stands for its weights.
 
-    Raises ``UserError`` for an incomplete checkpoint.
+    Raises ``UserError`` for an incomplete checkpoint, and for one whose weights are transformed in another way than by this
+    config.
     """
-    from pretrain.checkpoint.weights import weights_folder
+    from pretrain.checkpoint.weights import check_transforms, weights_folder
 
-    spec, verify = config.model, config.checkpoint.verify
-    folder = weights_folder(spec.name_or_path, key="model_name", verify=verify)
+    spec, verify, transforms = config.model, config.checkpoint.verify, config.transforms_identity
+    folder = weights_folder(spec.name_or_path, key="model_name", verify=verify, transforms=transforms)
     tokenizer = spec.tokenizer_name and weights_folder(spec.tokenizer_name, key="model.tokenizer_name", verify=verify)
-    return replace(spec, name_or_path=folder, tokenizer_name=tokenizer)
+    spec = replace(spec, name_or_path=folder, tokenizer_name=tokenizer)
+    if not hasattr(spec, "overrides"):  # a model from scratch has no weights
+        check_transforms(spec.folder(), transforms, name=config.model_name)
+    return spec
 
 
 def _checked_model(config: RunConfig) -> tuple[Any, ModelInCheckpoint | None]:
@@ -152,6 +156,7 @@ def _config_identity(config: RunConfig) -> dict[str, Any]:
         "seed": config.seed,
         "weights": config.precision.weights,
         "optimizer": config.optimizer_identity,
+        "transforms": config.transforms_identity,
     }
 
 

@@ -270,13 +270,21 @@ def generation(config: RunConfig, overrides: list[str], interrupt: Interrupt) ->
 
 def export(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     """Write a checkpoint, or any other model, as a Hugging Face folder: output_dir/model."""
+    from pretrain.checkpoint.weights import saved_transforms
     from pretrain.training.exporter import export_folder
 
     folder = claim(config.output_dir, foreign=True).path
     if found_in(folder, ("model",)):
         raise UserError(f"output_dir={folder} holds a model already; choose another output_dir for the export")
     shard_size = config.checkpoint.export_shard_size
-    path = export_folder(model_spec(config), folder / "model", shard_size=shard_size)
+    model = model_spec(config)
+    path = export_folder(
+        model,
+        folder / "model",
+        shard_size=shard_size,
+        transforms=config.transforms,
+        has_transformed_weights=bool(saved_transforms(model.folder())),
+    )
     files = [f.stat().st_size for f in path.glob("*.safetensors")]
     print(f"model    {path} ({len(files)} weight file{'s' * (len(files) > 1)}, {sum(files):,} bytes)")
     return 0

@@ -47,14 +47,28 @@ def never(norm: Tensor) -> Tensor:
     return torch.zeros_like(norm, dtype=torch.bool)
 
 
+def count_parameters(model: LanguageModel) -> tuple[int, int]:
+    """Return the number of parameters of ``model`` and of those that are trained; a tied weight counts once."""
+    sizes = [(p.numel(), p.requires_grad) for _, p in model.hf_named_parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
 class InferenceEngine:
-    """A model that can be evaluated. `task=evaluation` needs nothing else."""
+    """A model that can be evaluated. `task=evaluation` needs nothing else.
+
+    Attributes:
+        model: the model.
+        precision: dtypes of weights and computation.
+        world: the ranks and their collectives.
+        num_parameters: number of parameters of the full model.
+        num_trained: number of those that are trained.
+    """
 
     def __init__(self, model: LanguageModel, *, precision: Precision, world: DistributedContext) -> None:
         self.model = model
         self.precision = precision
         self.world = world
-        self.num_parameters = sum(p.numel() for _, p in model.hf_named_parameters())
+        self.num_parameters, self.num_trained = count_parameters(model)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context of every forward."""

@@ -156,8 +156,9 @@ class Fsdp(Strategy):
 def wrapped_blocks(hf: Any, policy: str) -> list[nn.Module]:
     """Return the modules that ``policy`` names. Raises ``UserError`` listing the model's classes if it names none."""
     names = set(hf._no_split_modules or ()) if policy == "auto" else {BLOCKS.get(policy, policy)}
-    head = hf.get_output_embeddings().weight  # the loss uses it outside of its module, so it belongs to the root
-    blocks = [m for m in hf.modules() if m is not hf and all(p is not head for p in m.parameters())]
+    # The loss uses the head outside of its module, so it belongs to the root.
+    head = {id(p) for p in hf.get_output_embeddings().parameters()}
+    blocks = [m for m in hf.modules() if m is not hf and all(id(p) not in head for p in m.parameters())]
     found = [m for m in blocks if type(m).__name__ in names]
     if found:
         inner = {part for m in found for part in m.modules() if part is not m}

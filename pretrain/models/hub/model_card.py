@@ -23,6 +23,17 @@ MACHINE_KEYS = {"task", "name", "output_dir", "resume", "devices", "launch", "si
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key)$", re.IGNORECASE)
 
+USE = (
+    "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    'folder = "."  # the folder of this file\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n'
+    "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n"
+)
+TRANSFORMED_USE = (  # of a checkpoint of a run with transforms
+    "## Use\n\nThe weights in this folder have the names and shapes that the run's transforms gave them, so `from_pretrained` "
+    "can't read them. To write a model that it reads, with the same `transform=` as the run:\n\n```bash\n"
+    "python -m pretrain task=export model_name=<this folder> output_dir=<folder> transform=[…]\n```\n"
+)
+
 
 def model_card(
     config: dict[str, Any], progress: TrainState, *, data: dict[str, int], facts: dict[str, Any], total_steps: int
@@ -47,9 +58,7 @@ def model_card(
         f"A causal language model of {facts['parameters']:,} parameters, trained from {trained} with pretrain: "
         f"step {progress.step:,} of {total_steps:,}, {progress.tokens:,} target tokens "
         f"({progress.samples:,} sequences, {data['global_batch']:,} a step).\n",
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."  # the folder of this file\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n",
+        USE,
         "## Results\n",
         _results(progress),
         "## Data\n",
