@@ -19,6 +19,7 @@ from pretrain.checkpoint.atomic import write_folder
 from pretrain.models.hub import export
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import remove_leftovers, write_files
 
 if TYPE_CHECKING:
     import torch
@@ -108,15 +109,14 @@ class Exporter:
                 written = export.save_full(engine.model.hf, own, fresh, shard_size=self.shard_size)
             if world.is_main:
                 files = export.companion_files(engine.model.hf, self.tokenizer, dtype=dtype, separator=self.separator)
-                written += export.write_companion_files(files | self._card(progress), fresh)
+                written += write_files(files | self._card(progress), fresh)
             return written
 
         write_folder(path, fill, world=world, hint=lambda: "the last checkpoint is valid", marker=False)
 
     def _prune(self, models: Path, step: int) -> None:
         """Delete earlier models whose checkpoints have been deleted."""
-        for left in (*models.glob("step-*.partial"), *models.glob("step-*.replaced")):  # left by a killed process
-            shutil.rmtree(left, ignore_errors=True)
+        remove_leftovers(models, "step-*")
         for old in models.glob("step-*[0-9]"):
             if old.name != f"step-{step:08d}" and not (self.run / "checkpoints" / old.name).exists():
                 shutil.rmtree(old, ignore_errors=True)
@@ -158,7 +158,7 @@ def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
         written = export.save_full(meta_model.hf, own, fresh, shard_size=shard_size)
         if card.exists():
             extra_files |= {card.name: card.read_bytes()}
-        return written + export.write_companion_files(extra_files, fresh)
+        return written + write_files(extra_files, fresh)
 
     if sys.stderr.isatty():
         enable_progress_bar()  # for writing the weight files
