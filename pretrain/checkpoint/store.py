@@ -67,7 +67,7 @@ class CheckpointStore:
                 file = fresh / (f"{kind}.safetensors" if one_file[kind] else f"{kind}.rank-{world.rank}.safetensors")
                 if tensors.write(file, shards[kind]):
                     written.append(file)
-                alive()
+                    alive()
             if world.is_main:
                 written += write_files(self._small_files(rest) | state.get("files", {}), fresh, alive)
             return written
