@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.checkpoint.store import load
+from pretrain.checkpoint.store import KINDS, load
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
 from tests.conftest import sentences
@@ -25,6 +25,7 @@ STRATEGIES = {  # their strategy, and the processes
     "ddp": ["strategy=small_buckets", "devices=2", "batch_size=1"],
     "fsdp": ["strategy=sharded", "devices=2", "batch_size=1"],
 }
+LAST = "checkpoints/step-00000008"
 SAVED = "pretrain.checkpoint.store:CheckpointStore._prune"  # is called after each complete checkpoint
 
 
@@ -164,8 +165,14 @@ def check_records(records):
 def check_files(run, strategy):
     """Of the sink, the transforms, the strategy and the dataset, what is left on disk."""
     assert len((run / "losses.txt").read_text().splitlines()) == 8
-    names = load(run / "checkpoints/step-00000008")["engine"]["model"].keys()
-    assert any(name.endswith("q_proj.A") for name in names)
+    state = load(run / LAST)
+    assert state["hooks"] == {"ema": {"updates": 8}}
+    average, weights = state["engine"]["hook"], state["engine"]["model"]
+    adapters = {f"model.layers.{i}.self_attn.{name}_proj.{key}" for i in (0, 1) for name in "qv" for key in "AB"}
+    assert adapters <= weights.keys()
+    assert {f"ema/{name}" for name in adapters} <= average.keys() < {f"ema/{name}" for name in weights.keys()}
+    name = "model.layers.0.self_attn.q_proj.B"
+    assert 0 < average.read(f"ema/{name}").norm() < weights.read(name).norm(), "it began at zero and follows"
     assert read_run_file(run)["strategy"] == strategy
     assert "`stories` (Stories)" in (run / "model/README.md").read_text()
 
@@ -185,8 +192,15 @@ def check_export(folder, tiny_model):
 
 
 def check_equal(run, reference):
-    """Final weights, records and the complete last checkpoint are equal bit for bit."""
+    """Final weights, records and every tensor of the last checkpoint are equal bit for bit."""
     assert_same_numbers(run, reference)
+    before, after = load(reference / LAST), load(run / LAST)
+    for kind in KINDS:
+        tensors = before["engine"][kind]
+        assert tensors.keys() == after["engine"][kind].keys() != set()
+        assert [
+            n for n in sorted(tensors.keys()) if not torch.equal(tensors.read(n), after["engine"][kind].read(n))
+        ] == []
     ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (run, reference))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
