@@ -121,6 +121,7 @@ ROWS = [
     )
     for strategy in STRATEGIES
     for optimizer in OPTIMIZERS
+    if (strategy, optimizer) != ("fsdp", "adafactor")  # torch's does not work on DTensors
 ]
 
 
@@ -157,8 +158,11 @@ def test_a_dataset_as_the_page_on_data_shows(train, everything, tmp_path):
 
 def check_records(records):
     """Of every part, what it has left in the records."""
-    train = [r for r in records if r["event"] == "train"]
-    assert [r["lr"] for r in train][:3] == pytest.approx([1e-3, 1e-3 * 0.8**0.5, 1e-3 * (4 / 6) ** 0.5])
+    rates = [r["lr"] for r in records if r["event"] == "train"]
+    assert [rate / rates[0] for rate in rates[:3]] == pytest.approx([1.0, 0.8**0.5, (4 / 6) ** 0.5])
+    metrics = [(r["step"], r["name"], r["better"]) for r in records if r["event"] == "metric"]
+    assert metrics == [(s, *m) for s in (0, 4, 8) for m in (("repetition", "higher"), ("first_prediction", "lower"))]
+    assert all(0 <= r["value"] <= 1 and 0 <= r["stderr"] < 1 for r in records if r.get("name") == "repetition")
     assert {r["domain"] for r in records if r["event"] == "evaluation"} == {"stories", "letters"}
 
 
