@@ -26,7 +26,10 @@ def run(*metrics):
 
 def test_numbers_become_floats():
     found = run(
-        Metric("a", torch.tensor(0.5)), Metric("b", np.float32(2)), Metric("c", 3, stderr=np.int64(1)), Metric("d", 10**400)
+        Metric("a", torch.tensor(0.5)),
+        Metric("b", np.float32(2)),
+        Metric("c", 3, stderr=np.int64(1)),
+        Metric("d", 10**400),
     )
     assert [(m.value, m.stderr) for m in found] == [(0.5, None), (2.0, None), (3.0, 1.0), (float("inf"), None)]
     assert all(type(m.value) is float for m in found)
@@ -49,7 +52,10 @@ def test_numbers_become_floats():
         ((Metric("a", 1.0, stderr="x"),), "metric a: stderr=str 'x': not a number"),
         ((Metric("a", 1.0, better="more"),), "metric a: better='more': allowed: lower, higher"),
         ((Metric("a", 1.0, domain=""),), "metric a: domain='': the name of a domain, or None"),
-        ((Metric("a", 1.0), Metric("a", 2.0)), "metric a is measured twice, first by evaluation.tasks.mine; rename one"),
+        (
+            (Metric("a", 1.0), Metric("a", 2.0)),
+            "metric a is measured twice, first by evaluation.tasks.mine; rename one",
+        ),
         ((Metric("a", 1.0, domain="es"), Metric("a", 2.0, domain="es")), "metric a of domain es is measured twice"),
     ],
 )
@@ -64,7 +70,9 @@ def test_what_can_not_be_recorded_is_one_line(metrics, said):
 def test_the_same_metric_of_two_domains_or_two_tasks():
     a, b = Metric("a", 1.0, domain="es"), Metric("a", 2.0)
     assert run(a, b) == [a, b]
-    with pytest.raises(UserError, match=r"evaluation\.tasks\.two: metric a is measured twice, first by evaluation\.tasks\.one"):
+    with pytest.raises(
+        UserError, match=r"evaluation\.tasks\.two: metric a is measured twice, first by evaluation\.tasks\.one"
+    ):
         run_tasks({"one": returning(b), "two": returning(b)}, engine_of())
 
 

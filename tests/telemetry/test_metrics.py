@@ -57,7 +57,15 @@ def test_run_json_and_the_numbers_of_a_sweep(run):
     folder = run(RunFinished(8, "finished", 1))
     facts = json.loads((folder / "run.json").read_text())
     assert facts["metrics"]["es/length"] == {
-        **{"name": "length", "domain": "es", "value": 80.0, "unit": "tokens", "better": "lower", "stderr": None, "step": 8}
+        **{
+            "name": "length",
+            "domain": "es",
+            "value": 80.0,
+            "unit": "tokens",
+            "better": "lower",
+            "stderr": None,
+            "step": 8,
+        }
     }
     assert facts["metrics"]["accuracy"]["value"] is None
     measures = measures_of(folder)
