@@ -155,7 +155,6 @@ def export_folder(
     called. For ``has_transformed_weights`` see `ModelFactory`. Raises ``UserError`` for a model that can't be read and a
     folder that can't be written.
     """
-    import torch
     from transformers.utils.logging import enable_progress_bar
 
     from pretrain.distributed.context import DistributedContext
@@ -165,7 +164,7 @@ def export_folder(
     files = model.weights()
     if files is None:
         raise UserError("task=export: model=scratch has no weights to export")
-    world, tokenizer = DistributedContext(0, 1, torch.device("cpu")), model.tokenizer(None)
+    world, tokenizer = DistributedContext(), model.tokenizer(None)
     factory = ModelFactory(model, _dtype(files), 0, transforms, has_transformed_weights)
     meta_model = factory.build_on_meta()
     transformed = meta_model.transformed

@@ -62,7 +62,7 @@ def model_card(
         "## Results\n",
         _results(progress),
         "## Data\n",
-        f"`{public(dataset.get('nameOrPath') or dataset.get('name') or dataset['source'])}` ({dataset['source']}): "
+        f"{_named(dataset)}: "
         f"{data['documents']:,} documents, {data['tokens']:,} tokens, {data['bytes']:,} bytes of text.\n",
         "## Settings\n",
         _table(("setting", "value"), settings),
@@ -101,10 +101,16 @@ def _front_matter(config: dict[str, Any]) -> str:
     if not _is_scratch(config) and _on_the_hub(config["model_name"]):
         matter["base_model"] = config["model_name"]
     dataset = config["dataset"]
-    if dataset["source"] == "huggingface" and _on_the_hub(dataset["nameOrPath"]):
+    if dataset.get("source") == "huggingface" and _on_the_hub(dataset["nameOrPath"]):
         matter["datasets"] = [dataset["nameOrPath"]]
     matter["tags"] = ["pretrain", "from-scratch" if _is_scratch(config) else "continual-pretraining"]
     return f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _named(dataset: dict[str, Any]) -> str:
+    """Return the name of a dataset, and the kind of its source: the key ``source`` of ours, or the class of another's."""
+    kind = dataset.get("source") or dataset["_target_"].rpartition(".")[2]
+    return f"`{public(dataset.get('nameOrPath') or dataset.get('name') or kind)}` ({kind})"
 
 
 def _on_the_hub(name: str) -> bool:
