@@ -237,7 +237,8 @@ def build_evaluation(
     weights_follow_from = ("model", "seed") if random_weights else ("model",)
     evaluator = build_evaluator(config, prepared, batch_size=batch_size)
     untouched = Untouched(evaluator, weights_follow_from, is_there=not prepared.base_gone)
-    return Evaluation(untouched, build_sampler(config, prepared, engine, evaluator), every)
+    sampler = build_sampler(config, prepared, engine, evaluator)
+    return Evaluation(untouched, sampler, every, config.evaluation.tasks)
 
 
 def build_loader(config: RunConfig, prepared: Prepared, split: MicroBatching, world: DistributedContext) -> Loader:

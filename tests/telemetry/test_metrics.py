@@ -45,8 +45,14 @@ def run(tmp_path):
 def test_records(run):
     found = [r for r in read_records(run() / "metrics.jsonl") if r["event"] == "metric"]
     assert {k: v for k, v in found[0].items() if k != "time"} == {
-        **{"event": "metric", "step": 0, "name": "accuracy", "domain": None, "value": 0.25, "unit": ""},
-        **{"better": "higher", "stderr": 0.1},
+        "event": "metric",
+        "step": 0,
+        "name": "accuracy",
+        "domain": None,
+        "value": 0.25,
+        "unit": "",
+        "better": "higher",
+        "stderr": 0.1,
     }
     assert [(r["step"], r["name"], r["domain"], r["value"]) for r in found[3:]] == [
         *((4, "length", "es", 40.0), (8, "accuracy", None, None), (8, "length", "es", 80.0))
@@ -57,15 +63,13 @@ def test_run_json_and_the_numbers_of_a_sweep(run):
     folder = run(RunFinished(8, "finished", 1))
     facts = json.loads((folder / "run.json").read_text())
     assert facts["metrics"]["es/length"] == {
-        **{
-            "name": "length",
-            "domain": "es",
-            "value": 80.0,
-            "unit": "tokens",
-            "better": "lower",
-            "stderr": None,
-            "step": 8,
-        }
+        "name": "length",
+        "domain": "es",
+        "value": 80.0,
+        "unit": "tokens",
+        "better": "lower",
+        "stderr": None,
+        "step": 8,
     }
     assert facts["metrics"]["accuracy"]["value"] is None
     measures = measures_of(folder)
