@@ -70,9 +70,10 @@ class Evaluation:
         self._note(state, scores)
         if is_baseline:
             self.untouched.keep(state, scores)
+        measured = MetricsEvent(state.step, tuple(metrics), measured_at - scored_at)
         return [
             Evaluated(state.step, tuple(scores), scored_at - started_at),
-            MetricsEvent(state.step, tuple(metrics), measured_at - scored_at),
+            *([measured] if self.tasks else []),
             Sampled(state.step, tuple(samples), time.perf_counter() - measured_at),
         ]
 
