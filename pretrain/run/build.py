@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pretrain.training.exporter import Exporter
     from pretrain.training.guard.guard import Guard
     from pretrain.training.layer_statistics import LayerStatistics
-    from pretrain.training.trainer import Listener, Schedule, Trainer
+    from pretrain.training.trainer import Listener, Trainer
 
 
 def build_world(config: RunConfig, place: RankInfo, *, group: bool) -> DistributedContext:
@@ -154,12 +154,12 @@ def build_exporter(
     )
 
 
-def build_schedule(config: RunConfig, steps: int) -> Schedule:
+def build_schedule(config: RunConfig, steps: int) -> Callable[[int], float]:
     """Return the learning-rate schedule of a run of ``steps`` optimizer steps, as a function of the step."""
     from pretrain.optim.learning_rate import warmup_steps
+    from pretrain.optim.schedule import Schedule
 
-    warmup = warmup_steps(steps, config.warmup_proportion)
-    return partial(config.scheduler, total_steps=steps, warmup_steps=warmup)
+    return Schedule(config.scheduler, total_steps=steps, warmup_steps=warmup_steps(steps, config.warmup_proportion))
 
 
 def build_facts(

@@ -170,7 +170,7 @@ class Trainer:
         """Take one optimizer step on one global batch, unless the batch is blocklisted. Nothing here waits for the device."""
         with self.clock.part("communication"):
             tokens = self.world.sum(batch.num_targets)
-        lr = self.engine.set_lr(self.schedule(self.progress.step))
+        lr = self.engine.set_lr(self.schedule, self.progress.step)
         if self.guard.is_blocklisted(batch.first_sample):
             loss = norm = torch.full((), math.nan, device=self.world.device)
             self.engine.skipped += 1
@@ -356,7 +356,7 @@ class Trainer:
         state = store.load(checkpoint)
         before = state["identity"]
         if any(before[part] != self.identity[part] for part in ("weights", "optimizer")):  # allowed by resume_allow
-            state["engine"]["optimizer"] = TensorFiles([])
+            state["engine"] |= {"optimizer": TensorFiles([]), "optimizer_values": None}
             if self.world.is_main:
                 notice(
                     "the optimizer state starts empty: the saved moments belong to another optimizer or dtype of weights"

@@ -22,8 +22,9 @@ def as_rank(rank, size):
         dist.destroy_process_group()
 
 
-def set_up(strategy, factory, world, precision="32-true"):
-    """The engine of ``strategy``, with AdamW."""
+def set_up(strategy, factory, world, precision="32-true", optimizer=None):
+    """The engine of ``strategy``, with AdamW or what ``optimizer`` makes of named parameters."""
+    make = optimizer or (lambda named: torch.optim.AdamW([p for _, p in named]))
     sizes = {"workers": world.size, "nodes": 1, "devices_per_worker": 1, "batch_size": 2, "accumulation": 3}
     setting = Setting("cpu", precision=load(precision), grad_clip=None, **sizes)
-    return strategy.setup(factory, lambda m: torch.optim.AdamW(m.parameters()), setting=setting, world=world)
+    return strategy.setup(factory, lambda m: make(m.hf_named_parameters()), setting=setting, world=world)

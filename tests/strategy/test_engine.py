@@ -246,5 +246,5 @@ def test_learning_rates_are_scaled_from_their_base():
     engine.optimizer.param_groups[1]["lr"] = 5e-3
     engine = Engine(engine.model, engine.optimizer, precision=FULL, world=ALONE)
     for scale in (0.5, 0.25):
-        assert engine.set_lr(scale) == pytest.approx(1e-2 * scale)
+        assert engine.set_lr(lambda step, scale=scale: scale, 0) == pytest.approx(1e-2 * scale)
         assert [g["lr"] for g in engine.optimizer.param_groups] == pytest.approx([1e-2 * scale, 5e-3 * scale])
