@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass, field
 
 import pytest
-import torch
 from safetensors import SafetensorError
 
 from pretrain.checkpoint import atomic
@@ -16,7 +15,7 @@ from pretrain.distributed.context import DistributedContext
 from pretrain.runtime.errors import NoRoom, UserError
 from pretrain.runtime.folders import MARKER
 
-ALONE = DistributedContext(0, 1, torch.device("cpu"))
+ALONE = DistributedContext()
 
 
 @dataclass

@@ -45,7 +45,7 @@ def build(spec: Pretrained | Scratch, dtype: torch.dtype = torch.float32, seed: 
 
 
 def save(spec: Pretrained | Scratch, model: LanguageModel, folder: Path) -> None:
-    alone = DistributedContext(0, 1, CPU)
+    alone = DistributedContext()
     dtypes = export.dtypes_for(model.hf, spec.save_dtype)
     own = export.weights_to_write(model.hf_state().items(), dtypes=dtypes, world=alone, sharded=False)
     beside = export.companion_files(model.hf, spec.tokenizer(lambda: iter(TEXTS)), dtype=export.dtype_of(own))

@@ -9,7 +9,6 @@ import torch
 from pretrain.checkpoint.rng import rng_state
 from pretrain.checkpoint.store import CheckpointStore, load
 from pretrain.data.batch import Batch
-from pretrain.distributed.context import DistributedContext
 from pretrain.distributed.sharding import local
 from pretrain.runtime.errors import UserError
 from pretrain.strategy.ddp import Ddp
@@ -18,10 +17,10 @@ from pretrain.strategy.single import Single
 from pretrain.training.guard.replicas import check_replicas
 from tests import optimizers
 from tests.checkpoint.test_store import state as template
+from tests.engines import ALONE
 from tests.group import together
 from tests.strategy.ranks import set_up
 
-ALONE = DistributedContext(0, 1, torch.device("cpu"))
 STRATEGIES = {
     "single": Single(),
     "ddp": Ddp(),

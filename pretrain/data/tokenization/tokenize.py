@@ -79,7 +79,7 @@ def prepare(
     memory = cache / "files" / f"{key}.json"
     with _exclusive(cache / "locks" / f"{key}.lock", source.domain):
         started_at = time.time()
-        units = group(_pieces(source, _recall(memory)))
+        units = group(_pieces(source, cache, _recall(memory)))
         outcomes = _encode_all(units, encoder, num_workers, source.domain)
         _remember(memory, units, outcomes, started_at)
     store = TokenStore(
@@ -96,7 +96,7 @@ def prepare(
 def training_texts(source: Source) -> Iterator[str]:
     """Yield the texts on which a tokenizer is trained: the documents that ``TokenStore.views`` would not hold out."""
     limit = source.held_out * 2**64
-    for piece in _pieces(source, {}):
+    for piece in _pieces(source, cache_dir(), {}):
         for document in read(piece, source.options()):
             if not isinstance(document, str):
                 raise UserError(f"{piece.path}: token ids, not text: a tokenizer cannot be trained on them")
@@ -118,9 +118,9 @@ def usable_cores() -> int:
 # Records of the files ------------------------------------------------------------------------------------------------
 
 
-def _pieces(source: Source, remembered: dict[str, list[FileRange]]) -> Iterator[FileRange]:
+def _pieces(source: Source, cache: Path, remembered: dict[str, list[FileRange]]) -> Iterator[FileRange]:
     """Yield the pieces of all files. A file whose size, mtime and inode are unchanged since the last time is not opened."""
-    for file in source.files():
+    for file in source.listed(cache):
         known = remembered.get(file.path)
         if known and known[0].format == file.format:
             with reading(file.path):
