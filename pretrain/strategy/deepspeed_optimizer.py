@@ -24,7 +24,7 @@ def supported(made: Optimizer | Sequence[Optimizer], stage: int) -> Optimizer:
     """Return the optimizer that a factory has made. Raises ``UserError`` if DeepSpeed's ``stage`` can't shard it."""
     optimizer = combined(made)
     if type(optimizer) not in SUPPORTED:
-        name = f"{len(made)} optimizers" if isinstance(made, Sequence) else type(optimizer).__name__
+        name = type(optimizer).__name__
         raise UserError(
             f"optimizer: DeepSpeed's stage {stage} flattens the parameters, which {name} can't update; use "
             "strategy.zero_stage=0, strategy=fsdp, or one of "
