@@ -162,7 +162,10 @@ class OptimizerState:
             elif name in names and isinstance(value, bool | int | float) and not files.shape(names[name]):
                 values[name] = type(value)(files.read(names.pop(name)).item())
             elif name not in names and name not in values and name.partition("/")[0] in saved:
-                raise UserError(f"optimizer state {name} is not in the checkpoint: its optimizer had other settings")
+                raise UserError(
+                    f"optimizer state {name} is not in the checkpoint, whose optimizer had other settings; resume with those, "
+                    "or start a new run from the checkpoint's weights (model_name=<checkpoint>)"
+                )
         parameters = dict(self.model.hf_named_parameters())
         for name in names.keys() - like.keys():  # the first update does not create it
             parameter, _, key = name.partition("/")

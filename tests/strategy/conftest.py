@@ -18,8 +18,3 @@ def factory(exact_model):
 def batch():
     ids = torch.randint(300, (2, 17), generator=torch.Generator().manual_seed(0))
     return Batch(ids[:, :-1], ids[:, 1:], None, 32)
-
-
-@pytest.fixture(scope="module")
-def module_factory(exact_model):
-    return ModelFactory(Pretrained(name_or_path=str(exact_model("llama-tied"))), torch.float32, 0)

@@ -111,7 +111,9 @@ def test_what_is_called_in_a_step():
 def test_who_decides_whether_an_update_is_made(device, groups, on_device):
     """The device (here one that computes nothing) where every group has a fused optimizer and lies on it, else the host."""
     made = [{"lr": 1.0, "fused": fused, "params": [torch.empty(1, device=where)]} for fused, where in groups]
-    optimizer = SimpleNamespace(param_groups=[{k: v for k, v in group.items() if v is not None} for group in made])
+    optimizer = SimpleNamespace(
+        param_groups=[{k: v for k, v in group.items() if v is not None} for group in made], state={}
+    )
     model, world = LanguageModel(tiny("llama")), replace(ALONE, device=torch.device(device))
     engine = Engine(model, optimizer, precision=FULL, world=world)
     assert engine.decides_on_device is on_device

@@ -5,11 +5,14 @@ import json
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pretrain.checkpoint.rng import rng_state
 from pretrain.checkpoint.store import CheckpointStore, load
 from pretrain.data.batch import Batch
 from pretrain.distributed.sharding import local
+from pretrain.models.causal_lm import Pretrained
+from pretrain.models.model_factory import ModelFactory
 from pretrain.runtime.errors import UserError
 from pretrain.strategy.ddp import Ddp
 from pretrain.strategy.fsdp import Fsdp
@@ -17,6 +20,7 @@ from pretrain.strategy.single import Single
 from pretrain.training.guard.replicas import check_replicas
 from tests import optimizers
 from tests.checkpoint.test_store import state as template
+from tests.conftest import SHAPES
 from tests.engines import ALONE
 from tests.group import together
 from tests.strategy.ranks import set_up
@@ -35,13 +39,22 @@ MADE = {
         *(optimizers.of_the_shard, optimizers.scalars, optimizers.muon_and_adamw, optimizers.groups),
     )
 }
+MADE["adafactor"] = optimizers.adafactor
 SHARDED = "FULL_SHARD"
 CELLS = [
-    *((name, "ddp") for name in (*MADE, "adafactor")),
-    *((name, SHARDED) for name in MADE),  # torch 2.13's Adafactor has no step for DTensors
+    *((name, "ddp") for name in ("adafactor", "scalars", "muon_and_adamw")),
+    *(
+        (name, SHARDED)
+        for name in ("row_wise", "factored_plain", "of_the_shard", "scalars", "muon_and_adamw", "groups")
+    ),
+    ("of_the_shard", "NO_SHARD"),
+]
+EVERY = [
+    *((name, "ddp") for name in MADE),
+    *((name, SHARDED) for name in MADE if name != "adafactor"),  # torch 2.13's Adafactor has no step for DTensors
     *((name, strategy) for name in ("of_the_shard", "row_wise") for strategy in ("SHARD_GRAD_OP", "NO_SHARD")),
 ]
-MADE["adafactor"] = optimizers.adafactor
+MORE = [cell for cell in EVERY if cell not in CELLS]
 PER_RANK = {"of_the_shard"}
 
 
@@ -105,16 +118,17 @@ def continues(strategy, name, factory, world, folder) -> list[str]:
     expected = bits(trained(engine, 4, 8))
     again = loaded(engine_of(strategy, name, factory, world), folder)
     first = bits(trained(again, 4, 8))
+    if world.size > 1:
+        return differences(first, expected)
     rolled_back = bits(trained(loaded(again, folder), 4, 8))
     return differences(first, expected) + differences(rolled_back, expected)
 
 
-def of_two_ranks(world, factory, folder) -> dict:
+def of_two_ranks(world, factory, folder, cells) -> dict:
     found = {}
-    for name, strategy in CELLS:
+    for name, strategy in cells:
         found[name, strategy] = continues(strategy, name, factory, world, folder / f"{strategy} {name}")
-    for name in MADE:
-        if (name, SHARDED) in CELLS:
+        if strategy == SHARDED:
             engine = engine_of(SHARDED, name, factory, world)
             try:
                 save(loaded(engine, folder / f"single {name}"), folder / f"again {name}")
@@ -129,13 +143,30 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def of_one(folder, module_factory):
-    return {name: continues("single", name, module_factory, ALONE, folder / f"single {name}") for name in MADE}
+def factory(tmp_path_factory):
+    """Of a model of one block, in fp32."""
+    special = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**SHAPES["llama-tied"] | special)
+    path = tmp_path_factory.mktemp("model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return ModelFactory(Pretrained(name_or_path=str(path)), torch.float32, 0)
 
 
 @pytest.fixture(scope="module")
-def of_two(folder, module_factory, of_one):
-    return together(of_two_ranks, module_factory, folder, folder=folder)
+def of_one(folder, factory):
+    return {name: continues("single", name, factory, ALONE, folder / f"single {name}") for name in MADE}
+
+
+@pytest.fixture(scope="module")
+def of_two(folder, factory, of_one):
+    return together(of_two_ranks, factory, folder, CELLS, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def of_two_more(folder, factory, of_one):
+    (folder / "more").mkdir()
+    return together(of_two_ranks, factory, folder, MORE, folder=folder / "more")
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -148,7 +179,10 @@ def test_two_processes_continue_to_the_last_bit(name, strategy, of_two):
     assert [of_rank[name, strategy] for of_rank in of_two] == [[], []]
 
 
-SHARED = [name for name, strategy in CELLS if strategy == SHARDED and name not in PER_RANK]
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "strategy"), MORE)
+def test_two_processes_continue_under_every_strategy(name, strategy, of_two_more):
+    assert [of_rank[name, strategy] for of_rank in of_two_more] == [[], []]
 
 
 def tensors_in(folder) -> dict:
@@ -157,16 +191,27 @@ def tensors_in(folder) -> dict:
     return read | {"values": engine["optimizer_values"]}
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_one_process_reads_what_two_have_sharded(name, of_two, folder, module_factory):
-    engine = loaded(engine_of("single", name, module_factory, ALONE), folder / f"{SHARDED} {name}")
-    saved = tensors_in(folder / f"{SHARDED} {name}")
-    assert differences({n: t for n, t in bits(engine).items() if not n.startswith("own:")}, saved) == []
-
-
-@pytest.mark.parametrize("name", SHARED)
-def test_two_processes_read_what_one_has_saved(name, of_two, folder):
+def check_resharding(name, folder, factory):
+    """One process reads what two have sharded, and they what it has saved: no bit is another."""
+    sharded = tensors_in(folder / f"{SHARDED} {name}")
+    engine = loaded(engine_of("single", name, factory, ALONE), folder / f"{SHARDED} {name}")
+    assert differences({n: t for n, t in bits(engine).items() if not n.startswith("own:")}, sharded) == []
     assert differences(tensors_in(folder / f"again {name}"), tensors_in(folder / f"single {name}")) == []
+
+
+def resharded(cells) -> list[str]:
+    return [name for name, strategy in cells if strategy == SHARDED and name not in PER_RANK]
+
+
+@pytest.mark.parametrize("name", resharded(CELLS))
+def test_it_is_resharded(name, of_two, folder, factory):
+    check_resharding(name, folder, factory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", resharded(MORE))
+def test_more_is_resharded(name, of_two_more, folder, factory):
+    check_resharding(name, folder, factory)
 
 
 def test_state_of_the_local_shard_is_saved_by_each_rank(of_two, folder):
@@ -180,8 +225,8 @@ def test_state_of_the_local_shard_is_saved_by_each_rank(of_two, folder):
     assert not any(name.startswith("rank-") for name in sorted(replicated.keys()))
 
 
-def test_it_needs_the_same_number_of_processes_and_says_so(of_two, folder, module_factory):
-    engine = engine_of("single", "of_the_shard", module_factory, ALONE)
+def test_it_needs_the_same_number_of_processes_and_says_so(of_two, folder, factory):
+    engine = engine_of("single", "of_the_shard", factory, ALONE)
     with pytest.raises(UserError) as refused:
         loaded(engine, folder / f"{SHARDED} of_the_shard")
     assert str(refused.value) == (
@@ -229,20 +274,21 @@ def refusal(work) -> str:
     ],
     ids=["tensors in a list", "of no parameter", "a tensor in a group"],
 )
-def test_what_cannot_be_saved_is_refused_before_anything_is_written(change, says, module_factory):
-    engine = trained(engine_of("single", "row_wise", module_factory, ALONE), 0, 1)
+def test_what_cannot_be_saved_is_refused_before_anything_is_written(change, says, factory):
+    engine = trained(engine_of("single", "row_wise", factory, ALONE), 0, 1)
     change(engine.optimizer, dict(engine.model.hf_named_parameters())["model.norm.weight"])
     assert refusal(engine.state_dict) == says
 
 
-def test_another_optimizers_state_is_refused(of_one, folder, module_factory):
-    engine = engine_of("single", "factored", module_factory, ALONE)
+def test_another_optimizers_state_is_refused(of_one, folder, factory):
+    engine = engine_of("single", "factored", factory, ALONE)
     assert refusal(lambda: loaded(engine, folder / "single row_wise")) == (
-        "optimizer state model.embed_tokens.weight/column is not in the checkpoint: its optimizer had other settings"
+        "optimizer state model.embed_tokens.weight/column is not in the checkpoint, whose optimizer had other settings; "
+        "resume with those, or start a new run from the checkpoint's weights (model_name=<checkpoint>)"
     )
 
 
-def test_rates_and_schedules_of_groups(module_factory):
-    engine = engine_of("single", "groups", module_factory, ALONE)
+def test_rates_and_schedules_of_groups(factory):
+    engine = engine_of("single", "groups", factory, ALONE)
     assert engine.set_lr(cosine, 8) == pytest.approx(1e-2 * 0.5)
     assert [group["lr"] for group in engine.optimizer.param_groups] == pytest.approx([1e-2 * 0.5, 1e-3 / 9])
