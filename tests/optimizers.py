@@ -119,42 +119,42 @@ def matrices_and_rest(named):
     return hidden, [p for _, p in named if not any(p is h for h in hidden)]
 
 
-def adafactor(named):
-    return torch.optim.Adafactor([p for _, p in named], lr=1e-2)
+def adafactor(named_parameters):
+    return torch.optim.Adafactor([p for _, p in named_parameters], lr=1e-2)
 
 
-def adagrad(named):
+def adagrad(named_parameters):
     """Its state exists before the first step."""
-    return torch.optim.Adagrad([p for _, p in named], lr=1e-2)
+    return torch.optim.Adagrad([p for _, p in named_parameters], lr=1e-2)
 
 
-def row_wise(named):
-    return RowWise([p for _, p in named])
+def row_wise(named_parameters):
+    return RowWise([p for _, p in named_parameters])
 
 
-def factored(named):
-    return Factored([p for _, p in named], plain=False)
+def factored(named_parameters):
+    return Factored([p for _, p in named_parameters], plain=False)
 
 
-def factored_plain(named):
-    return Factored([p for _, p in named], plain=True)
+def factored_plain(named_parameters):
+    return Factored([p for _, p in named_parameters], plain=True)
 
 
-def of_the_shard(named):
-    return Local([p for _, p in named])
+def of_the_shard(named_parameters):
+    return Local([p for _, p in named_parameters])
 
 
-def scalars(named):
-    return Scalars([p for _, p in named], warm=0.5, betas=(0.9, 0.99))
+def scalars(named_parameters):
+    return Scalars([p for _, p in named_parameters], warm=0.5, betas=(0.9, 0.99))
 
 
-def muon_and_adamw(named):
-    hidden, rest = matrices_and_rest(named)
+def muon_and_adamw(named_parameters):
+    hidden, rest = matrices_and_rest(named_parameters)
     return [torch.optim.Muon(hidden, lr=1e-2), torch.optim.AdamW(rest, lr=1e-3)]
 
 
-def groups(named):
+def groups(named_parameters):
     """Two groups with their own rates; the second one's falls by itself."""
-    hidden, rest = matrices_and_rest(named)
-    own = {"params": rest, "lr": 1e-3, "schedule": lambda step: 1 / (step + 1)}
+    hidden, rest = matrices_and_rest(named_parameters)
+    own = {"params": rest, "lr": 1e-3, "schedule": lambda step, **run: 1 / (step + 1)}
     return torch.optim.AdamW([{"params": hidden}, own], lr=1e-2, fused=True)
