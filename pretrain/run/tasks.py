@@ -24,8 +24,8 @@ from pretrain.run.prepare import Prepared, model_spec, prepare, total_steps
 from pretrain.runtime import garbage_collector as collector
 from pretrain.runtime.console import log_error, log_to, mute, notice, quietly
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import open_new
 from pretrain.runtime.out_of_memory import OutOfMemory, watched
-from pretrain.runtime.safe_files import open_new
 from pretrain.runtime.signals import EXIT_CODE, Interrupt
 from pretrain.runtime.watchdog import Watchdog
 from pretrain.strategy.base import StepConfig

@@ -21,6 +21,7 @@ from pretrain.models.hub import export
 from pretrain.models.language_model import LanguageModel
 from pretrain.models.tokenizer import Boundaries
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import write_files
 
 CPU = torch.device("cpu")
 TEXTS = [
@@ -50,7 +51,7 @@ def save(spec: Pretrained | Scratch, model: LanguageModel, folder: Path) -> None
     own = export.weights_to_write(model.hf_state().items(), dtypes=dtypes, world=alone, sharded=False)
     beside = export.companion_files(model.hf, spec.tokenizer(lambda: iter(TEXTS)), dtype=export.dtype_of(own))
     export.save_full(model.hf, own, folder, shard_size="5GB")
-    export.write_companion_files(beside, folder)
+    write_files(beside, folder)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint.store import load
-from pretrain.runtime.atomic_files import partial_of
+from pretrain.runtime.files import partial_of
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
 from pretrain.training.guard.guard import Guard
