@@ -127,10 +127,36 @@ def begin(
         changed_files = differing(load_files(folder.path / DATA), files)
         check_same_run(resume_from, identity, config, model_config=model_config, files=changed_files)
         check_not_beyond(resume_from, config, steps)
-        if finished(folder.path, resume_from, config, steps):
-            return None
-    elif not _may_start(folder.path, config, steps):
+    if not _has_work(folder.path, resume_from, config, steps):
         return None
+    folder = _without_other_branches(folder, resume_from, config, store, continues=continues, claims=claims)
+    if resume_from is not None:
+        report_lr_change(resume_from, config, steps)
+    report_lr(requested_lr, float(config.lr), continued=resume_from is not None)
+    with _write_errors_reported(folder.path):
+        replace_file(folder.path / RUN_ID, place.run_id)
+        save_files(folder.path / DATA, files)
+    return Start(resume_from, folder.write_config(config, overrides), float(config.lr))
+
+
+def _has_work(folder: Path, resume_from: Path | None, config: RunConfig, steps: int) -> bool:
+    """Return whether the run is not finished yet."""
+    if resume_from is None:
+        return _may_start(folder, config, steps)
+    return not finished(folder, resume_from, config, steps)
+
+
+def _without_other_branches(
+    folder: RunFolder,
+    resume_from: Path | None,
+    config: RunConfig,
+    store: CheckpointStore,
+    *,
+    continues: bool,
+    claims: ExitStack,
+) -> RunFolder:
+    """Return the folder after the run of another branch in it was moved aside, or the checkpoints after the one of
+    ``resume_from`` were archived."""
     aside = not continues and not _is_inside(resume_from, folder.path) and bool(found_in(folder.path))
     if aside or (resume_from is None and must_move_aside(folder.path, config)):
         folder = start_over(folder)
@@ -139,13 +165,7 @@ def begin(
         own = resume_from.resolve().parent == store.folder.resolve()
         # After a resume from another folder, every checkpoint in this one belongs to another branch of the run.
         store.archive_after(step_of(resume_from) if own else -1)
-    if resume_from is not None:
-        report_lr_change(resume_from, config, steps)
-    report_lr(requested_lr, float(config.lr), continued=resume_from is not None)
-    with _write_errors_reported(folder.path):
-        replace_file(folder.path / RUN_ID, place.run_id)
-        save_files(folder.path / DATA, files)
-    return Start(resume_from, folder.write_config(config, overrides), float(config.lr))
+    return folder
 
 
 def check_task(folder: Path, task: str) -> None:
