@@ -96,7 +96,6 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     Raises:
         UserError: The model or the data can't be used.
     """
-    from pretrain.data.tokenization.tokenize import prepare as tokenize
     from pretrain.data.tokenization.tokenize import training_texts
     from pretrain.models.tokenizer import boundaries
 
@@ -104,23 +103,18 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     source = config.dataset
     tokenizer = model.tokenizer(partial(training_texts, source))
     boundary_tokens = boundaries(tokenizer, bos=source.bos, separator=source.separator)
-    tokenizer_json = tokenizer.backend_tokenizer.to_str()
-
-    def encode(source: Source, boundary_tokens: Boundaries) -> TokenStore:
-        return tokenize(source, tokenizer_json=tokenizer_json, eot=boundary_tokens.separator, bos=boundary_tokens.bos)
-
-    store = encode(source, boundary_tokens)
+    store = tokenized(source, tokenizer, boundary_tokens)
     train, held_out = views(store, source)
     domains = [(source.domain, "new", held_out)] if held_out.num_tokens > 1 else []
     configured = config.evaluation.domains
     bases = base_domains(source, configured)
     for name, base in bases.items():
-        tokenized = encode(base, domain_boundaries(base, tokenizer, boundary_tokens))
-        domains.append((name, "base", _held_out(name, base, tokenized)))
+        base_store = tokenized(base, tokenizer, domain_boundaries(base, tokenizer, boundary_tokens))
+        domains.append((name, "base", _held_out(name, base, base_store)))
     global_batch = MicroBatching.from_config(config).total * devices
     identity = {
         "model": replacement.identity if replacement else model.identity(),
-        "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json.encode()),
+        "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.backend_tokenizer.to_str().encode()),
         "data": _data_identity(store, source),
         "global_batch": global_batch,
         **_config_identity(config),
@@ -139,6 +133,14 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
         notices,
         base_gone=replacement is not None,
     )
+
+
+def tokenized(source: Source, tokenizer: Any, boundary_tokens: Boundaries) -> TokenStore:
+    """Return the documents of ``source`` as tokens. Text that is in the cache is not tokenized again."""
+    from pretrain.data.tokenization.tokenize import prepare as tokenize
+
+    content = tokenizer.backend_tokenizer.to_str()
+    return tokenize(source, tokenizer_json=content, eot=boundary_tokens.separator, bos=boundary_tokens.bos)
 
 
 def _data_identity(store: TokenStore, source: Source) -> str:
@@ -182,9 +184,9 @@ def _not_scored_notices(source: Source, held_out: TokenView, left_out: int) -> l
     return notices
 
 
-def _held_out(name: str, base: Source, tokenized: TokenStore) -> TokenView:
+def _held_out(name: str, base: Source, store: TokenStore) -> TokenView:
     """Return the held-out documents of a base domain. Raises ``UserError`` where there are none to score."""
-    held_out = views(tokenized, base)[1]
+    held_out = views(store, base)[1]
     if held_out.num_tokens > 1:
         return held_out
     why = "held_out=0" if base.held_out == 0 else "it is a single document; give it at least two"

@@ -138,7 +138,7 @@ class DeepspeedEngine(Engine):
         config: dict[str, Any],
         precision: Precision,
         world: DistributedContext,
-        sharded_export: bool,
+        **options: Any,
     ) -> DeepspeedEngine:
         """Build the full model (at stage 3 on the host) and pass it to DeepSpeed."""
         join_process_group(config)
@@ -160,8 +160,8 @@ class DeepspeedEngine(Engine):
             world=world,
             step_module=wrapped,
             replicas=world.size,
-            sharded_export=sharded_export,
             wrapped=wrapped,
+            **options,
         )
         for parameter in list(fp32):  # because DeepSpeed has initialised its fp32 weights from the 16-bit ones
             engine._assign(parameter, fp32.pop(parameter))

@@ -16,9 +16,9 @@ import argparse
 import os
 from pathlib import Path
 
-from pretrain.runtime.atomic_files import replace_file
 from pretrain.runtime.console import complain
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import replace_file
 
 
 def write_report(folders: list[Path], output: Path | None) -> Path:

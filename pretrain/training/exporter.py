@@ -21,6 +21,7 @@ from pretrain.models.hub.model_card import TRANSFORMED_USE, USE
 from pretrain.models.transforms.apply import plain_model
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import remove_leftovers, write_files
 
 if TYPE_CHECKING:
     import torch
@@ -125,15 +126,14 @@ class Exporter:
                 written = export.save_full(hf, own, fresh, shard_size=self.shard_size)
             if world.is_main:
                 files = export.companion_files(hf, self.tokenizer, dtype=dtype, separator=self.separator)
-                written += export.write_companion_files(files | {"README.md": self.card(progress).encode()}, fresh)
+                written += write_files(files | {"README.md": self.card(progress).encode()}, fresh)
             return written
 
         write_folder(path, fill, world=world, hint=lambda: "the last checkpoint is valid", marker=False)
 
     def _prune(self, models: Path, step: int) -> None:
         """Delete earlier models whose checkpoints have been deleted."""
-        for left in (*models.glob("step-*.partial"), *models.glob("step-*.replaced")):  # left by a killed process
-            shutil.rmtree(left, ignore_errors=True)
+        remove_leftovers(models, "step-*")
         for old in models.glob("step-*[0-9]"):
             if old.name != f"step-{step:08d}" and not (self.run / "checkpoints" / old.name).exists():
                 shutil.rmtree(old, ignore_errors=True)
@@ -155,7 +155,6 @@ def export_folder(
     called. For ``has_transformed_weights`` see `ModelFactory`. Raises ``UserError`` for a model that can't be read and a
     folder that can't be written.
     """
-    import torch
     from transformers.utils.logging import enable_progress_bar
 
     from pretrain.distributed.context import DistributedContext
@@ -165,7 +164,7 @@ def export_folder(
     files = model.weights()
     if files is None:
         raise UserError("task=export: model=scratch has no weights to export")
-    world, tokenizer = DistributedContext(0, 1, torch.device("cpu")), model.tokenizer(None)
+    world, tokenizer = DistributedContext(), model.tokenizer(None)
     factory = ModelFactory(model, _dtype(files), 0, transforms, has_transformed_weights)
     meta_model = factory.build_on_meta()
     transformed = meta_model.transformed
@@ -186,7 +185,7 @@ def export_folder(
         written = export.save_full(hf, own, fresh, shard_size=shard_size)
         if card.exists():
             extra_files |= {card.name: card.read_bytes().replace(TRANSFORMED_USE.encode(), USE.encode())}
-        return written + export.write_companion_files(extra_files, fresh)
+        return written + write_files(extra_files, fresh)
 
     if sys.stderr.isatty():
         enable_progress_bar()  # for writing the weight files

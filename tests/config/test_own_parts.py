@@ -76,7 +76,7 @@ def conf(tmp_path, monkeypatch):
 
 def test_none_are_chosen_by_default():
     config = run_config([])
-    assert (config.transforms, config.hooks, config.evaluation.tasks) == ((), (), {})
+    assert (config.transforms, config.build_hooks(), config.evaluation.tasks) == ((), {}, {})
     assert "transform" not in config.plain
 
 
@@ -84,7 +84,7 @@ def test_they_are_built_in_the_order_of_the_list(conf):
     config = run_config(["transform=[lora,freeze]", "hook=[ema]", "transform.lora.rank=2", TRUSTED], conf)
     assert [type(part).__name__ for part in config.transforms] == ["Lora", "Freeze"]
     assert config.transforms[0].rank == 2
-    assert [hook.decay for hook in config.hooks] == [0.9]
+    assert [hook.decay for hook in config.build_hooks().values()] == [0.9]
     config = run_config(["transform=[freeze,lora]", TRUSTED], conf)
     assert [type(part).__name__ for part in config.transforms] == ["Freeze", "Lora"]
 

@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from pretrain.data.batch import Batch
 from pretrain.models.causal_lm import Pretrained, Scratch
-from pretrain.models.hub.export import save_full, write_companion_files
+from pretrain.models.hub.export import save_full
 from pretrain.models.model_factory import ModelFactory
 from pretrain.models.transforms.apply import plain_model, weights_of
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import write_files
 from tests.transforms import Freeze, Lora, LoraLinear
 
 CPU = torch.device("cpu")
@@ -190,7 +191,7 @@ def test_weights_of_a_checkpoint_are_read_under_their_own_names(exact_model, tmp
     transforms = [WrapEmbeddings(), Lora()]
     trained = changed(factory_of(exact_model(shape), *transforms).build(CPU))
     save_file({n: t.detach().clone() for n, t in trained.hf_state().items()}, tmp_path / "model.safetensors")
-    write_companion_files({"config.json": (exact_model(shape) / "config.json").read_bytes()}, tmp_path)
+    write_files({"config.json": (exact_model(shape) / "config.json").read_bytes()}, tmp_path)
     factory = factory_of(tmp_path, *transforms, has_transformed_weights=True)
     read = factory.build(CPU)
     assert not any(t.is_meta for t in (*read.parameters(), *read.buffers()))

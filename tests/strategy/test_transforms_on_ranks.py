@@ -11,9 +11,10 @@ from pretrain.distributed import sharding as tensors
 from pretrain.distributed.context import DistributedContext, enter, leave
 from pretrain.distributed.rank_info import RankInfo
 from pretrain.distributed.sharding import TensorFiles
+from pretrain.distributed.topology import Topology
 from pretrain.launch.agent import warm_up
 from pretrain.optim.adamw import AdamW
-from pretrain.strategy.base import Setting
+from pretrain.strategy.base import StepConfig
 from pretrain.strategy.ddp import Ddp
 from pretrain.strategy.deepspeed import Deepspeed
 from pretrain.strategy.fsdp import Fsdp
@@ -39,9 +40,8 @@ ROWS = {
 
 
 def set_up(strategy, factory, world):
-    sizes = {"workers": world.size, "nodes": 1, "devices_per_worker": 1, "batch_size": 2 // world.size}
-    setting = Setting("cpu", precision=load("32-true"), accumulation=1, grad_clip=0.5, **sizes)
-    return strategy.setup(factory, lambda m: AdamW(lr=1e-2)(m.hf_named_parameters()), setting=setting, world=world)
+    step = StepConfig(load("32-true"), batch_size=2 // world.size, grad_clip=0.5)
+    return strategy.setup(factory, lambda m: AdamW(lr=1e-2)(m.hf_named_parameters()), step, world)
 
 
 def write(engine, folder):
@@ -68,7 +68,7 @@ def train(engine, batch, folder):
 
 
 def on_rank(rank, store, factory, batch, folder):
-    world = enter(RankInfo(rank, 2, rank, 2, store=str(store)), group=True, timeout_seconds=120)
+    world = enter(RankInfo(rank, rank, Topology(workers_per_node=2), store=str(store)), group=True, timeout_seconds=120)
     for row, (strategy, transforms) in ROWS.items():
         engine = set_up(strategy, replace(factory, transforms=transforms), world)
         train(engine, batch, folder / row)
@@ -89,7 +89,7 @@ def trained(folder, factory, batch):
     """Every row's folder, from one start of two processes, beside those of a single process."""
     if not (folder / "lora").exists():
         for name, transforms in (("lora", LORA), ("frozen", FREEZE)):
-            alone = DistributedContext(0, 1, torch.device("cpu"))
+            alone = DistributedContext()
             train(set_up(Single(), replace(factory("llama-tied"), transforms=transforms), alone), batch, folder / name)
         warm_up()
         ranks = multiprocessing.get_context("forkserver")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.data.cache import ensure_content, remove_abandoned, write_atomically
+from pretrain.data.cache import cache_file, ensure_content, remove_abandoned
 from pretrain.data.reading.units import UNIT_BYTES, SourceFile, key_of
 from pretrain.runtime.console import progress_bar
 from pretrain.runtime.errors import UserError
@@ -47,7 +47,8 @@ def _write(source: Source, folder: Path) -> Iterator[Path]:
     with progress_bar(f"reading {source.domain}", total=None, unit="B") as advance:
         for number, segment in enumerate(_segments(source), 1):
             path = folder / f"{number:05d}.jsonl"
-            write_atomically(path, segment)
+            with cache_file(path) as file:
+                file.write(segment)
             advance(len(segment))
             yield path
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from pretrain.data.cache import cache_dir, cache_errors, ensure_content, make_folder, remove_abandoned
+from pretrain.data.cache import cache_dir, cache_errors, ensure_content, remove_abandoned
 from pretrain.data.changed_files import files_of
 from pretrain.data.reading.cut import cut
 from pretrain.data.reading.readers import read
@@ -25,6 +25,7 @@ from pretrain.data.tokenization.encode import FORMAT, Encoder, Outcome
 from pretrain.data.tokenization.workers import encode_in_workers
 from pretrain.runtime.console import notice, progress_bar
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import make_folder
 from pretrain.runtime.folders import check_private
 from pretrain.runtime.locks import Busy, Lock
 
@@ -60,7 +61,8 @@ def prepare(
         UserError: a file is missing, is not of its format or has no text, or the disk is full. Finished units are kept.
     """
     cache = cache or cache_dir()
-    make_folder(cache)
+    with cache_errors(cache):
+        make_folder(cache)
     check_private(cache, "PRETRAIN_CACHE")
     num_workers = num_workers or source.num_workers or default_workers()
     options = source.options()
@@ -178,9 +180,9 @@ def _write_manifest(
 def _exclusive(path: Path, name: str) -> Iterator[None]:
     """Hold the dataset's lock. A second process waits and then finds the work done. The kernel releases the lock of a process
     that died."""
-    make_folder(path.parent)
     lock = Lock(path)
     with cache_errors(path.parent):
+        make_folder(path.parent)
         try:
             lock.acquire(timeout=UNREPORTED_WAIT_SECONDS)
         except Busy:

@@ -138,13 +138,6 @@ def companion_files(
         return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def write_companion_files(files: Mapping[str, bytes], folder: Path) -> list[Path]:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return [folder / name for name in files]
-
-
 def _adopt_special_tokens(config: Any, generation: Any, tokenizer: Any, separator: int | None) -> None:
     """Set the special tokens of both configs to those of the training documents. A default config names other tokens and is
     overwritten; the tokens of a trained model stay. Generation also ends at ``separator``."""
