@@ -210,10 +210,9 @@ def build_intervals(config: RunConfig, prepared: Prepared, steps: int) -> tuple[
     from pretrain.training.cadence import cadence
 
     policy, checkpoint = config.evaluation, config.checkpoint
-    sequences = (prepared.train.num_tokens - 1) // config.sequence_length
     intervals = cadence(
         steps=steps,
-        epoch_steps=max(1, sequences // prepared.global_batch),
+        epoch_steps=max(1, prepared.sequences // prepared.global_batch),
         evaluate_every=config.evaluate_every,
         save_every=config.save_every,
         per_epoch=policy.per_epoch,
@@ -240,7 +239,8 @@ def build_evaluation(
     weights_follow_from = ("model", "seed") if random_weights else ("model",)
     evaluator = build_evaluator(config, prepared, batch_size=batch_size)
     untouched = Untouched(evaluator, weights_follow_from, is_there=not prepared.base_gone)
-    return Evaluation(untouched, build_sampler(config, prepared, engine, evaluator), every)
+    sampler = build_sampler(config, prepared, engine, evaluator)
+    return Evaluation(untouched, sampler, every, config.evaluation.tasks)
 
 
 def build_loader(config: RunConfig, prepared: Prepared, split: MicroBatching, world: DistributedContext) -> Loader:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.distributed.context import leave
 from pretrain.distributed.rank_info import RankInfo
-from pretrain.optim.learning_rate import peak_lr
 from pretrain.run import build
 from pretrain.run.folder import begin, check_task, claim, start_over
 from pretrain.run.leftovers import found_in, keep_aside
@@ -65,15 +64,7 @@ def pretraining(
     store.policy.check({name: role for name, role, _ in prepared.domains})
     with ExitStack() as claims:
         start = world.on_main_rank(
-            lambda: begin(
-                *(config, overrides, prepared.identity, steps),
-                model_config=prepared.model.config(),
-                lr_by_size=lambda: peak_lr(prepared.model.num_parameters()),
-                files=prepared.train.store.files,
-                place=place,
-                store=store,
-                claims=claims,
-            )
+            lambda: begin(config, overrides, prepared, steps, place=place, store=store, claims=claims)
         )
         if start is None:
             leave()
@@ -203,8 +194,9 @@ def tokenization(config: RunConfig, overrides: list[str], interrupt: Interrupt) 
 
 def evaluation(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     """Score the model on the held-out documents of every configured domain."""
+    from pretrain.evaluation.run_tasks import run_tasks
     from pretrain.run.metadata import run_facts
-    from pretrain.telemetry.events import Evaluated, Event, RunStarted, Sampled
+    from pretrain.telemetry.events import Evaluated, Event, MetricsEvent, RunStarted, Sampled
 
     prepared = prepare(config)
     folder = claim(config.output_dir)
@@ -220,10 +212,13 @@ def evaluation(config: RunConfig, overrides: list[str], interrupt: Interrupt) ->
     with out_of_memory_explained(config, world), watched("evaluation"):
         evaluator = build.build_evaluator(config, prepared)
         sampler = build.build_sampler(config, prepared, scorer, evaluator)
-        scores, samples = evaluator.run(scorer, announce=True) or (), sampler.run(scorer) or ()
+        scores = evaluator.run(scorer, announce=True) or ()
+        metrics = run_tasks(config.evaluation.tasks, scorer, announce=True) or ()
+        samples = sampler.run(scorer) or ()
     events: list[Event] = [
         RunStarted(0, 0, resumed=False, facts=run_facts(config, world, scorer) | {"uniform_loss": uniform}),
         Evaluated(0, tuple(scores), 0.0),
+        MetricsEvent(0, tuple(metrics), 0.0),
         Sampled(0, tuple(samples), 0.0),
         RunFinished(0, "finished", 0),
     ]
