@@ -3,7 +3,6 @@ command ends with the run that was not stopped."""
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
-from tests.runs import assert_same_numbers, assert_same_run, injected
+from tests.runs import assert_same_numbers, assert_same_run, injected, run_code
 
 PAIR = ["strategy=ddp", "devices=2", "batch_size=1"]
 
@@ -211,7 +210,7 @@ def test_amid_samples(uninterrupted, base_arguments, command, tmp_path):
     """The domains are scored, the samples cut short: nothing of the evaluation is told, and all of it is owed."""
     run = tmp_path / "run"
     arguments = [*base_arguments, f"output_dir={run}"]
-    done = subprocess.run([sys.executable, "-c", AMID_SAMPLES, *arguments], capture_output=True, text=True, check=False)
+    done = run_code(AMID_SAMPLES, *arguments)
     assert done.returncode == 75, done.stderr
     assert read_run_file(run)["steps"] == 8
     assert {r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] in ("evaluation", "sample")} == {0}
