@@ -176,8 +176,8 @@ def test_training_waits_for_the_last_save_alone(loop):
 def test_verdicts_are_read_late_but_before_what_depends_on_them(loop):
     """On a GPU reading waits for the device: only where the run evaluates (3), saves (2, 4), or ends (5)."""
     trainer, _, _ = loop(steps=5)
-    asked, keep = [], trainer.guard.found
-    trainer.guard.found = lambda *, at_once: asked.append(at_once) or keep(at_once=at_once)
+    asked, keep = [], trainer.guard.handle_bad_steps
+    trainer.guard.handle_bad_steps = lambda *, at_once: asked.append(at_once) or keep(at_once=at_once)
     trainer.run()
     assert asked == [False, True, True, True, True]
 
