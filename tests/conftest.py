@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.foreign import foreign_module
+from tests.preloaded import Preloaded
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -43,8 +44,10 @@ WORDS = "the sea road of stone a ship and its crew went under light rain to see 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Tests neither use nor fill the user's token cache."""
-    os.environ["PRETRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Tests neither use nor fill the user's token cache. The processes of pytest-xdist share one."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    os.environ["PRETRAIN_CACHE"] = str(root / "cache")
 
 
 def sentences(seed: int, count: int) -> str:
@@ -163,6 +166,7 @@ def base_arguments(tiny_model, corpus, other_corpus):
         "evaluate_every=8",
         "save_every=5",
         "lr=1e-3",
+        "sink=[console,jsonl]",  # without the page, whose charts take longer than such a run
     ]
 
 
@@ -195,13 +199,14 @@ def command(capsys):
 
 @pytest.fixture
 def spawn():
-    """Start the command line as a process of its own; what is left of it and its children at the end is killed."""
+    """Start the command line as a process of its own; what is left of it and its children at the end is killed.
+    ``fresh``: it imports everything itself (see tests/preloaded.py)."""
     import psutil
 
     started = []
 
-    def start(arguments, **options):
-        process = subprocess.Popen(
+    def start(arguments, *, fresh=False, **options):
+        process = (subprocess.Popen if fresh else Preloaded)(
             [sys.executable, "-m", "pretrain", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 
 from tests.launch.test_launch import PAIR
+from tests.preloaded import run_preloaded
 from tests.runs import injected
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 def script(name, *arguments, **options):
-    command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPTS.parent, **options)
+    return run_preloaded([SCRIPTS / name, *arguments], cwd=SCRIPTS.parent, **options)
 
 
 def verdict(done):

@@ -10,13 +10,14 @@ import pytest
 
 from pretrain.runtime.errors import UserError
 from pretrain.telemetry.report.folder import read_run
+from tests.preloaded import run_preloaded
 from tests.telemetry.report.records import eventful, started, train, write_run
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "report.py"
 
 
 def script(*arguments, cwd):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+    return run_preloaded([SCRIPT, *arguments], cwd=cwd)
 
 
 @pytest.fixture
