@@ -13,14 +13,35 @@ if TYPE_CHECKING:
     from pretrain.config.compose import run_config as compose
     from pretrain.config.schema import RunConfig
     from pretrain.data.sources.base import Source
+    from pretrain.evaluation.task import EvaluationTask, Metric
     from pretrain.launch.library import RunResult, train
+    from pretrain.models.transforms.base import ModelTransform
     from pretrain.runtime.errors import UserError
     from pretrain.strategy.base import Strategy
     from pretrain.telemetry.sinks.base import Sink
+    from pretrain.training.hook import Hook
     from pretrain.training.trainer import Trainer
 
-__all__ = ["RunConfig", "RunResult", "Sink", "Source", "Strategy", "Trainer", "UserError", "compose", "train"]
+__all__ = [
+    "EvaluationTask",
+    "Hook",
+    "Metric",
+    "ModelTransform",
+    "RunConfig",
+    "RunResult",
+    "Sink",
+    "Source",
+    "Strategy",
+    "Trainer",
+    "UserError",
+    "compose",
+    "train",
+]
 _PLACES = {  # public name → module, and its name there
+    "EvaluationTask": ("pretrain.evaluation.task", "EvaluationTask"),
+    "Hook": ("pretrain.training.hook", "Hook"),
+    "Metric": ("pretrain.evaluation.task", "Metric"),
+    "ModelTransform": ("pretrain.models.transforms.base", "ModelTransform"),
     "RunConfig": ("pretrain.config.schema", "RunConfig"),
     "RunResult": ("pretrain.launch.library", "RunResult"),
     "Sink": ("pretrain.telemetry.sinks.base", "Sink"),

@@ -64,8 +64,9 @@ def compare(run: Path, reference: Path) -> dict[str, Difference]:
     """What of ``run`` differs from ``reference``, in their last checkpoints and in their records."""
     ours, theirs = (load(last_checkpoint(folder)) for folder in (run, reference))
     found = {}
-    for kind, name in zip(KINDS, ("weights", "moments"), strict=True):
+    for kind, name in zip(KINDS, ("weights", "moments", "hooks"), strict=True):
         found[name] = _worst(_tensors(ours["engine"][kind], theirs["engine"][kind]))
+    found["hooks"] = max(found["hooks"], _worst(_values(ours.get("hooks"), theirs.get("hooks"))))
     found["random states"] = _worst(_values(ours["rng"], theirs["rng"]))
     found["data cursor"] = _worst(_values(ours["loader"], theirs["loader"]))
     found["progress"] = _worst(_values(ours["progress"], theirs["progress"]))

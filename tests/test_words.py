@@ -30,7 +30,7 @@ WORDS = {
     "SourceSeen": "SourceCount",
     "StepClock": "StepTimer",
     "StoodStill": "TrainingPaused",
-    "Tally": "RunSummary",
+    "Tally": "History",
     "goes on": "continues, resumes",
     "stands still": "is stalled",
     "type of the products": "matmul dtype",

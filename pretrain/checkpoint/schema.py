@@ -19,12 +19,13 @@ from pretrain.checkpoint.config import Verify
 from pretrain.checkpoint.marker import first_error, incomplete_reason
 from pretrain.checkpoint.rng import check_rng_state
 from pretrain.checkpoint.train_state import RENAMED, TrainState
+from pretrain.distributed.packing import name_of
 from pretrain.distributed.sharding import TensorFiles
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.folders import marked_files
 from pretrain.runtime.strict_json import read_json
 
-KINDS = ("model", "optimizer")
+KINDS = ("model", "optimizer", "hook")  # of tensor files; `hook` are tensors of the run's hooks, by `<hook>/<key>`
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Tensors = dict[str, tuple[str, list[Count]]]  # name → dtype and full shape
 
@@ -87,10 +88,12 @@ class Manifest(_Part):
 
     model: Tensors
     optimizer: Tensors
+    hook: Tensors = {}
 
 
 class State(_Part):
-    """The content of state.json. Checkpoints of format 3 have neither ``tensors`` nor ``ranks``."""
+    """The content of state.json. Checkpoints of format 3 have neither ``tensors`` nor ``ranks``. ``hooks`` holds the plain
+    values of each hook's state."""
 
     progress: dict[str, Any]
     loader: Cursor
@@ -100,6 +103,7 @@ class State(_Part):
     identity: Identity
     records: list[Record] = []
     tensors: Manifest | None = None
+    hooks: dict[str, dict[str, Any]] = {}
     ranks: Annotated[int, Field(gt=0)] | None = None
 
 
@@ -199,11 +203,11 @@ def check_tensors(found: dict[str, TensorFiles], state: dict[str, Any]) -> None:
     manifest = state.get("tensors")
     if manifest is not None:
         for kind in KINDS:
-            _compare(kind, manifest[kind], found[kind])
+            _compare(kind, manifest.get(kind, {}), found[kind])
     elif not found["optimizer"].keys() and state["progress"]["step"] > state["scaler"].get("skipped", 0):
         raise ValueError(f"no optimizer state, after {state['progress']['step']} steps")
     for slot in sorted(found["optimizer"].keys()):
-        parameter, _, key = slot.rpartition("/")
+        parameter, _, key = name_of(slot).rpartition("/")
         if not key or parameter not in weights:
             raise ValueError(f"optimizer state {slot!r} belongs to no weight")
 

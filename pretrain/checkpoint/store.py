@@ -4,7 +4,8 @@ can read them too.
 The folder ``step-00000020/`` holds ``model.safetensors`` (Hugging Face names), ``optimizer.safetensors``
 (``<parameter>/<moment>``), ``state.json`` (progress, data cursor, RNG, loss scaler, the records since the previous
 checkpoint), ``config.yaml``, the files that make it a model folder (config, tokenizer, …), and the marker of a complete
-folder. A sharding strategy writes ``model.rank-0.safetensors``, … instead, each with the rows of its rank.
+folder. A sharding strategy writes ``model.rank-0.safetensors``, … instead, each with the rows of its rank. If hooks keep
+tensors, they are in ``hook.safetensors`` (``<hook>/<key>``).
 """
 
 from __future__ import annotations
@@ -57,15 +58,16 @@ class CheckpointStore:
         """
         engine = {key: state["engine"][key] for key in ("scaler", "tensors")}
         rest = engine | {k: v for k, v in state.items() if k not in ("engine", "files")} | {"ranks": world.size}
-        one_file = {kind: world.sum(bool(state["engine"][kind])) == 1 for kind in KINDS}
+        shards = {kind: state["engine"].get(kind, {}) for kind in KINDS}
+        one_file = {kind: world.sum(bool(shards[kind])) == 1 for kind in KINDS}
 
         def fill(fresh: Path) -> list[Path]:
             written = []
             for kind in KINDS:
                 file = fresh / (f"{kind}.safetensors" if one_file[kind] else f"{kind}.rank-{world.rank}.safetensors")
-                if tensors.write(file, state["engine"][kind]):
+                if tensors.write(file, shards[kind]):
                     written.append(file)
-                alive()
+                    alive()
             for name, content in (self._small_files(rest) | state.get("files", {})).items() if world.is_main else ():
                 (fresh / name).parent.mkdir(parents=True, exist_ok=True)
                 (fresh / name).write_bytes(content)
@@ -198,8 +200,8 @@ def losses_of(checkpoint: Path) -> tuple[dict[str, float], dict[str, str | None]
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Load a checkpoint as ``{engine: {model, optimizer, scaler, tensors}, loader, progress, rng, …}``. Model and optimizer
-    are ``TensorFiles``, from which every rank reads its own rows.
+    """Load a checkpoint as ``{engine: {model, optimizer, hook, scaler, tensors}, loader, progress, rng, …}``. Model, optimizer
+    and hook are ``TensorFiles``, from which every rank reads its own rows. ``hooks``, if there, has the hooks' plain values.
 
     Raises ``UserError`` if the folder is not a valid, complete checkpoint.
     """
@@ -215,5 +217,5 @@ def load(path: Path) -> dict[str, Any]:
 
 def bytes_of(state: dict[str, Any]) -> int:
     """Return the size of this rank's tensors in ``state``."""
-    shards = (shard.tensor for kind in KINDS for shard in state["engine"][kind].values())
+    shards = (shard.tensor for kind in KINDS for shard in state["engine"].get(kind, {}).values())
     return sum(tensor.numel() * tensor.element_size() for tensor in shards)

@@ -148,7 +148,7 @@ class HostCopies:
         """Return ``state`` with copied shards, and a function that must be called before they are read."""
         engine = dict(state["engine"])
         for kind in KINDS:
-            engine[kind] = {name: self._copy((kind, name), shard) for name, shard in engine[kind].items()}
+            engine[kind] = {name: self._copy((kind, name), shard) for name, shard in engine.get(kind, {}).items()}
         ready: Callable[[], None] = lambda: None  # noqa: E731
         if torch.cuda.is_available():
             event = torch.cuda.Event()

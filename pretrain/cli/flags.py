@@ -36,6 +36,18 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return options, words
 
 
+def config_dir_of(arguments: Sequence[str]) -> str | None:
+    """Return the value of ``--config-dir``; the last one counts, as in `parse`."""
+    options, _ = split(arguments)
+    found = None
+    for i, option in enumerate(options):
+        if option in ("--config-dir", "-cd"):
+            found = next(iter(options[i + 1 : i + 2]), None)
+        elif option.startswith("--config-dir="):
+            found = option.partition("=")[2]
+    return found
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options under the names of Hydra's parser, and the words as ``overrides``.
 

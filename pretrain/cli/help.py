@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import re
+from pathlib import Path
 
-from pretrain.config.check import conf_dir
-from pretrain.config.choices import chosen
+from pretrain.cli.flags import config_dir_of
+from pretrain.config.check import GROUPS, conf_dir
+from pretrain.config.choices import choice_files, chosen, groups
+from pretrain.config.trust import MULTI_SELECT
+from pretrain.config.yaml_file import checked_text
+from pretrain.runtime.errors import UserError
 
 USE = """\
 Use
@@ -30,12 +35,18 @@ Use
 
 def help_text(arguments: list[str]) -> str:
     """Return the help of the program, or that of each ``group=choice`` among the arguments."""
-    chosen = [conf_dir() / group / f"{choice}.yaml" for group, _, choice in (a.partition("=") for a in arguments)]
-    files = [file for file in chosen if os.path.isfile(file)]  # also of a name that no file can have
+    config_dir = config_dir_of(arguments)
+    files = [
+        (group.lstrip("+"), file)
+        for group, _, chosen in (argument.partition("=") for argument in arguments)
+        for file in (choice_files(group.lstrip("+"), config_dir) if re.fullmatch(r"\+?[\w/-]+", group) else ())
+        if file.stem in re.findall(r"[\w-]+", chosen)
+    ]
     if files:
-        return "\n".join(f"{file.parent.name}={file.stem}\n\n{_indented(file.read_text())}" for file in files)
+        return "\n".join(f"{group}={file.stem}\n\n{_indented(_text(file))}" for group, file in files)
     title = "Continual pretraining of causal language models."
-    return f"{title}\n\n{USE}\nKeys: key=value\n{_knobs()}\nParts: group=choice, then group.key=value\n{_groups()}"
+    parts = _groups(config_dir)
+    return f"{title}\n\n{USE}\nKeys: key=value\n{_knobs()}\nParts: group=choice, then group.key=value\n{parts}"
 
 
 def _knobs() -> str:
@@ -45,18 +56,30 @@ def _knobs() -> str:
     return _indented(keys)
 
 
-def _groups() -> str:
+def _groups(config_dir: str | None) -> str:
     """Return every group's choices with the first comment line of each; a star marks a default choice."""
     defaults = set(chosen())
     lines = []
-    for folder in sorted(p for p in conf_dir().iterdir() if p.is_dir() and p.name not in ("schemas", "local")):
-        for file in sorted(folder.glob("*.yaml")):
-            star = "*" if (folder.name, file.stem) in defaults else " "
-            first = next(
-                (line[2:] for line in file.read_text().splitlines() if line.startswith("# ") and "@" not in line), ""
+    for group in sorted({*GROUPS, *groups(config_dir)}):
+        files = choice_files(group, config_dir)
+        for file in files:
+            star = "*" if (group, file.stem) in defaults else " "
+            comments = (line[2:] for line in _text(file).splitlines() if line.startswith("# ") and "@" not in line)
+            lines.append(f"  {group:<11} {star} {file.stem:<12} {next(comments, '')}")
+        if group in MULTI_SELECT and not files:
+            lines.append(
+                f"  {group:<11}   (yours)      {group}=[name] chooses parts of your own package, from --config-dir."
             )
-            lines.append(f"  {folder.name:<11} {star} {file.stem:<12} {first}")
     return "\n".join(lines) + "\n"
+
+
+def _text(file: Path) -> str:
+    """Return the text of a YAML file, which another person may have written, without control characters."""
+    try:
+        text = checked_text(file)
+    except UserError as error:
+        text = f"# {error}"
+    return "".join(letter for letter in text if letter.isprintable() or letter == "\n")
 
 
 def _indented(text: str) -> str:

@@ -124,12 +124,12 @@ def _dispatch(arguments: list[str]) -> int:
         return _complete(given.overrides)
     if given.multirun or asks_for_sweep(given):
         return _sweep(arguments, given, cli_values)
-    overrides = [forced(quoted_word(word, sweeping=False)) for word in given.overrides]
+    overrides = [forced(quoted_word(word, sweeping=False), given.config_dir) for word in given.overrides]
     if given.config_dir or given.cfg or given.info or given.hydra_help:
         check_hydra(overrides, conf_dir(), given.config_dir)
     if given.cfg or given.info or given.hydra_help:
         return _show(given, overrides, cli_values)
-    return run(compose(overrides, given.config_dir), overrides, cli_values)
+    return run(compose(overrides, given.config_dir), overrides, cli_values, given.config_dir)
 
 
 def _version() -> str:
@@ -159,7 +159,7 @@ def _with_flat_file(arguments: list[str]) -> list[str]:
 
 def _sweep(arguments: list[str], given: Namespace, cli_values: dict[str, Any]) -> int:
     """Run a sweep and return its exit code. ``arguments`` are as typed; ``cli_values``: see `trust.command_line_only_values`."""
-    overrides = [forced(quoted_word(word, sweeping=True)) for word in given.overrides]
+    overrides = [forced(quoted_word(word, sweeping=True), given.config_dir) for word in given.overrides]
     check_hydra(overrides, conf_dir(), given.config_dir)
     logging.getLogger("pretrain").propagate = False  # notices are on stderr already; Hydra would repeat them
     from pretrain.sweep.command import sweep
@@ -180,7 +180,7 @@ def _show(given: Namespace, overrides: list[str], cli_values: dict[str, Any]) ->
             raise UserError(f"--package={given.package}: the configuration has no such key")
         resolved = resolve(config)
         check_command_line_only(resolved, cli_values)
-        name = check(resolved, here=False).name
+        name = check(resolved, here=False, config_dir=given.config_dir).name
         if given.resolve:
             overrides = [*overrides, f"++name={quoted(name)}"]  # output_dir depends on it
     with composing(conf_dir(), given.config_dir) as hydra:
@@ -217,11 +217,11 @@ def _complete(words: list[str]) -> int:
     return 0
 
 
-def run(config: DictConfig, overrides: list[str], cli_values: dict[str, Any]) -> int:
+def run(config: DictConfig, overrides: list[str], cli_values: dict[str, Any], config_dir: str | None = None) -> int:
     """Check a composed config, run its task, and return the exit code. ``cli_values``: see `trust.command_line_only_values`."""
     resolved = resolve(config)
     check_command_line_only(resolved, cli_values)
-    checked = check(resolved)
+    checked = check(resolved, config_dir=config_dir)
     check_temporary_folder()
     interrupt = Interrupt()
     interrupt.install()

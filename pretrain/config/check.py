@@ -19,10 +19,11 @@ from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
+from pretrain.config.choices import own_groups
 from pretrain.config.defaults import conf_dir
 from pretrain.config.quoting import PATH_KEYS
-from pretrain.config.schema import RootKeys, RunConfig, build_part
-from pretrain.config.trust import PARTS, SCHEDULES, locate, trusts
+from pretrain.config.schema import RUNTIME_ARGUMENTS, RootKeys, RunConfig, build_part
+from pretrain.config.trust import MULTI_SELECT, NESTED_PARTS, PARTS, SCHEDULES, locate, trusts
 from pretrain.optim.learning_rate import with_lr
 from pretrain.runtime.errors import UserError, did_you_mean
 from pretrain.runtime.redact import find_secret, redact, secrets
@@ -59,38 +60,40 @@ OTHER_NAMES = {  # names of the Hugging Face Trainer and other libraries → our
 HYDRA_KEYS = ("_target_", "_partial_")  # keys of Hydra that a part may have; arguments of its others can't be checked
 ALL_HYDRA_KEYS = (*HYDRA_KEYS, "_args_", "_recursive_", "_convert_")
 LONGEST_NAME = 255  # bytes of a file's name, on all file systems of Linux
-RUNTIME_ARGUMENTS = {"step", "total_steps", "warmup_steps"}  # arguments of a schedule that the run passes, never YAML
 
 
-def check(config: dict[str, Any], *, here: bool = True) -> RunConfig:
+def check(config: dict[str, Any], *, here: bool = True, config_dir: str | None = None) -> RunConfig:
     """Check a resolved config (unknown keys, types, ranges, impossible combinations) and build the typed config.
 
     Args:
         config: The resolved config as a dict of plain values.
         here: Check also that this machine can run it; ``False`` for a run on a machine with other devices.
 
+        config_dir: The folder of ``--config-dir``; a group that only it has is a known key.
+
     Raises:
         UserError: A mistake in the config; the message names the key, its value and what is allowed.
     """
-    root_keys, given = {field.name for field in fields(RootKeys)}, config
-    for key in config:
-        if key not in root_keys and key not in GROUPS:
-            raise UserError(f"unknown key {key!r}{known_as(key, root_keys | set(GROUPS))}")
+    given, known = config, {*(field.name for field in fields(RootKeys)), *GROUPS}
+    if unknown := [key for key in config if key not in known and key not in own_groups(config_dir)]:
+        raise UserError(f"unknown key {unknown[0]!r}{known_as(unknown[0], known)}")
     for key, hint in get_type_hints(RootKeys, include_extras=True).items():
         check_value(key, config.get(key), hint)
     check_leaves(config)
     config = with_lr(config, 1e-3)  # lr=auto is checked with an arbitrary number
     for group in GROUPS:
         node = config.get(group) or {}
-        if group != "sink":
+        if group not in MULTI_SELECT:
             check_part(group, node, PARTS[group], config["allow_targets"])
             continue
         if not isinstance(node, dict):
-            raise UserError(f"sink={node!r}: not a choice of this group; --help lists them")
-        for name, sink in node.items():
-            if not isinstance(sink, dict) or "_target_" not in sink:
-                raise UserError(f"sink.{name}: {name!r} is not among the chosen sinks; add it: sink=[…,{name}]")
-            check_part(f"sink.{name}", sink, PARTS[group], config["allow_targets"])
+            raise UserError(f"{group}={node!r}: not a choice of this group; --help lists them")
+        for name, part in node.items():
+            if not isinstance(part, dict) or "_target_" not in part:
+                raise UserError(
+                    f"{group}.{name}: {name!r} is not among the chosen {group}s; add it: {group}=[…,{name}]"
+                )
+            check_part(f"{group}.{name}", part, PARTS[group], config["allow_targets"])
     if here:
         check_here(config)
     return RunConfig.of(given)
@@ -173,18 +176,21 @@ def check_part(path: str, node: Any, base: str | type, trusted: list[str]) -> No
     target = locate(path, node["_target_"], base, trusted=trusted)
     _check_partial(path, node, base, is_trusted=trusts(trusted, node["_target_"]))
     parameters, hints = _arguments(path, target)
+    of_run = RUNTIME_ARGUMENTS.get(path, set())
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    parameters = {key: p for key, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     for key, value in node.items():
         if key in HYDRA_KEYS:
             continue
-        if key not in parameters or key in RUNTIME_ARGUMENTS:
-            allowed = set(parameters) - RUNTIME_ARGUMENTS
+        if (key not in parameters and not takes_any) or key in of_run:
+            allowed = set(parameters) - of_run
             raise UserError(
                 f"{path}: {target.__name__} has no {key!r}{_owner(path, key) or did_you_mean(str(key), allowed)}"
             )
         check_nested(f"{path}.{key}", value, hints.get(key, Any), trusted)
     if not node.get("_partial_"):
         for key, parameter in parameters.items():
-            if parameter.default is inspect.Parameter.empty and key not in node:
+            if parameter.default is inspect.Parameter.empty and key not in {*node, *of_run}:
                 raise UserError(f"{path}.{key} is missing: {target.__name__} needs it")
 
 
@@ -237,7 +243,7 @@ def check_nested(path: str, value: Any, hint: Any, trusted: list[str]) -> None:
 
 def part_in(hint: Any) -> type | None:
     """Return the class of parts that an annotation names, either directly or as the item type of a mapping."""
-    if isinstance(hint, type) and f"{hint.__module__}.{hint.__qualname__}" in PARTS.values():
+    if isinstance(hint, type) and f"{hint.__module__}.{hint.__qualname__}" in (*PARTS.values(), *NESTED_PARTS.values()):
         return hint
     return next((part for part in map(part_in, get_args(hint)) if part is not None), None)
 

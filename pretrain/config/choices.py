@@ -1,7 +1,10 @@
-"""List the choices of the config groups: all YAML files, and those that conf/config.yaml chooses by default."""
+"""List the choices of the config groups: all YAML files, and those that conf/config.yaml chooses by default.
+
+A folder of --config-dir adds choices to the shipped groups, and groups of its own."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +14,29 @@ from pretrain.config.defaults import conf_dir
 
 def choices(group: str) -> list[str]:
     """Return the names of a group's YAML files."""
-    folder: Path = conf_dir() / group
-    return sorted(file.stem for file in folder.glob("*.yaml"))
+    return [file.stem for file in choice_files(group)]
+
+
+def choice_files(group: str, config_dir: str | None = None) -> list[Path]:
+    """Return a group's YAML files by name. A file of ``config_dir`` can't replace a shipped one."""
+    files = [file for folder in _folders(config_dir) for file in sorted((folder / group).glob("*.yaml"))]
+    by_name = {file.stem: file for file in reversed(files)}
+    return [by_name[name] for name in sorted(by_name)]
+
+
+def groups(config_dir: str | None = None) -> list[str]:
+    """Return the names of the groups that have a folder."""
+    folders = [p for folder in _folders(config_dir) if folder.is_dir() for p in folder.iterdir() if p.is_dir()]
+    return sorted({p.name for p in folders} - {"schemas", "local"})
+
+
+def own_groups(config_dir: str | None) -> set[str]:
+    """Return the groups that only ``config_dir`` has."""
+    return set(groups(config_dir)) - set(groups())
+
+
+def _folders(config_dir: str | None) -> list[Path]:
+    return [conf_dir()] + ([Path(os.path.abspath(os.path.expanduser(config_dir)))] if config_dir else [])
 
 
 def default_choices(group: str) -> list[str]:

@@ -8,14 +8,15 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pretrain.config.check import GROUPS, check, conf_dir
-from pretrain.config.choices import choices
+from pretrain.config.choices import choices, own_groups
 from pretrain.config.hydra_configs import compose_config, composing
+from pretrain.config.inherited_keys import drop_inherited_keys
 from pretrain.config.interpolation import bounded_interpolation
 from pretrain.config.quoting import PATH_KEYS
 from pretrain.config.schema import RunConfig
@@ -23,7 +24,7 @@ from pretrain.config.trust import with_moved_targets
 from pretrain.runtime.errors import UserError, did_you_mean
 
 
-def forced(override: str) -> str:
+def forced(override: str, config_dir: str | None = None) -> str:
     """Return ``++key=value`` for ``key=value``: Hydra then composes an unknown key too, and `check` explains it."""
     key = override.split("=", 1)[0]
     if key.lstrip("+") in ("hydra.run.dir", "hydra.output_subdir"):
@@ -32,7 +33,7 @@ def forced(override: str) -> str:
         raise UserError(f"{key}: a job's folder is named by its overrides; their common one is sweep_dir=...")
     if key.lstrip("+") == "hydra.searchpath":
         raise UserError(f"{key}: another folder of configs is --config-dir FOLDER")
-    groups = (*GROUPS, "experiment", "local")
+    groups = {*GROUPS, "experiment", "local", *own_groups(config_dir)}
     if "=" not in override or not re.match(r"[A-Za-z_]", key) or key in groups or re.search(r"[@/]", key):
         return override
     return override if key.split(".")[0] == "hydra" else f"++{override}"
@@ -60,6 +61,7 @@ def compose(words: list[str], config_dir: str | None = None) -> DictConfig:
     """Return the config of one run, composed from conf/config.yaml and ``words``, without Hydra's own node."""
     with composing(conf_dir(), config_dir) as hydra:
         config = compose_config(hydra, words, RunMode.RUN)
+        drop_inherited_keys(config, hydra.config_loader, words)
     with open_dict(config):
         del config["hydra"]
     return config
@@ -71,7 +73,8 @@ def run_config(words: list[str], config_dir: str | None = None) -> RunConfig:
     Raises ``UserError`` for a mistake.
     """
     try:
-        return check(resolve(compose([forced(word) for word in words], config_dir)))
+        config = compose([forced(word, config_dir) for word in words], config_dir)
+        return check(resolve(config), config_dir=config_dir)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(in_plain_words(error)) from None
 
@@ -118,7 +121,9 @@ def in_plain_words(error: Exception) -> str:
     """Return Hydra's error message as one line, with the key, and with the nearest name of a choice that does not exist."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={choice}: no such choice{did_you_mean(choice, choices(group))}"
+        return f"{group}={choice}: no such choice{did_you_mean(choice, error.options or [])}"
+    if isinstance(error, ConfigCompositionException) and (empty := _without_choices(str(error))):
+        return f"{empty}: none of its choices is shipped; the folder of --config-dir has no {empty}/ either"
     if isinstance(error, OverrideParseException):
         lines = [
             line.strip() for line in error.message.splitlines() if not re.match(r"\s*(Error parsing|See http|$)", line)
@@ -133,3 +138,9 @@ def in_plain_words(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = " ".join(line for line in lines if not re.match(r"(full_key|object_type|See https|Set the env)", line))
     return f"{key}: {message}" if key else message
+
+
+def _without_choices(message: str) -> str | None:
+    """Return the group that has no choice at all, according to an error message of Hydra."""
+    found = re.match(r"Could not override '(\w+)'", message)
+    return found[1] if found and found[1] in GROUPS and not choices(found[1]) else None

@@ -15,17 +15,18 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import create_config_search_path
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config.interpolation import bounded_interpolation
-from pretrain.config.yaml_file import checked_text
+from pretrain.config.yaml_file import checked_text, read_yaml
 from pretrain.runtime.errors import UserError
 
 
@@ -85,10 +86,34 @@ def compose_config(
 ) -> DictConfig:
     """Return the config composed from conf/config.yaml and ``words``. It raises the exceptions of `plain_mistakes`."""
     with plain_mistakes():
-        return hydra.compose_config("config", words, mode, validate_sweep_overrides=validate_sweep_overrides)
+        try:
+            return hydra.compose_config("config", words, mode, validate_sweep_overrides=validate_sweep_overrides)
+        except MissingConfigException as error:  # Hydra omits the choices of a group with several
+            error.options = error.options or options_of(hydra, str(error.missing_cfg_file).rpartition("/")[0])
+            raise
 
 
 def options_of(hydra: Hydra, group: str) -> list[str]:
     """Return the choices of a group; an unknown group has none."""
     found: Any = hydra.config_loader.get_group_options(group)
     return list(found)
+
+
+def files_of(loader: ConfigLoader, words: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the YAML files from which ``words`` compose a config, in the order in which they are merged.
+
+    Each is the dotted key under which the file is placed, and its content with unresolved interpolations. Hydra's own files
+    are left out.
+    """
+    with plain_mistakes():
+        merged = loader.compute_defaults_list("config", words, RunMode.RUN).defaults
+    folders = [
+        Path(p.path.removeprefix("file://")) for p in loader.get_search_path().get_path() if p.provider != "hydra"
+    ]
+    found = []
+    for entry in merged:
+        file = next((file for folder in folders if (file := folder / f"{entry.config_path}.yaml").is_file()), None)
+        content = read_yaml(file) if file is not None else None
+        if isinstance(content, dict):
+            found.append((entry.package or "", content))
+    return found

@@ -6,15 +6,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
+from inspect import signature
 from keyword import iskeyword
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from pretrain.config.trust import PARTS
+from pretrain.config.trust import MULTI_SELECT, PARTS
 from pretrain.optim.learning_rate import AUTO, with_lr
+from pretrain.optim.plain import PlainOptimizer
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.config import CheckpointConfig
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from pretrain.evaluation.prompts import Prompts
     from pretrain.launch.config import LaunchConfig
     from pretrain.models.causal_lm import CausalLM
+    from pretrain.models.transforms.base import ModelTransform
     from pretrain.optim.base import OptimizerFactory
     from pretrain.strategy.base import Strategy
     from pretrain.strategy.precision import Precision
@@ -30,10 +33,17 @@ if TYPE_CHECKING:
     from pretrain.telemetry.config import TelemetryConfig
     from pretrain.telemetry.sinks.base import Sink
     from pretrain.training.guard.config import GuardConfig
+    from pretrain.training.hook import Hook
 
 Finite = Field(allow_inf_nan=False)
 ONE_LINE = r"^[^\x00-\x1f\x7f]+$"  # for a folder's name, which can become part of a line of a script or a log
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+RUNTIME_ARGUMENTS = {  # group → arguments that the run passes, never YAML; a target that needs one is bound, not called
+    "scheduler": {"step", "total_steps", "warmup_steps"},
+    "optimizer": {"named_parameters", "params"},
+}
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,8 @@ class RunConfig(RootKeys):
         telemetry: Additional measurements.
         launch: How processes are started and supervised.
         sweep: How a sweep is ranked and reported.
+        transforms: The changes of the model, in the order in which they are applied.
+        hooks: State beside the model; `Hook.setup` creates it anew.
         plain: The same config as a dict of plain values, as written to config.yaml and as sent to workers.
     """
 
@@ -100,14 +112,24 @@ class RunConfig(RootKeys):
     telemetry: TelemetryConfig
     launch: LaunchConfig
     sweep: SweepConfig
+    transforms: tuple[ModelTransform, ...]
+    hooks: tuple[Hook, ...]
     plain: dict[str, Any] = field(repr=False)
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> RunConfig:
         """Build the typed config from a checked dict."""
         built = with_lr(plain, 1.0)  # a placeholder for lr=auto: the optimizer is created only after `with_lr`
-        groups = {group: build_part(built[group]) for group in PARTS if group != "sink"}
-        return cls(**{key.name: plain[key.name] for key in fields(RootKeys)}, **groups, plain=plain)
+        groups = {
+            group: build_part(built[group], RUNTIME_ARGUMENTS.get(group, ()))
+            for group in PARTS
+            if group not in MULTI_SELECT
+        }
+        transforms, hooks = (
+            tuple(map(build_part, (built.get(group) or {}).values())) for group in ("transform", "hook")
+        )
+        root = {key.name: plain[key.name] for key in fields(RootKeys)}
+        return cls(**root, **groups, transforms=transforms, hooks=hooks, plain=plain)
 
     def with_lr(self, lr: float) -> RunConfig:
         """Return the config with ``lr`` in place of ``auto``, also in the optimizer."""
@@ -123,8 +145,16 @@ class RunConfig(RootKeys):
         return [self.plain["optimizer"].get(key) for key in ("_target_", "compensate")]
 
 
-def build_part(node: dict[Any, Any]) -> Any:
-    """Return the object that ``node`` describes. A key that is a keyword of Python gets an underscore (``async_``)."""
-    from hydra.utils import instantiate
+def build_part(node: dict[Any, Any], of_run: Collection[str] = ()) -> Any:
+    """Return the object that ``node`` describes. A key that is a keyword of Python gets an underscore (``async_``).
 
-    return instantiate({f"{k}_" if iskeyword(str(k)) else k: v for k, v in node.items()}, _convert_="all")
+    A target whose first parameter is in ``of_run`` is bound to its keys, and the run calls it later.
+    """
+    from hydra.utils import get_object, instantiate
+
+    arguments = {f"{k}_" if iskeyword(str(k)) else k: v for k, v in node.items()}
+    first = next(iter(signature(get_object(node["_target_"])).parameters), None) if of_run else None
+    if first in of_run:
+        arguments["_partial_"] = True
+    part = instantiate(arguments, _convert_="all")
+    return PlainOptimizer(part) if first == "params" and first in of_run else part

@@ -35,6 +35,13 @@ PARTS = {  # group → the class whose subclasses it may create; schedules are f
     "launch": "pretrain.launch.config.LaunchConfig",
     "sweep": "pretrain.sweep.config.SweepConfig",
     "sink": "pretrain.telemetry.sinks.base.Sink",
+    "transform": "pretrain.models.transforms.base.ModelTransform",
+    "hook": "pretrain.training.hook.Hook",
+}
+MULTI_SELECT = ("sink", "transform", "hook")  # groups with any number of choices, each under its own key
+NESTED_PARTS = {  # mappings of parts inside a group → the class of their values
+    "evaluation.domains": PARTS["dataset"],
+    "evaluation.tasks": "pretrain.evaluation.task.EvaluationTask",
 }
 MOVED = {  # `_target_` of an earlier version, which users' YAML files may contain → the present one
     "pretrain.precision.Precision": "pretrain.strategy.precision.Precision",
@@ -72,12 +79,25 @@ def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] =
     if target in trusted:
         return found
     real_name = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
-    if real_name != target:  # an import of that module or of a trusted package, such as `pretrain.x.subprocess.Popen`
+    is_own = trusts(trusted, real_name) if is_trusted else real_name == target
+    if not is_own:  # what the named module has imported itself, such as `pretrain.x.subprocess.Popen`
         raise _refused(path, target)
     if not is_trusted and not _belongs(found, base):
         what = base if isinstance(base, str) else f"{base.__module__}.{base.__qualname__}"
         raise UserError(f"{path}._target_={target!r}: not a part that is allowed here; allowed are those of {what}")
     return found
+
+
+def base_of(path: str) -> str:
+    """Return the class to which a part at a path such as ``optimizer`` or ``sink.csv`` must belong, as in ``PARTS``.
+
+    Raises ``UserError`` for a path at which only a trusted part may be.
+    """
+    of_items = NESTED_PARTS | {group: PARTS[group] for group in MULTI_SELECT}
+    base = PARTS.get(path) or of_items.get(path.rpartition(".")[0])
+    if base is None:
+        raise UserError(f"{path}: not a place of a part")
+    return base
 
 
 def with_moved_targets(node: Any) -> Any:

@@ -23,6 +23,7 @@ from pretrain.runtime.strict_json import parse_json
 
 CHECKSUM_NUMBERS = 1 << 24
 PIECES = "pieces"  # metadata of a file: {name: [first row, full shape]} for the tensors that are sharded in it
+Manifest = dict[str, tuple[str, list[int]]]  # name → dtype and full shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,11 @@ def local(tensor: Tensor) -> Tensor:
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor of a sharded one (a collective); any other tensor is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def by_rows(tensor: DTensor) -> bool:
+    """Return whether ``tensor`` is sharded along dim 0 alone, or not at all."""
+    return all(isinstance(p, Replicate) or p == Shard(0) for p in tensor.placements)
 
 
 def start_of(tensor: Tensor) -> int:
@@ -75,7 +81,7 @@ def local_shard(tensor: Tensor, *, is_main: bool) -> TensorShard | None:
     if not isinstance(tensor, DTensor):
         return TensorShard(tensor.detach(), 0, tuple(tensor.shape)) if is_main else None
     mesh = tensor.device_mesh
-    assert all(isinstance(p, Replicate) or p == Shard(0) for p in tensor.placements)
+    assert by_rows(tensor)
     if any(isinstance(p, Replicate) and mesh.get_local_rank(dim) for dim, p in enumerate(tensor.placements)):
         return None
     part = local(tensor).detach()
@@ -88,8 +94,19 @@ def write(path: Path, shards: Mapping[str, TensorShard]) -> bool:
         return False
     parts = {n: [p.start, list(p.shape)] for n, p in shards.items() if p.tensor.shape != torch.Size(p.shape)}
     metadata = {"format": "pt"} | ({PIECES: json.dumps(parts)} if parts else {})
-    save_file({name: p.tensor.contiguous() for name, p in shards.items()}, path, metadata=metadata)
+    save_file(_unshared({name: p.tensor.contiguous() for name, p in shards.items()}), path, metadata=metadata)
     return True
+
+
+def _unshared(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``named`` with copies in place of tensors that are another one's memory, which safetensors rejects."""
+    seen: set[int] = set()
+    for name, tensor in named.items():
+        if tensor.data_ptr() in seen:
+            named[name] = tensor.clone()
+        elif tensor.numel():
+            seen.add(tensor.data_ptr())
+    return named
 
 
 class TensorFiles:
@@ -194,20 +211,25 @@ def described(tensor: Tensor) -> tuple[str, list[int]]:
     return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
 
 
-def manifest(named: Mapping[str, Tensor]) -> dict[str, tuple[str, list[int]]]:
+def manifest(named: Mapping[str, Tensor]) -> Manifest:
     """Return dtype and full shape of each tensor, by name."""
     return {name: described(tensor) for name, tensor in named.items()}
 
 
 def fill(tensor: Tensor, files: TensorFiles, name: str) -> None:
-    """Copy the tensor ``name`` of ``files`` into ``tensor``; if that is sharded, only this rank's rows.
+    """Copy the tensor ``name`` of ``files`` into ``tensor``; if that is sharded, only this rank's part.
 
     Raises ``UserError`` if the shapes differ.
     """
     check_shape(name, files, tuple(tensor.shape))
     part, start = local(tensor), start_of(tensor)
+    read = files.read(name, start, start + len(part)) if part.ndim else files.read(name)
+    if isinstance(tensor, DTensor) and not by_rows(tensor):
+        _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        for dim in range(1, read.ndim):
+            read = read.narrow(dim, offsets[dim], part.shape[dim])
     with torch.no_grad():
-        part.copy_(files.read(name, start, start + len(part)) if part.ndim else files.read(name))
+        part.copy_(read)
 
 
 def check_names(names: Iterable[str], files: TensorFiles) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveInt
 
 from pretrain.data.sources.base import Source
+from pretrain.evaluation.task import EvaluationTask
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class EvaluationConfig:
         sample_tokens: Length of a greedy continuation in tokens.
         sample_prompts: The user's own prompts, which the model continues too.
         domains: Sources of role ``base`` by the name of their YAML key.
+        tasks: Further measurements by the name of their YAML key.
     """
 
     batch_size: Literal["auto"] | PositiveInt
@@ -33,3 +35,4 @@ class EvaluationConfig:
     sample_tokens: PositiveInt = 32
     sample_prompts: list[str] = field(default_factory=list)
     domains: dict[str, Source] = field(default_factory=dict)
+    tasks: dict[str, EvaluationTask] = field(default_factory=dict)

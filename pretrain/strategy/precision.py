@@ -13,7 +13,8 @@ from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from torch.amp.grad_scaler import GradScaler
+
+    from pretrain.strategy.loss_scaler import LossScaler
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,13 @@ class Precision:
             return nullcontext()
         return torch.autocast(device_type, self.compute_dtype)
 
-    def grad_scaler(self, device_type: str) -> GradScaler:
+    def grad_scaler(self, device_type: str) -> LossScaler:
         """Return a loss scaler, which is enabled under fp16 only. This also sets ``tf32`` for a GPU's fp32 matmuls."""
         import torch
+
+        from pretrain.strategy.loss_scaler import LossScaler
 
         if device_type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = self.tf32
             torch.backends.cudnn.allow_tf32 = self.tf32
-        return torch.amp.GradScaler(device_type, enabled=self.compute == "float16")
+        return LossScaler(device_type, enabled=self.compute == "float16")

@@ -44,7 +44,7 @@ def sweep(arguments: list[str], config_dir: str | None, overrides: list[str], cl
     """
     with composing(conf_dir(), config_dir) as hydra:
         config = compose_config(hydra, [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
-        plan = Plan(hydra.config_loader, config)
+        plan = Plan(hydra.config_loader, config, config_dir)
         plan.check(cli_values)
         folder = Path(os.path.expanduser(config.sweep_dir or config.hydra.sweep.dir))
         check_part("sweep", OmegaConf.to_container(config.sweep, resolve=True), PARTS["sweep"], [])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pretrain.sweep.config import RUN_METRICS
+from pretrain.telemetry.history import History, domain_metrics
 from pretrain.telemetry.record import change_of
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import tail
@@ -19,36 +19,10 @@ DECIMALS = (
 
 
 def measures_of(run: Path) -> dict[str, Any]:
-    """Return the measures of a run; a number that the run does not have is ``None``.
-
-    The keys are ``new_loss``, ``new_delta`` and ``forgetting`` (nats per token, means over domains), ``train_loss``,
-    ``tokens_per_second``, and ``results`` (the last evaluation of each domain).
-    """
-    results: dict[str, dict[str, Any]] = read_run_file(run).get("results") or {}
-    last: dict[str, dict[str, Any]] = {}
-    for record in tail(run / "metrics.jsonl"):
-        last[record.get("event", "")] = record
-    train, finished = last.get("train", {}), last.get("run_finished", {})
-    speeds = (finished.get("tokens_per_second"), train.get("tokens_per_second_run"), train.get("tokens_per_second"))
-    losses = (train.get("loss_mean"), train.get("loss"))
-    return _of_domains(results) | {
-        "train_loss": next((loss for loss in losses if loss is not None), None),
-        "tokens_per_second": next((speed for speed in speeds if speed is not None), None),
-    }
-
-
-def _of_domains(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the measures that are computed from ``results``, the last scores of each domain. Scores of an earlier step than
-    the last one are ignored, because those domains are no longer evaluated."""
-    last = max((s.get("step", 0) for s in results.values()), default=0)
-    scores = [s for s in results.values() if s.get("step", 0) == last]
-    of_role = {role: [s for s in scores if s.get("role") == role] for role in ("new", "base")}
-    return {
-        "new_loss": mean(s.get("loss") for s in of_role["new"]),
-        "new_delta": mean(change_of(s) for s in of_role["new"]),
-        "forgetting": mean(change_of(s) for s in of_role["base"]),
-        "results": results,
-    }
+    """Return the metrics of a run (see `History.metrics`), read from run.json and the last records, because metrics.jsonl can be
+    long; a number that the run does not have is ``None``."""
+    last_records = History(tail(run / "metrics.jsonl"), on_invalid=lambda number, error: None)
+    return last_records.metrics(read_run_file(run).get("results") or {})
 
 
 def objectives(run: Path, metric: str) -> dict[int, float]:
@@ -61,7 +35,7 @@ def objectives(run: Path, metric: str) -> dict[int, float]:
         by_step.setdefault(record["step"], {})[record["domain"]] = record
     domains = len(by_step.pop(0, {}))
     complete = {step: results for step, results in by_step.items() if len(results) == domains}
-    values = {step: objective_in(_of_domains(results), metric) for step, results in complete.items()}
+    values = {step: objective_in(domain_metrics(results), metric) for step, results in complete.items()}
     return {step: value for step, value in values.items() if value is not None}
 
 
@@ -87,13 +61,6 @@ def evaluations(file: Path) -> list[dict[str, Any]]:
     return [
         r for r in found if isinstance(r, dict) and r.get("event") == "evaluation" and "step" in r and "domain" in r
     ]
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean, or ``None`` if any value is ``None``, because a mean over fewer values is not comparable."""
-    every = list(values)
-    known = [v for v in every if v is not None]
-    return sum(known) / len(known) if known and len(known) == len(every) else None
 
 
 def ranking(rows: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pretrain.sweep.measure import evaluations, mean, ranking
+from pretrain.sweep.measure import evaluations, ranking
 from pretrain.sweep.parallel import Axis, parallel_chart
+from pretrain.telemetry.history import mean
 from pretrain.telemetry.numbers import amount, compact, duration, number, signed
 from pretrain.telemetry.report import style
 from pretrain.telemetry.report.charts import Line, Point, line_chart, scatter_chart

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, open_dict
 from pretrain.config.check import check
 from pretrain.config.compose import resolve
 from pretrain.config.hydra_configs import plain_mistakes
+from pretrain.config.inherited_keys import drop_inherited_keys
 from pretrain.config.schema import RunConfig
 from pretrain.config.trust import check_command_line_only, command_line_only_values
 from pretrain.data.domains import base_domains
@@ -30,8 +31,9 @@ class Plan:
     latter as two keys.
     """
 
-    def __init__(self, loader: Any, config: DictConfig) -> None:
+    def __init__(self, loader: Any, config: DictConfig, config_dir: str | None = None) -> None:
         self._loader = loader
+        self._config_dir = config_dir
         self._config = config
         params = config.hydra.sweeper.get("params") or {}
         words = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
@@ -65,13 +67,14 @@ class Plan:
         for words in jobs:
             with plain_mistakes():
                 config = self._loader.load_sweep_config(self._config, words)
+            drop_inherited_keys(config, self._loader, words)
             with open_dict(config):
                 del config["hydra"]
             resolved = resolve(config)
             # words include a file's hydra.sweeper.params too; trust._only_sweeps has checked them, so they set no key that
             # only the command line may set
             check_command_line_only(resolved, cli_values | command_line_only_values(words))
-            check_metric(check(resolved, here=here))
+            check_metric(check(resolved, here=here, config_dir=self._config_dir))
         if "output_dir" in self._overrides and "output_dir" not in self.keys and not one:
             raise UserError(
                 "output_dir: every job of a sweep has its own folder; sweep_dir=... sets their parent folder"

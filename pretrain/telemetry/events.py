@@ -14,6 +14,8 @@ from pretrain.telemetry.step_timer import StepTimes
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pretrain.telemetry.history import History
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -33,6 +35,8 @@ class RunStarted(Event):
         records: Records that were saved with the checkpoint. metrics.jsonl may lack them after a full disk or the loss of
             a machine.
         facts: Metadata that is written to run.json (world size, strategy, versions, number of parameters, …).
+        history: The aggregate of the run's records up to this step, for sinks; the monitor adds each record before the
+            sinks get it. ``None`` in the event that the trainer emits.
     """
 
     total_steps: int
@@ -40,6 +44,7 @@ class RunStarted(Event):
     pending_evaluation: bool = False
     records: tuple[dict[str, Any], ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    history: History | None = None
 
 
 @dataclass(frozen=True, slots=True)

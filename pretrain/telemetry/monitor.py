@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,9 +34,11 @@ from pretrain.telemetry.events import (
     TrainingPaused,
 )
 from pretrain.telemetry.goodput import Goodput
+from pretrain.telemetry.history import History
 from pretrain.telemetry.interval import Interval
 from pretrain.telemetry.record import Record, fields_of, json_safe
-from pretrain.telemetry.window import Window
+from pretrain.telemetry.sinks.jsonl import records_until
+from pretrain.telemetry.window import Total, Window
 
 if TYPE_CHECKING:
     from pretrain.telemetry.sinks.base import Sink
@@ -56,7 +59,8 @@ class Monitor:
         self._run = run
         self._every = Interval(log_every)
         self._window = Window()
-        self._total = _Total()
+        self._total = Total()
+        self.history = History()
         self._goodput = Goodput(run)
         self._facts: Record = {}
         self._layers: list[tuple[int, LayerNorms]] = []
@@ -107,8 +111,8 @@ class Monitor:
         self._unsaved.extend(event.records)
         self._total_steps = event.total_steps
         self._facts = event.facts
-        self._goodput.start(event)
-        self._call_sinks(lambda s: s.open(self._run, event))
+        self._open_sinks(event)
+        self._goodput.start(event, self.history)
         self._write(
             "run_started", event.step, {"total_steps": event.total_steps, "resumed": event.resumed} | event.facts
         )
@@ -119,12 +123,18 @@ class Monitor:
         self._call_sinks(lambda s: s.close())
         self._keep_unsaved(lambda r: r["step"] <= event.step)
         again = RunStarted(event.step, self._total_steps, resumed=True, records=tuple(self._unsaved))
-        self._call_sinks(lambda s: s.open(self._run, again))
+        self._open_sinks(again)
         self._write("rollback", event.step, fields_of(event))
-        self._goodput.go_back(event.step)
         self._layers.clear()
         self._paced_from = self._last = None
         self._window.restart()
+
+    def _open_sinks(self, start: RunStarted) -> None:
+        """Restore the history up to ``start.step``, then open the sinks. The history is read before, because opening a sink
+        truncates its file."""
+        self.history = history_until(self._run, start, self.history)
+        start = replace(start, history=self.history)
+        self._call_sinks(lambda s: s.open(self._run, start))
 
     def _step(self, event: StepDone) -> None:
         self._window.add(event)
@@ -143,7 +153,6 @@ class Monitor:
         seconds = window.seconds()
         self._logged = True
         self._total.add(window, seconds)
-        self._goodput.add(event.step, seconds)
         record = {
             "epoch": event.epoch,
             "tokens": event.tokens,
@@ -155,7 +164,7 @@ class Monitor:
             "tokens_per_second_run": self._total.tokens / self._total.seconds if self._total.seconds > 0 else None,
             **memory_gib(event.loss.device.type),
             "eta_seconds": self._eta_seconds(event.step),
-            "goodput": self._goodput.share(),
+            "goodput": self._goodput.share(self.history.trained_seconds + seconds),
         }
         if facts.get("devices", 1) > facts.get(
             "world_size", 1
@@ -184,14 +193,19 @@ class Monitor:
         return pace * max(0, self._total_steps - step)
 
     def summary(self) -> Record:
-        """Return the numbers of the whole run: the speed since this start, the goodput since the first one."""
+        """Return the numbers of the whole run: the speed since this start, the goodput since the first one, and ``results``,
+        the last scores of each domain."""
+        return self._totals() | {"results": self.history.results}
+
+    def _totals(self) -> Record:
+        """Return the speed since this start and the goodput since the first one."""
         rates = speed(self._total.tokens, self._total.samples, self._total.seconds, self._facts)
         shown = ("tokens_per_second", "model_flops_per_second", "mfu")
         return {
             **({} if self._last is None else {"tokens": self._last.tokens}),
             "train_seconds": self._total.train_seconds,
             **{name: rates[name] for name in shown},
-            "goodput": self._goodput.share() if self._total_steps else None,
+            "goodput": self._goodput.share(self.history.trained_seconds) if self._total_steps else None,
         }
 
     def _finish(self, event: RunFinished) -> None:
@@ -201,7 +215,7 @@ class Monitor:
             self._log(self._last)
         fields = {
             "status": event.status,
-            **self.summary(),
+            **self._totals(),
             "tokens": event.tokens,
             "model": str(event.model) if event.model else None,
             "folder": str(self._run),
@@ -219,6 +233,7 @@ class Monitor:
     def _write(self, kind: str, step: int, fields: Record) -> None:
         record = {"event": kind, "step": step, "time": time.time()} | json_safe(fields)
         self._unsaved.append(record)
+        self.history.add(record)
         self._call_sinks(lambda s: s.write(record), keep_if_full=True)
 
     def _call_sinks(self, call: Callable[[Sink], None], *, keep_if_full: bool = False) -> None:
@@ -239,23 +254,22 @@ class Monitor:
                 notice(f"sink {name} stopped: {type(error).__name__}: {error}; the run continues without it")
 
 
-class _Total:
-    """Sums over all windows since this start. The first window includes compilation and set-up, so it is excluded from the
-    speed unless it is the only one; ``train_seconds`` includes it."""
+def history_until(run: Path, start: RunStarted, known: History) -> History:
+    """Return the history of the records up to ``start.step``. It is read from metrics.jsonl; without that file, a rollback cuts
+    the history that is ``known``, and a resumed run has the records that were saved with its checkpoint."""
+    file = run / "metrics.jsonl"
+    if start.step == 0 or (known.last and not file.exists()):
+        known.cut(start.step)
+        return known
+    try:
+        records = records_until(file, start)
+    except OSError:  # the sink that appends to the file reports it
+        records = list(start.records)
+    return History(records, on_invalid=lambda number, error: _report_invalid(file, number, error))
 
-    def __init__(self) -> None:
-        self.tokens = self.samples = self._windows = 0
-        self.seconds = self.train_seconds = 0.0
 
-    def add(self, window: Window, seconds: float) -> None:
-        if self._windows == 1:
-            self.tokens = self.samples = 0
-            self.seconds = 0.0
-        self._windows += 1
-        self.train_seconds += seconds
-        self.tokens += window.tokens
-        self.samples += window.samples
-        self.seconds += seconds
+def _report_invalid(file: Path, number: int, error: Exception) -> None:
+    notice(f"{file}: record {number} can't be read: {type(error).__name__}: {error}; it is left out")
 
 
 def data_fields(event: DataStatisticsEvent) -> Record:

@@ -95,3 +95,22 @@ class Window:
             self._fold()
         parts = {f"{part}_seconds": total / self.steps for part, total in self._parts.items()}
         return parts | {f"{what}_seconds": seconds for what, seconds in self._pauses.items()}
+
+
+class Total:
+    """Sums over all windows since this start. The first window includes compilation and set-up, so it is excluded from the
+    speed unless it is the only one; ``train_seconds`` includes it."""
+
+    def __init__(self) -> None:
+        self.tokens = self.samples = self._windows = 0
+        self.seconds = self.train_seconds = 0.0
+
+    def add(self, window: Window, seconds: float) -> None:
+        if self._windows == 1:
+            self.tokens = self.samples = 0
+            self.seconds = 0.0
+        self._windows += 1
+        self.train_seconds += seconds
+        self.tokens += window.tokens
+        self.samples += window.samples
+        self.seconds += seconds

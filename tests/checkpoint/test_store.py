@@ -7,17 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pretrain.checkpoint.atomic import write_folder
 from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.marker import incomplete_reason
 from pretrain.checkpoint.rng import rng_state, seed_everything, set_rng_state
-from pretrain.checkpoint.store import CheckpointStore, load
+from pretrain.checkpoint.schema import validation_error
+from pretrain.checkpoint.store import CheckpointStore, bytes_of, load
+from pretrain.checkpoint.writer import AsyncCheckpointWriter
 from pretrain.distributed.context import DistributedContext
 from pretrain.distributed.sharding import TensorShard, manifest
 from pretrain.models.hub.files import weight_files
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.folders import MARKER
+from tests.damage import edit_state, forge
 
 ALONE = DistributedContext(0, 1, torch.device("cpu"))
 
@@ -54,6 +58,50 @@ def test_reads_back_bit_for_bit(tmp_path):
             assert torch.equal(loaded["engine"][part].read(name), piece.tensor)
     assert {k: v for k, v in loaded.items() if k != "engine"} == {k: v for k, v in saved.items() if k != "engine"}
     assert loaded["engine"]["scaler"] == saved["engine"]["scaler"]
+
+
+def with_hook(step: int) -> dict:
+    """A state with a hook `ema`, which keeps tensors and plain values."""
+    saved, averages = state(step), {"ema/w": torch.full((5, 3), float(step)), "ema/count": torch.tensor(step)}
+    saved["engine"]["hook"] = {name: TensorShard(t, 0, tuple(t.shape)) for name, t in averages.items()}
+    saved["engine"]["tensors"]["hook"] = manifest(averages)
+    return saved | {"hooks": {"ema": {"decay": 0.5, "warm": [1, None]}}}
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_hooks_keep_comes_back(background, tmp_path):
+    writer = AsyncCheckpointWriter(CheckpointStore(tmp_path), world=ALONE, background=background)
+    saved = with_hook(3)
+    assert writer.save(3, saved, at_once=False)
+    writer.wait()
+    path = tmp_path / "step-00000003"
+    loaded = load(path)
+    assert loaded["hooks"] == {"ema": {"decay": 0.5, "warm": [1, None]}}
+    assert loaded["engine"]["hook"].keys() == {"ema/w", "ema/count"}
+    assert torch.equal(loaded["engine"]["hook"].read("ema/w"), torch.full((5, 3), 3.0))
+    assert bytes_of(saved) == bytes_of(state(3)) + 5 * 3 * 4 + 8
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: (path / "hook.safetensors").unlink(), "hook: 'ema/count' is missing"),
+        (
+            lambda path: save_file(
+                {"ema/w": torch.zeros(5, 3), "ema/count": torch.tensor(3.0)}, path / "hook.safetensors"
+            ),
+            "hook: ema/count is float32 [], int64 [] was saved",
+        ),
+        (edit_state(lambda state: state.update(hooks={"ema": 5})), "hooks.ema: input should be an object"),
+        (edit_state(lambda state: state["tensors"].pop("hook")), "hook: 'ema/count' was not saved"),
+    ],
+    ids=["no file", "another dtype", "no values", "not listed"],
+)
+def test_damaged_hooks_are_noticed(damage, says, tmp_path):
+    path = saved_at(CheckpointStore(tmp_path), 3, with_hook(3))
+    damage(path)
+    forge(path)
+    assert says in validation_error(path)
 
 
 def test_newest_passes_over_what_is_torn_and_says_why(tmp_path, capsys):

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from pretrain.config.check import GROUPS, check, conf_dir
 from pretrain.config.compose import resolve
 from pretrain.config.schema import RootKeys
+from pretrain.config.trust import MULTI_SELECT
 from pretrain.runtime.errors import UserError
 
 NEEDS = {  # keys without a default
@@ -30,7 +31,7 @@ FILES = sorted(f for g in (*GROUPS, "experiment") for f in (conf_dir() / g).glob
 def test_composes_and_checks(file, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     group, choice = file.parent.name, file.stem
-    override = f"{group}=[{choice}]" if group == "sink" else f"{group}={choice}"
+    override = f"{group}=[{choice}]" if group in MULTI_SELECT else f"{group}={choice}"
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = hydra.compose("config", overrides=[override, *NEEDS.get((group, choice), [])])
     check(resolve(config))
@@ -41,15 +42,16 @@ def test_says_what_it_is_for(file):
     assert file.read_text().startswith("# "), "the first comment line is its entry in --help"
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.parent.name not in ("experiment", "sink", "evaluation")])
+@pytest.mark.parametrize("file", [f for f in FILES if f.parent.name not in ("experiment", "evaluation", *MULTI_SELECT)])
 def test_lists_every_key_of_its_target(file):
     """A reader of the YAML sees all there is to set."""
-    from pretrain.config.check import RUNTIME_ARGUMENTS, in_yaml
+    from pretrain.config.check import in_yaml
+    from pretrain.config.schema import RUNTIME_ARGUMENTS
     from pretrain.config.trust import PARTS, locate
 
     node = OmegaConf.to_container(OmegaConf.load(file))
     parameters = inspect.signature(locate(file.parent.name, node["_target_"], PARTS[file.parent.name])).parameters
-    keys = {in_yaml(name) for name in parameters} - RUNTIME_ARGUMENTS
+    keys = {in_yaml(name) for name in parameters} - RUNTIME_ARGUMENTS.get(file.parent.name, set())
     assert keys - set(node) <= OPTIONAL.get(file.stem, set())
 
 

@@ -10,7 +10,7 @@ import pytest
 from pretrain.config.check import conf_dir
 from pretrain.config.compose import compose, resolve
 from pretrain.config.schema import build_part
-from pretrain.config.trust import PARTS, locate
+from pretrain.config.trust import MULTI_SELECT, PARTS, locate
 from pretrain.runtime.errors import UserError
 from tests.cli.test_cli import assert_mistake
 from tests.config.test_conf import NEEDS
@@ -116,9 +116,9 @@ def test_every_part_is_made_without_a_trace(group, tmp_path, monkeypatch):
     listening = False
     sys.addaudithook(watch)
     for file in (conf_dir() / group).glob("*.yaml"):
-        word = f"{group}=[{file.stem}]" if group == "sink" else f"{group}={file.stem}"
+        word = f"{group}=[{file.stem}]" if group in MULTI_SELECT else f"{group}={file.stem}"
         config = resolve(compose([word, *(NEEDS.get((group, file.stem)) or [])]))
-        nodes = config["sink"].values() if group == "sink" else [config[group]]
+        nodes = config[group].values() if group in MULTI_SELECT else [config[group]]
         listening = True
         for node in nodes:
             build_part(node)

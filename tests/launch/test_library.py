@@ -19,7 +19,21 @@ from pretrain.runtime.signals import SIGNALS
 from pretrain.telemetry.run_file import read_run_file
 
 PAGE = Path(__file__).parents[2] / "docs" / "library.md"
-PUBLIC = ["RunConfig", "RunResult", "Sink", "Source", "Strategy", "Trainer", "UserError", "compose", "train"]
+PUBLIC = [
+    *(
+        "EvaluationTask",
+        "Hook",
+        "Metric",
+        "ModelTransform",
+        "RunConfig",
+        "RunResult",
+        "Sink",
+        "Source",
+        "Strategy",
+        "Trainer",
+    ),
+    *("UserError", "compose", "train"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -94,8 +94,8 @@ def test_files_of_somebody_elses_are_not_replaced(name, more, command, base_argu
 
 
 def test_a_domain_is_text_in_the_report():
+    from pretrain.telemetry.history import History
     from pretrain.telemetry.report.folder import Run
-    from pretrain.telemetry.report.history import History
     from pretrain.telemetry.report.page import run_page
 
     score = {

@@ -15,6 +15,7 @@ from pretrain.cli.flat_yaml import overrides_from
 from pretrain.config.check import GROUPS, check
 from pretrain.config.compose import compose, forced, in_plain_words, resolve
 from pretrain.config.quoting import quoted_word
+from pretrain.config.trust import MULTI_SELECT
 from pretrain.runtime.errors import UserError
 from tests.config.test_conf import FILES
 
@@ -185,7 +186,7 @@ def theirs(tmp_path_factory):
 def any_file(theirs, drawn):
     group, text = drawn
     (theirs / group / "mine.yaml").write_text(text, encoding="utf-8", errors="surrogateescape")
-    chosen = f"{group}=[mine]" if group == "sink" else f"{group}=mine"
+    chosen = f"{group}=[mine]" if group in MULTI_SELECT else f"{group}=mine"
     said(["--config-dir", str(theirs), chosen])
     with contextlib.suppress(UserError):
         overrides_from(theirs / group / "mine.yaml", [])

@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from pretrain.sweep.measure import measures_of
 from pretrain.telemetry.events import (
     DomainScore,
     Evaluated,
@@ -19,9 +21,12 @@ from pretrain.telemetry.events import (
     StepDone,
     TrainingPaused,
 )
+from pretrain.telemetry.history import History
 from pretrain.telemetry.monitor import Monitor
+from pretrain.telemetry.report.sink import Report
 from pretrain.telemetry.run_file import RunFile, read_run_file
 from pretrain.telemetry.sinks.jsonl import Jsonl, read_records
+from pretrain.telemetry.sinks.terminal import Terminal
 
 
 @pytest.fixture
@@ -212,8 +217,55 @@ def test_a_disk_that_is_full_for_a_while_costs_no_sink(tmp_path, capsys):
     )
 
 
+def with_run_file(run):
+    """Call a monitor and the listener that writes run.json, as a run does."""
+    monitor = Monitor({}, run=run, log_every=1)
+    run_file = RunFile(run, monitor.summary)
+    return lambda event: (monitor(event), run_file(event))
+
+
+def test_what_is_shown_of_a_run_comes_from_one_history(tmp_path, capsys):
+    """run.json, the console, the report and the metrics of a sweep agree to the last digit, over a resume and a rollback."""
+
+    def start(step):
+        sinks = {"jsonl": Jsonl(), "report": Report(), "console": Terminal()}
+        monitor = Monitor(sinks, run=tmp_path, log_every=1)
+        run_file = RunFile(tmp_path, monitor.summary)
+
+        def emit(*events):
+            for event in events:
+                monitor(event)
+                run_file(event)
+
+        emit(RunStarted(step, total_steps=4, resumed=step > 0, facts={"name": "r"}))
+        return monitor, emit
+
+    def evaluated(step, loss):
+        return Evaluated(step, (DomainScore("d", "new", loss, math.exp(loss), None, 5, loss - 3.0, None, "text"),), 0.1)
+
+    _, emit = start(0)
+    emit(evaluated(0, 3.0), step_done(1, 2.5), step_done(2, 2.0), evaluated(2, 2.0))
+    monitor, emit = start(1)  # the score of step 2 was lost
+    assert list(read_run_file(tmp_path)["results"]) == ["d"]
+    assert read_run_file(tmp_path)["results"]["d"]["step"] == 0
+    emit(step_done(2, 2.25), evaluated(2, 2.75), step_done(3, 9.0), evaluated(3, 9.0), RolledBack(2, 3, "spike"))
+    assert read_run_file(tmp_path)["results"]["d"]["loss"] == 2.75
+    emit(step_done(3, 1.75), step_done(4, 1.5), evaluated(4, 2.5), RunFinished(4, "finished", 40))
+    assert read_run_file(tmp_path)["results"] == {
+        "d": {"domain": "d", "role": "new", "loss": 2.5, "perplexity": math.exp(2.5), "bits_per_byte": None}
+        | {"tokens": 5, "delta_loss": -0.5, "delta_reason": None, "digest": "text", "step": 4}
+    }
+    read = History(read_records(tmp_path / "metrics.jsonl"))
+    assert monitor.history.metrics() == read.metrics() == measures_of(tmp_path)
+    assert [read.metrics()[name] for name in ("new_loss", "new_delta", "train_loss")] == [2.5, -0.5, 1.5]
+    assert [step for step, _ in read.losses] == [1, 2, 3, 4]
+    assert monitor.history.losses == read.losses
+    assert "perplexity 20.09 → 12.18, −0.500 nats per token" in (tmp_path / "report.html").read_text()
+    assert re.search(r"d \(new\) +20.09 +12.18 +↓ 0.5000 better", capsys.readouterr().out)
+
+
 def test_run_json_tells_status_and_results(tmp_path):
-    listener = RunFile(tmp_path)
+    listener = with_run_file(tmp_path)
     listener(RunStarted(0, total_steps=2, resumed=False, facts={"world_size": 1}))
     assert read_run_file(tmp_path)["status"] == "running"
     listener(Evaluated(2, (DomainScore("d", "new", 2.0, 7.4, 1.1, 5, -0.5),), 0.1))
@@ -239,7 +291,7 @@ def test_run_json_tells_status_and_results(tmp_path):
 def test_a_run_goes_on_without_what_is_wrong_in_its_run_json(damage, tmp_path):
     facts = {"results": {"d": {"loss": 1.0}}, "restarts": 2, "started_at": 100.0, "seconds": 7.0, "status": "stopped"}
     (tmp_path / "run.json").write_text(json.dumps(facts | damage))
-    listener = RunFile(tmp_path)
+    listener = with_run_file(tmp_path)
     listener(RunStarted(4, total_steps=8, resumed=True))
     listener(Evaluated(4, (DomainScore("new", "new", 2.0, 7.4, 1.1, 5, -0.5),), 0.1))
     (name,) = damage
@@ -257,7 +309,7 @@ def test_a_run_json_that_is_something_else_is_none(text, tmp_path):
 
 
 def test_run_json_has_no_infinity(tmp_path):
-    listener = RunFile(tmp_path)
+    listener = with_run_file(tmp_path)
     listener(RunStarted(0, total_steps=2, resumed=False))
     listener(Evaluated(0, (DomainScore("d", "new", 800.0, float("inf"), None, 5, 0.0),), 0.1))
     text = (tmp_path / "run.json").read_text()

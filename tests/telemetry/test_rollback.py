@@ -39,7 +39,7 @@ def test_each_step_is_told_once(tmp_path, capsys):
     (rollback,) = [r for r in records if r["event"] == "rollback"]
     assert (rollback["step"], rollback["bad_step"], rollback["reason"]) == (1, 3, "spike")
     assert at_rollback == 1
-    assert report.history.train.steps == [1, 2, 3, 4]
+    assert monitor.history.train.steps == [1, 2, 3, 4]
     assert "finished at step 4/4" in capsys.readouterr().out
 
 
@@ -48,4 +48,4 @@ def test_a_report_without_a_file_of_records_cuts_its_own(tmp_path):
     monitor = Monitor({"report": report}, run=tmp_path, log_every=1)
     for event in events():
         monitor(event)
-    assert report.history.train.steps == [1, 2, 3, 4]
+    assert monitor.history.train.steps == [1, 2, 3, 4]

@@ -8,10 +8,10 @@ import pytest
 
 from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.record import change_of, scored_before
-from pretrain.telemetry.run_summary import MAX_LOSSES, RunSummary
 from pretrain.telemetry.sinks.jsonl import Jsonl
 from pretrain.telemetry.sinks.terminal import Terminal
-from pretrain.telemetry.sinks.terminal_tables import BLOCKS, SPARK_WIDTH, one_line, sparkline
+from pretrain.telemetry.sinks.terminal_tables import BLOCKS, one_line, sparkline
+from tests.telemetry.fed import Fed
 
 ESCAPE = "\x1b"
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|4[0-7]|9[0-7]|38;[\d;]+|48;[\d;]+)(?:;\d+)*m")
@@ -52,7 +52,7 @@ SPLIT |= {"mfu": 0.412, "memory_reserved_gib": 1.0, "host_memory_gib": 2.0, "eta
 
 
 def play(records, tmp_path, level=3):
-    sink = Terminal(level)
+    sink = Fed(Terminal(level))
     sink.open(tmp_path, RunStarted(records[0]["step"], 40, resumed=records[0]["resumed"]))
     for record in records:
         sink.write(record)
@@ -323,7 +323,7 @@ def test_what_was_before_is_worked_out_of_a_later_record():
 
 def test_a_rollback_takes_the_scores_back(tmp_path, capsys):
     """That of step 20 is of the branch that was left."""
-    jsonl, sink = Jsonl(), Terminal()
+    jsonl, sink = Jsonl(), Fed(Terminal())
     jsonl.open(tmp_path, RunStarted(0, 40, resumed=False))
     sink.open(tmp_path, RunStarted(0, 40, resumed=False))
     scores = [evaluation(s, "python", "new", loss, 4.0) for s, loss in ((0, 4.0), (10, 3.0), (20, 9.0))]
@@ -336,23 +336,5 @@ def test_a_rollback_takes_the_scores_back(tmp_path, capsys):
     assert re.search(r"python \(new\) .* ↓ 1.0000 better", capsys.readouterr().out.split("change in loss")[1])
 
 
-def test_a_rollback_takes_the_curve_back():
-    tally = RunSummary()
-    tally.start(0)
-    for step in (1, 2, 3):
-        tally.add(train(step, float(step)))
-    tally.start(1)
-    tally.add(train(2, 5.0))
-    assert list(tally.losses) == [(1, 1.0), (2, 5.0)]
-    assert tally.seconds["step"] == 2.0  # four steps of half a second: what was lost took its time too
-
-
 def test_one_line():
     assert one_line("a\n\n  b\tc\x9b31m") == "a ⏎ b·c·31m"
-
-
-def test_the_memory_of_a_long_run_does_not_grow():
-    tally = RunSummary()
-    for step in range(1, 10 * MAX_LOSSES):
-        tally.add(train(step, float(step)))
-    assert len(tally.losses) == MAX_LOSSES >= SPARK_WIDTH

@@ -62,14 +62,15 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> Markup:
     for number in sorted(range(len(runs)), key=lambda i: _gain(runs[i])):
         run, history = runs[number], runs[number].history
         speed = (history.end or {}).get("tokens_per_second") or history.train.median("tokens_per_second")
+        metrics = history.metrics()
         mfu = (history.end or {}).get("mfu") or history.last_train.get("mfu")
         rows.append(
             (
                 _marked(names[number], number),
                 Markup(pill(run.status, KINDS.get(run.status, ""))),
                 f"{history.step:,}",
-                signed(plots.mean_change(history, "new")),
-                signed(plots.mean_change(history, "base")),
+                signed(metrics["new_delta"]),
+                signed(metrics["forgetting"]),
                 join(f"{name} {before_after(d)}; " for name, d in history.domains.items())[:-2],
                 amount(speed),
                 share(mfu),
@@ -83,8 +84,8 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> Markup:
 
 
 def _gain(run: Run) -> float:
-    change = plots.mean_change(run.history, "new")
-    return float("inf") if change is None else change
+    change = run.history.metrics()["new_delta"]
+    return float("inf") if change is None else float(change)
 
 
 def _marked(name: str, number: int) -> Markup:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pretrain.config.yaml_file import read_yaml
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
+from pretrain.telemetry.history import History
 from pretrain.telemetry.record import Record
-from pretrain.telemetry.report.history import History
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import iter_records, read_records
 
@@ -74,15 +74,14 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}")
     if not file.is_file():
         raise UserError(f"{path}: not a run folder: it has no {RECORDS}")
-    history = History()
-    number = 0
+
+    def refuse(number: int, error: Exception) -> NoReturn:
+        raise UserError(f"{file}: record {number} can't be read: {type(error).__name__}: {error}") from None
+
     try:
-        for number, record in enumerate(iter_records(file, on_incomplete=_report_incomplete), start=1):  # noqa: B007 (used below)
-            history.add(record)
+        history = History(iter_records(file, on_incomplete=_report_incomplete), on_invalid=refuse)
     except OSError as error:
         raise UserError(f"{file} can't be read: {error.strerror}") from None
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: record {number} can't be read: {type(error).__name__}: {error}") from None
     return run_of(path, history)
 
 

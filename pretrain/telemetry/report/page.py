@@ -9,12 +9,12 @@ from typing import Any
 
 from pretrain.config.defaults import defaults_for
 from pretrain.telemetry.baseline import doubt
+from pretrain.telemetry.history import Domain, History
 from pretrain.telemetry.numbers import NOTHING, amount, duration, instant, is_number, number, share, signed, size
 from pretrain.telemetry.record import Record
 from pretrain.telemetry.report import plots
 from pretrain.telemetry.report.config_diff import as_yaml, differing, flat
 from pretrain.telemetry.report.folder import Run
-from pretrain.telemetry.report.history import Domain, History
 from pretrain.telemetry.report.style import (
     KINDS,
     Markup,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pretrain.telemetry.history import PARTS, History
 from pretrain.telemetry.numbers import compact, share
 from pretrain.telemetry.report.charts import (
     Format,
@@ -15,7 +16,6 @@ from pretrain.telemetry.report.charts import (
     scatter_chart,
 )
 from pretrain.telemetry.report.folder import Run
-from pretrain.telemetry.report.history import PARTS, History
 from pretrain.telemetry.report.style import NUM_COLOURS, Markup, join
 
 NATS = "nats per token"
@@ -180,7 +180,8 @@ def trade_chart(runs: Sequence[Run], names: Sequence[str]) -> Markup:
     """Return the chart of gain on the new domains against forgetting of the base domains, with one point per run."""
     points = []
     for i, (name, run) in enumerate(zip(names, runs, strict=True)):
-        gain, lost = mean_change(run.history, "new"), mean_change(run.history, "base")
+        metrics = run.history.metrics()
+        gain, lost = metrics["new_delta"], metrics["forgetting"]
         if gain is not None and lost is not None:
             points.append(Point(name, gain, lost, i % NUM_COLOURS, strong=len(runs) <= 8))
     return scatter_chart(
@@ -191,14 +192,6 @@ def trade_chart(runs: Sequence[Run], names: Sequence[str]) -> Markup:
         zero=True,
         large=True,
     )
-
-
-def mean_change(history: History, role: str) -> float | None:
-    """Return the mean change of the loss since step 0 over the domains of a role. It is ``None`` if the change of any domain
-    is unknown, because a mean over fewer domains is not comparable."""
-    changes = [d.change() for d in history.domains.values() if d.role == role]
-    known = [change for change in changes if change is not None]
-    return sum(known) / len(known) if known and len(known) == len(changes) else None
 
 
 def _curves(

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from pretrain.runtime.atomic_files import replace_file
 from pretrain.telemetry.events import RunStarted
+from pretrain.telemetry.history import History
 from pretrain.telemetry.record import WITH_EVALUATION, Record
-from pretrain.telemetry.report.folder import RECORDS, run_of
-from pretrain.telemetry.report.history import History
+from pretrain.telemetry.report.folder import run_of
 from pretrain.telemetry.sinks.base import Sink
-from pretrain.telemetry.sinks.jsonl import records_until
 
 MAX_SHARE = 0.05  # maximum share of a run's time that drawing may take
 
@@ -28,18 +27,12 @@ class Report(Sink):
         self._evaluated = False
         self._page = ""  # drawn, but not written yet
         self._next_at = 0.0  # on the monotonic clock
-        self.history = History()
+        self._history = History()
 
     def open(self, run: Path, start: RunStarted) -> None:
-        self._run = run
-        earlier = run / RECORDS
-        if start.step and earlier.exists():
-            self.history = History(records_until(earlier, start))
-        else:  # after a rollback without metrics.jsonl, keep the history in memory
-            self.history.cut(start.step)
+        self._run, self._history = run, start.history or History()
 
     def write(self, record: Record) -> None:
-        self.history.add(record)
         event, over = record["event"], record["event"] == "run_finished"
         self._evaluated |= event == "evaluation" and record["step"] > 0
         complete = event == "data" or event not in WITH_EVALUATION  # `data` is the last record of an evaluation
@@ -58,7 +51,7 @@ class Report(Sink):
         from pretrain.telemetry.report.page import run_page
 
         started_at = time.monotonic()
-        page = run_page(run_of(self._run, self.history))
+        page = run_page(run_of(self._run, self._history))
         now = time.monotonic()
         self._next_at = now + (now - started_at) / MAX_SHARE
         return page

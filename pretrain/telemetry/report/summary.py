@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pretrain.telemetry.history import Domain
 from pretrain.telemetry.numbers import number, signed
-from pretrain.telemetry.report.history import Domain
 
 # Changes of the loss in nats per token; the perplexity changes by a factor of e to this power. A change of less than 0.5 %
 # counts as none; the sizes end at changes of 5 %, 35 % and a factor of 2.7.

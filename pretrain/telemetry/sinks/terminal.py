@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pretrain.telemetry.events import RunStarted
+from pretrain.telemetry.history import History
 from pretrain.telemetry.numbers import number
 from pretrain.telemetry.record import Record
-from pretrain.telemetry.run_summary import RunSummary
 from pretrain.telemetry.sinks import terminal_tables as tables
 from pretrain.telemetry.sinks.base import Sink
-from pretrain.telemetry.sinks.jsonl import records_until
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -30,7 +29,7 @@ class Terminal(Sink):
         self._level = level
         self._console: Console | None = None
         self._live: Live | None = None
-        self._summary = RunSummary()
+        self._history = History()
         self._last: Record = {"step": 0}
         self._total = 0
         self._over = False
@@ -39,11 +38,7 @@ class Terminal(Sink):
     def open(self, run: Path, start: RunStarted) -> None:
         self._console = self.console()
         self._total, self._folder, self._over = start.total_steps, run, False
-        if start.step and (not self._summary.after or self._summary.scored_after(start.step)):
-            self._summary = RunSummary()
-            for record in _earlier(run, start):
-                self._summary.add(record)
-        self._summary.start(start.step)
+        self._history = start.history or History()
         self._last = {"step": start.step}
         # a terminal without cursor movement gets one line per log step, like a file
         if self._level >= 3 and self._total and self._console.is_interactive and self._console.file.isatty():
@@ -64,7 +59,6 @@ class Terminal(Sink):
         return live
 
     def write(self, record: Record) -> None:
-        self._summary.add(record)
         getattr(self, f"_{record['event']}", lambda record: None)(record)
 
     def close(self) -> None:
@@ -80,7 +74,7 @@ class Terminal(Sink):
 
         assert self._console is not None
         width, curve = self._console.width, self._console.encoding.lower().startswith("utf")
-        lines = tables.status(self._last, self._summary, total=self._total, width=width, level=self._level, curve=curve)
+        lines = tables.status(self._last, self._history, total=self._total, width=width, level=self._level, curve=curve)
         return lines if self._over else Group(lines, "")
 
     def _print(self, *parts: Any) -> None:
@@ -135,11 +129,11 @@ class Terminal(Sink):
     def _run_finished(self, r: Record) -> None:
         assert self._console is not None
         self.close()
-        if self._summary.after:
+        if self._history.domains:
             self._console.print(self._domains(r["step"]))
-            for reason in tables.reasons(self._summary):
+            for reason in tables.reasons(self._history):
                 self._print(reason)
-        for line in tables.samples(self._summary, r["step"]):
+        for line in tables.samples(self._history, r["step"]):
             self._console.print(line, no_wrap=True, overflow="ellipsis")
         if self._total:
             self._totals(r)
@@ -148,8 +142,8 @@ class Terminal(Sink):
         """Return the table of each domain's change in this run, or of the scores if nothing was trained."""
         assert self._console is not None
         if not self._total:
-            return tables.scores(self._summary)
-        return tables.changes(self._summary, step=step, width=self._console.width)
+            return tables.scores(self._history)
+        return tables.changes(self._history, step=step, width=self._console.width)
 
     def _totals(self, r: Record) -> None:
         """Print the status, the speed, and the paths of the results."""
@@ -160,9 +154,9 @@ class Terminal(Sink):
         speed += [f"goodput {r['goodput']:.0%}"] if r.get("goodput") is not None else []
         if speed:
             self._print_labelled("speed", " · ".join(speed))
-        if spent := tables.time_line(self._summary):
+        if spent := tables.time_line(self._history):
             self._print_labelled("time", spent)
-        if memory := self._summary.memory_gib:
+        if memory := self._history.memory_gib:
             names = {"memory_gib": "GiB peak", "host_memory_gib": "GiB on the host"}
             self._print_labelled("memory", " · ".join(f"{gib:.2f} {names[kind]}" for kind, gib in memory.items()))
         if r["model"]:
@@ -170,11 +164,3 @@ class Terminal(Sink):
         if (self._folder / "report.html").exists():
             self._print_labelled("report", str(self._folder / "report.html"))
         self._print_labelled("records", str(self._folder / "metrics.jsonl"))
-
-
-def _earlier(run: Path, start: RunStarted) -> list[Record]:
-    """Return the earlier records of a resumed run; none if they can't be read, which other sinks report."""
-    try:
-        return records_until(run / "metrics.jsonl", start)
-    except (OSError, ValueError):
-        return []

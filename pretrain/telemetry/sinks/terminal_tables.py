@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pretrain.telemetry.history import History
 from pretrain.telemetry.numbers import duration, number
-from pretrain.telemetry.record import Record, change_of
-from pretrain.telemetry.run_summary import RunSummary
+from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record, change_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +32,7 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
     return "".join("×" if v is None else BLOCKS[round((v - low) / span * 7) if span > 0 else 0] for v in shown)
 
 
-def status(record: Record, summary: RunSummary, *, total: int, width: int, level: int, curve: bool) -> Table:
+def status(record: Record, history: History, *, total: int, width: int, level: int, curve: bool) -> Table:
     """Return the two status lines of a running run: the bar, and the numbers with the curve of the loss.
 
     ``curve`` is whether the terminal can print the characters of the curve. ``record`` is the last train record; before the
@@ -54,7 +54,7 @@ def status(record: Record, summary: RunSummary, *, total: int, width: int, level
     lines = Table.grid(expand=False)
     lines.width = min(width, 100)
     lines.add_row(bar)
-    lines.add_row(numbers_line(record, summary, width=lines.width, level=level, curve=curve) if "lr" in record else "")
+    lines.add_row(numbers_line(record, history, width=lines.width, level=level, curve=curve) if "lr" in record else "")
     return lines
 
 
@@ -66,7 +66,7 @@ def progress_text(record: Record, total: int) -> str:
     return f"{record['step'] / total:4.0%}" + (f"  {duration(left)} left" if left is not None else "")
 
 
-def numbers_line(r: Record, summary: RunSummary, *, width: int, level: int, curve: bool) -> Text:
+def numbers_line(r: Record, history: History, *, width: int, level: int, curve: bool) -> Text:
     """Return the loss and as many other numbers as fit, the most important first."""
     from rich.text import Text
 
@@ -85,22 +85,22 @@ def numbers_line(r: Record, summary: RunSummary, *, width: int, level: int, curv
         room -= len(word) + 3
     line = Text.assemble(("loss ", "bright_black"), (loss, "bold"), no_wrap=True, overflow="ellipsis")
     if curve:
-        values = [value for _, value in summary.losses]
+        values = [value for _, value in history.losses]
         line.append(f"  {sparkline(values, min(SPARK_WIDTH, NEEDED_SPARK + room))}", "cyan")
     for word in shown:
         line.append(" · ", "bright_black").append(word)
     return line
 
 
-def changes(summary: RunSummary, *, step: int, width: int) -> Table:
+def changes(history: History, *, step: int, width: int) -> Table:
     """Return the table of each domain's change in the run, which is at ``step``; narrow terminals get short labels."""
     narrow = width < NARROW
     titles = ("perplexity", "nats") if narrow else ("perplexity before", "after", "change in loss (nats)")
     table = _table("domain", *titles)
-    for domain, after in summary.after.items():
-        values = [number(summary.before[domain]["perplexity"]), _scored_last(after, step)]
+    for name, domain in history.domains.items():
+        values = [number(domain.first["perplexity"]), _scored_last(domain.last, step)]
         values = [" → ".join(values)] if narrow else values
-        table.add_row(f"{domain} ({after['role']})", *values, change(after, word=not narrow))
+        table.add_row(f"{name} ({domain.role})", *values, change(domain.last, word=not narrow))
     return table
 
 
@@ -111,31 +111,38 @@ def _scored_last(record: Record, step: int) -> str:
     return number(record["perplexity"]) + ("" if record["step"] == step else f" (step {record['step']})")
 
 
-def reasons(summary: RunSummary) -> list[str]:
+def reasons(history: History) -> list[str]:
     """Return one line for each domain whose change is unknown, with the reason."""
     return [
-        f"{domain}: change since step 0 unknown: {record['delta_reason']}"
-        for domain, record in summary.after.items()
-        if record.get("delta_reason")
+        f"{name}: change since step 0 unknown: {domain.last['delta_reason']}"
+        for name, domain in history.domains.items()
+        if domain.last.get("delta_reason")
     ]
 
 
-def scores(summary: RunSummary) -> Table:
+def scores(history: History) -> Table:
     """Return the table of scores of `task=evaluation`."""
     table = _table("domain", "loss (nats)", "perplexity", "bits per byte", "tokens")
-    for domain, r in summary.after.items():
+    for name, domain in history.domains.items():
+        r = domain.last
         loss, bits = ("—" if r[key] is None else f"{r[key]:.4f}" for key in ("loss", "bits_per_byte"))
-        table.add_row(f"{domain} ({r['role']})", loss, number(r["perplexity"]), bits, f"{r['tokens']:,}")
+        table.add_row(f"{name} ({domain.role})", loss, number(r["perplexity"]), bits, f"{r['tokens']:,}")
     return table
 
 
-def samples(summary: RunSummary, step: int) -> list[Text]:
-    """Return one sample per domain, before and after the run, which is at ``step``. The caller truncates the lines to the
-    width of the terminal."""
+def samples(history: History, step: int) -> list[Text]:
+    """Return one sample per domain and each of the user's prompts, before and after the run, which is at ``step``. The caller
+    truncates the lines to the width of the terminal."""
     from rich.text import Text
 
+    shown: dict[tuple[str, str], list[Record]] = {}
+    for known in filter(None, history.samples.values()):
+        first, last = known[0], known[-1]
+        pair = shown.setdefault((first["domain"], first["prompt"] if first["role"] == "user" else ""), [first, last])
+        if last["step"] > pair[1]["step"]:  # the domain's prompt has changed
+            pair[1] = last
     lines = []
-    for before, after in summary.samples.values():
+    for before, after in shown.values():
         prompt = one_line(after["prompt"])
         tail = prompt if len(prompt) <= PROMPT_TAIL else f"…{prompt[-PROMPT_TAIL:]}"
         lines.append(Text.assemble((f"{after['domain']} ({after['role']})", "bold"), f"  {tail}"))
@@ -148,11 +155,16 @@ def samples(summary: RunSummary, step: int) -> list[Text]:
     return lines
 
 
-def time_line(summary: RunSummary) -> Text:
+def time_line(history: History) -> Text:
     """Return the total time and the share of each part in its colour; the result is empty if no times were recorded."""
     from rich.text import Text
 
-    spent = summary.spent()
+    names = ("training", *STEP_PARTS, "other", *WINDOW_PARTS)
+    steps = (
+        "other" if history.seconds["compute"] else "training"
+    )  # records without the parts of a step have its time only
+    known = history.seconds | {"other": 0.0, steps: history.seconds["other"]}
+    spent = {name: known[name] for name in names if known.get(name, 0.0) > 0}
     total = sum(spent.values())
     line = Text(duration(total) if total else "")
     for name, seconds in spent.items():

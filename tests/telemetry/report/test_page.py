@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 
 from pretrain.config.check import conf_dir
 from pretrain.config.defaults import defaults_for
+from pretrain.telemetry.history import Domain, History
 from pretrain.telemetry.numbers import duration
 from pretrain.telemetry.report.compare import compare_page, names_of
 from pretrain.telemetry.report.config_diff import differing
 from pretrain.telemetry.report.folder import Run, read_run
-from pretrain.telemetry.report.history import Domain, History
 from pretrain.telemetry.report.page import run_page
 from pretrain.telemetry.report.summary import verdict
 from tests.telemetry.report.records import SCRIPT, evaluation, eventful, started, train, write_run

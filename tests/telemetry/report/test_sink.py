@@ -5,13 +5,14 @@ import pytest
 from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.report.sink import Report
 from pretrain.telemetry.sinks.jsonl import Jsonl
+from tests.telemetry.fed import Fed
 from tests.telemetry.report.records import evaluation, eventful, sample, started, train, write_run
 
 DATA = {"event": "data", "step": 5, "time": 5.0, "tokens_per_document": 9.0, "sources": {"statutes": {"tokens": 9}}}
 
 
 def test_it_is_written_once_an_evaluation_with_all_that_comes_with_it(tmp_path):
-    report, page = Report(), tmp_path / "report.html"
+    report, page = Fed(Report()), tmp_path / "report.html"
     report.open(tmp_path, RunStarted(0, 9, resumed=False))
     start = [
         started(total=9),
@@ -43,7 +44,7 @@ def test_it_is_written_once_an_evaluation_with_all_that_comes_with_it(tmp_path):
 
 @pytest.mark.parametrize("after", [train(6), {"event": "checkpoint", "step": 5, "time": 5.0}])
 def test_where_no_data_comes_with_an_evaluation(after, tmp_path):
-    report, page = Report(), tmp_path / "report.html"
+    report, page = Fed(Report()), tmp_path / "report.html"
     report.open(tmp_path, RunStarted(0, 9, resumed=False))
     for record in (train(5), evaluation(5, "law", "new", 2.5, -0.5), sample(5, " as it is now.")):
         report.write(record)
@@ -54,7 +55,7 @@ def test_where_no_data_comes_with_an_evaluation(after, tmp_path):
 
 def test_it_goes_on_from_the_records_of_the_run_it_continues(tmp_path):
     write_run(tmp_path, eventful(400))
-    jsonl, report = Jsonl(), Report()
+    jsonl, report = Jsonl(), Fed(Report())
     again = RunStarted(200, 400, resumed=True, pending_evaluation=True)
     for sink in (report, jsonl):
         sink.open(tmp_path, again)
@@ -70,7 +71,7 @@ def test_it_goes_on_from_the_records_of_the_run_it_continues(tmp_path):
 
 def test_what_could_not_be_written_is_tried_again_and_not_drawn_again(tmp_path, monkeypatch):
     """With every record of a run of several days: what that costs must not be a drawing."""
-    report, page, drawn = Report(), tmp_path / "report.html", []
+    report, page, drawn = Fed(Report()), tmp_path / "report.html", []
     monkeypatch.setattr("pretrain.telemetry.report.page.run_page", lambda run: drawn.append(run) or "page")
     report.open(tmp_path, RunStarted(0, 9, resumed=False))
     page.mkdir()  # no file can take its place
@@ -82,3 +83,15 @@ def test_what_could_not_be_written_is_tried_again_and_not_drawn_again(tmp_path, 
     report.write(train(8))
     assert page.read_text() == "page"
     assert len(drawn) == 1
+
+
+def test_without_metrics_jsonl_a_resumed_run_shows_what_came_with_its_checkpoint(tmp_path):
+    """The perplexity before the run is computed from the change, if the record of step 0 is not among the records."""
+    report = Fed(Report())
+    saved = (train(4), evaluation(5, "law", "new", 2.5, -0.5))
+    report.open(tmp_path, RunStarted(5, 9, resumed=True, records=saved))
+    assert report.history.train.steps == [4]
+    for record in (started(5, resumed=True, total=9), evaluation(9, "law", "new", 2.0, -1.0)):
+        report.write(record)
+    report.write({"event": "run_finished", "step": 9, "time": 9.0, "status": "finished"})
+    assert "learned a lot of law (perplexity 20.09 → 7.39" in (tmp_path / "report.html").read_text()

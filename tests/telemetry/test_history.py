@@ -1,8 +1,10 @@
-"""What a page keeps of a run: little, whatever its length, and of all of it."""
+"""The aggregate of a run's records: little, whatever its length, and of all of it."""
 
 import pytest
 
-from pretrain.telemetry.report.history import MAX_POINTS, Curves, History
+from pretrain.telemetry.curves import MAX_POINTS, Curves
+from pretrain.telemetry.history import MAX_LOSSES, History, domain_metrics
+from pretrain.telemetry.sinks.terminal_tables import SPARK_WIDTH
 from tests.telemetry.report.records import evaluation, eventful, started, train
 
 
@@ -70,3 +72,49 @@ def test_a_domain_begins_and_ends_with_its_own_scores():
     assert law.scores.width > 1
     assert (steps[0], values[0], steps[-1], values[-1]) == (0, 0.0, 1000, -2.0)
     assert len(steps) == len(values) <= 201
+
+
+def test_going_back_takes_the_losses_and_the_seconds_of_training_back():
+    history = History([started(), *(train(step) for step in (1, 2, 3))])
+    assert [step for step, _ in history.losses] == [1, 2, 3]
+    history.cut(1)
+    history.add(train(2) | {"loss_mean": 5.0})
+    assert list(history.losses)[1:] == [(2, 5.0)]
+    assert history.trained_seconds == 2.0
+    assert sum(history.seconds.values()) == 4 * (0.95 + 0.25 + 0.05), "what was lost took its time too"
+
+
+def test_the_memory_of_a_long_run_does_not_grow():
+    history = History(train(step) for step in range(1, 10 * MAX_LOSSES))
+    assert len(history.losses) == MAX_LOSSES >= SPARK_WIDTH
+    assert history.memory_gib == {"memory_gib": 20.5, "host_memory_gib": 3.5}
+
+
+def test_a_record_that_lacks_a_field_is_reported_or_raised():
+    records, invalid = [started(), {"event": "evaluation", "step": 1}, train(2)], []
+    history = History(records, on_invalid=lambda number, error: invalid.append((number, str(error))))
+    assert invalid == [(2, "'domain'")]
+    assert history.train.steps == [2]
+    with pytest.raises(KeyError, match="domain"):
+        History(records)
+
+
+def test_the_numbers_that_runs_are_compared_by():
+    scores = [
+        evaluation(s, *of, -d) for s, d in ((0, 0.0), (9, 0.5)) for of in (("law", "new", 3 - d), ("med", "new", 2.0))
+    ]
+    history = History([started(), evaluation(0, "old", "base", 2.0, 0.0), train(9), *scores])
+    metrics = history.metrics()
+    assert {k: metrics[k] for k in ("new_loss", "new_delta", "forgetting")} == {
+        "new_loss": 2.25,
+        "new_delta": -0.5,
+        "forgetting": None,  # it was not scored at the last step
+    }
+    assert metrics["train_loss"] == train(9)["loss_mean"]
+    assert metrics["tokens_per_second"] == train(9)["tokens_per_second"]
+    history.add({"event": "run_finished", "step": 9, "status": "finished", "tokens_per_second": 7.0})
+    assert history.metrics()["tokens_per_second"] == 7.0
+    assert metrics["results"]["law"] == {
+        k: v for k, v in evaluation(9, "law", "new", 2.5, -0.5).items() if k not in ("event", "time")
+    }
+    assert domain_metrics({}) == {"new_loss": None, "new_delta": None, "forgetting": None, "results": {}}

@@ -1,101 +1,30 @@
-"""The history of a run for its report page, in constant memory: a curve keeps at most some hundred points.
+"""The aggregate of a run's records: run.json, the console, the report, the table of a sweep and `RunResult` take their numbers
+from it.
 
-When there are more records than that, neighbouring points are merged into one that has their mean, minimum and maximum.
+`Window` makes the numbers of one train record from the steps of that record; everything that needs more than one record is here.
+The size is bounded: curves are thinned, and of the windows of steps only two numbers each are kept.
 """
 
 from __future__ import annotations
 
+import math
+from array import array
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from pretrain.telemetry.curves import Curves
 from pretrain.telemetry.numbers import is_number
 from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record, change_of, scored_before
 
-MAX_POINTS = 400  # maximum number of points of a curve; after merging, at least half as many remain
 MAX_CHECKPOINTS = 12  # the last checkpoints that are listed
 MAX_EVENTS = 200  # starts and rollbacks that are listed
+MAX_LOSSES = 100  # log steps whose loss is kept: the curve on a terminal shows one per column
 
 PARTS = (*STEP_PARTS, *WINDOW_PARTS, "other")
-
-
-@dataclass(slots=True)
-class _Point:
-    """One point of a curve. ``numbers`` maps each key to [count, sum, minimum, maximum] over ``records`` records."""
-
-    step: int
-    records: int = 0
-    numbers: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, step: int, record: Record) -> None:
-        self.step, self.records = step, self.records + 1
-        for key, value in record.items():
-            if is_number(value):
-                known = self.numbers.get(key)
-                if known is None:
-                    self.numbers[key] = [1, value, value, value]
-                else:
-                    known[:] = known[0] + 1, known[1] + value, min(known[2], value), max(known[3], value)
-
-    def merge(self, later: _Point) -> None:
-        self.step, self.records = later.step, self.records + later.records
-        for key, (count, total, low, high) in later.numbers.items():
-            known = self.numbers.setdefault(key, [0, 0.0, low, high])
-            known[:] = known[0] + count, known[1] + total, min(known[2], low), max(known[3], high)
-
-
-class Curves:
-    """Curves of several keys over the same steps, thinned to at most ``points`` points."""
-
-    def __init__(self, points: int = MAX_POINTS) -> None:
-        self._limit = points
-        self._points: list[_Point] = []
-        self.width = 1  # records per point
-
-    def add(self, step: int, record: Record) -> None:
-        """Add every finite number of ``record``; other values are ignored."""
-        if not self._points or self._points[-1].records >= self.width:
-            self._points.append(_Point(step))
-        self._points[-1].add(step, record)
-        if len(self._points) > self._limit:
-            self._halve()
-
-    def _halve(self) -> None:
-        for left, right in zip(self._points[::2], self._points[1::2], strict=False):
-            left.merge(right)
-        self._points = self._points[::2]
-        self.width *= 2
-
-    def cut(self, step: int) -> None:
-        """Remove all points that include records after ``step``."""
-        self._points = [p for p in self._points if p.step <= step]
-
-    @property
-    def steps(self) -> list[int]:
-        """Return the last step of every point."""
-        return [p.step for p in self._points]
-
-    def mean(self, key: str) -> list[float | None]:
-        """Return the mean of ``key`` at every point; ``None`` where no record has it."""
-        found = (p.numbers.get(key) for p in self._points)
-        return [None if n is None else n[1] / n[0] for n in found]
-
-    def low(self, key: str) -> list[float | None]:
-        """Return the minimum of ``key`` at every point."""
-        return [p.numbers[key][2] if key in p.numbers else None for p in self._points]
-
-    def high(self, key: str) -> list[float | None]:
-        """Return the maximum of ``key`` at every point."""
-        return [p.numbers[key][3] if key in p.numbers else None for p in self._points]
-
-    def has(self, key: str) -> bool:
-        """Return whether any point has ``key``."""
-        return any(key in p.numbers for p in self._points)
-
-    def median(self, key: str) -> float | None:
-        """Return the median of the points' means of ``key``, or ``None``."""
-        values = sorted(v for v in self.mean(key) if v is not None)
-        return values[len(values) // 2] if values else None
+INVALID = (KeyError, ValueError, TypeError, AttributeError)  # what `History.add` raises for a record that lacks a field
 
 
 @dataclass
@@ -136,43 +65,62 @@ class Domain:
 class History:
     """The history of a run. Records are added in order, from a file or while the run writes them.
 
+    ``on_invalid`` is called for each of ``records`` that lacks a required field of its event; without it, the exception is
+    raised (one of ``INVALID``).
+
     Attributes:
         train: Curves of the train records.
         last_train: Last train record.
         num_train: Number of train records.
+        losses: (step, loss or None) of the last train records: the mean over the record's steps, if the record has it.
         domains: Scores by domain.
         layers: Curves of the norms by layer.
         samples: First and last sample by domain and prompt.
         data: Last ``data`` record.
         checkpoints: Last checkpoint records.
         num_checkpoints: Number of checkpoint records.
-        happened: Last starts, rollbacks and ends.
+        run_events: Last starts, rollbacks and ends.
         first: First record.
         start: Last ``run_started`` record.
         end: ``run_finished`` record of the last start, if it exists.
         last: Step and time of the last record.
         seconds: Total seconds by part.
+        memory_gib: Peak memory in GiB by kind.
+        trained_seconds: Seconds of the training steps that were kept. A window that a rollback cuts in its middle does not
+            count, nor does one whose first step is unknown because the records before it are missing. NaN if a record does
+            not have its seconds.
     """
 
-    def __init__(self, records: Iterable[Record] = ()) -> None:
+    def __init__(
+        self, records: Iterable[Record] = (), *, on_invalid: Callable[[int, Exception], None] | None = None
+    ) -> None:
         self.train = Curves()
         self.last_train: Record = {}
         self.num_train = 0
+        self.losses: deque[tuple[int, float | None]] = deque(maxlen=MAX_LOSSES)
         self.domains: dict[str, Domain] = {}
         self.layers: dict[str, Curves] = {}
         self.samples: dict[tuple[str, str], list[Record]] = {}  # key: domain, prompt; value: first and last
         self.data: Record = {}
         self.checkpoints: deque[Record] = deque(maxlen=MAX_CHECKPOINTS)
         self.num_checkpoints = 0
-        self.run_events: deque[Record] = deque(maxlen=MAX_EVENTS)  # starts, rollbacks, ends
+        self.run_events: deque[Record] = deque(maxlen=MAX_EVENTS)
         self.first: Record = {}
         self.start: Record = {}
         self.end: Record | None = None
         self.last: Record = {}
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._counted = 0  # the step up to which seconds are counted
-        for record in records:
-            self.add(record)
+        self.memory_gib: dict[str, float] = {}
+        self._counted: int | None = None  # the step up to which seconds are counted; unknown before the first record
+        self._window_steps, self._window_seconds = array("q"), array("d")  # last step and seconds of every window
+        self.trained_seconds = 0.0
+        for number, record in enumerate(records, start=1):
+            try:
+                self.add(record)
+            except INVALID as error:
+                if on_invalid is None:
+                    raise
+                on_invalid(number, error)
 
     @property
     def step(self) -> int:
@@ -213,7 +161,11 @@ class History:
         self.domains = {name: d for name, d in self.domains.items() if d.scores.steps}
         self.samples = {k: [r for r in v if r["step"] <= step] for k, v in self.samples.items()}
         self.checkpoints = deque((r for r in self.checkpoints if r["step"] <= step), maxlen=MAX_CHECKPOINTS)
-        self._counted = min(self._counted, step)
+        self.losses = deque((point for point in self.losses if point[0] <= step), maxlen=MAX_LOSSES)
+        windows = bisect_right(self._window_steps, step)
+        del self._window_steps[windows:], self._window_seconds[windows:]
+        self.trained_seconds = sum(self._window_seconds)
+        self._counted = None if self._counted is None else min(self._counted, step)
 
     def _add_run_event(self, record: Record) -> None:
         self.run_events.append(record)
@@ -226,28 +178,84 @@ class History:
     def _train(self, record: Record) -> None:
         self.num_train += 1
         self.last_train = record
+        self.losses.append((record["step"], record.get("loss_mean", record.get("loss"))))
         parts = self._parts(record)
         self.train.add(record["step"], record | {f"part/{name}": seconds for name, seconds in parts.items()})
         for name, seconds in parts.items():
             self.seconds[name] += seconds
+        if self._counted is not None:
+            each = record.get("step_seconds")
+            seconds = (record["step"] - self._counted) * (each if is_number(each) else math.nan)
+            self._window_steps.append(record["step"])
+            self._window_seconds.append(seconds)
+            self.trained_seconds += seconds
         self._counted = record["step"]
+        on_host = record.get("memory_reserved_gib") is None  # without a GPU, `memory_gib` is host memory
+        for kind in ("memory_gib",) if on_host else ("memory_gib", "host_memory_gib"):
+            if is_number(gib := record.get(kind)):
+                self.memory_gib[kind] = max(self.memory_gib.get(kind, 0.0), gib)
 
     def _parts(self, record: Record) -> dict[str, float]:
         """Return the seconds since the previous record by part. If the record has no parts of a step but the data, the time of
         the steps is ``other``."""
-        steps = max(record["step"] - self._counted, 1)
+        steps = max(record["step"] - (self._counted or 0), 1)
         parts = {name: _seconds(record, name) * steps for name in STEP_PARTS}
         unattributed = _seconds(record, "step") * steps - sum(parts.values())
         return parts | {name: _seconds(record, name) for name in WINDOW_PARTS} | {"other": max(unattributed, 0.0)}
 
     def _evaluation(self, record: Record) -> None:
-        domain = self.domains.setdefault(str(record["domain"]), Domain(str(record.get("role")), record, record))
-        domain.first, domain.last = scored_before(domain.first, record), record
+        name = str(record["domain"])
+        known = self.domains.get(name)
+        first = scored_before(None if known is None else known.first, record)
+        domain = self.domains.setdefault(name, Domain(str(record.get("role")), first, record))
+        domain.first, domain.last = first, record
         domain.scores.add(record["step"], record)
 
     def _sample(self, record: Record) -> None:
         kept = self.samples.setdefault((str(record.get("domain")), str(record.get("prompt"))), [])
         kept[1:] = [record]  # keep the first and the last; assigning a slice past the end appends
+
+    @property
+    def results(self) -> dict[str, Record]:
+        """Return the last scores of each domain, with the ``step`` at which they were measured."""
+        own = {name: domain.last for name, domain in self.domains.items()}
+        return {
+            name: {k: v for k, v in last.items() if k not in ("event", "step", "time")} | {"step": last["step"]}
+            for name, last in own.items()
+        }
+
+    def metrics(self, results: Mapping[str, Record] | None = None) -> dict[str, Any]:
+        """Return the numbers by which runs are compared: those of `domain_metrics`, ``train_loss`` and ``tokens_per_second``. A
+        number that the run does not have is ``None``. ``results`` replaces those of the records, if these are not complete."""
+        train, end = self.last_train, self.end or {}
+        speeds = (end.get("tokens_per_second"), train.get("tokens_per_second_run"), train.get("tokens_per_second"))
+        losses = (train.get("loss_mean"), train.get("loss"))
+        return domain_metrics(self.results if results is None else results) | {
+            "train_loss": next((loss for loss in losses if loss is not None), None),
+            "tokens_per_second": next((speed for speed in speeds if speed is not None), None),
+        }
+
+
+def domain_metrics(results: Mapping[str, Record]) -> dict[str, Any]:
+    """Return ``new_loss``, ``new_delta`` and ``forgetting`` (nats per token, means over domains), and ``results``, from which
+    they are computed: the scores of each domain. Scores of an earlier step than the last one are ignored, because those
+    domains are no longer evaluated."""
+    last = max((s.get("step", 0) for s in results.values()), default=0)
+    scores = [s for s in results.values() if s.get("step", 0) == last]
+    of_role = {role: [s for s in scores if s.get("role") == role] for role in ("new", "base")}
+    return {
+        "new_loss": mean(s.get("loss") for s in of_role["new"]),
+        "new_delta": mean(change_of(s) for s in of_role["new"]),
+        "forgetting": mean(change_of(s) for s in of_role["base"]),
+        "results": results,
+    }
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean, or ``None`` if any value is ``None``, because a mean over fewer values is not comparable."""
+    every = list(values)
+    known = [v for v in every if v is not None]
+    return sum(known) / len(known) if known and len(known) == len(every) else None
 
 
 def _seconds(record: Record, name: str) -> float:

@@ -1,0 +1,290 @@
+"""Parts of other people's packages: chosen from a folder of configs, trusted on the command line, built in order."""
+
+import pytest
+
+from pretrain.config.compose import run_config
+from pretrain.evaluation.task import EvaluationTask, Metric
+from pretrain.models.transforms.base import ModelTransform
+from pretrain.runtime.errors import UserError
+from pretrain.training.hook import Hook
+
+PARTS = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Freeze:
+    pattern: str = "wte"
+    def apply(self, model): pass
+
+@dataclass(frozen=True)
+class Lora:
+    rank: int = 4
+    def apply(self, model): pass
+
+@dataclass
+class Ema:
+    decay: float = 0.99
+
+@dataclass(frozen=True)
+class Lion:
+    lr: float
+    beta1: float = 0.5
+    beta2: float = 0.6
+    weight_decay: float = 0.0
+    eps: float = 1.0
+    def __call__(self, named_parameters): pass
+
+class Query:
+    def __init__(self, url, **options): self.url, self.options = url, options
+
+def both(named_parameters, lr, weight_decay=0.0, parts=(), wrap=None): return (lr, weight_decay, parts, wrap)
+
+def half(step, *, total_steps, warmup_steps, ratio=0.5): return ratio
+
+class Accuracy:
+    def __init__(self, questions: int = 3): self.questions = questions
+"""
+FILES = {
+    "transform/freeze.yaml": "# Freeze parameters.\nfreeze: {_target_: ourlab.parts.Freeze, pattern: wte}\n",
+    "transform/lora.yaml": "# LoRA.\nlora: {_target_: ourlab.parts.Lora, rank: 8}\n",
+    "optimizer/lion.yaml": "# Lion: the sign of the momentum.\n_target_: ourlab.parts.Lion\nlr: ${lr}\n",
+    "ourlab/default.yaml": "# Where our data is.\nurl: here\nsizes: [1, 2]\n",
+    "hook/ema.yaml": "# Average.\nema: {_target_: ourlab.parts.Ema, decay: 0.9}\n",
+}
+TRUSTED = "allow_targets=[ourlab]"
+
+
+@pytest.fixture
+def conf(tmp_path, monkeypatch):
+    """The folder of configs; the package is importable."""
+    package = {"ourlab/__init__.py": "from ourlab.parts import Lion\nimport os\n", "ourlab/parts.py": PARTS}
+    for name, text in (package | FILES).items():
+        file = tmp_path / ("" if name.endswith(".py") else "conf") / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    return str(tmp_path / "conf")
+
+
+def test_none_are_chosen_by_default():
+    config = run_config([])
+    assert (config.transforms, config.hooks, config.evaluation.tasks) == ((), (), {})
+    assert "transform" not in config.plain
+
+
+def test_they_are_built_in_the_order_of_the_list(conf):
+    config = run_config(["transform=[lora,freeze]", "hook=[ema]", "transform.lora.rank=2", TRUSTED], conf)
+    assert [type(part).__name__ for part in config.transforms] == ["Lora", "Freeze"]
+    assert config.transforms[0].rank == 2
+    assert [hook.decay for hook in config.hooks] == [0.9]
+    config = run_config(["transform=[freeze,lora]", TRUSTED], conf)
+    assert [type(part).__name__ for part in config.transforms] == ["Freeze", "Lora"]
+
+
+def test_tasks_of_an_evaluation(conf):
+    config = run_config(["evaluation.tasks.quiz={_target_: ourlab.parts.Accuracy, questions: 5}", TRUSTED], conf)
+    assert {name: task.questions for name, task in config.evaluation.tasks.items()} == {"quiz": 5}
+
+
+MISTAKES = {
+    "untrusted": (["transform=[lora]"], r"transform\.lora\._target_='ourlab\.parts\.Lora': .*allow_targets=\[ourlab"),
+    "untrusted hook": (["hook=[ema]"], r"hook\.ema\._target_=.*allow_targets"),
+    "untrusted task": (["evaluation.tasks.quiz._target_=ourlab.parts.Accuracy"], r"evaluation\.tasks\.quiz\._target_="),
+    "not chosen": (["transform.lora.rank=2"], r"transform\.lora: 'lora' is not among the chosen transforms; add it"),
+    "a key of none": (["hook=[ema]", "hook.ema.decai=1", TRUSTED], r"hook\.ema: Ema has no 'decai'.*decay"),
+    "wrong type": (["transform=[lora]", "transform.lora.rank=x", TRUSTED], r"transform\.lora\.rank='x'"),
+    "ours of another kind": (
+        ["evaluation.tasks.x._target_=pretrain.telemetry.sinks.csv.Csv"],
+        "those of .*EvaluationTask",
+    ),
+    "a task's key": (["evaluation.tasks.x={_target_: ourlab.parts.Accuracy, asks: 5}", TRUSTED], r"has no 'asks'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_named(conf, name):
+    words, message = MISTAKES[name]
+    with pytest.raises(UserError, match=message):
+        run_config(words, conf)
+
+
+def test_a_choice_where_there_is_none():
+    with pytest.raises(UserError, match="transform: none of its choices is shipped"):
+        run_config(["transform=[lora]"])
+
+
+def test_the_base_classes():
+    """What a subclass need not write: an export that returns the weights as they are, and the facts of a metric."""
+
+    class Freeze(ModelTransform):
+        def apply(self, model):
+            pass
+
+    weights = {"a": 1}
+    assert Freeze().export(weights) is weights
+    assert Metric("accuracy", 0.5) == Metric("accuracy", 0.5, unit="", better="lower", domain=None, stderr=None)
+    for base in (ModelTransform, Hook, EvaluationTask):
+        with pytest.raises(TypeError, match="abstract"):
+            base()
+
+
+def optimizer(words, conf=None):
+    return run_config([*words, "lr=0.1"], conf).plain["optimizer"]
+
+
+OF_LION = {"_target_": "ourlab.Lion", "lr": 0.1, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
+TARGETS = {  # words → the optimizer's node
+    "a class takes what refers to the run's keys, and none of AdamW's constants": (
+        ["optimizer._target_=ourlab.Lion", TRUSTED],
+        OF_LION,
+    ),
+    "keys of the command line stay": (
+        ["optimizer._target_=ourlab.Lion", "optimizer.eps=2.0", "optimizer.beta1=0.7", TRUSTED],
+        OF_LION | {"beta1": 0.7, "eps": 2.0},
+    ),
+    "the same value as in the YAML stays": (
+        ["optimizer._target_=ourlab.Lion", "optimizer.eps=1e-8", TRUSTED],
+        OF_LION | {"eps": 1e-8},
+    ),
+    "a class of torch": (
+        ["optimizer._target_=torch.optim.Adafactor", "allow_targets=[torch.optim]"],
+        {"_target_": "torch.optim.Adafactor", "lr": 0.1, "weight_decay": 0.1},
+    ),
+    "betas": (
+        ["optimizer._target_=torch.optim.AdamW", "allow_targets=[torch.optim.AdamW]", "beta1=0.8"],
+        {"_target_": "torch.optim.AdamW", "lr": 0.1, "weight_decay": 0.1, "betas": [0.8, 0.95]},
+    ),
+    "a function": (
+        ["optimizer._target_=ourlab.parts.both", TRUSTED],
+        {"_target_": "ourlab.parts.both", "lr": 0.1, "weight_decay": 0.1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_another_class(conf, name):
+    words, node = TARGETS[name]
+    assert optimizer(words) == node
+
+
+def test_another_class_from_an_experiment(conf, tmp_path):
+    file = tmp_path / "conf/experiment/ours.yaml"
+    file.parent.mkdir()
+    file.write_text("# @package _global_\noptimizer: {_target_: ourlab.Lion, eps: 3.0}\n")
+    assert optimizer(["experiment=ours", TRUSTED], conf) == OF_LION | {"eps": 3.0}
+    file.write_text("# @package _global_\noptimizer: {_target_: ourlab.Lion, fused: 3.0}\n")
+    with pytest.raises(UserError, match="Lion has no 'fused'"):
+        run_config(["experiment=ours", TRUSTED], conf)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optimizer._target_=ourlab.Lion", "optimizer.fused=false", TRUSTED], "Lion has no 'fused'"),
+        (["optimizer._target_=ourlab.Lion", "optimizer.ep=1", TRUSTED], "Lion has no 'ep'; did you mean 'eps'"),
+        (["optimizer._target_=ourlab.Lion"], "optimizer._target_='ourlab.Lion': .*'allow_targets="),
+        (["optimizer._target_=ourlab.os.system", TRUSTED], "optimizer._target_='ourlab.os.system'"),
+        (["optimizer=lion", "optimizer.fused=true", TRUSTED], "Lion has no 'fused'; it is a key of optimizer=adamw"),
+        (
+            ["optimizer._target_=ourlab.parts.both", "optimizer.named_parameters=1", TRUSTED],
+            "has no 'named_parameters'",
+        ),
+    ],
+)
+def test_a_typo_stays_an_error(conf, words, message):
+    with pytest.raises(UserError, match=message):
+        run_config(words, conf)
+
+
+def test_another_class_in_other_groups(conf):
+    words = [
+        "dataset=local",
+        "dataset._target_=ourlab.parts.Query",
+        "dataset.url=there",
+        "dataset.port=3",
+        "scheduler._target_=ourlab.parts.half",
+    ]
+    config = run_config([*words, "scheduler.ratio=0.25", "evaluation=new_only", TRUSTED])
+    assert config.plain["dataset"] == {"_target_": "ourlab.parts.Query", "url": "there", "port": 3}
+    assert config.scheduler(1, total_steps=4, warmup_steps=0) == 0.25
+    strategy = run_config(["strategy=fsdp", "strategy._target_=pretrain.strategy.ddp.Ddp"]).plain["strategy"]
+    assert strategy == {"_target_": "pretrain.strategy.ddp.Ddp"}
+    sinks = run_config(["sink=[console,wandb]", "sink.wandb._target_=ourlab.parts.Accuracy", TRUSTED]).plain["sink"]
+    assert sinks["wandb"] == {"_target_": "ourlab.parts.Accuracy"}
+    assert sinks["console"]["level"] == 3
+
+
+def test_a_plain_class_of_torch_trains():
+    torch = pytest.importorskip("torch")
+    words = ["optimizer._target_=torch.optim.Adafactor", "allow_targets=[torch.optim]", "weight_decay=0.2"]
+    factory = run_config([*words, "lr=0.1"]).optimizer
+    matrix, bias, frozen = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,), (3, 3)))
+    frozen.requires_grad_(False)
+    made = factory([("a", matrix), ("b", bias), ("c", frozen)])
+    assert isinstance(made, torch.optim.Adafactor)
+    assert [(group["params"], group["weight_decay"], group["lr"]) for group in made.param_groups] == [
+        ([matrix], 0.2, 0.1),
+        ([bias], 0.0, 0.1),
+    ]
+
+
+def test_a_function_is_bound_and_its_arguments_may_be_parts(conf):
+    words = ["optimizer._target_=ourlab.parts.both", TRUSTED, "lr=0.1"]
+    nested = "optimizer.parts=[{_target_: ourlab.parts.Lion, lr: 1.0}, {_target_: ourlab.parts.Accuracy}]"
+    wrap = "optimizer.wrap={_target_: ourlab.parts.half, _partial_: true, ratio: 0.1}"
+    factory = run_config([*words, nested, wrap]).optimizer
+    lr, weight_decay, parts, half = factory([])
+    assert (lr, weight_decay, parts[0].lr, parts[1].questions) == (0.1, 0.1, 1.0, 3)
+    assert half(1, total_steps=1, warmup_steps=1) == 0.1
+    with pytest.raises(UserError, match=r"optimizer\.parts\.0\._target_='os\.system'"):
+        run_config([*words, "optimizer.parts=[{_target_: os.system}]"])
+    with pytest.raises(UserError, match=r"optimizer\.parts\.0: Lion has no 'lrr'"):
+        run_config([*words, "optimizer.parts=[{_target_: ourlab.parts.Lion, lr: 1.0, lrr: 2}]"])
+
+
+def test_a_group_of_their_own(conf):
+    words = ["+ourlab=default", "dataset=local", "dataset.nameOrPath=${ourlab.url}/x"]
+    config = run_config(words, conf)
+    assert (config.plain["ourlab"], config.plain["dataset"]["nameOrPath"]) == (
+        {"url": "here", "sizes": [1, 2]},
+        "here/x",
+    )
+    assert run_config([*words, "ourlab.url=there"], conf).plain["dataset"]["nameOrPath"] == "there/x"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["+ourlab=defalt"], "ourlab=defalt: no such choice; did you mean 'default'"),
+        (["ourlab=default"], r"use \+ourlab=default"),
+        (["ourlb.url=x"], "unknown key 'ourlb'"),
+        (["optimizer=lin"], "optimizer=lin: no such choice; did you mean 'lion'"),
+        (["transform=[lor]"], r"transform=lor: no such choice; did you mean 'lora'"),
+    ],
+)
+def test_the_nearest_name_of_their_folder(conf, words, message):
+    with pytest.raises(UserError, match=message):
+        run_config(words, conf)
+
+
+def test_help_lists_their_choices(conf, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = command(["--help", "--config-dir", "conf"])
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert code == 0
+    assert "optimizer lion Lion: the sign of the momentum." in lines
+    assert "ourlab default Where our data is." in lines
+    assert "transform lora LoRA." in lines
+    assert command(["optimizer=lion", "--help", "--config-dir=conf"])[1].startswith("optimizer=lion\n")
+    assert "transform=[name]" in command(["--help"])[1]
+
+
+def test_sweeps_know_their_folder(conf, command, tmp_path):
+    """A sweep names the mistake before its first job starts."""
+    sweep = ["-m", "--config-dir", conf, f"sweep_dir={tmp_path / 'sweep'}", "allow_targets=[ourlab]"]
+    code, _, err = command([*sweep, "optimizer=adamw,lin"])
+    assert (code, "optimizer=lin: no such choice; did you mean 'lion'" in err) == (2, True), err
+    code, _, err = command([*sweep, "seed=1,2", "optimizer._target_=ourlab.Lion", "optimizer.ep=1"])
+    assert (code, "Lion has no 'ep'; did you mean 'eps'" in err) == (2, True), err
+    code, _, err = command([*sweep, "+ourlab=default", "lr=0.1,0"])
+    assert (code, "lr=0" in err) == (2, True), err
