@@ -66,6 +66,8 @@ READ_LATE += (
     "OMP_WAIT_POLICY",
 )
 READ_LATE += ("TORCH_NCCL_",)
+FORK_SERVER = "multiprocessing.forkserver"
+FAULT = "PRETRAIN_FAULT"  # of tests.runs.at_call
 ROOM = "PRETRAIN_TEST_ROOM"  # of a server's environment: where its processes' own is written, for those who look from outside
 
 
@@ -85,6 +87,8 @@ class Server:
             return int(self.connection.recv(32))
 
     def takes(self, environment: dict[str, str]) -> bool:
+        if FAULT in environment:  # armed before a module is imported, of which others may have imported the function
+            return False
         names = environment.keys() | self.environment.keys()
         return all(name.startswith(READ_LATE) or environment.get(name) == self.environment.get(name) for name in names)
 
@@ -259,6 +263,8 @@ def show_environment(environment: dict[str, str]) -> None:
 
 def starts_processes(order: dict[str, Any]) -> bool:
     """Whether the process is likely to start others. A wrong guess costs time only."""
+    if FORK_SERVER in order["what"]:
+        return False
     signs = ("devices=", "strategy=", "hydra/", "experiment=", "-m")
     return order["what"] != "pretrain" or any(word.startswith(signs) for word in order["arguments"])
 
@@ -299,7 +305,7 @@ spawnv_passfds = multiprocessing.util.spawnv_passfds
 
 def start_fork_server(path: Any, command: Sequence[Any], descriptors: Sequence[int]) -> int:
     """The start of multiprocessing's helpers, of which only the fork server imports anything."""
-    if "multiprocessing.forkserver" not in command[-1]:
+    if FORK_SERVER not in command[-1]:
         return spawnv_passfds(path, command, descriptors)
     order = {"kind": "-c", "flags": [], "what": command[-1], "arguments": [], "new_session": False}
     places = [0, 1, 2, *descriptors]
