@@ -11,47 +11,46 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pretrain.config.compose import run_config as compose
-    from pretrain.config.schema import RunConfig
-    from pretrain.data.sources.base import Source
-    from pretrain.evaluation.task import EvaluationTask, Metric
-    from pretrain.launch.library import RunResult, train
-    from pretrain.models.transforms.base import ModelTransform
-    from pretrain.runtime.errors import UserError
-    from pretrain.strategy.base import Strategy
-    from pretrain.telemetry.sinks.base import Sink
-    from pretrain.training.hook import Hook
-    from pretrain.training.trainer import Trainer
+    from pretrain.config.schema import RunConfig as RunConfig
+    from pretrain.data.loader import Loader as Loader
+    from pretrain.data.sources.base import Source as Source
+    from pretrain.distributed.context import DistributedContext as DistributedContext
+    from pretrain.evaluation.task import EvaluationTask as EvaluationTask
+    from pretrain.evaluation.task import Metric as Metric
+    from pretrain.launch.library import RunResult as RunResult
+    from pretrain.launch.library import evaluate as evaluate
+    from pretrain.launch.library import tokenize as tokenize
+    from pretrain.launch.library import train as train
+    from pretrain.models.model_factory import ModelFactory as ModelFactory
+    from pretrain.models.transforms.base import ModelTransform as ModelTransform
+    from pretrain.runtime.errors import UserError as UserError
+    from pretrain.strategy.base import StepConfig as StepConfig
+    from pretrain.strategy.base import Strategy as Strategy
+    from pretrain.telemetry.sinks.base import Sink as Sink
+    from pretrain.training.hook import Hook as Hook
+    from pretrain.training.trainer import Trainer as Trainer
 
-__all__ = [
-    "EvaluationTask",
-    "Hook",
-    "Metric",
-    "ModelTransform",
-    "RunConfig",
-    "RunResult",
-    "Sink",
-    "Source",
-    "Strategy",
-    "Trainer",
-    "UserError",
-    "compose",
-    "train",
-]
-_PLACES = {  # public name → module, and its name there
-    "EvaluationTask": ("pretrain.evaluation.task", "EvaluationTask"),
-    "Hook": ("pretrain.training.hook", "Hook"),
-    "Metric": ("pretrain.evaluation.task", "Metric"),
-    "ModelTransform": ("pretrain.models.transforms.base", "ModelTransform"),
-    "RunConfig": ("pretrain.config.schema", "RunConfig"),
-    "RunResult": ("pretrain.launch.library", "RunResult"),
-    "Sink": ("pretrain.telemetry.sinks.base", "Sink"),
-    "Source": ("pretrain.data.sources.base", "Source"),
-    "Strategy": ("pretrain.strategy.base", "Strategy"),
-    "Trainer": ("pretrain.training.trainer", "Trainer"),
-    "UserError": ("pretrain.runtime.errors", "UserError"),
-    "compose": ("pretrain.config.compose", "run_config"),
-    "train": ("pretrain.launch.library", "train"),
+_MODULES = {  # public name → the module that it is imported from
+    "DistributedContext": "pretrain.distributed.context",
+    "EvaluationTask": "pretrain.evaluation.task",
+    "Hook": "pretrain.training.hook",
+    "Loader": "pretrain.data.loader",
+    "Metric": "pretrain.evaluation.task",
+    "ModelFactory": "pretrain.models.model_factory",
+    "ModelTransform": "pretrain.models.transforms.base",
+    "RunConfig": "pretrain.config.schema",
+    "RunResult": "pretrain.launch.library",
+    "Sink": "pretrain.telemetry.sinks.base",
+    "Source": "pretrain.data.sources.base",
+    "StepConfig": "pretrain.strategy.base",
+    "Strategy": "pretrain.strategy.base",
+    "Trainer": "pretrain.training.trainer",
+    "UserError": "pretrain.runtime.errors",
+    "evaluate": "pretrain.launch.library",
+    "tokenize": "pretrain.launch.library",
+    "train": "pretrain.launch.library",
 }
+__all__ = ["compose", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
@@ -59,10 +58,11 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("pretrain")
-    if name not in _PLACES:
+    if name == "compose":
+        return import_module("pretrain.config.compose").run_config
+    if name not in _MODULES:
         raise AttributeError(f"module 'pretrain' has no attribute {name!r}")
-    module, attribute = _PLACES[name]
-    return getattr(import_module(module), attribute)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -44,7 +44,7 @@ from pretrain.models.language_model import LanguageModel
 from pretrain.strategy.engine import Engine
 from pretrain.strategy.precision import Precision
 
-WORLD = DistributedContext(0, 1, torch.device("cpu"))
+WORLD = DistributedContext()
 CONFIG = {"vocab_size": 16384, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10}
 CONFIG |= {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 128}
 IDS = torch.arange(32).reshape(1, 32)

@@ -27,14 +27,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the program does on a 
 
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.compose import run_config
-from pretrain.config.schema import RunConfig
 from pretrain.data.batch import Batch
 from pretrain.distributed.rank_info import RankInfo
 from pretrain.run import build
 from pretrain.run.prepare import prepare
-from pretrain.runtime.signals import Interrupt
-from pretrain.runtime.watchdog import Watchdog
-from pretrain.strategy.base import Setting
 from pretrain.telemetry.events import Event, RunStarted
 from pretrain.telemetry.step_timer import StepTimer, StepTimes
 from pretrain.training.trainer import Trainer
@@ -63,9 +59,9 @@ class Contestant:
     def __init__(self, trainer: Trainer, *, watched: bool) -> None:
         self.trainer, self.batches, self._listening = trainer, trainer.batches(), 0.0
         if watched:
-            trainer.emit(RunStarted(0, trainer.total_steps, resumed=False, facts=trainer.facts))
+            trainer.emit(RunStarted(0, trainer.steps, resumed=False, facts=trainer.metadata))
         else:
-            trainer.listeners, trainer.clock = [], NoClock()
+            trainer.listeners, trainer.engine.timer = [], NoClock()
 
     def turn(self, steps: int) -> Turn:
         """What `Trainer.run` does in a step, ``steps`` times."""
@@ -90,33 +86,9 @@ class Contestant:
 def build_trainer(arguments: list[str], folder: Path) -> Trainer:
     config = run_config([*OWN, *arguments, f"output_dir={folder}"]).with_lr(1e-3)
     folder.mkdir()
-    place, setting = RankInfo(), setting_of(config)
-    return build.build_trainer(
-        config,
-        prepare(config),
-        folder,
-        CheckpointStore(folder / "checkpoints", config.checkpoint),
-        resume_from=None,
-        interrupt=Interrupt(silent=True),
-        setting=setting,
-        place=place,
-        world=build.build_world(config, place, group=False),
-        watchdog=Watchdog(),
-    )
-
-
-def setting_of(config: RunConfig) -> Setting:
-    """One process on a CPU."""
-    return Setting(
-        device_type="cpu",
-        workers=1,
-        nodes=1,
-        devices_per_worker=1,
-        precision=config.precision,
-        batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        grad_clip=config.grad_clip,
-    )
+    world = build.build_world(config, RankInfo(), group=False)
+    store = CheckpointStore(folder / "checkpoints", config.checkpoint)
+    return build.build_trainer(config, prepare(config), store, world)
 
 
 def clock_seconds(parts: int = 6, count: int = 2000) -> float:

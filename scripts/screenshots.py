@@ -73,7 +73,7 @@ def main() -> None:
     page: Path = parser.parse_args().run / "report.html"
     try:
         if not page.is_file():
-            raise UserError(f"{page}: not there; python scripts/report.py writes it")
+            raise UserError(f"{page}: not there; python -m pretrain.tools.report writes it")
         shoot(page, IMAGES / "report.png", DESKTOP)
         shoot(page, IMAGES / "report-dark.png", DESKTOP, dark=True)
         shoot(page, IMAGES / "report-phone.png", PHONE)

@@ -11,7 +11,7 @@ from pretrain.strategy.precision import Precision
 from tests.models.tiny import tiny
 
 CPU = torch.device("cpu")
-ALONE = DistributedContext(0, 1, CPU)
+ALONE = DistributedContext()
 FULL = Precision("32-true", "float32", "float32")
 HALF = Precision("16-mixed", "float32", "float16", allow_cpu=True)
 IDS = torch.randint(97, (2, 17), generator=torch.Generator().manual_seed(0))

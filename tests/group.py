@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.distributed.context import DistributedContext
+from pretrain.distributed.topology import Topology
 from pretrain.launch.agent import warm_up
 
 
@@ -41,7 +42,7 @@ def _run(work, given, rank, size, meeting, answer) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=100)
         )
-        answer.send((True, work(DistributedContext(rank, size, torch.device("cpu")), *given)))
+        answer.send((True, work(DistributedContext(rank, Topology(workers_per_node=size)), *given)))
         dist.barrier()
     except BaseException:
         answer.send((False, traceback.format_exc()))

@@ -2,19 +2,19 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 from pretrain.checkpoint.config import CheckpointConfig
-from pretrain.checkpoint.rng import rng_state, seed_everything
+from pretrain.checkpoint.rng import seed_everything
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.writer import AsyncCheckpointWriter
 from pretrain.data.loader import Loader
+from pretrain.evaluation.evaluation import Evaluation
 from pretrain.evaluation.untouched import Untouched
 from pretrain.telemetry.events import DomainScore
 from pretrain.telemetry.interval import Interval
+from pretrain.training.checkpoints import Checkpoints
 from pretrain.training.guard.config import GuardConfig as GuardPolicy
 from pretrain.training.guard.guard import Guard
-from pretrain.training.layer_statistics import LayerStatistics
 from pretrain.training.trainer import Trainer
 from tests.data.test_views import store_with
 from tests.engines import ALONE, CPU, engine_of
@@ -70,36 +70,42 @@ def loop_in(folder):
     for part in data.parts:
         assert int(part.tokens.max()) < 400
 
-    def make(*, guard=GuardPolicy(), stop_at=(), keep=None, run="run", **changes):  # noqa: B008 (frozen)
+    def make(
+        *,
+        guard=GuardPolicy(),  # noqa: B008 (frozen)
+        stop_at=(),
+        keep=None,
+        run="run",
+        resume_from=None,
+        evaluate_every=Interval(3),  # noqa: B008
+        save_every=Interval(2),  # noqa: B008
+        **changes,
+    ):
         engine = engine_of()
+        engine.grad_clip = 0.5
         loader = Loader(small(data.views(held_out=0.0)[0]), sequence_length=8, seed=0, batch_size=2, accumulation=2)
         events, scores = [], Scores(stop_at)
         store = CheckpointStore(folder / run / "checkpoints", CheckpointConfig(keep_last=keep))
         seed_everything(0)
+        exporter = Exports()
+        checkpoints = Checkpoints(
+            AsyncCheckpointWriter(store, world=ALONE, background=False),
+            IDENTITY,
+            save_every,
+            resume_from,
+            unsaved_records=lambda: [RECORD],
+            files=exporter.checkpoint_files,
+        )
         given = {
-            "world": ALONE,
-            "engine": engine,
-            "loader": loader,
-            "schedule": lambda step: 1.0 / (step + 1),
+            "steps": 6,
+            "evaluation": Evaluation(Untouched(scores), Samples(), evaluate_every),
+            "checkpoints": checkpoints,
             "guard": Guard(guard, device=CPU, quarantine=lambda bad: "documents"),
-            "untouched": Untouched(scores),
-            "sampler": Samples(),
-            "saver": AsyncCheckpointWriter(store, world=ALONE, background=False),
-            "interrupt": SimpleNamespace(requested=False),
-            "identity": IDENTITY,
-            "rng": rng_state(),
-            "total_steps": 6,
-            "micro_batch": 2,
-            "grad_clip": 0.5,
-            "evaluate_every": Interval(3),
-            "save_every": Interval(2),
-            "exporter": Exports(),
-            "layers": LayerStatistics(engine, Interval(None)),
-            "facts": {"fact": 1},
+            "exporter": exporter,
+            "metadata": {"fact": 1},
             "listeners": [events.append],
-            "unsaved_records": lambda: [RECORD],
         }
-        return Trainer(**given | changes), events, scores
+        return Trainer(engine, loader, lambda step: 1.0 / (step + 1), **given | changes), events, scores
 
     return make
 

@@ -23,7 +23,10 @@ def commands():
     for page in PAGES:
         for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
             for line in block.splitlines() if language in ("", "bash") else ():
-                if line.startswith(("python -m pretrain", "torchrun --nproc_per_node")):
+                if (
+                    line.startswith(("python -m pretrain ", "torchrun --nproc_per_node"))
+                    or line == "python -m pretrain"
+                ):
                     words = shlex.split(line, comments=True)
                     words = words[3:] if words[0] == "python" else words
                     if tuple(words) in met:

@@ -110,8 +110,8 @@ def test_killed_while_it_exports(base_arguments, command, tmp_path):
     """There is no model before it is whole; the same command makes it."""
     code = (
         "import os, signal\n"
-        "from pretrain.models.hub import export\n"
-        "export.write_companion_files = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from pretrain.training import exporter\n"
+        "exporter.write_files = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
         "from pretrain.cli.main import program\nprogram()"
     )
     arguments = [*base_arguments, "max_steps=2", f"output_dir={tmp_path}"]

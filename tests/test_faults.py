@@ -192,7 +192,7 @@ def test_a_disk_that_fills_up_under_a_run(base_arguments, spawn, small_disk):
 def test_run_json_on_a_full_disk(tmp_path, capsys, monkeypatch):
     listener = RunFile(tmp_path)
     full = partial(Path.open, Path("/dev/full"))
-    monkeypatch.setattr("pretrain.runtime.atomic_files.open_new", lambda path, **options: full(**options))
+    monkeypatch.setattr("pretrain.runtime.files.open_new", lambda path, **options: full(**options))
     for event in (RunStarted(0, total_steps=2, resumed=False), Evaluated(0, (), 0.0), RunFinished(2, "finished", 20)):
         listener(event)
     assert capsys.readouterr().err.count("run.json can't be written: No space left on device; the run continues") == 1

@@ -105,7 +105,7 @@ def strictly(work, due):
     return strict
 
 steps = range(3, 19)  # the first sets itself up, the last is logged
-Trainer.train_step = strictly(Trainer.train_step, lambda self, batch: self.progress.step in steps)
+Trainer.train_step = strictly(Trainer.train_step, lambda self, batch: self.state.step in steps)
 Trainer.emit = strictly(Trainer.emit, lambda self, event: isinstance(event, StepDone) and event.step in steps)
 program()
 """

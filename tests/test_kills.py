@@ -46,7 +46,7 @@ PHASES = {
     "between rename and prune": Phase("pretrain.checkpoint.store:CheckpointStore._prune", 3, when=("before",)),
     "replacing a checkpoint": Phase("os:rename", 1, r"/checkpoints/\S+\.replaced$", when=("after",), resumed=True),
     "removing a checkpoint": Phase("pretrain.checkpoint.store:CheckpointStore._remove", 1),
-    "exporting": Phase("pretrain.models.hub.export:write_companion_files", 3),
+    "exporting": Phase("pretrain.training.exporter:write_files", 3),
     "any moment": Phase("", 0),
 }
 SINGLE = {"single": []}

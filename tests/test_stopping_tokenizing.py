@@ -99,7 +99,7 @@ def test_while_tokenizing(number, workers_from, finished, more, texts, base_argu
     assert "Traceback" not in out
     kept = parts(cache)
     assert finished <= len(kept) < UNITS
-    assert not list(cache.rglob("*.tmp"))
+    assert not list(cache.rglob(".*.partial"))
     process = spawn(arguments, env=environment)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out

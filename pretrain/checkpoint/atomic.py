@@ -1,4 +1,4 @@
-"""Atomic writing of folders: all ranks write into a temporary folder, which is flushed to disk, marked complete and renamed.
+"""Atomic writing of folders by all ranks: the temporary folder of `pretrain.runtime.files`, with a marker of completeness.
 
 The ranks share the disk: with several nodes, ``output_dir`` must be on a file system that all of them can access.
 """
@@ -17,20 +17,13 @@ from safetensors import SafetensorError
 
 from pretrain.checkpoint.marker import entry_of, write_marker
 from pretrain.runtime.errors import NoRoom, UserError
-from pretrain.runtime.filesystem import flush, move, set_mode
+from pretrain.runtime.files import begin_folder, finish_folder, partial_folder
+from pretrain.runtime.filesystem import flush, set_mode
 
 if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
 
 Fill = Callable[[Path], Iterable[Path]]
-
-
-def make_folder(path: Path) -> None:
-    """Create a folder and its missing parents, and flush them to disk."""
-    if not path.is_dir():
-        make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        flush(path.parent)
 
 
 def write_folder(
@@ -51,12 +44,7 @@ def write_folder(
     After an error the temporary folder is deleted and an older ``path`` is unchanged. Raises ``UserError`` on every rank,
     with path, cause and ``hint()``, if one rank can't write, and ``NoRoom`` if the disk is full.
     """
-    partial = path.with_name(f"{path.name}.partial")
-
-    def begin() -> None:
-        make_folder(path.parent)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+    partial = partial_folder(path)
 
     def with_path(work: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
@@ -69,12 +57,12 @@ def write_folder(
         return run
 
     try:
-        world.on_main_rank(with_path(begin))
+        world.on_main_rank(with_path(lambda: begin_folder(path)))
         parts = world.all_gather_object(
             with_path(lambda: _flush_files(partial, fill(partial), checksums=marker, alive=alive))
         )
         entries = {name: entry for part in parts for name, entry in part.items()}
-        world.on_main_rank(with_path(lambda: _complete(partial, path, entries if marker else None)))
+        world.on_main_rank(with_path(lambda: _complete(path, entries if marker else None)))
     except BaseException:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -103,13 +91,11 @@ def _flush_files(
     return entries
 
 
-def _complete(partial: Path, path: Path, entries: dict[str, dict[str, Any]] | None) -> None:
-    """Write the marker after all files, flush the folders to disk, and rename ``partial`` to ``path``."""
+def _complete(path: Path, entries: dict[str, dict[str, Any]] | None) -> None:
+    """Write the marker after all files, then give the folder its name."""
     if entries is not None:
-        flush(write_marker(partial, entries))
-    for folder in (*filter(Path.is_dir, partial.rglob("*")), partial):
-        flush(folder)
-    replace_folder(partial, path)
+        flush(write_marker(partial_folder(path), entries))
+    finish_folder(path)
 
 
 @cache  # reading the umask requires setting it for a moment, which affects all threads
@@ -117,14 +103,3 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-def replace_folder(new: Path, path: Path) -> None:
-    """Rename ``new`` to ``path``. An older ``path`` is first renamed and at last deleted."""
-    old = path.with_name(f"{path.name}.replaced")
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        move(path, old)
-    move(new, path)
-    flush(path.parent)
-    shutil.rmtree(old, ignore_errors=True)

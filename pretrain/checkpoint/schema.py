@@ -68,6 +68,7 @@ class Identity(_Part):
     seed: int
     weights: str
     optimizer: list[Any]
+    transforms: list[dict[str, Any]] = []
 
 
 class Score(_Part):

@@ -13,20 +13,20 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint.atomic import make_folder, write_folder
+from pretrain.checkpoint.atomic import write_folder
 from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.marker import incomplete_reason
 from pretrain.checkpoint.schema import KINDS, read_state, tensor_files, validation_error
 from pretrain.distributed import sharding as tensors
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import make_folder, remove_folder, remove_leftovers, write_files
 from pretrain.runtime.filesystem import free_bytes, move
 
 if TYPE_CHECKING:
@@ -68,15 +68,12 @@ class CheckpointStore:
                 if tensors.write(file, shards[kind]):
                     written.append(file)
                     alive()
-            for name, content in (self._small_files(rest) | state.get("files", {})).items() if world.is_main else ():
-                (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-                (fresh / name).write_bytes(content)
-                written.append(fresh / name)
-                alive()
+            if world.is_main:
+                written += write_files(self._small_files(rest) | state.get("files", {}), fresh, alive)
             return written
 
         if world.is_main:
-            self._clean_up()
+            remove_leftovers(self.folder, "step-*")
         size = write_folder(self.path(step), fill, world=world, hint=self.last_good, alive=alive)
         if world.is_main:
             self._prune()
@@ -175,19 +172,11 @@ class CheckpointStore:
             self._remove(step)
 
     def _remove(self, step: int) -> None:
-        """Delete a checkpoint. It is renamed first, so that a partly deleted one is never taken for an incomplete one."""
-        renamed = self.folder / f"{self.path(step).name}.removed"
+        """Delete a checkpoint."""
         try:
-            move(self.path(step), renamed)
-            shutil.rmtree(renamed)
+            remove_folder(self.path(step))
         except OSError as error:
             notice(f"checkpoint {self.path(step)} is no longer needed but can't be removed: {error}")
-
-    def _clean_up(self) -> None:
-        """Delete what a killed process has left of a folder that it was writing or deleting."""
-        for pattern in ("step-*.partial", "step-*.removed", "step-*.replaced"):
-            for left in self.folder.glob(pattern):
-                shutil.rmtree(left, ignore_errors=True)
 
 
 def losses_of(checkpoint: Path) -> tuple[dict[str, float], dict[str, str | None]]:

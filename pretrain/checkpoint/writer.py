@@ -39,7 +39,7 @@ class AsyncCheckpointWriter:
         alive: Callable[[], None] = lambda: None,
     ) -> None:
         self.store = store
-        self._world = world
+        self.world = world
         self._thread_world = world.with_own_group(timeout_seconds=timeout_seconds) if background else None
         self._alive = alive
         self._copies = HostCopies()
@@ -61,18 +61,18 @@ class AsyncCheckpointWriter:
         """
         started_at = time.perf_counter()
         self.wait()
-        needed = self._world.sum(bytes_of(state))
-        reason = self._world.on_main_rank(lambda: self.store.make_room(step, needed))
+        needed = self.world.sum(bytes_of(state))
+        reason = self.world.on_main_rank(lambda: self.store.make_room(step, needed))
         if reason is not None:
             if at_once:
                 raise NoRoom(reason)
             self._continue_without(reason)
             return False
         if at_once:
-            self._write(step, state, self._world, started_at)
+            self._write(step, state, self.world, started_at)
         elif self._thread_world is None:
             try:
-                self._write(step, state, self._world, started_at)
+                self._write(step, state, self.world, started_at)
             except NoRoom as error:
                 self._continue_without(error)
         else:
@@ -107,7 +107,7 @@ class AsyncCheckpointWriter:
             raise error
 
     def _continue_without(self, reason: object) -> None:
-        if self._world.is_main:
+        if self.world.is_main:
             notice(f"error: {reason}; the run continues")
 
     def _write_in_thread(self, ready: Callable[[], None], arguments: tuple[Any, ...]) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from inspect import signature
@@ -95,7 +96,6 @@ class RunConfig(RootKeys):
         launch: How processes are started and supervised.
         sweep: How a sweep is ranked and reported.
         transforms: The changes of the model, in the order in which they are applied.
-        hooks: State beside the model; `Hook.setup` creates it anew.
         plain: The same config as a dict of plain values, as written to config.yaml and as sent to workers.
     """
 
@@ -113,7 +113,6 @@ class RunConfig(RootKeys):
     launch: LaunchConfig
     sweep: SweepConfig
     transforms: tuple[ModelTransform, ...]
-    hooks: tuple[Hook, ...]
     plain: dict[str, Any] = field(repr=False)
 
     @classmethod
@@ -125,19 +124,35 @@ class RunConfig(RootKeys):
             for group in PARTS
             if group not in MULTI_SELECT
         }
-        transforms, hooks = (
-            tuple(map(build_part, (built.get(group) or {}).values())) for group in ("transform", "hook")
-        )
+        transforms = tuple(build_part(node) for node in (built.get("transform") or {}).values())
         root = {key.name: plain[key.name] for key in fields(RootKeys)}
-        return cls(**root, **groups, transforms=transforms, hooks=hooks, plain=plain)
+        return cls(**root, **groups, transforms=transforms, plain=plain)
 
     def with_lr(self, lr: float) -> RunConfig:
         """Return the config with ``lr`` in place of ``auto``, also in the optimizer."""
         return self if self.lr != AUTO else RunConfig.of(with_lr(self.plain, lr))
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences per device and micro-batch. ``batch_size=auto`` counts as 1 until the largest size that fits is known."""
+        return 1 if self.batch_size == "auto" else self.batch_size
+
     def build_sinks(self) -> dict[str, Sink]:
         """Return a new object for each chosen sink, by its name in the config."""
-        return {name: build_part(node) for name, node in (self.plain.get("sink") or {}).items()}
+        return self._build_each("sink")
+
+    def build_hooks(self) -> dict[str, Hook]:
+        """Return a new object for each chosen hook, by its name in the config."""
+        return self._build_each("hook")
+
+    def _build_each(self, group: str) -> dict[str, Any]:
+        return {name: build_part(node) for name, node in (self.plain.get(group) or {}).items()}
+
+    @property
+    def transforms_identity(self) -> list[dict[str, Any]]:
+        """Return the transforms in order, each as the config describes it."""
+        nodes: list[dict[str, Any]] = json.loads(json.dumps([*(self.plain.get("transform") or {}).values()]))
+        return nodes  # as a checkpoint's JSON has them
 
     @property
     def optimizer_identity(self) -> list[Any]:

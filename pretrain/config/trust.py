@@ -76,6 +76,8 @@ def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] =
         found = _find(target)
     except Exception as error:
         raise UserError(f"{path}._target_={target!r}: {' '.join(str(error).split())}") from None
+    if is_trusted and base == PARTS["dataset"] and isinstance(found, type) and not _belongs(found, base):
+        raise UserError(f"{path}._target_={target!r}: a dataset must be a subclass of pretrain.Source")
     if target in trusted:
         return found
     real_name = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"

@@ -22,6 +22,7 @@ class Batch:
         num_targets: number of labels that are not ``IGNORE``, counted on the CPU when the batch is built, which needs no
             device sync.
         first_sample: index of the first sample of the global batch in the run's endless sequence of samples.
+        micro_batch_size: sequences in one forward and backward (0: all of them).
     """
 
     input_ids: Tensor
@@ -29,6 +30,11 @@ class Batch:
     position_ids: Tensor | None
     num_targets: int
     first_sample: int = 0
+    micro_batch_size: int = 0
+
+    def micro_batches(self) -> list[Batch]:
+        """Return the micro-batches of ``micro_batch_size`` sequences, in order."""
+        return list(self.split(self.micro_batch_size or len(self.input_ids)))
 
     def split(self, size: int) -> Iterator[Batch]:
         """Yield micro-batches of at most ``size`` sequences, in order. Their ``num_targets`` is 0, because it is not needed."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Iterator
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import IO
 
 from pretrain.runtime.errors import UserError
-from pretrain.runtime.filesystem import expanded, flush
+from pretrain.runtime.files import DISK_FULL, atomic_file, make_folder
+from pretrain.runtime.filesystem import expanded
 
 ABANDONED_SECONDS = 86_400.0  # a temporary file this old belongs to a process that was killed
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def cache_dir() -> Path:
@@ -33,30 +32,16 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Write ``path`` through a temporary file in the same folder. The file gets its name only when it is complete and on
-    disk.
+def cache_file(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file of the cache, see `atomic_file`; it is flushed to disk.
 
     Raises:
         UserError: the disk (or a quota, or a file size limit) is full, or the folder cannot be written.
     """
-    make_folder(path.parent)
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{time.monotonic_ns()}.tmp"
-    try:
-        with cache_errors(path.parent), open(temporary, "xb") as file:
+    with cache_errors(path.parent):
+        make_folder(path.parent)
+        with atomic_file(path, flush=True) as file:
             yield file
-            file.flush()
-            flush(temporary)
-            os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a small file atomically."""
-    with atomic_file(path) as file:
-        file.write(content)
 
 
 def ensure_content(path: Path, content: bytes) -> None:
@@ -67,18 +52,13 @@ def ensure_content(path: Path, content: bytes) -> None:
     except OSError:
         is_intact = False
     if not is_intact:
-        write_atomically(path, content)
-
-
-def make_folder(path: Path) -> None:
-    """Create the folder ``path`` and its parents. Raises ``UserError`` when that is not possible."""
-    with cache_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
+        with cache_file(path) as file:
+            file.write(content)
 
 
 def remove_abandoned(folder: Path) -> None:
     """Delete temporary files that killed processes left behind at least a day ago."""
-    for temporary in folder.glob("*/.*.tmp"):
+    for temporary in (*folder.glob("*/.*.partial"), *folder.glob("*/.*.tmp")):  # .tmp: of earlier versions
         with suppress(OSError):  # another run deleted it already, or it belongs to another user
             if time.time() - temporary.lstat().st_mtime > ABANDONED_SECONDS:
                 temporary.unlink()

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pretrain.data.reading.units import Stamp, WorkUnit, key_of, stamp_of
-from pretrain.runtime.atomic_files import replace_file
 from pretrain.runtime.console import notice
+from pretrain.runtime.files import replace_file
 from pretrain.telemetry.events import Evaluated, Event, RunFinished, Saved
 
 Files = dict[str, tuple[Stamp, str]]  # path → its stamp and the digest of what was read of it

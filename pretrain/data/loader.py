@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from queue import Full, Queue
 
 import numpy as np
@@ -48,6 +49,7 @@ class Loader:
         self.blocks = Blocks(view, sequence_length)
         self.document_mask, self.pin_memory = document_mask, pin_memory
         self.permutation = Permutation(len(self.blocks), seed)
+        self.micro_batch_size = batch_size
         self.global_batch_size = batch_size * accumulation * world_size
         self.samples = first_sample
         micro = np.arange(accumulation)[:, None] * world_size + rank
@@ -83,7 +85,8 @@ class Loader:
     def batch(self, first_sample: int) -> Batch:
         """Return this rank's share of the global batch that begins at ``first_sample``."""
         chosen = self.blocks_of(first_sample + self._own)
-        return self.blocks.batch(chosen, document_mask=self.document_mask, first_sample=first_sample)
+        batch = self.blocks.batch(chosen, document_mask=self.document_mask, first_sample=first_sample)
+        return replace(batch, micro_batch_size=self.micro_batch_size)
 
     def texts(self, first_sample: int) -> Iterator[tuple[DocumentOrigin, NDArray[np.int64]]]:
         """Yield every document with a token in the global batch (of all ranks) that begins at ``first_sample``, in batch order,

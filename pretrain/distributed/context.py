@@ -24,6 +24,7 @@ from pretrain.distributed.sockets import (
     listening,
     restore_environment,
 )
+from pretrain.distributed.topology import Topology
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 
@@ -37,19 +38,37 @@ class DistributedContext:
 
     Attributes:
         rank: rank of this process.
-        size: number of processes (the world size).
+        topology: all processes of the run.
         device: the device on which this process computes.
         local_rank: rank of this process among those on this machine.
-        local_size: number of processes on this machine.
         group: the process group for values on the host (``None``: the default group).
     """
 
-    rank: int
-    size: int
-    device: torch.device
+    rank: int = 0
+    topology: Topology = Topology()
+    device: torch.device = torch.device("cpu")
     local_rank: int = 0
-    local_size: int = 1
     group: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of processes (the world size)."""
+        return self.topology.world_size
+
+    @property
+    def data_rank(self) -> int:
+        """The index of this rank's share of the data, from 0 to ``data_size`` - 1."""
+        return self.rank // self.topology.model_parallel_size
+
+    @property
+    def data_size(self) -> int:
+        """The number of shares into which the data is divided."""
+        return self.topology.data_parallel_size
+
+    @property
+    def is_data_leader(self) -> bool:
+        """Whether this rank is the first of those that compute on the same data, so that its numbers are counted."""
+        return self.rank % self.topology.model_parallel_size == 0
 
     def with_own_group(self, *, timeout_seconds: float) -> DistributedContext:
         """Return the same ranks with a new process group, for a thread that uses collectives at the same time as the loop.
@@ -70,6 +89,10 @@ class DistributedContext:
         dist.all_reduce(total, group=self.group)
         return int(total)
 
+    def data_sum(self, value: int) -> int:
+        """Return the sum of a host integer over the shares of the data."""
+        return self.sum(value if self.is_data_leader else 0)
+
     def any_rank(self, *flags: bool) -> list[bool]:
         """Return for each of ``flags`` whether it is true on any rank."""
         if self.size == 1:
@@ -83,6 +106,10 @@ class DistributedContext:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def data_all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum a device tensor over the shares of the data, in place. The host does not wait for it."""
+        return self.all_reduce_sum(tensor if self.is_data_leader else tensor.zero_())
 
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
         """Take the maximum of a device tensor over all ranks, in place. The host does not wait for it."""
@@ -123,13 +150,13 @@ def enter(place: RankInfo, *, group: bool, timeout_seconds: float = 1800) -> Dis
     device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if group or place.size > 1:
+    if group or place.topology.world_size > 1:
         if place.one_machine:
             keep_to_loopback()
         else:
             keep_to_interface_towards(os.environ["MASTER_ADDR"])
         timeout = timedelta(seconds=timeout_seconds)
-        meeting: dict[str, Any] = {"rank": place.rank, "world_size": place.size}
+        meeting: dict[str, Any] = {"rank": place.rank, "world_size": place.topology.world_size}
         if (store := _store(place, timeout)) is not None:
             store.set_timeout(timeout)
             meeting["store"] = store
@@ -137,20 +164,21 @@ def enter(place: RankInfo, *, group: bool, timeout_seconds: float = 1800) -> Dis
         global group_entered
         group_entered = True
         dist.init_process_group(backends, timeout=timeout, **meeting)
-    return DistributedContext(place.rank, place.size, device, place.local_rank, place.local_size)
+    return DistributedContext(place.rank, place.topology, device, place.local_rank)
 
 
 def _store(place: RankInfo, timeout: timedelta) -> dist.Store | None:
     """Return the store through which the ranks find each other. ``None`` means the store of torchrun, if it has started these
     processes and provides one."""
-    if place.size == 1:
+    size = place.topology.world_size
+    if size == 1:
         return dist.HashStore()
     if place.store:
-        return dist.FileStore(place.store, place.size)
+        return dist.FileStore(place.store, size)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    options: dict[str, Any] = {"world_size": place.size, "several_machines": not place.one_machine}
+    options: dict[str, Any] = {"world_size": size, "several_machines": not place.one_machine}
     return tcp_store(host, port, is_host=place.rank == 0, timeout=timeout, **options)
 
 

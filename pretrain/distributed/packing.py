@@ -78,20 +78,23 @@ def pack(
     return shards, manifest(shared) | {n: d for of_rank in everywhere for n, d in of_rank.items()}
 
 
-def restore(files: TensorFiles, *, like: Mapping[str, Tensor], world: DistributedContext) -> None:
-    """Copy the tensors of ``files``, which `pack` has made, into those of ``like``, in place: each rank its own part.
+def restore(files: TensorFiles, *, like: Mapping[str, Tensor], world: DistributedContext, prefix: str = "") -> None:
+    """Copy the tensors of ``files``, which `pack` has made, into those of ``like``, in place: each rank its own part. Only
+    the names in ``files`` that start with ``prefix`` are restored.
 
     Raises ``UserError``, and changes nothing, if the files hold other names or shapes, or tensors that belong to the ranks of
     another number of processes or of another strategy.
     """
-    names = check_fits(files, like=like, world=world)
+    names = check_fits(files, like=like, world=world, prefix=prefix)
     for name, tensor in like.items():
         fill(tensor, files, names[name])
 
 
-def check_fits(files: TensorFiles, *, like: Mapping[str, Tensor], world: DistributedContext) -> dict[str, str]:
-    """Return `saved_names`, or raise ``UserError`` if `restore` would."""
-    names = saved_names(files, world)
+def check_fits(
+    files: TensorFiles, *, like: Mapping[str, Tensor], world: DistributedContext, prefix: str = ""
+) -> dict[str, str]:
+    """Return the `saved_names` with ``prefix``, or raise ``UserError`` if `restore` would."""
+    names = {name: saved for name, saved in saved_names(files, world).items() if name.startswith(prefix)}
     if mismatched := like.keys() ^ names.keys():
         where = "the checkpoint only" if mismatched - like.keys() else "this run only"
         raise UserError(f"saved tensors that do not fit: {', '.join(sorted(mismatched)[:5])} in {where}")

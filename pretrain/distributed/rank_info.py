@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pretrain.distributed.topology import Topology
+
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """The place of a process in its run.
+    """Which of the run's processes this one is, and how it meets the others.
 
     Attributes:
         rank: rank of this process.
-        size: number of processes (the world size).
         local_rank: rank of this process among those on this machine.
-        local_size: number of processes on this machine.
+        topology: all processes of the run.
         restarts: how often the processes have been restarted.
         run_id: id of the command; restarts keep it.
         store: file through which the processes of one machine find each other, in a private folder; empty: they use
@@ -23,9 +24,8 @@ class RankInfo:
     """
 
     rank: int = 0
-    size: int = 1
     local_rank: int = 0
-    local_size: int = 1
+    topology: Topology = Topology()
     restarts: int = 0
     run_id: str = ""
     store: str = ""

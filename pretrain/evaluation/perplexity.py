@@ -97,20 +97,20 @@ class Evaluator:
         summed = torch.zeros((), dtype=torch.float64, device=world.device)
         tokens = 0
         with progress_bar(f"evaluating {domain.name}", total=len(domain.batches)) as advance:
-            for first in range(0, len(domain.batches), world.size):
+            for first in range(0, len(domain.batches), world.data_size):
                 if interrupted():
                     return None
-                has_batch = first + world.rank < len(domain.batches)
+                has_batch = first + world.data_rank < len(domain.batches)
                 batch = domain.batches[
-                    first + world.rank if has_batch else first
+                    first + world.data_rank if has_batch else first
                 ]  # ranks without a batch run a dummy forward, so that collectives match
                 nats_here = engine.evaluate(batch.to(world.device))
                 if has_batch:
                     summed += nats_here
                     tokens += batch.num_targets
                 alive()
-                advance(world.size)
-        nats, tokens = float(world.all_reduce_sum(summed)), world.sum(tokens)
+                advance(world.data_size)
+        nats, tokens = float(world.data_all_reduce_sum(summed)), world.data_sum(tokens)
         loss = nats / tokens
         before = Known(loss) if baseline is None else baseline[domain.name]
         num_bytes = domain.batches.num_bytes

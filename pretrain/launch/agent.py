@@ -27,12 +27,12 @@ from pretrain.runtime.filesystem import check_place_for_sockets
 from pretrain.runtime.signals import EXIT_CODE, SIGNAL_POLL_SECONDS, Stopped, signals_blocked
 
 if TYPE_CHECKING:
+    from pretrain.distributed.topology import Topology
     from pretrain.launch.config import LaunchConfig
-    from pretrain.strategy.base import Setting
 
 
-def run_workers(config: dict[str, Any], overrides: list[str], setting: Setting, policy: LaunchConfig) -> int:
-    """Prepare the data, then train in ``setting.workers // setting.nodes`` processes; return the exit code.
+def run_workers(config: dict[str, Any], overrides: list[str], topology: Topology, policy: LaunchConfig) -> int:
+    """Prepare the data, then train in ``topology.workers_per_node`` processes on this machine; return the exit code.
 
     Raises ``UserError`` for a mistake that a worker found, and ``WorkersFailed`` when the workers failed and no restart is
     left.
@@ -40,11 +40,11 @@ def run_workers(config: dict[str, Any], overrides: list[str], setting: Setting, 
     check_place_for_sockets()
     check_semaphores()
     warm_up()
-    meeting = _rendezvous_arguments(policy, setting.device_type)
+    meeting = _rendezvous_arguments(policy, topology.device_type)
     with tempfile.TemporaryDirectory(prefix="pretrain-") as reports:
-        job = WorkerJob(config, overrides, setting, reports, dict(os.environ), os.getcwd())
+        job = WorkerJob(config, overrides, topology, reports, dict(os.environ), os.getcwd())
         _wait_for_data(job)
-        codes = _run_agent(job, setting.workers // setting.nodes, policy, meeting)
+        codes = _run_agent(job, topology.workers_per_node, policy, meeting)
     return next((code for code in codes if code), 0)
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pretrain.runtime.atomic_files import replace_file
 from pretrain.runtime.errors import ReplicasDiffer, UserError
+from pretrain.runtime.files import replace_file
 
 # Files in which a rank waits for the others: those with collectives, and autograd's backward, which runs some.
 WAITING = ("distributed/context.py", "distributed_c10d.py", "_fsdp", "graph.py")

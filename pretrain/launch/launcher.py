@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from pretrain.distributed.rank_info import RankInfo
 from pretrain.distributed.sockets import address_towards, is_loopback
+from pretrain.distributed.topology import Topology
 from pretrain.launch.config import LaunchConfig
 from pretrain.launch.network import check_interfaces, check_master
-from pretrain.launch.topology import Topology, layout
+from pretrain.launch.topology import started_by_cluster, topology_of
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.signals import Interrupt
-from pretrain.strategy.base import Setting, Strategy
-from pretrain.training.micro_batching import MicroBatching
+from pretrain.strategy.base import StepConfig
 
 if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
@@ -37,37 +37,25 @@ def launch(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int
         if config.devices not in ("auto", 1):
             notice(f"task={config.task} is one process: strategy and devices have no effect")
         return tasks.TASKS[config.task](config, overrides, interrupt)
-    policy = config.launch
-    strategy = config.strategy
-    plan = layout(config, strategy, policy)
-    check_auto(config, strategy)
-    split = MicroBatching.from_config(config)
-    setting = Setting(
-        device_type=plan.device_type,
-        workers=plan.world_size,
-        nodes=plan.nodes,
-        devices_per_worker=plan.devices_per_worker,
-        precision=config.precision,
-        batch_size=split.batch_size,
-        accumulation=split.accumulation,
-        grad_clip=config.grad_clip,
-    )
-    strategy.check(setting)
-    place = rank_info(plan)
-    if plan.joined:
-        check_joined(place, policy, plan.device_type)
-    elif policy.max_restarts and plan.world_size == 1:
+    policy, joined = config.launch, started_by_cluster()
+    topology = topology_of(config)
+    check_auto(config)
+    config.strategy.check(StepConfig.of(config), topology)
+    place = rank_info(topology) if joined else RankInfo(topology=topology)
+    if joined:
+        check_joined(place, policy)
+    elif policy.max_restarts and topology.world_size == 1:
         notice("launch.max_restarts has no effect on one process: no parent process would be left to restart it")
-    if plan.joined or plan.world_size == 1:
+    if joined or topology.world_size == 1:
         from pretrain.run import tasks
 
-        return tasks.pretraining(config, overrides, interrupt, setting, place)
+        return tasks.pretraining(config, overrides, interrupt, place)
     from pretrain.launch.agent import run_workers
 
-    return run_workers(config.plain, overrides, setting, policy)
+    return run_workers(config.plain, overrides, topology, policy)
 
 
-def check_joined(place: RankInfo, policy: LaunchConfig, device_type: str) -> None:
+def check_joined(place: RankInfo, policy: LaunchConfig) -> None:
     """Check a run whose processes torchrun or a cluster has started, and report the settings that have no effect there.
 
     Where the attempts of a run share torchrun's store, a restarted attempt may find the addresses of the one that died; a
@@ -86,13 +74,14 @@ def check_joined(place: RankInfo, policy: LaunchConfig, device_type: str) -> Non
             "torchrun --max-restarts works reliably with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment only"
         )
     if not place.one_machine:
-        check_interfaces(os.environ["MASTER_ADDR"], device_type)
-    if place.size > 1 and not place.run_id:  # with a run id, torchrun has chosen the port
+        check_interfaces(os.environ["MASTER_ADDR"], place.topology.device_type)
+    if place.topology.world_size > 1 and not place.run_id:  # with a run id, torchrun has chosen the port
         check_master(place.rank)
 
 
-def check_auto(config: RunConfig, strategy: Strategy) -> None:
+def check_auto(config: RunConfig) -> None:
     """Raise ``UserError`` where ``batch_size=auto`` can't be determined with the strategy."""
+    strategy = config.strategy
     if config.batch_size == "auto" and not strategy.independent_forward:
         raise UserError(
             f"batch_size=auto with strategy={strategy.name}: its ranks need each other in every forward, so one that runs "
@@ -100,23 +89,19 @@ def check_auto(config: RunConfig, strategy: Strategy) -> None:
         )
 
 
-def rank_info(plan: Topology) -> RankInfo:
-    """Return this process's rank and group size, from the environment of a run that torchrun or a cluster started."""
-    if not plan.joined:
-        return RankInfo()
+def rank_info(topology: Topology) -> RankInfo:
+    """Return this process's rank in a run that torchrun or a cluster started, from the environment."""
     rank = int(os.environ["RANK"])
-    local_rank = int(os.environ.get("LOCAL_RANK", rank % plan.workers))
+    local_rank = int(os.environ.get("LOCAL_RANK", rank % topology.workers_per_node))
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return RankInfo(
-        *(rank, plan.world_size, local_rank, plan.workers, restarts, run_id), one_machine=_on_one_machine(plan)
-    )
+    return RankInfo(rank, local_rank, topology, restarts, run_id, one_machine=_on_one_machine(topology))
 
 
-def _on_one_machine(plan: Topology) -> bool:
+def _on_one_machine(topology: Topology) -> bool:
     """Return whether all processes run on this machine. Without LOCAL_WORLD_SIZE, MASTER_ADDR decides."""
-    if plan.nodes > 1 or plan.world_size == 1 or "LOCAL_WORLD_SIZE" in os.environ:
-        return plan.nodes == 1
+    if topology.nodes > 1 or topology.world_size == 1 or "LOCAL_WORLD_SIZE" in os.environ:
+        return topology.nodes == 1
     with suppress(OSError):
         return is_loopback(address_towards(os.environ["MASTER_ADDR"]))
     return False

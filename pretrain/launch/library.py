@@ -1,4 +1,7 @@
-"""`train`: start a run from Python, in a notebook or a script, and restore the state of the process afterwards."""
+"""Runs from Python, in a notebook or a script: `train`, `evaluate`, and `tokenize` for a loop of one's own.
+
+`train` and `evaluate` restore the state of the process afterwards.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +26,9 @@ from pretrain.telemetry.run_file import read_run_file
 
 if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
+    from pretrain.data.sources.base import Source
+    from pretrain.data.store.token_store import TokenView
+    from pretrain.models.causal_lm import CausalLM
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,21 @@ class RunResult:
     metrics: dict[str, Any]
 
 
+def tokenize(source: Source, model: CausalLM) -> tuple[TokenView, TokenView]:
+    """Return the training and the held-out documents of ``source``, as tokens of the tokenizer of ``model``.
+
+    Text that is in the cache is not tokenized again. Raises `UserError` for text that can't be read.
+    """
+    from pretrain.data.tokenization.tokenize import training_texts
+    from pretrain.models.tokenizer import boundaries
+    from pretrain.run.prepare import tokenized, views
+
+    tokenizer = model.tokenizer(partial(training_texts, source))
+    return views(
+        tokenized(source, tokenizer, boundaries(tokenizer, bos=source.bos, separator=source.separator)), source
+    )
+
+
 def train(config: RunConfig) -> RunResult:
     """Start the run that ``config`` (of `pretrain.compose`) describes, or resume it where its folder holds one.
 
@@ -53,10 +75,25 @@ def train(config: RunConfig) -> RunResult:
         UserError: A mistake in the config or the data; the message names the key and what is allowed.
         WorkersFailed: A worker process failed; the message says where its log is.
     """
+    return _run(config, "pretraining")
+
+
+def evaluate(config: RunConfig) -> RunResult:
+    """Score the model on the held-out documents of every domain, as ``task=evaluation`` does on the command line.
+
+    ``config`` is composed with ``task=evaluation``. The scores are in ``metrics["results"]`` by domain.
+
+    Raises:
+        UserError: A mistake in the config or the data; the message names the key and what is allowed.
+    """
+    return _run(config, "evaluation")
+
+
+def _run(config: RunConfig, task: str) -> RunResult:
     from pretrain.sweep.measure import measures_of
 
-    if config.task != "pretraining":
-        raise UserError(f"task={config.task}: train() trains; other tasks are started on the command line")
+    if config.task != task:
+        raise UserError(f"task={config.task}: this function needs a config with task={task}")
     folder = Path(config.output_dir)
     with _process_restored():
         interrupt = Interrupt()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
@@ -11,44 +11,34 @@ from omegaconf import OmegaConf
 from pretrain.config.check import conf_dir, gpu_visible
 from pretrain.config.choices import choices
 from pretrain.config.schema import build_part
+from pretrain.distributed.topology import Topology
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
-    from pretrain.launch.config import LaunchConfig
-    from pretrain.strategy.base import Strategy
 
 
-@dataclass(frozen=True)
-class Topology:
-    """The processes of a run and their devices.
-
-    Attributes:
-        device_type: ``cpu`` or ``cuda``.
-        workers: Processes on each machine.
-        nodes: Machines.
-        devices_per_worker: Devices on which each process computes.
-        joined: torchrun or a cluster started this process (RANK and WORLD_SIZE are set); it is one of the workers.
-    """
-
-    device_type: str
-    workers: int
-    nodes: int = 1
-    devices_per_worker: int = 1
-    joined: bool = False
-
-    @property
-    def world_size(self) -> int:
-        """Return the number of processes on all machines."""
-        return self.workers * self.nodes
+def started_by_cluster() -> bool:
+    """Return whether torchrun or a cluster started this process as one of the run's workers."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def layout(config: RunConfig, strategy: Strategy, policy: LaunchConfig) -> Topology:
+def topology_of(config: RunConfig) -> Topology:
     """Return the topology of the run. Raises ``UserError`` where config, machine and environment do not agree."""
-    name = config.strategy.name
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _joined(config.devices, strategy, name)
+    found = _joined(config) if started_by_cluster() else _planned(config)
+    group = config.strategy.model_parallel_size
+    if found.world_size % group:
+        raise UserError(
+            f"strategy={config.strategy.name}: {group} ranks share one replica of the model; {found.world_size} processes "
+            f"can't be divided into such groups"
+        )
+    return replace(found, model_parallel_size=group)
+
+
+def _planned(config: RunConfig) -> Topology:
+    """Return the topology of a run that this process starts."""
+    strategy, policy, name = config.strategy, config.launch, config.strategy.name
     device_type, devices = _devices(config.devices)
     workers, each = strategy.workers(devices), strategy.devices_per_worker(devices)
     if config.devices not in ("auto", workers * each):
@@ -95,7 +85,9 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _joined(asked: str | int, strategy: Strategy, name: str) -> Topology:
+def _joined(config: RunConfig) -> Topology:
+    """Return the topology that torchrun or a cluster has put into the environment."""
+    asked, strategy, name = config.devices, config.strategy, config.strategy.name
     size = _number("WORLD_SIZE")
     local = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else size
     rank = _number("RANK")
@@ -124,7 +116,7 @@ def _joined(asked: str | int, strategy: Strategy, name: str) -> Topology:
         raise UserError(
             f"LOCAL_WORLD_SIZE={local}: {gpus} GPUs are visible on this machine; start at most as many processes"
         )
-    return Topology("cuda" if gpus else "cpu", local, size // local, joined=True)
+    return Topology("cuda" if gpus else "cpu", local, size // local)
 
 
 def _number(variable: str) -> int:

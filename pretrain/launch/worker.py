@@ -14,13 +14,14 @@ from typing import Any
 
 from pretrain.config.schema import RunConfig
 from pretrain.distributed.rank_info import RankInfo
+from pretrain.distributed.topology import Topology
 from pretrain.launch.failure import write_hang, write_report
 from pretrain.run.prepare import prepare, total_steps
 from pretrain.runtime import garbage_collector as collector
 from pretrain.runtime.console import capture_stderr, quiet_libraries
+from pretrain.runtime.errors import UserError
 from pretrain.runtime.signals import EXIT_CODE, SIGNALS, Interrupt, Stopped
 from pretrain.runtime.streams import flush, make_nonblocking
-from pretrain.strategy.base import Setting
 
 FROM_AGENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -32,7 +33,7 @@ class WorkerJob:
     Attributes:
         config: The config of the run as a plain dict.
         overrides: The words of the command line.
-        setting: Processes, devices and batch of the run.
+        topology: All processes of the run and their devices.
         reports: The folder in which a failing worker writes its report.
         environment: The parent's environment variables.
         folder: The parent's working directory.
@@ -40,7 +41,7 @@ class WorkerJob:
 
     config: dict[str, Any]
     overrides: list[str]
-    setting: Setting
+    topology: Topology
     reports: str
     environment: dict[str, str]
     folder: str
@@ -51,11 +52,10 @@ def prepare_data(job: WorkerJob) -> None:
     _restore_parent_state(job)
     Interrupt().install()
     quiet_libraries()
-    setting = job.setting
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         config = RunConfig.of(job.config)
-        total_steps(config, prepare(config, devices=setting.devices))
+        total_steps(config, prepare(config, devices=job.topology.data_parallel_devices))
     except Stopped:
         os._exit(EXIT_CODE)
     except BaseException as error:
@@ -68,12 +68,12 @@ def prepare_data(job: WorkerJob) -> None:
 def work(job: WorkerJob) -> int:
     """Train as one rank and return the exit code. A failing worker writes a report and exits at once with 1."""
     _restore_parent_state(job)
-    rank, local_size = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    rank = int(os.environ["RANK"])
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     run_id = os.environ["TORCHELASTIC_RUN_ID"]
-    one_machine = job.setting.nodes == 1
+    one_machine = job.topology.nodes == 1
     place = RankInfo(
-        *(rank, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]), local_size, restarts, run_id),
+        *(rank, int(os.environ["LOCAL_RANK"]), job.topology, restarts, run_id),
         store=f"{job.reports}/store-{restarts}" if one_machine else "",
         one_machine=one_machine,
         prepared=True,
@@ -112,10 +112,14 @@ def _train(job: WorkerJob, interrupt: Interrupt, place: RankInfo) -> int:
     from pretrain.run import tasks
 
     quiet_libraries()
+    if (joined := int(os.environ["WORLD_SIZE"])) != job.topology.world_size:
+        raise UserError(
+            f"{joined} processes have joined, {job.topology.world_size} were expected: give all nodes the same number of devices"
+        )
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
+        torch.set_num_threads(max(1, torch.get_num_threads() // place.topology.workers_per_node))
     on_hang = partial(write_hang, Path(job.reports), place.rank)
-    return tasks.pretraining(RunConfig.of(job.config), job.overrides, interrupt, job.setting, place, on_hang)
+    return tasks.pretraining(RunConfig.of(job.config), job.overrides, interrupt, place, on_hang)
 
 
 def _exit_with_parent() -> None:

@@ -28,9 +28,15 @@ if TYPE_CHECKING:
 
     from pretrain.distributed.sharding import TensorFiles
     from pretrain.models.language_model import LanguageModel
+    from pretrain.models.transforms.apply import Transformed
 
 Texts = Callable[[], Iterator[str]]
+Change = Callable[[Any], "Transformed | None"]  # applies transforms to a transformers model in place
 OLD_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}  # transformers still accepts them and renames them
+
+
+def _unchanged(hf: Any) -> None:
+    """Apply no transform."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +147,9 @@ class CausalLM(ABC):
 
         return int(self.build_on_meta(param_dtype=torch.float32).hf.num_parameters())
 
-    def build_on_meta(self, *, param_dtype: torch.dtype) -> LanguageModel:
-        """Return the model in training mode with its parameters on the meta device and its buffers on the CPU."""
+    def build_on_meta(self, *, param_dtype: torch.dtype, change: Change = _unchanged) -> LanguageModel:
+        """Return the model in training mode, changed by ``change``, with its parameters on the meta device and its buffers on
+        the CPU."""
         from transformers import AutoModelForCausalLM
 
         from pretrain.models.dtypes import keep_fp32
@@ -154,16 +161,17 @@ class CausalLM(ABC):
 
         hf = self.load(make)
         keep_fp32(hf, param_dtype)
-        return self.finish(hf, None)
+        return self.finish(hf, None, change)
 
-    def finish(self, hf: Any, device: torch.device | None) -> LanguageModel:
-        """Wrap ``hf`` and return it in training mode on ``device``; with ``None`` it stays where it is. Dropout is as its config
-        sets it."""
+    def finish(self, hf: Any, device: torch.device | None, change: Change) -> LanguageModel:
+        """Change ``hf`` by ``change``, wrap it and return it in training mode on ``device``; with ``None`` it stays where it is.
+        Dropout is as its config sets it."""
         from pretrain.models.language_model import LanguageModel
 
+        transformed = change(hf)
         if self.gradient_checkpointing:
             hf.activation_checkpointing_enable({"use_reentrant": False})
-        model = LanguageModel(hf if device is None else hf.to(device), compile=self.compile)
+        model = LanguageModel(hf if device is None else hf.to(device), compile=self.compile, transformed=transformed)
         model.train()
         return model
 
@@ -204,8 +212,8 @@ class Pretrained(CausalLM):
         found = self.weights()
         return sum(math.prod(found.shape(name)) for name in found.keys())  # noqa: SIM118 (not a dict)
 
-    def build_on_meta(self, *, param_dtype: torch.dtype) -> LanguageModel:
-        model = super().build_on_meta(param_dtype=param_dtype)
+    def build_on_meta(self, *, param_dtype: torch.dtype, change: Change = _unchanged) -> LanguageModel:
+        model = super().build_on_meta(param_dtype=param_dtype, change=change)
         self._adopt_generation_config(model.hf)
         return model
 
@@ -228,8 +236,11 @@ class Pretrained(CausalLM):
         weights = {name: pieces.read(name) for name in sorted(pieces.keys())}
         return partial(architecture.from_pretrained, None, config=self.hf_config(), state_dict=weights)
 
-    def build(self, *, param_dtype: torch.dtype, device: torch.device, seed: int) -> LanguageModel:
-        """Return the model in training mode on ``device``. Raises ``UserError`` when weights are missing from its files."""
+    def build(
+        self, *, param_dtype: torch.dtype, device: torch.device, seed: int, change: Change = _unchanged
+    ) -> LanguageModel:
+        """Return the model, changed by ``change``, in training mode on ``device``. Raises ``UserError`` when weights are missing
+        from its files."""
         hf, loaded = self.load(
             self._reader(param_dtype),
             dtype=param_dtype,
@@ -248,7 +259,7 @@ class Pretrained(CausalLM):
             notice(f"model_name={self.name_or_path}: {len(unused)} tensors in its files are not used, e.g. {unused[0]}")
         self._check_ties(hf)
         self._adopt_generation_config(hf)
-        return self.finish(hf, device)
+        return self.finish(hf, device, change)
 
     def _check_ties(self, hf: Any) -> None:
         """Raise ``UserError`` when config.json ties the head to the embedding but the files hold a different head. transformers
@@ -330,9 +341,11 @@ class Scratch(CausalLM):
 
         return train_bpe(texts(), vocab_size=self.train_tokenizer)
 
-    def build(self, *, param_dtype: torch.dtype, device: torch.device, seed: int) -> LanguageModel:
-        """Return the model with random weights in training mode on ``device``. The weights are drawn on the CPU, so the same seed
-        gives the same weights on every device."""
+    def build(
+        self, *, param_dtype: torch.dtype, device: torch.device, seed: int, change: Change = _unchanged
+    ) -> LanguageModel:
+        """Return the model with random weights, changed by ``change``, in training mode on ``device``. The weights are drawn on
+        the CPU, so the same seed gives the same weights on every device."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -346,7 +359,7 @@ class Scratch(CausalLM):
         hf = self.load(make)
         cast(hf, param_dtype)
         hf.config.dtype = param_dtype
-        return self.finish(hf, device)
+        return self.finish(hf, device, change)
 
 
 def _is_tied(hf: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,15 @@ from pretrain.models.probe import (
     balancing_coefficient,
     by_masks,
     check_causal,
+    embedding_dtype,
     find_document_mask,
     has_plain_head,
     num_positions,
 )
 from pretrain.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from pretrain.models.transforms.apply import Transformed
 
 
 class LanguageModel(nn.Module):
@@ -42,11 +46,19 @@ class LanguageModel(nn.Module):
         balancing: the weight of the load balancing loss of a mixture of experts; 0 unless the config has
             ``output_router_logits: true``.
         is_compiled: whether the training step is compiled.
+        transformed: what transforms have changed in ``hf``; ``None`` without transforms.
     """
 
-    def __init__(self, hf: Any, *, compile: bool = False) -> None:  # noqa: A002 (the key users know)
+    def __init__(
+        self,
+        hf: Any,
+        *,
+        compile: bool = False,  # noqa: A002 (the key users know)
+        transformed: Transformed | None = None,
+    ) -> None:
         super().__init__()
         self.hf = hf
+        self.transformed = transformed
         hf.config.use_cache = False
         self.fused_loss = False
         self.document_mask: DocumentMask | None = None
@@ -144,7 +156,7 @@ class LanguageModel(nn.Module):
                 "set output_router_logits: false in its config.json, or document_mask=false"
             )
         # The dtype of the embedding and not of the model: under FSDP it is the dtype of the gathered weights here.
-        return self.document_mask(self.hf, position_ids, self.hf.get_input_embeddings().weight.dtype)
+        return self.document_mask(self.hf, position_ids, embedding_dtype(self.hf))
 
     # -- names of the wrapped model ---------------------------------------------------------------------------------
 
@@ -154,13 +166,7 @@ class LanguageModel(nn.Module):
 
     def hf_state(self) -> dict[str, Tensor]:
         """Return parameters and persistent buffers under their Hugging Face names; a tied weight appears once."""
-        seen: set[int] = set()
-        state = {}
-        for name, tensor in self.hf.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                state[name] = tensor
-        return state
+        return weights_of(self.hf)
 
     def load(self, files: TensorFiles) -> None:
         """Fill every weight from ``files``; of a weight sharded along dim 0, fill the local shard. Raises ``UserError`` when a
@@ -169,3 +175,14 @@ class LanguageModel(nn.Module):
         check_names(own, files)
         for name, tensor in own.items():
             fill(tensor, files, name)
+
+
+def weights_of(hf: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers by name; a tied weight appears once."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in hf.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found

@@ -5,7 +5,7 @@ A model built entirely on the meta device would lose the buffers that no checkpo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -42,3 +42,24 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+
+
+def replace_parameters(module: nn.Module, replace: Callable[[nn.Parameter], torch.Tensor]) -> None:
+    """Replace every parameter by ``replace(parameter)``; ties are kept, and so is whether a parameter is trained. Unlike
+    ``Module.to``, this also moves parameters from and to the meta device with their ties."""
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old ones too, so that no id is used twice
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                tensor = replace(parameter)
+                new = parameter if tensor is parameter else nn.Parameter(tensor.detach(), parameter.requires_grad)
+                made[id(parameter)] = parameter, new
+            part._parameters[name] = made[id(parameter)][1]
+
+
+def materialise(module: nn.Module, device: torch.device) -> None:
+    """Allocate the parameters on the meta device on ``device``, uninitialised, and move buffers and other parameters there."""
+    replace_parameters(module, lambda p: torch.empty_like(p, device=device) if p.is_meta else p)
+    module.to(device)

@@ -90,7 +90,7 @@ def find_document_mask(hf: Any) -> DocumentMask | None:
         alone = _logits(hf, ids[[0, 1, 2]])[:, :length]
         for way in DOCUMENT_MASKS:
             try:
-                given = way(hf, positions, hf.get_input_embeddings().weight.dtype)
+                given = way(hf, positions, embedding_dtype(hf))
                 one, two = (_outputs(hf, ids[order], length, given) for order in ([1, 0, 2], [3, 0, 4]))
             except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError):
                 continue  # no such argument, no such mask
@@ -106,10 +106,11 @@ def has_plain_head(hf: Any) -> bool:
 
     The probe checks that the input of the head is what ``base_model`` returns, and that the head's output for large random
     inputs is returned unchanged as the logits. This detects soft-capping, a logit scale and a further layer, even while the
-    model's own logits are still small.
+    model's own logits are still small. A head that a transform has wrapped or hooked may be equal to its matrix now and not
+    after the first step, so it is never plain.
     """
     backbone, head = hf.base_model, hf.get_output_embeddings()
-    if backbone is hf or not isinstance(head, nn.Linear):
+    if backbone is hf or not _is_linear(head):
         return False
     device, training = head.weight.device, hf.training
     noise = torch.randn(1, 4, head.in_features, generator=torch.Generator().manual_seed(0)).to(device)
@@ -160,6 +161,11 @@ def balancing_coefficient(hf: Any) -> float:
     return coefficient
 
 
+def embedding_dtype(hf: Any) -> torch.dtype:
+    """Return the dtype of the input embedding's weight, which may be inside of a module that a transform has added."""
+    return next(hf.get_input_embeddings().parameters()).dtype
+
+
 def num_positions(config: Any) -> int:
     """Return the longest sequence that a model with this config has positions for; ``sys.maxsize`` without a limit."""
     limits = [getattr(config, key, None) for key in POSITION_KEYS]
@@ -176,7 +182,8 @@ def _documents(hf: Any) -> Tensor | None:
     if length < 1:
         return None
     ids = torch.arange(5 * length, device=hf.device).reshape(5, length)
-    return (7 + 3 * ids) % hf.get_input_embeddings().num_embeddings
+    embedding = hf.get_input_embeddings()
+    return (7 + 3 * ids) % getattr(embedding, "num_embeddings", hf.config.get_text_config().vocab_size)
 
 
 def _logits(hf: Any, documents: Tensor, given: dict[str, Any] | None = None) -> Tensor:
@@ -245,6 +252,13 @@ def _deterministic(*, active: bool) -> Iterator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _is_linear(head: Any) -> bool:
+    """Return whether ``head`` multiplies by its matrix and does nothing else."""
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+        return False
+    return not head._forward_hooks and not head._forward_pre_hooks
 
 
 def _is_experts(module: nn.Module) -> bool:

@@ -16,25 +16,26 @@ from pretrain.runtime.errors import UserError
 from pretrain.training.micro_batching import MicroBatching
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from pretrain.checkpoint.store import CheckpointStore
-    from pretrain.checkpoint.writer import AsyncCheckpointWriter
     from pretrain.config.schema import RunConfig
     from pretrain.data.batch import Batch
-    from pretrain.data.changed_files import Files
     from pretrain.data.loader import Loader
     from pretrain.data.store.token_store import TokenView
     from pretrain.distributed.context import DistributedContext
     from pretrain.distributed.rank_info import RankInfo
+    from pretrain.evaluation.evaluation import Evaluation
     from pretrain.evaluation.perplexity import Domain, Evaluator
     from pretrain.evaluation.samples import Sampler
-    from pretrain.evaluation.untouched import Untouched
+    from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
     from pretrain.runtime.signals import Interrupt
     from pretrain.runtime.watchdog import Watchdog
-    from pretrain.strategy.base import Setting
     from pretrain.strategy.engine import Engine, InferenceEngine
     from pretrain.telemetry.interval import Interval
     from pretrain.telemetry.record import Record
+    from pretrain.training.checkpoints import Checkpoints
     from pretrain.training.exporter import Exporter
     from pretrain.training.guard.guard import Guard
     from pretrain.training.layer_statistics import LayerStatistics
@@ -47,27 +48,36 @@ def build_world(config: RunConfig, place: RankInfo, *, group: bool) -> Distribut
     from pretrain.distributed.context import enter
 
     world = enter(place, group=group, timeout_seconds=config.launch.patience)
-    seed_everything(config.seed, rank=place.rank)
+    seed_everything(config.seed, rank=world.data_rank)
     return world
 
 
-def build_engine(config: RunConfig, prepared: Prepared, setting: Setting, world: DistributedContext) -> Engine:
+def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContext) -> Engine:
     """Return this rank's engine: the model and the optimizer as the strategy sets them up."""
-    optimizer = config.optimizer
-    engine: Engine = config.strategy.setup(
+    from pretrain.strategy.base import StepConfig
+
+    def optimizer(model: LanguageModel) -> Optimizer:
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError(
+                f"transform=[{','.join(config.plain.get('transform') or {})}]: no parameter of the model is left to train"
+            )
+        return config.optimizer(model.hf_named_parameters())
+
+    return config.strategy.setup(
         build_model_factory(config, prepared.model),
-        lambda model: optimizer(model.hf_named_parameters()),
-        setting=setting,
-        world=world,
+        optimizer,
+        StepConfig.of(config),
+        world,
     )
-    return engine
 
 
 def build_model_factory(config: RunConfig, model: Any) -> ModelFactory:
-    """Return the factory that builds ``model`` in the precision of the config."""
+    """Return the factory that builds ``model`` with the transforms and in the precision of the config."""
+    from pretrain.checkpoint.weights import saved_transforms
     from pretrain.models.model_factory import ModelFactory
 
-    return ModelFactory(model, config.precision.param_dtype, config.seed)
+    in_checkpoint = model.weights() is not None and bool(saved_transforms(model.folder()))
+    return ModelFactory(model, config.precision.param_dtype, config.seed, config.transforms, in_checkpoint)
 
 
 def build_scorer(config: RunConfig, prepared: Prepared, world: DistributedContext) -> InferenceEngine:
@@ -163,24 +173,22 @@ def build_schedule(config: RunConfig, steps: int) -> Schedule:
 
 
 def build_facts(
-    config: RunConfig, engine: Engine, *, split: MicroBatching, setting: Setting, place: RankInfo
+    config: RunConfig, prepared: Prepared, engine: Engine, *, split: MicroBatching, restarts: int
 ) -> dict[str, Any]:
     """Return the metadata for run.json, including the values from which throughput and MFU are computed."""
     from pretrain.run.metadata import run_facts, speed_facts
 
-    peak = config.telemetry.peak_flops
-    facts = run_facts(config, engine.world, engine, restarts=place.restarts) | split.facts()
-    return facts | speed_facts(config, engine, devices=setting.devices, peak=peak)
+    facts = run_facts(config, engine.world, engine, restarts=restarts) | split.facts()
+    speed = speed_facts(config, engine, devices=engine.world.topology.devices, peak=config.telemetry.peak_flops)
+    return facts | speed | {"uniform_loss": prepared.model.uniform_loss()}
 
 
 def build_listeners(
-    config: RunConfig, folder: Path, files: Files, *, uniform_loss: float | None
+    config: RunConfig, prepared: Prepared, folder: Path, *, watch_files: bool = True
 ) -> tuple[list[Listener], Callable[[], list[Record]]]:
     """Return the listeners that receive the run's events, and a function that returns the records for the next checkpoint.
 
-    Args:
-        files: The files of the training data, which are watched for changes.
-        uniform_loss: See ``BaselineCheck``.
+    ``watch_files``: whether the files of the training data are watched for changes.
     """
     from pretrain.data.changed_files import FilesWatch
     from pretrain.telemetry.baseline import BaselineCheck
@@ -188,7 +196,8 @@ def build_listeners(
     from pretrain.telemetry.run_file import RunFile
 
     monitor = Monitor(config.build_sinks(), run=folder, log_every=config.log_every)
-    watchers: list[Listener] = [FilesWatch(files), BaselineCheck(uniform_loss)]
+    files = prepared.train.store.files if watch_files else {}
+    watchers: list[Listener] = [FilesWatch(files), BaselineCheck(prepared.model.uniform_loss())]
     return [monitor, RunFile(folder, monitor.summary), *watchers], monitor.unsaved
 
 
@@ -213,30 +222,36 @@ def build_intervals(config: RunConfig, prepared: Prepared, steps: int) -> tuple[
     return Interval(intervals.evaluate_every), Interval(intervals.save_every)
 
 
-def build_untouched(config: RunConfig, prepared: Prepared, *, batch_size: int) -> Untouched:
-    """Return the object that scores the untouched model, which is the model before training.
+def build_evaluation(
+    config: RunConfig, prepared: Prepared, engine: Engine, batch_size: int, every: Interval
+) -> Evaluation:
+    """Return what the run evaluates. ``batch_size`` is the training micro-batch, used for ``evaluation.batch_size=auto``.
 
-    Its scores depend on the model, and on the seed where the initial weights are random.
+    The scores of the untouched model (the model before training) depend on the model, and on the seed where the initial
+    weights are random.
     """
+    from pretrain.evaluation.evaluation import Evaluation
     from pretrain.evaluation.untouched import Untouched
 
-    weights_follow_from = ("model", "seed") if prepared.model.weights() is None else ("model",)
+    random_weights = prepared.model.weights() is None or bool(config.transforms)
+    weights_follow_from = ("model", "seed") if random_weights else ("model",)
     evaluator = build_evaluator(config, prepared, batch_size=batch_size)
-    return Untouched(evaluator, weights_follow_from, is_there=not prepared.base_gone)
+    untouched = Untouched(evaluator, weights_follow_from, is_there=not prepared.base_gone)
+    return Evaluation(untouched, build_sampler(config, prepared, engine, evaluator), every)
 
 
 def build_loader(config: RunConfig, prepared: Prepared, split: MicroBatching, world: DistributedContext) -> Loader:
-    """Return the loader of this rank's share of the training data; ``split`` counts all devices of the rank."""
+    """Return the loader of this rank's share of the training data; ``split`` counts the sequences of one device."""
     from pretrain.data.loader import Loader
 
     return Loader(
         prepared.train,
         sequence_length=config.sequence_length,
         seed=config.seed,
-        batch_size=split.batch_size,
+        batch_size=split.batch_size * world.topology.devices_per_worker,
         accumulation=split.accumulation,
-        rank=world.rank,
-        world_size=world.size,
+        rank=world.data_rank,
+        world_size=world.data_size,
         document_mask=config.dataset.document_mask,
         pin_memory=world.device.type == "cuda",
     )
@@ -257,9 +272,7 @@ def build_guard(config: RunConfig, prepared: Prepared, engine: Engine, loader: L
     )
 
 
-def build_split(
-    config: RunConfig, prepared: Prepared, engine: Engine, *, setting: Setting, resume_from: Path | None
-) -> MicroBatching:
+def build_split(config: RunConfig, prepared: Prepared, engine: Engine, *, resume_from: Path | None) -> MicroBatching:
     """Return how the global batch is split into micro-batches.
 
     ``batch_size=auto`` uses the micro-batch that this run has used so far on the same kind of device, otherwise the largest
@@ -278,7 +291,7 @@ def build_split(
     blocks, length = Blocks(prepared.train, config.sequence_length), config.sequence_length
 
     def rows(size: int) -> Batch:
-        indices = np.arange(size * setting.devices_per_worker)
+        indices = np.arange(size * world.topology.devices_per_worker)
         return blocks.batch(indices, document_mask=config.dataset.document_mask)
 
     size = world.on_main_rank(lambda: recorded_batch_size(resume_from, device=device_name(world.device)))
@@ -291,16 +304,27 @@ def build_split(
     return split
 
 
-def build_saver(
-    config: RunConfig, store: CheckpointStore, world: DistributedContext, watchdog: Watchdog
-) -> AsyncCheckpointWriter:
-    """Return the writer of checkpoints, in a background thread where the config says so."""
+def build_checkpoints(
+    config: RunConfig,
+    prepared: Prepared,
+    store: CheckpointStore,
+    world: DistributedContext,
+    watchdog: Watchdog,
+    **options: Any,
+) -> Checkpoints:
+    """Return what saves and loads checkpoints, in a background thread where the config says so. For ``options`` see
+    `Checkpoints`."""
     from pretrain.checkpoint.writer import AsyncCheckpointWriter
+    from pretrain.training.checkpoints import Checkpoints
 
-    timeout = config.launch.timeout
-    return AsyncCheckpointWriter(
-        store, world=world, background=store.policy.async_, timeout_seconds=timeout, alive=watchdog.heartbeat
+    writer = AsyncCheckpointWriter(
+        store,
+        world=world,
+        background=store.policy.async_,
+        timeout_seconds=config.launch.timeout,
+        alive=watchdog.heartbeat,
     )
+    return Checkpoints(writer, prepared.identity, **options)
 
 
 def build_layers(config: RunConfig, engine: Engine) -> LayerStatistics:
@@ -314,54 +338,55 @@ def build_layers(config: RunConfig, engine: Engine) -> LayerStatistics:
 def build_trainer(
     config: RunConfig,
     prepared: Prepared,
-    folder: Path,
     store: CheckpointStore,
-    *,
-    resume_from: Path | None,
-    interrupt: Interrupt,
-    setting: Setting,
-    place: RankInfo,
     world: DistributedContext,
-    watchdog: Watchdog,
+    *,
+    resume_from: Path | None = None,
+    restarts: int = 0,
+    interrupt: Interrupt | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Trainer:
-    """Return the trainer of this rank with all its parts; rank 0 alone has listeners."""
+    """Return the trainer of this rank with all its parts; rank 0 alone has listeners.
+
+    Args:
+        config: The config of the run.
+        prepared: Its model and data.
+        store: Its checkpoints.
+        world: The ranks of the run.
+        resume_from: The checkpoint to resume from.
+        restarts: How often the processes have been restarted.
+        interrupt: Whether a stop signal has arrived.
+        watchdog: Ends the process if the run makes no progress.
+    """
     from pretrain.checkpoint.rng import rng_state
+    from pretrain.runtime.watchdog import Watchdog
     from pretrain.training.trainer import Trainer
 
-    steps = total_steps(config, prepared)
-    engine = build_engine(config, prepared, setting, world)
+    folder, steps, watchdog = Path(config.output_dir), total_steps(config, prepared), watchdog or Watchdog()
+    engine = build_engine(config, prepared, world)
     rng = rng_state()  # captured before the search for a micro-batch, which draws random numbers
-    split = build_split(config, prepared, engine, setting=setting, resume_from=resume_from)
-    micro_batch = split.batch_size * setting.devices_per_worker
-    loader = build_loader(config, prepared, MicroBatching(micro_batch, split.accumulation), world)
+    split = build_split(config, prepared, engine, resume_from=resume_from)
+    loader = build_loader(config, prepared, split, world)
     evaluate_every, save_every = build_intervals(config, prepared, steps)
-    untouched = build_untouched(config, prepared, batch_size=split.batch_size)
-    uniform = prepared.model.uniform_loss()
-    facts = build_facts(config, engine, split=split, setting=setting, place=place) | {"uniform_loss": uniform}
-    files = prepared.train.store.files
-    observers = build_listeners(config, folder, files, uniform_loss=uniform) if world.is_main else ([], list)
+    metadata = build_facts(config, prepared, engine, split=split, restarts=restarts)
+    exporter = build_exporter(config, prepared, engine, folder, facts=metadata, steps=steps)
+    listeners, unsaved_records = build_listeners(config, prepared, folder) if world.is_main else ([], list)
+    saving: dict[str, Any] = {"every": save_every, "resume_from": resume_from, "files": exporter.checkpoint_files}
+    saving["unsaved_records"] = unsaved_records
     return Trainer(
-        world=world,
-        engine=engine,
-        loader=loader,
+        engine,
+        loader,
+        build_schedule(config, steps),
+        steps=steps,
+        evaluation=build_evaluation(config, prepared, engine, split.batch_size, evaluate_every),
+        checkpoints=build_checkpoints(config, prepared, store, world, watchdog, **saving),
         guard=build_guard(config, prepared, engine, loader, folder),
-        schedule=build_schedule(config, steps),
-        untouched=untouched,
-        sampler=build_sampler(config, prepared, engine, untouched.evaluator),
-        saver=build_saver(config, store, world, watchdog),
-        interrupt=interrupt,
-        identity=prepared.identity,
-        rng=rng,
-        total_steps=steps,
-        micro_batch=micro_batch,
-        grad_clip=config.grad_clip,
-        evaluate_every=evaluate_every,
-        save_every=save_every,
-        exporter=build_exporter(config, prepared, engine, folder, facts=facts, steps=steps),
+        exporter=exporter,
         layers=build_layers(config, engine),
-        resume_from=resume_from,
-        facts=facts,
-        listeners=observers[0],
-        unsaved_records=observers[1],
+        hooks=config.build_hooks(),
+        listeners=listeners,
+        interrupt=interrupt,
         watchdog=watchdog,
+        rng=rng,
+        metadata=metadata,
     )

@@ -20,6 +20,7 @@ FIXED = {  # part of a run's identity → the config keys that determine it
     "seed": ("seed",),
     "weights": ("precision",),
     "optimizer": ("optimizer",),
+    "transforms": ("transform",),
 }
 FREE = {  # keys that may differ in a finished run; the product of the batch keys is compared before, as global batch
     *("name", "output_dir", "task", "resume", "resume_allow", "allow_targets", "devices", "strategy", "launch"),
@@ -48,9 +49,9 @@ def check_same_run(
 
     Raises:
         UserError: The checkpoint belongs to a run with another model, tokenizer, data, sequence length, global batch,
-            seed, weights or optimizer, so that it can't be continued exactly. The message lists old and new values.
+            seed, weights, optimizer or transforms, so that it can't be continued exactly. The message lists old and new values.
     """
-    before = read_state(checkpoint)["identity"]
+    before = {"transforms": []} | read_state(checkpoint)["identity"]  # checkpoints of earlier versions have none
     changed = [p for p in FIXED if before.get(p) != identity[p] and p not in config.resume_allow]
     if not changed:
         return
@@ -90,7 +91,7 @@ def changed_model_config(checkpoint: Path, model_config: dict[str, Any]) -> list
 
 
 def _resume_allow_hint(changed: list[str]) -> str:
-    if "model" in changed:
+    if "model" in changed or "transforms" in changed:  # other weights
         return ""
     return f"; or continue, no longer exactly, with resume_allow=[{','.join(changed)}]"
 

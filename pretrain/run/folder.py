@@ -31,12 +31,11 @@ from pretrain.run.leftovers import (
     task_of,
 )
 from pretrain.run.peak_lr import chosen_lr, report_lr, report_lr_change
-from pretrain.runtime.atomic_files import replace_file
 from pretrain.runtime.console import log_to, notice
 from pretrain.runtime.errors import UserError
-from pretrain.runtime.folders import check_links, check_private, make_folder
+from pretrain.runtime.files import make_folder, open_file, own_folder, replace_file
+from pretrain.runtime.folders import check_links, check_private
 from pretrain.runtime.locks import Busy, Lock
-from pretrain.runtime.safe_files import open_file, own_folder
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import tail
 

@@ -29,6 +29,7 @@ def run_facts(
         "name": config.name,
         "model": config.model_name,
         "parameters": scorer.num_parameters,
+        "trained_parameters": scorer.num_trained,
         "strategy": config.strategy.name,
         "precision": scorer.precision.name,
         "world_size": world.size,
@@ -46,11 +47,13 @@ def speed_facts(config: RunConfig, engine: Engine, *, devices: int, peak: float 
 
     ``devices`` counts the devices of all processes. ``peak`` is the peak FLOP/s of one device if the user has given it.
     """
-    from pretrain.models.flops import flops_per_token
+    from pretrain.models.flops import Flops, flops_per_token
     from pretrain.telemetry.peaks import peak_flops
 
     known = peak_flops(device_name(engine.world.device), engine.precision.products) if peak is None else peak
     shape = {"sequence_length": config.sequence_length, "devices": devices, "peak_flops": known}
+    if config.transforms:
+        return shape | Flops(unknown="the operations of transformed models are not counted").facts()
     return shape | flops_per_token(engine.model.hf, config.sequence_length).facts()
 
 

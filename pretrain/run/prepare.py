@@ -24,14 +24,18 @@ if TYPE_CHECKING:
 def model_spec(config: RunConfig) -> Any:
     """Return the model that the config names; the name of a run or a checkpoint stands for its weights.
 
-    Raises ``UserError`` for an incomplete checkpoint.
+    Raises ``UserError`` for an incomplete checkpoint, and for one whose weights are transformed in another way than by this
+    config.
     """
-    from pretrain.checkpoint.weights import weights_folder
+    from pretrain.checkpoint.weights import check_transforms, weights_folder
 
-    spec, verify = config.model, config.checkpoint.verify
-    folder = weights_folder(spec.name_or_path, key="model_name", verify=verify)
+    spec, verify, transforms = config.model, config.checkpoint.verify, config.transforms_identity
+    folder = weights_folder(spec.name_or_path, key="model_name", verify=verify, transforms=transforms)
     tokenizer = spec.tokenizer_name and weights_folder(spec.tokenizer_name, key="model.tokenizer_name", verify=verify)
-    return replace(spec, name_or_path=folder, tokenizer_name=tokenizer)
+    spec = replace(spec, name_or_path=folder, tokenizer_name=tokenizer)
+    if not hasattr(spec, "overrides"):  # a model from scratch has no weights
+        check_transforms(spec.folder(), transforms, name=config.model_name)
+    return spec
 
 
 def _checked_model(config: RunConfig) -> tuple[Any, ModelInCheckpoint | None]:
@@ -92,7 +96,6 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     Raises:
         UserError: The model or the data can't be used.
     """
-    from pretrain.data.tokenization.tokenize import prepare as tokenize
     from pretrain.data.tokenization.tokenize import training_texts
     from pretrain.models.tokenizer import boundaries
 
@@ -100,23 +103,18 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     source = config.dataset
     tokenizer = model.tokenizer(partial(training_texts, source))
     boundary_tokens = boundaries(tokenizer, bos=source.bos, separator=source.separator)
-    tokenizer_json = tokenizer.backend_tokenizer.to_str()
-
-    def encode(source: Source, boundary_tokens: Boundaries) -> TokenStore:
-        return tokenize(source, tokenizer_json=tokenizer_json, eot=boundary_tokens.separator, bos=boundary_tokens.bos)
-
-    store = encode(source, boundary_tokens)
+    store = tokenized(source, tokenizer, boundary_tokens)
     train, held_out = views(store, source)
     domains = [(source.domain, "new", held_out)] if held_out.num_tokens > 1 else []
     configured = config.evaluation.domains
     bases = base_domains(source, configured)
     for name, base in bases.items():
-        tokenized = encode(base, domain_boundaries(base, tokenizer, boundary_tokens))
-        domains.append((name, "base", _held_out(name, base, tokenized)))
+        base_store = tokenized(base, tokenizer, domain_boundaries(base, tokenizer, boundary_tokens))
+        domains.append((name, "base", _held_out(name, base, base_store)))
     global_batch = MicroBatching.from_config(config).total * devices
     identity = {
         "model": replacement.identity if replacement else model.identity(),
-        "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer_json.encode()),
+        "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.backend_tokenizer.to_str().encode()),
         "data": _data_identity(store, source),
         "global_batch": global_batch,
         **_config_identity(config),
@@ -137,6 +135,14 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     )
 
 
+def tokenized(source: Source, tokenizer: Any, boundary_tokens: Boundaries) -> TokenStore:
+    """Return the documents of ``source`` as tokens. Text that is in the cache is not tokenized again."""
+    from pretrain.data.tokenization.tokenize import prepare as tokenize
+
+    content = tokenizer.backend_tokenizer.to_str()
+    return tokenize(source, tokenizer_json=content, eot=boundary_tokens.separator, bos=boundary_tokens.bos)
+
+
 def _data_identity(store: TokenStore, source: Source) -> str:
     """Return the digest of the tokens and of what selects and masks them."""
     content = [[part.path.name for part in store.parts], view_options(source), source.document_mask]
@@ -150,6 +156,7 @@ def _config_identity(config: RunConfig) -> dict[str, Any]:
         "seed": config.seed,
         "weights": config.precision.weights,
         "optimizer": config.optimizer_identity,
+        "transforms": config.transforms_identity,
     }
 
 
@@ -177,9 +184,9 @@ def _not_scored_notices(source: Source, held_out: TokenView, left_out: int) -> l
     return notices
 
 
-def _held_out(name: str, base: Source, tokenized: TokenStore) -> TokenView:
+def _held_out(name: str, base: Source, store: TokenStore) -> TokenView:
     """Return the held-out documents of a base domain. Raises ``UserError`` where there are none to score."""
-    held_out = views(tokenized, base)[1]
+    held_out = views(store, base)[1]
     if held_out.num_tokens > 1:
         return held_out
     why = "held_out=0" if base.held_out == 0 else "it is a single document; give it at least two"

@@ -24,10 +24,11 @@ from pretrain.run.prepare import Prepared, model_spec, prepare, total_steps
 from pretrain.runtime import garbage_collector as collector
 from pretrain.runtime.console import log_error, log_to, mute, notice, quietly
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import open_new
 from pretrain.runtime.out_of_memory import OutOfMemory, watched
-from pretrain.runtime.safe_files import open_new
 from pretrain.runtime.signals import EXIT_CODE, Interrupt
 from pretrain.runtime.watchdog import Watchdog
+from pretrain.strategy.base import StepConfig
 from pretrain.telemetry.events import RunFinished
 from pretrain.telemetry.run_file import mark_failed
 from pretrain.training.micro_batching import MicroBatching
@@ -35,7 +36,6 @@ from pretrain.training.micro_batching import MicroBatching
 if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
     from pretrain.distributed.context import DistributedContext
-    from pretrain.strategy.base import Setting
     from pretrain.training.trainer import Trainer
 
 
@@ -43,7 +43,6 @@ def pretraining(
     config: RunConfig,
     overrides: list[str],
     interrupt: Interrupt,
-    setting: Setting,
     place: RankInfo,
     on_hang: Callable[[str, str], None] | None = None,
 ) -> int:
@@ -53,15 +52,14 @@ def pretraining(
         config: The config of the run.
         overrides: The words of the command line.
         interrupt: Receives the stop signals.
-        setting: Processes, devices and batch of the run.
-        place: This process among all ranks.
+        place: This process among all ranks, with the topology of the run.
         on_hang: Called as ``on_hang(place, how_long)`` before a stalled process ends itself; by default a message is
             printed on stderr.
 
     Returns:
         0 when the run is finished, 75 when a signal stopped it.
     """
-    prepared, steps, world = prepare_and_join(config, interrupt, setting, place)
+    prepared, steps, world = prepare_and_join(config, interrupt, place)
     folder = Path(config.output_dir)
     store = CheckpointStore(folder / "checkpoints", config.checkpoint)
     store.policy.check({name: role for name, role, _ in prepared.domains})
@@ -82,29 +80,27 @@ def pretraining(
             return 0
         config = config.with_lr(start.lr)
         watchdog = start_watchdog(config, folder / "logs" / f"rank-{place.rank}.log", on_hang, claims)
-        with out_of_memory_explained(config, world, setting):
+        with out_of_memory_explained(config, world):
             trainer = build.build_trainer(
                 config,
                 prepared,
-                folder,
                 replace(store, files={"config.yaml": start.config_yaml.encode()}),
+                world,
                 resume_from=start.resume_from,
+                restarts=place.restarts,
                 interrupt=interrupt,
-                setting=setting,
-                place=place,
-                world=world,
                 watchdog=watchdog,
             )
         interrupt.defer_signals = True
         collector.restore_thresholds()
-        with out_of_memory_explained(config, world, setting, trainer):
+        with out_of_memory_explained(config, world, trainer):
             run_logged(trainer)
     leave()
     return 0 if trainer.complete else EXIT_CODE
 
 
 def prepare_and_join(
-    config: RunConfig, interrupt: Interrupt, setting: Setting, place: RankInfo
+    config: RunConfig, interrupt: Interrupt, place: RankInfo
 ) -> tuple[Prepared, int, DistributedContext]:
     """Prepare the data without the other ranks, then join them and check that all ranks agree.
 
@@ -113,11 +109,13 @@ def prepare_and_join(
     if place.rank > 0:
         mute()
     with quietly() if place.prepared else nullcontext():
-        prepared = prepare(config, devices=setting.devices)
+        prepared = prepare(config, devices=place.topology.data_parallel_devices)
     steps = total_steps(config, prepared)
-    interrupt.defer_signals = place.size > 1  # from here on the other ranks would wait for a process that exits
+    interrupt.defer_signals = (
+        place.topology.world_size > 1
+    )  # from here on the other ranks would wait for a process that exits
     world = build.build_world(config, place, group=config.strategy.needs_group)
-    check_ranks_agree(world, setting, {"configuration": config.plain, "steps": steps} | prepared.identity)
+    check_ranks_agree(world, {"configuration": config.plain, "steps": steps} | prepared.identity)
     return prepared, steps, world
 
 
@@ -145,12 +143,8 @@ def report_hang(log: Path, place: str, how_long: str) -> None:
     threading.Thread(target=mark_failed, args=(log.parent.parent,), daemon=True).start()
 
 
-def check_ranks_agree(world: DistributedContext, setting: Setting, facts: dict[str, Any]) -> None:
+def check_ranks_agree(world: DistributedContext, facts: dict[str, Any]) -> None:
     """Raise ``UserError`` where a rank, for example on another machine, has another config or other data than rank 0."""
-    if world.size != setting.workers:
-        raise UserError(
-            f"{world.size} processes have joined, {setting.workers} were expected: give all nodes the same number of devices"
-        )
     every = world.all_gather_object(lambda: facts)
     for rank, theirs in enumerate(every):
         differing = [name for name, value in every[0].items() if theirs[name] != value]
@@ -162,12 +156,12 @@ def check_ranks_agree(world: DistributedContext, setting: Setting, facts: dict[s
 
 @contextmanager
 def out_of_memory_explained(
-    config: RunConfig, world: DistributedContext, setting: Setting | None = None, trainer: Trainer | None = None
+    config: RunConfig, world: DistributedContext, trainer: Trainer | None = None
 ) -> Iterator[None]:
     """Turn an out-of-memory error inside the block into a ``UserError`` that names settings with a lower memory use.
-
-    ``setting`` is given by training runs, and ``trainer`` as soon as it exists.
-    """
+    ``trainer`` is given as soon as it exists."""
+    is_training = config.task == "pretraining"
+    overrides = config.strategy.memory_saving_overrides(StepConfig.of(config), world.topology) if is_training else []
     try:
         with watched("setup" if trainer is None else "run"):
             yield
@@ -175,10 +169,10 @@ def out_of_memory_explained(
         raise explained(
             failure,
             config,
-            split=MicroBatching.from_config(config) if trainer is None else MicroBatching.from_record(trainer.facts),
-            memory_saving_overrides=config.strategy.memory_saving_overrides(setting) if setting is not None else [],
+            split=MicroBatching.from_config(config) if trainer is None else MicroBatching.from_record(trainer.metadata),
+            memory_saving_overrides=overrides,
             device=world.device,
-            step=0 if trainer is None else trainer.progress.step,
+            step=0 if trainer is None else trainer.state.step,
         ) from failure
 
 
@@ -187,12 +181,12 @@ def run_logged(trainer: Trainer) -> None:
     try:
         trainer.run()
     except BaseException:
-        log_error(f"failed at step {trainer.progress.step}")
+        log_error(f"failed at step {trainer.state.step}")
         trainer.flush()
-        trainer.emit(RunFinished(trainer.progress.step, "failed", trainer.progress.tokens))
+        trainer.emit(RunFinished(trainer.state.step, "failed", trainer.state.tokens))
         raise
     finally:
-        trainer.saver.close()
+        trainer.checkpoints.close()
 
 
 def tokenization(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
@@ -222,7 +216,7 @@ def evaluation(config: RunConfig, overrides: list[str], interrupt: Interrupt) ->
     with out_of_memory_explained(config, world):
         scorer = build.build_scorer(config, prepared, world)
     uniform = prepared.model.uniform_loss()
-    listeners, _ = build.build_listeners(config, folder.path, {}, uniform_loss=uniform)
+    listeners, _ = build.build_listeners(config, prepared, folder.path, watch_files=False)
     with out_of_memory_explained(config, world), watched("evaluation"):
         evaluator = build.build_evaluator(config, prepared)
         sampler = build.build_sampler(config, prepared, scorer, evaluator)
@@ -276,13 +270,21 @@ def generation(config: RunConfig, overrides: list[str], interrupt: Interrupt) ->
 
 def export(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     """Write a checkpoint, or any other model, as a Hugging Face folder: output_dir/model."""
+    from pretrain.checkpoint.weights import saved_transforms
     from pretrain.training.exporter import export_folder
 
     folder = claim(config.output_dir, foreign=True).path
     if found_in(folder, ("model",)):
         raise UserError(f"output_dir={folder} holds a model already; choose another output_dir for the export")
     shard_size = config.checkpoint.export_shard_size
-    path = export_folder(model_spec(config), folder / "model", shard_size=shard_size)
+    model = model_spec(config)
+    path = export_folder(
+        model,
+        folder / "model",
+        shard_size=shard_size,
+        transforms=config.transforms,
+        has_transformed_weights=bool(saved_transforms(model.folder())),
+    )
     files = [f.stat().st_size for f in path.glob("*.safetensors")]
     print(f"model    {path} ({len(files)} weight file{'s' * (len(files) > 1)}, {sum(files):,} bytes)")
     return 0

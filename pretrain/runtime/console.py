@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 
+from pretrain.runtime.files import open_append, open_file
 from pretrain.runtime.redact import RedactingFormatter, redact
-from pretrain.runtime.safe_files import open_append, open_file
 
 LATER_SECONDS = 5.0  # by how much a rank may be slower than another to find the same mistake
 

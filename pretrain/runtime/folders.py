@@ -40,14 +40,6 @@ def marked_files(folder: Path, pattern: str) -> list[str]:
 
 
 SHARED = "PRETRAIN_SHARED_FOLDERS"  # environment variable: the users who share a folder trust each other
-NEW_FOLDER = 0o775  # mode of new folders, so that other users can't write with any umask
-
-
-def make_folder(path: Path) -> None:
-    """Create a folder and its missing parents, which other users can't write to."""
-    if not path.is_dir():
-        make_folder(path.parent)
-        path.mkdir(NEW_FOLDER, exist_ok=True)
 
 
 def check_private(folder: Path, key: str) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from pretrain.runtime.safe_files import open_append
+from pretrain.runtime.files import open_append
 from pretrain.runtime.streams import flush
 
 # A tick counts as the time that it took, but at most as two ticks: time in which the whole process was stopped (Ctrl-Z, a

@@ -7,44 +7,40 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pretrain.strategy.precision import Precision
+
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+    from pretrain.config.schema import RunConfig
     from pretrain.distributed.context import DistributedContext
+    from pretrain.distributed.topology import Topology
     from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
     from pretrain.strategy.engine import Engine
-    from pretrain.strategy.precision import Precision
 
 
 @dataclass(frozen=True)
-class Setting:
-    """The processes, devices and batch sizes that a strategy has to support.
+class StepConfig:
+    """The settings of an optimizer step that an engine needs.
 
     Attributes:
-        device_type: "cuda" or "cpu".
-        workers: number of processes on all machines.
-        nodes: number of machines.
-        devices_per_worker: number of devices of each process.
         precision: dtypes of weights and computation.
         batch_size: sequences per device and micro-batch.
         accumulation: micro-batches per step.
         grad_clip: maximal gradient norm (``None``: gradients are not clipped).
     """
 
-    device_type: str
-    workers: int
-    nodes: int
-    devices_per_worker: int
-    precision: Precision
-    batch_size: int
-    accumulation: int
-    grad_clip: float | None
+    precision: Precision = Precision()
+    batch_size: int = 1
+    accumulation: int = 1
+    grad_clip: float | None = None
 
-    @property
-    def devices(self) -> int:
-        """The number of devices of all processes."""
-        return self.workers * self.devices_per_worker
+    @classmethod
+    def of(cls, config: RunConfig) -> StepConfig:
+        """Return the settings in the config of a run."""
+        accumulation = config.gradient_accumulation_steps
+        return cls(config.precision, config.micro_batch_size, accumulation, config.grad_clip)
 
 
 class Strategy(ABC):
@@ -52,6 +48,9 @@ class Strategy(ABC):
     same name under ``conf/strategy``."""
 
     needs_group: bool = True  # whether even a single process needs a process group
+    model_parallel_size: int = (
+        1  # consecutive ranks that share one replica of the model and compute on the same batches
+    )
     independent_forward: bool = True  # whether one rank can run a forward and a backward without the others
 
     @property
@@ -67,11 +66,11 @@ class Strategy(ABC):
         """Return how many of a machine's ``devices`` one process uses. Each device computes ``batch_size`` sequences."""
         return 1
 
-    def check(self, setting: Setting) -> None:
-        """Raise ``UserError`` for options that can't work with ``setting``. This does not import torch."""
+    def check(self, step: StepConfig, topology: Topology) -> None:
+        """Raise ``UserError`` for options that can't work with ``step`` on ``topology``. This does not import torch."""
         return
 
-    def memory_saving_overrides(self, setting: Setting) -> list[str]:
+    def memory_saving_overrides(self, step: StepConfig, topology: Topology) -> list[str]:
         """Return overrides with which a device needs less memory, the most effective first."""
         return []
 
@@ -80,8 +79,7 @@ class Strategy(ABC):
         self,
         model: ModelFactory,
         optimizer: Callable[[LanguageModel], Optimizer],
-        *,
-        setting: Setting,
+        step: StepConfig,
         world: DistributedContext,
     ) -> Engine:
         """Build model and optimizer on this rank. Both are passed as factories, so that the strategy decides when and on

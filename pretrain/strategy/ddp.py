@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import PositiveFloat
 
 from pretrain.runtime.errors import UserError
-from pretrain.strategy.base import Setting, Strategy
+from pretrain.strategy.base import StepConfig, Strategy
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from pretrain.distributed.context import DistributedContext
+    from pretrain.distributed.topology import Topology
     from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
     from pretrain.strategy.engine import Engine
@@ -32,10 +33,10 @@ class Ddp(Strategy):
     gradient_as_bucket_view: bool = True
     bucket_cap_mb: PositiveFloat = 25
 
-    def check(self, setting: Setting) -> None:
-        if self.static_graph and setting.accumulation > 1:
+    def check(self, step: StepConfig, topology: Topology) -> None:
+        if self.static_graph and step.accumulation > 1:
             raise UserError(
-                f"strategy.static_graph=true with gradient_accumulation_steps={setting.accumulation}: torch's DDP can't "
+                f"strategy.static_graph=true with gradient_accumulation_steps={step.accumulation}: torch's DDP can't "
                 "skip the reduction of gradients of a static graph; use static_graph=false, or 1 step"
             )
         if self.static_graph and self.find_unused_parameters:
@@ -44,15 +45,14 @@ class Ddp(Strategy):
                 "finds them itself; use one of the two"
             )
 
-    def memory_saving_overrides(self, setting: Setting) -> list[str]:
-        return ["strategy=fsdp"] if setting.workers > 1 else []
+    def memory_saving_overrides(self, step: StepConfig, topology: Topology) -> list[str]:
+        return ["strategy=fsdp"] if topology.world_size > 1 else []
 
     def setup(
         self,
         model: ModelFactory,
         optimizer: Callable[[LanguageModel], Optimizer],
-        *,
-        setting: Setting,
+        step: StepConfig,
         world: DistributedContext,
     ) -> Engine:
         from torch.nn.parallel import DistributedDataParallel
@@ -78,7 +78,8 @@ class Ddp(Strategy):
         return DdpEngine(
             built,
             optimizer(built),
-            precision=setting.precision,
+            precision=step.precision,
+            grad_clip=step.grad_clip,
             world=world,
             step_module=wrapped,
             replicas=world.size,

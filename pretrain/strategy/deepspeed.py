@@ -16,12 +16,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from pretrain.runtime.errors import UserError, did_you_mean
-from pretrain.strategy.base import Setting, Strategy
+from pretrain.strategy.base import StepConfig, Strategy
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from pretrain.distributed.context import DistributedContext
+    from pretrain.distributed.topology import Topology
     from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
     from pretrain.strategy.engine import Engine
@@ -93,7 +94,7 @@ class Deepspeed(Strategy):
     config: dict[str, Any] = field(default_factory=dict)
     state_dict_type: Literal["full", "sharded"] = "full"
 
-    def check(self, setting: Setting) -> None:
+    def check(self, step: StepConfig, topology: Topology) -> None:
         if find_spec("deepspeed") is None:
             raise UserError("strategy=deepspeed needs the package deepspeed: pip install 'pretrain[deepspeed]'")
         if self.offload_optimizer and self.zero_stage == 0:
@@ -104,19 +105,19 @@ class Deepspeed(Strategy):
             raise UserError(
                 f"strategy.offload_parameters=true with strategy.zero_stage={self.zero_stage}: only stage 3 supports it"
             )
-        precision = setting.precision
+        precision = step.precision
         if precision.weights != "float32":
             raise UserError(
                 f"strategy=deepspeed with precision={precision.name}: ZeRO updates fp32 weights; use bf16-mixed"
             )
-        if precision.compute == "float16" and setting.device_type == "cpu" and self.zero_stage > 0:
+        if precision.compute == "float16" and topology.device_type == "cpu" and self.zero_stage > 0:
             raise UserError(
                 f"strategy.zero_stage={self.zero_stage} with precision={precision.name}: ZeRO does not support fp16 on a CPU; "
                 "use bf16-mixed or 32-true"
             )
-        self.ds_config(setting)
+        self.ds_config(step, topology)
 
-    def ds_config(self, setting: Setting) -> dict[str, Any]:
+    def ds_config(self, step: StepConfig, topology: Topology) -> dict[str, Any]:
         """Return DeepSpeed's config: the values that the run sets, those that ``config`` adds, and defaults for the rest.
 
         Raises ``UserError`` if ``config`` contradicts the run or has a key that DeepSpeed does not have.
@@ -129,17 +130,17 @@ class Deepspeed(Strategy):
             zero[f"offload_{name}"] = {"device": "cpu" if wanted else "none"}
         sharded = self.zero_stage > 0
         decided = {
-            "train_batch_size": setting.batch_size * setting.accumulation * setting.workers,
-            "train_micro_batch_size_per_gpu": setting.batch_size,
-            "gradient_accumulation_steps": setting.accumulation,
-            "gradient_clipping": (setting.grad_clip or 0.0) if sharded else 0.0,
+            "train_batch_size": step.batch_size * step.accumulation * topology.world_size,
+            "train_micro_batch_size_per_gpu": step.batch_size,
+            "gradient_accumulation_steps": step.accumulation,
+            "gradient_clipping": (step.grad_clip or 0.0) if sharded else 0.0,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on the host, without a compiler
-            "bf16": {"enabled": sharded and setting.precision.compute == "bfloat16"},
-            "fp16": {"enabled": sharded and setting.precision.compute == "float16"},
+            "bf16": {"enabled": sharded and step.precision.compute == "bfloat16"},
+            "fp16": {"enabled": sharded and step.precision.compute == "float16"},
         }
-        pinned = {"pin_memory": setting.device_type == "cuda"}
+        pinned = {"pin_memory": topology.device_type == "cuda"}
         defaults = {
             "zero_optimization": {"offload_optimizer": pinned, "offload_param": pinned},
             "communication_data_type": "fp32",  # gradients are summed over ranks and micro-batches in fp32
@@ -148,11 +149,11 @@ class Deepspeed(Strategy):
         }
         return merge(defaults, checked_config(decided, self.config))
 
-    def memory_saving_overrides(self, setting: Setting) -> list[str]:
-        ways = ["strategy.zero_stage=3"] if self.zero_stage < 3 and setting.workers > 1 else []
-        if setting.device_type == "cuda" and self.zero_stage > 0 and not self.offload_optimizer:
+    def memory_saving_overrides(self, step: StepConfig, topology: Topology) -> list[str]:
+        ways = ["strategy.zero_stage=3"] if self.zero_stage < 3 and topology.world_size > 1 else []
+        if topology.device_type == "cuda" and self.zero_stage > 0 and not self.offload_optimizer:
             ways.append("strategy.offload_optimizer=true")
-        if setting.device_type == "cuda" and self.zero_stage == 3 and not self.offload_parameters:
+        if topology.device_type == "cuda" and self.zero_stage == 3 and not self.offload_parameters:
             ways.append("strategy.offload_parameters=true")
         return ways
 
@@ -160,8 +161,7 @@ class Deepspeed(Strategy):
         self,
         model: ModelFactory,
         optimizer: Callable[[LanguageModel], Optimizer],
-        *,
-        setting: Setting,
+        step: StepConfig,
         world: DistributedContext,
     ) -> Engine:
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
@@ -173,8 +173,9 @@ class Deepspeed(Strategy):
         return engine.build(
             model,
             optimizer,
-            config=self.ds_config(setting),
-            precision=setting.precision,
+            config=self.ds_config(step, world.topology),
+            precision=step.precision,
+            grad_clip=step.grad_clip,
             world=world,
             sharded_export=self.state_dict_type == "sharded",
         )

@@ -28,7 +28,7 @@ from pretrain.models.dtypes import kept_fp32
 from pretrain.models.meta import cast_parameters, put_buffers
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
-from pretrain.strategy.engine import Engine, never
+from pretrain.strategy.engine import Engine, count_parameters, never
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -146,13 +146,13 @@ class DeepspeedEngine(Engine):
         config: dict[str, Any],
         precision: Precision,
         world: DistributedContext,
-        sharded_export: bool,
+        **options: Any,
     ) -> DeepspeedEngine:
         """Build the full model (at stage 3 on the host) and pass it to DeepSpeed."""
         join_process_group(config)
         partitioned = config["zero_optimization"]["stage"] == 3
         model = factory.build(torch.device("cpu") if partitioned else world.device)
-        num_parameters = sum(p.numel() for p in model.parameters())
+        counts = count_parameters(model)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
         update = optimizer(model)
         fp32 = {p: p.data for p in model.parameters()} if precision.compute != "float32" else {}
@@ -168,12 +168,12 @@ class DeepspeedEngine(Engine):
             world=world,
             step_module=wrapped,
             replicas=world.size,
-            sharded_export=sharded_export,
             wrapped=wrapped,
+            **options,
         )
         for parameter in list(fp32):  # because DeepSpeed has initialised its fp32 weights from the 16-bit ones
             engine._assign(parameter, fp32.pop(parameter))
-        engine.num_parameters = num_parameters
+        engine.num_parameters, engine.num_trained = counts
         return engine
 
     @property

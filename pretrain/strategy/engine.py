@@ -1,4 +1,4 @@
-"""Engines: the model and the optimizer under one strategy, with the two operations of training, backward and step.
+"""Engines: the model and the optimizer under one strategy. `Engine.train_step` makes an optimizer step.
 
 The loss is summed and divided by the *global* number of target tokens. Therefore gradient accumulation, packing and the
 number of ranks change nothing but rounding.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from pretrain.data.batch import Batch
 from pretrain.distributed import sharding as tensors
+from pretrain.runtime.signals import signals_blocked
 from pretrain.strategy.engine_state import EngineState
+from pretrain.telemetry.step_timer import StepTimer
 
 if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
@@ -24,19 +27,48 @@ if TYPE_CHECKING:
     from pretrain.strategy.precision import Precision
 
 
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """The numbers of one optimizer step.
+
+    Attributes:
+        loss: mean loss of the global batch (nats per target token), a 0-d tensor on the device.
+        grad_norm: norm of the gradient before clipping, a 0-d tensor on the device.
+        tokens: target tokens of the global batch.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    tokens: int
+
+
 def never(norm: Tensor) -> Tensor:
     """Return False: no update is rejected."""
     return torch.zeros_like(norm, dtype=torch.bool)
 
 
+def count_parameters(model: LanguageModel) -> tuple[int, int]:
+    """Return the number of parameters of ``model`` and of those that are trained; a tied weight counts once."""
+    sizes = [(p.numel(), p.requires_grad) for _, p in model.hf_named_parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
 class InferenceEngine:
-    """A model that can be evaluated. `task=evaluation` needs nothing else."""
+    """A model that can be evaluated. `task=evaluation` needs nothing else.
+
+    Attributes:
+        model: the model.
+        precision: dtypes of weights and computation.
+        world: the ranks and their collectives.
+        num_parameters: number of parameters of the full model.
+        num_trained: number of those that are trained.
+    """
 
     def __init__(self, model: LanguageModel, *, precision: Precision, world: DistributedContext) -> None:
         self.model = model
         self.precision = precision
         self.world = world
-        self.num_parameters = sum(p.numel() for _, p in model.hf_named_parameters())
+        self.num_parameters, self.num_trained = count_parameters(model)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context of every forward."""
@@ -69,10 +101,12 @@ class Engine(EngineState, InferenceEngine):
 
     Attributes:
         step_module: the module that is called in a training step (default: the model).
+        grad_clip: maximal gradient norm of `train_step` (``None``: gradients are not clipped).
         replicas: the number of ranks over which the strategy averages gradients; the loss is multiplied by it.
         sharded_export: whether the final model is written by all ranks instead of one.
         has_gradients: whether every parameter has its gradient (or shard of it) in ``grad`` at the optimizer's step.
         skipped: number of steps without an update (int64, 0-d, on the device).
+        timer: times the parts of a step.
     """
 
     has_gradients = True
@@ -84,17 +118,20 @@ class Engine(EngineState, InferenceEngine):
         *,
         precision: Precision,
         world: DistributedContext,
+        grad_clip: float | None = None,
         step_module: nn.Module | None = None,
         replicas: int = 1,
         sharded_export: bool = False,
     ) -> None:
         super().__init__(model, precision=precision, world=world)
         self.optimizer = optimizer
+        self.grad_clip = grad_clip
         self.step_module = model if step_module is None else step_module
         self.replicas = replicas
         self.sharded_export = sharded_export
         self.scaler = precision.grad_scaler(world.device.type)
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
+        self.timer = StepTimer(on_device=world.device.type == "cuda")
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         # Fused optimizers can skip an update on the device. They can't for parameters on the host, to which torch copies
         # found_inf without waiting for the copy. There the host reads the decision, which is free on a CPU only.
@@ -109,6 +146,48 @@ class Engine(EngineState, InferenceEngine):
         return self.scaler.scale_on(self.world.device)
 
     # -- one step -----------------------------------------------------------------------------------------------------
+
+    def train_step(
+        self,
+        batch: Batch,
+        *,
+        should_skip: Callable[[Tensor, Tensor], Tensor] | None = None,
+        heartbeat: Callable[[], None] = lambda: None,
+    ) -> StepOutput:
+        """Train on this rank's share of a global batch. Nothing here waits for the device.
+
+        Args:
+            batch: the share, which is split into its micro-batches.
+            should_skip: maps loss and gradient norm to a 0-d bool, equal on all ranks: whether weights and moments must
+                not change. By default no update is skipped.
+            heartbeat: called after every micro-batch.
+        """
+        tokens = self.count_targets(batch)
+        micro_batches = batch.micro_batches()
+        loss = torch.zeros((), device=self.world.device)
+        # A signal to the process group would kill a compiler that is started here. Another thread receives the signal.
+        blocked = signals_blocked() if self.model.is_compiled else nullcontext()
+        with self.timer.part("compute"), blocked:
+            for i, micro_batch in enumerate(micro_batches, start=1):
+                on_device = micro_batch.to(self.world.device)
+                loss += self.backward(on_device, tokens=tokens, last=i == len(micro_batches))
+                heartbeat()
+        with self.timer.part("communication"):
+            self.world.data_all_reduce_sum(loss)
+        with self.timer.part("optimizer"):
+            norm = self.step(self.grad_clip, refuse=never if should_skip is None else partial(should_skip, loss))
+        return StepOutput(loss, norm, tokens)
+
+    def skip_step(self, batch: Batch) -> StepOutput:
+        """Count a step that does not train on ``batch``; its loss and norm are NaN."""
+        self.skipped += 1
+        nothing = torch.full((), torch.nan, device=self.world.device)
+        return StepOutput(nothing, nothing, self.count_targets(batch))
+
+    def count_targets(self, batch: Batch) -> int:
+        """Return the number of target tokens of the global batch, of which ``batch`` is this rank's share."""
+        with self.timer.part("communication"):
+            return self.world.data_sum(batch.num_targets)
 
     def backward(self, batch: Batch, *, tokens: int, last: bool) -> Tensor:
         """Accumulate the gradients of one micro-batch; return its part of the global mean loss, on the device.

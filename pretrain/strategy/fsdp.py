@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import PositiveInt
 
 from pretrain.runtime.errors import UserError, did_you_mean
-from pretrain.strategy.base import Setting, Strategy
+from pretrain.strategy.base import StepConfig, Strategy
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from pretrain.distributed.context import DistributedContext
+    from pretrain.distributed.topology import Topology
     from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
     from pretrain.strategy.engine import Engine
@@ -60,33 +61,33 @@ class Fsdp(Strategy):
     accumulate_unsharded: bool = False
     state_dict_type: Literal["full", "sharded"] = "full"
 
-    def check(self, setting: Setting) -> None:
+    def check(self, step: StepConfig, topology: Topology) -> None:
         hybrid = self.sharding_strategy == "HYBRID_SHARD"
         if self.replicas is not None and not hybrid:
             raise UserError(
                 f"strategy.replicas={self.replicas} with strategy.sharding_strategy={self.sharding_strategy}: only "
                 "HYBRID_SHARD has replicas"
             )
-        if self.cpu_offload and setting.device_type == "cuda" and setting.precision.compute == "float16":
+        if self.cpu_offload and topology.device_type == "cuda" and step.precision.compute == "float16":
             raise UserError(
-                f"strategy.cpu_offload=true with precision={setting.precision.name}: torch's loss scaler does not wait for "
+                f"strategy.cpu_offload=true with precision={step.precision.name}: torch's loss scaler does not wait for "
                 "what it copies from the GPU to the gradients on the host; use bf16-mixed, or strategy=deepspeed "
                 "strategy.offload_optimizer=true"
             )
-        replicas = self.replicas or max(setting.nodes, 2)
-        if hybrid and (setting.workers % replicas or setting.workers // replicas < 2):
+        replicas = self.replicas or max(topology.nodes, 2)
+        if hybrid and (topology.world_size % replicas or topology.world_size // replicas < 2):
             raise UserError(
-                f"strategy.sharding_strategy=HYBRID_SHARD with strategy.replicas={replicas}: {setting.workers} processes "
+                f"strategy.sharding_strategy=HYBRID_SHARD with strategy.replicas={replicas}: {topology.world_size} processes "
                 f"can't be split into {replicas} equal groups of at least 2; change devices or strategy.replicas"
             )
 
-    def memory_saving_overrides(self, setting: Setting) -> list[str]:
+    def memory_saving_overrides(self, step: StepConfig, topology: Topology) -> list[str]:
         ways = []
-        if setting.workers > 1 and self.sharding_strategy != "FULL_SHARD":
+        if topology.world_size > 1 and self.sharding_strategy != "FULL_SHARD":
             ways.append("strategy.sharding_strategy=FULL_SHARD")
-        if setting.workers > 1 and self.accumulate_unsharded:
+        if topology.world_size > 1 and self.accumulate_unsharded:
             ways.append("strategy.accumulate_unsharded=false")
-        if setting.device_type == "cuda" and not self.cpu_offload and setting.precision.compute != "float16":
+        if topology.device_type == "cuda" and not self.cpu_offload and step.precision.compute != "float16":
             ways.append("strategy.cpu_offload=true")
         return ways
 
@@ -94,8 +95,7 @@ class Fsdp(Strategy):
         self,
         model: ModelFactory,
         optimizer: Callable[[LanguageModel], Optimizer],
-        *,
-        setting: Setting,
+        step: StepConfig,
         world: DistributedContext,
     ) -> Engine:
         import torch
@@ -106,12 +106,12 @@ class Fsdp(Strategy):
         built = model.build_on_meta()
         blocks = wrapped_blocks(built.hf, self.auto_wrap_policy)
         options: dict[str, Any] = {
-            "mesh": self.mesh(setting, world),
-            "mp_policy": mixed_precision(setting.precision),
+            "mesh": self.mesh(world),
+            "mp_policy": mixed_precision(step.precision),
             "reshard_after_forward": self.sharding_strategy in ("FULL_SHARD", "HYBRID_SHARD"),
             "offload_policy": self.offload(world),
         }
-        kept = unsharded_fp32(built, setting.precision)
+        kept = unsharded_fp32(built, step.precision)
         options["ignored_params"] = {p for name, p in built.hf_named_parameters() if name in kept}
         for block in blocks:
             fully_shard(block, **options)
@@ -127,7 +127,8 @@ class Fsdp(Strategy):
         return FsdpEngine(
             built,
             optimizer(built),
-            precision=setting.precision,
+            precision=step.precision,
+            grad_clip=step.grad_clip,
             world=world,
             replicas=world.size,
             exchange_always=not self.accumulate_unsharded,
@@ -135,11 +136,11 @@ class Fsdp(Strategy):
             unsharded=unsharded,
         )
 
-    def mesh(self, setting: Setting, world: DistributedContext) -> DeviceMesh:
+    def mesh(self, world: DistributedContext) -> DeviceMesh:
         """Return the device mesh: one dimension of shards, or copies × shards."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        copies = {"HYBRID_SHARD": self.replicas or max(setting.nodes, 2), "NO_SHARD": world.size}
+        copies = {"HYBRID_SHARD": self.replicas or max(world.topology.nodes, 2), "NO_SHARD": world.size}
         kind = world.device.type
         if self.sharding_strategy not in copies:
             return init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
@@ -155,8 +156,9 @@ class Fsdp(Strategy):
 def wrapped_blocks(hf: Any, policy: str) -> list[nn.Module]:
     """Return the modules that ``policy`` names. Raises ``UserError`` listing the model's classes if it names none."""
     names = set(hf._no_split_modules or ()) if policy == "auto" else {BLOCKS.get(policy, policy)}
-    head = hf.get_output_embeddings().weight  # the loss uses it outside of its module, so it belongs to the root
-    blocks = [m for m in hf.modules() if m is not hf and all(p is not head for p in m.parameters())]
+    # The loss uses the head outside of its module, so it belongs to the root.
+    head = {id(p) for p in hf.get_output_embeddings().parameters()}
+    blocks = [m for m in hf.modules() if m is not hf and all(id(p) not in head for p in m.parameters())]
     found = [m for m in blocks if type(m).__name__ in names]
     if found:
         inner = {part for m in found for part in m.modules() if part is not m}

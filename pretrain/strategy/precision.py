@@ -29,9 +29,9 @@ class Precision:
         allow_cpu: allow fp16 on a CPU.
     """
 
-    name: Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true"]
-    weights: Literal["float32", "bfloat16"]
-    compute: Literal["float32", "float16", "bfloat16"]
+    name: Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "32-true"
+    weights: Literal["float32", "bfloat16"] = "float32"
+    compute: Literal["float32", "float16", "bfloat16"] = "float32"
     tf32: bool = False
     allow_cpu: bool = False
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pretrain.strategy.base import Setting, Strategy
+from pretrain.strategy.base import StepConfig, Strategy
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -30,11 +30,10 @@ class Single(Strategy):
         self,
         model: ModelFactory,
         optimizer: Callable[[LanguageModel], Optimizer],
-        *,
-        setting: Setting,
+        step: StepConfig,
         world: DistributedContext,
     ) -> Engine:
         from pretrain.strategy.engine import Engine
 
         built = model.build(world.device)
-        return Engine(built, optimizer(built), precision=setting.precision, world=world)
+        return Engine(built, optimizer(built), precision=step.precision, grad_clip=step.grad_clip, world=world)

@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from pretrain.runtime.atomic_files import replace_file
+from pretrain.runtime.files import replace_file
 from pretrain.runtime.redact import redact
 from pretrain.runtime.signals import EXIT_CODE
 

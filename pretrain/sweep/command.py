@@ -22,8 +22,8 @@ from pretrain.config.schema import build_part
 from pretrain.config.trust import PARTS
 from pretrain.runtime.console import complain, notice
 from pretrain.runtime.errors import UserError
-from pretrain.runtime.folders import check_links, check_private, make_folder
-from pretrain.runtime.safe_files import open_file, own_folder
+from pretrain.runtime.files import make_folder, open_file, own_folder
+from pretrain.runtime.folders import check_links, check_private
 from pretrain.runtime.signals import EXIT_CODE, Interrupt, Stopped
 from pretrain.runtime.streams import flush, make_nonblocking
 from pretrain.sweep import table

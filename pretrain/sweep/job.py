@@ -20,9 +20,9 @@ from typing import Any
 
 from pretrain.config.quoting import unquoted
 from pretrain.runtime.console import notice
+from pretrain.runtime.files import own_folder
 from pretrain.runtime.folders import check_links
 from pretrain.runtime.locks import Busy, Lock
-from pretrain.runtime.safe_files import own_folder
 from pretrain.runtime.strict_json import read_json
 from pretrain.telemetry.run_file import write_json
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pretrain.runtime.lines import json_lines
 from pretrain.sweep.config import RUN_METRICS
 from pretrain.telemetry.history import History, domain_metrics
 from pretrain.telemetry.record import change_of
 from pretrain.telemetry.run_file import read_run_file
-from pretrain.telemetry.sinks.jsonl import tail
+from pretrain.telemetry.sinks.jsonl import is_record, tail
 
 DECIMALS = (
     4  # of nats per token: strategies agree to more decimals, and a smaller difference between two jobs does not count
@@ -52,15 +51,12 @@ def objective_in(measures: dict[str, Any], metric: str) -> float | None:
 
 def evaluations(file: Path) -> list[dict[str, Any]]:
     """Return the evaluation records of a metrics.jsonl without parsing its other records."""
-    found = []
-    with suppress(OSError):
-        for line in file.read_bytes().split(b"\n"):
-            if b'"evaluation"' in line:
-                with suppress(ValueError, RecursionError):
-                    found.append(json.loads(line))
-    return [
-        r for r in found if isinstance(r, dict) and r.get("event") == "evaluation" and "step" in r and "domain" in r
-    ]
+    try:
+        with file.open("rb") as lines:
+            found = [*json_lines(line for line in lines if b'"evaluation"' in line)]
+    except OSError:
+        return []
+    return [r for _, r in found if is_record(r) and r.get("event") == "evaluation" and "domain" in r]
 
 
 def ranking(rows: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:

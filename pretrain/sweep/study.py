@@ -3,15 +3,15 @@ that the same command resumes the search after it was stopped or killed."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.runtime.atomic_files import keep_copy, replace_file
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import keep_copy, replace_file
+from pretrain.runtime.lines import json_lines
 from pretrain.sweep.job import lock_of, plain
 from pretrain.sweep.jobs import Outcome
 from pretrain.sweep.space import Space
@@ -130,38 +130,32 @@ def _remove_invalid_lines(file: Path) -> None:
     if not file.exists():
         return
     before = file.read_bytes()
-    valid: list[tuple[int, bytes]] = []
-    invalid: list[tuple[int, bytes]] = []
-    for number, line in enumerate(before[: before.rfind(b"\n") + 1].splitlines(keepends=True), start=1):
-        (valid if _is_entry(line) else invalid).append((number, line))
-    after = b"".join(line for _, line in valid)
+    lines = before.splitlines(keepends=True)
+    invalid: list[int] = []
+    found = [(number, entry) for number, entry in json_lines(lines, on_invalid=invalid.append)]
+    invalid += [number for number, entry in found if not isinstance(entry, dict)]
+    entries = {number: entry for number, entry in found if isinstance(entry, dict)}
     if invalid:
-        where = f"{file}:{invalid[0][0]}: not an entry of a search"
-        if not _is_consistent(after):
+        where = f"{file}:{min(invalid)}: not an entry of a search"
+        if not _is_consistent(entries.values()):
             raise UserError(
                 f"{where}, and later entries are inconsistent without it; restore the file, or move it away"
             )
         keep_copy(file)
         notice(f"{where}; it is skipped, later entries are read")
+    after = b"".join(lines[number - 1].rstrip(b"\r\n") + b"\n" for number in entries)
     if after != before:
-        replace_file(file, after.decode())
+        replace_file(file, after)
 
 
-def _is_consistent(entries: bytes) -> bool:
+def _is_consistent(entries: Iterable[dict[str, Any]]) -> bool:
     """Return whether every entry belongs to a trial that was created before it. Trials are numbered in order of creation."""
     begun = 0
-    for entry in map(json.loads, entries.splitlines()):
+    for entry in entries:
         begun += entry.get("op_code") == CREATE_TRIAL
         if entry.get("trial_id", -1) >= begun:
             return False
     return True
-
-
-def _is_entry(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def _difference(known: dict[str, Any], about: dict[str, Any]) -> str:

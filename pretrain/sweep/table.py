@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.runtime.atomic_files import replace_file
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import replace_file
 from pretrain.sweep.job import SweepJob, folder_lock, jobs_in, lock_of
 from pretrain.sweep.measure import measures_of, objective_in, pareto, ranking
 from pretrain.sweep.page import page

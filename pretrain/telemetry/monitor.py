@@ -6,7 +6,6 @@ monitor's state a checkpoint saves only the latest records. docs/monitoring.md d
 
 from __future__ import annotations
 
-import errno
 import math
 import resource
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.runtime.console import notice
+from pretrain.runtime.files import DISK_FULL
 from pretrain.runtime.memory import resident_bytes
 from pretrain.telemetry.events import (
     DataStatisticsEvent,
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 NORMS = ("weight_norm", "grad_norm", "update_norm", "update_ratio")  # the columns of `LayerNorms.norms`
 MAX_UNSAVED = 1_000  # records that a checkpoint saves at most; metrics.jsonl normally has them too
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Monitor:

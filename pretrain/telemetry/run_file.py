@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.runtime.atomic_files import replace_file
 from pretrain.runtime.console import notice
+from pretrain.runtime.files import replace_file
 from pretrain.telemetry.events import Evaluated, Event, RolledBack, RunFinished, RunStarted, Saved
 from pretrain.telemetry.record import json_safe
 

@@ -49,7 +49,9 @@ def choose(
     Trials(engine, rows, moment_bytes=moment_bytes).fit(1)
     # Measured when every rank has run this first trial and none has started a larger one.
     available = world.all_gather_object(memory.available_bytes)[world.rank]
-    trials = Trials(engine, rows, moment_bytes=moment_bytes, room=available and available // world.local_size)
+    trials = Trials(
+        engine, rows, moment_bytes=moment_bytes, room=available and available // world.topology.workers_per_node
+    )
     found = world.all_gather_object(lambda: (largest(sizes, trials.fit), trials.failure))
     size, failure = min(found)
     if size == 0:

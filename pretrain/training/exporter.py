@@ -11,14 +11,17 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pretrain.checkpoint.atomic import write_folder
 from pretrain.models.hub import export
+from pretrain.models.hub.model_card import TRANSFORMED_USE, USE
+from pretrain.models.transforms.apply import plain_model
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import remove_leftovers, write_files
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from pretrain.checkpoint.train_state import TrainState
     from pretrain.distributed.sharding import TensorFiles
     from pretrain.models.causal_lm import Pretrained
+    from pretrain.models.transforms.base import ModelTransform
     from pretrain.strategy.engine import Engine
 
 
@@ -34,7 +38,8 @@ if TYPE_CHECKING:
 class Exporter:
     """Writes the model of a run as Hugging Face folders.
 
-    Every rank must call every method, since the weights may be sharded over all of them.
+    Every rank must call every method, since the weights may be sharded over all of them. A transformed model is written by rank 0
+    alone, which then has all full weights in memory: `export` of a transform may combine any of them.
 
     Attributes:
         engine: holds the weights.
@@ -58,14 +63,19 @@ class Exporter:
 
     def checkpoint_files(self, progress: TrainState) -> dict[str, bytes]:
         """Return the files, by name, that a checkpoint holds in addition to its state, so that it can be loaded as a model."""
-        return self._model_files | self._card(progress)
+        card = self.card(progress)
+        if self.engine.model.transformed is not None:
+            card = card.replace(USE, TRANSFORMED_USE)
+        return self._model_files | {"README.md": card.encode()}
 
     @cached_property
     def _model_files(self) -> dict[str, bytes]:
-        return export.companion_files(self.engine.model.hf, self.tokenizer, dtype=None, separator=self.separator)
-
-    def _card(self, progress: TrainState) -> dict[str, bytes]:
-        return {"README.md": self.card(progress).encode()}
+        """The config and the tokenizer of the model. Transforms that are applied to it again change the config again, so a
+        checkpoint has the config before the transforms."""
+        hf, transformed = self.engine.model.hf, self.engine.model.transformed
+        if transformed is not None:
+            hf = plain_model(hf, transformed.config)
+        return export.companion_files(hf, self.tokenizer, dtype=None, separator=self.separator)
 
     def at_save(self, progress: TrainState) -> None:
         """Export the model with a checkpoint if ``when`` is "save". The last model of a run is written by ``at_end``.
@@ -94,9 +104,17 @@ class Exporter:
 
     def _write(self, path: Path, progress: TrainState) -> None:
         engine, world = self.engine, self.engine.world
-        sharded = engine.sharded_export and world.size > 1
-        dtypes = export.dtypes_for(engine.model.hf, self.save_dtype)
-        own = export.weights_to_write(engine.full_weights(), dtypes=dtypes, world=world, sharded=sharded)
+        transformed = engine.model.transformed
+        hf = engine.model.hf if transformed is None else plain_model(engine.model.hf)
+        sharded = engine.sharded_export and world.size > 1 and transformed is None
+        dtypes = export.dtypes_for(hf, self.save_dtype)
+        own = export.weights_to_write(
+            engine.full_weights(),
+            dtypes=dtypes,
+            world=world,
+            sharded=sharded,
+            convert=None if transformed is None else partial(transformed.export, hf),
+        )
         plan = world.all_gather_object(lambda: export.split(own, self.shard_size)) if sharded else []
         dtype = export.dtype_of(own)
 
@@ -105,32 +123,38 @@ class Exporter:
             if sharded:
                 written = export.save_shards(own, fresh, plan=plan, rank=world.rank)
             elif world.is_main:
-                written = export.save_full(engine.model.hf, own, fresh, shard_size=self.shard_size)
+                written = export.save_full(hf, own, fresh, shard_size=self.shard_size)
             if world.is_main:
-                files = export.companion_files(engine.model.hf, self.tokenizer, dtype=dtype, separator=self.separator)
-                written += export.write_companion_files(files | self._card(progress), fresh)
+                files = export.companion_files(hf, self.tokenizer, dtype=dtype, separator=self.separator)
+                written += write_files(files | {"README.md": self.card(progress).encode()}, fresh)
             return written
 
         write_folder(path, fill, world=world, hint=lambda: "the last checkpoint is valid", marker=False)
 
     def _prune(self, models: Path, step: int) -> None:
         """Delete earlier models whose checkpoints have been deleted."""
-        for left in (*models.glob("step-*.partial"), *models.glob("step-*.replaced")):  # left by a killed process
-            shutil.rmtree(left, ignore_errors=True)
+        remove_leftovers(models, "step-*")
         for old in models.glob("step-*[0-9]"):
             if old.name != f"step-{step:08d}" and not (self.run / "checkpoints" / old.name).exists():
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
+def export_folder(
+    model: Pretrained,
+    path: Path,
+    *,
+    shard_size: str,
+    transforms: tuple[ModelTransform, ...] = (),
+    has_transformed_weights: bool = False,
+) -> Path:
     """Write the weights of a checkpoint or a model folder as the Hugging Face folder ``path``; return ``path``.
 
     They are written in ``model.save_dtype`` (``None``: their present dtype), on the CPU, in one process. The model card of
     a checkpoint is copied. Weights are read one by one and freed after each file; only weights in a layout that
-    transformers has to convert are loaded into a model first. Raises ``UserError`` for a model that can't be read and a
+    transformers has to convert are loaded into a model first, and all weights are read before ``export`` of ``transforms`` is
+    called. For ``has_transformed_weights`` see `ModelFactory`. Raises ``UserError`` for a model that can't be read and a
     folder that can't be written.
     """
-    import torch
     from transformers.utils.logging import enable_progress_bar
 
     from pretrain.distributed.context import DistributedContext
@@ -140,9 +164,11 @@ def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
     files = model.weights()
     if files is None:
         raise UserError("task=export: model=scratch has no weights to export")
-    world, tokenizer = DistributedContext(0, 1, torch.device("cpu")), model.tokenizer(None)
-    factory = ModelFactory(model, _dtype(files), seed=0)
+    world, tokenizer = DistributedContext(), model.tokenizer(None)
+    factory = ModelFactory(model, _dtype(files), 0, transforms, has_transformed_weights)
     meta_model = factory.build_on_meta()
+    transformed = meta_model.transformed
+    hf = meta_model.hf if transformed is None else plain_model(meta_model.hf)
 
     def weights() -> Iterable[tuple[str, Tensor]]:
         model_files = factory.files(meta_model)
@@ -151,14 +177,15 @@ def export_folder(model: Pretrained, path: Path, *, shard_size: str) -> Path:
         return ((name, model_files.read(name)) for name in meta_model.hf_state())
 
     def fill(fresh: Path) -> list[Path]:
-        dtypes = export.dtypes_for(meta_model.hf, model.save_dtype)
-        own = export.weights_to_write(weights(), dtypes=dtypes, world=world, sharded=False)
-        extra_files = export.companion_files(meta_model.hf, tokenizer, dtype=export.dtype_of(own))
+        dtypes = export.dtypes_for(hf, model.save_dtype)
+        convert = None if transformed is None else partial(transformed.export, hf)
+        own = export.weights_to_write(weights(), dtypes=dtypes, world=world, sharded=False, convert=convert)
+        extra_files = export.companion_files(hf, tokenizer, dtype=export.dtype_of(own))
         card = model.folder() / "README.md"
-        written = export.save_full(meta_model.hf, own, fresh, shard_size=shard_size)
+        written = export.save_full(hf, own, fresh, shard_size=shard_size)
         if card.exists():
-            extra_files |= {card.name: card.read_bytes()}
-        return written + export.write_companion_files(extra_files, fresh)
+            extra_files |= {card.name: card.read_bytes().replace(TRANSFORMED_USE.encode(), USE.encode())}
+        return written + write_files(extra_files, fresh)
 
     if sys.stderr.isatty():
         enable_progress_bar()  # for writing the weight files

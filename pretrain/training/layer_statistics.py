@@ -8,7 +8,6 @@ other steps cost nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,8 @@ from pretrain.telemetry.events import LayerNorms
 from pretrain.telemetry.interval import Interval
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
     from pretrain.strategy.engine import Engine
 
 
@@ -32,47 +33,50 @@ def layer_of(parameter: str) -> str:
 
 
 class LayerStatistics:
-    """Measures the optimizer's step every ``every`` steps. The results stay on the device."""
+    """Observes the optimizer's step every ``every`` steps. The results stay on the device."""
 
     def __init__(self, engine: Engine, every: Interval) -> None:
         self._engine = engine
         self._every = every
-        self._found: LayerNorms | None = None
+        self._hook: RemovableHandle | None = None
+        self._before: dict[str, Tensor] = {}  # this rank's shards of the weights, and the squares of its gradients;
+        self._gradients: dict[str, Tensor] = {}  # both stay empty if the update is skipped
         if every.steps is not None and not engine.has_gradients:
             notice("telemetry.layers_every: DeepSpeed's stages 1 to 3 keep no gradients by layer; nothing is recorded")
             self._every = Interval(None)
 
-    def step(self, number: int, max_norm: float | None, *, refuse: Callable[[Tensor], Tensor]) -> Tensor:
-        """Run `Engine.step` as step ``number`` and measure it if that is due. A measured step is a collective."""
-        if not self._every.due(number):
-            return self._engine.step(max_norm, refuse=refuse)
-        before = {name: local(p).detach().clone() for name, p in self._engine.model.hf_named_parameters()}
-        gradients: dict[str, Tensor] = {}  # stays empty if the update is skipped
+    def before_step(self, step: int) -> None:
+        """Prepare to observe the update of ``step``, if it is due."""
+        if self._every.due(step):
+            self._hook = self._engine.optimizer.register_step_pre_hook(self._observe)
 
-        def measure_gradients(*_: Any) -> None:
-            for name, p in self._engine.model.hf_named_parameters():
-                gradients[name] = squares(local(p.grad)) if p.grad is not None else torch.zeros_like(squares(local(p)))
+    def _observe(self, *_: Any) -> None:
+        for name, p in self._engine.model.hf_named_parameters():
+            self._before[name] = local(p).detach().clone()
+            self._gradients[name] = (
+                squares(local(p.grad)) if p.grad is not None else torch.zeros_like(squares(local(p)))
+            )
 
-        hook = self._engine.optimizer.register_step_pre_hook(measure_gradients)
-        norm = self._engine.step(max_norm, refuse=refuse)
-        hook.remove()
-        clipped = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's clipping factor
-        self._found = self._norms(before, gradients, clipped)
-        return norm
-
-    def take(self) -> LayerNorms | None:
-        """Return the statistics of the last step, or ``None`` if it was not measured."""
-        found, self._found = self._found, None
-        return found
+    def after_step(self, norm: Tensor) -> LayerNorms | None:
+        """Return the statistics of the step, given its gradient norm, or ``None`` if it was not observed. The statistics of a
+        step are a collective."""
+        if self._hook is None:
+            return None
+        self._hook.remove()
+        self._hook = None
+        limit = self._engine.grad_clip
+        clipped = 1.0 if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)  # torch's clipping factor
+        return self._norms(clipped)
 
     @torch.no_grad()
-    def _norms(self, before: dict[str, Tensor], gradients: dict[str, Tensor], clipped: Tensor | float) -> LayerNorms:
+    def _norms(self, clipped: Tensor | float) -> LayerNorms:
         device, size = self._engine.world.device, self._engine.world.size
         sums: dict[str, Tensor] = {}
         for name, parameter in self._engine.model.hf_named_parameters():
-            after, old = local(parameter).float(), before.pop(name)
+            after = local(parameter).float()
+            old = self._before.pop(name, after)
             weight = squares(old)
-            gradient = gradients[name] if gradients else torch.full_like(weight, torch.nan)
+            gradient = self._gradients.pop(name) if self._gradients else torch.full_like(weight, torch.nan)
             squared_norms = torch.stack([weight, gradient, squares(after - old)]).to(device, non_blocking=True)
             layer = layer_of(name)
             sums[layer] = sums.get(layer, 0) + squared_norms / replication_factor(parameter, size)

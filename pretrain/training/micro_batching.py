@@ -18,9 +18,8 @@ class MicroBatching:
 
     @classmethod
     def from_config(cls, config: RunConfig) -> MicroBatching:
-        """Return the division in the config. ``batch_size=auto`` counts as 1 until the largest size that fits is known."""
-        size = 1 if config.batch_size == "auto" else config.batch_size
-        return cls(size, config.gradient_accumulation_steps)
+        """Return the division in the config."""
+        return cls(config.micro_batch_size, config.gradient_accumulation_steps)
 
     @classmethod
     def from_record(cls, facts: dict[str, Any]) -> MicroBatching:

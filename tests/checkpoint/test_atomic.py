@@ -6,17 +6,16 @@ import os
 from dataclasses import dataclass, field
 
 import pytest
-import torch
 from safetensors import SafetensorError
 
 from pretrain.checkpoint import atomic
-from pretrain.checkpoint.atomic import make_folder, replace_folder, write_folder
+from pretrain.checkpoint.atomic import write_folder
 from pretrain.checkpoint.marker import incomplete_reason
 from pretrain.distributed.context import DistributedContext
 from pretrain.runtime.errors import NoRoom, UserError
 from pretrain.runtime.folders import MARKER
 
-ALONE = DistributedContext(0, 1, torch.device("cpu"))
+ALONE = DistributedContext()
 
 
 @dataclass
@@ -135,31 +134,3 @@ def test_files_have_the_modes_of_any_other(mask, mode, tmp_path):
         os.umask(before)
         atomic._umask.cache_clear()
     assert (tmp_path / "y" / "a").stat().st_mode & 0o777 == mode
-
-
-def test_folders_on_the_way_are_made_and_may_be_there(tmp_path, monkeypatch):
-    flushed = []
-    monkeypatch.setattr(atomic, "flush", flushed.append)
-    make_folder(tmp_path / "a" / "b")
-    assert (tmp_path / "a" / "b").is_dir()
-    assert flushed == [tmp_path, tmp_path / "a"]
-    make_folder(tmp_path / "a" / "b")
-    assert len(flushed) == 2
-    answers = iter([False, True, True])  # another rank was faster, after this one had looked
-    monkeypatch.setattr(type(tmp_path), "is_dir", lambda path: next(answers))
-    make_folder(tmp_path / "a")
-
-
-def test_the_older_one_goes_last(tmp_path, monkeypatch):
-    new, path, old = tmp_path / "new", tmp_path / "x", tmp_path / "x.replaced"
-    for folder, name in ((new, "n"), (path, "o"), (old, "left")):
-        folder.mkdir()
-        (folder / name).touch()
-    seen = []
-    keep = atomic.move
-    monkeypatch.setattr(atomic, "move", lambda a, b: seen.append((a.name, b.name)) or keep(a, b))
-    monkeypatch.setattr(atomic, "flush", lambda p: seen.append((p, [f.name for f in old.iterdir()])))
-    replace_folder(new, path)
-    assert seen == [("x", "x.replaced"), ("new", "x"), (tmp_path, ["o"])]
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
-    assert [p.name for p in path.iterdir()] == ["n"]

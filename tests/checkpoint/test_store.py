@@ -23,7 +23,7 @@ from pretrain.runtime.errors import UserError
 from pretrain.runtime.folders import MARKER
 from tests.damage import edit_state, forge
 
-ALONE = DistributedContext(0, 1, torch.device("cpu"))
+ALONE = DistributedContext()
 
 
 def state(seed: int) -> dict:

@@ -10,6 +10,7 @@ from pretrain.training.hook import Hook
 
 PARTS = """
 from dataclasses import dataclass
+from pretrain import Source
 
 @dataclass(frozen=True)
 class Freeze:
@@ -34,8 +35,15 @@ class Lion:
     eps: float = 1.0
     def __call__(self, named_parameters): pass
 
-class Query:
+class Anything:
     def __init__(self, url, **options): self.url, self.options = url, options
+
+@dataclass(frozen=True, kw_only=True)
+class Query(Source):
+    url: str
+    port: int = 1
+    def fingerprint(self): return self.url
+    def documents(self): yield "text"
 
 def both(named_parameters, lr, weight_decay=0.0, parts=(), wrap=None): return (lr, weight_decay, parts, wrap)
 
@@ -68,7 +76,7 @@ def conf(tmp_path, monkeypatch):
 
 def test_none_are_chosen_by_default():
     config = run_config([])
-    assert (config.transforms, config.hooks, config.evaluation.tasks) == ((), (), {})
+    assert (config.transforms, config.build_hooks(), config.evaluation.tasks) == ((), {}, {})
     assert "transform" not in config.plain
 
 
@@ -76,9 +84,14 @@ def test_they_are_built_in_the_order_of_the_list(conf):
     config = run_config(["transform=[lora,freeze]", "hook=[ema]", "transform.lora.rank=2", TRUSTED], conf)
     assert [type(part).__name__ for part in config.transforms] == ["Lora", "Freeze"]
     assert config.transforms[0].rank == 2
-    assert [hook.decay for hook in config.hooks] == [0.9]
+    assert [hook.decay for hook in config.build_hooks().values()] == [0.9]
     config = run_config(["transform=[freeze,lora]", TRUSTED], conf)
     assert [type(part).__name__ for part in config.transforms] == ["Freeze", "Lora"]
+
+
+def test_any_key_of_a_class_that_takes_any(conf):
+    task = "evaluation.tasks.x={_target_: ourlab.parts.Anything, url: here, a: 1}"
+    assert run_config([task, TRUSTED]).evaluation.tasks["x"].options == {"a": 1}
 
 
 def test_tasks_of_an_evaluation(conf):
@@ -96,6 +109,10 @@ MISTAKES = {
     "ours of another kind": (
         ["evaluation.tasks.x._target_=pretrain.telemetry.sinks.csv.Csv"],
         "those of .*EvaluationTask",
+    ),
+    "not a dataset": (
+        ["dataset._target_=ourlab.parts.Anything", TRUSTED],
+        "a dataset must be a subclass of pretrain.Source",
     ),
     "a task's key": (["evaluation.tasks.x={_target_: ourlab.parts.Accuracy, asks: 5}", TRUSTED], r"has no 'asks'"),
 }
@@ -205,7 +222,9 @@ def test_another_class_in_other_groups(conf):
         "scheduler._target_=ourlab.parts.half",
     ]
     config = run_config([*words, "scheduler.ratio=0.25", "evaluation=new_only", TRUSTED])
-    assert config.plain["dataset"] == {"_target_": "ourlab.parts.Query", "url": "there", "port": 3}
+    expected = {"_target_": "ourlab.parts.Query", "url": "there", "port": 3}
+    assert config.plain["dataset"] == expected
+    assert (config.dataset.domain, config.dataset.held_out) == ("query", 0.05)
     assert config.scheduler(1, total_steps=4, warmup_steps=0) == 0.25
     strategy = run_config(["strategy=fsdp", "strategy._target_=pretrain.strategy.ddp.Ddp"]).plain["strategy"]
     assert strategy == {"_target_": "pretrain.strategy.ddp.Ddp"}

@@ -26,7 +26,7 @@ CONFIGS = {
     "a sink": ["+sink.mine={_target_: foreign.Sink}"],
     "through one of our modules": ["optimizer._target_=pretrain.cli.main.os.system", "+optimizer.command=true"],
     "a method of ours": ["optimizer._target_=pretrain.optim.adamw.AdamW.__call__"],
-    "a function of ours": ["dataset._target_=pretrain.checkpoint.atomic.replace_folder"],
+    "a function of ours": ["dataset._target_=pretrain.runtime.files.finish_folder"],
     "our command line": ["dataset._target_=pretrain.cli.main.main", "+dataset.argv=['allow_targets=[os.system]']"],
     "a private name": ["dataset._target_=pretrain.cli.main._hydra_main"],
     "no name": ["optimizer._target_={_target_: foreign.run}"],

@@ -52,7 +52,7 @@ def refusal(target) -> str:
         ("pretrain", PARTS["optimizer"], refusal("pretrain")),
         (5, PARTS["optimizer"], refusal(5)),
         (None, PARTS["optimizer"], refusal(None)),
-        ("pretrain.data.sources.local.Source", PARTS["dataset"], refusal("pretrain.data.sources.local.Source")),
+        ("pretrain.data.sources.local.FileSource", PARTS["dataset"], refusal("pretrain.data.sources.local.FileSource")),
         ("pretrain.optim", PARTS["optimizer"], "a.b._target_='pretrain.optim': not a class or a function"),
         (
             "pretrain.strategy.single.Single",

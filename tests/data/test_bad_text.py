@@ -253,7 +253,7 @@ def test_disk_full_keeps_what_was_finished(tmp_path: Path, tokenizer_json: str, 
     assert "kept" in last
     kept = list(cache.rglob("*.tokens"))
     assert len(kept) == 1
-    assert not list(cache.rglob("*.tmp"))
+    assert not list(cache.rglob(".*.partial"))
     written_at = kept[0].stat().st_mtime_ns
     subprocess.run([*command, "100000000"], check=True)
     assert len(list(cache.rglob("*.tokens"))) == 2

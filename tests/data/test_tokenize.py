@@ -29,6 +29,7 @@ from pretrain.data.sources.huggingface import HuggingFace
 from pretrain.data.sources.local import Local
 from pretrain.data.store.token_store import TokenStore
 from pretrain.data.tokenization.tokenize import prepare, training_texts
+from pretrain.runtime.files import partial_of
 
 EOT = 0
 StoreOf = Callable[..., TokenStore]
@@ -239,7 +240,7 @@ def test_two_runs_at_once_share_the_work(folder: Path, tokenizer_json: str, tmp_
     assert outputs[0][0] == outputs[1][0]
     assert sorted(int(output[1]) for output in outputs)[0] == 0, "the one that waited opens no file of the dataset"
     assert len(parts_of(tmp_path / "shared")) == 12
-    assert not list((tmp_path / "shared").rglob("*.tmp"))
+    assert not list((tmp_path / "shared").rglob(".*.partial"))
 
 
 def test_a_second_start_opens_no_file_and_loads_no_tokenizer(folder: Path, tokenizer_json: str, tmp_path: Path) -> None:
@@ -361,8 +362,9 @@ def test_what_others_have_left_in_the_cache_stops_nothing(tmp_path: Path) -> Non
     folder = tmp_path / "parts/0"
     folder.mkdir(parents=True)
     (loop := folder / ".x.1.tmp").symlink_to(loop)
+    (ours := partial_of(folder / "x")).touch()
     (kept := folder / ".y.1.tmp").mkdir()
-    for left in (loop, kept):
+    for left in (loop, ours, kept):
         os.utime(left, (1, 1), follow_symlinks=False)
     remove_abandoned(tmp_path / "parts")
     assert list(folder.iterdir()) == [kept]

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from pretrain.data.batch import IGNORE
 from pretrain.data.blocks import Blocks
-from pretrain.data.cache import write_atomically
 from pretrain.data.evaluation import evaluation_batches, first_tokens
 from pretrain.data.store.token_shards import PartWriter, _mapped, open_part
 from pretrain.data.store.token_store import TokenStore, TokenView
+from pretrain.runtime.files import replace_file
 
 EOT = 0
 documents_strategy = st.lists(
@@ -42,7 +42,7 @@ def store_with(
             writer.finish({})
         paths.append(str(path))
     manifest = {"name": "x", "eot": EOT, "parts": paths, "units": [[[f"{n}.txt", 0]] for n in range(len(parts))]}
-    write_atomically(folder / "manifest.json", json.dumps(manifest).encode())
+    replace_file(folder / "manifest.json", json.dumps(manifest))
     _mapped.cache_clear()  # the files were written over
     return TokenStore(folder / "manifest.json"), documents
 

@@ -12,7 +12,7 @@ from pretrain.distributed.sharding import TensorFiles
 from pretrain.runtime.errors import UserError
 from tests.group import together
 
-ALONE = DistributedContext(0, 1, torch.device("cpu"))
+ALONE = DistributedContext()
 FULL = {
     "rows": torch.arange(15.0).reshape(5, 3),
     "row norms": torch.arange(5.0).reshape(5, 1).bfloat16(),

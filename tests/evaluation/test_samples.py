@@ -37,7 +37,7 @@ def scorer(hf: Any) -> InferenceEngine:
     return InferenceEngine(
         LanguageModel(hf),
         precision=Precision("32-true", "float32", "float32"),
-        world=DistributedContext(0, 1, torch.device("cpu")),
+        world=DistributedContext(),
     )
 
 

@@ -106,15 +106,15 @@ def test_what_torchrun_has_restarted_continues(given, command, monkeypatch, tmp_
 
 def test_the_place_of_a_rank_is_what_torchrun_says(monkeypatch):
     from pretrain.distributed.rank_info import RankInfo
+    from pretrain.distributed.topology import Topology
     from pretrain.launch.launcher import rank_info
-    from pretrain.launch.topology import Topology
 
     said = {"RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "3"}
     for name, value in (said | {"TORCHELASTIC_RUN_ID": "id"}).items():
         monkeypatch.setenv(name, value)
-    found = rank_info(Topology("cpu", 4, 2, joined=True))
-    assert found == RankInfo(5, 8, 1, 4, restarts=3, run_id="id", one_machine=False)
-    assert rank_info(Topology("cpu", 8, 1, joined=True)).one_machine
+    found = rank_info(Topology("cpu", 4, 2))
+    assert found == RankInfo(5, 1, Topology("cpu", 4, 2), restarts=3, run_id="id", one_machine=False)
+    assert rank_info(Topology("cpu", 8, 1)).one_machine
 
 
 @pytest.mark.slow

@@ -323,6 +323,7 @@ def batches_of(base_arguments):
     """``batches_of(size)``: per step, what the loaders of ``size`` ranks hand to their engines, together: the numbers
     of the blocks, and the documents in these."""
     from pretrain.distributed.context import DistributedContext
+    from pretrain.distributed.topology import Topology
     from pretrain.run import build
     from tests.training.test_trainer import prepared_of
 
@@ -332,7 +333,7 @@ def batches_of(base_arguments):
     assert len(block_of) == (view.num_tokens - 1) // length, "a row must say which block it is"
 
     def read(size, *, steps=6):
-        ranks = [DistributedContext(rank, size, torch.device("cpu")) for rank in range(size)]
+        ranks = [DistributedContext(rank, Topology(workers_per_node=size)) for rank in range(size)]
         iterators = [iter(build.build_loader(config, prepared, MicroBatching(4 // size, 2), world)) for world in ranks]
         seen = []
         for _ in range(steps):

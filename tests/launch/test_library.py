@@ -16,24 +16,12 @@ import pytest
 import pretrain
 from pretrain.runtime.console import end_log
 from pretrain.runtime.signals import SIGNALS
+from pretrain.telemetry.events import StepDone
 from pretrain.telemetry.run_file import read_run_file
 
 PAGE = Path(__file__).parents[2] / "docs" / "library.md"
-PUBLIC = [
-    *(
-        "EvaluationTask",
-        "Hook",
-        "Metric",
-        "ModelTransform",
-        "RunConfig",
-        "RunResult",
-        "Sink",
-        "Source",
-        "Strategy",
-        "Trainer",
-    ),
-    *("UserError", "compose", "train"),
-]
+PUBLIC = """DistributedContext EvaluationTask Hook Loader Metric ModelFactory ModelTransform RunConfig RunResult Sink Source
+StepConfig Strategy Trainer UserError compose evaluate tokenize train""".split()
 
 
 @pytest.fixture(autouse=True)
@@ -81,13 +69,50 @@ def test_the_example_of_the_page(base_arguments, tmp_path, monkeypatch, corpus, 
         pretrain.compose,
     )
     monkeypatch.setattr(pretrain, "compose", lambda words: compose([*own, *words]), raising=False)
-    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    code, _ = examples()
     before = state_of_the_process()
     exec(compile(code, str(PAGE), "exec"), {})
     assert state_of_the_process() == before
     shown = capsys.readouterr().out
     assert "finished 20 outputs/from-python" in shown
     assert read_run_file(tmp_path / "outputs/from-python")["status"] == "finished"
+
+
+def examples() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_loop_from_its_parts(tmp_path, monkeypatch, corpus, capsys):
+    """At most 15 lines. It trains: the loss of the last steps is below that of the first."""
+    (tmp_path / "books").symlink_to(corpus)
+    monkeypatch.chdir(tmp_path)
+    _, code = examples()
+    assert len([line for line in code.splitlines() if line]) <= 15
+    before = state_of_the_process()
+    names: dict = {}
+    exec(
+        compile(code.replace("listeners=[print]", "listeners=[events.append]"), str(PAGE), "exec"),
+        names | {"events": (events := [])},
+    )
+    assert state_of_the_process() == before
+    losses = [float(event.loss) for event in events if isinstance(event, StepDone)]
+    assert len(losses) == 20
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert capsys.readouterr().out == f"{20 * 8 * 64}\n"
+
+
+def test_an_evaluation_from_python(base_arguments, tmp_path):
+    words = [*base_arguments, "task=evaluation", f"output_dir={tmp_path / 'scores'}"]
+    before = state_of_the_process()
+    result = pretrain.evaluate(pretrain.compose(words))
+    assert state_of_the_process() == before
+    assert (result.status, result.step) == ("finished", 0)
+    assert {name: score["loss"] > 0 for name, score in result.metrics["results"].items()} == {
+        "corpus0": True,
+        "other": True,
+    }
+    with pytest.raises(pretrain.UserError, match="task=pretraining: this function needs a config with task=evaluation"):
+        pretrain.evaluate(pretrain.compose(base_arguments))
 
 
 def test_a_mistake_raises_and_exits_nothing(base_arguments, tmp_path):

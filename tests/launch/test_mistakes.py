@@ -119,13 +119,11 @@ def test_more_devices_than_gpus(command, base_arguments, tmp_path, monkeypatch):
 def test_idle_gpus_are_mentioned(capsys, monkeypatch):
     from pretrain.config.compose import run_config
     from pretrain.launch import topology as layout
-    from pretrain.launch.config import LaunchConfig
-    from pretrain.strategy.single import Single
 
     monkeypatch.setattr(layout, "gpu_visible", lambda: True)
     monkeypatch.setattr(layout, "_gpus", lambda: 4)
-    found = layout.layout(run_config([]), Single(), LaunchConfig())
-    assert (found.device_type, found.workers) == ("cuda", 1)
+    found = layout.topology_of(run_config([]))
+    assert (found.device_type, found.workers_per_node) == ("cuda", 1)
     assert "strategy=single uses 1 of 4 GPUs" in capsys.readouterr().err
 
 

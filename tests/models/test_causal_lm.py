@@ -21,6 +21,7 @@ from pretrain.models.hub import export
 from pretrain.models.language_model import LanguageModel
 from pretrain.models.tokenizer import Boundaries
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import write_files
 
 CPU = torch.device("cpu")
 TEXTS = [
@@ -45,12 +46,12 @@ def build(spec: Pretrained | Scratch, dtype: torch.dtype = torch.float32, seed: 
 
 
 def save(spec: Pretrained | Scratch, model: LanguageModel, folder: Path) -> None:
-    alone = DistributedContext(0, 1, CPU)
+    alone = DistributedContext()
     dtypes = export.dtypes_for(model.hf, spec.save_dtype)
     own = export.weights_to_write(model.hf_state().items(), dtypes=dtypes, world=alone, sharded=False)
     beside = export.companion_files(model.hf, spec.tokenizer(lambda: iter(TEXTS)), dtype=export.dtype_of(own))
     export.save_full(model.hf, own, folder, shard_size="5GB")
-    export.write_companion_files(beside, folder)
+    write_files(beside, folder)
 
 
 @pytest.fixture(scope="session")

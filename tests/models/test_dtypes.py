@@ -86,7 +86,7 @@ def trained(
 def test_every_strategy_keeps_what_from_pretrained_keeps(name: str, folder: Any) -> None:
     path = folder(name)
     wanted = reference(path)
-    before, alone, alone_norm = trained(Single(), path, DistributedContext(0, 1, CPU))
+    before, alone, alone_norm = trained(Single(), path, DistributedContext())
     assert_equal(before, wanted, KEPT[name])
     with as_rank(0, 1) as world:
         ddp = set_up(Ddp(), ModelFactory(Pretrained(name_or_path=str(path)), BF16, 0), world, "bf16-true")
@@ -107,9 +107,7 @@ def test_saving_in_bf16_rounds_no_more_than_loading_does(name: str, folder: Any,
     spec = Pretrained(name_or_path=str(path), save_dtype="bfloat16")
     model = spec.build(param_dtype=torch.float32, device=CPU, seed=0)
     dtypes = export.dtypes_for(model.hf, spec.save_dtype)
-    own = export.weights_to_write(
-        model.hf_state().items(), dtypes=dtypes, world=DistributedContext(0, 1, CPU), sharded=False
-    )
+    own = export.weights_to_write(model.hf_state().items(), dtypes=dtypes, world=DistributedContext(), sharded=False)
     assert export.dtype_of(own) == BF16
     export.save_full(model.hf, own, tmp_path, shard_size="5GB")
     found = load_file(tmp_path / "model.safetensors")

@@ -18,6 +18,7 @@ from pretrain.models.causal_lm import Pretrained
 from pretrain.models.hub import export
 from pretrain.models.hub.model_card import model_card, public
 from pretrain.models.language_model import LanguageModel
+from pretrain.runtime.files import write_files
 from tests.models.tiny import tiny
 
 
@@ -63,7 +64,7 @@ def test_a_checkpoint_s_names_and_an_export_s_are_both_read(name: str, tokenizer
     model = LanguageModel(tiny(name, vocab_size=300))
     files = export.companion_files(model.hf, tokenizer, dtype=None)
     for folder in ("checkpoint", "export"):
-        export.write_companion_files(files, tmp_path / folder)
+        write_files(files, tmp_path / folder)
     state = {n: t.detach() for n, t in model.hf_state().items()}
     pieces = {n: TensorShard(t, 0, tuple(t.shape)) for n, t in state.items()}
     write(tmp_path / "checkpoint" / "model.safetensors", pieces)
@@ -88,7 +89,7 @@ def test_what_lies_beside_the_weights_leaves_the_model_as_it_is(tokenizer: Any, 
     assert (config["use_cache"], config["dtype"], config["eos_token_id"]) == (True, "bfloat16", 0)
     assert generation["eos_token_id"] == 0
     assert config["architectures"] == ["LlamaForCausalLM"]
-    export.write_companion_files(files, tmp_path)
+    write_files(files, tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
 
 

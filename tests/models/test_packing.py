@@ -88,7 +88,7 @@ def test_threads_are_inside_together() -> None:
 )
 def test_no_step_reads_anything(precision: tuple[str, str, str], name: str, positions: torch.Tensor | None) -> None:
     """Forward, backward, clipping, the guard's verdict and the update, as a GPU decides of it."""
-    given, world = Precision(*precision, allow_cpu=True), DistributedContext(0, 1, torch.device("cpu"))
+    given, world = Precision(*precision, allow_cpu=True), DistributedContext()
     model = LanguageModel(tiny(name))
     engine = Engine(model, AdamW(lr=1e-2)(model.hf_named_parameters()), precision=given, world=world)
     engine.decides_on_device = True

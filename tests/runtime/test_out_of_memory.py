@@ -151,24 +151,20 @@ def test_a_smaller_split_of_the_same_batch(size, accumulation, smaller):
     assert MicroBatching(size, accumulation).smaller() == MicroBatching(*smaller)
 
 
-def test_a_strategy_offers_what_it_has_not_yet(setting):
-    assert Ddp().memory_saving_overrides(setting(workers=2)) == ["strategy=fsdp"]
-    assert Ddp().memory_saving_overrides(setting(workers=1)) == []
-    assert Fsdp().memory_saving_overrides(setting(workers=2)) == []
-    assert Fsdp(sharding_strategy="NO_SHARD").memory_saving_overrides(setting(workers=2)) == [
+def test_a_strategy_offers_what_it_has_not_yet():
+    from pretrain.distributed.topology import Topology
+    from pretrain.strategy.base import StepConfig
+
+    step = StepConfig()
+    assert Ddp().memory_saving_overrides(step, Topology(workers_per_node=2)) == ["strategy=fsdp"]
+    assert Ddp().memory_saving_overrides(step, Topology(workers_per_node=1)) == []
+    assert Fsdp().memory_saving_overrides(step, Topology(workers_per_node=2)) == []
+    assert Fsdp(sharding_strategy="NO_SHARD").memory_saving_overrides(step, Topology(workers_per_node=2)) == [
         "strategy.sharding_strategy=FULL_SHARD"
     ]
-    assert Fsdp().memory_saving_overrides(setting(workers=2, device_type="cuda")) == ["strategy.cpu_offload=true"]
-
-
-@pytest.fixture
-def setting():
-    from pretrain.strategy.base import Setting
-    from pretrain.strategy.precision import Precision
-
-    full = Precision("32-true", "float32", "float32")
-    common = {"device_type": "cpu", "workers": 1, "nodes": 1, "devices_per_worker": 1, "precision": full}
-    return lambda **changes: Setting(**{**common, "batch_size": 1, "accumulation": 1, "grad_clip": None} | changes)
+    assert Fsdp().memory_saving_overrides(step, Topology(workers_per_node=2, device_type="cuda")) == [
+        "strategy.cpu_offload=true"
+    ]
 
 
 def test_other_errors_stay_what_they_are():

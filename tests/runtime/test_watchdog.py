@@ -110,11 +110,11 @@ def test_stacks_on_demand(guarded):
 def test_a_run_whose_disk_does_not_answer(base_arguments, spawn, tmp_path):
     """To open what run.json is written through takes for ever, once the run has begun."""
     arguments = [*base_arguments, f"output_dir={tmp_path}", *LONG[:1], "evaluate_every=10", "save_every=20"]
-    environment = at_call("pretrain.runtime.safe_files:open_new", "hang", tmp_path / "hangs", at=3, paths="run.json")
+    environment = at_call("pretrain.runtime.files:open_new", "hang", tmp_path / "hangs", at=3, paths="run.json")
     process = spawn([*arguments, "sink=jsonl", "launch.timeout=4"], env=environment)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
-    assert "rank-0 is stalled at runtime/atomic_files.py" in out
+    assert "rank-0 is stalled at runtime/files.py" in out
     assert "no progress for 4 s (launch.timeout)" in out
     assert "write_json" in (tmp_path / "logs/rank-0.log").read_text()
 

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pretrain.distributed.context import DistributedContext
-from pretrain.strategy.base import Setting
+from pretrain.distributed.topology import Topology
+from pretrain.strategy.base import StepConfig
 from tests.strategy.test_precision import load
 
 
@@ -17,13 +18,12 @@ def as_rank(rank, size):
     depends on the rank: a process can only ever be the same one."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
-        yield DistributedContext(rank, size, torch.device("cpu"))
+        yield DistributedContext(rank, Topology(workers_per_node=size))
     finally:
         dist.destroy_process_group()
 
 
 def set_up(strategy, factory, world, precision="32-true"):
     """The engine of ``strategy``, with AdamW."""
-    sizes = {"workers": world.size, "nodes": 1, "devices_per_worker": 1, "batch_size": 2, "accumulation": 3}
-    setting = Setting("cpu", precision=load(precision), grad_clip=None, **sizes)
-    return strategy.setup(factory, lambda m: torch.optim.AdamW(m.parameters()), setting=setting, world=world)
+    step = StepConfig(load(precision), batch_size=2, accumulation=3)
+    return strategy.setup(factory, lambda m: torch.optim.AdamW(m.parameters()), step, world)

@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 
+from pretrain.distributed.topology import Topology
 from pretrain.runtime.errors import UserError
-from pretrain.strategy.base import Setting
+from pretrain.strategy.base import StepConfig
 from pretrain.strategy.deepspeed import COMPILED, OWNERS, ROOT_KEYS, Deepspeed
 from tests.strategy.test_precision import load
 
 
-def setting(precision: str = "16-mixed", device_type: str = "cuda") -> Setting:
-    sizes: dict[str, Any] = {"workers": 1, "nodes": 1, "devices_per_worker": 1, "batch_size": 4, "accumulation": 8}
-    return Setting(device_type, precision=load(precision), grad_clip=0.5, **sizes)
+def setting(precision: str = "16-mixed", device_type: str = "cuda") -> tuple[StepConfig, Topology]:
+    return StepConfig(load(precision), batch_size=4, accumulation=8, grad_clip=0.5), Topology(device_type)
 
 
 def nested(dotted: str, value: Any) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def nested(dotted: str, value: Any) -> dict[str, Any]:
 
 
 def test_fp16_on_a_gpu():
-    config = Deepspeed(zero_stage=2, offload_optimizer=True).ds_config(setting())
+    config = Deepspeed(zero_stage=2, offload_optimizer=True).ds_config(*setting())
     assert config["fp16"] == {"enabled": True, "loss_scale_window": 2000, "hysteresis": 1}
     assert config["bf16"] == {"enabled": False}
     assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
@@ -32,12 +32,14 @@ def test_fp16_on_a_gpu():
 
 
 def test_on_a_cpu_nothing_is_pinned():
-    zero = Deepspeed(zero_stage=3, offload_parameters=True).ds_config(setting("bf16-mixed", "cpu"))["zero_optimization"]
+    zero = Deepspeed(zero_stage=3, offload_parameters=True).ds_config(*setting("bf16-mixed", "cpu"))[
+        "zero_optimization"
+    ]
     assert zero["offload_param"] == {"device": "cpu", "pin_memory": False}
 
 
 def test_stage_0_leaves_clipping_and_precision_to_the_run():
-    config = Deepspeed(zero_stage=0).ds_config(setting())
+    config = Deepspeed(zero_stage=0).ds_config(*setting())
     assert (config["gradient_clipping"], config["fp16"]["enabled"], config["bf16"]["enabled"]) == (0.0, False, False)
 
 
@@ -47,7 +49,7 @@ def test_more_keys_are_merged_and_auto_is_what_the_run_decides():
         "fp16": {"initial_scale_power": 8, "hysteresis": 2},
         "wall_clock_breakdown": True,
     }
-    config = Deepspeed(config=more).ds_config(setting())
+    config = Deepspeed(config=more).ds_config(*setting())
     zero = config["zero_optimization"]
     assert (zero["stage"], zero["reduce_bucket_size"]) == (2, 1000)
     assert zero["offload_optimizer"] == {"device": "none", "pin_memory": True, "ratio": 0.5}
@@ -67,7 +69,7 @@ ELSEWHERE = {  # keys by which a config file would have something written, or re
 
 
 def test_the_flops_profiler_may_print():
-    config = Deepspeed(config={"flops_profiler": {"enabled": True}}).ds_config(setting())
+    config = Deepspeed(config={"flops_profiler": {"enabled": True}}).ds_config(*setting())
     assert config["flops_profiler"] == {"enabled": True}
 
 
@@ -87,7 +89,7 @@ def test_the_flops_profiler_may_print():
 )
 def test_what_can_not_be_said_there(given, says):
     with pytest.raises(UserError) as raised:
-        Deepspeed(config=given).ds_config(setting())
+        Deepspeed(config=given).ds_config(*setting())
     assert says in str(raised.value)
 
 
@@ -114,7 +116,7 @@ def test_the_root_keys_are_those_that_deepspeed_asks_for():
 
     from pretrain.strategy.deepspeed_engine import check_config
 
-    config = Asked(Deepspeed().ds_config(setting()))
+    config = Asked(Deepspeed().ds_config(*setting()))
     del config["bf16"]  # it has an older name
     check_config(config)
     assert config.names - REMOVED.keys() == ROOT_KEYS
@@ -133,7 +135,7 @@ def test_what_deepspeed_refuses_is_the_user_s_mistake(given, says):
     from pretrain.strategy.deepspeed_engine import check_config
 
     with pytest.raises(UserError) as raised:
-        check_config(Deepspeed(config=given).ds_config(setting()))
+        check_config(Deepspeed(config=given).ds_config(*setting()))
     assert says in str(raised.value)
 
 

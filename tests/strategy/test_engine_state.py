@@ -8,6 +8,7 @@ import torch
 from pretrain.distributed import sharding as tensors
 from pretrain.distributed.context import DistributedContext
 from pretrain.distributed.sharding import TensorFiles
+from pretrain.distributed.topology import Topology
 from pretrain.models.language_model import LanguageModel
 from pretrain.optim.adamw import AdamW
 from pretrain.runtime.errors import UserError
@@ -61,7 +62,7 @@ def test_before_the_first_step_there_are_no_moments():
 
 def test_only_the_first_rank_writes_whole_tensors():
     engine = trained(engine_of())
-    engine.world = DistributedContext(1, 2, CPU)
+    engine.world = DistributedContext(1, Topology(workers_per_node=2))
     state = engine.state_dict()
     assert (state["model"], state["optimizer"]) == ({}, {})
     assert len(state["tensors"]["model"]) > 0

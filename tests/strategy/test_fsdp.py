@@ -84,7 +84,7 @@ def test_a_loss_scaler_and_gradients_on_the_host_are_refused_on_a_gpu():
     with pytest.raises(
         UserError, match=r"cpu_offload=true with precision=16-mixed: .*use bf16-mixed, or strategy=deeps"
     ):
-        Fsdp(cpu_offload=True).check(setting("16-mixed"))
-    Fsdp(cpu_offload=True).check(setting("bf16-mixed"))
-    assert "strategy.cpu_offload=true" not in Fsdp().memory_saving_overrides(setting("16-mixed"))
-    assert "strategy.cpu_offload=true" in Fsdp().memory_saving_overrides(setting("bf16-mixed"))
+        Fsdp(cpu_offload=True).check(*setting("16-mixed"))
+    Fsdp(cpu_offload=True).check(*setting("bf16-mixed"))
+    assert "strategy.cpu_offload=true" not in Fsdp().memory_saving_overrides(*setting("16-mixed"))
+    assert "strategy.cpu_offload=true" in Fsdp().memory_saving_overrides(*setting("bf16-mixed"))

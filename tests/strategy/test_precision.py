@@ -63,7 +63,7 @@ def engine(name: str, **changes: Any) -> Any:
 
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     overrides = shape | {"model_type": "llama", "num_key_value_heads": 2, "max_position_embeddings": 64}
-    precision, world = load(name), DistributedContext(0, 1, torch.device("cpu"))
+    precision, world = load(name), DistributedContext()
     spec = Scratch(name_or_path="none", overrides=overrides, train_tokenizer=300)
     model = spec.build(param_dtype=precision.param_dtype, device=world.device, seed=0)
     return Engine(model, AdamW(lr=1e-2)(model.hf_named_parameters()), precision=precision, world=world)

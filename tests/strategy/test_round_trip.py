@@ -56,7 +56,7 @@ def test_a_checkpoint_comes_back(strategy, size, factory, batch, tmp_path):
     saved, again = tmp_path / "saved", tmp_path / "again"
     saved.mkdir()
     again.mkdir()
-    origin = set_up(Single(), factory("llama-tied"), DistributedContext(0, 1, torch.device("cpu")))
+    origin = set_up(Single(), factory("llama-tied"), DistributedContext())
     for _ in range(2):
         origin.backward(batch, tokens=32, last=True)
         origin.step(None)

@@ -48,7 +48,7 @@ def engine(tiny_model):
         spec = Pretrained(name_or_path=str(tiny_model))
         model = spec.build(param_dtype=precision.param_dtype, device=torch.device("cpu"), seed=0)
         optimizer = AdamW(lr=1e-3)(model.hf_named_parameters())
-        return Engine(model, optimizer, precision=precision, world=DistributedContext(0, 1, torch.device("cpu")))
+        return Engine(model, optimizer, precision=precision, world=DistributedContext())
 
     return build
 

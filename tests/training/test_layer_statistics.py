@@ -19,9 +19,16 @@ def engine():
     model = LanguageModel(tiny("llama"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     precision = Precision("32-true", "float32", "float32")
-    engine = Engine(model, optimizer, precision=precision, world=DistributedContext(0, 1, torch.device("cpu")))
+    engine = Engine(model, optimizer, precision=precision, world=DistributedContext(), grad_clip=0.5)
     model(IDS, IDS).backward()
     return engine
+
+
+def observed(watch, engine, step, *, refuse=never):
+    """The norm of the engine's step, and what was observed of it."""
+    watch.before_step(step)
+    total = engine.step(engine.grad_clip, refuse=refuse)
+    return total, watch.after_step(total)
 
 
 def norm(tensors) -> float:
@@ -35,33 +42,29 @@ def test_norms_of_a_clipped_step(engine, monkeypatch):
     gradient = norm(named[name].grad for name in mine)
     watch = LayerStatistics(engine, Interval(2))
     monkeypatch.setattr(torch, "full_like", pytest.fail)  # a kernel a parameter, for a step without gradients only
-    total = watch.step(2, 0.5, refuse=never)
+    total, found = observed(watch, engine, 2)
     assert total > 0.5, "clipping must have something to do"
-    found = watch.take()
     assert found.names == ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
     row = found.norms[found.names.index("model.layers.1")].tolist()
     update = norm(named[name].detach() - before[name] for name in mine)
     weight = norm(before[name] for name in mine)
     assert row == pytest.approx([weight, gradient, update, update / weight], rel=1e-5)
     assert norm(found.norms[:, 1:2]) == pytest.approx(float(total), rel=1e-5)
-    assert watch.take() is None, "told once"
+    assert watch.after_step(total) is None, "reported once"
 
 
-def test_a_step_that_is_not_due_is_the_engines_own(engine, monkeypatch):
-    seen = []
-    monkeypatch.setattr(engine, "step", lambda max_norm, *, refuse: seen.append(refuse) or torch.ones(()))
+def test_a_step_that_is_not_due_costs_nothing(engine, monkeypatch):
     monkeypatch.setattr(engine.optimizer, "register_step_pre_hook", pytest.fail)
     monkeypatch.setattr(engine.model, "hf_named_parameters", pytest.fail)
     for watch in (LayerStatistics(engine, Interval(2)), LayerStatistics(engine, Interval(None))):
-        watch.step(3, 0.5, refuse=never)
-        assert watch.take() is None
-    assert seen == [never, never]
+        watch.before_step(3)
+        assert watch.after_step(torch.ones(())) is None
 
 
 def test_a_refused_step_has_no_update_and_no_gradients_to_tell(engine):
     watch = LayerStatistics(engine, Interval(1))
-    watch.step(1, 0.5, refuse=lambda norm: torch.ones_like(norm, dtype=torch.bool))
-    weights, gradients, updates, ratios = watch.take().norms.unbind(1)
+    _, found = observed(watch, engine, 1, refuse=lambda norm: torch.ones_like(norm, dtype=torch.bool))
+    weights, gradients, updates, ratios = found.norms.unbind(1)
     assert (weights > 0).all()
     assert gradients.isnan().all()
     assert not updates.any()

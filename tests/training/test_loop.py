@@ -1,7 +1,6 @@
 """The loop of a run that nothing goes wrong in, or that a signal ends: what it does when, its numbers, its checkpoints."""
 
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,11 +9,11 @@ import torch
 
 from pretrain.checkpoint.rng import seed_everything
 from pretrain.checkpoint.store import load
+from pretrain.strategy import engine as engine_module
 from pretrain.telemetry.events import DataStatisticsEvent, Evaluated, Sampled, Saved, StepDone, TrainingPaused
 from pretrain.telemetry.interval import Interval
-from pretrain.training import trainer as trainer_module
 from pretrain.training.layer_statistics import LayerStatistics
-from tests.engines import ALONE, engine_of
+from tests.engines import engine_of
 from tests.loops import IDENTITY, RECORD, loop_in
 
 
@@ -64,12 +63,14 @@ def test_what_happens_when(loop):
     assert [e.for_ for e in events if isinstance(e, TrainingPaused)] == ["checkpoint"] * 3
     assert [e.step for e in events if isinstance(e, Sampled)] == [0, 3, 6]
     seen = [(e.step, e.sources) for e in events if isinstance(e, DataStatisticsEvent)]
-    assert seen == [(3, trainer.census.at(12)), (6, trainer.census.at(24))]
+    assert seen == [(3, trainer.statistics.at(12)), (6, trainer.statistics.at(24))]
     assert sum(source.tokens for source in seen[1][1].values()) == 24 * 8
     assert all(0 <= e.seconds < 60 for e in events if isinstance(e, Evaluated | DataStatisticsEvent | TrainingPaused))
     assert [call[1:] for call in scores.calls] == [(True, False), (False, False), (False, False)]
     assert [call[0] is None for call in scores.calls] == [True, False, False], "the first is the baseline"
-    assert [e.path for e in events if isinstance(e, Saved)] == [trainer.saver.store.path(s) for s in (2, 4, 6)]
+    assert [e.path for e in events if isinstance(e, Saved)] == [
+        trainer.checkpoints.writer.store.path(s) for s in (2, 4, 6)
+    ]
     assert trainer.exporter.when == [("save", 2), ("save", 4), ("end", 6)]
     assert (progress.step, progress.samples, progress.tokens) == (6, 24, 192)
     assert (progress.baseline, progress.losses, progress.evaluated_at) == ({"d": 2.5}, {"d": 4.5}, 6)
@@ -78,7 +79,7 @@ def test_what_happens_when(loop):
 
 
 def test_a_step_is_told_with_its_numbers(loop):
-    trainer, events, _ = loop(total_steps=2)
+    trainer, events, _ = loop(steps=2)
     expected = torch.zeros(())
     batch = trainer.loader.batch(0)
     other = engine_of()
@@ -98,7 +99,7 @@ def test_a_step_is_told_with_its_numbers(loop):
 
 def test_the_update_is_the_engines_own(loop):
     """Clipped, with the learning rate of its step, from the gradients of all micro-batches."""
-    trainer, _, _ = loop(total_steps=2)
+    trainer, _, _ = loop(steps=2)
     by_hand = engine_of()
     for step, batch in enumerate(map(trainer.loader.batch, (0, 4))):
         by_hand.set_lr(1.0 / (step + 1))
@@ -120,17 +121,11 @@ def test_the_layers_of_every_second_step(loop):
 
 def test_a_steps_time_by_its_parts(loop):
     """Agreeing on a stop signal comes after a step has been logged, so it counts with the next one."""
-    trainer, events, _ = loop(total_steps=2)
+    trainer, events, _ = loop(steps=2)
     trainer.run()
     first, second = ([part for part, _, _ in e.times.spans] for e in events if isinstance(e, StepDone))
     assert first == ["data", "communication", "compute", "communication", "optimizer"]
     assert second == ["communication", *first]
-
-
-@pytest.mark.parametrize(("device", "on_device"), [("cpu", False), ("cuda", True)])
-def test_whose_clock_times_the_steps(device, on_device, loop):
-    trainer, _, _ = loop(world=replace(ALONE, device=torch.device(device)))
-    assert trainer.clock.on_device is on_device
 
 
 @pytest.mark.parametrize(("compiled", "times"), [(True, 2), (False, 0)])
@@ -139,18 +134,18 @@ def test_signals_are_held_while_a_compiler_may_run(compiled, times, loop, monkey
 
     @contextmanager
     def hold():
-        held.append(trainer.progress.step)
+        held.append(trainer.state.step)
         yield
 
-    monkeypatch.setattr(trainer_module, "signals_blocked", hold)
-    trainer, _, _ = loop(total_steps=2)
+    monkeypatch.setattr(engine_module, "signals_blocked", hold)
+    trainer, _, _ = loop(steps=2)
     trainer.engine.model.is_compiled = compiled
     trainer.run()
     assert held == [0, 1][:times]
 
 
 def test_micro_batches_and_the_last_of_them(loop):
-    trainer, _, _ = loop(total_steps=1)
+    trainer, _, _ = loop(steps=1)
     seen, keep = [], trainer.engine.backward
     trainer.engine.backward = lambda b, **k: seen.append((len(b.labels), k)) or keep(b, **k)
     trainer.run()
@@ -159,19 +154,19 @@ def test_micro_batches_and_the_last_of_them(loop):
 
 def at_once_of(trainer) -> list:
     """(step, whether it was written before training continued) of every save that is going to be."""
-    asked, keep = [], trainer.saver.save
+    asked, keep = [], trainer.checkpoints.writer.save
 
     def save(step, state, *, at_once):
         asked.append((step, at_once))
         return keep(step, state, at_once=at_once)
 
-    trainer.saver.save = save
+    trainer.checkpoints.writer.save = save
     return asked
 
 
 def test_training_waits_for_the_last_save_alone(loop):
     """Also where the last step is no multiple of save_every."""
-    trainer, events, _ = loop(total_steps=5)
+    trainer, events, _ = loop(steps=5)
     asked = at_once_of(trainer)
     trainer.run()
     assert asked == [(2, False), (4, False), (5, True)]
@@ -180,7 +175,7 @@ def test_training_waits_for_the_last_save_alone(loop):
 
 def test_verdicts_are_read_late_but_before_what_depends_on_them(loop):
     """On a GPU reading waits for the device: only where the run evaluates (3), saves (2, 4), or ends (5)."""
-    trainer, _, _ = loop(total_steps=5)
+    trainer, _, _ = loop(steps=5)
     asked, keep = [], trainer.guard.found
     trainer.guard.found = lambda *, at_once: asked.append(at_once) or keep(at_once=at_once)
     trainer.run()
@@ -190,7 +185,7 @@ def test_verdicts_are_read_late_but_before_what_depends_on_them(loop):
 def test_it_resumes_to_the_last_bit(loop):
     whole, events, _ = loop()
     whole.run()
-    again, later, scores = loop(resume_from=whole.saver.store.path(2))
+    again, later, scores = loop(resume_from=whole.checkpoints.writer.store.path(2))
     again.engine.step_module.train()
     again.run()
     assert later[0].resumed is True
@@ -199,17 +194,17 @@ def test_it_resumes_to_the_last_bit(loop):
     assert steps_of(later) == {step: told for step, told in steps_of(events).items() if step > 2}
     assert all(torch.equal(t, weights(whole)[name]) for name, t in weights(again).items())
     assert [call[1] for call in scores.calls] == [True, False]
-    assert again.progress.baseline == {"d": 2.5}
-    foreign, told, _ = loop(resume_from=whole.saver.store.path(2), run="other")
+    assert again.state.baseline == {"d": 2.5}
+    foreign, told, _ = loop(resume_from=whole.checkpoints.writer.store.path(2), run="other")
     foreign.run()
     assert told[0].records == (), "another run's records are told by its own files"
     assert [e.step for e in told if isinstance(e, Saved)] == [4, 6]
 
 
 def test_what_a_checkpoint_holds(loop):
-    trainer, _, _ = loop(total_steps=3)
+    trainer, _, _ = loop(steps=3)
     trainer.run()
-    path = trainer.saver.store.path(2)
+    path = trainer.checkpoints.writer.store.path(2)
     state = load(path)
     assert state["loader"] == {"samples": 8}
     assert (state["progress"]["step"], state["progress"]["samples"], state["progress"]["tokens"]) == (2, 8, 64)
@@ -220,16 +215,16 @@ def test_what_a_checkpoint_holds(loop):
 
 def test_the_random_state_is_the_runs_own(loop):
     drawn = []
-    trainer, _, _ = loop(total_steps=2, listeners=[lambda event: torch.randn(7)])
+    trainer, _, _ = loop(steps=2, listeners=[lambda event: torch.randn(7)])
     keep = trainer.engine.backward
     trainer.engine.backward = lambda b, **k: drawn.append(float(torch.rand(()))) or keep(b, **k)
     seed_everything(99)
     trainer.run()
     seed_everything(0)
     assert drawn[0] != float(torch.rand(())), "the listener of an evaluation has drawn too"
-    restored, _, _ = loop(total_steps=4, resume_from=trainer.saver.store.path(2))
-    restored.restore(restored.resume_from)
-    assert restored.rng == load(restored.resume_from)["rng"][0]
+    restored, _, _ = loop(steps=4, resume_from=trainer.checkpoints.writer.store.path(2))
+    restored.restore(restored.checkpoints.resume_from)
+    assert restored.rng == load(restored.checkpoints.resume_from)["rng"][0]
 
 
 def test_a_stop_signal_saves_and_leaves(loop):
@@ -243,10 +238,10 @@ def test_a_stop_signal_saves_and_leaves(loop):
     assert names(events)[-4:] == [("StepDone", 3), ("TrainingPaused", 3), ("Saved", 3), ("RunFinished", 3)]
     assert (events[-1].status, events[-1].model) == ("stopped", None)
     assert trainer.exporter.when == [("save", 3)]
-    assert trainer.saver.store.steps() == [3]
+    assert trainer.checkpoints.writer.store.steps() == [3]
     interrupt.requested = False
     again, later, _ = loop(
-        resume_from=trainer.saver.store.path(3), save_every=Interval(None), evaluate_every=Interval(None)
+        resume_from=trainer.checkpoints.writer.store.path(3), save_every=Interval(None), evaluate_every=Interval(None)
     )
     again.run()
     whole, events, _ = loop(save_every=Interval(None), evaluate_every=Interval(None), run="whole")
@@ -258,7 +253,7 @@ def test_a_signal_before_the_first_step_trains_nothing(loop):
     trainer, events, _ = loop(interrupt=SimpleNamespace(requested=True))
     trainer.run()
     assert [n for n, _ in names(events)] == ["RunStarted", "Evaluated", "RunFinished"]
-    assert trainer.saver.store.steps() == []
+    assert trainer.checkpoints.writer.store.steps() == []
 
 
 def test_an_evaluation_that_is_cut_short_is_owed(loop):
@@ -273,8 +268,8 @@ def test_an_evaluation_that_is_cut_short_is_owed(loop):
     ]
     assert [e.for_ for e in events if isinstance(e, TrainingPaused)][-2:] == ["evaluation", "checkpoint"]
     assert events[-1].status == "stopped"
-    assert load(trainer.saver.store.path(3))["progress"]["pending_evaluation"] is True
-    again, later, _ = loop(resume_from=trainer.saver.store.path(3))
+    assert load(trainer.checkpoints.writer.store.path(3))["progress"]["pending_evaluation"] is True
+    again, later, _ = loop(resume_from=trainer.checkpoints.writer.store.path(3))
     again.run()
     assert later[0].pending_evaluation is True
     assert names(later)[:5] == [
@@ -284,26 +279,26 @@ def test_an_evaluation_that_is_cut_short_is_owed(loop):
         ("Saved", 3),
         ("StepDone", 4),
     ]
-    assert again.progress.pending_evaluation is False
+    assert again.state.pending_evaluation is False
 
 
 @pytest.mark.parametrize("last", [3, 6])
 def test_a_pending_evaluation_is_made_and_saved(last, loop):
     """At once where it was the run's last step, as the run ends then."""
-    cut, _, _ = loop(stop_at=(2,), total_steps=last)
+    cut, _, _ = loop(stop_at=(2,), steps=last)
     cut.run()
-    again, _, _ = loop(resume_from=cut.saver.store.path(3), total_steps=last)
+    again, _, _ = loop(resume_from=cut.checkpoints.writer.store.path(3), steps=last)
     asked = at_once_of(again)
     again.run()
     assert asked[0] == (3, last == 3)
-    assert load(again.saver.store.path(3))["progress"]["evaluated_at"] == 3
+    assert load(again.checkpoints.writer.store.path(3))["progress"]["evaluated_at"] == 3
 
 
 def test_a_pending_evaluation_that_is_cut_short_again_stays_pending(loop):
     cut, _, _ = loop(stop_at=(2,))
     cut.run()
     interrupt = SimpleNamespace(requested=True)
-    again, events, _ = loop(resume_from=cut.saver.store.path(3), stop_at=(1,), interrupt=interrupt)
+    again, events, _ = loop(resume_from=cut.checkpoints.writer.store.path(3), stop_at=(1,), interrupt=interrupt)
     again.run()
     assert names(events) == [("RunStarted", 3), ("TrainingPaused", 3), ("RunFinished", 3)], "nothing to save"
-    assert load(cut.saver.store.path(3))["progress"]["pending_evaluation"] is True
+    assert load(cut.checkpoints.writer.store.path(3))["progress"]["pending_evaluation"] is True

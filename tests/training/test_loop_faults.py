@@ -9,6 +9,7 @@ import torch
 
 from pretrain.checkpoint.store import load
 from pretrain.distributed.context import DistributedContext
+from pretrain.distributed.topology import Topology
 from pretrain.runtime.errors import UserError
 from pretrain.telemetry.events import DataStatisticsEvent, Evaluated, RolledBack, Saved, StepDone
 from pretrain.telemetry.interval import Interval
@@ -25,18 +26,18 @@ def loop(tmp_path):
 
 def poison(trainer, first_sample):
     """The batch that begins there has no finite loss."""
-    keep = trainer.update
+    keep = trainer.engine.train_step
 
-    def update(batch, tokens):
+    def train_step(batch, **options):
         if batch.first_sample == first_sample:
             trainer.engine.backward, real = lambda b, **k: torch.tensor(math.nan), trainer.engine.backward
             try:
-                return keep(batch, tokens)
+                return keep(batch, **options)
             finally:
                 trainer.engine.backward = real
-        return keep(batch, tokens)
+        return keep(batch, **options)
 
-    trainer.update = update
+    trainer.engine.train_step = train_step
 
 
 def test_a_bad_step_is_skipped_and_the_save_waits(loop, capsys):
@@ -48,7 +49,7 @@ def test_a_bad_step_is_skipped_and_the_save_waits(loop, capsys):
     done = [e for e in events if isinstance(e, StepDone)]
     assert [int(e.skipped) for e in done][-1] == 1
     assert math.isnan(float(done[1].loss))
-    assert trainer.progress.tokens == 192
+    assert trainer.state.tokens == 192
 
 
 def test_a_run_goes_back_to_the_last_checkpoint(loop, capsys):
@@ -58,14 +59,14 @@ def test_a_run_goes_back_to_the_last_checkpoint(loop, capsys):
     back = [e for e in events if isinstance(e, RolledBack)]
     assert [(e.step, e.bad_step, e.reason) for e in back] == [(2, 4, "nonfinite")]
     assert [e.step for e in events if isinstance(e, StepDone)] == [1, 2, 3, 4, 3, 4, 5, 6]
-    assert f"rolled back to {trainer.saver.store.path(2)}" in capsys.readouterr().err
+    assert f"rolled back to {trainer.checkpoints.writer.store.path(2)}" in capsys.readouterr().err
     assert trainer.guard.passed_over == {12}
     done = [e for e in events if isinstance(e, StepDone)]
     assert float(done[2].loss) == float(done[4].loss), "the step before it is the same again"
     assert math.isnan(float(done[5].loss)), "the batch is not trained"
     assert math.isnan(float(done[5].grad_norm))
     assert [int(e.skipped) for e in done[-3:]] == [1, 1, 1]
-    assert (trainer.progress.step, trainer.progress.samples, trainer.progress.tokens) == (6, 24, 192)
+    assert (trainer.state.step, trainer.state.samples, trainer.state.tokens) == (6, 24, 192)
     assert [e.step for e in events if isinstance(e, Saved)] == [2, 5, 6], "not of step 4, which was not trained"
 
 
@@ -84,7 +85,7 @@ def test_without_a_checkpoint_the_run_goes_on(loop, capsys):
 def test_a_second_time_the_run_goes_further_back_unless_it_had_recovered(loop):
     """The batch of step 4 is bad: back at 3. So is that of step 5, before a step was trained: 3 was no better, back at 2.
     Step 3 is trained again, and saved; for the bad batch of step 6 that is good enough."""
-    trainer, events, _ = loop(guard=GuardPolicy(nonfinite="rollback"), total_steps=7, save_every=Interval(1))
+    trainer, events, _ = loop(guard=GuardPolicy(nonfinite="rollback"), steps=7, save_every=Interval(1))
     for first_sample in (12, 16, 20):
         poison(trainer, first_sample)
     trainer.run()
@@ -97,7 +98,7 @@ def test_a_run_goes_back_to_the_checkpoint_it_came_from(loop):
     """Before it has saved one of its own. The evaluation that was pending there has been made since."""
     cut, _, _ = loop(stop_at=(2,), evaluate_every=Interval(3))
     cut.run()
-    origin = cut.saver.store.path(3)
+    origin = cut.checkpoints.writer.store.path(3)
     assert load(origin)["progress"]["pending_evaluation"] is True
     trainer, events, _ = loop(
         run="other", resume_from=origin, guard=GuardPolicy(nonfinite="rollback"), evaluate_every=Interval(None)
@@ -114,15 +115,15 @@ def test_a_run_goes_back_to_the_checkpoint_it_came_from(loop):
 
 
 def changed(trainer, **identity):
-    trainer.identity = IDENTITY | identity
+    trainer.checkpoints.fingerprint = IDENTITY | identity
     return trainer
 
 
 def test_another_length_is_the_same_place_in_the_text(loop):
-    trainer, _, _ = loop(total_steps=2, guard=GuardPolicy(nonfinite="rollback"))
+    trainer, _, _ = loop(steps=2, guard=GuardPolicy(nonfinite="rollback"))
     trainer.guard.passed_over = {40}
     trainer.run()
-    checkpoint = trainer.saver.store.path(2)
+    checkpoint = trainer.checkpoints.writer.store.path(2)
     for identity, samples, passed in (
         ({}, 8, {40}),
         ({"sequence_length": 16}, 4, set()),
@@ -133,21 +134,21 @@ def test_another_length_is_the_same_place_in_the_text(loop):
     ):
         other = changed(loop()[0], **identity)
         other.restore(checkpoint)
-        assert (other.progress.samples, other.loader.state_dict()) == (samples, {"samples": samples})
+        assert (other.state.samples, other.loader.state_dict()) == (samples, {"samples": samples})
         assert other.guard.passed_over == passed
 
 
 @pytest.mark.parametrize("identity", [{"weights": "y"}, {"optimizer": ["other"]}], ids=str)
 def test_another_optimizer_starts_anew(identity, loop, capsys):
-    trainer, _, _ = loop(total_steps=2)
+    trainer, _, _ = loop(steps=2)
     trainer.run()
     other = changed(loop()[0], **identity)
-    other.restore(trainer.saver.store.path(2))
+    other.restore(trainer.checkpoints.writer.store.path(2))
     said = "the optimizer state starts empty: the saved moments belong to another optimizer or dtype of weights\n"
     assert said in capsys.readouterr().err
     assert not other.engine.optimizer.state
     same = loop()[0]
-    same.restore(trainer.saver.store.path(2))
+    same.restore(trainer.checkpoints.writer.store.path(2))
     assert same.engine.optimizer.state
 
 
@@ -164,7 +165,7 @@ def test_replicas_are_compared_before_a_save_unless_they_may_differ(loop, monkey
 def test_what_kept_another_rank_from_saving_ends_this_one(loop):
     trainer, _, _ = loop()
     asked = []
-    trainer.world = SimpleNamespace(
+    trainer.engine.world = SimpleNamespace(
         any_rank=lambda *flags: asked.append(flags) or [False, True],
         sum=lambda value: asked.append(int(value)),
         device=CPU,
@@ -176,9 +177,9 @@ def test_what_kept_another_rank_from_saving_ends_this_one(loop):
 
 def test_what_kept_this_rank_from_saving_is_said_to_the_others(loop):
     trainer, _, _ = loop()
-    trainer.saver._error = UserError("the disk")
+    trainer.checkpoints.writer._error = UserError("the disk")
     asked = []
-    trainer.world = SimpleNamespace(any_rank=lambda *flags: asked.append(flags) or list(flags), device=CPU)
+    trainer.engine.world = SimpleNamespace(any_rank=lambda *flags: asked.append(flags) or list(flags), device=CPU)
     with pytest.raises(UserError, match=r"^the disk$"):
         trainer.sync_stop_signal()
     assert asked == [(False, True)]
@@ -186,8 +187,8 @@ def test_what_kept_this_rank_from_saving_is_said_to_the_others(loop):
 
 def test_before_a_failed_run_ends_it_says_what_became_of_its_saves(loop, capsys):
     trainer, events, _ = loop()
-    trainer.saver._saved.append(Saved(2, trainer.saver.store.path(2), 1.0, 1.0, 7))
-    trainer.saver._error = UserError("the disk")
+    trainer.checkpoints.writer._saved.append(Saved(2, trainer.checkpoints.writer.store.path(2), 1.0, 1.0, 7))
+    trainer.checkpoints.writer._error = UserError("the disk")
     trainer.flush()
     assert capsys.readouterr().err.endswith("error: the disk\n")
     assert [e.step for e in events] == [2]
@@ -215,11 +216,13 @@ class Pair(DistributedContext):
 @pytest.mark.parametrize(("rank", "files"), [(0, {"card.md": b"step 1"}), (1, {})])
 def test_what_a_rank_gives_to_a_checkpoint(rank, files, loop):
     """Its random state; the first one the files that are no rank's own."""
-    trainer, _, _ = loop(total_steps=2)
+    trainer, _, _ = loop(steps=2, guard=GuardPolicy(replicas="ignore"))
     given = []
-    trainer.world = Pair(rank, 2, CPU)
-    trainer.saver = SimpleNamespace(save=lambda step, state, *, at_once: given.append(state), collect=lambda: None)
-    trainer.progress.step = 1
+    trainer.engine.world = Pair(rank, Topology(workers_per_node=2))
+    trainer.checkpoints.writer = SimpleNamespace(
+        save=lambda step, state, *, at_once: given.append(state), collect=lambda: None, world=trainer.world
+    )
+    trainer.state.step = 1
     trainer.save(at_once=False)
     (state,) = given
     assert state["files"] == files
@@ -227,11 +230,11 @@ def test_what_a_rank_gives_to_a_checkpoint(rank, files, loop):
 
 
 def test_the_loss_and_the_tokens_are_those_of_all_ranks(loop):
-    alone, _, _ = loop(total_steps=1, run="alone")
-    trainer, _, _ = loop(total_steps=1)
+    alone, _, _ = loop(steps=1, run="alone")
+    trainer, _, _ = loop(steps=1)
     batch = alone.loader.batch(0)
-    loss, _ = alone.update(batch, 64)
-    trainer.world = Pair(0, 2, CPU)
+    loss = alone.engine.train_step(replace(batch, num_targets=64)).loss
+    trainer.engine.world = Pair(0, Topology(workers_per_node=2))
     done = trainer.train_step(batch)
     assert float(done.loss) == 2 * float(loss)
     assert (done.tokens, done.step_tokens) == (64, 64)
@@ -239,39 +242,39 @@ def test_the_loss_and_the_tokens_are_those_of_all_ranks(loop):
 
 def test_only_the_first_rank_counts_the_data(loop):
     trainer, events, _ = loop()
-    trainer.progress.samples = 8
-    trainer.world = replace(ALONE, rank=1, size=2)
+    trainer.state.samples = 8
+    trainer.engine.world = replace(ALONE, rank=1, topology=Topology(workers_per_node=2))
     trainer.emit_data()
     assert events == []
-    trainer.world = ALONE
+    trainer.engine.world = ALONE
     trainer.emit_data()
     assert [type(e) for e in events] == [DataStatisticsEvent]
-    trainer.progress.samples = 0
+    trainer.state.samples = 0
     trainer.emit_data()
     assert len(events) == 1, "before the first step there is nothing to tell"
 
 
 def test_a_rank_that_the_checkpoint_did_not_have_keeps_its_random_state(loop):
-    trainer, _, _ = loop(total_steps=2)
+    trainer, _, _ = loop(steps=2)
     trainer.run()
     other, _, _ = loop()
     own = other.rng
-    other.world = replace(ALONE, rank=1, size=2)
-    other.restore(trainer.saver.store.path(2))
+    other.engine.world = replace(ALONE, rank=1, topology=Topology(workers_per_node=2))
+    other.restore(trainer.checkpoints.writer.store.path(2))
     assert other.rng is own
-    assert other.progress.step == 2
+    assert other.state.step == 2
 
 
 def test_a_checkpoint_of_before_there_were_a_guard_and_records(loop):
-    trainer, _, _ = loop(total_steps=2)
-    save = trainer.saver.save
-    trainer.saver.save = lambda step, state, *, at_once: save(
+    trainer, _, _ = loop(steps=2)
+    save = trainer.checkpoints.writer.save
+    trainer.checkpoints.writer.save = lambda step, state, *, at_once: save(
         step, {key: part for key, part in state.items() if key not in ("guard", "records")}, at_once=at_once
     )
     trainer.run()
-    path = trainer.saver.store.path(2)
+    path = trainer.checkpoints.writer.store.path(2)
     assert not {"guard", "records"} & load(path).keys()
-    other, events, _ = loop(resume_from=path, total_steps=2)
+    other, events, _ = loop(resume_from=path, steps=2)
     other.run()
     assert (events[0].step, events[0].records) == (2, ())
     assert other.guard.passed_over == set()

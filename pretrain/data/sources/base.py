@@ -1,19 +1,24 @@
-"""The base class of datasets. A source lists its files and how they are read; it does not read their text itself."""
+"""The base classes of datasets: `Source` yields documents; `FileSource` lists files and how they are read."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from pretrain.data.reading.units import ReadOptions, SourceFile, printable
+from pretrain.data.reading.units import ReadOptions, SourceFile, key_of, printable
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source(ABC):
-    """The settings that all datasets share.
+    """A dataset: documents with an identity, and the settings that all datasets share.
+
+    A subclass is a frozen, keyword-only dataclass with `documents` and `fingerprint`. Its documents are read once and kept in
+    the cache under the fingerprint, from which they are tokenized, in several processes if there are many.
 
     ``held_out`` and ``train_data_ratio`` select documents by the hash of their text, so the same ones are selected on every
     machine. In an evaluation domain, ``auto`` stands for the value of the run's dataset.
@@ -55,12 +60,39 @@ class Source(ABC):
         return ReadOptions(self.text_column, self.errors, self.max_document_chars)
 
     @abstractmethod
-    def default_name(self) -> str:
-        """Return the name of the dataset when ``name`` is not set."""
+    def fingerprint(self) -> str:
+        """Return a text that is equal exactly when `documents` yields the same documents.
+
+        For example, it contains the query and the version of a database. A change is a change of the run's data, with which
+        a run is not resumed.
+        """
 
     @abstractmethod
+    def documents(self) -> Iterator[str]:
+        """Yield the documents in a fixed order. It is called again where a process was killed while it read them."""
+
+    def default_name(self) -> str:
+        """Return the name of the dataset when ``name`` is not set."""
+        return type(self).__name__.lower()
+
     def described(self) -> str:
         """Return a description for messages, in the terms of the configuration."""
+        return f"dataset={self.domain}"
+
+    def identity(self) -> list[Any]:
+        """Return the JSON-serialisable values that determine the documents."""
+        return ["documents", type(self).__name__, self.fingerprint()]
+
+    def listed(self, cache: Path) -> list[SourceFile]:
+        """Return the files from which the documents are tokenized, and write them into ``cache`` before if they are not there."""
+        from pretrain.data.sources.kept import kept_documents
+
+        return kept_documents(self, cache)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSource(Source):
+    """A dataset of files in the formats of `pretrain.data.reading.readers.READERS`."""
 
     @abstractmethod
     def files(self) -> list[SourceFile]:
@@ -69,3 +101,18 @@ class Source(ABC):
     @abstractmethod
     def identity(self) -> list[Any]:
         """Return the JSON-serialisable values that determine which files there are."""
+
+    def fingerprint(self) -> str:
+        """Return a hash of the identity. The content of the files is compared part by part."""
+        return key_of(self.identity())
+
+    def documents(self) -> Iterator[str]:
+        """Yield the text of the files."""
+        from pretrain.data.reading.cut import cut
+        from pretrain.data.reading.readers import read
+
+        for piece in (piece for file in self.files() for piece in cut(file, self.options())):
+            yield from (document for document in read(piece, self.options()) if isinstance(document, str))
+
+    def listed(self, cache: Path) -> list[SourceFile]:
+        return self.files()

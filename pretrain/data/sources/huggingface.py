@@ -11,7 +11,7 @@ from pydantic import Field
 
 from pretrain.data.cache import cache_dir
 from pretrain.data.reading.units import SourceFile
-from pretrain.data.sources.base import Source
+from pretrain.data.sources.base import FileSource
 from pretrain.data.sources.own_files import check_builder, check_cards, check_data_files, download_manager
 from pretrain.runtime.errors import UserError, one_line
 
@@ -21,7 +21,7 @@ LOCAL_WAYS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class HuggingFace(Source):
+class HuggingFace(FileSource):
     """A dataset that ``datasets.load_dataset`` can load.
 
     Attributes:

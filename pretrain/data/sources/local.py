@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pretrain.data.reading.units import SourceFile
-from pretrain.data.sources.base import Source
+from pretrain.data.sources.base import FileSource
 from pretrain.data.sources.listing import in_folder, matching, notice_once, without_duplicates
 from pretrain.runtime.errors import UserError, did_you_mean, one_line
 from pretrain.runtime.folders import is_below
@@ -34,7 +34,7 @@ SAVED_MARKS = ("state.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Local(Source):
+class Local(FileSource):
     """A local file, folder, glob or saved dataset.
 
     A file that is named, or matched by a glob or by ``pattern``, is read as plain text unless its extension is known.

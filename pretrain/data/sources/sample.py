@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pretrain.data.reading.units import SourceFile
-from pretrain.data.sources.base import Source
+from pretrain.data.sources.base import FileSource
 from pretrain.runtime.errors import UserError
 
 # Folders of tests, third-party code, applications, character set tables, and text that belongs to the other domain.
@@ -44,7 +44,7 @@ NOT_PROSE = {"tests", "test", "testing", "_vendor", "vendor", "licenses", "__pyc
 
 
 @dataclass(frozen=True, kw_only=True)
-class Python(Source):
+class Python(FileSource):
     """The new domain of the default run: the source code of the standard library."""
 
     source: Literal["sample"] = "sample"
@@ -75,7 +75,7 @@ class Python(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class English(Source):
+class English(FileSource):
     """The base domain of the default run: the text on which the sample model was trained."""
 
     source: Literal["sample_base"] = "sample_base"

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pretrain.data.cache import atomic_file
+from pretrain.data.cache import cache_file
 from pretrain.data.reading.readers import Document, digest, read
 from pretrain.data.reading.units import FileRange, ReadOptions, WorkUnit, key_of
 from pretrain.data.store.token_shards import PartWriter, open_part
@@ -76,7 +76,7 @@ class Encoder:
         path, left = self._path(digests), unit.size
         if open_part(path) is None:
             self._load()
-            with atomic_file(path) as file:
+            with cache_file(path) as file:
                 writer = PartWriter(file, self.dtype)
                 for batch in batches(unit, self.options):
                     self._append(writer, batch)

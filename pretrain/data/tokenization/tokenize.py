@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from pretrain.data.cache import cache_dir, cache_errors, ensure_content, make_folder, remove_abandoned
+from pretrain.data.cache import cache_dir, cache_errors, ensure_content, remove_abandoned
 from pretrain.data.changed_files import files_of
 from pretrain.data.reading.cut import cut
 from pretrain.data.reading.readers import read
@@ -25,6 +25,7 @@ from pretrain.data.tokenization.encode import FORMAT, Encoder, Outcome
 from pretrain.data.tokenization.workers import encode_in_workers
 from pretrain.runtime.console import notice, progress_bar
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import make_folder
 from pretrain.runtime.folders import check_private
 from pretrain.runtime.locks import Busy, Lock
 
@@ -60,7 +61,8 @@ def prepare(
         UserError: a file is missing, is not of its format or has no text, or the disk is full. Finished units are kept.
     """
     cache = cache or cache_dir()
-    make_folder(cache)
+    with cache_errors(cache):
+        make_folder(cache)
     check_private(cache, "PRETRAIN_CACHE")
     num_workers = num_workers or source.num_workers or default_workers()
     options = source.options()
@@ -79,7 +81,7 @@ def prepare(
     memory = cache / "files" / f"{key}.json"
     with _exclusive(cache / "locks" / f"{key}.lock", source.domain):
         started_at = time.time()
-        units = group(_pieces(source, _recall(memory)))
+        units = group(_pieces(source, cache, _recall(memory)))
         outcomes = _encode_all(units, encoder, num_workers, source.domain)
         _remember(memory, units, outcomes, started_at)
     store = TokenStore(
@@ -96,7 +98,7 @@ def prepare(
 def training_texts(source: Source) -> Iterator[str]:
     """Yield the texts on which a tokenizer is trained: the documents that ``TokenStore.views`` would not hold out."""
     limit = source.held_out * 2**64
-    for piece in _pieces(source, {}):
+    for piece in _pieces(source, cache_dir(), {}):
         for document in read(piece, source.options()):
             if not isinstance(document, str):
                 raise UserError(f"{piece.path}: token ids, not text: a tokenizer cannot be trained on them")
@@ -118,9 +120,9 @@ def usable_cores() -> int:
 # Records of the files ------------------------------------------------------------------------------------------------
 
 
-def _pieces(source: Source, remembered: dict[str, list[FileRange]]) -> Iterator[FileRange]:
+def _pieces(source: Source, cache: Path, remembered: dict[str, list[FileRange]]) -> Iterator[FileRange]:
     """Yield the pieces of all files. A file whose size, mtime and inode are unchanged since the last time is not opened."""
-    for file in source.files():
+    for file in source.listed(cache):
         known = remembered.get(file.path)
         if known and known[0].format == file.format:
             with reading(file.path):
@@ -178,9 +180,9 @@ def _write_manifest(
 def _exclusive(path: Path, name: str) -> Iterator[None]:
     """Hold the dataset's lock. A second process waits and then finds the work done. The kernel releases the lock of a process
     that died."""
-    make_folder(path.parent)
     lock = Lock(path)
     with cache_errors(path.parent):
+        make_folder(path.parent)
         try:
             lock.acquire(timeout=UNREPORTED_WAIT_SECONDS)
         except Busy:

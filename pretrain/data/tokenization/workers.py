@@ -19,6 +19,7 @@ from typing import Any
 from pretrain.data.reading.units import FileRange, ReadOptions, WorkUnit
 from pretrain.data.tokenization.encode import Encoder, Outcome, Progress
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import partial_of
 from pretrain.runtime.python import PACKAGE, module_command
 from pretrain.runtime.signals import SIGNAL_POLL_SECONDS, signals_blocked
 
@@ -114,7 +115,7 @@ class _Worker:
             self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
-        for left in self.folder.glob(f"*/.*.{self.process.pid}-*.tmp"):
+        for left in self.folder.glob(f"*/{partial_of(Path('*'), process=self.process.pid)}"):
             left.unlink(missing_ok=True)
 
     def _send(self, request: Any) -> None:

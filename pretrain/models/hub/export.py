@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,17 +29,30 @@ def weights_to_write(
     dtypes: Mapping[str, torch.dtype],
     world: DistributedContext,
     sharded: bool,
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Return the full weights that this rank will write, in host memory, each cast to its dtype in ``dtypes`` (a weight that
     is not listed keeps its own).
 
     With ``sharded=True`` the names are distributed over the ranks, so that no rank holds all weights; otherwise rank 0 takes all.
+    ``convert`` is called on rank 0 with a copy of all weights, before the cast, and returns those to write. It needs
+    ``sharded=False``; its ``UserError`` is raised on every rank.
     """
-    own = {}
+    assert not (sharded and convert)
+
+    def cast(name: str, tensor: Tensor) -> Tensor:
+        return tensor.to("cpu", dtypes.get(name) if tensor.is_floating_point() else None)
+
+    own: dict[str, Tensor] = {}
     for number, (name, tensor) in enumerate(weights):
         if world.rank == (number % world.size if sharded else 0):
-            own[name] = tensor.to("cpu", dtypes.get(name) if tensor.is_floating_point() else None)
-    return own
+            own[name] = cast(name, tensor) if convert is None else tensor.to("cpu", copy=True)
+    if convert is None:
+        return own
+    converted: dict[str, Tensor] = {}
+    world.on_main_rank(lambda: converted.update(convert(own)))
+    own.clear()
+    return {name: cast(name, converted.pop(name)).contiguous() for name in [*converted]}
 
 
 def dtypes_for(hf: Any, save_dtype: str | None) -> dict[str, torch.dtype]:
@@ -123,13 +136,6 @@ def companion_files(
         generation.to_json_file(folder / "generation_config.json")
         tokenizer.save_pretrained(name)
         return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def write_companion_files(files: Mapping[str, bytes], folder: Path) -> list[Path]:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return [folder / name for name in files]
 
 
 def _adopt_special_tokens(config: Any, generation: Any, tokenizer: Any, separator: int | None) -> None:

@@ -23,6 +23,17 @@ MACHINE_KEYS = {"task", "name", "output_dir", "resume", "devices", "launch", "si
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key)$", re.IGNORECASE)
 
+USE = (
+    "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    'folder = "."  # the folder of this file\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n'
+    "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n"
+)
+TRANSFORMED_USE = (  # of a checkpoint of a run with transforms
+    "## Use\n\nThe weights in this folder have the names and shapes that the run's transforms gave them, so `from_pretrained` "
+    "can't read them. To write a model that it reads, with the same `transform=` as the run:\n\n```bash\n"
+    "python -m pretrain task=export model_name=<this folder> output_dir=<folder> transform=[…]\n```\n"
+)
+
 
 def model_card(
     config: dict[str, Any], progress: TrainState, *, data: dict[str, int], facts: dict[str, Any], total_steps: int
@@ -47,13 +58,11 @@ def model_card(
         f"A causal language model of {facts['parameters']:,} parameters, trained from {trained} with pretrain: "
         f"step {progress.step:,} of {total_steps:,}, {progress.tokens:,} target tokens "
         f"({progress.samples:,} sequences, {data['global_batch']:,} a step).\n",
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."  # the folder of this file\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n",
+        USE,
         "## Results\n",
         _results(progress),
         "## Data\n",
-        f"`{public(dataset.get('nameOrPath') or dataset.get('name') or dataset['source'])}` ({dataset['source']}): "
+        f"{_named(dataset)}: "
         f"{data['documents']:,} documents, {data['tokens']:,} tokens, {data['bytes']:,} bytes of text.\n",
         "## Settings\n",
         _table(("setting", "value"), settings),
@@ -92,10 +101,16 @@ def _front_matter(config: dict[str, Any]) -> str:
     if not _is_scratch(config) and _on_the_hub(config["model_name"]):
         matter["base_model"] = config["model_name"]
     dataset = config["dataset"]
-    if dataset["source"] == "huggingface" and _on_the_hub(dataset["nameOrPath"]):
+    if dataset.get("source") == "huggingface" and _on_the_hub(dataset["nameOrPath"]):
         matter["datasets"] = [dataset["nameOrPath"]]
     matter["tags"] = ["pretrain", "from-scratch" if _is_scratch(config) else "continual-pretraining"]
     return f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _named(dataset: dict[str, Any]) -> str:
+    """Return the name of a dataset, and the kind of its source: the key ``source`` of ours, or the class of another's."""
+    kind = dataset.get("source") or dataset["_target_"].rpartition(".")[2]
+    return f"`{public(dataset.get('nameOrPath') or dataset.get('name') or kind)}` ({kind})"
 
 
 def _on_the_hub(name: str) -> bool:

@@ -32,9 +32,9 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pretrain.config.check import check_options
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
-from pretrain.runtime.folders import check_private, make_folder
+from pretrain.runtime.files import make_folder, own_folder
+from pretrain.runtime.folders import check_private
 from pretrain.runtime.python import module_command
-from pretrain.runtime.safe_files import own_folder
 from pretrain.runtime.signals import EXIT_CODE, Stopped
 from pretrain.sweep import child
 from pretrain.sweep.job import DONE

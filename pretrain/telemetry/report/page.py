@@ -71,12 +71,18 @@ def run_page(run: Run) -> str:
     return document(run.name, body)
 
 
+def _parameters(start: Record) -> str:
+    """Return the number of parameters, and of those that are trained if they are fewer."""
+    total, trained = start.get("parameters"), start.get("trained_parameters")
+    return f"{amount(total)} parameters" + (f", {amount(trained)} trained" if trained not in (None, total) else "")
+
+
 def _head(run: Run) -> Markup:
     start, history = run.history.start, run.history
     total = start.get("total_steps")
     processes = start.get("world_size")
     parts = [
-        f"{start['model']} ({amount(start.get('parameters'))} parameters)" if "model" in start else None,
+        f"{start['model']} ({_parameters(start)})" if "model" in start else None,
         start.get("strategy") if processes in (None, 1) else f"{start.get('strategy')} × {processes}",
         start.get("precision"),
         start.get("device"),

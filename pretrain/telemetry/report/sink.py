@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pretrain.runtime.atomic_files import replace_file
+from pretrain.runtime.files import replace_file
 from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.history import History
 from pretrain.telemetry.record import WITH_EVALUATION, Record

@@ -9,8 +9,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from pretrain.runtime.atomic_files import replace_file
 from pretrain.runtime.console import notice
+from pretrain.runtime.files import replace_file
+from pretrain.runtime.lines import complete_lines
 from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.record import WITH_EVALUATION, Record
 from pretrain.telemetry.sinks.base import Sink
@@ -114,7 +115,7 @@ def read_rows(path: Path, *, on_invalid: Callable[[str], None] = notice) -> list
     """
     text = path.read_bytes().decode(errors="replace")
     end = "\r\n" if text.partition("\n")[0].endswith("\r") else "\n"
-    lines = text.split(end)[:-1]
+    lines = complete_lines(text, end)
     if not lines:
         return []
     header, *rows = (_cells(line.removesuffix("\r")) for line in lines)

@@ -8,8 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.runtime.atomic_files import keep_copy, replace_file
 from pretrain.runtime.console import notice
+from pretrain.runtime.files import keep_copy, replace_file
+from pretrain.runtime.lines import json_lines
 from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.record import WITH_EVALUATION
 from pretrain.telemetry.sinks.base import Sink
@@ -55,36 +56,32 @@ def iter_records(
 ) -> Iterator[dict[str, Any]]:
     """Yield the records of a file one by one, without loading the whole file. ``on_incomplete`` is called with ``file:line`` of
     an incomplete last line. See `read_records`."""
+
+    def invalid(number: int) -> None:
+        on_invalid(f"{path}:{number}: not a record; this line is skipped, later lines are read")
+
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            record = _record(line)
-            if record is not None:
+        lines = json_lines(file, on_invalid=invalid, on_incomplete=lambda number: on_incomplete(f"{path}:{number}"))
+        for number, record in lines:
+            if is_record(record):
                 yield record
-            elif not line.endswith(b"\n"):
-                on_incomplete(f"{path}:{number}")
-            elif line.strip():
-                on_invalid(f"{path}:{number}: not a record; this line is skipped, later lines are read")
+            else:
+                invalid(number)
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    """Parse a line. Return ``None`` if it is not JSON, ends in the middle of a character, or is not an object with a step."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get("event", ""), str):
-        return None
-    step = record.get("step")
-    return record if isinstance(step, int) and not isinstance(step, bool) else None
+def is_record(value: Any) -> bool:
+    """Return whether a JSON value is an object with a step."""
+    if not isinstance(value, dict) or not isinstance(value.get("event", ""), str):
+        return False
+    step = value.get("step")
+    return isinstance(step, int) and not isinstance(step, bool)
 
 
 def tail(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the last records of a metrics.jsonl. An incomplete line at either end of the part that is read is skipped."""
     with suppress(OSError), file.open("rb") as lines:
         lines.seek(max(0, lines.seek(0, 2) - TAIL_BYTES))
-        for line in lines.read().split(b"\n"):
-            if (record := _record(line)) is not None:
-                yield record
+        yield from (record for _, record in json_lines(lines) if is_record(record))
 
 
 def records_until(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.runtime.console import notice
-from pretrain.runtime.safe_files import open_append
+from pretrain.runtime.files import open_append
 
 
 class RetryingAppendFile:

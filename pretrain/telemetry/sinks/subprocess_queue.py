@@ -10,8 +10,8 @@ from queue import Full, Queue
 from typing import Any
 
 from pretrain.runtime.console import notice
+from pretrain.runtime.files import open_append, own_folder
 from pretrain.runtime.python import module_command
-from pretrain.runtime.safe_files import open_append, own_folder
 
 MAX_QUEUED = 10_000  # messages
 NOTICE_AFTER_SECONDS = 3.0  # before a notice says what is being waited for

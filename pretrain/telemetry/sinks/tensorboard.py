@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.runtime.safe_files import own_folder
+from pretrain.runtime.files import own_folder
 from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.record import Record, scalars
 from pretrain.telemetry.sinks.base import Sink, require

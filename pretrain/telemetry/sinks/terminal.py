@@ -89,6 +89,8 @@ class Terminal(Sink):
 
     def _run_started(self, r: Record) -> None:
         parameters = f"{r['parameters'] / 1e6:.1f} M parameters" if "parameters" in r else ""
+        if (trained := r.get("trained_parameters", r.get("parameters"))) != r.get("parameters"):
+            parameters += f", {trained:,} of them trained"
         work = f"trains {r['total_steps']} steps" if r["total_steps"] else "is scored"
         if r["resumed"]:
             work = f"continues at step {r['step']} of {r['total_steps']}"

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from pretrain.runtime.atomic_files import replace_file
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import replace_file
 from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.record import Record
 from pretrain.telemetry.sinks import wandb_key

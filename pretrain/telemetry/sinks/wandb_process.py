@@ -6,7 +6,6 @@ ends without ``end``, the training process was killed. Lines on stdout are shown
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
+from pretrain.runtime.lines import json_lines
 from pretrain.runtime.locks import Busy, Lock
 from pretrain.runtime.redact import redact
 from pretrain.telemetry.record import Record, scalars
@@ -219,9 +219,8 @@ def main() -> None:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     handler = MessageHandler(os.fdopen(os.dup(1), "w", buffering=1))
     os.dup2(2, 1)
-    for line in sys.stdin.buffer:
-        if line.endswith(b"\n"):  # otherwise a kill cut the line
-            handler.handle(json.loads(line))
+    for _, message in json_lines(sys.stdin.buffer):
+        handler.handle(message)
     handler.close_failed()
 
 

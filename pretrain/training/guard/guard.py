@@ -91,7 +91,7 @@ class Guard:
         policy: GuardConfig,
         *,
         device: torch.device,
-        quarantine: Callable[[BadStep], str],
+        quarantine: Callable[[BadStep], str] = lambda bad: f"the batch that starts at sample {bad.first_sample}",
         scaled: bool = False,
         agree: Callable[[Tensor], Tensor] = lambda verdict: verdict,
     ) -> None:
@@ -102,17 +102,27 @@ class Guard:
         self._agree = agree
         # After a skipped step it is not known whether the weights are good; the next step will show.
         self.last_step_skipped = False
-        self.trained_since_rollback = True  # whether a step has been trained since the last rollback
+        self._trained_since_rollback = True
+        self._rollback_step = 0  # the step of the checkpoint that the last rollback restored
+        self._current: StepCheck | None = None
         self._skips_in_a_row = 0
         self._late = device.type == "cuda"
         self._unread: deque[Callable[[], BadStep | None]] = deque()
 
-    def check(self, loss: Tensor) -> StepCheck:
-        """Start the check of a step, before its update. ``loss`` is the mean loss of the global batch."""
-        return StepCheck(self.detector, loss, self.detector.zscore(loss), self._agree)
+    def should_skip(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Return whether the update of a step must be skipped (0-d bool, equal on all ranks), given the mean ``loss`` of its
+        global batch and the ``norm`` of its gradients."""
+        return self.check(loss).should_skip(norm)
 
-    def note(self, check: StepCheck, norm: Tensor, *, step: int, first_sample: int) -> None:
+    def check(self, loss: Tensor) -> StepCheck:
+        """Return the check of the step whose global batch has this mean ``loss``."""
+        if self._current is None or self._current.loss is not loss:
+            self._current = StepCheck(self.detector, loss, self.detector.zscore(loss), self._agree)
+        return self._current
+
+    def note(self, loss: Tensor, norm: Tensor, *, step: int, first_sample: int) -> None:
         """Keep the result of a step until `found` reads it."""
+        check = self.check(loss)
         verdict = check.verdict(norm)
         self.detector.accept(check.loss, verdict)
         numbers = torch.stack([verdict.float(), check.loss, norm, check.zscore]).to("cpu", non_blocking=True)
@@ -132,7 +142,7 @@ class Guard:
             bad = self._unread.popleft()()
             if bad is None:
                 self._skips_in_a_row = 0
-                self.last_step_skipped, self.trained_since_rollback = False, True
+                self.last_step_skipped, self._trained_since_rollback = False, True
                 continue
             self.last_step_skipped = True
             documents = self._quarantine(bad)
@@ -172,6 +182,17 @@ class Guard:
         found = first_sample in self.passed_over
         self.last_step_skipped |= found
         return found
+
+    @property
+    def restore_below(self) -> int | None:
+        """A rollback restores the newest checkpoint of a step less than this (``None``: the newest one). If no step was trained
+        since the last rollback, its checkpoint did not help, and an older one is needed."""
+        return None if self._trained_since_rollback else self._rollback_step
+
+    def rolled_back(self, step: int) -> None:
+        """Note that the run was rolled back to the checkpoint of ``step``."""
+        self.last_step_skipped, self._trained_since_rollback = True, False
+        self._rollback_step = step
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint. `found` must have been called with ``at_once`` before."""

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.runtime.atomic_files import replace_file
 from pretrain.runtime.console import notice
+from pretrain.runtime.files import replace_file
 from pretrain.telemetry.record import json_safe
 from pretrain.telemetry.sinks.jsonl import keep_broken, read_records
 from pretrain.training.guard.guard import BadStep

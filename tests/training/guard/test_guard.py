@@ -31,7 +31,7 @@ def guard_of(*, agree=lambda verdict: verdict, **settings):
 
 def step(guard, loss, norm=1.0, *, number=1, first_sample=0):
     look = guard.check(torch.tensor(loss))
-    guard.note(look, torch.tensor(norm), step=number, first_sample=first_sample)
+    guard.note(look.loss, torch.tensor(norm), step=number, first_sample=first_sample)
     return look
 
 
@@ -104,14 +104,15 @@ def test_the_ranks_agree_once_for_a_norm():
 
 def test_doubt_lasts_until_a_step_is_trained():
     guard, _ = guard_of()
-    assert (guard.last_step_skipped, guard.trained_since_rollback) == (False, True)
-    guard.trained_since_rollback = False
+    assert (guard.last_step_skipped, guard.restore_below) == (False, None)
+    guard.rolled_back(7)
+    assert (guard.last_step_skipped, guard.restore_below) == (True, 7)
     step(guard, NAN)
     list(guard.found(at_once=True))
-    assert (guard.last_step_skipped, guard.trained_since_rollback) == (True, False)
+    assert (guard.last_step_skipped, guard.restore_below) == (True, 7)
     step(guard, 2.0)
     list(guard.found(at_once=True))
-    assert (guard.last_step_skipped, guard.trained_since_rollback) == (False, True)
+    assert (guard.last_step_skipped, guard.restore_below) == (False, None)
 
 
 def test_a_gpus_last_step_is_read_after_the_next_or_at_once():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint.store import load
-from pretrain.runtime.atomic_files import partial_of
+from pretrain.runtime.files import partial_of
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
 from pretrain.training.guard.guard import Guard
@@ -333,17 +333,17 @@ def test_a_checkpoint_that_was_bad_itself_is_not_gone_back_to_twice(nan_run, com
     from pretrain.training.trainer import Trainer
 
     given, _ = nan_run()
-    update = Trainer.update
+    train_step = Trainer.train_step
 
-    def spoil(self, *arguments):
-        result = update(self, *arguments)
-        if self.progress.step == 5 and not getattr(self, "spoilt", False):
+    def spoil(self, batch):
+        result = train_step(self, batch)
+        if self.state.step == 6 and not getattr(self, "spoilt", False):
             self.spoilt = True
             with torch.no_grad():
                 next(self.engine.model.parameters()).fill_(math.nan)
         return result
 
-    monkeypatch.setattr(Trainer, "update", spoil)
+    monkeypatch.setattr(Trainer, "train_step", spoil)
     run = tmp_path / "run"
     more = ["guard.nonfinite=rollback", "guard.max_rollbacks=9", "save_every=1", "evaluate_every=null", "max_steps=11"]
     code, _, err = command([*given, *more, f"output_dir={run}"])

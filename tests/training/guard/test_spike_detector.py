@@ -109,7 +109,7 @@ def told(guard: Guard, numbers: list[float]) -> list[int]:
     found = []
     for step, number in enumerate(numbers, start=1):
         look = guard.check(torch.tensor(number))
-        guard.note(look, torch.tensor(1.0), step=step, first_sample=10 * step)
+        guard.note(look.loss, torch.tensor(1.0), step=step, first_sample=10 * step)
         found += [bad.step for bad in guard.found(at_once=True)]
     return found
 
@@ -134,7 +134,7 @@ def test_rollbacks_are_counted_and_end_the_run():
     guard.load_state_dict(before)  # back at a checkpoint that knows nothing of them
     assert guard.passed_over == {10, 30}
     with pytest.raises(UserError, match=r"guard.max_rollbacks=2: step 1: "):
-        guard.note(guard.check(torch.tensor(math.nan)), torch.tensor(1.0), step=1, first_sample=50)
+        guard.note(torch.tensor(math.nan), torch.tensor(1.0), step=1, first_sample=50)
         list(guard.found(at_once=True))
 
 

@@ -21,7 +21,7 @@ def engine_of(precision: str, weights: str, compute: str, *, on_device: bool) ->
     """``on_device``: what a GPU does; torch's fused AdamW on a CPU heeds ``found_inf`` as well."""
     given = Precision(precision, weights, compute, allow_cpu=True)
     model = LanguageModel(tiny("llama").to(given.param_dtype))
-    world = DistributedContext(0, 1, torch.device("cpu"))
+    world = DistributedContext()
     engine = Engine(model, AdamW(lr=1e-2)(model.hf_named_parameters()), precision=given, world=world)
     engine.decides_on_device = on_device
     if engine.scaler.is_enabled():
@@ -78,7 +78,7 @@ def test_of_parameters_on_the_host_the_host_decides():
     """As FSDP's cpu_offload leaves them on a GPU; any device that is not theirs will do."""
     given = Precision("32-true", "float32", "float32")
     model = LanguageModel(tiny("llama"))
-    world = DistributedContext(0, 1, torch.device("meta"))
+    world = DistributedContext(device=torch.device("meta"))
     assert not Engine(
         model, AdamW(lr=1e-2)(model.hf_named_parameters()), precision=given, world=world
     ).decides_on_device

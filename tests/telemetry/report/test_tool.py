@@ -1,10 +1,9 @@
-"""`scripts/report.py`: pages of any run folders, and one line about what is none."""
+"""`python -m pretrain.tools.report`: pages of any run folders, and one line about what is none."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,11 +12,11 @@ from pretrain.telemetry.report.folder import read_run
 from tests.preloaded import run_preloaded
 from tests.telemetry.report.records import eventful, started, train, write_run
 
-SCRIPT = Path(__file__).parents[3] / "scripts" / "report.py"
+PROGRAM = [sys.executable, "-m", "pretrain.tools.report"]
 
 
 def script(*arguments, cwd):
-    return run_preloaded([SCRIPT, *arguments], cwd=cwd)
+    return run_preloaded(["-m", "pretrain.tools.report", *arguments], cwd=cwd)
 
 
 @pytest.fixture
@@ -88,7 +87,7 @@ def test_a_page_that_cannot_go_there_and_a_reader_that_has_left(run):
     assert (done.returncode, done.stderr) == (2, "error: .: is a folder; --output names the page's file\n")
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, SCRIPT, run], stdout=writer, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([*PROGRAM, run], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -1,0 +1,83 @@
+"""The evaluations of a run: all domains are scored and the prompts are continued, every few steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pretrain.telemetry.events import DomainScore, Evaluated, Event, Sampled
+from pretrain.telemetry.interval import Interval
+from pretrain.telemetry.record import fields_of
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint.train_state import TrainState
+    from pretrain.evaluation.samples import Sampler
+    from pretrain.evaluation.untouched import Untouched
+    from pretrain.strategy.engine import InferenceEngine
+
+
+@dataclass
+class Evaluation:
+    """What a run evaluates, and when.
+
+    Attributes:
+        untouched: scores the domains, and keeps the losses of the base model (before training) as the baseline of
+            forgetting.
+        sampler: continues the prompts (``None``: there are none).
+        every: the interval of evaluations in steps. The first and the last step are always evaluated.
+    """
+
+    untouched: Untouched
+    sampler: Sampler | None = None
+    every: Interval = field(default_factory=lambda: Interval(None))
+    _announced: bool = False  # whether this start has announced what an evaluation scores
+
+    def run(
+        self,
+        engine: InferenceEngine,
+        state: TrainState,
+        *,
+        interrupted: Callable[[], bool] = lambda: False,
+        alive: Callable[[], None] = lambda: None,
+    ) -> list[Event] | None:
+        """Evaluate, note the scores in ``state`` and return the events; ``None`` if ``interrupted`` returned true, after which
+        ``state`` has a pending evaluation. This is a collective. A run's first scores are the baseline of its forgetting.
+        """
+        callbacks: dict[str, Any] = {"interrupted": interrupted, "alive": alive}
+        started_at = time.perf_counter()
+        is_baseline = state.step == 0
+        baseline = None if is_baseline else self.untouched.known(state)
+        announce, self._announced = not self._announced, True
+        state.pending_evaluation = True
+        scores = self.untouched.evaluator.run(engine, baseline=baseline, announce=announce, **callbacks)
+        if scores is None:
+            return None
+        scored_at = time.perf_counter()
+        samples = [] if self.sampler is None else self.sampler.run(engine, **callbacks)
+        if samples is None:
+            return None
+        state.pending_evaluation = False
+        self._note(state, scores)
+        if is_baseline:
+            self.untouched.keep(state, scores)
+        return [
+            Evaluated(state.step, tuple(scores), scored_at - started_at),
+            Sampled(state.step, tuple(samples), time.perf_counter() - scored_at),
+        ]
+
+    def _note(self, state: TrainState, scores: list[DomainScore]) -> None:
+        state.losses, state.evaluated_at = {s.domain: s.loss for s in scores}, state.step
+        state.scores = [fields_of(s) for s in scores]
+
+    def score_baseline_again(
+        self, engine: InferenceEngine, saved: Mapping[str, Any], fingerprint: Mapping[str, Any], **callbacks: Any
+    ) -> None:
+        """Score the initial weights in ``engine``, before those of the checkpoint with the state ``saved`` replace them, if its
+        baseline was measured on other text than this run evaluates. For ``callbacks`` see `run`."""
+        self.untouched.score_again(engine, saved, fingerprint, **callbacks)
+
+    def restore(self, state: TrainState) -> None:
+        """Add what was scored again to ``state``, which was just loaded from a checkpoint."""
+        self.untouched.restore(state)

@@ -1,0 +1,1 @@
+"""Programs that check runs of yours or show them, each started with ``python -m pretrain.tools.<name>``."""

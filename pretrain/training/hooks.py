@@ -1,0 +1,75 @@
+"""The hooks of a run, and their state in its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from pretrain.distributed.packing import name_of, pack, restore
+from pretrain.distributed.sharding import TensorFiles
+from pretrain.runtime.console import notice
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint.train_state import TrainState
+    from pretrain.distributed.context import DistributedContext
+    from pretrain.strategy.engine import Engine
+    from pretrain.training.hook import Hook
+
+
+class Hooks:
+    """The hooks of one rank, by name. A tensor ``key`` of a hook is saved as ``<hook>/<key>``."""
+
+    def __init__(self, hooks: Mapping[str, Hook], world: DistributedContext) -> None:
+        self._hooks = dict(hooks)
+        self._world = world
+        self._rank_local: set[str] = set()  # names of tensors that differ between ranks
+
+    def setup(self, engine: Engine) -> None:
+        for hook in self._hooks.values():
+            hook.setup(engine)
+
+    def after_step(self, state: TrainState, engine: Engine) -> None:
+        for hook in self._hooks.values():
+            hook.after_step(state, engine)
+
+    def added_to(self, engine_state: dict[str, Any]) -> dict[str, Any]:
+        """Return the state of the engine with the tensors of the hooks. This is a collective."""
+        if not self._hooks:
+            return engine_state
+        shards, manifest = pack(self._tensors(), world=self._world, rank_local=self._rank_local)
+        return engine_state | {"hook": shards, "tensors": engine_state["tensors"] | {"hook": manifest}}
+
+    def values(self) -> dict[str, dict[str, Any]]:
+        """Return the plain values of each hook's state."""
+        return {
+            name: {key: value for key, value in hook.state_dict().items() if not isinstance(value, Tensor)}
+            for name, hook in self._hooks.items()
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Restore the hooks from the state of a checkpoint. A hook that the checkpoint does not have starts anew.
+
+        Raises ``UserError`` if the tensors of a hook are not those that it saved.
+        """
+        files: TensorFiles = saved["engine"]["hook"]
+        before = set(saved.get("hooks", {})) | {name_of(name).partition("/")[0] for name in sorted(files.keys())}
+        for name in sorted(before ^ self._hooks.keys()):
+            what = "its state in the checkpoint is not used" if name in before else "the checkpoint has no state of it"
+            notice(f"hook {name}: {what}")
+        for name, hook in self._hooks.items():
+            if name in before:
+                current = hook.state_dict()
+                tensors = {key: t.detach().clone() for key, t in current.items() if isinstance(t, Tensor)}
+                prefixed = {f"{name}/{key}": tensor for key, tensor in tensors.items()}
+                restore(files, like=prefixed, world=self._world, prefix=f"{name}/")
+                hook.load_state_dict(saved["hooks"].get(name, {}) | tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}/{key}": value
+            for name, hook in self._hooks.items()
+            for key, value in hook.state_dict().items()
+            if isinstance(value, Tensor)
+        }
