@@ -35,7 +35,7 @@ def read_all(folder, text):
     facts = read_run_file(folder)
     assert isinstance(facts, dict)
     assert isinstance(facts.get("results", {}), dict)
-    assert all("step" in record for record in measure.evaluations(folder / "metrics.jsonl"))
+    assert all("step" in record for record in measure.records_of(folder / "metrics.jsonl", "evaluation"))
     assert all(
         isinstance(record, dict) for record in read_records(folder / "metrics.jsonl", on_invalid=lambda line: None)
     )

@@ -19,7 +19,7 @@ def adapted(state: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, 
     before = state["identity"]
     changed = {part for part in fingerprint if before.get(part) != fingerprint[part]}
     if changed & {"weights", "optimizer"}:
-        state["engine"]["optimizer"] = TensorFiles([])
+        state["engine"] |= {"optimizer": TensorFiles([]), "optimizer_values": None}
         notice("the optimizer state starts empty: the saved moments belong to another optimizer or dtype of weights")
     samples = state["progress"]["samples"] * before["sequence_length"] // fingerprint["sequence_length"]
     state["progress"]["samples"] = state["loader"]["samples"] = samples

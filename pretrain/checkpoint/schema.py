@@ -92,6 +92,14 @@ class Manifest(_Part):
     hook: Tensors = {}
 
 
+class OptimizerValues(_Part):
+    """The plain values in the optimizer's state, by ``<parameter>/<key>``, and those that training has changed in each of its
+    parameter groups."""
+
+    state: dict[str, Any] = {}
+    groups: list[dict[str, Any]] = []
+
+
 class State(_Part):
     """The content of state.json. Checkpoints of format 3 have neither ``tensors`` nor ``ranks``. ``hooks`` holds the plain
     values of each hook's state."""
@@ -105,6 +113,7 @@ class State(_Part):
     records: list[Record] = []
     tensors: Manifest | None = None
     hooks: dict[str, dict[str, Any]] = {}
+    optimizer_values: OptimizerValues | None = None
     ranks: Annotated[int, Field(gt=0)] | None = None
 
 
@@ -207,8 +216,8 @@ def check_tensors(found: dict[str, TensorFiles], state: dict[str, Any]) -> None:
             _compare(kind, manifest.get(kind, {}), found[kind])
     elif not found["optimizer"].keys() and state["progress"]["step"] > state["scaler"].get("skipped", 0):
         raise ValueError(f"no optimizer state, after {state['progress']['step']} steps")
-    for slot in sorted(found["optimizer"].keys()):
-        parameter, _, key = name_of(slot).rpartition("/")
+    for slot in sorted({*found["optimizer"].keys(), *(state.get("optimizer_values") or {}).get("state", {})}):
+        parameter, _, key = name_of(slot).partition("/")
         if not key or parameter not in weights:
             raise ValueError(f"optimizer state {slot!r} belongs to no weight")
 

@@ -32,6 +32,7 @@ from pretrain.runtime.filesystem import free_bytes, move
 if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
 
+IN_JSON = ("scaler", "tensors", "optimizer_values")  # parts of an engine's state that are in state.json
 SPARE_BYTES = 16 << 20  # space for a checkpoint's other files and for the logs
 
 
@@ -56,7 +57,7 @@ class CheckpointStore:
         ``alive`` is called after every file. Raises ``UserError`` with path and cause (no permission, …), and ``NoRoom`` if
         the disk is full; earlier checkpoints stay valid.
         """
-        engine = {key: state["engine"][key] for key in ("scaler", "tensors")}
+        engine = {key: state["engine"][key] for key in IN_JSON if key in state["engine"]}
         rest = engine | {k: v for k, v in state.items() if k not in ("engine", "files")} | {"ranks": world.size}
         shards = {kind: state["engine"].get(kind, {}) for kind in KINDS}
         one_file = {kind: world.sum(bool(shards[kind])) == 1 for kind in KINDS}
@@ -189,7 +190,7 @@ def losses_of(checkpoint: Path) -> tuple[dict[str, float], dict[str, str | None]
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Load a checkpoint as ``{engine: {model, optimizer, hook, scaler, tensors}, loader, progress, rng, …}``. Model, optimizer
+    """Load a checkpoint as ``{engine: {model, optimizer, hook, scaler, …}, loader, progress, rng, …}``. Model, optimizer
     and hook are ``TensorFiles``, from which every rank reads its own rows. ``hooks``, if there, has the hooks' plain values.
 
     Raises ``UserError`` if the folder is not a valid, complete checkpoint.
@@ -200,7 +201,7 @@ def load(path: Path) -> dict[str, Any]:
     state = read_state(path)
     state.pop("ranks", None)  # only needed to validate the number of random states
     engine: dict[str, Any] = {kind: tensor_files(path, kind) for kind in KINDS}
-    state["engine"] = engine | {"scaler": state.pop("scaler"), "tensors": state.pop("tensors", None)}
+    state["engine"] = engine | {key: state.pop(key, None) for key in IN_JSON}
     return state
 
 

@@ -20,7 +20,6 @@ from pretrain.distributed.sharding import (
     TensorFiles,
     TensorShard,
     by_rows,
-    check_shape,
     described,
     fill,
     local,
@@ -34,6 +33,10 @@ if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
 
 OF_RANK = re.compile(r"rank-(\d+)-of-(\d+)/(.*)", re.DOTALL)  # the name of a tensor that belongs to one rank
+AS_BEFORE = (
+    "resume with the strategy and the number of processes of before, or start a new run from the checkpoint's weights "
+    "(model_name=<checkpoint>)"
+)
 
 
 def pack(
@@ -85,24 +88,21 @@ def restore(files: TensorFiles, *, like: Mapping[str, Tensor], world: Distribute
     Raises ``UserError``, and changes nothing, if the files hold other names or shapes, or tensors that belong to the ranks of
     another number of processes or of another strategy.
     """
-    names = check_fits(files, like=like, world=world, prefix=prefix)
-    for name, tensor in like.items():
-        fill(tensor, files, names[name])
-
-
-def check_fits(
-    files: TensorFiles, *, like: Mapping[str, Tensor], world: DistributedContext, prefix: str = ""
-) -> dict[str, str]:
-    """Return the `saved_names` with ``prefix``, or raise ``UserError`` if `restore` would."""
     names = {name: saved for name, saved in saved_names(files, world).items() if name.startswith(prefix)}
     if mismatched := like.keys() ^ names.keys():
         where = "the checkpoint only" if mismatched - like.keys() else "this run only"
         raise UserError(f"saved tensors that do not fit: {', '.join(sorted(mismatched)[:5])} in {where}")
+    check_shapes(files, like, names)
     for name, tensor in like.items():
-        if names[name] != name and tuple(tensor.shape) != files.shape(names[name]):
-            raise UserError(_cannot_reshard(name, world.size, f"here it has shape {tuple(tensor.shape)}"))
-        check_shape(names[name], files, tuple(tensor.shape))
-    return names
+        fill(tensor, files, names[name])
+
+
+def check_shapes(files: TensorFiles, like: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    """Raise ``UserError`` if a tensor of ``like`` has another shape than the one in ``files``. ``names`` are `saved_names`."""
+    for name, tensor in like.items():
+        saved, here = files.shape(names[name]), tuple(tensor.shape)
+        if saved != here:
+            raise UserError(f"{name} has shape {saved} in the checkpoint and {here} here; {AS_BEFORE}")
 
 
 def saved_names(files: TensorFiles, world: DistributedContext) -> dict[str, str]:
@@ -114,7 +114,10 @@ def saved_names(files: TensorFiles, world: DistributedContext) -> dict[str, str]
     for saved in sorted(files.keys()):
         found = OF_RANK.fullmatch(saved)
         if found and int(found[2]) != world.size:
-            raise UserError(_cannot_reshard(found[3], int(found[2]), f"this run has {world.size}"))
+            raise UserError(
+                f"{found[3]} was saved by each of {found[2]} processes for itself and can't be resharded (this run has "
+                f"{world.size}); {AS_BEFORE}"
+            )
         if found is None or int(found[1]) == world.rank:
             names[name_of(saved)] = saved
     return names
@@ -129,13 +132,6 @@ def name_of(saved: str) -> str:
     """Return the name of a tensor without the rank to which it belongs."""
     found = OF_RANK.fullmatch(saved)
     return found[3] if found else saved
-
-
-def _cannot_reshard(name: str, size: int, here: str) -> str:
-    return (
-        f"{name} was saved by each of {size} processes for itself and can't be resharded ({here}); resume with {size} "
-        "processes and the strategy of before, or start a new run from the checkpoint's weights (model_name=<checkpoint>)"
-    )
 
 
 def _checked(named: Mapping[str, Tensor]) -> set[str]:

@@ -1,4 +1,4 @@
-"""The evaluations of a run: all domains are scored and the prompts are continued, every few steps."""
+"""The evaluations of a run: all domains are scored, the tasks are run and the prompts are continued, every few steps."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pretrain.telemetry.events import DomainScore, Evaluated, Event, Sampled
+from pretrain.evaluation.run_tasks import run_tasks
+from pretrain.telemetry.events import DomainScore, Evaluated, Event, MetricsEvent, Sampled
 from pretrain.telemetry.interval import Interval
 from pretrain.telemetry.record import fields_of
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.train_state import TrainState
     from pretrain.evaluation.samples import Sampler
+    from pretrain.evaluation.task import EvaluationTask
     from pretrain.evaluation.untouched import Untouched
     from pretrain.strategy.engine import InferenceEngine
 
@@ -27,11 +29,13 @@ class Evaluation:
             forgetting.
         sampler: continues the prompts (``None``: there are none).
         every: the interval of evaluations in steps. The first and the last step are always evaluated.
+        tasks: further measurements, by name.
     """
 
     untouched: Untouched
     sampler: Sampler | None = None
     every: Interval = field(default_factory=lambda: Interval(None))
+    tasks: Mapping[str, EvaluationTask] = field(default_factory=dict)
     _announced: bool = False  # whether this start has announced what an evaluation scores
 
     def run(
@@ -55,6 +59,10 @@ class Evaluation:
         if scores is None:
             return None
         scored_at = time.perf_counter()
+        metrics = run_tasks(self.tasks, engine, announce=announce, **callbacks)
+        if metrics is None:
+            return None
+        measured_at = time.perf_counter()
         samples = [] if self.sampler is None else self.sampler.run(engine, **callbacks)
         if samples is None:
             return None
@@ -62,9 +70,11 @@ class Evaluation:
         self._note(state, scores)
         if is_baseline:
             self.untouched.keep(state, scores)
+        measured = MetricsEvent(state.step, tuple(metrics), measured_at - scored_at)
         return [
             Evaluated(state.step, tuple(scores), scored_at - started_at),
-            Sampled(state.step, tuple(samples), time.perf_counter() - scored_at),
+            *([measured] if self.tasks else []),
+            Sampled(state.step, tuple(samples), time.perf_counter() - measured_at),
         ]
 
     def _note(self, state: TrainState, scores: list[DomainScore]) -> None:

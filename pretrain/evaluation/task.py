@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from pretrain.telemetry.metric import Metric as Metric
 
 if TYPE_CHECKING:
     from pretrain.strategy.engine import InferenceEngine
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One number that an evaluation has measured.
-
-    Attributes:
-        name: Name of the metric, such as ``accuracy``.
-        value: The measured value.
-        unit: Unit of the value; empty for a number without one.
-        better: Whether a lower or a higher value is better.
-        domain: The domain of the text on which it was measured; ``None`` for no domain of the run.
-        stderr: Standard error of the value; ``None`` where it is unknown.
-    """
-
-    name: str
-    value: float
-    unit: str = ""
-    better: Literal["lower", "higher"] = "lower"
-    domain: str | None = None
-    stderr: float | None = None
 
 
 class EvaluationTask(ABC):

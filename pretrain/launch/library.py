@@ -40,7 +40,8 @@ class RunResult:
         folder: The run folder (``output_dir``).
         step: Optimizer steps done, those of earlier starts included.
         metrics: ``train_loss``, ``new_loss``, ``new_delta``, ``forgetting`` (nats per token), ``tokens_per_second``, and
-            ``results``, the last evaluation of each domain. ``None`` where a run has no such number.
+            ``results``, the last evaluation of each domain; also ``metric/<name>`` (of a domain: ``metric/<domain>/<name>``)
+            for each metric of an evaluation task. ``None`` where a run has no such number.
     """
 
     status: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,5 +18,9 @@ class OptimizerFactory(ABC):
     """
 
     @abstractmethod
-    def __call__(self, named_parameters: Iterable[tuple[str, Parameter]]) -> Optimizer:
-        """Return an optimizer of ``named_parameters``. It is called after the strategy has placed (wrapped, sharded) them."""
+    def __call__(self, named_parameters: Iterable[tuple[str, Parameter]]) -> Optimizer | Sequence[Optimizer]:
+        """Return an optimizer of ``named_parameters``, or several that share them out. It is called after the strategy has
+        placed (wrapped, sharded) them.
+
+        A parameter group has its own ``lr``, and may have the key ``schedule``, see `Engine.set_lr`.
+        """

@@ -7,11 +7,36 @@ Each function returns the multiplier of the peak learning rate for update ``step
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The schedule of one run: maps a step (0-based) to the multiplier of the peak learning rate.
+
+    Attributes:
+        multiplier: A function of ``step``, ``total_steps`` and ``warmup_steps``, such as those of this module.
+        total_steps: The length of the run.
+        warmup_steps: The length of the warm-up.
+    """
+
+    multiplier: Callable[..., float]
+    total_steps: int
+    warmup_steps: int
+
+    def __call__(self, step: int) -> float:
+        return self.multiplier(step, total_steps=self.total_steps, warmup_steps=self.warmup_steps)
+
+
+def with_multiplier(schedule: Callable[[int], float], multiplier: Callable[..., float]) -> Callable[[int], float]:
+    """Return the schedule ``multiplier``, for the same run as ``schedule`` if that is a `Schedule`."""
+    return replace(schedule, multiplier=multiplier) if isinstance(schedule, Schedule) else multiplier
 
 
 def warmup(step: int, warmup_steps: int) -> float:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pretrain.training.exporter import Exporter
     from pretrain.training.guard.guard import Guard
     from pretrain.training.layer_statistics import LayerStatistics
-    from pretrain.training.trainer import Listener, Schedule, Trainer
+    from pretrain.training.trainer import Listener, Trainer
 
 
 def build_world(config: RunConfig, place: RankInfo, *, group: bool) -> DistributedContext:
@@ -54,6 +54,7 @@ def build_world(config: RunConfig, place: RankInfo, *, group: bool) -> Distribut
 
 def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContext) -> Engine:
     """Return this rank's engine: the model and the optimizer as the strategy sets them up."""
+    from pretrain.optim.combined import combined
     from pretrain.strategy.base import StepConfig
 
     def optimizer(model: LanguageModel) -> Optimizer:
@@ -61,7 +62,7 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
             raise UserError(
                 f"transform=[{','.join(config.plain.get('transform') or {})}]: no parameter of the model is left to train"
             )
-        return config.optimizer(model.hf_named_parameters())
+        return combined(config.optimizer(model.hf_named_parameters()))
 
     return config.strategy.setup(
         build_model_factory(config, prepared.model),
@@ -164,12 +165,12 @@ def build_exporter(
     )
 
 
-def build_schedule(config: RunConfig, steps: int) -> Schedule:
+def build_schedule(config: RunConfig, steps: int) -> Callable[[int], float]:
     """Return the learning-rate schedule of a run of ``steps`` optimizer steps, as a function of the step."""
     from pretrain.optim.learning_rate import warmup_steps
+    from pretrain.optim.schedule import Schedule
 
-    warmup = warmup_steps(steps, config.warmup_proportion)
-    return partial(config.scheduler, total_steps=steps, warmup_steps=warmup)
+    return Schedule(config.scheduler, total_steps=steps, warmup_steps=warmup_steps(steps, config.warmup_proportion))
 
 
 def build_facts(
@@ -237,7 +238,8 @@ def build_evaluation(
     weights_follow_from = ("model", "seed") if random_weights else ("model",)
     evaluator = build_evaluator(config, prepared, batch_size=batch_size)
     untouched = Untouched(evaluator, weights_follow_from, is_there=not prepared.base_gone)
-    return Evaluation(untouched, build_sampler(config, prepared, engine, evaluator), every)
+    sampler = build_sampler(config, prepared, engine, evaluator)
+    return Evaluation(untouched, sampler, every, config.evaluation.tasks)
 
 
 def build_loader(config: RunConfig, prepared: Prepared, split: MicroBatching, world: DistributedContext) -> Loader:

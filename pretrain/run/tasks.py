@@ -203,8 +203,9 @@ def tokenization(config: RunConfig, overrides: list[str], interrupt: Interrupt) 
 
 def evaluation(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     """Score the model on the held-out documents of every configured domain."""
+    from pretrain.evaluation.run_tasks import run_tasks
     from pretrain.run.metadata import run_facts
-    from pretrain.telemetry.events import Evaluated, Event, RunStarted, Sampled
+    from pretrain.telemetry.events import Evaluated, Event, MetricsEvent, RunStarted, Sampled
 
     prepared = prepare(config)
     folder = claim(config.output_dir)
@@ -220,10 +221,13 @@ def evaluation(config: RunConfig, overrides: list[str], interrupt: Interrupt) ->
     with out_of_memory_explained(config, world), watched("evaluation"):
         evaluator = build.build_evaluator(config, prepared)
         sampler = build.build_sampler(config, prepared, scorer, evaluator)
-        scores, samples = evaluator.run(scorer, announce=True) or (), sampler.run(scorer) or ()
+        scores = evaluator.run(scorer, announce=True) or ()
+        metrics = run_tasks(config.evaluation.tasks, scorer, announce=True) or ()
+        samples = sampler.run(scorer) or ()
     events: list[Event] = [
         RunStarted(0, 0, resumed=False, facts=run_facts(config, world, scorer) | {"uniform_loss": uniform}),
         Evaluated(0, tuple(scores), 0.0),
+        MetricsEvent(0, tuple(metrics), 0.0),
         Sampled(0, tuple(samples), 0.0),
         RunFinished(0, "finished", 0),
     ]

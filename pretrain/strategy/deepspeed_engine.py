@@ -26,8 +26,10 @@ from pretrain.data.batch import Batch
 from pretrain.distributed.sharding import TensorFiles, TensorShard, check_names, check_shape, described
 from pretrain.models.dtypes import kept_fp32
 from pretrain.models.meta import cast_parameters, put_buffers
+from pretrain.optim.combined import combined
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
+from pretrain.strategy.deepspeed_optimizer import check_moments, supported
 from pretrain.strategy.engine import Engine, count_parameters, never
 
 if TYPE_CHECKING:
@@ -95,7 +97,7 @@ class ReplicatedEngine(Engine):
     ) -> ReplicatedEngine:
         join_process_group(config)
         model = factory.build(world.device)
-        update = optimizer(model)
+        update = combined(optimizer(model))
         wrapped = wrap(model, update, config)
         return cls(model, update, world=world, wrapped=wrapped, replicas=world.size, **options)
 
@@ -154,7 +156,7 @@ class DeepspeedEngine(Engine):
         model = factory.build(torch.device("cpu") if partitioned else world.device)
         counts = count_parameters(model)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
-        update = optimizer(model)
+        update = supported(optimizer(model), config["zero_optimization"]["stage"])
         fp32 = {p: p.data for p in model.parameters()} if precision.compute != "float32" else {}
         report_rounded(model, precision)
         if partitioned:
@@ -246,9 +248,9 @@ class DeepspeedEngine(Engine):
                     yield "optimizer", f"{name}/{key}", ds_utils.safe_get_full_optimizer_state(parameter, key)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.check_moments(state)
+        check_moments(state, self.model)
         self._load_weights(state["model"])
-        self.load_moments(state["optimizer"])
+        self._load_moments(state["optimizer"])
         self.skipped.fill_(state["scaler"].get("skipped", 0))
         self._set_loss_scale(state["scaler"])
 
@@ -260,10 +262,10 @@ class DeepspeedEngine(Engine):
             self._assign(tensor, files.read(name))
         self._update_weights()
 
-    def load_moments(self, files: TensorFiles) -> None:
+    def _load_moments(self, files: TensorFiles) -> None:
         self.optimizer.state.clear()
         parameters = dict(self.model.hf_named_parameters())
-        slots = [(slot, *slot.rsplit("/", 1)) for slot in sorted(files.keys())]
+        slots = [(slot, *slot.split("/", 1)) for slot in sorted(files.keys())]
         counts = {key: files.read(slot) for slot, _, key in slots if not files.shape(slot)}
         for shard in self._shards():
             on_device = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)

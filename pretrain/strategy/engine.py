@@ -6,7 +6,7 @@ number of ranks change nothing but rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from pretrain.data.batch import Batch
 from pretrain.distributed import sharding as tensors
+from pretrain.optim.combined import combined
+from pretrain.optim.schedule import with_multiplier
 from pretrain.runtime.signals import signals_blocked
 from pretrain.strategy.engine_state import EngineState
+from pretrain.strategy.optimizer_state import OptimizerState
 from pretrain.telemetry.step_timer import StepTimer
 
 if TYPE_CHECKING:
@@ -114,7 +117,7 @@ class Engine(EngineState, InferenceEngine):
     def __init__(
         self,
         model: LanguageModel,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         precision: Precision,
         world: DistributedContext,
@@ -124,7 +127,8 @@ class Engine(EngineState, InferenceEngine):
         sharded_export: bool = False,
     ) -> None:
         super().__init__(model, precision=precision, world=world)
-        self.optimizer = optimizer
+        self.optimizer = combined(optimizer)
+        self.optimizer_state = OptimizerState(model, self.optimizer, world)
         self.grad_clip = grad_clip
         self.step_module = model if step_module is None else step_module
         self.replicas = replicas
@@ -132,12 +136,12 @@ class Engine(EngineState, InferenceEngine):
         self.scaler = precision.grad_scaler(world.device.type)
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self.timer = StepTimer(on_device=world.device.type == "cuda")
-        self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self._base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         # Fused optimizers can skip an update on the device. They can't for parameters on the host, to which torch copies
         # found_inf without waiting for the copy. There the host reads the decision, which is free on a CPU only.
         self.decides_on_device = world.device.type != "cpu" and all(
             group.get("fused") and all(p.device.type == world.device.type for p in group["params"])
-            for group in optimizer.param_groups
+            for group in self.optimizer.param_groups
         )
 
     @property
@@ -261,10 +265,17 @@ class Engine(EngineState, InferenceEngine):
         """Return the norm of the gradients of ``parameters``, over all their shards."""
         return norm_of(parameters)
 
-    def set_lr(self, scale: float) -> float:
-        """Set every group's learning rate to its base × ``scale``; return the first group's."""
+    def set_lr(self, schedule: Callable[[int], float], step: int) -> float:
+        """Set every parameter group's learning rate for update ``step`` (0-based); return the first group's.
+
+        It is the group's ``lr`` when the optimizer was built × the multiplier of ``schedule``. A group with the key
+        ``schedule`` has its own multiplier: a function of the step or, if the run's is a `Schedule`, also of its
+        ``total_steps`` and ``warmup_steps``.
+        """
         for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = base * scale
+            own = group.get("schedule")
+            multiplier = schedule if own is None else with_multiplier(schedule, own)
+            group["lr"] = base * multiplier(step)
         return float(self.optimizer.param_groups[0]["lr"])
 
     # -- state --------------------------------------------------------------------------------------------------------

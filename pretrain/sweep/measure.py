@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.runtime.lines import json_lines
-from pretrain.sweep.config import RUN_METRICS
+from pretrain.sweep.config import RUN_METRICS, TASK_METRIC
 from pretrain.telemetry.history import History, domain_metrics
-from pretrain.telemetry.record import change_of
+from pretrain.telemetry.numbers import is_number
+from pretrain.telemetry.record import change_of, metric_key
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import is_record, tail
 
@@ -21,7 +22,8 @@ def measures_of(run: Path) -> dict[str, Any]:
     """Return the metrics of a run (see `History.metrics`), read from run.json and the last records, because metrics.jsonl can be
     long; a number that the run does not have is ``None``."""
     last_records = History(tail(run / "metrics.jsonl"), on_invalid=lambda number, error: None)
-    return last_records.metrics(read_run_file(run).get("results") or {})
+    facts = read_run_file(run)
+    return last_records.metrics(facts.get("results") or {}, facts.get("metrics") or {})
 
 
 def objectives(run: Path, metric: str) -> dict[int, float]:
@@ -30,7 +32,11 @@ def objectives(run: Path, metric: str) -> dict[int, float]:
     The result is empty for a metric that evaluations do not measure.
     """
     by_step: dict[int, dict[str, Any]] = {}
-    for record in evaluations(run / "metrics.jsonl"):
+    if metric.startswith(TASK_METRIC):
+        found = records_of(run / "metrics.jsonl", "metric")
+        own = (r for r in found if "name" in r and f"{TASK_METRIC}{metric_key(r)}" == metric)
+        return {r["step"]: r["value"] for r in own if r["step"] and is_number(r.get("value"))}
+    for record in records_of(run / "metrics.jsonl", "evaluation"):
         by_step.setdefault(record["step"], {})[record["domain"]] = record
     domains = len(by_step.pop(0, {}))
     complete = {step: results for step, results in by_step.items() if len(results) == domains}
@@ -41,7 +47,7 @@ def objectives(run: Path, metric: str) -> dict[int, float]:
 def objective_in(measures: dict[str, Any], metric: str) -> float | None:
     """Return the value of ``metric`` (see conf/sweep/default.yaml), or ``None`` if the run does not have it."""
     domain, _, field = metric.rpartition(".")
-    if metric in RUN_METRICS:
+    if metric in RUN_METRICS or metric.startswith(TASK_METRIC):
         of_the_run: float | None = measures.get(metric)
         return of_the_run
     scores = measures["results"].get(domain, {})
@@ -49,14 +55,15 @@ def objective_in(measures: dict[str, Any], metric: str) -> float | None:
     return value
 
 
-def evaluations(file: Path) -> list[dict[str, Any]]:
-    """Return the evaluation records of a metrics.jsonl without parsing its other records."""
+def records_of(file: Path, event: str) -> list[dict[str, Any]]:
+    """Return the ``evaluation`` or ``metric`` records of a metrics.jsonl without parsing its other records."""
+    quoted = b'"%s"' % event.encode()
     try:
         with file.open("rb") as lines:
-            found = [*json_lines(line for line in lines if b'"evaluation"' in line)]
+            found = [*json_lines(line for line in lines if quoted in line)]
     except OSError:
         return []
-    return [r for _, r in found if is_record(r) and r.get("event") == "evaluation" and "domain" in r]
+    return [r for _, r in found if is_record(r) and r.get("event") == event and "domain" in r]
 
 
 def ranking(rows: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:

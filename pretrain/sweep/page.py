@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pretrain.sweep.measure import evaluations, ranking
+from pretrain.sweep.measure import ranking, records_of
 from pretrain.sweep.parallel import Axis, parallel_chart
 from pretrain.telemetry.history import mean
 from pretrain.telemetry.numbers import amount, compact, duration, number, signed
@@ -142,7 +142,7 @@ def _curves(folder: Path, ranked: list[Row]) -> list[Markup]:
     names = short_names(ranked)
     of_roles: dict[str, list[Line]] = {"new": [], "base": []}
     for colour, row in enumerate(shown):
-        records = evaluations(folder / row["folder"] / "metrics.jsonl")
+        records = records_of(folder / row["folder"] / "metrics.jsonl", "evaluation")
         for role, lines in of_roles.items():
             steps = sorted({r["step"] for r in records if r["role"] == role})
             at = [mean(r["delta_loss"] for r in records if r["role"] == role and r["step"] == s) for s in steps]

@@ -19,6 +19,7 @@ from pretrain.config.trust import check_command_line_only, command_line_only_val
 from pretrain.data.domains import base_domains
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError, did_you_mean
+from pretrain.sweep.config import TASK_METRIC
 
 MANY = 50  # jobs; checking more than these takes seconds, which a notice announces
 
@@ -92,8 +93,12 @@ class Plan:
 
 
 def check_metric(config: RunConfig) -> None:
-    """Raise ``UserError`` if ``sweep.metric`` names a domain that is not evaluated."""
+    """Raise ``UserError`` if ``sweep.metric`` names a domain that is not evaluated, or a metric where there are no tasks."""
     metric = config.sweep.metric
+    if metric.startswith(TASK_METRIC):
+        if not config.evaluation.tasks:
+            raise UserError(f"sweep.metric={metric}: the config has no evaluation.tasks that could measure it")
+        return
     domain = metric.rpartition(".")[0]
     domains = [config.dataset.domain, *base_domains(config.dataset, config.evaluation.domains)]
     if domain and domain not in domains:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pretrain.telemetry.metric import Metric
 from pretrain.telemetry.step_timer import StepTimes
 
 if TYPE_CHECKING:
@@ -140,6 +141,15 @@ class Evaluated(Event):
     """All domains were scored. ``seconds`` is the duration of the evaluation."""
 
     scores: tuple[DomainScore, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsEvent(Event):
+    """The evaluation tasks have measured ``metrics``. This event follows `Evaluated` of the same evaluation; its ``seconds``
+    are not part of that event's."""
+
+    metrics: tuple[Metric, ...]
     seconds: float
 
 

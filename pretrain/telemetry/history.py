@@ -17,7 +17,7 @@ from typing import Any
 
 from pretrain.telemetry.curves import Curves
 from pretrain.telemetry.numbers import is_number
-from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record, change_of, scored_before
+from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record, change_of, metric_key, scored_before
 
 MAX_CHECKPOINTS = 12  # the last checkpoints that are listed
 MAX_EVENTS = 200  # starts and rollbacks that are listed
@@ -62,6 +62,15 @@ class Domain:
         return delta if is_number(delta) else None
 
 
+@dataclass
+class Measurement:
+    """The values of one metric of an evaluation task: the first record, the last one, and the curve of ``value``."""
+
+    first: Record
+    last: Record
+    values: Curves = field(default_factory=lambda: Curves(200))
+
+
 class History:
     """The history of a run. Records are added in order, from a file or while the run writes them.
 
@@ -74,6 +83,7 @@ class History:
         num_train: Number of train records.
         losses: (step, loss or None) of the last train records: the mean over the record's steps, if the record has it.
         domains: Scores by domain.
+        measured: Metrics of evaluation tasks by `metric_key`.
         layers: Curves of the norms by layer.
         samples: First and last sample by domain and prompt.
         data: Last ``data`` record.
@@ -99,6 +109,7 @@ class History:
         self.num_train = 0
         self.losses: deque[tuple[int, float | None]] = deque(maxlen=MAX_LOSSES)
         self.domains: dict[str, Domain] = {}
+        self.measured: dict[str, Measurement] = {}
         self.layers: dict[str, Curves] = {}
         self.samples: dict[tuple[str, str], list[Record]] = {}  # key: domain, prompt; value: first and last
         self.data: Record = {}
@@ -134,6 +145,10 @@ class History:
                 self._train(record)
             case "evaluation":
                 self._evaluation(record)
+            case "metric":
+                measurement = self.measured.setdefault(metric_key(record), Measurement(record, record))
+                measurement.last = record
+                measurement.values.add(record["step"], {"value": record["value"]})
             case "layers":
                 for name, numbers in record["layers"].items():
                     self.layers.setdefault(name, Curves(120)).add(record["step"], numbers)
@@ -159,6 +174,12 @@ class History:
                 numbers = {key: domain.scores.mean(key)[-1] for key in kept}
                 domain.last = domain.last | numbers | {"step": domain.scores.steps[-1]}
         self.domains = {name: d for name, d in self.domains.items() if d.scores.steps}
+        for measurement in self.measured.values():
+            measurement.values.cut(step)
+            if measurement.last["step"] > step and measurement.values.steps:
+                values, steps = measurement.values.mean("value"), measurement.values.steps
+                measurement.last = measurement.last | {"value": values[-1], "stderr": None, "step": steps[-1]}
+        self.measured = {key: m for key, m in self.measured.items() if m.values.steps}
         self.samples = {k: [r for r in v if r["step"] <= step] for k, v in self.samples.items()}
         self.checkpoints = deque((r for r in self.checkpoints if r["step"] <= step), maxlen=MAX_CHECKPOINTS)
         self.losses = deque((point for point in self.losses if point[0] <= step), maxlen=MAX_LOSSES)
@@ -218,22 +239,36 @@ class History:
     @property
     def results(self) -> dict[str, Record]:
         """Return the last scores of each domain, with the ``step`` at which they were measured."""
-        own = {name: domain.last for name, domain in self.domains.items()}
-        return {
-            name: {k: v for k, v in last.items() if k not in ("event", "step", "time")} | {"step": last["step"]}
-            for name, last in own.items()
-        }
+        return {name: _without_event(domain.last) for name, domain in self.domains.items()}
 
-    def metrics(self, results: Mapping[str, Record] | None = None) -> dict[str, Any]:
-        """Return the numbers by which runs are compared: those of `domain_metrics`, ``train_loss`` and ``tokens_per_second``. A
-        number that the run does not have is ``None``. ``results`` replaces those of the records, if these are not complete."""
+    @property
+    def measurements(self) -> dict[str, Record]:
+        """Return the last record of each metric, with the ``step`` at which it was measured."""
+        return {key: _without_event(measurement.last) for key, measurement in self.measured.items()}
+
+    def metrics(
+        self, results: Mapping[str, Record] | None = None, measurements: Mapping[str, Record] | None = None
+    ) -> dict[str, Any]:
+        """Return the numbers by which runs are compared: those of `domain_metrics`, ``train_loss``, ``tokens_per_second``, and
+        ``metric/<name>`` or ``metric/<domain>/<name>`` for each metric of an evaluation task. A number that the run does not
+        have is ``None``. ``results`` and ``measurements`` replace those of the records, if these are not complete."""
         train, end = self.last_train, self.end or {}
         speeds = (end.get("tokens_per_second"), train.get("tokens_per_second_run"), train.get("tokens_per_second"))
         losses = (train.get("loss_mean"), train.get("loss"))
         return domain_metrics(self.results if results is None else results) | {
             "train_loss": next((loss for loss in losses if loss is not None), None),
             "tokens_per_second": next((speed for speed in speeds if speed is not None), None),
+            **metric_values(self.measurements if measurements is None else measurements),
         }
+
+
+def _without_event(record: Record) -> Record:
+    return {k: v for k, v in record.items() if k not in ("event", "step", "time")} | {"step": record["step"]}
+
+
+def metric_values(measurements: Mapping[str, Record]) -> dict[str, float | None]:
+    """Return ``metric/<key>`` → value."""
+    return {f"metric/{key}": record.get("value") for key, record in measurements.items()}
 
 
 def domain_metrics(results: Mapping[str, Record]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pretrain.telemetry.events import (
     Evaluated,
     Event,
     LayerNorms,
+    MetricsEvent,
     RolledBack,
     RunFinished,
     RunStarted,
@@ -85,6 +86,10 @@ class Monitor:
                 self._write_layers()
                 for s in event.scores:
                     self._write_untimed("evaluation", event.step, fields_of(s))
+                self._window.exclude(event.seconds)
+            case MetricsEvent():
+                for metric in event.metrics:
+                    self._write_untimed("metric", event.step, fields_of(metric))
                 self._window.exclude(event.seconds)
             case Sampled():
                 for sample in event.samples:
@@ -192,9 +197,9 @@ class Monitor:
         return pace * max(0, self._total_steps - step)
 
     def summary(self) -> Record:
-        """Return the numbers of the whole run: the speed since this start, the goodput since the first one, and ``results``,
-        the last scores of each domain."""
-        return self._totals() | {"results": self.history.results}
+        """Return the numbers of the whole run: the speed since this start, the goodput since the first one, ``results``, the
+        last scores of each domain, and ``metrics``, the last value of each metric."""
+        return self._totals() | {"results": self.history.results, "metrics": self.history.measurements}
 
     def _totals(self) -> Record:
         """Return the speed since this start and the goodput since the first one."""

@@ -19,6 +19,11 @@ def number(value: object, digits: int = 2) -> str:
     return f"{value:,.{digits}f}".replace("-", "−") if is_number(value) else NOTHING
 
 
+def significant(value: object) -> str:
+    """Format a number of any size with five significant digits."""
+    return f"{value:,.5g}".replace("-", "−") if is_number(value) else NOTHING
+
+
 def signed(value: object, digits: int = 4) -> str:
     """Format like `number`, with a sign."""
     return f"{value:+,.{digits}f}".replace("-", "−") if is_number(value) else NOTHING

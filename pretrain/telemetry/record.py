@@ -47,6 +47,11 @@ def _worked_out(record: Record) -> Record:
     return record | numbers | {"step": 0}
 
 
+def metric_key(record: Record) -> str:
+    """Return ``<name>`` or ``<domain>/<name>`` of a metric, by which runs are compared. A name has no ``/``."""
+    return f"{record['domain']}/{record['name']}" if record.get("domain") else str(record["name"])
+
+
 def is_clock(name: str) -> bool:
     """Return whether a field depends on time or on the machine, so that two equal runs may differ in it."""
     return name in ("time", "goodput", "mfu") or name.endswith(("seconds", "_gib")) or "_per_second" in name
@@ -63,13 +68,18 @@ def _safe(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-WITH_EVALUATION = ("evaluation", "sample", "data")  # events that are written again when an evaluation is repeated
+WITH_EVALUATION = (
+    "evaluation",
+    "metric",
+    "sample",
+    "data",
+)  # events that are written again when an evaluation is repeated
 FAMILIES = ("layers", "sources")  # fields that map names to records
 
 
 def scalars(record: Record) -> dict[str, float]:
     """Return the numbers of a record by paths that dashboards can group: ``train/loss``,
-    ``evaluation/<domain>/perplexity``, ``layers/<name>/grad_norm``, ``data/<source>/tokens``."""
+    ``evaluation/<domain>/perplexity``, ``metric/<domain>/<name>``, ``layers/<name>/grad_norm``, ``data/<source>/tokens``."""
     found: dict[str, float] = {}
 
     def add(path: str, value: Any) -> None:
@@ -80,6 +90,10 @@ def scalars(record: Record) -> dict[str, float]:
             found[path] = value
 
     event, domain = record["event"], record.get("domain")
+    if event == "metric":
+        add(f"metric/{metric_key(record)}", record["value"])
+        add(f"metric/{metric_key(record)}/stderr", record.get("stderr"))
+        return found
     own = {key: value for key, value in record.items() if key not in ("step", "time")}
     add(f"{event}/{domain}" if domain else event, own)
     return found

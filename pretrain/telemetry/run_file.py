@@ -12,12 +12,13 @@ from typing import Any
 
 from pretrain.runtime.console import notice
 from pretrain.runtime.files import replace_file
-from pretrain.telemetry.events import Evaluated, Event, RolledBack, RunFinished, RunStarted, Saved
+from pretrain.telemetry.events import Evaluated, Event, MetricsEvent, RolledBack, RunFinished, RunStarted, Saved
 from pretrain.telemetry.record import json_safe
 
 NUMBER = (int, float)
 FIELD_TYPES: dict[str, tuple[type, ...]] = {  # of the fields that a later start or a tool reads
     "results": (dict,),
+    "metrics": (dict,),
     "status": (str,),
     "device": (str,),
     "model": (str, type(None)),
@@ -29,9 +30,9 @@ FIELD_TYPES: dict[str, tuple[type, ...]] = {  # of the fields that a later start
 class RunFile:
     """A listener that writes run.json.
 
-    ``status`` in the file is running · finished · stopped · failed; ``results`` has the last evaluation of each domain;
-    ``started_at`` is the time of the first start in Unix seconds. ``summary`` returns the numbers of the whole run (see
-    `Monitor.summary`); it is called at every event.
+    ``status`` in the file is running · finished · stopped · failed; ``results`` has the last evaluation of each domain,
+    ``metrics`` the last value of each metric of an evaluation task; ``started_at`` is the time of the first start in Unix
+    seconds. ``summary`` returns the numbers of the whole run (see `Monitor.summary`); it is called at every event.
 
     If the file can't be written, that is reported once and the run continues; the next event tries again."""
 
@@ -39,7 +40,7 @@ class RunFile:
         self._path = run / "run.json"
         self._summary = summary
         self._facts: dict[str, Any] = {}
-        self._earlier_results: dict[str, Any] = {}  # of domains whose records may be missing
+        self._earlier: dict[str, dict[str, Any]] = {}  # results and metrics whose records may be missing
         self._started_at = time.monotonic()
         self._earlier_seconds = 0.0
         self._failure_reported = False
@@ -50,8 +51,8 @@ class RunFile:
             facts.pop("launch_restarts", 0)
             earlier = earlier_facts(self._path.parent, event)
             self._earlier_seconds = earlier.get("seconds", 0.0)
-            self._earlier_results = earlier.get("results", {})
-            earlier_fields = {"results": {}, "restarts": earlier.get("restarts", -1) + 1}
+            self._earlier = {name: earlier.get(name, {}) for name in ("results", "metrics")}
+            earlier_fields = {"results": {}, "metrics": {}, "restarts": earlier.get("restarts", -1) + 1}
             earlier_fields["started_at"] = earlier.get("started_at", time.time() - self._earlier_seconds)
             self._facts = earlier_fields | facts | {"status": "running", "total_steps": event.total_steps}
         elif not self._facts:  # the run failed before RunStarted: keep the file of an earlier start
@@ -59,14 +60,14 @@ class RunFile:
         elif isinstance(event, RunFinished):
             self._facts |= {"status": event.status, "tokens": event.tokens}
             self._facts["model"] = str(event.model) if event.model else None
-        elif not isinstance(event, Evaluated | Saved | RolledBack):
+        elif not isinstance(event, Evaluated | MetricsEvent | Saved | RolledBack):
             return
         steps = event.step
         if isinstance(event, Saved):  # a checkpoint may be reported some steps later
             steps = max(steps, self._facts.get("steps", 0))
         self._facts |= {"steps": steps, "seconds": self._earlier_seconds + time.monotonic() - self._started_at}
         self._facts |= json_safe(self._summary())
-        self._facts["results"] = self._earlier_results | self._facts["results"]
+        self._facts |= {name: known | self._facts[name] for name, known in self._earlier.items()}
         try:
             write_json(self._path, self._facts)
         except OSError as error:
@@ -91,7 +92,7 @@ def read_run_file(run: Path) -> dict[str, Any]:
 
 def _is_one(value: Any, kinds: tuple[type, ...]) -> bool:
     if isinstance(value, dict) and not all(isinstance(inner, dict) for inner in value.values()):
-        return False  # `results` holds one dict per domain
+        return False  # `results` holds one dict per domain, `metrics` one per metric
     if isinstance(value, float) and not math.isfinite(value):
         return False
     return isinstance(value, kinds) and not isinstance(value, bool)

@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from pretrain.optim.combined import combined
 from pretrain.runtime import memory
 from pretrain.runtime.out_of_memory import OutOfMemory, is_out_of_memory, numbers
 from pretrain.training.micro_batching import MicroBatching
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
     from pretrain.data.batch import Batch
+    from pretrain.models.language_model import LanguageModel
+    from pretrain.optim.base import OptimizerFactory
     from pretrain.strategy.engine import Engine
 
 ROOM = 0.05  # share of the memory that stays free for what a trial can't measure, such as communication buffers
 CPU_TOKENS = 8192  # tokens per micro-batch: on a CPU larger ones are no faster (docs/memory.md)
-PROBE_SIDE = 64  # rows and columns of the matrix that is updated to measure an optimizer's state
+PROBE_SIDE = 64  # largest side of the parameters that are updated to measure an optimizer's state
 
 
 def choose(
@@ -154,26 +155,24 @@ class Trials:
             torch.cuda.empty_cache()
 
 
-def moment_bytes(make: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer], model: nn.Module) -> int:
-    """Return the size in bytes of an optimizer's state for the parameters of ``model``, measured on a small matrix of each
-    dtype."""
-    each: dict[torch.dtype, float] = {}
+def moment_bytes(make: OptimizerFactory, model: LanguageModel) -> int:
+    """Return the size in bytes of an optimizer's state for the parameters of ``model``. It is measured on small parameters with
+    the same names, dtypes and numbers of dimensions."""
+    trained = {name: p for name, p in model.hf_named_parameters() if p.requires_grad}
+    small = {name: _shrunk(parameter) for name, parameter in trained.items()}
+    optimizer = combined(make(small.items()))
+    optimizer.step()
     needed = 0.0
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            if parameter.dtype not in each:
-                each[parameter.dtype] = _state_bytes_per_element(make, parameter.dtype)
-            needed += each[parameter.dtype] * parameter.numel()
+    for name, parameter in small.items():
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, torch.Tensor):
+                growth = trained[name].numel() / parameter.numel() if value.ndim else 1
+                needed += value.numel() * value.element_size() * growth
     return math.ceil(needed)
 
 
-def _state_bytes_per_element(
-    make: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer], dtype: torch.dtype
-) -> float:
-    """Return the bytes of optimizer state per element of a parameter of ``dtype``."""
-    matrix = nn.Parameter(torch.zeros(PROBE_SIDE, PROBE_SIDE, dtype=dtype))
-    matrix.grad = torch.zeros_like(matrix)
-    optimizer = make([("probe", matrix)])
-    optimizer.step()
-    kept = (value for value in optimizer.state[matrix].values() if isinstance(value, torch.Tensor))
-    return sum(value.numel() * value.element_size() for value in kept) / matrix.numel()
+def _shrunk(parameter: nn.Parameter) -> nn.Parameter:
+    """Return a parameter of at most ``PROBE_SIDE`` elements in each dimension, with a gradient."""
+    small = nn.Parameter(torch.zeros([min(size, PROBE_SIDE) for size in parameter.shape], dtype=parameter.dtype))
+    small.grad = torch.zeros_like(small)
+    return small

@@ -23,7 +23,8 @@ def as_rank(rank, size):
         dist.destroy_process_group()
 
 
-def set_up(strategy, factory, world, precision="32-true"):
-    """The engine of ``strategy``, with AdamW."""
+def set_up(strategy, factory, world, precision="32-true", optimizer=None):
+    """The engine of ``strategy``, with AdamW or what ``optimizer`` makes of named parameters."""
+    make = optimizer or (lambda named: torch.optim.AdamW([p for _, p in named]))
     step = StepConfig(load(precision), batch_size=2, accumulation=3)
-    return strategy.setup(factory, lambda m: torch.optim.AdamW(m.parameters()), step, world)
+    return strategy.setup(factory, lambda m: make(m.hf_named_parameters()), step, world)

@@ -4,11 +4,17 @@ from importlib import import_module
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from pretrain.distributed.sharding import TensorFiles
 from pretrain.distributed.topology import Topology
+from pretrain.models.language_model import LanguageModel
 from pretrain.runtime.errors import UserError
 from pretrain.strategy.base import StepConfig
 from pretrain.strategy.deepspeed import COMPILED, OWNERS, ROOT_KEYS, Deepspeed
+from tests.models.tiny import tiny
+from tests.optimizers import adagrad, groups, muon_and_adamw, row_wise
 from tests.strategy.test_precision import load
 
 
@@ -145,3 +151,55 @@ def test_a_deepspeed_that_builds_elsewhere_is_not_let_to(monkeypatch):
     monkeypatch.delattr(import_module("deepspeed.comm.torch"), "build_shm_op")
     with pytest.raises(AssertionError, match="builds its CPU communication elsewhere"):
         join_process_group({})
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(row_wise, "RowWise"), (muon_and_adamw, "CombinedOptimizer"), (adagrad, "Adagrad")],
+    ids=["of others", "several", "created again"],
+)
+def test_an_optimizer_that_cannot_update_flat_shards_is_refused(make, name):
+    from pretrain.strategy.deepspeed_optimizer import supported
+
+    named = list(tiny("llama").named_parameters())
+    with pytest.raises(UserError) as refused:
+        supported(make(named), 2)
+    assert str(refused.value).startswith(
+        f"optimizer: DeepSpeed's stage 2 flattens the parameters, which {name} can't update; use strategy.zero_stage=0, "
+        "strategy=fsdp, or one of Adam, AdamW, "
+    )
+    adamw = groups(named)
+    assert supported(adamw, 3) is adamw
+
+
+def test_moments_of_gathered_and_of_partitioned_parameters(tmp_path):
+    """Under stage 3 a parameter is empty between the steps; ``ds_shape`` is what it has when it is gathered."""
+    from pretrain.strategy.deepspeed_optimizer import check_moments
+
+    model = LanguageModel(tiny("llama"))
+    norm = dict(model.hf_named_parameters())["model.norm.weight"]
+
+    def saved(**named):
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        save_file({f"model.norm.weight/{key}": tensor for key, tensor in named.items()}, path)
+        return {"optimizer": TensorFiles([path]), "tensors": {}}
+
+    good = saved(exp_avg=torch.zeros(32), step=torch.tensor(2.0))
+    check_moments(good, model)
+    norm.data = torch.empty(0)
+    norm.ds_shape = torch.Size([32])
+    check_moments(good, model)
+    for bad, says in (
+        (saved(exp_avg=torch.zeros(16)), r"model.norm.weight/exp_avg is \(16,\), the model's \(32,\)$"),
+        (saved(row=torch.zeros(32, 1)), r"model.norm.weight/row is \(32, 1\), the model's \(32,\)$"),
+        (
+            good | {"optimizer_values": {"state": {"model.norm.weight/count": 1}}},
+            "keep tensors of the parameters' shapes",
+        ),
+        (
+            good | {"optimizer_values": {"state": {"other.weight/count": 1}}},
+            "the model has no such trainable parameter",
+        ),
+    ):
+        with pytest.raises(UserError, match=says):
+            check_moments(bad, model)

@@ -111,7 +111,9 @@ def test_what_is_called_in_a_step():
 def test_who_decides_whether_an_update_is_made(device, groups, on_device):
     """The device (here one that computes nothing) where every group has a fused optimizer and lies on it, else the host."""
     made = [{"lr": 1.0, "fused": fused, "params": [torch.empty(1, device=where)]} for fused, where in groups]
-    optimizer = SimpleNamespace(param_groups=[{k: v for k, v in group.items() if v is not None} for group in made])
+    optimizer = SimpleNamespace(
+        param_groups=[{k: v for k, v in group.items() if v is not None} for group in made], state={}
+    )
     model, world = LanguageModel(tiny("llama")), replace(ALONE, device=torch.device(device))
     engine = Engine(model, optimizer, precision=FULL, world=world)
     assert engine.decides_on_device is on_device
@@ -246,5 +248,5 @@ def test_learning_rates_are_scaled_from_their_base():
     engine.optimizer.param_groups[1]["lr"] = 5e-3
     engine = Engine(engine.model, engine.optimizer, precision=FULL, world=ALONE)
     for scale in (0.5, 0.25):
-        assert engine.set_lr(scale) == pytest.approx(1e-2 * scale)
+        assert engine.set_lr(lambda step, scale=scale: scale, 0) == pytest.approx(1e-2 * scale)
         assert [g["lr"] for g in engine.optimizer.param_groups] == pytest.approx([1e-2 * scale, 5e-3 * scale])

@@ -1,6 +1,5 @@
 """Every strategy trains the same transformed model: its weights at the start, each step, what it saves and what it loads."""
 
-import multiprocessing
 from dataclasses import replace
 
 import pytest
@@ -8,17 +7,15 @@ import torch
 
 from pretrain.data.batch import Batch
 from pretrain.distributed import sharding as tensors
-from pretrain.distributed.context import DistributedContext, enter, leave
-from pretrain.distributed.rank_info import RankInfo
+from pretrain.distributed.context import DistributedContext
 from pretrain.distributed.sharding import TensorFiles
-from pretrain.distributed.topology import Topology
-from pretrain.launch.agent import warm_up
 from pretrain.optim.adamw import AdamW
 from pretrain.strategy.base import StepConfig
 from pretrain.strategy.ddp import Ddp
 from pretrain.strategy.deepspeed import Deepspeed
 from pretrain.strategy.fsdp import Fsdp
 from pretrain.strategy.single import Single
+from tests.group import together
 from tests.strategy.test_precision import load
 from tests.transforms import Freeze, Lora
 
@@ -40,7 +37,7 @@ ROWS = {
 
 
 def set_up(strategy, factory, world):
-    step = StepConfig(load("32-true"), batch_size=2 // world.size, grad_clip=0.5)
+    step = StepConfig(load("32-true"), batch_size=2 // world.size, accumulation=1, grad_clip=0.5)
     return strategy.setup(factory, lambda m: AdamW(lr=1e-2)(m.hf_named_parameters()), step, world)
 
 
@@ -57,18 +54,18 @@ def train(engine, batch, folder):
     shown = {"trained": engine.num_trained, "parameters": engine.num_parameters, "losses": [], "norms": []}
     world = engine.world
     rows = slice(world.rank * 2 // world.size, (world.rank + 1) * 2 // world.size)
-    mine = Batch(batch.input_ids[rows], batch.labels[rows], None, 32)
+    mine = Batch(batch.input_ids[rows], batch.labels[rows], None, 16 * (rows.stop - rows.start))
     engine.model.train()
     for _ in range(2):
-        shown["losses"].append(float(world.all_reduce_sum(engine.backward(mine, tokens=32, last=True))))
-        shown["norms"].append(float(engine.step(0.5)))
+        done = engine.train_step(mine)
+        shown["losses"].append(float(done.loss))
+        shown["norms"].append(float(done.grad_norm))
     write(engine, folder)
     if world.is_main:
         torch.save({"full": full, "shown": shown}, folder / "shown.pt")
 
 
-def on_rank(rank, store, factory, batch, folder):
-    world = enter(RankInfo(rank, rank, Topology(workers_per_node=2), store=str(store)), group=True, timeout_seconds=120)
+def on_rank(world, factory, batch, folder):
     for row, (strategy, transforms) in ROWS.items():
         engine = set_up(strategy, replace(factory, transforms=transforms), world)
         train(engine, batch, folder / row)
@@ -76,7 +73,6 @@ def on_rank(rank, store, factory, batch, folder):
         saved = {kind: TensorFiles(sorted(origin.glob(f"{kind}*"))) for kind in KINDS}
         engine.load_state_dict({**saved, "scaler": {}})
         write(engine, folder / f"{row}, loaded")
-    leave()
 
 
 @pytest.fixture(scope="module")
@@ -89,17 +85,9 @@ def trained(folder, factory, batch):
     """Every row's folder, from one start of two processes, beside those of a single process."""
     if not (folder / "lora").exists():
         for name, transforms in (("lora", LORA), ("frozen", FREEZE)):
-            alone = DistributedContext()
-            train(set_up(Single(), replace(factory("llama-tied"), transforms=transforms), alone), batch, folder / name)
-        warm_up()
-        ranks = multiprocessing.get_context("forkserver")
-        given = (folder / "store", factory("llama-tied"), batch, folder)
-        children = [ranks.Process(target=on_rank, args=(rank, *given)) for rank in range(2)]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join()
-            assert child.exitcode == 0
+            alone = set_up(Single(), replace(factory("llama-tied"), transforms=transforms), DistributedContext())
+            train(alone, batch, folder / name)
+        together(on_rank, factory("llama-tied"), batch, folder, folder=folder)
     return folder
 
 

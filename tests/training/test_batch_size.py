@@ -17,6 +17,7 @@ from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
 from pretrain.training.batch_size import Trials, choose, largest, moment_bytes
 from pretrain.training.micro_batching import MicroBatching
+from tests.optimizers import matrices_and_rest, muon_and_adamw
 from tests.runs import numbers
 
 TOO_MANY = 2**40  # sequences, whose embeddings no address space holds
@@ -131,6 +132,15 @@ def test_moments_are_what_the_optimizer_makes(weights, engine):
     used.step(None)
     kept = [value for state in used.optimizer.state.values() for value in state.values()]
     assert expected == pytest.approx(sum(v.numel() * v.element_size() for v in kept), rel=0.01)
+
+
+def test_the_moments_of_several_optimizers(engine):
+    """Muon has one moment of each hidden matrix, AdamW two of the rest and a counter."""
+    model = engine().model
+    hidden = sum(p.numel() for p in matrices_and_rest(model.hf_named_parameters())[0])
+    rest = matrices_and_rest(model.hf_named_parameters())[1]
+    expected = 4 * hidden + sum(8 * p.numel() + 4 for p in rest)
+    assert moment_bytes(muon_and_adamw, model) == expected
 
 
 AUTO = ["batch_size=auto", "gradient_accumulation_steps=4"]

@@ -102,7 +102,7 @@ def test_the_update_is_the_engines_own(loop):
     trainer, _, _ = loop(steps=2)
     by_hand = engine_of()
     for step, batch in enumerate(map(trainer.loader.batch, (0, 4))):
-        by_hand.set_lr(1.0 / (step + 1))
+        by_hand.set_lr(lambda step: 1.0 / (step + 1), step)
         for micro, last in zip(batch.split(2), (False, True), strict=True):
             by_hand.backward(micro, tokens=32, last=last)
         assert by_hand.step(0.5) > 0.5

@@ -10,7 +10,18 @@ from typing import Any
 from pretrain.config.defaults import defaults_for
 from pretrain.telemetry.baseline import doubt
 from pretrain.telemetry.history import Domain, History
-from pretrain.telemetry.numbers import NOTHING, amount, duration, instant, is_number, number, share, signed, size
+from pretrain.telemetry.numbers import (
+    NOTHING,
+    amount,
+    duration,
+    instant,
+    is_number,
+    number,
+    share,
+    signed,
+    significant,
+    size,
+)
 from pretrain.telemetry.record import Record
 from pretrain.telemetry.report import plots
 from pretrain.telemetry.report.config_diff import as_yaml, differing, flat
@@ -53,6 +64,7 @@ def run_page(run: Run) -> str:
                 grid([plots.loss_chart(history), plots.change_chart(history)], "two"),
                 _scores(history),
             ),
+            section("Metrics of evaluation tasks", grid([plots.metric_charts(history)]), _measurements(history)),
             section("Samples", *_samples(history)),
             section(
                 "Training and speed",
@@ -151,6 +163,24 @@ def _scores(history: History) -> Markup:
             )
         )
     return card(table(head, rows))
+
+
+def _measurements(history: History) -> Markup:
+    """Return the table of the metrics of evaluation tasks."""
+    if not history.measured:
+        return Markup("")
+    rows = [
+        (
+            key,
+            significant(m.first.get("value")) if m.first is not m.last else NOTHING,
+            significant(m.last.get("value")),
+            significant(m.last.get("stderr")),
+            str(m.last.get("unit") or ""),
+            str(m.last.get("better") or ""),
+        )
+        for key, m in list(history.measured.items())[:MAX_ROWS]
+    ]
+    return card(table(("metric", "first", "last", "standard error", "unit", "better"), rows))
 
 
 def _scored_last(domain: Domain, step: int) -> str:

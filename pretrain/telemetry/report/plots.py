@@ -19,6 +19,7 @@ from pretrain.telemetry.report.folder import Run
 from pretrain.telemetry.report.style import NUM_COLOURS, Markup, join
 
 NATS = "nats per token"
+MAX_METRICS = 12  # charts of metrics of evaluation tasks
 TRAINING = 0  # colour of training; the domains have the next colours
 
 
@@ -75,6 +76,17 @@ def speed_charts(history: History) -> Markup:
     speed = _single(history, "Throughput", "tokens_per_second", unit="tokens per second", from_zero=True)
     mfu = _single(history, "MFU", "mfu", unit="of the device's peak", from_zero=True, form=percent)
     return join([speed, time_chart(history), mfu, memory_chart(history)])
+
+
+def metric_charts(history: History) -> Markup:
+    """Return one chart for each metric of an evaluation task that was measured at least twice."""
+    charts = []
+    for key, measurement in list(history.measured.items())[:MAX_METRICS]:
+        curve, last = measurement.values, measurement.last
+        unit = " · ".join(word for word in (str(last.get("unit") or ""), f"{last.get('better')} is better") if word)
+        if len(curve.steps) > 1:
+            charts.append(line_chart(key, [Line(key, curve.steps, curve.mean("value"), 0)], unit=unit))
+    return join(charts)
 
 
 def time_chart(history: History) -> Markup:

@@ -1,5 +1,5 @@
-"""Write train.csv, evaluation.csv and, if there are such records, layers.csv and data.csv: tables for spreadsheets and pandas
-(RFC 4180: a header, commas, CRLF; null is an empty field)."""
+"""Write train.csv, evaluation.csv and, if there are such records, metric.csv, layers.csv and data.csv: tables for
+spreadsheets and pandas (RFC 4180: a header, commas, CRLF; null is an empty field)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain.telemetry.sinks.jsonl import keep_broken
 from pretrain.telemetry.sinks.retrying_file import RetryingAppendFile
 
 # event → the field that maps names to records; it becomes one row per name
-FAMILY = {"train": None, "evaluation": None, "layers": "layers", "data": "sources"}
+FAMILY = {"train": None, "evaluation": None, "metric": None, "layers": "layers", "data": "sources"}
 Row = Mapping[str, object]
 LONGEST_LINE = (
     2**17

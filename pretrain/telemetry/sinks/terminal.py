@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pretrain.telemetry.events import RunStarted
 from pretrain.telemetry.history import History
 from pretrain.telemetry.numbers import number
-from pretrain.telemetry.record import Record
+from pretrain.telemetry.record import Record, metric_key
 from pretrain.telemetry.sinks import terminal_tables as tables
 from pretrain.telemetry.sinks.base import Sink
 
@@ -125,6 +125,12 @@ class Terminal(Sink):
         perplexity = f"perplexity {number(r['perplexity']):>6}"
         self._print(f"step {r['step']:>{len(str(self._total))}}  ", domain, f"  {perplexity}", *since)
 
+    def _metric(self, r: Record) -> None:
+        if self._level >= 2:
+            self._print(
+                f"step {r['step']:>{len(str(self._total))}}  ", (metric_key(r), "bold"), f"  {tables.measured(r)}"
+            )
+
     def _checkpoint(self, r: Record) -> None:
         if self._live is None and self._level >= 2:
             self._print(f"step {r['step']}  saved {r['path']}")
@@ -136,6 +142,8 @@ class Terminal(Sink):
             self._console.print(self._domains(r["step"]))
             for reason in tables.reasons(self._history):
                 self._print(reason)
+        if self._history.measured:
+            self._console.print(tables.measurements(self._history))
         for line in tables.samples(self._history, r["step"]):
             self._console.print(line, no_wrap=True, overflow="ellipsis")
         if self._total:

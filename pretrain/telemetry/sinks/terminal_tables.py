@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pretrain.telemetry.history import History
-from pretrain.telemetry.numbers import duration, number
+from pretrain.telemetry.numbers import duration, number, significant
 from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record, change_of
 
 if TYPE_CHECKING:
@@ -130,6 +130,23 @@ def scores(history: History) -> Table:
     return table
 
 
+def measured(record: Record) -> str:
+    """Format the value of a metric with its standard error and unit; null stands for a value that is not finite."""
+    value = "nan" if record["value"] is None else significant(record["value"])
+    error = "" if record.get("stderr") is None else f" ± {significant(record['stderr'])}"
+    return f"{value}{error} {record.get('unit') or ''}".rstrip()
+
+
+def measurements(history: History) -> Table:
+    """Return the table of the metrics of evaluation tasks: the first and the last value."""
+    table = _table("metric", "first", "last", "better")
+    for key, measurement in history.measured.items():
+        first, last = measurement.first, measurement.last
+        before = "—" if first is last else measured(first)
+        table.add_row(key, before, measured(last), str(last.get("better") or ""))
+    return table
+
+
 def samples(history: History, step: int) -> list[Text]:
     """Return one sample per domain and each of the user's prompts, before and after the run, which is at ``step``. The caller
     truncates the lines to the width of the terminal."""
@@ -216,6 +233,6 @@ def _table(*titles: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for title in titles:
         table.add_column(
-            title, justify="left" if title == "domain" else "right", no_wrap=title in ("perplexity", "nats")
+            title, justify="left" if title in ("domain", "metric") else "right", no_wrap=title in ("perplexity", "nats")
         )
     return table

@@ -22,7 +22,14 @@ from pretrain.runtime.locks import Busy, Lock
 from pretrain.runtime.redact import redact
 from pretrain.telemetry.record import Record, scalars
 
-ROWS = ("train", "layers", "data", "evaluation", "sample")  # events that become rows, in this order within a step
+ROWS = (
+    "train",
+    "layers",
+    "data",
+    "evaluation",
+    "metric",
+    "sample",
+)  # events that become rows, in this order within a step
 COLUMNS: list[Any] = ["domain", "role", "prompt", "text"]  # columns of the table of samples
 SUMMARY = ("status", "tokens", "train_seconds", "tokens_per_second", "goodput", "mfu")
 EXIT_CODES = {"finished": 0, "stopped": 75}

@@ -1,0 +1,258 @@
+"""The state of an optimizer of any class as named tensors and plain values, saved by its own shapes and sharding.
+
+The names are ``<parameter>/<key>``; where an optimizer nests dicts, ``<parameter>/<key>/<key>``. What can be saved is what
+torch's own ``Optimizer.state_dict`` holds: ``optimizer.state`` by parameter, and the values in ``optimizer.param_groups`` that
+training has changed.
+
+Which tensors an optimizer keeps, and how they are sharded, only its first update shows. Therefore a new optimizer is first
+updated with gradients of zero, and the saved values are then copied into the tensors that this update has made. The weights
+that it changes must be loaded afterwards. `torch.distributed.checkpoint.state_dict` does the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from pretrain.distributed import sharding
+from pretrain.distributed.packing import check_shapes, pack, saved_names
+from pretrain.distributed.sharding import Manifest, TensorFiles, TensorShard, fill
+from pretrain.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from pretrain.distributed.context import DistributedContext
+    from pretrain.models.language_model import LanguageModel
+
+UNSAVED = ("params", "lr")  # of a parameter group: the parameters, and what the schedule sets at every step
+Slot = tuple[str, nn.Parameter, dict[Any, Any], Any]  # name, parameter, and the dict and key where the value is
+
+
+class OptimizerState:
+    """Saves and restores the state of ``optimizer``. It must be created before the first update."""
+
+    def __init__(self, model: LanguageModel, optimizer: torch.optim.Optimizer, world: DistributedContext) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.world = world
+        self._starts_empty = not optimizer.state
+        self._initial_groups = [_snapshot(group) for group in optimizer.param_groups]
+        self._rank_local: set[str] = set()
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def pack(self) -> tuple[dict[str, TensorShard], Manifest, dict[str, Any]]:
+        """Return this rank's shards, dtype and full shape of every tensor that any rank writes, and the plain values, as
+        ``{"state": {name: value}, "groups": [{key: value}]}``. This is a collective.
+
+        Raises ``UserError`` on every rank for a state that can't be saved.
+        """
+        values = self._values()
+        slots = [(name, p, found[key]) for name, p, found, key in self._slots() if isinstance(found[key], Tensor)]
+        replicas = {name for name, parameter, _ in slots if _is_replica(name, parameter)}
+        named = {name: tensor for name, _, tensor in slots}
+        return *pack(named, world=self.world, replicas=replicas, rank_local=self._rank_local), values
+
+    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield by name the tensors that other ranks hold as well, with the same bits."""
+        for name, parameter, found, key in self._slots():
+            value = found[key]
+            if isinstance(value, DTensor):
+                if sharding.is_replicated(value):
+                    yield name, value
+            elif isinstance(value, Tensor) and name not in self._rank_local and _is_replica(name, parameter):
+                yield name, value
+
+    def _slots(self) -> Iterator[Slot]:
+        for name, parameter in self.model.hf_named_parameters():
+            for slot, found, key in _places(name, self.optimizer.state.get(parameter, {})):
+                yield slot, parameter, found, key
+
+    def _values(self) -> dict[str, Any]:
+        """Return the plain values. This is a collective. Raises ``UserError`` if JSON can't represent one, if ranks have
+        different ones, or if the optimizer keeps state for other things than the model's parameters."""
+
+        def collect() -> dict[str, Any]:
+            known = {id(parameter) for _, parameter in self.model.hf_named_parameters()}
+            for key, value in self.optimizer.state.items():
+                if value and id(key) not in known:
+                    name = key if isinstance(key, str) else type(key).__name__
+                    raise UserError(
+                        f"optimizer state {name} can't be saved in a checkpoint: it belongs to no parameter"
+                    )
+            state = {n: plain(n, found[k]) for n, _, found, k in self._slots() if not isinstance(found[k], Tensor)}
+            groups = zip(self.optimizer.param_groups, self._initial_groups, strict=True)
+            return {"state": state, "groups": [changed(group, initial) for group, initial in groups]}
+
+        every = self.world.all_gather_object(collect)
+        for other in every[1:]:
+            if other != every[0]:
+                raise UserError("the plain values in the optimizer's state differ between ranks and can't be saved")
+        return every[0]
+
+    # -- restoring ----------------------------------------------------------------------------------------------------
+
+    def restore(self, files: TensorFiles, values: Mapping[str, Any] | None, *, complete: bool) -> None:
+        """Restore the state in ``files`` and ``values``. The weights must be loaded afterwards, because this may change them.
+
+        Tensors are restored in the dtype in which they were saved. If nothing was saved, the state is empty afterwards.
+
+        Args:
+            files: The tensors, written by any strategy on any number of ranks.
+            values: The plain values as `pack` returns them; ``None`` in checkpoints of earlier versions.
+            complete: Whether a parameter without a saved state had none.
+
+        Raises:
+            UserError: The saved state does not fit the optimizer, the parameters or the number of ranks. Nothing is changed,
+                unless the optimizer was new.
+        """
+        values = values or {}
+        plain_values, groups = dict(values.get("state", {})), values.get("groups", [])
+        names = saved_names(files, self.world)
+        parameters = dict(self.model.hf_named_parameters())
+        with_state = {name.partition("/")[0] for name in (*names, *plain_values)}
+        trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        check_parameters({*names, *plain_values}, trained, complete=complete)
+        if any(groups) and len(groups) != len(self._initial_groups):
+            raise UserError(
+                f"the checkpoint's optimizer has {len(groups)} parameter groups, this run's {len(self._initial_groups)}"
+            )
+        if any(not self.optimizer.state.get(parameters[name]) for name in with_state):
+            self._initialise()
+        like = self._like(files, names, plain_values)
+        check_shapes(files, {name: tensor for name, (tensor, _, _) in like.items()}, names)
+        for name, (tensor, found, key) in like.items():
+            found[key] = tensor
+            fill(tensor, files, names[name])
+        self._restore_values(plain_values, parameters)
+        for name in parameters.keys() - with_state if self._starts_empty else ():
+            self.optimizer.state.pop(parameters[name], None)
+        for i, (group, initial) in enumerate(zip(self.optimizer.param_groups, self._initial_groups, strict=True)):
+            own = deepcopy(initial) | (groups[i] if i < len(groups) else {})
+            group.update({key: _like_type(initial.get(key), value) for key, value in own.items()})
+
+    def _initialise(self) -> None:
+        """Make the optimizer create its state, by an update with gradients of zero."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _like(
+        self, files: TensorFiles, names: dict[str, str], values: dict[str, Any]
+    ) -> dict[str, tuple[Tensor, dict[Any, Any], Any]]:
+        """Return by name the tensor into which a saved one is copied, and where it belongs. A number that earlier versions
+        saved as a tensor is moved from ``names`` to ``values``.
+
+        Raises ``UserError`` if the optimizer keeps more than was saved, or if it is not known how to shard a tensor.
+        """
+        like: dict[str, tuple[Tensor, dict[Any, Any], Any]] = {}
+        saved = {name.partition("/")[0] for name in (*names, *values)}
+        for name, _, found, key in self._slots():
+            value = found[key]
+            if name in names and isinstance(value, Tensor):
+                like[name] = _in_dtype(value, files.dtype(names[name])), found, key
+            elif name in names and isinstance(value, bool | int | float) and not files.shape(names[name]):
+                values[name] = type(value)(files.read(names.pop(name)).item())
+            elif name not in names and name not in values and name.partition("/")[0] in saved:
+                raise UserError(
+                    f"optimizer state {name} is not in the checkpoint, whose optimizer had other settings; resume with those, "
+                    "or start a new run from the checkpoint's weights (model_name=<checkpoint>)"
+                )
+        parameters = dict(self.model.hf_named_parameters())
+        for name in names.keys() - like.keys():  # the first update does not create it
+            parameter, _, key = name.partition("/")
+            tensor = _empty(name, parameters[parameter], files, names[name])
+            like[name] = tensor, self.optimizer.state[parameters[parameter]], key
+        return like
+
+    def _restore_values(self, values: dict[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
+        places = {name: (found, key) for name, _, found, key in self._slots()}
+        for name, value in values.items():
+            parameter, _, last = name.partition("/")
+            found, key = places.get(name, (self.optimizer.state[parameters[parameter]], last))
+            found[key] = _like_type(found.get(key), value)
+
+
+def check_parameters(slots: set[str], trained: set[str], *, complete: bool) -> None:
+    """Raise ``UserError`` for state of a parameter that is not ``trained``, and, unless the checkpoint is ``complete`` and says
+    that they had none, for parameters without state, which would silently be initialised again."""
+    names = {slot.partition("/")[0] for slot in slots}
+    for slot in sorted(slots):
+        if slot.partition("/")[0] not in trained:
+            raise UserError(f"optimizer state {slot}: the model has no such trainable parameter")
+    missing = sorted(trained - names)
+    if slots and missing and not complete:
+        raise UserError(
+            f"the checkpoint has no optimizer state for {len(missing)} parameters, e.g. {missing[0]}; resume from an "
+            "earlier one (resume=<run>/checkpoints/step-…), or start a new run from its weights (model_name=<checkpoint>)"
+        )
+
+
+def _places(prefix: str, found: dict[Any, Any]) -> Iterator[tuple[str, dict[Any, Any], Any]]:
+    for key, value in found.items():
+        if isinstance(value, dict):
+            yield from _places(f"{prefix}/{key}", value)
+        else:
+            yield f"{prefix}/{key}", found, key
+
+
+def _is_replica(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether a plain tensor must be equal on all ranks: all of them make the same updates of a parameter that is not
+    sharded, and a step counter counts the same steps."""
+    return not isinstance(parameter, DTensor) or name.endswith("/step")
+
+
+def _empty(name: str, parameter: nn.Parameter, files: TensorFiles, saved: str) -> Tensor:
+    """Return an empty tensor for state that the optimizer creates after its first update."""
+    shape, dtype = files.shape(saved), getattr(torch, files.dtype(saved))
+    if saved == name and shape == tuple(parameter.shape):
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    if saved == name and shape and isinstance(parameter, DTensor):
+        raise UserError(f"optimizer state {name}: the first update does not create it, so its sharding is not known")
+    return torch.empty(shape, dtype=dtype, device=parameter.device)
+
+
+def _in_dtype(tensor: Tensor, dtype: str) -> Tensor:
+    wanted = getattr(torch, dtype)
+    return tensor if tensor.dtype == wanted else torch.empty_like(tensor, dtype=wanted)
+
+
+def _like_type(example: Any, value: Any) -> Any:
+    """Return a value of JSON as a tuple where ``example`` is one."""
+    return tuple(value) if isinstance(example, tuple) else value
+
+
+def _snapshot(group: dict[str, Any]) -> dict[str, Any]:
+    """Return copies of the plain values of a parameter group. Other values, such as a schedule, are settings."""
+    return {k: deepcopy(v) for k, v in group.items() if k not in UNSAVED and not callable(v)}
+
+
+def changed(group: dict[str, Any], initial: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a parameter group that training has changed. Raises ``UserError`` for one that JSON can't
+    represent."""
+    found = {}
+    for key, value in _snapshot(group).items():
+        before = initial.get(key)
+        if isinstance(value, Tensor) and isinstance(before, Tensor) and torch.equal(value, before):
+            continue
+        if isinstance(value, Tensor) or value != before:
+            found[key] = plain(f"value {key!r} of a parameter group", value)
+    return found
+
+
+def plain(name: str, value: Any) -> Any:
+    """Return ``value`` as JSON gives it back. Raises ``UserError`` for a value that JSON can't represent."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        raise UserError(
+            f"optimizer state {name} can't be saved in a checkpoint: a {type(value).__name__} is not JSON"
+        ) from None

@@ -1,0 +1,294 @@
+"""Optimizers of any class: four steps, a checkpoint, a new engine and four more steps equal eight, to the last bit; and a
+checkpoint of one process or strategy is that of another, where its state can be resharded."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pretrain.checkpoint.rng import rng_state
+from pretrain.checkpoint.store import CheckpointStore, load
+from pretrain.data.batch import Batch
+from pretrain.distributed.sharding import local
+from pretrain.models.causal_lm import Pretrained
+from pretrain.models.model_factory import ModelFactory
+from pretrain.runtime.errors import UserError
+from pretrain.strategy.ddp import Ddp
+from pretrain.strategy.fsdp import Fsdp
+from pretrain.strategy.single import Single
+from pretrain.training.guard.replicas import check_replicas
+from tests import optimizers
+from tests.checkpoint.test_store import state as template
+from tests.conftest import SHAPES
+from tests.engines import ALONE
+from tests.group import together
+from tests.strategy.ranks import set_up
+
+STRATEGIES = {
+    "single": Single(),
+    "ddp": Ddp(),
+    "FULL_SHARD": Fsdp(),
+    "SHARD_GRAD_OP": Fsdp(sharding_strategy="SHARD_GRAD_OP"),
+    "NO_SHARD": Fsdp(sharding_strategy="NO_SHARD"),
+}
+MADE = {
+    f.__name__: f
+    for f in (
+        *(optimizers.adagrad, optimizers.row_wise, optimizers.factored, optimizers.factored_plain),
+        *(optimizers.of_the_shard, optimizers.scalars, optimizers.muon_and_adamw, optimizers.groups),
+    )
+}
+MADE["adafactor"] = optimizers.adafactor
+SHARDED = "FULL_SHARD"
+CELLS = [
+    *((name, "ddp") for name in ("adafactor", "scalars", "muon_and_adamw")),
+    *(
+        (name, SHARDED)
+        for name in ("row_wise", "factored_plain", "of_the_shard", "scalars", "muon_and_adamw", "groups")
+    ),
+    ("of_the_shard", "NO_SHARD"),
+]
+EVERY = [
+    *((name, "ddp") for name in MADE),
+    *((name, SHARDED) for name in MADE if name != "adafactor"),  # torch 2.13's Adafactor has no step for DTensors
+    *((name, strategy) for name in ("of_the_shard", "row_wise") for strategy in ("SHARD_GRAD_OP", "NO_SHARD")),
+]
+MORE = [cell for cell in EVERY if cell not in CELLS]
+PER_RANK = {"of_the_shard"}
+
+
+def cosine(step: int) -> float:
+    return 1 - step / 16
+
+
+def step(engine, number: int) -> None:
+    generator = torch.Generator().manual_seed(100 * number + engine.world.rank)
+    ids = torch.randint(300, (2, 17), generator=generator)
+    batch = Batch(ids[:, :-1], ids[:, 1:], None, 32)
+    engine.set_lr(cosine, number)
+    engine.backward(batch, tokens=32 * engine.world.size, last=True)
+    engine.step(1.0)
+
+
+def trained(engine, first: int, last: int):
+    for number in range(first, last):
+        step(engine, number)
+    return engine
+
+
+def bits(engine) -> dict:
+    """All that training has made on this rank."""
+    state = engine.state_dict()
+    found = {f"{kind}:{n}": s.tensor.clone() for kind in ("model", "optimizer") for n, s in state[kind].items()}
+    own = {f"own:{n}": local(p).detach().clone() for n, p in engine.model.hf_named_parameters()}
+    return found | own | {"values": json.loads(json.dumps(state.get("optimizer_values")))}
+
+
+def differences(ours: dict, theirs: dict) -> list[str]:
+    found = sorted(ours.keys() ^ theirs.keys())
+    for name in ours.keys() & theirs.keys():
+        a, b = ours[name], theirs[name]
+        same = torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
+        found += [] if same else [name]
+    return found
+
+
+def save(engine, folder) -> None:
+    if engine.world.size > 1:
+        check_replicas(engine, 4)
+    rng = engine.world.all_gather_object(rng_state)
+    store = CheckpointStore(folder)
+    store.save(4, template(4) | {"engine": engine.state_dict(), "rng": rng}, world=engine.world)
+
+
+def engine_of(strategy: str, name: str, factory, world):
+    return set_up(STRATEGIES[strategy], factory, world, optimizer=MADE[name])
+
+
+def loaded(engine, folder):
+    engine.load_state_dict(load(folder / "step-00000004")["engine"])
+    return engine
+
+
+def continues(strategy, name, factory, world, folder) -> list[str]:
+    """The differences between a run that was interrupted and one that was not."""
+    engine = trained(engine_of(strategy, name, factory, world), 0, 4)
+    save(engine, folder)
+    expected = bits(trained(engine, 4, 8))
+    again = loaded(engine_of(strategy, name, factory, world), folder)
+    first = bits(trained(again, 4, 8))
+    if world.size > 1:
+        return differences(first, expected)
+    rolled_back = bits(trained(loaded(again, folder), 4, 8))
+    return differences(first, expected) + differences(rolled_back, expected)
+
+
+def of_two_ranks(world, factory, folder, cells) -> dict:
+    found = {}
+    for name, strategy in cells:
+        found[name, strategy] = continues(strategy, name, factory, world, folder / f"{strategy} {name}")
+        if strategy == SHARDED:
+            engine = engine_of(SHARDED, name, factory, world)
+            try:
+                save(loaded(engine, folder / f"single {name}"), folder / f"again {name}")
+            except UserError as error:
+                found[name, "from one process"] = str(error)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("optimizers")
+
+
+@pytest.fixture(scope="module")
+def factory(tmp_path_factory):
+    """Of a model of one block, in fp32."""
+    special = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**SHAPES["llama-tied"] | special)
+    path = tmp_path_factory.mktemp("model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return ModelFactory(Pretrained(name_or_path=str(path)), torch.float32, 0)
+
+
+@pytest.fixture(scope="module")
+def of_one(folder, factory):
+    return {name: continues("single", name, factory, ALONE, folder / f"single {name}") for name in MADE}
+
+
+@pytest.fixture(scope="module")
+def of_two(folder, factory, of_one):
+    return together(of_two_ranks, factory, folder, CELLS, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def of_two_more(folder, factory, of_one):
+    (folder / "more").mkdir()
+    return together(of_two_ranks, factory, folder, MORE, folder=folder / "more")
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_one_process_continues_to_the_last_bit(name, of_one):
+    assert of_one[name] == []
+
+
+@pytest.mark.parametrize(("name", "strategy"), CELLS)
+def test_two_processes_continue_to_the_last_bit(name, strategy, of_two):
+    assert [of_rank[name, strategy] for of_rank in of_two] == [[], []]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "strategy"), MORE)
+def test_two_processes_continue_under_every_strategy(name, strategy, of_two_more):
+    assert [of_rank[name, strategy] for of_rank in of_two_more] == [[], []]
+
+
+def tensors_in(folder) -> dict:
+    engine = load(folder / "step-00000004")["engine"]
+    read = {f"{kind}:{n}": engine[kind].read(n) for kind in ("model", "optimizer") for n in sorted(engine[kind].keys())}
+    return read | {"values": engine["optimizer_values"]}
+
+
+def check_resharding(name, folder, factory):
+    """One process reads what two have sharded, and they what it has saved: no bit is another."""
+    sharded = tensors_in(folder / f"{SHARDED} {name}")
+    engine = loaded(engine_of("single", name, factory, ALONE), folder / f"{SHARDED} {name}")
+    assert differences({n: t for n, t in bits(engine).items() if not n.startswith("own:")}, sharded) == []
+    assert differences(tensors_in(folder / f"again {name}"), tensors_in(folder / f"single {name}")) == []
+
+
+def resharded(cells) -> list[str]:
+    return [name for name, strategy in cells if strategy == SHARDED and name not in PER_RANK]
+
+
+@pytest.mark.parametrize("name", resharded(CELLS))
+def test_it_is_resharded(name, of_two, folder, factory):
+    check_resharding(name, folder, factory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", resharded(MORE))
+def test_more_is_resharded(name, of_two_more, folder, factory):
+    check_resharding(name, folder, factory)
+
+
+def test_state_of_the_local_shard_is_saved_by_each_rank(of_two, folder):
+    saved = load(folder / f"{SHARDED} of_the_shard/step-00000004")["engine"]["optimizer"]
+    whole = load(folder / "single of_the_shard/step-00000004")["engine"]["optimizer"]
+    for key in ("moment", "codes", "norm"):
+        parts = [saved.shape(f"rank-{rank}-of-2/model.embed_tokens.weight/{key}") for rank in (0, 1)]
+        shape = whole.shape(f"model.embed_tokens.weight/{key}")
+        assert parts == [(shape[0] // 2, *shape[1:])] * 2 if shape else [(), ()], key
+    replicated = load(folder / "NO_SHARD of_the_shard/step-00000004")["engine"]["optimizer"]
+    assert not any(name.startswith("rank-") for name in sorted(replicated.keys()))
+
+
+def test_it_needs_the_same_number_of_processes_and_says_so(of_two, folder, factory):
+    engine = engine_of("single", "of_the_shard", factory, ALONE)
+    with pytest.raises(UserError) as refused:
+        loaded(engine, folder / f"{SHARDED} of_the_shard")
+    assert str(refused.value) == (
+        "model.embed_tokens.weight/codes was saved by each of 2 processes for itself and can't be resharded (this run has "
+        "1); resume with the strategy and the number of processes of before, or start a new run from the checkpoint's "
+        "weights (model_name=<checkpoint>)"
+    )
+    for of_rank in of_two:
+        assert of_rank["of_the_shard", "from one process"].endswith(
+            "here; resume with the strategy and the number of processes of before, or start a new run from the "
+            "checkpoint's weights (model_name=<checkpoint>)"
+        )
+
+
+def test_plain_values_and_groups(of_one, folder):
+    found = json.loads((folder / "single scalars/step-00000004/state.json").read_text())["optimizer_values"]
+    norm = {key: found["state"][f"model.norm.weight/{key}"] for key in ("count", "decay", "phase", "history")}
+    assert norm == {"count": 4, "decay": 1 / (1 + 4 / 3), "phase": "even", "history": [1, 2, 3, 4]}
+    assert [set(group) for group in found["groups"]] == [{"warm"}]
+    for name in ("groups", "muon_and_adamw", "adagrad"):
+        assert "optimizer_values" not in json.loads((folder / f"single {name}/step-00000004/state.json").read_text())
+
+
+def refusal(work) -> str:
+    with pytest.raises(UserError) as refused:
+        work()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda o, p: o.state[p].update(inner=[torch.ones(2)]),
+            "optimizer state model.norm.weight/inner can't be saved in a checkpoint: a list is not JSON",
+        ),
+        (
+            lambda o, p: o.state["total"].update(step=1),
+            "optimizer state total can't be saved in a checkpoint: it belongs to no parameter",
+        ),
+        (
+            lambda o, p: o.param_groups[0].update(d=torch.ones(())),
+            "optimizer state value 'd' of a parameter group can't be saved in a checkpoint: a Tensor is not JSON",
+        ),
+    ],
+    ids=["tensors in a list", "of no parameter", "a tensor in a group"],
+)
+def test_what_cannot_be_saved_is_refused_before_anything_is_written(change, says, factory):
+    engine = trained(engine_of("single", "row_wise", factory, ALONE), 0, 1)
+    change(engine.optimizer, dict(engine.model.hf_named_parameters())["model.norm.weight"])
+    assert refusal(engine.state_dict) == says
+
+
+def test_another_optimizers_state_is_refused(of_one, folder, factory):
+    engine = engine_of("single", "factored", factory, ALONE)
+    assert refusal(lambda: loaded(engine, folder / "single row_wise")) == (
+        "optimizer state model.embed_tokens.weight/column is not in the checkpoint, whose optimizer had other settings; "
+        "resume with those, or start a new run from the checkpoint's weights (model_name=<checkpoint>)"
+    )
+
+
+def test_rates_and_schedules_of_groups(factory):
+    engine = engine_of("single", "groups", factory, ALONE)
+    assert engine.set_lr(cosine, 8) == pytest.approx(1e-2 * 0.5)
+    assert [group["lr"] for group in engine.optimizer.param_groups] == pytest.approx([1e-2 * 0.5, 1e-3 / 9])
