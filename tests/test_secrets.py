@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import urllib.parse
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import pytest
 from pretrain.runtime.redact import find_secret, redact, secrets
 from tests.cli.test_cli import assert_mistake
 from tests.launch.test_launch import PAIR
-from tests.preloaded import run_preloaded
-from tests.runs import injected
+from tests.runs import injected, run_code
 
 HF = "hf_" + "PlantedPlantedPlanted"
 PLANTED = {
@@ -133,8 +131,7 @@ def test_a_failure_says_none(planted, base_arguments, tmp_path):
         "torch.optim.AdamW.step = broken\n"
         "from pretrain.cli.main import program\nprogram()"
     )
-    words = ["-c", code, *base_arguments, f"output_dir={run}"]
-    done = run_preloaded(words, env=os.environ | {"PLANTED": " ".join(planted)})
+    done = run_code(code, *base_arguments, f"output_dir={run}", PLANTED=" ".join(planted))
     assert done.returncode == 1
     assert "RuntimeError: broken: ['***', " in done.stderr
     assert "RuntimeError: broken: ['***', " in (run / "logs" / "rank-0.log").read_text()

@@ -208,10 +208,9 @@ def build_intervals(config: RunConfig, prepared: Prepared, steps: int) -> tuple[
     from pretrain.training.cadence import cadence
 
     policy, checkpoint = config.evaluation, config.checkpoint
-    sequences = (prepared.train.num_tokens - 1) // config.sequence_length
     intervals = cadence(
         steps=steps,
-        epoch_steps=max(1, sequences // prepared.global_batch),
+        epoch_steps=max(1, prepared.sequences // prepared.global_batch),
         evaluate_every=config.evaluate_every,
         save_every=config.save_every,
         per_epoch=policy.per_epoch,

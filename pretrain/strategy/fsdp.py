@@ -154,7 +154,9 @@ class Fsdp(Strategy):
 
 def wrapped_blocks(hf: Any, policy: str) -> list[nn.Module]:
     """Return the modules that ``policy`` names. Raises ``UserError`` listing the model's classes if it names none."""
-    names = set(hf._no_split_modules or ()) if policy == "auto" else {BLOCKS.get(policy, policy)}
+    from pretrain.models.transformers_internals import unsplit_classes
+
+    names = unsplit_classes(hf) if policy == "auto" else {BLOCKS.get(policy, policy)}
     # The loss uses the head outside of its module, so it belongs to the root.
     head = {id(p) for p in hf.get_output_embeddings().parameters()}
     blocks = [m for m in hf.modules() if m is not hf and all(id(p) not in head for p in m.parameters())]

@@ -5,13 +5,12 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.preloaded import run_preloaded
+from tests.runs import run_code
 
 
 def make(tmp: Path, name: str, content: bytes | str = b"") -> Path:
@@ -245,7 +244,7 @@ def test_answers_without_torch(flags):
         "for name in ('torch', 'transformers', 'datasets'): sys.modules[name] = None\n"
         "from pretrain.cli.main import main\nmain()"
     )
-    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=False)
+    done = run_code(code, *flags)
     assert done.returncode == (2 if flags == ["lr=0"] else 0), done.stderr
     assert "cosine" in done.stdout + done.stderr or "lr=0" in done.stderr or "hydra" in done.stdout
 

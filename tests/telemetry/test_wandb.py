@@ -16,7 +16,7 @@ from pretrain.telemetry.sinks import wandb_key
 from pretrain.telemetry.sinks.jsonl import Jsonl, read_records
 from pretrain.telemetry.sinks.wandb import RUN_ID, Wandb
 from pretrain.telemetry.sinks.wandb_process import MessageHandler, Run
-from tests.runs import assert_same_numbers, assert_same_run
+from tests.runs import assert_same_numbers, assert_same_run, run_code
 from tests.wandb_tools import Server, of_kind, rows, run_file
 
 KEY = "0123456789" * 4
@@ -220,7 +220,7 @@ def test_the_current_folder_names_no_server(tmp_path, monkeypatch):
         "from pretrain.telemetry.sinks.wandb_process import read_settings; import wandb; read_settings()\n"
         "print(wandb.setup().settings.base_url, wandb.setup().settings.api_key)"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    told = run_code(code).stdout
     server, key = told.split()
     assert server == wandb_key.CLOUD
     assert key == "None"

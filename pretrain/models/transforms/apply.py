@@ -13,13 +13,13 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from pretrain.checkpoint.rng import rng_state, seed_everything, set_rng_state
 from pretrain.distributed.sharding import TensorFiles
 from pretrain.models.language_model import weights_of
-from pretrain.models.meta import parameters_on_meta, replace_parameters
+from pretrain.models.meta import replace_parameters
+from pretrain.models.transformers_internals import new_on_meta
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -129,8 +129,7 @@ class TransformedFiles(TensorFiles):
 def plain_model(hf: Any, config: Any = None) -> Any:
     """Return a model of the class of ``hf`` without transforms, its parameters on the meta device. ``config``: its config; by
     default that of ``hf``."""
-    with torch.random.fork_rng(devices=[]), parameters_on_meta():
-        plain = type(hf)._from_config(deepcopy(hf.config if config is None else config), dtype=hf.dtype)
+    plain = new_on_meta(hf, config=config, dtype=hf.dtype)
     plain.generation_config = hf.generation_config
     return plain
 
