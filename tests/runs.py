@@ -19,7 +19,7 @@ PLACES = {"path", "folder", "model"}
 
 
 def run_code(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """What a process ends with that runs ``code`` with the words ``arguments``."""
+    """What a process ends with that runs ``code`` with the words ``arguments``, and imports what it needs itself."""
     command, env = [sys.executable, "-c", code, *arguments], os.environ | environment
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 

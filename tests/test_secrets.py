@@ -74,7 +74,8 @@ def assert_nowhere(secrets: list[str], folder: Path, *texts: str) -> None:
 def test_a_run_leaves_none(planted, spawn, base_arguments, tmp_path):
     """Nor one that stood on the command line, as the name of a variable, and lost to a later word."""
     run = tmp_path / "run"
-    process = spawn([*base_arguments, f"output_dir={run}", "name=${oc.env:WANDB_API_KEY}", "name=books"])
+    given = [*base_arguments, f"output_dir={run}", "sink=[console,jsonl,report]"]
+    process = spawn([*given, "name=${oc.env:WANDB_API_KEY}", "name=books"])
     text = process.communicate(timeout=120)[0]
     assert process.returncode == 0, text
     written = {file.relative_to(run).parts[0] for file in run.rglob("*") if file.is_file()}

@@ -148,13 +148,18 @@ def build_sampler(config: RunConfig, prepared: Prepared, scorer: InferenceEngine
 def build_exporter(
     config: RunConfig, prepared: Prepared, engine: Engine, folder: Path, *, facts: dict[str, Any], steps: int
 ) -> Exporter:
-    """Return the exporter that writes the weights of ``engine`` as Hugging Face folders below the run's ``folder``."""
+    """Return the exporter that writes the weights of ``engine`` as Hugging Face folders below the run's ``folder``.
+
+    Raises ``UserError`` for transforms whose export does not return the weights of the plain architecture.
+    """
     from pretrain.models.hub.model_card import model_card
     from pretrain.training.exporter import Exporter
 
     policy, train = config.checkpoint, prepared.train
     data = {"documents": train.num_documents, "tokens": train.num_tokens, "bytes": train.num_bytes}
     data |= {"global_batch": prepared.global_batch}
+    if policy.export != "never" and engine.model.transformed is not None:
+        engine.model.transformed.check_export(engine.model.hf)
     return Exporter(
         engine,
         prepared.tokenizer,
