@@ -8,9 +8,8 @@ from dataclasses import fields
 from itertools import islice
 from typing import NoReturn
 
-from hydra._internal.utils import get_args_parser
-
 from pretrain.config.check import GROUPS, OTHER_NAMES
+from pretrain.config.hydra_internals import get_args_parser
 from pretrain.config.schema import RootKeys
 from pretrain.runtime.errors import UserError
 

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,6 +27,7 @@ from pretrain.cli.help import help_text
 from pretrain.config.check import check, conf_dir, gpu_visible
 from pretrain.config.compose import asks_for_sweep, compose, forced, in_plain_words, resolve
 from pretrain.config.hydra_configs import composing
+from pretrain.config.hydra_internals import get_args_parser, register_plugins
 from pretrain.config.hydra_trust import check_hydra
 from pretrain.config.quoting import quoted, quoted_word
 from pretrain.config.trust import COMMAND_LINE_ONLY, check_command_line_only, command_line_only_values
@@ -166,9 +166,8 @@ def _sweep(arguments: list[str], given: Namespace, cli_values: dict[str, Any]) -
     from pretrain.sweep.launchers.side_by_side import SideBySideLauncher
     from pretrain.sweep.launchers.slurm import SlurmLauncher
     from pretrain.sweep.optuna_sweeper import OptunaSweeper
-    from pretrain.sweep.plugins import register
 
-    register(OptunaSweeper, SideBySideLauncher, SlurmLauncher)
+    register_plugins(OptunaSweeper, SideBySideLauncher, SlurmLauncher)
     return sweep(arguments, given.config_dir, overrides, cli_values)
 
 

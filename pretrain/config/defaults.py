@@ -40,12 +40,12 @@ def defaults_for(config: dict[str, Any]) -> dict[str, Any]:
 def _composed() -> Any:
     """Return the default config without the user's conf/local.
 
-    It is loaded by Hydra's internal loader, because Hydra's `compose` needs a global that the program may be using.
+    It is loaded by Hydra's own loader, because Hydra's `compose` needs a global that the program may be using.
     """
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra._internal.utils import create_config_search_path
     from hydra.types import RunMode
     from omegaconf import OmegaConf
+
+    from pretrain.config.hydra_internals import ConfigLoaderImpl, create_config_search_path
 
     loader = ConfigLoaderImpl(create_config_search_path(str(conf_dir())))
     without = ["~local"] if (conf_dir() / "local" / "default.yaml").exists() else []

@@ -1,7 +1,4 @@
-"""Compose configs with Hydra from the shipped folder of YAML files and an optional second folder, executing nothing.
-
-`Hydra`, `create_config_search_path` and `SourcesRegistry` are private to hydra-core (seen in 1.3.8).
-"""
+"""Compose configs with Hydra from the shipped folder of YAML files and an optional second folder, executing nothing."""
 
 from __future__ import annotations
 
@@ -11,30 +8,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra._internal.hydra import Hydra
-from hydra._internal.sources_registry import SourcesRegistry
-from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from pretrain.config.hydra_internals import FileSource, Hydra, create_config_search_path, use_file_source
 from pretrain.config.interpolation import bounded_interpolation
 from pretrain.config.yaml_file import checked_text, read_yaml
 from pretrain.runtime.errors import UserError
 
 
-class CheckedFileSource(FileConfigSource):
+class CheckedFileSource(FileSource):
     """A config source that checks each file's size and syntax before it is read; a file may come from another person."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        file = Path(self.path, self._normalize_file_name(config_path))
+        file = self.file(config_path)
         checked_text(file)
         try:
             return super().load_config(config_path)
@@ -49,8 +42,7 @@ def composing(conf: Path, config_dir: str | None) -> Iterator[Hydra]:
     A file in ``config_dir`` can add a choice to a group but can't replace a shipped one. Raises ``UserError`` where
     ``config_dir`` is not a folder.
     """
-    Plugins.instance()  # the first use registers Hydra's own sources, one of which ours replaces
-    SourcesRegistry.instance().types["file"] = CheckedFileSource
+    use_file_source(CheckedFileSource)
     search = create_config_search_path(str(conf))
     if config_dir is not None:
         folder = os.path.abspath(os.path.expanduser(config_dir))

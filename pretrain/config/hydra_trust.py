@@ -12,12 +12,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from pretrain.config.hydra_configs import compose_config, composing, options_of, plain_mistakes
+from pretrain.config.hydra_internals import BASIC_LAUNCHER, BASIC_SWEEPER, Hydra
 from pretrain.config.trust import COMMAND_LINE_ONLY
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.redact import find_secret, secrets
@@ -25,9 +25,9 @@ from pretrain.runtime.redact import find_secret, secrets
 MAY_SET = ("mode", "sweep.dir")  # keys of `hydra` that a file may set; a sweeper and a launcher are checked separately
 # Hydra sets these keys itself; `overrides` are compared separately.
 SET_BY_HYDRA = ("runtime", "overrides", "job.override_dirname", "job.config_name")
-SWEEPERS = ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "hydra_plugins.pretrain.OptunaSweeper")
+SWEEPERS = (BASIC_SWEEPER, "hydra_plugins.pretrain.OptunaSweeper")
 LAUNCHERS = (
-    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    BASIC_LAUNCHER,
     "hydra_plugins.pretrain.SideBySideLauncher",
     "hydra_plugins.pretrain.SlurmLauncher",
 )

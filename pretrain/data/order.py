@@ -28,8 +28,9 @@ class Permutation:
 
     def __call__(self, indices: NDArray[np.integer], epoch: int = 0) -> NDArray[np.int64]:
         """Return the images of ``indices`` (any shape, each in [0, n)) under the permutation of ``epoch``."""
-        keys = _mix(
-            np.uint64(self.seed & (2**64 - 1)) ^ _mix(np.arange(ROUNDS, dtype=np.uint64) + np.uint64(epoch * ROUNDS))
+        keys = mix_bits(
+            np.uint64(self.seed & (2**64 - 1))
+            ^ mix_bits(np.arange(ROUNDS, dtype=np.uint64) + np.uint64(epoch * ROUNDS))
         )
         values = self._once(np.asarray(indices).astype(np.uint64), keys)
         while (outside := values >= self.n).any():
@@ -40,12 +41,12 @@ class Permutation:
         """Pass ``values`` through the Feistel network once."""
         low, high = values & self.low_mask, values >> self.low_bits
         for first, second in zip(keys[::2], keys[1::2], strict=True):
-            high = high ^ (_mix(low ^ first) & self.high_mask)
-            low = low ^ (_mix(high ^ second) & self.low_mask)
+            high = high ^ (mix_bits(low ^ first) & self.high_mask)
+            low = low ^ (mix_bits(high ^ second) & self.low_mask)
         return (high << self.low_bits) | low
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix_bits(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Apply the finaliser of splitmix64 (Steele, Lea, Flood 2014), in which every input bit affects every output bit."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)

@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.strict_json import parse_json
@@ -55,8 +54,24 @@ def start_of(tensor: Tensor) -> int:
     """Return the first row of the local shard."""
     if not isinstance(tensor, DTensor):
         return 0
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return int(offset[0]) if offset else 0
+    return start_in(tensor)[0] if tensor.ndim else 0
+
+
+def start_in(tensor: DTensor) -> list[int]:
+    """Return the index in each dimension of the full tensor at which the local shard starts. A mesh of several dimensions
+    shards in their order, and an empty shard starts at the end."""
+    start, size = [0] * tensor.ndim, list(tensor.shape)
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "this rank is not in the mesh"
+    for placement, ranks, rank in zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True):
+        if isinstance(placement, Replicate):
+            continue
+        assert type(placement) is Shard, f"{placement} is not supported"
+        rows = -(-size[placement.dim] // ranks)  # of each shard but the last ones
+        first = min(rank * rows, size[placement.dim])
+        start[placement.dim] += first
+        size[placement.dim] = min(rows, size[placement.dim] - first)
+    return start
 
 
 def is_replicated(tensor: Tensor) -> bool:
@@ -225,7 +240,7 @@ def fill(tensor: Tensor, files: TensorFiles, name: str) -> None:
     part, start = local(tensor), start_of(tensor)
     read = files.read(name, start, start + len(part)) if part.ndim else files.read(name)
     if isinstance(tensor, DTensor) and not by_rows(tensor):
-        _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        offsets = start_in(tensor)
         for dim in range(1, read.ndim):
             read = read.narrow(dim, offsets[dim], part.shape[dim])
     with torch.no_grad():

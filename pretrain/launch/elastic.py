@@ -1,7 +1,6 @@
 """A subclass of torch's local elastic agent with another shutdown.
 
-It forwards signals to the workers, does not retry a user's mistake, and finds the cause of a failure. It overrides private
-methods of torch: how the agent starts and monitors the workers, and how their process context is closed.
+It forwards signals to the workers, does not retry a user's mistake, and finds the cause of a failure.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from pretrain.launch.failure import WorkerFailure, cause_of_hang, read_reports
+from pretrain.launch.torch_agent import TorchAgent
 from pretrain.run.folder import claimed_by
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError, WorkersFailed
@@ -32,7 +30,7 @@ REPORT_SECONDS = 1.0  # after one worker has exited, the others have this long t
 STACKS_SECONDS = 0.5  # after that, workers that are still alive have this long to write their stacks
 
 
-class Agent(LocalElasticAgent):
+class Agent(TorchAgent):
     """The parent of the local workers.
 
     Attributes:
@@ -65,9 +63,9 @@ class Agent(LocalElasticAgent):
         except RendezvousError as error:
             raise WorkersFailed(f"the nodes did not meet within launch.timeout: {type(error).__name__}") from error
         finally:
-            if claimed_by(run) == self._rdzv_handler.get_run_id():  # otherwise another command uses the folder
+            if claimed_by(run) == self.rendezvous.get_run_id():  # otherwise another command uses the folder
                 mark_failed(run)
-            self._rdzv_handler.shutdown()
+            self.rendezvous.shutdown()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         cause = self.cause()
@@ -94,45 +92,34 @@ class Agent(LocalElasticAgent):
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         return WorkerFailure(rank, how, "", 0.0)
 
-    # -- overrides of torch's private methods --------------------------------------------------------------------------
+    # -- what the agent calls --------------------------------------------------------------------------------------------
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+    def before_start(self) -> None:
         for old in self.reports.glob("rank-*.json"):
             old.unlink()
         if self.stop is not None:  # the signal arrived while an earlier attempt was ending
             raise Stopped(self.stop)
-        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torch's handlers would raise anywhere
         self._pids, self._closed = [], False
         for number in SIGNALS:
             signal.signal(number, self._forward_signal)
-        started = super()._start_workers(worker_group)
-        assert self._pcontext is not None
-        close = self._pcontext.close
-        self._pcontext.close = lambda *signal_and_timeout: self._end_workers(close)  # type: ignore[method-assign]
-        self._pids = list(started.values())
+
+    def after_start(self, pids: list[int]) -> None:
+        self._pids = pids
         if self.stop is not None:  # the signal arrived while the workers were starting
             self._kill(signal.SIGTERM)
-        return started
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        assert self._pcontext is not None
-        if any(process.exitcode for process in self._pcontext._pc.processes):  # type: ignore[attr-defined]
-            self._pcontext.close()  # torch would first send SIGTERM to the others and wait up to 30 s
-        result = super()._monitor_workers(worker_group)
-        if not result.is_failed():
-            return result
+    def after_failure(self) -> None:
         cause = self.cause()
         if cause.is_mistake or self.stop is not None:
-            self._remaining_restarts = 0
-        if self._remaining_restarts > 0:
-            done = worker_group.spec.max_restarts - self._remaining_restarts + 1
+            self.remaining_restarts = 0
+        if self.remaining_restarts > 0:
+            restarts = self.get_worker_group().spec.max_restarts
             notice(
                 f"rank {cause.rank} {cause.first_line}; all ranks restart from the last checkpoint "
-                f"(restart {done} of {worker_group.spec.max_restarts})"
+                f"(restart {restarts - self.remaining_restarts + 1} of {restarts})"
             )
-        return result
 
-    def _end_workers(self, close: Callable[..., None]) -> None:
+    def end_workers(self, close: Callable[..., None]) -> None:
         """Record which workers have exited by themselves, let the others write their stacks, and kill them.
 
         Without all ranks the others could not save a checkpoint. Only the first call records, before anything is killed.
@@ -140,10 +127,9 @@ class Agent(LocalElasticAgent):
         if self._closed:
             return
         self._closed = True
-        processes = self._pcontext._pc.processes  # type: ignore[union-attr]
-        by_rank = dict(zip((w.global_rank for w in self._worker_group.workers), processes, strict=True))
+        by_rank = self.processes
         until = time.monotonic() + REPORT_SECONDS
-        while any(p.is_alive() for p in processes) and time.monotonic() < until:
+        while any(p.is_alive() for p in by_rank.values()) and time.monotonic() < until:
             time.sleep(0.02)
         self.deaths = {rank: p.exitcode for rank, p in by_rank.items() if p.exitcode not in (None, 0)}
         self.stuck = {rank for rank, p in by_rank.items() if p.is_alive()}

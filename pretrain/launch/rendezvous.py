@@ -1,16 +1,11 @@
 """The rendezvous of the agents: a single one needs no network, several use a store that one of them hosts.
 
-torch's rendezvous keeps its state in that store as a pickle. Here the unpickler accepts only the few classes of which that
-state consists, as of torch 2.13; ``tests/launch/test_sockets.py`` fails when they change.
 Source: https://docs.pytorch.org/docs/stable/elastic/rendezvous.html
 """
 
 from __future__ import annotations
 
-import io
-import pickle
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any
 
 from torch.distributed import HashStore
@@ -19,7 +14,6 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
     RendezvousStoreInfo,
-    dynamic_rendezvous,
 )
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
@@ -27,15 +21,10 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from pretrain.distributed.context import tcp_store
 from pretrain.distributed.sockets import LOOPBACK
 from pretrain.launch.network import split
+from pretrain.launch.rendezvous_pickle import restrict_unpickling
 from pretrain.runtime.errors import UserError
 
 READ_SECONDS = 60
-KNOWN = {  # the classes in the pickled state of a rendezvous
-    (dynamic_rendezvous.__name__, "_RendezvousState"),
-    (dynamic_rendezvous.__name__, "_NodeDesc"),
-    ("builtins", "set"),
-    *(("datetime", name) for name in ("datetime", "timedelta", "timezone")),
-}
 
 
 class SingleAgentRendezvous(RendezvousHandler):
@@ -74,8 +63,7 @@ def meet(endpoint: str, *, nodes: int, is_host: bool, local_address: str, timeou
     Raises ``UserError`` when no store answers at the endpoint.
     """
     host, port = split(endpoint)
-    restricted = SimpleNamespace(dumps=pickle.dumps, loads=loads, PickleError=pickle.PickleError)
-    vars(dynamic_rendezvous)["pickle"] = restricted
+    restrict_unpickling()
     try:
         store = _store(host, port, is_host=is_host)
         backend = C10dRendezvousBackend(store, "pretrain")
@@ -95,18 +83,3 @@ def _store(host: str, port: int, *, is_host: bool) -> Any:
         return tcp_store(host, port, is_host=is_host, timeout=timeout)
     except UserError:  # another agent on this machine hosts the store already
         return tcp_store(host, port, is_host=False, timeout=timeout)
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in KNOWN:
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of a rendezvous' state")
-        return super().find_class(module, name)
-
-
-def loads(state: bytes) -> Any:
-    """Return the unpickled state of a rendezvous.
-
-    Raises ``pickle.UnpicklingError`` for any other class, whose code is not executed.
-    """
-    return _Unpickler(io.BytesIO(state)).load()

@@ -1,36 +1,30 @@
 """The weights that stay in fp32 when a model is cast to 16 bits: routers, decays, correction biases.
 
 A transformers model lists them (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``) or creates them in fp32.
-`from_pretrained` respects both (transformers 5.20 to 5.23); this module does the same for models that are built or saved in
+`from_pretrained` respects both; this module does the same for models that are built or saved in
 another way.
 """
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import torch
-from transformers.core_model_loading import build_glob_alternation
 
-from pretrain.models.meta import parameters_on_meta
+from pretrain.models.transformers_internals import is_listed_as_fp32, new_on_meta
 
 
 def keep_fp32(hf: Any, dtype: torch.dtype) -> None:
     """Cast to fp32 the parameters and buffers of ``hf`` (just built in ``dtype``) that its class lists as fp32."""
-    plan = hf._get_dtype_plan(dtype)
-    if not plan:
-        return
-    named = build_glob_alternation(list(plan))[0]
+    listed = is_listed_as_fp32(hf, dtype)
     for name, tensor in [*hf.named_parameters(), *hf.named_buffers()]:
-        if tensor.is_floating_point() and named.search(name):
+        if tensor.is_floating_point() and listed(name):
             tensor.data = tensor.data.float()
 
 
 def dtypes_in(hf: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Return the dtype of every weight (parameters and persistent buffers, by name) of a model like ``hf`` in ``dtype``."""
-    with torch.random.fork_rng(devices=[]), parameters_on_meta():
-        twin = type(hf)._from_config(deepcopy(hf.config), dtype=dtype)
+    twin = new_on_meta(hf, dtype=dtype)
     keep_fp32(twin, dtype)
     return {name: tensor.dtype for name, tensor in twin.state_dict().items()}
 

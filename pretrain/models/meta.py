@@ -10,23 +10,23 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Inside this context every parameter that a module registers is moved to the meta device; ties are kept."""
-    register = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    hook = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # torch: a hook may return one
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        hook.remove()
 
 
 def put_buffers(module: nn.Module, buffers: dict[str, torch.Tensor], device: torch.device) -> None:
@@ -49,14 +49,12 @@ def replace_parameters(module: nn.Module, replace: Callable[[nn.Parameter], torc
     ``Module.to``, this also moves parameters from and to the meta device with their ties."""
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old ones too, so that no id is used twice
     for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is None:
-                continue
+        for name, parameter in [*part.named_parameters(recurse=False, remove_duplicate=False)]:
             if id(parameter) not in made:
                 tensor = replace(parameter)
                 new = parameter if tensor is parameter else nn.Parameter(tensor.detach(), parameter.requires_grad)
                 made[id(parameter)] = parameter, new
-            part._parameters[name] = made[id(parameter)][1]
+            part.register_parameter(name, made[id(parameter)][1])
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Pass the information whether a batch has packed documents to transformers, which would otherwise read it from the device.
 
-When no attention mask is given, transformers (5.20 to 5.23, ``masking_utils.find_packed_sequence_indices``) checks in every
-forward whether positions restart anywhere. On a GPU that check is a synchronisation: the kernel queue is empty after it.
+When no attention mask is given, transformers checks in every forward whether positions restart anywhere. On a GPU that check is
+a synchronisation: the kernel queue is empty after it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import masking_utils
 
-PACKING_CHECK = "find_packed_sequence_indices"
-_original = vars(masking_utils).get(PACKING_CHECK)
+from pretrain.models.transformers_internals import own_packing_check, set_packing_check
+
 _lock, _inside = Lock(), 0
 
 
@@ -31,7 +30,7 @@ def known(*, packed: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        _enter(-1, _original)
+        _enter(-1, own_packing_check)
 
 
 def _enter(change: int, answer: Any) -> None:
@@ -39,8 +38,8 @@ def _enter(change: int, answer: Any) -> None:
     global _inside
     with _lock:
         _inside += change
-        if _original is not None and _inside == max(change, 0):
-            setattr(masking_utils, PACKING_CHECK, answer)
+        if own_packing_check is not None and _inside == max(change, 0):
+            set_packing_check(answer)
 
 
 def sequences(position_ids: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from pretrain.models.hub.files import POSITION_KEYS
+from pretrain.models.transformers_internals import has_forward_hooks
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 
@@ -258,7 +259,7 @@ def _is_linear(head: Any) -> bool:
     """Return whether ``head`` multiplies by its matrix and does nothing else."""
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
         return False
-    return not head._forward_hooks and not head._forward_pre_hooks
+    return not has_forward_hooks(head)
 
 
 def _is_experts(module: nn.Module) -> bool:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from importlib import import_module
+from contextlib import nullcontext, redirect_stdout
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from pretrain.models.meta import cast_parameters, put_buffers
 from pretrain.optim.combined import combined
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
+from pretrain.strategy.deepspeed_internals import ZeroOptimizer, disable_compilation
 from pretrain.strategy.deepspeed_optimizer import check_moments, supported
 from pretrain.strategy.engine import Engine, count_parameters, never
 
@@ -44,17 +44,10 @@ if TYPE_CHECKING:
 def join_process_group(config: dict[str, Any]) -> None:
     """Make DeepSpeed use the existing process group, and let it check its config.
 
-    DeepSpeed's own CPU communication is disabled, because it compiles C++ for a minute at its first use and is only needed
-    for inference. Its kernels for Muon are disabled too, because no run here uses that optimizer and decorating them
-    imports torch's compiler, which takes a second.
-
     Raises ``UserError`` for a config that DeepSpeed rejects.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    communication = vars(import_module("deepspeed.comm.torch"))
-    assert "build_shm_op" in communication, f"DeepSpeed {deepspeed.__version__} builds its CPU communication elsewhere"
-    communication["build_shm_op"] = lambda: None
-    vars(import_module("deepspeed.runtime.compiler"))["compile"] = lambda: lambda function: function
+    disable_compilation()
     deepspeed.init_distributed()
     check_config(config)
 
@@ -136,8 +129,7 @@ class DeepspeedEngine(Engine):
     def __init__(self, *args: Any, wrapped: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._wrapped = wrapped
-        self._zero = wrapped.optimizer
-        self._stage = int(wrapped.zero_optimization_stage())
+        self._zero = ZeroOptimizer(wrapped)
 
     @classmethod
     def build(
@@ -180,7 +172,7 @@ class DeepspeedEngine(Engine):
 
     @property
     def loss_scale(self) -> Tensor | float | None:
-        return float(self._zero.loss_scaler.cur_scale) if self.scaler.is_enabled() else None
+        return self._zero.loss_scale if self.scaler.is_enabled() else None
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -194,21 +186,11 @@ class DeepspeedEngine(Engine):
         """Take a step. ``refuse`` is called with 0, because the norm is not known yet; DeepSpeed itself skips a step whose norm
         is not finite. DeepSpeed waits for the device in every step, so reading the answer does not add a wait."""
         assert (max_norm or 0.0) == self._wrapped.gradient_clipping()
-        with self._infinite_norm() if refuse(torch.zeros((), device=self.world.device)) else nullcontext():
+        device = self.world.device
+        with self._zero.infinite_norm(device) if refuse(torch.zeros((), device=device)) else nullcontext():
             self._wrapped.step()
-        self.skipped += int(self._zero.overflow)
-        return torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self.world.device)
-
-    @contextmanager
-    def _infinite_norm(self) -> Iterator[None]:
-        """Make DeepSpeed compute an infinite norm, so that it skips the step and clears its gradients."""
-        measure = "scaled_global_norm" if self._stage < 3 else "_get_norm_groups"
-        infinite = torch.tensor(float("inf"), device=self.world.device)
-        setattr(self._zero, measure, lambda: infinite if self._stage < 3 else [infinite])
-        try:
-            yield
-        finally:
-            delattr(self._zero, measure)
+        self.skipped += int(self._zero.skipped)
+        return torch.as_tensor(self._zero.grad_norm, dtype=torch.float32, device=device)
 
     def forward(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
         found: Tensor = self.step_module(*inputs, **more)
@@ -227,19 +209,20 @@ class DeepspeedEngine(Engine):
             every[kind][name] = described(tensor)
             if i % self.world.size == self.world.rank:
                 own[kind][name] = TensorShard(tensor.detach().cpu(), 0, tuple(tensor.shape))
-        return own | {"tensors": every, "scaler": self._loss_scale() | {"skipped": int(self.skipped)}}
+        scaler = self._zero.loss_scale_state() if self.scaler.is_enabled() else {}
+        return own | {"tensors": every, "scaler": scaler | {"skipped": int(self.skipped)}}
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights that the forward uses, below stage 3; everything else is sharded."""
-        if self._stage < 3:
+        if self._zero.stage < 3:
             yield from self.model.hf_state().items()
 
     def _whole_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield ("model" or "optimizer", name, full tensor) of everything that a checkpoint holds. This is a collective."""
         for name, tensor in self.full_weights():
             yield "model", name, tensor
-        self._link_moments()
-        moments = self.optimizer.state.get(self._shards()[0], {})  # empty before the first step
+        self._zero.link_moments()
+        moments = self.optimizer.state.get(self._zero.shards(self.optimizer)[0], {})  # empty before the first step
         for name, parameter in self.model.hf_named_parameters():
             for key, value in moments.items() if parameter.requires_grad else ():
                 if value.ndim == 0:  # the step counter, equal for all parameters
@@ -252,7 +235,8 @@ class DeepspeedEngine(Engine):
         self._load_weights(state["model"])
         self._load_moments(state["optimizer"])
         self.skipped.fill_(state["scaler"].get("skipped", 0))
-        self._set_loss_scale(state["scaler"])
+        if self.scaler.is_enabled():
+            self._zero.load_loss_scale(state["scaler"])
 
     def _load_weights(self, files: TensorFiles) -> None:
         own = self.model.hf_state()
@@ -260,14 +244,14 @@ class DeepspeedEngine(Engine):
         for name, tensor in own.items():
             check_shape(name, files, tuple(getattr(tensor, "ds_shape", tensor.shape)))
             self._assign(tensor, files.read(name))
-        self._update_weights()
+        self._zero.update_weights()
 
     def _load_moments(self, files: TensorFiles) -> None:
         self.optimizer.state.clear()
         parameters = dict(self.model.hf_named_parameters())
         slots = [(slot, *slot.split("/", 1)) for slot in sorted(files.keys())]
         counts = {key: files.read(slot) for slot, _, key in slots if not files.shape(slot)}
-        for shard in self._shards():
+        for shard in self._zero.shards(self.optimizer):
             on_device = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
             for _, _, key in slots:
                 if key in counts:
@@ -275,25 +259,12 @@ class DeepspeedEngine(Engine):
                 else:
                     value = torch.zeros_like(shard, requires_grad=False)
                 self.optimizer.state[shard][key] = value
-        self._link_moments()
+        self._zero.link_moments()
         for slot, name, key in slots:
             if key not in counts:
                 self._assign(parameters[name], files.read(slot), key)
 
     # -- DeepSpeed's shards -------------------------------------------------------------------------------------------
-
-    def _shards(self) -> list[Tensor]:
-        """Return the flat fp32 tensors that the optimizer updates on this rank."""
-        if self._stage == 3:
-            return list(self._zero.fp32_partitioned_groups_flat)
-        return [shard for group in self.optimizer.param_groups for shard in group["params"]]
-
-    def _link_moments(self) -> None:
-        """Give parameters their views of the moments in the shards, where moments exist. DeepSpeed does this only once, when
-        the first parameter group has been updated and the others have no moments yet."""
-        if self._stage < 3:
-            self._zero._hp_optimizer_states_linked = False
-            self._zero._lazy_init_hp_params_optimizer_state()
 
     def _whole(self, tensor: Tensor) -> Tensor:
         """Return the full fp32 weight that the optimizer updates; a buffer is returned as it is. This is a collective."""
@@ -311,7 +282,7 @@ class DeepspeedEngine(Engine):
         if not tensor.requires_grad:  # a buffer, a frozen weight
             with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
                 tensor.copy_(value)
-        elif self._stage < 3:
+        elif self._zero.stage < 3:
             if key is None:
                 ds_utils.safe_set_full_fp32_param(tensor, value)
             else:
@@ -322,35 +293,6 @@ class DeepspeedEngine(Engine):
                 ds_utils.safe_set_local_fp32_param(tensor, shard)
             else:
                 ds_utils.safe_set_local_optimizer_state(tensor, shard, key)
-
-    def _update_weights(self) -> None:
-        """Renew the weights of the model from the fp32 ones, as DeepSpeed does at the end of a step."""
-        if self._stage < 3:
-            self._zero.update_lp_params()
-            return
-        self._zero._partition_all_parameters()
-        for i in range(len(self._zero.fp16_groups)):
-            self._zero._reassign_or_swap_out_partitioned_parameters(i)
-        self._zero._post_step(set())
-
-    def _loss_scale(self) -> dict[str, float]:
-        """Return the state of DeepSpeed's dynamic loss scale with the key names of torch's ``GradScaler``."""
-        scaler = self._zero.loss_scaler if self.scaler.is_enabled() else None
-        if scaler is None or not scaler.dynamic:
-            return {}
-        return {
-            "scale": float(scaler.cur_scale),
-            "growth_factor": scaler.scale_factor,
-            "backoff_factor": 1 / scaler.scale_factor,
-            "growth_interval": scaler.scale_window,
-            "_growth_tracker": (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window,
-        }
-
-    def _set_loss_scale(self, state: dict[str, float]) -> None:
-        if self.scaler.is_enabled() and "scale" in state and self._zero.loss_scaler.dynamic:
-            self._zero.loss_scaler.cur_scale = state["scale"]
-            self._zero.loss_scaler.cur_iter = int(state["_growth_tracker"])
-            self._zero.loss_scaler.last_overflow_iter = -1
 
 
 def report_rounded(model: LanguageModel, precision: Precision) -> None:

@@ -10,14 +10,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.callbacks import Callbacks
-from hydra._internal.hydra import Hydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 
 from pretrain.config.check import check_part, conf_dir
 from pretrain.config.hydra_configs import compose_config, composing
+from pretrain.config.hydra_internals import Callbacks, Hydra
 from pretrain.config.schema import build_part
 from pretrain.config.trust import PARTS
 from pretrain.runtime.console import complain, notice

@@ -36,10 +36,13 @@ class Space:
 
     def holds(self, values: dict[str, Any]) -> bool:
         """Return whether ``values`` belong to this space. A trial that has just started may have only some of the keys."""
+        from optuna.trial import TrialState, create_trial
+
         try:
-            return all(self.searched[k]._contains(self.searched[k].to_internal_repr(v)) for k, v in values.items())
-        except (KeyError, ValueError, TypeError):  # an unknown key, an unknown choice, or not a number
+            create_trial(state=TrialState.RUNNING, params=values, distributions={k: self.searched[k] for k in values})
+        except (KeyError, ValueError, TypeError):  # an unknown key, a value outside of its range, or not a number
             return False
+        return True
 
     def overrides(self, values: dict[str, Any]) -> list[str]:
         """Return the overrides of one trial. Numbers are rounded to six digits, which keeps the folder's name readable."""

@@ -14,6 +14,7 @@ from pretrain.runtime.files import keep_copy, replace_file
 from pretrain.runtime.lines import json_lines
 from pretrain.sweep.job import lock_of, plain
 from pretrain.sweep.jobs import Outcome
+from pretrain.sweep.optuna_internals import CREATE_TRIAL, open_trial
 from pretrain.sweep.space import Space
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 FILE = "optuna.journal"
-CREATE_TRIAL = 4  # optuna.storages.journal: JournalOperation.CREATE_TRIAL; seen in Optuna 5.0
 
 
 @contextmanager
@@ -79,10 +79,10 @@ class Study:
 
     def resume(self) -> int:
         """Resume the open trials and queue the failed ones again. Return the number of trials that have a result."""
-        from optuna.trial import Trial, TrialState
+        from optuna.trial import TrialState
 
         trials = self._study.trials
-        self._open = [Trial(self._study, t._trial_id) for t in trials if t.state == TrialState.RUNNING]
+        self._open = [open_trial(self._study, t) for t in trials if t.state == TrialState.RUNNING]
         others = [_params(t) for t in trials if t.state != TrialState.FAIL]
         for trial in trials:
             if trial.state == TrialState.FAIL and trial.params not in others:

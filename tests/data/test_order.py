@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.order import Permutation, _mix
+from pretrain.data.order import Permutation, mix_bits
 
 
 @settings(deadline=None)
@@ -77,7 +77,7 @@ def test_mixing_is_splitmix64() -> None:
     """The first numbers of the reference code's generator with the seed 1234567 (prng.di.unimi.it/splitmix64.c)."""
     gamma = 0x9E3779B97F4A7C15
     states = np.array([(1234567 + i * gamma) % 2**64 for i in range(3)], dtype=np.uint64)
-    assert _mix(states).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert mix_bits(states).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 def test_nothing_has_no_order() -> None:

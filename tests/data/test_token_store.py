@@ -251,10 +251,10 @@ def test_a_share_of_the_training_documents(store):
     """By the hashes mixed once more: another choice than that of the held-out ones, and the same on every machine."""
     assert numbers(store.views(held_out=0.0, train_data_ratio=1.0)[0]) == [0, 1, 2, 3, 4]
     assert numbers(store.views(held_out=0.0, train_data_ratio=0.0)[0]) == []
-    from pretrain.data.order import _mix
+    from pretrain.data.order import mix_bits
 
     hashes = np.array([SMALL, LARGE, LARGE, SMALL + 1, 2**64 - 1], np.uint64)
-    expected = np.flatnonzero(_mix(hashes) < np.uint64(2**63)).tolist()
+    expected = np.flatnonzero(mix_bits(hashes) < np.uint64(2**63)).tolist()
     assert 0 < len(expected) < 5
     assert numbers(store.views(held_out=0.0, train_data_ratio=0.5)[0]) == expected
 

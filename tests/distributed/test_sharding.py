@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pretrain.distributed import sharding as tensors
@@ -59,6 +59,28 @@ def test_the_rows_of_a_rank(rank, start, rows, rank_of):
     assert (piece.start, piece.shape) == (start, (5, 3))
     assert torch.equal(piece.tensor, ROWS[start : start + rows])
     assert not piece.tensor.requires_grad
+
+
+@pytest.mark.parametrize("rank", range(6))
+@pytest.mark.parametrize(
+    "placements",
+    [
+        (Shard(0), Shard(1)),
+        (Shard(1), Shard(0)),
+        (Shard(0), Shard(0)),
+        (Replicate(), Shard(1)),
+        (Shard(0), Replicate()),
+    ],
+    ids=str,
+)
+def test_where_a_shard_starts_in_several_dimensions(placements, rank, rank_of):
+    """It starts where torch itself cuts."""
+    full = torch.arange(35).reshape(5, 7)
+    tensor = distribute_tensor(full, rank_of(rank, 3, 2), placements, src_data_rank=None)
+    rows, columns = tensors.start_in(tensor)
+    mine = tensor.to_local()
+    assert torch.equal(full[rows : rows + mine.shape[0], columns : columns + mine.shape[1]], mine)
+    assert rows == tensors.start_of(tensor)
 
 
 @pytest.mark.parametrize(("rank", "writes", "start"), [(0, True, 0), (1, True, 3), (2, False, 0), (3, False, 3)])

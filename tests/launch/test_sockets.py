@@ -275,7 +275,7 @@ def test_the_state_of_a_rendezvous_runs_nothing(tmp_path):
 
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
 
-    from pretrain.launch.rendezvous import loads
+    from pretrain.launch.rendezvous_pickle import loads
 
     state = _RendezvousState()
     state.participants[_NodeDesc("node1", 7, 0)] = 0

@@ -12,6 +12,7 @@ from pretrain.data.batch import Batch
 from pretrain.distributed.context import DistributedContext
 from pretrain.models import packing
 from pretrain.models.language_model import LanguageModel
+from pretrain.models.transformers_internals import PACKING_CHECK
 from pretrain.optim.adamw import AdamW
 from pretrain.strategy.engine import Engine
 from pretrain.strategy.precision import Precision
@@ -56,22 +57,22 @@ def test_transformers_would_look() -> None:
 
 
 def test_it_ends_with_an_error_too() -> None:
-    before = vars(masking_utils)[packing.PACKING_CHECK]
+    before = vars(masking_utils)[PACKING_CHECK]
     with pytest.raises(KeyError), packing.known(packed=True):
-        assert vars(masking_utils)[packing.PACKING_CHECK] is not before
+        assert vars(masking_utils)[PACKING_CHECK] is not before
         raise KeyError
-    assert vars(masking_utils)[packing.PACKING_CHECK] is before
+    assert vars(masking_utils)[PACKING_CHECK] is before
 
 
 def test_threads_are_inside_together() -> None:
     """As the copies of DataParallel are; the first that leaves takes nothing from the other."""
-    before, both, left = vars(masking_utils)[packing.PACKING_CHECK], Barrier(2), Event()
+    before, both, left = vars(masking_utils)[PACKING_CHECK], Barrier(2), Event()
 
     def second() -> None:
         with packing.known(packed=False):
             both.wait()
             left.wait()
-            assert vars(masking_utils)[packing.PACKING_CHECK](PACKED) is None
+            assert vars(masking_utils)[PACKING_CHECK](PACKED) is None
 
     with ThreadPoolExecutor() as pool:
         with packing.known(packed=False):
@@ -79,7 +80,7 @@ def test_threads_are_inside_together() -> None:
             both.wait()
         left.set()
         other.result()
-    assert vars(masking_utils)[packing.PACKING_CHECK] is before
+    assert vars(masking_utils)[PACKING_CHECK] is before
 
 
 @pytest.mark.parametrize("precision", [("32-true", "float32", "float32"), ("16-mixed", "float32", "float16")])

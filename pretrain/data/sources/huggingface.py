@@ -12,6 +12,7 @@ from pydantic import Field
 from pretrain.data.cache import cache_dir
 from pretrain.data.reading.units import SourceFile
 from pretrain.data.sources.base import FileSource
+from pretrain.data.sources.datasets_internals import fingerprint
 from pretrain.data.sources.own_files import check_builder, check_cards, check_data_files, download_manager
 from pretrain.runtime.errors import UserError, one_line
 
@@ -25,10 +26,10 @@ class HuggingFace(FileSource):
     """A dataset that ``datasets.load_dataset`` can load.
 
     Attributes:
-        nameOrPath: Hub id or local folder.
-        subset: configuration of the dataset.
-        split: split, or a slice of one.
-        revision: branch, tag or commit of a Hub dataset.
+        nameOrPath: A dataset on the Hub, or a local folder without a script.
+        subset: Configuration name of the dataset.
+        split: Split, or a slice such as train[:10%].
+        revision: Branch, tag or commit.
     """
 
     source: Literal["huggingface"] = "huggingface"
@@ -52,7 +53,7 @@ class HuggingFace(FileSource):
         if not found or any(mark in self.split for mark in "[+"):  # a slice exists in memory only, so write it to disk
             from datasets import load_from_disk
 
-            folder = cache_dir() / "huggingface" / dataset._fingerprint
+            folder = cache_dir() / "huggingface" / fingerprint(dataset)
             if not (folder / "state.json").exists():  # written last
                 dataset.save_to_disk(folder)
             found = [entry["filename"] for entry in load_from_disk(folder).cache_files]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pretrain.data.sources.datasets_internals import downloads_folder
 from pretrain.runtime.errors import UserError, one_line
 from pretrain.runtime.folders import is_below, is_inside
 
@@ -71,7 +72,7 @@ def download_manager(builder: Any) -> Any:
         def iter_archive(self, path_or_buf: Any) -> Any:
             raise UserError(f"{path_or_buf}: {NOT_UNPACKED}")
 
-    options = DownloadConfig(cache_dir=builder._cache_downloaded_dir, use_etag=False, token=builder.token)
+    options = DownloadConfig(cache_dir=downloads_folder(builder), use_etag=False, token=builder.token)
     return SingleFiles(
         dataset_name=builder.dataset_name,
         data_dir=builder.config.data_dir,

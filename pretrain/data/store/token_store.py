@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.changed_files import Files
-from pretrain.data.order import _mix
+from pretrain.data.order import mix_bits
 from pretrain.data.store.token_shards import TokenShard, open_part
 from pretrain.runtime.errors import UserError
 
@@ -110,7 +110,7 @@ class TokenStore:
 
         def is_training(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
             in_training = ~is_held_out(hashes)
-            return in_training if ratio_limit >= 2**64 else in_training & (_mix(hashes) < np.uint64(ratio_limit))
+            return in_training if ratio_limit >= 2**64 else in_training & (mix_bits(hashes) < np.uint64(ratio_limit))
 
         return TokenView(self, is_training, first), TokenView(self, is_held_out, first)
 
