@@ -90,7 +90,7 @@ def ours(engine: Engine, *, background: bool) -> Save:
         saver = savers[0]
 
         def start() -> Callable[[], None]:
-            progress = {"step": number, "losses": {}, "evaluated_at": -1}
+            progress = {"step": number, "evaluated_at": -1}
             state = {"engine": engine.state_dict(), "progress": progress, "rng": [rng_state()]}
             saver.save(number, state, at_once=False)
             return saver.wait

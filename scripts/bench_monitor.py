@@ -70,7 +70,7 @@ class Contestant:
             event = self.trainer.train_step(batch)
             self._emit(event)
             self.trainer.sync_stop_signal()
-            list(self.trainer.guard.found(at_once=False))
+            list(self.trainer.guard.handle_bad_steps(at_once=False))
         wall, processor = time.perf_counter() - started_at, time.process_time() - worked_at
         return Turn(wall / steps, processor / steps, self._listening / steps)
 

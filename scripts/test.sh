@@ -3,13 +3,17 @@
 # `--quick`, as the first, runs the tests of parts that start no run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh dev
-bash scripts/check.sh
 chosen="not slow"
 if [ "${1:-}" = --quick ]; then
     chosen=quick
     shift
+else
+    bash scripts/system_packages.sh & # while the rest is set up and checked
+    trap 'kill $! 2>/dev/null || true' EXIT
 fi
+bash scripts/setup.sh dev
+bash scripts/check.sh
+wait
 # One process a core, each computing on one thread.
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 pytest -m "$chosen" --dist loadgroup -n "$(python -c 'import os; print(min(8, os.cpu_count() or 1))')" "$@"

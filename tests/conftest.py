@@ -8,12 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.foreign import foreign_module
+from tests.preloaded import Preloaded
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+settings.register_profile("without a clock", deadline=None)
+settings.load_profile("without a clock")
 
 pytest_plugins = ["tests.time_limit"]
 
@@ -31,7 +36,9 @@ NOT_QUICK = {"tests", "launch", "runtime", "strangers"} | {f"test_{n}.py" for n 
 
 
 def pytest_collection_modifyitems(items):
-    """Mark as `quick` what `scripts/test.sh --quick` runs: tests of a part alone, which take about a second at most."""
+    """Mark as `quick` what `scripts/test.sh --quick` runs: tests of a part alone, which take about a second at most. Those
+    of SLURM come first: they wait most of their time, beside which another process of pytest-xdist can compute."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
     for item in items:
         kept_out = STARTS_A_RUN & set(item.fixturenames) or NOT_QUICK & {item.path.parent.name, item.path.name}
         if not kept_out and not item.get_closest_marker("slow"):
@@ -43,8 +50,10 @@ WORDS = "the sea road of stone a ship and its crew went under light rain to see 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Tests neither use nor fill the user's token cache."""
-    os.environ["PRETRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Tests neither use nor fill the user's token cache. The processes of pytest-xdist share one."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    os.environ["PRETRAIN_CACHE"] = str(root / "cache")
 
 
 def sentences(seed: int, count: int) -> str:
@@ -163,6 +172,7 @@ def base_arguments(tiny_model, corpus, other_corpus):
         "evaluate_every=8",
         "save_every=5",
         "lr=1e-3",
+        "sink=[console,jsonl]",  # without the page, whose charts take longer than such a run
     ]
 
 
@@ -195,13 +205,14 @@ def command(capsys):
 
 @pytest.fixture
 def spawn():
-    """Start the command line as a process of its own; what is left of it and its children at the end is killed."""
+    """Start the command line as a process of its own; what is left of it and its children at the end is killed.
+    ``fresh``: it imports everything itself (see tests/preloaded.py)."""
     import psutil
 
     started = []
 
-    def start(arguments, **options):
-        process = subprocess.Popen(
+    def start(arguments, *, fresh=False, **options):
+        process = (subprocess.Popen if fresh else Preloaded)(
             [sys.executable, "-m", "pretrain", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

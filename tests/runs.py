@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from itertools import zip_longest
 from pathlib import Path
@@ -14,6 +16,12 @@ from pretrain.telemetry.sinks.jsonl import read_records
 
 ROOT = Path(__file__).parents[1]
 PLACES = {"path", "folder", "model"}
+
+
+def run_code(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """What a process ends with that runs ``code`` with the words ``arguments``, and imports what it needs itself."""
+    command, env = [sys.executable, "-c", code, *arguments], os.environ | environment
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 def numbers(run: Path) -> list[dict]:

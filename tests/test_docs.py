@@ -4,8 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import zstandard
 
 from pretrain.telemetry.run_file import read_run_file
 from tests.conftest import sentences
+from tests.preloaded import run_preloaded
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,8 +43,7 @@ def checkpoint(tmp_path_factory, tiny_model, corpus):
     arguments = [f"model_name={tiny_model}", "dataset=local", f"dataset.nameOrPath={corpus}", f"output_dir={run}"]
     small = ["sequence_length=32", "batch_size=2", "max_steps=200", "evaluation=new_only", "checkpoint.export=never"]
     small += ["evaluate_every=null", "save_every=null", "log_every=200"]
-    done = [sys.executable, "-m", "pretrain", *arguments, *small, "sink=jsonl"]
-    subprocess.run(done, capture_output=True, check=True)
+    run_preloaded(["-m", "pretrain", *arguments, *small, "sink=jsonl"]).check_returncode()
     return run / "checkpoints/step-00000200"
 
 
@@ -85,6 +83,11 @@ def test_command(words, place, command, spawn, monkeypatch, tiny_model, tmp_path
         words = [w.replace("/shared/books", "books").replace("/shared/", "") for w in words if "launch." not in w]
     if not any(w.startswith(("model_name=", "model=")) for w in words):
         small.append(f"model_name={tiny_model}")
+    if not any("evaluation" in w for w in words) and words != [
+        "-m",
+        "lr=1e-4,3e-4",
+    ]:  # the default's base domain is large
+        small += ["dataset@evaluation.domains.base=local", "evaluation.domains.base.nameOrPath=old"]
     if "task=generation" in words:
         small = ["sequence_length=32", "generation.max_new_tokens=4"]
     if any("owner/name" in w for w in words):  # the Hub is out of reach here: all but the download is checked
@@ -97,12 +100,7 @@ def test_command(words, place, command, spawn, monkeypatch, tiny_model, tmp_path
     if "hydra/sweeper=optuna" in words:
         small.append("hydra.sweeper.n_trials=2")
     if words[0] == "torchrun":
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", *words[1:], *small],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run_preloaded(["-m", "torch.distributed.run", *words[1:], *small])
         assert done.returncode == 0, done.stderr
         return
     if "-m" in words or any(w.startswith(("hydra/launcher=", "hydra/sweeper=")) for w in words):

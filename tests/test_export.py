@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
+from tests.preloaded import run_preloaded
 from tests.test_parity import whole_model
 
 LIMIT = 20_000  # bytes a file: the tiny model's embedding, 38,400 bytes, is larger
@@ -116,7 +115,7 @@ def test_killed_while_it_exports(base_arguments, command, tmp_path):
         "from pretrain.cli.main import program\nprogram()"
     )
     arguments = [*base_arguments, "max_steps=2", f"output_dir={tmp_path}"]
-    killed = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    killed = run_preloaded(["-c", code, *arguments])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (tmp_path / "model.partial" / "model.safetensors").exists(), "it was in the middle of it"
     assert not (tmp_path / "model").exists()

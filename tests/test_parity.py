@@ -14,6 +14,7 @@ from pretrain.config.check import conf_dir
 from pretrain.distributed.sharding import PIECES
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
+from tests.preloaded import run_preloaded
 
 STRATEGIES = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
 VARIANTS = [
@@ -250,9 +251,6 @@ def test_a_tied_head_with_weights_of_its_own(head, base_arguments, exact_model, 
 
 def test_fsdp_never_holds_a_pretrained_model_whole(base_arguments, exact_model, tmp_path):
     """Building it is made an error: every rank reads its own rows of the files."""
-    import subprocess
-    import sys
-
     code = (
         "from pretrain.models.causal_lm import Pretrained\n"
         "def build(*given, **more): raise AssertionError('the whole model')\n"
@@ -261,6 +259,5 @@ def test_fsdp_never_holds_a_pretrained_model_whole(base_arguments, exact_model, 
     )
     given = [*arguments(base_arguments, exact_model("llama"), tmp_path), "max_steps=2"]
     for strategy, returncode in (("fsdp", 0), ("single", 1)):
-        command = [sys.executable, "-c", code, *given, f"strategy={strategy}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = run_preloaded(["-c", code, *given, f"strategy={strategy}"])
         assert done.returncode == returncode, done.stderr

@@ -1,9 +1,6 @@
 """One checkpoint format for all: a run handed from strategy to strategy and from world size to world size continues as if
 nothing had happened, and ends where the run in one process ends."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import yaml
@@ -11,6 +8,7 @@ import yaml
 from pretrain.checkpoint.store import load
 from pretrain.config.check import conf_dir
 from pretrain.telemetry.sinks.jsonl import read_records
+from tests.preloaded import run_preloaded
 from tests.test_parity import STRATEGIES, whole_model
 
 
@@ -58,7 +56,7 @@ def split(processes):
 
 
 def in_a_process(arguments):
-    done = subprocess.run([sys.executable, "-m", "pretrain", *arguments], capture_output=True, text=True, check=False)
+    done = run_preloaded(["-m", "pretrain", *arguments])
     return done.returncode, done.stdout, done.stderr
 
 

@@ -3,19 +3,18 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests.preloaded import run_preloaded
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 def script(name, *arguments, **options):
-    command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPTS.parent, **options)
+    return run_preloaded([SCRIPTS / name, *arguments], cwd=SCRIPTS.parent, **options)
 
 
 @pytest.mark.slow

@@ -2,9 +2,6 @@
 
 import base64
 import json
-import os
-import subprocess
-import sys
 import urllib.parse
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import pytest
 from pretrain.runtime.redact import find_secret, redact, secrets
 from tests.cli.test_cli import assert_mistake
 from tests.launch.test_launch import PAIR
-from tests.runs import injected
+from tests.runs import injected, run_code
 
 HF = "hf_" + "PlantedPlantedPlanted"
 PLANTED = {
@@ -77,7 +74,8 @@ def assert_nowhere(secrets: list[str], folder: Path, *texts: str) -> None:
 def test_a_run_leaves_none(planted, spawn, base_arguments, tmp_path):
     """Nor one that stood on the command line, as the name of a variable, and lost to a later word."""
     run = tmp_path / "run"
-    process = spawn([*base_arguments, f"output_dir={run}", "name=${oc.env:WANDB_API_KEY}", "name=books"])
+    given = [*base_arguments, f"output_dir={run}", "sink=[console,jsonl,report]"]
+    process = spawn([*given, "name=${oc.env:WANDB_API_KEY}", "name=books"])
     text = process.communicate(timeout=120)[0]
     assert process.returncode == 0, text
     written = {file.relative_to(run).parts[0] for file in run.rglob("*") if file.is_file()}
@@ -133,13 +131,7 @@ def test_a_failure_says_none(planted, base_arguments, tmp_path):
         "torch.optim.AdamW.step = broken\n"
         "from pretrain.cli.main import program\nprogram()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *base_arguments, f"output_dir={run}"],
-        env=os.environ | {"PLANTED": " ".join(planted)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_code(code, *base_arguments, f"output_dir={run}", PLANTED=" ".join(planted))
     assert done.returncode == 1
     assert "RuntimeError: broken: ['***', " in done.stderr
     assert "RuntimeError: broken: ['***', " in (run / "logs" / "rank-0.log").read_text()

@@ -3,7 +3,6 @@ command ends with the run that was not stopped."""
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
+from tests.preloaded import run_preloaded
 from tests.runs import assert_same_numbers, assert_same_run, injected
 
 PAIR = ["strategy=ddp", "devices=2", "batch_size=1"]
@@ -80,7 +80,9 @@ sys.meta_path.insert(0, Finder())
 
 
 def test_ctrl_c_during_the_first_imports(base_arguments, spawn, tmp_path):
-    process = spawn([*base_arguments, f"output_dir={tmp_path / 'run'}"], env=injected(tmp_path, FIRST_IMPORTS))
+    process = spawn(
+        [*base_arguments, f"output_dir={tmp_path / 'run'}"], env=injected(tmp_path, FIRST_IMPORTS), fresh=True
+    )
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 75, out
     assert out == "stopped (Ctrl-C); the same command continues from here\n"
@@ -211,7 +213,7 @@ def test_amid_samples(uninterrupted, base_arguments, command, tmp_path):
     """The domains are scored, the samples cut short: nothing of the evaluation is told, and all of it is owed."""
     run = tmp_path / "run"
     arguments = [*base_arguments, f"output_dir={run}"]
-    done = subprocess.run([sys.executable, "-c", AMID_SAMPLES, *arguments], capture_output=True, text=True, check=False)
+    done = run_preloaded(["-c", AMID_SAMPLES, *arguments])
     assert done.returncode == 75, done.stderr
     assert read_run_file(run)["steps"] == 8
     assert {r["step"] for r in read_records(run / "metrics.jsonl") if r["event"] in ("evaluation", "sample")} == {0}
@@ -236,7 +238,9 @@ def test_in_the_middle_of_an_import(base_arguments, spawn, tmp_path):
     """An import that is left half way can't be made again: the signal waits for its end."""
     (tmp_path / "sitecustomize.py").write_text(IMPORT)
     path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"
-    process = spawn([*base_arguments, f"output_dir={tmp_path / 'run'}"], env=os.environ | {"PYTHONPATH": path})
+    process = spawn(
+        [*base_arguments, f"output_dir={tmp_path / 'run'}"], env=os.environ | {"PYTHONPATH": path}, fresh=True
+    )
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
     assert "stopped (SIGTERM)" in out

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from tests.launch.test_launch import PAIR
+from tests.preloaded import run_preloaded
 from tests.runs import ROOT, injected
 
 
 def tool(name, *arguments, **options):
-    command = [sys.executable, "-m", f"pretrain.tools.{name}", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+    return run_preloaded(["-m", f"pretrain.tools.{name}", *arguments], **options)
 
 
 def verdict(done):

@@ -19,17 +19,20 @@ Verify = Literal["size", "full"]  # how a checkpoint's files are checked before 
 class CheckpointConfig:
     """How a run saves. A complete checkpoint is kept if any of the ``keep_*`` fields selects it.
 
+    ``keep_best`` chooses among the checkpoints that were evaluated at their own step. Losses on different text are not compared:
+    if a resumed run evaluates other text, the best of both are kept.
+
     Attributes:
-        async_: write checkpoints while training continues (``async`` in YAML).
-        verify: before loading, check the sizes of a checkpoint's files ("size") or all of their bytes ("full").
-        keep_last: keep the newest checkpoints, this many (``None``: all).
-        keep_every: keep the checkpoints at multiples of this many steps.
-        keep_best: keep this many checkpoints with the lowest loss, among those that were evaluated at their own step.
-            Losses on different text are not compared: if a resumed run evaluates other text, the best of both are kept.
-        best_by: the domain whose loss ``keep_best`` compares (``None``: the new domain).
-        with_evaluation: save whenever the run evaluates, instead of every ``save_every`` steps.
-        export: write the model as a Hugging Face folder at the end, at every save too, or never.
-        export_shard_size: maximal size of a weight file, such as 500MB or 5GB.
+        async_: true: write in the background while training continues; false: training waits for the disk.
+        verify: What is checked before loading: size (of each file) · full (the checksum of each file).
+        keep_last: Number of newest checkpoints to keep; null: all.
+        keep_every: Also keep checkpoints at multiples of this number of steps; null: none.
+        keep_best: Also keep this number of checkpoints with the lowest evaluation loss; null: none.
+        best_by: Domain whose loss keep_best compares; null: the new domain.
+        with_evaluation: true: save at every evaluation instead of every save_every steps.
+        export: When to export the model as a Hugging Face folder: end (model/) · save (also models/step-… at every
+            save) · never.
+        export_shard_size: Maximum size of a weight file of the export; a larger weight gets a file of its own.
     """
 
     async_: bool = True

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from pretrain.checkpoint.config import Verify
 from pretrain.checkpoint.marker import first_error, incomplete_reason
 from pretrain.checkpoint.rng import check_rng_state
-from pretrain.checkpoint.train_state import RENAMED, TrainState
+from pretrain.checkpoint.train_state import DERIVED, RENAMED, TrainState
 from pretrain.distributed.packing import name_of
 from pretrain.distributed.sharding import TensorFiles
 from pretrain.runtime.errors import UserError
@@ -94,10 +94,11 @@ class Manifest(_Part):
 
 class OptimizerValues(_Part):
     """The plain values in the optimizer's state, by ``<parameter>/<key>``, and those that training has changed in each of its
-    parameter groups."""
+    parameter groups. ``layout`` is a digest of each rank's shards, if some of the state belongs to them."""
 
     state: dict[str, Any] = {}
     groups: list[dict[str, Any]] = []
+    layout: list[str] = []
 
 
 class State(_Part):
@@ -167,14 +168,17 @@ def _checked_progress(given: dict[str, Any]) -> TrainState:
             found[key] = checks[key].validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
             raise ValueError(f"progress.{key}: {first_error(error)}") from None
-    return TrainState(**found)
+    progress = TrainState()
+    progress.load_state_dict(found)
+    return progress
 
 
 @cache
 def _field_checks() -> dict[str, TypeAdapter[Any]]:
     """Return a validator for each field of `TrainState`, made from its type; counts must not be negative."""
     hints = get_type_hints(TrainState) | dict.fromkeys(("step", "samples", "tokens"), Count) | {"scores": list[Score]}
-    return {f.name: TypeAdapter(hints[f.name]) for f in fields(TrainState)}
+    types = {f.name: hints[f.name] for f in fields(TrainState)} | DERIVED
+    return {name: TypeAdapter(hint) for name, hint in types.items()}
 
 
 def validation_error(path: Path, *, verify: Verify = "size") -> str | None:

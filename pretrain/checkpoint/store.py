@@ -186,7 +186,11 @@ def losses_of(checkpoint: Path) -> tuple[dict[str, float], dict[str, str | None]
     progress = read_state(checkpoint)["progress"]
     if progress.get("evaluated_at") != progress["step"]:
         return {}, {}
-    return progress.get("losses", {}), {s["domain"]: s.get("digest") for s in progress.get("scores", [])}
+    scores = progress.get("scores", [])
+    losses = {s["domain"]: s["loss"] for s in scores} or progress.get(
+        "losses", {}
+    )  # of an earlier version without scores
+    return losses, {s["domain"]: s.get("digest") for s in scores}
 
 
 def load(path: Path) -> dict[str, Any]:

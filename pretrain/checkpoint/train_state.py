@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+DERIVED = {"losses": dict[str, float]}  # keys in checkpoints of earlier versions that follow from others → types
 RENAMED = {"owes_evaluation": "pending_evaluation"}  # keys in checkpoints of earlier versions → present keys
 
 
@@ -19,7 +20,6 @@ class TrainState:
         baseline: by domain, the loss of the base model before training (nats per token), against which forgetting is
             measured.
         measured_on: by domain, the text on which the baseline was measured (see `pretrain.evaluation.baseline`).
-        losses: by domain, the loss of the last evaluation (nats per token).
         evaluated_at: the step of the last evaluation (-1: none yet).
         scores: all results of the last evaluation, one entry per domain.
         pending_evaluation: whether a stop signal interrupted the evaluation of this step.
@@ -30,7 +30,6 @@ class TrainState:
     tokens: int = 0
     baseline: dict[str, float] = field(default_factory=dict)
     measured_on: dict[str, dict[str, Any]] = field(default_factory=dict)
-    losses: dict[str, float] = field(default_factory=dict)
     evaluated_at: int = -1
     scores: list[dict[str, Any]] = field(default_factory=list)
     pending_evaluation: bool = False
@@ -39,5 +38,5 @@ class TrainState:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for key, value in state.items():
-            setattr(self, key, value)
+        for key in state.keys() - DERIVED.keys():
+            setattr(self, key, state[key])

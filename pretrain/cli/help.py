@@ -1,4 +1,4 @@
-"""The text of `--help`. The YAML files are the reference, so their comments are printed."""
+"""The text of `--help`: the comments of the YAML files, which scripts/make_comments.py writes from docstrings."""
 
 from __future__ import annotations
 

@@ -49,7 +49,38 @@ RUNTIME_ARGUMENTS = {  # group → arguments that the run passes, never YAML; a 
 
 @dataclass(frozen=True)
 class RootKeys:
-    """The keys of conf/config.yaml that are not groups. The comments in that file, which `--help` prints, document each."""
+    """The keys of conf/config.yaml that are not groups.
+
+    Attributes:
+        task: What to run: pretraining · tokenization · evaluation · generation · export.
+        name: Name of the run; null: <model>-<dataset>, with the task as a prefix unless it is pretraining.
+        output_dir: Run folder; the same command resumes the run in it.
+        model_name: The shipped `sample`, a Hugging Face Hub id, a folder, a checkpoint or a run.
+        sequence_length: Tokens per sequence.
+        batch_size: Sequences per device and micro-batch; auto: the largest that fits, with gradient_accumulation_steps
+            sequences per step.
+        gradient_accumulation_steps: Micro-batches per optimizer step.
+        number_epochs: Passes over the training documents.
+        max_steps: Number of optimizer steps; null: derived from number_epochs.
+        lr: Peak learning rate; auto: chosen by the size of the model (docs/runs.md), 1e-3 for the sample.
+        warmup_proportion: Share of the steps in which the learning rate increases to its peak.
+        weight_decay: Weight decay; applied to matrices only.
+        beta1: AdamW's decay rate of the first moment.
+        beta2: AdamW's decay rate of the second moment.
+        grad_clip: Maximum global gradient norm; null: no clipping.
+        seed: Random seed of initial weights, data order and dropout.
+        devices: Number of devices per machine; auto: all visible GPUs, or one process on a CPU.
+        sweep_dir: Folder of a sweep's jobs (-m); the same folder resumes the sweep; null: multirun/<time>.
+        resume: auto: resume the run in output_dir · never: start over · a checkpoint folder, or a run folder for its
+            newest checkpoint.
+        resume_allow: What may differ from the resumed run: data, tokenizer, sequence_length, global_batch, seed,
+            weights, optimizer.
+        log_every: Steps between train records.
+        evaluate_every: Steps between evaluations; null: only before the first step and after the last one.
+        save_every: Steps between checkpoints; null: only at the end.
+        allow_targets: Additional classes and packages that a config may name, [module.Class, package]; on the command
+            line only.
+    """
 
     task: Literal["pretraining", "tokenization", "evaluation", "generation", "export"]
     name: Annotated[str, Field(pattern=r"^\.*[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]  # a folder's name: no `..`, no path

@@ -16,15 +16,15 @@ class EvaluationConfig:
     """What an evaluation scores and generates.
 
     Attributes:
-        batch_size: Sequences per device and batch; ``auto`` uses the training's.
-        max_tokens: Tokens to score of each domain; ``None`` scores all.
-        per_epoch: Evaluations per pass over the training documents, instead of the run's ``evaluate_every``.
-        samples: Number of held-out documents of each domain whose start the model continues at every evaluation.
-        sample_prompt_tokens: Length of such a prompt in tokens.
-        sample_tokens: Length of a greedy continuation in tokens.
-        sample_prompts: The user's own prompts, which the model continues too.
-        domains: Sources of role ``base`` by the name of their YAML key.
-        tasks: Further measurements by the name of their YAML key.
+        max_tokens: Limit of tokens per domain; null: all held-out documents.
+        batch_size: Sequences per forward pass.
+        per_epoch: Evaluations per epoch, instead of evaluate_every; null: use evaluate_every.
+        samples: Documents per domain that the model continues at every evaluation, with greedy decoding; 0: none.
+        sample_prompt_tokens: Tokens at the start of such a document that form the prompt.
+        sample_tokens: Tokens per continuation.
+        sample_prompts: Additional prompts, continued in the same way.
+        tasks: Your own measurements: name → {_target_: class, ...}; docs/extending.md.
+        domains: Sources of the base domains: name → dataset.
     """
 
     batch_size: Literal["auto"] | PositiveInt

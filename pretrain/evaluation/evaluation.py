@@ -78,7 +78,7 @@ class Evaluation:
         ]
 
     def _note(self, state: TrainState, scores: list[DomainScore]) -> None:
-        state.losses, state.evaluated_at = {s.domain: s.loss for s in scores}, state.step
+        state.evaluated_at = state.step
         state.scores = [fields_of(s) for s in scores]
 
     def score_baseline_again(

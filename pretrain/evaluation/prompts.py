@@ -13,11 +13,11 @@ class Prompts:
     """Prompts and sampling parameters. The random seed is the run's ``seed``.
 
     Attributes:
-        prompts: Texts that the model continues.
-        max_new_tokens: Length of a continuation in tokens at most.
-        temperature: Sampling temperature; 0 is greedy.
-        top_p: Nucleus sampling: the probability mass that is sampled from, in (0, 1].
-        num_samples: Continuations per prompt.
+        prompts: Prompts to continue.
+        max_new_tokens: Tokens per sample.
+        temperature: Sampling temperature; 0: greedy decoding.
+        top_p: Nucleus sampling: sample from the smallest set of tokens with this total probability.
+        num_samples: Samples per prompt.
     """
 
     prompts: Annotated[list[str], Field(min_length=1)]

@@ -12,12 +12,15 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 class LaunchConfig:
     """How the processes of a run are started and supervised.
 
+    A ``slow_timeout`` below ``timeout`` counts as ``timeout``.
+
     Attributes:
-        max_restarts: How often all workers are restarted after one of them has died.
-        timeout: Seconds without progress after which a stalled run ends itself, and for which nodes wait for each other.
-        slow_timeout: The same for operations that may be slow, in seconds; a value below ``timeout`` counts as ``timeout``.
-        nodes: Number of machines that run this same command.
-        endpoint: ``host:port`` of one of the machines, where the agents of all nodes meet.
+        max_restarts: Number of automatic restarts from the last checkpoint after a process of the run has died.
+        timeout: Seconds without progress after which the run exits; also the limit for nodes to find each other.
+        slow_timeout: The same limit for slow operations: resuming, compiling (first step, first batch of an
+            evaluation), exporting.
+        nodes: Number of machines; run the same command on each of them.
+        endpoint: host:port of one of the machines, where the processes rendezvous if nodes > 1.
     """
 
     max_restarts: NonNegativeInt = 0

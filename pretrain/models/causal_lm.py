@@ -44,14 +44,14 @@ class CausalLM(ABC):
     """The settings that both kinds of model share.
 
     Attributes:
-        name_or_path: ``sample``, a local folder or a Hub id.
-        revision: branch, tag or commit of a Hub id.
-        tokenizer_name: folder or Hub id of the tokenizer; ``None`` for the model's own.
-        attention: attention implementation of transformers.
-        gradient_checkpointing: recompute activations in the backward pass instead of storing them.
-        compile: compile the training step with ``torch.compile``.
-        trust_remote_code: allow the Python code of the model's folder to run.
-        save_dtype: dtype of the weights in the exported folder; ``None`` for the dtype they were trained in.
+        name_or_path: The shipped `sample`, a local folder or a Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        tokenizer_name: Folder or Hub id of another tokenizer; null: the model's own tokenizer.
+        attention: Attention implementation: sdpa · eager · flash_attention_2 · flex_attention.
+        gradient_checkpointing: true: recompute the activations inside blocks; about a third slower, far less memory.
+        compile: true: use torch.compile; the first step takes longer.
+        trust_remote_code: true: run Python code that is shipped with the model; on the command line only.
+        save_dtype: Dtype of the final model's weights: float32 · bfloat16 · float16; null: the dtype used in training.
     """
 
     name_or_path: Annotated[str, Field(min_length=1)]
@@ -278,9 +278,8 @@ class Scratch(CausalLM):
     """A model with random weights, drawn with the run's seed.
 
     Attributes:
-        overrides: config values that replace those of the named model; with ``model_type`` among them they are the entire config.
-        train_tokenizer: vocabulary size of a byte-level BPE that is trained on the run's own training documents and used instead
-            of an existing tokenizer.
+        train_tokenizer: Vocabulary size of a byte-level BPE tokenizer to train on the training documents; null: none.
+        overrides: Values of the model's config, e.g. {num_hidden_layers: 4}.
     """
 
     overrides: dict[str, Any] = field(default_factory=dict)

@@ -26,14 +26,14 @@ class AdamW(OptimizerFactory):
     """Settings of AdamW; calling an instance builds the optimizer.
 
     Attributes:
-        lr: peak learning rate.
-        beta1: decay rate of the first moment.
-        beta2: decay rate of the second moment.
-        eps: term added to the denominator of the update.
-        weight_decay: decoupled weight decay of matrices; biases and norms have none.
-        fused: use torch's fused kernel, which exists for CPUs too.
-        compensate: use `CompensatedAdamW` where parameters are in 16 bits. With ``False`` torch's AdamW updates them; its
-            updates round to zero at small learning rates.
+        lr: Peak learning rate.
+        beta1: Decay rate of the first moment.
+        beta2: Decay rate of the second moment.
+        eps: Added to the square root of the second moment.
+        weight_decay: Decoupled weight decay of matrices; biases and norms have none.
+        fused: true: torch's fused update; false: the for-each update, which is many times slower on a CPU.
+        compensate: true: with bf16-true, keep the rounding errors of the weights; false: plain updates, which stall at
+            a small lr.
     """
 
     lr: PositiveFloat

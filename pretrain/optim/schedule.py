@@ -63,7 +63,11 @@ def constant(step: int, *, total_steps: int, warmup_steps: int) -> float:
 
 
 def linear(step: int, *, total_steps: int, warmup_steps: int, min_lr_ratio: Ratio = 0.0) -> float:
-    """Return the warm-up, then a linear decay to ``min_lr_ratio`` at the last step. A decay to 0 ends after the last step."""
+    """Return the warm-up, then a linear decay to ``min_lr_ratio`` at the last step. A decay to 0 ends after the last step.
+
+    Args:
+        min_lr_ratio: Learning rate of the last step as a share of the peak; 0 is reached only after the last step.
+    """
     if step < warmup_steps:
         return warmup(step, warmup_steps)
     return 1 - (1 - min_lr_ratio) * decayed(step, decay_steps(total_steps, min_lr_ratio), warmup_steps)
@@ -76,6 +80,10 @@ def cosine(
     With ``cycles`` = n the decay is repeated n times, with n - 1 jumps back to 1.
 
     Source: SGDR, Loshchilov and Hutter 2017 (arXiv:1608.03983), with cycles of equal length.
+
+    Args:
+        min_lr_ratio: Learning rate of the last step as a share of the peak; 0 is reached only after the last step.
+        cycles: Number of decays, with a jump back to the peak between them.
     """
     if step < warmup_steps:
         return warmup(step, warmup_steps)
@@ -92,6 +100,10 @@ def wsd(
 
     A run can be resumed with more steps from any point of the stable part. Source: Hägele et al. 2024 (arXiv:2405.18392),
     whose decay also starts at 1 and ends after the last update.
+
+    Args:
+        min_lr_ratio: Learning rate after the last step, as a share of the peak.
+        decay_proportion: Share of the run's steps in the final decay.
     """
     if step < warmup_steps:
         return warmup(step, warmup_steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 
 from pretrain.checkpoint.schema import read_state, validation_error
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.data.changed_files import Files, differing, load_files, save_files
+from pretrain.data.changed_files import differing, load_files, save_files
 from pretrain.distributed.rank_info import RankInfo
+from pretrain.optim.learning_rate import peak_lr
 from pretrain.run.fingerprint import changed_settings, check_finished_run, check_same_run
 from pretrain.run.leftovers import (
     RESULTS,
@@ -45,6 +46,7 @@ PATIENCE_SECONDS = 1.0  # wait for the lock: the workers of a killed command nee
 
 if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
+    from pretrain.run.prepare import Prepared
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,9 @@ class Start:
 def begin(
     config: RunConfig,
     overrides: list[str],
-    identity: dict[str, Any],
+    prepared: Prepared,
     steps: int,
     *,
-    model_config: dict[str, Any],
-    lr_by_size: Callable[[], float],
-    files: Files,
     place: RankInfo,
     store: CheckpointStore,
     claims: ExitStack,
@@ -100,11 +99,8 @@ def begin(
     Args:
         config: The config of the run.
         overrides: The words of the command line, written to .hydra/overrides.yaml.
-        identity: The identity of the run, by part (see `pretrain.run.fingerprint.FIXED`).
+        prepared: The model and the data of the run.
         steps: Optimizer steps of the complete run.
-        model_config: The model's config.json.
-        lr_by_size: Returns the peak learning rate of a new run with ``lr=auto``.
-        files: The files of the training data.
         place: This process among all ranks.
         store: The checkpoints of the folder.
         claims: Receives the release of the lock.
@@ -122,15 +118,41 @@ def begin(
     mode = "auto" if is_restart and config.resume == "never" else config.resume
     continues = mode in ("auto", "never") or _continues(folder, mode)
     resume_from = resume_point(folder, store, mode)
-    requested_lr, config = config.lr, config.with_lr(chosen_lr(config, resume_from, lr_by_size))
-    if resume_from is not None:
-        changed_files = differing(load_files(folder.path / DATA), files)
-        check_same_run(resume_from, identity, config, model_config=model_config, files=changed_files)
-        check_not_beyond(resume_from, config, steps)
-        if finished(folder.path, resume_from, config, steps):
-            return None
-    elif not _may_start(folder.path, config, steps):
+    lr = chosen_lr(config, resume_from, lambda: peak_lr(prepared.model.num_parameters()))
+    requested_lr, config = config.lr, config.with_lr(lr)
+    if not _has_work(folder.path, resume_from, config, prepared, steps):
         return None
+    folder = _without_other_branches(folder, resume_from, config, store, continues=continues, claims=claims)
+    if resume_from is not None:
+        report_lr_change(resume_from, config, steps)
+    report_lr(requested_lr, float(config.lr), continued=resume_from is not None)
+    with _write_errors_reported(folder.path):
+        replace_file(folder.path / RUN_ID, place.run_id)
+        save_files(folder.path / DATA, prepared.train.store.files)
+    return Start(resume_from, folder.write_config(config, overrides), float(config.lr))
+
+
+def _has_work(folder: Path, resume_from: Path | None, config: RunConfig, prepared: Prepared, steps: int) -> bool:
+    """Return whether the run is not finished yet. Raises ``UserError`` if it can't be resumed with this config."""
+    if resume_from is None:
+        return _may_start(folder, config, steps)
+    files = differing(load_files(folder / DATA), prepared.train.store.files)
+    check_same_run(resume_from, prepared.identity, config, model_config=prepared.model.config(), files=files)
+    check_not_beyond(resume_from, config, steps)
+    return not finished(folder, resume_from, config, steps)
+
+
+def _without_other_branches(
+    folder: RunFolder,
+    resume_from: Path | None,
+    config: RunConfig,
+    store: CheckpointStore,
+    *,
+    continues: bool,
+    claims: ExitStack,
+) -> RunFolder:
+    """Return the folder after the run of another branch in it was moved aside, or the checkpoints after the one of
+    ``resume_from`` were archived."""
     aside = not continues and not _is_inside(resume_from, folder.path) and bool(found_in(folder.path))
     if aside or (resume_from is None and must_move_aside(folder.path, config)):
         folder = start_over(folder)
@@ -139,13 +161,7 @@ def begin(
         own = resume_from.resolve().parent == store.folder.resolve()
         # After a resume from another folder, every checkpoint in this one belongs to another branch of the run.
         store.archive_after(step_of(resume_from) if own else -1)
-    if resume_from is not None:
-        report_lr_change(resume_from, config, steps)
-    report_lr(requested_lr, float(config.lr), continued=resume_from is not None)
-    with _write_errors_reported(folder.path):
-        replace_file(folder.path / RUN_ID, place.run_id)
-        save_files(folder.path / DATA, files)
-    return Start(resume_from, folder.write_config(config, overrides), float(config.lr))
+    return folder
 
 
 def check_task(folder: Path, task: str) -> None:

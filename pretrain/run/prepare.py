@@ -69,7 +69,6 @@ class Prepared:
         train: The training documents as tokens.
         domains: Name, role and held-out documents of each evaluation domain.
         identity: What a checkpoint must share with the run so that it can be resumed.
-        global_batch: Sequences in one optimizer step, over all devices and micro-batches.
         boundaries: The tokens before and between documents.
         notices: Messages about model and domains that are printed once in a run.
         base_gone: The base model no longer exists; ``model`` is the one in a checkpoint of the run.
@@ -80,10 +79,21 @@ class Prepared:
     train: TokenView
     domains: list[tuple[str, str, TokenView]]
     identity: dict[str, Any]
-    global_batch: int
     boundaries: Boundaries
     notices: Sequence[str] = ()
     base_gone: bool = False
+
+    @property
+    def global_batch(self) -> int:
+        """Return the sequences in one optimizer step, over all devices and micro-batches."""
+        return int(self.identity["global_batch"])
+
+    @property
+    def sequences(self) -> int:
+        """Return the sequences in one epoch of the training documents."""
+        from pretrain.data.blocks import Blocks
+
+        return len(Blocks(self.train, self.identity["sequence_length"]))
 
 
 def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
@@ -111,12 +121,11 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     for name, base in bases.items():
         base_store = tokenized(base, tokenizer, domain_boundaries(base, tokenizer, boundary_tokens))
         domains.append((name, "base", _held_out(name, base, base_store)))
-    global_batch = MicroBatching.from_config(config).total * devices
     identity = {
         "model": replacement.identity if replacement else model.identity(),
         "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.backend_tokenizer.to_str().encode()),
         "data": _data_identity(store, source),
-        "global_batch": global_batch,
+        "global_batch": MicroBatching.from_config(config).total * devices,
         **_config_identity(config),
     }
     notices = ([replacement.notice] if replacement else []) + _not_scored_notices(
@@ -128,7 +137,6 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
         train,
         domains,
         identity,
-        global_batch,
         boundary_tokens,
         notices,
         base_gone=replacement is not None,
@@ -205,6 +213,5 @@ def total_steps(config: RunConfig, prepared: Prepared) -> int:
     """
     from pretrain.data.loader import check_enough
 
-    sequences = (prepared.train.num_tokens - 1) // config.sequence_length
     check_enough(prepared.train, sequence_length=config.sequence_length, global_batch=prepared.global_batch)
-    return config.max_steps or max(1, int(sequences * config.number_epochs / prepared.global_batch))
+    return config.max_steps or max(1, int(prepared.sequences * config.number_epochs / prepared.global_batch))

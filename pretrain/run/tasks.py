@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.distributed.context import leave
 from pretrain.distributed.rank_info import RankInfo
-from pretrain.optim.learning_rate import peak_lr
 from pretrain.run import build
 from pretrain.run.folder import begin, check_task, claim, start_over
 from pretrain.run.leftovers import found_in, keep_aside
@@ -65,15 +64,7 @@ def pretraining(
     store.policy.check({name: role for name, role, _ in prepared.domains})
     with ExitStack() as claims:
         start = world.on_main_rank(
-            lambda: begin(
-                *(config, overrides, prepared.identity, steps),
-                model_config=prepared.model.config(),
-                lr_by_size=lambda: peak_lr(prepared.model.num_parameters()),
-                files=prepared.train.store.files,
-                place=place,
-                store=store,
-                claims=claims,
-            )
+            lambda: begin(config, overrides, prepared, steps, place=place, store=store, claims=claims)
         )
         if start is None:
             leave()

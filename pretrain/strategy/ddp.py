@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Ddp(Strategy):
     """torch's DDP. The fields are its arguments (``bucket_cap_mb`` in MiB), see
-    https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html"""
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html
+
+    Attributes:
+        find_unused_parameters: true: some weights get no gradient in some steps; slower.
+        static_graph: true: every step uses the same weights in the same order; not with gradient accumulation.
+        gradient_as_bucket_view: true: gradients are views of the communication buckets, without a second copy.
+        bucket_cap_mb: Bucket size: MiB of gradients per communication.
+    """
 
     find_unused_parameters: bool = False
     static_graph: bool = False

@@ -79,11 +79,11 @@ class Deepspeed(Strategy):
     """DeepSpeed's ZeRO.
 
     Attributes:
-        zero_stage: what is sharded: 0 nothing, 1 moments and fp32 weights, 2 gradients too, 3 all weights.
-        offload_optimizer: keep moments and fp32 weights on the host and compute the update there.
-        offload_parameters: at stage 3, keep the shards of the weights on the host.
-        config: further keys of DeepSpeed's own config.
-        state_dict_type: the final model is written by rank 0 (full), or by every rank to a file of its own (sharded).
+        zero_stage: What is sharded: 0 nothing · 1 moments and fp32 weights · 2 also gradients · 3 all weights.
+        offload_optimizer: true: keep moments and fp32 weights, and run the update, on the host; stages 1 to 3.
+        offload_parameters: true: keep the weight shards on the host; stage 3.
+        config: Other keys of DeepSpeed's config, https://www.deepspeed.ai/docs/config-json/
+        state_dict_type: How the final model is written: full (by rank 0) · sharded (one file per rank).
     """
 
     independent_forward = False

@@ -34,22 +34,21 @@ BLOCKS = {"gpt2": "GPT2Block", "llama": "LlamaDecoderLayer"}  # short names of t
 
 @dataclass(frozen=True)
 class Fsdp(Strategy):
-    """torch's FSDP2.
+    """torch's FSDP2. By ``sharding_strategy``:
+
+    - FULL_SHARD: parameters are freed after each block's forward and gathered again for its backward.
+    - SHARD_GRAD_OP: parameters stay gathered from forward to backward.
+    - HYBRID_SHARD: FULL_SHARD inside each of ``replicas`` groups of ranks, replicated across the groups.
+    - NO_SHARD: every rank holds a full copy, as in ddp.
 
     Attributes:
-        auto_wrap_policy: the blocks that are gathered one at a time: auto (those that the model declares as not to be
-            split), gpt2, llama, or a class name.
-        sharding_strategy: what is sharded in a step:
-
-            - FULL_SHARD: parameters are freed after each block's forward and gathered again for its backward.
-            - SHARD_GRAD_OP: parameters stay gathered from forward to backward.
-            - HYBRID_SHARD: FULL_SHARD inside each of ``replicas`` groups of ranks, replicated across the groups.
-            - NO_SHARD: every rank holds a full copy, as in ddp.
-        replicas: the number of groups of HYBRID_SHARD (``None``: one per node, at least 2).
-        cpu_offload: keep shards and optimizer on the host.
-        accumulate_unsharded: reduce gradients after the last micro-batch of a step only; each rank then holds the full
-            gradient.
-        state_dict_type: the final model is written by rank 0 (full), or by every rank to a file of its own (sharded).
+        auto_wrap_policy: Modules gathered at a time: auto (the model's blocks) · gpt2 · llama · a class name.
+        sharding_strategy: FULL_SHARD · SHARD_GRAD_OP · HYBRID_SHARD · NO_SHARD (docs/strategies.md).
+        replicas: HYBRID_SHARD: replicas of the model, each sharded over its group of ranks; null: one per node, at
+            least 2.
+        cpu_offload: true: keep shards and optimizer state in host memory; slow.
+        accumulate_unsharded: true: only the last micro-batch reduces gradients; each rank then holds all of them.
+        state_dict_type: How the final model is written: full (by rank 0) · sharded (one file per rank).
     """
 
     independent_forward = False

@@ -1,4 +1,4 @@
-"""The configuration of sweeps. conf/sweep/default.yaml documents the keys."""
+"""The config group ``sweep``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ METRIC = rf"^({'|'.join(RUN_METRICS)}|{TASK_METRIC}[^\x00-\x1f]+|.+\.({'|'.join(
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """The objective of a sweep: the ``metric`` by which jobs are ranked, and its ``direction``."""
+    """The objective of a sweep.
+
+    Attributes:
+        metric: What jobs are ranked by: new_loss · new_delta · forgetting · train_loss · tokens_per_second · <domain>.loss,
+            .perplexity, .bits_per_byte, .delta_loss · metric/<name>, metric/<domain>/<name>.
+        direction: Whether a smaller or a larger value is better: minimize · maximize.
+    """
 
     metric: Annotated[str, Field(pattern=METRIC)]
     direction: Literal["minimize", "maximize"]

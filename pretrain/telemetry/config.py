@@ -13,9 +13,9 @@ class TelemetryConfig:
     """Configuration of the telemetry.
 
     Attributes:
-        peak_flops: Peak FLOP/s of one device in the run's precision; MFU is relative to it. ``None`` looks the device up in
-            the table of device peaks (`telemetry.peaks`).
-        layers_every: Interval, in steps, at which the norms of every layer are recorded. ``None`` records none.
+        peak_flops: Peak FLOP/s of one device in the run's precision, for MFU; null: from the table of vendor datasheets, if the
+            device is listed.
+        layers_every: Steps between records of the weight, gradient and update norms of every layer; null: none.
     """
 
     peak_flops: Annotated[PositiveFloat, Field(allow_inf_nan=False)] | None = None

@@ -112,7 +112,7 @@ class Trainer:
         for batch in self.batches():
             self.emit(self.train_step(batch))
             stop = self.sync_stop_signal()
-            if self.rolled_back(at_once=stop or self.pauses):
+            if self.roll_back_if_needed(at_once=stop or self.pauses):
                 continue
             if self.evaluation_is_due():
                 stop = not self.evaluate() or stop
@@ -175,9 +175,9 @@ class Trainer:
             layers=layers,
         )
 
-    def rolled_back(self, *, at_once: bool) -> bool:
+    def roll_back_if_needed(self, *, at_once: bool) -> bool:
         """Read the bad steps that the guard has found; return whether the run was rolled back to a checkpoint."""
-        rollbacks = (bad for bad in self.guard.found(at_once=at_once) if bad.action == "rollback")
+        rollbacks = (bad for bad in self.guard.handle_bad_steps(at_once=at_once) if bad.action == "rollback")
         return any(self.roll_back(bad) for bad in rollbacks)
 
     def roll_back(self, bad: BadStep) -> bool:
@@ -191,7 +191,7 @@ class Trainer:
         with self.watchdog.slow():
             self.restore(checkpoint)
         self.state.pending_evaluation = False  # this run evaluated at that step before it continued
-        self.guard.rolled_back(self.state.step)
+        self.guard.note_rollback(self.state.step)
         self._batches = iter(self.loader)
         notice(f"rolled back to {checkpoint}")
         self.emit(RolledBack(self.state.step, bad.step, bad.reason))

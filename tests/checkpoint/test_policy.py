@@ -5,10 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.checkpoint.config import CheckpointConfig
-from pretrain.checkpoint.store import CheckpointStore, losses_of
+from pretrain.checkpoint.store import CheckpointStore, load, losses_of
+from pretrain.checkpoint.train_state import TrainState
+from pretrain.runtime.errors import UserError
 from pretrain.telemetry.sinks.jsonl import read_records
 from tests.checkpoint.test_store import saved_at, state
 
+SCORE = {"domain": "new", "role": "new", "perplexity": 1.0, "bits_per_byte": None}
 COUNT = st.none() | st.integers(1, 4)
 LOSSES = st.dictionaries(
     st.integers(1, 60), st.just({}) | st.floats(0, 9).map(lambda loss: {"new": loss, "old": -loss})
@@ -67,15 +70,7 @@ def test_a_checkpoint_is_not_ranked_by_an_older_evaluation(tmp_path):
     }
     for step, evaluated_at, loss in ((1, 1, 5.0), (2, 2, 1.0), (3, 2, 1.0), (4, 4, 3.0), (5, 5, 4.0)):
         saved = state(step)
-        score = {
-            "domain": "new",
-            "role": "new",
-            "loss": loss,
-            "perplexity": 1.0,
-            "bits_per_byte": None,
-            "digest": "one",
-        }
-        saved["progress"] |= {"evaluated_at": evaluated_at, "losses": {"new": loss}, "scores": [score]}
+        saved["progress"] |= {"evaluated_at": evaluated_at, "scores": [SCORE | {"loss": loss, "digest": "one"}]}
         assert losses_of(saved_at(store, step, saved)) == expected[step]
     assert store.complete_steps() == [2, 4, 5], "by the older evaluation step 3 were as good as step 2, and newer"
 
@@ -109,3 +104,20 @@ def test_best_by_what_is_not_there(arguments, says, base_arguments, command, tmp
     assert code == 2
     assert says in err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_losses_of_earlier_versions_are_read(tmp_path):
+    """They stood beside the scores; the oldest checkpoints have no scores."""
+    store = CheckpointStore(tmp_path)
+    for step, scores in ((1, [SCORE | {"loss": 2.0}]), (2, [])):
+        saved = state(step)
+        saved["progress"] |= {"evaluated_at": step, "losses": {"new": 2.0}, "scores": scores}
+        path = saved_at(store, step, saved)
+        assert losses_of(path)[0] == {"new": 2.0}
+        progress = TrainState()
+        progress.load_state_dict(load(path)["progress"])
+        assert (progress.step, progress.scores) == (step, scores)
+        assert "losses" not in progress.state_dict()
+    saved["progress"]["losses"] = "low"
+    with pytest.raises(UserError, match=r"progress\.losses"):
+        load(saved_at(store, 3, saved | {"progress": saved["progress"] | {"step": 3}}))

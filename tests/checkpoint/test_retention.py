@@ -39,7 +39,7 @@ def evaluated(step: int, loss: float, digest: str | None = "one") -> dict:
     found = state(step)
     score = {"domain": "new", "role": "new", "loss": loss, "perplexity": 1.0, "bits_per_byte": None}
     scores = [score if digest is None else score | {"digest": digest}]
-    found["progress"] |= {"evaluated_at": step, "losses": {"new": loss}, "scores": scores}
+    found["progress"] |= {"evaluated_at": step, "scores": scores}
     return found
 
 

@@ -5,11 +5,12 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.preloaded import run_preloaded
+from tests.runs import run_code
 
 
 def make(tmp: Path, name: str, content: bytes | str = b"") -> Path:
@@ -220,12 +221,7 @@ def test_disk_full_during_a_checkpoint_keeps_the_last_good_one(base_arguments, t
         "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
         "from pretrain.cli.main import main\nmain()"
     )
-    second = subprocess.run(
-        [sys.executable, "-c", limited, *arguments, "max_steps=10", "dataset.held_out=0.1"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    second = run_preloaded(["-c", limited, *arguments, "max_steps=10", "dataset.held_out=0.1"])
     assert second.returncode == 2, second.stderr
     assert "step-00000010 could not be written" in second.stderr
     assert f"the last valid checkpoint is {run}/checkpoints/step-00000005" in second.stderr
@@ -235,9 +231,7 @@ def test_disk_full_during_a_checkpoint_keeps_the_last_good_one(base_arguments, t
 
 
 def run_process(arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "pretrain", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+    return run_preloaded(["-m", "pretrain", *arguments])
 
 
 @pytest.mark.parametrize(
@@ -250,7 +244,7 @@ def test_answers_without_torch(flags):
         "for name in ('torch', 'transformers', 'datasets'): sys.modules[name] = None\n"
         "from pretrain.cli.main import main\nmain()"
     )
-    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=False)
+    done = run_code(code, *flags)
     assert done.returncode == (2 if flags == ["lr=0"] else 0), done.stderr
     assert "cosine" in done.stdout + done.stderr or "lr=0" in done.stderr or "hydra" in done.stdout
 
@@ -277,12 +271,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, base_arguments):
         "torch.optim.AdamW.step = broken\n"
         "from pretrain.cli.main import main\nmain()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *base_arguments, f"output_dir={tmp_path / 'run'}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_preloaded(["-c", code, *base_arguments, f"output_dir={tmp_path / 'run'}"])
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "broken on purpose" in done.stderr

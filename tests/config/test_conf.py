@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from collections import Counter
 from dataclasses import fields
 from importlib import import_module
@@ -95,3 +96,42 @@ def test_every_root_key_is_read():
     unread = {f.name for f in fields(RootKeys) if not re.search(rf"\b(config|self|checked)\.{f.name}\b", SOURCES)}
     of_groups = {"weight_decay", "beta1", "beta2"}  # which take them by interpolation
     assert unread <= of_groups | {"allow_targets", "sweep_dir"}, "read by pretrain.config, and by the sweep"
+
+
+# -- documentation --------------------------------------------------------------------------------------------------------
+
+sys.path.insert(0, str(conf_dir().parent / "scripts"))
+import make_comments  # noqa: E402
+
+
+@pytest.mark.parametrize("file", make_comments.files(), ids=lambda f: f"{f.parent.name}={f.stem}")
+def test_comments_are_those_of_the_docstrings(file):
+    """Each key is documented once, by the class or the function that has it."""
+    assert file.read_text() == make_comments.commented(file), "run: python scripts/make_comments.py"
+
+
+def test_every_key_is_documented():
+    parts = [(file, keys, docs) for file in make_comments.files() for _, keys, docs in make_comments.parts_of(file)]
+    assert [(file.name, set(keys) - docs.keys()) for file, keys, docs in parts if set(keys) - docs.keys()] == []
+
+
+def test_a_key_is_documented_by_its_class_or_a_base_class():
+    class Part:
+        """A part.
+
+        Attributes:
+            one: The first, which is
+                long.
+            two_: The second.
+        """
+
+    class Other(Part):
+        """Another.
+
+        Attributes:
+            three: The third: of three.
+        """
+
+    docs = {"one": "The first, which is long.", "two": "The second."}
+    assert make_comments.field_docs(Part) == docs
+    assert make_comments.field_docs(Other) == docs | {"three": "The third: of three."}

@@ -2,12 +2,12 @@
 
 import os
 import pty
-import subprocess
 import sys
 
 import pytest
 
 from pretrain.telemetry.run_file import read_run_file
+from tests.preloaded import Preloaded, run_preloaded
 from tests.runs import injected
 
 pytestmark = pytest.mark.slow
@@ -26,15 +26,12 @@ torch.optim.AdamW.step = stopping
 def stopped_run(base_arguments, tmp_path):
     """The words and the environment of a run of one process that stops at its first update."""
     given = ["strategy=fsdp", "devices=1", "max_steps=2", "sink=jsonl", f"output_dir={tmp_path / 'run'}"]
-    return [sys.executable, "-m", "pretrain", *base_arguments, *given], injected(tmp_path, STOP)
+    return ["-m", "pretrain", *base_arguments, *given], injected(tmp_path, STOP)
 
 
 def test_answers_from_a_pipe(stopped_run, tmp_path):
     words, environment = stopped_run
-    answers = "p 6 * 7\nc\n"
-    done = subprocess.run(
-        words, input=answers, capture_output=True, text=True, timeout=120, check=False, env=environment
-    )
+    done = run_preloaded(words, input="p 6 * 7\nc\n", timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     assert "(Pdb) 42\n" in done.stdout
     assert read_run_file(tmp_path / "run")["steps"] == 2
@@ -43,7 +40,8 @@ def test_answers_from_a_pipe(stopped_run, tmp_path):
 def test_answers_from_a_terminal(stopped_run, tmp_path):
     words, environment = stopped_run
     ours, theirs = pty.openpty()
-    with subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+    words = [sys.executable, *words]
+    with Preloaded(words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
         os.close(theirs)
         seen, answers = b"", [b"p 6 * 7\n", b"c\n"]
         try:

@@ -13,6 +13,7 @@ from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
 from tests.launch.test_launch import BREAK, LONG, steps, wait_for
 from tests.launch.test_mistakes import free_port
+from tests.preloaded import run_preloaded
 from tests.runs import injected, losses, starts
 
 STRATEGIES = ["fsdp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("ddp", "deepspeed"))]
@@ -20,12 +21,11 @@ STRATEGIES = ["fsdp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("ddp",
 
 def torchrun_words(arguments, *flags):
     flags = ["--standalone", "--nproc_per_node=2", *flags]
-    return [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "pretrain", *map(str, arguments)]
+    return ["-m", "torch.distributed.run", *flags, "-m", "pretrain", *map(str, arguments)]
 
 
 def torchrun(arguments, *flags, **options):
-    words = torchrun_words(arguments, *flags)
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=180, **options)
+    return run_preloaded(torchrun_words(arguments, *flags), timeout=180, **options)
 
 
 @pytest.fixture
@@ -138,8 +138,13 @@ def test_a_signal_to_torchrun_saves(number, base_arguments, tmp_path):
     """SIGTERM to torchrun alone; Ctrl-C to all, as a terminal sends it."""
     run = tmp_path / "run"
     arguments = [*base_arguments, *LONG, "strategy=ddp", "batch_size=1", f"output_dir={run}"]
+    words = [sys.executable, *torchrun_words(arguments)]
     with subprocess.Popen(
-        torchrun_words(arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     ) as process:
         wait_for(lambda: steps(run) >= 15, process)
         workers = psutil.Process(process.pid).children(recursive=True)
@@ -177,8 +182,8 @@ def test_preparing_may_take_longer_than_ranks_wait_for_each_other(start, given, 
     log = tmp_path / "log"
     environment = injected(tmp_path, SLOW_FILES.format(log=str(log))) | {"PRETRAIN_CACHE": str(tmp_path / "cache")}
     given = [*given, "strategy=ddp", "batch_size=1", "launch.timeout=10", f"output_dir={tmp_path / 'run'}"]
-    own = [sys.executable, "-m", "pretrain", *given, "devices=2"]
+    own = ["-m", "pretrain", *given, "devices=2"]
     words = own if start == "by itself" else torchrun_words(given)
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240, env=environment)
+    done = run_preloaded(words, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
     assert len(Path(log).read_text().splitlines()) == 52

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from itertools import product
@@ -19,6 +17,7 @@ from safetensors.torch import load_file
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
 from pretrain.training.micro_batching import MicroBatching
+from tests.preloaded import run_preloaded
 from tests.runs import starts
 
 LONG = ["max_steps=100000", "evaluate_every=null", "save_every=10", "sink=jsonl"]
@@ -54,7 +53,7 @@ def wait_for(condition, process, seconds=90) -> None:
 def workers_of(pid: int) -> list[psutil.Process]:
     """The forked workers, by rank: children of the fork server, in the order in which they were started."""
     grandchildren = [c for child in psutil.Process(pid).children() for c in child.children()]
-    return sorted(grandchildren, key=lambda process: process.pid)
+    return sorted(grandchildren, key=lambda process: (process.create_time(), process.pid))
 
 
 def ended(process, workers, seconds=60) -> str:
@@ -211,8 +210,7 @@ def broken_run(arguments, tmp_path, *, at, times):
         "from pretrain.cli.main import program\nprogram()\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{Path(__file__).parents[2]}"}
-    command = [sys.executable, "-c", start, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    done = run_preloaded(["-c", start, *arguments], env=environment, timeout=120)
     assert not left_behind(environment["PYTHONPATH"])
     return done
 

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from pretrain.models.language_model import LanguageModel
 from pretrain.models.tokenizer import Boundaries
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.files import write_files
+from tests.runs import run_code
 
 CPU = torch.device("cpu")
 TEXTS = [
@@ -172,8 +170,7 @@ def test_bad_folders(name: str, model: Path) -> None:
 def test_names_that_lead_nowhere(name: str, message: str) -> None:
     """A process of its own: huggingface_hub reads HF_HUB_OFFLINE when it is imported."""
     code = f"from pretrain.models.causal_lm import Pretrained as P; P(name_or_path={name!r}).check(8)"
-    env = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    done = run_code(code, HF_HUB_OFFLINE="1")
     assert "UserError" in done.stderr
     assert __import__("re").search(message, done.stderr), done.stderr
 
@@ -190,7 +187,7 @@ except UserError:
     assert not {{"torch", "transformers"}} & sys.modules.keys()
     print("seen")
 """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "seen\n"
+    assert run_code(code).stdout == "seen\n"
 
 
 def test_weights_that_do_not_fit_the_config(model: Path) -> None:

@@ -119,6 +119,11 @@ def test_a_run_whose_disk_does_not_answer(base_arguments, spawn, tmp_path):
     assert "write_json" in (tmp_path / "logs/rank-0.log").read_text()
 
 
+def assert_stacks_of_both_ranks(run):
+    for rank in (0, 1):
+        assert "Thread 0x" in (run / f"logs/rank-{rank}.log").read_text()
+
+
 @pytest.mark.slow
 def test_a_rank_that_is_stopped_is_found_and_the_group_comes_back(
     base_arguments, exact_model, spawn, command, tmp_path
@@ -133,8 +138,7 @@ def test_a_rank_that_is_stopped_is_found_and_the_group_comes_back(
     assert process.returncode == 0, out
     assert "rank 1 does not answer: no progress for 8 s (launch.timeout); rank 0 at " in out
     assert "(restart 1 of 1)" in out
-    for rank in (0, 1):
-        assert "Thread 0x" in (run / f"logs/rank-{rank}.log").read_text()
+    assert_stacks_of_both_ranks(run)
     assert not [p for p in psutil.process_iter() if p.status() == psutil.STATUS_STOPPED and p.ppid() == process.pid]
     facts = read_run_file(run)
     assert (facts["status"], facts["restarts"]) == ("finished", 1)
@@ -204,8 +208,7 @@ def test_a_rank_that_stands_still_in_its_first_forward(strategy, where, base_arg
     assert process.returncode == 1, out
     assert "rank 1 is stalled: no progress for 4 s (launch.slow_timeout)" in out
     assert "rank 0 at " in out
-    for rank in (0, 1):
-        assert "Thread 0x" in (run / f"logs/rank-{rank}.log").read_text()
+    assert_stacks_of_both_ranks(run)
 
 
 FROZEN = """

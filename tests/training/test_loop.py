@@ -73,7 +73,7 @@ def test_what_happens_when(loop):
     ]
     assert trainer.exporter.when == [("save", 2), ("save", 4), ("end", 6)]
     assert (progress.step, progress.samples, progress.tokens) == (6, 24, 192)
-    assert (progress.baseline, progress.losses, progress.evaluated_at) == ({"d": 2.5}, {"d": 4.5}, 6)
+    assert (progress.baseline, progress.evaluated_at) == ({"d": 2.5}, 6)
     assert [(s["domain"], s["loss"]) for s in progress.scores] == [("d", 4.5)]
     assert progress.pending_evaluation is False
 
@@ -176,8 +176,8 @@ def test_training_waits_for_the_last_save_alone(loop):
 def test_verdicts_are_read_late_but_before_what_depends_on_them(loop):
     """On a GPU reading waits for the device: only where the run evaluates (3), saves (2, 4), or ends (5)."""
     trainer, _, _ = loop(steps=5)
-    asked, keep = [], trainer.guard.found
-    trainer.guard.found = lambda *, at_once: asked.append(at_once) or keep(at_once=at_once)
+    asked, keep = [], trainer.guard.handle_bad_steps
+    trainer.guard.handle_bad_steps = lambda *, at_once: asked.append(at_once) or keep(at_once=at_once)
     trainer.run()
     assert asked == [False, True, True, True, True]
 

@@ -60,7 +60,7 @@ def test_a_run_goes_back_to_the_last_checkpoint(loop, capsys):
     assert [(e.step, e.bad_step, e.reason) for e in back] == [(2, 4, "nonfinite")]
     assert [e.step for e in events if isinstance(e, StepDone)] == [1, 2, 3, 4, 3, 4, 5, 6]
     assert f"rolled back to {trainer.checkpoints.writer.store.path(2)}" in capsys.readouterr().err
-    assert trainer.guard.passed_over == {12}
+    assert trainer.guard.blocklist == {12}
     done = [e for e in events if isinstance(e, StepDone)]
     assert float(done[2].loss) == float(done[4].loss), "the step before it is the same again"
     assert math.isnan(float(done[5].loss)), "the batch is not trained"
@@ -91,7 +91,7 @@ def test_a_second_time_the_run_goes_further_back_unless_it_had_recovered(loop):
     trainer.run()
     assert [(e.step, e.bad_step) for e in events if isinstance(e, RolledBack)] == [(3, 4), (2, 5), (3, 6)]
     assert [e.step for e in events if isinstance(e, Saved)] == [1, 2, 3, 3, 7]
-    assert trainer.guard.passed_over == {12, 16, 20}
+    assert trainer.guard.blocklist == {12, 16, 20}
 
 
 def test_a_run_goes_back_to_the_checkpoint_it_came_from(loop):
@@ -121,7 +121,7 @@ def changed(trainer, **identity):
 
 def test_another_length_is_the_same_place_in_the_text(loop):
     trainer, _, _ = loop(steps=2, guard=GuardPolicy(nonfinite="rollback"))
-    trainer.guard.passed_over = {40}
+    trainer.guard.blocklist = {40}
     trainer.run()
     checkpoint = trainer.checkpoints.writer.store.path(2)
     for identity, samples, passed in (
@@ -135,7 +135,7 @@ def test_another_length_is_the_same_place_in_the_text(loop):
         other = changed(loop()[0], **identity)
         other.restore(checkpoint)
         assert (other.state.samples, other.loader.state_dict()) == (samples, {"samples": samples})
-        assert other.guard.passed_over == passed
+        assert other.guard.blocklist == passed
 
 
 @pytest.mark.parametrize("identity", [{"weights": "y"}, {"optimizer": ["other"]}], ids=str)
@@ -277,4 +277,4 @@ def test_a_checkpoint_of_before_there_were_a_guard_and_records(loop):
     other, events, _ = loop(resume_from=path, steps=2)
     other.run()
     assert (events[0].step, events[0].records) == (2, ())
-    assert other.guard.passed_over == set()
+    assert other.guard.blocklist == set()

@@ -24,18 +24,20 @@ class Source(ABC):
     machine. In an evaluation domain, ``auto`` stands for the value of the run's dataset.
 
     Attributes:
-        name: name in metrics and messages; ``None`` derives one from the files.
-        text_column: column or key that holds the text.
-        errors: what to do with bytes that are not UTF-8: ``strict`` is an error, ``replace`` substitutes U+FFFD.
-        max_document_chars: the longest document of plain text, in characters; longer text is cut into several documents.
-        held_out: fraction of documents that are held out for evaluation.
-        train_data_ratio: fraction of the other documents that are trained on.
-        deduplicate: use only the first of several identical documents.
-        document_mask: keep attention within documents when several are packed into one sequence.
-        bos: put the tokenizer's bos_token before each document; ``auto`` if the tokenizer itself does so.
-        separator: the token that ends each document, or its id; ``auto`` is the tokenizer's eos_token, or for a chat model the
-            token that ends a text.
-        num_workers: number of tokenizing processes; ``None`` for one per core.
+        name: Name of the domain in the metrics; null: derived from the path.
+        text_column: Column (tables) or key (JSON) that contains the text.
+        errors: Bytes that are not valid UTF-8: strict (an error with file and position) | replace (by U+FFFD).
+        max_document_chars: Plain text longer than this is split into several documents, at paragraphs, lines or
+            sentences.
+        held_out: Share of the documents held out for evaluation, selected by a hash of their text.
+        train_data_ratio: Share of the remaining documents to train on, selected the same way.
+        deduplicate: true: keep only one of several identical documents.
+        document_mask: true: restrict attention and loss to within each document.
+        bos: Start each document and sequence with the tokenizer's bos_token: auto (if the tokenizer itself adds it) |
+            true | false.
+        separator: Token, or its id, that ends each document; auto: the eos_token; for a chat model's tokenizer
+            <|endoftext|>.
+        num_workers: Number of tokenizer processes; null: one per core, none with one or two cores.
     """
 
     name: str | None = None

@@ -26,10 +26,10 @@ class HuggingFace(FileSource):
     """A dataset that ``datasets.load_dataset`` can load.
 
     Attributes:
-        nameOrPath: Hub id or local folder.
-        subset: configuration of the dataset.
-        split: split, or a slice of one.
-        revision: branch, tag or commit of a Hub dataset.
+        nameOrPath: A dataset on the Hub, or a local folder without a script.
+        subset: Configuration name of the dataset.
+        split: Split, or a slice such as train[:10%].
+        revision: Branch, tag or commit.
     """
 
     source: Literal["huggingface"] = "huggingface"

@@ -40,9 +40,9 @@ class Local(FileSource):
     A file that is named, or matched by a glob or by ``pattern``, is read as plain text unless its extension is known.
 
     Attributes:
-        nameOrPath: path of a file or folder, or a glob.
-        pattern: glob of the files to read, relative to the folder.
-        format: ``files``, ``hf`` (a folder saved by ``datasets.save_to_disk``), or ``auto`` to detect it.
+        nameOrPath: A file, a folder, a glob, or a folder saved by datasets.save_to_disk.
+        pattern: Files of a folder to read as text regardless of their extension, such as '*.py'.
+        format: auto | files: read the files one by one | hf: a folder saved by datasets.save_to_disk.
     """
 
     source: Literal["local"] = "local"

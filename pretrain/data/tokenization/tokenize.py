@@ -18,7 +18,7 @@ from pretrain.data.cache import cache_dir, cache_errors, ensure_content, remove_
 from pretrain.data.changed_files import files_of
 from pretrain.data.reading.cut import cut
 from pretrain.data.reading.readers import read
-from pretrain.data.reading.units import FileRange, WorkUnit, group, key_of, reading, stamp_of
+from pretrain.data.reading.units import FileRange, ReadOptions, WorkUnit, group, key_of, reading, stamp_of
 from pretrain.data.sources.base import Source
 from pretrain.data.store.token_store import TokenStore
 from pretrain.data.tokenization.encode import FORMAT, Encoder, Outcome
@@ -65,19 +65,8 @@ def prepare(
         make_folder(cache)
     check_private(cache, "PRETRAIN_CACHE")
     num_workers = num_workers or source.num_workers or default_workers()
-    options = source.options()
-    tokenizer_key = key_of(tokenizer_json)
-    tokenizer_path = cache / "tokenizers" / f"{tokenizer_key}.json"
-    ensure_content(tokenizer_path, tokenizer_json.encode())
-    encoder = Encoder(
-        folder=cache / "parts",
-        tokenizer_path=tokenizer_path,
-        tokenizer_key=tokenizer_key,
-        eot=eot,
-        options=options,
-        bos=bos,
-    )
-    key = key_of(FORMAT, source.identity(), asdict(options))
+    encoder = _encoder(cache, tokenizer_json, options=source.options(), eot=eot, bos=bos)
+    key = key_of(FORMAT, source.identity(), asdict(encoder.options))
     memory = cache / "files" / f"{key}.json"
     with _exclusive(cache / "locks" / f"{key}.lock", source.domain):
         started_at = time.time()
@@ -93,6 +82,14 @@ def prepare(
     if not store.num_documents:
         raise UserError(f"dataset {source.domain!r}: no text: every document of {source.described()} is empty")
     return store
+
+
+def _encoder(cache: Path, tokenizer_json: str, *, options: ReadOptions, eot: int, bos: int | None) -> Encoder:
+    """Return the encoder whose parts are in ``cache``, where its tokenizer is written for the worker processes."""
+    key = key_of(tokenizer_json)
+    path = cache / "tokenizers" / f"{key}.json"
+    ensure_content(path, tokenizer_json.encode())
+    return Encoder(folder=cache / "parts", tokenizer_path=path, tokenizer_key=key, eot=eot, options=options, bos=bos)
 
 
 def training_texts(source: Source) -> Iterator[str]:

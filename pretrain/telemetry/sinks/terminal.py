@@ -21,8 +21,9 @@ class Terminal(Sink):
     """A sink that writes to stdout. It writes no escape codes if stdout is not a terminal, and no colours if NO_COLOR is set.
     The table at the end compares each domain before and after this run.
 
-    ``level`` 1 prints the start and the end, 2 also evaluations and checkpoints, 3 also steps, 4 also the gradient norm and
-    the memory.
+    Attributes:
+        level: 1: start and end · 2: also evaluations and checkpoints · 3: also steps · 4: also gradient norm and
+            memory.
     """
 
     def __init__(self, level: Literal[1, 2, 3, 4] = 3) -> None:

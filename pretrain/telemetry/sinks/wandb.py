@@ -26,8 +26,21 @@ Mode = Literal["online", "offline", "disabled"]
 
 
 class Wandb(Sink):
-    """A sink that sends records to W&B. conf/sink/wandb.yaml documents the keys. ``mode`` ``None`` is online if there is a
-    key, else offline."""
+    """A sink that sends records to W&B.
+
+    Attributes:
+        mode: online · offline (`wandb sync` uploads later) · disabled; null: $WANDB_MODE, or online if there is an API
+            key, else offline.
+        project: W&B project; null: $WANDB_PROJECT, or pretrain.
+        entity: User or team; null: your default entity.
+        name: Name of the run in W&B.
+        group: Group of the run; null: jobs of a sweep use the name of the sweep's folder.
+        tags: Tags, as [a, b].
+        notes: Longer description.
+        log_model: true: upload the final model folder as an artifact.
+        alerts: true: send alerts for skipped steps, for rollbacks, and when the run stops or fails.
+        timeout: Seconds to wait for W&B's response at the start and for the remaining uploads at the end.
+    """
 
     def __init__(
         self,

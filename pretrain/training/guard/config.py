@@ -16,16 +16,19 @@ class GuardConfig:
     the next batch, ``rollback`` resumes from the last checkpoint and skips the batch when it is reached again, ``stop``
     ends the run.
 
+    A spike is a loss more than ``spike_zscore`` robust standard deviations above the median of the last ``window`` good steps.
+    Machines of different kinds may round differently, and their ranks may then differ without a fault (``replicas``).
+
     Attributes:
-        nonfinite: action for a step whose loss or gradient norm is not finite.
-        spike: action for a step whose loss lies more than ``spike_zscore`` robust standard deviations above the median
-            of the last ``window`` good steps.
-        spike_zscore: see ``spike``.
-        window: see ``spike``.
-        max_skips_in_a_row: the run ends when more steps than this are skipped in a row.
-        max_rollbacks: the run ends when more batches than this have caused a rollback.
-        replicas: with ``stop``, ranks that hold the same weights and moments compare them before every save, and the run
-            ends if they differ; with ``ignore`` they are not compared (machines of different kinds may round differently).
+        nonfinite: Action for a loss or gradient that is NaN or infinite.
+        spike: Action for a loss far above those of the previous steps; ignored by default because healthy runs can have
+            spikes.
+        spike_zscore: Threshold of a spike, in robust standard deviations of the window.
+        window: Number of good steps whose losses form the window; no spike is detected before it is full.
+        max_skips_in_a_row: Maximum number of consecutive skipped steps; the run stops at the next one.
+        max_rollbacks: Maximum number of rollbacks in the whole run; the run stops at the next one.
+        replicas: stop: before every save, ranks with the same weights compare them, and the run exits if they differ ·
+            ignore.
     """
 
     nonfinite: Action = "skip"

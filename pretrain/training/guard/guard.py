@@ -83,7 +83,7 @@ class Guard:
     """Checks every step and applies the policy to bad ones.
 
     ``quarantine`` records the batch of a bad step and returns a short list of its documents. ``agree`` is described in
-    `StepCheck`. ``passed_over`` holds the first samples of the batches that caused a rollback; they are not trained.
+    `StepCheck`. ``blocklist`` holds the first samples of the batches that caused a rollback; they are not trained.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Guard:
     ) -> None:
         self.policy = policy
         self.detector = SpikeDetector(policy, device=device, scaled=scaled)
-        self.passed_over: set[int] = set()
+        self.blocklist: set[int] = set()
         self._quarantine = quarantine
         self._agree = agree
         # After a skipped step it is not known whether the weights are good; the next step will show.
@@ -121,7 +121,7 @@ class Guard:
         return self._current
 
     def note(self, loss: Tensor, norm: Tensor, *, step: int, first_sample: int) -> None:
-        """Keep the result of a step until `found` reads it."""
+        """Keep the result of a step until `handle_bad_steps` reads it."""
         check = self.check(loss)
         verdict = check.verdict(norm)
         self.detector.accept(check.loss, verdict)
@@ -132,7 +132,7 @@ class Guard:
             copied.record()
         self._unread.append(partial(self._read, step, first_sample, numbers, copied))
 
-    def found(self, *, at_once: bool) -> Iterator[BadStep]:
+    def handle_bad_steps(self, *, at_once: bool) -> Iterator[BadStep]:
         """Yield the bad steps whose verdicts have been read, in order, after recording and reporting them.
 
         With ``at_once`` the verdicts of all steps are read, because the run is about to evaluate, save or end; this waits
@@ -174,12 +174,12 @@ class Guard:
         if bad.action == "skip":
             self._skips_in_a_row += 1
             return _exceeded("max_skips_in_a_row", self.policy.max_skips_in_a_row, self._skips_in_a_row)
-        self.passed_over.add(bad.first_sample)
-        return _exceeded("max_rollbacks", self.policy.max_rollbacks, len(self.passed_over))
+        self.blocklist.add(bad.first_sample)
+        return _exceeded("max_rollbacks", self.policy.max_rollbacks, len(self.blocklist))
 
     def is_blocklisted(self, first_sample: int) -> bool:
         """Return whether the batch that starts at ``first_sample`` caused a rollback before. Such a batch is not trained."""
-        found = first_sample in self.passed_over
+        found = first_sample in self.blocklist
         self.last_step_skipped |= found
         return found
 
@@ -189,18 +189,18 @@ class Guard:
         since the last rollback, its checkpoint did not help, and an older one is needed."""
         return None if self._trained_since_rollback else self._rollback_step
 
-    def rolled_back(self, step: int) -> None:
+    def note_rollback(self, step: int) -> None:
         """Note that the run was rolled back to the checkpoint of ``step``."""
         self.last_step_skipped, self._trained_since_rollback = True, False
         self._rollback_step = step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint. `found` must have been called with ``at_once`` before."""
+        """Return the state for a checkpoint. `handle_bad_steps` must have been called with ``at_once`` before."""
         assert not self._unread
         return {
             "losses": self.detector.state(),
             "skips_in_a_row": self._skips_in_a_row,
-            "passed_over": sorted(self.passed_over),
+            "passed_over": sorted(self.blocklist),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -209,7 +209,7 @@ class Guard:
         self._unread.clear()
         self.detector.load_state(state.get("losses", []))
         self._skips_in_a_row = state.get("skips_in_a_row", 0)
-        self.passed_over |= set(state.get("passed_over", []))
+        self.blocklist |= set(state.get("passed_over", []))
 
 
 def _exceeded(key: str, limit: int, count: int) -> str | None:

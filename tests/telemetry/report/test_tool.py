@@ -9,13 +9,14 @@ import pytest
 
 from pretrain.runtime.errors import UserError
 from pretrain.telemetry.report.folder import read_run
+from tests.preloaded import run_preloaded
 from tests.telemetry.report.records import eventful, started, train, write_run
 
 PROGRAM = [sys.executable, "-m", "pretrain.tools.report"]
 
 
 def script(*arguments, cwd):
-    return subprocess.run([*PROGRAM, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+    return run_preloaded(["-m", "pretrain.tools.report", *arguments], cwd=cwd)
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def step(guard, loss, norm=1.0, *, number=1, first_sample=0):
 def warmed_up(guard, steps=40):
     for number in range(steps):
         step(guard, 2.0 + 0.01 * (number % 5), number=number)
-    assert list(guard.found(at_once=True)) == []
+    assert list(guard.handle_bad_steps(at_once=True)) == []
 
 
 BAD = BadStep(7, 40, "spike", "skip", 9.25, 1.5, 12.345)
@@ -54,7 +54,7 @@ def test_what_is_found_is_told_and_written_down(capsys):
     guard, written = guard_of()
     step(guard, 2.0, number=3, first_sample=8)
     step(guard, NAN, 5.0, number=4, first_sample=12)
-    (found,) = guard.found(at_once=True)
+    (found,) = guard.handle_bad_steps(at_once=True)
     assert written == [found]
     assert (found.step, found.first_sample, found.reason, found.action) == (4, 12, "nonfinite", "skip")
     assert math.isnan(found.loss)
@@ -67,7 +67,7 @@ def test_a_spike_is_found_with_its_numbers():
     guard, _ = guard_of(spike="rollback", spike_zscore=6.0, window=8)
     warmed_up(guard)
     look = step(guard, 9.0, 4.0, number=41, first_sample=160)
-    (found,) = guard.found(at_once=True)
+    (found,) = guard.handle_bad_steps(at_once=True)
     assert (found.step, found.first_sample, found.reason, found.action) == (41, 160, "spike", "rollback")
     assert (found.loss, found.grad_norm) == (9.0, 4.0)
     assert found.zscore > 6.0
@@ -79,7 +79,7 @@ def test_another_ranks_verdict_counts():
     guard, _ = guard_of(agree=lambda verdict: torch.full_like(verdict, NONFINITE))
     look = step(guard, 2.0, 3.0, number=1)
     assert bool(look.should_skip(torch.tensor(3.0)))
-    (found,) = guard.found(at_once=True)
+    (found,) = guard.handle_bad_steps(at_once=True)
     assert found.loss == 2.0
     assert math.isnan(found.grad_norm)
 
@@ -88,7 +88,7 @@ def test_another_ranks_verdict_counts():
 def test_own_numbers_are_told_as_they_are(loss, norm):
     guard, _ = guard_of()
     step(guard, loss, norm)
-    (found,) = guard.found(at_once=True)
+    (found,) = guard.handle_bad_steps(at_once=True)
     assert (found.loss, found.grad_norm) == (loss, norm)
 
 
@@ -105,13 +105,13 @@ def test_the_ranks_agree_once_for_a_norm():
 def test_doubt_lasts_until_a_step_is_trained():
     guard, _ = guard_of()
     assert (guard.last_step_skipped, guard.restore_below) == (False, None)
-    guard.rolled_back(7)
+    guard.note_rollback(7)
     assert (guard.last_step_skipped, guard.restore_below) == (True, 7)
     step(guard, NAN)
-    list(guard.found(at_once=True))
+    list(guard.handle_bad_steps(at_once=True))
     assert (guard.last_step_skipped, guard.restore_below) == (True, 7)
     step(guard, 2.0)
-    list(guard.found(at_once=True))
+    list(guard.handle_bad_steps(at_once=True))
     assert (guard.last_step_skipped, guard.restore_below) == (False, None)
 
 
@@ -120,19 +120,19 @@ def test_a_gpus_last_step_is_read_after_the_next_or_at_once():
     guard._late = True
     for number in (1, 2):
         step(guard, NAN, number=number)
-    assert [bad.step for bad in guard.found(at_once=False)] == [1]
-    assert [bad.step for bad in guard.found(at_once=False)] == []
-    assert [bad.step for bad in guard.found(at_once=True)] == [2]
+    assert [bad.step for bad in guard.handle_bad_steps(at_once=False)] == [1]
+    assert [bad.step for bad in guard.handle_bad_steps(at_once=False)] == []
+    assert [bad.step for bad in guard.handle_bad_steps(at_once=True)] == [2]
     host, _ = guard_of()
     step(host, NAN, number=1)
-    assert [bad.step for bad in host.found(at_once=False)] == [1]
+    assert [bad.step for bad in host.handle_bad_steps(at_once=False)] == [1]
 
 
 def test_stop_and_the_limits_say_what_to_do(capsys):
     guard, written = guard_of(nonfinite="stop")
     step(guard, NAN, 5.0, number=4)
     with pytest.raises(UserError) as stopped:
-        list(guard.found(at_once=True))
+        list(guard.handle_bad_steps(at_once=True))
     assert str(stopped.value) == (
         "guard.nonfinite=stop: step 4: loss nan, gradient norm 5; nothing of this step is saved; its documents: its "
         "documents (quarantine.jsonl has their text); the same command continues from the last checkpoint, with a lower lr, "
@@ -143,32 +143,32 @@ def test_stop_and_the_limits_say_what_to_do(capsys):
     guard, _ = guard_of(nonfinite="rollback", max_rollbacks=0)
     step(guard, NAN)
     with pytest.raises(UserError, match=r"^guard.max_rollbacks=0: "):
-        list(guard.found(at_once=True))
+        list(guard.handle_bad_steps(at_once=True))
 
 
 def test_only_skips_without_a_trained_step_between_them_are_counted():
     guard, _ = guard_of(max_skips_in_a_row=2)
     for loss in (NAN, NAN, 1.0, NAN, NAN):
         step(guard, loss)
-        list(guard.found(at_once=True))
+        list(guard.handle_bad_steps(at_once=True))
     step(guard, NAN)
     with pytest.raises(UserError, match=r"^guard.max_skips_in_a_row=2: "):
-        list(guard.found(at_once=True))
+        list(guard.handle_bad_steps(at_once=True))
 
 
 def test_what_a_checkpoint_keeps():
     guard, _ = guard_of(spike="skip", window=8, nonfinite="rollback")
     for number, (loss, sample) in enumerate([(2.0, 0), (NAN, 24), (2.5, 4), (NAN, 8)]):
         step(guard, loss, number=number, first_sample=sample)
-    list(guard.found(at_once=True))
+    list(guard.handle_bad_steps(at_once=True))
     guard._skips_in_a_row = 3
     saved = json.loads(json.dumps(guard.state_dict()))
     assert saved == {"losses": [2.0, 2.5], "skips_in_a_row": 3, "passed_over": [8, 24]}
     other, _ = guard_of(spike="skip", window=8)
-    other.passed_over = {16}
+    other.blocklist = {16}
     step(other, NAN)
     other.load_state_dict(saved)
-    assert list(other.found(at_once=True)) == [], "what was not yet read is of the branch that was left"
+    assert list(other.handle_bad_steps(at_once=True)) == [], "what was not yet read is of the branch that was left"
     assert other.state_dict() == {"losses": [2.0, 2.5], "skips_in_a_row": 3, "passed_over": [8, 16, 24]}
     other.load_state_dict({})
     assert other.state_dict() == {"losses": [], "skips_in_a_row": 0, "passed_over": [8, 16, 24]}
@@ -176,7 +176,7 @@ def test_what_a_checkpoint_keeps():
 
 def test_a_batch_that_is_left_out_leaves_doubt():
     guard, _ = guard_of()
-    guard.passed_over = {8}
+    guard.blocklist = {8}
     assert (guard.is_blocklisted(4), guard.last_step_skipped) == (False, False)
     assert (guard.is_blocklisted(8), guard.last_step_skipped) == (True, True)
     assert (guard.is_blocklisted(4), guard.last_step_skipped) == (False, True), "an earlier doubt stays"
@@ -185,7 +185,7 @@ def test_a_batch_that_is_left_out_leaves_doubt():
 def test_a_scaled_loss_leaves_infinite_gradients_to_the_scaler():
     guard = Guard(GuardConfig(), device=torch.device("cpu"), quarantine=str, scaled=True)
     assert not bool(step(guard, 2.0, INF).should_skip(torch.tensor(INF)))
-    assert list(guard.found(at_once=True)) == []
+    assert list(guard.handle_bad_steps(at_once=True)) == []
 
 
 # quarantine.jsonl ---------------------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from pretrain.checkpoint.marker import incomplete_reason
 from pretrain.distributed.sharding import checksum
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
+from tests.preloaded import run_preloaded
 from tests.runs import injected
 from tests.training.guard.test_guarded_runs import equal, weights
 
@@ -55,8 +54,7 @@ def run_with_faults(base_arguments, exact_model, tmp_path):
         given = [*base_arguments, f"model_name={exact_model('llama')}", "devices=2", "batch_size=1", "sink=jsonl"]
         given += ["evaluate_every=null", "checkpoint.keep_last=null", f"output_dir={tmp_path / 'run'}", *more]
         environment = injected(tmp_path, FAULTS.replace("FLIP_AT", str(flip_at)))
-        words = [sys.executable, "-m", "pretrain", *map(str, given)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=180, env=environment)
+        done = run_preloaded(["-m", "pretrain", *given], timeout=180, env=environment)
         return done, tmp_path / "run"
 
     return start

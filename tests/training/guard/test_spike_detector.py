@@ -110,7 +110,7 @@ def told(guard: Guard, numbers: list[float]) -> list[int]:
     for step, number in enumerate(numbers, start=1):
         look = guard.check(torch.tensor(number))
         guard.note(look.loss, torch.tensor(1.0), step=step, first_sample=10 * step)
-        found += [bad.step for bad in guard.found(at_once=True)]
+        found += [bad.step for bad in guard.handle_bad_steps(at_once=True)]
     return found
 
 
@@ -132,10 +132,10 @@ def test_rollbacks_are_counted_and_end_the_run():
     before = guard.state_dict()
     assert told(guard, [math.nan, 1.0, math.nan]) == [1, 3]
     guard.load_state_dict(before)  # back at a checkpoint that knows nothing of them
-    assert guard.passed_over == {10, 30}
+    assert guard.blocklist == {10, 30}
     with pytest.raises(UserError, match=r"guard.max_rollbacks=2: step 1: "):
         guard.note(torch.tensor(math.nan), torch.tensor(1.0), step=1, first_sample=50)
-        list(guard.found(at_once=True))
+        list(guard.handle_bad_steps(at_once=True))
 
 
 def test_a_checkpoint_of_before_there_was_a_guard():
