@@ -54,7 +54,7 @@ def build_world(config: RunConfig, place: RankInfo, *, group: bool) -> Distribut
 
 def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContext) -> Engine:
     """Return this rank's engine: the model and the optimizer as the strategy sets them up."""
-    from pretrain.optim.combined import combined
+    from pretrain.optim.combined import check_every_parameter, combined
     from pretrain.strategy.base import StepConfig
 
     def optimizer(model: LanguageModel) -> Optimizer:
@@ -62,7 +62,9 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
             raise UserError(
                 f"transform=[{','.join(config.plain.get('transform') or {})}]: no parameter of the model is left to train"
             )
-        return combined(config.optimizer(model.hf_named_parameters()))
+        made = combined(config.optimizer(model.hf_named_parameters()))
+        check_every_parameter(made, model.hf_named_parameters())
+        return made
 
     return config.strategy.setup(
         build_model_factory(config, prepared.model),
