@@ -74,6 +74,7 @@ def evaluation(step):
 
 
 STARTED = {"event": "run_started", "step": 0, "time": 1000.0, "parameters": 27_000}
+METRIC = {"event": "metric", "step": 4, "time": 1004.7, "name": "accuracy", "domain": None, "value": 0.5}
 SAMPLE = {
     "event": "sample",
     "step": 2,
@@ -103,7 +104,7 @@ def resumed(tmp_path_factory):
     write(run, RunStarted(0, 9, resumed=False), [*first, *again, STOPPED], **keys)
     before = (run / RUN_ID).read_text()
     end = FINISHED | {"model": str(run / "model")}
-    write(run, RunStarted(3, 9, resumed=True), [STARTED | {"step": 3}, again[1], evaluation(4), end], **keys)
+    write(run, RunStarted(3, 9, resumed=True), [STARTED | {"step": 3}, again[1], evaluation(4), METRIC, end], **keys)
     assert (run / RUN_ID).read_text() == before
     return run
 
@@ -112,15 +113,16 @@ def test_a_resumed_run_has_each_row_once_and_one_folder_to_send(resumed):
     (folder,) = offline_folders(resumed)
     written = rows(run_file(folder))
     assert [(number, row["step"]) for number, row in written.items()] == [
-        *((3, 0), (6, 1), (12, 2), (13, 2), (14, 2), (15, 2), (17, 2), (18, 3), (24, 4), (27, 4))
+        *((3, 0), (5, 1), (10, 2), (11, 2), (12, 2), (13, 2), (14, 2), (15, 3), (20, 4), (23, 4))
     ]
-    assert written[18]["train/loss"] == 1 / 3
-    assert written[18]["_timestamp"] == 1003.0
-    assert "train/mfu" not in written[18]
-    assert written[13]["layers/head/grad_norm"] == 0.5
-    assert (written[14]["data/a/share"], written[14]["data/tokens_per_document"]) == (1.0, 9.5)
-    assert written[27]["evaluation/books/perplexity"] == 11.0
-    (table,) = folder.glob("files/" + written[17]["samples/path"])
+    assert written[15]["train/loss"] == 1 / 3
+    assert written[15]["_timestamp"] == 1003.0
+    assert "train/mfu" not in written[15]
+    assert written[11]["layers/head/grad_norm"] == 0.5
+    assert (written[12]["data/a/share"], written[12]["data/tokens_per_document"]) == (1.0, 9.5)
+    assert written[23]["evaluation/books/perplexity"] == 11.0
+    assert written[23]["metric/accuracy"] == 0.5
+    (table,) = folder.glob("files/" + written[14]["samples/path"])
     assert json.loads(table.read_text())["data"] == [["books", "new", "The", " sea"]]
     assert len(list((resumed / "wandb/earlier").glob("offline-run-*"))) == 1
 
