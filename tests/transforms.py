@@ -47,6 +47,13 @@ class Lora:
         return merged
 
 
+class NotExported(Lora):
+    """LoRA that forgets the way back."""
+
+    def export(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return state_dict
+
+
 class Freeze:
     """No parameter whose name matches ``frozen`` is trained."""
 

@@ -94,10 +94,11 @@ class Manifest(_Part):
 
 class OptimizerValues(_Part):
     """The plain values in the optimizer's state, by ``<parameter>/<key>``, and those that training has changed in each of its
-    parameter groups."""
+    parameter groups. ``layout`` is a digest of each rank's shards, if some of the state belongs to them."""
 
     state: dict[str, Any] = {}
     groups: list[dict[str, Any]] = []
+    layout: list[str] = []
 
 
 class State(_Part):

@@ -1,6 +1,6 @@
 """Restrict what torch unpickles from the store of a rendezvous, where every machine of the network may write.
 
-Private to torch (seen in 2.9.0 and 2.13.0): ``dynamic_rendezvous`` keeps its state in the store with the module ``pickle`` that
+Private to torch (seen in 2.10.0 and 2.13.0): ``dynamic_rendezvous`` keeps its state in the store with the module ``pickle`` that
 it has imported, and the state consists of the classes in ``KNOWN``. ``tests/launch/test_sockets.py`` fails when these change.
 """
 

@@ -1,6 +1,6 @@
 """torch's local elastic agent with methods in the places where another shutdown needs them.
 
-Private to torch (seen in 2.9.0 and 2.13.0): of the agent ``_start_workers``, ``_monitor_workers``, ``_pcontext``,
+Private to torch (seen in 2.10.0 and 2.13.0): of the agent ``_start_workers``, ``_monitor_workers``, ``_pcontext``,
 ``_rdzv_handler`` and ``_remaining_restarts``; of its process context ``_pc.processes``, and that the agent ends workers with
 ``_pcontext.close``. ``tests/test_internals.py`` and the tests of launches fail when they change.
 """

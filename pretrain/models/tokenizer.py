@@ -1,7 +1,7 @@
 """The tokenizer of a model folder: its tokenizer.json unchanged, regardless of the class that transformers would use.
 
 transformers 5 rebuilds many tokenizer classes from the vocabulary alone, with the rules of the class and not those of the
-file (``TokenizersBackend.convert_to_native_format``, 5.20 to 5.23), and adds tokens that the class expects. The model,
+file (``TokenizersBackend.convert_to_native_format``, 5.23), and adds tokens that the class expects. The model,
 however, was trained with the file.
 """
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from pretrain.runtime.errors import UserError
@@ -59,3 +60,15 @@ def combined(made: Optimizer | Sequence[Optimizer]) -> Optimizer:
         return CombinedOptimizer(made)
     except ValueError as error:
         raise UserError(f"optimizer: a parameter belongs to one optimizer: {error}") from None
+
+
+def check_every_parameter(optimizer: Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raise ``UserError`` if ``optimizer`` leaves out a parameter that is not frozen: its gradient would grow, because nothing
+    clears it, and count in the norm by which all are clipped."""
+    updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    left_out = [name for name, p in named_parameters if p.requires_grad and id(p) not in updated]
+    if left_out:
+        raise UserError(
+            f"optimizer: {len(left_out)} parameters belong to none, e.g. {left_out[0]}; pass them to one, or freeze them "
+            "(transform=[freeze])"
+        )

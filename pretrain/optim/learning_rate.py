@@ -32,13 +32,19 @@ def peak_lr(parameters: int) -> float:
 
 
 def with_lr(config: dict[str, Any], lr: float) -> dict[str, Any]:
-    """Return ``config`` with ``auto`` replaced by ``lr``, also in the optimizer's settings that refer to it."""
+    """Return ``config`` with ``auto`` replaced by ``lr``, also in the optimizer's settings that refer to it: those whose name
+    ends in ``lr``, at any depth."""
     if config["lr"] != AUTO:
         return config
-    optimizer = config.get("optimizer")
-    if isinstance(optimizer, dict) and optimizer.get("lr") == AUTO:
-        optimizer = optimizer | {"lr": lr}
-    return config | {"lr": lr, "optimizer": optimizer}
+    return config | {"lr": lr, "optimizer": _with_lr(config.get("optimizer"), lr)}
+
+
+def _with_lr(node: Any, lr: float) -> Any:
+    if isinstance(node, list):
+        return [_with_lr(item, lr) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {k: lr if v == AUTO and str(k).endswith("lr") else _with_lr(v, lr) for k, v in node.items()}
 
 
 def warmup_steps(total_steps: int, proportion: float) -> int:

@@ -54,7 +54,7 @@ def build_world(config: RunConfig, place: RankInfo, *, group: bool) -> Distribut
 
 def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContext) -> Engine:
     """Return this rank's engine: the model and the optimizer as the strategy sets them up."""
-    from pretrain.optim.combined import combined
+    from pretrain.optim.combined import check_every_parameter, combined
     from pretrain.strategy.base import StepConfig
 
     def optimizer(model: LanguageModel) -> Optimizer:
@@ -62,7 +62,9 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
             raise UserError(
                 f"transform=[{','.join(config.plain.get('transform') or {})}]: no parameter of the model is left to train"
             )
-        return combined(config.optimizer(model.hf_named_parameters()))
+        made = combined(config.optimizer(model.hf_named_parameters()))
+        check_every_parameter(made, model.hf_named_parameters())
+        return made
 
     return config.strategy.setup(
         build_model_factory(config, prepared.model),
@@ -146,13 +148,18 @@ def build_sampler(config: RunConfig, prepared: Prepared, scorer: InferenceEngine
 def build_exporter(
     config: RunConfig, prepared: Prepared, engine: Engine, folder: Path, *, facts: dict[str, Any], steps: int
 ) -> Exporter:
-    """Return the exporter that writes the weights of ``engine`` as Hugging Face folders below the run's ``folder``."""
+    """Return the exporter that writes the weights of ``engine`` as Hugging Face folders below the run's ``folder``.
+
+    Raises ``UserError`` for transforms whose export does not return the weights of the plain architecture.
+    """
     from pretrain.models.hub.model_card import model_card
     from pretrain.training.exporter import Exporter
 
     policy, train = config.checkpoint, prepared.train
     data = {"documents": train.num_documents, "tokens": train.num_tokens, "bytes": train.num_bytes}
     data |= {"global_batch": prepared.global_batch}
+    if policy.export != "never" and engine.model.transformed is not None:
+        engine.model.transformed.check_export(engine.model.hf)
     return Exporter(
         engine,
         prepared.tokenizer,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.schema import read_state
+from pretrain.config.schema import RootKeys
+from pretrain.config.trust import PARTS
 from pretrain.run.leftovers import LATER_KEYS, read_config, with_later_keys
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.strict_json import read_json
@@ -108,15 +111,17 @@ def check_finished_run(old: dict[Any, Any], config: RunConfig) -> None:
 def changed_settings(old: dict[Any, Any], new: dict[str, Any], *, same_content: bool = False) -> list[str]:
     """Return the settings that differ between two configs, without those that may differ in a finished run.
 
-    ``same_content`` means that model and data are known to be the same, so that their paths are not compared. Otherwise the
-    paths are compared as absolute paths.
+    A group of the user's own is not compared: its values count where other keys refer to them. ``same_content`` means that
+    model and data are known to be the same, so that their paths are not compared. Otherwise the paths are compared as absolute
+    paths.
     """
 
     old = with_later_keys(old, new)
 
     def without_places(config: dict[Any, Any]) -> dict[Any, Any]:
+        compared = {*(field.name for field in fields(RootKeys)), *PARTS} - FREE
         return {
-            key: _with_comparable_path(key, value, same_content) for key, value in config.items() if key not in FREE
+            key: _with_comparable_path(key, value, same_content) for key, value in config.items() if key in compared
         }
 
     return differences(without_places(old), without_places(new))

@@ -1,4 +1,4 @@
-"""What this program uses of DeepSpeed beyond its documentation (seen in 0.18.0 and 0.19.8).
+"""What this program uses of DeepSpeed beyond its documentation (seen in 0.19.8).
 ``tests/test_internals.py`` fails when one of these has changed.
 
 - the ZeRO optimizer: its flat fp32 shards, its norm, how it renews the 16-bit weights, and its loss scaler

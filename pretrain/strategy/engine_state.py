@@ -39,7 +39,7 @@ class EngineState:
         moments, moments_manifest, values = self.optimizer_state.pack()
         weights = self.model.hf_state()
         shards = ((name, tensors.local_shard(t, is_main=self.world.is_main)) for name, t in weights.items())
-        plain = {"optimizer_values": values} if values["state"] or any(values["groups"]) else {}
+        plain = {"optimizer_values": values} if any((values["state"], *values["groups"], "layout" in values)) else {}
         return plain | {
             "model": {name: shard for name, shard in shards if shard is not None},
             "optimizer": moments,

@@ -1,6 +1,6 @@
 """The loss scaler of fp16: torch's ``GradScaler``, whose flags of infinite gradients other ranks may set.
 
-Private to torch (seen in 2.9.0 and 2.13.0): ``GradScaler._found_inf_per_device``, the flags by device that `unscale_` sets and
+Private to torch (seen in 2.10.0 and 2.13.0): ``GradScaler._found_inf_per_device``, the flags by device that `unscale_` sets and
 that `step` and `update` read. ``tests/strategy/test_loss_scaler.py`` fails when they are no longer these.
 """
 

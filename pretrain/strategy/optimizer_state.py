@@ -17,11 +17,12 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pretrain.distributed import sharding
-from pretrain.distributed.packing import check_shapes, pack, saved_names
+from pretrain.distributed.packing import AS_BEFORE, check_shapes, pack, saved_names
 from pretrain.distributed.sharding import Manifest, TensorFiles, TensorShard, fill
 from pretrain.runtime.errors import UserError
 
@@ -48,7 +49,8 @@ class OptimizerState:
 
     def pack(self) -> tuple[dict[str, TensorShard], Manifest, dict[str, Any]]:
         """Return this rank's shards, dtype and full shape of every tensor that any rank writes, and the plain values, as
-        ``{"state": {name: value}, "groups": [{key: value}]}``. This is a collective.
+        ``{"state": {name: value}, "groups": [{key: value}]}``; if tensors belong to their ranks, also ``layout``, a digest
+        of each rank's shards. This is a collective.
 
         Raises ``UserError`` on every rank for a state that can't be saved.
         """
@@ -56,7 +58,10 @@ class OptimizerState:
         slots = [(name, p, found[key]) for name, p, found, key in self._slots() if isinstance(found[key], Tensor)]
         replicas = {name for name, parameter, _ in slots if _is_replica(name, parameter)}
         named = {name: tensor for name, _, tensor in slots}
-        return *pack(named, world=self.world, replicas=replicas, rank_local=self._rank_local), values
+        shards, manifest = pack(named, world=self.world, replicas=replicas, rank_local=self._rank_local)
+        if self._rank_local:
+            values["layout"] = self.world.all_gather_object(self._layout)
+        return shards, manifest, values
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """Yield by name the tensors that other ranks hold as well, with the same bits."""
@@ -67,6 +72,12 @@ class OptimizerState:
                     yield name, value
             elif isinstance(value, Tensor) and name not in self._rank_local and _is_replica(name, parameter):
                 yield name, value
+
+    def _layout(self) -> str:
+        """Return a digest of which rows of the parameters this rank holds."""
+        parameters = self.model.hf_named_parameters()
+        rows = [(name, sharding.start_of(p), tuple(sharding.local(p).shape)) for name, p in parameters]
+        return xxhash.xxh3_128_hexdigest(repr(rows).encode())
 
     def _slots(self) -> Iterator[Slot]:
         for name, parameter in self.model.hf_named_parameters():
@@ -99,6 +110,7 @@ class OptimizerState:
 
     def restore(self, files: TensorFiles, values: Mapping[str, Any] | None, *, complete: bool) -> None:
         """Restore the state in ``files`` and ``values``. The weights must be loaded afterwards, because this may change them.
+        This is a collective.
 
         Tensors are restored in the dtype in which they were saved. If nothing was saved, the state is empty afterwards.
 
@@ -114,6 +126,9 @@ class OptimizerState:
         values = values or {}
         plain_values, groups = dict(values.get("state", {})), values.get("groups", [])
         names = saved_names(files, self.world)
+        of_rank = [name for name, saved in names.items() if saved != name]
+        if of_rank and dict(enumerate(values.get("layout", []))).get(self.world.rank) != self._layout():
+            raise UserError(f"{of_rank[0]} was saved for this process's shards, which are others now; {AS_BEFORE}")
         parameters = dict(self.model.hf_named_parameters())
         with_state = {name.partition("/")[0] for name in (*names, *plain_values)}
         trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
@@ -122,7 +137,7 @@ class OptimizerState:
             raise UserError(
                 f"the checkpoint's optimizer has {len(groups)} parameter groups, this run's {len(self._initial_groups)}"
             )
-        if any(not self.optimizer.state.get(parameters[name]) for name in with_state):
+        if self.world.any_rank(any(not self.optimizer.state.get(parameters[name]) for name in with_state))[0]:
             self._initialise()
         like = self._like(files, names, plain_values)
         check_shapes(files, {name: tensor for name, (tensor, _, _) in like.items()}, names)
@@ -132,8 +147,12 @@ class OptimizerState:
         self._restore_values(plain_values, parameters)
         for name in parameters.keys() - with_state if self._starts_empty else ():
             self.optimizer.state.pop(parameters[name], None)
+        self._restore_groups(groups)
+
+    def _restore_groups(self, saved: list[dict[str, Any]]) -> None:
+        """Set the values of the parameter groups to the saved ones, and the others to what they were at the start."""
         for i, (group, initial) in enumerate(zip(self.optimizer.param_groups, self._initial_groups, strict=True)):
-            own = deepcopy(initial) | (groups[i] if i < len(groups) else {})
+            own = deepcopy(initial) | (saved[i] if i < len(saved) else {})
             group.update({key: _like_type(initial.get(key), value) for key, value in own.items()})
 
     def _initialise(self) -> None:

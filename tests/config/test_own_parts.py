@@ -5,6 +5,7 @@ import pytest
 from pretrain.config.compose import run_config
 from pretrain.evaluation.task import EvaluationTask, Metric
 from pretrain.models.transforms.base import ModelTransform
+from pretrain.run.fingerprint import changed_settings
 from pretrain.runtime.errors import UserError
 from pretrain.training.hook import Hook
 
@@ -269,6 +270,18 @@ def test_a_group_of_their_own(conf):
         "here/x",
     )
     assert run_config([*words, "ourlab.url=there"], conf).plain["dataset"]["nameOrPath"] == "there/x"
+
+
+def test_a_group_of_their_own_counts_where_it_is_used(conf):
+    """A finished run is the same run with another value that nothing refers to."""
+    words = ["dataset=local", "dataset.nameOrPath=x", "+ourlab=default", "max_steps=3"]
+    before, after = run_config(words, conf), run_config([*words, "ourlab.url=there"], conf)
+    assert changed_settings(before.plain, after.plain) == []
+    words.append("grad_clip=${ourlab.sizes.0}")
+    after = run_config([*words, "ourlab.sizes.0=5.0"], conf)
+    assert changed_settings(run_config([*words, "ourlab.sizes.0=1.0"], conf).plain, after.plain) == [
+        "grad_clip: 1.0 → 5.0"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -160,10 +160,10 @@ def test_an_export_that_the_plain_architecture_can_not_read_is_refused(exact_mod
     with pytest.raises(
         UserError, match=r"weights of LlamaForCausalLM: model.layers.0.self_attn.q_proj.weight is missing, and"
     ):
-        type(model.transformed)((Freeze("x"),), None, {}, {}, {}).export(plain, state)
+        type(model.transformed)((Freeze("x"),), None, {}, {}, {}, {}).export(plain, state)
     cut = type("Cut", (Freeze,), {"export": lambda self, s: {n: t[:1] for n, t in Lora().export(s).items()}})("x")
     with pytest.raises(UserError, match=r"model.embed_tokens.weight is \[1, 32\] instead of \[300, 32\]"):
-        type(model.transformed)((cut,), None, {}, {}, {}).export(plain, state)
+        type(model.transformed)((cut,), None, {}, {}, {}, {}).export(plain, state)
 
 
 def test_a_head_that_a_transform_has_changed_computes_its_own_logits(exact_model):

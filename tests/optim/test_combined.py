@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.optim.combined import CombinedOptimizer, combined
+from pretrain.optim.combined import CombinedOptimizer, check_every_parameter, combined
 from pretrain.runtime.errors import UserError
 from pretrain.strategy.engine import Engine
 from tests.engines import ALONE, HALF, engine_of, trained
@@ -73,3 +73,13 @@ def test_what_a_factory_must_not_return():
         combined([])
     with pytest.raises(UserError, match=r"^optimizer: a parameter belongs to one optimizer: some parameters appear in"):
         combined([torch.optim.AdamW([weight]), torch.optim.SGD([weight])])
+
+
+def test_a_parameter_that_nobody_updates_is_named():
+    weights, both = two()
+    named = [("a", weights[0]), ("b", weights[1]), ("c", nn.Parameter(torch.ones(1), requires_grad=False))]
+    check_every_parameter(both, named)
+    with pytest.raises(
+        UserError, match=r"^optimizer: 1 parameters belong to none, e.g. b; pass them to one, or freeze them"
+    ):
+        check_every_parameter(both.optimizers[0], named)

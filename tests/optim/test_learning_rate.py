@@ -30,6 +30,9 @@ def test_auto_is_replaced_wherever_it_has_gone() -> None:
     assert with_lr(config, 0.5) == {"lr": 0.5, "optimizer": {"_target_": "x", "lr": 0.5}}
     own = {"lr": "auto", "optimizer": {"lr": 0.1}}
     assert with_lr(own, 0.5) == {"lr": 0.5, "optimizer": {"lr": 0.1}}
+    nested = {"lr": "auto", "optimizer": {"adam_lr": "auto", "foreach": "auto", "parts": [{"lr": "auto"}, {"lr": 0.1}]}}
+    parts = [{"lr": 0.5}, {"lr": 0.1}]
+    assert with_lr(nested, 0.5)["optimizer"] == {"adam_lr": 0.5, "foreach": "auto", "parts": parts}
     assert with_lr({"lr": 0.1, "optimizer": {"lr": 0.1}}, 0.5) == {"lr": 0.1, "optimizer": {"lr": 0.1}}
     assert config["lr"] == "auto"
 

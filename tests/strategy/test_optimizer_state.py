@@ -124,6 +124,12 @@ def continues(strategy, name, factory, world, folder) -> list[str]:
     return differences(first, expected) + differences(rolled_back, expected)
 
 
+def refusal(work) -> str:
+    with pytest.raises(UserError) as refused:
+        work()
+    return str(refused.value)
+
+
 def of_two_ranks(world, factory, folder, cells) -> dict:
     found = {}
     for name, strategy in cells:
@@ -134,6 +140,11 @@ def of_two_ranks(world, factory, folder, cells) -> dict:
                 save(loaded(engine, folder / f"single {name}"), folder / f"again {name}")
             except UserError as error:
                 found[name, "from one process"] = str(error)
+        if (name, strategy) == ("of_the_shard", SHARDED):
+            engine = engine_of("ddp", name, factory, world)
+            found["another strategy"] = refusal(
+                lambda engine=engine: loaded(engine, folder / f"{SHARDED} of_the_shard")
+            )
     return found
 
 
@@ -235,6 +246,11 @@ def test_it_needs_the_same_number_of_processes_and_says_so(of_two, folder, facto
         "weights (model_name=<checkpoint>)"
     )
     for of_rank in of_two:
+        assert of_rank["another strategy"] == (
+            "model.embed_tokens.weight/codes was saved for this process's shards, which are others now; resume with the "
+            "strategy and the number of processes of before, or start a new run from the checkpoint's weights "
+            "(model_name=<checkpoint>)"
+        )
         assert of_rank["of_the_shard", "from one process"].endswith(
             "here; resume with the strategy and the number of processes of before, or start a new run from the "
             "checkpoint's weights (model_name=<checkpoint>)"
@@ -248,12 +264,6 @@ def test_plain_values_and_groups(of_one, folder):
     assert [set(group) for group in found["groups"]] == [{"warm"}]
     for name in ("groups", "muon_and_adamw", "adagrad"):
         assert "optimizer_values" not in json.loads((folder / f"single {name}/step-00000004/state.json").read_text())
-
-
-def refusal(work) -> str:
-    with pytest.raises(UserError) as refused:
-        work()
-    return str(refused.value)
 
 
 @pytest.mark.parametrize(

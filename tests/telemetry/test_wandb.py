@@ -74,6 +74,7 @@ def evaluation(step):
 
 
 STARTED = {"event": "run_started", "step": 0, "time": 1000.0, "parameters": 27_000}
+METRIC = {"event": "metric", "step": 4, "time": 1004.7, "name": "accuracy", "domain": None, "value": 0.5}
 SAMPLE = {
     "event": "sample",
     "step": 2,
@@ -103,7 +104,7 @@ def resumed(tmp_path_factory):
     write(run, RunStarted(0, 9, resumed=False), [*first, *again, STOPPED], **keys)
     before = (run / RUN_ID).read_text()
     end = FINISHED | {"model": str(run / "model")}
-    write(run, RunStarted(3, 9, resumed=True), [STARTED | {"step": 3}, again[1], evaluation(4), end], **keys)
+    write(run, RunStarted(3, 9, resumed=True), [STARTED | {"step": 3}, again[1], evaluation(4), METRIC, end], **keys)
     assert (run / RUN_ID).read_text() == before
     return run
 
@@ -120,6 +121,7 @@ def test_a_resumed_run_has_each_row_once_and_one_folder_to_send(resumed):
     assert written[11]["layers/head/grad_norm"] == 0.5
     assert (written[12]["data/a/share"], written[12]["data/tokens_per_document"]) == (1.0, 9.5)
     assert written[23]["evaluation/books/perplexity"] == 11.0
+    assert written[23]["metric/accuracy"] == 0.5
     (table,) = folder.glob("files/" + written[14]["samples/path"])
     assert json.loads(table.read_text())["data"] == [["books", "new", "The", " sea"]]
     assert len(list((resumed / "wandb/earlier").glob("offline-run-*"))) == 1

@@ -12,7 +12,7 @@ from typing import Any
 from pretrain.models.hub.files import read_object, text_part
 from pretrain.runtime.errors import UserError, one_line
 
-# transformers (5.20 to 5.23) reads these keys from a config and its sub-configs. An implementation of the form "owner/name" is a
+# transformers (5.23) reads these keys from a config and its sub-configs. An implementation of the form "owner/name" is a
 # kernel that transformers downloads from the Hub and runs.
 NOT_FOR_FILES = re.compile(
     r".*_implementation(_internal|_autoset)?|_?use_(hub_)?kernels|kernel_config|fusion_config|distributed_config"

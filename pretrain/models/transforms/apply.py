@@ -13,6 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from pretrain.checkpoint.rng import rng_state, seed_everything, set_rng_state
@@ -37,6 +38,7 @@ class Transformed:
         config: config of the model before the transforms.
         before: shape of every weight before the transforms, by name. A tied weight appears once.
         names: name of a weight after the transforms → its name before, for the weights that are not new.
+        after: every weight after the transforms, by name, on the meta device.
         values: values of the new weights by name, on the CPU; empty for a model that was not built on the meta device, which
             has them itself.
     """
@@ -45,6 +47,7 @@ class Transformed:
     config: Any
     before: dict[str, Shape]
     names: dict[str, str]
+    after: dict[str, Tensor] = field(repr=False)
     values: dict[str, Tensor] = field(repr=False)
 
     def export(self, plain: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -57,6 +60,16 @@ class Transformed:
                 raise UserError(f"transform {_name(transform)}: export() returned no dict of tensors")
         check_exported(weights, plain)
         return weights
+
+    def check_export(self, hf: Any) -> None:
+        """Raise ``UserError`` if `export` would not return the weights of the plain architecture, as far as that can be found
+        without their values: a run must not find it out at its end. ``hf`` is the transformed model."""
+        try:
+            self.export(plain_model(hf), dict(self.after))
+        except UserError:
+            raise
+        except Exception:  # an export that reads values can't be run on tensors without any
+            return
 
 
 def apply_transforms(transforms: Sequence[ModelTransform], hf: Any, *, seed: int) -> Transformed | None:
@@ -79,11 +92,12 @@ def apply_transforms(transforms: Sequence[ModelTransform], hf: Any, *, seed: int
             _check_new(transform, {n: t for n, t in weights_of(hf).items() if id(t) not in old})
     after = weights_of(hf)
     names = {name: old[id(tensor)] for name, tensor in after.items() if id(tensor) in old}
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in after.items()}
     values: dict[str, Tensor] = {}
     if on_meta:
         values = {name: tensor.detach().clone() for name, tensor in after.items() if name not in names}
         replace_parameters(hf, lambda p: p if p.is_meta else p.to("meta"))
-    return Transformed(tuple(transforms), config, {n: tuple(t.shape) for n, t in before.items()}, names, values)
+    return Transformed(tuple(transforms), config, {n: tuple(t.shape) for n, t in before.items()}, names, shapes, values)
 
 
 def _check_new(transform: ModelTransform, new: dict[str, Tensor]) -> None:

@@ -22,14 +22,7 @@ from pretrain.runtime.locks import Busy, Lock
 from pretrain.runtime.redact import redact
 from pretrain.telemetry.record import Record, scalars
 
-ROWS = (
-    "train",
-    "layers",
-    "data",
-    "evaluation",
-    "metric",
-    "sample",
-)  # events that become rows, in this order within a step
+ROWS = ("train", "layers", "data", "evaluation", "sample")  # events that become rows, in this order within a step
 COLUMNS: list[Any] = ["domain", "role", "prompt", "text"]  # columns of the table of samples
 SUMMARY = ("status", "tokens", "train_seconds", "tokens_per_second", "goodput", "mfu")
 EXIT_CODES = {"finished": 0, "stopped": 75}
@@ -139,12 +132,13 @@ class Run:
 
     def _keep(self, record: Record) -> None:
         self._skipped = max(self._skipped, record.get("skipped_steps") or 0)
-        if record["event"] not in ROWS:
+        event = "evaluation" if record["event"] == "metric" else record["event"]  # one row of an evaluation's numbers
+        if event not in ROWS:
             return
         if record["step"] != self._step:
             self._flush()
             self._step = record["step"]
-        number = len(ROWS) * record["step"] + ROWS.index(record["event"])
+        number = len(ROWS) * record["step"] + ROWS.index(event)
         row = self._rows.setdefault(number, {"step": record["step"], "_timestamp": record["time"]})
         if record["event"] == "sample":
             row.setdefault("samples", []).append([record.get(column) for column in COLUMNS])
