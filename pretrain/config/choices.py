@@ -32,7 +32,7 @@ def groups(config_dir: str | None = None) -> list[str]:
 
 def own_groups(config_dir: str | None) -> set[str]:
     """Return the groups that only ``config_dir`` has."""
-    return set(groups(config_dir)) - set(groups())
+    return set(groups(config_dir)) - set(groups()) if config_dir else set()
 
 
 def _folders(config_dir: str | None) -> list[Path]:
