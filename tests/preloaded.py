@@ -66,6 +66,11 @@ READ_LATE += (
     "OMP_WAIT_POLICY",
 )
 READ_LATE += ("TORCH_NCCL_",)
+READ_LATE += (
+    "TORCH_CPP_LOG_LEVEL",
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS",
+)  # a server sets them, too
 FORK_SERVER = "multiprocessing.forkserver"
 FAULT = "PRETRAIN_FAULT"  # of tests.runs.at_call
 ROOM = "PRETRAIN_TEST_ROOM"  # of a server's environment: where its processes' own is written, for those who look from outside
@@ -346,6 +351,9 @@ def run_main(order: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    from pretrain.runtime.console import quiet_libraries
+
+    quiet_libraries()  # before the imports, as a run does it
     import matplotlib.figure  # noqa: F401
 
     import pretrain.cli.main

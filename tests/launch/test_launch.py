@@ -123,7 +123,7 @@ def test_a_signal_saves_and_exits_75(strategy, number, everyone, long_run, base_
 def test_a_signal_while_it_starts(delay, number, base_arguments, spawn, tmp_path):
     """In the middle of imports, preparing the data, starting workers, building models: the end is as clean. Ctrl-C reaches
     all of them."""
-    process = spawn([*base_arguments, *LONG, *PAIR, f"output_dir={tmp_path}"], start_new_session=True)
+    process = spawn([*base_arguments, *LONG, *PAIR, f"output_dir={tmp_path}"], start_new_session=True, fresh=True)
     time.sleep(delay)
     everyone = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
