@@ -138,7 +138,9 @@ def changed(model):
 
 @pytest.mark.parametrize("shape", ["llama", "llama-tied"])
 @pytest.mark.parametrize(
-    "transforms", [[Lora()], [Scale(), Lora(targets="o_proj$")], [WrapEmbeddings(), Freeze("embed")]], ids=str
+    "transforms",
+    [[Lora()], [Scale(), Lora(targets="o_proj$")], [WrapEmbeddings(), Freeze("embed")]],
+    ids=["lora", "scale-lora", "wrap-freeze"],
 )
 def test_from_pretrained_reads_the_trained_model(exact_model, tmp_path, shape, transforms):
     model = changed(factory_of(exact_model(shape), *transforms).build(CPU))
