@@ -53,7 +53,7 @@ def saved_transforms(folder: Path) -> list[Node]:
         found = state["identity"]["transforms"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    return found if isinstance(found, list) else []
+    return found if isinstance(found, list) and all(isinstance(node, dict) for node in found) else []
 
 
 def check_transforms(folder: Path, transforms: Sequence[Node], *, name: str) -> bool:

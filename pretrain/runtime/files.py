@@ -12,6 +12,7 @@ import errno
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -87,9 +88,10 @@ def replace_file(path: Path, content: str | bytes, *, flush: bool = False) -> No
 
 
 def partial_of(path: Path, *, process: int | None = None) -> Path:
-    """Return the temporary file that a process (default: this one) renames to ``path``. Every process has its own, since
-    several may write the same file."""
-    return path.with_name(f".{path.name}.{os.uname().nodename}.{process or os.getpid()}.partial")
+    """Return the temporary file that this thread renames to ``path``, or a pattern of those of ``process``. Every thread has
+    its own, since several may write the same file."""
+    owner = f"{os.getpid()}-{threading.get_native_id()}" if process is None else f"{process}-*"
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{owner}.partial")
 
 
 def keep_copy(path: Path) -> None:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint import store
 from pretrain.checkpoint.adapt import adapted
-from pretrain.checkpoint.schema import read_state
+from pretrain.checkpoint.schema import Identity, read_state
 from pretrain.telemetry.interval import Interval
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.train_state import TrainState
     from pretrain.checkpoint.writer import AsyncCheckpointWriter
     from pretrain.telemetry.events import Saved
+
+NEEDED = {name for name, key in Identity.model_fields.items() if key.is_required()}
 
 
 @dataclass
@@ -24,7 +26,8 @@ class Checkpoints:
 
     Attributes:
         writer: writes checkpoints, while training continues or at once (``None``: nothing is saved).
-        fingerprint: what a checkpoint must have in common with the run that resumes from it.
+        fingerprint: what a checkpoint must have in common with the run that resumes from it (`Identity` in
+            `pretrain.checkpoint.schema` has the keys; any text stands for a model, tokenizer or data of one's own).
         every: the interval of checkpoints in steps. The last step is always saved.
         resume_from: the checkpoint folder to resume from, or ``None``.
         unsaved_records: returns the records since the last checkpoint, which the next checkpoint will hold.
@@ -40,6 +43,12 @@ class Checkpoints:
     files: Callable[[TrainState], dict[str, bytes]] = lambda state: {}
     records: list[dict[str, Any]] = field(default_factory=list)
     _delayed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.writer is not None and (missing := sorted(NEEDED - self.fingerprint.keys())):
+            raise ValueError(
+                f"a checkpoint needs a fingerprint of its run, or it could not be resumed: {missing} missing"
+            )
 
     def is_due(self, step: int, *, delay: bool) -> bool:
         """Return whether a checkpoint is due at ``step``. With ``delay`` it becomes due at the next step without it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from pretrain.distributed.packing import name_of, pack, restore
 from pretrain.distributed.sharding import TensorFiles
 from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.train_state import TrainState
@@ -27,6 +29,7 @@ class Hooks:
         self._rank_local: set[str] = set()  # names of tensors that differ between ranks
 
     def setup(self, engine: Engine) -> None:
+        self._engine = engine
         for hook in self._hooks.values():
             hook.setup(engine)
 
@@ -42,11 +45,31 @@ class Hooks:
         return engine_state | {"hook": shards, "tensors": engine_state["tensors"] | {"hook": manifest}}
 
     def values(self) -> dict[str, dict[str, Any]]:
-        """Return the plain values of each hook's state."""
-        return {
-            name: {key: value for key, value in hook.state_dict().items() if not isinstance(value, Tensor)}
-            for name, hook in self._hooks.items()
-        }
+        """Return copies of the plain values of each hook's state. This is a collective.
+
+        Raises ``UserError`` if JSON can't represent a value, or if ranks have different ones.
+        """
+        if not self._hooks:
+            return {}
+        every = self._world.all_gather_object(self._plain_values)
+        for values in every[1:]:
+            if differing := sorted(name for name in every[0] if values[name] != every[0][name]):
+                raise UserError(
+                    f"hook {differing[0]}: the plain values of its state differ between ranks and can't be saved; a tensor "
+                    "may differ"
+                )
+        return {name: json.loads(text) for name, text in every[0].items()}
+
+    def _plain_values(self) -> dict[str, str]:
+        """Return the plain values of each hook's state as JSON, so that later changes of them are not saved."""
+        found = {}
+        for name, hook in self._hooks.items():
+            values = {key: value for key, value in hook.state_dict().items() if not isinstance(value, Tensor)}
+            try:
+                found[name] = json.dumps(values)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"hook {name}: its state can't be saved in a checkpoint: {error}") from None
+        return found
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore the hooks from the state of a checkpoint. A hook that the checkpoint does not have starts anew.
@@ -59,7 +82,9 @@ class Hooks:
             what = "its state in the checkpoint is not used" if name in before else "the checkpoint has no state of it"
             notice(f"hook {name}: {what}")
         for name, hook in self._hooks.items():
-            if name in before:
+            if name not in before:
+                hook.setup(self._engine)  # again, because the weights are those of the checkpoint now
+            else:
                 current = hook.state_dict()
                 tensors = {key: t.detach().clone() for key, t in current.items() if isinstance(t, Tensor)}
                 prefixed = {f"{name}/{key}": tensor for key, tensor in tensors.items()}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from pretrain.checkpoint.weights import check_transforms, saved_transforms
 from pretrain.data.batch import Batch
 from pretrain.models.causal_lm import Pretrained, Scratch
 from pretrain.models.hub.export import save_full
@@ -235,3 +236,10 @@ def test_the_gradient_with_checkpointed_activations_is_the_same(exact_model):
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.allclose(gradients[0][n], gradients[1][n], atol=1e-6) for n in gradients[0])
     assert max(float(g.abs().max()) for g in gradients[0].values()) > 1e-3
+
+
+@pytest.mark.parametrize("transforms", ['["x"]', '"x"', "[1]", "{}"])
+def test_a_damaged_list_of_transforms_is_none(tmp_path, transforms):
+    (tmp_path / "state.json").write_text(f'{{"identity": {{"transforms": {transforms}}}}}')
+    assert saved_transforms(tmp_path) == []
+    assert check_transforms(tmp_path, [], name="x") is False

@@ -1,10 +1,13 @@
 """State beside the model: updated after every step, saved with every checkpoint, restored on a resume and on a rollback."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from pretrain.runtime.errors import UserError
 from pretrain.telemetry.events import RolledBack
+from pretrain.training.checkpoints import Checkpoints
 from pretrain.training.guard.config import GuardConfig
 from pretrain.training.hook import Hook
 from tests.loops import loop_in
@@ -75,6 +78,47 @@ def test_a_hook_that_was_not_there_before_or_is_there_no_more(loop, capsys):
     assert "hook new: the checkpoint has no state of it" in said
     assert "hook old: its state in the checkpoint is not used" in said
     assert new.seen == [3, 4]
+
+
+def test_a_hook_that_is_new_starts_from_the_weights_of_the_checkpoint(loop):
+    trainer, _, _ = loop(steps=2)
+    trainer.run()
+    new = Average()
+    resumed, _, _ = loop(hooks={"new": new}, resume_from=trainer.checkpoints.writer.store.path(2), steps=2)
+    resumed.run()
+    saved = {name: p.detach() for name, p in trainer.engine.model.hf_named_parameters()}
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in new.weights.items())
+
+
+def test_what_is_saved_does_not_change_later(loop):
+    """The state is written while training continues."""
+    hook = Average()
+    trainer, _, _ = loop(hooks={"ema": hook})
+    trainer.start()
+    hook.seen.append(1)
+    values = trainer.hooks.values()
+    hook.seen.append(2)
+    assert values == {"ema": {"seen": [1]}}
+
+
+def test_plain_values_that_can_not_be_saved(loop):
+    hook = Average()
+    trainer, _, _ = loop(hooks={"ema": hook})
+    trainer.start()
+    hook.seen = {1, 2}
+    with pytest.raises(UserError, match=r"hook ema: its state can't be saved in a checkpoint: .*set is not JSON"):
+        trainer.hooks.values()
+    hook.seen = [1]
+    theirs = {"ema": '{"seen": [2]}'}
+    trainer.hooks._world = SimpleNamespace(all_gather_object=lambda work: [work(), theirs])
+    with pytest.raises(UserError, match="hook ema: the plain values of its state differ between ranks"):
+        trainer.hooks.values()
+
+
+def test_checkpoints_without_a_fingerprint_are_not_begun(loop):
+    trainer, _, _ = loop()
+    with pytest.raises(ValueError, match="'seed', 'sequence_length'"):
+        Checkpoints(trainer.checkpoints.writer)
 
 
 def test_a_state_of_another_shape_is_refused(loop):
