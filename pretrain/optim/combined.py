@@ -69,6 +69,6 @@ def check_every_parameter(optimizer: Optimizer, named_parameters: Iterable[tuple
     left_out = [name for name, p in named_parameters if p.requires_grad and id(p) not in updated]
     if left_out:
         raise UserError(
-            f"optimizer: {len(left_out)} parameters belong to none, e.g. {left_out[0]}; pass them to one, or freeze them "
-            "(transform=[freeze])"
+            f"optimizer: no group has {left_out[0]}{f' and {len(left_out) - 1} more' if len(left_out) > 1 else ''}; give every "
+            "parameter that is trained to one optimizer, or freeze it in a transform"
         )

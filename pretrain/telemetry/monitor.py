@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.runtime.console import notice
+from pretrain.runtime.errors import one_line
 from pretrain.runtime.files import DISK_FULL
 from pretrain.runtime.memory import resident_bytes
 from pretrain.telemetry.events import (
@@ -255,7 +256,9 @@ class Monitor:
                 del self._sinks[name]
                 with suppress(Exception):  # a live bar has hidden the cursor; closing restores it
                     sink.close()
-                notice(f"sink {name} stopped: {type(error).__name__}: {error}; the run continues without it")
+                notice(
+                    f"sink {name} stopped: {type(error).__name__}: {one_line(error, lines=None)}; the run continues without it"
+                )
 
 
 def history_until(run: Path, start: RunStarted, known: History) -> History:

@@ -32,6 +32,7 @@ class Hooks:
         self._engine = engine
         for hook in self._hooks.values():
             hook.setup(engine)
+        self._plain_values()  # a state that can't be saved ends the run before it trains
 
     def after_step(self, state: TrainState, engine: Engine) -> None:
         for hook in self._hooks.values():
@@ -68,7 +69,10 @@ class Hooks:
             try:
                 found[name] = json.dumps(values)
             except (TypeError, ValueError) as error:
-                raise UserError(f"hook {name}: its state can't be saved in a checkpoint: {error}") from None
+                raise UserError(
+                    f"hook {name}: its state can't be saved in a checkpoint: {error}; a state is flat: tensors and plain JSON "
+                    "values, no tensors inside of mappings or lists"
+                ) from None
         return found
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:

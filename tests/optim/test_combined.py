@@ -80,6 +80,6 @@ def test_a_parameter_that_nobody_updates_is_named():
     named = [("a", weights[0]), ("b", weights[1]), ("c", nn.Parameter(torch.ones(1), requires_grad=False))]
     check_every_parameter(both, named)
     with pytest.raises(
-        UserError, match=r"^optimizer: 1 parameters belong to none, e.g. b; pass them to one, or freeze them"
+        UserError, match=r"^optimizer: no group has b; give every parameter that is trained to one optimizer"
     ):
         check_every_parameter(both.optimizers[0], named)

@@ -131,3 +131,14 @@ def test_a_state_of_another_shape_is_refused(loop):
     trainer.run()
     with pytest.raises(UserError, match="ema/"):
         loop(hooks={"ema": Wider()}, resume_from=trainer.checkpoints.writer.store.path(2))[0].run()
+
+
+def test_a_state_that_can_not_be_saved_ends_the_run_before_it_trains(loop):
+    class Nested(Average):
+        def state_dict(self):
+            return {"weights": self.weights}
+
+    trainer, events, _ = loop(hooks={"ema": Nested()})
+    with pytest.raises(UserError, match="a state is flat: tensors and plain JSON values"):
+        trainer.run()
+    assert events == []
