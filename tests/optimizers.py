@@ -89,7 +89,8 @@ class Local(Own):
 
 
 class Scalars(Own):
-    """Numbers, words, a nested dict, one tensor that is created late, and values of the group that training changes."""
+    """Numbers, words, a nested dict, a tensor and nested dicts that are created late, and values of the group that training
+    changes."""
 
     def create(self, p):
         return {
@@ -109,7 +110,12 @@ class Scalars(Own):
         state["inner"]["moment"].mul_(state["decay"]).add_(grad)
         if state["count"] == 3:
             state["late"] = torch.ones_like(p)
-        p.sub_(group["lr"] * group["warm"] * state["inner"]["moment"] * state.get("late", 1.0))
+            state["deep"] = {"hits": 0, "slow": {"moment": torch.full_like(p, 0.5)}}
+        if "deep" in state:
+            state["deep"]["hits"] += 1
+            state["deep"]["slow"]["moment"].mul_(1 + 1 / (1 + state["deep"]["hits"]))
+        factor = state.get("late", 1.0) * (state["deep"]["slow"]["moment"] if "deep" in state else 1.0)
+        p.sub_(group["lr"] * group["warm"] * state["inner"]["moment"] * factor)
         group["warm"] = min(1.0, group["warm"] + 1e-3)
 
 

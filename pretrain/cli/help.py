@@ -10,6 +10,7 @@ from pretrain.config.check import GROUPS, conf_dir
 from pretrain.config.choices import choice_files, chosen, groups
 from pretrain.config.trust import MULTI_SELECT
 from pretrain.config.yaml_file import checked_text
+from pretrain.runtime.console import visible
 from pretrain.runtime.errors import UserError
 
 USE = """\
@@ -34,7 +35,14 @@ Use
 
 
 def help_text(arguments: list[str]) -> str:
-    """Return the help of the program, or that of each ``group=choice`` among the arguments."""
+    """Return the help of the program, or that of each ``group=choice`` among the arguments.
+
+    Names and comments in the folder of --config-dir may be another person's, so the text has no control characters.
+    """
+    return visible(_help_text(arguments))
+
+
+def _help_text(arguments: list[str]) -> str:
     config_dir = config_dir_of(arguments)
     files = [
         (group.lstrip("+"), file)
@@ -74,12 +82,11 @@ def _groups(config_dir: str | None) -> str:
 
 
 def _text(file: Path) -> str:
-    """Return the text of a YAML file, which another person may have written, without control characters."""
+    """Return the text of a YAML file, or why it can't be read."""
     try:
-        text = checked_text(file)
+        return checked_text(file)
     except UserError as error:
-        text = f"# {error}"
-    return "".join(letter for letter in text if letter.isprintable() or letter == "\n")
+        return f"# {error}"
 
 
 def _indented(text: str) -> str:

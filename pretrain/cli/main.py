@@ -25,7 +25,7 @@ from pretrain.cli.flags import parse
 from pretrain.cli.flat_yaml import overrides_from
 from pretrain.cli.help import help_text
 from pretrain.config.check import check, conf_dir, gpu_visible
-from pretrain.config.compose import asks_for_sweep, compose, forced, in_plain_words, resolve
+from pretrain.config.compose import ShowingHydra, asks_for_sweep, compose, forced, in_plain_words, resolve
 from pretrain.config.hydra_configs import composing
 from pretrain.config.hydra_internals import get_args_parser, register_plugins
 from pretrain.config.hydra_trust import check_hydra
@@ -182,7 +182,7 @@ def _show(given: Namespace, overrides: list[str], cli_values: dict[str, Any]) ->
         name = check(resolved, here=False, config_dir=given.config_dir).name
         if given.resolve:
             overrides = [*overrides, f"++name={quoted(name)}"]  # output_dir depends on it
-    with composing(conf_dir(), given.config_dir) as hydra:
+    with composing(conf_dir(), given.config_dir, ShowingHydra) as hydra:
         if given.cfg:
             hydra.show_cfg("config", overrides, given.cfg, given.package, given.resolve)
         elif given.info:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pretrain.config.defaults import conf_dir
+from pretrain.runtime.errors import UserError
 
 
 def choices(group: str) -> list[str]:
@@ -26,8 +27,8 @@ def choice_files(group: str, config_dir: str | None = None) -> list[Path]:
 
 def groups(config_dir: str | None = None) -> list[str]:
     """Return the names of the groups that have a folder."""
-    folders = [p for folder in _folders(config_dir) if folder.is_dir() for p in folder.iterdir() if p.is_dir()]
-    return sorted({p.name for p in folders} - {"schemas", "local"})
+    folders = [entry for folder in _folders(config_dir) for entry in os.scandir(folder) if entry.is_dir()]
+    return sorted({entry.name for entry in folders} - {"schemas", "local"})
 
 
 def own_groups(config_dir: str | None) -> set[str]:
@@ -35,8 +36,18 @@ def own_groups(config_dir: str | None) -> set[str]:
     return set(groups(config_dir)) - set(groups()) if config_dir else set()
 
 
+def folder_of(config_dir: str) -> Path:
+    """Return the folder that ``--config-dir`` names. Raises ``UserError`` where there is none, or it can't be read."""
+    folder = os.path.abspath(os.path.expanduser(config_dir))
+    if not os.path.isdir(folder):
+        raise UserError(f"--config-dir={config_dir}: no such folder")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"--config-dir={config_dir}: can't be read; its permissions exclude this user")
+    return Path(folder)
+
+
 def _folders(config_dir: str | None) -> list[Path]:
-    return [conf_dir()] + ([Path(os.path.abspath(os.path.expanduser(config_dir)))] if config_dir else [])
+    return [conf_dir()] + ([folder_of(config_dir)] if config_dir else [])
 
 
 def default_choices(group: str) -> list[str]:

@@ -16,6 +16,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pretrain.config.check import GROUPS, check, conf_dir
 from pretrain.config.choices import choices, own_groups
 from pretrain.config.hydra_configs import compose_config, composing
+from pretrain.config.hydra_internals import Hydra
 from pretrain.config.inherited_keys import drop_inherited_keys
 from pretrain.config.interpolation import bounded_interpolation
 from pretrain.config.quoting import PATH_KEYS
@@ -65,6 +66,17 @@ def compose(words: list[str], config_dir: str | None = None) -> DictConfig:
     with open_dict(config):
         del config["hydra"]
     return config
+
+
+class ShowingHydra(Hydra):
+    """A Hydra that shows the config that `compose` returns."""
+
+    def compose_config(
+        self, config_name: str | None, overrides: list[str], *arguments: Any, **options: Any
+    ) -> DictConfig:
+        config = super().compose_config(config_name, overrides, *arguments, **options)
+        drop_inherited_keys(config, self.config_loader, overrides)
+        return config
 
 
 def run_config(words: list[str], config_dir: str | None = None) -> RunConfig:

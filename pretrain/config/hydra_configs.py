@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from pretrain.config.choices import folder_of
 from pretrain.config.hydra_internals import FileSource, Hydra, create_config_search_path, use_file_source
 from pretrain.config.interpolation import bounded_interpolation
 from pretrain.config.yaml_file import checked_text, read_yaml
@@ -36,8 +36,8 @@ class CheckedFileSource(FileSource):
 
 
 @contextmanager
-def composing(conf: Path, config_dir: str | None) -> Iterator[Hydra]:
-    """Yield a Hydra that composes from ``conf`` first, and then from the folder of ``--config-dir``.
+def composing(conf: Path, config_dir: str | None, kind: type[Hydra] = Hydra) -> Iterator[Hydra]:
+    """Yield a ``kind`` of Hydra that composes from ``conf`` first, and then from the folder of ``--config-dir``.
 
     A file in ``config_dir`` can add a choice to a group but can't replace a shipped one. Raises ``UserError`` where
     ``config_dir`` is not a folder.
@@ -45,13 +45,10 @@ def composing(conf: Path, config_dir: str | None) -> Iterator[Hydra]:
     use_file_source(CheckedFileSource)
     search = create_config_search_path(str(conf))
     if config_dir is not None:
-        folder = os.path.abspath(os.path.expanduser(config_dir))
-        if not os.path.isdir(folder):
-            raise UserError(f"--config-dir={config_dir}: no such folder")
-        search.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
+        search.prepend("command-line", f"file://{folder_of(config_dir)}", anchor=SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
     try:
-        yield Hydra.create_main_hydra2("pretrain", search)
+        yield kind.create_main_hydra2("pretrain", search)
     finally:
         GlobalHydra.instance().clear()
 

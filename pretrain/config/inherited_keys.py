@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pretrain.config.hydra_configs import files_of
@@ -33,7 +34,7 @@ def drop_inherited_keys(config: DictConfig, loader: ConfigLoader, words: list[st
     if not any("_target_" in word or word.lstrip("+").startswith("allow_targets=") for word in words):
         return
     trusted = command_line_only_values(words).get("allow_targets") or []
-    spoken = {word.partition("=")[0].lstrip("+~") for word in words}
+    spoken = set(_spoken(words))
     files = files_of(loader, words)
     for path, node in list(_parts(OmegaConf.to_container(config))):
         others = [other for package, content in files if (other := _of_other_target(package, content, path, node))]
@@ -49,6 +50,15 @@ def drop_inherited_keys(config: DictConfig, loader: ConfigLoader, words: list[st
         with open_dict(config):
             is_subclass = any(_is_subclass(found, old) for old in olds)
             _drop(OmegaConf.select(config, path), node, inherited, set(parameters), is_subclass=is_subclass)
+
+
+def _spoken(words: list[str]) -> Iterator[str]:
+    """Yield the dotted keys that ``words`` set, those in a word such as ``optimizer={eps: 1}`` too."""
+    for override in OverridesParser.create().parse_overrides(words):
+        nodes = [(override.key_or_group, override.value())]
+        for path, value in nodes:
+            yield path
+            nodes += [(f"{path}.{key}", item) for key, item in value.items()] if isinstance(value, dict) else []
 
 
 def _drop(

@@ -63,15 +63,17 @@ OWN_NAME = re.compile(r"pretrain(\.[A-Za-z]\w*)+")
 def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] = ()) -> Callable[..., Any]:
     """Return the class or function that the ``_target_`` at ``path`` names.
 
-    It must be one of ours that belongs to ``base`` (see ``PARTS``), or be in ``trusted``, a list of classes, functions and
-    packages. The name is checked before anything is imported, because an import executes code. Creating one of our parts has
-    no side effects. Other functions of ours may have some, so a config can't call them.
+    It must be one of ours that belongs to ``base`` (see ``PARTS``) and is in its package of ours, or be in ``trusted``, a
+    list of classes, functions and packages. The name is checked before anything is imported, because an import executes code.
+    Creating one of our parts has no side effects. Other functions of ours may have some, so a config can't call them.
 
     Raises ``UserError`` for any other target.
     """
     is_trusted = trusts(trusted, target)
     if not is_trusted and not (isinstance(target, str) and OWN_NAME.fullmatch(target)):
         raise _refused(path, target)
+    if not is_trusted and not trusts([_package_of(base)], target):
+        raise _not_allowed_here(path, target, base)
     try:
         found = _find(target)
     except Exception as error:
@@ -85,8 +87,7 @@ def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] =
     if not is_own:  # what the named module has imported itself, such as `pretrain.x.subprocess.Popen`
         raise _refused(path, target)
     if not is_trusted and not _belongs(found, base):
-        what = base if isinstance(base, str) else f"{base.__module__}.{base.__qualname__}"
-        raise UserError(f"{path}._target_={target!r}: not a part that is allowed here; allowed are those of {what}")
+        raise _not_allowed_here(path, target, base)
     return found
 
 
@@ -132,6 +133,20 @@ def _belongs(found: Any, base: str | type) -> bool:
         return found.__module__ == base and {"step", "total_steps", "warmup_steps"} <= names
     kind: Any = _find(base) if isinstance(base, str) else base
     return isinstance(found, type) and kind in found.__mro__ and not inspect.isabstract(found)
+
+
+def _name_of(base: str | type) -> str:
+    return base if isinstance(base, str) else f"{base.__module__}.{base.__qualname__}"
+
+
+def _package_of(base: str | type) -> str:
+    """Return the package of ours, such as ``pretrain.optim``, that holds the parts of ``base``."""
+    return ".".join(_name_of(base).split(".")[:2])
+
+
+def _not_allowed_here(path: str, target: str, base: str | type) -> UserError:
+    what = _name_of(base)
+    return UserError(f"{path}._target_={target!r}: not a part that is allowed here; allowed are those of {what}")
 
 
 def _refused(path: str, target: Any) -> UserError:

@@ -9,10 +9,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.files import DISK_FULL, atomic_file, make_folder
 from pretrain.runtime.filesystem import expanded
+from pretrain.runtime.folders import check_private
+from pretrain.runtime.locks import Busy, Lock
 
+# A wait for the lock up to this long is not reported. Ranks that open a filled cache at the same time wait less.
+UNREPORTED_WAIT_SECONDS = 2.0
 ABANDONED_SECONDS = 86_400.0  # a temporary file this old belongs to a process that was killed
 
 
@@ -29,6 +34,31 @@ def cache_dir() -> Path:
     if not home.is_absolute():
         raise UserError("no place for the token cache: this account has no home; set PRETRAIN_CACHE to a folder")
     return home / ".cache/pretrain"
+
+
+def make_private(cache: Path) -> None:
+    """Create the cache's folder if it is missing. Raises ``UserError`` where other users could change what is read from it."""
+    with cache_errors(cache):
+        make_folder(cache)
+    check_private(cache, "PRETRAIN_CACHE")
+
+
+@contextmanager
+def exclusive(path: Path, name: str) -> Iterator[None]:
+    """Hold the dataset's lock. A second process waits and then finds the work done. The kernel releases the lock of a process
+    that died."""
+    lock = Lock(path)
+    with cache_errors(path.parent):
+        make_folder(path.parent)
+        try:
+            lock.acquire(timeout=UNREPORTED_WAIT_SECONDS)
+        except Busy:
+            notice(f"dataset {name!r}: another run is filling the token cache; waiting for it")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

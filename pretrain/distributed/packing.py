@@ -32,7 +32,9 @@ from pretrain.runtime.errors import UserError
 if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
 
-OF_RANK = re.compile(r"rank-(\d+)-of-(\d+)/(.*)", re.DOTALL)  # the name of a tensor that belongs to one rank
+OF_RANK = re.compile(
+    r"rank-([0-9]{1,9})-of-([0-9]{1,9})/(.*)", re.DOTALL
+)  # the name of a tensor that belongs to one rank
 AS_BEFORE = (
     "resume with the strategy and the number of processes of before, or start a new run from the checkpoint's weights "
     "(model_name=<checkpoint>)"
@@ -72,7 +74,8 @@ def pack(
             f"rank and can't be resharded: a resume needs {world.size} processes and the same strategy"
         )
     rank_local |= found
-    shared = {n: t if not isinstance(t, DTensor) or by_rows(t) else t.full_tensor() for n, t in named.items()}
+    whole = {n: t.full_tensor() for n, t in sorted(named.items()) if isinstance(t, DTensor) and not by_rows(t)}
+    shared = {n: whole.get(n, t) for n, t in named.items()}
     own = {own_name(n, world): shared.pop(n) for n in sorted(found) if n in shared}
     shards = {n: shard for n, t in shared.items() if (shard := local_shard(t, is_main=world.is_main)) is not None}
     shards |= {n: TensorShard(t.detach(), 0, tuple(t.shape)) for n, t in own.items()}
@@ -108,7 +111,7 @@ def check_shapes(files: TensorFiles, like: Mapping[str, Tensor], names: Mapping[
 def saved_names(files: TensorFiles, world: DistributedContext) -> dict[str, str]:
     """Return the names in ``files`` of the tensors that this rank restores, by their names without a rank.
 
-    Raises ``UserError`` if ``files`` hold tensors that belong to the ranks of another number of processes.
+    Raises ``UserError`` if ``files`` hold tensors that belong to the ranks of another number of processes, or a name twice.
     """
     names = {}
     for saved in sorted(files.keys()):
@@ -119,7 +122,10 @@ def saved_names(files: TensorFiles, world: DistributedContext) -> dict[str, str]
                 f"{world.size}); {AS_BEFORE}"
             )
         if found is None or int(found[1]) == world.rank:
-            names[name_of(saved)] = saved
+            name = name_of(saved)
+            if name in names:
+                raise UserError(f"{name} is in the checkpoint more than once")
+            names[name] = saved
     return names
 
 

@@ -56,8 +56,16 @@ def complain(message: str) -> None:
         time.sleep(LATER_SECONDS)
 
 
+def visible(text: str) -> str:
+    """Return ``text`` with escapes such as ``\\x1b`` in place of its control characters, except for line feeds.
+
+    A terminal executes them, and names and values may come from another person's files.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def _emit(message: str, *, on_terminal: bool) -> None:
-    message = redact(message)
+    message = visible(redact(message))
     logger = logging.getLogger("pretrain")
     if logger.handlers:
         logger.info(message)

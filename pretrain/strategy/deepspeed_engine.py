@@ -224,7 +224,7 @@ class DeepspeedEngine(Engine):
         self._zero.link_moments()
         moments = self.optimizer.state.get(self._zero.shards(self.optimizer)[0], {})  # empty before the first step
         for name, parameter in self.model.hf_named_parameters():
-            for key, value in moments.items() if parameter.requires_grad else ():
+            for key, value in sorted(moments.items()) if parameter.requires_grad else ():
                 if value.ndim == 0:  # the step counter, equal for all parameters
                     yield "optimizer", f"{name}/{key}", value.clone()
                 else:

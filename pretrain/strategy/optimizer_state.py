@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
     from pretrain.models.language_model import LanguageModel
 
-UNSAVED = ("params", "lr")  # of a parameter group: the parameters, and what the schedule sets at every step
+UNSAVED = ("params", "param_names", "lr", "initial_lr", "schedule")  # of a parameter group: what a run sets by itself
 Slot = tuple[str, nn.Parameter, dict[Any, Any], Any]  # name, parameter, and the dict and key where the value is
 
 
@@ -90,6 +90,8 @@ class OptimizerState:
 
         def collect() -> dict[str, Any]:
             known = {id(parameter) for _, parameter in self.model.hf_named_parameters()}
+            for name, parameter in self.model.hf_named_parameters():
+                _check_keys(name, self.optimizer.state.get(parameter, {}))
             for key, value in self.optimizer.state.items():
                 if value and id(key) not in known:
                     name = key if isinstance(key, str) else type(key).__name__
@@ -101,9 +103,8 @@ class OptimizerState:
             return {"state": state, "groups": [changed(group, initial) for group, initial in groups]}
 
         every = self.world.all_gather_object(collect)
-        for other in every[1:]:
-            if other != every[0]:
-                raise UserError("the plain values in the optimizer's state differ between ranks and can't be saved")
+        if len({json.dumps(one, sort_keys=True) for one in every}) > 1:  # as text, in which NaN equals NaN
+            raise UserError("the plain values in the optimizer's state differ between ranks and can't be saved")
         return every[0]
 
     # -- restoring ----------------------------------------------------------------------------------------------------
@@ -139,15 +140,38 @@ class OptimizerState:
             )
         if self.world.any_rank(any(not self.optimizer.state.get(parameters[name]) for name in with_state))[0]:
             self._initialise()
+        self._check_groups(groups)
         like = self._like(files, names, plain_values)
-        check_shapes(files, {name: tensor for name, (tensor, _, _) in like.items()}, names)
-        for name, (tensor, found, key) in like.items():
+        check_shapes(files, like, names)
+        places = {name: (found, key) for name, _, found, key in self._slots()}
+        for name, tensor in like.items():
+            found, key = places.get(name) or self._new_place(name, parameters)
             found[key] = tensor
             fill(tensor, files, names[name])
-        self._restore_values(plain_values, parameters)
+        for name, value in plain_values.items():
+            found, key = places.get(name) or self._new_place(name, parameters)
+            found[key] = _like_type(found.get(key), value)
         for name in parameters.keys() - with_state if self._starts_empty else ():
             self.optimizer.state.pop(parameters[name], None)
         self._restore_groups(groups)
+
+    def _new_place(self, name: str, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[Any, Any], str]:
+        """Return the dict, made where it is missing, and the key of a value that the first update does not create."""
+        parameter, *dicts, key = name.split("/")
+        found: dict[Any, Any] = self.optimizer.state[parameters[parameter]]
+        for outer in dicts:
+            found = found.setdefault(outer, {})
+        return found, key
+
+    def _check_groups(self, saved: list[dict[str, Any]]) -> None:
+        """Raise ``UserError`` if a saved value belongs to no value of the parameter groups that `pack` saves."""
+        for i, (group, values) in enumerate(zip(self.optimizer.param_groups, saved, strict=False)):
+            if foreign := sorted(values.keys() - _snapshot(group).keys()):
+                raise UserError(
+                    f"the checkpoint sets {foreign[0]!r} of the optimizer's parameter group {i}, which is no value that this "
+                    "run's optimizer changes; resume with the optimizer of before, or start a new run from the checkpoint's "
+                    "weights (model_name=<checkpoint>)"
+                )
 
     def _restore_groups(self, saved: list[dict[str, Any]]) -> None:
         """Set the values of the parameter groups to the saved ones, and the others to what they were at the start."""
@@ -164,20 +188,20 @@ class OptimizerState:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _like(
-        self, files: TensorFiles, names: dict[str, str], values: dict[str, Any]
-    ) -> dict[str, tuple[Tensor, dict[Any, Any], Any]]:
-        """Return by name the tensor into which a saved one is copied, and where it belongs. A number that earlier versions
-        saved as a tensor is moved from ``names`` to ``values``.
+    def _like(self, files: TensorFiles, names: dict[str, str], values: dict[str, Any]) -> dict[str, Tensor]:
+        """Return by name the tensor into which a saved one is copied. A number that earlier versions saved as a tensor is
+        moved from ``names`` to ``values``.
 
-        Raises ``UserError`` if the optimizer keeps more than was saved, or if it is not known how to shard a tensor.
+        Raises ``UserError`` if the optimizer keeps more than was saved, if it is not known how to shard a tensor, or if a
+        name stands for a value and for a dict.
         """
-        like: dict[str, tuple[Tensor, dict[Any, Any], Any]] = {}
+        _check_nesting({*names, *values})
+        like: dict[str, Tensor] = {}
         saved = {name.partition("/")[0] for name in (*names, *values)}
         for name, _, found, key in self._slots():
             value = found[key]
             if name in names and isinstance(value, Tensor):
-                like[name] = _in_dtype(value, files.dtype(names[name])), found, key
+                like[name] = _in_dtype(value, files.dtype(names[name]))
             elif name in names and isinstance(value, bool | int | float) and not files.shape(names[name]):
                 values[name] = type(value)(files.read(names.pop(name)).item())
             elif name not in names and name not in values and name.partition("/")[0] in saved:
@@ -186,18 +210,9 @@ class OptimizerState:
                     "or start a new run from the checkpoint's weights (model_name=<checkpoint>)"
                 )
         parameters = dict(self.model.hf_named_parameters())
-        for name in names.keys() - like.keys():  # the first update does not create it
-            parameter, _, key = name.partition("/")
-            tensor = _empty(name, parameters[parameter], files, names[name])
-            like[name] = tensor, self.optimizer.state[parameters[parameter]], key
+        for name in sorted(names.keys() - like.keys()):  # the first update does not create it
+            like[name] = _empty(name, parameters[name.partition("/")[0]], files, names[name])
         return like
-
-    def _restore_values(self, values: dict[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
-        places = {name: (found, key) for name, _, found, key in self._slots()}
-        for name, value in values.items():
-            parameter, _, last = name.partition("/")
-            found, key = places.get(name, (self.optimizer.state[parameters[parameter]], last))
-            found[key] = _like_type(found.get(key), value)
 
 
 def check_parameters(slots: set[str], trained: set[str], *, complete: bool) -> None:
@@ -221,6 +236,26 @@ def _places(prefix: str, found: dict[Any, Any]) -> Iterator[tuple[str, dict[Any,
             yield from _places(f"{prefix}/{key}", value)
         else:
             yield f"{prefix}/{key}", found, key
+
+
+def _check_keys(name: str, found: dict[Any, Any]) -> None:
+    """Raise ``UserError`` for a key from whose name it could not be restored."""
+    for key, value in found.items():
+        if not isinstance(key, str) or "/" in key:
+            raise UserError(
+                f"optimizer state {name} can't be saved in a checkpoint: its key {key!r} is not a string without '/'"
+            )
+        if isinstance(value, dict):
+            _check_keys(f"{name}/{key}", value)
+
+
+def _check_nesting(names: set[str]) -> None:
+    """Raise ``UserError`` if one of ``names`` is in another one that holds a value."""
+    for name in sorted(names):
+        outer = name
+        while outer := outer.rpartition("/")[0]:
+            if outer in names:
+                raise UserError(f"optimizer state {outer} is in the checkpoint, and {name} in it")
 
 
 def _is_replica(name: str, parameter: nn.Parameter) -> bool:
@@ -262,7 +297,7 @@ def changed(group: dict[str, Any], initial: dict[str, Any]) -> dict[str, Any]:
         before = initial.get(key)
         if isinstance(value, Tensor) and isinstance(before, Tensor) and torch.equal(value, before):
             continue
-        if isinstance(value, Tensor) or value != before:
+        if isinstance(value, Tensor) or (value is not before and value != before):  # of NaN, it is the same object
             found[key] = plain(f"value {key!r} of a parameter group", value)
     return found
 

@@ -3,7 +3,10 @@
 Every foreign target is a module of the test's own that leaves a mark when it is imported or called.
 """
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +19,7 @@ from tests.cli.test_cli import assert_mistake
 from tests.config.test_conf import NEEDS
 from tests.foreign import experiment
 
+ROOT = Path(__file__).parents[2]
 CONFIGS = {
     "a part": ["optimizer._target_=foreign.run"],
     "a function of Python's": ["optimizer._target_=os.system"],
@@ -94,10 +98,38 @@ def test_a_group_makes_its_own_parts_only(name, command, tmp_path, mark):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["tools.data_order.sitecustomize.Finder", "tools.soak.Process", "cli.main.main"])
+@pytest.mark.parametrize("group", PARTS)
+def test_no_module_outside_the_group_is_imported(name, group, monkeypatch):
+    for module in [module for module in sys.modules if module.startswith(("pretrain.tools", "pretrain.cli"))]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(UserError, match="not a part that is allowed here"):
+        locate(group, f"pretrain.{name}", PARTS[group])
+    assert not [module for module in sys.modules if module.startswith(("pretrain.tools", "pretrain.cli"))]
+
+
+def test_the_module_of_the_data_order_acts_under_pythons_name_only(tmp_path):
+    """Under its name it watches the trainer and executes the module that it hides."""
+    (tmp_path / "sitecustomize.py").write_text("print('hidden')\n")
+    count = "import sys; print(sum(type(f).__name__ == 'Finder' for f in sys.meta_path))"
+    code = f"import pretrain.tools.data_order.sitecustomize; {count}"
+    outputs = []
+    for path in (tmp_path, f"{ROOT / 'pretrain/tools/data_order'}:{tmp_path}"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONPATH": f"{path}:{ROOT}"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        outputs.append(done.stdout.split())
+    assert outputs == [["hidden", "0"], ["hidden", "1"]]
+
+
 def test_no_function_by_another_name():
-    """Without the comparison with its real name this would be a class of Python's, called with what a file says."""
-    with pytest.raises(UserError, match=r"subprocess\.Popen': a config may name pretrain's own parts only"):
-        locate("optimizer", "pretrain.data.tokenization.workers.subprocess.Popen", PARTS["optimizer"])
+    """Without the comparison with its real name this would be something of Python's, called with what a file says."""
+    with pytest.raises(UserError, match=r"math\.cos': a config may name pretrain's own parts only"):
+        locate("optimizer", "pretrain.optim.schedule.math.cos", PARTS["optimizer"])
     with pytest.raises(UserError, match=r"store\.CheckpointConfig': a config may name pretrain's own parts only"):
         locate("checkpoint", "pretrain.checkpoint.store.CheckpointConfig", PARTS["checkpoint"])
 

@@ -13,6 +13,7 @@ from pretrain.data.sources.local import Local
 from pretrain.data.tokenization import tokenize
 from pretrain.data.tokenization.tokenize import prepare, training_texts
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.locks import Busy, Lock
 from tests.conftest import sentences
 
 TEXTS = [sentences(i, 20) for i in range(40)] + ["ünïcode", " \n ", "two\nlines"]
@@ -101,6 +102,47 @@ def test_the_text_of_a_tokenizer(store_of):
     source = Stories(version="1", held_out=0.0, text_column="content")
     assert [*training_texts(source)] == [text for text in TEXTS if not text.isspace()]
     assert store_of(source).num_documents == len(TEXTS) - 1
+
+
+def test_two_classes_of_one_name_share_nothing(store_of):
+    def made(text):
+        class Wiki(Stories):
+            def documents(self):
+                yield text
+
+        Wiki.__module__ = f"lab_{text}"
+        return Wiki(version="1")
+
+    one, other = store_of(made("one")), store_of(made("other"))
+    assert tokens_of(one) != tokens_of(other)
+    assert tokens_of(one) == tokens_of(store_of(made("one")))
+
+
+def test_the_cache_of_a_tokenizers_text_is_private(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    with pytest.raises(UserError, match="every user of this machine can write"):
+        next(training_texts(Stories(version="1")))
+    assert not READ
+
+
+def test_one_process_at_a_time_reads(tmp_path, monkeypatch):
+    """While the documents are read, their lock is held."""
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    held = []
+
+    class Watched(Stories):
+        def documents(self):
+            for lock in tmp_path.glob("cache/locks/*"):
+                with pytest.raises(Busy):
+                    Lock(lock).acquire(timeout=0)
+                held.append(lock.name)
+            yield from super().documents()
+
+    assert list(training_texts(Watched(version="1", held_out=0.0)))
+    assert [name.partition("-")[0] for name in held] == ["documents"]
+    Lock(next(tmp_path.glob("cache/locks/*"))).acquire(timeout=0).release()
 
 
 def test_mistakes(store_of, monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -23,6 +24,7 @@ FULL = {
     "codes": torch.arange(250, 256, dtype=torch.uint8),
 }
 PLACED = {"rows": Shard(0), "row norms": Shard(0), "columns": Shard(1), "copies": Replicate(), "one row": Shard(0)}
+COLUMNS = {"a": torch.arange(8.0).reshape(2, 4), "b": torch.arange(8.0, 16.0).reshape(2, 4)}
 
 
 def placed(world) -> dict:
@@ -77,6 +79,8 @@ def two_ranks(world, folder) -> dict:
     found["another strategy"] = refusal(
         lambda: restore(read(folder / "own"), like=back | {"own": torch.zeros(4)}, world=world)
     )
+    columns = {n: distribute_tensor(t, init_device_mesh("cpu", (world.size,)), [Shard(1)]) for n, t in COLUMNS.items()}
+    write(columns if world.is_main else dict(reversed(columns.items())), world, folder / "columns")
     found["on one rank"] = refusal(
         lambda: pack({"z": placed(world)["rows"] if world.rank else torch.zeros(2)}, world=world)
     )
@@ -105,6 +109,11 @@ def test_each_by_its_own_shape_and_sharding(found, folder):
     for name, tensor in FULL.items():
         assert files.read(name).dtype == tensor.dtype, name
         assert torch.equal(files.read(name), tensor), name
+
+
+def test_the_order_of_the_names_of_a_rank_does_not_matter(found, folder):
+    files = read(folder / "columns")
+    assert {name: files.read(name).tolist() for name in COLUMNS} == {n: t.tolist() for n, t in COLUMNS.items()}
 
 
 def test_one_process_restores_what_two_have_sharded(found, folder):
@@ -192,3 +201,26 @@ def test_names_without_their_rank():
         "rank-3/a",
         "a/rank-3-of-16/b",
     ]
+
+
+CRAFTED = [
+    f"rank-0-of-{'9' * 5000}/w/x",
+    f"rank-{'0' * 5000}-of-1/w/x",
+    "rank-\u0660-of-\u0661/w/x",
+    "rank--1-of-1/w/x",
+]
+
+
+@pytest.mark.parametrize("name", CRAFTED, ids=range(len(CRAFTED)))
+def test_a_name_that_no_rank_has_given_is_an_ordinary_one(name, tmp_path):
+    save_file({name: torch.ones(2)}, tmp_path / "0.safetensors")
+    assert name_of(name) == name
+    said = refusal(lambda: restore(read(tmp_path), like={"w/x": torch.zeros(2)}, world=ALONE))
+    assert said.startswith("saved tensors that do not fit: rank-")
+
+
+def test_two_tensors_of_one_rank_and_name_are_refused(tmp_path):
+    save_file({"w": torch.ones(2), "rank-0-of-1/w": torch.zeros(2)}, tmp_path / "0.safetensors")
+    assert refusal(lambda: restore(read(tmp_path), like={"w": torch.zeros(2)}, world=ALONE)) == (
+        "w is in the checkpoint more than once"
+    )

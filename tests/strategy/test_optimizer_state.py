@@ -2,6 +2,7 @@
 checkpoint of one process or strategy is that of another, where its state can be resharded."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pretrain.data.batch import Batch
 from pretrain.distributed.sharding import local
 from pretrain.models.causal_lm import Pretrained
 from pretrain.models.model_factory import ModelFactory
-from pretrain.runtime.errors import UserError
+from pretrain.runtime.errors import ReplicasDiffer, UserError
 from pretrain.strategy.ddp import Ddp
 from pretrain.strategy.fsdp import Fsdp
 from pretrain.strategy.single import Single
@@ -145,6 +146,26 @@ def of_two_ranks(world, factory, folder, cells) -> dict:
             found["another strategy"] = refusal(
                 lambda engine=engine: loaded(engine, folder / f"{SHARDED} of_the_shard")
             )
+    if ("scalars", "ddp") in cells:
+        found["orders"] = of_another_order(trained(engine_of("ddp", "scalars", factory, world), 0, 4))
+    return found
+
+
+def of_another_order(engine) -> dict:
+    """What is found in state that rank 1 keeps in the reverse order."""
+    found, weights = {}, dict(engine.model.hf_named_parameters())
+    for p, state in engine.optimizer.state.items() if engine.world.rank else ():
+        engine.optimizer.state[p] = dict(reversed(state.items()))
+    state = engine.optimizer.state[weights["model.norm.weight"]]
+    state["decay"] = math.nan
+    found["nan"] = engine.state_dict()["optimizer_values"]["state"]["model.norm.weight/decay"]
+    check_replicas(engine, 4)
+    weights["model.norm.weight"].data[3] += engine.world.rank
+    with pytest.raises(ReplicasDiffer) as refused:
+        check_replicas(engine, 4)
+    found["differ"] = str(refused.value).partition(":")[2].partition(":")[0]
+    state["decay"] = 1.0 + engine.world.rank
+    found["values differ"] = refusal(engine.state_dict)
     return found
 
 
@@ -188,6 +209,16 @@ def test_one_process_continues_to_the_last_bit(name, of_one):
 @pytest.mark.parametrize(("name", "strategy"), CELLS)
 def test_two_processes_continue_to_the_last_bit(name, strategy, of_two):
     assert [of_rank[name, strategy] for of_rank in of_two] == [[], []]
+
+
+def test_ranks_that_keep_their_state_in_another_order_are_compared(of_two):
+    for of_rank in of_two:
+        found = of_rank["orders"]
+        assert math.isnan(found["nan"]), "NaN is the same as NaN"
+        assert found["differ"] == " rank 1 has other numbers than rank 0 in model.norm.weight"
+        assert found["values differ"] == (
+            "the plain values in the optimizer's state differ between ranks and can't be saved"
+        )
 
 
 @pytest.mark.slow
@@ -281,8 +312,16 @@ def test_plain_values_and_groups(of_one, folder):
             lambda o, p: o.param_groups[0].update(d=torch.ones(())),
             "optimizer state value 'd' of a parameter group can't be saved in a checkpoint: a Tensor is not JSON",
         ),
+        (
+            lambda o, p: o.state[p].update({"acc": {0: torch.ones(2)}}),
+            "optimizer state model.norm.weight/acc can't be saved in a checkpoint: its key 0 is not a string without '/'",
+        ),
+        (
+            lambda o, p: o.state[p].update({"acc/slow": 1}),
+            "optimizer state model.norm.weight can't be saved in a checkpoint: its key 'acc/slow' is not a string without '/'",
+        ),
     ],
-    ids=["tensors in a list", "of no parameter", "a tensor in a group"],
+    ids=["tensors in a list", "of no parameter", "a tensor in a group", "a number as key", "a path as key"],
 )
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(change, says, factory):
     engine = trained(engine_of("single", "row_wise", factory, ALONE), 0, 1)
@@ -296,6 +335,50 @@ def test_another_optimizers_state_is_refused(of_one, folder, factory):
         "optimizer state model.embed_tokens.weight/column is not in the checkpoint, whose optimizer had other settings; "
         "resume with those, or start a new run from the checkpoint's weights (model_name=<checkpoint>)"
     )
+
+
+def test_state_that_is_created_late_is_restored_in_its_place_and_in_one_order(factory, tmp_path):
+    def state_of(engine):
+        return engine.optimizer.state[dict(engine.model.hf_named_parameters())["model.norm.weight"]]
+
+    engine = trained(engine_of("single", "row_wise", factory, ALONE), 0, 1)
+    late = {f"late {i}": torch.tensor([i]) for i in range(12)}
+    state_of(engine).update(late, acc={"fast": {"mean": torch.ones(2), "hits": 3}, "slow": torch.zeros(2)})
+    save(engine, tmp_path)
+    again = state_of(loaded(engine_of("single", "row_wise", factory, ALONE), tmp_path))
+    assert list(again) == ["step", "row", "acc", *sorted(late)]
+    assert again["acc"]["fast"]["mean"].tolist() == [1, 1]
+    assert again["acc"]["fast"]["hits"] == 3
+    assert again["acc"]["slow"].tolist() == [0, 0]
+    assert [again[name].item() for name in late] == list(range(12))
+
+
+def test_a_value_and_values_in_it_are_refused(of_one, folder, factory):
+    state = load(folder / "single row_wise/step-00000004")["engine"]
+    state["optimizer_values"] = {"state": {"model.norm.weight/row/slow": 1}}
+    engine = engine_of("single", "row_wise", factory, ALONE)
+    assert refusal(lambda: engine.load_state_dict(state)) == (
+        "optimizer state model.norm.weight/row is in the checkpoint, and model.norm.weight/row/slow in it"
+    )
+
+
+@pytest.mark.parametrize("key", ["params", "schedule", "lr", "initial_lr", "param_names", "own", "unknown"])
+def test_a_checkpoint_sets_no_other_values_of_a_group_than_the_optimizer_changes(key, of_one, folder, factory):
+    state = load(folder / "single scalars/step-00000004")["engine"]
+    state["optimizer_values"]["groups"] = [{"warm": 0.75, key: []}]
+    engine = engine_of("single", "scalars", factory, ALONE)
+    engine.optimizer.param_groups[0]["own"] = callable
+    before = dict(engine.optimizer.param_groups[0])
+    assert refusal(lambda: engine.load_state_dict(state)) == (
+        f"the checkpoint sets {key!r} of the optimizer's parameter group 0, which is no value that this run's optimizer "
+        "changes; resume with the optimizer of before, or start a new run from the checkpoint's weights "
+        "(model_name=<checkpoint>)"
+    )
+    after = engine.optimizer.param_groups[0]
+    assert after["params"] is before["params"]
+    assert {k: v for k, v in after.items() if k not in ("params", "warm")} == {
+        k: v for k, v in before.items() if k not in ("params", "warm")
+    }
 
 
 def test_rates_and_schedules_of_groups(factory):

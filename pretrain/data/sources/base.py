@@ -83,7 +83,7 @@ class Source(ABC):
 
     def identity(self) -> list[Any]:
         """Return the JSON-serialisable values that determine the documents."""
-        return ["documents", type(self).__name__, self.fingerprint()]
+        return ["documents", type(self).__module__, type(self).__qualname__, self.fingerprint()]
 
     def listed(self, cache: Path) -> list[SourceFile]:
         """Return the files from which the documents are tokenized, and write them into ``cache`` before if they are not there."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.data.cache import cache_file, ensure_content, remove_abandoned
+from pretrain.data.cache import cache_file, ensure_content, exclusive, make_private, remove_abandoned
 from pretrain.data.reading.units import UNIT_BYTES, SourceFile, key_of
 from pretrain.runtime.console import progress_bar
 from pretrain.runtime.errors import UserError
@@ -23,13 +23,19 @@ LIST = "segments.json"  # name → size in bytes of each segment
 
 
 def kept_documents(source: Source, cache: Path) -> list[SourceFile]:
-    """Return the files with the documents of ``source``; they are written into ``cache`` unless they are there and complete."""
-    folder = cache / "documents" / key_of(source.identity(), source.text_column)
-    sizes = _complete(folder)
-    if sizes is None:
-        remove_abandoned(folder.parent)
-        sizes = {path.name: path.stat().st_size for path in _write(source, folder)}
-        ensure_content(folder / LIST, json.dumps(sizes).encode())
+    """Return the files with the documents of ``source``; they are written into ``cache`` unless they are there and complete.
+
+    One process writes, others wait for it. Raises ``UserError`` where other users could change the files.
+    """
+    make_private(cache)
+    key = key_of(source.identity(), source.text_column)
+    folder = cache / "documents" / key
+    with exclusive(cache / "locks" / f"documents-{key}.lock", source.domain):
+        sizes = _complete(folder)
+        if sizes is None:
+            remove_abandoned(folder.parent)
+            sizes = {path.name: path.stat().st_size for path in _write(source, folder)}
+            ensure_content(folder / LIST, json.dumps(sizes).encode())
     return [SourceFile(str(folder / name), "jsonl") for name in sizes]
 
 

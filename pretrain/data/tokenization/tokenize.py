@@ -8,13 +8,12 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import xxhash
 
-from pretrain.data.cache import cache_dir, cache_errors, ensure_content, remove_abandoned
+from pretrain.data.cache import cache_dir, ensure_content, exclusive, make_private, remove_abandoned
 from pretrain.data.changed_files import files_of
 from pretrain.data.reading.cut import cut
 from pretrain.data.reading.readers import read
@@ -23,18 +22,13 @@ from pretrain.data.sources.base import Source
 from pretrain.data.store.token_store import TokenStore
 from pretrain.data.tokenization.encode import FORMAT, Encoder, Outcome
 from pretrain.data.tokenization.workers import encode_in_workers
-from pretrain.runtime.console import notice, progress_bar
+from pretrain.runtime.console import progress_bar
 from pretrain.runtime.errors import UserError
-from pretrain.runtime.files import make_folder
-from pretrain.runtime.folders import check_private
-from pretrain.runtime.locks import Busy, Lock
 
 # Less text than this is tokenized in this process; the tokenizer's own threads use all cores. Between their calls a single core
 # works (6 % of the CPU time in a profile of 11 MB). The break-even point of workers is estimated from that share and from their
 # start-up time of about 0.7 s, not measured: some 50 MB on 8 cores.
 WORKERS_FROM_BYTES = 64 << 20
-# A wait for the lock up to this long is not reported. Ranks that open a filled cache at the same time wait less.
-UNREPORTED_WAIT_SECONDS = 2.0
 YOUNG_SECONDS = 0.05  # a file modified this shortly before it was read could change again without a new mtime
 
 
@@ -61,14 +55,12 @@ def prepare(
         UserError: a file is missing, is not of its format or has no text, or the disk is full. Finished units are kept.
     """
     cache = cache or cache_dir()
-    with cache_errors(cache):
-        make_folder(cache)
-    check_private(cache, "PRETRAIN_CACHE")
+    make_private(cache)
     num_workers = num_workers or source.num_workers or default_workers()
     encoder = _encoder(cache, tokenizer_json, options=source.options(), eot=eot, bos=bos)
     key = key_of(FORMAT, source.identity(), asdict(encoder.options))
     memory = cache / "files" / f"{key}.json"
-    with _exclusive(cache / "locks" / f"{key}.lock", source.domain):
+    with exclusive(cache / "locks" / f"{key}.lock", source.domain):
         started_at = time.time()
         units = group(_pieces(source, cache, _recall(memory)))
         outcomes = _encode_all(units, encoder, num_workers, source.domain)
@@ -171,24 +163,6 @@ def _write_manifest(
     path = folder / f"{xxhash.xxh3_128_hexdigest(raw)}.json"
     ensure_content(path, raw)
     return path
-
-
-@contextmanager
-def _exclusive(path: Path, name: str) -> Iterator[None]:
-    """Hold the dataset's lock. A second process waits and then finds the work done. The kernel releases the lock of a process
-    that died."""
-    lock = Lock(path)
-    with cache_errors(path.parent):
-        make_folder(path.parent)
-        try:
-            lock.acquire(timeout=UNREPORTED_WAIT_SECONDS)
-        except Busy:
-            notice(f"dataset {name!r}: another run is filling the token cache; waiting for it")
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 # Encoding ------------------------------------------------------------------------------------------------------------

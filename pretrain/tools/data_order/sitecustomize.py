@@ -51,8 +51,13 @@ class Finder:
         return spec
 
 
-sys.meta_path.insert(0, Finder())
+def start() -> None:
+    """Watch the trainer of this process, and execute the module ``sitecustomize`` that Python would have imported."""
+    sys.meta_path.insert(0, Finder())
+    hidden = PathFinder.find_spec("sitecustomize", [path for path in sys.path if path != HERE])
+    if hidden is not None and hidden.loader is not None:
+        hidden.loader.exec_module(importlib.util.module_from_spec(hidden))
 
-hidden = PathFinder.find_spec("sitecustomize", [path for path in sys.path if path != HERE])
-if hidden is not None and hidden.loader is not None:  # the module that Python would have imported
-    hidden.loader.exec_module(importlib.util.module_from_spec(hidden))
+
+if __name__ == "sitecustomize":  # as a module of the package it does nothing
+    start()

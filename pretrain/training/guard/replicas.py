@@ -31,6 +31,7 @@ def check_replicas(engine: Engine, step: int) -> None:
     if world.size == 1:
         return
     checksums = {f"{name} from {start_of(t)}": checksum(local(t)) for name, t in engine.replicated()}
+    checksums = {name: checksums[name] for name in sorted(checksums)}  # ranks may keep them in different orders
     sums = torch.stack([s.to(world.device) for s in checksums.values()]).tolist() if checksums else []
     mine = (_digest(checksums), _digest(sums))
     digests = world.all_gather_object(lambda: mine)
