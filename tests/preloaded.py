@@ -94,6 +94,10 @@ class Server:
     def takes(self, environment: dict[str, str]) -> bool:
         if FAULT in environment:  # armed before a module is imported, of which others may have imported the function
             return False
+        if any(
+            (Path(path) / "sitecustomize.py").exists() for path in environment.get("PYTHONPATH", "").split(os.pathsep)
+        ):
+            return False  # Python imports it at its start
         names = environment.keys() | self.environment.keys()
         return all(name.startswith(READ_LATE) or environment.get(name) == self.environment.get(name) for name in names)
 

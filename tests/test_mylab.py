@@ -1,6 +1,7 @@
 """A package of somebody else's, with one part of each kind (tests/mylab): installed, chosen on the command line, trained with,
 killed and resumed bit for bit."""
 
+import importlib
 import os
 import re
 import shlex
@@ -51,6 +52,18 @@ LINES = [line for page in PAGES for block in blocks(page, "console") for line in
 COMMANDS = [line.removeprefix("$ python -m pretrain ") for line in LINES]
 
 
+@pytest.fixture
+def anew(monkeypatch):
+    """No package of this name has been imported in this process, as another test may have done."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mylab"]:
+        monkeypatch.delitem(sys.modules, name)
+    importlib.invalidate_caches()
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mylab"]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("anew")
 @pytest.mark.parametrize("words", COMMANDS)
 def test_the_commands_of_the_pages(words, site, monkeypatch, tmp_path, command):
     """They compose, and every key is one of the part that they name."""

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,6 @@ from pretrain.sweep.measure import measures_of, objective_in
 from pretrain.sweep.page import page, varying
 from pretrain.sweep.show import show
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 FACTS = {"command": "python -m pretrain -m lr=1,2", "metric": "new_loss", "direction": "minimize"}
 
 
@@ -146,8 +144,7 @@ def test_the_page_of_a_sweep_without_any_result(fabricate, tmp_path):
 
 def test_the_script_draws_the_page_of_a_sweep(sweep, tmp_path, monkeypatch):
     """As things stand now, and sweep.json stays the sweep's own."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    from report import write_report
+    from pretrain.tools.report import write_report
 
     table.write(sweep, **FACTS)
     told = (sweep / "sweep.json").read_bytes()
@@ -158,8 +155,7 @@ def test_the_script_draws_the_page_of_a_sweep(sweep, tmp_path, monkeypatch):
 
 
 def test_the_script_does_not_write_into_a_table_being_written(sweep, monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import report
+    from pretrain.tools import report
 
     table.write(sweep, **FACTS)
     monkeypatch.setattr(report, "write", lambda path, text: lock_of(sweep, "table.lock", wait=False))
