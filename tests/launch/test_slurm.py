@@ -192,7 +192,8 @@ def test_two_nodes_are_one_run(cluster, sweep, tmp_path):
     assert (run["status"], run["world_size"]) == ("finished", 2)
 
 
-@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
 def test_preempted_job_saves_is_queued_again_and_goes_on(nodes, cluster, sweep, base_arguments, spawn, tmp_path):
     given = ["max_steps=300", *(["strategy=ddp", "batch_size=1"] if nodes > 1 else [])]
     process = sweep(*given, f"hydra.launcher.nodes={nodes}", "devices=1")
