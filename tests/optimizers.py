@@ -9,7 +9,7 @@ from pretrain.distributed.sharding import local
 
 
 class Own(torch.optim.Optimizer):
-    """Each keeps what `create` returns, and `update` gives the step of a parameter."""
+    """The base class. A subclass has `create`, which returns the state of a parameter, and `update`, which makes its step."""
 
     def __init__(self, params, lr=1e-2, **more):
         super().__init__(params, {"lr": lr} | more)
@@ -22,12 +22,6 @@ class Own(torch.optim.Optimizer):
                     if not self.state[p]:
                         self.state[p].update(self.create(p))
                     self.update(p, p.grad, self.state[p], group)
-
-    def create(self, p):
-        raise NotImplementedError
-
-    def update(self, p, grad, state, group):
-        raise NotImplementedError
 
 
 class RowWise(Own):

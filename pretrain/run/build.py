@@ -316,7 +316,7 @@ def build_checkpoints(
     config: RunConfig,
     prepared: Prepared,
     store: CheckpointStore,
-    world: DistributedContext,
+    exporter: Exporter,
     watchdog: Watchdog,
     **options: Any,
 ) -> Checkpoints:
@@ -327,12 +327,12 @@ def build_checkpoints(
 
     writer = AsyncCheckpointWriter(
         store,
-        world=world,
+        world=exporter.engine.world,
         background=store.policy.async_,
         timeout_seconds=config.launch.timeout,
         alive=watchdog.heartbeat,
     )
-    return Checkpoints(writer, prepared.identity, **options)
+    return Checkpoints(writer, prepared.identity, files=exporter.checkpoint_files, **options)
 
 
 def build_layers(config: RunConfig, engine: Engine) -> LayerStatistics:
@@ -357,10 +357,6 @@ def build_trainer(
     """Return the trainer of this rank with all its parts; rank 0 alone has listeners.
 
     Args:
-        config: The config of the run.
-        prepared: Its model and data.
-        store: Its checkpoints.
-        world: The ranks of the run.
         resume_from: The checkpoint to resume from.
         restarts: How often the processes have been restarted.
         interrupt: Whether a stop signal has arrived.
@@ -379,15 +375,14 @@ def build_trainer(
     metadata = build_facts(config, prepared, engine, split=split, restarts=restarts)
     exporter = build_exporter(config, prepared, engine, folder, facts=metadata, steps=steps)
     listeners, unsaved_records = build_listeners(config, prepared, folder) if world.is_main else ([], list)
-    saving: dict[str, Any] = {"every": save_every, "resume_from": resume_from, "files": exporter.checkpoint_files}
-    saving["unsaved_records"] = unsaved_records
+    saving = {"every": save_every, "resume_from": resume_from, "unsaved_records": unsaved_records}
     return Trainer(
         engine,
         loader,
         build_schedule(config, steps),
         steps=steps,
         evaluation=build_evaluation(config, prepared, engine, split.batch_size, evaluate_every),
-        checkpoints=build_checkpoints(config, prepared, store, world, watchdog, **saving),
+        checkpoints=build_checkpoints(config, prepared, store, exporter, watchdog, **saving),
         guard=build_guard(config, prepared, engine, loader, folder),
         exporter=exporter,
         layers=build_layers(config, engine),

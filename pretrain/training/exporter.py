@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from pretrain.checkpoint.train_state import TrainState
     from pretrain.distributed.sharding import TensorFiles
     from pretrain.models.causal_lm import Pretrained
+    from pretrain.models.language_model import LanguageModel
+    from pretrain.models.model_factory import ModelFactory
     from pretrain.models.transforms.base import ModelTransform
     from pretrain.strategy.engine import Engine
 
@@ -170,16 +172,12 @@ def export_folder(
     transformed = meta_model.transformed
     hf = meta_model.hf if transformed is None else plain_model(meta_model.hf)
 
-    def weights() -> Iterable[tuple[str, Tensor]]:
-        model_files = factory.files(meta_model)
-        if model_files is None:
-            return factory.build(world.device).hf_state().items()
-        return ((name, model_files.read(name)) for name in meta_model.hf_state())
-
     def fill(fresh: Path) -> list[Path]:
         dtypes = export.dtypes_for(hf, model.save_dtype)
         convert = None if transformed is None else partial(transformed.export, hf)
-        own = export.weights_to_write(weights(), dtypes=dtypes, world=world, sharded=False, convert=convert)
+        own = export.weights_to_write(
+            _weights(factory, meta_model), dtypes=dtypes, world=world, sharded=False, convert=convert
+        )
         extra_files = export.companion_files(hf, tokenizer, dtype=export.dtype_of(own))
         card = model.folder() / "README.md"
         written = export.save_full(hf, own, fresh, shard_size=shard_size)
@@ -191,6 +189,16 @@ def export_folder(
         enable_progress_bar()  # for writing the weight files
     write_folder(path, fill, world=world, hint=lambda: "the checkpoint is unchanged", marker=False)
     return path
+
+
+def _weights(factory: ModelFactory, meta_model: LanguageModel) -> Iterable[tuple[str, Tensor]]:
+    """Return the weights by name, read one by one, or those of a model that is built where its files need converting."""
+    model_files = factory.files(meta_model)
+    if model_files is None:
+        import torch
+
+        return factory.build(torch.device("cpu")).hf_state().items()
+    return ((name, model_files.read(name)) for name in meta_model.hf_state())
 
 
 def _dtype(files: TensorFiles) -> torch.dtype:

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import torch
+
 from pretrain.telemetry.history import History
 from pretrain.telemetry.monitor import history_until
 
@@ -22,3 +24,15 @@ class Fed:
 
     def close(self):
         self.sink.close()
+
+
+class CountedReads(torch.Tensor):
+    """A tensor that counts how often Python reads its value, which is what makes a GPU wait."""
+
+    reads = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ in ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy", "cpu"):
+            CountedReads.reads += 1
+        return super().__torch_function__(func, types, args, kwargs or {})

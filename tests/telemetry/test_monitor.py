@@ -27,11 +27,12 @@ from pretrain.telemetry.report.sink import Report
 from pretrain.telemetry.run_file import RunFile, read_run_file
 from pretrain.telemetry.sinks.jsonl import Jsonl, read_records
 from pretrain.telemetry.sinks.terminal import Terminal
+from tests.telemetry.fed import CountedReads
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Stands still unless it is put forward."""
+    """A clock that shows the same time until the test advances it."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
@@ -39,18 +40,6 @@ def clock(monkeypatch):
 
 def trained(run):
     return [r for r in read_records(run / "metrics.jsonl") if r["event"] == "train"]
-
-
-class CountedReads(torch.Tensor):
-    """A tensor that counts how often Python reads its value, which is what makes a GPU wait."""
-
-    reads = 0
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func.__name__ in ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy", "cpu"):
-            CountedReads.reads += 1
-        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 def step_done(step, loss=1.0, **more):
