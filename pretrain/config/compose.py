@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from argparse import Namespace
@@ -103,9 +104,20 @@ def resolve(config: DictConfig) -> dict[str, Any]:
                 config["name"] = default_name(config)
             resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(in_plain_words(error)) from None
+        raise UserError(in_plain_words(error) + _misspelt(config, error)) from None
     assert isinstance(resolved, dict)
     return {str(key): _with_home_expanded(str(key), with_moved_targets(value)) for key, value in resolved.items()}
+
+
+def _misspelt(config: DictConfig, error: OmegaConfBaseException) -> str:
+    """Return a hint where a key without a value stands beside one that is spelt almost like it."""
+    key = str(getattr(error, "full_key", None) or "")
+    group, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, group) if group else config
+    if not isinstance(error, MissingMandatoryValue) or not isinstance(node, DictConfig):
+        return ""
+    near = difflib.get_close_matches(name, [str(other) for other in node if other != name], n=1, cutoff=0.8)
+    return f" (there is {group}.{near[0]}; a misspelling?)" if near else ""
 
 
 def _with_home_expanded(key: str, value: Any) -> Any:

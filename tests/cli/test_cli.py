@@ -98,6 +98,10 @@ KEYS = [
     (["task=training"], "task='training': input should be 'pretraining'"),
     (["precision=16-mixed"], "precision=16-mixed needs a GPU"),
     (["dataset=local"], "dataset.nameOrPath has no value"),
+    (
+        ["dataset=local", "dataset.nameOrPth=x"],
+        "give it one: dataset.nameOrPath=... (there is dataset.nameOrPth; a misspelling?)",
+    ),
     (["hydra.run.dir=there"], "the run folder is output_dir="),
     (["optimizer._target_=pretrain.optim.adamw.Adam"], "optimizer._target_='pretrain.optim.adamw.Adam'"),
     (["--config"], "--config: needs a file"),
