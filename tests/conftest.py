@@ -1,5 +1,6 @@
 """A tiny real model, a small real corpus, and the command line to run on them."""
 
+import multiprocessing.util
 import os
 import random
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 from tests.foreign import foreign_module
-from tests.preloaded import Preloaded
+from tests.preloaded import Preloaded, start_fork_server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,6 +28,8 @@ def pytest_configure(config):
     """Tests are of processes on a CPU, whatever the machine has, but for those that `-m gpu` asks for."""
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if sys.platform == "linux":
+        multiprocessing.util.spawnv_passfds = start_fork_server  # of the workers of runs in this process
 
 
 STARTS_A_RUN = {"command", "spawn", "base_arguments"}
@@ -163,7 +166,9 @@ def base_arguments(tiny_model, corpus, other_corpus):
         "dataset@evaluation.domains.base=local",
         f"evaluation.domains.base.nameOrPath={other_corpus}",
         "evaluation.domains.base.name=other",
-        "evaluation.max_tokens=500",
+        "evaluation.max_tokens=200",
+        "evaluation.batch_size=8",
+        "evaluation.sample_tokens=4",  # a forward pass each
         "sequence_length=32",
         "batch_size=2",
         "gradient_accumulation_steps=2",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import fcntl
+import gc
 import inspect
 import json
 import multiprocessing.util
@@ -313,14 +314,16 @@ spawnv_passfds = multiprocessing.util.spawnv_passfds
 
 
 def start_fork_server(path: Any, command: Sequence[Any], descriptors: Sequence[int]) -> int:
-    """The start of multiprocessing's helpers, of which only the fork server imports anything."""
+    """Start one of multiprocessing's helpers, in the place of `multiprocessing.util.spawnv_passfds`. Only the fork server
+    imports anything."""
     if FORK_SERVER not in command[-1]:
+        return spawnv_passfds(path, command, descriptors)
+    environment = dict(os.environ)
+    if not own_server().takes(environment):
         return spawnv_passfds(path, command, descriptors)
     order = {"kind": "-c", "flags": [], "what": command[-1], "arguments": [], "new_session": False}
     places = [0, 1, 2, *descriptors]
-    order |= place_in_the_system(None, dict(os.environ)) | {"places": places}
-    assert server is not None
-    return server.fork(order, places)
+    return own_server().fork(order | place_in_the_system(None, environment) | {"places": places}, places)
 
 
 def run(order: dict[str, Any]) -> NoReturn:
@@ -364,5 +367,6 @@ if __name__ == "__main__":
     import pretrain.launch.preload  # noqa: F401
     from tests import preloaded
 
+    gc.freeze()  # a collection in a process that is forked would copy the memory of all that the imports have made
     preloaded.room = preloaded.find_room()
     preloaded.run(preloaded.serve(socket.socket(fileno=int(sys.argv[1]))))
