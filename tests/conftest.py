@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests import preloaded
 from tests.foreign import foreign_module
-from tests.preloaded import Preloaded, start_fork_server
+from tests.preloaded import Preloaded
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,7 +30,8 @@ def pytest_configure(config):
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if sys.platform == "linux":
-        multiprocessing.util.spawnv_passfds = start_fork_server  # of the workers of runs in this process
+        preloaded.session = dict(os.environ)
+        multiprocessing.util.spawnv_passfds = preloaded.start_fork_server  # of the workers of runs in this process
 
 
 STARTS_A_RUN = {"command", "spawn", "base_arguments"}

@@ -76,7 +76,7 @@ def test_command(words, place, command, spawn, monkeypatch, tiny_model, tmp_path
     if "--help" in words or "--cfg" in words:
         assert command(words)[0] == 0
         return
-    small = ["max_steps=2", "sequence_length=32", "evaluation.max_tokens=200"]
+    small = ["max_steps=2", "sequence_length=32", "evaluation.max_tokens=200", "evaluation.sample_tokens=4"]
     if not any(w.startswith("batch_size=") for w in words):
         small.append("batch_size=2")
     if any(w.startswith("launch.nodes=") for w in words):  # tests/launch/test_nodes.py has the nodes
