@@ -41,13 +41,17 @@ NOT_QUICK = {"tests", "launch", "runtime", "strangers"} | {f"test_{n}.py" for n 
 
 
 def pytest_collection_modifyitems(items):
-    """Mark as `quick` what `scripts/test.sh --quick` runs: tests of a part alone, which take about a second at most. Those
-    of SLURM come first: they wait most of their time, beside which another process of pytest-xdist can compute."""
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    """Mark as `quick` what `scripts/test.sh --quick` runs: tests of a part alone, which take about a second at most.
+
+    Files of such tests alone come last, so that the processes of pytest-xdist end together. Those of SLURM come first: they wait
+    most of their time, beside which another process can compute.
+    """
     for item in items:
         kept_out = STARTS_A_RUN & set(item.fixturenames) or NOT_QUICK & {item.path.parent.name, item.path.name}
         if not kept_out and not item.get_closest_marker("slow"):
             item.add_marker("quick")
+    long = {item.path for item in items if not item.get_closest_marker("quick")}
+    items.sort(key=lambda item: (item.get_closest_marker("slurm") is None, item.path not in long))
 
 
 WORDS = "the sea road of stone a ship and its crew went under light rain to see old cities far from home again".split()

@@ -293,6 +293,9 @@ def start_second_server() -> None:
     theirs.close()
     server = Server(ours, os.environ)
     subprocess.Popen = Job  # type: ignore[misc]
+    for name, module in sys.modules.items():
+        if name.startswith("torch.distributed.elastic.multiprocessing.") and hasattr(module, "Popen"):  # of torchrun
+            module.Popen = Job
     multiprocessing.util.spawnv_passfds = start_fork_server
 
 

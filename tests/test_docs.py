@@ -88,6 +88,8 @@ def test_command(words, place, command, spawn, monkeypatch, tiny_model, tmp_path
         "lr=1e-4,3e-4",
     ]:  # the default's base domain is large
         small += ["dataset@evaluation.domains.base=local", "evaluation.domains.base.nameOrPath=old"]
+    if words and not any(w.startswith(("sink", "+sink", "task=", "experiment=")) for w in words):
+        small.append("sink=[console,jsonl]")  # the page of the default run is enough
     if "task=generation" in words:
         small = ["sequence_length=32", "generation.max_new_tokens=4"]
     if any("owner/name" in w for w in words):  # the Hub is out of reach here: all but the download is checked

@@ -175,7 +175,7 @@ def test_a_mistake_is_one_line(sweep, argument, reason):
 
 
 def test_jobs_of_a_cluster(cluster, sweep, tmp_path):
-    """At the same time, because they wait for SLURM most of it: a sweep of two, a run of two nodes, and one that sbatch refuses."""
+    """A sweep of two, a run of two nodes, and one that sbatch refuses: at the same time, because they wait for SLURM."""
     folders = {name: tmp_path / name for name in ("two", "nodes", "refused")}
     two = sweep("lr=1e-3,2e-3", folder=folders["two"])
     nodes = sweep("hydra.launcher.nodes=2", "strategy=ddp", "devices=1", folder=folders["nodes"])
