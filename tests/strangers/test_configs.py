@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from pretrain.cli.flat_yaml import overrides_from
 from pretrain.config.compose import compose, forced, resolve
-from pretrain.config.quoting import NAME_KEYS, PATH_KEYS, quoted_word, unquoted
+from pretrain.config.quoting import LIST, NAME_KEYS, PATH_KEYS, quoted_word, unquoted
 from tests.cli.test_cli import assert_mistake
 
 SMALL = settings(deadline=None, derandomize=True, max_examples=25, suppress_health_check=list(HealthCheck))
@@ -172,10 +173,30 @@ def test_any_path(key, typed):
     word = quoted_word(f"+x.{key}={typed}", sweeping=False)
     value = word.removeprefix(f"+x.{key}=")
     assert quoted_word(word, sweeping=False) == word
-    if value != typed:
+    if key == "nameOrPath" and LIST.fullmatch(typed) and value[0] == "[":
+        assert isinstance(OverridesParser.create().parse_override(f"key={value}").value(), list)
+    elif value != typed:
         assert unquoted(value) == typed
     elif unquoted(value) != typed:
         assert typed.lower() == "null" or typed[0] in "'\"" or "\\" in typed or "${" in typed or typed.endswith(")")
+
+
+LISTS = {
+    "[a,b]": ["a", "b"],
+    "[books/]": ["books/"],
+    "[lang=de/a.txt, b (1).txt,'c,d',]": ["lang=de/a.txt", "b (1).txt", "c,d"],
+    "['c,d', e]": ["c,d", "e"],
+    "[s3://b/x/*.jsonl, 2024,true]": ["s3://b/x/*.jsonl", "2024", "true"],
+    "[0-9]": "[0-9]",  # a glob
+    "[0-9]*.txt": "[0-9]*.txt",
+}
+
+
+@pytest.mark.parametrize("typed", LISTS)
+def test_a_list_of_paths(typed):
+    (word,) = [quoted_word(f"dataset.nameOrPath={typed}", sweeping=False)]
+    found = OmegaConf.to_container(compose(["dataset=local", forced(word)]), resolve=True)["dataset"]["nameOrPath"]
+    assert found == LISTS[typed]
 
 
 SWEPT = {
