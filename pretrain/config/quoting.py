@@ -14,7 +14,18 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 PATH_KEYS = {"output_dir", "sweep_dir", "model_name", "resume", "nameOrPath", "name_or_path", "tokenizer_name"}
-NAME_KEYS = {"name", "pattern", "subset", "split", "revision", "text_column", "best_by", "metric"}
+NAME_KEYS = {
+    "name",
+    "pattern",
+    "subset",
+    "split",
+    "revision",
+    "text_column",
+    "text_template",
+    "where",
+    "best_by",
+    "metric",
+}
 NAME_KEYS |= {"project", "entity", "group", "notes"}  # keys of sink.wandb
 HYDRA_KEYS = {"hydra.sweep.dir", "hydra.launcher.folder"}
 ESCAPE = re.compile(r"\\[\\()\[\]{}:=, \t]")  # the escapes of Hydra's grammar

@@ -50,6 +50,15 @@ WORDS = {  # what was typed → (what the line says)
     "a long folder": (["output_dir=runs/" + "a" * 5000], "longer than a file's name"),
     "a long tokenizer": (["model.tokenizer_name=" + "a" * 300], "longer than a file's name"),
     "a zero byte": (["dataset.name=a\0b"], "zero byte"),
+    "a condition that is code": (
+        ["dataset.where=__import__('os').system('ls') == 0"],
+        """dataset.where="__import__('os').system('ls') == 0": no function""",
+    ),
+    "a condition in SQL": (["dataset.where=lang = 'es' AND score > 1"], "one looks like lang == 'es' and score > 0.8"),
+    "a template that is code": (
+        ["dataset.text_template={text.__class__}"],
+        "{text.__class__} is not the plain name of a column",
+    ),
     "a name that is no UTF-8": (["dataset.name=\udcff"], "not UTF-8"),
     "an unclosed bracket": (["generation.prompts=[a"], "no viable alternative"),
     "deep nesting": (["generation.prompts=" + "[" * 400 + "]" * 400], "nested too deeply"),
@@ -73,6 +82,14 @@ def test_words(name, command, tmp_path, monkeypatch):
     [
         (["--version"], "pretrain 0."),
         (["--cfg", "job"], "output_dir: outputs/${name}"),
+        (
+            ["--cfg", "job", "dataset.where=lang in ('es', 'pt') and score > 0.8"],
+            "where: lang in ('es', 'pt') and score > 0.8",
+        ),
+        (
+            ["--cfg", "job", r"dataset.text_template={title}\n\n{body}, {end}"],
+            r"text_template: '{title}\n\n{body}, {end}'",
+        ),
         (["--cfg", "job", "--resolve"], "output_dir: outputs/sample-python\n"),
         (["--cfg", "job", "--package", "optimizer"], "# @package optimizer"),
         (["--cfg", "hydra", "lr=-1"], "hydra:"),
