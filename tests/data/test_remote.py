@@ -114,7 +114,7 @@ def test_a_glob_a_file_and_a_list(s3: Any, corpus: Path) -> None:
     assert documents_of(f"{top}/**/a.csv") == documents_of(corpus / "csv")
     assert documents_of(f"{top}/[c]?v/*") == documents_of(corpus / "csv")
     assert documents_of(top, pattern="*.md") == ["short"]
-    found = Local(nameOrPath=(f"{top}/c.md", str(corpus / "c.md"), f"{top}/c.md"))
+    found = Local(nameOrPath=[f"{top}/c.md", str(corpus / "c.md"), f"{top}/c.md"])
     assert list(found.documents()) == ["short", "short"]
     assert (found.domain, Local(nameOrPath=f"{top}/*.md").domain, Local(nameOrPath=f"{top}/c.md").domain) == (
         "c",
