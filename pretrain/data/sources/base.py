@@ -49,6 +49,8 @@ class Source(ABC):
         max_document_chars: Plain text longer than this is split into several documents, at paragraphs, lines or
             sentences.
         held_out: Share of the documents held out for evaluation, selected by a hash of their text.
+        max_tokens: Number of tokens after which the dataset ends, at the end of a document; the rest is neither read nor
+            tokenized. null: no limit.
         train_data_ratio: Share of the remaining documents to train on, selected the same way.
         deduplicate: true: keep only one of several identical documents.
         document_mask: true: restrict attention and loss to within each document.
@@ -66,6 +68,7 @@ class Source(ABC):
     errors: Literal["strict", "replace"] = "strict"
     max_document_chars: Annotated[int, Field(ge=16)] = 20_000
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    max_tokens: PositiveInt | None = None
     train_data_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     deduplicate: bool = False
     document_mask: bool = False
