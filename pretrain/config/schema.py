@@ -21,7 +21,8 @@ from pretrain.optim.plain import PlainOptimizer
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.config import CheckpointConfig
-    from pretrain.data.sources.base import Source
+    from pretrain.data.replay import ReplayConfig
+    from pretrain.data.sources.base import Dataset
     from pretrain.evaluation.config import EvaluationConfig
     from pretrain.evaluation.prompts import Prompts
     from pretrain.launch.config import LaunchConfig
@@ -114,7 +115,8 @@ class RunConfig(RootKeys):
 
     Attributes:
         model: The model, not yet built.
-        dataset: The source of the training documents.
+        dataset: The source of the training documents, or a mixture of several.
+        replay: How much old text is among the training data.
         strategy: How model and optimizer are set up on the devices.
         precision: Dtypes of parameters and matmuls.
         optimizer: Builds the optimizer from named parameters.
@@ -131,7 +133,8 @@ class RunConfig(RootKeys):
     """
 
     model: CausalLM
-    dataset: Source
+    dataset: Dataset
+    replay: ReplayConfig
     strategy: Strategy
     precision: Precision
     optimizer: OptimizerFactory
