@@ -21,7 +21,7 @@ from pretrain.optim.plain import PlainOptimizer
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.config import CheckpointConfig
-    from pretrain.data.replay import ReplayConfig
+    from pretrain.data.replay import Phase, ReplayConfig
     from pretrain.data.sources.base import Dataset
     from pretrain.evaluation.config import EvaluationConfig
     from pretrain.evaluation.prompts import Prompts
@@ -165,6 +165,11 @@ class RunConfig(RootKeys):
     def with_lr(self, lr: float) -> RunConfig:
         """Return the config with ``lr`` in place of ``auto``, also in the optimizer."""
         return self if self.lr != AUTO else RunConfig.of(with_lr(self.plain, lr))
+
+    @property
+    def training_phases(self) -> tuple[Phase, ...]:
+        """The phases of the run in which the mixture differs from the one at the start."""
+        return ()
 
     @property
     def micro_batch_size(self) -> int:

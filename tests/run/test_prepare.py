@@ -2,7 +2,6 @@
 
 import pytest
 
-from pretrain.run.prepare import total_steps
 from tests.training.test_trainer import prepared_of
 
 
@@ -38,4 +37,4 @@ def test_sequences_left_over_in_an_epoch_are_taken_by_the_next(base_arguments, e
     sequences = (data.train.num_tokens - 1) // 32
     assert data.global_batch == 4
     assert sequences % 4, "else nothing is left over"
-    assert total_steps(config, data) == int(sequences * epochs) // 4
+    assert data.total_steps == int(sequences * epochs) // 4
