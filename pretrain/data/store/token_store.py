@@ -177,7 +177,7 @@ class TokenView:
             parts.tolist(), begins.tolist(), ends.tolist(), targets.tolist(), stops.tolist(), strict=True
         ):
             found[target:stop] = tokens[part][begin:end]
-        return found.reshape(-1, length)
+        return found.reshape(len(starts) if into is None else len(into[0]), length)
 
     def gather_starts(self, starts: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
         """Return bool [len(starts), length]: where in the windows that begin at ``starts`` a document begins."""
