@@ -282,7 +282,7 @@ def schema() -> dict[str, Any]:
         "type": "object",
         "properties": {
             "source": {"enum": ["local", "huggingface", "hf", "sample"]},
-            "nameOrPath": {"type": "string"},
+            "nameOrPath": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
             "format": {"enum": ["hf", "files"]},
         },
     }

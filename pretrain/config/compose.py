@@ -24,6 +24,7 @@ from pretrain.config.quoting import PATH_KEYS
 from pretrain.config.schema import RunConfig
 from pretrain.config.trust import with_moved_targets
 from pretrain.runtime.errors import UserError, did_you_mean
+from pretrain.runtime.places import each, joined
 
 
 def forced(override: str, config_dir: str | None = None) -> str:
@@ -124,6 +125,8 @@ def _with_home_expanded(key: str, value: Any) -> Any:
     """Return ``value`` with ``~/x`` and ``~user/x`` expanded in the values of all keys that are paths."""
     if isinstance(value, dict):
         return {name: _with_home_expanded(str(name), item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_home_expanded(key, item) for item in value]
     return os.path.expanduser(value) if key in PATH_KEYS and isinstance(value, str) else value
 
 
@@ -132,7 +135,7 @@ def default_name(config: DictConfig) -> str:
     dataset = config.get("dataset")
     if not isinstance(dataset, DictConfig):  # `check` reports it later
         dataset = DictConfig({})
-    data = dataset.get("name") or Path(str(dataset.get("nameOrPath") or "data")).stem
+    data = dataset.get("name") or joined([Path(place).stem for place in each(dataset.get("nameOrPath"))]) or "data"
     model = Path(str(config.get("model_name")))
     of_run = [model.parent.parent.name] if model.parent.name == "checkpoints" else []
     parts = [*of_run, model.name] + ([str(data)] if config.get("task") != "export" else [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from pretrain.config.schema import RootKeys
 from pretrain.config.trust import PARTS
 from pretrain.run.leftovers import LATER_KEYS, read_config, with_later_keys
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.places import absolute, each
 from pretrain.runtime.strict_json import read_json
 
 FIXED = {  # part of a run's identity → the config keys that determine it
@@ -140,9 +140,11 @@ def changed_settings(old: dict[Any, Any], new: dict[str, Any], *, same_content: 
 def _with_comparable_path(key: Any, value: Any, same_content: bool) -> Any:
     if isinstance(value, dict):
         return {k: _with_comparable_path(k, v, same_content) for k, v in value.items()}
-    if key not in PLACES or not isinstance(value, str):
+    if key not in PLACES or not isinstance(value, str | list):
         return value
-    return None if same_content else os.path.abspath(os.path.expanduser(value))
+    if same_content:
+        return None
+    return absolute(value) if isinstance(value, str) else [absolute(place) for place in each(value)]
 
 
 def differences(old: dict[Any, Any], new: dict[Any, Any], prefix: str = "") -> list[str]:

@@ -19,7 +19,7 @@ from pretrain.data.loader import Loader
 from pretrain.data.reading.cut import cut
 from pretrain.data.reading.readers import read
 from pretrain.data.sources import listing
-from pretrain.data.sources.huggingface import HuggingFace
+from pretrain.data.sources.huggingface import HuggingFace, repository
 from pretrain.data.sources.local import Local
 from pretrain.data.sources.own_files import check_data_files
 from pretrain.data.statistics import DataStatistics
@@ -133,7 +133,7 @@ def test_a_dataset_folder_reads_nothing_elsewhere(case: str, folder: Path) -> No
 def test_a_dataset_of_the_hub_reads_nothing_elsewhere(found: str, words: str) -> None:
     """What ``datasets`` has found for it, before anything is fetched: a README.md of the Hub can name the same."""
     mine = "hf://datasets/a/b@0123/x.jsonl"
-    check_data_files({"train": [mine]}, None, HuggingFace(nameOrPath="a/b")._repository())
+    check_data_files({"train": [mine]}, None, repository("a/b"))
     with pytest.raises(UserError, match=words):
         check_data_files({"train": [mine, found]}, None, "datasets/a/b")
 
