@@ -92,7 +92,7 @@ def view_options(source: Source) -> dict[str, Any]:
 
 def _what_is_scored(source: Source) -> list[Any]:
     """Return the values that determine which documents are held out and how their text is read."""
-    return [source.identity(), source.options(), source.held_out, source.deduplicate]
+    return [source.identity(), source.options(), source.held_out, source.deduplicate, source.max_tokens]
 
 
 def _shared(names: Mapping[str, str], taken: Collection[str]) -> list[str]:
