@@ -50,7 +50,8 @@ class Source(ABC):
             sentences.
         held_out: Share of the documents held out for evaluation, selected by a hash of their text.
         train_data_ratio: Share of the remaining documents to train on, selected the same way.
-        deduplicate: true: keep only one of several identical documents.
+        deduplicate: Keep only one of several documents that are identical (exact or true), or nearly so (near: MinHash,
+            needs datasketch).
         document_mask: true: restrict attention and loss to within each document.
         bos: Start each document and sequence with the tokenizer's bos_token: auto (if the tokenizer itself adds it) |
             true | false.
@@ -67,7 +68,7 @@ class Source(ABC):
     max_document_chars: Annotated[int, Field(ge=16)] = 20_000
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.05
     train_data_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
-    deduplicate: bool = False
+    deduplicate: bool | Literal["exact", "near"] = False
     document_mask: bool = False
     bos: Literal["auto"] | bool = "auto"
     separator: Annotated[str, Field(min_length=1)] | NonNegativeInt = "auto"
