@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from keyword import iskeyword
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
@@ -229,6 +230,9 @@ def check_nested(path: str, value: Any, hint: Any, trusted: list[str]) -> None:
         return
     base = part_in(hint)
     check_value(path, value, hint if base is None else _with_node_types(hint, base))
+    if base is not None and value is not None and base in (hint, *_union_members(hint)):
+        check_part(path, value, base, trusted)
+        return
     for key, item in _items(value):
         if base is not None:
             check_part(f"{path}.{key}", item, base, trusted)
@@ -253,7 +257,13 @@ def _with_node_types(hint: Any, base: type) -> Any:
     if hint is base:
         return dict[str, Any]
     arguments = tuple(_with_node_types(argument, base) for argument in get_args(hint))
-    return get_origin(hint)[arguments] if arguments else hint
+    origin = Union if get_origin(hint) is UnionType else get_origin(hint)
+    return origin[arguments] if arguments else hint
+
+
+def _union_members(hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union such as ``Source | None``; of other annotations nothing."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
 
 
 def in_yaml(name: str) -> str:

@@ -21,7 +21,8 @@ from pretrain.optim.plain import PlainOptimizer
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.config import CheckpointConfig
-    from pretrain.data.sources.base import Source
+    from pretrain.data.replay import Phase, ReplayConfig
+    from pretrain.data.sources.base import Dataset
     from pretrain.evaluation.config import EvaluationConfig
     from pretrain.evaluation.prompts import Prompts
     from pretrain.launch.config import LaunchConfig
@@ -114,7 +115,8 @@ class RunConfig(RootKeys):
 
     Attributes:
         model: The model, not yet built.
-        dataset: The source of the training documents.
+        dataset: The source of the training documents, or a mixture of several.
+        replay: How much old text is among the training data.
         strategy: How model and optimizer are set up on the devices.
         precision: Dtypes of parameters and matmuls.
         optimizer: Builds the optimizer from named parameters.
@@ -131,7 +133,8 @@ class RunConfig(RootKeys):
     """
 
     model: CausalLM
-    dataset: Source
+    dataset: Dataset
+    replay: ReplayConfig
     strategy: Strategy
     precision: Precision
     optimizer: OptimizerFactory
@@ -162,6 +165,11 @@ class RunConfig(RootKeys):
     def with_lr(self, lr: float) -> RunConfig:
         """Return the config with ``lr`` in place of ``auto``, also in the optimizer."""
         return self if self.lr != AUTO else RunConfig.of(with_lr(self.plain, lr))
+
+    @property
+    def training_phases(self) -> tuple[Phase, ...]:
+        """The phases of the run in which the mixture differs from the one at the start."""
+        return ()
 
     @property
     def micro_batch_size(self) -> int:

@@ -22,7 +22,8 @@ COMMAND_LINE_ONLY = {  # key → the only value that it may have in a file
 SCHEDULES = "pretrain.optim.schedule"
 PARTS = {  # group → the class whose subclasses it may create; schedules are functions of one module
     "model": "pretrain.models.causal_lm.CausalLM",
-    "dataset": "pretrain.data.sources.base.Source",
+    "dataset": "pretrain.data.sources.base.Dataset",
+    "replay": "pretrain.data.replay.ReplayConfig",
     "strategy": "pretrain.strategy.base.Strategy",
     "precision": "pretrain.strategy.precision.Precision",
     "optimizer": "pretrain.optim.base.OptimizerFactory",
@@ -40,7 +41,8 @@ PARTS = {  # group → the class whose subclasses it may create; schedules are f
 }
 MULTI_SELECT = ("sink", "transform", "hook")  # groups with any number of choices, each under its own key
 NESTED_PARTS = {  # mappings of parts inside a group → the class of their values
-    "evaluation.domains": PARTS["dataset"],
+    "dataset.parts": PARTS["dataset"],
+    "evaluation.domains": "pretrain.data.sources.base.Source",
     "evaluation.tasks": "pretrain.evaluation.task.EvaluationTask",
 }
 MOVED = {  # `_target_` of an earlier version, which users' YAML files may contain → the present one
@@ -78,7 +80,8 @@ def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] =
         found = _find(target)
     except Exception as error:
         raise UserError(f"{path}._target_={target!r}: {' '.join(str(error).split())}") from None
-    if is_trusted and base == PARTS["dataset"] and isinstance(found, type) and not _belongs(found, base):
+    is_dataset = base in (PARTS["dataset"], NESTED_PARTS["evaluation.domains"])
+    if is_trusted and is_dataset and isinstance(found, type) and not _belongs(found, base):
         raise UserError(f"{path}._target_={target!r}: a dataset must be a subclass of pretrain.Source")
     if target in trusted:
         return found

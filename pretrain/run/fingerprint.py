@@ -17,7 +17,7 @@ from pretrain.runtime.strict_json import read_json
 FIXED = {  # part of a run's identity → the config keys that determine it
     "model": ("model_name", "model"),
     "tokenizer": ("model_name", "model"),
-    "data": ("dataset",),
+    "data": ("dataset", "replay", "phases"),
     "sequence_length": ("sequence_length",),
     "global_batch": ("batch_size", "gradient_accumulation_steps", "devices"),
     "seed": ("seed",),
@@ -54,8 +54,12 @@ def check_same_run(
         UserError: The checkpoint belongs to a run with another model, tokenizer, data, sequence length, global batch,
             seed, weights, optimizer or transforms, so that it can't be continued exactly. The message lists old and new values.
     """
-    before = {"transforms": []} | read_state(checkpoint)["identity"]  # checkpoints of earlier versions have none
-    changed = [p for p in FIXED if before.get(p) != identity[p] and p not in config.resume_allow]
+    state = read_state(checkpoint)
+    before = {"transforms": []} | state["identity"]  # checkpoints of earlier versions have none
+    changed = [p for p in FIXED if before.get(p) != identity[p]]
+    if _phases_until(state, before) != _phases_until(state, identity):
+        changed = list(dict.fromkeys([*changed, "data"]))
+    changed = [p for p in changed if p not in config.resume_allow]
     if not changed:
         return
     earlier = read_config(checkpoint)
@@ -79,6 +83,12 @@ def check_same_run(
         "Choose another output_dir, or resume=never to start over"
         f"{_resume_allow_hint(changed)}"
     )
+
+
+def _phases_until(state: dict[str, Any], identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the phases of the mixture that began before the checkpoint with ``state``; later ones may still change."""
+    phases: list[dict[str, Any]] = identity.get("mixture", [])
+    return [phase for phase in phases if phase["first_sample"] <= state["progress"]["samples"]]
 
 
 def changed_model_config(checkpoint: Path, model_config: dict[str, Any]) -> list[str]:

@@ -269,7 +269,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path, tokenizer) -> None:
     assert source.domain == "caf\ufffd"
     store = prepare(source, tokenizer_json=tokenizer.backend_tokenizer.to_str(), eot=0, cache=tmp_path / "cache")
     view, _ = store.views(held_out=0)
-    found = DataStatistics(Loader(view, sequence_length=16, seed=0, batch_size=1)).at(4)
+    found = DataStatistics(Loader(view, sequence_length=16, seed=0, batch_size=1)).sources(4)
     assert set(found) == {"0\ufffd.jsonl", "1\ufffd.jsonl"}
     json.dumps([*found, source.domain], ensure_ascii=False).encode()
 

@@ -1,4 +1,5 @@
-"""The base classes of datasets: `Source` yields documents; `FileSource` lists files and how they are read."""
+"""The base classes of datasets: `Source` yields documents; `FileSource` lists files and how they are read. A `Mixture`
+(`pretrain.data.sources.mixture`) is a dataset that consists of others."""
 
 from __future__ import annotations
 
@@ -31,53 +32,83 @@ def _template(text: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source(ABC):
-    r"""A dataset: documents with an identity, and the settings that all datasets share.
+class Dataset(ABC):
+    """A dataset: one source of documents, or a mixture of several.
+
+    In an evaluation domain and in a part of a mixture, ``auto`` stands for the value of the run's dataset.
+
+    Attributes:
+        name: Name of the domain in the metrics; null: derived from the path.
+        document_mask: true: restrict attention and loss to within each document.
+        bos: Start each document and sequence with the tokenizer's bos_token: auto (if the tokenizer itself adds it) |
+            true | false.
+        separator: Token, or its id, that ends each document; auto: the eos_token; for a chat model's tokenizer
+            <|endoftext|>.
+    """
+
+    name: str | None = None
+    document_mask: bool = False
+    bos: Literal["auto"] | bool = "auto"
+    separator: Annotated[str, Field(min_length=1)] | NonNegativeInt = "auto"
+
+    @property
+    def domain(self) -> str:
+        """The name of this dataset in metrics and messages."""
+        return self.name or printable(self.default_name())
+
+    def default_name(self) -> str:
+        """Return the name of the dataset when ``name`` is not set."""
+        return type(self).__name__.lower()
+
+    def described(self) -> str:
+        """Return a description for messages, in the terms of the configuration."""
+        return f"dataset={self.domain}"
+
+    @abstractmethod
+    def sources(self) -> dict[str, Source]:
+        """Return the sources of documents by the name of their part; a source alone is one part, under its own name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Dataset):
+    r"""A dataset that yields documents with an identity, and the settings that all sources share.
 
     A subclass is a frozen, keyword-only dataclass with `documents` and `fingerprint`. Its documents are read once and kept in
     the cache under the fingerprint, from which they are tokenized, in several processes if there are many.
 
     ``held_out`` and ``train_data_ratio`` select documents by the hash of their text, so the same ones are selected on every
-    machine. In an evaluation domain, ``auto`` stands for the value of the run's dataset.
+    machine.
 
     Attributes:
-        name: Name of the domain in the metrics; null: derived from the path.
+        role: What its held-out documents measure: new (what the run learns) | base (what it may forget) | auto: base in
+            evaluation.domains, new elsewhere.
         text_column: Column (tables) or key (JSON) that contains the text.
         text_template: Joins columns into the text, such as '{title}\n\n{body}'; null: the text is ``text_column``.
         where: Keeps only documents for which this is true, such as "lang == 'es' and score > 0.8"; null: keeps all.
         errors: Bytes that are not valid UTF-8: strict (an error with file and position) | replace (by U+FFFD).
         max_document_chars: Plain text longer than this is split into several documents, at paragraphs, lines or
             sentences.
-        held_out: Share of the documents held out for evaluation, selected by a hash of their text.
+        held_out: Share of the documents held out for evaluation, selected by a hash of their text; 1: all, of an
+            evaluation domain.
         train_data_ratio: Share of the remaining documents to train on, selected the same way.
         deduplicate: Keep only one of several documents that are identical (exact or true), or nearly so (near: MinHash,
             needs datasketch).
-        document_mask: true: restrict attention and loss to within each document.
-        bos: Start each document and sequence with the tokenizer's bos_token: auto (if the tokenizer itself adds it) |
-            true | false.
-        separator: Token, or its id, that ends each document; auto: the eos_token; for a chat model's tokenizer
-            <|endoftext|>.
         num_workers: Number of tokenizer processes; null: one per core, none with one or two cores.
     """
 
-    name: str | None = None
+    role: Literal["auto", "new", "base"] = "auto"
     text_column: str = "text"
     text_template: Annotated[str, AfterValidator(_template)] | None = None
     where: Annotated[str, AfterValidator(_condition)] | None = None
     errors: Literal["strict", "replace"] = "strict"
     max_document_chars: Annotated[int, Field(ge=16)] = 20_000
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    held_out: Annotated[float, Field(ge=0, le=1)] = 0.05
     train_data_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     deduplicate: bool | Literal["exact", "near"] = False
-    document_mask: bool = False
-    bos: Literal["auto"] | bool = "auto"
-    separator: Annotated[str, Field(min_length=1)] | NonNegativeInt = "auto"
     num_workers: PositiveInt | None = None
 
-    @property
-    def domain(self) -> str:
-        """The name of this dataset in metrics and messages."""
-        return self.name or printable(self.default_name())
+    def sources(self) -> dict[str, Source]:
+        return {self.domain: self}
 
     def options(self) -> ReadOptions:
         """Return the settings that determine how documents are read from files."""
@@ -94,14 +125,6 @@ class Source(ABC):
     @abstractmethod
     def documents(self) -> Iterator[str]:
         """Yield the documents in a fixed order. It is called again where a process was killed while it read them."""
-
-    def default_name(self) -> str:
-        """Return the name of the dataset when ``name`` is not set."""
-        return type(self).__name__.lower()
-
-    def described(self) -> str:
-        """Return a description for messages, in the terms of the configuration."""
-        return f"dataset={self.domain}"
 
     def identity(self) -> list[Any]:
         """Return the JSON-serialisable values that determine the documents."""
