@@ -47,7 +47,7 @@ def test_removed_documents_are_reported_before_the_start(base_arguments, corpus,
         (tmp_path / f"{number:02}.txt").write_text(text)
     arguments = [*base_arguments, f"dataset.nameOrPath={tmp_path}", "dataset.name=poems", "dataset.held_out=0.3"]
     assert not prepared_of(arguments)[1].notices
-    _, data = prepared_of([*arguments, "dataset.where=len(text) > 5", "dataset.deduplicate=exact"])
+    _, data = prepared_of([*arguments, "dataset.where='len(text) > 5'", "dataset.deduplicate=exact"])
     held_out = data.domains[0][2].num_documents
     assert list(data.notices) == [
         f"dataset 'poems': 11 documents: 1 removed by dataset.where, 2 removed as duplicates, {held_out} held out, "
