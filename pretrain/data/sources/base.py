@@ -93,7 +93,8 @@ class Source(Dataset):
         max_tokens: Number of tokens after which the dataset ends, at the end of a document; the rest is neither read nor
             tokenized. null: no limit.
         train_data_ratio: Share of the remaining documents to train on, selected the same way.
-        deduplicate: true: keep only one of several identical documents.
+        deduplicate: Keep only one of several documents that are identical (exact or true), or nearly so (near: MinHash,
+            needs datasketch).
         num_workers: Number of tokenizer processes; null: one per core, none with one or two cores.
     """
 
@@ -106,7 +107,7 @@ class Source(Dataset):
     held_out: Annotated[float, Field(ge=0, le=1)] = 0.05
     max_tokens: PositiveInt | None = None
     train_data_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
-    deduplicate: bool = False
+    deduplicate: bool | Literal["exact", "near"] = False
     num_workers: PositiveInt | None = None
 
     def sources(self) -> dict[str, Source]:
