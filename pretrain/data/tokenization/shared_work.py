@@ -26,6 +26,7 @@ from pretrain.data.reading.units import FileRange, WorkUnit, key_of
 from pretrain.data.store.token_shards import open_part
 from pretrain.data.tokenization.encode import Encoder, Outcome, Progress
 from pretrain.data.tokenization.files_record import is_young, recall
+from pretrain.runtime.errors import UserError
 from pretrain.runtime.files import make_folder
 from pretrain.runtime.locks import Busy, Lock
 
@@ -51,12 +52,14 @@ class UnitRecords:
     def lock(self, unit: WorkUnit) -> Lock | None:
         """Return the lock of ``unit``; ``None`` if another process, or another thread, holds it."""
         path = self._path(unit).with_suffix(".lock")
-        lock = Lock(path)
         with cache_errors(path.parent):
-            make_folder(path.parent)
             try:
-                return lock.acquire(timeout=0)
-            except (Busy, FileNotFoundError):  # not found: another process is deleting the folder
+                make_folder(path.parent)
+                return Lock(path).acquire(timeout=0)
+            except (
+                Busy,
+                FileNotFoundError,
+            ):  # not found: another process, for which the dataset is complete, deletes the folder
                 return None
 
     def digests(self, unit: WorkUnit) -> list[str] | None:
@@ -76,9 +79,14 @@ class UnitRecords:
 
     def record(self, unit: WorkUnit, digests: list[str]) -> None:
         """Record the hashes of the unit's pieces, unless one of its files may have changed since without a new stamp."""
-        if not any(is_young(piece, self._started_at) for piece in unit.pieces):
+        if any(is_young(piece, self._started_at) for piece in unit.pieces):
+            return
+        try:
             with cache_file(self._path(unit)) as file:
                 file.write(json.dumps(digests).encode())
+        except UserError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):  # as in `lock`
+                raise
 
     def remove(self) -> None:
         """Delete the folder."""
