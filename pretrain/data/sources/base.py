@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pretrain.data.reading.units import ReadOptions, SourceFile, key_of, printable
+from pretrain.runtime.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,14 @@ class Dataset(ABC):
     def described(self) -> str:
         """Return a description for messages, in the terms of the configuration."""
         return f"dataset={self.domain}"
+
+    @abstractmethod
+    def check_for_training(self, path: str) -> None:
+        """Check settings against each other. ``path`` is the key of this dataset, such as ``dataset.parts.es``; it is
+        trained on.
+
+        Raises ``UserError`` for settings that exclude each other.
+        """
 
     @abstractmethod
     def sources(self) -> dict[str, Source]:
@@ -84,6 +93,10 @@ class Source(Dataset):
     train_data_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     deduplicate: bool = False
     num_workers: PositiveInt | None = None
+
+    def check_for_training(self, path: str) -> None:
+        if self.held_out == 1:
+            raise UserError(f"{path}.held_out=1: input should be less than 1 for text that is trained on")
 
     def sources(self) -> dict[str, Source]:
         return {self.domain: self}
