@@ -16,6 +16,7 @@ from pretrain.runtime.errors import UserError, did_you_mean
 Share = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 PART_NAME = re.compile(r"[\w-][\w.-]*")
 REPLAY = "replay"  # the name of the part that is old text
+LossWeight = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]  # its gradients must fit into fp16
 Positive = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 
 
@@ -39,7 +40,7 @@ class Mixture(Dataset):
     weights: dict[str, Share] = field(default_factory=dict)
     temperature: Positive = 1.0
     max_epochs: dict[str, Positive] = field(default_factory=dict)
-    loss_weights: dict[str, Share] = field(default_factory=dict)
+    loss_weights: dict[str, LossWeight] = field(default_factory=dict)
 
     def default_name(self) -> str:
         return mixture_name(self.parts)
