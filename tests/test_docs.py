@@ -63,6 +63,12 @@ def place(tmp_path_factory, corpus, other_corpus, tiny_model, checkpoint):
     shutil.copy(ROOT / "pretrain/training/trainer.py", folder / "src")
     shutil.copy(ROOT / "pretrain/run/build.py", folder / "src")
     Dataset.from_dict({"text": [sentences(i, 30) for i in range(40)]}).save_to_disk(folder / "saved")
+    rows = [{"text": sentences(i, 30), "lang": "es" if i % 4 else "en", "score": 0.9} for i in range(40)]
+    (folder / "web").mkdir()
+    Dataset.from_list(rows).to_parquet(folder / "web/a.parquet")
+    (folder / "papers.jsonl").write_text(
+        "".join(json.dumps({"title": f"Paper {i}", "abstract": sentences(i, 9)}) + "\n" for i in range(9))
+    )
     shutil.copytree(checkpoint, folder / "outputs/poems/checkpoints/step-00000200")
     (folder / "run.yaml").write_text(
         "output_dir: outputs/flat\ndataset: {source: local, nameOrPath: books/}\nlr_scheduler: cosine\n"

@@ -313,7 +313,7 @@ def schema() -> dict[str, Any]:
         "type": "object",
         "properties": {
             "source": {"enum": list(SOURCES)},
-            "nameOrPath": {"type": "string"},
+            "nameOrPath": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
             "format": {"enum": ["hf", "files"]},
             "parts": {"type": "object", "additionalProperties": dataset},
         },

@@ -16,7 +16,6 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pretrain.config.check import GROUPS, check, conf_dir
 from pretrain.config.choices import choices, own_groups
-from pretrain.config.defaults import mixture_name
 from pretrain.config.hydra_configs import compose_config, composing
 from pretrain.config.hydra_internals import Hydra
 from pretrain.config.inherited_keys import drop_inherited_keys
@@ -25,6 +24,7 @@ from pretrain.config.quoting import PATH_KEYS
 from pretrain.config.schema import RunConfig
 from pretrain.config.trust import MULTI_SELECT, with_moved_targets
 from pretrain.runtime.errors import UserError, did_you_mean
+from pretrain.runtime.places import each, joined
 
 NAMED = ("parts", "domains", "tasks", *MULTI_SELECT)  # keys of mappings whose keys are names
 
@@ -137,6 +137,8 @@ def _with_home_expanded(key: str, value: Any) -> Any:
     """Return ``value`` with ``~/x`` and ``~user/x`` expanded in the values of all keys that are paths."""
     if isinstance(value, dict):
         return {name: _with_home_expanded(str(name), item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_home_expanded(key, item) for item in value]
     return os.path.expanduser(value) if key in PATH_KEYS and isinstance(value, str) else value
 
 
@@ -145,9 +147,8 @@ def default_name(config: DictConfig) -> str:
     dataset = config.get("dataset")
     if not isinstance(dataset, DictConfig):  # `check` reports it later
         dataset = DictConfig({})
-    mixed = dataset.get("parts")
-    of_parts = mixture_name([str(key) for key in mixed]) if isinstance(mixed, DictConfig) else None
-    data = dataset.get("name") or of_parts or Path(str(dataset.get("nameOrPath") or "data")).stem
+    names = dataset["parts"] if "parts" in dataset else [Path(place).stem for place in each(dataset.get("nameOrPath"))]
+    data = dataset.get("name") or joined([str(name) for name in names]) or "data"
     model = Path(str(config.get("model_name")))
     of_run = [model.parent.parent.name] if model.parent.name == "checkpoints" else []
     parts = [*of_run, model.name] + ([str(data)] if config.get("task") != "export" else [])

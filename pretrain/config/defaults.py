@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-MAX_NAMES = 4  # names of parts in the name of a mixture
 
 
 def conf_dir() -> Path:
@@ -15,12 +12,6 @@ def conf_dir() -> Path:
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
-
-
-def mixture_name(parts: Collection[str]) -> str:
-    """Return the name of a mixture without a name of its own: those of its parts, or of the first of many."""
-    shown = list(parts)[:MAX_NAMES]
-    return "-".join([*shown, *(["more"] if len(parts) > MAX_NAMES else [])]) or "mixture"
 
 
 def defaults_for(config: dict[str, Any]) -> dict[str, Any]:

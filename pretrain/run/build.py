@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.run.prepare import Prepared, total_steps
+from pretrain.run.prepare import Prepared
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 from pretrain.training.micro_batching import MicroBatching
@@ -204,7 +204,7 @@ def build_listeners(
     from pretrain.telemetry.run_file import RunFile
 
     monitor = Monitor(config.build_sinks(), run=folder, log_every=config.log_every)
-    files = prepared.train.store.files if watch_files else {}
+    files = prepared.train.files if watch_files else {}
     watchers: list[Listener] = [FilesWatch(files), BaselineCheck(prepared.model.uniform_loss())]
     return [monitor, RunFile(folder, monitor.summary), *watchers], monitor.unsaved
 
@@ -217,7 +217,7 @@ def build_intervals(config: RunConfig, prepared: Prepared, steps: int) -> tuple[
     policy, checkpoint = config.evaluation, config.checkpoint
     intervals = cadence(
         steps=steps,
-        epoch_steps=max(1, prepared.sequences // prepared.global_batch),
+        epoch_steps=max(1, int(prepared.sequences // prepared.global_batch)),
         evaluate_every=config.evaluate_every,
         save_every=config.save_every,
         per_epoch=policy.per_epoch,
@@ -262,6 +262,7 @@ def build_loader(config: RunConfig, prepared: Prepared, split: MicroBatching, wo
         world_size=world.data_size,
         document_mask=config.dataset.document_mask,
         pin_memory=world.device.type == "cuda",
+        steps=prepared.total_steps,
     )
 
 
@@ -296,7 +297,8 @@ def build_split(config: RunConfig, prepared: Prepared, engine: Engine, *, resume
     requested, world = MicroBatching.from_config(config), engine.world
     if config.batch_size != "auto":
         return requested
-    blocks, length = Blocks(prepared.train, config.sequence_length), config.sequence_length
+    length = config.sequence_length
+    blocks = Blocks(prepared.train.parts[0].view, length)
 
     def rows(size: int) -> Batch:
         indices = np.arange(size * world.topology.devices_per_worker)
@@ -366,7 +368,7 @@ def build_trainer(
     from pretrain.runtime.watchdog import Watchdog
     from pretrain.training.trainer import Trainer
 
-    folder, steps, watchdog = Path(config.output_dir), total_steps(config, prepared), watchdog or Watchdog()
+    folder, steps, watchdog = Path(config.output_dir), prepared.total_steps, watchdog or Watchdog()
     engine = build_engine(config, prepared, world)
     rng = rng_state()  # captured before the search for a micro-batch, which draws random numbers
     split = build_split(config, prepared, engine, resume_from=resume_from)

@@ -190,5 +190,5 @@ def test_mistakes_in_a_flat_file(text, says, tmp_path):
 def test_a_default_name_is_that_of_the_parts():
     names = {n: [f"dataset@dataset.parts.{c}=sample" for c in "abcdefg"[:n]] for n in (2, 4, 7)}
     found = {n: run_config(["dataset=mixture", *words]).name for n, words in names.items()}
-    assert found == {2: "sample-a-b", 4: "sample-a-b-c-d", 7: "sample-a-b-c-d-more"}
+    assert found == {2: "sample-a_b", 4: "sample-a_b_2", 7: "sample-a_b_5"}
     assert compose([forced("dataset=mixture")]).get("name") is None

@@ -63,7 +63,13 @@ def test_another_length_of_documents_is_another_part(tmp_path: Path, tokenizer_j
     assert parts(lengths[0]) == parts(lengths[2]) != parts(lengths[1])
 
 
-OTHERS = {"text_column": "id", "errors": "replace", "max_document_chars": 100}
+OTHERS = {
+    "text_column": "id",
+    "errors": "replace",
+    "max_document_chars": 100,
+    "where": "id > 0",
+    "text_template": "{id}",
+}
 
 
 def test_every_option_of_reading_is_in_the_digest(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import pytest
 
-from pretrain.run.prepare import total_steps
 from tests.training.test_trainer import prepared_of
 
 
@@ -34,8 +33,8 @@ def test_every_choice_of_documents_reaches_the_run_and_its_identity(base_argumen
 @pytest.mark.parametrize("epochs", [1, 1.5, 2])
 def test_sequences_left_over_in_an_epoch_are_taken_by_the_next(base_arguments, epochs):
     """Only the last step is rounded down, as docs/data.md has it."""
-    config, data = prepared_of([*base_arguments, "max_steps=null", f"number_epochs={epochs}"])
+    _, data = prepared_of([*base_arguments, "max_steps=null", f"number_epochs={epochs}"])
     sequences = (data.train.num_tokens - 1) // 32
     assert data.global_batch == 4
     assert sequences % 4, "else nothing is left over"
-    assert total_steps(config, data) == int(sequences * epochs) // 4
+    assert data.total_steps == int(sequences * epochs) // 4

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ def key_of(*values: Any) -> str:
 Stamp = tuple[int, int, int]  # size, mtime_ns, inode; a file with an unchanged stamp is taken to have the same bytes
 
 
+ADDED = ("where", "text_template")  # settings that came later: where they are not set, they are not in a key
+
+
 @dataclass(frozen=True)
 class ReadOptions:
     """The settings that determine which documents are read from files. They change the tokens, so they are included in the key of
@@ -36,6 +39,33 @@ class ReadOptions:
     text_column: str = "text"
     errors: str = "strict"
     max_document_chars: int = 20_000
+    where: str | None = None
+    text_template: str | None = None
+
+    def key(self) -> dict[str, Any]:
+        """Return the settings for a key. Without ``where`` and ``text_template``, keys are those of versions that had neither."""
+        return {name: value for name, value in asdict(self).items() if name not in ADDED or value is not None}
+
+    def values(self) -> list[Any]:
+        """Return the settings of `key` as a list, in which each of ``ADDED`` has its name."""
+        return [[name, value] if name in ADDED else value for name, value in self.key().items()]
+
+    def text_columns(self) -> tuple[str, ...]:
+        """Return the columns whose values make the text of a document."""
+        from pretrain.data.reading.template import template_columns
+
+        return (self.text_column,) if self.text_template is None else template_columns(self.text_template)
+
+    def where_columns(self) -> tuple[tuple[str, ...], ...]:
+        """Return the columns, with the path of a field below them, that ``where`` names."""
+        from pretrain.data.reading.condition import parsed
+
+        return () if self.where is None else parsed(self.where).paths
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether a document depends on more than the text column of its row."""
+        return self.where is not None or self.text_template is not None
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
+from pydantic_core import PydanticCustomError
 
+from pretrain.data.reading.condition import Refused, check_syntax
+from pretrain.data.reading.template import RefusedTemplate, check_template
 from pretrain.data.reading.units import ReadOptions, SourceFile, key_of, printable
 from pretrain.runtime.errors import UserError
+
+
+def _condition(text: str) -> str:
+    try:
+        return check_syntax(text)
+    except Refused as error:
+        raise PydanticCustomError("where", "{reason}", {"reason": str(error)}) from None
+
+
+def _template(text: str) -> str:
+    try:
+        return check_template(text)
+    except RefusedTemplate as error:
+        raise PydanticCustomError("text_template", "{reason}", {"reason": str(error)}) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +80,7 @@ class Dataset(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Dataset):
-    """A dataset that yields documents with an identity, and the settings that all sources share.
+    r"""A dataset that yields documents with an identity, and the settings that all sources share.
 
     A subclass is a frozen, keyword-only dataclass with `documents` and `fingerprint`. Its documents are read once and kept in
     the cache under the fingerprint, from which they are tokenized, in several processes if there are many.
@@ -75,6 +92,8 @@ class Source(Dataset):
         role: What its held-out documents measure: new (what the run learns) | base (what it may forget) | auto: base in
             evaluation.domains, new elsewhere.
         text_column: Column (tables) or key (JSON) that contains the text.
+        text_template: Joins columns into the text, such as '{title}\n\n{body}'; null: the text is ``text_column``.
+        where: Keeps only documents for which this is true, such as "lang == 'es' and score > 0.8"; null: keeps all.
         errors: Bytes that are not valid UTF-8: strict (an error with file and position) | replace (by U+FFFD).
         max_document_chars: Plain text longer than this is split into several documents, at paragraphs, lines or
             sentences.
@@ -87,6 +106,8 @@ class Source(Dataset):
 
     role: Literal["auto", "new", "base"] = "auto"
     text_column: str = "text"
+    text_template: Annotated[str, AfterValidator(_template)] | None = None
+    where: Annotated[str, AfterValidator(_condition)] | None = None
     errors: Literal["strict", "replace"] = "strict"
     max_document_chars: Annotated[int, Field(ge=16)] = 20_000
     held_out: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -103,7 +124,7 @@ class Source(Dataset):
 
     def options(self) -> ReadOptions:
         """Return the settings that determine how documents are read from files."""
-        return ReadOptions(self.text_column, self.errors, self.max_document_chars)
+        return ReadOptions(self.text_column, self.errors, self.max_document_chars, self.where, self.text_template)
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""Text on this machine: a file, a folder, a glob, or a folder saved by ``datasets.save_to_disk``."""
+"""Text on this machine: files, folders, globs, or folders saved by ``datasets.save_to_disk``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from pydantic import Field
 from pretrain.data.reading.units import SourceFile
 from pretrain.data.sources.base import FileSource
 from pretrain.data.sources.listing import in_folder, matching, notice_once, without_duplicates
+from pretrain.data.sources.named import Places, each_once
 from pretrain.runtime.errors import UserError, did_you_mean, one_line
 from pretrain.runtime.folders import is_below
+from pretrain.runtime.places import absolute, each, joined
 from pretrain.runtime.strict_json import read_json
 
 FORMATS = {
@@ -35,56 +37,62 @@ SAVED_MARKS = ("state.json", "dataset_dict.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Local(FileSource):
-    """A local file, folder, glob or saved dataset.
+    """Local files, folders, globs or saved datasets.
 
     A file that is named, or matched by a glob or by ``pattern``, is read as plain text unless its extension is known.
 
     Attributes:
-        nameOrPath: A file, a folder, a glob, or a folder saved by datasets.save_to_disk.
+        nameOrPath: A file, a folder, a glob, or a folder saved by datasets.save_to_disk; or a list of them.
         pattern: Files of a folder to read as text regardless of their extension, such as '*.py'.
         format: auto | files: read the files one by one | hf: a folder saved by datasets.save_to_disk.
     """
 
     source: Literal["local"] = "local"
-    nameOrPath: Annotated[str, Field(min_length=1)]
+    nameOrPath: Places
     pattern: Annotated[str, Field(pattern="^[^/]")] | None = None  # relative to the folder
     format: Literal["auto", "files", "hf"] = "auto"
 
     def default_name(self) -> str:
-        path = Path(os.path.abspath(self.nameOrPath))
-        while glob.has_magic(path.name):
-            path = path.parent
-        return path.name if path.is_dir() else path.name.partition(".")[0] or path.name
+        return joined([_name_of(place) for place in each(self.nameOrPath)])
 
     def described(self) -> str:
-        return f"dataset.nameOrPath={self.nameOrPath}" + (
+        return f"dataset.nameOrPath={', '.join(each(self.nameOrPath))}" + (
             f" with dataset.pattern={self.pattern}" if self.pattern else ""
         )
 
     def identity(self) -> list[Any]:
-        return ["local", os.path.abspath(os.path.expanduser(self.nameOrPath)), self.pattern, self.format]
+        paths = [absolute(place) for place in each(self.nameOrPath)]
+        return ["local", paths[0] if isinstance(self.nameOrPath, str) else paths, self.pattern, self.format]
 
     def files(self) -> list[SourceFile]:
-        path = os.path.abspath(os.path.expanduser(self.nameOrPath))
+        if isinstance(self.nameOrPath, str):
+            return self._at(self.nameOrPath)
+        return each_once(file for place in self.nameOrPath for file in self._at(place))
+
+    def _at(self, place: str) -> list[SourceFile]:
+        """Return the files of one place. Raises ``UserError`` when it has none."""
+        path = absolute(place)
         if os.path.isfile(path):
             return [SourceFile(path, format_of(path) or "text")]
         if os.path.isdir(path):
-            return self._in_folder(Path(path))
+            return self._in_folder(Path(path), place)
         if glob.has_magic(path):
             if found := without_duplicates(matching(path)):
                 return [SourceFile(name, format_of(name) or "text") for name in found]
-            raise UserError(f"dataset.nameOrPath={self.nameOrPath}: no file matches")
+            raise UserError(f"dataset.nameOrPath={place}: no file matches")
         if os.path.exists(path):
             raise UserError(
-                f"dataset.nameOrPath={self.nameOrPath}: neither a file nor a folder, and the text has to be read more than once"
+                f"dataset.nameOrPath={place}: neither a file nor a folder, and the text has to be read more than once"
             )
-        raise UserError(f"dataset.nameOrPath={self.nameOrPath}: no such file or folder{_near(Path(path))}")
+        raise UserError(f"dataset.nameOrPath={place}: no such file or folder{_near(Path(path))}")
 
-    def _in_folder(self, folder: Path) -> list[SourceFile]:
+    def _in_folder(self, folder: Path, place: str) -> list[SourceFile]:
         """Return the files of a folder. Raises ``UserError`` when it holds nothing that can be read."""
         saved = any((folder / mark).exists() for mark in SAVED_MARKS)
         if self.format == "hf" and not saved:
-            raise UserError(f"{self.described()}: not a folder saved by datasets.save_to_disk (dataset.format=hf)")
+            raise UserError(
+                f"dataset.nameOrPath={place}: not a folder saved by datasets.save_to_disk (dataset.format=hf)"
+            )
         if saved and self.format != "files":
             return [SourceFile(str(name), "arrow") for name in saved_files(folder)]
         every = in_folder(str(folder), self.pattern or "*")
@@ -96,13 +104,21 @@ class Local(FileSource):
                 )
             return [SourceFile(name, known[name]) for name in without_duplicates(known)]
         if self.pattern:
-            raise UserError(f"dataset.pattern={self.pattern}: no file in {self.nameOrPath} matches")
+            raise UserError(f"dataset.pattern={self.pattern}: no file in {place} matches")
         if not every:
-            raise UserError(f"dataset.nameOrPath={self.nameOrPath}: the folder is empty")
+            raise UserError(f"dataset.nameOrPath={place}: the folder is empty")
         raise UserError(
-            f"dataset.nameOrPath={self.nameOrPath}: no text in the folder; it holds {_endings(every)}, and without "
+            f"dataset.nameOrPath={place}: no text in the folder; it holds {_endings(every)}, and without "
             f"dataset.pattern (such as '*.py') only {' '.join(FORMATS)} are read"
         )
+
+
+def _name_of(place: str) -> str:
+    """Return the last part of a path that is no pattern, without the extensions of a file."""
+    path = Path(os.path.abspath(place))
+    while glob.has_magic(path.name):
+        path = path.parent
+    return path.name if path.is_dir() else path.name.partition(".")[0] or path.name
 
 
 def format_of(path: str) -> str | None:

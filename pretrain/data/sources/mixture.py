@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from pretrain.config.defaults import mixture_name
 from pretrain.data.sources.base import Dataset, Source
 from pretrain.runtime.errors import UserError, did_you_mean
+from pretrain.runtime.places import joined
 
 Share = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 PART_NAME = re.compile(r"[\w-][\w.-]*")
@@ -43,7 +43,7 @@ class Mixture(Dataset):
     loss_weights: dict[str, LossWeight] = field(default_factory=dict)
 
     def default_name(self) -> str:
-        return mixture_name(self.parts)
+        return joined(list(self.parts)) or "mixture"
 
     def check_for_training(self, path: str) -> None:
         if not self.parts:

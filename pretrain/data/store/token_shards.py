@@ -33,7 +33,7 @@ class PartWriter:
     """A writer of one shard. Tokens are written to the file immediately; only the columns are held in memory until the end."""
 
     def __init__(self, file: IO[bytes], dtype: np.dtype[Any]) -> None:
-        self.file, self.dtype, self.num_tokens, self.num_bytes = file, dtype, 0, 0
+        self.file, self.dtype, self.num_tokens, self.num_bytes, self.num_removed = file, dtype, 0, 0, 0
         self.columns = {name: array({"<i8": "q", "<u8": "Q", "<u4": "I"}[kind]) for name, kind in COLUMNS}
 
     def append(self, tokens: NDArray[Any], *, digest: int, size: int, piece: int, index: int) -> None:
@@ -51,6 +51,10 @@ class PartWriter:
         self.num_bytes += size
         for name, value in zip(self.columns, (self.num_tokens, digest, size, piece, index), strict=True):
             self.columns[name].append(value)
+
+    def skip(self) -> None:
+        """Count a document that is not written, because ``dataset.where`` removes it."""
+        self.num_removed += 1
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Write padding, columns and footer. ``facts`` are further entries of the footer."""
@@ -78,6 +82,7 @@ class TokenShard:
     num_tokens: int
     num_documents: int
     num_bytes: int
+    num_removed: int = 0  # documents that ``dataset.where`` removed
 
     @property
     def tokens(self) -> NDArray[Any]:
@@ -118,7 +123,7 @@ def open_part(path: Path) -> TokenShard | None:
                 return None
             file.seek(total - 16 - length)
             footer = json.loads(file.read(length))
-        counts = [footer[name] for name in ("tokens", "documents", "bytes")]
+        counts = [footer[name] for name in ("tokens", "documents", "bytes")] + [footer.get("removed", 0)]
         if footer["dtype"] not in DTYPES or not all(type(count) is int and count >= 0 for count in counts):
             return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -159,17 +159,25 @@ class TokenView:
         """Return tokens [start, stop) of the stream."""
         return self.gather(np.array([start]), stop - start)[0]
 
-    def gather(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """Return int64 [len(starts), length]: the windows that begin at ``starts``. Each must be inside the stream."""
-        found = np.empty(len(starts) * length, np.int64)
+    def gather(
+        self, starts: NDArray[np.int64], length: int, into: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    ) -> NDArray[np.int64]:
+        """Return int64 [len(starts), length]: the windows that begin at ``starts``. Each must be inside the stream.
+
+        ``into`` is an array [m, length] and the rows of it that the windows are written to; the array is returned.
+        """
+        found = np.empty(len(starts) * length, np.int64) if into is None else into[0].reshape(-1)
         parts, begins, ends, targets = self.segments(starts, length)
+        if into is not None:
+            windows, inside = np.divmod(targets, length)
+            targets = into[1][windows] * length + inside
         tokens = {int(index): self.store.parts[index].tokens for index in np.unique(parts)}
         stops = targets + (ends - begins)
         for part, begin, end, target, stop in zip(
             parts.tolist(), begins.tolist(), ends.tolist(), targets.tolist(), stops.tolist(), strict=True
         ):
             found[target:stop] = tokens[part][begin:end]
-        return found.reshape(len(starts), length)
+        return found.reshape(len(starts) if into is None else len(into[0]), length)
 
     def gather_starts(self, starts: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
         """Return bool [len(starts), length]: where in the windows that begin at ``starts`` a document begins."""
@@ -253,9 +261,11 @@ def aranges(low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.int64
 def _hash_limit(parts: list[TokenShard], held_out: float) -> np.uint64 | None:
     """Return the largest hash of held-out documents; ``None`` if no document is held out."""
     extremes = [value for part in parts if part.num_documents for value in (part.hashes.min(), part.hashes.max())]
-    if held_out <= 0 or len(set(extremes)) < 2:
+    if held_out <= 0 or (len(set(extremes)) < 2 and held_out < 1):
         return None
     limit = np.uint64(min(int(held_out * 2**64), 2**64 - 1))
+    if held_out >= 1:
+        return limit
     smallest, largest = min(extremes), max(extremes)
     if smallest > limit:
         return smallest

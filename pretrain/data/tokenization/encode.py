@@ -13,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pretrain.data.cache import cache_file
-from pretrain.data.reading.readers import Document, digest, read
+from pretrain.data.reading.readers import Document, digest, read_all
 from pretrain.data.reading.units import FileRange, ReadOptions, WorkUnit, key_of
 from pretrain.data.store.token_shards import PartWriter, open_part
 from pretrain.runtime.errors import UserError
@@ -78,12 +78,13 @@ class Encoder:
             self._load()
             with cache_file(path) as file:
                 writer = PartWriter(file, self.dtype)
-                for batch in batches(unit, self.options):
+                for batch in batches(unit, self.options, writer.skip):
                     self._append(writer, batch)
                     step = min(left, sum(_size(document) for document, _, _ in batch))
                     left -= step
                     progress(step)
-                writer.finish({"eot": self.eot, "vocabulary": self.vocabulary})
+                removed = {"removed": writer.num_removed} if self.options.where else {}
+                writer.finish({"eot": self.eot, "vocabulary": self.vocabulary, **removed})
         progress(left)
         return path, digests
 
@@ -133,13 +134,19 @@ class Encoder:
         return np.array([*before, *tokens, *([] if tokens[-1] == self.eot else [self.eot])])
 
 
-def batches(unit: WorkUnit, options: ReadOptions) -> Iterator[list[tuple[Document, FileRange, tuple[int, int]]]]:
+def batches(
+    unit: WorkUnit, options: ReadOptions, skip: Callable[[], None]
+) -> Iterator[list[tuple[Document, FileRange, tuple[int, int]]]]:
     """Yield the documents of ``unit`` in batches of about ``BATCH_BYTES``, each document with its piece and (number of the piece
-    in the unit, index of the document in the piece)."""
+    in the unit, index of the document in the piece). ``skip`` is called for each document that ``where`` removes; it has an index
+    too."""
     batch: list[tuple[Document, FileRange, tuple[int, int]]] = []
     waiting = 0
     for number, piece in enumerate(unit.pieces):
-        for index, document in enumerate(read(piece, options)):
+        for index, document in enumerate(read_all(piece, options)):
+            if document is None:
+                skip()
+                continue
             batch.append((document, piece, (number, index)))
             waiting += _size(document)
             if waiting >= BATCH_BYTES:

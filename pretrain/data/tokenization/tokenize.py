@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import xxhash
@@ -58,7 +58,7 @@ def prepare(
     make_private(cache)
     num_workers = num_workers or source.num_workers or default_workers()
     encoder = _encoder(cache, tokenizer_json, options=source.options(), eot=eot, bos=bos)
-    key = key_of(FORMAT, source.identity(), asdict(encoder.options))
+    key = key_of(FORMAT, source.identity(), encoder.options.key())
     memory = cache / "files" / f"{key}.json"
     with exclusive(cache / "locks" / f"{key}.lock", source.domain):
         started_at = time.time()
@@ -72,8 +72,15 @@ def prepare(
     )
     store.files = files_of(units, (digests for _, digests in outcomes))
     if not store.num_documents:
-        raise UserError(f"dataset {source.domain!r}: no text: every document of {source.described()} is empty")
+        raise UserError(f"dataset {source.domain!r}: no text: {_why_empty(store, source)}")
     return store
+
+
+def _why_empty(store: TokenStore, source: Source) -> str:
+    """Return why a dataset has no documents."""
+    if removed := sum(part.num_removed for part in store.parts):
+        return f"dataset.where={source.where!r} removes all {removed:,} documents of {source.described()}"
+    return f"every document of {source.described()} is empty"
 
 
 def _encoder(cache: Path, tokenizer_json: str, *, options: ReadOptions, eot: int, bos: int | None) -> Encoder:

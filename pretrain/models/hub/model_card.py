@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pretrain.runtime.places import each
 from pretrain.runtime.redact import redact
 
 if TYPE_CHECKING:
@@ -101,8 +102,9 @@ def _front_matter(config: dict[str, Any]) -> str:
     if not _is_scratch(config) and _on_the_hub(config["model_name"]):
         matter["base_model"] = config["model_name"]
     dataset = config["dataset"]
-    if dataset.get("source") == "huggingface" and _on_the_hub(dataset["nameOrPath"]):
-        matter["datasets"] = [dataset["nameOrPath"]]
+    on_hub = [name for name in each(dataset.get("nameOrPath")) if _on_the_hub(name)]
+    if dataset.get("source") == "huggingface" and on_hub:
+        matter["datasets"] = on_hub
     matter["tags"] = ["pretrain", "from-scratch" if _is_scratch(config) else "continual-pretraining"]
     return f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---\n"
 
@@ -110,7 +112,8 @@ def _front_matter(config: dict[str, Any]) -> str:
 def _named(dataset: dict[str, Any]) -> str:
     """Return the name of a dataset, and the kind of its source: the key ``source`` of ours, or the class of another's."""
     kind = dataset.get("source") or dataset["_target_"].rpartition(".")[2]
-    return f"`{public(dataset.get('nameOrPath') or dataset.get('name') or kind)}` ({kind})"
+    places = each(dataset.get("nameOrPath")) or [dataset.get("name") or kind]
+    return f"{', '.join(f'`{public(place)}`' for place in places)} ({kind})"
 
 
 def _on_the_hub(name: str) -> bool:
