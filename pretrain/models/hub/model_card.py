@@ -14,7 +14,10 @@ from pretrain.runtime.places import each
 from pretrain.runtime.redact import redact
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pretrain.checkpoint.train_state import TrainState
+    from pretrain.telemetry.events import PartCount
 
 SETTINGS = (
     *("sequence_length", "batch_size", "gradient_accumulation_steps", "lr", "warmup_proportion", "weight_decay"),
@@ -37,12 +40,19 @@ TRANSFORMED_USE = (  # of a checkpoint of a run with transforms
 
 
 def model_card(
-    config: dict[str, Any], progress: TrainState, *, data: dict[str, int], facts: dict[str, Any], total_steps: int
+    config: dict[str, Any],
+    progress: TrainState,
+    *,
+    data: dict[str, int],
+    facts: dict[str, Any],
+    total_steps: int,
+    parts: Callable[[int], dict[str, PartCount]] = lambda samples: {},
 ) -> str:
     """Return the text of the model card. It contains no path of this machine and no secret.
 
     ``config`` is the resolved config. ``data`` holds documents, tokens and bytes of the training text, and the sequences of a
-    global batch. ``facts`` is the content of run.json.
+    global batch. ``facts`` is the content of run.json. ``parts`` maps a number of samples to what they hold of each part of the
+    training data.
     """
     model, dataset = config["model_name"], config["dataset"]
     trained = "random weights" if _is_scratch(config) else f"`{public(model)}`"
@@ -53,7 +63,7 @@ def model_card(
         ("strategy", f"{facts['strategy']}, {facts['world_size']} processes"),
     ]
     shown = {key: value for key, value in config.items() if key not in MACHINE_KEYS}
-    parts = (
+    text = (
         _front_matter(config),
         f"# {public(config['name'])}\n",
         f"A causal language model of {facts['parameters']:,} parameters, trained from {trained} with pretrain: "
@@ -65,6 +75,7 @@ def model_card(
         "## Data\n",
         f"{_named(dataset)}: "
         f"{data['documents']:,} documents, {data['tokens']:,} tokens, {data['bytes']:,} bytes of text.\n",
+        *_parts(parts(progress.samples)),
         "## Settings\n",
         _table(("setting", "value"), settings),
         "<details><summary>The full configuration</summary>\n",
@@ -72,7 +83,7 @@ def model_card(
         "## Versions\n",
         ", ".join(f"{name} {version}" for name, version in facts["versions"].items()) + ".\n",
     )
-    return redact("\n".join(parts))
+    return redact("\n".join(text))
 
 
 def public(value: Any) -> Any:
@@ -114,6 +125,14 @@ def _named(dataset: dict[str, Any]) -> str:
     kind = dataset.get("source") or dataset["_target_"].rpartition(".")[2]
     places = each(dataset.get("nameOrPath")) or [dataset.get("name") or kind]
     return f"{', '.join(f'`{public(place)}`' for place in places)} ({kind})"
+
+
+def _parts(counts: dict[str, PartCount]) -> list[str]:
+    """Return the table of what the run has read of each part of its training data; nothing for a single part."""
+    if len(counts) < 2:
+        return []
+    rows = [(n, f"{c.tokens:,}", f"{c.share:.1%}", f"{c.wanted:.1%}", f"{c.epochs:.2f}") for n, c in counts.items()]
+    return [_table(("part", "target tokens read", "share", "share by the weights", "epochs"), rows)]
 
 
 def _on_the_hub(name: str) -> bool:
