@@ -73,7 +73,7 @@ def model_card(
         "## Results\n",
         _results(progress),
         "## Data\n",
-        f"{_named(dataset)}: "
+        f"{', '.join(map(_named, _datasets(dataset)))}: "
         f"{data['documents']:,} documents, {data['tokens']:,} tokens, {data['bytes']:,} bytes of text.\n",
         *_parts(parts(progress.samples)),
         "## Settings\n",
@@ -112,12 +112,18 @@ def _front_matter(config: dict[str, Any]) -> str:
     matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if not _is_scratch(config) and _on_the_hub(config["model_name"]):
         matter["base_model"] = config["model_name"]
-    dataset = config["dataset"]
-    on_hub = [name for name in each(dataset.get("nameOrPath")) if _on_the_hub(name)]
-    if dataset.get("source") == "huggingface" and on_hub:
-        matter["datasets"] = on_hub
+    from_hub = [part for part in _datasets(config["dataset"]) if part.get("source") == "huggingface"]
+    on_hub = [name for part in from_hub for name in each(part.get("nameOrPath")) if _on_the_hub(name)]
+    if on_hub:
+        matter["datasets"] = list(dict.fromkeys(on_hub))
     matter["tags"] = ["pretrain", "from-scratch" if _is_scratch(config) else "continual-pretraining"]
     return f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _datasets(dataset: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the config of a dataset, or those of all parts of a mixture."""
+    parts = dataset.get("parts")
+    return [inner for part in parts.values() for inner in _datasets(part)] if isinstance(parts, dict) else [dataset]
 
 
 def _named(dataset: dict[str, Any]) -> str:
