@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
+import pretrain
 from pretrain.config.compose import compose, default_name
 from pretrain.data.sources.huggingface import HuggingFace
 from pretrain.data.sources.listing import notice_once
@@ -33,7 +33,7 @@ def texts(tmp_path: Path) -> Path:
 
 
 def source(*places: Path | str, **options: object) -> Local:
-    return Local(nameOrPath=tuple(str(place) for place in places), **options)  # type: ignore[arg-type]
+    return Local(nameOrPath=[str(place) for place in places], **options)  # type: ignore[arg-type]
 
 
 def documents(found: Local) -> list[str]:
@@ -64,13 +64,13 @@ def test_one_place_has_the_identity_of_earlier_versions(texts: Path) -> None:
     assert Local(nameOrPath=str(texts)).identity() == ["local", str(texts), None, "auto"]
     assert HuggingFace(nameOrPath="a/b").identity() == ["huggingface", "a/b", None, "train", None]
     assert source(texts, texts / "d.md").identity() == ["local", [str(texts), f"{texts}/d.md"], None, "auto"]
-    json.dumps(HuggingFace(nameOrPath=("a/b", "c/d")).identity())
+    json.dumps(HuggingFace(nameOrPath=["a/b", "c/d"]).identity())
 
 
 def test_names_of_lists(texts: Path) -> None:
     assert source(texts / "es", texts / "more/*.jsonl").domain == "es+more"
     assert source(texts / "es/a.txt", texts / "es/b.txt", texts / "d.md", texts).domain == "a+b+2"
-    assert HuggingFace(nameOrPath=("owner/fr", "owner/de")).domain == "fr+de"
+    assert HuggingFace(nameOrPath=["owner/fr", "owner/de"]).domain == "fr+de"
     for places, name in (
         (["x/es", "y/fr.txt"], "sample-es_fr"),
         ("x/es", "sample-es"),
@@ -81,13 +81,15 @@ def test_names_of_lists(texts: Path) -> None:
 
 
 def test_a_list_in_the_config(texts: Path) -> None:
-    config = compose(["dataset=local", f"dataset.nameOrPath=[{texts}/d.md, {texts}/es]"])
-    assert OmegaConf.to_container(config.dataset)["nameOrPath"] == [f"{texts}/d.md", f"{texts}/es"]  # type: ignore[index]
+    config = pretrain.compose(["dataset=local", f"dataset.nameOrPath=[{texts}/d.md, {texts}/es]"])
+    assert list(config.dataset.documents()) == ["four", "uno", "dos"]
+    with pytest.raises(UserError, match=r"^dataset.nameOrPath=\[1\]: input should be a valid string"):
+        pretrain.compose(["dataset=local", "+dataset={nameOrPath: [1]}"])
 
 
 def test_several_datasets(texts: Path, tokenizer_json: str, tokenizer: Tokenizer) -> None:
     """``datasets`` loads each of them; here from folders, as from the Hub."""
-    found = HuggingFace(nameOrPath=(str(texts / "more"), str(texts / "es"), str(texts / "more")))
+    found = HuggingFace(nameOrPath=[str(texts / "more"), str(texts / "es"), str(texts / "more")])
     store = prepare(found, tokenizer_json=tokenizer_json, eot=0)
     read = [tokenizer.decode(part.tokens[:-1].tolist()) for part in store.parts]
     assert "".join(read).replace("<|endoftext|>", "") == "threeunodos"

@@ -208,7 +208,7 @@ def test_what_a_checkpoint_holds(loop):
     trainer.run()
     path = trainer.checkpoints.writer.store.path(2)
     state = load(path)
-    assert state["loader"] == {"samples": 8}
+    assert state["loader"] == {"samples": 8, "parts": {"x": 8}}
     assert (state["progress"]["step"], state["progress"]["samples"], state["progress"]["tokens"]) == (2, 8, 64)
     assert state["guard"] == {"losses": [], "skips_in_a_row": 0, "passed_over": []}
     assert (state["identity"], state["records"], len(state["rng"])) == (IDENTITY, [RECORD], 1)

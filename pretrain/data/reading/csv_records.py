@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
+from pretrain.data.reading.opening import open_file
 from pretrain.data.reading.records import Document, column_index, decode, line_at, lines
 from pretrain.data.reading.rows import documents_of_records
-from pretrain.data.reading.units import FileRange, ReadOptions
+from pretrain.data.reading.units import FileRange, ReadOptions, Stamp
 from pretrain.runtime.errors import UserError
 
 UTF8_MARK = b"\xef\xbb\xbf"
@@ -55,11 +56,11 @@ def header(piece: FileRange, options: ReadOptions) -> tuple[list[str], int]:
     return [], 0
 
 
-def record_ends(path: str) -> Iterator[int]:
+def record_ends(path: str, stamp: Stamp) -> Iterator[int]:
     """Yield the offset after each record, up to the first invalid one. The reader reports the error when it gets there."""
 
     def text_lines() -> Iterator[tuple[int, int, str]]:
-        with open(path, "rb") as file:
+        with open_file(path, stamp) as file:
             offset = 0
             for line in file:  # the syntax of CSV is ASCII, so latin-1 decodes it in files of any ASCII superset
                 start, offset = offset, offset + len(line)

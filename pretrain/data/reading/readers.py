@@ -10,11 +10,12 @@ import xxhash
 from pretrain.data.prose import docstrings, package_description, topics
 from pretrain.data.reading.csv_records import csv_documents, header
 from pretrain.data.reading.json_records import json_values, jsonl
+from pretrain.data.reading.opening import open_file, stamp_of
 from pretrain.data.reading.records import BLOCK_BYTES, Document, blocks, decode
 from pretrain.data.reading.rows import documents_of_texts
 from pretrain.data.reading.sections import sections
 from pretrain.data.reading.tables import arrow, parquet, parquet_bytes, readable_table, schema_bytes
-from pretrain.data.reading.units import FileRange, ReadOptions, key_of, reading, stamp_of
+from pretrain.data.reading.units import FileRange, ReadOptions, key_of, reading
 from pretrain.runtime.errors import UserError
 
 __all__ = ["READERS", "Document", "digest", "read", "read_all"]
@@ -58,7 +59,7 @@ def _is_blank(document: Document) -> bool:
 def digest(piece: FileRange, options: ReadOptions) -> str:
     """Return a hash of the bytes that determine what ``read`` yields."""
     state = xxhash.xxh3_128(key_of(piece.format, *options.values()).encode())
-    with reading(piece.path), open(piece.path, "rb") as file:
+    with reading(piece.path), open_file(piece.path, piece.stamp) as file:
         for start, stop in _deciding_bytes(piece, options):
             file.seek(start)
             while start < stop and (block := file.read(min(stop - start, BLOCK_BYTES))):
@@ -77,7 +78,7 @@ def _deciding_bytes(piece: FileRange, options: ReadOptions) -> Iterator[tuple[in
         yield 0, header(piece, options)[1]
     if piece.format == "arrow":
         with readable_table(piece.path, "arrow"):
-            yield 0, schema_bytes(piece.path)
+            yield 0, schema_bytes(piece.path, piece.stamp)
     yield piece.start, piece.stop
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
+from pretrain.data.reading.opening import open_arrow, parquet_source
 from pretrain.data.reading.records import Document, column_index, decode_value, document_of
 from pretrain.data.reading.table_rows import ROWS, RowPlace, documents_of_table
 from pretrain.data.reading.units import FileRange, ReadOptions, Stamp
@@ -32,7 +33,7 @@ def parquet_metadata(path: str, stamp: Stamp) -> Any:
     is part of the cache key."""
     import pyarrow.parquet as pq
 
-    return pq.read_metadata(path)
+    return pq.read_metadata(parquet_source(path, stamp))
 
 
 def is_wanted(column_path: str, options: ReadOptions) -> bool:
@@ -49,7 +50,7 @@ def parquet(piece: FileRange, options: ReadOptions) -> Iterator[Document | None]
     with readable_table(piece.path, "parquet"):
         metadata = parquet_metadata(piece.path, piece.stamp)
         row = sum(metadata.row_group(index).num_rows for index in range(piece.start))
-        with pq.ParquetFile(piece.path, metadata=metadata) as file:
+        with pq.ParquetFile(parquet_source(piece.path, piece.stamp), metadata=metadata) as file:
             columns = _needed(piece.path, file.schema_arrow.names, options)
             for batch in file.iter_batches(ROWS, row_groups=list(range(piece.start, piece.stop)), columns=columns):
                 if options.by_rows:
@@ -76,7 +77,7 @@ def arrow(piece: FileRange, options: ReadOptions) -> Iterator[Document | None]:
     """Yield the documents of the record batches in a byte range."""
     import pyarrow as pa
 
-    with readable_table(piece.path, "arrow"), pa.OSFile(piece.path) as stream:
+    with readable_table(piece.path, "arrow"), open_arrow(piece.path, piece.stamp) as stream:
         schema = arrow_schema(stream)
         columns = _needed(piece.path, schema.names, options)
         stream.seek(piece.start)
@@ -103,16 +104,14 @@ def arrow_schema(stream: Any) -> Any:
     return pa.ipc.read_schema(pa.ipc.read_message(stream))
 
 
-def schema_bytes(path: str) -> int:
+def schema_bytes(path: str, stamp: Stamp) -> int:
     """Return the offset of the first record batch."""
-    import pyarrow as pa
-
-    with pa.OSFile(path) as stream:
+    with open_arrow(path, stamp) as stream:
         arrow_schema(stream)
         return int(stream.tell())
 
 
-def arrow_batches(path: str) -> Iterator[tuple[int, int]]:
+def arrow_batches(path: str, stamp: Stamp) -> Iterator[tuple[int, int]]:
     """Yield the byte range of each record batch. The messages are read through a memory map, so their bodies are not loaded.
 
     Raises ``UserError`` if the stream has no end marker or has data after it, or if the file's footer has another number of
@@ -120,7 +119,7 @@ def arrow_batches(path: str) -> Iterator[tuple[int, int]]:
     """
     import pyarrow as pa
 
-    with readable_table(path, "arrow"), pa.memory_map(path) as stream:
+    with readable_table(path, "arrow"), open_arrow(path, stamp, mapped=True) as stream:
         arrow_schema(stream)
         start, count, total = stream.tell(), 0, stream.size()
         while (message := _next_message(stream)) is not None:

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -25,7 +24,8 @@ def key_of(*values: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(values).encode())
 
 
-Stamp = tuple[int, int, int]  # size, mtime_ns, inode; a file with an unchanged stamp is taken to have the same bytes
+# Size, mtime_ns, inode; of a remote file size, 0, hash of its ETag. With an unchanged stamp the bytes are taken to be the same.
+Stamp = tuple[int, int, int]
 
 
 ADDED = ("where", "text_template")  # settings that came later: where they are not set, they are not in a key
@@ -70,10 +70,17 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file and its format: a key of ``readers.READERS``, followed by ``.gz`` or ``.zst`` if the file is compressed."""
+    """A file and its format: a key of ``readers.READERS``, followed by ``.gz`` or ``.zst`` if the file is compressed.
+
+    Attributes:
+        path: the file, or its URL.
+        format: its format.
+        stamp: its stamp, if the listing has it; ``None``: it is read where it is needed.
+    """
 
     path: str
     format: str
+    stamp: Stamp | None = None
 
 
 @dataclass(frozen=True)
@@ -109,12 +116,6 @@ class WorkUnit:
     def size(self) -> int:
         """The approximate amount of text in bytes."""
         return sum(piece.size for piece in self.pieces)
-
-
-def stamp_of(path: str | Path) -> Stamp:
-    """Return the current stamp of a file."""
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 @contextmanager

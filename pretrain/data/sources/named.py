@@ -13,7 +13,7 @@ from pretrain.data.sources.listing import notice_once
 from pretrain.runtime.places import is_url
 
 Place = Annotated[str, Field(min_length=1)]
-Places = Place | Annotated[tuple[Place, ...], Field(min_length=1)]
+Places = Place | Annotated[list[Place], Field(min_length=1)]
 
 
 def each_once(files: Iterable[SourceFile]) -> list[SourceFile]:

@@ -16,8 +16,9 @@ import xxhash
 from pretrain.data.cache import cache_dir, ensure_content, exclusive, make_private, remove_abandoned
 from pretrain.data.changed_files import files_of
 from pretrain.data.reading.cut import cut
+from pretrain.data.reading.opening import stamp_of
 from pretrain.data.reading.readers import read
-from pretrain.data.reading.units import FileRange, ReadOptions, WorkUnit, group, key_of, reading, stamp_of
+from pretrain.data.reading.units import FileRange, ReadOptions, WorkUnit, group, key_of, reading
 from pretrain.data.sources.base import Source
 from pretrain.data.store.token_store import TokenStore
 from pretrain.data.tokenization.encode import FORMAT, Encoder, Outcome
@@ -122,7 +123,7 @@ def _pieces(source: Source, cache: Path, remembered: dict[str, list[FileRange]])
         known = remembered.get(file.path)
         if known and known[0].format == file.format:
             with reading(file.path):
-                same = known[0].stamp == stamp_of(file.path)
+                same = known[0].stamp == (file.stamp or stamp_of(file.path))
             if same:
                 yield from known
                 continue
