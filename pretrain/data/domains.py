@@ -86,13 +86,18 @@ def view_options(source: Source) -> dict[str, Any]:
     return {
         "held_out": source.held_out,
         "train_data_ratio": source.train_data_ratio,
-        "deduplicate": source.deduplicate,
+        "deduplicate": _deduplicate(source),
     }
+
+
+def _deduplicate(source: Source) -> bool | str:
+    """Return the value of ``deduplicate``; ``True`` for ``exact``, which means the same."""
+    return source.deduplicate == "exact" or source.deduplicate
 
 
 def _what_is_scored(source: Source) -> list[Any]:
     """Return the values that determine which documents are held out and how their text is read."""
-    return [source.identity(), source.options(), source.held_out, source.deduplicate]
+    return [source.identity(), source.options(), source.held_out, _deduplicate(source)]
 
 
 def _shared(names: Mapping[str, str], taken: Collection[str]) -> list[str]:

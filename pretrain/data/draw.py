@@ -11,7 +11,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ class Draw:
     @cached_property
     def parts(self) -> Integers:
         """The part of each sample of a period."""
-        return np.array(schedule(self.counts.tolist()), np.int64)
+        return np.array(schedule(tuple(self.counts.tolist())), np.int64)
 
     @cached_property
     def _earlier(self) -> Integers:
@@ -95,7 +95,8 @@ def whole_counts(shares: Sequence[float]) -> Integers:
     return np.array([count // divisor for count in found], np.int64)
 
 
-def schedule(counts: Sequence[int]) -> list[int]:
+@lru_cache(maxsize=16)  # the longest takes a tenth of a second, and a start needs it several times
+def schedule(counts: tuple[int, ...]) -> list[int]:
     """Return the part of each of the D = sum(counts) samples of a period, so that after any n samples each part has had more than
     n · counts / D - 1 and fewer than n · counts / D + 1 of them."""
     # Sample j (from 0) of a part with c samples a period may be taken from position floor(j·D/c) on and must be taken before

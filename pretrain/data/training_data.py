@@ -107,6 +107,14 @@ class TrainingData:
             found.append((round(phase.start * steps) * global_batch, Draw(samples)))
         return found
 
+    def samples_taken(self, *, steps: int, global_batch: int, sequence_length: int, document_mask: bool) -> list[int]:
+        """Return the samples of each part in a run of ``steps`` steps."""
+        means = [blocks.mean_targets(document_mask=document_mask) for blocks in self.blocks(sequence_length)]
+        phases = self.draws(steps=steps, global_batch=global_batch, mean_targets=means)
+        ends = [start for start, _ in phases[1:]] + [steps * global_batch]
+        taken = [draw.taken(end - start) for (start, draw), end in zip(phases, ends, strict=True)]
+        return [int(count) for count in sum(taken[1:], taken[0])]
+
     def table(self, *, steps: int, global_batch: int) -> list[dict[str, Any]]:
         """Return the first sample of each phase and the shares of the parts in it, as a checkpoint keeps them."""
         return [
@@ -120,6 +128,24 @@ class TrainingData:
     def _phase_lengths(self) -> list[float]:
         starts = [phase.start for phase in self.phases]
         return [end - start for start, end in zip(starts, [*starts[1:], 1.0], strict=True)]
+
+
+def check_epochs(
+    data: TrainingData, *, steps: int, global_batch: int, sequence_length: int, document_mask: bool
+) -> None:
+    """Raise ``UserError`` when a run of ``steps`` steps reads a part more often than its ``max_epochs`` allow."""
+    if all(part.max_epochs is None for part in data.parts):
+        return
+    taken = data.samples_taken(
+        steps=steps, global_batch=global_batch, sequence_length=sequence_length, document_mask=document_mask
+    )
+    for part, count, blocks in zip(data.parts, taken, data.blocks(sequence_length), strict=True):
+        if part.max_epochs is not None and count > part.max_epochs * len(blocks):
+            raise UserError(
+                f"dataset.max_epochs.{part.name}={part.max_epochs:g}: the run would read it {count / len(blocks):.2f} times: "
+                f"{len(blocks) * sequence_length:,} tokens are there, and its share of the {steps:,} steps is "
+                f"{count * sequence_length:,} tokens; lower its weight or the number of steps, or raise max_epochs"
+            )
 
 
 def check_enough(data: TrainingData, *, sequence_length: int, global_batch: int) -> None:

@@ -72,6 +72,7 @@ class Prepared:
         boundaries: The tokens before and between documents.
         number_epochs: Passes over the training documents.
         max_steps: Number of optimizer steps; ``None``: derived from ``number_epochs``.
+        document_mask: Whether attention and loss are restricted to within each document.
         notices: Messages about model and domains that are printed once in a run.
         base_gone: The base model no longer exists; ``model`` is the one in a checkpoint of the run.
     """
@@ -84,6 +85,7 @@ class Prepared:
     boundaries: Boundaries
     number_epochs: float
     max_steps: int | None
+    document_mask: bool
     notices: Sequence[str] = ()
     base_gone: bool = False
 
@@ -102,12 +104,15 @@ class Prepared:
     def total_steps(self) -> int:
         """The optimizer steps: ``max_steps``, or the complete global batches in ``number_epochs`` of training tokens.
 
-        Raises ``UserError`` when the text does not fill one global batch.
+        Raises ``UserError`` when the text does not fill one global batch, or a part would be read too often.
         """
-        from pretrain.data.training_data import check_enough
+        from pretrain.data.training_data import check_enough, check_epochs
 
-        check_enough(self.train, sequence_length=self.identity["sequence_length"], global_batch=self.global_batch)
-        return self.max_steps or max(1, int(self.sequences * self.number_epochs / self.global_batch))
+        batch = {"sequence_length": self.identity["sequence_length"], "global_batch": self.global_batch}
+        check_enough(self.train, **batch)
+        steps = self.max_steps or max(1, int(self.sequences * self.number_epochs / self.global_batch))
+        check_epochs(self.train, steps=steps, document_mask=self.document_mask, **batch)
+        return steps
 
 
 def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
@@ -123,7 +128,7 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     from pretrain.data.planned import lines_before_the_start, planned_parts
     from pretrain.data.tokenization.tokenize import training_texts
     from pretrain.models.tokenizer import boundaries
-    from pretrain.run.prepare_data import TokenizedSources, scored_domains, training_data
+    from pretrain.run.prepare_data import TokenizedSources, removed_documents, scored_domains, training_data
 
     model, replacement = _checked_model(config)
     dataset = config.dataset
@@ -139,7 +144,7 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
         "global_batch": MicroBatching.from_config(config).total * devices,
         **_config_identity(config),
     }
-    notices = ([replacement.notice] if replacement else []) + notices
+    notices = ([replacement.notice] if replacement else []) + notices + removed_documents(dataset, texts)
     prepared = Prepared(
         model,
         tokenizer,
@@ -149,6 +154,7 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
         boundary_tokens,
         config.number_epochs,
         config.max_steps,
+        dataset.document_mask,
         notices,
         base_gone=replacement is not None,
     )

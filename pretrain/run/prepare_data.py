@@ -15,7 +15,7 @@ from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
-    from pretrain.data.sources.base import Source
+    from pretrain.data.sources.base import Dataset, Source
     from pretrain.data.store.token_store import TokenStore, TokenView
     from pretrain.models.tokenizer import Boundaries
 
@@ -107,6 +107,15 @@ def scored_domains(config: RunConfig, texts: TokenizedSources) -> tuple[list[Sco
             f"evaluation.domains: {config.dataset.domain!r} is also the training data; it is scored once, as new domain"
         )
     return domains, notices
+
+
+def removed_documents(dataset: Dataset, texts: TokenizedSources) -> list[str]:
+    """Return a line for each source of which ``where`` or ``deduplicate`` removed documents, with the counts."""
+    from pretrain.data.store.document_counts import DocumentCounts
+
+    chosen = {name: source for name, source in dataset.sources().items() if source.where or source.deduplicate}
+    lines = {name: DocumentCounts.of(*texts.views(source)).described() for name, source in chosen.items()}
+    return [f"dataset {name!r}: {line}" for name, line in lines.items() if line]
 
 
 def tokenized(source: Source, tokenizer: Any, boundary_tokens: Boundaries) -> TokenStore:

@@ -35,7 +35,7 @@ def test_every_prefix_is_within_one_sample_of_the_shares(shares, longest):
 @given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=9).filter(sum), samples=st.integers(0, 10**12))
 def test_any_position_is_that_of_a_walk_from_the_start(counts, samples):
     one, period = Draw(counts), sum(counts) // math.gcd(*counts)
-    order = schedule(one.counts.tolist())
+    order = schedule(tuple(one.counts.tolist()))
     part, index = one.locate(np.array([samples]))
     assert part[0] == order[samples % period]
     assert index[0] == samples // period * one.counts[part[0]] + order[: samples % period].count(part[0])

@@ -11,7 +11,7 @@ from texts import some_text
 
 from pretrain.data.loader import Loader
 from pretrain.data.statistics import DataStatistics
-from pretrain.data.training_data import MixturePhase, Part, TrainingData, check_enough
+from pretrain.data.training_data import MixturePhase, Part, TrainingData, check_enough, check_epochs
 from pretrain.runtime.errors import UserError
 
 LENGTH = 16
@@ -194,3 +194,15 @@ def test_a_part_without_a_sequence_is_an_error_only_where_it_has_a_share(views, 
     left_out = TrainingData(parts, (MixturePhase(0.0, (1.0, 0.0)),))
     check_enough(left_out, sequence_length=LENGTH, global_batch=8)
     assert {part for part, _ in located(loader(left_out), range(50))} == {0}
+
+
+def test_a_part_that_would_be_read_too_often_is_an_error_with_its_numbers(views):
+    phases = MixturePhase(0.0, (0.9, 0.0, 0.1)), MixturePhase(0.5, (0.5, 0.0, 0.5))
+    run = {"steps": 100, "global_batch": 8, "sequence_length": LENGTH, "document_mask": False}
+    data = mixture(views, *phases)
+    assert data.samples_taken(**run) == loader(data, steps=100).order.taken(800).tolist() == [560, 0, 240]
+    there = len(data.blocks(LENGTH)[2])
+    check_epochs(mixture(views, *phases, c={"max_epochs": 240 / there}), **run)
+    message = f"max_epochs.c=1: the run would read it {240 / there:.2f} times: {there * LENGTH:,} tokens .* {240 * LENGTH:,} tok"
+    with pytest.raises(UserError, match=message):
+        check_epochs(mixture(views, *phases, c={"max_epochs": 1.0}), **run)

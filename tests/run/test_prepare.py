@@ -38,3 +38,18 @@ def test_sequences_left_over_in_an_epoch_are_taken_by_the_next(base_arguments, e
     assert data.global_batch == 4
     assert sequences % 4, "else nothing is left over"
     assert data.total_steps == int(sequences * epochs) // 4
+
+
+def test_removed_documents_are_reported_before_the_start(base_arguments, corpus, tmp_path):
+    """Eleven documents, of which one is too short and two occur twice."""
+    texts = [(corpus / f"{number:02}.txt").read_text() for number in [*range(8), 0, 1]] + ["short"]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number:02}.txt").write_text(text)
+    arguments = [*base_arguments, f"dataset.nameOrPath={tmp_path}", "dataset.name=poems", "dataset.held_out=0.3"]
+    assert not prepared_of(arguments)[1].notices
+    _, data = prepared_of([*arguments, "dataset.where='len(text) > 5'", "dataset.deduplicate=exact"])
+    held_out = data.domains[0][2].num_documents
+    assert list(data.notices) == [
+        f"dataset 'poems': 11 documents: 1 removed by dataset.where, 2 removed as duplicates, {held_out} held out, "
+        f"{8 - held_out} to train on"
+    ]

@@ -100,7 +100,8 @@ class Source(Dataset):
         held_out: Share of the documents held out for evaluation, selected by a hash of their text; 1: all, of an
             evaluation domain.
         train_data_ratio: Share of the remaining documents to train on, selected the same way.
-        deduplicate: true: keep only one of several identical documents.
+        deduplicate: Keep only one of several documents that are identical (exact or true), or nearly so (near: MinHash,
+            needs datasketch).
         num_workers: Number of tokenizer processes; null: one per core, none with one or two cores.
     """
 
@@ -112,7 +113,7 @@ class Source(Dataset):
     max_document_chars: Annotated[int, Field(ge=16)] = 20_000
     held_out: Annotated[float, Field(ge=0, le=1)] = 0.05
     train_data_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
-    deduplicate: bool = False
+    deduplicate: bool | Literal["exact", "near"] = False
     num_workers: PositiveInt | None = None
 
     def check_for_training(self, path: str) -> None:

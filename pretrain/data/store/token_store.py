@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from pretrain.data.order import mix_bits
 from pretrain.data.store.token_shards import TokenShard, open_part
 from pretrain.runtime.errors import UserError
 
+Deduplicate = bool | Literal["exact", "near"]  # true is exact
 Select = Callable[[NDArray[np.uint64]], NDArray[np.bool_]]  # document hashes -> mask of the selected documents
 
 
@@ -94,7 +95,7 @@ class TokenStore:
         return [path for path, _ in self._units[index]]
 
     def views(
-        self, *, held_out: float, train_data_ratio: float = 1.0, deduplicate: bool = False
+        self, *, held_out: float, train_data_ratio: float = 1.0, deduplicate: Deduplicate = False
     ) -> tuple[TokenView, TokenView]:
         """Return (training view, held-out view).
 
@@ -103,7 +104,7 @@ class TokenStore:
         different documents, the one with the smallest hash is held out (the one with the largest hash is kept for training)."""
         limit = _hash_limit(self.parts, held_out)
         ratio_limit = int(train_data_ratio * 2**64)
-        first = _first_occurrences(self.parts) if deduplicate else None
+        first = self.kept(deduplicate)
 
         def is_held_out(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
             return np.zeros(len(hashes), bool) if limit is None else hashes <= limit
@@ -113,6 +114,14 @@ class TokenStore:
             return in_training if ratio_limit >= 2**64 else in_training & (mix_bits(hashes) < np.uint64(ratio_limit))
 
         return TokenView(self, is_training, first), TokenView(self, is_held_out, first)
+
+    def kept(self, deduplicate: Deduplicate) -> NDArray[np.bool_] | None:
+        """Return a mask over all documents of those that deduplication keeps; ``None`` where it is off."""
+        if deduplicate == "near":
+            from pretrain.data.store.near_duplicates import kept_documents
+
+            return kept_documents(self)
+        return _first_occurrences(self.parts) if deduplicate else None
 
 
 class TokenView:
@@ -154,6 +163,11 @@ class TokenView:
     @property
     def num_tokens(self) -> int:
         return int(self._run_start[-1])
+
+    @property
+    def num_duplicates(self) -> int:
+        """The number of documents of the store that deduplication removes."""
+        return 0 if self._keep is None else int((~self._keep).sum())
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return tokens [start, stop) of the stream."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pretrain.data.cache import cache_file
 from pretrain.data.reading.readers import Document, digest, read_all
 from pretrain.data.reading.units import FileRange, ReadOptions, WorkUnit, key_of
+from pretrain.data.store.near_duplicates import ensure_keys, has_keys
 from pretrain.data.store.token_shards import PartWriter, open_part
 from pretrain.runtime.errors import UserError
 
@@ -35,6 +36,7 @@ class Encoder:
         eot: id of the token that ends each document.
         options: how documents are read from files.
         bos: id of the token that begins each document; ``None`` if there is none.
+        near: compute also the keys by which near duplicates are found.
     """
 
     def __init__(
@@ -46,10 +48,11 @@ class Encoder:
         eot: int,
         options: ReadOptions,
         bos: int | None = None,
+        near: bool = False,
     ) -> None:
         self.folder, self.tokenizer_path, self.eot, self.options = folder, tokenizer_path, eot, options
         self.bos, self._before = bos, [] if bos is None else [bos]
-        self.tokenizer_key = tokenizer_key
+        self.tokenizer_key, self.near = tokenizer_key, near
         self._tokenizer: Any = None
 
     def arguments(self) -> dict[str, Any]:
@@ -60,6 +63,7 @@ class Encoder:
             "tokenizer_key": self.tokenizer_key,
             "eot": self.eot,
             "bos": self.bos,
+            "near": self.near,
             "options": asdict(self.options),
         }
 
@@ -67,7 +71,9 @@ class Encoder:
         """Return the outcome if all digests are known and the part exists, otherwise ``None``. No source file is opened."""
         digests = [piece.digest for piece in unit.pieces if piece.digest]
         path = self._path(digests)
-        return (path, digests) if len(digests) == len(unit.pieces) and open_part(path) else None
+        part = open_part(path) if len(digests) == len(unit.pieces) else None
+        is_finished = part is not None and (not self.near or has_keys(part, self.folder.parent))
+        return (path, digests) if is_finished else None
 
     def encode(self, unit: WorkUnit, progress: Progress) -> Outcome:
         """Write the part of ``unit``, unless it exists already. ``progress`` is called with amounts of bytes that add up to
@@ -85,6 +91,8 @@ class Encoder:
                     progress(step)
                 removed = {"removed": writer.num_removed} if self.options.where else {}
                 writer.finish({"eot": self.eot, "vocabulary": self.vocabulary, **removed})
+        if self.near and (part := open_part(path)):
+            ensure_keys(part, self.folder.parent, eot=self.eot, bos=self.bos)
         progress(left)
         return path, digests
 

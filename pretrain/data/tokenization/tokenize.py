@@ -18,8 +18,9 @@ from pretrain.data.changed_files import files_of
 from pretrain.data.reading.cut import cut
 from pretrain.data.reading.opening import stamp_of
 from pretrain.data.reading.readers import read
-from pretrain.data.reading.units import FileRange, ReadOptions, WorkUnit, group, key_of, reading
+from pretrain.data.reading.units import FileRange, WorkUnit, group, key_of, reading
 from pretrain.data.sources.base import Source
+from pretrain.data.store.near_duplicates import check_installed
 from pretrain.data.store.token_store import TokenStore
 from pretrain.data.tokenization.encode import FORMAT, Encoder, Outcome
 from pretrain.data.tokenization.workers import encode_in_workers
@@ -58,7 +59,7 @@ def prepare(
     cache = cache or cache_dir()
     make_private(cache)
     num_workers = num_workers or source.num_workers or default_workers()
-    encoder = _encoder(cache, tokenizer_json, options=source.options(), eot=eot, bos=bos)
+    encoder = _encoder(cache, tokenizer_json, source, eot=eot, bos=bos)
     key = key_of(FORMAT, source.identity(), encoder.options.key())
     memory = cache / "files" / f"{key}.json"
     with exclusive(cache / "locks" / f"{key}.lock", source.domain):
@@ -74,6 +75,8 @@ def prepare(
     store.files = files_of(units, (digests for _, digests in outcomes))
     if not store.num_documents:
         raise UserError(f"dataset {source.domain!r}: no text: {_why_empty(store, source)}")
+    if encoder.near:
+        store.kept("near")  # decided here, before other processes open the store
     return store
 
 
@@ -84,12 +87,23 @@ def _why_empty(store: TokenStore, source: Source) -> str:
     return f"every document of {source.described()} is empty"
 
 
-def _encoder(cache: Path, tokenizer_json: str, *, options: ReadOptions, eot: int, bos: int | None) -> Encoder:
+def _encoder(cache: Path, tokenizer_json: str, source: Source, *, eot: int, bos: int | None) -> Encoder:
     """Return the encoder whose parts are in ``cache``, where its tokenizer is written for the worker processes."""
     key = key_of(tokenizer_json)
     path = cache / "tokenizers" / f"{key}.json"
     ensure_content(path, tokenizer_json.encode())
-    return Encoder(folder=cache / "parts", tokenizer_path=path, tokenizer_key=key, eot=eot, options=options, bos=bos)
+    near = source.deduplicate == "near"
+    if near:
+        check_installed()
+    return Encoder(
+        folder=cache / "parts",
+        tokenizer_path=path,
+        tokenizer_key=key,
+        eot=eot,
+        options=source.options(),
+        bos=bos,
+        near=near,
+    )
 
 
 def training_texts(source: Source) -> Iterator[str]:
