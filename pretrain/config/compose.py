@@ -16,8 +16,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pretrain.config.check import GROUPS, check, conf_dir
 from pretrain.config.choices import choices, own_groups
-from pretrain.config.hydra_configs import compose_config, composing
-from pretrain.config.hydra_internals import Hydra
+from pretrain.config.hydra_configs import ComposingHydra, compose_config, composing
 from pretrain.config.inherited_keys import drop_inherited_keys
 from pretrain.config.interpolation import bounded_interpolation
 from pretrain.config.quoting import PATH_KEYS
@@ -72,7 +71,7 @@ def compose(words: list[str], config_dir: str | None = None) -> DictConfig:
     return config
 
 
-class ShowingHydra(Hydra):
+class ShowingHydra(ComposingHydra):
     """A Hydra that shows the config that `compose` returns."""
 
     def compose_config(

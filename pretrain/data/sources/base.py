@@ -99,6 +99,8 @@ class Source(Dataset):
             sentences.
         held_out: Share of the documents held out for evaluation, selected by a hash of their text; 1: all, of an
             evaluation domain.
+        max_tokens: Number of tokens after which the dataset ends, at the end of a document; the rest is neither read nor
+            tokenized. null: no limit.
         train_data_ratio: Share of the remaining documents to train on, selected the same way.
         deduplicate: Keep only one of several documents that are identical (exact or true), or nearly so (near: MinHash,
             needs datasketch).
@@ -112,6 +114,7 @@ class Source(Dataset):
     errors: Literal["strict", "replace"] = "strict"
     max_document_chars: Annotated[int, Field(ge=16)] = 20_000
     held_out: Annotated[float, Field(ge=0, le=1)] = 0.05
+    max_tokens: PositiveInt | None = None
     train_data_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     deduplicate: bool | Literal["exact", "near"] = False
     num_workers: PositiveInt | None = None
