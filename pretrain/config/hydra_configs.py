@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config.choices import folder_of
-from pretrain.config.hydra_internals import FileSource, Hydra, create_config_search_path, use_file_source
+from pretrain.config.hydra_internals import FileSource, Hydra, PlacesLoader, create_config_search_path, use_file_source
 from pretrain.config.interpolation import bounded_interpolation
 from pretrain.config.yaml_file import checked_text, read_yaml
 from pretrain.runtime.errors import UserError
@@ -81,7 +81,9 @@ def composing(conf: Path, config_dir: str | None, kind: type[Hydra] = ComposingH
         search.prepend("command-line", f"file://{folder_of(config_dir)}", anchor=SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
     try:
-        yield kind.create_main_hydra2("pretrain", search)
+        hydra = kind.create_main_hydra2("pretrain", search)
+        hydra.config_loader = PlacesLoader(search)
+        yield hydra
     finally:
         GlobalHydra.instance().clear()
 
