@@ -241,6 +241,8 @@ HOSTILE: dict[str, tuple[int | None, dict[str, str | None], str]] = {
     "a size that is no number": (None, {"Content-Range": "bytes 0-9/*"}, "does not send parts of a file"),
     "to a file": (302, {"Location": "file:///etc/passwd"}, "it redirects to file://None, which is not followed"),
     "to another protocol": (302, {"Location": "ftp://127.0.0.1/x"}, "which is not followed"),
+    "to no address": (302, {"Location": "http://[bad/"}, "not an address"),
+    "to credentials by IPv6": (302, {"Location": "http://[::ffff:169.254.169.254]/"}, "which is not followed"),
     "to credentials": (302, {"Location": "http://169.254.169.254/latest"}, "169.254.169.254, which is not followed"),
     "in a circle": (302, {"Location": "/a.txt"}, "can't be read (HTTP 302)"),
     "not there": (404, {}, "no such file (404)"),
@@ -291,7 +293,15 @@ REFUSED = {
     "https://h/*.txt": "can't contain *",
     "https://user@h/x.txt": "a user name",
     "s3://b/x\x1b[2J.txt": "a control character",
-    "http://169.254.169.254/latest/meta-data": "a link-local address",
+    "http://169.254.169.254/latest/meta-data": "an address at which clouds keep credentials",
+    "http://[::ffff:169.254.169.254]/latest": "an address at which clouds keep credentials",
+    "https::s3://b/x.txt": "chained file systems",
+    "https://h/x.txt::file:///etc/passwd": "chained file systems",
+    "http://[bad/x.txt": "not an address",
+    "http://a b/x.txt": "not an address",
+    "http://2852039166/latest": "an address at which clouds keep credentials",
+    "http://[fd00:ec2::254]/latest": "an address at which clouds keep credentials",
+    "hf://datasets/owner/name/x.txt": "offline mode is enabled",
 }
 
 
