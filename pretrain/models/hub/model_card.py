@@ -37,7 +37,12 @@ TRANSFORMED_USE = (  # of a checkpoint of a run with transforms
 
 
 def model_card(
-    config: dict[str, Any], progress: TrainState, *, data: dict[str, int], facts: dict[str, Any], total_steps: int
+    config: dict[str, Any],
+    progress: TrainState,
+    *,
+    data: dict[str, int | None],
+    facts: dict[str, Any],
+    total_steps: int,
 ) -> str:
     """Return the text of the model card. It contains no path of this machine and no secret.
 
@@ -63,8 +68,7 @@ def model_card(
         "## Results\n",
         _results(progress),
         "## Data\n",
-        f"{_named(dataset)}: "
-        f"{data['documents']:,} documents, {data['tokens']:,} tokens, {data['bytes']:,} bytes of text.\n",
+        f"{_named(dataset)}: {data['documents']:,} documents, {data['tokens']:,} tokens{_bytes(data['bytes'])}.\n",
         "## Settings\n",
         _table(("setting", "value"), settings),
         "<details><summary>The full configuration</summary>\n",
@@ -159,6 +163,10 @@ def _before_after(s: dict[str, Any]) -> tuple[str, ...]:
 
 def _exp(loss: float | None) -> float | None:
     return math.exp(loss) if loss is not None and loss < 700 else None
+
+
+def _bytes(count: int | None) -> str:
+    return "" if count is None else f", {count:,} bytes of text"
 
 
 def _number(value: float | None, digits: int = 4) -> str:
