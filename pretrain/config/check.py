@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from keyword import iskeyword
@@ -97,7 +98,9 @@ def check(config: dict[str, Any], *, here: bool = True, config_dir: str | None =
             check_part(f"{group}.{name}", part, PARTS[group], config["allow_targets"])
     if here:
         check_here(config)
-    return RunConfig.of(given)
+    run = RunConfig.of(given)
+    run.check_data()
+    return run
 
 
 def known_as(key: str, known: set[str]) -> str:
@@ -225,12 +228,15 @@ def check_nested(path: str, value: Any, hint: Any, trusted: list[str]) -> None:
     A value may contain parts where the annotation names their class, such as ``dict[str, Source]``. Elsewhere a node with a
     ``_target_`` must be trusted.
     """
-    if isinstance(value, dict) and trusts(trusted, value.get("_target_")):
-        check_part(path, value, Any, trusted)
-        return
     base = part_in(hint)
+    is_mapping = base is not None and base not in (hint, *_union_members(hint))
+    if isinstance(value, dict) and trusts(trusted, value.get("_target_")):
+        check_part(path, value, Any if base is None or is_mapping else base, trusted)
+        return
+    if isinstance(value, dict) and is_mapping and "_target_" in value:
+        raise UserError(f"{path}: each of its items needs a name: {path}.NAME instead of {path}")
     check_value(path, value, hint if base is None else _with_node_types(hint, base))
-    if base is not None and value is not None and base in (hint, *_union_members(hint)):
+    if base is not None and value is not None and not is_mapping:
         check_part(path, value, base, trusted)
         return
     for key, item in _items(value):
@@ -273,8 +279,8 @@ def in_yaml(name: str) -> str:
 
 def _owner(path: str, key: Any) -> str | None:
     """Return a hint with the other choices of the group at ``path`` that have this key; ``None`` where none has."""
-    is_domain = path.startswith("evaluation.domains.")
-    group, word = ("dataset", f"dataset@{path}") if is_domain else (path, path)
+    is_nested = re.match(r"dataset\.|evaluation\.domains\.|replay\.source", path)
+    group, word = ("dataset", f"dataset@{path}") if is_nested else (path, path)
     files = sorted((conf_dir() / group).glob("*.yaml"))
     owners = [f"{word}={file.stem}" for file in files if key in list(OmegaConf.load(file))]  # `in` alone skips `???`
     return f"; it is a key of {' and '.join(owners)}" if owners else None

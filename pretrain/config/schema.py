@@ -61,6 +61,8 @@ class RootKeys:
         batch_size: Sequences per device and micro-batch; auto: the largest that fits, with gradient_accumulation_steps
             sequences per step.
         gradient_accumulation_steps: Micro-batches per optimizer step.
+        phases: Other weights or another replay share from a share of the run on: [{from: 0.8, weights: {...},
+            replay_share: 0.25}]; docs/mixtures.md.
         number_epochs: Passes over the training documents.
         max_steps: Number of optimizer steps; null: derived from number_epochs.
         lr: Peak learning rate; auto: chosen by the size of the model (docs/runs.md), 1e-3 for the sample.
@@ -90,6 +92,7 @@ class RootKeys:
     sequence_length: Annotated[int, Field(ge=2)]
     batch_size: PositiveInt | Literal["auto"]
     gradient_accumulation_steps: PositiveInt
+    phases: list[dict[str, Any]]
     number_epochs: Annotated[float, Field(gt=0, le=1_000_000)]
     max_steps: PositiveInt | None
     lr: Annotated[PositiveFloat, Finite] | Literal["auto"]
@@ -169,7 +172,15 @@ class RunConfig(RootKeys):
     @property
     def training_phases(self) -> tuple[Phase, ...]:
         """The phases of the run in which the mixture differs from the one at the start."""
-        return ()
+        from pretrain.data.replay import Phase
+
+        return tuple(Phase.of(given) for given in self.phases)
+
+    def check_data(self) -> None:
+        """Raise ``UserError`` for weights, phases and a replay that are impossible."""
+        from pretrain.data.replay import check_training_data
+
+        check_training_data(self.dataset, self.replay, self.phases, self.evaluation.domains)
 
     @property
     def micro_batch_size(self) -> int:

@@ -40,10 +40,12 @@ PARTS = {  # group → the class whose subclasses it may create; schedules are f
     "hook": "pretrain.training.hook.Hook",
 }
 MULTI_SELECT = ("sink", "transform", "hook")  # groups with any number of choices, each under its own key
-NESTED_PARTS = {  # mappings of parts inside a group → the class of their values
-    "dataset.parts": PARTS["dataset"],
-    "evaluation.domains": "pretrain.data.sources.base.Source",
-    "evaluation.tasks": "pretrain.evaluation.task.EvaluationTask",
+SOURCE = "pretrain.data.sources.base.Source"
+NESTED_PARTS = {  # pattern of the places of parts inside a group → the class of the parts
+    r"dataset(\.parts\.[^.]+)+": PARTS["dataset"],
+    r"replay\.source": SOURCE,
+    r"evaluation\.domains\.[^.]+": SOURCE,
+    r"evaluation\.tasks\.[^.]+": "pretrain.evaluation.task.EvaluationTask",
 }
 MOVED = {  # `_target_` of an earlier version, which users' YAML files may contain → the present one
     "pretrain.precision.Precision": "pretrain.strategy.precision.Precision",
@@ -80,7 +82,7 @@ def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] =
         found = _find(target)
     except Exception as error:
         raise UserError(f"{path}._target_={target!r}: {' '.join(str(error).split())}") from None
-    is_dataset = base in (PARTS["dataset"], NESTED_PARTS["evaluation.domains"])
+    is_dataset = _name_of(base) in (PARTS["dataset"], SOURCE)
     if is_trusted and is_dataset and isinstance(found, type) and not _belongs(found, base):
         raise UserError(f"{path}._target_={target!r}: a dataset must be a subclass of pretrain.Source")
     if target in trusted:
@@ -95,12 +97,13 @@ def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] =
 
 
 def base_of(path: str) -> str:
-    """Return the class to which a part at a path such as ``optimizer`` or ``sink.csv`` must belong, as in ``PARTS``.
+    """Return the class to which a part at a path such as ``optimizer``, ``sink.csv`` or ``dataset.parts.es`` must belong.
 
     Raises ``UserError`` for a path at which only a trusted part may be.
     """
-    of_items = NESTED_PARTS | {group: PARTS[group] for group in MULTI_SELECT}
-    base = PARTS.get(path) or of_items.get(path.rpartition(".")[0])
+    group = path.rpartition(".")[0]
+    nested = (base for pattern, base in NESTED_PARTS.items() if re.fullmatch(pattern, path))
+    base = PARTS.get(path) or (PARTS[group] if group in MULTI_SELECT else next(nested, None))
     if base is None:
         raise UserError(f"{path}: not a place of a part")
     return base
@@ -138,7 +141,7 @@ def _belongs(found: Any, base: str | type) -> bool:
     return isinstance(found, type) and kind in found.__mro__ and not inspect.isabstract(found)
 
 
-def _name_of(base: str | type) -> str:
+def _name_of(base: Any) -> str:
     return base if isinstance(base, str) else f"{base.__module__}.{base.__qualname__}"
 
 
@@ -149,6 +152,8 @@ def _package_of(base: str | type) -> str:
 
 def _not_allowed_here(path: str, target: str, base: str | type) -> UserError:
     what = _name_of(base)
+    if what == SOURCE and target.endswith(".Mixture"):
+        return UserError(f"{path}: a mixture can't be here, only one dataset such as dataset@{path}=local")
     return UserError(f"{path}._target_={target!r}: not a part that is allowed here; allowed are those of {what}")
 
 

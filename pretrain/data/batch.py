@@ -34,6 +34,12 @@ class Batch:
     micro_batch_size: int = 0
     loss_weights: Tensor | None = None
 
+    @property
+    def sum_of_weights(self) -> float:
+        """The sum of the loss weights of all targets. A batch on a device must wait for it."""
+        targets = (self.labels != IGNORE).sum(1).double()
+        return float(targets.sum() if self.loss_weights is None else targets @ self.loss_weights.double())
+
     def micro_batches(self) -> list[Batch]:
         """Return the micro-batches of ``micro_batch_size`` sequences, in order."""
         return list(self.split(self.micro_batch_size or len(self.input_ids)))

@@ -97,7 +97,7 @@ def _deduplicate(source: Source) -> bool | str:
 
 def _what_is_scored(source: Source) -> list[Any]:
     """Return the values that determine which documents are held out and how their text is read."""
-    return [source.identity(), source.options(), source.held_out, _deduplicate(source)]
+    return [source.identity(), source.options(), source.held_out, _deduplicate(source), source.max_tokens]
 
 
 def _shared(names: Mapping[str, str], taken: Collection[str]) -> list[str]:

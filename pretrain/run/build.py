@@ -146,28 +146,30 @@ def build_sampler(config: RunConfig, prepared: Prepared, scorer: InferenceEngine
 
 
 def build_exporter(
-    config: RunConfig, prepared: Prepared, engine: Engine, folder: Path, *, facts: dict[str, Any], steps: int
+    config: RunConfig, prepared: Prepared, engine: Engine, loader: Loader, *, facts: dict[str, Any], steps: int
 ) -> Exporter:
-    """Return the exporter that writes the weights of ``engine`` as Hugging Face folders below the run's ``folder``.
+    """Return the exporter that writes the weights of ``engine`` as Hugging Face folders below the run's folder.
 
     Raises ``UserError`` for transforms whose export does not return the weights of the plain architecture.
     """
+    from pretrain.data.statistics import DataStatistics
     from pretrain.models.hub.model_card import model_card
     from pretrain.training.exporter import Exporter
 
     policy, train = config.checkpoint, prepared.train
     data = {"documents": train.num_documents, "tokens": train.num_tokens, "bytes": train.num_bytes}
     data |= {"global_batch": prepared.global_batch}
+    parts = DataStatistics(loader).parts
     if policy.export != "never" and engine.model.transformed is not None:
         engine.model.transformed.check_export(engine.model.hf)
     return Exporter(
         engine,
         prepared.tokenizer,
-        folder,
+        Path(config.output_dir),
         when=policy.export,
         shard_size=policy.export_shard_size,
         save_dtype=prepared.model.save_dtype,
-        card=partial(model_card, config.plain, data=data, facts=facts, total_steps=steps),
+        card=partial(model_card, config.plain, data=data, parts=parts, facts=facts, total_steps=steps),
         separator=prepared.boundaries.separator,
     )
 
@@ -184,11 +186,11 @@ def build_facts(
     config: RunConfig, prepared: Prepared, engine: Engine, *, split: MicroBatching, restarts: int
 ) -> dict[str, Any]:
     """Return the metadata for run.json, including the values from which throughput and MFU are computed."""
-    from pretrain.run.metadata import run_facts, speed_facts
+    from pretrain.run.metadata import mixture_facts, run_facts, speed_facts
 
     facts = run_facts(config, engine.world, engine, restarts=restarts) | split.facts()
     speed = speed_facts(config, engine, devices=engine.world.topology.devices, peak=config.telemetry.peak_flops)
-    return facts | speed | {"uniform_loss": prepared.model.uniform_loss()}
+    return facts | speed | {"uniform_loss": prepared.model.uniform_loss()} | mixture_facts(prepared.identity)
 
 
 def build_listeners(
@@ -375,7 +377,7 @@ def build_trainer(
     loader = build_loader(config, prepared, split, world)
     evaluate_every, save_every = build_intervals(config, prepared, steps)
     metadata = build_facts(config, prepared, engine, split=split, restarts=restarts)
-    exporter = build_exporter(config, prepared, engine, folder, facts=metadata, steps=steps)
+    exporter = build_exporter(config, prepared, engine, loader, facts=metadata, steps=steps)
     listeners, unsaved_records = build_listeners(config, prepared, folder) if world.is_main else ([], list)
     saving = {"every": save_every, "resume_from": resume_from, "unsaved_records": unsaved_records}
     return Trainer(

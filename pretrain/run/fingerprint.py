@@ -75,6 +75,8 @@ def check_same_run(
             keys.append(
                 f"{'; '.join(LATER_KEYS)}: the run started without BOS before documents; {LATER_KEYS[0]}=false continues it"
             )
+        if part == "data" and before.get("mixture", []) != identity.get("mixture", []):
+            keys.append(f"the mixture was {_mixture_of(before)} and is now {_mixture_of(identity)}")
         reasons += keys or [f"{part}: {before.get(part)} → {identity[part]}{why}"]
         if part == "model":
             reasons += changed_model_config(checkpoint, model_config)
@@ -89,6 +91,16 @@ def _phases_until(state: dict[str, Any], identity: dict[str, Any]) -> list[dict[
     """Return the phases of the mixture that began before the checkpoint with ``state``; later ones may still change."""
     phases: list[dict[str, Any]] = identity.get("mixture", [])
     return [phase for phase in phases if phase["first_sample"] <= state["progress"]["samples"]]
+
+
+def _mixture_of(identity: dict[str, Any]) -> str:
+    """Return the shares of the parts in each phase as text, such as ``[es 75.0%, code 25.0%; from step 40: es 100.0%]``."""
+    texts = []
+    for phase in identity.get("mixture", []):
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in phase["shares"].items() if share)
+        step = phase["first_sample"] // identity["global_batch"]
+        texts.append(f"from step {step:,}: {shares}" if step else shares)
+    return f"[{'; '.join(texts)}]" if texts else "one dataset alone"
 
 
 def changed_model_config(checkpoint: Path, model_config: dict[str, Any]) -> list[str]:

@@ -125,6 +125,7 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     Raises:
         UserError: The model or the data can't be used.
     """
+    from pretrain.data.planned import lines_before_the_start, planned_parts
     from pretrain.data.tokenization.tokenize import training_texts
     from pretrain.models.tokenizer import boundaries
     from pretrain.run.prepare_data import TokenizedSources, removed_documents, scored_domains, training_data
@@ -157,9 +158,19 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
         notices,
         base_gone=replacement is not None,
     )
-    if len(train.parts) > 1 and config.task == "pretraining":
-        identity["mixture"] = train.table(steps=prepared.total_steps, global_batch=prepared.global_batch)
-    return prepared
+    if config.task != "pretraining" or (len(train.parts) == 1 and train.parts[0].max_epochs is None):
+        return prepared
+    steps = prepared.total_steps
+    if len(train.parts) > 1:
+        identity["mixture"] = train.table(steps=steps, global_batch=prepared.global_batch)
+    planned = planned_parts(
+        train,
+        steps=steps,
+        global_batch=prepared.global_batch,
+        sequence_length=config.sequence_length,
+        document_mask=dataset.document_mask,
+    )
+    return replace(prepared, notices=[*notices, *lines_before_the_start(planned, train, steps=steps)])
 
 
 def _config_identity(config: RunConfig) -> dict[str, Any]:

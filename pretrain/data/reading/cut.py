@@ -140,6 +140,7 @@ def _arrow(file: SourceFile, options: ReadOptions) -> Iterator[Cut]:
 CUTTERS: dict[str, Callable[[SourceFile, ReadOptions], Iterator[Cut]]] = {
     "text": _text,
     "jsonl": _lines,
+    "lines": _lines,
     "csv": _csv,
     "parquet": _parquet,
     "arrow": _arrow,

@@ -11,7 +11,7 @@ from pretrain.data.prose import docstrings, package_description, topics
 from pretrain.data.reading.csv_records import csv_documents, header
 from pretrain.data.reading.json_records import json_values, jsonl
 from pretrain.data.reading.opening import open_file, stamp_of
-from pretrain.data.reading.records import BLOCK_BYTES, Document, blocks, decode
+from pretrain.data.reading.records import BLOCK_BYTES, Document, blocks, decode, lines
 from pretrain.data.reading.rows import documents_of_texts
 from pretrain.data.reading.sections import sections
 from pretrain.data.reading.tables import arrow, parquet, parquet_bytes, readable_table, schema_bytes
@@ -107,8 +107,16 @@ def _full_text(piece: FileRange, options: ReadOptions) -> str:
     return "".join(decode(block, piece, offset, options) for offset, block in blocks(piece))
 
 
+def _text_lines(piece: FileRange, options: ReadOptions) -> Iterator[str]:
+    """Yield each line of plain text as a document, as the builder ``text`` of ``datasets`` does."""
+    for offset, raw in lines(piece):
+        line = decode(raw, piece, offset, options)
+        yield from line.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 READERS: dict[str, Callable[[FileRange, ReadOptions], Iterator[Document | None]]] = {
     "text": _text,
+    "lines": _text_lines,
     "jsonl": jsonl,
     "json": json_values,
     "csv": csv_documents,

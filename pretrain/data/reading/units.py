@@ -140,16 +140,15 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def group(pieces: Iterable[FileRange]) -> list[WorkUnit]:
+def group(pieces: Iterable[FileRange]) -> Iterator[WorkUnit]:
     """Group pieces into units; small neighbouring pieces share a unit. Until a unit is full, it may end only after a file whose
     name has a certain hash, so a new file changes only the groups near it (content-defined chunking)."""
-    units: list[WorkUnit] = []
     waiting: list[FileRange] = []
     waiting_bytes = 0
     for piece in pieces:
         alone = piece.size >= OWN_UNIT_BYTES
         if alone and waiting:
-            units.append(WorkUnit(tuple(waiting)))
+            yield WorkUnit(tuple(waiting))
             waiting, waiting_bytes = [], 0
         waiting.append(piece)
         waiting_bytes += piece.size
@@ -158,6 +157,7 @@ def group(pieces: Iterable[FileRange]) -> list[WorkUnit]:
             and xxhash.xxh3_64_intdigest(os.path.basename(piece.path).encode("utf-8", "surrogateescape")) % 8 == 0
         )
         if alone or may_end or waiting_bytes >= UNIT_BYTES:
-            units.append(WorkUnit(tuple(waiting)))
+            yield WorkUnit(tuple(waiting))
             waiting, waiting_bytes = [], 0
-    return [*units, WorkUnit(tuple(waiting))] if waiting else units
+    if waiting:
+        yield WorkUnit(tuple(waiting))

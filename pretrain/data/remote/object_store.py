@@ -61,7 +61,9 @@ class ObjectStore(Backend):
             return bytes(self._files.cat_file(self._path(url), start=start, end=stop))
 
     def _path(self, url: str) -> str:
-        return str(self._files._strip_protocol(url))
+        from fsspec.core import strip_protocol
+
+        return str(strip_protocol(url))
 
     @contextmanager
     def _errors(self, url: str) -> Iterator[None]:

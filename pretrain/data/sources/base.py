@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from pretrain.data.reading.condition import Refused, check_syntax
 from pretrain.data.reading.template import RefusedTemplate, check_template
 from pretrain.data.reading.units import ReadOptions, SourceFile, key_of, printable
+from pretrain.runtime.errors import UserError
 
 
 def _condition(text: str) -> str:
@@ -65,6 +66,14 @@ class Dataset(ABC):
         return f"dataset={self.domain}"
 
     @abstractmethod
+    def check_for_training(self, path: str) -> None:
+        """Check settings against each other. ``path`` is the key of this dataset, such as ``dataset.parts.es``; it is
+        trained on.
+
+        Raises ``UserError`` for settings that exclude each other.
+        """
+
+    @abstractmethod
     def sources(self) -> dict[str, Source]:
         """Return the sources of documents by the name of their part; a source alone is one part, under its own name."""
 
@@ -90,6 +99,8 @@ class Source(Dataset):
             sentences.
         held_out: Share of the documents held out for evaluation, selected by a hash of their text; 1: all, of an
             evaluation domain.
+        max_tokens: Number of tokens after which the dataset ends, at the end of a document; the rest is neither read nor
+            tokenized. null: no limit.
         train_data_ratio: Share of the remaining documents to train on, selected the same way.
         deduplicate: Keep only one of several documents that are identical (exact or true), or nearly so (near: MinHash,
             needs datasketch).
@@ -103,9 +114,14 @@ class Source(Dataset):
     errors: Literal["strict", "replace"] = "strict"
     max_document_chars: Annotated[int, Field(ge=16)] = 20_000
     held_out: Annotated[float, Field(ge=0, le=1)] = 0.05
+    max_tokens: PositiveInt | None = None
     train_data_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     deduplicate: bool | Literal["exact", "near"] = False
     num_workers: PositiveInt | None = None
+
+    def check_for_training(self, path: str) -> None:
+        if self.held_out == 1:
+            raise UserError(f"{path}.held_out=1: input should be less than 1 for text that is trained on")
 
     def sources(self) -> dict[str, Source]:
         return {self.domain: self}

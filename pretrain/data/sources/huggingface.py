@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,7 @@ from pretrain.data.sources.base import FileSource
 from pretrain.data.sources.datasets_internals import fingerprint
 from pretrain.data.sources.named import Places, each_once
 from pretrain.data.sources.own_files import check_builder, check_cards, check_data_files, download_manager
+from pretrain.data.sources.streamed import streamed_files
 from pretrain.runtime.errors import UserError, one_line
 from pretrain.runtime.places import each, joined
 
@@ -30,6 +33,8 @@ class HuggingFace(FileSource):
         subset: Configuration name of the dataset.
         split: Split, or a slice such as train[:10%].
         revision: Branch, tag or commit.
+        streaming: true: read the dataset's files in place, without a copy in the cache of datasets; for a dataset that is
+            larger than the disk.
     """
 
     source: Literal["huggingface"] = "huggingface"
@@ -37,6 +42,7 @@ class HuggingFace(FileSource):
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
+    streaming: bool = False
 
     def default_name(self) -> str:
         return joined([place.rstrip("/").rpartition("/")[2] for place in each(self.nameOrPath)])
@@ -46,7 +52,8 @@ class HuggingFace(FileSource):
 
     def identity(self) -> list[Any]:
         places = self.nameOrPath if isinstance(self.nameOrPath, str) else [*self.nameOrPath]
-        return ["huggingface", places, self.subset, self.split, self.revision]
+        streamed = ["streaming"] if self.streaming else []
+        return ["huggingface", places, self.subset, self.split, self.revision, *streamed]
 
     def files(self) -> list[SourceFile]:
         if isinstance(self.nameOrPath, str):
@@ -57,8 +64,14 @@ class HuggingFace(FileSource):
         return f"dataset.nameOrPath={place}, split {self.split}"
 
     def _files_of(self, place: str) -> list[SourceFile]:
-        """Return the arrow files of one dataset, in the cache of ``datasets``."""
-        dataset = self._load(place)
+        """Return the files of one dataset: its own, or the arrow files in the cache of ``datasets``."""
+        if self.streaming:
+            with self._errors(place):
+                return streamed_files(self._builder(place), self.split, self._described(place))
+        with self._errors(place):
+            builder = self._builder(place)
+            builder.download_and_prepare(dl_manager=download_manager(builder))
+            dataset = builder.as_dataset(split=self.split)
         found = [entry["filename"] for entry in dataset.cache_files]
         if not found or any(mark in self.split for mark in "[+"):  # a slice exists in memory only, so write it to disk
             from datasets import load_from_disk
@@ -69,17 +82,13 @@ class HuggingFace(FileSource):
             found = [entry["filename"] for entry in load_from_disk(folder).cache_files]
         return [SourceFile(name, "arrow") for name in found]
 
-    def _load(self, place: str) -> Any:
-        """Run the three steps of ``datasets.load_dataset``, with checks between them of what would be read.
-
-        Every error of ``datasets`` becomes a ``UserError``, because all of its input here comes from the user.
-        """
+    @contextmanager
+    def _errors(self, place: str) -> Iterator[None]:
+        """Convert every error of ``datasets`` into a ``UserError``, because all of its input here comes from the user."""
         import datasets
 
         try:
-            builder = self._builder(place)
-            builder.download_and_prepare(dl_manager=download_manager(builder))
-            return builder.as_dataset(split=self.split)
+            yield
         except UserError:
             raise
         except (

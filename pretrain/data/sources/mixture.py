@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from pretrain.data.sources.base import Dataset, Source
+from pretrain.runtime.errors import UserError, did_you_mean
+from pretrain.runtime.places import joined
 
 Share = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
+PART_NAME = re.compile(r"[\w-][\w.-]*")
+REPLAY = "replay"  # the name of the part that is old text
+LossWeight = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]  # its gradients must fit into fp16
 Positive = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 
 
@@ -33,10 +40,35 @@ class Mixture(Dataset):
     weights: dict[str, Share] = field(default_factory=dict)
     temperature: Positive = 1.0
     max_epochs: dict[str, Positive] = field(default_factory=dict)
-    loss_weights: dict[str, Share] = field(default_factory=dict)
+    loss_weights: dict[str, LossWeight] = field(default_factory=dict)
 
     def default_name(self) -> str:
-        return "-".join(self.parts) or "mixture"
+        return joined(list(self.parts)) or "mixture"
+
+    def check_for_training(self, path: str) -> None:
+        if not self.parts:
+            raise UserError(f"{path}.parts: a mixture needs a part: dataset@{path}.parts.NAME=local")
+        for name, part in self.parts.items():
+            if not PART_NAME.fullmatch(name) or name == REPLAY:
+                reason = (
+                    "is the name of the replayed text" if name == REPLAY else "is not a name (letters, digits, _ . -)"
+                )
+                raise UserError(f"{path}.parts: {name!r} {reason}; give the part another one")
+            if part.document_mask and not self.document_mask:
+                raise UserError(
+                    f"{path}.parts.{name}.document_mask=true: applies to all parts of a mixture: dataset.document_mask=true"
+                )
+            part.check_for_training(f"{path}.parts.{name}")
+        if self.weights:
+            check_weights(f"{path}.weights", self.weights, self.parts)
+        if missing := [name for name in self.parts if self.weights and name not in self.weights]:
+            raise UserError(
+                f"{path}.weights: no weight for {missing[0]!r}; give every part a weight (0 leaves it out), or none to any"
+            )
+        check_names(f"{path}.max_epochs", self.max_epochs, self.parts)
+        check_names(f"{path}.loss_weights", self.loss_weights, self.parts)
+        if all(self.loss_weights.get(name, 1) == 0 for name in self.parts):
+            raise UserError(f"{path}.loss_weights: all are 0, so that nothing would be learned")
 
     def sources(self) -> dict[str, Source]:
         found: dict[str, Source] = {}
@@ -57,6 +89,20 @@ class Mixture(Dataset):
             for part in self.parts
             if part in values and _is_in(name, part)
         }
+
+
+def check_weights(path: str, weights: Mapping[str, float], parts: Collection[str]) -> None:
+    """Raise ``UserError`` for the weight of a part that does not exist, and where no part has a weight above 0."""
+    check_names(path, weights, parts)
+    if not any(weights.values()):
+        raise UserError(f"{path}: all are 0; at least one part needs a weight above 0")
+
+
+def check_names(path: str, values: Collection[str], parts: Collection[str]) -> None:
+    """Raise ``UserError`` where ``values`` has the name of a part that does not exist."""
+    for name in values:
+        if name not in parts:
+            raise UserError(f"{path}.{name}: the mixture has no such part{did_you_mean(name, parts)}")
 
 
 def _is_in(name: str, part: str) -> bool:

@@ -121,6 +121,23 @@ class TokenShard:
         return _mapped(self)[5]
 
 
+def write_first(part: TokenShard, documents: int, file: IO[bytes], facts: dict[str, Any]) -> None:
+    """Write a shard with the first ``documents`` of ``part``. ``facts`` are further entries of its footer."""
+    writer, start = PartWriter(file, part.dtype), 0
+    for end, digest, size, piece, index in zip(
+        *(column[:documents].tolist() for column in (part.ends, part.hashes, part.sizes, part.pieces, part.indices)),
+        strict=True,
+    ):
+        if part.tokens_at:
+            writer.refer(end - start, digest=digest, size=size, piece=piece, index=index)
+        else:
+            writer.append(part.tokens[start:end], digest=digest, size=size, piece=piece, index=index)
+        start = end
+    elsewhere = {"tokens_at": [*part.tokens_at, *stamp_of(part.tokens_at[0])]} if part.tokens_at else {}
+    removed = {"removed": part.num_removed} if part.num_removed else {}
+    writer.finish(facts | elsewhere | removed)
+
+
 def open_part(path: Path) -> TokenShard | None:
     """Return the shard at ``path``; ``None`` when the file does not exist or is incomplete (a disk may lose its last writes)."""
     try:

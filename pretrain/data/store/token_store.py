@@ -241,6 +241,11 @@ class TokenView:
         limit = all_hashes[order[max(fitting - 1, 0)]]
         return TokenView(self.store, lambda some: self._select(some) & (some <= limit), self._keep)
 
+    def hashes(self) -> Iterator[NDArray[np.uint64]]:
+        """Yield the hashes of the documents, one shard of the store at a time."""
+        for index, part in enumerate(self.store.parts):
+            yield np.asarray(part.hashes)[self._mask(index)]
+
     def _mask(self, index: int) -> NDArray[np.bool_]:
         """Return which documents of part ``index`` are selected."""
         mask = self._select(np.asarray(self.store.parts[index].hashes))

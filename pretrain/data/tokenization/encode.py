@@ -125,6 +125,10 @@ class Encoder:
     def _path(self, digests: list[str]) -> Path:
         """Return the path of the part, whose name is a hash of everything that determines its content."""
         key = key_of(FORMAT, self.tokenizer_key, self.eot, digests, *self._before)
+        return self.part(key)
+
+    def part(self, key: str) -> Path:
+        """Return the path of the part with this key."""
         return self.folder / key[:2] / f"{key}.tokens"
 
     def _load(self) -> None:
