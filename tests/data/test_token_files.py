@@ -172,6 +172,14 @@ def test_a_stream_is_cut_anywhere_and_continues(
     assert len(indexed.parts) == 3
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_the_first_tokens_of_a_corpus(tmp_path: Path, store_of: Callable[..., TokenStore], dtype: str) -> None:
+    store = store_of(megatron(tmp_path, DOCUMENTS, dtype), max_tokens=12, deduplicate="near")
+    assert documents_in(store) == DOCUMENTS[:3]
+    assert all(part.tokens_at for part in store.parts)
+    assert store.views(held_out=0, deduplicate="near")[0].num_documents == 3
+
+
 def test_a_second_start_opens_nothing(
     tmp_path: Path, store_of: Callable[..., TokenStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
