@@ -3,7 +3,8 @@ a part of its store.
 
 Layout: the tokens (uint16 or uint32), padding to 8 bytes, then five columns with one value per document: int64 end
 (exclusive, in tokens), uint64 hash, int64 bytes of text, uint32 number of the piece within the unit, and uint32 index of the
-document within that piece; then a JSON footer, the length of the footer as uint64, and the magic.
+document within that piece; then a JSON footer with a checksum of all bytes before it, the length of the footer as uint64, and the
+magic.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from pretrain.runtime.errors import UserError
@@ -25,6 +27,7 @@ from pretrain.runtime.filesystem import mapped
 
 MAGIC = b"PTTOKEN1"
 DTYPES = ("uint16", "uint32")
+CHECKED_BYTES = 1 << 20  # read at a time
 MAX_OPEN = 256  # each memory map holds a file descriptor; 1024 is the usual limit
 COLUMNS = (("ends", "<i8"), ("hashes", "<u8"), ("sizes", "<i8"), ("pieces", "<u4"), ("indices", "<u4"))
 
@@ -35,6 +38,7 @@ class PartWriter:
     def __init__(self, file: IO[bytes], dtype: np.dtype[Any]) -> None:
         self.file, self.dtype, self.num_tokens, self.num_bytes, self.num_removed = file, dtype, 0, 0, 0
         self.columns = {name: array({"<i8": "q", "<u8": "Q", "<u4": "I"}[kind]) for name, kind in COLUMNS}
+        self._checksum = xxhash.xxh3_64()
 
     def append(self, tokens: NDArray[Any], *, digest: int, size: int, piece: int, index: int) -> None:
         """Write one document.
@@ -46,7 +50,7 @@ class PartWriter:
             piece: number of the document's piece within the unit.
             index: number of the document within that piece.
         """
-        self.file.write(tokens.astype(self.dtype, copy=False).data)
+        self._write(tokens.astype(self.dtype, copy=False).tobytes())
         self.num_tokens += len(tokens)
         self.num_bytes += size
         for name, value in zip(self.columns, (self.num_tokens, digest, size, piece, index), strict=True):
@@ -58,18 +62,23 @@ class PartWriter:
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Write padding, columns and footer. ``facts`` are further entries of the footer."""
-        self.file.write(bytes(-self.num_tokens * self.dtype.itemsize % 8))
+        self._write(bytes(-self.num_tokens * self.dtype.itemsize % 8))
         for column in self.columns.values():
-            self.file.write(column.tobytes())
+            self._write(column.tobytes())
         footer = {
             "dtype": self.dtype.name,
             "tokens": self.num_tokens,
             "documents": len(self.columns["ends"]),
             "bytes": self.num_bytes,
+            "checksum": self._checksum.hexdigest(),
             **facts,
         }
         raw = json.dumps(footer, sort_keys=True).encode()
         self.file.write(raw + struct.pack("<Q", len(raw)) + MAGIC)
+
+    def _write(self, raw: bytes) -> None:
+        self.file.write(raw)
+        self._checksum.update(raw)
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,7 @@ class TokenShard:
     num_documents: int
     num_bytes: int
     num_removed: int = 0  # documents that ``dataset.where`` removed
+    checksum: str | None = None  # of all bytes before the footer; shards of earlier versions have none
 
     @property
     def tokens(self) -> NDArray[Any]:
@@ -140,8 +150,23 @@ def open_part(path: Path) -> TokenShard | None:
             return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    part = TokenShard(path, np.dtype(footer["dtype"]), *counts)
+    tokens, documents, size, removed = counts
+    part = TokenShard(path, np.dtype(footer["dtype"]), tokens, documents, size, removed, footer.get("checksum"))
     return part if _column_starts(part)[-1] + length + 16 == total else None
+
+
+def is_intact(path: Path) -> bool:
+    """Return whether the shard at ``path`` is complete and has its checksum, if it has one. All of its bytes are read."""
+    if (part := open_part(path)) is None:
+        return False
+    if part.checksum is None:
+        return True
+    found, left = xxhash.xxh3_64(), _column_starts(part)[-1]
+    with open(path, "rb") as file:
+        while left and (block := file.read(min(left, CHECKED_BYTES))):
+            found.update(block)
+            left -= len(block)
+    return not left and found.hexdigest() == part.checksum
 
 
 def _column_starts(part: TokenShard) -> list[int]:

@@ -4,6 +4,7 @@ copy of them, so another fraction, another ratio or another sequence length need
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pretrain.data.changed_files import Files
 from pretrain.data.order import mix_bits
 from pretrain.data.store.token_shards import TokenShard, open_part
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.locks import hold_shared
 
 Deduplicate = bool | Literal["exact", "near"]  # true is exact
 Select = Callable[[NDArray[np.uint64]], NDArray[np.bool_]]  # document hashes -> mask of the selected documents
@@ -62,7 +64,9 @@ class TokenStore:
         self.eot: int = manifest["eot"]
         self.bos: int | None = manifest.get("bos")
         self._units: list[list[list[Any]]] = manifest["units"]
-        found = [open_part(Path(part)) for part in manifest["parts"]]
+        folder = path.parent.parent  # of the cache; manifests of earlier versions have absolute paths
+        found = [open_part(folder / part) for part in manifest["parts"]]
+        self._held = hold_shared(path)  # `pretrain.tools.cache` does not delete what is in use
         self.parts = [part for part in found if part is not None]
         if len(self.parts) < len(found):
             raise UserError(
@@ -70,6 +74,11 @@ class TokenStore:
             )
         self.part_tokens = np.cumsum([0, *(part.num_tokens for part in self.parts)])
         self.part_documents = np.cumsum([0, *(part.num_documents for part in self.parts)])
+
+    def __del__(self) -> None:
+        if getattr(self, "_held", None) is not None:
+            os.close(self._held)  # type: ignore[arg-type]
+            self._held = None
 
     @property
     def num_tokens(self) -> int:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -187,12 +188,14 @@ def _write_manifest(
     content = {
         "name": name,
         **around,
-        "parts": [str(path) for path, _ in outcomes],
+        "parts": [path.relative_to(folder.parent).as_posix() for path, _ in outcomes],
         "units": [[(piece.path, piece.start) for piece in unit.pieces] for unit in units],
     }
     raw = json.dumps(content).encode()
     path = folder / f"{xxhash.xxh3_128_hexdigest(raw)}.json"
     ensure_content(path, raw)
+    with suppress(OSError):
+        os.utime(path)  # its last use, by which `pretrain.tools.cache` prunes
     return path
 
 
