@@ -66,8 +66,10 @@ class TrainingData:
         return sum(part.view.num_documents for part in self.parts)
 
     @property
-    def num_bytes(self) -> int:
-        return sum(part.view.num_bytes for part in self.parts)
+    def num_bytes(self) -> int | None:
+        """The bytes of text; ``None`` where the text of a part is not known."""
+        found = [part.view.num_bytes for part in self.parts]
+        return None if None in found else sum(size for size in found if size is not None)
 
     @property
     def files(self) -> Files:
@@ -148,6 +150,10 @@ def check_epochs(
             )
 
 
+def _bytes(data: TrainingData) -> str:
+    return "" if data.num_bytes is None else f", {data.num_bytes:,} bytes"
+
+
 def check_enough(data: TrainingData, *, sequence_length: int, global_batch: int) -> None:
     """Raise ``UserError`` when the training documents do not fill one global batch (in sequences, over all workers), or a part
     has no sequence at all."""
@@ -156,7 +162,7 @@ def check_enough(data: TrainingData, *, sequence_length: int, global_batch: int)
         name = data.parts[0].view.store.name if len(data.parts) == 1 else "+".join(part.name for part in data.parts)
         raise UserError(
             f"dataset {name!r}: too little text for one global batch: {data.num_tokens:,} training tokens "
-            f"({data.num_documents:,} documents, {data.num_bytes:,} bytes) make {sum(lengths):,} sequences of "
+            f"({data.num_documents:,} documents{_bytes(data)}) make {sum(lengths):,} sequences of "
             f"{sequence_length}, but batch_size × gradient_accumulation_steps × workers = {global_batch:,} sequences "
             f"need {global_batch * sequence_length + 1:,} tokens; lower one of these, lower sequence_length or add text"
         )

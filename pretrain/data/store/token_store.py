@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pretrain.data.changed_files import Files
 from pretrain.data.order import mix_bits
-from pretrain.data.store.token_shards import TokenShard, open_part
+from pretrain.data.store.token_shards import UNKNOWN_SIZE, TokenShard, open_part
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.locks import hold_shared
 
@@ -90,6 +90,7 @@ class TokenStore:
 
     @property
     def num_bytes(self) -> int:
+        """The bytes of text, without those of tokens that are read in place."""
         return sum(part.num_bytes for part in self.parts)
 
     def document(self, number: int) -> DocumentOrigin:
@@ -154,17 +155,22 @@ class TokenView:
     def __init__(self, store: TokenStore, select: Select, keep: NDArray[np.bool_] | None = None) -> None:
         self.store, self._select, self._keep = store, select, keep
         parts, begins, lengths = [], [], []
-        self.num_documents = self.num_bytes = 0
+        self.num_documents = num_bytes = 0
+        knows_sizes = True
         for index, part in enumerate(store.parts):
             mask = self._mask(index)
             self.num_documents += int(mask.sum())
-            self.num_bytes += int(part.sizes[mask].sum())
+            sizes = part.sizes[mask]
+            num_bytes += int(sizes.sum())
+            knows_sizes &= bool((sizes != UNKNOWN_SIZE).all())
             edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
             bounds = np.concatenate([[0], part.ends])
             first, last = bounds[edges[::2]], bounds[edges[1::2]]
             parts.append(np.full(len(first), index, np.int32))
             begins.append(first)
             lengths.append(last - first)
+        # of text; ``None`` where tokens are read in place, of which the text is not known
+        self.num_bytes = num_bytes if knows_sizes else None
         self._run_part = np.concatenate([np.empty(0, np.int32), *parts])
         self._run_begin = np.concatenate([np.empty(0, np.int64), *begins])  # offset in tokens of the part
         self._run_start = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)  # offset in tokens of the view
