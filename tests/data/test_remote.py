@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -314,6 +313,17 @@ def test_urls_that_are_not_read(url: str) -> None:
     assert "\x1b" not in str(refused.value)
 
 
+def test_files_of_tokens_are_local() -> None:
+    fsspec.filesystem("memory").pipe_file("/tokens/a.npy", b"x")
+    for place in ("memory://tokens/a.npy", "memory://tokens/*"):
+        with pytest.raises(
+            UserError, match=r"^memory://tokens/a.npy: a file of token ids is read on this machine only"
+        ):
+            Local(nameOrPath=place).files()
+    with pytest.raises(UserError, match=r"dataset.format=tokens"):
+        Local(nameOrPath="memory://tokens", format="tokens").files()
+
+
 def test_secrets_in_urls() -> None:
     for url in (
         "s3://AKIAIOSFODNN7EXAMPLE:wJalrXUtnFEMIK7MDENG@bucket/x.txt",
@@ -352,18 +362,3 @@ def test_a_glob_matches_as_on_this_machine(pattern: str, tmp_path: Path) -> None
     here = [os.path.relpath(file.path, tmp_path) for file in Local(nameOrPath=f"{tmp_path}/tree/{pattern}").files()]
     there = [file.path.removeprefix("memory://") for file in Local(nameOrPath=f"memory://tree/{pattern}").files()]
     assert there == here
-
-
-def test_a_large_listing_is_linear() -> None:
-    """Ten times as many files, in folders of folders, take about ten times as long, not a hundred times."""
-    seconds = []
-    for number in (300, 3000):
-        files = fsspec.filesystem("memory")
-        for index in range(number):
-            files.store[f"/l{number}/{index % 7}/{index % 100}/{index}.txt"] = fsspec.implementations.memory.MemoryFile(
-                files, f"/l{number}/{index % 7}/{index % 100}/{index}.txt", b"x"
-            )
-        started = time.process_time()
-        assert len(Local(nameOrPath=f"memory://l{number}").files()) == number
-        seconds.append(time.process_time() - started)
-    assert seconds[1] < 60 * seconds[0]
