@@ -32,7 +32,7 @@ def commands():
                     if tuple(words) in met:
                         continue
                     met.add(tuple(words))
-                    slow = pytest.mark.slow if page.stem in ("slurm", "search") else ()
+                    slow = pytest.mark.slow if page.stem in ("slurm", "search", "mixtures") else ()
                     yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:120], marks=slow)
 
 
@@ -63,6 +63,20 @@ def place(tmp_path_factory, corpus, other_corpus, tiny_model, checkpoint):
     shutil.copy(ROOT / "pretrain/training/trainer.py", folder / "src")
     shutil.copy(ROOT / "pretrain/run/build.py", folder / "src")
     Dataset.from_dict({"text": [sentences(i, 30) for i in range(40)]}).save_to_disk(folder / "saved")
+    rows = [{"text": sentences(i, 30), "lang": "es" if i % 4 else "en", "score": 0.9} for i in range(40)]
+    (folder / "web").mkdir()
+    Dataset.from_list(rows).to_parquet(folder / "web/a.parquet")
+    (folder / "tokens").mkdir()
+    (folder / "tokens/a.ds").write_bytes(bytes([7, 0, 8, 0, 9, 0]) * 400)
+    (folder / "tokens/a.ds.index").write_bytes(b"".join((3 * end).to_bytes(8, "little") for end in range(1, 401)))
+    (folder / "nano").mkdir()
+    (folder / "nano/train.bin").write_bytes(bytes([7, 0, 8, 0, 9, 0]) * 400)
+    (folder / "papers.jsonl").write_text(
+        "".join(json.dumps({"title": f"Paper {i}", "abstract": sentences(i, 9)}) + "\n" for i in range(9))
+    )
+    (folder / "notes").mkdir()
+    (folder / "notes/a.md").write_text(sentences(7, 30))
+    (folder / "extra.jsonl").write_text(json.dumps({"text": sentences(8, 30)}))
     shutil.copytree(checkpoint, folder / "outputs/poems/checkpoints/step-00000200")
     (folder / "run.yaml").write_text(
         "output_dir: outputs/flat\ndataset: {source: local, nameOrPath: books/}\nlr_scheduler: cosine\n"
@@ -92,10 +106,14 @@ def test_command(words, place, command, spawn, monkeypatch, tiny_model, tmp_path
         small.append("sink=[console,jsonl]")  # the page of the default run is enough
     if "task=generation" in words:
         small = ["sequence_length=32", "generation.max_new_tokens=4"]
-    if any("owner/name" in w for w in words):  # the Hub is out of reach here: all but the download is checked
+    if any(
+        "owner/name" in w or "://" in w for w in words
+    ):  # the network is out of reach here: all but reading it is checked
         code, _, err = command([*words, *small])
         assert code == 2
-        assert "owner/name" in err
+        assert any(name in err for name in ("owner/name", "s3://bucket", "package gcsfs", "https://host/a.parquet")), (
+            err
+        )
         return
     if "hydra/launcher=slurm" in words:  # in processes of this machine
         small += ["hydra.launcher.cluster=local", "hydra.launcher.nodes=1", "hydra.launcher.gpus_per_node=0"]

@@ -1,11 +1,13 @@
 """What may differ between a start and its resume continues; what may not is an error that lists old and new values."""
 
 import json
+import re
 import shutil
 
 import pytest
 from omegaconf import OmegaConf
 
+from pretrain.config.compose import run_config
 from pretrain.config.schema import RunConfig
 from pretrain.models.bpe import train_bpe
 from pretrain.run.fingerprint import check_finished_run, check_same_run, differences
@@ -214,6 +216,25 @@ def test_a_run_from_before_there_were_keys_for_documents_borders(uninterrupted, 
     check_same_run(checkpoint, identity, config, model_config={}, files="")
     with pytest.raises(UserError, match=r"dataset\.bos=false continues it"):
         check_same_run(checkpoint, identity | {"data": "with BOS"}, config, model_config={}, files="")
+
+
+def test_keys_that_an_earlier_version_did_not_have_are_no_difference():
+    """As long as they have their default value: root keys, groups, keys of parts, also of nested ones."""
+    config = run_config([])
+    old = json.loads(json.dumps(config.plain))
+    for group in ("replay", "phases"):
+        del old[group]
+    for node in (old["dataset"], old["evaluation"]["domains"]["base"]):
+        del node["role"]
+    del old["evaluation"]["tasks"]
+    check_finished_run(old, config)
+    changed = {"replay.share=0.1": "replay: None", "dataset.role=base": "dataset.role: None → base"}
+    for word, says in changed.items():
+        with pytest.raises(UserError, match=re.escape(says)):
+            check_finished_run(old, run_config([word]))
+    del old["dataset"]["source"]  # of a class that has no default for it, or another class
+    with pytest.raises(UserError, match=r"dataset\.name: python"):
+        check_finished_run(old, run_config(["dataset=sample_base"]))
 
 
 def test_a_finished_run_split_otherwise_is_finished(uninterrupted, base_arguments, command, tmp_path):

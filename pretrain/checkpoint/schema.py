@@ -36,8 +36,17 @@ class _Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class Cursor(_Part):
+class Taken(_Part):
+    """The samples taken so far, in total and of each part of the training data."""
+
     samples: Count
+    parts: dict[str, Count] = {}
+
+
+class Cursor(Taken):
+    """The state of the loader. ``origin`` is where the run went over to another mixture."""
+
+    origin: Taken | None = None
 
 
 class Scaler(_Part):
@@ -57,6 +66,13 @@ class Guard(_Part):
     passed_over: list[Count] = []
 
 
+class MixturePhase(_Part):
+    """The shares of the parts of the training data from a sample on."""
+
+    first_sample: Count
+    shares: dict[str, float]
+
+
 class Identity(_Part):
     """What a checkpoint must have in common with the run that resumes from it."""
 
@@ -69,6 +85,7 @@ class Identity(_Part):
     weights: str
     optimizer: list[Any]
     transforms: list[dict[str, Any]] = []
+    mixture: list[MixturePhase] = []
 
 
 class Score(_Part):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -35,6 +35,13 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # lr_scheduler → choice
     "warmup_cosine_restart": ("cosine", {"scheduler.cycles": 2}),
 }
 STRATEGIES = {name: name for name in choices("strategy")} | {"none": "single", "deep_speed": "deepspeed"}
+SOURCES = {
+    "local": "local",
+    "huggingface": "huggingface",
+    "hf": "huggingface",
+    "sample": "sample",
+    "mixture": "mixture",
+}
 ROUTED = {  # keys that belong to a strategy or a model, with the type of their values
     "zero_stage": int,
     "offload_optimizer": bool,
@@ -123,17 +130,30 @@ def _accumulation(flat: Flat, value: bool) -> None:
         flat.values["gradient_accumulation_steps"] = 1
 
 
-def _dataset(flat: Flat, value: dict[str, Any]) -> None:
+def _dataset(flat: Flat, value: dict[str, Any], place: str = "dataset") -> None:
+    """Apply a dataset, also one at another ``place``: a part of a mixture, or the source of the replay."""
+    if not isinstance(value, dict):
+        raise UserError(f"{place}={value!r}: must be a mapping with source and nameOrPath")
     source = value.get("source", "local")
-    choices = {"local": "local", "huggingface": "huggingface", "hf": "huggingface", "sample": "sample"}
-    if not isinstance(source, str) or source not in choices:
-        raise UserError(f"dataset.source={source!r}: not a source{did_you_mean(str(source), choices)}")
-    flat.choices["dataset"] = choices[source]
+    if not isinstance(source, str) or source not in SOURCES:
+        raise UserError(f"{place}.source={source!r}: not a source{did_you_mean(str(source), SOURCES)}")
+    flat.choices["dataset" if place == "dataset" else f"dataset@{place}"] = SOURCES[source]
     for key, given in value.items():
         if key == "format":
-            _no_effect("dataset.format", "the format is detected from the path")(flat, given)
+            _no_effect(f"{place}.format", "the format is detected from the path")(flat, given)
+        elif key == "parts" and isinstance(given, dict):
+            for name, part in given.items():
+                _dataset(flat, part, f"{place}.parts.{name}")
         elif key != "source":
-            flat.values[f"dataset.{key}"] = given
+            flat.values[f"{place}.{key}"] = given
+
+
+def _replay(flat: Flat, value: dict[str, Any]) -> None:
+    for key, given in value.items():
+        if key == "source" and given is not None:
+            _dataset(flat, given, "replay.source")
+        else:
+            flat.values[f"replay.{key}"] = given
 
 
 def _strategy_config(flat: Flat, value: dict[str, Any]) -> None:
@@ -178,6 +198,7 @@ KEYS: dict[str, Key] = {
     "parallelization_config": Key(dict[str, Any], _strategy_config),
     **{name: Key(hint, _route(name)) for name, hint in ROUTED.items()},
     "dataset": Key(dict[str, Any], _dataset),
+    "replay": Key(dict[str, Any], _replay),
     "num_workers": Key(NonNegativeInt, lambda flat, value: flat.values.update({"dataset.num_workers": value or 1})),
     "train_data_ratio": Key(Annotated[float, Field(gt=0, le=1)], _to("dataset.train_data_ratio")),
     "validate_after_k_steps": Key(PositiveInt, _to("evaluate_every")),
@@ -213,8 +234,8 @@ def overrides_from(file: Path, later: list[str]) -> list[str]:
     value of the wrong type.
     """
     flat = _read(file)
-    chosen_later = {o.split("=", 1)[0] for o in later if "=" in o}
-    dropped = {group for group in (*flat.choices, "sink") if group in chosen_later}
+    chosen_later = {o.split("=", 1)[0].lstrip("+") for o in later if "=" in o}
+    dropped = tuple(_place(group) for group in (*flat.choices, "sink") if group in chosen_later)
     keys_of = {group: _signature(group, flat.choices.get(group), later) for group in ("strategy", "model")}
     for key, value in flat.routed.items():
         owner = next((group for group, known in keys_of.items() if key in known), None)
@@ -222,9 +243,18 @@ def overrides_from(file: Path, later: list[str]) -> list[str]:
             flat.values[f"{owner}.{key}"] = value
         elif "strategy" not in dropped:
             notice(f"{key}: has no effect with strategy {flat.choices.get('strategy', 'single')}")
-    choices = [f"{group}={choice}" for group, choice in flat.choices.items() if group not in dropped]
-    values = [f"++{key}={_quote(v)}" for key, v in flat.values.items() if key.split(".")[0] not in dropped]
+    choices = [f"{group}={choice}" for group, choice in flat.choices.items() if not _is_in(_place(group), dropped)]
+    values = [f"++{key}={_quote(v)}" for key, v in flat.values.items() if not _is_in(key, dropped)]
     return choices + values + later
+
+
+def _place(group: str) -> str:
+    """Return the key that a choice of ``group`` fills: that of the group, or the place behind the @."""
+    return group.rpartition("@")[2]
+
+
+def _is_in(key: str, places: Sequence[str]) -> bool:
+    return any(key == place or key.startswith(f"{place}.") for place in places)
 
 
 def _read(file: Path) -> Flat:
@@ -278,14 +308,17 @@ def schema() -> dict[str, Any]:
     properties = {}
     for name, key in sorted(KEYS.items()):
         properties[name] = TypeAdapter(key.hint).json_schema()
+    dataset = {"$ref": "#/properties/dataset"}
     properties["dataset"] = {
         "type": "object",
         "properties": {
-            "source": {"enum": ["local", "huggingface", "hf", "sample"]},
-            "nameOrPath": {"type": "string"},
+            "source": {"enum": list(SOURCES)},
+            "nameOrPath": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
             "format": {"enum": ["hf", "files"]},
+            "parts": {"type": "object", "additionalProperties": dataset},
         },
     }
+    properties["replay"] = {"type": "object", "properties": {"share": {"type": "number"}, "source": dataset}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "The flat YAML of `python -m pretrain --config FILE.yaml`",

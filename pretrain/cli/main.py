@@ -26,7 +26,7 @@ from pretrain.cli.flat_yaml import overrides_from
 from pretrain.cli.help import help_text
 from pretrain.config.check import check, conf_dir, gpu_visible
 from pretrain.config.compose import ShowingHydra, asks_for_sweep, compose, forced, in_plain_words, resolve
-from pretrain.config.hydra_configs import composing
+from pretrain.config.hydra_configs import composing, composing_once
 from pretrain.config.hydra_internals import get_args_parser, register_plugins
 from pretrain.config.hydra_trust import check_hydra
 from pretrain.config.quoting import quoted, quoted_word
@@ -125,11 +125,13 @@ def _dispatch(arguments: list[str]) -> int:
     if given.multirun or asks_for_sweep(given):
         return _sweep(arguments, given, cli_values)
     overrides = [forced(quoted_word(word, sweeping=False), given.config_dir) for word in given.overrides]
-    if given.config_dir or given.cfg or given.info or given.hydra_help:
-        check_hydra(overrides, conf_dir(), given.config_dir)
-    if given.cfg or given.info or given.hydra_help:
-        return _show(given, overrides, cli_values)
-    return run(compose(overrides, given.config_dir), overrides, cli_values, given.config_dir)
+    with composing_once():
+        if given.config_dir or given.cfg or given.info or given.hydra_help:
+            check_hydra(overrides, conf_dir(), given.config_dir)
+        if given.cfg or given.info or given.hydra_help:
+            return _show(given, overrides, cli_values)
+        config = compose(overrides, given.config_dir)
+    return run(config, overrides, cli_values, given.config_dir)
 
 
 def _version() -> str:

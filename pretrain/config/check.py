@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from keyword import iskeyword
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
@@ -26,6 +28,7 @@ from pretrain.config.schema import RUNTIME_ARGUMENTS, RootKeys, RunConfig, build
 from pretrain.config.trust import MULTI_SELECT, NESTED_PARTS, PARTS, SCHEDULES, locate, trusts
 from pretrain.optim.learning_rate import with_lr
 from pretrain.runtime.errors import UserError, did_you_mean
+from pretrain.runtime.places import is_url
 from pretrain.runtime.redact import find_secret, redact, secrets
 
 GROUPS = tuple(PARTS)
@@ -96,7 +99,9 @@ def check(config: dict[str, Any], *, here: bool = True, config_dir: str | None =
             check_part(f"{group}.{name}", part, PARTS[group], config["allow_targets"])
     if here:
         check_here(config)
-    return RunConfig.of(given)
+    run = RunConfig.of(given)
+    run.check_data()
+    return run
 
 
 def known_as(key: str, known: set[str]) -> str:
@@ -138,7 +143,12 @@ def check_leaves(config: dict[str, Any]) -> None:
             raise UserError(f"{redact(path)}: holds {secret}; no key takes a secret, set it in the environment only")
         if isinstance(value, str) and "${" in value:
             raise UserError(f"{path}={value!r}: a value can't contain '${{', the start of an interpolation")
-        if isinstance(value, str) and path.rpartition(".")[2] in PATH_KEYS and _is_too_long(value):
+        if (
+            isinstance(value, str)
+            and path.rpartition(".")[2] in PATH_KEYS
+            and not is_url(value)
+            and _is_too_long(value)
+        ):
             raise UserError(
                 f"{path}={value[:40]}…: a part of it is longer than a file's name can be ({LONGEST_NAME} bytes)"
             )
@@ -224,11 +234,17 @@ def check_nested(path: str, value: Any, hint: Any, trusted: list[str]) -> None:
     A value may contain parts where the annotation names their class, such as ``dict[str, Source]``. Elsewhere a node with a
     ``_target_`` must be trusted.
     """
-    if isinstance(value, dict) and trusts(trusted, value.get("_target_")):
-        check_part(path, value, Any, trusted)
-        return
     base = part_in(hint)
+    is_mapping = base is not None and base not in (hint, *_union_members(hint))
+    if isinstance(value, dict) and trusts(trusted, value.get("_target_")):
+        check_part(path, value, Any if base is None or is_mapping else base, trusted)
+        return
+    if isinstance(value, dict) and is_mapping and "_target_" in value:
+        raise UserError(f"{path}: each of its items needs a name: {path}.NAME instead of {path}")
     check_value(path, value, hint if base is None else _with_node_types(hint, base))
+    if base is not None and value is not None and not is_mapping:
+        check_part(path, value, base, trusted)
+        return
     for key, item in _items(value):
         if base is not None:
             check_part(f"{path}.{key}", item, base, trusted)
@@ -253,7 +269,13 @@ def _with_node_types(hint: Any, base: type) -> Any:
     if hint is base:
         return dict[str, Any]
     arguments = tuple(_with_node_types(argument, base) for argument in get_args(hint))
-    return get_origin(hint)[arguments] if arguments else hint
+    origin = Union if get_origin(hint) is UnionType else get_origin(hint)
+    return origin[arguments] if arguments else hint
+
+
+def _union_members(hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union such as ``Source | None``; of other annotations nothing."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
 
 
 def in_yaml(name: str) -> str:
@@ -263,8 +285,8 @@ def in_yaml(name: str) -> str:
 
 def _owner(path: str, key: Any) -> str | None:
     """Return a hint with the other choices of the group at ``path`` that have this key; ``None`` where none has."""
-    is_domain = path.startswith("evaluation.domains.")
-    group, word = ("dataset", f"dataset@{path}") if is_domain else (path, path)
+    is_nested = re.match(r"dataset\.|evaluation\.domains\.|replay\.source", path)
+    group, word = ("dataset", f"dataset@{path}") if is_nested else (path, path)
     files = sorted((conf_dir() / group).glob("*.yaml"))
     owners = [f"{word}={file.stem}" for file in files if key in list(OmegaConf.load(file))]  # `in` alone skips `???`
     return f"; it is a key of {' and '.join(owners)}" if owners else None

@@ -16,14 +16,16 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pretrain.config.check import GROUPS, check, conf_dir
 from pretrain.config.choices import choices, own_groups
-from pretrain.config.hydra_configs import compose_config, composing
-from pretrain.config.hydra_internals import Hydra
+from pretrain.config.hydra_configs import ComposingHydra, compose_config, composing
 from pretrain.config.inherited_keys import drop_inherited_keys
 from pretrain.config.interpolation import bounded_interpolation
 from pretrain.config.quoting import PATH_KEYS
 from pretrain.config.schema import RunConfig
-from pretrain.config.trust import with_moved_targets
+from pretrain.config.trust import MULTI_SELECT, with_moved_targets
 from pretrain.runtime.errors import UserError, did_you_mean
+from pretrain.runtime.places import each, joined
+
+NAMED = ("parts", "domains", "tasks", *MULTI_SELECT)  # keys of mappings whose keys are names
 
 
 def forced(override: str, config_dir: str | None = None) -> str:
@@ -69,7 +71,7 @@ def compose(words: list[str], config_dir: str | None = None) -> DictConfig:
     return config
 
 
-class ShowingHydra(Hydra):
+class ShowingHydra(ComposingHydra):
     """A Hydra that shows the config that `compose` returns."""
 
     def compose_config(
@@ -110,20 +112,32 @@ def resolve(config: DictConfig) -> dict[str, Any]:
 
 
 def _misspelt(config: DictConfig, error: OmegaConfBaseException) -> str:
-    """Return a hint where a key without a value stands beside one that is spelt almost like it."""
-    key = str(getattr(error, "full_key", None) or "")
-    group, _, name = key.rpartition(".")
-    node = OmegaConf.select(config, group) if group else config
-    if not isinstance(error, MissingMandatoryValue) or not isinstance(node, DictConfig):
+    """Return a hint where a key without a value, or a group above it, stands beside one that is spelt almost like it."""
+    if not isinstance(error, MissingMandatoryValue):
         return ""
-    near = difflib.get_close_matches(name, [str(other) for other in node if other != name], n=1, cutoff=0.8)
-    return f" (there is {group}.{near[0]}; a misspelling?)" if near else ""
+    names = str(getattr(error, "full_key", None) or "").split(".")
+    node: Any = OmegaConf.to_container(config)
+    for i, name in enumerate(names):
+        if not isinstance(node, dict):
+            break
+        others = [str(key) for key in node if key != name]
+        if (
+            i and names[i - 1] in NAMED
+        ):  # names are the user's; only a part without a target is a misspelling of another
+            others = [key for key in others if "_target_" not in str(node.get(key))]
+        near = difflib.get_close_matches(name, others, n=1, cutoff=0.75)
+        if near:
+            return f" (there is {'.'.join([*names[:i], near[0]])}; a misspelling?)"
+        node = node.get(name)
+    return ""
 
 
 def _with_home_expanded(key: str, value: Any) -> Any:
     """Return ``value`` with ``~/x`` and ``~user/x`` expanded in the values of all keys that are paths."""
     if isinstance(value, dict):
         return {name: _with_home_expanded(str(name), item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_home_expanded(key, item) for item in value]
     return os.path.expanduser(value) if key in PATH_KEYS and isinstance(value, str) else value
 
 
@@ -132,7 +146,8 @@ def default_name(config: DictConfig) -> str:
     dataset = config.get("dataset")
     if not isinstance(dataset, DictConfig):  # `check` reports it later
         dataset = DictConfig({})
-    data = dataset.get("name") or Path(str(dataset.get("nameOrPath") or "data")).stem
+    names = dataset["parts"] if "parts" in dataset else [Path(place).stem for place in each(dataset.get("nameOrPath"))]
+    data = dataset.get("name") or joined([str(name) for name in names]) or "data"
     model = Path(str(config.get("model_name")))
     of_run = [model.parent.parent.name] if model.parent.name == "checkpoints" else []
     parts = [*of_run, model.name] + ([str(data)] if config.get("task") != "export" else [])
@@ -148,6 +163,11 @@ def in_plain_words(error: Exception) -> str:
         return f"{group}={choice}: no such choice{did_you_mean(choice, error.options or [])}"
     if isinstance(error, ConfigCompositionException) and (empty := _without_choices(str(error))):
         return f"{empty}: none of its choices is shipped; the folder of --config-dir has no {empty}/ either"
+    if isinstance(error, ConfigCompositionException):
+        if unknown := re.search(r"config group '(.+)' does not", str(error)):
+            return f"{unknown[1]}@…: no such group{did_you_mean(unknown[1], GROUPS)}"
+        if merged := re.match(r"Error merging override \+*(.+)", str(error)):
+            return f"{merged[1]}: a value of another kind than the key's default"
     if isinstance(error, OverrideParseException):
         lines = [
             line.strip() for line in error.message.splitlines() if not re.match(r"\s*(Error parsing|See http|$)", line)

@@ -54,3 +54,22 @@ def _composed() -> Any:
     OmegaConf.set_struct(config, False)
     del config["hydra"]
     return config
+
+
+def own_default(node: dict[Any, Any], key: Any) -> Any:
+    """Return the default value of a key of a part, as plain values; ``...`` where it has none.
+
+    ``node`` is of a checked config, so that its class may be imported.
+    """
+    from dataclasses import MISSING, fields, is_dataclass
+    from inspect import signature
+
+    from hydra.utils import get_object
+
+    part = get_object(node["_target_"]) if isinstance(node.get("_target_"), str) else None
+    if is_dataclass(part):
+        for field in fields(part):
+            if field.name == key and field.default_factory is not MISSING:
+                return field.default_factory()
+    parameter = signature(part).parameters.get(str(key)) if part is not None else None
+    return ... if parameter is None or parameter.default is parameter.empty else parameter.default

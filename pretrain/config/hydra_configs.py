@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config.choices import folder_of
-from pretrain.config.hydra_internals import FileSource, Hydra, create_config_search_path, use_file_source
+from pretrain.config.hydra_internals import FileSource, Hydra, PlacesLoader, create_config_search_path, use_file_source
 from pretrain.config.interpolation import bounded_interpolation
 from pretrain.config.yaml_file import checked_text, read_yaml
 from pretrain.runtime.errors import UserError
@@ -35,8 +37,39 @@ class CheckedFileSource(FileSource):
             raise UserError(f"{file}: can't be read as YAML: {' '.join(str(error).split())}") from None
 
 
+_composed: ContextVar[dict[Any, DictConfig] | None] = ContextVar("_composed", default=None)
+
+
 @contextmanager
-def composing(conf: Path, config_dir: str | None, kind: type[Hydra] = Hydra) -> Iterator[Hydra]:
+def composing_once() -> Iterator[None]:
+    """Compose the same words of the same folders only once within the block, in which no file changes: a command line is
+    checked, shown and run with one config."""
+    token = _composed.set({})
+    try:
+        yield
+    finally:
+        _composed.reset(token)
+
+
+class ComposingHydra(Hydra):
+    """A Hydra that keeps what it has composed within a block of `composing_once`."""
+
+    def compose_config(
+        self, config_name: str | None, overrides: list[str], run_mode: RunMode, *arguments: Any, **options: Any
+    ) -> DictConfig:
+        known = _composed.get()
+        folders = [path.path for path in self.config_loader.get_search_path().get_path()]
+        validated = options.get("validate_sweep_overrides", True)
+        key = (*folders, config_name, *overrides, run_mode, validated)
+        if known is None or arguments or options.get("with_log_configuration"):
+            return super().compose_config(config_name, overrides, run_mode, *arguments, **options)
+        if key not in known:
+            known[key] = super().compose_config(config_name, overrides, run_mode, **options)
+        return copy.deepcopy(known[key])
+
+
+@contextmanager
+def composing(conf: Path, config_dir: str | None, kind: type[Hydra] = ComposingHydra) -> Iterator[Hydra]:
     """Yield a ``kind`` of Hydra that composes from ``conf`` first, and then from the folder of ``--config-dir``.
 
     A file in ``config_dir`` can add a choice to a group but can't replace a shipped one. Raises ``UserError`` where
@@ -48,7 +81,9 @@ def composing(conf: Path, config_dir: str | None, kind: type[Hydra] = Hydra) -> 
         search.prepend("command-line", f"file://{folder_of(config_dir)}", anchor=SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
     try:
-        yield kind.create_main_hydra2("pretrain", search)
+        hydra = kind.create_main_hydra2("pretrain", search)
+        hydra.config_loader = PlacesLoader(search)
+        yield hydra
     finally:
         GlobalHydra.instance().clear()
 

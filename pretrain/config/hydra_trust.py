@@ -44,7 +44,7 @@ def check_hydra(overrides: list[str], conf: Path, config_dir: str | None) -> Non
     """
     with composing(conf, None) as hydra:
         own = [o for o in overrides if re.match(r"[+~]*hydra[./@]", o) and not _chooses_elsewhere(o, hydra)]
-        allowed = _hydra_node(hydra, own)
+        allowed = _hydra_node(hydra, own, swept=True)
     with composing(conf, config_dir) as hydra:
 
         def check_job(words: list[str]) -> dict[str, Any]:
@@ -67,8 +67,9 @@ def _chooses_elsewhere(override: str, hydra: Hydra) -> bool:
     return "/" in group and "=" in override and choice not in options_of(hydra, group.lstrip("+~"))
 
 
-def _hydra_node(hydra: Hydra, words: list[str]) -> dict[str, Any]:
-    config = compose_config(hydra, words, RunMode.RUN, validate_sweep_overrides=False)
+def _hydra_node(hydra: Hydra, words: list[str], *, swept: bool = False) -> dict[str, Any]:
+    """Return the composed node ``hydra``; ``swept``: some of ``words`` may have several values."""
+    config = compose_config(hydra, words, RunMode.RUN, validate_sweep_overrides=not swept)
     if secret := find_secret(OmegaConf.to_yaml(config), secrets()):  # Hydra would write it to multirun.yaml
         raise UserError(f"a config file holds {secret}; no key takes a secret, set it in the environment only")
     node: Any = OmegaConf.to_container(config.hydra)

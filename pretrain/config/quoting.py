@@ -14,10 +14,24 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 PATH_KEYS = {"output_dir", "sweep_dir", "model_name", "resume", "nameOrPath", "name_or_path", "tokenizer_name"}
-NAME_KEYS = {"name", "pattern", "subset", "split", "revision", "text_column", "best_by", "metric"}
+NAME_KEYS = {
+    "name",
+    "pattern",
+    "subset",
+    "split",
+    "revision",
+    "text_column",
+    "text_template",
+    "where",
+    "best_by",
+    "metric",
+}
 NAME_KEYS |= {"project", "entity", "group", "notes"}  # keys of sink.wandb
 HYDRA_KEYS = {"hydra.sweep.dir", "hydra.launcher.folder"}
 ESCAPE = re.compile(r"\\[\\()\[\]{}:=, \t]")  # the escapes of Hydra's grammar
+# A list of places: `[a.txt, b/]`. `[ab]` is a glob with a set of characters.
+LIST = re.compile(r"""\[([^\[\]]*[,/.'"][^\[\]]*)\]""", re.DOTALL)
+ITEM = re.compile(r"""\s*('[^']*'|"[^"]*"|[^,]*[^,\s])\s*(?:,|$)""")
 CAST = re.compile(r"(str|json_str|int|float|bool)\(.*\)", re.DOTALL)
 
 
@@ -25,12 +39,14 @@ def quoted_word(word: str, *, sweeping: bool) -> str:
     """Return ``key=value`` with quotes around a path or name that Hydra would not read as it is.
 
     Values that stay unchanged are ``null``, quoted values, interpolations (``${…}``), escapes (``\\,``), casts (``str(1)``)
-    and, in a sweep, ``a,b`` and ``choice(a,b)``.
+    and, in a sweep, ``a,b`` and ``choice(a,b)``. The value of ``nameOrPath`` may be a list.
     """
     key, equals, value = word.partition("=")
     name = key.lstrip("+")
     if not (name in HYDRA_KEYS or name.rpartition(".")[2] in PATH_KEYS | NAME_KEYS) or not value:
         return word
+    if name.rpartition(".")[2] == "nameOrPath" and (several := LIST.fullmatch(value)):
+        return f"{key}{equals}{_quoted_list(value, several[1])}"
     return f"{key}{equals}{_quoted_value(value, sweeping=sweeping)}"
 
 
@@ -52,6 +68,20 @@ def _quoted_value(value: str, *, sweeping: bool) -> str:
     if parsed is None and sweeping and not re.search(r"[\[\](){}'\"\\]", value):
         return ",".join(_quoted_value(part, sweeping=False) if part else part for part in value.split(","))
     return quoted(value)
+
+
+def _quoted_list(value: str, inner: str) -> str:
+    """Return a list of paths in which each one is quoted, unless Hydra reads it as a list of texts already."""
+    parsed = _parsed(value)
+    found = parsed.value() if parsed is not None and not parsed.is_sweep_override() else None
+    if isinstance(found, list) and all(isinstance(item, str) for item in found):
+        return value
+    items = []
+    for item in (item.strip() for item in ITEM.findall(inner)):
+        text = _parsed(item)
+        given = text.value() if text is not None else item
+        items.append(quoted(given if isinstance(given, str) else item))
+    return f"[{', '.join(items)}]" if items else quoted(value)
 
 
 def _parsed(value: str) -> Override | None:

@@ -21,7 +21,8 @@ from pretrain.optim.plain import PlainOptimizer
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.config import CheckpointConfig
-    from pretrain.data.sources.base import Source
+    from pretrain.data.replay import Phase, ReplayConfig
+    from pretrain.data.sources.base import Dataset
     from pretrain.evaluation.config import EvaluationConfig
     from pretrain.evaluation.prompts import Prompts
     from pretrain.launch.config import LaunchConfig
@@ -60,6 +61,8 @@ class RootKeys:
         batch_size: Sequences per device and micro-batch; auto: the largest that fits, with gradient_accumulation_steps
             sequences per step.
         gradient_accumulation_steps: Micro-batches per optimizer step.
+        phases: Other weights or another replay share from a share of the run on: [{from: 0.8, weights: {...},
+            replay_share: 0.25}]; docs/mixtures.md.
         number_epochs: Passes over the training documents.
         max_steps: Number of optimizer steps; null: derived from number_epochs.
         lr: Peak learning rate; auto: chosen by the size of the model (docs/runs.md), 1e-3 for the sample.
@@ -89,6 +92,7 @@ class RootKeys:
     sequence_length: Annotated[int, Field(ge=2)]
     batch_size: PositiveInt | Literal["auto"]
     gradient_accumulation_steps: PositiveInt
+    phases: list[dict[str, Any]]
     number_epochs: Annotated[float, Field(gt=0, le=1_000_000)]
     max_steps: PositiveInt | None
     lr: Annotated[PositiveFloat, Finite] | Literal["auto"]
@@ -114,7 +118,8 @@ class RunConfig(RootKeys):
 
     Attributes:
         model: The model, not yet built.
-        dataset: The source of the training documents.
+        dataset: The source of the training documents, or a mixture of several.
+        replay: How much old text is among the training data.
         strategy: How model and optimizer are set up on the devices.
         precision: Dtypes of parameters and matmuls.
         optimizer: Builds the optimizer from named parameters.
@@ -131,7 +136,8 @@ class RunConfig(RootKeys):
     """
 
     model: CausalLM
-    dataset: Source
+    dataset: Dataset
+    replay: ReplayConfig
     strategy: Strategy
     precision: Precision
     optimizer: OptimizerFactory
@@ -162,6 +168,19 @@ class RunConfig(RootKeys):
     def with_lr(self, lr: float) -> RunConfig:
         """Return the config with ``lr`` in place of ``auto``, also in the optimizer."""
         return self if self.lr != AUTO else RunConfig.of(with_lr(self.plain, lr))
+
+    @property
+    def training_phases(self) -> tuple[Phase, ...]:
+        """The phases of the run in which the mixture differs from the one at the start."""
+        from pretrain.data.replay import Phase
+
+        return tuple(Phase.of(given) for given in self.phases)
+
+    def check_data(self) -> None:
+        """Raise ``UserError`` for weights, phases and a replay that are impossible."""
+        from pretrain.data.replay import check_training_data
+
+        check_training_data(self.dataset, self.replay, self.phases, self.evaluation.domains)
 
     @property
     def micro_batch_size(self) -> int:

@@ -24,7 +24,8 @@ COMMAND_LINE_ONLY = {  # key → the only value that it may have in a file
 SCHEDULES = "pretrain.optim.schedule"
 PARTS = {  # group → the class whose subclasses it may create; schedules are functions of one module
     "model": "pretrain.models.causal_lm.CausalLM",
-    "dataset": "pretrain.data.sources.base.Source",
+    "dataset": "pretrain.data.sources.base.Dataset",
+    "replay": "pretrain.data.replay.ReplayConfig",
     "strategy": "pretrain.strategy.base.Strategy",
     "precision": "pretrain.strategy.precision.Precision",
     "optimizer": "pretrain.optim.base.OptimizerFactory",
@@ -41,13 +42,15 @@ PARTS = {  # group → the class whose subclasses it may create; schedules are f
     "hook": "pretrain.training.hook.Hook",
 }
 MULTI_SELECT = ("sink", "transform", "hook")  # groups with any number of choices, each under its own key
-NESTED_PARTS = {  # mappings of parts inside a group → the class of their values
-    "evaluation.domains": PARTS["dataset"],
-    "evaluation.tasks": "pretrain.evaluation.task.EvaluationTask",
+SOURCE = "pretrain.data.sources.base.Source"
+TASK = "pretrain.evaluation.task.EvaluationTask"
+NESTED_PARTS = {  # pattern of the places of parts inside a group → the class of the parts
+    r"dataset(\.parts\.[^.]+)+": PARTS["dataset"],
+    r"replay\.source": SOURCE,
+    r"evaluation\.domains\.[^.]+": SOURCE,
+    r"evaluation\.tasks\.[^.]+": TASK,
 }
-INTERFACES = {PARTS[group] for group in MULTI_SELECT} | {
-    NESTED_PARTS["evaluation.tasks"]
-}  # a trusted part need not inherit
+INTERFACES = {*(PARTS[group] for group in MULTI_SELECT), TASK}  # a trusted part of these need not inherit
 CLASSES = {*PARTS.values(), *NESTED_PARTS.values()} - {SCHEDULES, PARTS["optimizer"]}  # the others may be functions
 MOVED = {  # `_target_` of an earlier version, which users' YAML files may contain → the present one
     "pretrain.precision.Precision": "pretrain.strategy.precision.Precision",
@@ -97,12 +100,13 @@ def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] =
 
 
 def base_of(path: str) -> str:
-    """Return the class to which a part at a path such as ``optimizer`` or ``sink.csv`` must belong, as in ``PARTS``.
+    """Return the class to which a part at a path such as ``optimizer``, ``sink.csv`` or ``dataset.parts.es`` must belong.
 
     Raises ``UserError`` for a path at which only a trusted part may be.
     """
-    of_items = NESTED_PARTS | {group: PARTS[group] for group in MULTI_SELECT}
-    base = PARTS.get(path) or of_items.get(path.rpartition(".")[0])
+    group = path.rpartition(".")[0]
+    nested = (base for pattern, base in NESTED_PARTS.items() if re.fullmatch(pattern, path))
+    base = PARTS.get(path) or (PARTS[group] if group in MULTI_SELECT else next(nested, None))
     if base is None:
         raise UserError(f"{path}: not a place of a part")
     return base
@@ -125,8 +129,8 @@ def trusts(trusted: Sequence[str], target: Any) -> bool:
 def _check_kind(path: str, found: type, base: str) -> None:
     """Raise ``UserError`` for a trusted class without what a run needs of a part of ``base``."""
     kind: Any = _find(base)
-    public = sys.modules["pretrain"].__all__
-    name = f"pretrain.{kind.__name__}" if kind.__name__ in public else base
+    public = (_find(SOURCE) if base == PARTS["dataset"] else kind).__name__
+    name = f"pretrain.{public}" if public in sys.modules["pretrain"].__all__ else base
     inherits = kind in found.__mro__  # some are protocols, which `issubclass` does not take
     if not inherits and base not in INTERFACES:
         raise UserError(f"{path}._target_={_name_of(found)!r}: must be a subclass of {name}")
@@ -161,7 +165,7 @@ def _belongs(found: Any, base: str | type) -> bool:
     return isinstance(found, type) and kind in found.__mro__ and not inspect.isabstract(found)
 
 
-def _name_of(base: str | type) -> str:
+def _name_of(base: Any) -> str:
     return base if isinstance(base, str) else f"{base.__module__}.{base.__qualname__}"
 
 
@@ -172,6 +176,8 @@ def _package_of(base: str | type) -> str:
 
 def _not_allowed_here(path: str, target: str, base: str | type) -> UserError:
     what = _name_of(base)
+    if what == SOURCE and target.endswith(".Mixture"):
+        return UserError(f"{path}: a mixture can't be here, only one dataset such as dataset@{path}=local")
     return UserError(f"{path}._target_={target!r}: not a part that is allowed here; allowed are those of {what}")
 
 

@@ -23,6 +23,7 @@ class Batch:
             device sync.
         first_sample: index of the first sample of the global batch in the run's endless sequence of samples.
         micro_batch_size: sequences in one forward and backward (0: all of them).
+        loss_weights: float32 [n], the factor of each sequence's tokens in the loss; ``None``: 1 for all.
     """
 
     input_ids: Tensor
@@ -31,6 +32,13 @@ class Batch:
     num_targets: int
     first_sample: int = 0
     micro_batch_size: int = 0
+    loss_weights: Tensor | None = None
+
+    @property
+    def sum_of_weights(self) -> float:
+        """The sum of the loss weights of all targets. A batch on a device must wait for it."""
+        targets = (self.labels != IGNORE).sum(1).double()
+        return float(targets.sum() if self.loss_weights is None else targets @ self.loss_weights.double())
 
     def micro_batches(self) -> list[Batch]:
         """Return the micro-batches of ``micro_batch_size`` sequences, in order."""
@@ -41,7 +49,10 @@ class Batch:
         for start in range(0, len(self.input_ids), size):
             part = slice(start, start + size)
             positions = None if self.position_ids is None else self.position_ids[part]
-            yield Batch(self.input_ids[part], self.labels[part], positions, 0, self.first_sample + start)
+            weights = None if self.loss_weights is None else self.loss_weights[part]
+            yield Batch(
+                self.input_ids[part], self.labels[part], positions, 0, self.first_sample + start, loss_weights=weights
+            )
 
     def to(self, device: torch.device) -> Batch:
         """Return the same batch on ``device``. The copy does not block when the source is pinned."""
@@ -53,4 +64,6 @@ class Batch:
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
         positions = None if self.position_ids is None else change(self.position_ids)
-        return replace(self, input_ids=change(self.input_ids), labels=change(self.labels), position_ids=positions)
+        weights = None if self.loss_weights is None else change(self.loss_weights)
+        inputs, labels = change(self.input_ids), change(self.labels)
+        return replace(self, input_ids=inputs, labels=labels, position_ids=positions, loss_weights=weights)

@@ -9,9 +9,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pretrain.data.reading.units import Stamp, WorkUnit, key_of, stamp_of
+from pretrain.data.reading.opening import stamp_of
+from pretrain.data.reading.units import Stamp, WorkUnit, key_of
 from pretrain.runtime.console import notice
 from pretrain.runtime.files import replace_file
+from pretrain.runtime.places import is_url
 from pretrain.telemetry.events import Evaluated, Event, RunFinished, Saved
 
 Files = dict[str, tuple[Stamp, str]]  # path → its stamp and the digest of what was read of it
@@ -58,7 +60,8 @@ class FilesWatch:
     save, in a thread of its own, because a disk may be slow or not respond at all."""
 
     def __init__(self, files: Files) -> None:
-        self._stamps = {path: stamp for path, (stamp, _) in files.items()}
+        # A request for every remote file at each evaluation would cost more than it tells.
+        self._stamps = {path: stamp for path, (stamp, _) in files.items() if not is_url(path)}
         self._thread: threading.Thread | None = None
 
     def __call__(self, event: Event) -> None:

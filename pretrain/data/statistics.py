@@ -1,21 +1,23 @@
-"""Counts of what a run has read so far, by source. No state is saved: the samples up to a cursor are a function of
-(seed, epoch, index), so the count is exact after any resume. Complete epochs are counted once and multiplied."""
+"""Counts of what a run has read so far, by part and by source. No state is saved: the samples up to a cursor are a function of
+(seed, phases, index), so the count is exact after any resume. Complete epochs are counted once and multiplied."""
 
 from __future__ import annotations
 
 import os
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import PurePath
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.data.blocks import Blocks
 from pretrain.data.loader import Loader
 from pretrain.data.reading.units import printable
 from pretrain.data.store.token_store import TokenStore, aranges, by_value
-from pretrain.telemetry.events import SourceCount
+from pretrain.telemetry.events import PartCount, SourceCount
 
-MAX_SOURCES = 16  # the most sources in a record
+MAX_SOURCES = 16  # the most sources of a part in a record
 OTHERS = "(others)"
 BATCH = 1 << 18  # number of samples that are counted at a time
 
@@ -23,31 +25,69 @@ Counts = NDArray[np.int64]  # [sources, 2]: tokens, documents
 
 
 class DataStatistics:
-    """Tokens and documents read, by source. A source is a file, or a folder if there are more than ``MAX_SOURCES`` files. With
-    more than ``MAX_SOURCES`` sources, all but the largest (by tokens per epoch) are counted together as ``OTHERS``."""
+    """Tokens and documents read, by part and by source."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
-        self._view, self._length = loader.blocks.view, loader.blocks.sequence_length
+        self._parts = [
+            PartStatistics(blocks, partial(loader.order_of_part, index)) for index, blocks in enumerate(loader.blocks)
+        ]
+
+    def sources(self, samples: int) -> dict[str, SourceCount]:
+        """Return the counts of the first ``samples`` samples of the run by source; in a mixture by ``part/source``."""
+        taken = self._loader.order.taken(samples).tolist()
+        found = [part.at(count) for part, count in zip(self._parts, taken, strict=True)]
+        if len(found) == 1:
+            return found[0]
+        names = (part.name for part in self._loader.train.parts)
+        return {f"{name}/{key}": counts[key] for name, counts in zip(names, found, strict=True) for key in counts}
+
+    def parts(self, samples: int) -> dict[str, PartCount]:
+        """Return what the first ``samples`` samples of the run hold of each part."""
+        taken, wanted = self._loader.order.taken(samples), self._loader.wanted_shares(samples)
+        tokens = [round(count * mean) for count, mean in zip(taken.tolist(), self._loader.mean_targets, strict=True)]
+        total, lengths = sum(tokens) or 1, map(len, self._loader.blocks)
+        rows = zip(self._loader.train.parts, tokens, wanted, taken.tolist(), lengths, strict=True)
+        return {
+            part.name: PartCount(count, count / total, share, samples_taken / max(length, 1))
+            for part, count, share, samples_taken, length in rows
+        }
+
+
+class PartStatistics:
+    """Tokens and documents read of one part, by source. A source is a file, or a folder if there are more than ``MAX_SOURCES``
+    files. With more than ``MAX_SOURCES`` sources, all but the largest (by tokens per epoch) are counted together as
+    ``OTHERS``.
+
+    ``order`` returns the blocks that some samples of the part are.
+    """
+
+    def __init__(self, blocks: Blocks, order: Callable[[NDArray[np.int64]], NDArray[np.int64]]) -> None:
+        self._blocks, self._order = blocks, order
+        self._view = blocks.view
         self._epoch, self._samples = -1, 0  # ``_partial`` counts the first ``_samples`` samples of this epoch
         self._partial: Counts
 
     def at(self, samples: int) -> dict[str, SourceCount]:
-        """Return the counts of the first ``samples`` samples of the run. It is fast if it can continue from the previous call."""
-        epochs, in_epoch = divmod(samples, self._loader.num_blocks)
+        """Return the counts of the first ``samples`` samples of the part; fast if it can continue from the previous call."""
+        length = max(len(self._blocks), 1)
+        epochs, in_epoch = divmod(samples, length)
         if epochs != self._epoch or in_epoch < self._samples:
             self._epoch, self._samples, self._partial = epochs, 0, self._zeros()
         while self._samples < in_epoch:
             stop = min(in_epoch, self._samples + BATCH)
-            numbers = epochs * self._loader.num_blocks + np.arange(self._samples, stop)
-            self._partial += self._count(self._loader.blocks_of(numbers) * self._length, self._length)
+            numbers = epochs * length + np.arange(self._samples, stop)
+            self._partial += self._count(self._order(numbers))
             self._samples = stop
         return self._largest(self._partial + epochs * self._per_epoch if epochs else self._partial)
 
     @cached_property
     def _per_epoch(self) -> Counts:
         """The counts of one epoch."""
-        return self._count(np.zeros(1, np.int64), self._loader.num_blocks * self._length)
+        counts = self._zeros()
+        for start in range(0, len(self._blocks), BATCH):
+            counts += self._count(np.arange(start, min(start + BATCH, len(self._blocks))))
+        return counts
 
     @cached_property
     def _shown(self) -> NDArray[np.int64]:
@@ -66,10 +106,10 @@ class DataStatistics:
     def _zeros(self) -> Counts:
         return np.zeros((len(self._names), 2), np.int64)
 
-    def _count(self, starts: NDArray[np.int64], length: int) -> Counts:
-        """Return the counts of the windows of ``length`` tokens of the view that begin at ``starts``."""
+    def _count(self, blocks: NDArray[np.int64]) -> Counts:
+        """Return the counts of ``blocks``."""
         counts = self._zeros()
-        parts, begins, ends, _ = self._view.segments(starts, length)
+        parts, begins, ends, _ = self._blocks.segments(blocks)
         for index, here in by_value(parts):
             self._count_part(index, begins[here], ends[here], counts)
         return counts

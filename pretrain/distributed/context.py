@@ -93,6 +93,14 @@ class DistributedContext:
         """Return the sum of a host integer over the shares of the data."""
         return self.sum(value if self.is_data_leader else 0)
 
+    def data_sum_float(self, value: float) -> float:
+        """Return the sum of a host number over the shares of the data, in fp64."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value if self.is_data_leader else 0.0, dtype=torch.float64)
+        dist.all_reduce(total, group=self.group)
+        return float(total)
+
     def any_rank(self, *flags: bool) -> list[bool]:
         """Return for each of ``flags`` whether it is true on any rank."""
         if self.size == 1:

@@ -57,7 +57,7 @@ def tokenize(source: Source, model: CausalLM) -> tuple[TokenView, TokenView]:
     """
     from pretrain.data.tokenization.tokenize import training_texts
     from pretrain.models.tokenizer import boundaries
-    from pretrain.run.prepare import tokenized, views
+    from pretrain.run.prepare_data import tokenized, views
 
     tokenizer = model.tokenizer(partial(training_texts, source))
     return views(

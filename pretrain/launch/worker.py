@@ -16,7 +16,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.distributed.rank_info import RankInfo
 from pretrain.distributed.topology import Topology
 from pretrain.launch.failure import write_hang, write_report
-from pretrain.run.prepare import prepare, total_steps
+from pretrain.run.prepare import prepare
 from pretrain.runtime import garbage_collector as collector
 from pretrain.runtime.console import capture_stderr, quiet_libraries
 from pretrain.runtime.errors import UserError
@@ -55,7 +55,7 @@ def prepare_data(job: WorkerJob) -> None:
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         config = RunConfig.of(job.config)
-        total_steps(config, prepare(config, devices=job.topology.data_parallel_devices))
+        _ = prepare(config, devices=job.topology.data_parallel_devices).total_steps  # there is enough text
     except Stopped:
         os._exit(EXIT_CODE)
     except BaseException as error:

@@ -84,6 +84,7 @@ class LanguageModel(nn.Module):
         input_ids: Tensor,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
+        loss_weights: Tensor | None = None,
         *,
         ends: Tensor | None = None,
     ) -> Tensor:
@@ -92,7 +93,8 @@ class LanguageModel(nn.Module):
 
         ``input_ids`` and ``labels`` (already shifted) are int64 [n, S]. ``position_ids`` [n, S] restart at each document and
         keep attention inside it; with ``None`` each row is one context. Raises ``UserError`` for ``position_ids`` when the model
-        keeps documents apart neither by positions nor by masks.
+        keeps documents apart neither by positions nor by masks. ``loss_weights``, fp32 [n], is the factor of each row's tokens
+        in the sum; ``None``: 1 for all.
 
         With ``ends``, int64 [n], instead of ``labels``, return the logits [n, V] of the token that follows position ``ends[i]``
         of row i.
@@ -101,30 +103,34 @@ class LanguageModel(nn.Module):
             return self._logits(input_ids, ends)
         assert labels is not None
         if self._compiled is not None and self.training and torch.is_grad_enabled():
-            return self._compiled(input_ids, labels, position_ids)
+            return self._compiled(input_ids, labels, position_ids, loss_weights)
         on_host = input_ids.device.type == "cpu"  # where reading the positions does not synchronise a device
         with nullcontext() if on_host else packing.known(packed=position_ids is not None):
-            return self._loss(input_ids, labels, position_ids)
+            return self._loss(input_ids, labels, position_ids, loss_weights)
 
-    def _loss(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> Tensor:
+    def _loss(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, loss_weights: Tensor | None
+    ) -> Tensor:
         """Return the summed loss. This is the function that is compiled."""
         given = {"input_ids": input_ids} | self._documents(position_ids)
+        weights = None if loss_weights is None else loss_weights.unsqueeze(1).expand_as(labels).flatten()
         if self.balancing and self.training and torch.is_grad_enabled():
-            return self._balanced_loss(given, labels)
+            return self._balanced_loss(given, labels, weights)
         if not self.fused_loss:
-            logits = self.hf(**given, use_cache=False).logits
-            return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+            return cross_entropy(self.hf(**given, use_cache=False).logits, labels, weights)
         hidden = self.hf.base_model(**given, use_cache=False).last_hidden_state
         head = self.hf.get_output_embeddings()
-        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, labels.flatten())
+        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, labels.flatten(), weights)
 
-    def _balanced_loss(self, given: dict[str, Any], labels: Tensor) -> Tensor:
+    def _balanced_loss(self, given: dict[str, Any], labels: Tensor, weights: Tensor | None) -> Tensor:
         """Return the cross entropy, whose gradient includes that of ``balancing`` × the model's load balancing loss of this
-        micro-batch × its number of targets. After the division by the targets of the global batch, this is the mean over
-        micro-batches, weighted by their targets."""
+        micro-batch × its number of targets, or the sum of their ``weights`` [n * S]. After the division by that of the global
+        batch, this is the mean over micro-batches, weighted by their targets."""
         out = self.hf(**given, use_cache=False, output_router_logits=True)
-        loss = F.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-        pull = self.balancing * out.aux_loss * (labels != IGNORE).sum()
+        loss = cross_entropy(out.logits, labels, weights)
+        counts = labels != IGNORE
+        targets = counts.sum() if weights is None else (counts.flatten() * weights).sum()
+        pull = self.balancing * out.aux_loss * targets
         return loss + (pull - pull.detach())
 
     def _logits(self, input_ids: Tensor, ends: Tensor) -> Tensor:
@@ -175,6 +181,14 @@ class LanguageModel(nn.Module):
         check_names(own, files)
         for name, tensor in own.items():
             fill(tensor, files, name)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the summed cross entropy of ``logits`` [n, S, v] against ``labels`` [n, S], in which ``weights`` [n * S] is the
+    factor of each token; ``None``: 1 for all."""
+    reduction = "sum" if weights is None else "none"
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction=reduction)
+    return loss if weights is None else (loss * weights).sum()
 
 
 def weights_of(hf: nn.Module) -> dict[str, Tensor]:

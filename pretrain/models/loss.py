@@ -24,19 +24,23 @@ CHUNK_LOGITS = 2**25
 FP16_GRAD_SCALE = 64.0
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, row_weights: Tensor | None = None
+) -> Tensor:
     """Return the summed cross entropy (nats, fp32 scalar) of ``hidden @ weight.T + bias`` against ``labels``.
 
     ``hidden`` is [n, h], ``weight`` [v, h], ``bias`` [v] or None, and ``labels`` int64 [n] with ``IGNORE`` where there is no
-    target. Under autocast the matmuls run in the autocast dtype; softmax, loss and the accumulation of the weight's gradient
-    always run in fp32.
+    target. ``row_weights``, fp32 [n], is the factor of each row in the sum; ``None``: 1 for all.
+
+    Under autocast the matmuls run in the autocast dtype; softmax, loss and the accumulation of the weight's gradient always
+    run in fp32.
     """
     device_type = hidden.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
     with torch.autocast(device_type, enabled=False):
         if not torch.is_grad_enabled():
-            return _forward(hidden, weight, bias, labels, dtype, needs_grad=(False, False, False))[0]
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, dtype)
+            return _forward(hidden, weight, bias, labels, row_weights, dtype, needs_grad=(False, False, False))[0]
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, row_weights, dtype)
     return loss
 
 
@@ -45,9 +49,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        row_weights: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        loss, *grads = _forward(hidden, weight, bias, labels, dtype, needs_grad=ctx.needs_input_grad[:3])
+        loss, *grads = _forward(hidden, weight, bias, labels, row_weights, dtype, needs_grad=ctx.needs_input_grad[:3])
         ctx.save_for_backward(*grads)
         return loss
 
@@ -55,7 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place, because backward may be called again on the same graph (retain_graph=True).
         scaled = (None if saved is None else _times(saved, grads[0]) for saved in ctx.saved_tensors)
-        return (*scaled, None, None)
+        return (*scaled, None, None, None)
 
 
 def _forward(
@@ -63,6 +73,7 @@ def _forward(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    row_weights: Tensor | None,
     dtype: torch.dtype,
     *,
     needs_grad: tuple[bool, bool, bool],
@@ -70,8 +81,8 @@ def _forward(
     """Return the loss and its gradients with respect to hidden, weight and bias; ``None`` where ``needs_grad`` is False."""
     # For each chunk of rows x [c, h] with labels y, head W [v, h] and bias b [v]:
     #   z       = x W^T + b                 logits [c, v]: the matmul runs in dtype, the result is cast to fp32
-    #   loss   += sum(logsumexp(z) - z[y])  in fp32, over the rows that have a target
-    #   g       = softmax(z) - one_hot(y)   d loss / d z, 0 in rows without a target
+    #   loss   += sum(logsumexp(z) - z[y])  in fp32, over the rows that have a target, each times its weight
+    #   g       = softmax(z) - one_hot(y)   d loss / d z, 0 in rows without a target, each times its weight
     #   dx      = g W                       [c, h]: the gradient of this chunk's rows is final
     #   dW     += g^T x                     [v, h]: the matmul runs in dtype, accumulated in fp32
     #   db     += sum over rows of g        [v], in fp32
@@ -83,12 +94,13 @@ def _forward(
     weight_grad: Tensor | None = None
     bias_grad: Tensor | None = None
     size = chunk_rows(len(rows), len(head))
-    for row, label in zip(rows.split(size), labels.split(size), strict=True):
+    weights = [None] * -(-len(labels) // size) if row_weights is None else row_weights.split(size)
+    for row, label, row_weight in zip(rows.split(size), labels.split(size), weights, strict=True):
         logits = F.linear(row, head).float()
         if bias is not None:
             logits = logits + bias
         one_chunk = _traced_chunk if torch.compiler.is_compiling() else _eager_chunk
-        chunk_loss, grad = one_chunk(logits, label)
+        chunk_loss, grad = one_chunk(logits, label, row_weight)
         loss = loss + chunk_loss
         if bias is not None and needs_grad[2]:
             bias_grad = grad.sum(0) if bias_grad is None else bias_grad + grad.sum(0)
@@ -105,9 +117,15 @@ def _forward(
     )
 
 
-def _eager_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _row_factors(labels: Tensor, row_weights: Tensor | None) -> Tensor:
+    """Return the factor of each row in the sum, [rows, 1]: 0 without a target, elsewhere its weight."""
+    counts = labels != IGNORE
+    return (counts if row_weights is None else counts * row_weights).unsqueeze(1)
+
+
+def _eager_chunk(logits: Tensor, labels: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the summed loss of fp32 ``logits`` [rows, v] and its gradient, which overwrites the logits in memory."""
-    counts, target = (labels != IGNORE).unsqueeze(1), labels.clamp(min=0).unsqueeze(1)
+    counts, target = _row_factors(labels, row_weights), labels.clamp(min=0).unsqueeze(1)
     top, at_target = logits.amax(1, keepdim=True), logits.gather(1, target)
     p = torch.softmax(logits, 1, out=logits)
     # max p = 1 / sum exp(z - max z), so logsumexp(z) = max z - log(max p): no second pass of exponentials is needed.
@@ -116,10 +134,10 @@ def _eager_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, p.mul_(counts)
 
 
-def _traced_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _traced_chunk(logits: Tensor, labels: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the same as `_eager_chunk` without in-place operations, which the compiler fuses best: the fp32 logits then never
     exist in memory."""
-    counts, target = (labels != IGNORE).unsqueeze(1), labels.clamp(min=0).unsqueeze(1)
+    counts, target = _row_factors(labels, row_weights), labels.clamp(min=0).unsqueeze(1)
     log_sum = torch.logsumexp(logits, 1, keepdim=True)
     loss = ((log_sum - logits.gather(1, target)) * counts).sum()
     is_target = torch.arange(logits.shape[1], device=logits.device) == target

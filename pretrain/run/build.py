@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.run.prepare import Prepared, total_steps
+from pretrain.run.prepare import Prepared
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 from pretrain.training.micro_batching import MicroBatching
@@ -146,28 +146,30 @@ def build_sampler(config: RunConfig, prepared: Prepared, scorer: InferenceEngine
 
 
 def build_exporter(
-    config: RunConfig, prepared: Prepared, engine: Engine, folder: Path, *, facts: dict[str, Any], steps: int
+    config: RunConfig, prepared: Prepared, engine: Engine, loader: Loader, *, facts: dict[str, Any], steps: int
 ) -> Exporter:
-    """Return the exporter that writes the weights of ``engine`` as Hugging Face folders below the run's ``folder``.
+    """Return the exporter that writes the weights of ``engine`` as Hugging Face folders below the run's folder.
 
     Raises ``UserError`` for transforms whose export does not return the weights of the plain architecture.
     """
+    from pretrain.data.statistics import DataStatistics
     from pretrain.models.hub.model_card import model_card
     from pretrain.training.exporter import Exporter
 
     policy, train = config.checkpoint, prepared.train
     data = {"documents": train.num_documents, "tokens": train.num_tokens, "bytes": train.num_bytes}
     data |= {"global_batch": prepared.global_batch}
+    parts = DataStatistics(loader).parts
     if policy.export != "never" and engine.model.transformed is not None:
         engine.model.transformed.check_export(engine.model.hf)
     return Exporter(
         engine,
         prepared.tokenizer,
-        folder,
+        Path(config.output_dir),
         when=policy.export,
         shard_size=policy.export_shard_size,
         save_dtype=prepared.model.save_dtype,
-        card=partial(model_card, config.plain, data=data, facts=facts, total_steps=steps),
+        card=partial(model_card, config.plain, data=data, parts=parts, facts=facts, total_steps=steps),
         separator=prepared.boundaries.separator,
     )
 
@@ -190,11 +192,11 @@ def build_facts(
     config: RunConfig, prepared: Prepared, engine: Engine, *, split: MicroBatching, restarts: int
 ) -> dict[str, Any]:
     """Return the metadata for run.json, including the values from which throughput and MFU are computed."""
-    from pretrain.run.metadata import run_facts, speed_facts
+    from pretrain.run.metadata import mixture_facts, run_facts, speed_facts
 
     facts = run_facts(config, engine.world, engine, restarts=restarts) | split.facts()
     speed = speed_facts(config, engine, devices=engine.world.topology.devices, peak=config.telemetry.peak_flops)
-    return facts | speed | {"uniform_loss": prepared.model.uniform_loss()}
+    return facts | speed | {"uniform_loss": prepared.model.uniform_loss()} | mixture_facts(prepared.identity)
 
 
 def build_listeners(
@@ -210,7 +212,7 @@ def build_listeners(
     from pretrain.telemetry.run_file import RunFile
 
     monitor = Monitor(config.build_sinks(), run=folder, log_every=config.log_every)
-    files = prepared.train.store.files if watch_files else {}
+    files = prepared.train.files if watch_files else {}
     watchers: list[Listener] = [FilesWatch(files), BaselineCheck(prepared.model.uniform_loss())]
     return [monitor, RunFile(folder, monitor.summary), *watchers], monitor.unsaved
 
@@ -223,7 +225,7 @@ def build_intervals(config: RunConfig, prepared: Prepared, steps: int) -> tuple[
     policy, checkpoint = config.evaluation, config.checkpoint
     intervals = cadence(
         steps=steps,
-        epoch_steps=max(1, prepared.sequences // prepared.global_batch),
+        epoch_steps=max(1, int(prepared.sequences // prepared.global_batch)),
         evaluate_every=config.evaluate_every,
         save_every=config.save_every,
         per_epoch=policy.per_epoch,
@@ -268,6 +270,7 @@ def build_loader(config: RunConfig, prepared: Prepared, split: MicroBatching, wo
         world_size=world.data_size,
         document_mask=config.dataset.document_mask,
         pin_memory=world.device.type == "cuda",
+        steps=prepared.total_steps,
     )
 
 
@@ -302,7 +305,8 @@ def build_split(config: RunConfig, prepared: Prepared, engine: Engine, *, resume
     requested, world = MicroBatching.from_config(config), engine.world
     if config.batch_size != "auto":
         return requested
-    blocks, length = Blocks(prepared.train, config.sequence_length), config.sequence_length
+    length = config.sequence_length
+    blocks = Blocks(prepared.train.parts[0].view, length)
 
     def rows(size: int) -> Batch:
         indices = np.arange(size * world.topology.devices_per_worker)
@@ -372,14 +376,14 @@ def build_trainer(
     from pretrain.runtime.watchdog import Watchdog
     from pretrain.training.trainer import Trainer
 
-    folder, steps, watchdog = Path(config.output_dir), total_steps(config, prepared), watchdog or Watchdog()
+    folder, steps, watchdog = Path(config.output_dir), prepared.total_steps, watchdog or Watchdog()
     engine = build_engine(config, prepared, world)
     rng = rng_state()  # captured before the search for a micro-batch, which draws random numbers
     split = build_split(config, prepared, engine, resume_from=resume_from)
     loader = build_loader(config, prepared, split, world)
     evaluate_every, save_every = build_intervals(config, prepared, steps)
     metadata = build_facts(config, prepared, engine, split=split, restarts=restarts)
-    exporter = build_exporter(config, prepared, engine, folder, facts=metadata, steps=steps)
+    exporter = build_exporter(config, prepared, engine, loader, facts=metadata, steps=steps)
     listeners, unsaved_records = build_listeners(config, prepared, folder) if world.is_main else ([], list)
     saving = {"every": save_every, "resume_from": resume_from, "unsaved_records": unsaved_records}
     return Trainer(

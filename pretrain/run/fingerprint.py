@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,13 @@ from pretrain.config.schema import RootKeys
 from pretrain.config.trust import PARTS
 from pretrain.run.leftovers import LATER_KEYS, read_config, with_later_keys
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.places import absolute, each
 from pretrain.runtime.strict_json import read_json
 
 FIXED = {  # part of a run's identity → the config keys that determine it
     "model": ("model_name", "model"),
     "tokenizer": ("model_name", "model"),
-    "data": ("dataset",),
+    "data": ("dataset", "replay", "phases"),
     "sequence_length": ("sequence_length",),
     "global_batch": ("batch_size", "gradient_accumulation_steps", "devices"),
     "seed": ("seed",),
@@ -54,8 +54,12 @@ def check_same_run(
         UserError: The checkpoint belongs to a run with another model, tokenizer, data, sequence length, global batch,
             seed, weights, optimizer or transforms, so that it can't be continued exactly. The message lists old and new values.
     """
-    before = {"transforms": []} | read_state(checkpoint)["identity"]  # checkpoints of earlier versions have none
-    changed = [p for p in FIXED if before.get(p) != identity[p] and p not in config.resume_allow]
+    state = read_state(checkpoint)
+    before = {"transforms": []} | state["identity"]  # checkpoints of earlier versions have none
+    changed = [p for p in FIXED if before.get(p) != identity[p]]
+    if _phases_until(state, before) != _phases_until(state, identity):
+        changed = list(dict.fromkeys([*changed, "data"]))
+    changed = [p for p in changed if p not in config.resume_allow]
     if not changed:
         return
     earlier = read_config(checkpoint)
@@ -67,10 +71,12 @@ def check_same_run(
         why = " (the files have changed since the run started)" if part in ("model", "tokenizer", "data") else ""
         if part == "data" and files:
             keys.append(f"the data has changed since the run started: {files}")
-        if part == "data" and not keys and old != earlier:
+        if part == "data" and not keys and LATER_KEYS[0].partition(".")[2] not in (earlier.get("dataset") or {}):
             keys.append(
                 f"{'; '.join(LATER_KEYS)}: the run started without BOS before documents; {LATER_KEYS[0]}=false continues it"
             )
+        if part == "data" and before.get("mixture", []) != identity.get("mixture", []):
+            keys.append(f"the mixture was {_mixture_of(before)} and is now {_mixture_of(identity)}")
         reasons += keys or [f"{part}: {before.get(part)} → {identity[part]}{why}"]
         if part == "model":
             reasons += changed_model_config(checkpoint, model_config)
@@ -79,6 +85,22 @@ def check_same_run(
         "Choose another output_dir, or resume=never to start over"
         f"{_resume_allow_hint(changed)}"
     )
+
+
+def _phases_until(state: dict[str, Any], identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the phases of the mixture that began before the checkpoint with ``state``; later ones may still change."""
+    phases: list[dict[str, Any]] = identity.get("mixture", [])
+    return [phase for phase in phases if phase["first_sample"] <= state["progress"]["samples"]]
+
+
+def _mixture_of(identity: dict[str, Any]) -> str:
+    """Return the shares of the parts in each phase as text, such as ``[es 75.0%, code 25.0%; from step 40: es 100.0%]``."""
+    texts = []
+    for phase in identity.get("mixture", []):
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in phase["shares"].items() if share)
+        step = phase["first_sample"] // identity["global_batch"]
+        texts.append(f"from step {step:,}: {shares}" if step else shares)
+    return f"[{'; '.join(texts)}]" if texts else "one dataset alone"
 
 
 def changed_model_config(checkpoint: Path, model_config: dict[str, Any]) -> list[str]:
@@ -130,9 +152,11 @@ def changed_settings(old: dict[Any, Any], new: dict[str, Any], *, same_content: 
 def _with_comparable_path(key: Any, value: Any, same_content: bool) -> Any:
     if isinstance(value, dict):
         return {k: _with_comparable_path(k, v, same_content) for k, v in value.items()}
-    if key not in PLACES or not isinstance(value, str):
+    if key not in PLACES or not isinstance(value, str | list):
         return value
-    return None if same_content else os.path.abspath(os.path.expanduser(value))
+    if same_content:
+        return None
+    return absolute(value) if isinstance(value, str) else [absolute(place) for place in each(value)]
 
 
 def differences(old: dict[Any, Any], new: dict[Any, Any], prefix: str = "") -> list[str]:

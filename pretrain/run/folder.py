@@ -85,7 +85,6 @@ def begin(
     config: RunConfig,
     overrides: list[str],
     prepared: Prepared,
-    steps: int,
     *,
     place: RankInfo,
     store: CheckpointStore,
@@ -100,7 +99,6 @@ def begin(
         config: The config of the run.
         overrides: The words of the command line, written to .hydra/overrides.yaml.
         prepared: The model and the data of the run.
-        steps: Optimizer steps of the complete run.
         place: This process among all ranks.
         store: The checkpoints of the folder.
         claims: Receives the release of the lock.
@@ -120,23 +118,24 @@ def begin(
     resume_from = resume_point(folder, store, mode)
     lr = chosen_lr(config, resume_from, lambda: peak_lr(prepared.model.num_parameters()))
     requested_lr, config = config.lr, config.with_lr(lr)
-    if not _has_work(folder.path, resume_from, config, prepared, steps):
+    if not _has_work(folder.path, resume_from, config, prepared):
         return None
     folder = _without_other_branches(folder, resume_from, config, store, continues=continues, claims=claims)
     if resume_from is not None:
-        report_lr_change(resume_from, config, steps)
+        report_lr_change(resume_from, config, prepared.total_steps)
     report_lr(requested_lr, float(config.lr), continued=resume_from is not None)
     with _write_errors_reported(folder.path):
         replace_file(folder.path / RUN_ID, place.run_id)
-        save_files(folder.path / DATA, prepared.train.store.files)
+        save_files(folder.path / DATA, prepared.train.files)
     return Start(resume_from, folder.write_config(config, overrides), float(config.lr))
 
 
-def _has_work(folder: Path, resume_from: Path | None, config: RunConfig, prepared: Prepared, steps: int) -> bool:
+def _has_work(folder: Path, resume_from: Path | None, config: RunConfig, prepared: Prepared) -> bool:
     """Return whether the run is not finished yet. Raises ``UserError`` if it can't be resumed with this config."""
+    steps = prepared.total_steps
     if resume_from is None:
         return _may_start(folder, config, steps)
-    files = differing(load_files(folder / DATA), prepared.train.store.files)
+    files = differing(load_files(folder / DATA), prepared.train.files)
     check_same_run(resume_from, prepared.identity, config, model_config=prepared.model.config(), files=files)
     check_not_beyond(resume_from, config, steps)
     return not finished(folder, resume_from, config, steps)

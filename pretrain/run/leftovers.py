@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pretrain.config.defaults import defaults_for, own_default
 from pretrain.config.trust import with_moved_targets
 from pretrain.config.yaml_file import read_yaml
 from pretrain.runtime.errors import UserError
@@ -16,7 +17,7 @@ from pretrain.telemetry.run_file import read_run_file
 RUN_ID = ".run_id"  # file with the id of the command whose processes locked the folder last
 RESULTS = (  # files and folders that took time to compute
     *("checkpoints", "model", "models", "metrics.jsonl", "run.json", "report.html", "quarantine.jsonl"),
-    *("train.csv", "evaluation.csv", "metric.csv", "layers.csv", "data.csv"),
+    *("train.csv", "evaluation.csv", "metric.csv", "layers.csv", "data.csv", "parts.csv"),
 )
 SETTINGS = ("config.yaml", "data.json", ".hydra/config.yaml", ".hydra/overrides.yaml")
 MAX_NAMED = 4
@@ -142,13 +143,28 @@ def read_config(folder: Path) -> dict[Any, Any]:
 
 
 def with_later_keys(old: dict[Any, Any], new: dict[str, Any]) -> dict[Any, Any]:
-    """Return the config of an earlier run, with the values of ``new`` for the ``LATER_KEYS`` keys that it lacks.
+    """Return the config of an earlier run, with the values of ``new`` for keys that it lacks because its version had none.
 
-    Their effect on a run is compared through the run's identity.
+    These are the keys that have their default value in ``new``, and the ``LATER_KEYS``, whose effect on a run is compared
+    through the run's identity.
     """
+    root = {key: value for key, value in new.items() if key not in old}
+    defaults = defaults_for(new) if root else {}
+    old = _with_defaults(old, new) | {key: value for key, value in root.items() if defaults.get(key) == value}
     for path in LATER_KEYS:
         group, _, key = path.partition(".")
         node = old.get(group)
         if isinstance(node, dict) and key not in node and key in new[group]:
             old = old | {group: node | {key: new[group][key]}}
     return old
+
+
+def _with_defaults(old: dict[Any, Any], new: dict[Any, Any]) -> dict[Any, Any]:
+    """Return ``old`` with each key that a part in it lacks and that has the default of the part's class in ``new``."""
+    found = dict(old)
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(old.get(key), dict):
+            found[key] = _with_defaults(old[key], value)
+        elif key not in old and old.get("_target_") == new.get("_target_") and own_default(new, key) == value:
+            found[key] = value
+    return found

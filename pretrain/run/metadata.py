@@ -57,6 +57,15 @@ def speed_facts(config: RunConfig, engine: Engine, *, devices: int, peak: float 
     return shape | flops_per_token(engine.model.hf, config.sequence_length).facts()
 
 
+def mixture_facts(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the first step of each phase of a mixture and the shares of the parts in it; nothing for a single dataset."""
+    phases = [
+        {"step": phase["first_sample"] // identity["global_batch"], "shares": phase["shares"]}
+        for phase in identity.get("mixture", [])
+    ]
+    return {"mixture": phases} if phases else {}
+
+
 def device_name(device: torch.device) -> str:
     """Return the kind of device: the GPU's name, or ``cpu``."""
     import torch

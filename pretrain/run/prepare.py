@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from pretrain.data.domains import base_domains, view_options
 from pretrain.runtime.errors import UserError
 from pretrain.training.micro_batching import MicroBatching
 
 if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
-    from pretrain.data.sources.base import Source
-    from pretrain.data.store.token_store import TokenStore, TokenView
+    from pretrain.data.store.token_store import TokenView
+    from pretrain.data.training_data import TrainingData
     from pretrain.models.tokenizer import Boundaries
     from pretrain.run.missing_model import ModelInCheckpoint
 
@@ -66,20 +66,26 @@ class Prepared:
     Attributes:
         model: The model, checked and not yet built.
         tokenizer: Its tokenizer.
-        train: The training documents as tokens.
+        train: The training documents as tokens, by part.
         domains: Name, role and held-out documents of each evaluation domain.
         identity: What a checkpoint must share with the run so that it can be resumed.
         boundaries: The tokens before and between documents.
+        number_epochs: Passes over the training documents.
+        max_steps: Number of optimizer steps; ``None``: derived from ``number_epochs``.
+        document_mask: Whether attention and loss are restricted to within each document.
         notices: Messages about model and domains that are printed once in a run.
         base_gone: The base model no longer exists; ``model`` is the one in a checkpoint of the run.
     """
 
     model: Any
     tokenizer: Any
-    train: TokenView
+    train: TrainingData
     domains: list[tuple[str, str, TokenView]]
     identity: dict[str, Any]
     boundaries: Boundaries
+    number_epochs: float
+    max_steps: int | None
+    document_mask: bool
     notices: Sequence[str] = ()
     base_gone: bool = False
 
@@ -89,11 +95,24 @@ class Prepared:
         return int(self.identity["global_batch"])
 
     @property
-    def sequences(self) -> int:
-        """Return the sequences in one epoch of the training documents."""
-        from pretrain.data.blocks import Blocks
+    def sequences(self) -> float:
+        """Return the sequences in one epoch of the training documents, replayed ones included."""
+        blocks = self.train.blocks(self.identity["sequence_length"])
+        return self.train.epoch_samples([len(each) for each in blocks])
 
-        return len(Blocks(self.train, self.identity["sequence_length"]))
+    @cached_property
+    def total_steps(self) -> int:
+        """The optimizer steps: ``max_steps``, or the complete global batches in ``number_epochs`` of training tokens.
+
+        Raises ``UserError`` when the text does not fill one global batch, or a part would be read too often.
+        """
+        from pretrain.data.training_data import check_enough, check_epochs
+
+        batch = {"sequence_length": self.identity["sequence_length"], "global_batch": self.global_batch}
+        check_enough(self.train, **batch)
+        steps = self.max_steps or max(1, int(self.sequences * self.number_epochs / self.global_batch))
+        check_epochs(self.train, steps=steps, document_mask=self.document_mask, **batch)
+        return steps
 
 
 def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
@@ -106,55 +125,52 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     Raises:
         UserError: The model or the data can't be used.
     """
+    from pretrain.data.planned import lines_before_the_start, planned_parts
     from pretrain.data.tokenization.tokenize import training_texts
     from pretrain.models.tokenizer import boundaries
+    from pretrain.run.prepare_data import TokenizedSources, removed_documents, scored_domains, training_data
 
     model, replacement = _checked_model(config)
-    source = config.dataset
-    tokenizer = model.tokenizer(partial(training_texts, source))
-    boundary_tokens = boundaries(tokenizer, bos=source.bos, separator=source.separator)
-    store = tokenized(source, tokenizer, boundary_tokens)
-    train, held_out = views(store, source)
-    domains = [(source.domain, "new", held_out)] if held_out.num_tokens > 1 else []
-    configured = config.evaluation.domains
-    bases = base_domains(source, configured)
-    for name, base in bases.items():
-        base_store = tokenized(base, tokenizer, domain_boundaries(base, tokenizer, boundary_tokens))
-        domains.append((name, "base", _held_out(name, base, base_store)))
+    dataset = config.dataset
+    tokenizer = model.tokenizer(lambda: chain.from_iterable(map(training_texts, dataset.sources().values())))
+    boundary_tokens = boundaries(tokenizer, bos=dataset.bos, separator=dataset.separator)
+    texts = TokenizedSources(tokenizer, boundary_tokens)
+    train, content = training_data(config, texts)
+    domains, notices = scored_domains(config, texts)
     identity = {
         "model": replacement.identity if replacement else model.identity(),
         "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.backend_tokenizer.to_str().encode()),
-        "data": _data_identity(store, source),
+        "data": content,
         "global_batch": MicroBatching.from_config(config).total * devices,
         **_config_identity(config),
     }
-    notices = ([replacement.notice] if replacement else []) + _not_scored_notices(
-        source, held_out, len(configured) - len(bases)
-    )
-    return Prepared(
+    notices = ([replacement.notice] if replacement else []) + notices + removed_documents(dataset, texts)
+    prepared = Prepared(
         model,
         tokenizer,
         train,
         domains,
         identity,
         boundary_tokens,
+        config.number_epochs,
+        config.max_steps,
+        dataset.document_mask,
         notices,
         base_gone=replacement is not None,
     )
-
-
-def tokenized(source: Source, tokenizer: Any, boundary_tokens: Boundaries) -> TokenStore:
-    """Return the documents of ``source`` as tokens. Text that is in the cache is not tokenized again."""
-    from pretrain.data.tokenization.tokenize import prepare as tokenize
-
-    content = tokenizer.backend_tokenizer.to_str()
-    return tokenize(source, tokenizer_json=content, eot=boundary_tokens.separator, bos=boundary_tokens.bos)
-
-
-def _data_identity(store: TokenStore, source: Source) -> str:
-    """Return the digest of the tokens and of what selects and masks them."""
-    content = [[part.path.name for part in store.parts], view_options(source), source.document_mask]
-    return xxhash.xxh3_64_hexdigest(repr(content).encode())
+    if config.task != "pretraining" or (len(train.parts) == 1 and train.parts[0].max_epochs is None):
+        return prepared
+    steps = prepared.total_steps
+    if len(train.parts) > 1:
+        identity["mixture"] = train.table(steps=steps, global_batch=prepared.global_batch)
+    planned = planned_parts(
+        train,
+        steps=steps,
+        global_batch=prepared.global_batch,
+        sequence_length=config.sequence_length,
+        document_mask=dataset.document_mask,
+    )
+    return replace(prepared, notices=[*notices, *lines_before_the_start(planned, train, steps=steps)])
 
 
 def _config_identity(config: RunConfig) -> dict[str, Any]:
@@ -166,52 +182,3 @@ def _config_identity(config: RunConfig) -> dict[str, Any]:
         "optimizer": config.optimizer_identity,
         "transforms": config.transforms_identity,
     }
-
-
-def domain_boundaries(domain: Source, tokenizer: Any, boundary_tokens: Boundaries) -> Boundaries:
-    """Return the boundary tokens of an evaluation domain: its own, or those of the run (``boundary_tokens``) by default.
-
-    Raises ``UserError`` for a token that the tokenizer does not have.
-    """
-    from pretrain.models.tokenizer import boundaries
-
-    bos = boundary_tokens.bos is not None if domain.bos == "auto" else domain.bos
-    separator = boundary_tokens.separator if domain.separator == "auto" else domain.separator
-    return boundaries(tokenizer, bos=bos, separator=separator)
-
-
-def _not_scored_notices(source: Source, held_out: TokenView, left_out: int) -> list[str]:
-    """Return notices about domains that are not scored, or not scored a second time."""
-    notices = []
-    if held_out.num_tokens <= 1 and source.held_out > 0:
-        notices.append(f"dataset {source.domain!r} is a single document: none is held out, so it is not scored")
-    if left_out:
-        notices.append(
-            f"evaluation.domains: {source.domain!r} is also the training data; it is scored once, as new domain"
-        )
-    return notices
-
-
-def _held_out(name: str, base: Source, store: TokenStore) -> TokenView:
-    """Return the held-out documents of a base domain. Raises ``UserError`` where there are none to score."""
-    held_out = views(store, base)[1]
-    if held_out.num_tokens > 1:
-        return held_out
-    why = "held_out=0" if base.held_out == 0 else "it is a single document; give it at least two"
-    raise UserError(f"evaluation.domains: none of the text of {name!r} is held out, so it can't be scored: {why}")
-
-
-def views(store: TokenStore, source: Source) -> tuple[TokenView, TokenView]:
-    """Return the training and the held-out documents."""
-    return store.views(**view_options(source))
-
-
-def total_steps(config: RunConfig, prepared: Prepared) -> int:
-    """Return the optimizer steps: ``max_steps``, or the complete global batches in ``number_epochs`` of training tokens.
-
-    Raises ``UserError`` when the text does not fill one global batch.
-    """
-    from pretrain.data.loader import check_enough
-
-    check_enough(prepared.train, sequence_length=config.sequence_length, global_batch=prepared.global_batch)
-    return config.max_steps or max(1, int(prepared.sequences * config.number_epochs / prepared.global_batch))

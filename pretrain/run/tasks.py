@@ -19,7 +19,7 @@ from pretrain.run import build
 from pretrain.run.folder import begin, check_task, claim, start_over
 from pretrain.run.leftovers import found_in, keep_aside
 from pretrain.run.memory_advice import explained
-from pretrain.run.prepare import Prepared, model_spec, prepare, total_steps
+from pretrain.run.prepare import Prepared, model_spec, prepare
 from pretrain.runtime import garbage_collector as collector
 from pretrain.runtime.console import log_error, log_to, mute, notice, quietly
 from pretrain.runtime.errors import UserError
@@ -58,14 +58,12 @@ def pretraining(
     Returns:
         0 when the run is finished, 75 when a signal stopped it.
     """
-    prepared, steps, world = prepare_and_join(config, interrupt, place)
+    prepared, world = prepare_and_join(config, interrupt, place)
     folder = Path(config.output_dir)
     store = CheckpointStore(folder / "checkpoints", config.checkpoint)
     store.policy.check({name: role for name, role, _ in prepared.domains})
     with ExitStack() as claims:
-        start = world.on_main_rank(
-            lambda: begin(config, overrides, prepared, steps, place=place, store=store, claims=claims)
-        )
+        start = world.on_main_rank(lambda: begin(config, overrides, prepared, place=place, store=store, claims=claims))
         if start is None:
             leave()
             return 0
@@ -90,24 +88,22 @@ def pretraining(
     return 0 if trainer.complete else EXIT_CODE
 
 
-def prepare_and_join(
-    config: RunConfig, interrupt: Interrupt, place: RankInfo
-) -> tuple[Prepared, int, DistributedContext]:
+def prepare_and_join(config: RunConfig, interrupt: Interrupt, place: RankInfo) -> tuple[Prepared, DistributedContext]:
     """Prepare the data without the other ranks, then join them and check that all ranks agree.
 
-    Returns the prepared data, the optimizer steps of the run, and the distributed context.
+    Returns the prepared data and the distributed context.
     """
     if place.rank > 0:
         mute()
     with quietly() if place.prepared else nullcontext():
         prepared = prepare(config, devices=place.topology.data_parallel_devices)
-    steps = total_steps(config, prepared)
+    steps = prepared.total_steps
     interrupt.defer_signals = (
         place.topology.world_size > 1
     )  # from here on the other ranks would wait for a process that exits
     world = build.build_world(config, place, group=config.strategy.needs_group)
     check_ranks_agree(world, {"configuration": config.plain, "steps": steps} | prepared.identity)
-    return prepared, steps, world
+    return prepared, world
 
 
 def start_watchdog(
@@ -183,12 +179,13 @@ def run_logged(trainer: Trainer) -> None:
 def tokenization(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     """Fill the token cache and print its counts."""
     prepared = prepare(config)
-    rows = [("training", prepared.train)] + [
-        (f"held out, {name} ({role})", view) for name, role, view in prepared.domains
-    ]
+    parts = prepared.train.parts
+    rows = [("training" if len(parts) == 1 else f"training, {part.name}", part.view) for part in parts]
+    rows += [(f"held out, {name} ({role})", view) for name, role, view in prepared.domains]
     for name, view in rows:
-        print(f"{name}: {view.num_tokens:,} tokens, {view.num_documents:,} documents, {view.num_bytes:,} bytes of text")
-    print(f"cache: {prepared.train.store.path.parent.parent}")
+        text = "tokens read in place" if view.num_bytes is None else f"{view.num_bytes:,} bytes of text"
+        print(f"{name}: {view.num_tokens:,} tokens, {view.num_documents:,} documents, {text}")
+    print(f"cache: {parts[0].view.store.path.parent.parent}")
     return 0
 
 

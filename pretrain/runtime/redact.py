@@ -55,7 +55,7 @@ SHAPES = {  # the match is replaced, or only its group `secret` if there is one
     "a password in a URL": re.compile(rf"(?<=://)(?P<secret>{WORD}*:(?!\d{{1,5}}[/?#])[^\s@\"'<>,]*)(?=@[\w.\[-])"),
     "a token in a URL": re.compile(rf"\bhttps?://(?P<secret>(?={WORD}*\d){WORD}{{8,}}|{WORD}{{20,}})(?=@[\w.\[-])"),
     "a key in a URL": re.compile(
-        r"(?i:[?&](?:access_token|api_?key|password|secret|sig|signature|token|x-amz-signature)=)(?P<secret>[^\s&\"'<>]{8,})"
+        r"(?i:[?&](?:access_token|api_?key|password|secret|sig|signature|token|x-(?:amz|goog)-(?:signature|security-token))=)(?P<secret>[^\s&\"'<>]{8,})"
     ),
 }
 

@@ -94,10 +94,10 @@ class ReplicatedEngine(Engine):
         wrapped = wrap(model, update, config)
         return cls(model, update, world=world, wrapped=wrapped, replicas=world.size, **options)
 
-    def backward(self, batch: Batch, *, tokens: int, last: bool) -> Tensor:
+    def backward(self, batch: Batch, *, tokens: float, last: bool) -> Tensor:
         self._wrapped.set_gradient_accumulation_boundary(last)
         with self.autocast():
-            loss = self.model(batch.input_ids, batch.labels, batch.position_ids)
+            loss = self.model(batch.input_ids, batch.labels, batch.position_ids, batch.loss_weights)
         loss = loss / tokens
         self._wrapped.backward(self.scaler.scale(loss * self.replicas), scale_wrt_gas=False)
         return loss.detach()
@@ -111,7 +111,7 @@ class DeepspeedEngine(Engine):
     non-finite gradient is skipped in every precision.
     """
 
-    # A step of n micro-batches with T target tokens in the global batch, on R ranks:
+    # A step of n micro-batches with T target tokens (or sum of their weights) in the global batch, on R ranks:
     #     for each micro-batch:
     #         loss = (sum of its token losses) / T
     #         wrapped.backward(loss * R)    # DeepSpeed averages over R ranks, so the factor R makes it a sum
@@ -176,9 +176,10 @@ class DeepspeedEngine(Engine):
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def backward(self, batch: Batch, *, tokens: int, last: bool) -> Tensor:
+    def backward(self, batch: Batch, *, tokens: float, last: bool) -> Tensor:
         self._wrapped.set_gradient_accumulation_boundary(last)
-        loss = self.step_module(batch.input_ids, batch.labels, batch.position_ids) / tokens
+        summed = self.step_module(batch.input_ids, batch.labels, batch.position_ids, batch.loss_weights)
+        loss = summed / tokens
         self._wrapped.backward(loss * self.replicas, scale_wrt_gas=False)
         return loss.detach()
 

@@ -1,7 +1,7 @@
 """Engines: the model and the optimizer under one strategy. `Engine.train_step` makes an optimizer step.
 
-The loss is summed and divided by the *global* number of target tokens. Therefore gradient accumulation, packing and the
-number of ranks change nothing but rounding.
+The loss is summed and divided by the *global* number of target tokens, or by the sum of their weights. Therefore gradient
+accumulation, packing and the number of ranks change nothing but rounding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class StepOutput:
     """The numbers of one optimizer step.
 
     Attributes:
-        loss: mean loss of the global batch (nats per target token), a 0-d tensor on the device.
+        loss: mean loss of the global batch (nats per target token), a 0-d tensor on the device; with loss weights the weighted
+            mean.
         grad_norm: norm of the gradient before clipping, a 0-d tensor on the device.
         tokens: target tokens of the global batch.
     """
@@ -167,6 +168,7 @@ class Engine(EngineState, InferenceEngine):
             heartbeat: called after every micro-batch.
         """
         tokens = self.count_targets(batch)
+        divisor = self.loss_divisor(batch, tokens)
         micro_batches = batch.micro_batches()
         loss = torch.zeros((), device=self.world.device)
         # A signal to the process group would kill a compiler that is started here. Another thread receives the signal.
@@ -174,7 +176,7 @@ class Engine(EngineState, InferenceEngine):
         with self.timer.part("compute"), blocked:
             for i, micro_batch in enumerate(micro_batches, start=1):
                 on_device = micro_batch.to(self.world.device)
-                loss += self.backward(on_device, tokens=tokens, last=i == len(micro_batches))
+                loss += self.backward(on_device, tokens=divisor, last=i == len(micro_batches))
                 heartbeat()
         with self.timer.part("communication"):
             self.world.data_all_reduce_sum(loss)
@@ -193,14 +195,23 @@ class Engine(EngineState, InferenceEngine):
         with self.timer.part("communication"):
             return self.world.data_sum(batch.num_targets)
 
-    def backward(self, batch: Batch, *, tokens: int, last: bool) -> Tensor:
+    def loss_divisor(self, batch: Batch, tokens: int) -> float:
+        """Return the number by which the summed loss of the global batch is divided: that of its target ``tokens``, or the sum
+        of their weights. It is 1 where all weights are 0, so that the loss is 0."""
+        if batch.loss_weights is None:
+            return tokens
+        with self.timer.part("communication"):
+            return self.world.data_sum_float(batch.sum_of_weights) or 1.0
+
+    def backward(self, batch: Batch, *, tokens: float, last: bool) -> Tensor:
         """Accumulate the gradients of one micro-batch; return its part of the global mean loss, on the device.
 
-        ``tokens`` is the number of target tokens of the global batch. ``last`` marks the last micro-batch of a step.
+        ``tokens`` is the number of target tokens of the global batch, or the sum of their weights. ``last`` marks the
+        last micro-batch of a step.
         """
         with self.communication(last):
             with self.autocast():
-                loss = self.step_module(batch.input_ids, batch.labels, batch.position_ids).sum()
+                loss = self.step_module(batch.input_ids, batch.labels, batch.position_ids, batch.loss_weights).sum()
             loss = loss / tokens
             self.scaler.scale(loss * self.replicas).backward()
         return loss.detach()

@@ -16,7 +16,7 @@ from pretrain.config.hydra_configs import plain_mistakes
 from pretrain.config.inherited_keys import drop_inherited_keys
 from pretrain.config.schema import RunConfig
 from pretrain.config.trust import check_command_line_only, command_line_only_values
-from pretrain.data.domains import base_domains
+from pretrain.data.domains import evaluation_domains
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError, did_you_mean
 from pretrain.sweep.config import TASK_METRIC
@@ -100,7 +100,8 @@ def check_metric(config: RunConfig) -> None:
             raise UserError(f"sweep.metric={metric}: the config has no evaluation.tasks that could measure it")
         return
     domain = metric.rpartition(".")[0]
-    domains = [config.dataset.domain, *base_domains(config.dataset, config.evaluation.domains)]
+    scored = evaluation_domains(config.dataset, config.evaluation.domains, config.replay.source)
+    domains = [domain.name for domain in scored]
     if domain and domain not in domains:
         raise UserError(f"sweep.metric={metric}: no such domain is evaluated{did_you_mean(domain, domains)}")
 

@@ -100,11 +100,30 @@ class SourceCount:
 
 
 @dataclass(frozen=True, slots=True)
+class PartCount:
+    """What a run has read of one part of its training data.
+
+    Attributes:
+        tokens: target tokens so far.
+        share: their share in the target tokens of all parts.
+        wanted: the share that the weights ask for, over the run so far.
+        epochs: passes over the part so far.
+    """
+
+    tokens: int
+    share: float
+    wanted: float
+    epochs: float
+
+
+@dataclass(frozen=True, slots=True)
 class DataStatisticsEvent(Event):
-    """The data that the run has read up to this step, by source. ``seconds`` is how long counting blocked the loop."""
+    """The data that the run has read up to this step, by source and by part. ``seconds`` is how long counting blocked the
+    loop."""
 
     sources: dict[str, SourceCount]
     seconds: float
+    parts: dict[str, PartCount] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

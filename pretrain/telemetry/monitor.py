@@ -287,6 +287,7 @@ def data_fields(event: DataStatisticsEvent) -> Record:
         "sources": {
             n: {**fields_of(s), "share": s.tokens / tokens if tokens else None} for n, s in event.sources.items()
         },
+        "parts": {name: fields_of(part) for name, part in event.parts.items()},
     }
 
 

@@ -79,7 +79,8 @@ FAMILIES = ("layers", "sources")  # fields that map names to records
 
 def scalars(record: Record) -> dict[str, float]:
     """Return the numbers of a record by paths that dashboards can group: ``train/loss``,
-    ``evaluation/<domain>/perplexity``, ``metric/<domain>/<name>``, ``layers/<name>/grad_norm``, ``data/<source>/tokens``."""
+    ``evaluation/<domain>/perplexity``, ``metric/<domain>/<name>``, ``layers/<name>/grad_norm``, ``data/<source>/tokens``,
+    ``data/parts/<part>/share``."""
     found: dict[str, float] = {}
 
     def add(path: str, value: Any) -> None:

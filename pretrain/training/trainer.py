@@ -223,8 +223,9 @@ class Trainer:
         """Emit the statistics of the data read so far. Only rank 0 counts and emits them."""
         if self.world.is_main and self.state.samples:
             started_at = time.perf_counter()
-            sources = self.statistics.at(self.state.samples)
-            self.emit(DataStatisticsEvent(self.state.step, sources, time.perf_counter() - started_at))
+            samples = self.state.samples
+            sources, parts = self.statistics.sources(samples), self.statistics.parts(samples)
+            self.emit(DataStatisticsEvent(self.state.step, sources, time.perf_counter() - started_at, parts))
 
     def save(self, *, at_once: bool) -> None:
         """Make a checkpoint of the present state. It is written while training continues, or ``at_once`` before returning."""

@@ -77,6 +77,12 @@ KEYS = [
     (["sink.wandb.mode=offline"], "sink.wandb: 'wandb' is not among the chosen sinks; add it: sink=[…,wandb]"),
     (["sink=csv", "sink.csv.columns=[step]"], "sink.csv: Csv has no 'columns'"),
     (["sink=tensorboard", "sink.tensorboard.folder=x"], "sink.tensorboard: TensorBoard has no 'folder'"),
+    (["dataset=mixture"], "dataset.parts: a mixture needs a part: dataset@dataset.parts.NAME=local"),
+    (["replay.share=1"], "replay.share=1: input should be less than 1"),
+    (
+        ["phases=[{from: 0.5, replay_shar: 0.1}]"],
+        "phases[0]: a phase has no 'replay_shar'; did you mean 'replay_share'",
+    ),
     (["experiment=nope"], "experiment=nope: no such choice; allowed: "),
     (["model=null"], "group override must be a string or a list"),
     (["lr=fast"], "lr='fast': input should be a valid number"),

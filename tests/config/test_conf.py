@@ -23,6 +23,7 @@ from pretrain.runtime.errors import UserError
 NEEDS = {  # keys without a default
     ("dataset", "local"): ["dataset.nameOrPath=texts"],
     ("dataset", "huggingface"): ["dataset.nameOrPath=texts"],
+    ("dataset", "mixture"): ["+dataset@dataset.parts.a=sample"],
     ("precision", "16-mixed"): ["precision.allow_cpu=true"],
 }
 FILES = sorted(f for g in (*GROUPS, "experiment") for f in (conf_dir() / g).glob("*.yaml"))

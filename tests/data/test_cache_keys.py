@@ -63,11 +63,18 @@ def test_another_length_of_documents_is_another_part(tmp_path: Path, tokenizer_j
     assert parts(lengths[0]) == parts(lengths[2]) != parts(lengths[1])
 
 
-OTHERS = {"text_column": "id", "errors": "replace", "max_document_chars": 100}
+OTHERS = {
+    "text_column": "id",
+    "errors": "replace",
+    "max_document_chars": 100,
+    "where": "id > 0",
+    "text_template": "{id}",
+}
 
 
 def test_every_option_of_reading_is_in_the_digest(path: Path) -> None:
-    assert OTHERS.keys() == {field.name for field in fields(ReadOptions)}, "a new option needs a row"
+    named = {field.name for field in fields(ReadOptions)} - {"eot"}  # which is in the key of the part
+    assert OTHERS.keys() == named, "a new option needs a row"
     options = ReadOptions()
     (piece,) = cut(Local(nameOrPath=str(path)).files()[0], options)
     digests = [readers.digest(piece, replace(options, **{name: value})) for name, value in OTHERS.items()]

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from texts import some_text
 
 from pretrain.data.batch import Batch
-from pretrain.data.loader import Loader, check_enough
+from pretrain.data.loader import Loader
 from pretrain.data.store.token_store import TokenStore, TokenView
+from pretrain.data.training_data import TrainingData, check_enough
 from pretrain.runtime.errors import UserError
 
 
@@ -61,12 +62,12 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(view: TokenView, do
 
 def test_an_epoch_shows_every_block_once_and_epochs_differ(view: TokenView) -> None:
     one = loader(view, batch_size=1, accumulation=1)
-    n = one.num_blocks
+    n = len(one.blocks[0])
     seen = rows(first(one, 2 * n))
     assert (
         sorted(seen[:n])
         == sorted(seen[n:])
-        == sorted(rows([one.blocks.batch(torch.arange(n).numpy(), document_mask=False)]))
+        == sorted(rows([one.blocks[0].batch(torch.arange(n).numpy(), document_mask=False)]))
     )
     assert seen[:n] != seen[n:]
     assert seen[:n] != sorted(seen[:n])
@@ -80,14 +81,14 @@ def test_resume_at_any_sample_continues_the_sequence(view: TokenView, samples: i
     resumed.load_state_dict({"samples": samples})
     batches = first(resumed, count)
     assert rows(batches) == rows([resumed.batch(samples + 8 * step) for step in range(count)])
-    assert resumed.state_dict() == {"samples": samples + 8 * count}
+    assert resumed.state_dict()["samples"] == samples + 8 * count
 
 
 def test_the_cursor_counts_batches_taken_not_batches_made_ahead(view: TokenView) -> None:
     whole = rows(first(loader(view), 20))
     interrupted = loader(view)
     head = first(interrupted, 7)
-    assert interrupted.state_dict() == {"samples": 7 * 8}
+    assert interrupted.state_dict() == {"samples": 7 * 8, "parts": {interrupted.train.parts[0].name: 7 * 8}}
     again = loader(view)
     again.load_state_dict(interrupted.state_dict())
     assert rows(head) + rows(first(again, 13)) == whole
@@ -95,7 +96,7 @@ def test_the_cursor_counts_batches_taken_not_batches_made_ahead(view: TokenView)
 
 def test_epoch_counts_passes_over_the_data(view: TokenView) -> None:
     assert loader(view, first_sample=0).epoch == 0
-    n = loader(view).num_blocks
+    n = len(loader(view).blocks[0])
     assert loader(view, first_sample=3 * n).epoch == 3
 
 
@@ -132,9 +133,9 @@ def test_the_documents_behind_a_batch_hold_its_tokens(view: TokenView, tokenizer
 
 
 def test_too_little_text_for_one_global_batch(view: TokenView) -> None:
-    n = loader(view).num_blocks
-    check_enough(view, sequence_length=16, global_batch=n)
+    n = len(loader(view).blocks[0])
+    check_enough(TrainingData.of(view), sequence_length=16, global_batch=n)
     with pytest.raises(
         UserError, match=rf"{view.num_tokens:,} training tokens .* {n:,} sequences of 16.* {n + 1:,} seq"
     ):
-        check_enough(view, sequence_length=16, global_batch=n + 1)
+        check_enough(TrainingData.of(view), sequence_length=16, global_batch=n + 1)

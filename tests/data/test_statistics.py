@@ -32,9 +32,9 @@ def make(tmp_path, store_of):
 
 def one_by_one(loader: Loader, samples: int, name_of) -> dict[str, tuple[int, int]]:
     """(tokens, documents that begin) of each source, token by token."""
-    view, tokens, documents = loader.blocks.view, Counter(), Counter()
+    view, tokens, documents = loader.blocks[0].view, Counter(), Counter()
     for sample in range(samples):
-        start = int(loader.blocks_of(np.array([sample]))[0]) * LENGTH
+        start = int(loader.order(np.array([sample]))[1][0]) * LENGTH
         for at in range(start, start + LENGTH):
             (number,) = view.document_ids(at, at + 1)
             name = name_of(view.store.document(int(number)).path)
@@ -49,14 +49,14 @@ def pairs(found):
 
 def test_equals_a_count_one_by_one_at_every_cursor(make):
     loader = make(["a.jsonl", "b.jsonl", "deep/c.jsonl"])
-    census, n = DataStatistics(loader), loader.num_blocks
+    census, n = DataStatistics(loader), len(loader.blocks[0])
     for samples in (4, 9, n, n + 7, 2 * n + 1, 5):  # onward, into other epochs, and back as after a rollback
         expected = one_by_one(loader, samples, lambda path: path.partition("/texts/")[2])
-        assert pairs(census.at(samples)) == expected
-        assert census.at(samples) == DataStatistics(loader).at(samples), (
+        assert pairs(census.sources(samples)) == expected
+        assert census.sources(samples) == DataStatistics(loader).sources(samples), (
             "as a process that has just been started has it"
         )
-        assert sum(seen.tokens for seen in census.at(samples).values()) == samples * LENGTH
+        assert sum(seen.tokens for seen in census.sources(samples).values()) == samples * LENGTH
 
 
 @pytest.mark.parametrize("ends", [[3], [0, 0, 3, 3, 5, 8], [2, 4, 4], [1, 2, 3], [4, 4]])
@@ -69,12 +69,12 @@ def test_documents_that_have_begun(ends):
 def test_a_count_copies_no_table_of_documents(make, monkeypatch):
     """A part may have 10⁸ of them, and every evaluation counts."""
     loader = make(["a.jsonl", "b.jsonl"])
-    census, (part, *_) = DataStatistics(loader), loader.blocks.view.store.parts
-    census.at(4)  # what is looked up once
+    census, (part, *_) = DataStatistics(loader), loader.blocks[0].view.store.parts
+    census.sources(4)  # what is looked up once
     ends = np.append(part.ends, np.full(1_000_000, part.ends[-1]))  # with empty documents
     monkeypatch.setattr(TokenShard, "ends", ends)
     tracemalloc.start()
-    census.at(8)
+    census.sources(8)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < ends.nbytes / 2
@@ -83,11 +83,11 @@ def test_a_count_copies_no_table_of_documents(make, monkeypatch):
 def test_many_files_are_counted_by_folder_and_many_folders_in_part(make):
     folders = MAX_SOURCES + 3
     loader = make([f"{i:02}/{name}.jsonl" for i in range(folders) for name in "ab"])
-    found = DataStatistics(loader).at(loader.num_blocks)
+    found = DataStatistics(loader).sources(len(loader.blocks[0]))
     assert len(found) == MAX_SOURCES
-    assert sum(seen.tokens for seen in found.values()) == loader.num_blocks * LENGTH
+    assert sum(seen.tokens for seen in found.values()) == len(loader.blocks[0]) * LENGTH
     shown = [seen.tokens for name, seen in found.items() if name != OTHERS]
-    every = one_by_one(loader, loader.num_blocks, lambda path: path.split("/")[-2])
+    every = one_by_one(loader, len(loader.blocks[0]), lambda path: path.split("/")[-2])
     assert sorted(shown) == sorted((tokens for tokens, _ in every.values()), reverse=True)[: MAX_SOURCES - 1][::-1]
 
 

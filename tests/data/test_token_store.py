@@ -198,8 +198,10 @@ def test_the_largest_hash_alone_is_kept(tmp_path):
     name = write(tmp_path / "0.tokens", [(2**63 + n, [1, 0], 1, 0, n) for n in range(3)])
     manifest = {"name": "x", "eot": 0, "parts": [str(name)], "units": [[["a", 0]]]}
     (tmp_path / "m.json").write_text(json.dumps(manifest))
-    train, held = TokenStore(tmp_path / "m.json").views(held_out=1.0)
+    train, held = TokenStore(tmp_path / "m.json").views(held_out=1 - 2**-53)
     assert (numbers(train), numbers(held)) == ([2], [0, 1])
+    train, held = TokenStore(tmp_path / "m.json").views(held_out=1.0)
+    assert (numbers(train), numbers(held)) == ([], [0, 1, 2]), "a dedicated test set"
 
 
 def test_of_equal_documents_none_is_held_out(tmp_path):

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pretrain.config.compose import run_config
-from pretrain.data.domains import base_domains
+from pretrain.data.domains import evaluation_domains
 from pretrain.data.sources.local import Local
 from pretrain.data.sources.sample import English
 from pretrain.runtime.errors import UserError
@@ -18,6 +18,11 @@ from tests.conftest import sentences
 
 def local(path, **more):
     return Local(nameOrPath=path, **more)
+
+
+def base_domains(dataset, bases):
+    """Name → source of the domains that are not trained on."""
+    return {d.name: d.source for d in evaluation_domains(dataset, bases) if d.part is None}
 
 
 @pytest.mark.parametrize(

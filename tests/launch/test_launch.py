@@ -328,7 +328,7 @@ def batches_of(base_arguments):
     from tests.training.test_trainer import prepared_of
 
     config, prepared = prepared_of(base_arguments)
-    length, view = config.sequence_length, prepared.train
+    length, view = config.sequence_length, prepared.train.parts[0].view
     block_of = {tuple(view.read(i * length, (i + 1) * length)): i for i in range((view.num_tokens - 1) // length)}
     assert len(block_of) == (view.num_tokens - 1) // length, "a row must say which block it is"
 

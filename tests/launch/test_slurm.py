@@ -13,9 +13,11 @@ import pytest
 
 from pretrain.sweep.job import job_of
 from pretrain.sweep.launchers.slurm import SlurmJob
+from tests.data.texts import parts_of, some_text
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+TWO_NODES = ["hydra.launcher.nodes=2", "hydra.launcher.cpus_per_task=1", "hydra.launcher.gpus_per_node=0"]
 SIMPLE = ["evaluate_every=null", "save_every=null", "sink=jsonl"]
 
 
@@ -221,3 +223,25 @@ def test_leaving_the_wait_leaves_the_job(cluster, sweep, tmp_path):
             return
         time.sleep(0.1)
     raise AssertionError("scancel let the run save nothing")
+
+
+@pytest.mark.slow
+def test_two_nodes_tokenize_one_dataset(cluster, sweep, base_arguments, spawn, tmp_path, monkeypatch):
+    """The cache is the same to the byte as that of one process, and both nodes have the whole dataset at the end."""
+    (tmp_path / "texts").mkdir()
+    for number in range(8):
+        (tmp_path / f"texts/{number}.txt").write_text(some_text(number, 200_000))
+    words = ["task=tokenization", "dataset=local", f"dataset.nameOrPath={tmp_path / 'texts'}"]
+    parts = []
+    for name, start in (
+        ("alone", lambda: spawn([*base_arguments, *words])),
+        ("nodes", lambda: sweep(*TWO_NODES, *words)),
+    ):
+        monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / name))
+        finish(start())
+        parts.append(parts_of(tmp_path / name))
+    assert parts[0] == parts[1]
+    assert len(parts[0]) >= 8
+    logs = [log.read_text() for log in (tmp_path / "sweep").glob(".submitit/*/*_log.out")]
+    assert [log.count("training: ") for log in logs] == [1, 1]
+    assert not list((tmp_path / "nodes/progress").glob("*"))

@@ -54,6 +54,10 @@ def test_gradients_are_those_of_transformers_own_loss(name: str) -> None:
     for key, gradient in wanted.items():
         assert torch.allclose(found[key], gradient, atol=1e-5 * max(1.0, float(gradient.abs().max()))), key
 
+    model(ids, labels, None, torch.full((4,), 2.0)).backward()
+    for key, gradient in gradients(hf).items():
+        assert torch.allclose(gradient, 2 * wanted[key], atol=2e-5 * max(1.0, float(gradient.abs().max()))), key
+
     plain = LanguageModel(tiny(name))
     plain(ids, labels).backward()
     router = next(key for key in wanted if "gate.weight" in key or "router" in key)

@@ -19,6 +19,7 @@ from pretrain.models.hub import export
 from pretrain.models.hub.model_card import model_card, public
 from pretrain.models.language_model import LanguageModel
 from pretrain.runtime.files import write_files
+from pretrain.telemetry.events import PartCount
 from tests.models.tiny import tiny
 
 
@@ -123,7 +124,7 @@ def test_code_that_a_model_brings_comes_along(
 # The card -------------------------------------------------------------------------------------------------------------
 
 
-def card(progress: TrainState | None = None, **changes: Any) -> str:
+def card(progress: TrainState | None = None, parts: Any = lambda samples: {}, **changes: Any) -> str:
     config: dict[str, Any] = dict.fromkeys(("sequence_length", "batch_size", "gradient_accumulation_steps", "seed"), 2)
     config |= dict.fromkeys(("lr", "warmup_proportion", "weight_decay", "beta1", "beta2", "grad_clip"), 0.5)
     config |= {part: {"_target_": f"some.{part}"} for part in ("scheduler", "optimizer", "model")}
@@ -131,7 +132,8 @@ def card(progress: TrainState | None = None, **changes: Any) -> str:
     config |= {"dataset": {"source": "huggingface", "nameOrPath": "owner/texts"}}
     facts = {"parameters": 7, "precision": "32-true", "strategy": "ddp", "world_size": 3, "versions": {"torch": "2"}}
     data = {"documents": 1, "tokens": 2, "bytes": 3, "global_batch": 12}
-    return model_card(config | changes, progress or TrainState(), data=data, facts=facts, total_steps=9)
+    progress = progress or TrainState()
+    return model_card(config | changes, progress, data=data, parts=parts, facts=facts, total_steps=9)
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -189,3 +191,19 @@ def test_a_card_shows_no_change_where_none_was_measured() -> None:
     text = card(TrainState(9, evaluated_at=9, scores=[unknown]))
     assert "| old (base) | — → 4.5000 | — | — → 90.02 | — → 1.6875 |" in text
     assert "Changes that are not known: old: step 0 was scored with other text." in text
+
+
+def test_a_card_of_a_mixture_names_its_parts_and_what_was_read_of_them() -> None:
+    parts = {
+        "es": {"source": "huggingface", "nameOrPath": ["owner/es", "owner/texts"]},
+        "more": {"source": "mixture", "parts": {"code": {"source": "local", "nameOrPath": "/home/anna/src"}}},
+    }
+    counts = {"es": PartCount(7500, 0.75, 0.7, 1.25), "more/code": PartCount(2500, 0.25, 0.3, 0.5)}
+    text = card(
+        TrainState(samples=40), parts=lambda n: counts if n == 40 else {}, dataset={"source": "mixture", "parts": parts}
+    )
+    assert "`owner/es`, `owner/texts` (huggingface), `src` (local): 1 documents" in text
+    assert "datasets:\n- owner/es\n- owner/texts\n" in text
+    assert "| es | 7,500 | 75.0% | 70.0% | 1.25 |" in text
+    assert "| more/code | 2,500 | 25.0% | 30.0% | 0.50 |" in text
+    assert "by the weights" not in card()

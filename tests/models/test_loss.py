@@ -72,6 +72,33 @@ def test_value_and_gradients(bias: bool, chunks: str) -> None:
     assert given[0].grad[[9, 36]].count_nonzero() == 0, "rows without a target"  # type: ignore[union-attr, index]
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_of_rows(bias: bool, chunks: str) -> None:
+    """Against fp64; a row of weight 0 has no gradient, and weights of 1 change no bit."""
+    *tensors, labels = inputs(bias=bias)
+    weights = torch.rand(ROWS, generator=torch.Generator().manual_seed(1)) * 3
+    weights[[1, 20]] = 0
+    wanted = leaves(*tensors, dtype=torch.float64)
+    logits = F.linear(*wanted)  # type: ignore[arg-type]
+    value = (F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none") * weights).sum()
+    value.backward()
+    given = leaves(*tensors, dtype=torch.float32)
+    found = linear_cross_entropy(*given, labels, weights)  # type: ignore[arg-type]
+    assert found.item() == pytest.approx(value.item(), rel=1e-6)
+    found.backward()
+    for ours, theirs in zip(given, wanted, strict=True):
+        if ours is not None:
+            assert off(ours.grad, theirs.grad) < 1e-6  # type: ignore[union-attr, arg-type]
+    assert given[0].grad[[1, 9, 20, 36]].count_nonzero() == 0  # type: ignore[union-attr, index]
+    for ones in (None, torch.ones(ROWS)):
+        again = leaves(*tensors, dtype=torch.float32)
+        linear_cross_entropy(*again, labels, ones).backward()  # type: ignore[arg-type]
+        if ones is None:
+            plain = again
+    for ours, theirs in zip(again, plain, strict=True):
+        assert ours is None or torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type, union-attr]
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1.5e-3), (torch.bfloat16, 1e-2)])
 def test_16_bits(dtype: torch.dtype, tolerance: float, chunks: str) -> None:
     """Products in 16 bits, the sum over chunks in fp32; the value is that of logits in 16 bits, with a gradient or without."""

@@ -2,7 +2,6 @@
 
 import pytest
 
-from pretrain.run.prepare import total_steps
 from tests.training.test_trainer import prepared_of
 
 
@@ -34,8 +33,23 @@ def test_every_choice_of_documents_reaches_the_run_and_its_identity(base_argumen
 @pytest.mark.parametrize("epochs", [1, 1.5, 2])
 def test_sequences_left_over_in_an_epoch_are_taken_by_the_next(base_arguments, epochs):
     """Only the last step is rounded down, as docs/data.md has it."""
-    config, data = prepared_of([*base_arguments, "max_steps=null", f"number_epochs={epochs}"])
+    _, data = prepared_of([*base_arguments, "max_steps=null", f"number_epochs={epochs}"])
     sequences = (data.train.num_tokens - 1) // 32
     assert data.global_batch == 4
     assert sequences % 4, "else nothing is left over"
-    assert total_steps(config, data) == int(sequences * epochs) // 4
+    assert data.total_steps == int(sequences * epochs) // 4
+
+
+def test_removed_documents_are_reported_before_the_start(base_arguments, corpus, tmp_path):
+    """Eleven documents, of which one is too short and two occur twice."""
+    texts = [(corpus / f"{number:02}.txt").read_text() for number in [*range(8), 0, 1]] + ["short"]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number:02}.txt").write_text(text)
+    arguments = [*base_arguments, f"dataset.nameOrPath={tmp_path}", "dataset.name=poems", "dataset.held_out=0.3"]
+    assert not prepared_of(arguments)[1].notices
+    _, data = prepared_of([*arguments, "dataset.where='len(text) > 5'", "dataset.deduplicate=exact"])
+    held_out = data.domains[0][2].num_documents
+    assert list(data.notices) == [
+        f"dataset 'poems': 11 documents: 1 removed by dataset.where, 2 removed as duplicates, {held_out} held out, "
+        f"{8 - held_out} to train on"
+    ]

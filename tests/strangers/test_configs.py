@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from pretrain.cli.flat_yaml import overrides_from
 from pretrain.config.compose import compose, forced, resolve
-from pretrain.config.quoting import NAME_KEYS, PATH_KEYS, quoted_word, unquoted
+from pretrain.config.quoting import LIST, NAME_KEYS, PATH_KEYS, quoted_word, unquoted
 from tests.cli.test_cli import assert_mistake
 
 SMALL = settings(deadline=None, derandomize=True, max_examples=25, suppress_health_check=list(HealthCheck))
@@ -49,6 +50,15 @@ WORDS = {  # what was typed → (what the line says)
     "a long folder": (["output_dir=runs/" + "a" * 5000], "longer than a file's name"),
     "a long tokenizer": (["model.tokenizer_name=" + "a" * 300], "longer than a file's name"),
     "a zero byte": (["dataset.name=a\0b"], "zero byte"),
+    "a condition that is code": (
+        ["dataset.where=__import__('os').system('ls') == 0"],
+        """dataset.where="__import__('os').system('ls') == 0": no function""",
+    ),
+    "a condition in SQL": (["dataset.where=lang = 'es' AND score > 1"], "one looks like lang == 'es' and score > 0.8"),
+    "a template that is code": (
+        ["dataset.text_template={text.__class__}"],
+        "{text.__class__} is not the plain name of a column",
+    ),
     "a name that is no UTF-8": (["dataset.name=\udcff"], "not UTF-8"),
     "an unclosed bracket": (["generation.prompts=[a"], "no viable alternative"),
     "deep nesting": (["generation.prompts=" + "[" * 400 + "]" * 400], "nested too deeply"),
@@ -72,6 +82,14 @@ def test_words(name, command, tmp_path, monkeypatch):
     [
         (["--version"], "pretrain 0."),
         (["--cfg", "job"], "output_dir: outputs/${name}"),
+        (
+            ["--cfg", "job", "dataset.where=lang in ('es', 'pt') and score > 0.8"],
+            "where: lang in ('es', 'pt') and score > 0.8",
+        ),
+        (
+            ["--cfg", "job", r"dataset.text_template={title}\n\n{body}, {end}"],
+            r"text_template: '{title}\n\n{body}, {end}'",
+        ),
         (["--cfg", "job", "--resolve"], "output_dir: outputs/sample-python\n"),
         (["--cfg", "job", "--package", "optimizer"], "# @package optimizer"),
         (["--cfg", "hydra", "lr=-1"], "hydra:"),
@@ -155,10 +173,30 @@ def test_any_path(key, typed):
     word = quoted_word(f"+x.{key}={typed}", sweeping=False)
     value = word.removeprefix(f"+x.{key}=")
     assert quoted_word(word, sweeping=False) == word
-    if value != typed:
+    if key == "nameOrPath" and LIST.fullmatch(typed) and value[0] == "[":
+        assert isinstance(OverridesParser.create().parse_override(f"key={value}").value(), list)
+    elif value != typed:
         assert unquoted(value) == typed
     elif unquoted(value) != typed:
         assert typed.lower() == "null" or typed[0] in "'\"" or "\\" in typed or "${" in typed or typed.endswith(")")
+
+
+LISTS = {
+    "[a,b]": ["a", "b"],
+    "[books/]": ["books/"],
+    "[lang=de/a.txt, b (1).txt,'c,d',]": ["lang=de/a.txt", "b (1).txt", "c,d"],
+    "['c,d', e]": ["c,d", "e"],
+    "[s3://b/x/*.jsonl, 2024,true]": ["s3://b/x/*.jsonl", "2024", "true"],
+    "[0-9]": "[0-9]",  # a glob
+    "[0-9]*.txt": "[0-9]*.txt",
+}
+
+
+@pytest.mark.parametrize("typed", LISTS)
+def test_a_list_of_paths(typed):
+    (word,) = [quoted_word(f"dataset.nameOrPath={typed}", sweeping=False)]
+    found = OmegaConf.to_container(compose(["dataset=local", forced(word)]), resolve=True)["dataset"]["nameOrPath"]
+    assert found == LISTS[typed]
 
 
 SWEPT = {

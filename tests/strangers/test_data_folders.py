@@ -19,7 +19,7 @@ from pretrain.data.loader import Loader
 from pretrain.data.reading.cut import cut
 from pretrain.data.reading.readers import read
 from pretrain.data.sources import listing
-from pretrain.data.sources.huggingface import HuggingFace
+from pretrain.data.sources.huggingface import HuggingFace, repository
 from pretrain.data.sources.local import Local
 from pretrain.data.sources.own_files import check_data_files
 from pretrain.data.statistics import DataStatistics
@@ -133,7 +133,7 @@ def test_a_dataset_folder_reads_nothing_elsewhere(case: str, folder: Path) -> No
 def test_a_dataset_of_the_hub_reads_nothing_elsewhere(found: str, words: str) -> None:
     """What ``datasets`` has found for it, before anything is fetched: a README.md of the Hub can name the same."""
     mine = "hf://datasets/a/b@0123/x.jsonl"
-    check_data_files({"train": [mine]}, None, HuggingFace(nameOrPath="a/b")._repository())
+    check_data_files({"train": [mine]}, None, repository("a/b"))
     with pytest.raises(UserError, match=words):
         check_data_files({"train": [mine, found]}, None, "datasets/a/b")
 
@@ -269,7 +269,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path, tokenizer) -> None:
     assert source.domain == "caf\ufffd"
     store = prepare(source, tokenizer_json=tokenizer.backend_tokenizer.to_str(), eot=0, cache=tmp_path / "cache")
     view, _ = store.views(held_out=0)
-    found = DataStatistics(Loader(view, sequence_length=16, seed=0, batch_size=1)).at(4)
+    found = DataStatistics(Loader(view, sequence_length=16, seed=0, batch_size=1)).sources(4)
     assert set(found) == {"0\ufffd.jsonl", "1\ufffd.jsonl"}
     json.dumps([*found, source.domain], ensure_ascii=False).encode()
 

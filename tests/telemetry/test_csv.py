@@ -132,3 +132,18 @@ def test_a_full_disk_costs_no_row(tmp_path, capsys):
         )
         == 1
     )
+
+
+def test_the_parts_of_a_mixture_have_a_table_of_their_own(tmp_path):
+    """It is cut on a resume like data.csv; a single dataset has none."""
+    part = {"tokens": 5, "share": 0.5, "wanted": 0.75, "epochs": 1.5}
+    data = {"event": "data", "time": 1.0, "sources": {"es/x": {"tokens": 5}}, "parts": {"es": part, "replay": part}}
+    written(tmp_path, FRESH, data | {"step": 2}, data | {"step": 4})
+    rows = [(r["step"], r["part"], r["tokens"], r["wanted"], r["epochs"]) for r in table(tmp_path / "parts.csv")]
+    assert rows == [(step, name, "5", "0.75", "1.5") for step in ("2", "4") for name in ("es", "replay")]
+    assert "parts" not in table(tmp_path / "data.csv")[0]
+    written(tmp_path, RunStarted(2, 9, resumed=True), data | {"step": 4})
+    assert [r["step"] for r in table(tmp_path / "parts.csv")] == ["2", "2", "4", "4"]
+    (tmp_path / "alone").mkdir()
+    written(tmp_path / "alone", FRESH, data | {"step": 2, "parts": {"es": part}})
+    assert not (tmp_path / "alone" / "parts.csv").exists()

@@ -63,7 +63,7 @@ def test_what_happens_when(loop):
     assert [e.for_ for e in events if isinstance(e, TrainingPaused)] == ["checkpoint"] * 3
     assert [e.step for e in events if isinstance(e, Sampled)] == [0, 3, 6]
     seen = [(e.step, e.sources) for e in events if isinstance(e, DataStatisticsEvent)]
-    assert seen == [(3, trainer.statistics.at(12)), (6, trainer.statistics.at(24))]
+    assert seen == [(3, trainer.statistics.sources(12)), (6, trainer.statistics.sources(24))]
     assert sum(source.tokens for source in seen[1][1].values()) == 24 * 8
     assert all(0 <= e.seconds < 60 for e in events if isinstance(e, Evaluated | DataStatisticsEvent | TrainingPaused))
     assert [call[1:] for call in scores.calls] == [(True, False), (False, False), (False, False)]
@@ -94,7 +94,9 @@ def test_a_step_is_told_with_its_numbers(loop):
     assert (first.tokens, first.step_tokens, second.tokens, second.step_tokens) == (32, 32, 64, 32)
     assert first.step_samples == 4
     assert (int(first.skipped), first.loss_scale, first.layers) == (0, None, None)
-    assert (first.epoch, second.epoch) == pytest.approx((4 / trainer.loader.num_blocks, 8 / trainer.loader.num_blocks))
+    assert (first.epoch, second.epoch) == pytest.approx(
+        (4 / len(trainer.loader.blocks[0]), 8 / len(trainer.loader.blocks[0]))
+    )
 
 
 def test_the_update_is_the_engines_own(loop):
@@ -206,7 +208,7 @@ def test_what_a_checkpoint_holds(loop):
     trainer.run()
     path = trainer.checkpoints.writer.store.path(2)
     state = load(path)
-    assert state["loader"] == {"samples": 8}
+    assert state["loader"] == {"samples": 8, "parts": {"x": 8}}
     assert (state["progress"]["step"], state["progress"]["samples"], state["progress"]["tokens"]) == (2, 8, 64)
     assert state["guard"] == {"losses": [], "skips_in_a_row": 0, "passed_over": []}
     assert (state["identity"], state["records"], len(state["rng"])) == (IDENTITY, [RECORD], 1)

@@ -134,7 +134,7 @@ def test_another_length_is_the_same_place_in_the_text(loop):
     ):
         other = changed(loop()[0], **identity)
         other.restore(checkpoint)
-        assert (other.state.samples, other.loader.state_dict()) == (samples, {"samples": samples})
+        assert (other.state.samples, other.loader.state_dict()["samples"]) == (samples, samples)
         assert other.guard.blocklist == passed
 
 

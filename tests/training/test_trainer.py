@@ -22,7 +22,7 @@ def view(base_arguments):
 
 def view_of(base_arguments):
     """The training documents of `base_arguments`, through the store that the run itself uses."""
-    return prepared_of(base_arguments)[1].train
+    return prepared_of(base_arguments)[1].train.parts[0].view
 
 
 def prepared_of(base_arguments):

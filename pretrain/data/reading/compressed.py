@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any
 
+from pretrain.data.reading.opening import open_file
 from pretrain.data.reading.units import FileRange
 from pretrain.runtime.errors import UserError
 
@@ -27,7 +28,7 @@ def is_compressed(piece: FileRange) -> bool:
 def open_bytes(piece: FileRange, start: int | None = None) -> IO[bytes]:
     """Return a stream of the piece's file from byte ``start`` (by default that of the piece). A compressed file is always
     decompressed from its beginning. The caller closes the stream."""
-    file = open(piece.path, "rb")  # noqa: SIM115
+    file = open_file(piece.path, piece.stamp)
     if piece.format.endswith(".gz"):
         return io.BufferedReader(_Decompressed(file, _gzip_blocks(file), piece.path), READ_BYTES)
     if piece.format.endswith(".zst"):

@@ -7,28 +7,45 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
+from pretrain.data.reading.opening import open_file
 from pretrain.data.reading.records import Document, column_index, decode, line_at, lines
-from pretrain.data.reading.units import FileRange, ReadOptions
+from pretrain.data.reading.rows import documents_of_records
+from pretrain.data.reading.units import FileRange, ReadOptions, Stamp
 from pretrain.runtime.errors import UserError
 
 UTF8_MARK = b"\xef\xbb\xbf"
 Record = tuple[int, int, list[str]]  # offset of its first byte, offset after its last byte, its fields
 
 
-def csv_documents(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
-    """Yield the text column of each record in ``piece``. Raises ``UserError`` for records that do not match the header."""
+def csv_documents(piece: FileRange, options: ReadOptions) -> Iterator[Document | None]:
+    """Yield the document of each record in ``piece``. Raises ``UserError`` for records that do not match the header."""
     names, after_header = header(piece, options)
+    if options.by_rows:
+        named = (
+            ({name: field or None for name, field in zip(names, fields, strict=False)}, partial(line_at, piece, start))
+            for start, fields in _fields(piece, options, names, after_header, len(names) - 1)
+        )
+        yield from documents_of_records(named, options, piece.path, loose=True)
+        return
     column = column_index(names, lambda: piece.path, options)
+    for _, fields in _fields(piece, options, names, after_header, column):
+        yield fields[column]
+
+
+def _fields(
+    piece: FileRange, options: ReadOptions, names: list[str], after_header: int, last: int
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield the offset and the fields of each record, which has at least the field ``last`` and none without a name."""
     place = partial(line_at, piece)
     for start, _, fields in _records(_text_lines(piece, options), place):
         if not fields or start < after_header:
             continue
-        if len(fields) <= column or any(fields[len(names) :]):
+        if len(fields) <= last or any(fields[len(names) :]):
             raise UserError(
                 f"{place(start)}: a record of {len(fields)} fields, but the header has {len(names)}; "
                 "a field that contains a comma, a quote or a line end must be quoted"
             )
-        yield fields[column]
+        yield start, fields
 
 
 def header(piece: FileRange, options: ReadOptions) -> tuple[list[str], int]:
@@ -39,11 +56,11 @@ def header(piece: FileRange, options: ReadOptions) -> tuple[list[str], int]:
     return [], 0
 
 
-def record_ends(path: str) -> Iterator[int]:
+def record_ends(path: str, stamp: Stamp) -> Iterator[int]:
     """Yield the offset after each record, up to the first invalid one. The reader reports the error when it gets there."""
 
     def text_lines() -> Iterator[tuple[int, int, str]]:
-        with open(path, "rb") as file:
+        with open_file(path, stamp) as file:
             offset = 0
             for line in file:  # the syntax of CSV is ASCII, so latin-1 decodes it in files of any ASCII superset
                 start, offset = offset, offset + len(line)

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from pretrain.data.reading.records import Document, blocks, decode, document_of_record, line_at, lines
+from pretrain.data.reading.records import Document, Location, blocks, decode, line_at, lines
+from pretrain.data.reading.rows import documents_of_records
 from pretrain.data.reading.units import FileRange, ReadOptions
 from pretrain.runtime.errors import UserError
 
@@ -21,8 +22,19 @@ BETWEEN = re.compile(r"[ \t\r\n,]*")
 LONGEST_WORD = 16
 
 
-def jsonl(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
+def jsonl(piece: FileRange, options: ReadOptions) -> Iterator[Document | None]:
     """Yield the document of each line of JSON Lines. Empty lines are skipped."""
+    return documents_of_records(_line_records(piece, options), options, piece.path)
+
+
+def json_values(piece: FileRange, options: ReadOptions) -> Iterator[Document | None]:
+    """Yield the documents of a JSON file that holds a list of records, several lists in sequence, or bare records (files named
+    .json are often JSON Lines)."""
+    return documents_of_records(_value_records(piece, options), options, piece.path)
+
+
+def _line_records(piece: FileRange, options: ReadOptions) -> Iterator[tuple[Any, Location]]:
+    """Yield the value of each line with its place."""
     for offset, raw in lines(piece):
         line = decode(raw, piece, offset, options)
         if not line or line.isspace():
@@ -34,13 +46,11 @@ def jsonl(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
             raise UserError(f"{place()}: broken JSON line ({error})") from error
         except RecursionError as error:
             raise UserError(f"{place()}: broken JSON line ({NESTED})") from error
-        if (document := document_of_record(record, place, options)) is not None:
-            yield document
+        yield record, place
 
 
-def json_values(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
-    """Yield the documents of a JSON file that holds a list of records, several lists in sequence, or bare records (files named
-    .json are often JSON Lines)."""
+def _value_records(piece: FileRange, options: ReadOptions) -> Iterator[tuple[Any, Location]]:
+    """Yield the values of a JSON file with their places."""
     window = _Window(piece, options)
     inside = False
     for index in itertools.count():
@@ -49,8 +59,7 @@ def json_values(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
         if not char:
             break
         record = window.value()
-        if (document := document_of_record(record, partial(window.place, f", record {index}"), options)) is not None:
-            yield document
+        yield record, window.location(f", record {index}")
     if inside:
         raise UserError(f"{window.place()}: broken JSON (the list has no end; is the file cut off?)")
 
@@ -68,6 +77,11 @@ class _Window:
     def place(self, more: str = "") -> str:
         """Return ``file:line`` of the current record, followed by ``more``."""
         return f"{self._path}:{self._line + self.text.count(chr(10), 0, self._start)}{more}"
+
+    def location(self, more: str) -> Location:
+        """Return the function that describes the place of the current record, also when parsing has continued after it."""
+        path, line, text, start = self._path, self._line, self.text, self._start
+        return lambda: f"{path}:{line + text.count(chr(10), 0, start)}{more}"
 
     def next_char(self) -> str:
         """Return the next character that is neither white space nor a comma; an empty string at the end of the file."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.reading.compressed import is_compressed, open_bytes
+from pretrain.data.reading.template import filled
 from pretrain.data.reading.units import FileRange, ReadOptions
 from pretrain.runtime.errors import UserError
 
@@ -135,6 +136,8 @@ def line_at(piece: FileRange, offset: int) -> str:
 
 def document_of_record(record: Any, place: Location, options: ReadOptions) -> Document | None:
     """Return the document of a JSON value: the text column of an object, or the value itself. Return ``None`` for null."""
+    if options.text_template is not None:
+        return document_of_template(record, place, options)
     if isinstance(record, dict):
         names = list(record)
         record = record[names[column_index(names, place, options)]]
@@ -157,6 +160,25 @@ def document_of(value: Any, place: Location, options: ReadOptions) -> Document:
     )
 
 
+def document_of_template(row: Any, place: Location, options: ReadOptions) -> str | None:
+    """Return the text that ``text_template`` makes of a row; ``None`` if none of its columns has a value. Raises ``UserError`` if
+    a column is missing or is neither text nor a number."""
+    names = list(row) if isinstance(row, dict) else []
+    values: dict[str, Any] = {}
+    for name in options.text_columns():
+        if name not in names:
+            raise _no_column(name, "text_template", names, place)
+        value = row[name]
+        if value is not None and not isinstance(value, str | int | float):
+            raise UserError(
+                f"{place()}: column {name!r} (dataset.text_template) is neither text nor a number, but "
+                f"{type(value).__name__} ({reprlib.repr(value)})"
+            )
+        values[name] = _without_surrogates(value, place, options) if isinstance(value, str) else value
+    assert options.text_template is not None
+    return filled(options.text_template, values)
+
+
 def _without_surrogates(text: str, place: Location, options: ReadOptions) -> str:
     """Replace lone surrogates in ``text``, or raise ``UserError``. JSON can escape half of a surrogate pair, which is not a
     character and can't be encoded in UTF-8."""
@@ -170,12 +192,18 @@ def _without_surrogates(text: str, place: Location, options: ReadOptions) -> str
     )
 
 
-def column_index(names: list[str], place: Location, options: ReadOptions) -> int:
-    """Return the index of the text column, or that of ``input_ids`` (data tokenized elsewhere) if there is no text column."""
-    for wanted in (options.text_column, "input_ids"):
-        if wanted in names:
-            return names.index(wanted)
-    raise UserError(
-        f"{place()}: no column {options.text_column!r} (dataset.text_column); "
-        f"the columns there: {', '.join(names) or 'none'}"
+def column_index(names: list[str], place: Location, options: ReadOptions, column: str | None = None) -> int:
+    """Return the index of ``column``, by default the text column, or that of ``input_ids`` (data tokenized elsewhere) if there is
+    no text column."""
+    is_template = options.text_template is not None
+    wanted = (column or "",) if is_template else (options.text_column, "input_ids")
+    for name in wanted:
+        if name in names:
+            return names.index(name)
+    raise _no_column(wanted[0], "text_template" if is_template else "text_column", names, place)
+
+
+def _no_column(name: str, key: str, names: Sequence[str], place: Location) -> UserError:
+    return UserError(
+        f"{place()}: no column {name!r} (dataset.{key}); the columns there: {', '.join(map(str, names)) or 'none'}"
     )

@@ -3,17 +3,17 @@ because an offset outside of its buffer would crash the process instead of raisi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
+from pretrain.data.reading.opening import open_arrow, parquet_source
 from pretrain.data.reading.records import Document, column_index, decode_value, document_of
+from pretrain.data.reading.table_rows import ROWS, RowPlace, documents_of_table
 from pretrain.data.reading.units import FileRange, ReadOptions, Stamp
+from pretrain.data.reading.where import no_column
 from pretrain.runtime.errors import UserError, one_line
-
-ROWS = 256  # number of rows that are converted to Python objects at a time
-RowPlace = Callable[[int], str]  # row number → description of the row for messages
 
 
 @contextmanager
@@ -33,26 +33,31 @@ def parquet_metadata(path: str, stamp: Stamp) -> Any:
     is part of the cache key."""
     import pyarrow.parquet as pq
 
-    return pq.read_metadata(path)
+    return pq.read_metadata(parquet_source(path, stamp))
 
 
 def is_wanted(column_path: str, options: ReadOptions) -> bool:
     """Return whether a parquet column (such as ``text`` or ``input_ids.list.element``) belongs to a column that is read."""
-    return any(column_path == name or column_path.startswith(f"{name}.") for name in (options.text_column, "input_ids"))
+    names = {*options.text_columns(), "input_ids"}
+    names |= {name for path in options.where_columns() for name in (path[0], ".".join(path))}
+    return any(column_path == name or column_path.startswith(f"{name}.") for name in names)
 
 
-def parquet(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
+def parquet(piece: FileRange, options: ReadOptions) -> Iterator[Document | None]:
     """Yield the documents of a range of row groups."""
     import pyarrow.parquet as pq
 
     with readable_table(piece.path, "parquet"):
         metadata = parquet_metadata(piece.path, piece.stamp)
         row = sum(metadata.row_group(index).num_rows for index in range(piece.start))
-        with pq.ParquetFile(piece.path, metadata=metadata) as file:
-            names = file.schema_arrow.names
-            column = names[column_index(names, lambda: piece.path, options)]
-            for batch in file.iter_batches(ROWS, row_groups=list(range(piece.start, piece.stop)), columns=[column]):
-                yield from _column_documents(batch.column(0), _rows(piece.path, column), row, options)
+        with pq.ParquetFile(parquet_source(piece.path, piece.stamp), metadata=metadata) as file:
+            columns = _needed(piece.path, file.schema_arrow.names, options)
+            for batch in file.iter_batches(ROWS, row_groups=list(range(piece.start, piece.stop)), columns=columns):
+                if options.by_rows:
+                    found = {name: _validated(batch.column(name)) for name in columns}
+                    yield from documents_of_table(found, _rows(piece.path), row, options)
+                else:
+                    yield from _column_documents(batch.column(0), _rows(piece.path, columns[0]), row, options)
                 row += batch.num_rows
 
 
@@ -68,18 +73,23 @@ def parquet_bytes(piece: FileRange, options: ReadOptions) -> Iterator[tuple[int,
                 yield start, start + column.total_compressed_size
 
 
-def arrow(piece: FileRange, options: ReadOptions) -> Iterator[Document]:
+def arrow(piece: FileRange, options: ReadOptions) -> Iterator[Document | None]:
     """Yield the documents of the record batches in a byte range."""
     import pyarrow as pa
 
-    with readable_table(piece.path, "arrow"), pa.OSFile(piece.path) as stream:
+    with readable_table(piece.path, "arrow"), open_arrow(piece.path, piece.stamp) as stream:
         schema = arrow_schema(stream)
-        column = column_index(schema.names, lambda: piece.path, options)
+        columns = _needed(piece.path, schema.names, options)
         stream.seek(piece.start)
         while (at := stream.tell()) < piece.stop:
             batch = pa.ipc.read_record_batch(pa.ipc.read_message(stream), schema)
-            place = _rows(piece.path, schema.names[column], f" of the record batch at byte {at}")
-            yield from _column_documents(batch.column(column), place, 0, options)
+            within = f" of the record batch at byte {at}"
+            if options.by_rows:
+                found = {name: _validated(batch.column(schema.names.index(name))) for name in columns}
+                yield from documents_of_table(found, _rows(piece.path, of=within), 0, options)
+            else:
+                column = schema.names.index(columns[0])
+                yield from _column_documents(batch.column(column), _rows(piece.path, columns[0], within), 0, options)
 
 
 def arrow_schema(stream: Any) -> Any:
@@ -94,16 +104,14 @@ def arrow_schema(stream: Any) -> Any:
     return pa.ipc.read_schema(pa.ipc.read_message(stream))
 
 
-def schema_bytes(path: str) -> int:
+def schema_bytes(path: str, stamp: Stamp) -> int:
     """Return the offset of the first record batch."""
-    import pyarrow as pa
-
-    with pa.OSFile(path) as stream:
+    with open_arrow(path, stamp) as stream:
         arrow_schema(stream)
         return int(stream.tell())
 
 
-def arrow_batches(path: str) -> Iterator[tuple[int, int]]:
+def arrow_batches(path: str, stamp: Stamp) -> Iterator[tuple[int, int]]:
     """Yield the byte range of each record batch. The messages are read through a memory map, so their bodies are not loaded.
 
     Raises ``UserError`` if the stream has no end marker or has data after it, or if the file's footer has another number of
@@ -111,7 +119,7 @@ def arrow_batches(path: str) -> Iterator[tuple[int, int]]:
     """
     import pyarrow as pa
 
-    with readable_table(path, "arrow"), pa.memory_map(path) as stream:
+    with readable_table(path, "arrow"), open_arrow(path, stamp, mapped=True) as stream:
         arrow_schema(stream)
         start, count, total = stream.tell(), 0, stream.size()
         while (message := _next_message(stream)) is not None:
@@ -140,9 +148,21 @@ def _next_message(stream: Any) -> Any:
         return None
 
 
-def _rows(path: str, column: str, of: str = "") -> RowPlace:
+def _needed(path: str, names: list[str], options: ReadOptions) -> list[str]:
+    """Return the columns that are read. Raises ``UserError`` if one is missing."""
+    needed = dict.fromkeys(names[column_index(names, lambda: path, options, name)] for name in options.text_columns())
+    for column in options.where_columns():
+        top = next((name for name in (".".join(column), column[0]) if name in names), None)
+        if top is None:
+            raise no_column(path, column, names)
+        needed[top] = None
+    return list(needed)
+
+
+def _rows(path: str, column: str | None = None, of: str = "") -> RowPlace:
     """Return the function that describes a row for messages."""
-    return lambda row: f"{path}, column {column!r}, row {row}{of}"
+    inside = "" if column is None else f", column {column!r}"
+    return lambda row: f"{path}{inside}, row {row}{of}"
 
 
 def _column_documents(values: Any, place: RowPlace, first_row: int, options: ReadOptions) -> Iterator[Document]:

@@ -8,8 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import xxhash
@@ -25,7 +24,11 @@ def key_of(*values: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(values).encode())
 
 
-Stamp = tuple[int, int, int]  # size, mtime_ns, inode; a file with an unchanged stamp is taken to have the same bytes
+# Size, mtime_ns, inode; of a remote file size, 0, hash of its ETag. With an unchanged stamp the bytes are taken to be the same.
+Stamp = tuple[int, int, int]
+
+
+ADDED = ("where", "text_template")  # settings that came later: where they are not set, they are not in a key
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,55 @@ class ReadOptions:
     text_column: str = "text"
     errors: str = "strict"
     max_document_chars: int = 20_000
+    where: str | None = None
+    text_template: str | None = None
+    eot: int | None = None  # ends documents of token ids; not part of `key`, because the key of a part has it already
+
+    def key(self) -> dict[str, Any]:
+        """Return the settings for a key. Without ``where`` and ``text_template``, keys are those of versions that had neither."""
+        known = {name: value for name, value in asdict(self).items() if name != "eot"}
+        return {name: value for name, value in known.items() if name not in ADDED or value is not None}
+
+    def values(self) -> list[Any]:
+        """Return the settings of `key` as a list, in which each of ``ADDED`` has its name."""
+        return [[name, value] if name in ADDED else value for name, value in self.key().items()]
+
+    def text_columns(self) -> tuple[str, ...]:
+        """Return the columns whose values make the text of a document."""
+        from pretrain.data.reading.template import template_columns
+
+        return (self.text_column,) if self.text_template is None else template_columns(self.text_template)
+
+    def where_columns(self) -> tuple[tuple[str, ...], ...]:
+        """Return the columns, with the path of a field below them, that ``where`` names."""
+        from pretrain.data.reading.condition import parsed
+
+        return () if self.where is None else parsed(self.where).paths
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether a document depends on more than the text column of its row."""
+        return self.where is not None or self.text_template is not None
+
+
+def kind_of(form: str) -> str:
+    """Return the key of ``readers.READERS`` of a file's format."""
+    return form.partition("@")[0].partition(".")[0]
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file and its format: a key of ``readers.READERS``, followed by ``.gz`` or ``.zst`` if the file is compressed."""
+    """A file and its format: a key of ``readers.READERS``, followed by ``.gz`` or ``.zst`` if the file is compressed.
+
+    Attributes:
+        path: the file, or its URL.
+        format: its format.
+        stamp: its stamp, if the listing has it; ``None``: it is read where it is needed.
+    """
 
     path: str
     format: str
+    stamp: Stamp | None = None
 
 
 @dataclass(frozen=True)
@@ -81,12 +125,6 @@ class WorkUnit:
         return sum(piece.size for piece in self.pieces)
 
 
-def stamp_of(path: str | Path) -> Stamp:
-    """Return the current stamp of a file."""
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns, found.st_ino
-
-
 @contextmanager
 def reading(path: str) -> Iterator[None]:
     """Convert an ``OSError`` raised while reading a user's file into a ``UserError``."""
@@ -102,16 +140,15 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def group(pieces: Iterable[FileRange]) -> list[WorkUnit]:
+def group(pieces: Iterable[FileRange]) -> Iterator[WorkUnit]:
     """Group pieces into units; small neighbouring pieces share a unit. Until a unit is full, it may end only after a file whose
     name has a certain hash, so a new file changes only the groups near it (content-defined chunking)."""
-    units: list[WorkUnit] = []
     waiting: list[FileRange] = []
     waiting_bytes = 0
     for piece in pieces:
         alone = piece.size >= OWN_UNIT_BYTES
         if alone and waiting:
-            units.append(WorkUnit(tuple(waiting)))
+            yield WorkUnit(tuple(waiting))
             waiting, waiting_bytes = [], 0
         waiting.append(piece)
         waiting_bytes += piece.size
@@ -120,6 +157,7 @@ def group(pieces: Iterable[FileRange]) -> list[WorkUnit]:
             and xxhash.xxh3_64_intdigest(os.path.basename(piece.path).encode("utf-8", "surrogateescape")) % 8 == 0
         )
         if alone or may_end or waiting_bytes >= UNIT_BYTES:
-            units.append(WorkUnit(tuple(waiting)))
+            yield WorkUnit(tuple(waiting))
             waiting, waiting_bytes = [], 0
-    return [*units, WorkUnit(tuple(waiting))] if waiting else units
+    if waiting:
+        yield WorkUnit(tuple(waiting))

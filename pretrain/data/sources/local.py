@@ -1,166 +1,126 @@
-"""Text on this machine: a file, a folder, a glob, or a folder saved by ``datasets.save_to_disk``."""
+"""Text in files: those of this machine, or of an object store or a web server by their URLs."""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections import Counter
-from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from pretrain.data.reading.token_files import beside, token_format
 from pretrain.data.reading.units import SourceFile
+from pretrain.data.remote.addresses import path_of
 from pretrain.data.sources.base import FileSource
-from pretrain.data.sources.listing import in_folder, matching, notice_once, without_duplicates
-from pretrain.runtime.errors import UserError, did_you_mean, one_line
-from pretrain.runtime.folders import is_below
-from pretrain.runtime.strict_json import read_json
+from pretrain.data.sources.formats import local_format, named_format, with_formats
+from pretrain.data.sources.listing import in_folder, matching, without_duplicates
+from pretrain.data.sources.named import Places, each_once
+from pretrain.data.sources.remote_files import remote_files
+from pretrain.data.sources.saved import MARKS, NOT_SAVED, saved_files
+from pretrain.runtime.errors import UserError, did_you_mean
+from pretrain.runtime.places import absolute, each, is_url, joined
 
-FORMATS = {
-    ".txt": "text",
-    ".md": "text",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
-COMPRESSIBLE = {"text", "jsonl", "json", "csv"}
-SAVED_MARKS = ("state.json", "dataset_dict.json")
+LISTED_AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Local(FileSource):
-    """A local file, folder, glob or saved dataset.
+    """Files, folders, globs or saved datasets, by path or URL.
 
     A file that is named, or matched by a glob or by ``pattern``, is read as plain text unless its extension is known.
 
     Attributes:
-        nameOrPath: A file, a folder, a glob, or a folder saved by datasets.save_to_disk.
+        nameOrPath: A file, a folder, a glob, or a folder saved by datasets.save_to_disk, as a path or a URL (s3:// gs:// az://
+            hf:// https://); or a list of them.
         pattern: Files of a folder to read as text regardless of their extension, such as '*.py'.
-        format: auto | files: read the files one by one | hf: a folder saved by datasets.save_to_disk.
+        format: auto | files: read the files one by one | hf: a folder saved by datasets.save_to_disk | tokens: .bin files of
+            token ids without a header or an index, such as nanoGPT's.
+        token_dtype: Type of the token ids with format=tokens: uint16 | uint32 | int32 | int64.
     """
 
     source: Literal["local"] = "local"
-    nameOrPath: Annotated[str, Field(min_length=1)]
+    nameOrPath: Places
     pattern: Annotated[str, Field(pattern="^[^/]")] | None = None  # relative to the folder
-    format: Literal["auto", "files", "hf"] = "auto"
+    format: Literal["auto", "files", "hf", "tokens"] = "auto"
+    token_dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
 
     def default_name(self) -> str:
-        path = Path(os.path.abspath(self.nameOrPath))
-        while glob.has_magic(path.name):
-            path = path.parent
-        return path.name if path.is_dir() else path.name.partition(".")[0] or path.name
+        return joined([_name_of(place) for place in each(self.nameOrPath)])
 
     def described(self) -> str:
-        return f"dataset.nameOrPath={self.nameOrPath}" + (
+        return f"dataset.nameOrPath={', '.join(each(self.nameOrPath))}" + (
             f" with dataset.pattern={self.pattern}" if self.pattern else ""
         )
 
     def identity(self) -> list[Any]:
-        return ["local", os.path.abspath(os.path.expanduser(self.nameOrPath)), self.pattern, self.format]
+        paths = [absolute(place) for place in each(self.nameOrPath)]
+        path = paths[0] if isinstance(self.nameOrPath, str) else paths
+        return ["local", path, self.pattern, self.format, *([self.token_dtype] if self.format == "tokens" else [])]
 
     def files(self) -> list[SourceFile]:
-        path = os.path.abspath(os.path.expanduser(self.nameOrPath))
+        if isinstance(self.nameOrPath, str):
+            return self._at(self.nameOrPath)
+        with ThreadPoolExecutor(LISTED_AT_ONCE) as pool:  # a list of addresses is a request each
+            return each_once(file for files in pool.map(self._at, self.nameOrPath) for file in files)
+
+    def _at(self, place: str) -> list[SourceFile]:
+        """Return the files of one place. Raises ``UserError`` when it has none."""
+        if is_url(place):
+            return remote_files(place, pattern=self.pattern, format=self.format)
+        path = absolute(place)
         if os.path.isfile(path):
-            return [SourceFile(path, format_of(path) or "text")]
+            return [SourceFile(path, named_format(path, self._token_dtype))]
         if os.path.isdir(path):
-            return self._in_folder(Path(path))
+            return self._in_folder(path, place)
         if glob.has_magic(path):
             if found := without_duplicates(matching(path)):
-                return [SourceFile(name, format_of(name) or "text") for name in found]
-            raise UserError(f"dataset.nameOrPath={self.nameOrPath}: no file matches")
+                sidecars = {other for name in found if token_format(name) for other in beside(name)}
+                return [
+                    SourceFile(name, named_format(name, self._token_dtype)) for name in found if name not in sidecars
+                ]
+            raise UserError(f"dataset.nameOrPath={place}: no file matches")
         if os.path.exists(path):
             raise UserError(
-                f"dataset.nameOrPath={self.nameOrPath}: neither a file nor a folder, and the text has to be read more than once"
+                f"dataset.nameOrPath={place}: neither a file nor a folder, and the text has to be read more than once"
             )
-        raise UserError(f"dataset.nameOrPath={self.nameOrPath}: no such file or folder{_near(Path(path))}")
+        raise UserError(f"dataset.nameOrPath={place}: no such file or folder{_near(Path(path))}")
 
-    def _in_folder(self, folder: Path) -> list[SourceFile]:
+    @property
+    def _token_dtype(self) -> str | None:
+        return self.token_dtype if self.format == "tokens" else None
+
+    def _in_folder(self, folder: str, place: str) -> list[SourceFile]:
         """Return the files of a folder. Raises ``UserError`` when it holds nothing that can be read."""
-        saved = any((folder / mark).exists() for mark in SAVED_MARKS)
-        if self.format == "hf" and not saved:
-            raise UserError(f"{self.described()}: not a folder saved by datasets.save_to_disk (dataset.format=hf)")
-        if saved and self.format != "files":
-            return [SourceFile(str(name), "arrow") for name in saved_files(folder)]
-        every = in_folder(str(folder), self.pattern or "*")
-        known = {name: kind for name in every if (kind := format_of(name) or (self.pattern and "text"))}
-        if known:
-            if left_out := [name for name in every if name not in known]:
-                notice_once(
-                    f"{folder}: {len(left_out)} files are not read ({_endings(left_out)}); dataset.pattern chooses them"
-                )
-            return [SourceFile(name, known[name]) for name in without_duplicates(known)]
-        if self.pattern:
-            raise UserError(f"dataset.pattern={self.pattern}: no file in {self.nameOrPath} matches")
-        if not every:
-            raise UserError(f"dataset.nameOrPath={self.nameOrPath}: the folder is empty")
-        raise UserError(
-            f"dataset.nameOrPath={self.nameOrPath}: no text in the folder; it holds {_endings(every)}, and without "
-            f"dataset.pattern (such as '*.py') only {' '.join(FORMATS)} are read"
-        )
+        marks = [mark for mark in MARKS if os.path.exists(os.path.join(folder, mark))]
+        if self.format == "hf" and not marks:
+            raise UserError(f"dataset.nameOrPath={place}: {NOT_SAVED}")
+        if marks and self.format != "files":
+            names = saved_files(folder, several="dataset_dict.json" in marks, load=_content)
+            return [SourceFile(name, "arrow") for name in names]
+        form = partial(local_format, token_dtype=self._token_dtype, matched=self.pattern is not None)
+        known = with_formats(in_folder(folder, self.pattern or "*"), place, self.pattern, form)
+        return [SourceFile(name, known[name]) for name in without_duplicates(known)]
 
 
-def format_of(path: str) -> str | None:
-    """Return the format by the file's extension; ``None`` if the extension is unknown."""
-    stem, ending = os.path.splitext(path.lower())
-    if ending in (".gz", ".zst"):
-        inner = FORMATS.get(os.path.splitext(stem)[1])
-        return inner + ending if inner in COMPRESSIBLE else None
-    return FORMATS.get(ending)
+def _name_of(place: str) -> str:
+    """Return the last part of a path that is no pattern, without the extensions of a file."""
+    path = Path("/", path_of(place).partition("://")[2]) if is_url(place) else Path(os.path.abspath(place))
+    while glob.has_magic(path.name):
+        path = path.parent
+    return path.name if path.is_dir() else path.name.partition(".")[0] or path.name
 
 
-def saved_files(folder: Path) -> list[Path]:
-    """Return the arrow files of a saved dataset, or of its ``train`` split if it has several splits.
-
-    https://huggingface.co/docs/datasets/process#save
-    """
-    if (folder / "dataset_dict.json").exists():
-        splits = _field(folder / "dataset_dict.json", "splits")
-        if not splits or not all(isinstance(name, str) for name in splits):
-            raise UserError(f"{folder / 'dataset_dict.json'}: 'splits' is not a list of names")
-        if "train" not in splits and len(splits) != 1:
-            raise UserError(
-                f"{folder}: splits {', '.join(splits)}, none of them 'train'; name the folder of one of them"
-            )
-        folder = _inside(folder, "train" if "train" in splits else splits[0])
-    names = [
-        isinstance(entry, dict) and entry.get("filename") for entry in _field(folder / "state.json", "_data_files")
-    ]
-    if not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{folder / 'state.json'}: '_data_files' names no files")
-    return [_inside(folder, str(name)) for name in names]
-
-
-def _field(path: Path, key: str) -> list[Any]:
-    """Return the list ``key`` of a JSON file that ``datasets`` wrote. Raises ``UserError`` if it has none."""
-    try:
-        found = read_json(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); save the dataset again") from error
-    if not isinstance(found, dict) or not isinstance(found.get(key), list):
-        raise UserError(f"{path}: no list {key!r} in it; save the dataset again")
-    return list(found[key])
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """Return ``folder / name``. Raises ``UserError`` if that is outside of the folder."""
-    if not is_below(name):
-        raise UserError(f"{folder}: its JSON names {name!r}, which is outside the folder")
-    return folder / name
+def _content(path: str) -> bytes:
+    if not os.path.isfile(path):  # reading a pipe would block
+        raise FileNotFoundError(f"{path} is missing")
+    return Path(path).read_bytes()
 
 
 def _near(path: Path) -> str:
     """Return a "did you mean" hint with a similar name in the same folder; an empty string if there is none."""
     siblings = [name for name in os.listdir(path.parent) if name[0] != "."] if path.parent.is_dir() else []
     return did_you_mean(path.name, siblings) if 0 < len(siblings) <= 1000 else ""
-
-
-def _endings(names: Iterable[str]) -> str:
-    """Return the most frequent file extensions with their counts, for messages."""
-    counts = Counter(os.path.splitext(name)[1] or "no ending" for name in names)
-    return ", ".join(f"{count} × {ending}" for ending, count in counts.most_common(5))

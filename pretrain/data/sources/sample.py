@@ -50,7 +50,7 @@ class Python(FileSource):
     source: Literal["sample"] = "sample"
     name: str | None = "python"
     train_data_ratio: Annotated[float, Field(gt=0, le=1)] = 0.13
-    deduplicate: bool = True
+    deduplicate: bool | Literal["exact", "near"] = True
 
     def default_name(self) -> str:
         return "python"
@@ -80,7 +80,7 @@ class English(FileSource):
 
     source: Literal["sample_base"] = "sample_base"
     name: str | None = "english"
-    deduplicate: bool = True
+    deduplicate: bool | Literal["exact", "near"] = True
     errors: Literal["strict", "replace"] = "replace"
     max_document_chars: Annotated[int, Field(ge=16)] = 8_000
 

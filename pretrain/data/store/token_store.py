@@ -4,19 +4,22 @@ copy of them, so another fraction, another ratio or another sequence length need
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.changed_files import Files
 from pretrain.data.order import mix_bits
-from pretrain.data.store.token_shards import TokenShard, open_part
+from pretrain.data.store.token_shards import UNKNOWN_SIZE, TokenShard, open_part
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.locks import hold_shared
 
+Deduplicate = bool | Literal["exact", "near"]  # true is exact
 Select = Callable[[NDArray[np.uint64]], NDArray[np.bool_]]  # document hashes -> mask of the selected documents
 
 
@@ -61,7 +64,9 @@ class TokenStore:
         self.eot: int = manifest["eot"]
         self.bos: int | None = manifest.get("bos")
         self._units: list[list[list[Any]]] = manifest["units"]
-        found = [open_part(Path(part)) for part in manifest["parts"]]
+        folder = path.parent.parent  # of the cache; manifests of earlier versions have absolute paths
+        found = [open_part(folder / part) for part in manifest["parts"]]
+        self._held = hold_shared(path)  # `pretrain.tools.cache` does not delete what is in use
         self.parts = [part for part in found if part is not None]
         if len(self.parts) < len(found):
             raise UserError(
@@ -69,6 +74,11 @@ class TokenStore:
             )
         self.part_tokens = np.cumsum([0, *(part.num_tokens for part in self.parts)])
         self.part_documents = np.cumsum([0, *(part.num_documents for part in self.parts)])
+
+    def __del__(self) -> None:
+        if getattr(self, "_held", None) is not None:
+            os.close(self._held)  # type: ignore[arg-type]
+            self._held = None
 
     @property
     def num_tokens(self) -> int:
@@ -80,6 +90,7 @@ class TokenStore:
 
     @property
     def num_bytes(self) -> int:
+        """The bytes of text, without those of tokens that are read in place."""
         return sum(part.num_bytes for part in self.parts)
 
     def document(self, number: int) -> DocumentOrigin:
@@ -94,7 +105,7 @@ class TokenStore:
         return [path for path, _ in self._units[index]]
 
     def views(
-        self, *, held_out: float, train_data_ratio: float = 1.0, deduplicate: bool = False
+        self, *, held_out: float, train_data_ratio: float = 1.0, deduplicate: Deduplicate = False
     ) -> tuple[TokenView, TokenView]:
         """Return (training view, held-out view).
 
@@ -103,7 +114,7 @@ class TokenStore:
         different documents, the one with the smallest hash is held out (the one with the largest hash is kept for training)."""
         limit = _hash_limit(self.parts, held_out)
         ratio_limit = int(train_data_ratio * 2**64)
-        first = _first_occurrences(self.parts) if deduplicate else None
+        first = self.kept(deduplicate)
 
         def is_held_out(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
             return np.zeros(len(hashes), bool) if limit is None else hashes <= limit
@@ -113,6 +124,14 @@ class TokenStore:
             return in_training if ratio_limit >= 2**64 else in_training & (mix_bits(hashes) < np.uint64(ratio_limit))
 
         return TokenView(self, is_training, first), TokenView(self, is_held_out, first)
+
+    def kept(self, deduplicate: Deduplicate) -> NDArray[np.bool_] | None:
+        """Return a mask over all documents of those that deduplication keeps; ``None`` where it is off."""
+        if deduplicate == "near":
+            from pretrain.data.store.near_duplicates import kept_documents
+
+            return kept_documents(self)
+        return _first_occurrences(self.parts) if deduplicate else None
 
 
 class TokenView:
@@ -136,17 +155,22 @@ class TokenView:
     def __init__(self, store: TokenStore, select: Select, keep: NDArray[np.bool_] | None = None) -> None:
         self.store, self._select, self._keep = store, select, keep
         parts, begins, lengths = [], [], []
-        self.num_documents = self.num_bytes = 0
+        self.num_documents = num_bytes = 0
+        knows_sizes = True
         for index, part in enumerate(store.parts):
             mask = self._mask(index)
             self.num_documents += int(mask.sum())
-            self.num_bytes += int(part.sizes[mask].sum())
+            sizes = part.sizes[mask]
+            num_bytes += int(sizes.sum())
+            knows_sizes &= bool((sizes != UNKNOWN_SIZE).all())
             edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
             bounds = np.concatenate([[0], part.ends])
             first, last = bounds[edges[::2]], bounds[edges[1::2]]
             parts.append(np.full(len(first), index, np.int32))
             begins.append(first)
             lengths.append(last - first)
+        # of text; ``None`` where tokens are read in place, of which the text is not known
+        self.num_bytes = num_bytes if knows_sizes else None
         self._run_part = np.concatenate([np.empty(0, np.int32), *parts])
         self._run_begin = np.concatenate([np.empty(0, np.int64), *begins])  # offset in tokens of the part
         self._run_start = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)  # offset in tokens of the view
@@ -155,21 +179,34 @@ class TokenView:
     def num_tokens(self) -> int:
         return int(self._run_start[-1])
 
+    @property
+    def num_duplicates(self) -> int:
+        """The number of documents of the store that deduplication removes."""
+        return 0 if self._keep is None else int((~self._keep).sum())
+
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return tokens [start, stop) of the stream."""
         return self.gather(np.array([start]), stop - start)[0]
 
-    def gather(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """Return int64 [len(starts), length]: the windows that begin at ``starts``. Each must be inside the stream."""
-        found = np.empty(len(starts) * length, np.int64)
+    def gather(
+        self, starts: NDArray[np.int64], length: int, into: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    ) -> NDArray[np.int64]:
+        """Return int64 [len(starts), length]: the windows that begin at ``starts``. Each must be inside the stream.
+
+        ``into`` is an array [m, length] and the rows of it that the windows are written to; the array is returned.
+        """
+        found = np.empty(len(starts) * length, np.int64) if into is None else into[0].reshape(-1)
         parts, begins, ends, targets = self.segments(starts, length)
+        if into is not None:
+            windows, inside = np.divmod(targets, length)
+            targets = into[1][windows] * length + inside
         tokens = {int(index): self.store.parts[index].tokens for index in np.unique(parts)}
         stops = targets + (ends - begins)
         for part, begin, end, target, stop in zip(
             parts.tolist(), begins.tolist(), ends.tolist(), targets.tolist(), stops.tolist(), strict=True
         ):
             found[target:stop] = tokens[part][begin:end]
-        return found.reshape(len(starts), length)
+        return found.reshape(len(starts) if into is None else len(into[0]), length)
 
     def gather_starts(self, starts: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
         """Return bool [len(starts), length]: where in the windows that begin at ``starts`` a document begins."""
@@ -213,6 +250,11 @@ class TokenView:
         limit = all_hashes[order[max(fitting - 1, 0)]]
         return TokenView(self.store, lambda some: self._select(some) & (some <= limit), self._keep)
 
+    def hashes(self) -> Iterator[NDArray[np.uint64]]:
+        """Yield the hashes of the documents, one shard of the store at a time."""
+        for index, part in enumerate(self.store.parts):
+            yield np.asarray(part.hashes)[self._mask(index)]
+
     def _mask(self, index: int) -> NDArray[np.bool_]:
         """Return which documents of part ``index`` are selected."""
         mask = self._select(np.asarray(self.store.parts[index].hashes))
@@ -253,9 +295,11 @@ def aranges(low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.int64
 def _hash_limit(parts: list[TokenShard], held_out: float) -> np.uint64 | None:
     """Return the largest hash of held-out documents; ``None`` if no document is held out."""
     extremes = [value for part in parts if part.num_documents for value in (part.hashes.min(), part.hashes.max())]
-    if held_out <= 0 or len(set(extremes)) < 2:
+    if held_out <= 0 or (len(set(extremes)) < 2 and held_out < 1):
         return None
     limit = np.uint64(min(int(held_out * 2**64), 2**64 - 1))
+    if held_out >= 1:
+        return limit
     smallest, largest = min(extremes), max(extremes)
     if smallest > limit:
         return smallest

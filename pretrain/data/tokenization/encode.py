@@ -4,7 +4,7 @@ are light."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from pretrain.data.cache import cache_file
-from pretrain.data.reading.readers import Document, digest, read
+from pretrain.data.reading.readers import Document, digest, read_all
+from pretrain.data.reading.token_files import open_tokens
 from pretrain.data.reading.units import FileRange, ReadOptions, WorkUnit, key_of
+from pretrain.data.store.near_duplicates import ensure_keys, has_keys
 from pretrain.data.store.token_shards import PartWriter, open_part
+from pretrain.data.tokenization.in_place import fits_in_place, token_piece, write_in_place
 from pretrain.runtime.errors import UserError
 
 FORMAT = 1  # version of the parts and of the readers' output; a new number invalidates every part
@@ -35,6 +38,7 @@ class Encoder:
         eot: id of the token that ends each document.
         options: how documents are read from files.
         bos: id of the token that begins each document; ``None`` if there is none.
+        near: compute also the keys by which near duplicates are found.
     """
 
     def __init__(
@@ -46,10 +50,16 @@ class Encoder:
         eot: int,
         options: ReadOptions,
         bos: int | None = None,
+        near: bool = False,
     ) -> None:
-        self.folder, self.tokenizer_path, self.eot, self.options = folder, tokenizer_path, eot, options
+        self.folder, self.tokenizer_path, self.eot, self.options = (
+            folder,
+            tokenizer_path,
+            eot,
+            replace(options, eot=eot),
+        )
         self.bos, self._before = bos, [] if bos is None else [bos]
-        self.tokenizer_key = tokenizer_key
+        self.tokenizer_key, self.near = tokenizer_key, near
         self._tokenizer: Any = None
 
     def arguments(self) -> dict[str, Any]:
@@ -60,6 +70,7 @@ class Encoder:
             "tokenizer_key": self.tokenizer_key,
             "eot": self.eot,
             "bos": self.bos,
+            "near": self.near,
             "options": asdict(self.options),
         }
 
@@ -67,7 +78,9 @@ class Encoder:
         """Return the outcome if all digests are known and the part exists, otherwise ``None``. No source file is opened."""
         digests = [piece.digest for piece in unit.pieces if piece.digest]
         path = self._path(digests)
-        return (path, digests) if len(digests) == len(unit.pieces) and open_part(path) else None
+        part = open_part(path) if len(digests) == len(unit.pieces) else None
+        is_finished = part is not None and (not self.near or has_keys(part, self.folder.parent))
+        return (path, digests) if is_finished else None
 
     def encode(self, unit: WorkUnit, progress: Progress) -> Outcome:
         """Write the part of ``unit``, unless it exists already. ``progress`` is called with amounts of bytes that add up to
@@ -76,20 +89,46 @@ class Encoder:
         path, left = self._path(digests), unit.size
         if open_part(path) is None:
             self._load()
-            with cache_file(path) as file:
-                writer = PartWriter(file, self.dtype)
-                for batch in batches(unit, self.options):
-                    self._append(writer, batch)
-                    step = min(left, sum(_size(document) for document, _, _ in batch))
-                    left -= step
-                    progress(step)
-                writer.finish({"eot": self.eot, "vocabulary": self.vocabulary})
+            if not self._in_place(unit, path):
+                left -= self._write(unit, path, progress)
+        if self.near and (part := open_part(path)):
+            ensure_keys(part, self.folder.parent, eot=self.eot, bos=self.bos)
         progress(left)
         return path, digests
+
+    def _write(self, unit: WorkUnit, path: Path, progress: Progress) -> int:
+        """Write the part of ``unit`` with its tokens. Return the amount of bytes of which ``progress`` was called."""
+        done = 0
+        with cache_file(path) as file:
+            writer = PartWriter(file, self.dtype)
+            for batch in batches(unit, self.options, writer.skip):
+                self._append(writer, batch)
+                step = min(unit.size - done, sum(_size(document) for document, _, _ in batch))
+                done += step
+                progress(step)
+            removed = {"removed": writer.num_removed} if self.options.where else {}
+            writer.finish({"eot": self.eot, "vocabulary": self.vocabulary, **removed})
+        return done
+
+    def _in_place(self, unit: WorkUnit, path: Path) -> bool:
+        """Write a part whose tokens stay in the file of another program. Return ``False`` where that is not possible."""
+        piece = token_piece(unit)
+        if piece is None or not fits_in_place(piece, eot=self.eot, bos=self.bos, vocabulary=self.vocabulary):
+            return False
+        with cache_file(path) as file:
+            writer = PartWriter(file, open_tokens(piece).dtype)
+            writer.finish(
+                {"eot": self.eot, "vocabulary": self.vocabulary, **write_in_place(piece, writer, eot=self.eot)}
+            )
+        return True
 
     def _path(self, digests: list[str]) -> Path:
         """Return the path of the part, whose name is a hash of everything that determines its content."""
         key = key_of(FORMAT, self.tokenizer_key, self.eot, digests, *self._before)
+        return self.part(key)
+
+    def part(self, key: str) -> Path:
+        """Return the path of the part with this key."""
         return self.folder / key[:2] / f"{key}.tokens"
 
     def _load(self) -> None:
@@ -133,13 +172,19 @@ class Encoder:
         return np.array([*before, *tokens, *([] if tokens[-1] == self.eot else [self.eot])])
 
 
-def batches(unit: WorkUnit, options: ReadOptions) -> Iterator[list[tuple[Document, FileRange, tuple[int, int]]]]:
+def batches(
+    unit: WorkUnit, options: ReadOptions, skip: Callable[[], None]
+) -> Iterator[list[tuple[Document, FileRange, tuple[int, int]]]]:
     """Yield the documents of ``unit`` in batches of about ``BATCH_BYTES``, each document with its piece and (number of the piece
-    in the unit, index of the document in the piece)."""
+    in the unit, index of the document in the piece). ``skip`` is called for each document that ``where`` removes; it has an index
+    too."""
     batch: list[tuple[Document, FileRange, tuple[int, int]]] = []
     waiting = 0
     for number, piece in enumerate(unit.pieces):
-        for index, document in enumerate(read(piece, options)):
+        for index, document in enumerate(read_all(piece, options)):
+            if document is None:
+                skip()
+                continue
             batch.append((document, piece, (number, index)))
             waiting += _size(document)
             if waiting >= BATCH_BYTES:

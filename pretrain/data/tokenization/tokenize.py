@@ -7,29 +7,41 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
-from pretrain.data.cache import cache_dir, ensure_content, exclusive, make_private, remove_abandoned
+from pretrain.data.cache import cache_dir, cache_file, ensure_content, exclusive, make_private, remove_abandoned
 from pretrain.data.changed_files import files_of
 from pretrain.data.reading.cut import cut
+from pretrain.data.reading.opening import stamp_of
 from pretrain.data.reading.readers import read
-from pretrain.data.reading.units import FileRange, ReadOptions, WorkUnit, group, key_of, reading, stamp_of
+from pretrain.data.reading.units import OWN_UNIT_BYTES, FileRange, SourceFile, WorkUnit, group, key_of, reading
 from pretrain.data.sources.base import Source
+from pretrain.data.store.near_duplicates import check_installed
+from pretrain.data.store.token_shards import open_part, write_first
 from pretrain.data.store.token_store import TokenStore
-from pretrain.data.tokenization.encode import FORMAT, Encoder, Outcome
+from pretrain.data.tokenization.encode import FORMAT, Encoder, Outcome, Progress
+from pretrain.data.tokenization.files_record import recall, remember
+from pretrain.data.tokenization.in_place import token_piece
+from pretrain.data.tokenization.shared_work import SharedWork, UnitRecords
 from pretrain.data.tokenization.workers import encode_in_workers
-from pretrain.runtime.console import progress_bar
+from pretrain.runtime.console import notice, progress_bar
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.places import is_url
 
 # Less text than this is tokenized in this process; the tokenizer's own threads use all cores. Between their calls a single core
 # works (6 % of the CPU time in a profile of 11 MB). The break-even point of workers is estimated from that share and from their
 # start-up time of about 0.7 s, not measured: some 50 MB on 8 cores.
 WORKERS_FROM_BYTES = 64 << 20
-YOUNG_SECONDS = 0.05  # a file modified this shortly before it was read could change again without a new mtime
+BYTES_PER_TOKEN = 4  # a guess, for the progress bar and the number of workers
+OPENED_AT_ONCE = 8  # remote files
+ONE_PROCESS = "memory://"  # files that exist in this process only
 
 
 def prepare(
@@ -57,14 +69,28 @@ def prepare(
     cache = cache or cache_dir()
     make_private(cache)
     num_workers = num_workers or source.num_workers or default_workers()
-    encoder = _encoder(cache, tokenizer_json, options=source.options(), eot=eot, bos=bos)
-    key = key_of(FORMAT, source.identity(), asdict(encoder.options))
+    encoder = _encoder(cache, tokenizer_json, source, eot=eot, bos=bos)
+    limit = [] if source.max_tokens is None else [source.max_tokens]
+    key = key_of(FORMAT, source.identity(), encoder.options.key(), *limit)
     memory = cache / "files" / f"{key}.json"
-    with exclusive(cache / "locks" / f"{key}.lock", source.domain):
-        started_at = time.time()
-        units = group(_pieces(source, cache, _recall(memory)))
-        outcomes = _encode_all(units, encoder, num_workers, source.domain)
-        _remember(memory, units, outcomes, started_at)
+    started_at = time.time()
+    records = UnitRecords(cache / "progress" / key_of(key, encoder.tokenizer_key, eot, bos), memory, started_at)
+    if source.max_tokens is None:
+        with exclusive(cache / "locks" / f"{key}.lock", source.domain):
+            units = list(group(_pieces(source, cache, recall(memory))))
+            if any(
+                piece.digest is None for unit in units for piece in unit.pieces
+            ):  # others need not cut the files again
+                remember(memory, units, ([piece.digest for piece in unit.pieces] for unit in units), started_at)
+        outcomes = _encode_all(units, encoder, records, num_workers, source.domain)
+    else:
+        lazily = group(_pieces(source, cache, recall(memory)))
+        units, outcomes = _encode_first(source.max_tokens, lazily, encoder, records, num_workers, source.domain)
+    remember(memory, units, (digests for _, digests in outcomes), started_at)
+    records.remove()
+    if source.max_tokens is not None:
+        outcomes = _limited(source.max_tokens, outcomes, encoder)
+        units = units[: len(outcomes)]
     store = TokenStore(
         _write_manifest(
             cache / "stores", source.domain, {"eot": eot} | ({} if bos is None else {"bos": bos}), units, outcomes
@@ -72,16 +98,52 @@ def prepare(
     )
     store.files = files_of(units, (digests for _, digests in outcomes))
     if not store.num_documents:
-        raise UserError(f"dataset {source.domain!r}: no text: every document of {source.described()} is empty")
+        raise UserError(f"dataset {source.domain!r}: no text: {_why_empty(store, source)}")
+    if copied := [
+        piece
+        for unit, part in zip(units, store.parts, strict=True)
+        if part.tokens_at is None and (piece := token_piece(unit)) and piece.size >= OWN_UNIT_BYTES
+    ]:
+        notice(f"dataset {source.domain!r}: {_why_copied(copied, encoder)}")
+    if encoder.near:
+        store.kept("near")  # decided here, before other processes open the store
     return store
 
 
-def _encoder(cache: Path, tokenizer_json: str, *, options: ReadOptions, eot: int, bos: int | None) -> Encoder:
+def _why_copied(pieces: list[FileRange], encoder: Encoder) -> str:
+    """Return why token ids of other programs are copied into the cache."""
+    begin = "" if encoder.bos is None else f", or not all begin with BOS ({encoder.bos})"
+    return (
+        f"{sum(piece.size for piece in pieces):,} bytes of token ids, such as of {pieces[0].path}, are copied into the cache, "
+        f"because their documents do not all end with the separator ({encoder.eot}){begin}; dataset.separator and dataset.bos "
+        "name the tokens of the corpus"
+    )
+
+
+def _why_empty(store: TokenStore, source: Source) -> str:
+    """Return why a dataset has no documents."""
+    if removed := sum(part.num_removed for part in store.parts):
+        return f"dataset.where={source.where!r} removes all {removed:,} documents of {source.described()}"
+    return f"every document of {source.described()} is empty"
+
+
+def _encoder(cache: Path, tokenizer_json: str, source: Source, *, eot: int, bos: int | None) -> Encoder:
     """Return the encoder whose parts are in ``cache``, where its tokenizer is written for the worker processes."""
     key = key_of(tokenizer_json)
     path = cache / "tokenizers" / f"{key}.json"
     ensure_content(path, tokenizer_json.encode())
-    return Encoder(folder=cache / "parts", tokenizer_path=path, tokenizer_key=key, eot=eot, options=options, bos=bos)
+    near = source.deduplicate == "near"
+    if near:
+        check_installed()
+    return Encoder(
+        folder=cache / "parts",
+        tokenizer_path=path,
+        tokenizer_key=key,
+        eot=eot,
+        options=source.options(),
+        bos=bos,
+        near=near,
+    )
 
 
 def training_texts(source: Source) -> Iterator[str]:
@@ -106,46 +168,33 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# Records of the files ------------------------------------------------------------------------------------------------
+# Pieces and units -----------------------------------------------------------------------------------------------------
 
 
 def _pieces(source: Source, cache: Path, remembered: dict[str, list[FileRange]]) -> Iterator[FileRange]:
-    """Yield the pieces of all files. A file whose size, mtime and inode are unchanged since the last time is not opened."""
-    for file in source.listed(cache):
+    """Yield the pieces of all files. A file whose size, mtime and inode are unchanged since the last time is not opened. Remote
+    files are opened some at a time, because each takes some requests."""
+
+    def pieces(file: SourceFile) -> list[FileRange]:
         known = remembered.get(file.path)
         if known and known[0].format == file.format:
             with reading(file.path):
-                same = known[0].stamp == stamp_of(file.path)
-            if same:
-                yield from known
-                continue
-        yield from cut(file, source.options())
+                if known[0].stamp == (file.stamp or stamp_of(file.path)):
+                    return known
+        return cut(file, source.options())
 
-
-def _recall(memory: Path) -> dict[str, list[FileRange]]:
-    """Return what ``_remember`` wrote. If the file is missing or damaged, return an empty dict; then all files are read again."""
-    known: dict[str, list[FileRange]] = {}
-    try:
-        checksum, rows = json.loads(memory.read_text())
-        if checksum != key_of(rows):
-            return {}
-        for path, kind, start, stop, size, stamp, digest in rows:
-            known.setdefault(path, []).append(FileRange(path, kind, start, stop, size, tuple(stamp), digest))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return {}
-    return known
-
-
-def _remember(memory: Path, units: list[WorkUnit], outcomes: list[Outcome], started_at: float) -> None:
-    """Write the pieces with their digests, so that the next start opens no source file. Files modified so recently that they may
-    still change without a new mtime are written without a digest and are read again."""
-    pieces = []
-    for unit, (_, digests) in zip(units, outcomes, strict=True):
-        for piece, digest in zip(unit.pieces, digests, strict=True):
-            known = digest if started_at - piece.stamp[1] / 1e9 > YOUNG_SECONDS else None
-            pieces.append(piece if piece.digest == known else replace(piece, digest=known))
-    rows = [[*vars(piece).values()] for piece in pieces]
-    ensure_content(memory, json.dumps([key_of(rows), rows]).encode())
+    files = source.listed(cache)
+    if not any(is_url(file.path) for file in files):
+        yield from (piece for file in files for piece in pieces(file))
+        return
+    with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+        waiting: deque[Future[list[FileRange]]] = deque()
+        for file in files:
+            waiting.append(pool.submit(pieces, file))
+            if len(waiting) > 2 * OPENED_AT_ONCE:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
 
 
 def _write_manifest(
@@ -156,29 +205,78 @@ def _write_manifest(
     content = {
         "name": name,
         **around,
-        "parts": [str(path) for path, _ in outcomes],
+        "parts": [path.relative_to(folder.parent).as_posix() for path, _ in outcomes],
         "units": [[(piece.path, piece.start) for piece in unit.pieces] for unit in units],
     }
     raw = json.dumps(content).encode()
     path = folder / f"{xxhash.xxh3_128_hexdigest(raw)}.json"
     ensure_content(path, raw)
+    with suppress(OSError):
+        os.utime(path)  # its last use, by which `pretrain.tools.cache` prunes
     return path
 
 
 # Encoding ------------------------------------------------------------------------------------------------------------
 
 
-def _encode_all(units: list[WorkUnit], encoder: Encoder, num_workers: int, name: str) -> list[Outcome]:
+def _encode_all(
+    units: list[WorkUnit], encoder: Encoder, records: UnitRecords, num_workers: int, name: str
+) -> list[Outcome]:
     """Encode the units that are not in the cache and return the outcomes of all units in order."""
     outcomes = {index: outcome for index, unit in enumerate(units) if (outcome := encoder.finished(unit))}
-    missing = [index for index in range(len(units)) if index not in outcomes]
-    work = sum(units[index].size for index in missing)
+    missing = [(index, unit) for index, unit in enumerate(units) if index not in outcomes]
     if missing:
         remove_abandoned(encoder.folder)
-    num_workers = min(num_workers, len(missing))
+    work = sum(unit.size for _, unit in missing)
+    if any(piece.path.startswith(ONE_PROCESS) for _, unit in missing for piece in unit.pieces):
+        num_workers = 1
+    num_workers = min(num_workers, len(missing)) if work >= WORKERS_FROM_BYTES else 1
     with progress_bar(f"tokenizing {name}", total=work, unit="B") as advance:
-        if num_workers > 1 and work >= WORKERS_FROM_BYTES:
-            outcomes |= encode_in_workers({index: units[index] for index in missing}, encoder, num_workers, advance)
-        else:
-            outcomes |= {index: encoder.encode(units[index], advance) for index in missing}
+        shared = SharedWork(missing, encoder, records, progress=advance)
+        _encode(shared, encoder, num_workers, advance)
+    outcomes |= shared.outcomes
     return [outcomes[index] for index in range(len(units))]
+
+
+def _encode_first(
+    max_tokens: int, units: Iterator[WorkUnit], encoder: Encoder, records: UnitRecords, num_workers: int, name: str
+) -> tuple[list[WorkUnit], list[Outcome]]:
+    """Encode units until the first of them hold ``max_tokens`` tokens, and return these with their outcomes."""
+    num_workers = num_workers if BYTES_PER_TOKEN * max_tokens >= WORKERS_FROM_BYTES else 1
+    with progress_bar(f"tokenizing {name}", total=BYTES_PER_TOKEN * max_tokens, unit="B") as advance:
+        shared = SharedWork(enumerate(units), encoder, records, max_tokens=max_tokens, progress=advance)
+        _encode(shared, encoder, num_workers, advance)
+    first = shared.first()
+    return [shared.units[index] for index in first], [shared.outcomes[index] for index in first]
+
+
+def _encode(shared: SharedWork, encoder: Encoder, num_workers: int, advance: Progress) -> None:
+    """Encode the units of ``shared`` in this process, or in several."""
+    if num_workers > 1:
+        encode_in_workers(shared, encoder, num_workers, advance)
+        return
+    while (claim := shared.take()) is not None:
+        try:
+            shared.finish(claim, encoder.encode(claim.unit, advance))
+        finally:
+            claim.lock.release()
+
+
+def _limited(max_tokens: int, outcomes: list[Outcome], encoder: Encoder) -> list[Outcome]:
+    """Return ``outcomes`` with a shorter last part, so that all parts hold the first complete documents of at most ``max_tokens``
+    tokens together, at least one. The shorter part is a file of the cache too."""
+    before = 0
+    for index, (path, digests) in enumerate(outcomes):
+        part = open_part(path)
+        if part is None or before + part.num_tokens < max_tokens:
+            before += part.num_tokens if part else 0
+            continue
+        documents = max(int(np.searchsorted(part.ends, max_tokens - before, "right")), 0 if before else 1)
+        if documents == part.num_documents:
+            return outcomes[: index + 1]
+        shorter = encoder.part(key_of(FORMAT, "first", documents, path.stem))
+        if documents and open_part(shorter) is None:
+            with cache_file(shorter) as file:
+                write_first(part, documents, file, {"eot": encoder.eot})
+        return [*outcomes[:index], *([(shorter, digests)] if documents else [])]
+    return outcomes

@@ -13,41 +13,33 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from pretrain.data.reading.units import FileRange, ReadOptions, WorkUnit
 from pretrain.data.tokenization.encode import Encoder, Outcome, Progress
+from pretrain.data.tokenization.shared_work import SharedWork
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.files import partial_of
 from pretrain.runtime.python import PACKAGE, module_command
 from pretrain.runtime.signals import SIGNAL_POLL_SECONDS, signals_blocked
 
 
-def encode_in_workers(
-    units: dict[int, WorkUnit], encoder: Encoder, num_workers: int, progress: Progress
-) -> dict[int, Outcome]:
-    """Encode ``units`` with ``num_workers`` processes. Each worker takes the next unit when it has finished one.
+def encode_in_workers(shared: SharedWork, encoder: Encoder, num_workers: int, progress: Progress) -> None:
+    """Encode the units of ``shared`` with ``num_workers`` processes. Each worker takes the next unit when it has finished one.
 
     The first error stops the work: the other workers finish their current unit, which is kept, and take no further one.
     """
-    waiting: SimpleQueue[int] = SimpleQueue()
-    for index in units:
-        waiting.put(index)
-    outcomes: dict[int, Outcome] = {}
     workers: list[_Worker] = []
 
     def work(worker: _Worker) -> None:
         try:
-            while True:
-                index = waiting.get_nowait()
-                outcomes[index] = worker.encode(units[index], progress)
-        except Empty:
-            return
+            while (claim := shared.take()) is not None:
+                try:
+                    shared.finish(claim, worker.encode(claim.unit, progress))
+                finally:
+                    claim.lock.release()
         except BaseException:
-            with suppress(Empty):  # another thread may empty the queue at the same time
-                while True:
-                    waiting.get_nowait()
+            shared.stop()
             raise
 
     with ThreadPoolExecutor(num_workers) as pool:
@@ -63,6 +55,7 @@ def encode_in_workers(
         except UserError:
             raise
         except BaseException:  # e.g. Ctrl-C: do not wait for unfinished units
+            shared.stop()
             for worker in workers:
                 worker.process.kill()
             raise
@@ -71,7 +64,6 @@ def encode_in_workers(
                 future.exception()
             for worker in workers:
                 worker.close()
-    return outcomes
 
 
 class _Worker:

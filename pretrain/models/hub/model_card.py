@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pretrain.runtime.places import each
 from pretrain.runtime.redact import redact
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pretrain.checkpoint.train_state import TrainState
+    from pretrain.telemetry.events import PartCount
 
 SETTINGS = (
     *("sequence_length", "batch_size", "gradient_accumulation_steps", "lr", "warmup_proportion", "weight_decay"),
@@ -36,12 +40,19 @@ TRANSFORMED_USE = (  # of a checkpoint of a run with transforms
 
 
 def model_card(
-    config: dict[str, Any], progress: TrainState, *, data: dict[str, int], facts: dict[str, Any], total_steps: int
+    config: dict[str, Any],
+    progress: TrainState,
+    *,
+    data: dict[str, int | None],
+    facts: dict[str, Any],
+    total_steps: int,
+    parts: Callable[[int], dict[str, PartCount]] = lambda samples: {},
 ) -> str:
     """Return the text of the model card. It contains no path of this machine and no secret.
 
     ``config`` is the resolved config. ``data`` holds documents, tokens and bytes of the training text, and the sequences of a
-    global batch. ``facts`` is the content of run.json.
+    global batch. ``facts`` is the content of run.json. ``parts`` maps a number of samples to what they hold of each part of the
+    training data.
     """
     model, dataset = config["model_name"], config["dataset"]
     trained = "random weights" if _is_scratch(config) else f"`{public(model)}`"
@@ -52,7 +63,7 @@ def model_card(
         ("strategy", f"{facts['strategy']}, {facts['world_size']} processes"),
     ]
     shown = {key: value for key, value in config.items() if key not in MACHINE_KEYS}
-    parts = (
+    text = (
         _front_matter(config),
         f"# {public(config['name'])}\n",
         f"A causal language model of {facts['parameters']:,} parameters, trained from {trained} with pretrain: "
@@ -62,8 +73,9 @@ def model_card(
         "## Results\n",
         _results(progress),
         "## Data\n",
-        f"{_named(dataset)}: "
-        f"{data['documents']:,} documents, {data['tokens']:,} tokens, {data['bytes']:,} bytes of text.\n",
+        f"{', '.join(map(_named, _datasets(dataset)))}: "
+        f"{data['documents']:,} documents, {data['tokens']:,} tokens{_bytes(data['bytes'])}.\n",
+        *_parts(parts(progress.samples)),
         "## Settings\n",
         _table(("setting", "value"), settings),
         "<details><summary>The full configuration</summary>\n",
@@ -71,7 +83,7 @@ def model_card(
         "## Versions\n",
         ", ".join(f"{name} {version}" for name, version in facts["versions"].items()) + ".\n",
     )
-    return redact("\n".join(parts))
+    return redact("\n".join(text))
 
 
 def public(value: Any) -> Any:
@@ -100,17 +112,33 @@ def _front_matter(config: dict[str, Any]) -> str:
     matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if not _is_scratch(config) and _on_the_hub(config["model_name"]):
         matter["base_model"] = config["model_name"]
-    dataset = config["dataset"]
-    if dataset.get("source") == "huggingface" and _on_the_hub(dataset["nameOrPath"]):
-        matter["datasets"] = [dataset["nameOrPath"]]
+    from_hub = [part for part in _datasets(config["dataset"]) if part.get("source") == "huggingface"]
+    on_hub = [name for part in from_hub for name in each(part.get("nameOrPath")) if _on_the_hub(name)]
+    if on_hub:
+        matter["datasets"] = list(dict.fromkeys(on_hub))
     matter["tags"] = ["pretrain", "from-scratch" if _is_scratch(config) else "continual-pretraining"]
     return f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _datasets(dataset: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the config of a dataset, or those of all parts of a mixture."""
+    parts = dataset.get("parts")
+    return [inner for part in parts.values() for inner in _datasets(part)] if isinstance(parts, dict) else [dataset]
 
 
 def _named(dataset: dict[str, Any]) -> str:
     """Return the name of a dataset, and the kind of its source: the key ``source`` of ours, or the class of another's."""
     kind = dataset.get("source") or dataset["_target_"].rpartition(".")[2]
-    return f"`{public(dataset.get('nameOrPath') or dataset.get('name') or kind)}` ({kind})"
+    places = each(dataset.get("nameOrPath")) or [dataset.get("name") or kind]
+    return f"{', '.join(f'`{public(place)}`' for place in places)} ({kind})"
+
+
+def _parts(counts: dict[str, PartCount]) -> list[str]:
+    """Return the table of what the run has read of each part of its training data; nothing for a single part."""
+    if len(counts) < 2:
+        return []
+    rows = [(n, f"{c.tokens:,}", f"{c.share:.1%}", f"{c.wanted:.1%}", f"{c.epochs:.2f}") for n, c in counts.items()]
+    return [_table(("part", "target tokens read", "share", "share by the weights", "epochs"), rows)]
 
 
 def _on_the_hub(name: str) -> bool:
@@ -156,6 +184,10 @@ def _before_after(s: dict[str, Any]) -> tuple[str, ...]:
 
 def _exp(loss: float | None) -> float | None:
     return math.exp(loss) if loss is not None and loss < 700 else None
+
+
+def _bytes(count: int | None) -> str:
+    return "" if count is None else f", {count:,} bytes of text"
 
 
 def _number(value: float | None, digits: int = 4) -> str:

@@ -70,6 +70,21 @@ class Point:
     strong: bool = False
 
 
+@dataclass(frozen=True)
+class Band:
+    """A stretch of the x-axis, drawn as a strip under the curves: a phase of the run.
+
+    Attributes:
+        name: Description, shown when the pointer is over the strip.
+        start: Where it begins on the x-axis.
+        end: Where it ends.
+    """
+
+    name: str
+    start: float
+    end: float
+
+
 Format = Callable[[float], str]
 
 
@@ -84,11 +99,13 @@ def line_chart(
     logarithmic: bool = False,
     large: bool = False,
     form: Format = compact,
+    bands: Sequence[Band] = (),
 ) -> Markup:
     """Return a figure with one curve per line and a legend with the last values. The result is empty if no line has a number.
 
     ``unit`` is the unit of y, shown next to the title. ``zero`` draws the line y = 0; ``from_zero`` starts the y-axis at 0.
-    ``large`` is the size for two charts in a row, otherwise three fit. ``form`` formats a value of y.
+    ``large`` is the size for two charts in a row, otherwise three fit. ``form`` formats a value of y. ``bands`` are drawn under
+    the curves.
     """
     lines = [line for line in lines if any(map(is_number, line.y))]
     if not lines:
@@ -108,11 +125,19 @@ def line_chart(
         axes.set_ylim(bottom=0)
     keys = [(line.name, line.colour, _last(line.y, form)) for line in lines]
     description = "; ".join(f"{line.name} from {_first(line.y, form)} to {_last(line.y, form)}" for line in lines)
-    return _figure(title, unit, keys, drawing.svg(f"{title}: {description}", drawing.readouts(lines)), large=large)
+    over = drawing.bands(bands) + drawing.readouts(lines)
+    return _figure(title, unit, keys, drawing.svg(f"{title}: {description}", over), large=large)
 
 
 def area_chart(
-    title: str, lines: Sequence[Line], *, form: Format, unit: str = "", x_label: str = "step", large: bool = False
+    title: str,
+    lines: Sequence[Line],
+    *,
+    form: Format,
+    unit: str = "",
+    x_label: str = "step",
+    large: bool = False,
+    bands: Sequence[Band] = (),
 ) -> Markup:
     """Return a stacked area chart. All ``lines`` have the same ``x`` and no missing values. The legend shows the means."""
     drawing = _Drawing(x_label, form, large=large)
@@ -122,9 +147,8 @@ def area_chart(
     drawing.axes.margins(x=0)
     keys = [(line.name, line.colour, form(sum(_floats(line.y)) / len(line.y))) for line in lines]
     description = "; ".join(f"{name} {mean}" for name, _, mean in keys)
-    return _figure(
-        title, unit, keys, drawing.svg(f"{title}: {description}", drawing.readouts(lines, marks=False)), large=large
-    )
+    over = drawing.bands(bands) + drawing.readouts(lines, marks=False)
+    return _figure(title, unit, keys, drawing.svg(f"{title}: {description}", over), large=large)
 
 
 def scatter_chart(
@@ -260,6 +284,20 @@ class _Drawing:
             f'<g class="at"><rect x="{left:.1f}" y="0" width="{right - left:.1f}" height="{bottom}"/>'
             f'<path d="M{x:.1f} {TOP}V{bottom}"/>{circles}{rows}</g>'
         )
+
+    def bands(self, bands: Sequence[Band]) -> str:
+        """Return a strip just below the axes with one rectangle per band, as far as the axes show it."""
+        low, high = self.axes.get_xlim()
+        strip = []
+        for number, band in enumerate(bands):  # in turns of two greys: the colours belong to the curves
+            start, end = max(band.start, low), min(band.end, high)
+            if start < end:
+                left, right = self.at(start, 1)[0], self.at(end, 1)[0]
+                strip.append(
+                    f'<rect class="band" x="{left:.1f}" y="{self.height - BOTTOM + 1}" width="{right - left:.1f}" height="4" '
+                    f'style="fill:var(--{("line", "soft")[number % 2]})"><title>{escape(band.name)}</title></rect>'
+                )
+        return "".join(strip)
 
     def names(self, points: Sequence[Point]) -> str:
         """Return the names of the points. Strong points always show their names, the others on hover."""

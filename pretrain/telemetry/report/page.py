@@ -71,7 +71,7 @@ def run_page(run: Run) -> str:
                 _time_bar(history),
                 grid([plots.training_charts(history), plots.speed_charts(history)]),
             ),
-            section("Data seen", _sources(history)),
+            section("Data seen", _parts(history), _sources(history)),
             section("Norms by layer", grid([plots.layer_charts(history)]), _layers(history)),
             section("Faults and resumes", _events(run)),
             section("Checkpoints", _checkpoints(history)),
@@ -231,6 +231,20 @@ def _time_bar(history: History) -> Markup:
     return card(bar("Time by part, from the first step to the last record", parts))
 
 
+def _parts(history: History) -> Markup:
+    """Return the table of the parts of a mixture, and of its phases; nothing for a single part."""
+    counts: dict[str, Any] = history.data.get("parts") or {}
+    if len(counts) < 2:
+        return Markup("")
+    rows = [
+        (name, amount(p.get("tokens")), share(p.get("share"), 1), share(p.get("wanted"), 1), number(p.get("epochs"), 2))
+        for name, p in list(counts.items())[:MAX_ROWS]
+    ]
+    listed = table(("part", "tokens", "share", "share by the weights", "epochs"), rows)
+    phases = [(f"{step:,}", plots.shares_text(shares)) for step, shares in plots.phases_of(history)]
+    return card(listed, table(("from step", "shares"), phases, text=(1,)) if len(phases) > 1 else "")
+
+
 def _sources(history: History) -> Markup:
     sources: dict[str, Any] = history.data.get("sources") or {}
     if not sources:
@@ -345,7 +359,9 @@ def _configuration(run: Run) -> Iterator[Markup]:
 
 
 def _environment(start: Record) -> Markup:
-    known = {k: v for k, v in start.items() if k not in ("event", "step", "time", "resumed") and v is not None}
+    known = {
+        k: v for k, v in start.items() if k not in ("event", "step", "time", "resumed", "mixture") and v is not None
+    }
     rows = [(key.replace(".", " · ").replace("_", " "), as_yaml(value)) for key, value in flat(known)]
     return card(facts(rows)) if rows else Markup("")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pretrain.telemetry.history import PARTS, History
 from pretrain.telemetry.numbers import compact, share
 from pretrain.telemetry.report.charts import (
+    Band,
     Format,
     Line,
     Point,
@@ -42,7 +44,8 @@ def loss_chart(history: History) -> Markup:
     key = "loss_mean" if train.has("loss_mean") else "loss"
     band = (train.low("loss"), train.high("loss")) if train.width > 1 else ((), ())
     lines = [Line("training", train.steps, train.mean(key), TRAINING, low=band[0], high=band[1])]
-    return line_chart("Loss", lines + _domain_lines(history, "loss"), unit=NATS, large=True)
+    lines += _domain_lines(history, "loss")
+    return line_chart("Loss", lines, unit=NATS, large=True, bands=phase_bands(history))
 
 
 def change_chart(history: History) -> Markup:
@@ -50,7 +53,8 @@ def change_chart(history: History) -> Markup:
     if all(domain.once for domain in history.domains.values()):
         return Markup("")
     lines = _domain_lines(history, "delta_loss")
-    return line_chart("Gain and forgetting", lines, unit=f"{NATS} since step 0, lower is better", zero=True, large=True)
+    unit = f"{NATS} since step 0, lower is better"
+    return line_chart("Gain and forgetting", lines, unit=unit, zero=True, large=True, bands=phase_bands(history))
 
 
 def _domain_lines(history: History, key: str) -> list[Line]:
@@ -85,7 +89,8 @@ def metric_charts(history: History) -> Markup:
         curve, last = measurement.values, measurement.last
         unit = " · ".join(word for word in (str(last.get("unit") or ""), f"{last.get('better')} is better") if word)
         if len(curve.steps) > 1:
-            charts.append(line_chart(key, [Line(key, curve.steps, curve.mean("value"), 0)], unit=unit))
+            line = Line(key, curve.steps, curve.mean("value"), 0)
+            charts.append(line_chart(key, [line], unit=unit, bands=phase_bands(history)))
     return join(charts)
 
 
@@ -103,7 +108,7 @@ def time_chart(history: History) -> Markup:
         for colour, name in enumerate(PARTS)
         if history.seconds[name] > 0
     ]
-    return area_chart("Time by part", lines, unit="share, by step", form=percent)
+    return area_chart("Time by part", lines, unit="share, by step", form=percent, bands=phase_bands(history))
 
 
 def part_label(history: History, part: str) -> str:
@@ -120,7 +125,7 @@ def memory_chart(history: History) -> Markup:
         for colour, (key, name) in enumerate(names.items())
         if train.has(key)
     ]
-    return line_chart("Memory", lines, unit="GiB", from_zero=True)
+    return line_chart("Memory", lines, unit="GiB", from_zero=True, bands=phase_bands(history))
 
 
 def layer_charts(history: History) -> Markup:
@@ -154,7 +159,38 @@ def _single(
     form: Format = compact,
 ) -> Markup:
     line = Line(key.replace("_", " "), history.train.steps, history.train.mean(key))
-    return line_chart(title, [line], unit=unit, from_zero=from_zero, logarithmic=logarithmic, form=form)
+    return line_chart(
+        title,
+        [line],
+        unit=unit,
+        from_zero=from_zero,
+        logarithmic=logarithmic,
+        form=form,
+        bands=phase_bands(history),
+    )
+
+
+def phase_bands(history: History) -> list[Band]:
+    """Return the phases of the mixture as bands of the step axis; none where the mixture does not change."""
+    phases = phases_of(history)
+    if len(phases) < 2:
+        return []
+    ends = [start for start, _ in phases[1:]] + [float(history.start.get("total_steps") or math.inf)]
+    return [
+        Band(f"from step {start:,}: {shares_text(shares)}", start, end)
+        for (start, shares), end in zip(phases, ends, strict=True)
+    ]
+
+
+def phases_of(history: History) -> list[tuple[int, dict[str, float]]]:
+    """Return the first step of each phase of the mixture, and the shares of its parts; none for a single dataset."""
+    found = history.start.get("mixture") or []
+    return [(phase["step"], phase["shares"]) for phase in found]
+
+
+def shares_text(shares: dict[str, float]) -> str:
+    """Format shares, such as ``es 75 %, code 25 %``."""
+    return ", ".join(f"{name} {share(value)}" for name, value in shares.items() if value)
 
 
 # Several runs -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Write train.csv, evaluation.csv and, if there are such records, metric.csv, layers.csv and data.csv: tables for
+"""Write train.csv, evaluation.csv and, if there are such records, metric.csv, layers.csv, data.csv and parts.csv: tables for
 spreadsheets and pandas (RFC 4180: a header, commas, CRLF; null is an empty field)."""
 
 from __future__ import annotations
@@ -18,8 +18,15 @@ from pretrain.telemetry.sinks.base import Sink
 from pretrain.telemetry.sinks.jsonl import keep_broken
 from pretrain.telemetry.sinks.retrying_file import RetryingAppendFile
 
-# event → the field that maps names to records; it becomes one row per name
-FAMILY = {"train": None, "evaluation": None, "metric": None, "layers": "layers", "data": "sources"}
+# table → the event, and its field that maps names to records, which become one row per name
+TABLES = {
+    "train": ("train", None),
+    "evaluation": ("evaluation", None),
+    "metric": ("metric", None),
+    "layers": ("layers", "layers"),
+    "data": ("data", "sources"),
+    "parts": ("data", "parts"),  # of a mixture
+}
 Row = Mapping[str, object]
 LONGEST_LINE = (
     2**17
@@ -34,12 +41,12 @@ class Csv(Sink):
         self._tables: dict[str, Table] = {}
 
     def open(self, run: Path, start: RunStarted) -> None:
-        self._tables = {event: Table(run / f"{event}.csv", start) for event in FAMILY}
+        self._tables = {name: Table(run / f"{name}.csv", start) for name in TABLES}
 
     def write(self, record: Record) -> None:
-        if record["event"] in FAMILY:
-            for row in rows(record):
-                self._tables[record["event"]].write(row)
+        for name in TABLES:
+            for row in rows(name, record):
+                self._tables[name].write(row)
 
     def close(self) -> None:
         for table in self._tables.values():
@@ -97,10 +104,13 @@ class Table:
         replace_file(self._path, "".join(self._line(row) for row in [header, *kept]))
 
 
-def rows(record: Record) -> list[Row]:
-    """Return one row for the record, or one row per layer or source."""
-    family = FAMILY[record["event"]]
-    own = {key: value for key, value in record.items() if key not in ("event", family)}
+def rows(table: str, record: Record) -> list[Row]:
+    """Return the rows of ``record`` in a table: none, one, or one per layer, source or part."""
+    event, family = TABLES[table]
+    if record["event"] != event or (table == "parts" and len(record.get("parts") or {}) < 2):
+        return []
+    families = [other for of, other in TABLES.values() if of == event and other]
+    own = {key: value for key, value in record.items() if key not in ("event", *families)}
     if family is None:
         return [own]
     return [own | {family.removesuffix("s"): name} | numbers for name, numbers in record[family].items()]
@@ -140,6 +150,6 @@ def _cells(line: str) -> list[str]:
     return rows[0] if len(rows) == 1 else []
 
 
-def _is_rewritten(event: str, row: dict[str, str], start: RunStarted) -> bool:
-    step = int(row["step"])
+def _is_rewritten(table: str, row: dict[str, str], start: RunStarted) -> bool:
+    step, (event, _) = int(row["step"]), TABLES[table]
     return step > start.step or (step == start.step and event in WITH_EVALUATION and start.pending_evaluation)

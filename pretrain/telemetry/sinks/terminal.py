@@ -142,6 +142,8 @@ class Terminal(Sink):
             self._console.print(self._domains(r["step"]))
             for reason in tables.reasons(self._history):
                 self._print(reason)
+        if self._total and (parts := tables.parts(self._history)):
+            self._console.print(parts)
         if self._history.measured:
             self._console.print(tables.measurements(self._history))
         for line in tables.samples(self._history, r["step"]):

@@ -130,6 +130,19 @@ def scores(history: History) -> Table:
     return table
 
 
+def parts(history: History) -> Table | None:
+    """Return the table of what the run has read of each part of a mixture; ``None`` for a single part."""
+    counts = history.data.get("parts") or {}
+    if len(counts) < 2:
+        return None
+    table = _table("part", "tokens read", "share", "by the weights", "epochs")
+    for name, part in counts.items():
+        table.add_row(
+            name, f"{part['tokens']:,}", f"{part['share']:.1%}", f"{part['wanted']:.1%}", f"{part['epochs']:.2f}"
+        )
+    return table
+
+
 def measured(record: Record) -> str:
     """Format the value of a metric with its standard error and unit; null stands for a value that is not finite."""
     value = "nan" if record["value"] is None else significant(record["value"])
@@ -233,6 +246,8 @@ def _table(*titles: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for title in titles:
         table.add_column(
-            title, justify="left" if title in ("domain", "metric") else "right", no_wrap=title in ("perplexity", "nats")
+            title,
+            justify="left" if title in ("domain", "metric", "part") else "right",
+            no_wrap=title in ("perplexity", "nats"),
         )
     return table

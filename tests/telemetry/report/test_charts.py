@@ -3,8 +3,10 @@
 import re
 import xml.etree.ElementTree as ElementTree
 
+import pytest
+
 from pretrain.telemetry.numbers import compact
-from pretrain.telemetry.report.charts import Line, Point, area_chart, heat_chart, line_chart, scatter_chart
+from pretrain.telemetry.report.charts import Band, Line, Point, area_chart, heat_chart, line_chart, scatter_chart
 
 STEPS = list(range(0, 1000, 50))
 
@@ -88,3 +90,20 @@ def test_numbers_in_words():
         float("inf"): "—",
     }
     assert {v: compact(v) for v in values} == values
+
+
+def test_bands_lie_under_the_stretch_of_the_curve_that_they_name():
+    """The strip is cut to what the axes show; between two bands there is no gap."""
+    lines = [Line("a", [0, 10, 20], [5.0, 1.0, 3.0])]
+    figure = line_chart("Loss", lines, bands=[Band("from 0: <es>", 0, 10), Band("from 10", 10, 1000)])
+    strips = [rect for rect in svg(figure).iter("rect") if rect.get("class") == "band"]
+    assert [rect[0].text for rect in strips] == ["from 0: <es>", "from 10"]
+    assert [rect.get("style") for rect in strips] == ["fill:var(--line)", "fill:var(--soft)"]
+    marks = [float(c.get("cx")) for c in svg(figure).iter("circle")]
+    edges = [(float(r.get("x")), float(r.get("x")) + float(r.get("width"))) for r in strips]
+    assert edges[0][0] == pytest.approx(marks[0], abs=0.2)
+    assert edges[0][1] == pytest.approx(marks[1], abs=0.2)
+    assert edges[1][0] == pytest.approx(marks[1], abs=0.2)
+    assert marks[2] < edges[1][1] < 440
+    assert "band" in area_chart("Areas", lines, form=compact, bands=[Band("x", 0, 10)])
+    assert "band" not in line_chart("Loss", lines, bands=[Band("later", 30, 40)])

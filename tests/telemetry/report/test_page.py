@@ -296,3 +296,33 @@ def test_runs_without_a_configuration_are_compared_too(runs):
 def test_names_are_as_short_as_they_can_be():
     assert names_of([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
     assert names_of([Path("/x/a")]) == ["a"]
+
+
+MIXTURE = [{"step": 0, "shares": {"es": 0.75, "code": 0.25}}, {"step": 300, "shares": {"es": 1.0, "code": 0.0}}]
+
+
+def test_the_parts_and_the_phases_of_a_mixture():
+    part = {"tokens": 1234, "share": 0.755, "wanted": 0.75, "epochs": 1.5}
+    data = {
+        "event": "data",
+        "step": 400,
+        "time": 1.0,
+        "sources": {"es/a.txt": {"tokens": 9, "documents": 1, "share": 1}},
+    }
+    records = [started(mixture=MIXTURE), train(100), train(400), data | {"parts": {"es": part, "code": part}}]
+    text = page(records)
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", text)
+    assert cells[cells.index("es") : cells.index("es") + 5] == ["es", "1.23k", "75.5 %", "75.0 %", "1.50"]
+    assert cells[cells.index("es 75 %, code 25 %") - 1 :][:4] == ["0", "es 75 %, code 25 %", "300", "es 100 %"]
+    drawn = text.count("<figure")
+    titles = re.findall(r'class="band"[^>]*><title>([^<]*)</title>', text)
+    assert titles == ["from step 0: es 75 %, code 25 %", "from step 300: es 100 %"] * (len(titles) // 2)
+    assert len(titles) == 2 * (drawn - text.count('class="bar"')), "under every curve"
+    assert "mixture" not in text.partition("<h2>Environment")[2]
+
+
+def test_one_dataset_has_no_parts_and_a_mixture_that_stays_no_bands():
+    part = {"tokens": 1234, "share": 1.0, "wanted": 1.0, "epochs": 1.5}
+    data = {"event": "data", "step": 400, "time": 1.0, "sources": {"a.txt": {"tokens": 9}}, "parts": {"es": part}}
+    assert "by the weights" not in page([started(), train(400), data])
+    assert 'class="band"' not in page([started(mixture=MIXTURE[:1]), train(100), train(400)])

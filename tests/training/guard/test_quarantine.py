@@ -23,8 +23,8 @@ def bad(first_sample: int, step: int = 1) -> BadStep:
 
 def documents_by_token(loader, first_sample):
     """The numbers of the documents that its tokens belong to, looked up one by one."""
-    length, view = loader.blocks.sequence_length, loader.blocks.view
-    starts = loader.blocks_of(np.arange(first_sample, first_sample + loader.global_batch_size)) * length
+    length, view = loader.sequence_length, loader.blocks[0].view
+    starts = loader.order(np.arange(first_sample, first_sample + loader.global_batch_size))[1] * length
     return {
         int(view.document_ids(at, at + 1)[0]) for start in starts.tolist() for at in range(start, start + length + 1)
     }

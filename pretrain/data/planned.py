@@ -1,0 +1,116 @@
+"""What a run will read of each part of its training data: the table before the start, and what to say about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.data.order import SampleOrder
+from pretrain.data.store.token_store import TokenView
+from pretrain.data.training_data import Part, TrainingData
+from pretrain.runtime.errors import UserError
+
+MANY_EPOCHS = 4  # repeated text is nearly as good as new up to here (Muennighoff et al., arXiv:2305.16264)
+MOST_EPOCHS = 20  # what a scarce part of a mixture bears (arXiv:2605.12715)
+MAX_HASHES = 2**21  # documents of a part that are compared with those of others
+
+
+@dataclass(frozen=True)
+class PlannedPart:
+    """What a run will read of one part.
+
+    Attributes:
+        part: the part.
+        tokens: target tokens over the whole run.
+        epochs: passes over the part over the whole run.
+        shares: its share of the target tokens in each phase.
+    """
+
+    part: Part
+    tokens: int
+    epochs: float
+    shares: tuple[float, ...]
+
+
+def planned_parts(
+    train: TrainingData, *, steps: int, global_batch: int, sequence_length: int, document_mask: bool
+) -> list[PlannedPart]:
+    """Return what a run of ``steps`` steps will read of each part. Raises ``UserError`` where that is more than ``max_epochs``
+    passes."""
+    blocks = train.blocks(sequence_length)
+    means = [each.mean_targets(document_mask=document_mask) for each in blocks]
+    draws = train.draws(steps=steps, global_batch=global_batch, mean_targets=means)
+    lengths = [len(each) for each in blocks]
+    samples = SampleOrder(lengths, [0] * len(lengths), draws).taken(steps * global_batch).tolist()
+    found = []
+    for i, (part, count, length, mean) in enumerate(zip(train.parts, samples, lengths, means, strict=True)):
+        if part.max_epochs is not None and count > part.max_epochs * length:
+            raise UserError(
+                f"dataset.max_epochs: the run would see part {part.name!r} {count / max(length, 1):.2f} times, more than "
+                f"{part.max_epochs:g}: it has {part.view.num_tokens:,} training tokens, and its share of the run is "
+                f"{round(count * mean):,}; lower its weight or the number of steps, or add text"
+            )
+        shares = tuple(phase.shares[i] for phase in train.phases)
+        found.append(PlannedPart(part, round(count * mean), count / max(length, 1), shares))
+    return found
+
+
+def lines_before_the_start(planned: Sequence[PlannedPart], train: TrainingData, *, steps: int) -> list[str]:
+    """Return the table of the parts and the warnings about them, as lines; none for a single part."""
+    if len(planned) < 2:
+        return []
+    begins = [f"from step {round(phase.start * steps):,}" for phase in train.phases[1:]]
+    rows = [["part", "training tokens", "weight", *begins, "epochs"]]
+    for row in planned:
+        shares = [f"{share:.1%}" for share in row.shares]
+        rows.append([row.part.name, f"{row.part.view.num_tokens:,}", *shares, f"{row.epochs:.2f}"])
+    return [*aligned(rows), *_warnings(planned), *_common(train.parts)]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the rows as lines, the first column aligned on the left and the others on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _warnings(planned: Sequence[PlannedPart]) -> Iterator[str]:
+    for row in planned:
+        seen = f"part {row.part.name!r} will be seen {row.epochs:.1f} times"
+        if row.epochs > MOST_EPOCHS:
+            yield f"{seen}: more than the 15 to 20 that even a scarce part of a mixture bears (arXiv:2605.12715)"
+        elif row.epochs > MANY_EPOCHS:
+            yield (
+                f"{seen}: text that is repeated more than {MANY_EPOCHS} times teaches less each time (arXiv:2305.16264); a "
+                "scarce part of a mixture bears 15 to 20 (arXiv:2605.12715)"
+            )
+
+
+def _common(parts: Sequence[Part]) -> Iterator[str]:
+    """Yield a line for each pair of parts with the same documents, which are then trained on more often than the table says."""
+    documents = sum(part.view.num_documents for part in parts)
+    share = min(1.0, MAX_HASHES / max(documents, 1))
+    hashes = [_hashes(part.view, share) for part in parts]
+    for (one, ours), (other, theirs) in combinations(zip(parts, hashes, strict=True), 2):
+        common = len(np.intersect1d(ours, theirs, assume_unique=True))
+        if common:
+            number = f"{common:,}" if share == 1 else f"about {round(common / share):,}"
+            yield f"parts {one.name!r} and {other.name!r} have {number} documents in common, which are trained on in both"
+
+
+def _hashes(view: TokenView, share: float) -> NDArray[np.uint64]:
+    """Return the hashes of the different documents of ``view``, of a fraction ``share`` of them, the same in every view."""
+    limit = np.uint64(min(int(share * 2**32), 2**32 - 1))
+    found = [np.empty(0, np.uint64)]
+    for hashes in view.hashes():
+        found.append(hashes if share == 1 else hashes[(hashes & np.uint64(2**32 - 1)) <= limit])
+    return np.unique(np.concatenate(found))

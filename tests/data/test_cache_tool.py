@@ -1,0 +1,188 @@
+"""`python -m pretrain.tools.cache`: list, prune, verify; and a cache that was moved to another folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pretrain.data.reading import units
+from pretrain.data.store.token_store import TokenStore
+from pretrain.runtime.locks import Lock
+from pretrain.tools import cache as tool
+from tests.data.texts import parts_of, some_text
+
+StoreOf = Callable[..., TokenStore]
+DAY = 86_400
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "OWN_UNIT_BYTES", 1)
+
+
+@pytest.fixture
+def filled(tmp_path: Path, store_of: StoreOf, cache: Path) -> Path:
+    """A cache with ``new`` and ``old``, which share one of their three parts; ``old`` was used 40 days ago."""
+    for name, numbers in (("old", (0, 1, 2)), ("new", (2, 3, 4))):
+        (tmp_path / name).mkdir()
+        for number in numbers:
+            (tmp_path / name / f"{number}.txt").write_text(some_text(number, 500))
+        store = store_of(tmp_path / name)
+        if name == "old":
+            for path in (store.path, *(part.path for part in store.parts)):
+                os.utime(path, (time.time() - 40 * DAY,) * 2)
+        del store
+    return cache
+
+
+@pytest.fixture
+def run(
+    filled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    def start(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["cache", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_code:
+            tool.main()
+        found = capsys.readouterr()
+        return int(exit_code.value.code or 0), found.out + found.err
+
+    return start
+
+
+def test_list(run: Callable[..., tuple[int, str]], filled: Path) -> None:
+    code, out = run()
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert [(line[0], line[-1]) for line in lines[1:3]] == [("3", "new"), ("3", "old")]
+    assert lines[2][-4:-1] == ["40", "d", "ago"]
+    assert "parts of no dataset: 0" in out
+    assert str(filled) in out
+
+
+def test_prune_by_age(run: Callable[..., tuple[int, str]], filled: Path, store_of: StoreOf, tmp_path: Path) -> None:
+    before = parts_of(filled)
+    code, out = run("prune", "--older-than", "30")
+    assert code == 0
+    assert "would be deleted: old, used 40 days ago, 2 parts" in out
+    assert parts_of(filled) == before
+    code, out = run("prune", "--older-than", "30", "--delete")
+    assert out.startswith("deleted: old, used 40 days ago, 2 parts")
+    assert len(parts_of(filled)) == 3
+    assert store_of(tmp_path / "new").num_documents == 3, "it has all of its parts, also the shared one"
+    assert store_of(tmp_path / "old").num_documents == 3
+    assert parts_of(filled) == before
+    assert run("prune", "--older-than", "30")[1] == "nothing to delete\n"
+
+
+def test_prune_by_size(run: Callable[..., tuple[int, str]], filled: Path) -> None:
+    sizes = {path: path.stat().st_size for path in filled.glob("parts/*/*.tokens")}
+    three = (sum(sizes.values()) - min(sizes.values())) / 1e9
+    assert "would be deleted: old" in run("prune", "--max-size", str(three))[1]
+    assert run("prune", "--max-size", "1")[1] == "nothing to delete\n"
+    out = run("prune", "--max-size", "0")[1]
+    assert out.index("deleted: old") < out.index("deleted: new"), "the one that was used last goes last"
+    run("prune", "--max-size", "0", "--delete")
+    assert not parts_of(filled)
+
+
+def test_what_is_in_use_stays(
+    run: Callable[..., tuple[int, str]], filled: Path, store_of: StoreOf, tmp_path: Path
+) -> None:
+    store = store_of(tmp_path / "old")
+    os.utime(store.path, (time.time() - 40 * DAY,) * 2)
+    assert "old (in use)" in run()[1]
+    assert run("prune", "--older-than", "30", "--max-size", "0", "--delete")[1].count("deleted") == 1
+    assert len(parts_of(filled)) == 3
+    assert store.parts[0].tokens.sum() > 0
+    del store
+    assert "deleted: old" in run("prune", "--older-than", "30", "--delete")[1]
+
+
+def test_parts_of_no_dataset(run: Callable[..., tuple[int, str]], filled: Path) -> None:
+    """They may be those of a start that was interrupted: they are kept for a week, and while a dataset is being tokenized."""
+    for manifest in filled.glob("stores/*.json"):
+        manifest.unlink()
+    assert "parts of no dataset: 5" in run()[1]
+    (filled / "progress/x/y").mkdir(parents=True)
+    lock = Lock(filled / "progress/x/y/z.lock").acquire()
+    assert "parts of no dataset are kept" in run("prune", "--older-than", "1", "--delete")[1]
+    lock.release()
+    shutil.rmtree(filled / "progress")
+    assert (
+        "deleted: 3 parts and folders of no dataset, older than 7 days"
+        in run("prune", "--older-than", "1", "--delete")[1]
+    )
+    assert len(parts_of(filled)) == 2
+
+
+def test_verify(run: Callable[..., tuple[int, str]], filled: Path, store_of: StoreOf, tmp_path: Path) -> None:
+    assert run("verify") == (0, "0 of 5 parts damaged\n")
+    path = next(filled.glob("parts/*/*.tokens"))
+    before, raw = path.read_bytes(), bytearray(path.read_bytes())
+    raw[10] ^= 1
+    path.write_bytes(raw)
+    assert run("verify", "--delete") == (1, f"damaged: {path}\n1 of 5 parts damaged\n")
+    assert not path.exists()
+    for name in ("old", "new"):
+        store_of(tmp_path / name)
+    assert path.read_bytes() == before
+
+
+def test_mistakes(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    assert run("prune") == (2, "error: prune needs --older-than DAYS or --max-size GB\n")
+    assert run("prune", "--older-than", "-1") == (2, "error: --older-than and --max-size must be at least 0\n")
+    assert run("prune", "--max-size", "nan") == (2, "error: --older-than and --max-size must be at least 0\n")
+    assert run("--cache", str(tmp_path)) == (
+        2,
+        f"error: {tmp_path}: not a token cache; set PRETRAIN_CACHE or --cache\n",
+    )
+
+
+def test_a_hostile_manifest(run: Callable[..., tuple[int, str]], filled: Path, tmp_path: Path) -> None:
+    """Nothing outside of the cache is deleted, and the terminal is not written to."""
+    (tmp_path / "precious.tokens").write_text("x")
+    for number, content in enumerate(
+        (
+            {
+                "name": "a\x1b[2J",
+                "parts": ["../../precious.tokens", str(tmp_path / "precious.tokens"), "parts/../../x", 5],
+            },
+            {"name": "b\x1b[2J", "parts": ["../precious.tokens", "parts/aa/../../../precious.tokens"]},
+            ["not a manifest"],
+        )
+    ):
+        (filled / f"stores/{number}.json").write_text(json.dumps(content))
+        os.utime(filled / f"stores/{number}.json", (0, 0))
+    (filled / "stores/link.json").symlink_to(tmp_path / "precious.tokens")
+    (filled / "documents").mkdir()
+    (filled / "documents/link").symlink_to(tmp_path)
+    code, out = run()
+    assert code == 0
+    assert "\x1b" not in out
+    run("prune", "--max-size", "0", "--older-than", "0", "--delete")
+    assert (tmp_path / "precious.tokens").exists()
+    assert (tmp_path / "old/0.txt").exists()
+
+
+def test_a_moved_cache(filled: Path, store_of: StoreOf, tmp_path: Path) -> None:
+    """A copy on another machine is used as it is; manifests of earlier versions, with absolute paths, are read too."""
+    store = store_of(tmp_path / "new")
+    shutil.copytree(filled, tmp_path / "elsewhere")
+    expected = [part.tokens.tolist() for part in store.parts]
+    manifest = json.loads(store.path.read_text())
+    assert all(not os.path.isabs(part) for part in manifest["parts"])
+    manifest["parts"] = [str(filled / part) for part in manifest["parts"]]
+    (filled / "stores/earlier.json").write_text(json.dumps(manifest))
+    assert [part.tokens.tolist() for part in TokenStore(filled / "stores/earlier.json").parts] == expected
+    (filled / "stores/earlier.json").unlink()
+    shutil.rmtree(filled)
+    moved = TokenStore(tmp_path / "elsewhere/stores" / store.path.name)
+    assert [part.tokens.tolist() for part in moved.parts] == expected

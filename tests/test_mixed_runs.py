@@ -1,0 +1,119 @@
+"""Whole runs on a mixture with replay, two phases and loss weights: the shares, the order and the losses under every strategy,
+and a killed run that is resumed, bit for bit."""
+
+import json
+import shutil
+
+import pytest
+
+from pretrain.telemetry.run_file import read_run_file
+from pretrain.telemetry.sinks.jsonl import read_records
+from tests.runs import assert_same_run, losses, wait_for
+
+
+@pytest.fixture
+def arguments(base_arguments, exact_model, corpus, other_corpus, tmp_path):
+    """Ten steps of 3 : 1, then ten of the code alone; a tenth is old text, and the code counts a quarter in the loss."""
+    words = [w for w in base_arguments if not w.startswith(("dataset=", "dataset.nameOrPath", "model_name="))]
+    words += [f"model_name={exact_model('llama')}", "dataset=mixture", "replay.share=0.1"]
+    words += ["dataset@dataset.parts.es=local", f"dataset.parts.es.nameOrPath={corpus}", "dataset.weights.es=0.75"]
+    code = tmp_path / "code"
+    if not code.exists():
+        code.mkdir()
+        for i in range(30):
+            (code / f"{i}.txt").write_text(f"def function_{i}(x):\n    return x + {i}\n" * (5 + i % 7))
+    words += ["dataset@dataset.parts.code=local", f"dataset.parts.code.nameOrPath={code}", "dataset.weights.code=0.25"]
+    return [*words, "phases=[{from: 0.5, weights: {code: 1}}]", "dataset.loss_weights.code=0.25"]
+
+
+def parts(run):
+    """What the last record says of each part."""
+    return [r for r in read_records(run / "metrics.jsonl") if r["event"] == "data"][-1]["parts"]
+
+
+def assert_shares(run):
+    """20 steps of 4 sequences: 40 samples of 67.5, 22.5 and 10 %, then 40 of 90 and 10 %."""
+    found = parts(run)
+    wanted = {"es": 0.3375, "code": 0.5625, "replay": 0.1}
+    assert {name: part["wanted"] for name, part in found.items()} == pytest.approx(wanted)
+    for name, part in found.items():
+        assert abs(part["tokens"] / 32 - 80 * wanted[name]) <= 2, "within one sample in each phase"
+    assert sum(part["tokens"] for part in found.values()) == 80 * 32
+    assert [phase["step"] for phase in read_run_file(run)["mixture"]] == [0, 10]
+
+
+def crashed(run, copy, *, at):
+    """A copy of a finished run as a kill behind the checkpoint ``at`` leaves it."""
+    shutil.copytree(run, copy)
+    (copy / "run.json").unlink()
+    shutil.rmtree(copy / "model")
+    for checkpoint in (copy / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > at:
+            shutil.rmtree(checkpoint)
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= at + 2))
+    return copy
+
+
+def test_one_process(arguments, command, tmp_path):
+    """The shares, the table before the start, a crash in the first phase and one in the second, and another mixture."""
+    run = tmp_path / "run"
+    arguments = [*arguments, "checkpoint.keep_last=null"]
+    code, out, err = command([*arguments, f"output_dir={run}"])
+    assert code == 0, err
+    assert_shares(run)
+    log = (run / "logs/rank-0.log").read_text()
+    for shown in (err, log):
+        assert "from step 10" in shown
+        assert "67.5%" in shown
+    assert "by the weights" in out
+    domains = {r["domain"]: r["role"] for r in read_records(run / "metrics.jsonl") if r["event"] == "evaluation"}
+    assert domains == {"es": "new", "code": "new", "other": "base"}
+    assert "| replay | 256 | 10.0% | 10.0% |" in (run / "model/README.md").read_text()
+    for at in (5, 15):
+        again = crashed(run, tmp_path / f"again-{at}", at=at)
+        code, _, err = command([*arguments, f"output_dir={again}"])
+        assert code == 0, err
+        assert_same_run(again, run)
+    code, _, err = command([*arguments, f"output_dir={run}", "max_steps=30", "dataset.weights.es=0.5"])
+    assert code == 2
+    assert "dataset.weights.es: 0.75 → 0.5" in err
+    assert "the mixture was [es 67.5%, code 22.5%, replay 10.0%; from step 10: code 90.0%, replay 10.0%]" in err
+    assert "and is now [es 60.0%, code 30.0%, replay 10.0%; from step 15: code 90.0%, replay 10.0%]" in err
+    assert "resume_allow=[data]" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_equal_one_also_when_they_are_killed(strategy, arguments, command, spawn, tmp_path):
+    code, _, err = command([*arguments, f"output_dir={tmp_path / 'one'}"])
+    assert code == 0, err
+    pair = [*arguments, f"strategy={strategy}", "devices=2", "batch_size=1"]
+    code, _, err = command([*pair, f"output_dir={tmp_path / 'whole'}"])
+    assert code == 0, err
+    assert_shares(tmp_path / "whole")
+    assert parts(tmp_path / "whole") == parts(tmp_path / "one")
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
+    run = tmp_path / "run"
+    process = spawn([*pair, f"output_dir={run}"])
+    wait_for(run, 12, process)
+    process.kill()
+    process.wait()
+    code, _, err = command([*pair, f"output_dir={run}"])
+    assert code == 0, err
+    assert_same_run(run, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["deepspeed", "dp"])
+def test_other_strategies_weigh_the_loss_alike(strategy, arguments, command, tmp_path):
+    code, _, err = command([*arguments, f"output_dir={tmp_path / 'one'}"])
+    assert code == 0, err
+    pair = [] if strategy == "dp" else ["devices=2", "batch_size=1"]
+    code, _, err = command([*arguments, f"strategy={strategy}", *pair, f"output_dir={tmp_path / 'other'}"])
+    assert code == 0, err
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
+    unweighted = [word for word in arguments if "loss_weights" not in word]
+    code, _, err = command([*unweighted, f"output_dir={tmp_path / 'plain'}"])
+    assert code == 0, err
+    assert losses(tmp_path / "plain") != pytest.approx(losses(tmp_path / "one"), abs=1e-3)
