@@ -124,7 +124,7 @@ def padding(data: TrainingData, sequence_length: int) -> list[str]:
 
     packed = {part.name: part.blocks(sequence_length) for part in data.parts}
     return [
-        f"dataset {name!r}: best-fit packing into {len(blocks):,} sequences, {blocks.padding:.2%} of them padding"
+        f"dataset {name!r}: best-fit packing into {len(blocks):,} sequences; {blocks.padding:.2%} of their positions are padding"
         for name, blocks in packed.items()
         if isinstance(blocks, BestFitBlocks)
     ]
