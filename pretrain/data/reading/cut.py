@@ -17,6 +17,7 @@ from pretrain.runtime.errors import UserError
 
 COMPRESSION_RATIO = 4  # a guess, for the progress bar only
 TEXT_WINDOW_BYTES = 1 << 20  # number of bytes that are searched for a paragraph, line, sentence or word boundary
+FIRST_WINDOW_BYTES = 64 << 10  # most texts have the end of a paragraph there
 NEVER_EMPTY = (
     "parquet",
     "arrow",
@@ -80,7 +81,9 @@ def _after_pause(file: IO[bytes], position: int, total: int) -> int:
     """Return the offset after the first paragraph end; if there is none, after the first line end, sentence end or word end. Text
     without any of them is cut between two characters."""
     file.seek(position)
-    window = file.read(TEXT_WINDOW_BYTES)
+    window = file.read(FIRST_WINDOW_BYTES)
+    if b"\n\n" not in window:  # a remote file is not read further than necessary
+        window += file.read(TEXT_WINDOW_BYTES - len(window))
     for mark in (b"\n\n", b"\n", b". ", b" "):
         found = window.find(mark)
         if found >= 0:
