@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.data.best_fit import best_fit_blocks
 from pretrain.data.blocks import Blocks
 from pretrain.data.changed_files import Files
 from pretrain.data.draw import Draw
@@ -23,6 +24,7 @@ class Part:
         replay: whether it is old text, which is repeated against forgetting.
         loss_weight: factor of its tokens in the loss.
         max_epochs: the most passes over it; ``None``: any number.
+        packing: how its documents become sequences: stream | best_fit.
     """
 
     name: str
@@ -30,6 +32,11 @@ class Part:
     replay: bool = False
     loss_weight: float = 1.0
     max_epochs: float | None = None
+    packing: str = "stream"
+
+    def blocks(self, sequence_length: int) -> Blocks:
+        """Return the sequences of the part."""
+        return (best_fit_blocks if self.packing == "best_fit" else Blocks)(self.view, sequence_length)
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class TrainingData:
 
     def blocks(self, sequence_length: int) -> list[Blocks]:
         """Return the sequences of each part."""
-        return [Blocks(part.view, sequence_length) for part in self.parts]
+        return [part.blocks(sequence_length) for part in self.parts]
 
     def epoch_samples(self, lengths: Sequence[int]) -> float:
         """Return the samples in one pass over the new text.
