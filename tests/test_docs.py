@@ -66,6 +66,11 @@ def place(tmp_path_factory, corpus, other_corpus, tiny_model, checkpoint):
     rows = [{"text": sentences(i, 30), "lang": "es" if i % 4 else "en", "score": 0.9} for i in range(40)]
     (folder / "web").mkdir()
     Dataset.from_list(rows).to_parquet(folder / "web/a.parquet")
+    (folder / "tokens").mkdir()
+    (folder / "tokens/a.ds").write_bytes(bytes([7, 0, 8, 0, 9, 0]) * 400)
+    (folder / "tokens/a.ds.index").write_bytes(b"".join((3 * end).to_bytes(8, "little") for end in range(1, 401)))
+    (folder / "nano").mkdir()
+    (folder / "nano/train.bin").write_bytes(bytes([7, 0, 8, 0, 9, 0]) * 400)
     (folder / "papers.jsonl").write_text(
         "".join(json.dumps({"title": f"Paper {i}", "abstract": sentences(i, 9)}) + "\n" for i in range(9))
     )

@@ -13,7 +13,7 @@ import pytest
 
 from pretrain.data.cache import cache_dir
 from pretrain.data.changed_files import FilesWatch, differing
-from pretrain.data.reading.units import stamp_of
+from pretrain.data.reading.opening import stamp_of
 from pretrain.data.store.token_shards import _mapped, open_part
 from pretrain.runtime.errors import UserError
 from pretrain.telemetry.events import Evaluated, RunFinished, RunStarted

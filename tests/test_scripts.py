@@ -43,6 +43,7 @@ def test_bench_train():
     "name",
     [
         *("bench_train.py", "bench_data.py", "bench_mixture.py"),
+        "bench_shared_tokenizing.py",
         *("bench_checkpoint.py", "bench_monitor.py", "bench_startup.py", "screenshots.py"),
     ],
 )

@@ -28,6 +28,7 @@ from pretrain.config.schema import RUNTIME_ARGUMENTS, RootKeys, RunConfig, build
 from pretrain.config.trust import MULTI_SELECT, NESTED_PARTS, PARTS, SCHEDULES, locate, trusts
 from pretrain.optim.learning_rate import with_lr
 from pretrain.runtime.errors import UserError, did_you_mean
+from pretrain.runtime.places import is_url
 from pretrain.runtime.redact import find_secret, redact, secrets
 
 GROUPS = tuple(PARTS)
@@ -142,7 +143,12 @@ def check_leaves(config: dict[str, Any]) -> None:
             raise UserError(f"{redact(path)}: holds {secret}; no key takes a secret, set it in the environment only")
         if isinstance(value, str) and "${" in value:
             raise UserError(f"{path}={value!r}: a value can't contain '${{', the start of an interpolation")
-        if isinstance(value, str) and path.rpartition(".")[2] in PATH_KEYS and _is_too_long(value):
+        if (
+            isinstance(value, str)
+            and path.rpartition(".")[2] in PATH_KEYS
+            and not is_url(value)
+            and _is_too_long(value)
+        ):
             raise UserError(
                 f"{path}={value[:40]}…: a part of it is longer than a file's name can be ({LONGEST_NAME} bytes)"
             )

@@ -21,6 +21,8 @@ class Blocks:
     """The blocks of a view. Block i is tokens [i*S, i*S + S]: neighbouring blocks share a token, so that every token except the
     first one and BOS is a target."""
 
+    needs_starts = False  # whether the labels depend on where documents begin, also without a document mask or BOS
+
     def __init__(self, view: TokenView, sequence_length: int) -> None:
         self.view, self.sequence_length = view, sequence_length
 
@@ -67,7 +69,7 @@ class Blocks:
         """Return the blocks ``indices``, one per row."""
         shape = len(indices), self.sequence_length + 1
         tokens = np.empty(shape, np.int64)
-        begins = np.zeros(shape, bool) if document_mask or self.bos is not None else None
+        begins = np.zeros(shape, bool) if document_mask or self.bos is not None or self.needs_starts else None
         self.fill(tokens, begins, np.arange(len(indices)), indices)
         return packed(tokens, begins, document_mask=document_mask, bos=self.bos)
 

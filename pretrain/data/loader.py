@@ -81,7 +81,9 @@ class Loader:
         )
         self.order = self._order(self._phases)
         self._origin: dict[str, Any] | None = None  # where an earlier start of the run had another mixture
-        self._needs_starts = document_mask or any(blocks.bos is not None for blocks in self.blocks)
+        self._needs_starts = document_mask or any(
+            blocks.bos is not None or blocks.needs_starts for blocks in self.blocks
+        )
         weights = np.array([part.loss_weight for part in self.train.parts], np.float32)
         self._loss_weights = weights if (weights != 1).any() else None
         micro = np.arange(accumulation)[:, None] * world_size + rank
@@ -145,7 +147,7 @@ class Loader:
         begins = np.zeros(tokens.shape, bool) if self._needs_starts else None
         for part in present:
             here, of_part = np.flatnonzero(parts == part), self.blocks[part]
-            starts_count = self.document_mask or of_part.bos is not None
+            starts_count = self.document_mask or of_part.bos is not None or of_part.needs_starts
             of_part.fill(tokens, begins if starts_count else None, here, blocks[here])
             bos[here] = -1 if of_part.bos is None else of_part.bos
         return packed(tokens, begins, document_mask=self.document_mask, bos=bos if (bos >= 0).any() else None)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.data.best_fit import best_fit_blocks
 from pretrain.data.blocks import Blocks
 from pretrain.data.changed_files import Files
 from pretrain.data.draw import Draw
@@ -23,6 +24,7 @@ class Part:
         replay: whether it is old text, which is repeated against forgetting.
         loss_weight: factor of its tokens in the loss.
         max_epochs: the most passes over it; ``None``: any number.
+        packing: how its documents become sequences: stream | best_fit.
     """
 
     name: str
@@ -30,6 +32,11 @@ class Part:
     replay: bool = False
     loss_weight: float = 1.0
     max_epochs: float | None = None
+    packing: str = "stream"
+
+    def blocks(self, sequence_length: int) -> Blocks:
+        """Return the sequences of the part."""
+        return (best_fit_blocks if self.packing == "best_fit" else Blocks)(self.view, sequence_length)
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,10 @@ class TrainingData:
         return sum(part.view.num_documents for part in self.parts)
 
     @property
-    def num_bytes(self) -> int:
-        return sum(part.view.num_bytes for part in self.parts)
+    def num_bytes(self) -> int | None:
+        """The bytes of text; ``None`` where the text of a part is not known."""
+        found = [part.view.num_bytes for part in self.parts]
+        return None if None in found else sum(size for size in found if size is not None)
 
     @property
     def files(self) -> Files:
@@ -76,7 +85,7 @@ class TrainingData:
 
     def blocks(self, sequence_length: int) -> list[Blocks]:
         """Return the sequences of each part."""
-        return [Blocks(part.view, sequence_length) for part in self.parts]
+        return [part.blocks(sequence_length) for part in self.parts]
 
     def epoch_samples(self, lengths: Sequence[int]) -> float:
         """Return the samples in one pass over the new text.
@@ -148,6 +157,10 @@ def check_epochs(
             )
 
 
+def _bytes(data: TrainingData) -> str:
+    return "" if data.num_bytes is None else f", {data.num_bytes:,} bytes"
+
+
 def check_enough(data: TrainingData, *, sequence_length: int, global_batch: int) -> None:
     """Raise ``UserError`` when the training documents do not fill one global batch (in sequences, over all workers), or a part
     has no sequence at all."""
@@ -156,7 +169,7 @@ def check_enough(data: TrainingData, *, sequence_length: int, global_batch: int)
         name = data.parts[0].view.store.name if len(data.parts) == 1 else "+".join(part.name for part in data.parts)
         raise UserError(
             f"dataset {name!r}: too little text for one global batch: {data.num_tokens:,} training tokens "
-            f"({data.num_documents:,} documents, {data.num_bytes:,} bytes) make {sum(lengths):,} sequences of "
+            f"({data.num_documents:,} documents{_bytes(data)}) make {sum(lengths):,} sequences of "
             f"{sequence_length}, but batch_size × gradient_accumulation_steps × workers = {global_batch:,} sequences "
             f"need {global_batch * sequence_length + 1:,} tokens; lower one of these, lower sequence_length or add text"
         )

@@ -128,7 +128,14 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     from pretrain.data.planned import lines_before_the_start, planned_parts
     from pretrain.data.tokenization.tokenize import training_texts
     from pretrain.models.tokenizer import boundaries
-    from pretrain.run.prepare_data import TokenizedSources, places_of, removed_documents, scored_domains, training_data
+    from pretrain.run.prepare_data import (
+        TokenizedSources,
+        padding,
+        places_of,
+        removed_documents,
+        scored_domains,
+        training_data,
+    )
 
     model, replacement = _checked_model(config)
     dataset = config.dataset
@@ -144,7 +151,12 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
         "global_batch": MicroBatching.from_config(config).total * devices,
         **_config_identity(config),
     }
-    notices = ([replacement.notice] if replacement else []) + notices + removed_documents(dataset, texts)
+    notices = (
+        ([replacement.notice] if replacement else [])
+        + notices
+        + removed_documents(dataset, texts)
+        + padding(train, config.sequence_length)
+    )
     prepared = Prepared(
         model,
         tokenizer,

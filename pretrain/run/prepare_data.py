@@ -92,7 +92,7 @@ def training_data(config: RunConfig, texts: TokenizedSources) -> tuple[TrainingD
     weights: dict[str, float] = dataset.by_source(dataset.loss_weights) if isinstance(dataset, Mixture) else {}
     for name, source in sources.items():
         view = texts.views(source)[0]
-        parts.append(Part(name, view, name in replay, weights.get(name, 1.0), caps.get(name)))
+        parts.append(Part(name, view, name in replay, weights.get(name, 1.0), caps.get(name), source.packing))
         contents.append(_content(texts.store(source), source, mask=dataset.document_mask))
     content: list[Any]
     content = contents[0] if len(contents) == 1 else [[name, c] for name, c in zip(sources, contents, strict=True)]
@@ -157,6 +157,18 @@ def removed_documents(dataset: Dataset, texts: TokenizedSources) -> list[str]:
     return [f"dataset {name!r}: {line}" for name, line in lines.items() if line]
 
 
+def padding(data: TrainingData, sequence_length: int) -> list[str]:
+    """Return a line for each part with best-fit packing that says how much of it is padding."""
+    from pretrain.data.best_fit import BestFitBlocks
+
+    packed = {part.name: part.blocks(sequence_length) for part in data.parts}
+    return [
+        f"dataset {name!r}: best-fit packing into {len(blocks):,} sequences; {blocks.padding:.2%} of their positions are padding"
+        for name, blocks in packed.items()
+        if isinstance(blocks, BestFitBlocks)
+    ]
+
+
 def tokenized(source: Source, tokenizer: Any, boundary_tokens: Boundaries) -> TokenStore:
     """Return the documents of ``source`` as tokens. Text that is in the cache is not tokenized again."""
     from pretrain.data.tokenization.tokenize import prepare as tokenize
@@ -167,7 +179,8 @@ def tokenized(source: Source, tokenizer: Any, boundary_tokens: Boundaries) -> To
 
 def _content(store: TokenStore, source: Source, *, mask: bool) -> list[Any]:
     """Return what determines the tokens of a part of the training data, and what is selected and masked of them."""
-    return [[part.path.name for part in store.parts], view_options(source), mask]
+    packing = [] if source.packing == "stream" else [source.packing]
+    return [[part.path.name for part in store.parts], view_options(source), mask, *packing]
 
 
 def domain_boundaries(domain: Source, tokenizer: Any, boundary_tokens: Boundaries) -> Boundaries:

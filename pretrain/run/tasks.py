@@ -183,7 +183,8 @@ def tokenization(config: RunConfig, overrides: list[str], interrupt: Interrupt) 
     rows = [("training" if len(parts) == 1 else f"training, {part.name}", part.view) for part in parts]
     rows += [(f"held out, {name} ({role})", view) for name, role, view in prepared.domains]
     for name, view in rows:
-        print(f"{name}: {view.num_tokens:,} tokens, {view.num_documents:,} documents, {view.num_bytes:,} bytes of text")
+        text = "tokens read in place" if view.num_bytes is None else f"{view.num_bytes:,} bytes of text"
+        print(f"{name}: {view.num_tokens:,} tokens, {view.num_documents:,} documents, {text}")
     print(f"cache: {parts[0].view.store.path.parent.parent}")
     return 0
 

@@ -73,7 +73,8 @@ OTHERS = {
 
 
 def test_every_option_of_reading_is_in_the_digest(path: Path) -> None:
-    assert OTHERS.keys() == {field.name for field in fields(ReadOptions)}, "a new option needs a row"
+    named = {field.name for field in fields(ReadOptions)} - {"eot"}  # which is in the key of the part
+    assert OTHERS.keys() == named, "a new option needs a row"
     options = ReadOptions()
     (piece,) = cut(Local(nameOrPath=str(path)).files()[0], options)
     digests = [readers.digest(piece, replace(options, **{name: value})) for name, value in OTHERS.items()]

@@ -184,7 +184,8 @@ def numbers(view) -> list[int]:
         (0.25, [0]),  # 2**62, exactly that of document 0
         (0.26, [0, 3]),
         (0.75, [0, 1, 2, 3]),
-        (1.0, [0, 1, 2, 3]),  # all are: but not the largest
+        (0.9999999, [0, 1, 2, 3]),  # all are: but not the largest
+        (1.0, [0, 1, 2, 3, 4]),  # a dedicated test set
     ],
 )
 def test_who_is_held_out(held_out, held, store):

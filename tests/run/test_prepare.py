@@ -26,7 +26,9 @@ def test_every_choice_of_documents_reaches_the_run_and_its_identity(base_argumen
     assert part < train
     assert same == held_out
     _, _, masked = counted("dataset.held_out=0.3", "dataset.document_mask=true")
-    assert len({identity, deduplicated, larger, smaller, masked}) == 5
+    _, _, packed = counted("dataset.held_out=0.3", "dataset.packing=best_fit")
+    assert len({identity, deduplicated, larger, smaller, masked, packed}) == 6
+    assert counted("dataset.held_out=0.3", "dataset.packing=stream")[2] == identity
     assert counted("dataset.held_out=0.3")[2] == identity
 
 

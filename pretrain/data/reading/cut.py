@@ -11,12 +11,20 @@ from typing import IO
 from pretrain.data.reading.csv_records import record_ends
 from pretrain.data.reading.opening import open_file, stamp_of
 from pretrain.data.reading.tables import arrow_batches, is_wanted, parquet_metadata, readable_table
-from pretrain.data.reading.units import UNIT_BYTES, FileRange, ReadOptions, SourceFile, Stamp, reading
+from pretrain.data.reading.token_files import TOKEN_FORMATS, token_pieces
+from pretrain.data.reading.units import UNIT_BYTES, FileRange, ReadOptions, SourceFile, Stamp, kind_of, reading
 from pretrain.runtime.errors import UserError
 
 COMPRESSION_RATIO = 4  # a guess, for the progress bar only
 TEXT_WINDOW_BYTES = 1 << 20  # number of bytes that are searched for a paragraph, line, sentence or word boundary
-NEVER_EMPTY = ("parquet", "arrow", ".gz", ".zst")  # a valid file of these formats has bytes even without any text
+FIRST_WINDOW_BYTES = 64 << 10  # most texts have the end of a paragraph there
+NEVER_EMPTY = (
+    "parquet",
+    "arrow",
+    "npy",
+    ".gz",
+    ".zst",
+)  # a valid file of these formats has bytes even without any text
 Cut = tuple[int, int, int]  # start, stop, size in bytes
 
 
@@ -27,8 +35,13 @@ def cut(file: SourceFile, options: ReadOptions) -> list[FileRange]:
         file = replace(file, stamp=stamp)
         if not stamp[0] and file.format.endswith(NEVER_EMPTY):
             raise UserError(f"{file.path}: cut off: the file is empty, which is not a valid {file.format} file")
-        cuts = CUTTERS.get(file.format, _entire_file)(file, options) if stamp[0] else ()
+        cuts = CUTTERS.get(_cutter(file.format), _entire_file)(file, options) if stamp[0] else ()
         return [FileRange(file.path, file.format, start, stop, size, stamp) for start, stop, size in cuts]
+
+
+def _cutter(form: str) -> str:
+    """Return the key of ``CUTTERS``; compressed files have none."""
+    return kind_of(form) if kind_of(form) in TOKEN_FORMATS else form
 
 
 def _stamp(file: SourceFile) -> Stamp:
@@ -68,7 +81,9 @@ def _after_pause(file: IO[bytes], position: int, total: int) -> int:
     """Return the offset after the first paragraph end; if there is none, after the first line end, sentence end or word end. Text
     without any of them is cut between two characters."""
     file.seek(position)
-    window = file.read(TEXT_WINDOW_BYTES)
+    window = file.read(FIRST_WINDOW_BYTES)
+    if b"\n\n" not in window:  # a remote file is not read further than necessary
+        window += file.read(TEXT_WINDOW_BYTES - len(window))
     for mark in (b"\n\n", b"\n", b". ", b" "):
         found = window.find(mark)
         if found >= 0:
@@ -132,4 +147,5 @@ CUTTERS: dict[str, Callable[[SourceFile, ReadOptions], Iterator[Cut]]] = {
     "csv": _csv,
     "parquet": _parquet,
     "arrow": _arrow,
+    **dict.fromkeys(TOKEN_FORMATS, token_pieces),
 }

@@ -15,7 +15,8 @@ from pretrain.data.reading.records import BLOCK_BYTES, Document, blocks, decode,
 from pretrain.data.reading.rows import documents_of_texts
 from pretrain.data.reading.sections import sections
 from pretrain.data.reading.tables import arrow, parquet, parquet_bytes, readable_table, schema_bytes
-from pretrain.data.reading.units import FileRange, ReadOptions, key_of, reading
+from pretrain.data.reading.token_files import TOKEN_FORMATS, token_blocks, token_documents
+from pretrain.data.reading.units import FileRange, ReadOptions, key_of, kind_of, reading
 from pretrain.runtime.errors import UserError
 
 __all__ = ["READERS", "Document", "digest", "read", "read_all"]
@@ -44,7 +45,7 @@ def read_all(piece: FileRange, options: ReadOptions) -> Iterator[Document | None
 
 def _documents(piece: FileRange, options: ReadOptions) -> Iterator[Document | None]:
     """Yield the documents of ``piece``, and ``None`` for each that ``where`` removes."""
-    kind = piece.format.partition(".")[0]
+    kind = kind_of(piece.format)
     documents = READERS[kind](piece, options)
     if not options.by_rows or kind in ROW_FORMATS:
         return documents
@@ -58,7 +59,13 @@ def _is_blank(document: Document) -> bool:
 
 def digest(piece: FileRange, options: ReadOptions) -> str:
     """Return a hash of the bytes that determine what ``read`` yields."""
-    state = xxhash.xxh3_128(key_of(piece.format, *options.values()).encode())
+    is_tokens = kind_of(piece.format) in TOKEN_FORMATS
+    state = xxhash.xxh3_128(key_of("tokens" if is_tokens else piece.format, *options.values()).encode())
+    if is_tokens:
+        with reading(piece.path):
+            for block in token_blocks(piece):
+                state.update(block)
+        return state.hexdigest()
     with reading(piece.path), open_file(piece.path, piece.stamp) as file:
         for start, stop in _deciding_bytes(piece, options):
             file.seek(start)
@@ -115,6 +122,7 @@ READERS: dict[str, Callable[[FileRange, ReadOptions], Iterator[Document | None]]
     "csv": csv_documents,
     "parquet": parquet,
     "arrow": arrow,
+    **dict.fromkeys(TOKEN_FORMATS, token_documents),
     "docstrings": lambda piece, options: docstrings(_full_text(piece, options), options.max_document_chars),
     "description": lambda piece, options: package_description(_full_text(piece, options), options.max_document_chars),
     "topics": lambda piece, options: topics(_full_text(piece, options)),

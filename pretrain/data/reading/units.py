@@ -41,10 +41,12 @@ class ReadOptions:
     max_document_chars: int = 20_000
     where: str | None = None
     text_template: str | None = None
+    eot: int | None = None  # ends documents of token ids; not part of `key`, because the key of a part has it already
 
     def key(self) -> dict[str, Any]:
         """Return the settings for a key. Without ``where`` and ``text_template``, keys are those of versions that had neither."""
-        return {name: value for name, value in asdict(self).items() if name not in ADDED or value is not None}
+        known = {name: value for name, value in asdict(self).items() if name != "eot"}
+        return {name: value for name, value in known.items() if name not in ADDED or value is not None}
 
     def values(self) -> list[Any]:
         """Return the settings of `key` as a list, in which each of ``ADDED`` has its name."""
@@ -66,6 +68,11 @@ class ReadOptions:
     def by_rows(self) -> bool:
         """Whether a document depends on more than the text column of its row."""
         return self.where is not None or self.text_template is not None
+
+
+def kind_of(form: str) -> str:
+    """Return the key of ``readers.READERS`` of a file's format."""
+    return form.partition("@")[0].partition(".")[0]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import urlsplit
 
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.redact import find_secret, redact
@@ -46,7 +45,9 @@ def check_url(url: str) -> None:
         raise UserError(
             f"{name}: holds {secret}; credentials are read from the environment and from their usual files only"
         )
-    if "::" in url:
+    # The host of an address may be one of IPv6, which has "::" too.
+    chained = "::" in (url.partition("://")[2].partition("/")[2] if protocol in WEB else url)
+    if chained or not url[len(protocol) :].startswith("://"):
         raise UserError(f"{name}: chained file systems are not read; name the file itself")
     if protocol in ("file", "local"):
         raise UserError(f"{name}: name a file of this machine by its path alone")
@@ -56,7 +57,8 @@ def check_url(url: str) -> None:
         raise UserError(f"{name!a}: it contains a control character")
     if not _place(url):
         raise UserError(f"{name}: it names no {'host' if protocol in WEB else 'bucket'}")
-    if protocol in WEB and ("@" in urlsplit(url).netloc or "#" in url or MAGIC.search(urlsplit(url).path)):
+    path = path_of(url).partition("://")[2].partition("/")[2]
+    if protocol in WEB and ("@" in _place(url) or "#" in url or MAGIC.search(path)):
         raise UserError(
             f"{name}: an address of a web server can't contain *, [, # or a user name; name each file, in a list"
         )
@@ -64,7 +66,7 @@ def check_url(url: str) -> None:
 
 def path_of(url: str) -> str:
     """Return the path in a URL, from which a file's name and format follow: without the query of an address."""
-    return urlsplit(url).path if is_web(url) else url
+    return url.partition("?")[0] if is_web(url) else url
 
 
 def _place(url: str) -> str:

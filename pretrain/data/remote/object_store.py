@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -15,6 +16,7 @@ from pretrain.runtime.redact import redact
 
 VERSIONS = ("ETag", "etag", "blob_id", "generation", "md5Hash", "content_md5")  # keys of what changes with the content
 TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")
+MOST_CAUSES = 10
 BUGS = (TypeError, AttributeError, NameError, AssertionError, MemoryError, RecursionError)
 CREDENTIALS = {
     "s3fs": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or FSSPEC_S3_ANON=true for a public bucket",
@@ -79,7 +81,19 @@ class ObjectStore(Backend):
             if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
                 hint = CREDENTIALS.get(self._package, "set its credentials")
                 raise UserError(f"{url}: access denied ({reason}); {hint}") from error
+            if "Offline" in type(error).__name__ or _is_unknown_host(error):
+                raise UserError(f"{url}: can't be read ({reason})") from error
             raise Interrupted(reason) from error
+
+
+def _is_unknown_host(error: BaseException) -> bool:
+    """Return whether an error was caused by the name of a host that does not exist."""
+    cause: BaseException | None = error
+    for _ in range(MOST_CAUSES):
+        if cause is None or isinstance(cause, socket.gaierror):
+            break
+        cause = cause.__cause__ or cause.__context__
+    return isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME
 
 
 def _stamp(facts: dict[str, Any]) -> Stamp:

@@ -29,6 +29,7 @@ from pretrain.runtime.redact import redact
 
 TIMEOUT_SECONDS = 30.0
 RESERVED = "/:?&=%+,;@~!$'()[]"  # what a URL keeps: a name with a space or an umlaut is quoted
+METADATA = ("fd00:ec2::254", "100.100.100.200")
 RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+)")
 MAY_PASS = {408, 425, 429, *range(500, 600)}  # status codes of an overloaded or restarted server
 
@@ -68,8 +69,8 @@ class Web(Backend):
 def _opened(url: str, start: int, stop: int) -> Any:
     """Return the answer to a request of bytes [start, stop)."""
     host = urlsplit(url).hostname or ""
-    if _is_link_local(host):
-        raise UserError(f"{url}: a link-local address, at which clouds keep credentials; it is not read")
+    if _keeps_credentials(host):
+        raise UserError(f"{url}: an address at which clouds keep credentials; it is not read")
     headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     request = urllib.request.Request(quote(url, safe=RESERVED), headers=headers)
     if login := _login(host):
@@ -104,7 +105,9 @@ def _errors(url: str) -> Iterator[None]:
     except urllib.error.HTTPError as error:
         with error:
             _raise_for(url, error)
-    except (http.client.InvalidURL, UnicodeError) as error:
+    except UserError:
+        raise
+    except (ValueError, http.client.InvalidURL) as error:  # also UnicodeError
         raise UserError(f"{url}: not an address ({one_line(error)})") from error
     except urllib.error.URLError as error:
         reason = error.reason
@@ -142,7 +145,9 @@ class _Redirections(urllib.request.HTTPRedirectHandler):
     @staticmethod
     def _check(url: str, target: str) -> None:
         before, after = urlsplit(url), urlsplit(target)
-        inward = _is_link_local(after.hostname) or (_is_internal(after.hostname) and not _is_internal(before.hostname))
+        inward = _keeps_credentials(after.hostname) or (
+            _is_internal(after.hostname) and not _is_internal(before.hostname)
+        )
         if after.scheme not in WEB or (before.scheme, after.scheme) == ("https", "http") or inward:
             raise UserError(f"{url}: it redirects to {after.scheme}://{after.hostname}, which is not followed")
 
@@ -165,8 +170,9 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-def _is_link_local(host: str | None) -> bool:
-    return any(address.is_link_local for address in _addresses(host or ""))
+def _keeps_credentials(host: str | None) -> bool:
+    """Return whether clouds keep the credentials of their machines at this host: link-local addresses and two others."""
+    return any(address.is_link_local or str(address) in METADATA for address in _addresses(host or ""))
 
 
 def _is_internal(host: str | None) -> bool:
@@ -177,7 +183,9 @@ def _is_internal(host: str | None) -> bool:
 def _addresses(host: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
     """Return the addresses of a host; none where it is not found here, as behind a proxy."""
     try:
-        return [ipaddress.ip_address(found[4][0].partition("%")[0]) for found in socket.getaddrinfo(host, None)]  # type: ignore[union-attr]
+        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
+        addresses = [ipaddress.ip_address(address) for address in sorted(found)]
+        return [getattr(address, "ipv4_mapped", None) or address for address in addresses]
     except (OSError, ValueError, UnicodeError):
         return []
 

@@ -104,6 +104,8 @@ class Source(Dataset):
         train_data_ratio: Share of the remaining documents to train on, selected the same way.
         deduplicate: Keep only one of several documents that are identical (exact or true), or nearly so (near: MinHash,
             needs datasketch).
+        packing: How documents become sequences: stream: one after the other, cut at every sequence_length tokens |
+            best_fit: into the sequence that they fill best, cut only where they are longer; the rest is padding.
         num_workers: Number of tokenizer processes; null: one per core, none with one or two cores.
     """
 
@@ -117,6 +119,7 @@ class Source(Dataset):
     max_tokens: PositiveInt | None = None
     train_data_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     deduplicate: bool | Literal["exact", "near"] = False
+    packing: Literal["stream", "best_fit"] = "stream"
     num_workers: PositiveInt | None = None
 
     def check_for_training(self, path: str) -> None:

@@ -6,15 +6,17 @@ import glob
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from pretrain.data.reading.token_files import beside, token_format
 from pretrain.data.reading.units import SourceFile
 from pretrain.data.remote.addresses import path_of
 from pretrain.data.sources.base import FileSource
-from pretrain.data.sources.formats import format_of, with_formats
+from pretrain.data.sources.formats import local_format, named_format, with_formats
 from pretrain.data.sources.listing import in_folder, matching, without_duplicates
 from pretrain.data.sources.named import Places, each_once
 from pretrain.data.sources.remote_files import remote_files
@@ -35,13 +37,16 @@ class Local(FileSource):
         nameOrPath: A file, a folder, a glob, or a folder saved by datasets.save_to_disk, as a path or a URL (s3:// gs:// az://
             hf:// https://); or a list of them.
         pattern: Files of a folder to read as text regardless of their extension, such as '*.py'.
-        format: auto | files: read the files one by one | hf: a folder saved by datasets.save_to_disk.
+        format: auto | files: read the files one by one | hf: a folder saved by datasets.save_to_disk | tokens: .bin files of
+            token ids without a header or an index, such as nanoGPT's.
+        token_dtype: Type of the token ids with format=tokens: uint16 | uint32 | int32 | int64.
     """
 
     source: Literal["local"] = "local"
     nameOrPath: Places
     pattern: Annotated[str, Field(pattern="^[^/]")] | None = None  # relative to the folder
-    format: Literal["auto", "files", "hf"] = "auto"
+    format: Literal["auto", "files", "hf", "tokens"] = "auto"
+    token_dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
 
     def default_name(self) -> str:
         return joined([_name_of(place) for place in each(self.nameOrPath)])
@@ -53,7 +58,8 @@ class Local(FileSource):
 
     def identity(self) -> list[Any]:
         paths = [absolute(place) for place in each(self.nameOrPath)]
-        return ["local", paths[0] if isinstance(self.nameOrPath, str) else paths, self.pattern, self.format]
+        path = paths[0] if isinstance(self.nameOrPath, str) else paths
+        return ["local", path, self.pattern, self.format, *([self.token_dtype] if self.format == "tokens" else [])]
 
     def files(self) -> list[SourceFile]:
         if isinstance(self.nameOrPath, str):
@@ -67,18 +73,25 @@ class Local(FileSource):
             return remote_files(place, pattern=self.pattern, format=self.format)
         path = absolute(place)
         if os.path.isfile(path):
-            return [SourceFile(path, format_of(path) or "text")]
+            return [SourceFile(path, named_format(path, self._token_dtype))]
         if os.path.isdir(path):
             return self._in_folder(path, place)
         if glob.has_magic(path):
             if found := without_duplicates(matching(path)):
-                return [SourceFile(name, format_of(name) or "text") for name in found]
+                sidecars = {other for name in found if token_format(name) for other in beside(name)}
+                return [
+                    SourceFile(name, named_format(name, self._token_dtype)) for name in found if name not in sidecars
+                ]
             raise UserError(f"dataset.nameOrPath={place}: no file matches")
         if os.path.exists(path):
             raise UserError(
                 f"dataset.nameOrPath={place}: neither a file nor a folder, and the text has to be read more than once"
             )
         raise UserError(f"dataset.nameOrPath={place}: no such file or folder{_near(Path(path))}")
+
+    @property
+    def _token_dtype(self) -> str | None:
+        return self.token_dtype if self.format == "tokens" else None
 
     def _in_folder(self, folder: str, place: str) -> list[SourceFile]:
         """Return the files of a folder. Raises ``UserError`` when it holds nothing that can be read."""
@@ -88,7 +101,8 @@ class Local(FileSource):
         if marks and self.format != "files":
             names = saved_files(folder, several="dataset_dict.json" in marks, load=_content)
             return [SourceFile(name, "arrow") for name in names]
-        known = with_formats(in_folder(folder, self.pattern or "*"), place, self.pattern)
+        form = partial(local_format, token_dtype=self._token_dtype, matched=self.pattern is not None)
+        known = with_formats(in_folder(folder, self.pattern or "*"), place, self.pattern, form)
         return [SourceFile(name, known[name]) for name in without_duplicates(known)]
 
 

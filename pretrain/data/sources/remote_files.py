@@ -17,6 +17,7 @@ from pretrain.data.sources.listing import FOLDERS_WITHOUT_TEXT, notice_once
 from pretrain.data.sources.saved import MARKS, NOT_SAVED, saved_files
 from pretrain.runtime.errors import UserError
 
+TOKEN_FILES = (".npy", ".ds", ".bin")  # they are mapped into memory, together with the files beside them
 LONGEST_STATE = 64 << 20  # bytes of a state.json
 
 
@@ -32,11 +33,15 @@ def remote_files(url: str, *, pattern: str | None = None, format: str = "auto") 
         UserError: the URL is not read, nothing is there, or access is denied.
     """
     check_url(url)
+    if format == "tokens":
+        raise UserError(
+            f"dataset.nameOrPath={url}: token ids (dataset.format=tokens) are read on this machine only; copy them"
+        )
     backend = backend_of(url)
     if not is_web(url) and MAGIC.search(url):
         return _matching(backend, url)
     if not url.endswith("/") and (stamp := patiently(url, lambda: backend.stamp(url))) is not None:
-        return [SourceFile(url, format_of(path_of(url)) or "text", stamp)]
+        return [SourceFile(url, _format(url), stamp)]
     folder = url.rstrip("/")
     files = _below(backend, folder)
     if not files:
@@ -94,7 +99,14 @@ def _matching(backend: Backend, url: str) -> list[SourceFile]:
     found = [name for name in files if _matches(name[len(root) + 1 :].split("/"), pattern)]
     if not found:
         raise UserError(f"dataset.nameOrPath={url}: no file matches")
-    return [SourceFile(name, format_of(name) or "text", files[name]) for name in found]
+    return [SourceFile(name, _format(name), files[name]) for name in found]
+
+
+def _format(url: str) -> str:
+    """Return the format of a file that was named, or matched by a glob. Raises ``UserError`` for a file of token ids."""
+    if path_of(url).endswith(TOKEN_FILES):
+        raise UserError(f"{url}: a file of token ids is read on this machine only; copy it, with the files beside it")
+    return format_of(path_of(url)) or "text"
 
 
 def _matches_below(name: str, folder: str, pattern: str) -> bool:

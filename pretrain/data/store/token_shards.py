@@ -1,6 +1,8 @@
 """Token shards: one file with the tokens of one work unit, written once and read through a memory map. A shard is also called
 a part of its store.
 
+The tokens of a corpus that another program tokenized stay in its own file: their shard has none, and its footer names the file.
+
 Layout: the tokens (uint16 or uint32), padding to 8 bytes, then five columns with one value per document: int64 end
 (exclusive, in tokens), uint64 hash, int64 bytes of text, uint32 number of the piece within the unit, and uint32 index of the
 document within that piece; then a JSON footer with a checksum of all bytes before it, the length of the footer as uint64, and the
@@ -22,11 +24,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from pretrain.data.reading.opening import stamp_of
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.filesystem import mapped
 
 MAGIC = b"PTTOKEN1"
 DTYPES = ("uint16", "uint32")
+DTYPES_ELSEWHERE = (*DTYPES, "uint8", "int8", "int16", "int32", "int64", "uint64")
+UNKNOWN_SIZE = -1  # bytes of text of a document that was never text here
 CHECKED_BYTES = 1 << 20  # read at a time
 MAX_OPEN = 256  # each memory map holds a file descriptor; 1024 is the usual limit
 COLUMNS = (("ends", "<i8"), ("hashes", "<u8"), ("sizes", "<i8"), ("pieces", "<u4"), ("indices", "<u4"))
@@ -51,8 +56,12 @@ class PartWriter:
             index: number of the document within that piece.
         """
         self._write(tokens.astype(self.dtype, copy=False).tobytes())
-        self.num_tokens += len(tokens)
-        self.num_bytes += size
+        self.refer(len(tokens), digest=digest, size=size, piece=piece, index=index)
+
+    def refer(self, length: int, *, digest: int, size: int, piece: int, index: int) -> None:
+        """Add a document whose ``length`` tokens are not written here."""
+        self.num_tokens += length
+        self.num_bytes += max(size, 0)
         for name, value in zip(self.columns, (self.num_tokens, digest, size, piece, index), strict=True):
             self.columns[name].append(value)
 
@@ -62,7 +71,8 @@ class PartWriter:
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Write padding, columns and footer. ``facts`` are further entries of the footer."""
-        self._write(bytes(-self.num_tokens * self.dtype.itemsize % 8))
+        if "tokens_at" not in facts:
+            self._write(bytes(-self.num_tokens * self.dtype.itemsize % 8))
         for column in self.columns.values():
             self._write(column.tobytes())
         footer = {
@@ -84,7 +94,8 @@ class PartWriter:
 @dataclass(frozen=True)
 class TokenShard:
     """The content of a shard's footer. The arrays are views of a memory map; per document they hold ``ends`` (exclusive, in
-    tokens), ``hashes``, ``sizes`` (bytes of text), ``pieces`` and ``indices``."""
+    tokens), ``hashes``, ``sizes`` (bytes of text), ``pieces`` and ``indices``. ``tokens_at`` is the file that has the tokens,
+    and the offset of the first one there; ``None`` if they are in the shard itself."""
 
     path: Path
     dtype: np.dtype[Any]
@@ -93,6 +104,7 @@ class TokenShard:
     num_bytes: int
     num_removed: int = 0  # documents that ``dataset.where`` removed
     checksum: str | None = None  # of all bytes before the footer; shards of earlier versions have none
+    tokens_at: tuple[str, int] | None = None
 
     @property
     def tokens(self) -> NDArray[Any]:
@@ -126,9 +138,14 @@ def write_first(part: TokenShard, documents: int, file: IO[bytes], facts: dict[s
         *(column[:documents].tolist() for column in (part.ends, part.hashes, part.sizes, part.pieces, part.indices)),
         strict=True,
     ):
-        writer.append(part.tokens[start:end], digest=digest, size=size, piece=piece, index=index)
+        if part.tokens_at:
+            writer.refer(end - start, digest=digest, size=size, piece=piece, index=index)
+        else:
+            writer.append(part.tokens[start:end], digest=digest, size=size, piece=piece, index=index)
         start = end
-    writer.finish(facts)
+    elsewhere = {"tokens_at": [*part.tokens_at, *stamp_of(part.tokens_at[0])]} if part.tokens_at else {}
+    removed = {"removed": part.num_removed} if part.num_removed else {}
+    writer.finish(facts | elsewhere | removed)
 
 
 def open_part(path: Path) -> TokenShard | None:
@@ -145,13 +162,20 @@ def open_part(path: Path) -> TokenShard | None:
                 return None
             file.seek(total - 16 - length)
             footer = json.loads(file.read(length))
-        counts = [footer[name] for name in ("tokens", "documents", "bytes")] + [footer.get("removed", 0)]
-        if footer["dtype"] not in DTYPES or not all(type(count) is int and count >= 0 for count in counts):
+        counts = [footer[name] for name in ("tokens", "documents", "bytes")]
+        removed = footer.get("removed", 0)
+        elsewhere = footer.get("tokens_at")
+        known = DTYPES if elsewhere is None else DTYPES_ELSEWHERE
+        if footer["dtype"] not in known or not all(type(count) is int and count >= 0 for count in (*counts, removed)):
             return None
+        if elsewhere is not None and list(stamp_of(elsewhere[0])) != elsewhere[2:]:
+            return None  # the file was changed or moved
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    tokens, documents, size, removed = counts
-    part = TokenShard(path, np.dtype(footer["dtype"]), tokens, documents, size, removed, footer.get("checksum"))
+    tokens_at = None if elsewhere is None else (str(elsewhere[0]), int(elsewhere[1]))
+    tokens, documents, size = counts
+    checksum = footer.get("checksum")
+    part = TokenShard(path, np.dtype(footer["dtype"]), tokens, documents, size, removed, checksum, tokens_at)
     return part if _column_starts(part)[-1] + length + 16 == total else None
 
 
@@ -171,7 +195,7 @@ def is_intact(path: Path) -> bool:
 
 def _column_starts(part: TokenShard) -> list[int]:
     """Return the byte offset of each column, followed by that of the footer."""
-    start = -(-part.num_tokens * part.dtype.itemsize // 8) * 8
+    start = 0 if part.tokens_at else -(-part.num_tokens * part.dtype.itemsize // 8) * 8
     starts = [start]
     for _, kind in COLUMNS:
         start += part.num_documents * np.dtype(kind).itemsize
@@ -192,4 +216,20 @@ def _mapped(part: TokenShard) -> tuple[NDArray[Any], ...]:
             f"{part.path} has disappeared from the token cache during the run; the same command creates it again and resumes"
         )
     columns = [raw[start:stop].view(kind) for (_, kind), start, stop in zip(COLUMNS, starts, starts[1:], strict=False)]
-    return raw[: part.num_tokens * part.dtype.itemsize].view(part.dtype), *columns
+    return (
+        _elsewhere(part) if part.tokens_at else raw[: part.num_tokens * part.dtype.itemsize].view(part.dtype)
+    ), *columns
+
+
+def _elsewhere(part: TokenShard) -> NDArray[Any]:
+    """Map the file that has the tokens of a shard. Raises ``UserError`` if it was deleted or truncated."""
+    assert part.tokens_at is not None
+    path, start = part.tokens_at
+    stop = start + part.num_tokens * part.dtype.itemsize
+    try:
+        raw = mapped(Path(path))
+    except (OSError, ValueError):
+        raw = np.empty(0, np.uint8)
+    if len(raw) < stop:
+        raise UserError(f"{path} has disappeared or was cut off during the run, which reads its tokens in place")
+    return raw[start:stop].view(part.dtype)

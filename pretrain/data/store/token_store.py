@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pretrain.data.changed_files import Files
 from pretrain.data.order import mix_bits
-from pretrain.data.store.token_shards import TokenShard, open_part
+from pretrain.data.store.token_shards import UNKNOWN_SIZE, TokenShard, open_part
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.locks import hold_shared
 
@@ -90,6 +90,7 @@ class TokenStore:
 
     @property
     def num_bytes(self) -> int:
+        """The bytes of text, without those of tokens that are read in place."""
         return sum(part.num_bytes for part in self.parts)
 
     def document(self, number: int) -> DocumentOrigin:
@@ -154,17 +155,22 @@ class TokenView:
     def __init__(self, store: TokenStore, select: Select, keep: NDArray[np.bool_] | None = None) -> None:
         self.store, self._select, self._keep = store, select, keep
         parts, begins, lengths = [], [], []
-        self.num_documents = self.num_bytes = 0
+        self.num_documents = num_bytes = 0
+        knows_sizes = True
         for index, part in enumerate(store.parts):
             mask = self._mask(index)
             self.num_documents += int(mask.sum())
-            self.num_bytes += int(part.sizes[mask].sum())
+            sizes = part.sizes[mask]
+            num_bytes += int(sizes.sum())
+            knows_sizes &= bool((sizes != UNKNOWN_SIZE).all())
             edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
             bounds = np.concatenate([[0], part.ends])
             first, last = bounds[edges[::2]], bounds[edges[1::2]]
             parts.append(np.full(len(first), index, np.int32))
             begins.append(first)
             lengths.append(last - first)
+        # of text; ``None`` where tokens are read in place, of which the text is not known
+        self.num_bytes = num_bytes if knows_sizes else None
         self._run_part = np.concatenate([np.empty(0, np.int32), *parts])
         self._run_begin = np.concatenate([np.empty(0, np.int64), *begins])  # offset in tokens of the part
         self._run_start = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)  # offset in tokens of the view
@@ -257,18 +263,48 @@ class TokenView:
         first, last = self.store.part_documents[index : index + 2]
         return mask & self._keep[first:last]
 
-    def segments(self, starts: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], ...]:
+    def document_lengths(self) -> NDArray[np.int64]:
+        """Return the tokens of each document of the view, in order."""
+        parts = enumerate(self.store.parts)
+        return np.concatenate(
+            [np.empty(0, np.int64), *(np.diff(part.ends, prepend=0)[self._mask(index)] for index, part in parts)]
+        )
+
+    def document_numbers(self) -> NDArray[np.int64]:
+        """Return the store number of each document of the view, in order."""
+        return np.flatnonzero(np.concatenate([np.empty(0, bool), *map(self._mask, range(len(self.store.parts)))]))
+
+    def copy_into(
+        self,
+        target: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        at: NDArray[np.int64],
+    ) -> None:
+        """Copy windows of several lengths to the positions ``at`` of ``target``."""
+        parts, begins, ends, places = self.segments(starts, lengths, at=at)
+        tokens = {int(index): self.store.parts[index].tokens for index in np.unique(parts)}
+        for part, begin, end, place in zip(
+            parts.tolist(), begins.tolist(), ends.tolist(), places.tolist(), strict=True
+        ):
+            target[place : place + end - begin] = tokens[part][begin:end]
+
+    def segments(
+        self, starts: NDArray[np.int64], length: int | NDArray[np.int64], at: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.int64], ...]:
         """Return the slices of parts that make up the windows: (part, begin and end in the tokens of the part, position in the
-        flattened result). A window that crosses runs yields several slices."""
+        flattened result). A window that crosses runs yields several slices. ``at`` is the position of each window in the result;
+        by default they follow one another."""
         # low and high: the half-open range of runs that overlap each window
         low = np.searchsorted(self._run_start, starts, "right") - 1
         high = np.searchsorted(self._run_start, starts + length, "left")
         runs = aranges(low, high)
         window = np.repeat(np.arange(len(starts)), high - low)
         begin = np.maximum(starts[window], self._run_start[runs])
-        end = np.minimum(starts[window] + length, self._run_start[runs + 1])
+        end = np.minimum((starts + length)[window], self._run_start[runs + 1])
         shift = self._run_begin[runs] - self._run_start[runs]
-        return self._run_part[runs], begin + shift, end + shift, window * length + begin - starts[window]
+        place = window * length if at is None else at[window]
+        return self._run_part[runs], begin + shift, end + shift, place + begin - starts[window]
 
 
 def by_value(values: NDArray[Any]) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -4,7 +4,7 @@ are light."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from pretrain.data.cache import cache_file
 from pretrain.data.reading.readers import Document, digest, read_all
+from pretrain.data.reading.token_files import open_tokens
 from pretrain.data.reading.units import FileRange, ReadOptions, WorkUnit, key_of
 from pretrain.data.store.near_duplicates import ensure_keys, has_keys
 from pretrain.data.store.token_shards import PartWriter, open_part
+from pretrain.data.tokenization.in_place import fits_in_place, token_piece, write_in_place
 from pretrain.runtime.errors import UserError
 
 FORMAT = 1  # version of the parts and of the readers' output; a new number invalidates every part
@@ -50,7 +52,12 @@ class Encoder:
         bos: int | None = None,
         near: bool = False,
     ) -> None:
-        self.folder, self.tokenizer_path, self.eot, self.options = folder, tokenizer_path, eot, options
+        self.folder, self.tokenizer_path, self.eot, self.options = (
+            folder,
+            tokenizer_path,
+            eot,
+            replace(options, eot=eot),
+        )
         self.bos, self._before = bos, [] if bos is None else [bos]
         self.tokenizer_key, self.near = tokenizer_key, near
         self._tokenizer: Any = None
@@ -82,19 +89,38 @@ class Encoder:
         path, left = self._path(digests), unit.size
         if open_part(path) is None:
             self._load()
-            with cache_file(path) as file:
-                writer = PartWriter(file, self.dtype)
-                for batch in batches(unit, self.options, writer.skip):
-                    self._append(writer, batch)
-                    step = min(left, sum(_size(document) for document, _, _ in batch))
-                    left -= step
-                    progress(step)
-                removed = {"removed": writer.num_removed} if self.options.where else {}
-                writer.finish({"eot": self.eot, "vocabulary": self.vocabulary, **removed})
+            if not self._in_place(unit, path):
+                left -= self._write(unit, path, progress)
         if self.near and (part := open_part(path)):
             ensure_keys(part, self.folder.parent, eot=self.eot, bos=self.bos)
         progress(left)
         return path, digests
+
+    def _write(self, unit: WorkUnit, path: Path, progress: Progress) -> int:
+        """Write the part of ``unit`` with its tokens. Return the amount of bytes of which ``progress`` was called."""
+        done = 0
+        with cache_file(path) as file:
+            writer = PartWriter(file, self.dtype)
+            for batch in batches(unit, self.options, writer.skip):
+                self._append(writer, batch)
+                step = min(unit.size - done, sum(_size(document) for document, _, _ in batch))
+                done += step
+                progress(step)
+            removed = {"removed": writer.num_removed} if self.options.where else {}
+            writer.finish({"eot": self.eot, "vocabulary": self.vocabulary, **removed})
+        return done
+
+    def _in_place(self, unit: WorkUnit, path: Path) -> bool:
+        """Write a part whose tokens stay in the file of another program. Return ``False`` where that is not possible."""
+        piece = token_piece(unit)
+        if piece is None or not fits_in_place(piece, eot=self.eot, bos=self.bos, vocabulary=self.vocabulary):
+            return False
+        with cache_file(path) as file:
+            writer = PartWriter(file, open_tokens(piece).dtype)
+            writer.finish(
+                {"eot": self.eot, "vocabulary": self.vocabulary, **write_in_place(piece, writer, eot=self.eot)}
+            )
+        return True
 
     def _path(self, digests: list[str]) -> Path:
         """Return the path of the part, whose name is a hash of everything that determines its content."""

@@ -21,16 +21,17 @@ from pretrain.data.changed_files import files_of
 from pretrain.data.reading.cut import cut
 from pretrain.data.reading.opening import stamp_of
 from pretrain.data.reading.readers import read
-from pretrain.data.reading.units import FileRange, SourceFile, WorkUnit, group, key_of, reading
+from pretrain.data.reading.units import OWN_UNIT_BYTES, FileRange, SourceFile, WorkUnit, group, key_of, reading
 from pretrain.data.sources.base import Source
 from pretrain.data.store.near_duplicates import check_installed
 from pretrain.data.store.token_shards import open_part, write_first
 from pretrain.data.store.token_store import TokenStore
 from pretrain.data.tokenization.encode import FORMAT, Encoder, Outcome, Progress
 from pretrain.data.tokenization.files_record import recall, remember
+from pretrain.data.tokenization.in_place import token_piece
 from pretrain.data.tokenization.shared_work import SharedWork, UnitRecords
 from pretrain.data.tokenization.workers import encode_in_workers
-from pretrain.runtime.console import progress_bar
+from pretrain.runtime.console import notice, progress_bar
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.places import is_url
 
@@ -98,9 +99,25 @@ def prepare(
     store.files = files_of(units, (digests for _, digests in outcomes))
     if not store.num_documents:
         raise UserError(f"dataset {source.domain!r}: no text: {_why_empty(store, source)}")
+    if copied := [
+        piece
+        for unit, part in zip(units, store.parts, strict=True)
+        if part.tokens_at is None and (piece := token_piece(unit)) and piece.size >= OWN_UNIT_BYTES
+    ]:
+        notice(f"dataset {source.domain!r}: {_why_copied(copied, encoder)}")
     if encoder.near:
         store.kept("near")  # decided here, before other processes open the store
     return store
+
+
+def _why_copied(pieces: list[FileRange], encoder: Encoder) -> str:
+    """Return why token ids of other programs are copied into the cache."""
+    begin = "" if encoder.bos is None else f", or not all begin with BOS ({encoder.bos})"
+    return (
+        f"{sum(piece.size for piece in pieces):,} bytes of token ids, such as of {pieces[0].path}, are copied into the cache, "
+        f"because their documents do not all end with the separator ({encoder.eot}){begin}; dataset.separator and dataset.bos "
+        "name the tokens of the corpus"
+    )
 
 
 def _why_empty(store: TokenStore, source: Source) -> str:

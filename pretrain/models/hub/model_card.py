@@ -43,7 +43,7 @@ def model_card(
     config: dict[str, Any],
     progress: TrainState,
     *,
-    data: dict[str, int],
+    data: dict[str, int | None],
     facts: dict[str, Any],
     total_steps: int,
     parts: Callable[[int], dict[str, PartCount]] = lambda samples: {},
@@ -74,7 +74,7 @@ def model_card(
         _results(progress),
         "## Data\n",
         f"{', '.join(map(_named, _datasets(dataset)))}: "
-        f"{data['documents']:,} documents, {data['tokens']:,} tokens, {data['bytes']:,} bytes of text.\n",
+        f"{data['documents']:,} documents, {data['tokens']:,} tokens{_bytes(data['bytes'])}.\n",
         *_parts(parts(progress.samples)),
         "## Settings\n",
         _table(("setting", "value"), settings),
@@ -184,6 +184,10 @@ def _before_after(s: dict[str, Any]) -> tuple[str, ...]:
 
 def _exp(loss: float | None) -> float | None:
     return math.exp(loss) if loss is not None and loss < 700 else None
+
+
+def _bytes(count: int | None) -> str:
+    return "" if count is None else f", {count:,} bytes of text"
 
 
 def _number(value: float | None, digits: int = 4) -> str:

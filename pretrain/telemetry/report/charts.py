@@ -78,13 +78,11 @@ class Band:
         name: Description, shown when the pointer is over the strip.
         start: Where it begins on the x-axis.
         end: Where it ends.
-        colour: 0 … 9.
     """
 
     name: str
     start: float
     end: float
-    colour: int = 0
 
 
 Format = Callable[[float], str]
@@ -291,13 +289,13 @@ class _Drawing:
         """Return a strip just below the axes with one rectangle per band, as far as the axes show it."""
         low, high = self.axes.get_xlim()
         strip = []
-        for band in bands:
+        for number, band in enumerate(bands):  # in turns of two greys: the colours belong to the curves
             start, end = max(band.start, low), min(band.end, high)
             if start < end:
                 left, right = self.at(start, 1)[0], self.at(end, 1)[0]
                 strip.append(
-                    f'<rect class="band" x="{left:.1f}" y="{self.height - BOTTOM + 1}" width="{right - left:.1f}" height="5" '
-                    f'style="fill:var(--c{band.colour % NUM_COLOURS})"><title>{escape(band.name)}</title></rect>'
+                    f'<rect class="band" x="{left:.1f}" y="{self.height - BOTTOM + 1}" width="{right - left:.1f}" height="4" '
+                    f'style="fill:var(--{("line", "soft")[number % 2]})"><title>{escape(band.name)}</title></rect>'
                 )
         return "".join(strip)
 

@@ -177,8 +177,8 @@ def phase_bands(history: History) -> list[Band]:
         return []
     ends = [start for start, _ in phases[1:]] + [float(history.start.get("total_steps") or math.inf)]
     return [
-        Band(f"from step {start:,}: {shares_text(shares)}", start, end, number)
-        for number, ((start, shares), end) in enumerate(zip(phases, ends, strict=True))
+        Band(f"from step {start:,}: {shares_text(shares)}", start, end)
+        for (start, shares), end in zip(phases, ends, strict=True)
     ]
 
 

@@ -95,10 +95,10 @@ def test_numbers_in_words():
 def test_bands_lie_under_the_stretch_of_the_curve_that_they_name():
     """The strip is cut to what the axes show; between two bands there is no gap."""
     lines = [Line("a", [0, 10, 20], [5.0, 1.0, 3.0])]
-    figure = line_chart("Loss", lines, bands=[Band("from 0: <es>", 0, 10, 0), Band("from 10", 10, 1000, 1)])
+    figure = line_chart("Loss", lines, bands=[Band("from 0: <es>", 0, 10), Band("from 10", 10, 1000)])
     strips = [rect for rect in svg(figure).iter("rect") if rect.get("class") == "band"]
     assert [rect[0].text for rect in strips] == ["from 0: <es>", "from 10"]
-    assert [rect.get("style") for rect in strips] == ["fill:var(--c0)", "fill:var(--c1)"]
+    assert [rect.get("style") for rect in strips] == ["fill:var(--line)", "fill:var(--soft)"]
     marks = [float(c.get("cx")) for c in svg(figure).iter("circle")]
     edges = [(float(r.get("x")), float(r.get("x")) + float(r.get("width"))) for r in strips]
     assert edges[0][0] == pytest.approx(marks[0], abs=0.2)

@@ -1,0 +1,378 @@
+"""Corpora that other programs tokenized: the same documents from every format, read in place, and files that lie."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pretrain.data.evaluation import evaluation_batches
+from pretrain.data.reading.cut import cut
+from pretrain.data.reading.readers import read
+from pretrain.data.reading.units import ReadOptions
+from pretrain.data.sources.local import Local
+from pretrain.data.store.token_store import TokenStore
+from pretrain.runtime.errors import UserError
+
+DOCUMENTS = [[5, 6, 7, 0], [8, 0], [300, 301, 302, 303, 0], [9, 10, 0], [11, 12, 13, 0]]
+ALL = [token for document in DOCUMENTS for token in document]
+Documents = Sequence[Sequence[int]]
+
+
+def flat(documents: Documents, dtype: str) -> bytes:
+    return b"".join(np.array(document, dtype).tobytes() for document in documents)
+
+
+def megatron(folder: Path, documents: Documents, dtype: str = "uint16", sequences: int = 1) -> Path:
+    """As ``megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder`` writes it; a document may be several sequences."""
+    pieces = [[part.tolist() for part in np.array_split(np.array(document), sequences)] for document in documents]
+    lengths = [len(part) for document in pieces for part in document]
+    code = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}[dtype]
+    header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(documents) + 1)
+    sizes = np.array(lengths, np.int64) * np.dtype(dtype).itemsize
+    starts = (np.cumsum(sizes) - sizes).astype(np.int64)
+    borders = np.arange(len(documents) + 1, dtype=np.int64) * sequences
+    folder.mkdir(exist_ok=True)
+    (folder / "a.bin").write_bytes(flat(documents, dtype))
+    (folder / "a.idx").write_bytes(
+        header + np.array(lengths, np.int32).tobytes() + starts.tobytes() + borders.tobytes()
+    )
+    return folder / "a.bin"
+
+
+def datatrove(folder: Path, documents: Documents, dtype: str = "uint16") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "a.ds").write_bytes(flat(documents, dtype))
+    (folder / "a.ds.index").write_bytes(np.cumsum([len(document) for document in documents], dtype=np.uint64).tobytes())
+    (folder / "a.ds.metadata").write_text(f"gpt2|{np.dtype(dtype).itemsize}\n18\n0.0 B")
+    return folder / "a.ds"
+
+
+def npy(folder: Path, documents: Documents, dtype: str = "uint16") -> Path:
+    folder.mkdir(exist_ok=True)
+    np.save(folder / "a.npy", np.concatenate([np.array(document, dtype) for document in documents]))
+    return folder / "a.npy"
+
+
+def llmc_header(count: int, magic: int = 20240520, version: int = 1) -> bytes:
+    header = np.zeros(256, np.int32)
+    header[:3] = magic, version, count
+    return header.tobytes()
+
+
+def llm_c(folder: Path, documents: Documents, dtype: str = "uint16") -> Path:
+    folder.mkdir(exist_ok=True)
+    magic, version = (20240520, 1) if dtype == "uint16" else (20240801, 7)
+    (folder / "a.bin").write_bytes(llmc_header(sum(map(len, documents)), magic, version) + flat(documents, dtype))
+    return folder / "a.bin"
+
+
+def nanogpt(folder: Path, documents: Documents, dtype: str = "uint16") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "a.bin").write_bytes(flat(documents, dtype))
+    return folder / "a.bin"
+
+
+# name → writer, type of a token, options that are needed to read it
+FORMATS: dict[str, tuple[Callable[..., Path], str, dict[str, Any]]] = {
+    "megatron": (megatron, "uint16", {}),
+    "megatron int32": (megatron, "int32", {}),
+    "megatron, three sequences a document": (lambda *a: megatron(*a, sequences=3), "int32", {}),
+    "datatrove": (datatrove, "uint16", {}),
+    "datatrove uint32": (datatrove, "uint32", {}),
+    "npy": (npy, "uint16", {}),
+    "npy int64": (npy, "int64", {}),
+    "llm.c": (llm_c, "uint16", {}),
+    "llm.c, Llama 3": (llm_c, "uint32", {}),
+    "nanoGPT": (nanogpt, "uint16", {"format": "tokens"}),
+    "uint32": (nanogpt, "uint32", {"format": "tokens", "token_dtype": "uint32"}),
+}
+
+
+def documents_in(store: TokenStore) -> list[list[int]]:
+    return [
+        part.tokens[start:end].tolist()
+        for part in store.parts
+        for start, end in zip([0, *part.ends[:-1]], part.ends, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_documents_are_read_in_place(tmp_path: Path, store_of: Callable[..., TokenStore], name: str) -> None:
+    """By its path and by its folder: the same documents, none of whose tokens is written into the cache."""
+    write, dtype, options = FORMATS[name]
+    path = write(tmp_path / "corpus", DOCUMENTS, dtype)
+    stores = [store_of(place, **options) for place in (path, path.parent)]
+    for store in stores:
+        assert documents_in(store) == DOCUMENTS
+        assert [part.tokens_at and part.tokens_at[0] for part in store.parts] == [str(path)]
+    assert stores[0].parts == stores[1].parts
+
+
+def test_every_format_holds_out_the_same_documents(tmp_path: Path, store_of: Callable[..., TokenStore]) -> None:
+    found = set()
+    for number, (write, dtype, options) in enumerate(FORMATS.values()):
+        store = store_of(write(tmp_path / str(number), DOCUMENTS, dtype), **options)
+        train, held_out = store.views(held_out=0.3)
+        assert train.num_documents + held_out.num_documents == len(DOCUMENTS)
+        found.add(tuple(held_out.read(0, held_out.num_tokens).tolist()))
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"input_ids": {document}}}\n' for document in DOCUMENTS))
+    held_out = store_of(tmp_path / "a.jsonl").views(held_out=0.3)[1]
+    assert {tuple(held_out.read(0, held_out.num_tokens).tolist())} == found
+
+
+def test_the_bytes_of_text_are_unknown(tmp_path: Path, store_of: Callable[..., TokenStore]) -> None:
+    """Bits per byte is null, not a number that was made up; tokens that are copied are decoded, and have one."""
+    view = store_of(megatron(tmp_path, DOCUMENTS)).views(held_out=0.3)[0]
+    assert view.num_bytes is None
+    assert evaluation_batches(view, 4, 2).num_bytes is None
+
+
+def test_documents_without_a_separator_are_copied_and_get_one(
+    tmp_path: Path, store_of: Callable[..., TokenStore], tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without = [document[:-1] for document in DOCUMENTS]
+    store = store_of(megatron(tmp_path, without))
+    assert documents_in(store) == DOCUMENTS
+    assert [part.tokens_at for part in store.parts] == [None]
+    texts = [tokenizer.decode(document) for document in without]
+    assert store.views(held_out=0)[0].num_bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_a_large_copy_is_announced(
+    tmp_path: Path,
+    store_of: Callable[..., TokenStore],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pretrain.data.tokenization.tokenize.OWN_UNIT_BYTES", 8)
+    store_of(megatron(tmp_path, [[5, 6], [7]] * 3))
+    assert "18 bytes of token ids" in capsys.readouterr().err
+
+
+def test_a_stream_is_cut_anywhere_and_continues(
+    tmp_path: Path, store_of: Callable[..., TokenStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of a file without an index: the stream of tokens is that of the file, and all of it stays there."""
+    monkeypatch.setattr("pretrain.data.reading.token_files.PIECE_BYTES", 10)
+    monkeypatch.setattr("pretrain.data.reading.units.OWN_UNIT_BYTES", 1)
+    store = store_of(npy(tmp_path / "a", DOCUMENTS))
+    view = store.views(held_out=0)[0]
+    assert view.read(0, view.num_tokens).tolist() == ALL
+    assert len(store.parts) == 4
+    assert all(part.tokens_at for part in store.parts)
+    indexed = store_of(megatron(tmp_path / "b", DOCUMENTS))
+    assert documents_in(indexed) == DOCUMENTS
+    assert len(indexed.parts) == 3
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_the_first_tokens_of_a_corpus(tmp_path: Path, store_of: Callable[..., TokenStore], dtype: str) -> None:
+    store = store_of(megatron(tmp_path, DOCUMENTS, dtype), max_tokens=12, deduplicate="near")
+    assert documents_in(store) == DOCUMENTS[:3]
+    assert all(part.tokens_at for part in store.parts)
+    assert store.views(held_out=0, deduplicate="near")[0].num_documents == 3
+
+
+def test_a_second_start_opens_nothing(
+    tmp_path: Path, store_of: Callable[..., TokenStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = megatron(tmp_path / "corpus", DOCUMENTS)
+    before = store_of(path)
+    monkeypatch.setattr("pretrain.data.reading.token_files._megatron", lambda *_: pytest.fail("read again"))
+    assert store_of(path).parts == before.parts
+
+
+def test_a_changed_index_is_noticed(tmp_path: Path, store_of: Callable[..., TokenStore]) -> None:
+    path = megatron(tmp_path, DOCUMENTS)
+    before = store_of(path)
+    joined = [DOCUMENTS[0] + DOCUMENTS[1], *DOCUMENTS[2:]]
+    stamp = path.stat()
+    megatron(tmp_path / "other", joined)
+    (tmp_path / "other/a.idx").replace(tmp_path / "a.idx")
+    assert path.stat() == stamp
+    assert documents_in(store_of(path)) == joined
+    assert before.num_documents == 5
+
+
+def test_a_moved_corpus_is_found_again(tmp_path: Path, store_of: Callable[..., TokenStore]) -> None:
+    """A part is named by its content; its file is where it was read last."""
+    path = datatrove(tmp_path / "here", DOCUMENTS)
+    before = store_of(path)
+    (tmp_path / "here").rename(tmp_path / "there")
+    after = store_of(tmp_path / "there/a.ds")
+    assert [part.path for part in after.parts] == [part.path for part in before.parts]
+    assert documents_in(after) == DOCUMENTS
+    with pytest.raises(UserError, match=r"has lost files|disappeared"):
+        (tmp_path / "there/a.ds").unlink()
+        TokenStore(after.path).parts[0].tokens.sum()
+
+
+def test_bos_is_added_where_the_corpus_has_none(tmp_path: Path, tokenizer_json: str) -> None:
+    from pretrain.data.tokenization.tokenize import prepare
+
+    with_bos = [[1, *document] for document in DOCUMENTS]
+    for documents, in_place in ((DOCUMENTS, False), (with_bos, True)):
+        path = megatron(tmp_path / str(in_place), documents)
+        store = prepare(Local(nameOrPath=str(path)), tokenizer_json=tokenizer_json, eot=0, bos=1)
+        assert documents_in(store) == with_bos
+        assert [part.tokens_at is not None for part in store.parts] == [in_place]
+
+
+def test_ids_of_another_tokenizer_name_their_place(tmp_path: Path, store_of: Callable[..., TokenStore]) -> None:
+    path = datatrove(tmp_path, [[5, 0], [6, 7, 60_000, 0]])
+    with pytest.raises(UserError, match=r"a\.ds, token 4: id 60000, but the model's tokenizer has ids 0 to 599"):
+        store_of(path)
+    path = npy(tmp_path, [[5, -3, 0]], "int32")
+    with pytest.raises(UserError, match=r"a\.npy, token 1: id -3"):
+        store_of(path)
+
+
+# Files that lie -------------------------------------------------------------------------------------------------------
+
+
+def header(version: int = 1, code: int = 8, sequences: int = 5, documents: int = 6) -> bytes:
+    return b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", version, code, sequences, documents)
+
+
+LENGTHS = np.array([4, 2, 5, 3, 4], np.int32)
+STARTS = ((np.cumsum(LENGTHS) - LENGTHS) * 2).astype(np.int64)
+BORDERS = np.arange(6, dtype=np.int64)
+
+
+def index(head: bytes = header(), lengths: Any = LENGTHS, starts: Any = STARTS, borders: Any = BORDERS) -> bytes:
+    return (
+        head
+        + np.array(lengths, np.int32).tobytes()
+        + np.array(starts, np.int64).tobytes()
+        + np.array(borders, np.int64).tobytes()
+    )
+
+
+LIES: dict[str, bytes] = {
+    "cut off": index()[:-1],
+    "only a header": header(),
+    "half a header": header()[:20],
+    "another version": index(header(version=2)),
+    "floats": index(header(code=7)),
+    "no such type": index(header(code=200)),
+    "2^63 sequences": index(header(sequences=2**63)),
+    "2^64 - 1 documents": index(header(documents=2**64 - 1)),
+    "counts whose sizes overflow": index(header(sequences=2**64 - 12, documents=2**61)),
+    "a negative length": index(lengths=[4, -2, 9, 3, 4]),
+    "more tokens than the file": index(lengths=[4, 2, 5, 3, 2**31 - 1]),
+    "fewer tokens than the file": index(lengths=[4, 2, 5, 3, 3]),
+    "an offset behind the end": index(starts=[0, 8, 12, 22, 2**62]),
+    "a negative offset": index(starts=[-8, 8, 12, 22, 28]),
+    "sequences that overlap": index(starts=[0, 0, 12, 22, 28]),
+    "documents that go back": index(borders=[0, 3, 2, 4, 5, 5]),
+    "documents behind the last sequence": index(borders=[0, 1, 2, 3, 4, 2**40]),
+    "negative documents": index(borders=[-1, 1, 2, 3, 4, 5]),
+    "documents that leave sequences out": index(borders=[0, 1, 2, 3, 4, 4]),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_an_index_of_megatron_that_lies_is_one_line(
+    tmp_path: Path, store_of: Callable[..., TokenStore], name: str
+) -> None:
+    path = megatron(tmp_path, DOCUMENTS)
+    assert (tmp_path / "a.idx").read_bytes() == index()
+    (tmp_path / "a.idx").write_bytes(LIES[name])
+    with pytest.raises(UserError, match=r"^[^\n]*/a\.(idx|bin): [^\n]+$"):
+        store_of(path)
+
+
+def ends(*values: int) -> bytes:
+    return np.array(values, np.uint64).tobytes()
+
+
+DATATROVE_LIES = {
+    "cut off": ends(4, 6, 11, 14, 18)[:-3],
+    "empty": b"",
+    "no documents": ends(0),
+    "ends that go back": ends(4, 11, 6, 14, 18),
+    "ends that overflow": ends(4, 6, 11, 14, 2**64 - 1),
+    "fewer tokens than the file": ends(4, 6, 11, 14),
+    "more tokens than the file": ends(4, 6, 11, 14, 19),
+}
+
+
+@pytest.mark.parametrize("name", DATATROVE_LIES)
+def test_an_index_of_datatrove_that_lies_is_one_line(
+    tmp_path: Path, store_of: Callable[..., TokenStore], name: str
+) -> None:
+    path = datatrove(tmp_path, DOCUMENTS)
+    (tmp_path / "a.ds.index").write_bytes(DATATROVE_LIES[name])
+    with pytest.raises(UserError, match=r"^[^\n]*/a\.ds(\.index)?: [^\n]+$"):
+        store_of(path)
+
+
+def numpy_file(shape: str, kind: str = "<u2", order: str = "False", data: bytes = b"\0" * 8) -> bytes:
+    text = f"{{'descr': '{kind}', 'fortran_order': {order}, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + data
+
+
+OTHER_LIES: dict[str, tuple[str, bytes, dict[str, Any]]] = {
+    "npy of objects": ("a.npy", numpy_file("(4,)", "|O"), {}),
+    "npy of floats": ("a.npy", numpy_file("(2,)", "<f4"), {}),
+    "npy of big-endian ids": ("a.npy", numpy_file("(4,)", ">u2"), {}),
+    "npy cut off": ("a.npy", numpy_file("(5,)"), {}),
+    "npy of 2^60 ids": ("a.npy", numpy_file(f"({2**60},)"), {}),
+    "npy of a negative shape": ("a.npy", numpy_file("(-4,)"), {}),
+    "npy in Fortran order": ("a.npy", numpy_file("(2, 2)", order="True"), {}),
+    "npy with code for a shape": ("a.npy", numpy_file("__import__('os').getpid()"), {}),
+    "no npy": ("a.npy", b"PK\x03\x04 and more bytes", {}),
+    "empty npy": ("a.npy", b"", {}),
+    "llm.c cut off": ("a.bin", llmc_header(10) + b"\0" * 18, {}),
+    "llm.c with a negative count": ("a.bin", llmc_header(-1), {}),
+    "half a token": ("a.bin", b"\1\0\2", {"format": "tokens"}),
+    "a .bin without anything": ("a.bin", b"\1\0\2\0", {}),
+    "a .ds without an index": ("a.ds", b"\1\0\2\0", {}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LIES)
+def test_another_file_that_lies_is_one_line(tmp_path: Path, store_of: Callable[..., TokenStore], name: str) -> None:
+    ending, content, options = OTHER_LIES[name]
+    (tmp_path / ending).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^[^\n]*/{ending}: [^\n]+$"):
+        store_of(tmp_path / ending, **options)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_damage_of_an_index_is_one_line_or_documents_of_the_file(tmp_path: Path, data: st.DataObject) -> None:
+    """Whatever bytes an index has: a ``UserError``, or documents that are made of the file's tokens."""
+    write, name = data.draw(st.sampled_from([(megatron, "a.idx"), (datatrove, "a.ds.index")]))
+    path = write(tmp_path, DOCUMENTS)
+    raw = bytearray((tmp_path / name).read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.sampled_from([0, 1, 127, 128, 255]))
+    (tmp_path / name).write_bytes(raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw)
+    found: list[int] = []
+    try:
+        for piece in cut(Local(nameOrPath=str(path)).files()[0], ReadOptions()):
+            for document in read(piece, ReadOptions()):
+                found += document.tolist()  # type: ignore[union-attr]
+    except UserError:
+        return
+    assert found == ALL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_files_of_datatrove_itself(tmp_path: Path, store_of: Callable[..., TokenStore], dtype: str) -> None:
+    """Written by the package, where it is installed."""
+    tokenizer = pytest.importorskip("datatrove.pipeline.tokens.tokenizer")
+    file = tokenizer.TokenizedFile(str(tmp_path), "a.ds", token_size=np.dtype(dtype).itemsize, save_final_metadata=True)
+    for document in DOCUMENTS:
+        file.write(document, None)
+    file.close()
+    assert documents_in(store_of(tmp_path)) == DOCUMENTS
