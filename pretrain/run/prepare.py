@@ -170,11 +170,10 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
         notices,
         base_gone=replacement is not None,
     )
-    if config.task != "pretraining" or (len(train.parts) == 1 and train.parts[0].max_epochs is None):
+    if config.task != "pretraining" or len(train.parts) == 1:
         return prepared
     steps = prepared.total_steps
-    if len(train.parts) > 1:
-        identity["mixture"] = train.table(steps=steps, global_batch=prepared.global_batch)
+    identity["mixture"] = train.table(steps=steps, global_batch=prepared.global_batch)
     planned = planned_parts(
         train,
         steps=steps,
