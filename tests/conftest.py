@@ -1,5 +1,6 @@
 """A tiny real model, a small real corpus, and the command line to run on them."""
 
+import multiprocessing.util
 import os
 import random
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests import preloaded
 from tests.foreign import foreign_module
 from tests.preloaded import Preloaded
 
@@ -27,6 +29,9 @@ def pytest_configure(config):
     """Tests are of processes on a CPU, whatever the machine has, but for those that `-m gpu` asks for."""
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if sys.platform == "linux":
+        preloaded.session = dict(os.environ)
+        multiprocessing.util.spawnv_passfds = preloaded.start_fork_server  # of the workers of runs in this process
 
 
 STARTS_A_RUN = {"command", "spawn", "base_arguments"}
@@ -36,13 +41,17 @@ NOT_QUICK = {"tests", "launch", "runtime", "strangers"} | {f"test_{n}.py" for n 
 
 
 def pytest_collection_modifyitems(items):
-    """Mark as `quick` what `scripts/test.sh --quick` runs: tests of a part alone, which take about a second at most. Those
-    of SLURM come first: they wait most of their time, beside which another process of pytest-xdist can compute."""
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    """Mark as `quick` what `scripts/test.sh --quick` runs: tests of a part alone, which take about a second at most.
+
+    Files of such tests alone come last, so that the processes of pytest-xdist end together. Those of SLURM come first: they wait
+    most of their time, beside which another process can compute.
+    """
     for item in items:
         kept_out = STARTS_A_RUN & set(item.fixturenames) or NOT_QUICK & {item.path.parent.name, item.path.name}
         if not kept_out and not item.get_closest_marker("slow"):
             item.add_marker("quick")
+    long = {item.path for item in items if not item.get_closest_marker("quick")}
+    items.sort(key=lambda item: (item.get_closest_marker("slurm") is None, item.path not in long))
 
 
 WORDS = "the sea road of stone a ship and its crew went under light rain to see old cities far from home again".split()
@@ -163,7 +172,9 @@ def base_arguments(tiny_model, corpus, other_corpus):
         "dataset@evaluation.domains.base=local",
         f"evaluation.domains.base.nameOrPath={other_corpus}",
         "evaluation.domains.base.name=other",
-        "evaluation.max_tokens=500",
+        "evaluation.max_tokens=200",
+        "evaluation.batch_size=8",
+        "evaluation.sample_tokens=4",  # a forward pass each
         "sequence_length=32",
         "batch_size=2",
         "gradient_accumulation_steps=2",

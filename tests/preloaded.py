@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import fcntl
+import gc
 import inspect
 import json
 import multiprocessing.util
@@ -25,7 +26,7 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,25 +66,26 @@ READ_LATE += (
     "NETRC",
     "OMP_WAIT_POLICY",
 )
-READ_LATE += ("TORCH_NCCL_",)
+READ_LATE += ("TORCH_NCCL_", "TORCHINDUCTOR_CACHE_DIR")  # torch sets the latter, too, when it has first needed it
 READ_LATE += (
     "TORCH_CPP_LOG_LEVEL",
     "HF_HUB_DISABLE_PROGRESS_BARS",
     "HF_DATASETS_DISABLE_PROGRESS_BARS",
 )  # a server sets them, too
 FORK_SERVER = "multiprocessing.forkserver"
-FAULT = "PRETRAIN_FAULT"  # of tests.runs.at_call
 ROOM = "PRETRAIN_TEST_ROOM"  # of a server's environment: where its processes' own is written, for those who look from outside
 
 
 class Server:
     """A process to fork from, at the other end of ``connection``."""
 
-    def __init__(self, connection: socket.socket, process: subprocess.Popen[bytes] | None = None) -> None:
+    def __init__(
+        self, connection: socket.socket, environment: Mapping[str, str], process: subprocess.Popen[bytes] | None = None
+    ) -> None:
         self.connection = connection
         self.process = process  # of the first server
         self.lock = threading.Lock()
-        self.environment = dict(os.environ)
+        self.environment = dict(environment)
 
     def fork(self, order: dict[str, Any], descriptors: Sequence[int]) -> int:
         """Return the pid of a new child of this process that carries out ``order``."""
@@ -92,16 +94,16 @@ class Server:
             return int(self.connection.recv(32))
 
     def takes(self, environment: dict[str, str]) -> bool:
-        if FAULT in environment:  # armed before a module is imported, of which others may have imported the function
+        """Return whether a process with this environment may be forked. A ``sitecustomize`` of others may have to come before
+        all imports; those of `tests.runs`, in folders called ``injected``, need not."""
+        paths = map(Path, environment.get("PYTHONPATH", "").split(os.pathsep))
+        if any((path / "sitecustomize.py").exists() and path.name != "injected" for path in paths):
             return False
-        if any(
-            (Path(path) / "sitecustomize.py").exists() for path in environment.get("PYTHONPATH", "").split(os.pathsep)
-        ):
-            return False  # Python imports it at its start
         names = environment.keys() | self.environment.keys()
         return all(name.startswith(READ_LATE) or environment.get(name) == self.environment.get(name) for name in names)
 
 
+session: Mapping[str, str] = os.environ  # before a test has changed it; set by tests/conftest.py
 server: Server | None = None
 room = (0, 0)  # see `find_room`
 
@@ -122,11 +124,11 @@ def own_server() -> Server:
     if server is None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         words = [sys.executable, "-m", "tests.preloaded", str(theirs.fileno())]
-        room = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+        room = dict(session)
         room[ROOM] = " " * LARGEST  # the last one
         process = subprocess.Popen(words, cwd=ROOT, env=room, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
-        server = Server(ours, process)
+        server = Server(ours, room, process)
     return server
 
 
@@ -294,8 +296,11 @@ def start_second_server() -> None:
         order = serve(theirs)
         run(order)
     theirs.close()
-    server = Server(ours)
+    server = Server(ours, os.environ)
     subprocess.Popen = Job  # type: ignore[misc]
+    for name, module in sys.modules.items():
+        if name.startswith("torch.distributed.elastic.multiprocessing.") and hasattr(module, "Popen"):  # of torchrun
+            module.Popen = Job
     multiprocessing.util.spawnv_passfds = start_fork_server
 
 
@@ -313,14 +318,16 @@ spawnv_passfds = multiprocessing.util.spawnv_passfds
 
 
 def start_fork_server(path: Any, command: Sequence[Any], descriptors: Sequence[int]) -> int:
-    """The start of multiprocessing's helpers, of which only the fork server imports anything."""
+    """Start one of multiprocessing's helpers, in the place of `multiprocessing.util.spawnv_passfds`. Only the fork server
+    imports anything."""
     if FORK_SERVER not in command[-1]:
+        return spawnv_passfds(path, command, descriptors)
+    environment = dict(os.environ)
+    if not own_server().takes(environment):
         return spawnv_passfds(path, command, descriptors)
     order = {"kind": "-c", "flags": [], "what": command[-1], "arguments": [], "new_session": False}
     places = [0, 1, 2, *descriptors]
-    order |= place_in_the_system(None, dict(os.environ)) | {"places": places}
-    assert server is not None
-    return server.fork(order, places)
+    return own_server().fork(order | place_in_the_system(None, environment) | {"places": places}, places)
 
 
 def run(order: dict[str, Any]) -> NoReturn:
@@ -364,5 +371,6 @@ if __name__ == "__main__":
     import pretrain.launch.preload  # noqa: F401
     from tests import preloaded
 
+    gc.freeze()  # a collection in a process that is forked would copy the memory of all that the imports have made
     preloaded.room = preloaded.find_room()
     preloaded.run(preloaded.serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -90,7 +90,7 @@ def test_command(words, place, command, spawn, monkeypatch, tiny_model, tmp_path
     if "--help" in words or "--cfg" in words:
         assert command(words)[0] == 0
         return
-    small = ["max_steps=2", "sequence_length=32", "evaluation.max_tokens=200"]
+    small = ["max_steps=2", "sequence_length=32", "evaluation.max_tokens=200", "evaluation.sample_tokens=4"]
     if not any(w.startswith("batch_size=") for w in words):
         small.append("batch_size=2")
     if any(w.startswith("launch.nodes=") for w in words):  # tests/launch/test_nodes.py has the nodes
@@ -102,6 +102,8 @@ def test_command(words, place, command, spawn, monkeypatch, tiny_model, tmp_path
         "lr=1e-4,3e-4",
     ]:  # the default's base domain is large
         small += ["dataset@evaluation.domains.base=local", "evaluation.domains.base.nameOrPath=old"]
+    if words and not any(w.startswith(("sink", "+sink", "task=", "experiment=")) for w in words):
+        small.append("sink=[console,jsonl]")  # the page of the default run is enough
     if "task=generation" in words:
         small = ["sequence_length=32", "generation.max_new_tokens=4"]
     if any(

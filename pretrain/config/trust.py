@@ -8,7 +8,9 @@ settings that Hydra itself would execute.
 from __future__ import annotations
 
 import inspect
+import logging
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,12 +43,15 @@ PARTS = {  # group → the class whose subclasses it may create; schedules are f
 }
 MULTI_SELECT = ("sink", "transform", "hook")  # groups with any number of choices, each under its own key
 SOURCE = "pretrain.data.sources.base.Source"
+TASK = "pretrain.evaluation.task.EvaluationTask"
 NESTED_PARTS = {  # pattern of the places of parts inside a group → the class of the parts
     r"dataset(\.parts\.[^.]+)+": PARTS["dataset"],
     r"replay\.source": SOURCE,
     r"evaluation\.domains\.[^.]+": SOURCE,
-    r"evaluation\.tasks\.[^.]+": "pretrain.evaluation.task.EvaluationTask",
+    r"evaluation\.tasks\.[^.]+": TASK,
 }
+INTERFACES = {*(PARTS[group] for group in MULTI_SELECT), TASK}  # a trusted part of these need not inherit
+CLASSES = {*PARTS.values(), *NESTED_PARTS.values()} - {SCHEDULES, PARTS["optimizer"]}  # the others may be functions
 MOVED = {  # `_target_` of an earlier version, which users' YAML files may contain → the present one
     "pretrain.precision.Precision": "pretrain.strategy.precision.Precision",
     "pretrain.checkpoint.policy.Policy": "pretrain.checkpoint.config.CheckpointConfig",
@@ -82,17 +87,15 @@ def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] =
         found = _find(target)
     except Exception as error:
         raise UserError(f"{path}._target_={target!r}: {' '.join(str(error).split())}") from None
-    is_dataset = _name_of(base) in (PARTS["dataset"], SOURCE)
-    if is_trusted and is_dataset and isinstance(found, type) and not _belongs(found, base):
-        raise UserError(f"{path}._target_={target!r}: a dataset must be a subclass of pretrain.Source")
-    if target in trusted:
-        return found
-    real_name = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
-    is_own = trusts(trusted, real_name) if is_trusted else real_name == target
-    if not is_own:  # what the named module has imported itself, such as `pretrain.x.subprocess.Popen`
-        raise _refused(path, target)
+    if target not in trusted:
+        real_name = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
+        is_own = trusts(trusted, real_name) if is_trusted else real_name == target
+        if not is_own:  # what the named module has imported itself, such as `pretrain.x.subprocess.Popen`
+            raise _refused(path, target)
     if not is_trusted and not _belongs(found, base):
         raise _not_allowed_here(path, target, base)
+    if is_trusted and isinstance(found, type) and _name_of(base) in CLASSES:
+        _check_kind(path, found, _name_of(base))
     return found
 
 
@@ -123,10 +126,31 @@ def trusts(trusted: Sequence[str], target: Any) -> bool:
     return isinstance(target, str) and any(target == name or target.startswith(f"{name}.") for name in trusted)
 
 
+def _check_kind(path: str, found: type, base: str) -> None:
+    """Raise ``UserError`` for a trusted class without what a run needs of a part of ``base``."""
+    kind: Any = _find(base)
+    public = (_find(SOURCE) if base == PARTS["dataset"] else kind).__name__
+    name = f"pretrain.{public}" if public in sys.modules["pretrain"].__all__ else base
+    inherits = kind in found.__mro__  # some are protocols, which `issubclass` does not take
+    if not inherits and base not in INTERFACES:
+        raise UserError(f"{path}._target_={_name_of(found)!r}: must be a subclass of {name}")
+    needed = getattr(found if inherits else kind, "__abstractmethods__", ())
+    missing = sorted(
+        m for m in needed if getattr(getattr(found, m, None), "__isabstractmethod__", not hasattr(found, m))
+    )
+    if missing:
+        raise UserError(f"{path}._target_={_name_of(found)!r}: lacks {' and '.join(missing)}, which {name} describes")
+
+
 def _find(name: str) -> Callable[..., Any]:
     from hydra.utils import get_object
 
-    found: Callable[..., Any] = get_object(name)
+    logger = logging.getLogger("hydra.utils")  # prints lines of its own about what the error says
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        found: Callable[..., Any] = get_object(name)
+    finally:
+        logger.disabled = was_disabled
     if not callable(found):
         raise TypeError("not a class or a function")
     return found

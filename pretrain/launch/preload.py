@@ -9,18 +9,25 @@ import gc
 
 gc.disable()
 
+import hydra.utils
+import rich.table
 import torch.distributed.fsdp
 import torch.distributed.tensor
+import transformers.generation.utils
+import transformers.modeling_layers
 import transformers.modeling_utils
 import transformers.tokenization_utils_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import pretrain.data.loader
+import pretrain.data.sources.local
 import pretrain.data.tokenization.tokenize
-import pretrain.models.language_model
-import pretrain.models.tokenizer
+import pretrain.models.model_factory
+import pretrain.run.build
 import pretrain.run.tasks
-import pretrain.strategy.engine
+import pretrain.strategy.ddp
+import pretrain.strategy.fsdp_engine
+import pretrain.telemetry.sinks.terminal
 import pretrain.training.trainer
 
 gc.freeze()

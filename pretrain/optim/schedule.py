@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any, SupportsFloat
 
 from pydantic import Field, PositiveInt
+
+from pretrain.runtime.errors import UserError
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
@@ -31,7 +33,15 @@ class Schedule:
     warmup_steps: int
 
     def __call__(self, step: int) -> float:
-        return self.multiplier(step, total_steps=self.total_steps, warmup_steps=self.warmup_steps)
+        """Return the multiplier of ``step``. Raises ``UserError`` where the function returns no finite number."""
+        multiplier = self.multiplier(step, total_steps=self.total_steps, warmup_steps=self.warmup_steps)
+        if not isinstance(multiplier, SupportsFloat) or not math.isfinite(multiplier):
+            function: Any = getattr(self.multiplier, "func", self.multiplier)  # of a partial
+            name = getattr(function, "__qualname__", type(function).__qualname__)
+            raise UserError(
+                f"scheduler: {name} returns {multiplier!r} for step {step} of {self.total_steps}; a number is needed"
+            )
+        return multiplier
 
 
 def with_multiplier(schedule: Callable[[int], float], multiplier: Callable[..., float]) -> Callable[[int], float]:

@@ -175,11 +175,17 @@ def build_exporter(
 
 
 def build_schedule(config: RunConfig, steps: int) -> Callable[[int], float]:
-    """Return the learning-rate schedule of a run of ``steps`` optimizer steps, as a function of the step."""
+    """Return the learning-rate schedule of a run of ``steps`` optimizer steps, as a function of the step.
+
+    Raises ``UserError`` for a function that returns no number for the first or the last step.
+    """
     from pretrain.optim.learning_rate import warmup_steps
     from pretrain.optim.schedule import Schedule
 
-    return Schedule(config.scheduler, total_steps=steps, warmup_steps=warmup_steps(steps, config.warmup_proportion))
+    warmup = warmup_steps(steps, config.warmup_proportion)
+    schedule = Schedule(config.scheduler, total_steps=steps, warmup_steps=warmup)
+    schedule(0), schedule(max(0, steps - 1))  # before the run
+    return schedule
 
 
 def build_facts(

@@ -128,13 +128,20 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     from pretrain.data.planned import lines_before_the_start, planned_parts
     from pretrain.data.tokenization.tokenize import training_texts
     from pretrain.models.tokenizer import boundaries
-    from pretrain.run.prepare_data import TokenizedSources, padding, removed_documents, scored_domains, training_data
+    from pretrain.run.prepare_data import (
+        TokenizedSources,
+        padding,
+        places_of,
+        removed_documents,
+        scored_domains,
+        training_data,
+    )
 
     model, replacement = _checked_model(config)
     dataset = config.dataset
     tokenizer = model.tokenizer(lambda: chain.from_iterable(map(training_texts, dataset.sources().values())))
     boundary_tokens = boundaries(tokenizer, bos=dataset.bos, separator=dataset.separator)
-    texts = TokenizedSources(tokenizer, boundary_tokens)
+    texts = TokenizedSources(tokenizer, boundary_tokens, places_of(config))
     train, content = training_data(config, texts)
     domains, notices = scored_domains(config, texts)
     identity = {

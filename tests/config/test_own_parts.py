@@ -5,13 +5,14 @@ import pytest
 from pretrain.config.compose import run_config
 from pretrain.evaluation.task import EvaluationTask, Metric
 from pretrain.models.transforms.base import ModelTransform
+from pretrain.run.build import build_schedule
 from pretrain.run.fingerprint import changed_settings
 from pretrain.runtime.errors import UserError
 from pretrain.training.hook import Hook
 
 PARTS = """
 from dataclasses import dataclass
-from pretrain import Source
+from pretrain import ModelTransform, Source
 
 @dataclass(frozen=True)
 class Freeze:
@@ -26,6 +27,10 @@ class Lora:
 @dataclass
 class Ema:
     decay: float = 0.99
+    def setup(self, engine): pass
+    def after_step(self, state, engine): pass
+    def state_dict(self): return {}
+    def load_state_dict(self, state): pass
 
 @dataclass(frozen=True)
 class Lion:
@@ -38,6 +43,7 @@ class Lion:
 
 class Anything:
     def __init__(self, url, **options): self.url, self.options = url, options
+    def evaluate(self, engine): return []
 
 @dataclass(frozen=True, kw_only=True)
 class Query(Source):
@@ -50,8 +56,19 @@ def both(named_parameters, lr, weight_decay=0.0, parts=(), wrap=None): return (l
 
 def half(step, *, total_steps, warmup_steps, ratio=0.5): return ratio
 
+def undefined(step, *, total_steps, warmup_steps): return 0 * float("inf")
+
 class Accuracy:
     def __init__(self, questions: int = 3): self.questions = questions
+    def evaluate(self, engine): return []
+
+class Lines:
+    def open(self, run, start): pass
+    def write(self, record): pass
+    def close(self): pass
+
+class Unfinished(ModelTransform):
+    pass
 """
 FILES = {
     "transform/freeze.yaml": "# Freeze parameters.\nfreeze: {_target_: ourlab.parts.Freeze, pattern: wte}\n",
@@ -113,17 +130,52 @@ MISTAKES = {
     ),
     "not a dataset": (
         ["dataset._target_=ourlab.parts.Anything", TRUSTED],
-        "a dataset must be a subclass of pretrain.Source",
+        r"dataset\._target_='ourlab\.parts\.Anything': must be a subclass of pretrain.Source",
+    ),
+    "not a transform": (
+        ["transform=[lora]", "transform.lora._target_=ourlab.parts.Ema", TRUSTED],
+        r"transform\.lora\._target_='ourlab\.parts\.Ema': lacks apply, which pretrain\.ModelTransform describes",
+    ),
+    "an abstract transform": (
+        ["transform=[lora]", "transform.lora._target_=ourlab.parts.Unfinished", TRUSTED],
+        r"transform\.lora\._target_='ourlab\.parts\.Unfinished': lacks apply, which pretrain\.ModelTransform describes",
+    ),
+    "not a hook": (
+        ["hook=[ema]", "hook.ema._target_=ourlab.parts.Freeze", TRUSTED],
+        r"hook\.ema\._target_='ourlab\.parts\.Freeze': lacks after_step and load_state_dict and setup and state_dict, which",
+    ),
+    "not a strategy": (["strategy._target_=ourlab.parts.Ema", TRUSTED], "must be a subclass of pretrain.Strategy"),
+    "not a sink": (
+        ["sink=[jsonl]", "sink.jsonl._target_=ourlab.parts.Ema", TRUSTED],
+        r"sink\.jsonl\._target_='ourlab\.parts\.Ema': lacks close and open and write",
+    ),
+    "not a task": (
+        ["evaluation.tasks.x={_target_: ourlab.parts.Ema}", TRUSTED],
+        r"evaluation\.tasks\.x\._target_='ourlab\.parts\.Ema': lacks evaluate",
+    ),
+    "not a checkpoint": (["checkpoint._target_=ourlab.parts.Ema", TRUSTED], "must be a subclass of .*CheckpointConfig"),
+    "a misspelt class": (
+        ["dataset._target_=ourlab.parts.Qery", TRUSTED],
+        r"dataset\._target_='ourlab\.parts\.Qery': .*Qery",
     ),
     "a task's key": (["evaluation.tasks.x={_target_: ourlab.parts.Accuracy, asks: 5}", TRUSTED], r"has no 'asks'"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_named(conf, name):
+def test_a_mistake_is_named(conf, name, caplog):
     words, message = MISTAKES[name]
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as raised:
         run_config(words, conf)
+    assert "\n" not in str(raised.value)
+    assert not caplog.records, "one line, and none of Hydra's"
+
+
+def test_a_schedule_without_numbers_is_refused_before_the_run(conf):
+    target = "scheduler={_target_: ourlab.parts.undefined, _partial_: true}"
+    config = run_config([target, TRUSTED], conf)
+    with pytest.raises(UserError, match="scheduler: undefined returns nan for step 0 of 10; a number is needed"):
+        build_schedule(config, 10)
 
 
 def test_a_choice_where_there_is_none():
@@ -233,8 +285,8 @@ def test_another_class_in_other_groups(conf):
     assert config.scheduler(1, total_steps=4, warmup_steps=0) == 0.25
     strategy = run_config(["strategy=fsdp", "strategy._target_=pretrain.strategy.ddp.Ddp"]).plain["strategy"]
     assert strategy == {"_target_": "pretrain.strategy.ddp.Ddp"}
-    sinks = run_config(["sink=[console,wandb]", "sink.wandb._target_=ourlab.parts.Accuracy", TRUSTED]).plain["sink"]
-    assert sinks["wandb"] == {"_target_": "ourlab.parts.Accuracy"}
+    sinks = run_config(["sink=[console,wandb]", "sink.wandb._target_=ourlab.parts.Lines", TRUSTED]).plain["sink"]
+    assert sinks["wandb"] == {"_target_": "ourlab.parts.Lines"}
     assert sinks["console"]["level"] == 3
 
 

@@ -217,7 +217,7 @@ def test_a_foreign_folder_of_configs_runs_nothing(name, command, base_arguments,
 def test_a_package_is_trusted_as_a_whole(tmp_path, monkeypatch):
     (tmp_path / "mylab").mkdir()
     (tmp_path / "mylab/__init__.py").write_text("import os\n")
-    (tmp_path / "mylab/sinks.py").write_text("class Sink: pass\n")
+    (tmp_path / "mylab/sinks.py").write_text("from pretrain.telemetry.sinks.csv import Csv\nclass Sink(Csv): pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert locate("sink.x", "mylab.sinks.Sink", PARTS["sink"], trusted=["mylab"]).__name__ == "Sink"
     for name in ("mylab.os.system", "mylabs.Sink", "mylab"):

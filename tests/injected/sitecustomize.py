@@ -36,6 +36,10 @@ def arm(module, /, *, function, at, after, rank, paths, fault, mark, **_):
         return result
 
     setattr(owner, name, called)
+    if not owners:  # where the process is forked, other modules may have imported the function already
+        for other in list(sys.modules.values()):
+            for key in [key for key, value in vars(other).items() if value is real]:
+                setattr(other, key, called)
 
 
 def happen(fault, mark):

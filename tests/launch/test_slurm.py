@@ -41,9 +41,9 @@ def cluster(tmp_path_factory):
 def sweep(base_arguments, spawn, tmp_path):
     """Start a sweep through the launcher, with its folder below ``tmp_path``."""
 
-    def start(*arguments):
-        folder = f"hydra.sweep.dir={tmp_path / 'sweep'}"
-        return spawn(["-m", "hydra/launcher=slurm", *base_arguments, *SIMPLE, folder, *arguments], cwd=ROOT)
+    def start(*arguments, folder=tmp_path):
+        place = f"hydra.sweep.dir={folder / 'sweep'}"
+        return spawn(["-m", "hydra/launcher=slurm", *base_arguments, *SIMPLE, place, *arguments], cwd=ROOT)
 
     return start
 
@@ -176,21 +176,20 @@ def test_a_mistake_is_one_line(sweep, argument, reason):
     assert "Traceback" not in out
 
 
-def test_sweep(cluster, sweep, tmp_path):
-    out = finish(sweep("lr=1e-3,2e-3"))
-    assert [run["status"] for run in runs(tmp_path)] == ["finished"] * 2, out
-    assert out.count(": done") == 2
-
-
-def test_sbatch_says_no(cluster, sweep, tmp_path):
-    out = finish(sweep("hydra.launcher.partition=elsewhere"), code=2)
+def test_jobs_of_a_cluster(cluster, sweep, tmp_path):
+    """A sweep of two, a run of two nodes, and one that sbatch refuses: at the same time, because they wait for SLURM."""
+    folders = {name: tmp_path / name for name in ("two", "nodes", "refused")}
+    two = sweep("lr=1e-3,2e-3", folder=folders["two"])
+    nodes = sweep("hydra.launcher.nodes=2", "strategy=ddp", "devices=1", folder=folders["nodes"])
+    refused = sweep("hydra.launcher.partition=elsewhere", folder=folders["refused"])
+    out = finish(refused, code=2)
     assert "invalid partition specified: elsewhere" in out
     assert "Traceback" not in out
-
-
-def test_two_nodes_are_one_run(cluster, sweep, tmp_path):
-    finish(sweep("hydra.launcher.nodes=2", "strategy=ddp", "devices=1"))
-    [run] = runs(tmp_path)
+    out = finish(two)
+    assert [run["status"] for run in runs(folders["two"])] == ["finished"] * 2, out
+    assert out.count(": done") == 2
+    finish(nodes)
+    [run] = runs(folders["nodes"])
     assert (run["status"], run["world_size"]) == ("finished", 2)
 
 

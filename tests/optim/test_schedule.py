@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.optim import schedule
 from pretrain.optim.schedule import constant, cosine, linear, wsd
+from pretrain.runtime.errors import UserError
 
 Schedule = Callable[..., float]
 ALL: dict[str, Schedule] = {
@@ -138,3 +140,17 @@ def test_every_step_trains(name: str, lengths: tuple[int, int]) -> None:
 @pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
 def test_after_the_end_it_is_over(name: str) -> None:
     assert ALL[name](10, total_steps=10, warmup_steps=2) == pytest.approx(0, abs=1e-12)
+
+
+def odd(step, *, total_steps, warmup_steps, value=None):
+    return 1.0 if step < 3 else value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "1.0", [1.0]], ids=str)
+@pytest.mark.parametrize("bound", [False, True])
+def test_what_is_no_number_is_named(value: object, bound: bool) -> None:
+    function = partial(odd, value=value) if bound else lambda step, **lengths: odd(step, **lengths, value=value)
+    run = schedule.Schedule(function, total_steps=5, warmup_steps=0)
+    assert [run(step) for step in range(3)] == [1.0, 1.0, 1.0]
+    with pytest.raises(UserError, match=f"{'scheduler: odd' if bound else 'lambda>'} returns .* for step 3 of 5"):
+        run(3)

@@ -27,31 +27,67 @@ print("ended well")
 """
 
 
-@pytest.fixture
-def guarded(tmp_path):
-    """``guarded(lines, timeout, slow_timeout)``: a process that does ``lines`` under a watchdog, and its log."""
-    started = []
+def start(lines, log, *limits):
+    """A process that does ``lines`` under a watchdog."""
+    text = GUARDED.format(work="\n".join(f"    {line}" for line in lines))
+    words = [sys.executable, "-c", text, log, *map(str, limits)]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
-    def start(lines, timeout=1.0, slow_timeout=60.0):
-        text = GUARDED.format(work="\n".join(f"    {line}" for line in lines))
-        log = tmp_path / "rank-0.log"
-        process = subprocess.Popen(
-            [sys.executable, "-c", text, log, str(timeout), str(slow_timeout)],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        started.append(process)
-        return process, log
 
-    yield start
-    for process in started:
+def test_a_process_that_was_stopped_for_long_goes_on(tmp_path):
+    """Ctrl-Z and fg, a job that the cluster has suspended."""
+    log = tmp_path / "rank-0.log"
+    with start(["watchdog.heartbeat()", BEGINS, "time.sleep(0.5)"], log, 1.0, 60.0) as process:
+        assert process.stdout.readline() == "begins\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2)
+        process.send_signal(signal.SIGCONT)
+        assert process.communicate(timeout=30)[0] == "ended well\n"
+    assert log.read_text() == ""
+
+
+def test_stacks_on_demand(tmp_path):
+    log = tmp_path / "rank-0.log"
+    with start(["def busy():", f"    {BEGINS}", "    input()", "busy()"], log, 100.0, 100.0) as process:
+        assert process.stdout.readline() == "begins\n"
+        process.send_signal(signal.SIGUSR2)
+        assert process.communicate("\n", timeout=30)[0] == "ended well\n"
+    assert "in busy" in log.read_text()
+
+
+STUCK = "def stuck(): time.sleep(60)"
+BEGINS = "print('begins', flush=True)"
+PROGRAMS = {  # what is done under a watchdog, and its limits
+    "hang": ([STUCK, "watchdog.heartbeat()", "stuck()"], 1.0, 60.0),
+    "moves": (["for _ in range(10): watchdog.heartbeat(); time.sleep(0.2)"], 1.0, 60.0),
+    "before the first pat": (["time.sleep(2)"], 1.0, 60.0),
+    "rests": (["watchdog.heartbeat()", "watchdog.allow_slow()", "time.sleep(2)"], 1.0, 60.0),
+    "before the first pat for too long": ([STUCK, "stuck()"], 0.2, 1.5),
+    "rests for too long": ([STUCK, "with watchdog.slow():", "    watchdog.heartbeat()", "    stuck()"], 0.2, 1.5),
+    # an export in the middle of a run tells of what has been saved, and still takes its time
+    "rests and pats": (
+        ["with watchdog.slow():", "    watchdog.heartbeat()", "    time.sleep(2.5)", "time.sleep(0.2)"],
+        1.0,
+        60.0,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """Of each of ``PROGRAMS``: its process, and its log. They start together, because they do little but wait."""
+    started = {}
+    for name, (lines, *limits) in PROGRAMS.items():
+        log = tmp_path_factory.mktemp("guarded") / "rank-0.log"
+        started[name] = start(lines, log, *limits), log
+    yield started
+    for process, _ in started.values():
         process.kill()
         process.communicate()
 
 
 def test_a_hang_ends_with_its_place_and_its_stacks(guarded):
-    process, log = guarded(["def stuck(): time.sleep(60)", "watchdog.heartbeat()", "stuck()"])
+    process, log = guarded["hang"]
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "stuck" in out
@@ -60,63 +96,19 @@ def test_a_hang_ends_with_its_place_and_its_stacks(guarded):
     assert "in stuck" in log.read_text()
 
 
-@pytest.mark.parametrize(
-    "lines",
-    [
-        ["for _ in range(10): watchdog.heartbeat(); time.sleep(0.2)"],
-        ["time.sleep(2)"],
-        ["watchdog.heartbeat()", "watchdog.allow_slow()", "time.sleep(2)"],
-    ],
-    ids=["moves", "before the first pat", "rests"],
-)
-def test_what_is_no_hang(lines, guarded):
-    process, _ = guarded(lines)
-    assert process.communicate(timeout=30)[0] == "ended well\n"
+@pytest.mark.parametrize("name", ["moves", "before the first pat", "rests", "rests and pats"])
+def test_what_is_no_hang(name, guarded):
+    process, _ = guarded[name]
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "ended well\n")
 
 
-@pytest.mark.parametrize(
-    "lines",
-    [["stuck()"], ["with watchdog.slow():", "    watchdog.heartbeat()", "    stuck()"]],
-    ids=["before the first pat", "rests"],
-)
-def test_what_rests_for_too_long_is_a_hang_too(lines, guarded):
-    process, log = guarded(["def stuck(): time.sleep(60)", *lines], timeout=0.2, slow_timeout=1.5)
+@pytest.mark.parametrize("name", ["before the first pat for too long", "rests for too long"])
+def test_what_rests_for_too_long_is_a_hang_too(name, guarded):
+    process, log = guarded[name]
     out, _ = process.communicate(timeout=30)
     assert (process.returncode, "stuck" in out) == (1, True)
     assert "no progress for 1.5 s (launch.slow_timeout)" in log.read_text()
-
-
-def test_a_process_that_was_stopped_for_long_goes_on(guarded):
-    """Ctrl-Z and fg, a job that the cluster has suspended."""
-    process, log = guarded(["watchdog.heartbeat()", "print('begins', flush=True)", "time.sleep(0.5)"])
-    assert process.stdout.readline() == "begins\n"
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(2)
-    process.send_signal(signal.SIGCONT)
-    assert process.communicate(timeout=30)[0] == "ended well\n"
-    assert log.read_text() == ""
-
-
-def test_stacks_on_demand(guarded):
-    process, log = guarded(
-        ["def busy():", "    print('begins', flush=True)", "    time.sleep(1)", "busy()"], timeout=100
-    )
-    assert process.stdout.readline() == "begins\n"
-    process.send_signal(signal.SIGUSR2)
-    assert process.communicate(timeout=30)[0] == "ended well\n"
-    assert "in busy" in log.read_text()
-
-
-def test_a_run_whose_disk_does_not_answer(base_arguments, spawn, tmp_path):
-    """To open what run.json is written through takes for ever, once the run has begun."""
-    arguments = [*base_arguments, f"output_dir={tmp_path}", *LONG[:1], "evaluate_every=10", "save_every=20"]
-    environment = at_call("pretrain.runtime.files:open_new", "hang", tmp_path / "hangs", at=3, paths="run.json")
-    process = spawn([*arguments, "sink=jsonl", "launch.timeout=4"], env=environment)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, out
-    assert "rank-0 is stalled at runtime/files.py" in out
-    assert "no progress for 4 s (launch.timeout)" in out
-    assert "write_json" in (tmp_path / "logs/rank-0.log").read_text()
 
 
 def assert_stacks_of_both_ranks(run):
@@ -155,44 +147,32 @@ def test_a_rank_that_is_stopped_is_found_and_the_group_comes_back(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_what_rests_is_not_ended_by_a_pat(guarded):
-    """An export in the middle of a run tells of what has been saved, and still takes its time."""
-    process, _ = guarded(
-        ["with watchdog.slow():", "    watchdog.heartbeat()", "    time.sleep(2.5)", "time.sleep(0.2)"]
-    )
-    out, _ = process.communicate(timeout=30)
-    assert (process.returncode, out) == (0, "ended well\n")
-
-
 SLOW = ["launch.timeout=4", "launch.slow_timeout=4"]
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        "pretrain.strategy.engine:InferenceEngine.evaluate",
-        *(
-            pytest.param(where, marks=pytest.mark.slow)
-            for where in (
-                "pretrain.strategy.engine:Engine.backward",
-                "pretrain.training.trainer:Trainer.restore",
-                "pretrain.models.hub.export:save_full",
-            )
-        ),
-    ],
-)
-def test_what_may_be_slow_has_an_end(where, base_arguments, spawn, command, tmp_path):
-    """The first forward of an evaluation and of a step, resuming, exporting."""
-    run = tmp_path / "run"
-    arguments = [*base_arguments, f"output_dir={run}", *SLOW]
-    if "restore" in where:
-        assert command([*arguments, "max_steps=5"])[0] == 0
-    process = spawn(arguments, env=at_call(where, "hang", tmp_path / "mark"))
+def assert_ended_in_slow_work(process, tmp_path):
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
     assert "no progress for 4 s (launch.slow_timeout), so it ends" in out
     assert (tmp_path / "mark").exists()
-    assert "sitecustomize.py" in (run / "logs/rank-0.log").read_text()
+    assert "sitecustomize.py" in (tmp_path / "run/logs/rank-0.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "where",
+    [
+        "pretrain.strategy.engine:Engine.backward",
+        "pretrain.training.trainer:Trainer.restore",
+        "pretrain.models.hub.export:save_full",
+    ],
+)
+def test_what_may_be_slow_has_an_end(where, base_arguments, spawn, command, tmp_path):
+    """The first forward of a step, resuming, exporting; of an evaluation, below."""
+    arguments = [*base_arguments, f"output_dir={tmp_path / 'run'}", *SLOW]
+    if "restore" in where:
+        assert command([*arguments, "max_steps=5"])[0] == 0
+    assert_ended_in_slow_work(spawn(arguments, env=at_call(where, "hang", tmp_path / "mark")), tmp_path)
 
 
 @pytest.mark.slow
@@ -225,19 +205,47 @@ os.fsync = fsync
 SHARDED = ["strategy=fsdp", "devices=2", "batch_size=1"]
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(SHARDED, marks=pytest.mark.slow)], ids=["single", "pair"])
-def test_a_disk_that_hangs_during_a_save(more, base_arguments, spawn, tmp_path):
-    """fsync never returns: of one process, or of one rank in its thread."""
-    environment = injected(tmp_path, FROZEN)
-    run = tmp_path / "run"
-    began_at = time.monotonic()
-    process = spawn([*base_arguments, *more, f"output_dir={run}", "launch.timeout=4"], env=environment)
+def assert_ended_in_a_save(process, run):
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
-    assert time.monotonic() - began_at < 90
     assert "launch.timeout" in out or "Timed out waiting" in out  # the watchdog's word, or that of the rank that waits
     assert not list((run / "checkpoints").glob("step-*[0-9]"))
     assert "fsync" in "".join(log.read_text() for log in (run / "logs").glob("rank-*.log"))
+
+
+@pytest.mark.slow
+def test_a_disk_that_hangs_during_a_save_of_two_ranks(base_arguments, spawn, tmp_path):
+    """fsync never returns to one rank in its thread."""
+    given = [*base_arguments, *SHARDED, f"output_dir={tmp_path / 'run'}", "launch.timeout=4"]
+    began_at = time.monotonic()
+    assert_ended_in_a_save(spawn(given, env=injected(tmp_path, FROZEN)), tmp_path / "run")
+    assert time.monotonic() - began_at < 90
+
+
+def test_runs_that_hang(base_arguments, spawn, tmp_path):
+    """Three side by side, because they do little but wait: fsync never returns to the one that saves; to open what run.json
+    is written through takes for ever, once the run has begun; the first forward of an evaluation has no end."""
+    places = {name: tmp_path / name for name in ("save", "open", "forward")}
+    for place in places.values():
+        place.mkdir()
+    begun = [*base_arguments, *LONG[:1], "evaluate_every=10", "save_every=20", "sink=jsonl", "launch.timeout=4"]
+    opens = at_call("pretrain.runtime.files:open_new", "hang", places["open"] / "mark", at=3, paths="run.json")
+    forward = at_call("pretrain.strategy.engine:InferenceEngine.evaluate", "hang", places["forward"] / "mark")
+    processes = {
+        name: spawn([*given, f"output_dir={places[name] / 'run'}"], env=environment)
+        for name, given, environment in (
+            ("save", [*base_arguments, "launch.timeout=4"], injected(places["save"], FROZEN)),
+            ("open", begun, opens),
+            ("forward", [*base_arguments, *SLOW], forward),
+        )
+    }
+    assert_ended_in_a_save(processes["save"], places["save"] / "run")
+    assert_ended_in_slow_work(processes["forward"], places["forward"])
+    out, _ = processes["open"].communicate(timeout=120)
+    assert processes["open"].returncode == 1, out
+    assert "rank-0 is stalled at runtime/files.py" in out
+    assert "no progress for 4 s (launch.timeout)" in out
+    assert "write_json" in (places["open"] / "run/logs/rank-0.log").read_text()
 
 
 def test_a_bug_in_one_ranks_saving_is_the_one_that_is_told(base_arguments, spawn, tmp_path):

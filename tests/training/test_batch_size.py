@@ -197,7 +197,7 @@ def test_ranks_that_need_each_other_can_not_try(strategy, base_arguments, comman
 
 def test_an_evaluation_alone_needs_a_number(base_arguments, command, tmp_path):
     alone = [*base_arguments, "task=evaluation", f"output_dir={tmp_path}"]
-    code, _, said = command([*alone, "batch_size=auto"])
+    code, _, said = command([*alone, "batch_size=auto", "evaluation.batch_size=${batch_size}"])
     assert code == 2
     assert "evaluation.batch_size=auto is the batch_size of a training run; this task needs a number" in said
     code, _, said = command([*alone, "batch_size=auto", "evaluation.batch_size=4", "sink=jsonl"])
