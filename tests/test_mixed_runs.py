@@ -75,12 +75,41 @@ def test_one_process(arguments, command, tmp_path):
         code, _, err = command([*arguments, f"output_dir={again}"])
         assert code == 0, err
         assert_same_run(again, run)
+    words = sorted(arguments, key=lambda word: ".code" not in word)
+    code, _, err = command([*words, f"output_dir={run}"])
+    assert (code, "is finished: 20 steps" in err) == (0, True), "the order of the words does not matter"
     code, _, err = command([*arguments, f"output_dir={run}", "max_steps=30", "dataset.weights.es=0.5"])
     assert code == 2
     assert "dataset.weights.es: 0.75 → 0.5" in err
-    assert "the mixture was [es 67.5%, code 22.5%, replay 10.0%; from step 10: code 90.0%, replay 10.0%]" in err
-    assert "and is now [es 60.0%, code 30.0%, replay 10.0%; from step 15: code 90.0%, replay 10.0%]" in err
+    assert "the mixture was [code 22.5%, es 67.5%, replay 10.0%; from step 10: code 90.0%, replay 10.0%]" in err
+    assert "and is now [code 30.0%, es 60.0%, replay 10.0%; from step 15: code 90.0%, replay 10.0%]" in err
     assert "resume_allow=[data]" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "dataset.parts.code.nameOrPath=nowhere: no such file"),
+        (
+            ["dataset.max_epochs.es=0.01", "dataset.parts.code.nameOrPath={corpus}"],
+            "dataset.max_epochs.es=0.01: the run would read it 0.03 times",
+        ),
+        (
+            ["sequence_length=128", "dataset.parts.code.nameOrPath={corpus}/x.txt"],
+            "part 'code' has too little text",
+        ),
+    ],
+)
+def test_mistakes_in_the_text_name_the_part(words, says, arguments, command, corpus, tmp_path):
+    (tmp_path / "x.txt").write_text("a few words")
+    words = [word.replace("{corpus}/x.txt", f"{tmp_path}/x.txt").replace("{corpus}", str(corpus)) for word in words]
+    code, _, err = command(
+        [*arguments, "dataset.parts.code.nameOrPath=nowhere", *words, f"output_dir={tmp_path / 'run'}"]
+    )
+    assert code == 2, err
+    assert err.count("error: ") == 1
+    assert says in err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -9,10 +9,8 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.data.order import SampleOrder
 from pretrain.data.store.token_store import TokenView
 from pretrain.data.training_data import Part, TrainingData
-from pretrain.runtime.errors import UserError
 
 MANY_EPOCHS = 4  # repeated text is nearly as good as new up to here (Muennighoff et al., arXiv:2305.16264)
 MOST_EPOCHS = 20  # what a scarce part of a mixture bears (arXiv:2605.12715)
@@ -39,23 +37,15 @@ class PlannedPart:
 def planned_parts(
     train: TrainingData, *, steps: int, global_batch: int, sequence_length: int, document_mask: bool
 ) -> list[PlannedPart]:
-    """Return what a run of ``steps`` steps will read of each part. Raises ``UserError`` where that is more than ``max_epochs``
-    passes."""
-    blocks = train.blocks(sequence_length)
-    means = [each.mean_targets(document_mask=document_mask) for each in blocks]
-    draws = train.draws(steps=steps, global_batch=global_batch, mean_targets=means)
-    lengths = [len(each) for each in blocks]
-    samples = SampleOrder(lengths, [0] * len(lengths), draws).taken(steps * global_batch).tolist()
+    """Return what a run of ``steps`` steps will read of each part."""
+    samples = train.samples_taken(
+        steps=steps, global_batch=global_batch, sequence_length=sequence_length, document_mask=document_mask
+    )
     found = []
-    for i, (part, count, length, mean) in enumerate(zip(train.parts, samples, lengths, means, strict=True)):
-        if part.max_epochs is not None and count > part.max_epochs * length:
-            raise UserError(
-                f"dataset.max_epochs: the run would see part {part.name!r} {count / max(length, 1):.2f} times, more than "
-                f"{part.max_epochs:g}: it has {part.view.num_tokens:,} training tokens, and its share of the run is "
-                f"{round(count * mean):,}; lower its weight or the number of steps, or add text"
-            )
+    for i, (part, count, blocks) in enumerate(zip(train.parts, samples, train.blocks(sequence_length), strict=True)):
+        tokens = round(count * blocks.mean_targets(document_mask=document_mask))
         shares = tuple(phase.shares[i] for phase in train.phases)
-        found.append(PlannedPart(part, round(count * mean), count / max(length, 1), shares))
+        found.append(PlannedPart(part, tokens, count / max(len(blocks), 1), shares))
     return found
 
 

@@ -128,13 +128,20 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     from pretrain.data.planned import lines_before_the_start, planned_parts
     from pretrain.data.tokenization.tokenize import training_texts
     from pretrain.models.tokenizer import boundaries
-    from pretrain.run.prepare_data import TokenizedSources, padding, removed_documents, scored_domains, training_data
+    from pretrain.run.prepare_data import (
+        TokenizedSources,
+        padding,
+        places_of,
+        removed_documents,
+        scored_domains,
+        training_data,
+    )
 
     model, replacement = _checked_model(config)
     dataset = config.dataset
     tokenizer = model.tokenizer(lambda: chain.from_iterable(map(training_texts, dataset.sources().values())))
     boundary_tokens = boundaries(tokenizer, bos=dataset.bos, separator=dataset.separator)
-    texts = TokenizedSources(tokenizer, boundary_tokens)
+    texts = TokenizedSources(tokenizer, boundary_tokens, places_of(config))
     train, content = training_data(config, texts)
     domains, notices = scored_domains(config, texts)
     identity = {
@@ -163,11 +170,10 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
         notices,
         base_gone=replacement is not None,
     )
-    if config.task != "pretraining" or (len(train.parts) == 1 and train.parts[0].max_epochs is None):
+    if config.task != "pretraining" or len(train.parts) == 1:
         return prepared
     steps = prepared.total_steps
-    if len(train.parts) > 1:
-        identity["mixture"] = train.table(steps=steps, global_batch=prepared.global_batch)
+    identity["mixture"] = train.table(steps=steps, global_batch=prepared.global_batch)
     planned = planned_parts(
         train,
         steps=steps,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +26,14 @@ ScoredDomain = tuple[str, str, "TokenView"]  # name, role and held-out documents
 
 @dataclass(frozen=True)
 class TokenizedSources:
-    """The sources of a run as tokens of its tokenizer; each is tokenized once."""
+    """The sources of a run as tokens of its tokenizer; each is tokenized once.
+
+    ``places`` maps the id of a source to its key in the config, for messages.
+    """
 
     tokenizer: Any
     boundaries: Boundaries
+    places: Mapping[int, str] = field(default_factory=dict)
     _stores: dict[int, tuple[Source, TokenStore]] = field(
         default_factory=dict
     )  # by the id of the source, which is kept
@@ -35,8 +41,9 @@ class TokenizedSources:
     def store(self, source: Source) -> TokenStore:
         """Return all documents of ``source``."""
         if id(source) not in self._stores:
-            own = domain_boundaries(source, self.tokenizer, self.boundaries)
-            self._stores[id(source)] = source, tokenized(source, self.tokenizer, own)
+            with _named(self.places.get(id(source), "dataset")):
+                own = domain_boundaries(source, self.tokenizer, self.boundaries)
+                self._stores[id(source)] = source, tokenized(source, self.tokenizer, own)
         return self._stores[id(source)][1]
 
     def views(self, source: Source) -> tuple[TokenView, TokenView]:
@@ -44,10 +51,42 @@ class TokenizedSources:
         return views(self.store(source), source)
 
 
+def places_of(config: RunConfig) -> dict[int, str]:
+    """Return the key in the config of each dataset, such as ``dataset.parts.es``, by the id of the dataset."""
+    found: dict[int, str] = {}
+
+    def add(dataset: Dataset | None, place: str) -> None:
+        found[id(dataset)] = place
+        for name, part in dataset.parts.items() if isinstance(dataset, Mixture) else ():
+            add(part, f"{place}.parts.{name}")
+
+    add(config.dataset, "dataset")
+    add(config.replay.source, "replay.source")
+    for name, domain in config.evaluation.domains.items():
+        add(domain, f"evaluation.domains.{name}")
+    return found
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Put ``place`` in front of the key in messages about a dataset, which name keys as those of ``dataset``."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        if place == "dataset" or not message.startswith("dataset."):
+            raise
+        raise UserError(place + message.removeprefix("dataset")) from error
+
+
 def training_data(config: RunConfig, texts: TokenizedSources) -> tuple[TrainingData, str]:
     """Return the training documents of the run by part, and a digest of what determines them."""
-    dataset, replay = config.dataset, _replayed(config)
-    sources = dataset.sources() | replay
+    dataset = config.dataset
+    for source in dataset.sources().values():  # before the domains are compared, so that a mistake names its part
+        texts.store(source)
+    replay = _replayed(config)
+    # sorted, so that the order of the words of a command line does not matter
+    sources = dict(sorted(dataset.sources().items())) | replay
     parts, contents = [], []
     caps: dict[str, float] = dataset.by_source(dataset.max_epochs) if isinstance(dataset, Mixture) else {}
     weights: dict[str, float] = dataset.by_source(dataset.loss_weights) if isinstance(dataset, Mixture) else {}

@@ -143,9 +143,8 @@ def prune(cache: Cache, found: list[Dataset], *, older_than: float | None, delet
         return
     limit = max(UNFINISHED_DAYS, older_than or 0)
     old = [part for part in cache.unused() if _days(part) > limit]
-    old += [
-        path for name in ("documents", "huggingface") for path in cache.folder.glob(f"{name}/*") if _days(path) > limit
-    ]
+    folders = ("documents", "huggingface", "progress")
+    old += [path for name in folders for path in cache.folder.glob(f"{name}/*") if _days(path) > limit]
     if old:
         size = sum(_size(path) for path in old)
         if delete:

@@ -115,12 +115,12 @@ def test_parts_of_no_dataset(run: Callable[..., tuple[int, str]], filled: Path) 
     lock = Lock(filled / "progress/x/y/z.lock").acquire()
     assert "parts of no dataset are kept" in run("prune", "--older-than", "1", "--delete")[1]
     lock.release()
-    shutil.rmtree(filled / "progress")
-    assert (
-        "deleted: 3 parts and folders of no dataset, older than 7 days"
-        in run("prune", "--older-than", "1", "--delete")[1]
-    )
+    for path in (filled / "progress/x/y", filled / "progress/x"):
+        os.utime(path, (time.time() - 40 * DAY,) * 2)
+    out = run("prune", "--older-than", "1", "--delete")[1]
+    assert "deleted: 4 parts and folders of no dataset, older than 7 days" in out
     assert len(parts_of(filled)) == 2
+    assert not list(filled.glob("progress/*"))
 
 
 def test_verify(run: Callable[..., tuple[int, str]], filled: Path, store_of: StoreOf, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from pretrain.data.loader import Loader
 from pretrain.data.planned import lines_before_the_start, planned_parts
 from pretrain.data.statistics import DataStatistics
 from pretrain.data.training_data import MixturePhase, Part, TrainingData
-from pretrain.runtime.errors import UserError
 
 RUN = {"global_batch": 8, "sequence_length": 16, "document_mask": False}
 
@@ -26,8 +25,8 @@ def views(tmp_path, store_of):
     return found
 
 
-def mixture(views, *phases, **caps) -> TrainingData:
-    parts = tuple(Part(name, view, max_epochs=caps.get(name)) for name, view in zip("abc", views, strict=True))
+def mixture(views, *phases) -> TrainingData:
+    parts = tuple(Part(name, view) for name, view in zip("abc", views, strict=True))
     return TrainingData(parts, phases or (MixturePhase(0.0, (0.5, 0.3, 0.2)),))
 
 
@@ -79,19 +78,6 @@ def test_a_part_that_is_repeated_too_often_is_warned_of(epochs, says, views):
     if says:
         assert f"part 'c' will be seen {found[2].epochs:.1f} times" in warned[-1]
         assert says in warned[-1]
-
-
-def test_max_epochs_is_an_error_before_the_start(views):
-    blocks = (views[2].num_tokens - 1) // 16
-    steps = blocks * 5 // 8  # at a share of 0.2, one pass over c
-    assert planned_parts(mixture(views, c=1.0), steps=steps, **RUN)[2].epochs <= 1.0
-    with pytest.raises(UserError) as refused:
-        planned_parts(mixture(views, c=1.0), steps=2 * steps, **RUN)
-    needed = round(2 * steps * 8 * 0.2) * 16
-    assert str(refused.value).startswith("dataset.max_epochs: the run would see part 'c' ")
-    assert f"times, more than 1: it has {views[2].num_tokens:,} training tokens" in str(refused.value)
-    number = int(str(refused.value).partition("its share of the run is ")[2].partition(";")[0].replace(",", ""))
-    assert abs(number - needed) <= 16
 
 
 def test_documents_that_two_parts_share_are_counted(views, monkeypatch):

@@ -108,11 +108,22 @@ def test_documents_are_read_in_place(tmp_path: Path, store_of: Callable[..., Tok
     """By its path and by its folder: the same documents, none of whose tokens is written into the cache."""
     write, dtype, options = FORMATS[name]
     path = write(tmp_path / "corpus", DOCUMENTS, dtype)
-    stores = [store_of(place, **options) for place in (path, path.parent)]
+    pattern = {"pattern": "*.npy"} if path.suffix == ".npy" else {}
+    stores = [store_of(path, **options), store_of(path.parent, **options, **pattern)]
     for store in stores:
         assert documents_in(store) == DOCUMENTS
         assert [part.tokens_at and part.tokens_at[0] for part in store.parts] == [str(path)]
     assert stores[0].parts == stores[1].parts
+
+
+def test_arrays_beside_text_are_not_taken_for_tokens(tmp_path: Path, store_of: Callable[..., TokenStore]) -> None:
+    """A folder with embeddings, labels or somebody's .ds and .bin files: its text is read, as without them."""
+    (tmp_path / "a.txt").write_text("one two")
+    np.save(tmp_path / "labels.npy", np.arange(9))
+    np.save(tmp_path / "embeddings.npy", np.ones(9))
+    (tmp_path / "x.ds").write_bytes(b"anything")
+    (tmp_path / "x.bin").write_bytes(b"anything")
+    assert store_of(tmp_path).num_documents == 1
 
 
 def test_every_format_holds_out_the_same_documents(tmp_path: Path, store_of: Callable[..., TokenStore]) -> None:

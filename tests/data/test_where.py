@@ -152,6 +152,14 @@ def test_a_key_that_some_records_lack_is_missing_there(tmp_path: Path) -> None:
     assert documents_of(tmp_path / "a.jsonl", where="n is None") == ["a", "c"]
 
 
+def test_names_of_columns_stay_on_one_line(tmp_path: Path) -> None:
+    record = {"text": "a", "bad\n\x1b[2J": 1} | {f"column{number}": 0 for number in range(99)}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    for options in ({"where": "n > 0"}, {"text_template": "{n}"}, {"text_column": "n"}):
+        with pytest.raises(UserError, match=r"text, 'bad\\n\\x1b\[2J', column0, .*, column47, …$"):
+            documents_of(tmp_path / "a.jsonl", **options)
+
+
 def test_plain_text_is_the_column_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three")
     assert documents_of(tmp_path / "a.txt", where="words(text) == 3") == ["one two three"]

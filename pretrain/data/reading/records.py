@@ -3,9 +3,10 @@ error messages. A place is computed only when a message needs it, because lines 
 
 from __future__ import annotations
 
+import itertools
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from pretrain.runtime.errors import UserError
 Document = str | NDArray[np.int64]
 Location = Callable[[], str]
 BLOCK_BYTES = 8 << 20
+MOST_COLUMNS = 50  # that a message names
 LONGEST_CHARACTER = 4  # bytes of UTF-8
 # https://www.unicode.org/faq/utf_bom.html#bom4. UTF-32 comes first, because its mark begins with that of UTF-16.
 OTHER_MARKS = {
@@ -204,6 +206,10 @@ def column_index(names: list[str], place: Location, options: ReadOptions, column
 
 
 def _no_column(name: str, key: str, names: Sequence[str], place: Location) -> UserError:
-    return UserError(
-        f"{place()}: no column {name!r} (dataset.{key}); the columns there: {', '.join(map(str, names)) or 'none'}"
-    )
+    return UserError(f"{place()}: no column {name!r} (dataset.{key}); the columns there: {shown_columns(names)}")
+
+
+def shown_columns(names: Iterable[str]) -> str:
+    """Return names of columns, which may be any text, for a message of one line."""
+    first = [name if name.isprintable() else repr(name) for name in map(str, itertools.islice(names, MOST_COLUMNS + 1))]
+    return ", ".join([*first[:MOST_COLUMNS], *(["…"] if len(first) > MOST_COLUMNS else [])]) or "none"

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from pretrain.data.reading.condition import ARITHMETIC, COMPARISONS, Condition, constant_of, parsed, path_of, source
 from pretrain.data.reading.condition import Path as ColumnPath
-from pretrain.data.reading.records import Document
+from pretrain.data.reading.records import Document, shown_columns
 from pretrain.data.reading.units import ReadOptions
 from pretrain.runtime.errors import UserError, one_line
 
@@ -63,7 +63,7 @@ def selected(rows: Iterable[Rows], options: ReadOptions, path: str) -> Iterator[
 def no_column(path: str, column: ColumnPath, names: Iterable[str]) -> UserError:
     """Return the error for a column that the condition names and the file does not have."""
     return UserError(
-        f"{path}: no column {'.'.join(column)!r} (dataset.where); the columns there: {', '.join(map(str, names)) or 'none'}"
+        f"{path}: no column {'.'.join(column)!r} (dataset.where); the columns there: {shown_columns(names)}"
     )
 
 

@@ -36,9 +36,13 @@ def format_of(path: str) -> str | None:
 def local_format(path: str, token_dtype: str | None = None, *, matched: bool = False) -> str | None:
     """Return the format of a file on this machine; ``None`` if it is unknown. A file of tokens is known by what is beside it.
 
-    With ``token_dtype``, other ``.bin`` files, and files that a pattern ``matched``, hold tokens of this type.
+    An array of numpy may be anything, so it is read only where it is named or ``matched``, as is a ``.ds`` without an index. With
+    ``token_dtype``, other ``.bin`` files, and files that a pattern ``matched``, hold tokens of this type.
     """
-    if form := format_of(path) or token_format(path):
+    if form := format_of(path):
+        return form
+    is_certain = not path.endswith(".npy") and (not path.endswith(".ds") or os.path.exists(beside(path)[1]))
+    if (is_certain or matched or token_dtype) and (form := token_format(path)):
         return form
     return f"tokens.{token_dtype}" if token_dtype and (matched or path.endswith(".bin")) else None
 
@@ -76,8 +80,8 @@ def with_formats(
         raise UserError(f"dataset.nameOrPath={place}: the folder is empty")
     raise UserError(
         f"dataset.nameOrPath={place}: no text in the folder; it holds {_endings(names)}, and without "
-        f"dataset.pattern (such as '*.py') only {' '.join(FORMATS)} are read, and token ids in .npy, .ds with .ds.index, "
-        ".bin with .idx"
+        f"dataset.pattern (such as '*.py') only {' '.join(FORMATS)} are read, and token ids in .bin with .idx and .ds "
+        "with .ds.index (.npy with dataset.pattern='*.npy')"
     )
 
 
