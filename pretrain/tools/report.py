@@ -12,13 +12,13 @@ Exit code 0: written; 2: a mistake.
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
 from pretrain.runtime.console import complain
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.files import replace_file
+from pretrain.tools.arguments import tool_parser
 
 
 def write_report(folders: list[Path], output: Path | None) -> Path:
@@ -65,11 +65,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m pretrain.tools.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser("report", __doc__)
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a run folder (output_dir), or one sweep folder"
     )

@@ -16,7 +16,6 @@ Ctrl-C and SIGTERM end it early, with the results so far. Exit code 0: nothing l
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.telemetry.sinks.jsonl import read_records
+from pretrain.tools.arguments import tool_parser
 from pretrain.tools.verify_resume import compare, kill, make, newest_checkpoint, started
 
 Process = subprocess.Popen[bytes]
@@ -316,9 +316,7 @@ class Soak:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m pretrain.tools.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser("soak", __doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0, help="seed of the faults")
     parser.add_argument("--folder", type=Path, help="for the runs; a new folder in it is used (default: TMPDIR)")

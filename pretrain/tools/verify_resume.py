@@ -17,7 +17,6 @@ Exit code 0: no difference; 1: a difference, or a run failed, or this program wa
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -34,6 +33,7 @@ from typing import Any, NamedTuple
 from pretrain.runtime.python import module_command
 from pretrain.telemetry.record import is_clock
 from pretrain.telemetry.sinks.jsonl import read_records
+from pretrain.tools.arguments import tool_parser
 
 OWN = ["resume=auto", "log_every=1", "sink=[jsonl]"]
 PLACES = {"folder", "model", "path"}
@@ -220,12 +220,7 @@ def show(found: dict[str, Difference], bound: float) -> bool:
 
 def verify() -> bool:
     """Make both runs and print how they differ; return whether they are equal."""
-    parser = argparse.ArgumentParser(
-        "python -m pretrain.tools.verify_resume",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser("verify_resume", __doc__)
     parser.add_argument("--steps", type=int, default=12, help="N (default 12)")
     parser.add_argument("--bound", type=float, default=0.0, help="accepted difference (default 0)")
     asked, given = parser.parse_known_args()

@@ -38,6 +38,7 @@ from pretrain.config.check import gpu_visible
 from pretrain.config.choices import choices
 from pretrain.runtime.python import module_command
 from pretrain.telemetry.sinks.jsonl import read_records
+from pretrain.tools.arguments import tool_parser
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -188,12 +189,7 @@ def verify(asked: argparse.Namespace, overrides: list[str], console: Console) ->
 def main() -> None:
     from rich.console import Console
 
-    parser = argparse.ArgumentParser(
-        "python -m pretrain.tools.verify_strategies",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser("verify_strategies", __doc__)
     known = [s for s in choices("strategy") if s not in ("single", "dp")]  # dp is for one process and several GPUs
     parser.add_argument("--devices", type=int, help="processes; default: devices=, else all GPUs, or 2 on a CPU")
     parser.add_argument("--only", type=lambda names: names.split(","), default=known, help=f"default {','.join(known)}")
