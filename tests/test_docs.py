@@ -97,7 +97,7 @@ def test_command(words, place, command, spawn, monkeypatch, tiny_model, tmp_path
         words = [w.replace("/shared/books", "books").replace("/shared/", "") for w in words if "launch." not in w]
     if not any(w.startswith(("model_name=", "model=")) for w in words):
         small.append(f"model_name={tiny_model}")
-    if not any("evaluation" in w for w in words) and words != [
+    if not any(w.startswith(("evaluation", "dataset@evaluation")) for w in words) and words != [
         "-m",
         "lr=1e-4,3e-4",
     ]:  # the default's base domain is large
@@ -151,3 +151,21 @@ def test_links_lead_somewhere():
             to = page.parent / target if target else page
             assert to.exists(), f"{page.name}: {target}"
             assert not anchor or anchor in anchors(to), f"{page.name}: {target}#{anchor}"
+
+
+def test_the_parameter_groups_of_the_page():
+    """They hold each parameter once, with the rates and the schedule that the page says."""
+    from torch.optim import AdamW
+
+    from tests.models.tiny import tiny
+
+    page = (ROOT / "docs/optimizers.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def groups(" in block)
+    names: dict = {}
+    exec(code, names)
+    model = tiny("llama")
+    rest, embeddings = AdamW(names["groups"](model.named_parameters())).param_groups
+    assert (rest["lr"], embeddings["lr"]) == (1e-2, 1e-3)
+    assert embeddings["schedule"](99, total_steps=100, warmup_steps=0) == pytest.approx(0.1)
+    assert len(embeddings["params"]) == 1
+    assert len(rest["params"]) == len(list(model.parameters())) - 1

@@ -19,9 +19,8 @@ BUCKET = "texts"
 @contextmanager
 def s3_server() -> Iterator[Any]:
     """Start moto's server, set the environment to it, and yield an ``s3fs`` file system with an empty bucket."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    s3fs = pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
@@ -31,8 +30,6 @@ def s3_server() -> Iterator[Any]:
         patch.setenv("AWS_ACCESS_KEY_ID", "tester")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "not-so-secret-tests")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        import s3fs
-
         files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
         files.mkdir(BUCKET)
         yield files

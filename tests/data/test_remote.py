@@ -51,8 +51,8 @@ def corpus(tmp_path: Path) -> Path:
     folder = tmp_path / "corpus"
     for name, write in WRITERS.items():
         (folder / name).mkdir(parents=True)
-        (folder / name / f"a.{name.removeprefix('file.')}").write_bytes(write(TEXTS[:200]))
-    (folder / "b.txt").write_text(some_text(1, 40_000))
+        (folder / name / f"a.{name.removeprefix('file.')}").write_bytes(write(TEXTS[:60]))
+    (folder / "b.txt").write_text(some_text(1, 15_000))
     (folder / "c.md").write_text("short")
     (folder / ".hidden").mkdir()
     (folder / ".hidden/x.txt").write_text("hidden")
@@ -94,7 +94,7 @@ def test_a_bucket_gives_the_tokens_of_the_same_folder(
     here = store_of(corpus)
     monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "there"))
     there = store_of(f"s3://{BUCKET}/same")
-    assert len(there.parts) > 20
+    assert len(there.parts) > 15
     assert [part.path.name for part in there.parts] == [part.path.name for part in here.parts]
     assert parts_of(tmp_path / "there") == parts_of(tmp_path / "here")
     size = sum(path.stat().st_size for path in corpus.rglob("*"))
@@ -138,7 +138,7 @@ def test_a_saved_dataset(s3: Any, tmp_path: Path) -> None:
 
 def test_worker_processes(s3: Any, tmp_path: Path, store_of: StoreOf, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
-        s3.pipe_file(f"{BUCKET}/many/{number}.txt", some_text(number, 30_000).encode())
+        s3.pipe_file(f"{BUCKET}/many/{number}.txt", some_text(number, 3_000).encode())
     s3.get(f"{BUCKET}/many", str(tmp_path / "many"), recursive=True)
     monkeypatch.setattr(tokenize, "WORKERS_FROM_BYTES", 1)
     monkeypatch.setattr(units, "OWN_UNIT_BYTES", 1)
@@ -191,9 +191,9 @@ def test_access_denied(s3: Any, web: WebServer, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_lost_connection_is_resumed_at_its_byte(web: WebServer, tmp_path: Path, store_of: StoreOf) -> None:
-    text = some_text(3, 200_000).encode()
+    text = some_text(3, 100_000).encode()
     web.files = {"/a b.txt": text, "/ünï.jsonl": WRITERS["jsonl"](TEXTS[:50])}
-    web.drops, web.dropped_after = 7, 100_001
+    web.drops, web.dropped_after = 4, 100_001
     (tmp_path / "a b.txt").write_bytes(text)
     there = store_of(f"{web.url}/a b.txt?download=1")
     assert web.drops == 0

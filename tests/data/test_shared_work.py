@@ -42,10 +42,10 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Some forty units in three files."""
+    """Some twenty units in three files."""
     (tmp_path / "texts").mkdir()
     for number in range(3):
-        lines = [json.dumps({"text": some_text(100 * number + i, 30 + i)}) for i in range(200)]
+        lines = [json.dumps({"text": some_text(100 * number + i, 30 + i)}) for i in range(70)]
         (tmp_path / "texts" / f"{number}.jsonl").write_text("\n".join(lines))
     old = time.time() - 100
     for path in (tmp_path / "texts").iterdir():
@@ -83,7 +83,7 @@ def test_each_unit_is_encoded_by_one_of_them(
 ) -> None:
     alone = prepare(Local(nameOrPath=str(folder)), tokenizer_json=tokenizer_json, eot=EOT, cache=tmp_path / "alone")
     number = len(alone.parts)
-    assert len(encoded) == number > 30
+    assert len(encoded) == number > 12
     encoded.clear()
     cache = tmp_path / "shared"
     stores = at_once(
@@ -99,12 +99,12 @@ def test_each_unit_is_encoded_by_one_of_them(
 def test_what_was_recorded_is_not_read_again(
     folder: Path, tokenizer_json: str, cache: Path, encoded: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a start that was stopped: by an error in the tenth unit, which stands for a kill."""
+    """After a start that was stopped: by an error in the fifth unit, which stands for a kill."""
     source = Local(nameOrPath=str(folder))
     encode = Encoder.encode
 
     def failing(self: Encoder, unit: Any, progress: Any) -> Any:
-        if len(encoded) == 10:
+        if len(encoded) == 5:
             raise KeyboardInterrupt
         return encode(self, unit, progress)
 
@@ -112,11 +112,11 @@ def test_what_was_recorded_is_not_read_again(
         patch.setattr(Encoder, "encode", failing)
         with pytest.raises(KeyboardInterrupt):
             prepare(source, tokenizer_json=tokenizer_json, eot=EOT)
-    assert len(list(cache.glob("progress/*/*/*.json"))) == 10
+    assert len(list(cache.glob("progress/*/*/*.json"))) == 5
     done = list(encoded)
     encoded.clear()
     store = prepare(source, tokenizer_json=tokenizer_json, eot=EOT)
-    assert len(encoded) == len(store.parts) - 10
+    assert len(encoded) == len(store.parts) - 5
     assert not {unit.pieces[0].start for unit in encoded if unit.pieces[0].path == done[0].pieces[0].path} & {
         unit.pieces[0].start for unit in done
     }
@@ -204,7 +204,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> tupl
 
 
 @given(limit=st.integers(1, 9000), size=st.integers(50, 3000), workers=st.integers(1, 3))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_max_tokens_keeps_the_first_documents(
     whole: tuple[Path, list[list[int]]], tokenizer_json: str, limit: int, size: int, workers: int
 ) -> None:
