@@ -102,7 +102,7 @@ def test_what_is_trusted_by_name_or_by_package():
     assert locate("x", f"{HERE}.own_part", PARTS["optimizer"], trusted=[f"{HERE}.own_part"]) is own_part
     assert locate("x", f"{HERE}.own_part", PARTS["optimizer"], trusted=["other", HERE]) is own_part
     # a name given in full is meant, wherever it comes from; a package vouches for its own only
-    assert locate("x", f"{HERE}.RootKeys", PARTS["sink"], trusted=[f"{HERE}.RootKeys"]) is RootKeys
+    assert locate("x", f"{HERE}.RootKeys", PARTS["optimizer"], trusted=[f"{HERE}.RootKeys"]) is RootKeys
     assert locate("x", f"{HERE}.Jsonl", PARTS["sink"], trusted=[f"{HERE}.Jsonl"]) is Jsonl
     for name in ("RootKeys", "bound"):
         with pytest.raises(UserError) as refused:
