@@ -47,6 +47,7 @@ def cost(path: Path) -> tuple[float, float]:
 def test_a_file_is_read_a_few_times_whatever_its_size(ending: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(cut, "UNIT_BYTES", UNIT_BYTES)
     monkeypatch.setattr(cut, "TEXT_WINDOW_BYTES", UNIT_BYTES // 8)
+    monkeypatch.setattr(cut, "FIRST_WINDOW_BYTES", UNIT_BYTES // 16)
     found = []
     for count in (400, 2400):
         texts = [some_text(seed, 40) for seed in range(count)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from pretrain.data.store import token_shards as parts_module
 from pretrain.data.store.token_shards import MAGIC, PartWriter, _mapped, open_part
@@ -48,7 +49,11 @@ def test_the_bytes_of_a_part(tmp_path):
     assert raw[:16] == np.array([1, 2, 0, 3, 0], "<u2").tobytes() + bytes(6)
     columns = struct.pack("<2q2Q2q2I2I", 3, 5, SMALL, LARGE, 7, 5, 0, 1, 0, 0)
     assert raw[16 : 16 + len(columns)] == columns
-    footer = b'{"bytes": 12, "documents": 2, "dtype": "uint16", "made": "now", "tokens": 5}'
+    checksum = xxhash.xxh3_64_hexdigest(raw[: 16 + len(columns)])
+    footer = (
+        b'{"bytes": 12, "checksum": "%s", "documents": 2, "dtype": "uint16", "made": "now", "tokens": 5}'
+        % checksum.encode()
+    )
     assert raw[16 + len(columns) :] == footer + struct.pack("<Q", len(footer)) + b"PTTOKEN1"
 
 
