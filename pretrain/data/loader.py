@@ -19,7 +19,7 @@ from pretrain.data.batch import IGNORE, Batch
 from pretrain.data.blocks import packed
 from pretrain.data.draw import Draw
 from pretrain.data.evaluation import evaluation_batches
-from pretrain.data.order import SampleOrder
+from pretrain.data.order import SampleOrder, mix_bits
 from pretrain.data.store.token_store import DocumentOrigin, TokenView
 from pretrain.data.training_data import TrainingData
 
@@ -118,8 +118,9 @@ class Loader:
     def batches(self, first_sample: int, count: int) -> list[Batch]:
         """Return this rank's share of ``count`` consecutive global batches. Many rows at a time take less time each."""
         starts = first_sample + self.global_batch_size * np.arange(count)
-        parts, blocks = self.order((starts[:, None] + self._own).reshape(-1))
-        rows = self._rows(parts, blocks)
+        samples = (starts[:, None] + self._own).reshape(-1)
+        parts, blocks = self.order(samples)
+        rows = self._rows(parts, blocks, samples)
         if self._loss_weights is not None:
             rows = replace(rows, loss_weights=torch.from_numpy(self._loss_weights[parts]))
         rows = replace(rows, first_sample=first_sample, micro_batch_size=self.micro_batch_size)
@@ -137,10 +138,10 @@ class Loader:
             ]
         )
 
-    def _rows(self, parts: NDArray[np.int64], blocks: NDArray[np.int64]) -> Batch:
-        """Return the given block of the given part in each row."""
+    def _rows(self, parts: NDArray[np.int64], blocks: NDArray[np.int64], samples: NDArray[np.int64]) -> Batch:
+        """Return the given block of the given part in each row; ``samples`` are the numbers of the rows in the run."""
         present = np.unique(parts).tolist()
-        if len(present) == 1:
+        if len(present) == 1 and self.train.parts[present[0]].fim is None:
             return self.blocks[present[0]].batch(blocks, document_mask=self.document_mask)
         tokens = np.empty((len(parts), self.sequence_length + 1), np.int64)
         bos = np.full(len(parts), -1)
@@ -148,9 +149,31 @@ class Loader:
         for part in present:
             here, of_part = np.flatnonzero(parts == part), self.blocks[part]
             starts_count = self.document_mask or of_part.bos is not None or of_part.needs_starts
-            of_part.fill(tokens, begins if starts_count else None, here, blocks[here])
+            if self.train.parts[part].fim is None:
+                of_part.fill(tokens, begins if starts_count else None, here, blocks[here])
+            else:
+                marks = self._fill_rearranged(part, tokens, here, blocks[here], samples[here])
+                if starts_count and begins is not None:
+                    begins[here] = marks[here]
             bos[here] = -1 if of_part.bos is None else of_part.bos
         return packed(tokens, begins, document_mask=self.document_mask, bos=bos if (bos >= 0).any() else None)
+
+    def _fill_rearranged(
+        self,
+        part: int,
+        tokens: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        blocks: NDArray[np.int64],
+        samples: NDArray[np.int64],
+    ) -> NDArray[np.bool_]:
+        """Write blocks of a part into ``rows`` of ``tokens``, with documents rearranged by a function of seed and sample. Return
+        where documents begin."""
+        fim, store, marks = self.train.parts[part].fim, self.train.parts[part].view.store, np.zeros(tokens.shape, bool)
+        assert fim is not None
+        self.blocks[part].fill(tokens, marks, rows, blocks)
+        seeds = mix_bits(np.uint64(self.seed & (2**64 - 1)) ^ mix_bits(samples.astype(np.uint64)))
+        fim.apply(tokens, marks, rows, seeds, around={store.eot} | ({store.bos} if store.bos is not None else set()))
+        return marks
 
     def texts(self, first_sample: int) -> Iterator[tuple[DocumentOrigin, NDArray[np.int64]]]:
         """Yield every document with a token in the global batch (of all ranks) that begins at ``first_sample``, in batch order,

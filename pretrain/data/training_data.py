@@ -10,6 +10,7 @@ from pretrain.data.best_fit import best_fit_blocks
 from pretrain.data.blocks import Blocks
 from pretrain.data.changed_files import Files
 from pretrain.data.draw import Draw
+from pretrain.data.fim import FillInMiddle
 from pretrain.data.store.token_store import TokenView
 from pretrain.runtime.errors import UserError
 
@@ -25,6 +26,7 @@ class Part:
         loss_weight: factor of its tokens in the loss.
         max_epochs: the most passes over it; ``None``: any number.
         packing: how its documents become sequences: stream | best_fit.
+        fim: how its documents are rearranged to learn filling in the middle; ``None``: not at all.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Part:
     loss_weight: float = 1.0
     max_epochs: float | None = None
     packing: str = "stream"
+    fim: FillInMiddle | None = None
 
     def blocks(self, sequence_length: int) -> Blocks:
         """Return the sequences of the part."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from pretrain.data.domains import evaluation_domains, view_options
+from pretrain.data.fim import fill_in_middle
 from pretrain.data.shares import mixture_phases
 from pretrain.data.sources.mixture import Mixture
 from pretrain.data.training_data import Part, TrainingData
@@ -92,7 +93,10 @@ def training_data(config: RunConfig, texts: TokenizedSources) -> tuple[TrainingD
     weights: dict[str, float] = dataset.by_source(dataset.loss_weights) if isinstance(dataset, Mixture) else {}
     for name, source in sources.items():
         view = texts.views(source)[0]
-        parts.append(Part(name, view, name in replay, weights.get(name, 1.0), caps.get(name), source.packing))
+        fim = fill_in_middle(
+            source.fim_rate, source.fim_spm_rate, texts.tokenizer.get_vocab() if source.fim_rate else {}
+        )
+        parts.append(Part(name, view, name in replay, weights.get(name, 1.0), caps.get(name), source.packing, fim))
         contents.append(_content(texts.store(source), source, mask=dataset.document_mask))
     content: list[Any]
     content = contents[0] if len(contents) == 1 else [[name, c] for name, c in zip(sources, contents, strict=True)]
@@ -179,8 +183,9 @@ def tokenized(source: Source, tokenizer: Any, boundary_tokens: Boundaries) -> To
 
 def _content(store: TokenStore, source: Source, *, mask: bool) -> list[Any]:
     """Return what determines the tokens of a part of the training data, and what is selected and masked of them."""
-    packing = [] if source.packing == "stream" else [source.packing]
-    return [[part.path.name for part in store.parts], view_options(source), mask, *packing]
+    changed: list[str] = [] if source.packing == "stream" else [source.packing]
+    changed += [f"fim {source.fim_rate} {source.fim_spm_rate}"] if source.fim_rate else []
+    return [[part.path.name for part in store.parts], view_options(source), mask, *changed]
 
 
 def domain_boundaries(domain: Source, tokenizer: Any, boundary_tokens: Boundaries) -> Boundaries:

@@ -106,6 +106,9 @@ class Source(Dataset):
             needs datasketch).
         packing: How documents become sequences: stream: one after the other, cut at every sequence_length tokens |
             best_fit: into the sequence that they fill best, cut only where they are longer; the rest is padding.
+        fim_rate: Share of the documents that are rearranged to learn filling in the middle (code models), by the tokens of
+            the tokenizer; 0: none.
+        fim_spm_rate: Share of the rearranged documents with the suffix first (SPM instead of PSM).
         num_workers: Number of tokenizer processes; null: one per core, none with one or two cores.
     """
 
@@ -120,6 +123,8 @@ class Source(Dataset):
     train_data_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     deduplicate: bool | Literal["exact", "near"] = False
     packing: Literal["stream", "best_fit"] = "stream"
+    fim_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    fim_spm_rate: Annotated[float, Field(ge=0, le=1)] = 0.5
     num_workers: PositiveInt | None = None
 
     def check_for_training(self, path: str) -> None:
