@@ -20,14 +20,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from pretrain.data.reading.units import FileRange, ReadOptions, SourceFile, Stamp, kind_of
 from pretrain.runtime.errors import UserError, one_line
 from pretrain.runtime.filesystem import mapped
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 TOKEN_FORMATS = ("megatron", "datatrove", "npy", "llmc", "tokens")
 PIECE_BYTES = 64 << 20  # of one piece
@@ -96,6 +97,8 @@ def _opened(path: str, form: str, size: int) -> TokenFile:
 
 def token_pieces(file: SourceFile, options: ReadOptions) -> Iterator[tuple[int, int, int]]:
     """Yield (first token, end, bytes) of the pieces of a file. A piece ends with a document if there is an index."""
+    import numpy as np
+
     if options.by_rows:
         raise UserError(f"{file.path}: token ids have no columns for dataset.where or dataset.text_template")
     found = open_tokens(file)
@@ -110,6 +113,8 @@ def token_pieces(file: SourceFile, options: ReadOptions) -> Iterator[tuple[int, 
 
 def document_ends(file: TokenFile, piece: FileRange, eot: int) -> NDArray[np.int64]:
     """Return the end of each document of a piece, in tokens from the beginning of the piece; empty ones are left out."""
+    import numpy as np
+
     if file.ends is not None:
         first, last = np.searchsorted(file.ends, [piece.start, piece.stop], "right")
         ends = file.ends[first:last] - piece.start
@@ -122,6 +127,8 @@ def document_ends(file: TokenFile, piece: FileRange, eot: int) -> NDArray[np.int
 
 def token_documents(piece: FileRange, options: ReadOptions) -> Iterator[NDArray[np.int64]]:
     """Yield the documents of a piece."""
+    import numpy as np
+
     file = open_tokens(piece)
     tokens, start = file.read(piece.start, piece.stop), 0
     for end in document_ends(file, piece, -1 if options.eot is None else options.eot).tolist():
@@ -144,6 +151,8 @@ def token_blocks(piece: FileRange) -> Iterator[bytes]:
 
 def _megatron(path: str, size: int) -> TokenFile:
     """https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/datasets/indexed_dataset.py"""
+    import numpy as np
+
     index = _index(path)
     raw = _bytes_of(index)
     if len(raw) < MEGATRON_HEADER or raw[: len(MEGATRON_MAGIC)].tobytes() != MEGATRON_MAGIC:
@@ -178,6 +187,8 @@ def _megatron(path: str, size: int) -> TokenFile:
 
 def _datatrove(path: str, size: int) -> TokenFile:
     """https://github.com/huggingface/datatrove/blob/main/src/datatrove/pipeline/tokens/tokenizer.py"""
+    import numpy as np
+
     index = f"{path}.index"
     if not os.path.exists(index):
         raise UserError(f"{path}: no {os.path.basename(index)} beside it, which has the ends of the documents")
@@ -199,6 +210,8 @@ def _datatrove(path: str, size: int) -> TokenFile:
 
 
 def _npy(path: str, size: int) -> TokenFile:
+    import numpy as np
+
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError, OSError, OverflowError, SyntaxError, MemoryError, RecursionError) as error:
@@ -212,6 +225,8 @@ def _npy(path: str, size: int) -> TokenFile:
 
 def _llmc(path: str, size: int) -> TokenFile:
     """https://github.com/karpathy/llm.c/blob/master/dev/data/data_common.py"""
+    import numpy as np
+
     magic, version, count = struct.unpack("<3i", _begins(path, 12).ljust(12, b"\0"))
     dtype = np.dtype(LLMC_TYPES.get((magic, version), "<u2"))
     if (magic, version) not in LLMC_TYPES or count < 0 or LLMC_HEADER + count * dtype.itemsize != size:
@@ -220,6 +235,8 @@ def _llmc(path: str, size: int) -> TokenFile:
 
 
 def _raw(path: str, name: str, size: int) -> TokenFile:
+    import numpy as np
+
     dtype = np.dtype(name).newbyteorder("<")
     if size % dtype.itemsize:
         raise UserError(
