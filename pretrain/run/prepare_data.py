@@ -93,9 +93,9 @@ def training_data(config: RunConfig, texts: TokenizedSources) -> tuple[TrainingD
     weights: dict[str, float] = dataset.by_source(dataset.loss_weights) if isinstance(dataset, Mixture) else {}
     for name, source in sources.items():
         view = texts.views(source)[0]
-        fim = fill_in_middle(
-            source.fim_rate, source.fim_spm_rate, texts.tokenizer.get_vocab() if source.fim_rate else {}
-        )
+        with _named(texts.places.get(id(source), "dataset")):
+            vocabulary = texts.tokenizer.get_vocab() if source.fim_rate else {}
+            fim = fill_in_middle(source.fim_rate, source.fim_spm_rate, vocabulary)
         parts.append(Part(name, view, name in replay, weights.get(name, 1.0), caps.get(name), source.packing, fim))
         contents.append(_content(texts.store(source), source, mask=dataset.document_mask))
     content: list[Any]
