@@ -18,6 +18,7 @@ from pretrain.data.reading.readers import read
 from pretrain.data.remote import stream
 from pretrain.data.remote.backend import _backend
 from pretrain.data.remote.object_store import ObjectStore
+from pretrain.data.remote.web import _opener
 from pretrain.data.sources.local import Local
 from pretrain.data.store.token_store import TokenStore
 from pretrain.data.tokenization import tokenize
@@ -248,11 +249,17 @@ HOSTILE: dict[str, tuple[int | None, dict[str, str | None], str]] = {
     "no ranges": (200, {"Content-Length": "9"}, "does not send parts of a file"),
     "another range": (None, {"Content-Range": "bytes 5-9/10"}, "does not send parts of a file"),
     "a size that is no number": (None, {"Content-Range": "bytes 0-9/*"}, "does not send parts of a file"),
-    "to a file": (302, {"Location": "file:///etc/passwd"}, "it redirects to file://None, which is not followed"),
+    "to a file": (302, {"Location": "file:///etc/passwd"}, "can't be read (HTTP 302)"),
     "to another protocol": (302, {"Location": "ftp://127.0.0.1/x"}, "which is not followed"),
     "to no address": (302, {"Location": "http://[bad/"}, "not an address"),
     "to credentials by IPv6": (302, {"Location": "http://[::ffff:169.254.169.254]/"}, "which is not followed"),
     "to credentials": (302, {"Location": "http://169.254.169.254/latest"}, "169.254.169.254, which is not followed"),
+    "to credentials by the header URI": (302, {"URI": "http://169.254.169.254/x"}, "which is not followed"),
+    "to a file by the header URI": (302, {"URI": "file:///etc/passwd"}, "can't be read (HTTP 302)"),
+    "to an encoded host": (302, {"Location": "http://169.254.169%2E254/x"}, "169.254.169.254, which is not followed"),
+    "to an encoded name": (302, {"Location": "http://local%68ost/x"}, "which is not followed"),
+    "to a host with a backslash": (302, {"Location": "http://127.0.0.1\\@a/x"}, "which is not followed"),
+    "nowhere": (302, {}, "can't be read (HTTP 302)"),
     "in a circle": (302, {"Location": "/a.txt"}, "can't be read (HTTP 302)"),
     "not there": (404, {}, "no such file (404)"),
 }
@@ -266,6 +273,21 @@ def test_what_a_hostile_server_answers(case: str, web: WebServer) -> None:
         Local(nameOrPath=f"{web.url}/a.txt").files()
     assert says in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_redirection_inward_through_a_proxy_of_this_network(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """The host of the address counts, not that of the proxy."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", web.url)
+    _opener.cache_clear()
+    request.addfinalizer(_opener.cache_clear)
+    web.status, web.headers = 302, {"Location": "http://127.0.0.1/x"}
+    with pytest.raises(UserError, match=r"^http://1.1.1.1/a.txt: it redirects to http://127.0.0.1, which is not"):
+        Local(nameOrPath="http://1.1.1.1/a.txt").files()
+    assert web.requests == 1
 
 
 def test_a_server_that_sends_without_end(web: WebServer) -> None:
@@ -304,6 +326,8 @@ REFUSED = {
     "s3://b/x\x1b[2J.txt": "a control character",
     "http://169.254.169.254/latest/meta-data": "an address at which clouds keep credentials",
     "http://[::ffff:169.254.169.254]/latest": "an address at which clouds keep credentials",
+    "http://169.254.169%2E254/latest": "can't contain %",
+    "http://1.1.1.1\\.a.com/x.txt": "can't contain % or a backslash",
     "https::s3://b/x.txt": "chained file systems",
     "https://h/x.txt::file:///etc/passwd": "chained file systems",
     "http://[bad/x.txt": "not an address",

@@ -57,11 +57,18 @@ def check_url(url: str) -> None:
         raise UserError(f"{name!a}: it contains a control character")
     if not _place(url):
         raise UserError(f"{name}: it names no {'host' if protocol in WEB else 'bucket'}")
+    if protocol in WEB and is_disguised(_place(url)):
+        raise UserError(f"{name}: the host of an address can't contain % or a backslash")
     path = path_of(url).partition("://")[2].partition("/")[2]
     if protocol in WEB and ("@" in _place(url) or "#" in url or MAGIC.search(path)):
         raise UserError(
             f"{name}: an address of a web server can't contain *, [, # or a user name; name each file, in a list"
         )
+
+
+def is_disguised(host: str) -> bool:
+    """Return whether a host has characters that programs read differently: ``169.254.169%2E254``, or a backslash."""
+    return "%" in host or "\\" in host
 
 
 def path_of(url: str) -> str:
@@ -71,5 +78,5 @@ def path_of(url: str) -> str:
 
 def _place(url: str) -> str:
     """Return the host or bucket."""
-    rest = url.partition("://")[2]
+    rest = path_of(url).partition("://")[2]
     return rest.lstrip("/") if protocol_of(url) == "memory" else rest.partition("/")[0]

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import Any
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urlsplit
 
 from pretrain.data.reading.units import Stamp
-from pretrain.data.remote.addresses import WEB
+from pretrain.data.remote.addresses import WEB, is_disguised
 from pretrain.data.remote.backend import Backend, Interrupted, remote_stamp
 from pretrain.runtime.errors import UserError, one_line
 from pretrain.runtime.filesystem import expanded
@@ -68,11 +68,11 @@ class Web(Backend):
 
 def _opened(url: str, start: int, stop: int) -> Any:
     """Return the answer to a request of bytes [start, stop)."""
-    host = urlsplit(url).hostname or ""
-    if _keeps_credentials(host):
-        raise UserError(f"{url}: an address at which clouds keep credentials; it is not read")
     headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     request = urllib.request.Request(quote(url, safe=RESERVED), headers=headers)
+    host = _host(request)
+    if _keeps_credentials(host):
+        raise UserError(f"{url}: an address at which clouds keep credentials; it is not read")
     if login := _login(host):
         request.add_unredirected_header("Authorization", login)  # not sent to where the server redirects
     return _opener().open(request, timeout=TIMEOUT_SECONDS)
@@ -135,21 +135,19 @@ class _Redirections(urllib.request.HTTPRedirectHandler):
 
     max_redirections = 5
 
-    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
-        place = urljoin(req.full_url, headers.get("Location") or "")
-        self._check(req.full_url, place)
-        return super().http_error_302(req, fp, code, msg, headers)
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if request is not None:
+            self._check(urllib.request.Request(req.full_url), request)  # `req.host` may be that of a proxy
+        return request
 
     @staticmethod
-    def _check(url: str, target: str) -> None:
-        before, after = urlsplit(url), urlsplit(target)
-        inward = _keeps_credentials(after.hostname) or (
-            _is_internal(after.hostname) and not _is_internal(before.hostname)
-        )
-        if after.scheme not in WEB or (before.scheme, after.scheme) == ("https", "http") or inward:
-            raise UserError(f"{url}: it redirects to {after.scheme}://{after.hostname}, which is not followed")
+    def _check(before: urllib.request.Request, after: urllib.request.Request) -> None:
+        host = _host(after)
+        inward = _keeps_credentials(host) or (_is_internal(host) and not _is_internal(_host(before)))
+        downward = (before.type, after.type) == ("https", "http")
+        if after.type not in WEB or downward or inward or is_disguised(urlsplit(after.full_url).netloc):
+            raise UserError(f"{before.full_url}: it redirects to {after.type}://{host}, which is not followed")
 
 
 @cache
@@ -170,13 +168,18 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-def _keeps_credentials(host: str | None) -> bool:
+def _host(request: urllib.request.Request) -> str:
+    """Return the host to which a request is sent; ``urllib`` decodes it."""
+    return urlsplit(f"//{request.host or ''}").hostname or ""
+
+
+def _keeps_credentials(host: str) -> bool:
     """Return whether clouds keep the credentials of their machines at this host: link-local addresses and two others."""
-    return any(address.is_link_local or str(address) in METADATA for address in _addresses(host or ""))
+    return any(address.is_link_local or str(address) in METADATA for address in _addresses(host))
 
 
-def _is_internal(host: str | None) -> bool:
-    return any(not address.is_global for address in _addresses(host or ""))
+def _is_internal(host: str) -> bool:
+    return any(not address.is_global for address in _addresses(host))
 
 
 @cache
