@@ -8,7 +8,7 @@ token but the first of a document is a target. The room that is left is filled w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,10 +48,9 @@ class BestFitBlocks(Blocks):
         return self.view.segments(self._starts[chunks], inside, at=offsets)
 
     def documents(self, index: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        numbers = self.view.document_numbers()
         for chunk in range(self._first[index], self._first[index + 1]):
             start = int(self._starts[chunk])
-            yield int(numbers[self._documents[chunk]]), self.view.read(start, start + int(self._lengths[chunk]))
+            yield int(self._numbers[self._documents[chunk]]), self.view.read(start, start + int(self._lengths[chunk]))
 
     def fill(
         self,
@@ -68,6 +67,11 @@ class BestFitBlocks(Blocks):
         self.view.copy_into(flat, self._starts[chunks], self._lengths[chunks], places)
         starts[np.repeat(places, self._lengths[chunks]) + _counts(self._lengths[chunks])] = False
         starts[places] = True
+
+    @cached_property
+    def _numbers(self) -> NDArray[np.int64]:
+        """The store number of each document of the view."""
+        return self.view.document_numbers()
 
     def _placed(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Return the chunks of the blocks ``indices``, for each its position among ``indices`` and its offset in the block."""

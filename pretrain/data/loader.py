@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 
 from pretrain.data.batch import IGNORE, Batch
@@ -225,15 +224,12 @@ class Loader:
         """Return the order of this mixture, from sample 0 or from the sample ``origin`` on."""
         names = [part.name for part in self.train.parts]
         lengths = [len(blocks) for blocks in self.blocks]
-        seeds = (
-            [self.seed] if len(names) == 1 else [self.seed ^ xxhash.xxh3_64_intdigest(name.encode()) for name in names]
-        )
         if origin is None:
-            return SampleOrder(lengths, seeds, phases)
+            return SampleOrder(lengths, self.seed, phases)
         first, taken = origin["samples"], origin["parts"]
         current = max(number for number, (start, _) in enumerate(phases) if start <= first)
         remaining = [(max(start, first), draw) for start, draw in phases[current:]]
-        return SampleOrder(lengths, seeds, remaining, before=np.array([taken.get(name, 0) for name in names]))
+        return SampleOrder(lengths, self.seed, remaining, before=np.array([taken.get(name, 0) for name in names]))
 
     def _fill(self, ready: Queue[Batch | BaseException], stop: threading.Event, sample: int) -> None:
         try:

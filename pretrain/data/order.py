@@ -82,7 +82,7 @@ class SampleOrder:
     def __init__(
         self,
         lengths: Sequence[int],
-        seeds: Sequence[int],
+        seed: int,
         phases: Sequence[tuple[int, Draw]],
         *,
         before: NDArray[np.int64] | None = None,
@@ -90,12 +90,12 @@ class SampleOrder:
         """
         Args:
             lengths: Blocks of each part; a part without blocks has no share in any phase.
-            seeds: Seed of each part.
+            seed: Seed of the order of every part, so that a part keeps its order when others join it.
             phases: First sample and draw of each phase, ascending.
             before: Samples of each part before the first phase, where an earlier start of the run had another mixture.
         """
         self.lengths = np.maximum(np.array(lengths, np.int64), 1)
-        self.permutation = Permutation(self.lengths.tolist(), seeds)
+        self.permutation = Permutation(self.lengths.tolist(), [seed] * len(lengths))
         self.phases = list(phases)
         self._starts = np.array([start for start, _ in phases], np.int64)
         self._before = [np.zeros(len(lengths), np.int64) if before is None else np.asarray(before, np.int64)]

@@ -93,11 +93,12 @@ def training_data(config: RunConfig, texts: TokenizedSources) -> tuple[TrainingD
     weights: dict[str, float] = dataset.by_source(dataset.loss_weights) if isinstance(dataset, Mixture) else {}
     for name, source in sources.items():
         view = texts.views(source)[0]
-        fim = fill_in_middle(
-            source.fim_rate, source.fim_spm_rate, texts.tokenizer.get_vocab() if source.fim_rate else {}
-        )
+        with _named(texts.places.get(id(source), "dataset")):
+            vocabulary = texts.tokenizer.get_vocab() if source.fim_rate else {}
+            fim = fill_in_middle(source.fim_rate, source.fim_spm_rate, vocabulary)
         parts.append(Part(name, view, name in replay, weights.get(name, 1.0), caps.get(name), source.packing, fim))
-        contents.append(_content(texts.store(source), source, mask=dataset.document_mask))
+        weight = weights.get(name, 1.0)
+        contents.append(_content(texts.store(source), source, mask=dataset.document_mask, loss_weight=weight))
     content: list[Any]
     content = contents[0] if len(contents) == 1 else [[name, c] for name, c in zip(sources, contents, strict=True)]
     phases = mixture_phases(dataset, parts, config.replay.share, config.training_phases)
@@ -181,10 +182,11 @@ def tokenized(source: Source, tokenizer: Any, boundary_tokens: Boundaries) -> To
     return tokenize(source, tokenizer_json=content, eot=boundary_tokens.separator, bos=boundary_tokens.bos)
 
 
-def _content(store: TokenStore, source: Source, *, mask: bool) -> list[Any]:
-    """Return what determines the tokens of a part of the training data, and what is selected and masked of them."""
+def _content(store: TokenStore, source: Source, *, mask: bool, loss_weight: float) -> list[Any]:
+    """Return what determines the tokens of a part of the training data, and what is selected, masked and weighted of them."""
     changed: list[str] = [] if source.packing == "stream" else [source.packing]
     changed += [f"fim {source.fim_rate} {source.fim_spm_rate}"] if source.fim_rate else []
+    changed += [f"loss {loss_weight}"] if loss_weight != 1 else []
     return [[part.path.name for part in store.parts], view_options(source), mask, *changed]
 
 

@@ -114,11 +114,13 @@ def test_an_error_of_the_thread_reaches_the_reader(view: TokenView, monkeypatch:
 
 
 def test_the_thread_ends_with_the_iterator(view: TokenView) -> None:
+    before = {*threading.enumerate()}
     batches = iter(loader(view))
     next(batches)
-    assert "loader" in {thread.name for thread in threading.enumerate()}
+    (thread,) = {*threading.enumerate()} - before
+    assert thread.name == "loader"
     batches.close()
-    assert "loader" not in {thread.name for thread in threading.enumerate()}
+    assert not thread.is_alive()
 
 
 def test_the_documents_behind_a_batch_hold_its_tokens(view: TokenView, tokenizer) -> None:

@@ -140,6 +140,23 @@ def test_after_a_change_of_mixture_each_part_continues_behind_what_was_taken(vie
     assert after.state_dict()["parts"] == {"a": 110, "b": 110, "c": 20}
 
 
+def test_parts_that_join_or_leave_do_not_change_the_order_of_a_part(views):
+    """Within a pass nothing is read twice: with replay added to a run, and taken away again."""
+    plain = loader(views[0])
+    name = plain.train.parts[0].name
+    plain.samples = 80
+    phase = MixturePhase(0.0, (0.75, 0.25))
+    replayed = loader(TrainingData((Part(name, views[0]), Part("replay", views[1], replay=True)), (phase,)))
+    replayed.load_state_dict(plain.state_dict())
+    replayed.samples = 160
+    again = loader(views[0])
+    again.load_state_dict(replayed.state_dict())
+    read = [block for _, block in located(plain, range(80))]
+    read += [block for part, block in located(replayed, range(80, 160)) if part == 0]
+    read += [block for _, block in located(again, range(160, 300))]
+    assert read == [block for _, block in located(plain, range(80 + 60 + 140))]
+
+
 def test_a_checkpoint_without_parts_is_one_of_a_dataset_alone(views):
     one = loader(views[0])
     one.load_state_dict({"samples": 24})

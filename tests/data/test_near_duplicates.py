@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
@@ -180,3 +181,18 @@ def test_counts(tmp_path: Path, tokenizer_json: str) -> None:
     )
     plain = prepare(Local(nameOrPath=str(path)), tokenizer_json=tokenizer_json, eot=0)
     assert DocumentCounts.of(*plain.views(held_out=0.2)).described() is None
+
+
+def test_a_long_chain_takes_few_passes(tmp_path, monkeypatch):
+    """Each document shares a key with the next one only, in no order: one group, found without a pass for each link."""
+    count, generator = 3000, np.random.default_rng(0)
+    numbers = generator.permutation(count)
+    keys = generator.integers(1, 2**63, size=(near_duplicates.BANDS, count), dtype=np.uint64)
+    for link, (one, other) in enumerate(itertools.pairwise(numbers)):
+        keys[link % 2, other] = keys[link % 2, one]
+    (tmp_path / "keys").write_bytes(keys.astype("<u8").tobytes())
+    bands = []
+    groups = near_duplicates._groups
+    monkeypatch.setattr(near_duplicates, "_groups", lambda *given: bands.append(given[-1]) or groups(*given))
+    assert near_duplicates._firsts([tmp_path / "keys"], [count]).nonzero()[0].tolist() == [0]
+    assert len(bands) / near_duplicates.BANDS < 15

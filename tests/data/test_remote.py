@@ -29,12 +29,26 @@ from tests.data.texts import TEXTS, parts_of, some_text
 StoreOf = Callable[..., TokenStore]
 
 
+def forget_file_systems() -> None:
+    """Let no file system live on that was made with other variables of the environment."""
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    _backend.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Any]:
-    _backend.cache_clear()
     with s3_server() as files:
+        forget_file_systems()
         yield files
-    _backend.cache_clear()
+    forget_file_systems()
+
+
+@pytest.fixture
+def environment(s3: Any) -> Iterator[pytest.MonkeyPatch]:
+    """Variables with which this test alone makes file systems."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+    forget_file_systems()
 
 
 @pytest.fixture
@@ -159,21 +173,19 @@ def test_an_object_that_changes_while_it_is_read(s3: Any) -> None:
             list(read(piece, source.options()))
 
 
-def test_access_denied(s3: Any, web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_access_denied(web: WebServer, environment: pytest.MonkeyPatch) -> None:
     """One line without the key; also where there are no credentials at all."""
     web.status = 403
     for name, value in (("AWS_ENDPOINT_URL", web.url), ("AWS_ACCESS_KEY_ID", "AKIA" + "Q" * 16)):
-        monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3").clear_instance_cache()
-    _backend.cache_clear()
+        environment.setenv(name, value)
+    forget_file_systems()
     with pytest.raises(UserError) as denied:
         Local(nameOrPath="s3://texts/x.txt").files()
     assert str(denied.value).startswith("s3://texts/x.txt: access denied (")
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
-    fsspec.filesystem("s3").clear_instance_cache()
-    _backend.cache_clear()
+    environment.delenv("AWS_ACCESS_KEY_ID")
+    environment.delenv("AWS_SECRET_ACCESS_KEY")
+    environment.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    forget_file_systems()
     with pytest.raises(UserError) as missing:
         Local(nameOrPath="s3://texts/x.txt").files()
     assert "AWS_PROFILE" in str(missing.value)
@@ -183,8 +195,6 @@ def test_access_denied(s3: Any, web: WebServer, monkeypatch: pytest.MonkeyPatch)
         assert "not-so-secret" not in message
     with pytest.raises(UserError, match=rf"^{web.url}/a.txt: access denied \(403\); a login is read from ~/.netrc$"):
         Local(nameOrPath=f"{web.url}/a.txt").files()
-    fsspec.filesystem("s3").clear_instance_cache()
-    _backend.cache_clear()
 
 
 # Web servers ------------------------------------------------------------------------------------------------------------

@@ -234,6 +234,34 @@ def test_max_tokens_reads_no_more_than_it_needs(folder: Path, store_of: StoreOf,
         store_of(folder)
 
 
+def characters(tokenizer_json: str) -> str:
+    """Return a tokenizer with a token per byte."""
+    content = json.loads(tokenizer_json)
+    content["model"]["merges"] = []
+    return json.dumps(content)
+
+
+def test_max_tokens_after_a_start_that_needed_less_of_a_file(
+    folder: Path, tokenizer_json: str, tmp_path: Path, encoded: list[Any]
+) -> None:
+    """Another tokenizer with the same cache, or an earlier file that shrank, needs more pieces than the last start read."""
+    source = Local(nameOrPath=str(folder), max_tokens=12_000)
+
+    def documents(tokenizer: str, cache: str) -> list[list[int]]:
+        return documents_in(prepare(source, tokenizer_json=tokenizer, eot=EOT, cache=tmp_path / cache))
+
+    expected = documents(tokenizer_json, "alone")
+    documents(characters(tokenizer_json), "shared")
+    assert documents(tokenizer_json, "shared") == expected
+    encoded.clear()
+    assert documents(tokenizer_json, "shared") == expected
+    assert not encoded, "the pieces of the last file are known, so that they are not read again"
+    first = folder / "0.jsonl"
+    first.write_text(first.read_text().splitlines()[0])
+    os.utime(first, (time.time() - 50,) * 2)
+    assert documents(tokenizer_json, "shared") == documents(tokenizer_json, "after")
+
+
 def test_max_tokens_in_worker_processes(
     folder: Path, store_of: StoreOf, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:

@@ -55,3 +55,15 @@ def test_removed_documents_are_reported_before_the_start(base_arguments, corpus,
         f"dataset 'poems': 11 documents: 1 removed by dataset.where, 2 removed as duplicates, {held_out} held out, "
         f"{8 - held_out} to train on"
     ]
+
+
+def test_another_loss_weight_is_another_run(base_arguments, corpus):
+    """Objective weights change what is trained, as a mask does; weights of 1 are no weights."""
+    mixture = [word for word in base_arguments if not word.startswith("dataset")] + ["dataset=mixture"]
+    for name in "ab":
+        mixture += [f"dataset@dataset.parts.{name}=local", f"dataset.parts.{name}.nameOrPath={corpus}"]
+    plain, ones, lower = (
+        prepared_of([*mixture, "~evaluation.domains.base", *more])[1].identity["data"]
+        for more in ([], ["dataset.loss_weights.a=1"], ["dataset.loss_weights.a=0.5"])
+    )
+    assert plain == ones != lower

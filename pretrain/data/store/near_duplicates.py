@@ -136,10 +136,12 @@ def _firsts(files: list[Path], counts: list[int]) -> NDArray[np.bool_]:
         for band in range(BANDS):
             order, starts = _groups(files, counts, band)
             if len(starts):
-                smallest = np.minimum.reduceat(labels[order], starts)
+                before = labels[order]
+                smallest = np.minimum.reduceat(before, starts)
                 found = np.repeat(smallest, np.diff(starts, append=len(order)))
-                changed |= bool((found != labels[order]).any())
+                changed |= bool((found != before).any())
                 labels[order] = found
+                np.minimum.at(labels, before, found)  # the former label too, so that a chain is halved by each pass
         while not np.array_equal(shorter := labels[labels], labels):
             labels = shorter
     return labels == np.arange(len(labels))

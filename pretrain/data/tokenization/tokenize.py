@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,14 +182,17 @@ def usable_cores() -> int:
 def _pieces(source: Source, cache: Path, remembered: dict[str, list[FileRange]]) -> Iterator[FileRange]:
     """Yield the pieces of all files. A file whose size, mtime and inode are unchanged since the last time is not opened. Remote
     files are opened some at a time, because each takes some requests."""
+    # With max_tokens only the first pieces of the last file may be remembered.
+    partial = None if source.max_tokens is None else next(reversed(remembered), None)
 
     def pieces(file: SourceFile) -> list[FileRange]:
-        known = remembered.get(file.path)
-        if known and known[0].format == file.format:
+        known = remembered.get(file.path, [])
+        if known and known[0].format == file.format and file.path != partial:
             with reading(file.path):
                 if known[0].stamp == (file.stamp or stamp_of(file.path)):
                     return known
-        return cut(file, source.options())
+        digests = {replace(piece, digest=None): piece.digest for piece in known}
+        return [replace(piece, digest=digests.get(piece)) for piece in cut(file, source.options())]
 
     files = source.listed(cache)
     if not any(is_url(file.path) for file in files):
