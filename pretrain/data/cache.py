@@ -86,6 +86,12 @@ def ensure_content(path: Path, content: bytes) -> None:
             file.write(content)
 
 
+def used_now(path: Path) -> None:
+    """Set the modification time of a file or folder of the cache to now: its last use, by which `pretrain.tools.cache` prunes."""
+    with suppress(OSError):  # it belongs to another user
+        os.utime(path)
+
+
 def remove_abandoned(folder: Path) -> None:
     """Delete temporary files that killed processes left behind at least a day ago."""
     for temporary in (*folder.glob("*/.*.partial"), *folder.glob("*/.*.tmp")):  # .tmp: of earlier versions

@@ -13,7 +13,8 @@ import json
 import os
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -125,34 +126,47 @@ class Lock:
 
 
 def hold_shared(path: Path) -> int | None:
-    """Return a descriptor that holds a shared lock on a file as long as it is open; ``None`` where there is none."""
+    """Return a descriptor that holds a shared lock on a file as long as it is open. It is waited for a process inside ``alone``.
+    ``None`` where there is no such file, or the file system has no locks."""
+    while True:
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH)
+        except OSError:
+            os.close(file)
+            return None
+        if _is_at(path, file):
+            return file
+        os.close(file)  # the process that had it has deleted the file
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on a file and yield true; false if another process holds a lock, or this can't be known, or there
+    is no such file."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
-        return None
+        yield False
+        return
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_mine = _is_at(path, file)
+        except OSError:
+            is_mine = False
+        yield is_mine
+    finally:
         os.close(file)
-        return None
-    return file
 
 
 def is_held(path: Path) -> bool:
     """Return whether a process holds a lock on a file, or this can't be known."""
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(file)
-    return False
+    with alone(path) as is_mine:
+        return not is_mine and os.path.lexists(path)
 
 
 def _is_at(path: Path, file: int) -> bool:

@@ -5,8 +5,8 @@
     python -m pretrain.tools.cache prune --max-size 200 --delete          # the datasets used last fit into 200 GB
     python -m pretrain.tools.cache verify                                 # compare every part with its checksum
 
-Nothing is deleted without --delete, and never what a running process uses. What was deleted is tokenized again by the next run
-that needs it, if its text is still there; such a run resumes as before.
+Nothing is deleted without --delete, never what a running process uses, and prune deletes nothing while a dataset is tokenized.
+What was deleted is tokenized again by the next run that needs it, if its text is still there; such a run resumes as before.
 
 Exit code 0: done; 1: damaged parts were found; 2: a mistake.
 """
@@ -20,15 +20,16 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from pretrain.data.cache import cache_dir
+from pretrain.data.store.near_duplicates import decision_path, keys_path
 from pretrain.data.store.token_shards import is_intact, open_part
 from pretrain.runtime.console import complain, visible
 from pretrain.runtime.errors import UserError
-from pretrain.runtime.locks import is_held
+from pretrain.runtime.locks import alone, is_held
 from pretrain.runtime.memory import gib
 from pretrain.runtime.redact import redact
 
@@ -44,7 +45,7 @@ class Dataset:
     Attributes:
         manifest: its list of parts, whose time is that of its last use.
         name: its name in the metrics.
-        parts: its parts.
+        parts: its parts, in order.
     """
 
     manifest: Path
@@ -62,14 +63,19 @@ class Dataset:
 
 
 class Cache:
-    """The datasets and parts of a cache folder; both are read once."""
+    """The datasets and parts of a cache folder; both are read once. The size of a part includes that of its MinHash keys."""
 
     def __init__(self, folder: Path) -> None:
+        folder = Path(os.path.realpath(folder))
         if not (folder / "stores").is_dir():
             raise UserError(f"{folder}: not a token cache; set PRETRAIN_CACHE or --cache")
         self.folder = folder
-        self.datasets = sorted(_datasets(folder), key=lambda dataset: dataset.days)
-        self.parts = {path: _size(path) for path in folder.glob("parts/*/*.tokens")}
+        lists = {path: _dataset(folder, path) for path in folder.glob("stores/*.json")}
+        self.lists = {*lists}
+        self.unreadable = sorted(path for path in lists if lists[path] is None and path.exists())
+        self.datasets = sorted(filter(None, lists.values()), key=lambda dataset: dataset.days)
+        found = folder.glob("parts/*/*.tokens")
+        self.parts = {path: _size(path) + _size(keys_path(path, folder)) for path in found}
         self.users = Counter(part for dataset in self.datasets for part in {*dataset.parts})
 
     def size(self, dataset: Dataset, *, own: bool = False) -> int:
@@ -80,9 +86,28 @@ class Cache:
         """Return the parts of no dataset."""
         return [part for part in self.parts if part not in self.users]
 
-    def is_being_filled(self) -> bool:
-        """Return whether a dataset is being tokenized, or was interrupted a short time ago."""
-        return any(_days(path) < UNFINISHED_DAYS for path in self.folder.glob("progress/*/*"))
+    def why_closed(self) -> str | None:
+        """Return why it can't be known which parts are in use: a dataset is being tokenized, or was interrupted a short time ago,
+        or a list can't be read, or is new."""
+        if any(_days(path) < UNFINISHED_DAYS for path in self.folder.glob("progress/*/*")):
+            return f"a dataset is being tokenized, or its tokenization was interrupted ({self.folder / 'progress'})"
+        if self.unreadable:
+            return (
+                f"{visible(str(self.unreadable[0]))} is not a list of parts of this cache; delete it if it is damaged"
+            )
+        if not {*self.folder.glob("stores/*.json")} <= self.lists:
+            return "a dataset was added just now; run the same command again"
+        return None
+
+    @contextmanager
+    def free(self, datasets: Iterable[Dataset]) -> Iterator[list[Dataset]]:
+        """Yield those of the datasets that no process uses. No process can open them meanwhile."""
+        with ExitStack() as locks:
+            yield [dataset for dataset in datasets if locks.enter_context(alone(dataset.manifest))]
+
+    def delete_parts(self, parts: Iterable[Path]) -> None:
+        """Delete parts and their MinHash keys."""
+        _delete(path for part in parts for path in (part, keys_path(part, self.folder)))
 
 
 def listing(cache: Cache) -> Iterator[str]:
@@ -129,42 +154,83 @@ def chosen(cache: Cache, *, older_than: float | None, max_bytes: float | None) -
 
 def prune(cache: Cache, found: list[Dataset], *, older_than: float | None, delete: bool) -> Iterator[str]:
     """Yield a line for everything that is deleted, or would be without ``delete``."""
+    if reason := cache.why_closed():
+        yield f"nothing is deleted: {reason}"
+        return
+    with cache.free(found if delete else ()) as free:
+        yield from (f"kept: {dataset.name}: a process uses it" for dataset in found if delete and dataset not in free)
+        yield from _prune_datasets(cache, free if delete else found, delete=delete)
+    yield from _prune_rest(cache, older_than=older_than, delete=delete)
+
+
+def _prune_datasets(cache: Cache, found: list[Dataset], *, delete: bool) -> Iterator[str]:
     would = "" if delete else "would be "
     kept = {part for dataset in cache.datasets if dataset not in found for part in dataset.parts}
     for dataset in found:
-        alone = [part for part in {*dataset.parts} - kept if part in cache.parts]
-        kept |= {*alone}  # counted once
-        size = sum(cache.parts[part] for part in alone)
-        yield f"{would}deleted: {dataset.name}, used {dataset.days:.0f} days ago, {len(alone):,} parts, {gib(size)}"
+        parts = [part for part in {*dataset.parts} - kept if part in cache.parts]
+        kept |= {*parts}  # counted once
+        size = sum(cache.parts[part] for part in parts)
+        yield f"{would}deleted: {dataset.name}, used {dataset.days:.0f} days ago, {len(parts):,} parts, {gib(size)}"
         if delete:
-            _delete([dataset.manifest, *alone])
-    if cache.is_being_filled():
-        yield "parts of no dataset are kept: a dataset is being tokenized, or its tokenization was interrupted"
-        return
+            cache.delete_parts(parts)
+            _delete([decision_path(dataset.parts, cache.folder), dataset.manifest])  # the list last: it has the lock
+
+
+def _prune_rest(cache: Cache, *, older_than: float | None, delete: bool) -> Iterator[str]:
+    """Parts of no dataset, what interrupted starts have left, and, by age only, copies of documents."""
     limit = max(UNFINISHED_DAYS, older_than or 0)
-    old = [part for part in cache.unused() if _days(part) > limit]
-    folders = ("documents", "huggingface", "progress")
-    old += [path for name in folders for path in cache.folder.glob(f"{name}/*") if _days(path) > limit]
-    if old:
-        size = sum(_size(path) for path in old)
+    parts = [part for part in cache.unused() if _days(part) > limit]
+    names = ("progress",) if older_than is None else ("progress", "documents", "huggingface")
+    folders = [path for name in names for path in cache.folder.glob(f"{name}/*") if _days(path) > limit]
+    if parts or folders:
+        size = sum(cache.parts[part] for part in parts) + sum(map(_size, folders))
         if delete:
-            _delete(old)
-        yield f"{would}deleted: {len(old):,} parts and folders of no dataset, older than {limit:.0f} days, {gib(size)}"
+            cache.delete_parts(parts)
+            _delete(folders)
+        yield (
+            f"{'' if delete else 'would be '}deleted: {len(parts) + len(folders):,} parts and folders of no dataset, "
+            f"older than {limit:.0f} days, {gib(size)}"
+        )
 
 
-def damaged(cache: Cache) -> list[Path]:
-    """Return the parts that are incomplete or differ from their checksum. Parts of earlier versions have none."""
-    return [part for part in cache.parts if not is_intact(part)]
+def verify(cache: Cache, *, delete: bool) -> tuple[int, list[str]]:
+    """Return the number of damaged parts, which are incomplete or differ from their checksum, and a line for each of them. With
+    ``delete`` they are deleted, unless a process uses them. Parts of earlier versions have no checksum."""
+    found = [part for part in cache.parts if _is_damaged(part)]
+    users = [dataset for dataset in cache.datasets if not {*found}.isdisjoint(dataset.parts)]
+    with cache.free(users if delete else ()) as free:
+        in_use = {part for dataset in users if delete and dataset not in free for part in dataset.parts}
+        if delete:
+            cache.delete_parts(part for part in found if part not in in_use)
+    return len(found), [f"damaged: {part}" + " (kept: a process uses it)" * (part in in_use) for part in found]
 
 
-def _datasets(folder: Path) -> Iterator[Dataset]:
-    """Yield the datasets whose manifest can be read. A path that leads out of the cache is ignored."""
-    for manifest in folder.glob("stores/*.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            content = json.loads(manifest.read_text())
-            parts = [Path(os.path.normpath(folder / part)) for part in content["parts"]]
-            inside = tuple(part for part in parts if part.parent.parent == folder / "parts")
-            yield Dataset(manifest, visible(redact(str(content["name"]))), inside)
+def _is_damaged(part: Path) -> bool:
+    try:
+        return not is_intact(part) and part.exists()
+    except FileNotFoundError:  # another process has deleted it
+        return False
+    except OSError:  # the disk can't read it
+        return True
+
+
+def _dataset(folder: Path, manifest: Path) -> Dataset | None:
+    """Return the dataset of a manifest; ``None`` if it can't be read, or names anything but parts of a cache. Manifests of
+    earlier versions have absolute paths, also of the place from where the cache was moved."""
+    try:
+        content = json.loads(manifest.read_text())
+        parts = tuple(_part(folder, part) for part in content["parts"])
+        return Dataset(manifest, visible(redact(str(content["name"]))), parts)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _part(folder: Path, part: str) -> Path:
+    """Return the place of a part in the cache at ``folder``. Raises ``ValueError`` if ``part`` is none of a cache."""
+    parts, prefix, name = PurePath(part).parts[-3:]
+    if parts != "parts" or ".." in (prefix, name):
+        raise ValueError(part)
+    return folder / parts / prefix / name
 
 
 def _days(path: Path) -> float:
@@ -207,7 +273,7 @@ def main() -> None:
             raise UserError("prune needs --older-than DAYS or --max-size GB")
         if any(number is not None and not number >= 0 for number in (asked.older_than, asked.max_size)):
             raise UserError("--older-than and --max-size must be at least 0")
-        raise SystemExit(_run(Cache((asked.cache or cache_dir()).absolute()), asked))
+        raise SystemExit(_run(Cache(asked.cache or cache_dir()), asked))
     except BrokenPipeError:  # the reader, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except UserError as error:
@@ -221,13 +287,9 @@ def _run(cache: Cache, asked: argparse.Namespace) -> int:
         print(*listing(cache), sep="\n", flush=True)
         return 0
     if asked.action == "verify":
-        found = damaged(cache)
-        print(
-            *(f"damaged: {part}" for part in found), f"{len(found):,} of {len(cache.parts):,} parts damaged", sep="\n"
-        )
-        if asked.delete:
-            _delete(found)
-        return 1 if found else 0
+        number, lines = verify(cache, delete=asked.delete)
+        print(*lines, f"{number:,} of {len(cache.parts):,} parts damaged", sep="\n")
+        return 1 if number else 0
     max_bytes = None if asked.max_size is None else asked.max_size * 1e9
     found_datasets = chosen(cache, older_than=asked.older_than, max_bytes=max_bytes)
     lines = [*prune(cache, found_datasets, older_than=asked.older_than, delete=asked.delete)]

@@ -1,5 +1,6 @@
 """A dataset that is a generator: read once by its fingerprint, tokenized like files, and whole after any interruption."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -72,6 +73,14 @@ def test_it_is_read_once_by_its_fingerprint(store_of):
     assert [*range(len(TEXTS))] == READ
     store_of(Stories(version="2"))
     assert [*range(len(TEXTS))] * 2 == READ
+
+
+def test_a_use_sets_the_time_by_which_they_are_deleted(store_of, tmp_path):
+    store_of(Stories(version="1"))
+    folder = next(tmp_path.glob("cache/documents/*"))
+    os.utime(folder, (0, 0))
+    store_of(Stories(version="1"))
+    assert folder.stat().st_mtime > 0
 
 
 def test_in_several_processes(store_of, monkeypatch):

@@ -22,7 +22,7 @@ import zstandard
 from texts import TEXTS, parts_of, some_text, write_jsonl
 from tokenizers import Tokenizer
 
-from pretrain.data.cache import remove_abandoned
+from pretrain.data.cache import cache_dir, remove_abandoned
 from pretrain.data.reading import cut, units
 from pretrain.data.reading.sections import sections
 from pretrain.data.sources.huggingface import HuggingFace
@@ -157,6 +157,11 @@ def test_load_dataset_of_a_local_folder_works_offline(tmp_path: Path, tokenizer_
     for split, expected in {"train": TEXTS, "train[:10]": TEXTS[:10]}.items():
         source = HuggingFace(nameOrPath=str(tmp_path / "data"), split=split)
         assert texts_of(prepare(source, tokenizer_json=tokenizer_json, eot=EOT), tokenizer) == expected
+    folder = Path(source.files()[0].path).parent
+    assert folder.parent == cache_dir() / "huggingface"
+    os.utime(folder, (0, 0))
+    source.files()
+    assert folder.stat().st_mtime > 0, "the time of its last use, by which it is deleted"
 
 
 def test_large_vocabularies_take_four_bytes_a_token(tmp_path: Path, tokenizer_json: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.data.cache import cache_dir
+from pretrain.data.cache import cache_dir, used_now
 from pretrain.data.reading.units import SourceFile
 from pretrain.data.sources.base import FileSource
 from pretrain.data.sources.datasets_internals import fingerprint
@@ -79,6 +79,7 @@ class HuggingFace(FileSource):
             folder = cache_dir() / "huggingface" / fingerprint(dataset)
             if not (folder / "state.json").exists():  # written last
                 dataset.save_to_disk(folder)
+            used_now(folder)
             found = [entry["filename"] for entry in load_from_disk(folder).cache_files]
         return [SourceFile(name, "arrow") for name in found]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.data.cache import cache_file, ensure_content, exclusive, make_private, remove_abandoned
+from pretrain.data.cache import cache_file, ensure_content, exclusive, make_private, remove_abandoned, used_now
 from pretrain.data.reading.units import UNIT_BYTES, SourceFile, key_of
 from pretrain.runtime.console import progress_bar
 from pretrain.runtime.errors import UserError
@@ -36,6 +36,7 @@ def kept_documents(source: Source, cache: Path) -> list[SourceFile]:
             remove_abandoned(folder.parent)
             sizes = {path.name: path.stat().st_size for path in _write(source, folder)}
             ensure_content(folder / LIST, json.dumps(sizes).encode())
+        used_now(folder)
     return [SourceFile(str(folder / name), "jsonl") for name in sizes]
 
 

@@ -12,7 +12,7 @@ decision for all parts of a store as another of one bit per document, which is a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ def check_installed() -> None:
 
 def ensure_keys(part: TokenShard, cache: Path, *, eot: int, bos: int | None) -> Path:
     """Return the file with the keys of a part; it is computed if it is not in the cache, or incomplete."""
-    path = _keys_path(part, cache)
+    path = keys_path(part.path, cache)
     if not has_keys(part, cache):
         keys = np.concatenate([np.empty(0, np.uint64), *band_keys(part, eot=eot, bos=bos)])
         with cache_file(path) as file:
@@ -56,12 +56,18 @@ def ensure_keys(part: TokenShard, cache: Path, *, eot: int, bos: int | None) -> 
 
 def has_keys(part: TokenShard, cache: Path) -> bool:
     """Return whether the keys of a part are in the cache."""
-    path = _keys_path(part, cache)
+    path = keys_path(part.path, cache)
     return path.exists() and path.stat().st_size == BANDS * 8 * part.num_documents
 
 
-def _keys_path(part: TokenShard, cache: Path) -> Path:
-    return cache / "near" / part.path.parent.name / f"{part.path.stem}-{VERSION}.keys"
+def keys_path(part: Path, cache: Path) -> Path:
+    """Return the file for the keys of the part at ``part``."""
+    return cache / "near" / part.parent.name / f"{part.stem}-{VERSION}.keys"
+
+
+def decision_path(parts: Iterable[Path], cache: Path) -> Path:
+    """Return the file for the decision about the parts of a store."""
+    return cache / "near" / f"{key_of(VERSION, [part.name for part in parts])}.kept"
 
 
 def band_keys(part: TokenShard, *, eot: int, bos: int | None) -> Iterator[NDArray[np.uint64]]:
@@ -95,12 +101,11 @@ def kept_documents(store: TokenStore) -> NDArray[np.bool_]:
     One process decides, others wait for it. The decision depends on the tokens alone.
     """
     cache = store.path.parent.parent
-    key = key_of(VERSION, [part.path.name for part in store.parts])
-    path = cache / "near" / f"{key}.kept"
+    path = decision_path([part.path for part in store.parts], cache)
     packed = _decision(path, store.num_documents)
     if packed is None:
         check_installed()
-        with exclusive(cache / "locks" / f"near-{key}.lock", store.name):
+        with exclusive(cache / "locks" / f"near-{path.stem}.lock", store.name):
             files = [ensure_keys(part, cache, eot=store.eot, bos=store.bos) for part in store.parts]
             packed = np.packbits(_firsts(files, [part.num_documents for part in store.parts]))
             with cache_file(path) as file:

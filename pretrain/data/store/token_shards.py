@@ -148,8 +148,9 @@ def write_first(part: TokenShard, documents: int, file: IO[bytes], facts: dict[s
     writer.finish(facts | elsewhere | removed)
 
 
-def open_part(path: Path) -> TokenShard | None:
-    """Return the shard at ``path``; ``None`` when the file does not exist or is incomplete (a disk may lose its last writes)."""
+def open_part(path: Path, *, alone: bool = False) -> TokenShard | None:
+    """Return the shard at ``path``; ``None`` when the file does not exist or is incomplete (a disk may lose its last writes), or
+    the file that has its tokens was changed or moved, which is not checked with ``alone``."""
     try:
         with open(path, "rb") as file:
             total = file.seek(0, os.SEEK_END)
@@ -168,8 +169,8 @@ def open_part(path: Path) -> TokenShard | None:
         known = DTYPES if elsewhere is None else DTYPES_ELSEWHERE
         if footer["dtype"] not in known or not all(type(count) is int and count >= 0 for count in (*counts, removed)):
             return None
-        if elsewhere is not None and list(stamp_of(elsewhere[0])) != elsewhere[2:]:
-            return None  # the file was changed or moved
+        if elsewhere is not None and not alone and list(stamp_of(elsewhere[0])) != elsewhere[2:]:
+            return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     tokens_at = None if elsewhere is None else (str(elsewhere[0]), int(elsewhere[1]))
@@ -180,8 +181,9 @@ def open_part(path: Path) -> TokenShard | None:
 
 
 def is_intact(path: Path) -> bool:
-    """Return whether the shard at ``path`` is complete and has its checksum, if it has one. All of its bytes are read."""
-    if (part := open_part(path)) is None:
+    """Return whether the shard at ``path`` is complete and has its checksum, if it has one. All of its bytes are read, but not
+    tokens in another file. Raises ``OSError``."""
+    if (part := open_part(path, alone=True)) is None:
         return False
     if part.checksum is None:
         return True

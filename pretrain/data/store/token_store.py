@@ -59,19 +59,23 @@ class TokenStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files: Files = {}
-        manifest = json.loads(path.read_text())
+        lost = UserError(
+            f"the token cache {path.parent} has lost files since it was filled; run the same command again"
+        )
+        self._held = hold_shared(path)  # first: `pretrain.tools.cache` does not delete what is in use
+        try:
+            manifest = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise lost from None
         self.name: str = manifest["name"]
         self.eot: int = manifest["eot"]
         self.bos: int | None = manifest.get("bos")
         self._units: list[list[list[Any]]] = manifest["units"]
         folder = path.parent.parent  # of the cache; manifests of earlier versions have absolute paths
         found = [open_part(folder / part) for part in manifest["parts"]]
-        self._held = hold_shared(path)  # `pretrain.tools.cache` does not delete what is in use
         self.parts = [part for part in found if part is not None]
         if len(self.parts) < len(found):
-            raise UserError(
-                f"the token cache {path.parent} has lost files since it was filled; run the same command again"
-            )
+            raise lost
         self.part_tokens = np.cumsum([0, *(part.num_tokens for part in self.parts)])
         self.part_documents = np.cumsum([0, *(part.num_documents for part in self.parts)])
 

@@ -10,14 +10,21 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from pretrain.data.cache import cache_dir, cache_file, ensure_content, exclusive, make_private, remove_abandoned
+from pretrain.data.cache import (
+    cache_dir,
+    cache_file,
+    ensure_content,
+    exclusive,
+    make_private,
+    remove_abandoned,
+    used_now,
+)
 from pretrain.data.changed_files import files_of
 from pretrain.data.reading.cut import cut
 from pretrain.data.reading.opening import stamp_of
@@ -215,8 +222,7 @@ def _write_manifest(
     raw = json.dumps(content).encode()
     path = folder / f"{xxhash.xxh3_128_hexdigest(raw)}.json"
     ensure_content(path, raw)
-    with suppress(OSError):
-        os.utime(path)  # its last use, by which `pretrain.tools.cache` prunes
+    used_now(path)
     return path
 
 
