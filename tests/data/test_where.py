@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pretrain.data.reading.condition import parsed
 from pretrain.data.reading.rows import documents_of_records
 from pretrain.data.reading.units import ReadOptions
-from pretrain.data.reading.where import repeated_lines, repeated_phrases
+from pretrain.data.reading.where import _Evaluation, repeated_lines, repeated_phrases
 from pretrain.data.sources.local import Local
 from pretrain.data.store.token_store import TokenStore
 from pretrain.data.tokenization.tokenize import prepare
@@ -222,7 +222,19 @@ ATTACKS = [
     "lang in lang",
     "lang in ()",
     "lang is 'es'",
+    "lang in ('es', 'pt') == true",
+    "lang in ('es', 'pt') is None",
     "1 < 2",
+    "text" + ".a" * 1500 + " == 1",
+    "text" + ".a" * 100 + " == 1",
+    "column('a')" + ".a" * 100 + " == 1",
+    "column(a).b == 1",
+    "column().b == 1",
+    "column(1, 2).b == 1",
+    r"text == '\ud800'",
+    r"text in ('a', '\udfff')",
+    r"matches(text, '\ud800')",
+    r"column('\ud800') == 1",
     "",
 ]
 
@@ -233,6 +245,29 @@ def test_nothing_else_is_a_condition(condition: str) -> None:
         parsed(condition)
 
 
+def test_the_fields_of_a_column_may_be_as_deep_as_a_condition() -> None:
+    assert parsed("text" + ".a" * 99 + " == 1").paths == (("text", *["a"] * 99),)
+    assert parsed("column('a b').c.d == 1").paths == (("a b", "c", "d"),)
+
+
+def test_an_operand_of_a_chain_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the time does not double with each level of nesting."""
+    computed: list[str] = []
+    compare = _Evaluation._compare
+
+    def counting(self: _Evaluation, name: str, *values: Any) -> Any:
+        computed.append(name)
+        return compare(self, name, *values)
+
+    monkeypatch.setattr(_Evaluation, "_compare", counting)
+    condition = "true == a"
+    for _ in range(8):
+        condition = f"true == ({condition}) == true"
+    rows = [({"a": a, "text": str(a)}, lambda: "here") for a in (True, False, None)]
+    assert list(documents_of_records(rows, ReadOptions(where=condition), "")) == ["True", None, None]
+    assert len(computed) == 1 + 2 * 8
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.recursive(
@@ -241,7 +276,7 @@ def test_nothing_else_is_a_condition(condition: str) -> None:
             st.builds(
                 "({} {} {})".format,
                 inner,
-                st.sampled_from(["and", "or", "==", "<", "+", "/", "is", "in"]),
+                st.sampled_from(["and", "or", "==", "<", "+", "/", "is", "in", "in (1, 'a') ==", "< 1 <"]),
                 inner,
             )
             | st.builds("(not {})".format, inner)

@@ -8,6 +8,7 @@ file, has a side effect, or takes more than linear time (regular expressions are
 from __future__ import annotations
 
 import ast
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from functools import lru_cache
 from pretrain.runtime.errors import UserError, did_you_mean, one_line
 
 LONGEST = 4_000  # characters of a condition
-DEEPEST = 100  # nesting of a condition
+DEEPEST = 100  # nesting of a condition, and of the fields of a column
+SURROGATE = re.compile("[\ud800-\udfff]")
 EXAMPLE = "lang == 'es' and score > 0.8"
 CONSTANTS = {"true": True, "false": False, "null": None}
 COMPARISONS = {
@@ -83,12 +85,15 @@ def check_syntax(text: str) -> str:
 
 def path_of(node: ast.expr) -> Path | None:
     """Return the column that a node names; ``None`` if it is not a column."""
-    if isinstance(node, ast.Name):
-        return None if node.id in CONSTANTS else (node.id,)
-    if isinstance(node, ast.Attribute) and (below := path_of(node.value)):
-        return (*below, node.attr)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "column":
-        return (node.args[0].value,)  # type: ignore[attr-defined]  # `_check` accepts only text
+    fields: list[str] = []
+    while isinstance(node, ast.Attribute):
+        fields.append(node.attr)
+        node = node.value
+    match node:
+        case ast.Name(id=name) if name not in CONSTANTS:
+            return (name, *reversed(fields))
+        case ast.Call(func=ast.Name(id="column"), args=[ast.Constant(value=str() as name)], keywords=[]):
+            return (name, *reversed(fields))
     return None
 
 
@@ -119,6 +124,9 @@ def _checked_tree(text: str) -> ast.expr:
     except (RecursionError, MemoryError):
         raise Refused("nested too deep") from None
     _check(tree, 0)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and SURROGATE.search(node.value):
+            raise Refused(f"{_source(node)}: half of a surrogate pair, which is not a character")
     if not any(True for _ in _paths(tree)):
         raise Refused(f"names no column; a condition looks like {EXAMPLE}")
     return tree
@@ -152,8 +160,11 @@ def _children(node: ast.expr) -> list[ast.expr]:
         case ast.Name():
             return []
         case ast.Attribute():
-            if path_of(node) is None:
+            path = path_of(node)
+            if path is None:
                 raise Refused(f"{_source(node)}: only a column has fields")
+            if len(path) > DEEPEST:
+                raise Refused("nested too deep")
             return []
         case ast.Constant():
             if node.value is not None and not isinstance(node.value, str | bool) and not _is_number(node.value):
@@ -169,6 +180,10 @@ def _compared(node: ast.Compare) -> list[ast.expr]:
         if isinstance(operator, ast.In | ast.NotIn) and isinstance(value, ast.Tuple | ast.List | ast.Set):
             if not value.elts or not all(constant_of(element)[0] for element in value.elts):
                 raise Refused(f"{_source(value)}: a list of constants is needed, such as ('es', 'pt')")
+            if value is not node.comparators[-1]:
+                raise Refused(
+                    f"{_source(node)}: a comparison ends with its list; parentheses around it let it be compared"
+                )
             found += value.elts
         elif isinstance(operator, ast.In | ast.NotIn) and not isinstance(constant_of(found[-1])[1], str):
             raise Refused(f"{_source(node)}: in is followed by constants in parentheses, such as ('es', 'pt')")

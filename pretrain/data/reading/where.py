@@ -6,7 +6,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from typing import Any, Protocol
 
 from pretrain.data.reading.condition import ARITHMETIC, COMPARISONS, Condition, constant_of, parsed, path_of, source
@@ -145,26 +145,25 @@ class _Evaluation:
         """Yield the truth values of ``a < b`` and ``b < c`` for ``a < b < c``."""
         import pyarrow.compute as pc
 
-        left = node.left
+        value, left = cache(self._value), node.left  # an operand between two operators is computed once
         for operator, right in zip(node.ops, node.comparators, strict=True):
             if isinstance(operator, ast.Is | ast.IsNot):
-                missing = pc.is_null(self._array(self._value(left)))
+                missing = pc.is_null(self._array(value(left)))
                 yield missing if isinstance(operator, ast.Is) else pc.invert(missing)
             elif isinstance(operator, ast.In | ast.NotIn):
-                found = self._contained(left, right, node)
+                found = self._contained(left, right, value, node)
                 yield found if isinstance(operator, ast.In) else pc.invert(found)
             else:
-                yield self._compare(COMPARISONS[type(operator)], self._value(left), self._value(right), node)
+                yield self._compare(COMPARISONS[type(operator)], value(left), value(right), node)
             left = right
 
-    def _contained(self, left: ast.expr, right: ast.expr, node: ast.expr) -> Any:
+    def _contained(self, left: ast.expr, right: ast.expr, value: Callable[[ast.expr], _Value], node: ast.expr) -> Any:
         """Return whether ``left`` is one of the constants ``right``, or a part of the text ``right``."""
         import pyarrow.compute as pc
 
         if isinstance(right, ast.Tuple | ast.List | ast.Set):
-            value = self._value(left)
-            return reduce(pc.or_kleene, (self._compare("equal", value, self._value(one), node) for one in right.elts))
-        return pc.match_substring(self._text(self._value(right), node), constant_of(left)[1])
+            return reduce(pc.or_kleene, (self._compare("equal", value(left), value(one), node) for one in right.elts))
+        return pc.match_substring(self._text(value(right), node), constant_of(left)[1])
 
     def _compare(self, name: str, left: _Value, right: _Value, node: ast.expr) -> Any:
         """Return the truth values of a comparison of two values of one kind."""
