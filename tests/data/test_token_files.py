@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pretrain.data.evaluation import evaluation_batches
 from pretrain.data.reading.cut import cut
 from pretrain.data.reading.readers import read
-from pretrain.data.reading.units import ReadOptions
+from pretrain.data.reading.token_files import open_tokens
+from pretrain.data.reading.units import ReadOptions, SourceFile
 from pretrain.data.sources.local import Local
 from pretrain.data.store.token_store import TokenStore
 from pretrain.runtime.errors import UserError
@@ -212,6 +213,16 @@ def test_a_changed_index_is_noticed(tmp_path: Path, store_of: Callable[..., Toke
     assert before.num_documents == 5
 
 
+def test_another_file_of_the_same_size_is_opened_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    for kind, count in (("<u2", 8), ("<u4", 4), ("<i8", 2)):
+        np.save(tmp_path / "new.npy", np.arange(count, dtype=kind))
+        (tmp_path / "new.npy").replace(path)
+        assert path.stat().st_size == 128 + 16
+        found = open_tokens(SourceFile(str(path), "npy"))
+        assert found.read(0, found.count).tolist() == list(range(count))
+
+
 def test_a_moved_corpus_is_found_again(tmp_path: Path, store_of: Callable[..., TokenStore]) -> None:
     """A part is named by its content; its file is where it was read last."""
     path = datatrove(tmp_path / "here", DOCUMENTS)
@@ -326,7 +337,11 @@ def test_an_index_of_datatrove_that_lies_is_one_line(
 
 
 def numpy_file(shape: str, kind: str = "<u2", order: str = "False", data: bytes = b"\0" * 8) -> bytes:
-    text = f"{{'descr': '{kind}', 'fortran_order': {order}, 'shape': {shape}, }}".ljust(117) + "\n"
+    return numpy_header(f"{{'descr': '{kind}', 'fortran_order': {order}, 'shape': {shape}, }}", data)
+
+
+def numpy_header(text: str, data: bytes = b"\0" * 8) -> bytes:
+    text = text.ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + data
 
 
@@ -339,6 +354,12 @@ OTHER_LIES: dict[str, tuple[str, bytes, dict[str, Any]]] = {
     "npy of a negative shape": ("a.npy", numpy_file("(-4,)"), {}),
     "npy in Fortran order": ("a.npy", numpy_file("(2, 2)", order="True"), {}),
     "npy with code for a shape": ("a.npy", numpy_file("__import__('os').getpid()"), {}),
+    "npy with an open parenthesis": ("a.npy", numpy_header("{'descr': ('<u2', 'fortran"), {}),
+    "npy with an open string": ("a.npy", numpy_header("{'descr': '''<u2"), {}),
+    "npy with many parentheses": ("a.npy", numpy_header("(" * 9000), {}),
+    "npy with a truth value for a size": ("a.npy", numpy_file("(True,)"), {}),
+    "npy with keys of two types": ("a.npy", numpy_header("{1: 2, 'descr': 3}"), {}),
+    "npy with a list as key": ("a.npy", numpy_header("{[]: 2}"), {}),
     "no npy": ("a.npy", b"PK\x03\x04 and more bytes", {}),
     "empty npy": ("a.npy", b"", {}),
     "llm.c cut off": ("a.bin", llmc_header(10) + b"\0" * 18, {}),

@@ -22,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.data.reading.opening import stamp_of
 from pretrain.data.reading.units import FileRange, ReadOptions, SourceFile, Stamp, kind_of
 from pretrain.runtime.errors import UserError, one_line
 from pretrain.runtime.filesystem import mapped
@@ -86,11 +87,12 @@ def beside(path: str) -> tuple[str, ...]:
 
 def open_tokens(file: SourceFile | FileRange) -> TokenFile:
     """Return the tokens of a file. Raises ``UserError`` if the file, or its index, is not what it claims to be."""
-    return _opened(file.path, file.format, os.stat(file.path).st_size)
+    return _opened(file.path, file.format, stamp_of(file.path))
 
 
 @lru_cache(maxsize=4)
-def _opened(path: str, form: str, size: int) -> TokenFile:
+def _opened(path: str, form: str, stamp: Stamp) -> TokenFile:
+    size = stamp[0]
     opened = {"megatron": _megatron, "datatrove": _datatrove, "npy": _npy, "llmc": _llmc}.get(kind_of(form))
     return _raw(path, form.partition(".")[2], size) if opened is None else opened(path, size)
 
@@ -214,7 +216,7 @@ def _npy(path: str, size: int) -> TokenFile:
 
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError, OSError, OverflowError, SyntaxError, MemoryError, RecursionError) as error:
+    except Exception as error:  # the header is a dict in Python's syntax; what damages it can raise almost any error
         raise UserError(f"{path}: not a readable .npy file, perhaps cut off ({one_line(error)})") from error
     if array.dtype.kind not in "iu" or array.dtype != array.dtype.newbyteorder("<"):
         raise UserError(f"{path}: an array of {array.dtype.str}, not of little-endian integers")
