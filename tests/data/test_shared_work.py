@@ -245,7 +245,7 @@ def test_max_tokens_after_a_start_that_needed_less_of_a_file(
     folder: Path, tokenizer_json: str, tmp_path: Path, encoded: list[Any]
 ) -> None:
     """Another tokenizer with the same cache, or an earlier file that shrank, needs more pieces than the last start read."""
-    source = Local(nameOrPath=str(folder), max_tokens=12_000)
+    source = Local(nameOrPath=str(folder), max_tokens=20_000)
 
     def documents(tokenizer: str, cache: str) -> list[list[int]]:
         return documents_in(prepare(source, tokenizer_json=tokenizer, eot=EOT, cache=tmp_path / cache))
