@@ -34,8 +34,10 @@ class ObjectStore(Backend):
 
         self._protocol, self._package = protocol, PACKAGES[protocol]
         try:
-            # Its own cache of listings would hide changes and grow with the number of files.
-            self._files: Any = fsspec.filesystem(protocol, use_listings_cache=False)
+            # Its own cache of listings would hide changes and grow with the number of files; one of another part of this
+            # process may have other credentials.
+            options = {"use_listings_cache": False, "skip_instance_cache": True}
+            self._files: Any = fsspec.filesystem(protocol, **options)
         except ImportError as error:
             raise UserError(
                 f"{protocol}://: reading it needs the package {self._package}: pip install {self._package}"
