@@ -25,7 +25,7 @@ from pretrain.config.choices import own_groups
 from pretrain.config.defaults import conf_dir
 from pretrain.config.quoting import PATH_KEYS
 from pretrain.config.schema import RUNTIME_ARGUMENTS, RootKeys, RunConfig, build_part
-from pretrain.config.trust import MULTI_SELECT, NESTED_PARTS, PARTS, SCHEDULES, locate, trusts
+from pretrain.config.trust import MULTI_SELECT, NESTED_PARTS, PARTS, SCHEDULES, SOURCE, locate, name_of, trusts
 from pretrain.optim.learning_rate import with_lr
 from pretrain.runtime.errors import UserError, did_you_mean
 from pretrain.runtime.places import is_url
@@ -182,7 +182,7 @@ def check_part(path: str, node: Any, base: str | type, trusted: list[str]) -> No
     and their values must match the target's annotations. Raises ``UserError`` otherwise.
     """
     if not isinstance(node, dict) or "_target_" not in node:
-        raise UserError(f"{path}={node or None!r}: not a choice of this group; --help lists them")
+        raise UserError(f"{path}={node or None!r}: {_how_chosen(path, base)}")
     target = locate(path, node["_target_"], base, trusted=trusted)
     _check_partial(path, node, base, is_trusted=trusts(trusted, node["_target_"]))
     parameters, hints = _arguments(path, target)
@@ -202,6 +202,13 @@ def check_part(path: str, node: Any, base: str | type, trusted: list[str]) -> No
         for key, parameter in parameters.items():
             if parameter.default is inspect.Parameter.empty and key not in {*node, *of_run}:
                 raise UserError(f"{path}.{key} is missing: {target.__name__} needs it")
+
+
+def _how_chosen(path: str, base: str | type) -> str:
+    """Return how a part is chosen, for the message about a node that is none."""
+    if "." in path and name_of(base) in (PARTS["dataset"], SOURCE):
+        return f"not a dataset; choose its kind: dataset@{path}=local {path}.nameOrPath=…"
+    return "not a choice of this group; --help lists them"
 
 
 def _arguments(path: str, target: Any) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
@@ -265,9 +272,9 @@ def part_in(hint: Any) -> type | None:
 
 
 def _with_node_types(hint: Any, base: type) -> Any:
-    """Return ``hint`` with the type of a part's node, ``dict[str, Any]``, in place of ``base``."""
+    """Return ``hint`` with any value in place of ``base``, whose node is checked separately."""
     if hint is base:
-        return dict[str, Any]
+        return Any
     arguments = tuple(_with_node_types(argument, base) for argument in get_args(hint))
     origin = Union if get_origin(hint) is UnionType else get_origin(hint)
     return origin[arguments] if arguments else hint

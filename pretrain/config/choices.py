@@ -13,9 +13,9 @@ from pretrain.config.defaults import conf_dir
 from pretrain.runtime.errors import UserError
 
 
-def choices(group: str) -> list[str]:
+def choices(group: str, config_dir: str | None = None) -> list[str]:
     """Return the names of a group's YAML files."""
-    return [file.stem for file in choice_files(group)]
+    return [file.stem for file in choice_files(group, config_dir)]
 
 
 def choice_files(group: str, config_dir: str | None = None) -> list[Path]:

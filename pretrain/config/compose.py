@@ -37,6 +37,10 @@ def forced(override: str, config_dir: str | None = None) -> str:
         raise UserError(f"{key}: a job's folder is named by its overrides; their common one is sweep_dir=...")
     if key.lstrip("+") == "hydra.searchpath":
         raise UserError(f"{key}: another folder of configs is --config-dir FOLDER")
+    if key in GROUPS and re.fullmatch(r"=([\d.+-][\d.e+-]*|true|false|null)", override[len(key) :], re.IGNORECASE):
+        raise UserError(
+            f"{override}: {key} is a group; choose {' · '.join(choices(key, config_dir))}, or set one of its keys: {key}.KEY=…"
+        )
     groups = {*GROUPS, "experiment", "local", *own_groups(config_dir)}
     if "=" not in override or not re.match(r"[A-Za-z_]", key) or key in groups or re.search(r"[@/]", key):
         return override
@@ -146,7 +150,9 @@ def default_name(config: DictConfig) -> str:
     dataset = config.get("dataset")
     if not isinstance(dataset, DictConfig):  # `check` reports it later
         dataset = DictConfig({})
-    names = dataset["parts"] if "parts" in dataset else [Path(place).stem for place in each(dataset.get("nameOrPath"))]
+    of_mixture = dataset.get("parts")
+    places = each(dataset.get("nameOrPath"))
+    names = list(of_mixture) if isinstance(of_mixture, DictConfig) else [Path(place).stem for place in places]
     data = dataset.get("name") or joined([str(name) for name in names]) or "data"
     model = Path(str(config.get("model_name")))
     of_run = [model.parent.parent.name] if model.parent.name == "checkpoints" else []

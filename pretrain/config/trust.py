@@ -94,8 +94,8 @@ def locate(path: str, target: Any, base: str | type, *, trusted: Sequence[str] =
             raise _refused(path, target)
     if not is_trusted and not _belongs(found, base):
         raise _not_allowed_here(path, target, base)
-    if is_trusted and isinstance(found, type) and _name_of(base) in CLASSES:
-        _check_kind(path, found, _name_of(base))
+    if is_trusted and isinstance(found, type) and name_of(base) in CLASSES:
+        _check_kind(path, found, name_of(base))
     return found
 
 
@@ -133,13 +133,13 @@ def _check_kind(path: str, found: type, base: str) -> None:
     name = f"pretrain.{public}" if public in sys.modules["pretrain"].__all__ else base
     inherits = kind in found.__mro__  # some are protocols, which `issubclass` does not take
     if not inherits and base not in INTERFACES:
-        raise UserError(f"{path}._target_={_name_of(found)!r}: must be a subclass of {name}")
+        raise UserError(f"{path}._target_={name_of(found)!r}: must be a subclass of {name}")
     needed = getattr(found if inherits else kind, "__abstractmethods__", ())
     missing = sorted(
         m for m in needed if getattr(getattr(found, m, None), "__isabstractmethod__", not hasattr(found, m))
     )
     if missing:
-        raise UserError(f"{path}._target_={_name_of(found)!r}: lacks {' and '.join(missing)}, which {name} describes")
+        raise UserError(f"{path}._target_={name_of(found)!r}: lacks {' and '.join(missing)}, which {name} describes")
 
 
 def _find(name: str) -> Callable[..., Any]:
@@ -165,17 +165,17 @@ def _belongs(found: Any, base: str | type) -> bool:
     return isinstance(found, type) and kind in found.__mro__ and not inspect.isabstract(found)
 
 
-def _name_of(base: Any) -> str:
+def name_of(base: Any) -> str:
     return base if isinstance(base, str) else f"{base.__module__}.{base.__qualname__}"
 
 
 def _package_of(base: str | type) -> str:
     """Return the package of ours, such as ``pretrain.optim``, that holds the parts of ``base``."""
-    return ".".join(_name_of(base).split(".")[:2])
+    return ".".join(name_of(base).split(".")[:2])
 
 
 def _not_allowed_here(path: str, target: str, base: str | type) -> UserError:
-    what = _name_of(base)
+    what = name_of(base)
     if what == SOURCE and target.endswith(".Mixture"):
         return UserError(f"{path}: a mixture can't be here, only one dataset such as dataset@{path}=local")
     return UserError(f"{path}._target_={target!r}: not a part that is allowed here; allowed are those of {what}")

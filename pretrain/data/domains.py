@@ -47,7 +47,10 @@ def evaluation_domains(
     if not is_mixture:
         bases = {key: base for key, base in bases.items() if not is_same_domain(base, parts[dataset.domain])}
     if replay is not None and not any(_is_same_text(replay, base) for base in bases.values()):
-        bases = {**bases, "replay": replay} if "replay" not in bases else {**bases, "replayed": replay}
+        key = "replay"
+        while key in bases:
+            key += "+"
+        bases = {**bases, key: replay}
     parts = {
         name: source
         for name, source in parts.items()

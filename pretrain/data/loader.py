@@ -74,7 +74,7 @@ class Loader:
         self.blocks = self.train.blocks(sequence_length)
         self.sequence_length, self.seed = sequence_length, seed
         self.mean_targets = [blocks.mean_targets(document_mask=document_mask) for blocks in self.blocks]
-        self.epoch_samples = self.train.epoch_samples([len(blocks) for blocks in self.blocks])
+        self.epoch_samples = self.train.epoch_samples(sequence_length)
         self._phases = self.train.draws(
             steps=steps, global_batch=self.global_batch_size, mean_targets=self.mean_targets
         )
@@ -184,10 +184,6 @@ class Loader:
                 if (part, number) not in seen:
                     seen.add((part, number))
                     yield self.train.parts[part].view.store.document(number), tokens
-
-    def order_of_part(self, part: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the blocks that samples ``indices`` of a part are, counted over the whole run."""
-        return self.order.blocks(part, indices)
 
     def wanted_shares(self, samples: int) -> list[float]:
         """Return the share of each part in the first ``samples`` samples of the run by the weights of its phases."""

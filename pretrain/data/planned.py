@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.data.best_fit import BestFitBlocks
 from pretrain.data.store.token_store import TokenView
 from pretrain.data.training_data import Part, TrainingData
 
@@ -49,7 +50,7 @@ def planned_parts(
     return found
 
 
-def lines_before_the_start(planned: Sequence[PlannedPart], train: TrainingData, *, steps: int) -> list[str]:
+def table_and_warnings(planned: Sequence[PlannedPart], train: TrainingData, *, steps: int) -> list[str]:
     """Return the table of the parts and the warnings about them, as lines; none for a single part."""
     if len(planned) < 2:
         return []
@@ -59,6 +60,16 @@ def lines_before_the_start(planned: Sequence[PlannedPart], train: TrainingData, 
         shares = [f"{share:.1%}" for share in row.shares]
         rows.append([row.part.name, f"{row.part.view.num_tokens:,}", *shares, f"{row.epochs:.2f}"])
     return [*aligned(rows), *_warnings(planned), *_common(train.parts)]
+
+
+def padding(train: TrainingData, sequence_length: int) -> list[str]:
+    """Return a line for each part with best-fit packing that says how much of it is padding."""
+    packed = ((part.name, part.blocks(sequence_length)) for part in train.parts)
+    return [
+        f"dataset {name!r}: best-fit packing into {len(blocks):,} sequences; {blocks.padding:.2%} of their positions are padding"
+        for name, blocks in packed
+        if isinstance(blocks, BestFitBlocks)
+    ]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

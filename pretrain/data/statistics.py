@@ -30,7 +30,7 @@ class DataStatistics:
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
         self._parts = [
-            PartStatistics(blocks, partial(loader.order_of_part, index)) for index, blocks in enumerate(loader.blocks)
+            PartStatistics(blocks, partial(loader.order.blocks, index)) for index, blocks in enumerate(loader.blocks)
         ]
 
     def sources(self, samples: int) -> dict[str, SourceCount]:

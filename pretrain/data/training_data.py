@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from pretrain.data.draw import Draw
 from pretrain.data.fim import FillInMiddle
 from pretrain.data.store.token_store import TokenView
 from pretrain.runtime.errors import UserError
+
+PACKINGS: dict[str, Callable[[TokenView, int], Blocks]] = {"stream": Blocks, "best_fit": best_fit_blocks}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Part:
 
     def blocks(self, sequence_length: int) -> Blocks:
         """Return the sequences of the part."""
-        return (best_fit_blocks if self.packing == "best_fit" else Blocks)(self.view, sequence_length)
+        return PACKINGS[self.packing](self.view, sequence_length)
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,9 @@ class TrainingData:
         """Return the sequences of each part."""
         return [part.blocks(sequence_length) for part in self.parts]
 
-    def epoch_samples(self, lengths: Sequence[int]) -> float:
-        """Return the samples in one pass over the new text.
-
-        That are as many as its parts have together, and the replayed ones that come with them. ``lengths`` is the number of
-        sequences of each part.
-        """
+    def epoch_samples(self, sequence_length: int) -> float:
+        """Return the samples in one pass over the new text: the sequences of all its parts, and the replayed ones among them."""
+        lengths = [len(blocks) for blocks in self.blocks(sequence_length)]
         used = [any(phase.shares[i] for phase in self.phases) for i in range(len(self.parts))]
         new = sum(n for n, part, is_used in zip(lengths, self.parts, used, strict=True) if is_used and not part.replay)
         share = sum(
@@ -154,7 +153,7 @@ def check_epochs(
     for part, count, blocks in zip(data.parts, taken, data.blocks(sequence_length), strict=True):
         if part.max_epochs is not None and count > part.max_epochs * len(blocks):
             raise UserError(
-                f"dataset.max_epochs.{part.name}={part.max_epochs:g}: the run would read it {count / len(blocks):.2f} times: "
+                f"dataset.max_epochs.{part.name}={part.max_epochs:g}: the run would read it {count / len(blocks):.3g} times: "
                 f"{len(blocks) * sequence_length:,} tokens are there, and its share of the {steps:,} steps is "
                 f"{count * sequence_length:,} tokens; lower its weight or the number of steps, or raise max_epochs"
             )

@@ -55,7 +55,7 @@ def prepare_data(job: WorkerJob) -> None:
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         config = RunConfig.of(job.config)
-        _ = prepare(config, devices=job.topology.data_parallel_devices).total_steps  # there is enough text
+        prepare(config, devices=job.topology.data_parallel_devices)
     except Stopped:
         os._exit(EXIT_CODE)
     except BaseException as error:

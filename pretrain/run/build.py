@@ -22,12 +22,8 @@ if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
     from pretrain.data.batch import Batch
     from pretrain.data.loader import Loader
-    from pretrain.data.store.token_store import TokenView
     from pretrain.distributed.context import DistributedContext
     from pretrain.distributed.rank_info import RankInfo
-    from pretrain.evaluation.evaluation import Evaluation
-    from pretrain.evaluation.perplexity import Domain, Evaluator
-    from pretrain.evaluation.samples import Sampler
     from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
     from pretrain.runtime.signals import Interrupt
@@ -89,60 +85,6 @@ def build_scorer(config: RunConfig, prepared: Prepared, world: DistributedContex
 
     model = build_model_factory(config, prepared.model).build(world.device)
     return InferenceEngine(model, precision=config.precision, world=world)
-
-
-def build_evaluator(config: RunConfig, prepared: Prepared, *, batch_size: int | None = None) -> Evaluator:
-    """Return the evaluator of all configured domains.
-
-    Args:
-        batch_size: The training micro-batch, used for ``evaluation.batch_size=auto``; ``None`` outside a training run.
-
-    Raises:
-        UserError: ``evaluation.batch_size`` is auto and there is no training run.
-    """
-    from pretrain.data.evaluation import evaluation_batches, first_tokens
-    from pretrain.evaluation.perplexity import Domain, Evaluator
-
-    for line in prepared.notices:
-        notice(line)
-    policy = config.evaluation
-    rows_scored = batch_size if policy.batch_size == "auto" else policy.batch_size
-    if rows_scored is None:
-        raise UserError("evaluation.batch_size=auto is the batch_size of a training run; this task needs a number")
-
-    settings = {
-        "sequence_length": config.sequence_length,
-        "document_mask": config.dataset.document_mask,
-        "tokenizer": prepared.identity["tokenizer"],
-        "precision": config.precision.name,
-    }
-
-    def domain(name: str, role: str, held_out: TokenView) -> Domain:
-        batches = evaluation_batches(
-            held_out,
-            sequence_length=config.sequence_length,
-            batch_size=rows_scored,
-            document_mask=config.dataset.document_mask,
-            max_tokens=policy.max_tokens,
-        )
-        prompts = first_tokens(batches.view, policy.samples, policy.sample_prompt_tokens)
-        return Domain(name, role, batches, prompts, settings)
-
-    return Evaluator([domain(*d) for d in prepared.domains])
-
-
-def build_sampler(config: RunConfig, prepared: Prepared, scorer: InferenceEngine, evaluator: Evaluator) -> Sampler:
-    """Return the sampler that generates continuations of the first tokens of held-out documents and of the user's prompts.
-
-    Raises ``UserError`` for a prompt longer than the model's number of positions.
-    """
-    from pretrain.evaluation.samples import Sampler, prompts_of
-
-    policy, tokenizer = config.evaluation, prepared.tokenizer
-    boundary_tokens, positions = prepared.boundaries, scorer.model.num_positions
-    first = boundary_tokens.separator if boundary_tokens.bos is None else boundary_tokens.bos
-    prompts = prompts_of(evaluator.domains, policy, tokenizer, first=first, num_positions=positions)
-    return Sampler(prompts, tokenizer, policy.sample_tokens, separator=boundary_tokens.separator)
 
 
 def build_exporter(
@@ -217,7 +159,7 @@ def build_listeners(
     return [monitor, RunFile(folder, monitor.summary), *watchers], monitor.unsaved
 
 
-def build_intervals(config: RunConfig, prepared: Prepared, steps: int) -> tuple[Interval, Interval]:
+def build_intervals(config: RunConfig, loader: Loader, steps: int) -> tuple[Interval, Interval]:
     """Return the evaluation and the checkpoint interval of a run of ``steps`` steps; log where they were adjusted."""
     from pretrain.telemetry.interval import Interval
     from pretrain.training.cadence import cadence
@@ -225,7 +167,7 @@ def build_intervals(config: RunConfig, prepared: Prepared, steps: int) -> tuple[
     policy, checkpoint = config.evaluation, config.checkpoint
     intervals = cadence(
         steps=steps,
-        epoch_steps=max(1, int(prepared.sequences // prepared.global_batch)),
+        epoch_steps=max(1, int(loader.epoch_samples // loader.global_batch_size)),
         evaluate_every=config.evaluate_every,
         save_every=config.save_every,
         per_epoch=policy.per_epoch,
@@ -235,25 +177,6 @@ def build_intervals(config: RunConfig, prepared: Prepared, steps: int) -> tuple[
     for line in intervals.notices:
         notice(line)
     return Interval(intervals.evaluate_every), Interval(intervals.save_every)
-
-
-def build_evaluation(
-    config: RunConfig, prepared: Prepared, engine: Engine, batch_size: int, every: Interval
-) -> Evaluation:
-    """Return what the run evaluates. ``batch_size`` is the training micro-batch, used for ``evaluation.batch_size=auto``.
-
-    The scores of the untouched model (the model before training) depend on the model, and on the seed where the initial
-    weights are random.
-    """
-    from pretrain.evaluation.evaluation import Evaluation
-    from pretrain.evaluation.untouched import Untouched
-
-    random_weights = prepared.model.weights() is None or bool(config.transforms)
-    weights_follow_from = ("model", "seed") if random_weights else ("model",)
-    evaluator = build_evaluator(config, prepared, batch_size=batch_size)
-    untouched = Untouched(evaluator, weights_follow_from, is_there=not prepared.base_gone)
-    sampler = build_sampler(config, prepared, engine, evaluator)
-    return Evaluation(untouched, sampler, every, config.evaluation.tasks)
 
 
 def build_loader(config: RunConfig, prepared: Prepared, split: MicroBatching, world: DistributedContext) -> Loader:
@@ -295,9 +218,6 @@ def build_split(config: RunConfig, prepared: Prepared, engine: Engine, *, resume
     ``batch_size=auto`` uses the micro-batch that this run has used so far on the same kind of device, otherwise the largest
     one that fits into memory.
     """
-    import numpy as np
-
-    from pretrain.data.blocks import Blocks
     from pretrain.run.folder import recorded_batch_size
     from pretrain.run.metadata import device_name
     from pretrain.training.batch_size import choose, moment_bytes
@@ -305,19 +225,18 @@ def build_split(config: RunConfig, prepared: Prepared, engine: Engine, *, resume
     requested, world = MicroBatching.from_config(config), engine.world
     if config.batch_size != "auto":
         return requested
-    length = config.sequence_length
-    blocks = Blocks(prepared.train.parts[0].view, length)
 
     def rows(size: int) -> Batch:
-        indices = np.arange(size * world.topology.devices_per_worker)
-        return blocks.batch(indices, document_mask=config.dataset.document_mask)
+        return build_loader(config, prepared, MicroBatching(size, 1), world).batch(0)
 
     size = world.on_main_rank(lambda: recorded_batch_size(resume_from, device=device_name(world.device)))
     if size is not None and requested.total % size == 0:
         split, why = requested.of(size), "as in this run so far"
     else:
         moments = moment_bytes(config.optimizer, engine.model)
-        split, why = choose(engine, rows, total=requested.total, sequence_length=length, moment_bytes=moments)
+        split, why = choose(
+            engine, rows, total=requested.total, sequence_length=config.sequence_length, moment_bytes=moments
+        )
     notice(f"batch_size=auto: batch_size={split.batch_size} gradient_accumulation_steps={split.accumulation} ({why})")
     return split
 
@@ -373,15 +292,19 @@ def build_trainer(
         watchdog: Ends the process if the run makes no progress.
     """
     from pretrain.checkpoint.rng import rng_state
+    from pretrain.run.build_evaluation import build_evaluation
+    from pretrain.run.prepare_data import lines_before_the_start
     from pretrain.runtime.watchdog import Watchdog
     from pretrain.training.trainer import Trainer
 
     folder, steps, watchdog = Path(config.output_dir), prepared.total_steps, watchdog or Watchdog()
+    for line in lines_before_the_start(config, prepared) if world.is_main else ():
+        notice(line)
     engine = build_engine(config, prepared, world)
     rng = rng_state()  # captured before the search for a micro-batch, which draws random numbers
     split = build_split(config, prepared, engine, resume_from=resume_from)
     loader = build_loader(config, prepared, split, world)
-    evaluate_every, save_every = build_intervals(config, prepared, steps)
+    evaluate_every, save_every = build_intervals(config, loader, steps)
     metadata = build_facts(config, prepared, engine, split=split, restarts=restarts)
     exporter = build_exporter(config, prepared, engine, loader, facts=metadata, steps=steps)
     listeners, unsaved_records = build_listeners(config, prepared, folder) if world.is_main else ([], list)

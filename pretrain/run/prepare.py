@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -70,9 +69,7 @@ class Prepared:
         domains: Name, role and held-out documents of each evaluation domain.
         identity: What a checkpoint must share with the run so that it can be resumed.
         boundaries: The tokens before and between documents.
-        number_epochs: Passes over the training documents.
-        max_steps: Number of optimizer steps; ``None``: derived from ``number_epochs``.
-        document_mask: Whether attention and loss are restricted to within each document.
+        total_steps: Optimizer steps of the run; 0 where the task trains nothing.
         notices: Messages about model and domains that are printed once in a run.
         base_gone: The base model no longer exists; ``model`` is the one in a checkpoint of the run.
     """
@@ -83,9 +80,7 @@ class Prepared:
     domains: list[tuple[str, str, TokenView]]
     identity: dict[str, Any]
     boundaries: Boundaries
-    number_epochs: float
-    max_steps: int | None
-    document_mask: bool
+    total_steps: int = 0
     notices: Sequence[str] = ()
     base_gone: bool = False
 
@@ -93,26 +88,6 @@ class Prepared:
     def global_batch(self) -> int:
         """Return the sequences in one optimizer step, over all devices and micro-batches."""
         return int(self.identity["global_batch"])
-
-    @property
-    def sequences(self) -> float:
-        """Return the sequences in one epoch of the training documents, replayed ones included."""
-        blocks = self.train.blocks(self.identity["sequence_length"])
-        return self.train.epoch_samples([len(each) for each in blocks])
-
-    @cached_property
-    def total_steps(self) -> int:
-        """The optimizer steps: ``max_steps``, or the complete global batches in ``number_epochs`` of training tokens.
-
-        Raises ``UserError`` when the text does not fill one global batch, or a part would be read too often.
-        """
-        from pretrain.data.training_data import check_enough, check_epochs
-
-        batch = {"sequence_length": self.identity["sequence_length"], "global_batch": self.global_batch}
-        check_enough(self.train, **batch)
-        steps = self.max_steps or max(1, int(self.sequences * self.number_epochs / self.global_batch))
-        check_epochs(self.train, steps=steps, document_mask=self.document_mask, **batch)
-        return steps
 
 
 def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
@@ -123,65 +98,39 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
         devices: Number of devices of all processes; each computes ``batch_size`` sequences at a time.
 
     Raises:
-        UserError: The model or the data can't be used.
+        UserError: The model or the data can't be used, or there is too little text to train on.
     """
-    from pretrain.data.planned import lines_before_the_start, planned_parts
     from pretrain.data.tokenization.tokenize import training_texts
     from pretrain.models.tokenizer import boundaries
     from pretrain.run.prepare_data import (
         TokenizedSources,
-        padding,
         places_of,
         removed_documents,
         scored_domains,
+        total_steps,
         training_data,
     )
 
     model, replacement = _checked_model(config)
-    dataset = config.dataset
+    dataset, global_batch = config.dataset, MicroBatching.from_config(config).total * devices
     tokenizer = model.tokenizer(lambda: chain.from_iterable(map(training_texts, dataset.sources().values())))
     boundary_tokens = boundaries(tokenizer, bos=dataset.bos, separator=dataset.separator)
     texts = TokenizedSources(tokenizer, boundary_tokens, places_of(config))
     train, content = training_data(config, texts)
     domains, notices = scored_domains(config, texts)
+    steps = total_steps(config, train, global_batch) if config.task == "pretraining" else 0
     identity = {
         "model": replacement.identity if replacement else model.identity(),
         "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.backend_tokenizer.to_str().encode()),
         "data": content,
-        "global_batch": MicroBatching.from_config(config).total * devices,
+        "global_batch": global_batch,
         **_config_identity(config),
     }
-    notices = (
-        ([replacement.notice] if replacement else [])
-        + notices
-        + removed_documents(dataset, texts)
-        + padding(train, config.sequence_length)
-    )
-    prepared = Prepared(
-        model,
-        tokenizer,
-        train,
-        domains,
-        identity,
-        boundary_tokens,
-        config.number_epochs,
-        config.max_steps,
-        dataset.document_mask,
-        notices,
-        base_gone=replacement is not None,
-    )
-    if config.task != "pretraining" or len(train.parts) == 1:
-        return prepared
-    steps = prepared.total_steps
-    identity["mixture"] = train.table(steps=steps, global_batch=prepared.global_batch)
-    planned = planned_parts(
-        train,
-        steps=steps,
-        global_batch=prepared.global_batch,
-        sequence_length=config.sequence_length,
-        document_mask=dataset.document_mask,
-    )
-    return replace(prepared, notices=[*notices, *lines_before_the_start(planned, train, steps=steps)])
+    if len(train.parts) > 1:
+        identity["mixture"] = train.table(steps=steps, global_batch=global_batch)
+    notices = ([replacement.notice] if replacement else []) + notices + removed_documents(dataset, texts)
+    gone = replacement is not None
+    return Prepared(model, tokenizer, train, domains, identity, boundary_tokens, steps, notices, base_gone=gone)
 
 
 def _config_identity(config: RunConfig) -> dict[str, Any]:

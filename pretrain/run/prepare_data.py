@@ -13,7 +13,7 @@ from pretrain.data.domains import evaluation_domains, view_options
 from pretrain.data.fim import fill_in_middle
 from pretrain.data.shares import mixture_phases
 from pretrain.data.sources.mixture import Mixture
-from pretrain.data.training_data import Part, TrainingData
+from pretrain.data.training_data import Part, TrainingData, check_enough, check_epochs
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pretrain.data.sources.base import Dataset, Source
     from pretrain.data.store.token_store import TokenStore, TokenView
     from pretrain.models.tokenizer import Boundaries
+    from pretrain.run.prepare import Prepared
 
 ScoredDomain = tuple[str, str, "TokenView"]  # name, role and held-out documents
 
@@ -35,9 +36,7 @@ class TokenizedSources:
     tokenizer: Any
     boundaries: Boundaries
     places: Mapping[int, str] = field(default_factory=dict)
-    _stores: dict[int, tuple[Source, TokenStore]] = field(
-        default_factory=dict
-    )  # by the id of the source, which is kept
+    _stores: dict[int, tuple[Source, TokenStore]] = field(default_factory=dict)  # id of the source → it and its tokens
 
     def store(self, source: Source) -> TokenStore:
         """Return all documents of ``source``."""
@@ -92,12 +91,11 @@ def training_data(config: RunConfig, texts: TokenizedSources) -> tuple[TrainingD
     caps: dict[str, float] = dataset.by_source(dataset.max_epochs) if isinstance(dataset, Mixture) else {}
     weights: dict[str, float] = dataset.by_source(dataset.loss_weights) if isinstance(dataset, Mixture) else {}
     for name, source in sources.items():
-        view = texts.views(source)[0]
+        view, weight = texts.views(source)[0], weights.get(name, 1.0)
         with _named(texts.places.get(id(source), "dataset")):
             vocabulary = texts.tokenizer.get_vocab() if source.fim_rate else {}
             fim = fill_in_middle(source.fim_rate, source.fim_spm_rate, vocabulary)
-        parts.append(Part(name, view, name in replay, weights.get(name, 1.0), caps.get(name), source.packing, fim))
-        weight = weights.get(name, 1.0)
+        parts.append(Part(name, view, name in replay, weight, caps.get(name), source.packing, fim))
         contents.append(_content(texts.store(source), source, mask=dataset.document_mask, loss_weight=weight))
     content: list[Any]
     content = contents[0] if len(contents) == 1 else [[name, c] for name, c in zip(sources, contents, strict=True)]
@@ -162,16 +160,32 @@ def removed_documents(dataset: Dataset, texts: TokenizedSources) -> list[str]:
     return [f"dataset {name!r}: {line}" for name, line in lines.items() if line]
 
 
-def padding(data: TrainingData, sequence_length: int) -> list[str]:
-    """Return a line for each part with best-fit packing that says how much of it is padding."""
-    from pretrain.data.best_fit import BestFitBlocks
+def total_steps(config: RunConfig, train: TrainingData, global_batch: int) -> int:
+    """Return the optimizer steps: ``max_steps``, or the complete global batches in ``number_epochs`` of training tokens.
 
-    packed = {part.name: part.blocks(sequence_length) for part in data.parts}
-    return [
-        f"dataset {name!r}: best-fit packing into {len(blocks):,} sequences; {blocks.padding:.2%} of their positions are padding"
-        for name, blocks in packed.items()
-        if isinstance(blocks, BestFitBlocks)
-    ]
+    Raises ``UserError`` when the text does not fill one global batch, or a part would be read too often.
+    """
+    batch = {"sequence_length": config.sequence_length, "global_batch": global_batch}
+    check_enough(train, **batch)
+    samples = train.epoch_samples(config.sequence_length) * config.number_epochs
+    steps = config.max_steps or max(1, int(samples / global_batch))
+    check_epochs(train, steps=steps, document_mask=config.dataset.document_mask, **batch)
+    return steps
+
+
+def lines_before_the_start(config: RunConfig, prepared: Prepared) -> list[str]:
+    """Return what is printed about the training data before a run starts: the table of the parts, warnings, padding."""
+    from pretrain.data.planned import padding, planned_parts, table_and_warnings
+
+    planned = planned_parts(
+        prepared.train,
+        steps=prepared.total_steps,
+        global_batch=prepared.global_batch,
+        sequence_length=config.sequence_length,
+        document_mask=config.dataset.document_mask,
+    )
+    lines = table_and_warnings(planned, prepared.train, steps=prepared.total_steps)
+    return [*padding(prepared.train, config.sequence_length), *lines]
 
 
 def tokenized(source: Source, tokenizer: Any, boundary_tokens: Boundaries) -> TokenStore:

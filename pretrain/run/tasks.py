@@ -97,12 +97,11 @@ def prepare_and_join(config: RunConfig, interrupt: Interrupt, place: RankInfo) -
         mute()
     with quietly() if place.prepared else nullcontext():
         prepared = prepare(config, devices=place.topology.data_parallel_devices)
-    steps = prepared.total_steps
     interrupt.defer_signals = (
         place.topology.world_size > 1
     )  # from here on the other ranks would wait for a process that exits
     world = build.build_world(config, place, group=config.strategy.needs_group)
-    check_ranks_agree(world, {"configuration": config.plain, "steps": steps} | prepared.identity)
+    check_ranks_agree(world, {"configuration": config.plain, "steps": prepared.total_steps} | prepared.identity)
     return prepared, world
 
 
@@ -192,6 +191,7 @@ def tokenization(config: RunConfig, overrides: list[str], interrupt: Interrupt) 
 def evaluation(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     """Score the model on the held-out documents of every configured domain."""
     from pretrain.evaluation.run_tasks import run_tasks
+    from pretrain.run.build_evaluation import build_evaluator, build_sampler
     from pretrain.run.metadata import run_facts
     from pretrain.telemetry.events import Evaluated, Event, MetricsEvent, RunStarted, Sampled
 
@@ -207,8 +207,8 @@ def evaluation(config: RunConfig, overrides: list[str], interrupt: Interrupt) ->
     uniform = prepared.model.uniform_loss()
     listeners, _ = build.build_listeners(config, prepared, folder.path, watch_files=False)
     with out_of_memory_explained(config, world), watched("evaluation"):
-        evaluator = build.build_evaluator(config, prepared)
-        sampler = build.build_sampler(config, prepared, scorer, evaluator)
+        evaluator = build_evaluator(config, prepared)
+        sampler = build_sampler(config, prepared, scorer, evaluator)
         scores = evaluator.run(scorer, announce=True) or ()
         metrics = run_tasks(config.evaluation.tasks, scorer, announce=True) or ()
         samples = sampler.run(scorer) or ()

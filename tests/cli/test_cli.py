@@ -84,7 +84,17 @@ KEYS = [
         "phases[0]: a phase has no 'replay_shar'; did you mean 'replay_share'",
     ),
     (["experiment=nope"], "experiment=nope: no such choice; allowed: "),
-    (["model=null"], "group override must be a string or a list"),
+    (["model=null"], "model=null: model is a group; choose pretrained · scratch, or set one of its keys: model.KEY=…"),
+    (["dataset=mixture", "dataset.parts=3"], "dataset.parts=3: input should be a valid dictionary"),
+    (
+        ["dataset=mixture", "dataset.parts.es=es/"],
+        "dataset.parts.es='es/': not a dataset; choose its kind: dataset@dataset.parts.es",
+    ),
+    (
+        ["replay.source.nameOrPath=x"],
+        ": not a dataset; choose its kind: dataset@replay.source=local replay.source.nameOrPath=…",
+    ),
+    (["replay=0.25"], "replay=0.25: replay is a group; choose default, or set one of its keys: replay.KEY=…"),
     (["lr=fast"], "lr='fast': input should be a valid number"),
     (["lr=0"], "lr=0: input should be greater than 0"),
     (["lr=-1e-3"], "lr=-0.001: input should be greater than 0"),

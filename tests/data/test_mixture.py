@@ -198,9 +198,10 @@ def test_statistics_count_parts_and_their_sources(views):
 
 def test_an_epoch_is_the_new_text_once_with_its_replay(views):
     data = mixture(views, MixturePhase(0.0, (0.5, 0.25, 0.25)), c={"replay": True})
-    assert data.epoch_samples([60, 30, 5]) == 90 / 0.75
+    new = sum(len(blocks) for blocks in data.blocks(LENGTH)[:2])
+    assert data.epoch_samples(LENGTH) == new / 0.75
     phases = MixturePhase(0.0, (0.5, 0.5, 0.0)), MixturePhase(0.8, (0.5, 0.0, 0.5))
-    assert mixture(views, *phases, c={"replay": True}).epoch_samples([60, 30, 5]) == pytest.approx(90 / 0.9)
+    assert mixture(views, *phases, c={"replay": True}).epoch_samples(LENGTH) == pytest.approx(new / 0.9)
 
 
 def test_a_part_without_a_sequence_is_an_error_only_where_it_has_a_share(views, tmp_path, store_of):

@@ -6,7 +6,7 @@ from texts import some_text
 
 from pretrain.data import planned as module
 from pretrain.data.loader import Loader
-from pretrain.data.planned import lines_before_the_start, planned_parts
+from pretrain.data.planned import planned_parts, table_and_warnings
 from pretrain.data.statistics import DataStatistics
 from pretrain.data.training_data import MixturePhase, Part, TrainingData
 
@@ -46,7 +46,7 @@ def test_what_is_planned_is_what_is_read(views):
 
 
 def test_the_table(views):
-    lines = lines_before_the_start(
+    lines = table_and_warnings(
         planned_parts(mixture(views, *PHASES), steps=40, **RUN), mixture(views, *PHASES), steps=40
     )
     assert lines[0].split() == ["part", "training", "tokens", "weight", "from", "step", "30", "epochs"]
@@ -62,7 +62,7 @@ def test_the_table(views):
 
 def test_one_part_has_no_table(views):
     data = TrainingData((Part("a", views[0]),))
-    assert lines_before_the_start(planned_parts(data, steps=9999, **RUN), data, steps=9999) == []
+    assert table_and_warnings(planned_parts(data, steps=9999, **RUN), data, steps=9999) == []
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_part_that_is_repeated_too_often_is_warned_of(epochs, says, views):
     steps = round(epochs * (views[2].num_tokens - 1) // 16 / 0.2 / 8)
     found = planned_parts(data, steps=steps, **RUN)
     assert found[2].epochs == pytest.approx(epochs, rel=0.1)
-    warned = [line for line in lines_before_the_start(found, data, steps=steps) if "will be seen" in line]
+    warned = [line for line in table_and_warnings(found, data, steps=steps) if "will be seen" in line]
     assert len(warned) == sum(row.epochs > 4 for row in found)
     if says:
         assert f"part 'c' will be seen {found[2].epochs:.1f} times" in warned[-1]
@@ -83,7 +83,7 @@ def test_a_part_that_is_repeated_too_often_is_warned_of(epochs, says, views):
 def test_documents_that_two_parts_share_are_counted(views, monkeypatch):
     data = mixture(views)
     found = planned_parts(data, steps=2, **RUN)
-    common = [line for line in lines_before_the_start(found, data, steps=2) if "in common" in line]
+    common = [line for line in table_and_warnings(found, data, steps=2) if "in common" in line]
     assert common == ["parts 'a' and 'b' have 7 documents in common, which are trained on in both"]
     documents = np.random.default_rng(0).integers(0, 2**64, (3, 20_000), dtype=np.uint64)
     documents[1, :8000] = documents[0, :8000]

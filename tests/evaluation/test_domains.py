@@ -55,6 +55,15 @@ def test_the_training_data_itself_is_scored_once():
     assert list(base_domains(local("english"), {"base": English()})) == ["base/english"]
 
 
+def test_replayed_text_takes_no_domain_s_place():
+    bases = {"replay": local("a.txt"), "replay+": local("b.txt")}
+    found = evaluation_domains(local("n.txt"), bases, local("c.txt"))
+    assert [(d.source.nameOrPath, d.role) for d in found] == [
+        *[("n.txt", "new"), ("a.txt", "base"), ("b.txt", "base"), ("c.txt", "base")]
+    ]
+    assert len(evaluation_domains(local("n.txt"), bases, local("a.txt"))) == 3, "it is scored once"
+
+
 @pytest.fixture(scope="module")
 def trains(tmp_path_factory):
     """Three folders, each with another train.jsonl."""

@@ -1,0 +1,91 @@
+"""Build the evaluation of a run from its config and its prepared data: the domains, the samples, and when they are due."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pretrain.run.prepare import Prepared
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from pretrain.config.schema import RunConfig
+    from pretrain.data.store.token_store import TokenView
+    from pretrain.evaluation.evaluation import Evaluation
+    from pretrain.evaluation.perplexity import Domain, Evaluator
+    from pretrain.evaluation.samples import Sampler
+    from pretrain.strategy.engine import Engine, InferenceEngine
+    from pretrain.telemetry.interval import Interval
+
+
+def build_evaluator(config: RunConfig, prepared: Prepared, *, batch_size: int | None = None) -> Evaluator:
+    """Return the evaluator of all configured domains.
+
+    Args:
+        batch_size: The training micro-batch, used for ``evaluation.batch_size=auto``; ``None`` outside a training run.
+
+    Raises:
+        UserError: ``evaluation.batch_size`` is auto and there is no training run.
+    """
+    from pretrain.data.evaluation import evaluation_batches, first_tokens
+    from pretrain.evaluation.perplexity import Domain, Evaluator
+
+    for line in prepared.notices:
+        notice(line)
+    policy = config.evaluation
+    rows_scored = batch_size if policy.batch_size == "auto" else policy.batch_size
+    if rows_scored is None:
+        raise UserError("evaluation.batch_size=auto is the batch_size of a training run; this task needs a number")
+
+    settings = {
+        "sequence_length": config.sequence_length,
+        "document_mask": config.dataset.document_mask,
+        "tokenizer": prepared.identity["tokenizer"],
+        "precision": config.precision.name,
+    }
+
+    def domain(name: str, role: str, held_out: TokenView) -> Domain:
+        batches = evaluation_batches(
+            held_out,
+            sequence_length=config.sequence_length,
+            batch_size=rows_scored,
+            document_mask=config.dataset.document_mask,
+            max_tokens=policy.max_tokens,
+        )
+        prompts = first_tokens(batches.view, policy.samples, policy.sample_prompt_tokens)
+        return Domain(name, role, batches, prompts, settings)
+
+    return Evaluator([domain(*d) for d in prepared.domains])
+
+
+def build_sampler(config: RunConfig, prepared: Prepared, scorer: InferenceEngine, evaluator: Evaluator) -> Sampler:
+    """Return the sampler that generates continuations of the first tokens of held-out documents and of the user's prompts.
+
+    Raises ``UserError`` for a prompt longer than the model's number of positions.
+    """
+    from pretrain.evaluation.samples import Sampler, prompts_of
+
+    policy, tokenizer = config.evaluation, prepared.tokenizer
+    boundary_tokens, positions = prepared.boundaries, scorer.model.num_positions
+    first = boundary_tokens.separator if boundary_tokens.bos is None else boundary_tokens.bos
+    prompts = prompts_of(evaluator.domains, policy, tokenizer, first=first, num_positions=positions)
+    return Sampler(prompts, tokenizer, policy.sample_tokens, separator=boundary_tokens.separator)
+
+
+def build_evaluation(
+    config: RunConfig, prepared: Prepared, engine: Engine, batch_size: int, every: Interval
+) -> Evaluation:
+    """Return what the run evaluates. ``batch_size`` is the training micro-batch, used for ``evaluation.batch_size=auto``.
+
+    The scores of the untouched model (the model before training) depend on the model, and on the seed where the initial
+    weights are random.
+    """
+    from pretrain.evaluation.evaluation import Evaluation
+    from pretrain.evaluation.untouched import Untouched
+
+    random_weights = prepared.model.weights() is None or bool(config.transforms)
+    weights_follow_from = ("model", "seed") if random_weights else ("model",)
+    evaluator = build_evaluator(config, prepared, batch_size=batch_size)
+    untouched = Untouched(evaluator, weights_follow_from, is_there=not prepared.base_gone)
+    sampler = build_sampler(config, prepared, engine, evaluator)
+    return Evaluation(untouched, sampler, every, config.evaluation.tasks)
