@@ -80,6 +80,17 @@ def wait_for(run: Path, step: int, process) -> None:
         time.sleep(0.005)
 
 
+def kill_and_resume(arguments, run: Path, command, spawn, *, at: int) -> None:
+    """Kill the run of ``arguments`` with SIGKILL once it has done step ``at``, and start the same command again."""
+    words = [*arguments, f"output_dir={run}"]
+    process = spawn(words)
+    wait_for(run, at, process)
+    process.kill()
+    process.wait()
+    code, _, err = command(words)
+    assert code == 0, err
+
+
 def injected(tmp_path, lines):
     """The environment of a process whose Python does ``lines`` first."""
     folder = tmp_path / "injected"

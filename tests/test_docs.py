@@ -84,17 +84,11 @@ def place(tmp_path_factory, corpus, other_corpus, tiny_model, checkpoint):
     return folder
 
 
-@pytest.mark.parametrize("words", commands())
-def test_command(words, place, command, spawn, monkeypatch, tiny_model, tmp_path):
-    monkeypatch.chdir(place)
-    if "--help" in words or "--cfg" in words:
-        assert command(words)[0] == 0
-        return
+def small_settings(words: list[str], tiny_model: Path) -> list[str]:
+    """Return what makes a command of the pages a run of seconds."""
     small = ["max_steps=2", "sequence_length=32", "evaluation.max_tokens=200", "evaluation.sample_tokens=4"]
     if not any(w.startswith("batch_size=") for w in words):
         small.append("batch_size=2")
-    if any(w.startswith("launch.nodes=") for w in words):  # tests/launch/test_nodes.py has the nodes
-        words = [w.replace("/shared/books", "books").replace("/shared/", "") for w in words if "launch." not in w]
     if not any(w.startswith(("model_name=", "model=")) for w in words):
         small.append(f"model_name={tiny_model}")
     if not any(w.startswith(("evaluation", "dataset@evaluation")) for w in words) and words != [
@@ -105,7 +99,19 @@ def test_command(words, place, command, spawn, monkeypatch, tiny_model, tmp_path
     if words and not any(w.startswith(("sink", "+sink", "task=", "experiment=")) for w in words):
         small.append("sink=[console,jsonl]")  # the page of the default run is enough
     if "task=generation" in words:
-        small = ["sequence_length=32", "generation.max_new_tokens=4"]
+        return ["sequence_length=32", "generation.max_new_tokens=4"]
+    return small
+
+
+@pytest.mark.parametrize("words", commands())
+def test_command(words, place, command, spawn, monkeypatch, tiny_model, tmp_path):
+    monkeypatch.chdir(place)
+    if "--help" in words or "--cfg" in words:
+        assert command(words)[0] == 0
+        return
+    if any(w.startswith("launch.nodes=") for w in words):  # tests/launch/test_nodes.py has the nodes
+        words = [w.replace("/shared/books", "books").replace("/shared/", "") for w in words if "launch." not in w]
+    small = small_settings(words, tiny_model)
     if any(
         "owner/name" in w or "://" in w for w in words
     ):  # the network is out of reach here: all but reading it is checked

@@ -8,7 +8,7 @@ import pytest
 
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
-from tests.runs import assert_same_run, losses, wait_for
+from tests.runs import assert_same_run, kill_and_resume, losses
 
 
 @pytest.fixture
@@ -124,12 +124,7 @@ def test_two_processes_equal_one_also_when_they_are_killed(strategy, arguments, 
     assert parts(tmp_path / "whole") == parts(tmp_path / "one")
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
     run = tmp_path / "run"
-    process = spawn([*pair, f"output_dir={run}"])
-    wait_for(run, 12, process)
-    process.kill()
-    process.wait()
-    code, _, err = command([*pair, f"output_dir={run}"])
-    assert code == 0, err
+    kill_and_resume(pair, run, command, spawn, at=12)
     assert_same_run(run, tmp_path / "whole")
 
 

@@ -14,7 +14,7 @@ from pretrain.checkpoint.store import load
 from pretrain.checkpoint.weights import weights_folder
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
-from tests.runs import assert_same_run, numbers, wait_for
+from tests.runs import assert_same_run, kill_and_resume, numbers, wait_for
 
 
 @pytest.mark.parametrize("at", [7, 19])
@@ -52,12 +52,7 @@ def test_kill_9_of_two_processes_and_the_same_command(strategy, base_arguments, 
     code, _, err = command([*pair, f"output_dir={tmp_path / 'whole'}"])
     assert code == 0, err
     run = tmp_path / "run"
-    process = spawn([*pair, f"output_dir={run}"])
-    wait_for(run, 12, process)
-    process.kill()
-    process.wait()
-    code, _, err = command([*pair, f"output_dir={run}"])
-    assert code == 0, err
+    kill_and_resume(pair, run, command, spawn, at=12)
     assert numbers(run) == numbers(tmp_path / "whole")
     states = [load(folder / "checkpoints/step-00000020")["engine"] for folder in (run, tmp_path / "whole")]
     for kind in ("model", "optimizer"):

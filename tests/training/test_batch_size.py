@@ -172,6 +172,21 @@ def test_auto_is_the_run_with_that_number(base_arguments, command, tmp_path):
     assert "batch_size=auto: batch_size=2 gradient_accumulation_steps=2 (as in this run so far)" in said
 
 
+def test_a_mixture_whose_first_part_is_small(base_arguments, corpus, command, tmp_path):
+    """It has fewer sequences than are tried at once."""
+    (tmp_path / "small").mkdir()
+    for number in range(2):
+        (tmp_path / f"small/{number}.txt").write_text((corpus / f"{number:02}.txt").read_text()[:150])
+    places = {"a": tmp_path / "small", "b": corpus}
+    mixture = [word for word in base_arguments if not word.startswith("dataset")] + ["dataset=mixture"]
+    for name, place in places.items():
+        mixture += [f"dataset@dataset.parts.{name}=local", f"dataset.parts.{name}.nameOrPath={place}"]
+    more = [*AUTO, "~evaluation.domains.base", "dataset.parts.a.held_out=0", "max_steps=1", "sink=jsonl"]
+    code, _, said = command([*mixture, *more, f"output_dir={tmp_path / 'run'}"])
+    assert code == 0, said
+    assert "batch_size=auto: batch_size=4 " in said
+
+
 def test_two_processes(base_arguments, exact_model, command, tmp_path):
     """Each finds its own, and they agree; the losses are those of one process."""
     common = [*base_arguments, f"model_name={exact_model('llama')}", "max_steps=5", "sink=jsonl"]

@@ -78,17 +78,33 @@ def prepare(
     make_private(cache)
     num_workers = num_workers or source.num_workers or default_workers()
     encoder = _encoder(cache, tokenizer_json, source, eot=eot, bos=bos)
+    units, outcomes = _tokenized_units(source, cache, encoder, num_workers)
+    boundaries = {"eot": eot} | ({} if bos is None else {"bos": bos})
+    store = TokenStore(_write_manifest(cache / "stores", source.domain, boundaries, units, outcomes))
+    store.files = files_of(units, (digests for _, digests in outcomes))
+    if not store.num_documents:
+        raise UserError(f"dataset {source.domain!r}: no text: {_why_empty(store, source)}")
+    if copied := _copied_pieces(units, store):
+        notice(f"dataset {source.domain!r}: {_why_copied(copied, encoder)}")
+    if encoder.near:
+        store.kept("near")  # decided here, before other processes open the store
+    return store
+
+
+def _tokenized_units(
+    source: Source, cache: Path, encoder: Encoder, num_workers: int
+) -> tuple[list[WorkUnit], list[Outcome]]:
+    """Tokenize the units of the source that are not in the cache, and return all units with their outcomes."""
     limit = [] if source.max_tokens is None else [source.max_tokens]
     key = key_of(FORMAT, source.identity(), encoder.options.key(), *limit)
-    memory = cache / "files" / f"{key}.json"
-    started_at = time.time()
-    records = UnitRecords(cache / "progress" / key_of(key, encoder.tokenizer_key, eot, bos), memory, started_at)
+    memory, started_at = cache / "files" / f"{key}.json", time.time()
+    progress = cache / "progress" / key_of(key, encoder.tokenizer_key, encoder.eot, encoder.bos)
+    records = UnitRecords(progress, memory, started_at)
     if source.max_tokens is None:
         with exclusive(cache / "locks" / f"{key}.lock", source.domain):
             units = list(group(_pieces(source, cache, recall(memory))))
-            if any(
-                piece.digest is None for unit in units for piece in unit.pieces
-            ):  # others need not cut the files again
+            if any(piece.digest is None for unit in units for piece in unit.pieces):
+                # other processes need not cut the files again
                 remember(memory, units, ([piece.digest for piece in unit.pieces] for unit in units), started_at)
         outcomes = _encode_all(units, encoder, records, num_workers, source.domain)
     else:
@@ -96,26 +112,19 @@ def prepare(
         units, outcomes = _encode_first(source.max_tokens, lazily, encoder, records, num_workers, source.domain)
     remember(memory, units, (digests for _, digests in outcomes), started_at)
     records.remove()
-    if source.max_tokens is not None:
-        outcomes = _limited(source.max_tokens, outcomes, encoder)
-        units = units[: len(outcomes)]
-    store = TokenStore(
-        _write_manifest(
-            cache / "stores", source.domain, {"eot": eot} | ({} if bos is None else {"bos": bos}), units, outcomes
-        )
-    )
-    store.files = files_of(units, (digests for _, digests in outcomes))
-    if not store.num_documents:
-        raise UserError(f"dataset {source.domain!r}: no text: {_why_empty(store, source)}")
-    if copied := [
+    if source.max_tokens is None:
+        return units, outcomes
+    outcomes = _limited(source.max_tokens, outcomes, encoder)
+    return units[: len(outcomes)], outcomes
+
+
+def _copied_pieces(units: list[WorkUnit], store: TokenStore) -> list[FileRange]:
+    """Return the large files of token ids that could not be read in place."""
+    return [
         piece
         for unit, part in zip(units, store.parts, strict=True)
         if part.tokens_at is None and (piece := token_piece(unit)) and piece.size >= OWN_UNIT_BYTES
-    ]:
-        notice(f"dataset {source.domain!r}: {_why_copied(copied, encoder)}")
-    if encoder.near:
-        store.kept("near")  # decided here, before other processes open the store
-    return store
+    ]
 
 
 def _why_copied(pieces: list[FileRange], encoder: Encoder) -> str:
