@@ -176,7 +176,7 @@ def test_a_mixture_whose_first_part_is_small(base_arguments, corpus, command, tm
     """It has fewer sequences than are tried at once."""
     (tmp_path / "small").mkdir()
     for number in range(2):
-        (tmp_path / f"small/{number}.txt").write_text((corpus / f"{number:02}.txt").read_text()[:150])
+        (tmp_path / f"small/{number}.txt").write_text((corpus / f"{number:02}.txt").read_text()[:60])
     places = {"a": tmp_path / "small", "b": corpus}
     mixture = [word for word in base_arguments if not word.startswith("dataset")] + ["dataset=mixture"]
     for name, place in places.items():
