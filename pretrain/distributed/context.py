@@ -29,6 +29,7 @@ from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
 group_entered = False  # whether this process has ever been in a process group
 
 
@@ -81,25 +82,18 @@ class DistributedContext:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, value: int) -> int:
-        """Return the sum of a host integer over all ranks."""
+    def sum(self, value: Number) -> Number:
+        """Return the sum of a host integer, or of a float in fp64, over all ranks."""
         if self.size == 1:
             return value
-        total = torch.tensor(int(value))
+        total = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
         dist.all_reduce(total, group=self.group)
-        return int(total)
+        found: Any = total.item()
+        return found
 
-    def data_sum(self, value: int) -> int:
-        """Return the sum of a host integer over the shares of the data."""
-        return self.sum(value if self.is_data_leader else 0)
-
-    def data_sum_float(self, value: float) -> float:
-        """Return the sum of a host number over the shares of the data, in fp64."""
-        if self.size == 1:
-            return value
-        total = torch.tensor(value if self.is_data_leader else 0.0, dtype=torch.float64)
-        dist.all_reduce(total, group=self.group)
-        return float(total)
+    def data_sum(self, value: Number) -> Number:
+        """Return the sum of a host number over the shares of the data, see `sum`."""
+        return self.sum(value if self.is_data_leader else value * 0)
 
     def any_rank(self, *flags: bool) -> list[bool]:
         """Return for each of ``flags`` whether it is true on any rank."""

@@ -71,7 +71,7 @@ def check_same_run(
         why = " (the files have changed since the run started)" if part in ("model", "tokenizer", "data") else ""
         if part == "data" and files:
             keys.append(f"the data has changed since the run started: {files}")
-        if part == "data" and not keys and LATER_KEYS[0].partition(".")[2] not in (earlier.get("dataset") or {}):
+        if part == "data" and not keys and "bos" not in (earlier.get("dataset") or {}):
             keys.append(
                 f"{'; '.join(LATER_KEYS)}: the run started without BOS before documents; {LATER_KEYS[0]}=false continues it"
             )

@@ -201,7 +201,7 @@ class Engine(EngineState, InferenceEngine):
         if batch.loss_weights is None:
             return tokens
         with self.timer.part("communication"):
-            return self.world.data_sum_float(batch.sum_of_weights) or 1.0
+            return self.world.data_sum(batch.sum_of_weights) or 1.0
 
     def backward(self, batch: Batch, *, tokens: float, last: bool) -> Tensor:
         """Accumulate the gradients of one micro-batch; return its part of the global mean loss, on the device.
