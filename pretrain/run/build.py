@@ -1,6 +1,7 @@
 """Build the objects of a run (engine, loader, evaluator, trainer, …) from its config and its prepared data.
 
-This is the only module that knows all parts; each part receives the others as constructor arguments.
+This module alone knows all parts, and `build_evaluation` those of the evaluation; each part receives the others as
+constructor arguments.
 """
 
 from __future__ import annotations
