@@ -92,7 +92,7 @@ def test_one_process(arguments, command, tmp_path):
         ([], "dataset.parts.code.nameOrPath=nowhere: no such file"),
         (
             ["dataset.max_epochs.es=0.01", "dataset.parts.code.nameOrPath={corpus}"],
-            "dataset.max_epochs.es=0.01: the run would read it 0.0322 times",
+            "max_epochs=0.01 of part 'es': the run would read it 0.0322 times",
         ),
         (
             ["sequence_length=128", "dataset.parts.code.nameOrPath={corpus}/x.txt"],

@@ -8,16 +8,12 @@ from pretrain.data.replay import Phase
 from pretrain.data.sources.base import Dataset
 from pretrain.data.sources.mixture import Mixture
 from pretrain.data.training_data import MixturePhase, Part
-from pretrain.runtime.errors import UserError
 
 
 def mixture_phases(
     dataset: Dataset, parts: Sequence[Part], replay_share: float, phases: Sequence[Phase]
 ) -> tuple[MixturePhase, ...]:
-    """Return the shares of ``parts`` from the start of the run and from each of ``phases`` on.
-
-    Raises ``UserError`` where only some parts have a weight.
-    """
+    """Return the shares of ``parts`` from the start of the run and from each of ``phases`` on."""
     sizes = {part.name: part.view.num_tokens for part in parts if not part.replay}
     replayed = proportional({part.name: part.view.num_tokens for part in parts if part.replay})
     weights = dict(dataset.weights) if isinstance(dataset, Mixture) else {}
@@ -42,10 +38,6 @@ def new_shares(dataset: Dataset, sizes: Mapping[str, int], weights: Mapping[str,
     """
     if not isinstance(dataset, Mixture):
         return dict.fromkeys(dataset.sources(), 1.0)
-    if weights and (missing := [name for name in dataset.parts if name not in weights]):
-        raise UserError(
-            f"dataset.weights: no weight for {missing[0]!r}; give every part a weight (0 leaves it out), or none to any"
-        )
     inner = {name: _inner_shares(name, part, sizes) for name, part in dataset.parts.items()}
     tokens = {name: sum(sizes[source] for source in inner[name]) for name in inner}
     outer = proportional(weights or {name: size ** (1 / dataset.temperature) for name, size in tokens.items()})
@@ -54,10 +46,10 @@ def new_shares(dataset: Dataset, sizes: Mapping[str, int], weights: Mapping[str,
 
 def _inner_shares(name: str, part: Dataset, sizes: Mapping[str, int]) -> dict[str, float]:
     """Return the share of each source of a part in this part, by the name of the source in the outer mixture."""
-    if not isinstance(part, Mixture):
-        return {name: 1.0}
-    own = {key: sizes[f"{name}/{key}"] for key in part.sources()}
-    return {f"{name}/{key}": share for key, share in new_shares(part, own, part.weights).items()}
+    names = dict(zip(part.sources(), part.under(name), strict=True))  # its own → those in the outer mixture
+    weights = part.weights if isinstance(part, Mixture) else {}
+    own = new_shares(part, {key: sizes[outer] for key, outer in names.items()}, weights)
+    return {outer: own[key] for key, outer in names.items()}
 
 
 def proportional(weights: Mapping[str, float]) -> dict[str, float]:

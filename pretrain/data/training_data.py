@@ -153,7 +153,7 @@ def check_epochs(
     for part, count, blocks in zip(data.parts, taken, data.blocks(sequence_length), strict=True):
         if part.max_epochs is not None and count > part.max_epochs * len(blocks):
             raise UserError(
-                f"dataset.max_epochs.{part.name}={part.max_epochs:g}: the run would read it {count / len(blocks):.3g} times: "
+                f"max_epochs={part.max_epochs:g} of part {part.name!r}: the run would read it {count / len(blocks):.3g} times: "
                 f"{len(blocks) * sequence_length:,} tokens are there, and its share of the {steps:,} steps is "
                 f"{count * sequence_length:,} tokens; lower its weight or the number of steps, or raise max_epochs"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -12,7 +13,7 @@ import xxhash
 from pretrain.data.domains import evaluation_domains, view_options
 from pretrain.data.fim import fill_in_middle
 from pretrain.data.shares import mixture_phases
-from pretrain.data.sources.mixture import Mixture
+from pretrain.data.sources.mixture import REPLAY, Mixture, by_source
 from pretrain.data.training_data import Part, TrainingData, check_enough, check_epochs
 from pretrain.runtime.errors import UserError
 
@@ -88,8 +89,7 @@ def training_data(config: RunConfig, texts: TokenizedSources) -> tuple[TrainingD
     # sorted, so that the order of the words of a command line does not matter
     sources = dict(sorted(dataset.sources().items())) | replay
     parts, contents = [], []
-    caps: dict[str, float] = dataset.by_source(dataset.max_epochs) if isinstance(dataset, Mixture) else {}
-    weights: dict[str, float] = dataset.by_source(dataset.loss_weights) if isinstance(dataset, Mixture) else {}
+    caps, weights = by_source(dataset, "max_epochs", min), by_source(dataset, "loss_weights", mul)
     for name, source in sources.items():
         view, weight = texts.views(source)[0], weights.get(name, 1.0)
         with _named(texts.places.get(id(source), "dataset")):
@@ -113,7 +113,7 @@ def _replayed(config: RunConfig) -> dict[str, Source]:
     if not any(shares):
         return {}
     if config.replay.source is not None:
-        return {"replay": config.replay.source}
+        return {REPLAY: config.replay.source}
     bases = [
         d for d in evaluation_domains(config.dataset, config.evaluation.domains) if d.role == "base" and not d.part
     ]
@@ -122,7 +122,7 @@ def _replayed(config: RunConfig) -> dict[str, Source]:
             f"replay.share={max(shares)}: there is no old text; name it with dataset@replay.source=..., or as a domain of "
             "evaluation.domains"
         )
-    return {"replay": bases[0].source} if len(bases) == 1 else {f"replay/{d.name}": d.source for d in bases}
+    return {REPLAY: bases[0].source} if len(bases) == 1 else {f"{REPLAY}/{d.name}": d.source for d in bases}
 
 
 def scored_domains(config: RunConfig, texts: TokenizedSources) -> tuple[list[ScoredDomain], list[str]]:

@@ -1,11 +1,13 @@
 """Mistakes in the weights, phases and replay of a run are found before it starts, each with its key."""
 
 import copy
+from operator import mul
 
 import pytest
 
 from pretrain.config.check import check
 from pretrain.config.compose import compose, resolve
+from pretrain.data.sources.mixture import by_source
 from pretrain.runtime.errors import UserError
 
 
@@ -149,7 +151,7 @@ def test_what_is_allowed(checked):
     found = [(phase.start, dict(phase.weights), phase.replay_share) for phase in config.training_phases]
     assert found == [(0.25, {}, 0), (0.5, {"code": 1}, None), (0.75, {"es": 0.5, "code": 0.5}, 0.25)]
     assert list(config.dataset.sources()) == ["es", "code", "more/x"]
-    assert config.dataset.by_source(config.dataset.loss_weights) == {"more/x": 0}
+    assert by_source(config.dataset, "loss_weights", mul) == {"more/x": 0}
 
 
 DEEP = "dataset.parts.more.parts.x"

@@ -221,6 +221,6 @@ def test_a_part_that_would_be_read_too_often_is_an_error_with_its_numbers(views)
     assert data.samples_taken(**run) == loader(data, steps=100).order.taken(800).tolist() == [560, 0, 240]
     there = len(data.blocks(LENGTH)[2])
     check_epochs(mixture(views, *phases, c={"max_epochs": 240 / there}), **run)
-    message = f"max_epochs.c=1: the run would read it {240 / there:.2f} times: {there * LENGTH:,} tokens .* {240 * LENGTH:,} tok"
+    message = f"max_epochs=1 of part 'c': the run would read it {240 / there:.3g} times: {there * LENGTH:,} tokens"
     with pytest.raises(UserError, match=message):
         check_epochs(mixture(views, *phases, c={"max_epochs": 1.0}), **run)

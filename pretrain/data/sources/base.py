@@ -77,6 +77,10 @@ class Dataset(ABC):
     def sources(self) -> dict[str, Source]:
         """Return the sources of documents by the name of their part; a source alone is one part, under its own name."""
 
+    @abstractmethod
+    def under(self, name: str) -> dict[str, Source]:
+        """Return the sources by their names in a mixture that has this dataset as part ``name``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Dataset):
@@ -132,7 +136,10 @@ class Source(Dataset):
             raise UserError(f"{path}.held_out=1: input should be less than 1 for text that is trained on")
 
     def sources(self) -> dict[str, Source]:
-        return {self.domain: self}
+        return self.under(self.domain)
+
+    def under(self, name: str) -> dict[str, Source]:
+        return {name: self}
 
     def options(self) -> ReadOptions:
         """Return the settings that determine how documents are read from files."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from functools import reduce
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
@@ -71,24 +72,25 @@ class Mixture(Dataset):
             raise UserError(f"{path}.loss_weights: all are 0, so that nothing would be learned")
 
     def sources(self) -> dict[str, Source]:
-        found: dict[str, Source] = {}
-        for name, part in self.parts.items():
-            inner = part.sources()
-            found |= (
-                {f"{name}/{key}": inner[key] for key in inner}
-                if isinstance(part, Mixture)
-                else {name: inner.popitem()[1]}
-            )
-        return found
+        return {name: source for key, part in self.parts.items() for name, source in part.under(key).items()}
 
-    def by_source(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Return values that are given by part, such as ``max_epochs``, by the name of each source of the part."""
-        return {
-            name: values[part]
-            for name in self.sources()
-            for part in self.parts
-            if part in values and _is_in(name, part)
-        }
+    def under(self, name: str) -> dict[str, Source]:
+        return {f"{name}/{key}": source for key, source in self.sources().items()}
+
+
+def by_source(
+    dataset: Dataset, key: Literal["max_epochs", "loss_weights"], combined: Callable[[float, float], float]
+) -> dict[str, float]:
+    """Return the values that the mixtures of ``dataset`` give by part, by the names of the sources; where a mixture in a mixture
+    has a value too, the two are ``combined``."""
+    found: dict[str, float] = {}
+    for part_name, part in dataset.parts.items() if isinstance(dataset, Mixture) else ():
+        inner, own = by_source(part, key, combined), getattr(dataset, key).get(part_name)
+        for inside, name in zip(part.sources(), part.under(part_name), strict=True):
+            given = [value for value in (own, inner.get(inside)) if value is not None]
+            if given:
+                found[name] = reduce(combined, given)
+    return found
 
 
 def check_weights(path: str, weights: Mapping[str, float], parts: Collection[str]) -> None:
@@ -103,8 +105,3 @@ def check_names(path: str, values: Collection[str], parts: Collection[str]) -> N
     for name in values:
         if name not in parts:
             raise UserError(f"{path}.{name}: the mixture has no such part{did_you_mean(name, parts)}")
-
-
-def _is_in(name: str, part: str) -> bool:
-    """Return whether the source ``name`` belongs to ``part``."""
-    return name == part or name.startswith(f"{part}/")
