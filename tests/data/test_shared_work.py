@@ -151,7 +151,8 @@ def test_a_dead_holder_is_replaced_and_a_live_one_waited_for(
         holder.start()
         assert holding.wait(10)
         store = prepare(source, tokenizer_json=tokenizer_json, eot=EOT, cache=cache)
-        assert not holder.is_alive() or not holder.join(1)
+        holder.join(10)
+        assert not holder.is_alive()
     finally:
         shared_work.UnitRecords.lock = lock_of  # type: ignore[method-assign]
     assert encoded[-1].pieces[0].start == taken[0][0].pieces[0].start, "the held unit comes last"
