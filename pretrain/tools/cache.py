@@ -32,6 +32,7 @@ from pretrain.runtime.errors import UserError
 from pretrain.runtime.locks import alone, is_held
 from pretrain.runtime.memory import gib
 from pretrain.runtime.redact import redact
+from pretrain.tools.arguments import tool_parser
 
 DAY = 86_400.0
 UNFINISHED_DAYS = 7.0  # parts of no dataset this young may belong to a start that was interrupted and will be continued
@@ -255,9 +256,7 @@ def _delete(paths: Iterable[Path]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m pretrain.tools.cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser("cache", __doc__)
     parser.add_argument("action", nargs="?", choices=("list", "prune", "verify"), default="list")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="the cache; by default that of the runs")
     parser.add_argument(
