@@ -97,7 +97,7 @@ def check(config: dict[str, Any], *, here: bool = True, config_dir: str | None =
                     f"{group}.{name}: {name!r} is not among the chosen {group}s; add it: {group}=[…,{name}]"
                 )
             check_part(f"{group}.{name}", part, PARTS[group], config["allow_targets"])
-    if here:
+    if here and config["task"] != "plan":
         check_here(config)
     run = RunConfig.of(given)
     run.check_data()

@@ -51,8 +51,19 @@ def build_world(config: RunConfig, place: RankInfo, *, group: bool) -> Distribut
 
 def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContext) -> Engine:
     """Return this rank's engine: the model and the optimizer as the strategy sets them up."""
-    from pretrain.optim.combined import check_every_parameter, combined
     from pretrain.strategy.base import StepConfig
+
+    return config.strategy.setup(
+        build_model_factory(config, prepared.model),
+        optimizer_builder(config),
+        StepConfig.of(config),
+        world,
+    )
+
+
+def optimizer_builder(config: RunConfig) -> Callable[[LanguageModel], Optimizer]:
+    """Return a function that builds the optimizer of a model, and checks that it has every parameter that is trained."""
+    from pretrain.optim.combined import check_every_parameter, combined
 
     def optimizer(model: LanguageModel) -> Optimizer:
         if not any(p.requires_grad for p in model.parameters()):
@@ -63,12 +74,7 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
         check_every_parameter(made, model.hf_named_parameters())
         return made
 
-    return config.strategy.setup(
-        build_model_factory(config, prepared.model),
-        optimizer,
-        StepConfig.of(config),
-        world,
-    )
+    return optimizer
 
 
 def build_model_factory(config: RunConfig, model: Any) -> ModelFactory:

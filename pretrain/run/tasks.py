@@ -282,10 +282,28 @@ def export(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int
     return 0
 
 
+def plan(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
+    """Print the memory, the micro-batches and the time of a run that is not started, and write them to plan.json."""
+    from pretrain.plan.plan import check_fits
+    from pretrain.plan.table import show
+    from pretrain.run.planning import plan_of
+    from pretrain.telemetry.run_file import write_json
+
+    folder = claim(config.output_dir, foreign=True).path
+    found = plan_of(config)
+    write_json(folder / "plan.json", found.record())
+    show(found)
+    print(f"{'plan':<12}{folder / 'plan.json'}")
+    if config.plan.require:
+        check_fits(found)
+    return 0
+
+
 # The tasks of one process. Pretraining may have several: the launcher starts it.
 TASKS: dict[str, Callable[[RunConfig, list[str], Interrupt], int]] = {
     "tokenization": tokenization,
     "evaluation": evaluation,
     "generation": generation,
     "export": export,
+    "plan": plan,
 }
