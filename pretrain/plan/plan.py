@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from pretrain.plan.advice import other_settings
 from pretrain.plan.devices import Device
 from pretrain.plan.memory import Kinds, StepMemory, step_memory
 from pretrain.plan.speed import Speed
@@ -29,8 +30,8 @@ KINDS = {  # kind → what it is, in the order of the table
     "moments": "optimizer state",
     "buffers": "buffers of the strategy",
     "activations": "activations of a micro-batch",
-    "loss": "loss: logits of a chunk, gradients of head and hidden state",
-    "temporary": "temporary tensors of backward and update",
+    "loss": "loss (logits, gradient of the head)",
+    "temporary": "temporary tensors",
     "workspace": "workspaces of cuBLAS",
     "other": "other",
 }
@@ -60,7 +61,7 @@ class Plan:
         between_steps: bytes by kind before and after a step.
         host_bytes: host memory of one process for the copy of a checkpoint, and for what is offloaded.
         fits: the largest micro-batches by device.
-        communicated: bytes that one process gathers for each micro-batch, and reduces for each step.
+        communicated: bytes that one process gathers and reduces for each step.
         checkpoint: ``bytes``, ``files`` and ``bytes_per_process`` of a checkpoint.
         data: ``tokens`` of the training documents and ``bytes`` of the token cache; ``None`` where they are not cached.
         speed: operations, steps, tokens/s and hours.
@@ -226,7 +227,7 @@ class Question:
             between_steps=between,
             host_bytes=host,
             fits=tuple(self._fit(device, memory) for device in dict.fromkeys((self.device, *self.compare))),
-            communicated=chosen.communicated() if chosen else {},
+            communicated=_per_step(chosen.communicated(), config) if chosen else {},
             checkpoint=files,
             data=self.data,
             speed=self.speed(meta.hf),
@@ -264,16 +265,6 @@ class Question:
         return changes + self.config.strategy.memory_saving_overrides(StepConfig.of(self.config), self.topology)
 
 
-def other_settings(config: RunConfig, *, is_gpu: bool, checkpointing: bool = True) -> list[str]:
-    """Return the settings of model and precision that need less memory and are not in use yet."""
-    settings = []
-    if checkpointing and not getattr(config.model, "gradient_checkpointing", True):
-        settings.append("model.gradient_checkpointing=true")
-    if is_gpu and config.precision.compute == "float32":
-        settings.append("precision=bf16-mixed")
-    return settings
-
-
 def check_fits(plan: Plan) -> None:
     """Raise ``UserError`` for a plan that does not fit on its device, or of which that is unknown."""
     from pretrain.runtime.memory import gib
@@ -289,6 +280,17 @@ def check_fits(plan: Plan) -> None:
         f"plan.require=true: a step needs {gib(plan.peak_bytes)}, {plan.device.name} has room for "
         f"{gib(plan.device.usable_bytes)}{ways}"
     )
+
+
+def _per_step(sent: Kinds, config: RunConfig) -> Kinds:
+    """Return the bytes that are sent in a step, from those of its last micro-batch."""
+    steps = config.gradient_accumulation_steps
+    reduces_each = config.strategy.name == "fsdp" and not getattr(config.strategy, "accumulate_unsharded", False)
+    found = {
+        "gathered": sent.get("gathered", 0.0) * steps,
+        "reduced": sent.get("reduced", 0.0) * (steps if reduces_each else 1),
+    }
+    return {name: size for name, size in found.items() if size}
 
 
 def _offloads(strategy: Any) -> bool:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pretrain.plan.plan import KINDS, MOST_ROWS, Fit, Plan
+from pretrain.plan.plan import KINDS, MOST_ROWS, Plan
 from pretrain.runtime.memory import gib
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+SHOWN = 2**19  # bytes: smaller numbers would be 0 MiB
 
 
 def show(plan: Plan) -> None:
@@ -52,8 +55,8 @@ def _memory(plan: Plan) -> Table:
     table.add_column("between steps", justify="right")
     for kind, words in KINDS.items():
         at_peak, between = plan.peak.get(kind, 0.0), plan.between_steps.get(kind, 0.0)
-        if at_peak >= 1 or between >= 1:
-            table.add_row(words, gib(at_peak) if at_peak >= 1 else "—", gib(between) if between >= 1 else "—")
+        if max(at_peak, between) >= SHOWN:
+            table.add_row(words, *(gib(size) if size >= SHOWN else "—" for size in (at_peak, between)))
     if plan.peak_bytes is not None:
         table.add_row("total", gib(plan.peak_bytes), gib(sum(plan.between_steps.values())), style="bold")
     for name, size in plan.host_bytes.items():
@@ -91,8 +94,7 @@ def lines(plan: Plan) -> Iterator[tuple[str, str]]:
     for change in plan.changes:
         yield "change", change
     if sent := {name: size for name, size in plan.communicated.items() if size >= 1}:
-        per = {"gathered": "gathered per micro-batch", "reduced": "reduced per step"}
-        yield "network", ", ".join(f"{gib(size)} {per[name]}" for name, size in sent.items())
+        yield "network", ", ".join(f"{gib(size)} {name}" for name, size in sent.items()) + " by each process in a step"
     yield "operations", _operations(plan)
     yield "speed", _speed(plan)
     if speed.steps is not None:
@@ -124,8 +126,3 @@ def _speed(plan: Plan) -> str:
     share = f" at an MFU of {speed.mfu:.1%}" if speed.mfu is not None else ""
     where = "assumed by plan.mfu" if speed.source == "plan.mfu" else f"measured in {speed.source}"
     return f"{speed.tokens_per_second:,.0f} tokens/s{share}, {where}"
-
-
-def largest(fits: tuple[Fit, ...], device: str) -> Fit | None:
-    """Return the fit of one device."""
-    return next((fit for fit in fits if fit.device == device), None)

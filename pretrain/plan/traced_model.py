@@ -80,7 +80,7 @@ def real_tensors() -> Any:
     return unset_fake_temporarily()
 
 
-def traced_spec(spec: CausalLM, *, checkpointing: Any = None, layers: int | None = None) -> CausalLM:
+def traced_spec(spec: Any, *, checkpointing: Any = None, layers: int | None = None) -> Any:
     """Return ``spec`` as it can be traced: not compiled, with attention that needs no GPU, and, where they are given, with
     another ``gradient_checkpointing`` or number of ``layers``."""
     attention = "eager" if spec.attention == "eager" else "sdpa"

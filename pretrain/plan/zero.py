@@ -6,7 +6,7 @@ sizes of its buffers (https://www.deepspeed.ai/docs/config-json/#zero-optimizati
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pretrain.distributed.topology import Topology
@@ -40,13 +40,17 @@ def as_traced(config: RunConfig, topology: Topology) -> tuple[RunConfig, Topolog
 class _Zero(StepMemory):
     """The memory of a step of which the static part is replaced by ``static``."""
 
-    static: Kinds | None = None
+    static: Kinds = field(default_factory=dict)
+    accumulates: bool = False
 
     def phase(self, name: str, rows: int) -> Kinds:
-        return super().phase(name, rows) | (self.static or {}) | self.fixed
+        kinds = super().phase(name, rows) | self.static | self.fixed
+        if name in ("forward", "loss") and not self.accumulates:
+            kinds["gradients"] = 0.0  # the first micro-batch of a step has none yet
+        return kinds
 
     def between_steps(self) -> Kinds:
-        return super().between_steps() | (self.static or {})
+        return super().between_steps() | self.static | {"gradients": 0.0}
 
     def communicated(self) -> Kinds:
         return {}
@@ -72,4 +76,5 @@ def estimated(config: RunConfig, memory: StepMemory, trained: int, topology: Top
     else:
         live = min(LIVE, trained) * size
         static = {"weights": (size + 4) * shard, "gradients": 4 * shard, "moments": 8 * shard, "buffers": live + bucket}
-    return _Zero(memory.layers, memory.corners, memory.fixed, static={"casts": 0.0} | static)
+    accumulates = config.gradient_accumulation_steps > 1
+    return _Zero(memory.layers, memory.corners, memory.fixed, {"casts": 0.0} | static, accumulates)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from pretrain.plan.advice import other_settings
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +48,10 @@ def explained(
         "run": f"after step {step}",
     }[failure.doing]
     advice = {"step": smaller_step(split), "evaluation": smaller_evaluation(evaluation_size)}.get(failure.doing, [])
-    more = [*(other_settings(config, device) if failure.doing in ("step", "run") else ()), *memory_saving_overrides]
+    more = [
+        *(other_settings(config, is_gpu=device.type == "cuda") if failure.doing in ("step", "run") else ()),
+        *memory_saving_overrides,
+    ]
     if failure.doing == "step" and split.batch_size == 1:
         more.append("a shorter sequence_length (another run)")
     if more:
@@ -71,13 +75,3 @@ def smaller_step(split: MicroBatching) -> list[str]:
 def smaller_evaluation(evaluation_size: int) -> list[str]:
     """Return the setting that halves the evaluation's batch of ``evaluation_size`` sequences; nothing at batch size 1."""
     return [f"evaluation.batch_size={evaluation_size // 2} gives the same scores"] if evaluation_size > 1 else []
-
-
-def other_settings(config: RunConfig, device: torch.device) -> list[str]:
-    """Return the settings of model and precision that need less memory and are not in use yet."""
-    advice = []
-    if not getattr(config.model, "gradient_checkpointing", True):
-        advice.append("model.gradient_checkpointing=true")
-    if device.type == "cuda" and config.precision.compute == "float32":
-        advice.append("precision=bf16-mixed")
-    return advice

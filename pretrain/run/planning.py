@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pretrain.runtime.errors import UserError
 from pretrain.strategy.base import StepConfig
 from pretrain.strategy.topology import topology_on
 from pretrain.training.micro_batching import MicroBatching
@@ -73,14 +74,33 @@ def unweighted_spec(config: RunConfig) -> Any:
 
 def cached_data(config: RunConfig, spec: Any) -> dict[str, Any]:
     """Return ``tokens`` and ``bytes`` of the training documents in the token cache; ``None`` where they are not all there."""
-    return {"tokens": None, "bytes": None}
+    from pretrain.data.tokenization.tokenize import cached_size
+    from pretrain.models.tokenizer import boundaries
+    from pretrain.run.prepare_data import domain_boundaries
+
+    unknown = {"tokens": None, "bytes": None}
+    tokens = size = 0
+    try:
+        tokenizer = spec.tokenizer(None)
+        run_boundaries = boundaries(tokenizer, bos=config.dataset.bos, separator=config.dataset.separator)
+        content = tokenizer.backend_tokenizer.to_str()
+        for source in config.dataset.sources().values():
+            own = domain_boundaries(source, tokenizer, run_boundaries)
+            found = cached_size(source, tokenizer_json=content, eot=own.separator, bos=own.bos)
+            if found is None:
+                return unknown
+            tokens += int(found[0] * (1 - source.held_out))
+            size += found[1]
+    except UserError:  # there is no tokenizer yet, or the dataset has mistakes that do not matter here
+        return unknown
+    return {"tokens": tokens, "bytes": size}
 
 
 def planned_steps(config: RunConfig, data: dict[str, Any], global_batch: int) -> tuple[int | None, str | None]:
     """Return the optimizer steps of the run, and where their number is from."""
     if config.max_steps is not None:
         return config.max_steps, "max_steps"
-    if data["tokens"] is None:
+    if data["tokens"] is None or len(config.dataset.sources()) > 1:
         return None, None
     steps = int(data["tokens"] * config.number_epochs / (global_batch * config.sequence_length))
-    return max(1, steps), "number_epochs of the text in the token cache"
+    return max(1, steps), "from number_epochs and the text in the token cache"

@@ -43,7 +43,9 @@ def model_folder(
     """Return the folder of model ``name``: the shipped ``sample``, a local folder, or the snapshot of a Hub repository, which is
     downloaded.
 
-    With ``code=True`` Python files are downloaded too, with ``weights=False`` no weights. Raises ``UserError``, which names the alternatives, when there is no
+    With ``code=True`` Python files are downloaded too, with ``weights=False`` no weights.
+
+    Raises ``UserError``, which names the alternatives, when there is no
     such model.
     """
     if name == "sample":
