@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+
+from pretrain.plan.torch_internals import tree_map
 
 FP32 = frozenset(
     """

@@ -7,15 +7,15 @@ the same on real tensors and on fake ones, which have sizes but no memory. Tempo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from pretrain.plan.torch_internals import FakeTensor, TorchDispatchMode, storage_id, tree_leaves
 
 COMMUNICATING = (
     "c10d",
@@ -78,8 +78,11 @@ class StorageTracker(TorchDispatchMode):
         self.communicated = dict.fromkeys(self.communicated, 0)
 
     def tag(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Set the kind of the storages of ``tensors``."""
-        for storage in filter(None, map(self._storage_of, tensors)):
+        """Set the kind of the storages of ``tensors``. One that was allocated elsewhere counts from now on."""
+        every = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        for tensor in every:
+            self._note(tensor)
+        for storage in filter(None, map(self._storage_of, every)):
             storage.kind = kind
 
     def usage(self) -> dict[str, Usage]:
@@ -100,7 +103,7 @@ class StorageTracker(TorchDispatchMode):
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Note that ``storage`` has another size, which no operation reports."""
-        known = self._live.get(storage._cdata)
+        known = self._live.get(storage_id(storage))
         if known is not None:
             size = self._rounded(storage.nbytes())
             self._log.append((self.phase, known, size - known.size))
@@ -112,7 +115,7 @@ class StorageTracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.namespace == "prim":
             return result
-        is_cast = func is torch.ops.aten._to_copy.default and self.kind == "activations"
+        is_cast = func.name() == "aten::_to_copy" and self.kind == "activations"
         for tensor in result if isinstance(result, (list, tuple)) else (result,):
             for leaf in tree_leaves(tensor):
                 if isinstance(leaf, Tensor):
@@ -122,11 +125,12 @@ class StorageTracker(TorchDispatchMode):
         return result
 
     def _note(self, tensor: Tensor, is_cast_weight: bool = False) -> None:
-        if isinstance(tensor, DTensor) or tensor.device.type == "meta":
+        if isinstance(tensor, DTensor):
             return
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._live:
+        key = storage_id(storage)
+        # A fake tensor's storage is on the meta device, and asking for its own device is an operation.
+        if key in self._live or (type(tensor) is not FakeTensor and tensor.device.type == "meta"):
             return
         made = Storage(self._rounded(storage.nbytes()), "casts" if is_cast_weight else self.kind)
         self._live[key] = made
@@ -143,7 +147,7 @@ class StorageTracker(TorchDispatchMode):
 
     def _storage_of(self, tensor: Tensor) -> Storage | None:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        return self._live.get(local.untyped_storage()._cdata)
+        return self._live.get(storage_id(local.untyped_storage()))
 
     def _communication(self, func: Any, arguments: list[Tensor]) -> None:
         for storage in filter(None, map(self._storage_of, arguments)):
@@ -155,9 +159,3 @@ class StorageTracker(TorchDispatchMode):
 
     def _rounded(self, size: int) -> int:
         return -(-size // self._unit) * self._unit
-
-
-def local_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield each tensor, and of a sharded one the local shard."""
-    for tensor in tensors:
-        yield tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from pretrain.data.batch import Batch
 from pretrain.models import packing
 from pretrain.plan.cuda_operators import CudaOperators
-from pretrain.plan.simulation import SimulatedContext, fake_tensors, resizes_tracked, simulated_group, without_values
+from pretrain.plan.simulation import SimulatedContext
 from pretrain.plan.storages import StorageTracker, Usage
+from pretrain.plan.torch_internals import fake_tensors, resizes_tracked, simulated_group, without_values
 from pretrain.plan.traced_model import TracedFactory, has_copied_head, layers_of, traced_spec
 from pretrain.strategy.base import StepConfig
 from pretrain.strategy.loss_scaler import LossScaler
@@ -131,7 +132,8 @@ def _moments(optimizer: Optimizer) -> Iterator[Tensor]:
 def _traced_step(engine: Engine, tracker: StorageTracker, rows: int, config: RunConfig) -> Trace:
     """Trace a step whose moments exist, and before whose last micro-batch the gradients of the others exist."""
     _give_gradients(engine.model)
-    engine.step(config.grad_clip)
+    engine.optimizer.step()
+    engine.optimizer.zero_grad(set_to_none=True)
     tracker.tag(_moments(engine.optimizer), "moments")
     batch = _batch(rows, config)
     tracker.restart()

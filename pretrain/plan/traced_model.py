@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.models.meta import put_buffers, replace_parameters
 from pretrain.models.model_factory import ModelFactory
 from pretrain.models.probe import by_positions
+from pretrain.plan.torch_internals import TorchDispatchMode, real_tensors
 
 if TYPE_CHECKING:
     from pretrain.models.causal_lm import CausalLM
@@ -73,13 +73,6 @@ class Shapes:
         return torch.empty(shape, dtype=self._weights[name].dtype, device="cpu")
 
 
-def real_tensors() -> Any:
-    """Return a context in which new tensors are real ones."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    return unset_fake_temporarily()
-
-
 def traced_spec(spec: Any, *, checkpointing: Any = None, layers: int | None = None) -> Any:
     """Return ``spec`` as it can be traced: not compiled, with attention that needs no GPU, and, where they are given, with
     another ``gradient_checkpointing`` or number of ``layers``."""
@@ -116,7 +109,7 @@ def period_of(config: Any, checkpointing: Any) -> int:
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or []
     period = next((n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n]), 1)
-    return period * every if every % period else every
+    return math.lcm(period, every)
 
 
 def has_copied_head(hf: Any) -> bool:
@@ -125,38 +118,34 @@ def has_copied_head(hf: Any) -> bool:
     backbone, head = hf.base_model, hf.get_output_embeddings()
     if backbone is hf or not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         return False
-    seen, calls = _Operations(), list[bool]()
-
-    def active(value: bool) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            seen.active = value
-            calls.append(value)
-
-        return hook
-
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    before: list[int] = []
+    alone, seen = _Operations(), _Operations()
     hooks = [
-        backbone.register_forward_hook(active(True)),
-        head.register_forward_pre_hook(active(False)),
-        head.register_forward_hook(active(True)),
+        head.register_forward_pre_hook(lambda *_: before.append(len(seen.names))),
+        head.register_forward_hook(lambda *_: before.append(len(seen.names))),
     ]
     try:
+        with torch.no_grad(), alone:
+            backbone(input_ids=tokens, use_cache=False)
         with torch.no_grad(), seen:
-            hf(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
-            seen.active = False
+            hf(input_ids=tokens, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return calls == [True, False, True] and seen.names <= COPIES
+    if len(before) != 2 or seen.names[: len(alone.names)] != alone.names:
+        return False
+    return {*seen.names[len(alone.names) : before[0]], *seen.names[before[1] :]} <= COPIES
 
 
 class _Operations(TorchDispatchMode):
-    """Collects the names of operations while ``active``."""
+    """Collects the names of operations."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.active, self.names = False, set[str]()
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.active:
-            self.names.add(func.name().split("::")[-1].split(".")[0])
+        if func.namespace != "prim":
+            self.names.append(func.name().split("::")[-1].split(".")[0])
         return func(*args, **(kwargs or {}))
