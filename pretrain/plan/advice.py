@@ -1,8 +1,10 @@
-"""What to change in a configuration that does not fit. This module does not import torch."""
+"""What a plan says in one line, and what to change in a configuration that does not fit. This module does not import torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pretrain.runtime.memory import gib
 
 if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
@@ -16,3 +18,10 @@ def other_settings(config: RunConfig, *, is_gpu: bool, checkpointing: bool = Tru
     if is_gpu and config.precision.compute == "float32":
         settings.append("precision=bf16-mixed")
     return settings
+
+
+def expectation(plan: dict[str, Any]) -> str:
+    """Return what a run expects, from the record of its plan, e.g. ``expects 41.2 GiB of 79.6 GiB``."""
+    room = plan["device"]["memory_bytes"]
+    of = f" of {gib(room)}" if room and plan["device"]["is_gpu"] else " of tensors"
+    return f"expects {gib(plan['peak_bytes'])}{of}"

@@ -21,7 +21,8 @@ class PlanConfig:
         require: true: exit with 2 if the configuration does not fit on the device.
         mfu: Share of the peak FLOP/s to assume for tokens/s and hours, e.g. 0.4; null: only what a run in output_dir has
             measured.
-        at_start: Whether a run plans its memory in a process of its own at its start: auto (on a GPU) · true · false.
+        at_start: Whether a run plans its memory in a process of its own at its start: auto (on a GPU, and nothing waits for
+            it) · true (the run waits for it) · false.
     """
 
     device: Annotated[str, Field(min_length=1)] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pretrain.plan.plan import KINDS, MOST_ROWS, Plan
 from pretrain.runtime.memory import gib
@@ -38,13 +38,6 @@ def headline(plan: Plan) -> str:
         f"gradient_accumulation_steps={setup['gradient_accumulation_steps']} sequence_length={setup['sequence_length']} · "
         f"{setup['devices']} × {plan.device.name}"
     )
-
-
-def expectation(plan: dict[str, Any]) -> str:
-    """Return what a run expects, from the record of its plan, e.g. ``expects 41.2 GiB of 79.6 GiB``."""
-    room = plan["device"]["memory_bytes"]
-    of = f" of {gib(room)}" if room and plan["device"]["is_gpu"] else " of tensors"
-    return f"expects {gib(plan['peak_bytes'])}{of}"
 
 
 def _memory(plan: Plan) -> Table:

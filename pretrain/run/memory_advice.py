@@ -6,9 +6,9 @@ The user has to change a setting, so it is a ``UserError``: one line, exit code 
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pretrain.plan.advice import other_settings
+from pretrain.plan.advice import expectation, other_settings
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def explained(
     memory_saving_overrides: list[str],
     device: torch.device,
     step: int,
+    plan: dict[str, Any] | None = None,
 ) -> UserError:
     """Return the failure as one line, with the settings that would need less memory in this config.
 
@@ -37,6 +38,7 @@ def explained(
         memory_saving_overrides: The settings of the strategy that need less memory.
         device: The device that is out of memory.
         step: Optimizer steps done so far.
+        plan: The record of the run's plan, if it has one.
     """
     length = f"sequence_length={config.sequence_length}"
     evaluation_size = config.evaluation.batch_size
@@ -58,7 +60,8 @@ def explained(
         advice.append(f"{'less is needed' if not advice else 'less still'} with {', '.join(more)}")
     if step:
         advice.append("the run resumes from its last checkpoint")
-    return UserError(f"out of memory {where} on {device}: {failure}{'; ' if advice else ''}{'; '.join(advice)}")
+    expected = [] if plan is None else [f"the plan {expectation(plan)}"]
+    return UserError(f"out of memory {where} on {device}: {'; '.join([str(failure), *expected, *advice])}")
 
 
 def smaller_step(split: MicroBatching) -> list[str]:

@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from pretrain.plan.plan import Plan
 
 
-def plan_of(config: RunConfig, *, device: Device | None = None, topology: Topology | None = None) -> Plan:
+def plan_of(
+    config: RunConfig, *, device: Device | None = None, topology: Topology | None = None, compare: bool = True
+) -> Plan:
     """Return the plan of a run.
 
     Args:
         config: The config of the run; ``config.plan`` names the device.
         device: The device instead of that.
         topology: The processes of the run; by default ``config.devices`` on each machine.
+        compare: Also find the largest micro-batches of other devices, and of the other setting of checkpointing.
 
     Raises:
         UserError: An unknown device, a strategy or a precision that can't work on it, or a model that can't be built.
@@ -34,7 +37,7 @@ def plan_of(config: RunConfig, *, device: Device | None = None, topology: Topolo
     from pretrain.run.build import optimizer_builder
 
     given = config.plan
-    compare = [device_of(name, key="plan.devices") for name in given.devices]
+    others = [device_of(name, key="plan.devices") for name in given.devices] if compare else None
     device = device or (this_device() if given.device is None else device_of(given.device))
     kind = "cuda" if device.is_gpu else "cpu"
     topology = topology or topology_on(config, kind, 1 if config.devices == "auto" else config.devices)
@@ -51,7 +54,7 @@ def plan_of(config: RunConfig, *, device: Device | None = None, topology: Topolo
         )
 
     config = config.with_lr(1.0)
-    return Question(config, spec, topology, device, optimizer_builder(config), data, speed, compare).answer()
+    return Question(config, spec, topology, device, optimizer_builder(config), data, speed, others).answer()
 
 
 def unweighted_spec(config: RunConfig) -> Any:

@@ -107,7 +107,7 @@ def test_mistakes(more, says, command, base_arguments, tmp_path, monkeypatch):
 
 
 def test_more_devices_than_gpus(command, base_arguments, tmp_path, monkeypatch):
-    from pretrain.strategy import topology as layout
+    from pretrain.launch import topology as layout
 
     monkeypatch.setattr(layout, "gpu_visible", lambda: True)
     monkeypatch.setattr(layout, "_gpus", lambda: 2)
@@ -131,7 +131,7 @@ def test_a_strategy_of_ones_own_is_among_those_that_are_offered(monkeypatch, tmp
     from pretrain.cli import help as help_page
     from pretrain.config import choices
     from pretrain.config.check import conf_dir
-    from pretrain.launch import topology as layout
+    from pretrain.strategy import topology as layout
 
     (tmp_path / "strategy").mkdir()
     for name in ("single", "dp", "fsdp"):

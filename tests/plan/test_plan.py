@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 import pretrain
+from pretrain.plan.advice import expectation
 from pretrain.plan.devices import DEVICES, device_named, device_of
 from pretrain.plan.plan import check_fits
 from pretrain.plan.speed import planned_speed
-from pretrain.plan.table import expectation, lines
+from pretrain.plan.table import lines
 from pretrain.run.planning import plan_of
 from pretrain.runtime.errors import UserError
 from pretrain.telemetry.peaks import PEAKS
