@@ -19,6 +19,8 @@ class EvaluationConfig:
         max_tokens: Limit of tokens per domain; null: all held-out documents.
         batch_size: Sequences per forward pass.
         per_epoch: Evaluations per epoch, instead of evaluate_every; null: use evaluate_every.
+        kl_tokens: Tokens per domain on which KL(base ‖ now) is measured; 0: none.
+        in_context: Whether the gain by context on repeated random tokens is measured.
         samples: Documents per domain that the model continues at every evaluation, with greedy decoding; 0: none.
         sample_prompt_tokens: Tokens at the start of such a document that form the prompt.
         sample_tokens: Tokens per continuation.
@@ -30,6 +32,8 @@ class EvaluationConfig:
     batch_size: Literal["auto"] | PositiveInt
     max_tokens: PositiveInt | None = None
     per_epoch: PositiveInt | None = None
+    kl_tokens: NonNegativeInt = 8192
+    in_context: bool = True
     samples: NonNegativeInt = 1
     sample_prompt_tokens: PositiveInt = 24
     sample_tokens: PositiveInt = 32

@@ -81,6 +81,12 @@ class Evaluation:
         state.evaluated_at = state.step
         state.scores = [fields_of(s) for s in scores]
 
+    def capture_base(self, engine: InferenceEngine, **callbacks: Any) -> None:
+        """Compute what later evaluations need of the base model, if ``engine`` was built with the initial weights and has them
+        still. This is a collective. For ``callbacks`` see `run`."""
+        if self.untouched.is_there:
+            self.untouched.evaluator.capture_base(engine, **callbacks)
+
     def score_baseline_again(
         self, engine: InferenceEngine, saved: Mapping[str, Any], fingerprint: Mapping[str, Any], **callbacks: Any
     ) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from pretrain.data.batch import IGNORE
 from pretrain.distributed.sharding import TensorFiles, check_names, fill
 from pretrain.models import packing
+from pretrain.models.kl_divergence import Head, kl_divergence
 from pretrain.models.loss import linear_cross_entropy
 from pretrain.models.probe import (
     DocumentMask,
@@ -47,6 +48,8 @@ class LanguageModel(nn.Module):
             ``output_router_logits: true``.
         is_compiled: whether the training step is compiled.
         transformed: what transforms have changed in ``hf``; ``None`` without transforms.
+        base_head: a copy on the host of the head of the base model (before training), which the first forward without labels
+            makes; ``None`` before it.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.hf = hf
         self.transformed = transformed
+        self.base_head: Head | None = None
         hf.config.use_cache = False
         self.fused_loss = False
         self.document_mask: DocumentMask | None = None
@@ -87,6 +91,7 @@ class LanguageModel(nn.Module):
         loss_weights: Tensor | None = None,
         *,
         ends: Tensor | None = None,
+        base_hidden: Tensor | None = None,
     ) -> Tensor:
         """Return the loss summed over all labels that are not ``IGNORE``: an fp32 scalar in nats. Its value is the cross entropy;
         the load balancing loss contributes to the gradient only.
@@ -98,29 +103,62 @@ class LanguageModel(nn.Module):
 
         With ``ends``, int64 [n], instead of ``labels``, return the logits [n, V] of the token that follows position ``ends[i]``
         of row i.
+
+        Without ``labels`` and ``ends``, return the last hidden states [n, S, h] and copy the head to ``base_head``. With
+        ``labels`` and, as ``base_hidden``, these states of the base model, return fp32 [2]: the loss, and the sum of
+        KL(base ‖ now) over the same tokens. Both need ``fused_loss``.
         """
         if ends is not None:
             return self._logits(input_ids, ends)
-        assert labels is not None
-        if self._compiled is not None and self.training and torch.is_grad_enabled():
+        if labels is not None and self._compiled is not None and self.training and torch.is_grad_enabled():
             return self._compiled(input_ids, labels, position_ids, loss_weights)
         on_host = input_ids.device.type == "cpu"  # where reading the positions does not synchronise a device
         with nullcontext() if on_host else packing.known(packed=position_ids is not None):
+            if labels is None:
+                return self._base_hidden(input_ids, position_ids)
+            if base_hidden is not None:
+                return self._loss_and_kl(input_ids, labels, position_ids, base_hidden)
             return self._loss(input_ids, labels, position_ids, loss_weights)
 
     def _loss(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, loss_weights: Tensor | None
     ) -> Tensor:
         """Return the summed loss. This is the function that is compiled."""
-        given = {"input_ids": input_ids} | self._documents(position_ids)
         weights = None if loss_weights is None else loss_weights.unsqueeze(1).expand_as(labels).flatten()
-        if self.balancing and self.training and torch.is_grad_enabled():
+        balanced = bool(self.balancing) and self.training and torch.is_grad_enabled()
+        if self.fused_loss and not balanced:
+            hidden, head = self._hidden(input_ids, position_ids), self._head()
+            return linear_cross_entropy(hidden.flatten(0, 1), *head, labels.flatten(), weights)
+        given = {"input_ids": input_ids} | self._documents(position_ids)
+        if balanced:
             return self._balanced_loss(given, labels, weights)
-        if not self.fused_loss:
-            return cross_entropy(self.hf(**given, use_cache=False).logits, labels, weights)
-        hidden = self.hf.base_model(**given, use_cache=False).last_hidden_state
+        return cross_entropy(self.hf(**given, use_cache=False).logits, labels, weights)
+
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Return the last hidden states [n, S, h]."""
+        given = {"input_ids": input_ids} | self._documents(position_ids)
+        hidden: Tensor = self.hf.base_model(**given, use_cache=False).last_hidden_state
+        return hidden
+
+    def _head(self) -> Head:
         head = self.hf.get_output_embeddings()
-        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, labels.flatten(), weights)
+        return Head(head.weight, head.bias)
+
+    def _base_hidden(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        assert self.fused_loss
+        hidden = self._hidden(input_ids, position_ids)
+        if self.base_head is None:
+            self.base_head = self._head().to(torch.device("cpu"), copy=True)
+        return hidden
+
+    def _loss_and_kl(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, base_hidden: Tensor
+    ) -> Tensor:
+        """Return the summed loss and the summed KL(base ‖ now), [2]."""
+        assert self.base_head is not None
+        hidden, head, targets = self._hidden(input_ids, position_ids).flatten(0, 1), self._head(), labels.flatten()
+        loss = linear_cross_entropy(hidden, *head, targets)
+        return torch.stack([loss, kl_divergence(base_hidden.flatten(0, 1), self.base_head, hidden, head, targets)])
 
     def _balanced_loss(self, given: dict[str, Any], labels: Tensor, weights: Tensor | None) -> Tensor:
         """Return the cross entropy, whose gradient includes that of ``balancing`` × the model's load balancing loss of this

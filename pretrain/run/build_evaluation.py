@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
     from pretrain.data.store.token_store import TokenView
     from pretrain.evaluation.evaluation import Evaluation
+    from pretrain.evaluation.in_context import InContextProbe
     from pretrain.evaluation.perplexity import Domain, Evaluator
     from pretrain.evaluation.samples import Sampler
     from pretrain.strategy.engine import Engine, InferenceEngine
@@ -28,6 +29,7 @@ def build_evaluator(config: RunConfig, prepared: Prepared, *, batch_size: int | 
         UserError: ``evaluation.batch_size`` is auto and there is no training run.
     """
     from pretrain.data.evaluation import evaluation_batches, first_tokens
+    from pretrain.evaluation.base_states import BaseStates
     from pretrain.evaluation.perplexity import Domain, Evaluator
 
     for line in prepared.notices:
@@ -55,7 +57,22 @@ def build_evaluator(config: RunConfig, prepared: Prepared, *, batch_size: int | 
         prompts = first_tokens(batches.view, policy.samples, policy.sample_prompt_tokens)
         return Domain(name, role, batches, prompts, settings)
 
-    return Evaluator([domain(*d) for d in prepared.domains])
+    probe = build_probe(config, prepared, rows_scored) if policy.in_context else None
+    return Evaluator([domain(*d) for d in prepared.domains], probe, BaseStates(policy.kl_tokens))
+
+
+def build_probe(config: RunConfig, prepared: Prepared, batch_size: int) -> InContextProbe | None:
+    """Return the probe of in-context learning; ``None`` if sequences or vocabulary are too short for it."""
+    from pretrain.evaluation.in_context import in_context_probe
+
+    tokenizer, boundary_tokens = prepared.tokenizer, prepared.boundaries
+    return in_context_probe(
+        vocabulary=len(tokenizer),
+        excluded=tokenizer.all_special_ids,
+        start=boundary_tokens.separator if boundary_tokens.bos is None else boundary_tokens.bos,
+        sequence_length=config.sequence_length,
+        batch_size=batch_size,
+    )
 
 
 def build_sampler(config: RunConfig, prepared: Prepared, scorer: InferenceEngine, evaluator: Evaluator) -> Sampler:

@@ -84,6 +84,21 @@ class InferenceEngine:
         return self.forward(batch.input_ids, batch.labels, batch.position_ids)
 
     @torch.no_grad()
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Return the last hidden states [n, S, h] of a batch, in the matmul dtype. The first call keeps a copy of the head, for
+        `evaluate_against_base`. The model must be in eval mode and have a ``fused_loss``."""
+        hidden = self.forward(batch.input_ids, None, batch.position_ids)
+        with self.autocast():
+            device = hidden.device.type
+            return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+    @torch.no_grad()
+    def evaluate_against_base(self, batch: Batch, base_hidden: Tensor) -> Tensor:
+        """Return the summed loss of a batch and its summed KL(base ‖ now), fp32 [2] on the device (nats). ``base_hidden`` are the
+        `hidden_states` of the base model."""
+        return self.forward(batch.input_ids, batch.labels, batch.position_ids, base_hidden=base_hidden)
+
+    @torch.no_grad()
     def next_tokens(self, input_ids: Tensor, ends: Tensor) -> Tensor:
         """Return the most likely token after position ``ends[i]`` of row i of ``input_ids`` [n, S], as int64 [n].
 

@@ -142,6 +142,10 @@ class DomainScore:
         delta_reason: Why ``delta_loss`` is ``None``.
         digest: Digest of the tokens and of the settings they were scored with. Two losses are comparable only if their
             digests are equal.
+        kl_to_base: Mean KL(base ‖ now) in nats per token, of the next-token distributions of the base model (before this
+            run) and of the model now, on the first ``evaluation.kl_tokens`` tokens; ``None`` if it was not measured.
+        in_context_gain: How much lower the loss of random tokens is when their span is repeated in the context (nats per
+            token). It belongs to the model and is the same for every domain; ``None`` if it was not measured.
     """
 
     domain: str
@@ -153,6 +157,8 @@ class DomainScore:
     delta_loss: float | None = None
     delta_reason: str | None = None
     digest: str | None = None
+    kl_to_base: float | None = None
+    in_context_gain: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,6 +126,7 @@ class Trainer:
         """Restore the checkpoint to resume from, if there is one, and announce the run."""
         self.hooks.setup(self.engine)
         checkpoint = self.checkpoints.resume_from
+        self.capture_base()
         if checkpoint is not None:
             self.score_baseline_again()
             self.restore(checkpoint)
@@ -279,6 +280,13 @@ class Trainer:
         except Exception as error:
             notice(f"error: {error}")
             self.emit_saved()
+
+    @watched("evaluation")
+    def capture_base(self) -> None:
+        """Compute what evaluations need of the initial weights, which the engine has until a checkpoint is loaded."""
+        if self.evaluation is not None:
+            self.watchdog.allow_slow()
+            self.evaluation.capture_base(self.engine, **self.callbacks)
 
     @watched("evaluation")
     def score_baseline_again(self) -> None:
