@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveInt
 
 from pretrain.data.sources.base import Source
+from pretrain.evaluation.lm_eval import LmEval
 from pretrain.evaluation.task import EvaluationTask
 
 
@@ -25,6 +26,8 @@ class EvaluationConfig:
         sample_prompt_tokens: Tokens at the start of such a document that form the prompt.
         sample_tokens: Tokens per continuation.
         sample_prompts: Additional prompts, continued in the same way.
+        questions: Files of your own questions: name → JSONL with question, choices, answer (without choices: cloze).
+        lm_eval: Benchmarks of lm-evaluation-harness.
         tasks: Your own measurements: name → {_target_: class, ...}; docs/extending.md.
         domains: Sources of the base domains: name → dataset.
     """
@@ -39,4 +42,6 @@ class EvaluationConfig:
     sample_tokens: PositiveInt = 32
     sample_prompts: list[str] = field(default_factory=list)
     domains: dict[str, Source] = field(default_factory=dict)
+    questions: dict[str, str] = field(default_factory=dict)
+    lm_eval: LmEval = field(default_factory=LmEval)
     tasks: dict[str, EvaluationTask] = field(default_factory=dict)

@@ -45,9 +45,11 @@ class Evaluation:
         *,
         interrupted: Callable[[], bool] = lambda: False,
         alive: Callable[[], None] = lambda: None,
+        last: bool = False,
     ) -> list[Event] | None:
         """Evaluate, note the scores in ``state`` and return the events; ``None`` if ``interrupted`` returned true, after which
         ``state`` has a pending evaluation. This is a collective. A run's first scores are the baseline of its forgetting.
+        ``last``: the run has done its last step.
         """
         callbacks: dict[str, Any] = {"interrupted": interrupted, "alive": alive}
         started_at = time.perf_counter()
@@ -59,7 +61,9 @@ class Evaluation:
         if scores is None:
             return None
         scored_at = time.perf_counter()
-        metrics = run_tasks(self.tasks, engine, announce=announce, **callbacks)
+        at_end = is_baseline or last
+        due = {name: t for name, t in self.tasks.items() if at_end or not getattr(t, "at_ends_only", False)}
+        metrics = run_tasks(due, engine, announce=announce, **callbacks)
         if metrics is None:
             return None
         measured_at = time.perf_counter()
@@ -73,7 +77,7 @@ class Evaluation:
         measured = MetricsEvent(state.step, tuple(metrics), measured_at - scored_at)
         return [
             Evaluated(state.step, tuple(scores), scored_at - started_at),
-            *([measured] if self.tasks else []),
+            *([measured] if due else []),
             Sampled(state.step, tuple(samples), time.perf_counter() - measured_at),
         ]
 

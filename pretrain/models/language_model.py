@@ -92,6 +92,7 @@ class LanguageModel(nn.Module):
         *,
         ends: Tensor | None = None,
         base_hidden: Tensor | None = None,
+        by_row: bool = False,
     ) -> Tensor:
         """Return the loss summed over all labels that are not ``IGNORE``: an fp32 scalar in nats. Its value is the cross entropy;
         the load balancing loss contributes to the gradient only.
@@ -107,6 +108,8 @@ class LanguageModel(nn.Module):
         Without ``labels`` and ``ends``, return the last hidden states [n, S, h] and copy the head to ``base_head``. With
         ``labels`` and, as ``base_hidden``, these states of the base model, return fp32 [2]: the loss, and the sum of
         KL(base ‖ now) over the same tokens. Both need ``fused_loss``.
+
+        With ``by_row``, return fp32 [n, 2]: the loss of each row, and how many of its labels have the largest logit.
         """
         if ends is not None:
             return self._logits(input_ids, ends)
@@ -116,6 +119,8 @@ class LanguageModel(nn.Module):
         with nullcontext() if on_host else packing.known(packed=position_ids is not None):
             if labels is None:
                 return self._base_hidden(input_ids, position_ids)
+            if by_row:
+                return self._by_row(input_ids, labels, position_ids)
             if base_hidden is not None:
                 return self._loss_and_kl(input_ids, labels, position_ids, base_hidden)
             return self._loss(input_ids, labels, position_ids, loss_weights)
@@ -159,6 +164,20 @@ class LanguageModel(nn.Module):
         hidden, head, targets = self._hidden(input_ids, position_ids).flatten(0, 1), self._head(), labels.flatten()
         loss = linear_cross_entropy(hidden, *head, targets)
         return torch.stack([loss, kl_divergence(base_hidden.flatten(0, 1), self.base_head, hidden, head, targets)])
+
+    def _by_row(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Return the loss of each row and the number of its labels with the largest logit, [n, 2]. Only positions that have a
+        label get logits."""
+        chosen = labels != IGNORE
+        if self.fused_loss:
+            logits = F.linear(self._hidden(input_ids, position_ids)[chosen], *self._head())
+        else:
+            given = {"input_ids": input_ids} | self._documents(position_ids)
+            logits = self.hf(**given, use_cache=False).logits[chosen]
+        nats = F.cross_entropy(logits.float(), labels[chosen], reduction="none")
+        found = torch.stack([nats, (logits.argmax(-1) == labels[chosen]).float()], dim=1)
+        rows = torch.zeros(len(labels), 2, device=labels.device)
+        return rows.index_add_(0, chosen.nonzero()[:, 0], found)
 
     def _balanced_loss(self, given: dict[str, Any], labels: Tensor, weights: Tensor | None) -> Tensor:
         """Return the cross entropy, whose gradient includes that of ``balancing`` × the model's load balancing loss of this

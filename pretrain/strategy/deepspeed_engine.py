@@ -193,7 +193,7 @@ class DeepspeedEngine(Engine):
         self.skipped += int(self._zero.skipped)
         return torch.as_tensor(self._zero.grad_norm, dtype=torch.float32, device=device)
 
-    def forward(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor | None, **more: Any) -> Tensor:
         found: Tensor = self.step_module(*inputs, **more)
         return found
 

@@ -99,6 +99,12 @@ class InferenceEngine:
         return self.forward(batch.input_ids, batch.labels, batch.position_ids, base_hidden=base_hidden)
 
     @torch.no_grad()
+    def evaluate_rows(self, batch: Batch) -> Tensor:
+        """Return the loss of each row of a batch and the number of its targets that have the largest logit, fp32 [n, 2] on the
+        device. The model must be in eval mode."""
+        return self.forward(batch.input_ids, batch.labels, batch.position_ids, by_row=True)
+
+    @torch.no_grad()
     def next_tokens(self, input_ids: Tensor, ends: Tensor) -> Tensor:
         """Return the most likely token after position ``ends[i]`` of row i of ``input_ids`` [n, S], as int64 [n].
 
@@ -107,7 +113,7 @@ class InferenceEngine:
         """
         return self.forward(input_ids, ends=ends).argmax(-1)
 
-    def forward(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor | None, **more: Any) -> Tensor:
         """Run a forward without a backward."""
         with self.autocast():
             found: Tensor = self.model(*inputs, **more)

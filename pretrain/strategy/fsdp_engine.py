@@ -47,7 +47,7 @@ class FsdpEngine(Engine):
             return sharded
         return torch.hypot(sharded, norm_of([p for p in parameters if id(p) in unsharded]).to(sharded.device))
 
-    def forward(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor | None, **more: Any) -> Tensor:
         found = super().forward(*inputs, **more)
         free_gathered(self.model)
         return found

@@ -207,7 +207,7 @@ class Trainer:
             return True
         self.watchdog.allow_slow()
         started_at = time.perf_counter()
-        events = self.evaluation.run(self.engine, self.state, **self.callbacks)
+        events = self.evaluation.run(self.engine, self.state, last=self.finished, **self.callbacks)
         if events is None:
             self.emit(TrainingPaused(self.state.step, time.perf_counter() - started_at, "evaluation"))
             return False
