@@ -101,6 +101,7 @@ def check(config: dict[str, Any], *, here: bool = True, config_dir: str | None =
         check_here(config)
     run = RunConfig.of(given)
     run.check_data()
+    run.check_schedule()
     return run
 
 
