@@ -29,6 +29,7 @@ PARTS = {  # group → the class whose subclasses it may create; schedules are f
     "replay": "pretrain.data.replay.ReplayConfig",
     "strategy": "pretrain.strategy.base.Strategy",
     "precision": "pretrain.strategy.precision.Precision",
+    "objective": "pretrain.strategy.objective.Objective",
     "optimizer": "pretrain.optim.base.OptimizerFactory",
     "scheduler": SCHEDULES,
     "checkpoint": "pretrain.checkpoint.config.CheckpointConfig",

@@ -92,6 +92,7 @@ class LanguageModel(nn.Module):
         *,
         ends: Tensor | None = None,
         base_hidden: Tensor | None = None,
+        temperature: float = 1.0,
         by_row: bool = False,
     ) -> Tensor:
         """Return the loss summed over all labels that are not ``IGNORE``: an fp32 scalar in nats. Its value is the cross entropy;
@@ -106,14 +107,15 @@ class LanguageModel(nn.Module):
         of row i.
 
         Without ``labels`` and ``ends``, return the last hidden states [n, S, h] and copy the head to ``base_head``. With
-        ``labels`` and, as ``base_hidden``, these states of the base model, return fp32 [2]: the loss, and the sum of
-        KL(base ‖ now) over the same tokens. Both need ``fused_loss``.
+        ``labels`` and, as ``base_hidden``, these states of the base model, return fp32 [1, 2]: the loss, and the sum of
+        KL(base ‖ now) at ``temperature`` over the same tokens. Both need ``fused_loss``.
 
         With ``by_row``, return fp32 [n, 2]: the loss of each row, and how many of its labels have the largest logit.
         """
         if ends is not None:
             return self._logits(input_ids, ends)
-        if labels is not None and self._compiled is not None and self.training and torch.is_grad_enabled():
+        plain = labels is not None and base_hidden is None
+        if plain and self._compiled is not None and self.training and torch.is_grad_enabled():
             return self._compiled(input_ids, labels, position_ids, loss_weights)
         on_host = input_ids.device.type == "cpu"  # where reading the positions does not synchronise a device
         with nullcontext() if on_host else packing.known(packed=position_ids is not None):
@@ -122,14 +124,14 @@ class LanguageModel(nn.Module):
             if by_row:
                 return self._by_row(input_ids, labels, position_ids)
             if base_hidden is not None:
-                return self._loss_and_kl(input_ids, labels, position_ids, base_hidden)
+                return self._loss_and_kl(input_ids, labels, position_ids, loss_weights, base_hidden, temperature)
             return self._loss(input_ids, labels, position_ids, loss_weights)
 
     def _loss(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, loss_weights: Tensor | None
     ) -> Tensor:
         """Return the summed loss. This is the function that is compiled."""
-        weights = None if loss_weights is None else loss_weights.unsqueeze(1).expand_as(labels).flatten()
+        weights = _by_token(loss_weights, labels)
         balanced = bool(self.balancing) and self.training and torch.is_grad_enabled()
         if self.fused_loss and not balanced:
             hidden, head = self._hidden(input_ids, position_ids), self._head()
@@ -157,13 +159,21 @@ class LanguageModel(nn.Module):
         return hidden
 
     def _loss_and_kl(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, base_hidden: Tensor
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None,
+        loss_weights: Tensor | None,
+        base_hidden: Tensor,
+        temperature: float,
     ) -> Tensor:
-        """Return the summed loss and the summed KL(base ‖ now), [2]."""
+        """Return the summed loss and the summed KL(base ‖ now), [1, 2]: replicas of DataParallel are concatenated along dim 0."""
         assert self.base_head is not None
         hidden, head, targets = self._hidden(input_ids, position_ids).flatten(0, 1), self._head(), labels.flatten()
-        loss = linear_cross_entropy(hidden, *head, targets)
-        return torch.stack([loss, kl_divergence(base_hidden.flatten(0, 1), self.base_head, hidden, head, targets)])
+        weights = _by_token(loss_weights, labels)
+        base = base_hidden.flatten(0, 1)
+        kl = kl_divergence(base, self.base_head, hidden, head, targets, weights, temperature=temperature)
+        return torch.stack([linear_cross_entropy(hidden, *head, targets, weights), kl]).unsqueeze(0)
 
     def _by_row(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> Tensor:
         """Return the loss of each row and the number of its labels with the largest logit, [n, 2]. Only positions that have a
@@ -238,6 +248,11 @@ class LanguageModel(nn.Module):
         check_names(own, files)
         for name, tensor in own.items():
             fill(tensor, files, name)
+
+
+def _by_token(loss_weights: Tensor | None, labels: Tensor) -> Tensor | None:
+    """Return the weight [n * S] of each token of ``labels`` [n, S] from those of the rows [n]."""
+    return None if loss_weights is None else loss_weights.unsqueeze(1).expand_as(labels).flatten()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:

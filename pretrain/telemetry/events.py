@@ -75,6 +75,7 @@ class StepDone(Event):
         times: How long each part of the step took on this rank.
         loss_scale: Loss scale of fp16; ``None`` without a gradient scaler.
         layers: Norms of every layer, if they were recorded at this step.
+        terms: Value of the term that the objective adds to the loss, by its name, a 0-d tensor.
     """
 
     epoch: float
@@ -88,6 +89,7 @@ class StepDone(Event):
     times: StepTimes = field(default_factory=StepTimes)
     loss_scale: Tensor | float | None = None
     layers: LayerNorms | None = None
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,6 +174,7 @@ class Trainer:
             times=engine.timer.take(),
             loss_scale=engine.loss_scale,
             layers=layers,
+            terms=done.terms,
         )
 
     def roll_back_if_needed(self, *, at_once: bool) -> bool:
