@@ -18,6 +18,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from pretrain.config.trust import MULTI_SELECT, PARTS
 from pretrain.optim.learning_rate import AUTO, with_lr
 from pretrain.optim.plain import PlainOptimizer
+from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.config import CheckpointConfig
@@ -43,7 +44,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 RUNTIME_ARGUMENTS = {  # group → arguments that the run passes, never YAML; a target that needs one is bound, not called
-    "scheduler": {"step", "total_steps", "warmup_steps"},
+    "scheduler": {"step", "total_steps", "warmup_steps", "peak_lr"},
     "optimizer": {"named_parameters", "params"},
 }
 
@@ -181,6 +182,15 @@ class RunConfig(RootKeys):
         from pretrain.data.replay import check_training_data
 
         check_training_data(self.dataset, self.replay, self.phases, self.evaluation.domains)
+
+    def check_schedule(self) -> None:
+        """Raise ``UserError`` for a start of the warm-up in a run without one."""
+        start_lr = self.plain["scheduler"].get("start_lr")
+        if start_lr and self.warmup_proportion == 0:
+            raise UserError(
+                f"scheduler.start_lr={start_lr}: the warm-up starts from it, and warmup_proportion=0 leaves none; set "
+                "warmup_proportion above 0"
+            )
 
     @property
     def micro_batch_size(self) -> int:
