@@ -63,11 +63,11 @@ def test_an_architecture_without_support(monkeypatch):
     hf = AutoModelForCausalLM.from_config(config)
     for choice in ("true", "selective", "2"):
         value = {"true": True, "2": 2}.get(choice, choice)
-        with pytest.raises(UserError, match=f"^model.gradient_checkpointing={choice}: OpenAIGPTLMHeadModel can't rec"):
+        with pytest.raises(UserError, match=rf"^model\.gradient_checkpointing={choice}: OpenAIGPTLMHeadModel can't rec"):
             checkpoint_activations(hf, value)
     monkeypatch.setattr(activation_checkpointing, "blocks", lambda hf: [])  # of one that counts no blocks
     with pytest.raises(
-        UserError, match="^model.gradient_checkpointing=2: the blocks of LlamaForCausalLM can't be swit"
+        UserError, match=r"^model\.gradient_checkpointing=2: the blocks of LlamaForCausalLM can't be swit"
     ):
         checkpoint_activations(tiny("llama"), 2)
 
