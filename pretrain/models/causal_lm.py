@@ -50,8 +50,8 @@ class CausalLM(ABC):
         revision: Branch, tag or commit of a Hub id.
         tokenizer_name: Folder or Hub id of another tokenizer; null: the model's own tokenizer.
         attention: Attention implementation: sdpa · eager · flash_attention_2 · flex_attention.
-        gradient_checkpointing: true: recompute the activations inside blocks, a third slower, far less memory · selective: all but
-            matrix products and attention · N: only every Nth block.
+        gradient_checkpointing: true: recompute the activations inside blocks, a third slower, far less memory · selective: all
+            but matrix products and attention · N: only every Nth block.
         activation_offload: true: keep activations in host memory until the backward; on a GPU only.
         compile: true: use torch.compile; the first step takes longer.
         trust_remote_code: true: run Python code that is shipped with the model; on the command line only.

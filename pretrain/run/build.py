@@ -54,6 +54,9 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
     from pretrain.optim.combined import check_every_parameter, combined
     from pretrain.strategy.base import StepConfig
 
+    if prepared.model.weights() is not None and hasattr(config.optimizer, "check_base"):  # not a plain function
+        config.optimizer.check_base(config.model_name)
+
     def optimizer(model: LanguageModel) -> Optimizer:
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError(

@@ -63,7 +63,9 @@ def test_an_architecture_without_support(monkeypatch):
     hf = AutoModelForCausalLM.from_config(config)
     for choice in ("true", "selective", "2"):
         value = {"true": True, "2": 2}.get(choice, choice)
-        with pytest.raises(UserError, match=rf"^model\.gradient_checkpointing={choice}: OpenAIGPTLMHeadModel can't rec"):
+        with pytest.raises(
+            UserError, match=rf"^model\.gradient_checkpointing={choice}: OpenAIGPTLMHeadModel can't rec"
+        ):
             checkpoint_activations(hf, value)
     monkeypatch.setattr(activation_checkpointing, "blocks", lambda hf: [])  # of one that counts no blocks
     with pytest.raises(
