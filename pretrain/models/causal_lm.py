@@ -53,7 +53,7 @@ class CausalLM(ABC):
         gradient_checkpointing: true: recompute the activations inside blocks, a third slower, far less memory · selective: all
             but matrix products and attention · N: only every Nth block.
         activation_offload: true: keep activations in host memory until the backward; on a GPU only.
-        compile: true: use torch.compile; the first step takes longer.
+        compile: true: use torch.compile, block by block; the first step takes longer. graph: the whole model at once.
         trust_remote_code: true: run Python code that is shipped with the model; on the command line only.
         save_dtype: Dtype of the final model's weights: float32 · bfloat16 · float16; null: the dtype used in training.
     """
@@ -64,7 +64,7 @@ class CausalLM(ABC):
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     gradient_checkpointing: Checkpointing = False
     activation_offload: bool = False
-    compile: bool = False
+    compile: Literal["blocks", "graph"] | bool = False
     trust_remote_code: bool = False
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
@@ -177,12 +177,15 @@ class CausalLM(ABC):
         """Change ``hf`` by ``change``, wrap it and return it in training mode on ``device``; with ``None`` it stays where it is.
         Dropout is as its config sets it."""
         from pretrain.models.activation_checkpointing import checkpoint_activations, offload_activations
+        from pretrain.models.compilation import keep_compiled_code
         from pretrain.models.language_model import LanguageModel
 
         transformed = change(hf)
         checkpoint_activations(hf, self.gradient_checkpointing)
         if self.activation_offload:
             offload_activations(hf)
+        if self.compile:
+            keep_compiled_code()
         model = LanguageModel(hf if device is None else hf.to(device), compile=self.compile, transformed=transformed)
         model.train()
         return model

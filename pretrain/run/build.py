@@ -54,6 +54,12 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
     from pretrain.optim.combined import check_every_parameter, combined
     from pretrain.strategy.base import StepConfig
 
+    for transform in config.transforms:
+        if getattr(transform, "needs_compile", False) and not getattr(config.model, "compile", True):
+            raise UserError(
+                f"transform=[{type(transform).__name__.lower()}] with model.compile=false: without compilation it is slower than "
+                "training without it; add model.compile=true"
+            )
     if prepared.model.weights() is not None and hasattr(config.optimizer, "check_base"):  # not a plain function
         config.optimizer.check_base(config.model_name)
 
