@@ -212,7 +212,7 @@ class TensorFiles:
         file, offset = self._places[handle, name]
         with file.open("rb") as opened:
             opened.seek(offset + first * (into.nbytes // len(into)))
-            if opened.readinto(into.view(torch.uint8).numpy()) != into.nbytes:
+            if opened.readinto(into.view(torch.uint8).numpy().data) != into.nbytes:
                 raise UserError(f"{file}: {name}: the file has become shorter")
 
 

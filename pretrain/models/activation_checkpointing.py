@@ -55,7 +55,7 @@ def checkpoint_activations(hf: Any, choice: Checkpointing) -> None:
         hf.activation_checkpointing_enable(options)
     except ValueError:  # that of an architecture without support
         raise UserError(f"{_key(choice)}: {type(hf).__name__} can't recompute activations; use false") from None
-    if choice in (True, "selective"):
+    if choice is True or choice == "selective":
         return
     layers = blocks(hf)
     if not layers:

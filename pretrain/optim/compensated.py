@@ -135,7 +135,7 @@ def _opened(moment: Any, *, signed: bool) -> Tensor:
     """Return a moment in fp32: itself if it is stored so, else a copy."""
     if isinstance(moment, tuple):
         return dequantize(*moment, signed=signed)
-    return moment.float()  # type: ignore[no-any-return]
+    return moment.float()
 
 
 def _store(
@@ -207,4 +207,4 @@ def _chunks(parameter: Tensor, *others: Any) -> Iterator[tuple[Any, ...]]:
 
 def _local(tensor: Any) -> Tensor:
     """Return this rank's shard of ``tensor``."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -106,9 +106,13 @@ def _full(update: Tensor, parameter: Tensor) -> Tensor:
     gathered in bf16, in which the iteration computes."""
     if not isinstance(parameter, DTensor):
         return update
-    like = {"shape": parameter.shape, "stride": parameter.stride()}
     sharded = DTensor.from_local(
-        update.bfloat16(), parameter.device_mesh, parameter.placements, run_check=False, **like
+        update.bfloat16(),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
     )
     return sharded.full_tensor()
 
