@@ -173,13 +173,13 @@ def terminal():
     other end."""
     started = []
 
-    def start(*words):
+    def start(*words, kind=Preloaded):
         ours, theirs = os.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
         streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
         environment = os.environ | {"TERM": "xterm-256color"}
         command = [sys.executable, *map(str, words)]
-        started.append(Preloaded(command, **streams, env=environment, start_new_session=True))
+        started.append(kind(command, **streams, env=environment, start_new_session=True))
         os.close(theirs)
         return started[-1], ours
 
@@ -213,9 +213,13 @@ def test_a_mistake_without_a_stderr(shell):
     assert shell("run strategie=ddp 2>&1 | true")[0] == 2
 
 
-UNDER_NOHUP = (
-    "import signal; signal.signal(signal.SIGHUP, signal.SIG_{}); from pretrain.cli.main import program; program()"
-)
+UNDER_NOHUP = """
+import fcntl, signal, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from pretrain.cli.main import program
+program()
+"""
 
 
 @pytest.mark.parametrize("more", [[], pytest.param(PAIR, marks=pytest.mark.slow)], ids=["single", "pair"])
@@ -224,7 +228,10 @@ def test_the_terminal_is_closed(nohup, more, base_arguments, tmp_path, terminal)
     """A real terminal, whose other end goes. Without nohup that asks the run to stop, with it nothing happens."""
     arguments = [*base_arguments, *more, f"output_dir={tmp_path}", "evaluate_every=null", "save_every=null"]
     arguments += ["max_steps=150" if nohup else "max_steps=100000"]
-    process, screen = terminal("-c", UNDER_NOHUP.format("IGN" if nohup else "DFL"), *arguments)
+    if nohup:  # which is noticed when the program is imported
+        process, screen = terminal("-c", UNDER_NOHUP, *arguments, kind=subprocess.Popen)
+    else:
+        process, screen = terminal("-m", "pretrain", *arguments)
     records = tmp_path / "metrics.jsonl"
     until = time.monotonic() + 90
     while not (records.exists() and '"step": 5,' in records.read_text()):
