@@ -26,6 +26,11 @@ def stamp_of(path: str | Path) -> Stamp:
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
+def changed_while_read(path: str) -> str:
+    """Return the message about a file that changed while it was being read."""
+    return f"{path}: the file changed while it was being read; start again when nothing writes to it"
+
+
 def open_file(path: str, stamp: Stamp) -> IO[bytes]:
     """Return a buffered, seekable stream of the bytes of a file with this stamp. The caller closes it."""
     if is_url(path):

@@ -20,6 +20,7 @@ from functools import cache
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from pretrain.data.reading.opening import changed_while_read
 from pretrain.data.reading.units import Stamp
 from pretrain.data.remote.addresses import WEB, is_disguised
 from pretrain.data.remote.backend import Backend, Interrupted, remote_stamp
@@ -54,9 +55,7 @@ class Web(Backend):
         found = bytearray()
         with _errors(url), _opened(url, start, stop) as answer:
             if _stamp(url, answer, start) != stamp:
-                raise UserError(
-                    f"{url}: the file changed while it was being read; start again when nothing writes to it"
-                )
+                raise UserError(changed_while_read(url))
             try:
                 while len(found) < stop - start and (block := answer.read(min(stop - start - len(found), 64 << 10))):
                     found += block
