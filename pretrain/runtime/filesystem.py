@@ -98,7 +98,7 @@ def read_at(file: int, start: int, count: int) -> NDArray[np.uint8]:
     while len(found) < count:
         block = os.pread(file, count - len(found), start + len(found))
         if not block:
-            raise EOFError(f"the file ends at byte {start + len(found):,}")
+            raise EOFError(f"the file has no byte {start + len(found):,}")
         found += block
     return np.frombuffer(found, np.uint8)
 

@@ -21,6 +21,7 @@ from pretrain.data.reading.units import ReadOptions, SourceFile
 from pretrain.data.sources.local import Local
 from pretrain.data.store.token_store import TokenStore
 from pretrain.data.tokenization import encode
+from pretrain.data.training_data import TrainingData
 from pretrain.runtime.errors import UserError
 from tests.data.token_writers import (
     ALL,
@@ -199,6 +200,17 @@ def test_a_file_that_is_written_to_during_a_run(
             UserError, match=r"^[^\n]*corpus/a.bin: changed or cut off during the run, which reads its [^\n]*$"
         ):
             view.read(begin, begin + 2)
+
+
+def test_the_watch_of_changed_files_leaves_out_those_read_in_place(
+    tmp_path: Path, store_of: Callable[..., TokenStore]
+) -> None:
+    """It says that the run continues with its cached tokens."""
+    in_place = megatron(tmp_path / "a", DOCUMENTS)
+    copied = megatron(tmp_path / "b", [document[:-1] for document in DOCUMENTS])
+    train = TrainingData.of(store_of(tmp_path).views(held_out=0)[0])
+    assert {*train.files} == {str(in_place), str(copied)}
+    assert {*train.copied_files} == {str(copied)}
 
 
 def test_a_file_that_is_replaced_or_deleted_during_a_run_is_still_open(
