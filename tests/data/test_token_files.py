@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from pretrain.data.evaluation import evaluation_batches
 from pretrain.data.reading.cut import cut
+from pretrain.data.reading.opening import has_lasting_inodes, is_mount_without_inodes
 from pretrain.data.reading.readers import read
 from pretrain.data.reading.token_files import open_tokens
 from pretrain.data.reading.units import ReadOptions, SourceFile
@@ -203,14 +205,54 @@ def test_a_file_that_is_written_to_during_a_run(
 
 
 def test_the_watch_of_changed_files_leaves_out_those_read_in_place(
-    tmp_path: Path, store_of: Callable[..., TokenStore]
+    tmp_path: Path, store_of: Callable[..., TokenStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says that the run continues with its cached tokens."""
+    monkeypatch.setattr("pretrain.data.reading.units.OWN_UNIT_BYTES", 1)
     in_place = megatron(tmp_path / "a", DOCUMENTS)
     copied = megatron(tmp_path / "b", [document[:-1] for document in DOCUMENTS])
     train = TrainingData.of(store_of(tmp_path).views(held_out=0)[0])
     assert {*train.files} == {str(in_place), str(copied)}
     assert {*train.copied_files} == {str(copied)}
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_an_inode_that_another_machine_does_not_have(
+    lasting: bool, tmp_path: Path, store_of: Callable[..., TokenStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same file with another inode, as a node of a cluster sees it through FUSE: its store can be opened there. Elsewhere,
+    another inode is another file."""
+    monkeypatch.setattr("pretrain.data.reading.opening.has_lasting_inodes", lambda device: lasting)
+    path = megatron(tmp_path, DOCUMENTS)
+    store = store_of(path)
+    inode = path.stat().st_ino
+    shutil.copy2(path, tmp_path / "copy")
+    (tmp_path / "copy").replace(path)
+    assert path.stat().st_ino != inode
+    if lasting:
+        with pytest.raises(UserError, match="has lost files"):
+            TokenStore(store.path)
+    else:
+        assert documents_in(TokenStore(store.path)) == DOCUMENTS
+        assert store_of(path).parts == store.parts
+
+
+MOUNTS = {
+    "52 27 0:47 / /data rw,nosuid - fuse.sshfs host:/data rw,user_id=0": True,
+    "52 27 0:47 / /data rw,nosuid shared:3 master:1 - fuse gcsfuse rw": True,
+    "52 27 0:47 / /data rw - 9p data rw": True,
+    "52 27 0:47 / /mnt/a\\040b rw - cifs //host/b rw,noserverino": True,
+    "52 27 0:47 / /data rw - fuseblk /dev/sdb1 rw": False,
+    "52 27 0:47 / /data rw - nfs4 host:/data rw": False,
+    "52 27 0:48 / /data rw - fuse.sshfs host:/data rw": False,
+    "": False,
+}
+
+
+@pytest.mark.parametrize("line", MOUNTS)
+def test_mounts_whose_inodes_differ_between_machines(line: str) -> None:
+    assert is_mount_without_inodes(line, "0:47") == MOUNTS[line]
+    assert has_lasting_inodes(Path(__file__).stat().st_dev)
 
 
 def test_a_file_that_is_replaced_or_deleted_during_a_run_is_still_open(
