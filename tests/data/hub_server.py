@@ -24,7 +24,7 @@ class HubServer:
         files: path in the repository → content.
         sent: (path, first byte, bytes) of each answer with content of a file.
         tokens: what the requests sent as ``Authorization``.
-        stop_at: path of a file that is never sent; ``stopped`` is set when it is requested, and the connection lasts until ``go_on``.
+        stop_at: path of a file that is never sent; ``stopped`` is set when it is requested, and ``go_on`` ends the connection.
         drops: number of answers after whose first half the connection is lost.
         status: status code of every answer; ``None``: as it should be.
     """
