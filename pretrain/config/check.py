@@ -15,7 +15,7 @@ from dataclasses import fields, is_dataclass
 from keyword import iskeyword
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
@@ -102,6 +102,8 @@ def check(config: dict[str, Any], *, here: bool = True, config_dir: str | None =
     run = RunConfig.of(given)
     run.check_data()
     run.check_schedule()
+    if run.task == "merge":
+        run.merge.check()
     return run
 
 
@@ -314,7 +316,14 @@ def check_value(key: str, value: Any, hint: Any) -> None:
     except ValidationError as error:
         reasons = dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in error.errors(include_url=False))
         shown = "null" if value is None else f"{value!r}"
-        raise UserError(f"{key}={shown}: {' or '.join(reasons)}") from None
+        raise UserError(f"{key}={shown}: {' or '.join(reasons)}{_nearest(value, hint)}") from None
+
+
+def _nearest(value: Any, hint: Any) -> str:
+    """Return a hint with the nearest of the words that an annotation allows; empty where none is near."""
+    words = [word for word in get_args(hint) if isinstance(word, str)] if get_origin(hint) is Literal else []
+    found = did_you_mean(value, words) if isinstance(value, str) else ""
+    return found if found.startswith("; did you mean") else ""
 
 
 def check_options(prefix: str, options: Any) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pretrain.evaluation.config import EvaluationConfig
     from pretrain.evaluation.prompts import Prompts
     from pretrain.launch.config import LaunchConfig
+    from pretrain.merging.config import MergeConfig
     from pretrain.models.causal_lm import CausalLM
     from pretrain.models.transforms.base import ModelTransform
     from pretrain.optim.base import OptimizerFactory
@@ -54,7 +55,7 @@ class RootKeys:
     """The keys of conf/config.yaml that are not groups.
 
     Attributes:
-        task: What to run: pretraining · tokenization · evaluation · generation · export.
+        task: What to run: pretraining · tokenization · evaluation · generation · export · merge.
         name: Name of the run; null: <model>-<dataset>, with the task as a prefix unless it is pretraining.
         output_dir: Run folder; the same command resumes the run in it.
         model_name: The shipped `sample`, a Hugging Face Hub id, a folder, a checkpoint or a run.
@@ -86,7 +87,7 @@ class RootKeys:
             line only.
     """
 
-    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export"]
+    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export", "merge"]
     name: Annotated[str, Field(pattern=r"^\.*[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]  # a folder's name: no `..`, no path
     output_dir: Annotated[str, Field(pattern=ONE_LINE)]
     model_name: Annotated[str, Field(min_length=1)]
@@ -128,6 +129,7 @@ class RunConfig(RootKeys):
         checkpoint: What is saved, and how long checkpoints are kept.
         evaluation: What is evaluated.
         generation: The prompts of ``task=generation``.
+        merge: What ``task=merge`` merges.
         guard: How loss spikes and non-finite values are handled.
         telemetry: Additional measurements.
         launch: How processes are started and supervised.
@@ -146,6 +148,7 @@ class RunConfig(RootKeys):
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
     generation: Prompts
+    merge: MergeConfig
     guard: GuardConfig
     telemetry: TelemetryConfig
     launch: LaunchConfig
