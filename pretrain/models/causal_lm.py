@@ -49,7 +49,7 @@ class CausalLM(ABC):
         tokenizer_name: Folder or Hub id of another tokenizer; null: the model's own tokenizer.
         attention: Attention implementation: sdpa · eager · flash_attention_2 · flex_attention.
         gradient_checkpointing: true: recompute the activations inside blocks; about a third slower, far less memory.
-        compile: true: use torch.compile; the first step takes longer.
+        compile: true: use torch.compile, block by block; the first step takes longer. graph: the whole model at once.
         trust_remote_code: true: run Python code that is shipped with the model; on the command line only.
         save_dtype: Dtype of the final model's weights: float32 · bfloat16 · float16; null: the dtype used in training.
     """
@@ -59,7 +59,7 @@ class CausalLM(ABC):
     tokenizer_name: str | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     gradient_checkpointing: bool = False
-    compile: bool = False
+    compile: Literal["blocks", "graph"] | bool = False
     trust_remote_code: bool = False
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
@@ -166,11 +166,14 @@ class CausalLM(ABC):
     def finish(self, hf: Any, device: torch.device | None, change: Change) -> LanguageModel:
         """Change ``hf`` by ``change``, wrap it and return it in training mode on ``device``; with ``None`` it stays where it is.
         Dropout is as its config sets it."""
+        from pretrain.models.compilation import keep_compiled_code
         from pretrain.models.language_model import LanguageModel
 
         transformed = change(hf)
         if self.gradient_checkpointing:
             hf.activation_checkpointing_enable({"use_reentrant": False})
+        if self.compile:
+            keep_compiled_code()
         model = LanguageModel(hf if device is None else hf.to(device), compile=self.compile, transformed=transformed)
         model.train()
         return model

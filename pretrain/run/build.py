@@ -122,11 +122,12 @@ def build_schedule(config: RunConfig, steps: int) -> Callable[[int], float]:
 
     Raises ``UserError`` for a function that returns no number for the first or the last step.
     """
-    from pretrain.optim.learning_rate import warmup_steps
+    from pretrain.optim.learning_rate import AUTO, warmup_steps
     from pretrain.optim.schedule import Schedule
 
     warmup = warmup_steps(steps, config.warmup_proportion)
-    schedule = Schedule(config.scheduler, total_steps=steps, warmup_steps=warmup)
+    peak_lr = 1.0 if config.lr == AUTO else float(config.lr)
+    schedule = Schedule(config.scheduler, total_steps=steps, warmup_steps=warmup, peak_lr=peak_lr)
     schedule(0), schedule(max(0, steps - 1))  # before the run
     return schedule
 
@@ -155,7 +156,7 @@ def build_listeners(
     from pretrain.telemetry.run_file import RunFile
 
     monitor = Monitor(config.build_sinks(), run=folder, log_every=config.log_every)
-    files = prepared.train.files if watch_files else {}
+    files = prepared.train.copied_files if watch_files else {}
     watchers: list[Listener] = [FilesWatch(files), BaselineCheck(prepared.model.uniform_loss())]
     return [monitor, RunFile(folder, monitor.summary), *watchers], monitor.unsaved
 
