@@ -165,7 +165,7 @@ def build_listeners(
     from pretrain.telemetry.run_file import RunFile
 
     monitor = Monitor(config.build_sinks(), run=folder, log_every=config.log_every)
-    files = prepared.train.files if watch_files else {}
+    files = prepared.train.copied_files if watch_files else {}
     watchers: list[Listener] = [FilesWatch(files), BaselineCheck(prepared.model.uniform_loss())]
     return [monitor, RunFile(folder, monitor.summary), *watchers], monitor.unsaved
 
