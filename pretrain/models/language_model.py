@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from pretrain.data.batch import IGNORE
 from pretrain.distributed.sharding import TensorFiles, check_names, fill
 from pretrain.models import packing
+from pretrain.models.blocks import find_blocks
+from pretrain.models.compilation import Compile, compile_blocks, compiled
 from pretrain.models.kl_divergence import Head, kl_divergence
 from pretrain.models.loss import linear_cross_entropy
 from pretrain.models.probe import (
@@ -25,6 +27,7 @@ from pretrain.models.probe import (
     has_plain_head,
     num_positions,
 )
+from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,8 +38,9 @@ class LanguageModel(nn.Module):
     """A causal LM of transformers together with its training loss.
 
     Strategies wrap this module and not ``hf``, because the head of ``hf`` is used outside of the forward of ``hf``. Dropout is
-    as the model's config sets it. With ``compile=True``, backbone and loss of the training step become one graph; evaluation,
-    whose last batch is smaller than the others, runs eagerly.
+    as the model's config sets it. With ``compile=True`` or ``"blocks"``, each block and the loss of one chunk are compiled for
+    the training step; with ``"graph"``, or if the model declares no blocks, backbone and loss become one graph. Evaluation, whose
+    last batch is smaller than the others, runs eagerly.
 
     Attributes:
         hf: the wrapped transformers model.
@@ -56,7 +60,7 @@ class LanguageModel(nn.Module):
         self,
         hf: Any,
         *,
-        compile: bool = False,  # noqa: A002 (the key users know)
+        compile: Compile = False,  # noqa: A002 (the key users know)
         transformed: Transformed | None = None,
     ) -> None:
         super().__init__()
@@ -69,8 +73,22 @@ class LanguageModel(nn.Module):
         self.balancing = 0.0
         if not any(p.is_meta for p in hf.parameters()):
             self.probe()
-        self.is_compiled = compile
-        self._compiled: Callable[..., Tensor] | None = torch.compile(self._loss, dynamic=False) if compile else None
+        self.is_compiled = compile is not False
+        self._compiled: Callable[..., Tensor] | None = None
+        self._has_compiled_blocks = False
+        if self.is_compiled:
+            self._compile(by_blocks=compile != "graph")
+
+    def _compile(self, *, by_blocks: bool) -> None:
+        """Compile the training step, block by block if the model declares blocks."""
+        blocks = find_blocks(self.hf) if by_blocks else []
+        self._has_compiled_blocks = bool(blocks)
+        if blocks:
+            compile_blocks(blocks)
+            return
+        if by_blocks:
+            notice(f"model.compile: {type(self.hf).__name__} does not declare its blocks; compiled as one graph")
+        self._compiled = torch.compile(self._loss, dynamic=False)
 
     def probe(self, _: Tensor | None = None) -> None:
         """Set ``fused_loss``, ``document_mask`` and ``balancing`` by running the model on a few tokens. A model on the meta
@@ -135,11 +153,12 @@ class LanguageModel(nn.Module):
         balanced = bool(self.balancing) and self.training and torch.is_grad_enabled()
         if self.fused_loss and not balanced:
             hidden, head = self._hidden(input_ids, position_ids), self._head()
-            return linear_cross_entropy(hidden.flatten(0, 1), *head, labels.flatten(), weights)
+            rows = (hidden.flatten(0, 1), *head, labels.flatten(), weights)
+            return linear_cross_entropy(*rows, compiled=self._compiles_loss())
         given = {"input_ids": input_ids} | self._documents(position_ids)
         if balanced:
             return self._balanced_loss(given, labels, weights)
-        return cross_entropy(self.hf(**given, use_cache=False).logits, labels, weights)
+        return self._cross_entropy(self.hf(**given, use_cache=False).logits, labels, weights)
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """Return the last hidden states [n, S, h]."""
@@ -173,7 +192,8 @@ class LanguageModel(nn.Module):
         weights = _by_token(loss_weights, labels)
         base = base_hidden.flatten(0, 1)
         kl = kl_divergence(base, self.base_head, hidden, head, targets, weights, temperature=temperature)
-        return torch.stack([linear_cross_entropy(hidden, *head, targets, weights), kl]).unsqueeze(0)
+        loss = linear_cross_entropy(hidden, *head, targets, weights, compiled=self._compiles_loss())
+        return torch.stack([loss, kl]).unsqueeze(0)
 
     def _by_row(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> Tensor:
         """Return the loss of each row and the number of its labels with the largest logit, [n, 2]. Only positions that have a
@@ -189,12 +209,19 @@ class LanguageModel(nn.Module):
         rows = torch.zeros(len(labels), 2, device=labels.device)
         return rows.index_add_(0, chosen.nonzero()[:, 0], found)
 
+    def _compiles_loss(self) -> bool:
+        """Return whether the loss is compiled apart from the blocks, as it is in training steps."""
+        return self._has_compiled_blocks and self.training and torch.is_grad_enabled()
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        return (compiled(cross_entropy) if self._compiles_loss() else cross_entropy)(logits, labels, weights)
+
     def _balanced_loss(self, given: dict[str, Any], labels: Tensor, weights: Tensor | None) -> Tensor:
         """Return the cross entropy, whose gradient includes that of ``balancing`` × the model's load balancing loss of this
         micro-batch × its number of targets, or the sum of their ``weights`` [n * S]. After the division by that of the global
         batch, this is the mean over micro-batches, weighted by their targets."""
         out = self.hf(**given, use_cache=False, output_router_logits=True)
-        loss = cross_entropy(out.logits, labels, weights)
+        loss = self._cross_entropy(out.logits, labels, weights)
         counts = labels != IGNORE
         targets = counts.sum() if weights is None else (counts.flatten() * weights).sum()
         pull = self.balancing * out.aux_loss * targets
