@@ -49,7 +49,7 @@ ROUTED = {  # keys that belong to a strategy or a model, with the type of their 
     "auto_wrap_policy": str,
     "sharding_strategy": str,
     "cpu_offload": bool,
-    "gradient_checkpointing": bool,
+    "gradient_checkpointing": bool | Literal["selective"] | PositiveInt,
     "state_dict_type": Literal["full", "sharded"],
     "limit_all_gathers": bool,
     "static_graph": bool,
@@ -183,7 +183,7 @@ def _wandb(key: str) -> Callable[[Flat, Any], None]:
 
 KEYS: dict[str, Key] = {
     "task": Key(
-        Literal["pretraining", "clm_training", "tokenization", "evaluation", "generation", "export"],
+        Literal["pretraining", "clm_training", "tokenization", "evaluation", "generation", "export", "merge"],
         lambda flat, value: flat.values.update(task={"clm_training": "pretraining"}.get(value, value)),
     ),
     "experiment_name": Key(str, _to("name")),

@@ -18,6 +18,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from pretrain.config.trust import MULTI_SELECT, PARTS
 from pretrain.optim.learning_rate import AUTO, with_lr
 from pretrain.optim.plain import PlainOptimizer
+from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.config import CheckpointConfig
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
     from pretrain.evaluation.config import EvaluationConfig
     from pretrain.evaluation.prompts import Prompts
     from pretrain.launch.config import LaunchConfig
+    from pretrain.merging.config import MergeConfig
     from pretrain.models.causal_lm import CausalLM
     from pretrain.models.transforms.base import ModelTransform
     from pretrain.optim.base import OptimizerFactory
     from pretrain.plan.config import PlanConfig
     from pretrain.strategy.base import Strategy
+    from pretrain.strategy.objective import Objective
     from pretrain.strategy.precision import Precision
     from pretrain.sweep.config import SweepConfig
     from pretrain.telemetry.config import TelemetryConfig
@@ -44,7 +47,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 RUNTIME_ARGUMENTS = {  # group → arguments that the run passes, never YAML; a target that needs one is bound, not called
-    "scheduler": {"step", "total_steps", "warmup_steps"},
+    "scheduler": {"step", "total_steps", "warmup_steps", "peak_lr"},
     "optimizer": {"named_parameters", "params"},
 }
 
@@ -54,7 +57,7 @@ class RootKeys:
     """The keys of conf/config.yaml that are not groups.
 
     Attributes:
-        task: What to run: pretraining · tokenization · evaluation · generation · export · plan.
+        task: What to run: pretraining · tokenization · evaluation · generation · export · merge · plan.
         name: Name of the run; null: <model>-<dataset>, with the task as a prefix unless it is pretraining.
         output_dir: Run folder; the same command resumes the run in it.
         model_name: The shipped `sample`, a Hugging Face Hub id, a folder, a checkpoint or a run.
@@ -78,7 +81,7 @@ class RootKeys:
         resume: auto: resume the run in output_dir · never: start over · a checkpoint folder, or a run folder for its
             newest checkpoint.
         resume_allow: What may differ from the resumed run: data, tokenizer, sequence_length, global_batch, seed,
-            weights, optimizer.
+            weights, optimizer, objective.
         log_every: Steps between train records.
         evaluate_every: Steps between evaluations; null: only before the first step and after the last one.
         save_every: Steps between checkpoints; null: only at the end.
@@ -86,7 +89,7 @@ class RootKeys:
             line only.
     """
 
-    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export", "plan"]
+    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export", "merge", "plan"]
     name: Annotated[str, Field(pattern=r"^\.*[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]  # a folder's name: no `..`, no path
     output_dir: Annotated[str, Field(pattern=ONE_LINE)]
     model_name: Annotated[str, Field(min_length=1)]
@@ -106,7 +109,9 @@ class RootKeys:
     devices: Literal["auto"] | PositiveInt
     sweep_dir: Annotated[str, Field(pattern=ONE_LINE)] | None
     resume: Annotated[str, Field(min_length=1)]
-    resume_allow: list[Literal["tokenizer", "data", "sequence_length", "global_batch", "seed", "weights", "optimizer"]]
+    resume_allow: list[
+        Literal["tokenizer", "data", "sequence_length", "global_batch", "seed", "weights", "optimizer", "objective"]
+    ]
     log_every: PositiveInt
     evaluate_every: PositiveInt | None
     save_every: PositiveInt | None
@@ -123,11 +128,13 @@ class RunConfig(RootKeys):
         replay: How much old text is among the training data.
         strategy: How model and optimizer are set up on the devices.
         precision: Dtypes of parameters and matmuls.
+        objective: What is minimised.
         optimizer: Builds the optimizer from named parameters.
         scheduler: The schedule, a function of ``step``, ``total_steps`` and ``warmup_steps``.
         checkpoint: What is saved, and how long checkpoints are kept.
         evaluation: What is evaluated.
         generation: The prompts of ``task=generation``.
+        merge: What ``task=merge`` merges.
         guard: How loss spikes and non-finite values are handled.
         telemetry: Additional measurements.
         launch: How processes are started and supervised.
@@ -142,11 +149,13 @@ class RunConfig(RootKeys):
     replay: ReplayConfig
     strategy: Strategy
     precision: Precision
+    objective: Objective
     optimizer: OptimizerFactory
     scheduler: Callable[..., float]
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
     generation: Prompts
+    merge: MergeConfig
     guard: GuardConfig
     telemetry: TelemetryConfig
     launch: LaunchConfig
@@ -185,6 +194,15 @@ class RunConfig(RootKeys):
 
         check_training_data(self.dataset, self.replay, self.phases, self.evaluation.domains)
 
+    def check_schedule(self) -> None:
+        """Raise ``UserError`` for a start of the warm-up in a run without one."""
+        start_lr = self.plain["scheduler"].get("start_lr")
+        if start_lr and self.warmup_proportion == 0:
+            raise UserError(
+                f"scheduler.start_lr={start_lr}: the warm-up starts from it, and warmup_proportion=0 leaves none; set "
+                "warmup_proportion above 0"
+            )
+
     @property
     def micro_batch_size(self) -> int:
         """Sequences per device and micro-batch. ``batch_size=auto`` counts as 1 until the largest size that fits is known."""
@@ -206,6 +224,12 @@ class RunConfig(RootKeys):
         """Return the transforms in order, each as the config describes it."""
         nodes: list[dict[str, Any]] = json.loads(json.dumps([*(self.plain.get("transform") or {}).values()]))
         return nodes  # as a checkpoint's JSON has them
+
+    @property
+    def objective_identity(self) -> dict[str, Any] | None:
+        """Return the term of the objective as the config describes it; ``None`` for the cross entropy alone."""
+        node: dict[str, Any] = self.plain["objective"]
+        return node if len(node) > 1 else None
 
     @property
     def optimizer_identity(self) -> list[Any]:

@@ -29,6 +29,7 @@ class Part:
         max_epochs: the most passes over it; ``None``: any number.
         packing: how its documents become sequences: stream | best_fit.
         fim: how its documents are rearranged to learn filling in the middle; ``None``: not at all.
+        near: whether it has only one of several near duplicates.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Part:
     max_epochs: float | None = None
     packing: str = "stream"
     fim: FillInMiddle | None = None
+    near: bool = False
 
     def blocks(self, sequence_length: int) -> Blocks:
         """Return the sequences of the part."""
@@ -87,6 +89,13 @@ class TrainingData:
     def files(self) -> Files:
         """The files that were read for all parts."""
         return {path: seen for part in self.parts for path, seen in part.view.store.files.items()}
+
+    @property
+    def copied_files(self) -> Files:
+        """Those of ``files`` whose tokens are in the cache. The others are read in place, and checked at each access."""
+        shards = (shard for part in self.parts for shard in part.view.store.parts)
+        in_place = {shard.tokens_at[0] for shard in shards if shard.tokens_at}
+        return {path: seen for path, seen in self.files.items() if path not in in_place}
 
     def blocks(self, sequence_length: int) -> list[Blocks]:
         """Return the sequences of each part."""

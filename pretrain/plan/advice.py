@@ -13,10 +13,15 @@ if TYPE_CHECKING:
 def other_settings(config: RunConfig, *, is_gpu: bool, checkpointing: bool = True) -> list[str]:
     """Return the settings of model and precision that need less memory and are not in use yet."""
     settings = []
-    if checkpointing and not getattr(config.model, "gradient_checkpointing", True):
+    recomputed = getattr(config.model, "gradient_checkpointing", True)
+    if checkpointing and recomputed is False:
+        settings.append("model.gradient_checkpointing=true (or selective, which is faster)")
+    elif checkpointing and recomputed is not True:
         settings.append("model.gradient_checkpointing=true")
     if is_gpu and config.precision.compute == "float32":
         settings.append("precision=bf16-mixed")
+    if is_gpu and not getattr(config.model, "activation_offload", True):
+        settings.append("model.activation_offload=true (slower)")
     return settings
 
 

@@ -184,6 +184,8 @@ class Question:
             notes.append(
                 f"model.attention={self.spec.attention}: traced as sdpa, which saves tensors of the same sizes"
             )
+        if getattr(self.spec, "activation_offload", False):
+            notes.append("model.activation_offload: the activations are counted on the device, where few of them stay")
         if self.topology.devices_per_worker > 1:
             notes.append("strategy=dp: the first device also holds the gradients that the others send to it")
         if not self.device.is_gpu:

@@ -81,8 +81,11 @@ class Traced:
             stack.enter_context(tracker)
             world = SimulatedContext(0, self.topology, torch.device("cpu"))
             step = StepConfig.of(config)
-            engine = config.strategy.setup(self._factory(spec), self.optimizer, step, world)
+            factory = self._factory(spec)
+            engine = config.strategy.setup(factory, self.optimizer, step, world)
             _prepare(engine, tracker)
+            tracker.kind = "buffers"  # also the weights of a base model that the objective needs
+            engine.term = config.objective.term(engine, lambda: config.strategy.reference(factory, step, world))
             return _traced_step(engine, tracker, rows, config)
 
 

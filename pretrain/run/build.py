@@ -56,12 +56,22 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
     """Return this rank's engine: the model and the optimizer as the strategy sets them up."""
     from pretrain.strategy.base import StepConfig
 
-    return config.strategy.setup(
-        build_model_factory(config, prepared.model),
-        optimizer_builder(config),
-        StepConfig.of(config),
-        world,
-    )
+    for transform in config.transforms:
+        if getattr(transform, "needs_compile", False) and not getattr(config.model, "compile", True):
+            raise UserError(
+                f"transform=[{type(transform).__name__.lower()}] with model.compile=false: without compilation it is slower than "
+                "training without it; add model.compile=true"
+            )
+    if prepared.model.weights() is not None and hasattr(config.optimizer, "check_base"):  # not a plain function
+        config.optimizer.check_base(config.model_name)
+    factory, step = build_model_factory(config, prepared.model), StepConfig.of(config)
+    if prepared.base_gone and config.objective_identity is not None:
+        raise UserError(
+            f"objective: it compares with the base model, and model_name={config.model_name} is no longer available"
+        )
+    engine = config.strategy.setup(factory, optimizer_builder(config), step, world)
+    engine.term = config.objective.term(engine, lambda: config.strategy.reference(factory, step, world))
+    return engine
 
 
 def optimizer_builder(config: RunConfig) -> Callable[[LanguageModel], Optimizer]:
@@ -131,11 +141,12 @@ def build_schedule(config: RunConfig, steps: int) -> Callable[[int], float]:
 
     Raises ``UserError`` for a function that returns no number for the first or the last step.
     """
-    from pretrain.optim.learning_rate import warmup_steps
+    from pretrain.optim.learning_rate import AUTO, warmup_steps
     from pretrain.optim.schedule import Schedule
 
     warmup = warmup_steps(steps, config.warmup_proportion)
-    schedule = Schedule(config.scheduler, total_steps=steps, warmup_steps=warmup)
+    peak_lr = 1.0 if config.lr == AUTO else float(config.lr)
+    schedule = Schedule(config.scheduler, total_steps=steps, warmup_steps=warmup, peak_lr=peak_lr)
     schedule(0), schedule(max(0, steps - 1))  # before the run
     return schedule
 
@@ -174,7 +185,7 @@ def build_listeners(
     from pretrain.telemetry.run_file import RunFile
 
     monitor = Monitor(config.build_sinks(), run=folder, log_every=config.log_every)
-    files = prepared.train.files if watch_files else {}
+    files = prepared.train.copied_files if watch_files else {}
     watchers: list[Listener] = [FilesWatch(files), BaselineCheck(prepared.model.uniform_loss())]
     return [monitor, RunFile(folder, monitor.summary), *watchers], monitor.unsaved
 
@@ -338,6 +349,8 @@ def build_trainer(
     engine = build_engine(config, prepared, world)
     rng = rng_state()  # captured before the search for a micro-batch, which draws random numbers
     split = build_split(config, prepared, engine, resume_from=resume_from, plan=plan)
+    if engine.term is not None:
+        engine.term.restart()
     loader = build_loader(config, prepared, split, world)
     evaluate_every, save_every = build_intervals(config, loader, steps)
     metadata = build_facts(config, prepared, engine, split=split, restarts=restarts, plan=plan)

@@ -24,7 +24,7 @@ from pretrain.run.prepare import Prepared, model_spec, prepare
 from pretrain.runtime import garbage_collector as collector
 from pretrain.runtime.console import log_error, log_to, mute, notice, quietly
 from pretrain.runtime.errors import UserError
-from pretrain.runtime.files import open_new
+from pretrain.runtime.files import open_new, replace_file
 from pretrain.runtime.out_of_memory import OutOfMemory, watched
 from pretrain.runtime.signals import EXIT_CODE, Interrupt
 from pretrain.runtime.watchdog import Watchdog
@@ -197,7 +197,7 @@ def tokenization(config: RunConfig, overrides: list[str], interrupt: Interrupt) 
 def evaluation(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     """Score the model on the held-out documents of every configured domain."""
     from pretrain.evaluation.run_tasks import run_tasks
-    from pretrain.run.build_evaluation import build_evaluator, build_sampler
+    from pretrain.run.build_evaluation import build_evaluator, build_sampler, build_tasks
     from pretrain.run.metadata import run_facts
     from pretrain.telemetry.events import Evaluated, Event, MetricsEvent, RunStarted, Sampled
 
@@ -216,7 +216,7 @@ def evaluation(config: RunConfig, overrides: list[str], interrupt: Interrupt) ->
         evaluator = build_evaluator(config, prepared)
         sampler = build_sampler(config, prepared, scorer, evaluator)
         scores = evaluator.run(scorer, announce=True) or ()
-        metrics = run_tasks(config.evaluation.tasks, scorer, announce=True) or ()
+        metrics = run_tasks(build_tasks(config, prepared), scorer, announce=True) or ()
         samples = sampler.run(scorer) or ()
     events: list[Event] = [
         RunStarted(0, 0, resumed=False, facts=run_facts(config, world, scorer) | {"uniform_loss": uniform}),
@@ -305,6 +305,24 @@ def plan(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     return 0
 
 
+def merge(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
+    """Merge models into output_dir/model, and write the YAML of the same merge for mergekit beside it."""
+    from pretrain.merging.merge import mergekit_config, open_merge, write_merged
+    from pretrain.models.causal_lm import Pretrained
+
+    folder = claim(config.output_dir, foreign=True).path
+    if found_in(folder, ("model",)):
+        raise UserError(f"output_dir={folder} holds a model already; choose another output_dir for the merged one")
+    dtype, code = config.model.save_dtype, config.model.trust_remote_code
+    opened = open_merge(config.merge, Pretrained(name_or_path=config.model_name, trust_remote_code=code))
+    path = write_merged(opened, folder / "model", shard_size=config.checkpoint.export_shard_size, save_dtype=dtype)
+    replace_file(folder / "mergekit_config.yml", mergekit_config(opened, save_dtype=dtype))
+    for one, weight in zip(opened.inputs, opened.weights, strict=True):
+        print(f"{weight:8.4g} × {one.name}")
+    print(f"model    {path}")
+    return 0
+
+
 # The tasks of one process. Pretraining may have several: the launcher starts it.
 TASKS: dict[str, Callable[[RunConfig, list[str], Interrupt], int]] = {
     "tokenization": tokenization,
@@ -312,4 +330,5 @@ TASKS: dict[str, Callable[[RunConfig, list[str], Interrupt], int]] = {
     "generation": generation,
     "export": export,
     "plan": plan,
+    "merge": merge,
 }

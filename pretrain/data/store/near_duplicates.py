@@ -27,7 +27,7 @@ from pretrain.data.store.token_shards import TokenShard
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from pretrain.data.store.token_store import TokenStore
+    from pretrain.data.store.token_store import TokenStore, TokenView
 
 VERSION = 1  # of the keys; another number computes all of them again
 BANDS, ROWS = 14, 8
@@ -76,10 +76,11 @@ def band_keys(part: TokenShard, *, eot: int, bos: int | None) -> Iterator[NDArra
 
     sketch = MinHash(num_perm=BANDS * ROWS, seed=SEED, hashfunc=int, scheme="affine32")
     for start, end in itertools.pairwise([0, *part.ends.tolist()]):
-        first = int(bos is not None and start < end and int(part.tokens[start]) == bos)
-        last = int(start + first < end and int(part.tokens[end - 1]) == eot)
+        tokens = part.tokens[start:end]
+        first = int(bos is not None and start < end and int(tokens[0]) == bos)
+        last = int(start + first < end and int(tokens[-1]) == eot)
         sketch.clear()
-        hashes = np.unique(_shingles(part.tokens[start + first : end - last].astype(np.uint64)))
+        hashes = np.unique(_shingles(tokens[first : len(tokens) - last].astype(np.uint64)))
         for first in range(0, len(hashes), MOST_SHINGLES):
             sketch.update_batch(hashes[first : first + MOST_SHINGLES].tolist())
         values = sketch.hashvalues.astype("<u4").reshape(BANDS, ROWS)
@@ -111,6 +112,22 @@ def kept_documents(store: TokenStore) -> NDArray[np.bool_]:
             with cache_file(path) as file:
                 file.write(packed.tobytes())
     return np.unpackbits(packed, count=store.num_documents).astype(bool)
+
+
+def nearly_common(one: TokenView, other: TokenView) -> int:
+    """Return how many documents of ``other`` share a key with a document of ``one``. The keys of both are in the cache."""
+    found = np.zeros(other.num_documents, bool)
+    for band in range(BANDS):
+        found |= np.isin(_keys(other, band), _keys(one, band))
+    return int(found.sum())
+
+
+def _keys(view: TokenView, band: int) -> NDArray[Any]:
+    """Return the keys of a band of the documents of a view."""
+    parts, cache = view.store.parts, view.store.path.parent.parent
+    files = [keys_path(part.path, cache) for part in parts]
+    keys = [np.empty(0, np.uint64), *_band(files, [part.num_documents for part in parts], band)]
+    return np.concatenate(keys)[view.document_numbers()]
 
 
 def _decision(path: Path, num_documents: int) -> NDArray[np.uint8] | None:
