@@ -206,9 +206,9 @@ class Engine(EngineState, InferenceEngine):
                 heartbeat()
         with self.timer.part("communication"):
             self.world.data_all_reduce_sum(loss)
-            terms = {} if self.term is None else {self.term.name: self.term.take(self, divisor)}
         with self.timer.part("optimizer"):
             norm = self.step(self.grad_clip, refuse=never if should_skip is None else partial(should_skip, loss))
+        terms = {} if self.term is None else {self.term.name: self.term.take(self, divisor)}
         return StepOutput(loss, norm, tokens, terms)
 
     def skip_step(self, batch: Batch) -> StepOutput:
