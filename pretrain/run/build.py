@@ -310,18 +310,19 @@ def build_trainer(
     metadata = build_facts(config, prepared, engine, split=split, restarts=restarts)
     exporter = build_exporter(config, prepared, engine, loader, facts=metadata, steps=steps)
     listeners, unsaved_records = build_listeners(config, prepared, folder) if world.is_main else ([], list)
+    hooks = config.build_hooks()
     saving = {"every": save_every, "resume_from": resume_from, "unsaved_records": unsaved_records}
     return Trainer(
         engine,
         loader,
         build_schedule(config, steps),
         steps=steps,
-        evaluation=build_evaluation(config, prepared, engine, split.batch_size, evaluate_every),
+        evaluation=build_evaluation(config, prepared, engine, split.batch_size, evaluate_every, hooks),
         checkpoints=build_checkpoints(config, prepared, store, exporter, watchdog, **saving),
         guard=build_guard(config, prepared, engine, loader, folder),
         exporter=exporter,
         layers=build_layers(config, engine),
-        hooks=config.build_hooks(),
+        hooks=hooks,
         listeners=listeners,
         interrupt=interrupt,
         watchdog=watchdog,

@@ -312,6 +312,8 @@ class Trainer:
         if self.exporter is not None and self.complete:
             with self.watchdog.slow():
                 model = self.exporter.at_end(self.state)
+                for name, weights in self.hooks.averages("export").items():
+                    self.exporter.average_at_end(name, weights, self.state)
         status = "finished" if self.complete else "stopped"
         self.emit(RunFinished(self.state.step, status, self.state.tokens, model))
         return self.state
