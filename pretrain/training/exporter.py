@@ -95,12 +95,13 @@ class Exporter:
         if self.engine.world.is_main:
             self._prune(models, progress.step)
 
-    def at_end(self, progress: TrainState) -> Path | None:
-        """Export ``model/``, completely or not at all, and return its path; ``None`` if ``when`` is "never"."""
+    def at_end(self, progress: TrainState, *, note: str = "") -> Path | None:
+        """Export ``model/``, completely or not at all, and return its path; ``None`` if ``when`` is "never". ``note`` is added to
+        the model card."""
         if self.when == "never":
             return None
         path = self.run / "model"
-        self._write(path, progress)
+        self._write(path, progress, note=note)
         if self.engine.world.is_main:
             self._prune(self.run / "models", progress.step)
         return path

@@ -115,9 +115,9 @@ def on_ranks(world, model, strategy, batch, folder):
         engine.train_step(mine)
         hook.after_step(None, engine)
     average = {name: tensors.full_tensor(t) for name, t in hook.averages("export")["ema_0.9"].items()}
-    before = dict(engine.full_weights())
+    before = {name: t.clone() for name, t in engine.full_weights()}
     with replaced_weights(engine, hook.averages("export")["ema_0.9"]):
-        inside = dict(engine.full_weights())
+        inside = {name: t.clone() for name, t in engine.full_weights()}
     return same(average, inside), same(before, dict(engine.full_weights())), {n: t.numpy() for n, t in average.items()}
 
 
