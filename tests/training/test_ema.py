@@ -134,7 +134,7 @@ def test_on_two_ranks(strategy, tmp_path, exact_model):
         assert replaced
         assert restored
         for name, tensor in expected.items():
-            torch.testing.assert_close(torch.from_numpy(average[name]), tensor, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(torch.from_numpy(average[name]), tensor, rtol=1e-4, atol=1e-5)
 
 
 def _alone(model, ids):
