@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pretrain.distributed.topology import Topology
     from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
-    from pretrain.strategy.engine import Engine
+    from pretrain.strategy.engine import Engine, InferenceEngine
     from pretrain.strategy.precision import Precision
 
 BLOCKS = {"gpt2": "GPT2Block", "llama": "LlamaDecoderLayer"}  # short names of the original design
@@ -97,10 +97,35 @@ class Fsdp(Strategy):
         step: StepConfig,
         world: DistributedContext,
     ) -> Engine:
+        from pretrain.strategy.fsdp_engine import FsdpEngine
+
+        built, unsharded = self.sharded(model, step, world)
+        return FsdpEngine(
+            built,
+            optimizer(built),
+            precision=step.precision,
+            grad_clip=step.grad_clip,
+            world=world,
+            replicas=world.size,
+            exchange_always=not self.accumulate_unsharded,
+            sharded_export=self.state_dict_type == "sharded",
+            unsharded=unsharded,
+        )
+
+    def reference(self, model: ModelFactory, step: StepConfig, world: DistributedContext) -> InferenceEngine:
+        from pretrain.strategy.fsdp_engine import FsdpInferenceEngine
+
+        built, _ = self.sharded(model, step, world)
+        return FsdpInferenceEngine(built, precision=step.precision, world=world)
+
+    def sharded(
+        self, model: ModelFactory, step: StepConfig, world: DistributedContext
+    ) -> tuple[LanguageModel, list[nn.Parameter]]:
+        """Return the sharded model with its weights, and the parameters that every rank holds in full."""
         import torch
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        from pretrain.strategy.fsdp_engine import FsdpEngine, free_gathered
+        from pretrain.strategy.fsdp_engine import free_gathered
 
         built = model.build_on_meta()
         blocks = wrapped_blocks(built.hf, self.auto_wrap_policy)
@@ -123,17 +148,7 @@ class Fsdp(Strategy):
         register_fsdp_forward_method(built, "probe")
         built.probe(torch.empty(0))
         free_gathered(built)
-        return FsdpEngine(
-            built,
-            optimizer(built),
-            precision=step.precision,
-            grad_clip=step.grad_clip,
-            world=world,
-            replicas=world.size,
-            exchange_always=not self.accumulate_unsharded,
-            sharded_export=self.state_dict_type == "sharded",
-            unsharded=unsharded,
-        )
+        return built, unsharded
 
     def mesh(self, world: DistributedContext) -> DeviceMesh:
         """Return the device mesh: one dimension of shards, or copies × shards."""
@@ -154,17 +169,11 @@ class Fsdp(Strategy):
 
 def wrapped_blocks(hf: Any, policy: str) -> list[nn.Module]:
     """Return the modules that ``policy`` names. Raises ``UserError`` listing the model's classes if it names none."""
-    from pretrain.models.transformers_internals import unsplit_classes
+    from pretrain.models.blocks import candidates, find_blocks
 
-    names = unsplit_classes(hf) if policy == "auto" else {BLOCKS.get(policy, policy)}
-    # The loss uses the head outside of its module, so it belongs to the root.
-    head = {id(p) for p in hf.get_output_embeddings().parameters()}
-    blocks = [m for m in hf.modules() if m is not hf and all(id(p) not in head for p in m.parameters())]
-    found = [m for m in blocks if type(m).__name__ in names]
-    if found:
-        inner = {part for m in found for part in m.modules() if part is not m}
-        return [m for m in found if m not in inner]
-    classes = {type(m).__name__ for m in blocks if any(True for _ in m.parameters())}
+    if found := find_blocks(hf, None if policy == "auto" else {BLOCKS.get(policy, policy)}):
+        return found
+    classes = {type(m).__name__ for m in candidates(hf) if any(True for _ in m.parameters())}
     if policy == "auto":
         raise UserError(
             "strategy.auto_wrap_policy=auto: this model does not declare which of its blocks must not be split; "

@@ -142,7 +142,7 @@ def test_a_model_without_a_base(base_arguments, command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed"])
-def test_on_two_ranks(run, strategy, base_arguments, command, exact_model, tmp_path):
+def test_on_two_ranks(strategy, base_arguments, command, exact_model, tmp_path):
     model = [f"model_name={exact_model('llama-tied')}", "merge.curve=[0,0.5,1]", "merge.choose=forgetting<=100"]
     alone, ranks = tmp_path / "alone", tmp_path / "ranks"
     assert command([*words_of(base_arguments), *model, f"output_dir={alone}"])[0] == 0
