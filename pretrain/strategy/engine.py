@@ -70,7 +70,10 @@ class InferenceEngine:
         world: the ranks and their collectives.
         num_parameters: number of parameters of the full model.
         num_trained: number of those that are trained.
+        weights_in_model: whether the parameters of the model are the weights that are saved.
     """
+
+    weights_in_model = True
 
     def __init__(self, model: LanguageModel, *, precision: Precision, world: DistributedContext) -> None:
         self.model = model
