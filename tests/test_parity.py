@@ -30,6 +30,9 @@ VARIANTS = [
             ["strategy=ddp", "strategy.gradient_as_bucket_view=false"],
             ["strategy=ddp", "strategy.find_unused_parameters=true"],
             ["strategy=ddp", "model.gradient_checkpointing=true"],
+            ["strategy=ddp", "model.gradient_checkpointing=2"],
+            ["strategy=fsdp", "model.gradient_checkpointing=selective"],
+            ["strategy=deepspeed", "strategy.zero_stage=3", "model.gradient_checkpointing=selective"],
             ["strategy=fsdp", "strategy.accumulate_unsharded=true"],
             ["strategy=ddp", "strategy.static_graph=true", "gradient_accumulation_steps=1", "batch_size=4"],
             ["strategy=deepspeed", "strategy.zero_stage=0"],
@@ -96,6 +99,9 @@ def assert_equal_runs(run, reference, *, loss, norm, weights):
         if a["event"] == "evaluation":
             assert a["loss"] == pytest.approx(b["loss"], abs=loss)
             assert a["tokens"] == b["tokens"]
+            assert a["kl_to_base"] == pytest.approx(b["kl_to_base"], abs=10 * loss)
+            assert (a["kl_to_base"] > 0) == (a["step"] > 0)
+            assert a["in_context_gain"] == pytest.approx(b["in_context_gain"], abs=10 * loss)
         if (
             a["event"] == "sample" and loss < 1e-4
         ):  # with rounding as coarse as bf16's another token may be the likeliest

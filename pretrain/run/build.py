@@ -54,6 +54,15 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
     from pretrain.optim.combined import check_every_parameter, combined
     from pretrain.strategy.base import StepConfig
 
+    for transform in config.transforms:
+        if getattr(transform, "needs_compile", False) and not getattr(config.model, "compile", True):
+            raise UserError(
+                f"transform=[{type(transform).__name__.lower()}] with model.compile=false: without compilation it is slower than "
+                "training without it; add model.compile=true"
+            )
+    if prepared.model.weights() is not None and hasattr(config.optimizer, "check_base"):  # not a plain function
+        config.optimizer.check_base(config.model_name)
+
     def optimizer(model: LanguageModel) -> Optimizer:
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError(
@@ -63,12 +72,14 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
         check_every_parameter(made, model.hf_named_parameters())
         return made
 
-    return config.strategy.setup(
-        build_model_factory(config, prepared.model),
-        optimizer,
-        StepConfig.of(config),
-        world,
-    )
+    factory, step = build_model_factory(config, prepared.model), StepConfig.of(config)
+    if prepared.base_gone and config.objective_identity is not None:
+        raise UserError(
+            f"objective: it compares with the base model, and model_name={config.model_name} is no longer available"
+        )
+    engine = config.strategy.setup(factory, optimizer, step, world)
+    engine.term = config.objective.term(engine, lambda: config.strategy.reference(factory, step, world))
+    return engine
 
 
 def build_model_factory(config: RunConfig, model: Any) -> ModelFactory:
@@ -305,6 +316,8 @@ def build_trainer(
     engine = build_engine(config, prepared, world)
     rng = rng_state()  # captured before the search for a micro-batch, which draws random numbers
     split = build_split(config, prepared, engine, resume_from=resume_from)
+    if engine.term is not None:
+        engine.term.restart()
     loader = build_loader(config, prepared, split, world)
     evaluate_every, save_every = build_intervals(config, loader, steps)
     metadata = build_facts(config, prepared, engine, split=split, restarts=restarts)

@@ -170,7 +170,7 @@ class History:
             curves.cut(step)
         for domain in self.domains.values():
             if domain.last["step"] > step and domain.scores.steps:
-                kept = ("loss", "perplexity", "bits_per_byte", "delta_loss")
+                kept = ("loss", "perplexity", "bits_per_byte", "delta_loss", "kl_to_base", "in_context_gain")
                 numbers = {key: domain.scores.mean(key)[-1] for key in kept}
                 domain.last = domain.last | numbers | {"step": domain.scores.steps[-1]}
         self.domains = {name: d for name, d in self.domains.items() if d.scores.steps}

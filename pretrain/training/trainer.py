@@ -126,6 +126,7 @@ class Trainer:
         """Restore the checkpoint to resume from, if there is one, and announce the run."""
         self.hooks.setup(self.engine)
         checkpoint = self.checkpoints.resume_from
+        self.capture_base()
         if checkpoint is not None:
             self.score_baseline_again()
             self.restore(checkpoint)
@@ -173,6 +174,7 @@ class Trainer:
             times=engine.timer.take(),
             loss_scale=engine.loss_scale,
             layers=layers,
+            terms=done.terms,
         )
 
     def roll_back_if_needed(self, *, at_once: bool) -> bool:
@@ -206,7 +208,7 @@ class Trainer:
             return True
         self.watchdog.allow_slow()
         started_at = time.perf_counter()
-        events = self.evaluation.run(self.engine, self.state, **self.callbacks)
+        events = self.evaluation.run(self.engine, self.state, last=self.finished, **self.callbacks)
         if events is None:
             self.emit(TrainingPaused(self.state.step, time.perf_counter() - started_at, "evaluation"))
             return False
@@ -279,6 +281,13 @@ class Trainer:
         except Exception as error:
             notice(f"error: {error}")
             self.emit_saved()
+
+    @watched("evaluation")
+    def capture_base(self) -> None:
+        """Compute what evaluations need of the initial weights, which the engine has until a checkpoint is loaded."""
+        if self.evaluation is not None:
+            self.watchdog.allow_slow()
+            self.evaluation.capture_base(self.engine, **self.callbacks)
 
     @watched("evaluation")
     def score_baseline_again(self) -> None:

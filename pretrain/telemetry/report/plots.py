@@ -57,6 +57,25 @@ def change_chart(history: History) -> Markup:
     return line_chart("Gain and forgetting", lines, unit=unit, zero=True, large=True, bands=phase_bands(history))
 
 
+def drift_charts(history: History) -> Markup:
+    """Return the charts of KL(base ‖ now) of every domain and of the gain by context, as far as they were measured."""
+    if all(domain.once for domain in history.domains.values()):
+        return Markup("")
+    kl = line_chart(
+        "KL to the base model",
+        _domain_lines(history, "kl_to_base"),
+        unit=f"{NATS}, 0: the same predictions",
+        from_zero=True,
+        large=True,
+        bands=phase_bands(history),
+    )
+    first = next(iter(history.domains.values()))
+    gain = Line("gain by context", *first.curve("in_context_gain"), TRAINING)
+    unit = f"{NATS} gained on a repeated random span, higher is better"
+    learning = line_chart("In-context learning", [gain], unit=unit, zero=True, large=True, bands=phase_bands(history))
+    return join([kl, learning])
+
+
 def _domain_lines(history: History, key: str) -> list[Line]:
     return [
         Line(domain_label(name, d.role), *d.curve(key), TRAINING + i, dashed=d.role == "base")
