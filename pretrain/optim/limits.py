@@ -26,7 +26,7 @@ def check_usable(optimizers: Optimizer | Sequence[Optimizer]) -> None:
 
     for optimizer in optimizers if isinstance(optimizers, Sequence) else [optimizers]:
         kind = type(optimizer)
-        if not kind.__module__.startswith("torch.optim."):
+        if not f"{kind.__module__}.".startswith("torch.optim."):
             continue
         name = f"torch.optim.{kind.__name__}"
         if kind.__name__ in UNUSABLE:
