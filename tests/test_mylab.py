@@ -174,7 +174,11 @@ def check_records(records):
     rates = [r["lr"] for r in records if r["event"] == "train"]
     assert [rate / rates[0] for rate in rates[:3]] == pytest.approx([1.0, 0.8**0.5, (4 / 6) ** 0.5])
     metrics = [(r["step"], r["name"], r["better"]) for r in records if r["event"] == "metric"]
-    assert metrics == [(s, *m) for s in (0, 4, 8) for m in (("repetition", "higher"), ("first_prediction", "lower"))]
+    assert metrics == [
+        (s, *m)
+        for s in (0, 4, 8)
+        for m in (("repetition", "higher"), ("first_prediction", "lower"), ("continued", "higher"))
+    ]
     assert all(0 <= r["value"] <= 1 and 0 <= r["stderr"] < 1 for r in records if r.get("name") == "repetition")
     assert {r["domain"] for r in records if r["event"] == "evaluation"} == {"stories", "letters"}
 
@@ -183,13 +187,17 @@ def check_files(run, strategy):
     """Of the sink, the transforms, the strategy and the dataset, what is left on disk."""
     assert len((run / "losses.txt").read_text().splitlines()) == 8
     state = load(run / LAST)
-    assert state["hooks"] == {"ema": {"updates": 8}}
+    assert state["hooks"] == {"average": {"updates": 8}}
     average, weights = state["engine"]["hook"], state["engine"]["model"]
     adapters = {f"model.layers.{i}.self_attn.{name}_proj.{key}" for i in (0, 1) for name in "qv" for key in "AB"}
     assert adapters <= weights.keys()
-    assert {f"ema/{name}" for name in adapters} <= average.keys() < {f"ema/{name}" for name in sorted(weights.keys())}
+    assert (
+        {f"average/{name}" for name in adapters}
+        <= average.keys()
+        < {f"average/{name}" for name in sorted(weights.keys())}
+    )
     name = "model.layers.0.self_attn.q_proj.B"
-    assert 0 < average.read(f"ema/{name}").norm() < weights.read(name).norm(), "it began at zero and follows"
+    assert 0 < average.read(f"average/{name}").norm() < weights.read(name).norm(), "it began at zero and follows"
     assert read_run_file(run)["strategy"] == strategy
     assert "`stories` (Stories)" in (run / "model/README.md").read_text()
 

@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from pretrain.models.transforms.base import ModelTransform
     from pretrain.optim.base import OptimizerFactory
     from pretrain.strategy.base import Strategy
+    from pretrain.strategy.objective import Objective
     from pretrain.strategy.precision import Precision
     from pretrain.sweep.config import SweepConfig
     from pretrain.telemetry.config import TelemetryConfig
     from pretrain.telemetry.sinks.base import Sink
     from pretrain.training.guard.config import GuardConfig
     from pretrain.training.hook import Hook
+    from pretrain.training.stop_rule import StopWhen
 
 Finite = Field(allow_inf_nan=False)
 ONE_LINE = r"^[^\x00-\x1f\x7f]+$"  # for a folder's name, which can become part of a line of a script or a log
@@ -79,7 +81,7 @@ class RootKeys:
         resume: auto: resume the run in output_dir · never: start over · a checkpoint folder, or a run folder for its
             newest checkpoint.
         resume_allow: What may differ from the resumed run: data, tokenizer, sequence_length, global_batch, seed,
-            weights, optimizer.
+            weights, optimizer, objective.
         log_every: Steps between train records.
         evaluate_every: Steps between evaluations; null: only before the first step and after the last one.
         save_every: Steps between checkpoints; null: only at the end.
@@ -107,7 +109,9 @@ class RootKeys:
     devices: Literal["auto"] | PositiveInt
     sweep_dir: Annotated[str, Field(pattern=ONE_LINE)] | None
     resume: Annotated[str, Field(min_length=1)]
-    resume_allow: list[Literal["tokenizer", "data", "sequence_length", "global_batch", "seed", "weights", "optimizer"]]
+    resume_allow: list[
+        Literal["tokenizer", "data", "sequence_length", "global_batch", "seed", "weights", "optimizer", "objective"]
+    ]
     log_every: PositiveInt
     evaluate_every: PositiveInt | None
     save_every: PositiveInt | None
@@ -124,12 +128,14 @@ class RunConfig(RootKeys):
         replay: How much old text is among the training data.
         strategy: How model and optimizer are set up on the devices.
         precision: Dtypes of parameters and matmuls.
+        objective: What is minimised.
         optimizer: Builds the optimizer from named parameters.
         scheduler: The schedule, a function of ``step``, ``total_steps`` and ``warmup_steps``.
         checkpoint: What is saved, and how long checkpoints are kept.
         evaluation: What is evaluated.
         generation: The prompts of ``task=generation``.
         merge: What ``task=merge`` merges.
+        stop_when: When a run ends before its last step.
         guard: How loss spikes and non-finite values are handled.
         telemetry: Additional measurements.
         launch: How processes are started and supervised.
@@ -143,12 +149,14 @@ class RunConfig(RootKeys):
     replay: ReplayConfig
     strategy: Strategy
     precision: Precision
+    objective: Objective
     optimizer: OptimizerFactory
     scheduler: Callable[..., float]
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
     generation: Prompts
     merge: MergeConfig
+    stop_when: StopWhen
     guard: GuardConfig
     telemetry: TelemetryConfig
     launch: LaunchConfig
@@ -195,6 +203,13 @@ class RunConfig(RootKeys):
                 "warmup_proportion above 0"
             )
 
+    def check_export(self) -> None:
+        """Raise ``UserError`` for two answers to the question which model is exported."""
+        if self.checkpoint.export == "best" and self.merge.choose is not None:
+            raise UserError(
+                f"merge.choose={self.merge.choose} with checkpoint.export=best: both say which model is exported; use one"
+            )
+
     @property
     def micro_batch_size(self) -> int:
         """Sequences per device and micro-batch. ``batch_size=auto`` counts as 1 until the largest size that fits is known."""
@@ -216,6 +231,12 @@ class RunConfig(RootKeys):
         """Return the transforms in order, each as the config describes it."""
         nodes: list[dict[str, Any]] = json.loads(json.dumps([*(self.plain.get("transform") or {}).values()]))
         return nodes  # as a checkpoint's JSON has them
+
+    @property
+    def objective_identity(self) -> dict[str, Any] | None:
+        """Return the term of the objective as the config describes it; ``None`` for the cross entropy alone."""
+        node: dict[str, Any] = self.plain["objective"]
+        return node if len(node) > 1 else None
 
     @property
     def optimizer_identity(self) -> list[Any]:

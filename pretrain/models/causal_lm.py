@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import xxhash
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
+from pretrain.config.check import gpu_visible
 from pretrain.models.hub import config_files as model_config
 from pretrain.models.hub import files
 from pretrain.runtime.console import notice
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pretrain.models.transforms.apply import Transformed
 
 Texts = Callable[[], Iterator[str]]
+Checkpointing = bool | Literal["selective"] | PositiveInt
 Change = Callable[[Any], "Transformed | None"]  # applies transforms to a transformers model in place
 OLD_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}  # transformers still accepts them and renames them
 
@@ -47,8 +49,10 @@ class CausalLM(ABC):
         name_or_path: The shipped `sample`, a local folder or a Hub id.
         revision: Branch, tag or commit of a Hub id.
         tokenizer_name: Folder or Hub id of another tokenizer; null: the model's own tokenizer.
-        attention: Attention implementation: sdpa · eager · flash_attention_2 · flex_attention.
-        gradient_checkpointing: true: recompute the activations inside blocks; about a third slower, far less memory.
+        attention: auto (sdpa, on a GPU with the fastest kernel) · sdpa · eager · flash_attention_2 · flex_attention.
+        gradient_checkpointing: true: recompute the activations inside blocks, a third slower, far less memory · selective: all
+            but matrix products and attention · N: only every Nth block.
+        activation_offload: true: keep activations in host memory until the backward; on a GPU only.
         compile: true: use torch.compile, block by block; the first step takes longer. graph: the whole model at once.
         trust_remote_code: true: run Python code that is shipped with the model; on the command line only.
         save_dtype: Dtype of the final model's weights: float32 · bfloat16 · float16; null: the dtype used in training.
@@ -57,8 +61,9 @@ class CausalLM(ABC):
     name_or_path: Annotated[str, Field(min_length=1)]
     revision: str | None = None
     tokenizer_name: str | None = None
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    gradient_checkpointing: bool = False
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    gradient_checkpointing: Checkpointing = False
+    activation_offload: bool = False
     compile: Literal["blocks", "graph"] | bool = False
     trust_remote_code: bool = False
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -104,17 +109,23 @@ class CausalLM(ABC):
         files.check_vocabulary(self.config(), largest + 1, self.name_or_path)
         return tokenizer
 
+    def check_offload(self) -> None:
+        """Print a notice if ``activation_offload`` can have no effect here."""
+        if self.activation_offload and not gpu_visible():
+            notice("model.activation_offload=true: has no effect without a GPU: activations are in host memory already")
+
     def load(self, make: Callable[..., Any], **given: Any) -> Any:
         """Call ``make`` with this spec's attention, or with eager attention for an architecture without sdpa."""
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the run shows its own progress bar
         given |= {"trust_remote_code": self.trust_remote_code}
+        attention = "sdpa" if self.attention == "auto" else self.attention
         try:
-            return make(attn_implementation=self.attention, **given)
+            return make(attn_implementation=attention, **given)
         except Exception as error:  # invalid config values raise errors of any type
-            if self.attention == "sdpa" and "scaled_dot_product_attention" in str(error):
-                notice(f"model.attention=sdpa: {self.name_or_path} has no such attention; it runs with eager")
+            if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
+                notice(f"model.attention={self.attention}: {self.name_or_path} has no sdpa; it runs with eager")
                 return make(attn_implementation="eager", **given)
             if is_out_of_memory(error) or isinstance(error, UserError):
                 raise
@@ -166,17 +177,19 @@ class CausalLM(ABC):
     def finish(self, hf: Any, device: torch.device | None, change: Change) -> LanguageModel:
         """Change ``hf`` by ``change``, wrap it and return it in training mode on ``device``; with ``None`` it stays where it is.
         Dropout is as its config sets it."""
+        from pretrain.models.activation_checkpointing import checkpoint_activations, offload_activations
         from pretrain.models.compilation import keep_compiled_code
         from pretrain.models.language_model import LanguageModel
 
         transformed = change(hf)
-        if self.gradient_checkpointing:
-            hf.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(hf, self.gradient_checkpointing)
+        if self.activation_offload:
+            offload_activations(hf)
         if self.compile:
             keep_compiled_code()
         model = LanguageModel(hf if device is None else hf.to(device), compile=self.compile, transformed=transformed)
-        model.train()
-        return model
+        model.picks_kernels = self.attention == "auto"
+        return model.train()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +206,7 @@ class Pretrained(CausalLM):
         files.check_layers(config, folder, self.name_or_path)
         model_config.read_generation_config(folder, self.name_or_path)
         files.check_vocabulary(config, files.vocabulary_size(self.tokenizer_folder()), self.name_or_path)
+        self.check_offload()
         self.hf_config()
 
     def identity(self) -> str:
@@ -227,8 +241,7 @@ class Pretrained(CausalLM):
             hf.generation_config = found
 
     def _reader(self, param_dtype: torch.dtype) -> Callable[..., Any]:
-        """Return ``from_pretrained`` bound to the folder, or to the weights themselves if they are sharded along dim 0, which it
-        can't read."""
+        """Return ``from_pretrained`` bound to the folder, or to weights that are sharded along dim 0, which it can't read."""
         from transformers import AutoModelForCausalLM
 
         if not any(self.folder().glob(files.PIECES)):
@@ -313,6 +326,7 @@ class Scratch(CausalLM):
         files.check_positions(config, sequence_length, kind)
         if self.train_tokenizer is None:
             files.check_vocabulary(config, files.vocabulary_size(self.tokenizer_folder()), kind)
+        self.check_offload()
 
     def weights(self) -> None:
         """Return ``None``: there are no weight files."""

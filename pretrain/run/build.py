@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pretrain.data.loader import Loader
     from pretrain.distributed.context import DistributedContext
     from pretrain.distributed.rank_info import RankInfo
+    from pretrain.evaluation.untouched import Untouched
+    from pretrain.merging.curve import Curve
     from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
     from pretrain.runtime.signals import Interrupt
@@ -54,6 +56,15 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
     from pretrain.optim.combined import check_every_parameter, combined
     from pretrain.strategy.base import StepConfig
 
+    for transform in config.transforms:
+        if getattr(transform, "needs_compile", False) and not getattr(config.model, "compile", True):
+            raise UserError(
+                f"transform=[{type(transform).__name__.lower()}] with model.compile=false: without compilation it is slower than "
+                "training without it; add model.compile=true"
+            )
+    if prepared.model.weights() is not None and hasattr(config.optimizer, "check_base"):  # not a plain function
+        config.optimizer.check_base(config.model_name)
+
     def optimizer(model: LanguageModel) -> Optimizer:
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError(
@@ -63,12 +74,14 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
         check_every_parameter(made, model.hf_named_parameters())
         return made
 
-    return config.strategy.setup(
-        build_model_factory(config, prepared.model),
-        optimizer,
-        StepConfig.of(config),
-        world,
-    )
+    factory, step = build_model_factory(config, prepared.model), StepConfig.of(config)
+    if prepared.base_gone and config.objective_identity is not None:
+        raise UserError(
+            f"objective: it compares with the base model, and model_name={config.model_name} is no longer available"
+        )
+    engine = config.strategy.setup(factory, optimizer, step, world)
+    engine.term = config.objective.term(engine, lambda: config.strategy.reference(factory, step, world))
+    return engine
 
 
 def build_model_factory(config: RunConfig, model: Any) -> ModelFactory:
@@ -274,6 +287,31 @@ def build_layers(config: RunConfig, engine: Engine) -> LayerStatistics:
     return LayerStatistics(engine, Interval(config.telemetry.layers_every))
 
 
+def build_curve(config: RunConfig, prepared: Prepared, engine: Engine, untouched: Untouched) -> Curve | None:
+    """Return the merge curve of the run; ``None`` if it has none.
+
+    Raises ``UserError`` for a model whose base weights can't be read tensor by tensor, and for an engine whose weights can't
+    be replaced.
+    """
+    if not config.merge.curve:
+        return None
+    from pretrain.merging.choice import Choice
+    from pretrain.merging.curve import Curve
+    from pretrain.strategy.replaced import check_replaceable
+
+    check_replaceable(engine, "merge.curve")
+    transformed = engine.model.transformed
+    if transformed is not None and transformed.before.keys() != transformed.after.keys():
+        raise UserError("merge.curve: the transforms of this run add weights, which the base model does not have")
+    files = None if prepared.base_gone else build_model_factory(config, prepared.model).files(engine.model)
+    if files is None:
+        raise UserError(
+            "merge.curve: needs the weights of a base model in files under their own names; this run starts from random weights, "
+            "its base model is gone, or transformers converts its files (task=export writes a folder with converted ones)"
+        )
+    return Curve(tuple(config.merge.curve), Choice.of(config.merge.choose), files, untouched)
+
+
 def build_trainer(
     config: RunConfig,
     prepared: Prepared,
@@ -305,23 +343,29 @@ def build_trainer(
     engine = build_engine(config, prepared, world)
     rng = rng_state()  # captured before the search for a micro-batch, which draws random numbers
     split = build_split(config, prepared, engine, resume_from=resume_from)
+    if engine.term is not None:
+        engine.term.restart()
     loader = build_loader(config, prepared, split, world)
     evaluate_every, save_every = build_intervals(config, loader, steps)
     metadata = build_facts(config, prepared, engine, split=split, restarts=restarts)
     exporter = build_exporter(config, prepared, engine, loader, facts=metadata, steps=steps)
     listeners, unsaved_records = build_listeners(config, prepared, folder) if world.is_main else ([], list)
+    hooks = config.build_hooks()
     saving = {"every": save_every, "resume_from": resume_from, "unsaved_records": unsaved_records}
+    evaluation = build_evaluation(config, prepared, engine, split.batch_size, evaluate_every, hooks)
     return Trainer(
         engine,
         loader,
         build_schedule(config, steps),
         steps=steps,
-        evaluation=build_evaluation(config, prepared, engine, split.batch_size, evaluate_every),
+        evaluation=evaluation,
         checkpoints=build_checkpoints(config, prepared, store, exporter, watchdog, **saving),
         guard=build_guard(config, prepared, engine, loader, folder),
         exporter=exporter,
         layers=build_layers(config, engine),
-        hooks=config.build_hooks(),
+        hooks=hooks,
+        stop_when=config.stop_when,
+        curve=build_curve(config, prepared, engine, evaluation.untouched),
         listeners=listeners,
         interrupt=interrupt,
         watchdog=watchdog,

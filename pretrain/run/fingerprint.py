@@ -23,6 +23,7 @@ FIXED = {  # part of a run's identity → the config keys that determine it
     "seed": ("seed",),
     "weights": ("precision",),
     "optimizer": ("optimizer",),
+    "objective": ("objective",),
     "transforms": ("transform",),
 }
 FREE = {  # keys that may differ in a finished run; the product of the batch keys is compared before, as global batch
@@ -55,7 +56,7 @@ def check_same_run(
             seed, weights, optimizer or transforms, so that it can't be continued exactly. The message lists old and new values.
     """
     state = read_state(checkpoint)
-    before = {"transforms": []} | state["identity"]  # checkpoints of earlier versions have none
+    before = {"transforms": [], "objective": None} | state["identity"]  # checkpoints of earlier versions have none
     changed = [p for p in FIXED if before.get(p) != identity[p]]
     if _phases_until(state, before) != _phases_until(state, identity):
         changed = list(dict.fromkeys([*changed, "data"]))
@@ -150,6 +151,8 @@ def changed_settings(old: dict[Any, Any], new: dict[str, Any], *, same_content: 
 
 
 def _with_comparable_path(key: Any, value: Any, same_content: bool) -> Any:
+    if key == "attention" and value == "auto":
+        return "sdpa"  # the default of earlier versions, which computes the same
     if isinstance(value, dict):
         return {k: _with_comparable_path(k, v, same_content) for k, v in value.items()}
     if key not in PLACES or not isinstance(value, str | list):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pretrain.telemetry.history import History
+from pretrain.telemetry.in_context import lost_in_context
 from pretrain.telemetry.numbers import duration, number, significant
 from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record, change_of
 
@@ -112,12 +113,14 @@ def _scored_last(record: Record, step: int) -> str:
 
 
 def reasons(history: History) -> list[str]:
-    """Return one line for each domain whose change is unknown, with the reason."""
-    return [
+    """Return one line for each domain whose change is unknown, with the reason, and one if in-context learning is lost."""
+    lost = lost_in_context(history)
+    unknown = [
         f"{name}: change since step 0 unknown: {domain.last['delta_reason']}"
         for name, domain in history.domains.items()
         if domain.last.get("delta_reason")
     ]
+    return unknown if lost is None else [*unknown, lost]
 
 
 def scores(history: History) -> Table:
@@ -151,12 +154,13 @@ def measured(record: Record) -> str:
 
 
 def measurements(history: History) -> Table:
-    """Return the table of the metrics of evaluation tasks: the first and the last value."""
-    table = _table("metric", "first", "last", "better")
+    """Return the table of the metrics of evaluation tasks: first and last value, or the value where each was measured once."""
+    once = all(measurement.first is measurement.last for measurement in history.measured.values())
+    table = _table("metric", *(("value",) if once else ("first", "last")), "better")
     for key, measurement in history.measured.items():
         first, last = measurement.first, measurement.last
-        before = "—" if first is last else measured(first)
-        table.add_row(key, before, measured(last), str(last.get("better") or ""))
+        before = [] if once else ["—" if first is last else measured(first)]
+        table.add_row(key, *before, measured(last), str(last.get("better") or ""))
     return table
 
 
