@@ -397,6 +397,7 @@ def build_trainer(
         exporter=exporter,
         layers=build_layers(config, engine),
         hooks=hooks,
+        stop_when=config.stop_when,
         curve=build_curve(config, prepared, engine, evaluation.untouched),
         listeners=listeners,
         interrupt=interrupt,

@@ -329,6 +329,8 @@ def _event_text(record: Record) -> tuple[str, str]:
         return f"rolled back from step {record.get('bad_step')}: {record.get('reason')}", "bad"
     if record["event"] == "run_finished":
         status = str(record.get("status"))
+        if record.get("stopped_by"):
+            return f"{status}, stop_when: {record['stopped_by']}", KINDS.get(status, "")
         return status, KINDS.get(status, "")
     where = f"on {record.get('world_size')} × {record.get('device')}" if record.get("device") else ""
     return (f"resumed {where}", "warn") if record.get("resumed") else (f"started {where}", "")

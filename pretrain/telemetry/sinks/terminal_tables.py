@@ -154,12 +154,13 @@ def measured(record: Record) -> str:
 
 
 def measurements(history: History) -> Table:
-    """Return the table of the metrics of evaluation tasks: the first and the last value."""
-    table = _table("metric", "first", "last", "better")
+    """Return the table of the metrics of evaluation tasks: first and last value, or the value where each was measured once."""
+    once = all(measurement.first is measurement.last for measurement in history.measured.values())
+    table = _table("metric", *(("value",) if once else ("first", "last")), "better")
     for key, measurement in history.measured.items():
         first, last = measurement.first, measurement.last
-        before = "—" if first is last else measured(first)
-        table.add_row(key, before, measured(last), str(last.get("better") or ""))
+        before = [] if once else ["—" if first is last else measured(first)]
+        table.add_row(key, *before, measured(last), str(last.get("better") or ""))
     return table
 
 
