@@ -24,7 +24,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 from pretrain.config.choices import own_groups
 from pretrain.config.defaults import conf_dir
 from pretrain.config.quoting import PATH_KEYS
-from pretrain.config.schema import RUNTIME_ARGUMENTS, RootKeys, RunConfig, build_part
+from pretrain.config.schema import GROUP_KEYS, RUNTIME_ARGUMENTS, RootKeys, RunConfig, build_part
 from pretrain.config.trust import MULTI_SELECT, NESTED_PARTS, PARTS, SCHEDULES, SOURCE, locate, name_of, trusts
 from pretrain.optim.learning_rate import with_lr
 from pretrain.runtime.errors import UserError, did_you_mean
@@ -101,6 +101,8 @@ def check(config: dict[str, Any], *, here: bool = True, config_dir: str | None =
         check_here(config)
     run = RunConfig.of(given)
     run.check_data()
+    for transform in run.transforms:
+        getattr(transform, "check", lambda: None)()
     return run
 
 
@@ -186,6 +188,9 @@ def check_part(path: str, node: Any, base: str | type, trusted: list[str]) -> No
     target = locate(path, node["_target_"], base, trusted=trusted)
     _check_partial(path, node, base, is_trusted=trusts(trusted, node["_target_"]))
     parameters, hints = _arguments(path, target)
+    if path in GROUP_KEYS:
+        shared = _arguments(path, GROUP_KEYS[path])
+        parameters, hints = parameters | shared[0], hints | shared[1]
     of_run = RUNTIME_ARGUMENTS.get(path, set())
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     parameters = {key: p for key, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}

@@ -6,7 +6,7 @@ constructor arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ def build_world(config: RunConfig, place: RankInfo, *, group: bool) -> Distribut
 def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContext) -> Engine:
     """Return this rank's engine: the model and the optimizer as the strategy sets them up."""
     from pretrain.optim.combined import check_every_parameter, combined
+    from pretrain.optim.lr_factors import split_by_factor
     from pretrain.strategy.base import StepConfig
 
     def optimizer(model: LanguageModel) -> Optimizer:
@@ -59,9 +60,18 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
             raise UserError(
                 f"transform=[{','.join(config.plain.get('transform') or {})}]: no parameter of the model is left to train"
             )
-        made = combined(config.optimizer(model.hf_named_parameters()))
+        parts = config.optimizer(model.hf_named_parameters())
+        split_by_factor(
+            parts if isinstance(parts, Sequence) else [parts], model.hf_named_parameters(), factors_of(model)
+        )
+        made = combined(parts)
         check_every_parameter(made, model.hf_named_parameters())
         return made
+
+    def factors_of(model: LanguageModel) -> dict[str, float]:
+        of_transforms = model.transformed.lr_factors if model.transformed is not None else {}
+        factors = config.lr_factors.of([name for name, _ in model.hf_named_parameters()])
+        return {name: factor * of_transforms.get(name, 1.0) for name, factor in factors.items()}
 
     return config.strategy.setup(
         build_model_factory(config, prepared.model),

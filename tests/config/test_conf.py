@@ -25,6 +25,7 @@ NEEDS = {  # keys without a default
     ("dataset", "huggingface"): ["dataset.nameOrPath=texts"],
     ("dataset", "mixture"): ["+dataset@dataset.parts.a=sample"],
     ("precision", "16-mixed"): ["precision.allow_cpu=true"],
+    ("transform", "freeze"): ["transform.freeze.frozen=embed"],
 }
 FILES = sorted(f for g in (*GROUPS, "experiment") for f in (conf_dir() / g).glob("*.yaml"))
 

@@ -9,7 +9,9 @@ from pretrain.data.batch import Batch
 from pretrain.distributed import sharding as tensors
 from pretrain.distributed.context import DistributedContext
 from pretrain.distributed.sharding import TensorFiles
+from pretrain.models.transforms.freeze import Freeze as ShippedFreeze
 from pretrain.optim.adamw import AdamW
+from pretrain.runtime.errors import UserError
 from pretrain.strategy.base import StepConfig
 from pretrain.strategy.ddp import Ddp
 from pretrain.strategy.deepspeed import Deepspeed
@@ -19,10 +21,15 @@ from tests.group import together
 from tests.strategy.test_precision import load
 from tests.transforms import Freeze, Lora
 
+STEPS = 2
 KINDS = ("model", "optimizer")
 LORA = (Lora(targets=r"[qv]_proj$|lm_head$"),)
 FREEZE = (Freeze(r"embed_tokens|layers\.0\.|norm"),)
+THAW = (ShippedFreeze(frozen=r"embed_tokens|layers\.0\.|norm", thaw_at=0.5),)
 ROWS = {
+    "ddp, thawed": (Ddp(), THAW),
+    "fsdp, thawed": (Fsdp(), THAW),
+    "deepspeed 0, thawed": (Deepspeed(zero_stage=0), THAW),
     "ddp": (Ddp(), LORA),
     "ddp, frozen": (Ddp(), FREEZE),
     "fsdp": (Fsdp(), LORA),
@@ -34,6 +41,7 @@ ROWS = {
     "deepspeed 3": (Deepspeed(zero_stage=3), LORA),
     "deepspeed 3, frozen": (Deepspeed(zero_stage=3), FREEZE),
 }
+ORIGINS = {LORA: "lora", FREEZE: "frozen", THAW: "thawed"}
 
 
 def set_up(strategy, factory, world):
@@ -49,14 +57,15 @@ def write(engine, folder):
 
 
 def train(engine, batch, folder):
-    """Two steps; what they show and leave, and the weights before them, lie in ``folder``."""
+    """Some steps; what they show and leave, and the weights before them, lie in ``folder``."""
     full = {name: tensor.cpu().clone() for name, tensor in engine.full_weights()}
     shown = {"trained": engine.num_trained, "parameters": engine.num_parameters, "losses": [], "norms": []}
     world = engine.world
     rows = slice(world.rank * 2 // world.size, (world.rank + 1) * 2 // world.size)
     mine = Batch(batch.input_ids[rows], batch.labels[rows], None, 16 * (rows.stop - rows.start))
     engine.model.train()
-    for _ in range(2):
+    for step in range(STEPS):
+        engine.set_progress(step / STEPS)
         done = engine.train_step(mine)
         shown["losses"].append(float(done.loss))
         shown["norms"].append(float(done.grad_norm))
@@ -69,10 +78,12 @@ def on_rank(world, factory, batch, folder):
     for row, (strategy, transforms) in ROWS.items():
         engine = set_up(strategy, replace(factory, transforms=transforms), world)
         train(engine, batch, folder / row)
-        origin = folder / ("lora" if transforms is LORA else "frozen")
+        origin = folder / ORIGINS[transforms]
         saved = {kind: TensorFiles(sorted(origin.glob(f"{kind}*"))) for kind in KINDS}
         engine.load_state_dict({**saved, "scaler": {}})
         write(engine, folder / f"{row}, loaded")
+    with pytest.raises(UserError, match=r"thaw_at with strategy\.zero_stage=2: ZeRO updates all parameters"):
+        set_up(Deepspeed(zero_stage=2), replace(factory, transforms=THAW), world)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +95,7 @@ def folder(tmp_path_factory):
 def trained(folder, factory, batch):
     """Every row's folder, from one start of two processes, beside those of a single process."""
     if not (folder / "lora").exists():
-        for name, transforms in (("lora", LORA), ("frozen", FREEZE)):
+        for transforms, name in ORIGINS.items():
             alone = set_up(Single(), replace(factory("llama-tied"), transforms=transforms), DistributedContext())
             train(alone, batch, folder / name)
         together(on_rank, factory("llama-tied"), batch, folder, folder=folder)
@@ -97,11 +108,11 @@ def read(folder):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_strategy_trains_the_same_transformed_model(row, trained):
-    origin = trained / ("lora" if ROWS[row][1] is LORA else "frozen")
+    origin = trained / ORIGINS[ROWS[row][1]]
     ours, theirs = (torch.load(f / "shown.pt") for f in (trained / row, origin))
     assert ours["full"].keys() == theirs["full"].keys()
     assert all(torch.equal(ours["full"][name], theirs["full"][name]) for name in theirs["full"]), "at step 0"
-    assert 0 < theirs["shown"]["trained"] < theirs["shown"]["parameters"]
+    assert 0 < theirs["shown"]["trained"] < theirs["shown"]["parameters"] + (ROWS[row][1] is THAW)
     for key, expected in theirs["shown"].items():
         assert ours["shown"][key] == pytest.approx(expected, rel=1e-5), key
     found, expected = read(trained / row), read(origin)
@@ -109,6 +120,8 @@ def test_every_strategy_trains_the_same_transformed_model(row, trained):
         assert found[kind].keys() == expected[kind].keys()
         for name in sorted(expected[kind].keys()):
             torch.testing.assert_close(found[kind].read(name), expected[kind].read(name), rtol=1e-3, atol=1e-5)
+    steps = {n: int(expected["optimizer"].read(n)) for n in sorted(expected["optimizer"].keys()) if n.endswith("/step")}
+    assert set(steps.values()) == ({1, 2} if ROWS[row][1] is THAW else {2})
     trained_names = {name.rpartition("/")[0] for name in sorted(expected["optimizer"].keys())}
     for name in sorted(expected["model"].keys()):
         same = torch.equal(found["model"].read(name), theirs["full"][name])

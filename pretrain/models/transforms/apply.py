@@ -21,6 +21,7 @@ from pretrain.distributed.sharding import TensorFiles
 from pretrain.models.language_model import weights_of
 from pretrain.models.meta import replace_parameters
 from pretrain.models.transformers_internals import new_on_meta
+from pretrain.models.transforms.base import marks
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Transformed:
         after: every weight after the transforms, by name, on the meta device.
         values: values of the new weights by name, on the CPU; empty for a model that was not built on the meta device, which
             has them itself.
+        thaw_at: share of the run before which a parameter is not trained, by name, where a transform has set one.
+        lr_factors: factor of a parameter's learning rate by name, where a transform has set one.
     """
 
     transforms: tuple[ModelTransform, ...]
@@ -49,6 +52,8 @@ class Transformed:
     names: dict[str, str]
     after: dict[str, Tensor] = field(repr=False)
     values: dict[str, Tensor] = field(repr=False)
+    thaw_at: dict[str, float] = field(default_factory=dict)
+    lr_factors: dict[str, float] = field(default_factory=dict)
 
     def export(self, plain: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights of ``plain``, a model without the transforms. They are made from all full ``weights`` of the
@@ -93,11 +98,14 @@ def apply_transforms(transforms: Sequence[ModelTransform], hf: Any, *, seed: int
     after = weights_of(hf)
     names = {name: old[id(tensor)] for name, tensor in after.items() if id(tensor) in old}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in after.items()}
+    thawed, lr_factors = (marks(hf.named_parameters(), mark) for mark in ("thaw_at", "lr_factor"))
     values: dict[str, Tensor] = {}
     if on_meta:
         values = {name: tensor.detach().clone() for name, tensor in after.items() if name not in names}
         replace_parameters(hf, lambda p: p if p.is_meta else p.to("meta"))
-    return Transformed(tuple(transforms), config, {n: tuple(t.shape) for n, t in before.items()}, names, shapes, values)
+    sizes = {name: tuple(tensor.shape) for name, tensor in before.items()}
+    marked = {"thaw_at": thawed, "lr_factors": lr_factors}
+    return Transformed(tuple(transforms), config, sizes, names, shapes, values, **marked)
 
 
 def _check_new(transform: ModelTransform, new: dict[str, Tensor]) -> None:

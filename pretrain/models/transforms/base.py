@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +17,11 @@ class ModelTransform(ABC):
     under its key. ``transform=[lora,freeze]`` applies two in this order.
     """
 
+    def check(self) -> None:
+        """Raise ``UserError`` for settings that contradict each other. It is called before the model is read, and must not
+        import torch."""
+        return
+
     @abstractmethod
     def apply(self, model: nn.Module) -> None:
         """Change the Hugging Face model in place. Every rank calls it, on the same model.
@@ -23,6 +29,7 @@ class ModelTransform(ABC):
         A parameter may be frozen, moved or renamed, but stays the same object, because its weights are loaded into it by
         its original name. New parameters hold their initial values when the method returns, on the CPU, even if the others
         are on the meta device. Random values come from torch's default generator, which has the same seed on every rank.
+        `thaw_at` and `set_lr_factor` say when and how fast a parameter is trained.
         """
 
     def export(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -32,3 +39,18 @@ class ModelTransform(ABC):
         that neither add nor rename parameters.
         """
         return state_dict
+
+
+def thaw_at(parameter: nn.Parameter, share: float) -> None:
+    """Let ``parameter`` be trained only after this share of the run. Until then its gradient is computed and dropped."""
+    parameter.thaw_at = share  # type: ignore[attr-defined]
+
+
+def set_lr_factor(parameter: nn.Parameter, factor: float) -> None:
+    """Multiply the learning rate of ``parameter`` by ``factor``."""
+    parameter.lr_factor = factor  # type: ignore[attr-defined]
+
+
+def marks(named_parameters: Iterable[tuple[str, nn.Parameter]], mark: str) -> dict[str, float]:
+    """Return by name the values that `thaw_at` or `set_lr_factor` has given, as ``mark`` says, to parameters that are trained."""
+    return {name: vars(p)[mark] for name, p in named_parameters if p.requires_grad and mark in vars(p)}
