@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,18 +55,26 @@ def heights(names: Sequence[str]) -> dict[str, int]:
 
 
 def split_by_factor(
-    optimizers: Iterable[Optimizer], named_parameters: Iterable[tuple[str, Parameter]], factors: Mapping[str, float]
+    optimizers: Iterable[Optimizer],
+    named_parameters: Iterable[tuple[str, Parameter]],
+    factors: Mapping[str, float],
+    *,
+    undecayed: Container[str] = (),
 ) -> None:
     """Split the groups of ``optimizers``, in place, so that all parameters of a group have the same factor. It is the group's
-    ``lr_factor``, by which `Engine.set_lr` multiplies its learning rate. The other values of the groups stay as they are."""
-    factor_of = {id(parameter): factors.get(name, 1.0) for name, parameter in named_parameters}
-    if all(factor == 1.0 for factor in factor_of.values()):
+    ``lr_factor``, by which `Engine.set_lr` multiplies its learning rate. Those that ``undecayed`` names have no weight decay. The
+    other values of the groups stay as they are."""
+    values = {id(p): (factors.get(name, 1.0), name not in undecayed) for name, p in named_parameters}
+    if all(value == (1.0, True) for value in values.values()):
         return
     for optimizer in optimizers:
         groups = []
         for group in optimizer.param_groups:
-            parts: dict[float, list[Parameter]] = {}
+            parts: dict[tuple[float, bool], list[Parameter]] = {}
             for parameter in group["params"]:
-                parts.setdefault(factor_of.get(id(parameter), 1.0), []).append(parameter)
-            groups += [{**group, "params": members, "lr_factor": factor} for factor, members in parts.items()]
+                parts.setdefault(values.get(id(parameter), (1.0, True)), []).append(parameter)
+            for (factor, decays), members in parts.items():
+                groups.append({**group, "params": members, "lr_factor": factor})
+                if "weight_decay" in group and not decays:
+                    groups[-1]["weight_decay"] = 0.0
         optimizer.param_groups[:] = groups

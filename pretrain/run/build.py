@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pretrain.distributed.rank_info import RankInfo
     from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
+    from pretrain.models.transforms.base import ModelTransform
     from pretrain.runtime.signals import Interrupt
     from pretrain.runtime.watchdog import Watchdog
     from pretrain.strategy.engine import Engine, InferenceEngine
@@ -62,7 +63,10 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
             )
         parts = config.optimizer(model.hf_named_parameters())
         split_by_factor(
-            parts if isinstance(parts, Sequence) else [parts], model.hf_named_parameters(), factors_of(model)
+            parts if isinstance(parts, Sequence) else [parts],
+            model.hf_named_parameters(),
+            factors_of(model),
+            undecayed=model.transformed.first_rows if model.transformed is not None else (),
         )
         made = combined(parts)
         check_every_parameter(made, model.hf_named_parameters())
@@ -74,27 +78,26 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
         return {name: factor * of_transforms.get(name, 1.0) for name, factor in factors.items()}
 
     return config.strategy.setup(
-        build_model_factory(config, prepared.model),
+        build_model_factory(config, prepared.model, prepared.transforms),
         optimizer,
         StepConfig.of(config),
         world,
     )
 
 
-def build_model_factory(config: RunConfig, model: Any) -> ModelFactory:
-    """Return the factory that builds ``model`` with the transforms and in the precision of the config."""
-    from pretrain.checkpoint.weights import saved_transforms
+def build_model_factory(config: RunConfig, model: Any, transforms: tuple[ModelTransform, ...]) -> ModelFactory:
+    """Return the factory that builds ``model`` with the prepared ``transforms`` and in the precision of the config."""
     from pretrain.models.model_factory import ModelFactory
+    from pretrain.run.prepare import is_transformed
 
-    in_checkpoint = model.weights() is not None and bool(saved_transforms(model.folder()))
-    return ModelFactory(model, config.precision.param_dtype, config.seed, config.transforms, in_checkpoint)
+    return ModelFactory(model, config.precision.param_dtype, config.seed, transforms, is_transformed(model))
 
 
 def build_scorer(config: RunConfig, prepared: Prepared, world: DistributedContext) -> InferenceEngine:
     """Return an engine without an optimizer, for evaluation alone."""
     from pretrain.strategy.engine import InferenceEngine
 
-    model = build_model_factory(config, prepared.model).build(world.device)
+    model = build_model_factory(config, prepared.model, prepared.transforms).build(world.device)
     return InferenceEngine(model, precision=config.precision, world=world)
 
 
