@@ -6,10 +6,11 @@ pickled weights are never read.
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,8 +20,9 @@ from pydantic import Field
 
 from pretrain.models.hub import config_files as model_config
 from pretrain.models.hub import files
+from pretrain.models.overrides import check_known, check_shapes, overridden, positions
 from pretrain.runtime.console import notice
-from pretrain.runtime.errors import UserError, did_you_mean, one_line
+from pretrain.runtime.errors import UserError, one_line
 from pretrain.runtime.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -129,7 +131,7 @@ class CausalLM(ABC):
         model_config.check_sizes(config, self.name_or_path)
         try:
             if "auto_map" in config and self.trust_remote_code:
-                return AutoConfig.from_pretrained(str(folder), trust_remote_code=True)
+                return AutoConfig.from_pretrained(str(folder), trust_remote_code=True, **getattr(self, "overrides", {}))
             return model_config.config_object(config, folder)
         except Exception as error:  # its validation raises errors of any type
             raise UserError(
@@ -178,24 +180,50 @@ class CausalLM(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained(CausalLM):
-    """A model with existing weights, for continual pretraining."""
+    """A model with existing weights, for continual pretraining.
+
+    Attributes:
+        overrides: Values of the model's config that change no weights, e.g. {rope_scaling: {rope_type: yarn, factor: 4.0}}.
+    """
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> dict[str, Any]:
+        return overridden(super().config(), self.overrides)
 
     def check(self, sequence_length: int) -> None:
-        """Raise ``UserError`` for an incomplete model folder, a tokenizer that does not fit the model, or a sequence longer than
-        its positions. Only the last check, whether transformers has the architecture, imports torch."""
+        """Raise ``UserError`` for an incomplete model folder, a tokenizer that does not fit the model, a sequence longer than
+        its positions, or overrides that change weights. Only the last checks, whether transformers has the architecture and
+        what overrides change, import torch."""
         folder = self.folder()
         config = files.read_config(folder, self.name_or_path)
-        files.check_positions(config, sequence_length, self.name_or_path)
+        files.check_positions(positions(overridden(config, self.overrides)), sequence_length, self.name_or_path)
         files.check_weights(folder, self.name_or_path)
         files.check_layers(config, folder, self.name_or_path)
         model_config.read_generation_config(folder, self.name_or_path)
         files.check_vocabulary(config, files.vocabulary_size(self.tokenizer_folder()), self.name_or_path)
         self.hf_config()
+        if self.overrides:
+            self._check_overrides(config["model_type"])
+
+    def _check_overrides(self, kind: str) -> None:
+        if _is_known(kind):
+            known = set(_default_config(kind))
+            check_known(self.overrides, known | (OLD_CONFIG_KEYS if "rope_parameters" in known else set()), kind)
+        check_shapes(replace(self, overrides={})._shapes(), self._shapes(), self.overrides)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the weights that a model of this config needs."""
+        import torch
+
+        return {n: tuple(t.shape) for n, t in self.build_on_meta(param_dtype=torch.float32).hf_state().items()}
 
     def identity(self) -> str:
-        """Return a hash of config and weights. It does not depend on where the folder is or how its path was written."""
+        """Return a hash of config, overrides and weights. It does not depend on where the folder is or how its path was
+        written."""
         folder = self.folder()
-        return files.fingerprint([folder / "config.json", *files.weight_files(folder, self.name_or_path)])
+        content = files.fingerprint([folder / "config.json", *files.weight_files(folder, self.name_or_path)])
+        return content if not self.overrides else f"{content} {json.dumps(self.overrides, sort_keys=True)}"
 
     def weights(self) -> TensorFiles:
         """Return the folder's weight files. Their tensors are read later."""
@@ -302,10 +330,7 @@ class Scratch(CausalLM):
         if not _is_known(kind) and not self.trust_remote_code:
             raise UserError(f"model.overrides.model_type={kind!r}: transformers has no such model type")
         if _is_known(kind):
-            known = set(_default_config(kind)) | OLD_CONFIG_KEYS
-            for key in self.overrides:
-                if key not in known:
-                    raise UserError(f"model.overrides: {kind} has no {key!r}{did_you_mean(key, known)}")
+            check_known(self.overrides, set(_default_config(kind)) | OLD_CONFIG_KEYS, kind)
             config = self.hf_config().to_dict()
         files.check_positions(config, sequence_length, kind)
         if self.train_tokenizer is None:

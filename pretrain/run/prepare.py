@@ -33,7 +33,7 @@ def model_spec(config: RunConfig) -> Any:
     folder = weights_folder(spec.name_or_path, key="model_name", verify=verify, transforms=transforms)
     tokenizer = spec.tokenizer_name and weights_folder(spec.tokenizer_name, key="model.tokenizer_name", verify=verify)
     spec = replace(spec, name_or_path=folder, tokenizer_name=tokenizer)
-    if not hasattr(spec, "overrides"):  # a model from scratch has no weights
+    if not hasattr(spec, "train_tokenizer"):  # a model from scratch has no weights
         check_transforms(spec.folder(), transforms, name=config.model_name)
     return spec
 
