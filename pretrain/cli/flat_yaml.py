@@ -183,7 +183,7 @@ def _wandb(key: str) -> Callable[[Flat, Any], None]:
 
 KEYS: dict[str, Key] = {
     "task": Key(
-        Literal["pretraining", "clm_training", "tokenization", "evaluation", "generation", "export"],
+        Literal["pretraining", "clm_training", "tokenization", "evaluation", "generation", "export", "merge"],
         lambda flat, value: flat.values.update(task={"clm_training": "pretraining"}.get(value, value)),
     ),
     "experiment_name": Key(str, _to("name")),

@@ -15,7 +15,7 @@ from dataclasses import fields, is_dataclass
 from keyword import iskeyword
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
@@ -103,6 +103,9 @@ def check(config: dict[str, Any], *, here: bool = True, config_dir: str | None =
     run.check_data()
     for transform in run.transforms:
         getattr(transform, "check", lambda: None)()
+    run.check_schedule()
+    if run.task == "merge":
+        run.merge.check()
     return run
 
 
@@ -177,14 +180,15 @@ def _is_number_of_64_bits(value: Any) -> bool:
     return not (isinstance(value, int) and abs(value) >= 2**63) and value == value
 
 
-def check_part(path: str, node: Any, base: str | type, trusted: list[str]) -> None:
+def check_part(path: str, node: Any, base: str | type, trusted: list[str], *, others: Iterable[str] = ()) -> None:
     """Check a node from which an object is built.
 
     Its target must be a part of ``base`` (see `trust.PARTS`) or in ``trusted``, its keys must be parameters of the target,
-    and their values must match the target's annotations. Raises ``UserError`` otherwise.
+    and their values must match the target's annotations. Raises ``UserError`` otherwise. ``others`` are the names of the parts
+    next to it.
     """
     if not isinstance(node, dict) or "_target_" not in node:
-        raise UserError(f"{path}={node or None!r}: {_how_chosen(path, base)}")
+        raise UserError(f"{path}={node or None!r}: {_how_chosen(path, base, others)}")
     target = locate(path, node["_target_"], base, trusted=trusted)
     _check_partial(path, node, base, is_trusted=trusts(trusted, node["_target_"]))
     parameters, hints = _arguments(path, target)
@@ -209,10 +213,13 @@ def check_part(path: str, node: Any, base: str | type, trusted: list[str]) -> No
                 raise UserError(f"{path}.{key} is missing: {target.__name__} needs it")
 
 
-def _how_chosen(path: str, base: str | type) -> str:
-    """Return how a part is chosen, for the message about a node that is none."""
+def _how_chosen(path: str, base: str | type, others: Iterable[str]) -> str:
+    """Return how a part is chosen, for the message about a node that is none, and the name of the ``others`` that is spelt
+    almost like it."""
     if "." in path and name_of(base) in (PARTS["dataset"], SOURCE):
-        return f"not a dataset; choose its kind: dataset@{path}=local {path}.nameOrPath=…"
+        near = difflib.get_close_matches(path.rpartition(".")[2], others, n=1)
+        meant = f"; did you mean {near[0]!r}? If not," if near else ";"
+        return f"not a dataset{meant} choose its kind: dataset@{path}=local {path}.nameOrPath=…"
     return "not a choice of this group; --help lists them"
 
 
@@ -259,7 +266,8 @@ def check_nested(path: str, value: Any, hint: Any, trusted: list[str]) -> None:
         return
     for key, item in _items(value):
         if base is not None:
-            check_part(f"{path}.{key}", item, base, trusted)
+            others = [str(name) for name, other in _items(value) if isinstance(other, dict) and "_target_" in other]
+            check_part(f"{path}.{key}", item, base, trusted, others=others)
         elif key in ALL_HYDRA_KEYS:
             raise UserError(
                 f"{path}.{key}={item!r}: a config can't create an object here; if you trust it, add "
@@ -313,7 +321,14 @@ def check_value(key: str, value: Any, hint: Any) -> None:
     except ValidationError as error:
         reasons = dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in error.errors(include_url=False))
         shown = "null" if value is None else f"{value!r}"
-        raise UserError(f"{key}={shown}: {' or '.join(reasons)}") from None
+        raise UserError(f"{key}={shown}: {' or '.join(reasons)}{_nearest(value, hint)}") from None
+
+
+def _nearest(value: Any, hint: Any) -> str:
+    """Return a hint with the nearest of the words that an annotation allows; empty where none is near."""
+    words = [word for word in get_args(hint) if isinstance(word, str)] if get_origin(hint) is Literal else []
+    found = did_you_mean(value, words) if isinstance(value, str) else ""
+    return found if found.startswith("; did you mean") else ""
 
 
 def check_options(prefix: str, options: Any) -> None:

@@ -157,6 +157,8 @@ def default_name(config: DictConfig) -> str:
     model = Path(str(config.get("model_name")))
     of_run = [model.parent.parent.name] if model.parent.name == "checkpoints" else []
     parts = [*of_run, model.name] + ([str(data)] if config.get("task") != "export" else [])
+    if config.get("task") == "merge":
+        parts = [str(OmegaConf.select(config, "merge.method"))]
     if config.get("task") != "pretraining":
         parts.insert(0, str(config.get("task")))
     return re.sub(r"[^\w.-]+", "_", "-".join(parts))

@@ -19,6 +19,7 @@ from pretrain.config.trust import MULTI_SELECT, PARTS
 from pretrain.optim.learning_rate import AUTO, with_lr
 from pretrain.optim.lr_factors import LrFactors
 from pretrain.optim.plain import PlainOptimizer
+from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.config import CheckpointConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pretrain.evaluation.config import EvaluationConfig
     from pretrain.evaluation.prompts import Prompts
     from pretrain.launch.config import LaunchConfig
+    from pretrain.merging.config import MergeConfig
     from pretrain.models.causal_lm import CausalLM
     from pretrain.models.transforms.base import ModelTransform
     from pretrain.optim.base import OptimizerFactory
@@ -44,7 +46,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 RUNTIME_ARGUMENTS = {  # group → arguments that the run passes, never YAML; a target that needs one is bound, not called
-    "scheduler": {"step", "total_steps", "warmup_steps"},
+    "scheduler": {"step", "total_steps", "warmup_steps", "peak_lr"},
     "optimizer": {"named_parameters", "params"},
 }
 GROUP_KEYS = {"optimizer": LrFactors}  # group → the keys that each of its parts has, also one of another package
@@ -55,7 +57,7 @@ class RootKeys:
     """The keys of conf/config.yaml that are not groups.
 
     Attributes:
-        task: What to run: pretraining · tokenization · evaluation · generation · export.
+        task: What to run: pretraining · tokenization · evaluation · generation · export · merge.
         name: Name of the run; null: <model>-<dataset>, with the task as a prefix unless it is pretraining.
         output_dir: Run folder; the same command resumes the run in it.
         model_name: The shipped `sample`, a Hugging Face Hub id, a folder, a checkpoint or a run.
@@ -87,7 +89,7 @@ class RootKeys:
             line only.
     """
 
-    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export"]
+    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export", "merge"]
     name: Annotated[str, Field(pattern=r"^\.*[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]  # a folder's name: no `..`, no path
     output_dir: Annotated[str, Field(pattern=ONE_LINE)]
     model_name: Annotated[str, Field(min_length=1)]
@@ -129,6 +131,7 @@ class RunConfig(RootKeys):
         checkpoint: What is saved, and how long checkpoints are kept.
         evaluation: What is evaluated.
         generation: The prompts of ``task=generation``.
+        merge: What ``task=merge`` merges.
         guard: How loss spikes and non-finite values are handled.
         telemetry: Additional measurements.
         launch: How processes are started and supervised.
@@ -148,6 +151,7 @@ class RunConfig(RootKeys):
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
     generation: Prompts
+    merge: MergeConfig
     guard: GuardConfig
     telemetry: TelemetryConfig
     launch: LaunchConfig
@@ -188,6 +192,15 @@ class RunConfig(RootKeys):
         from pretrain.data.replay import check_training_data
 
         check_training_data(self.dataset, self.replay, self.phases, self.evaluation.domains)
+
+    def check_schedule(self) -> None:
+        """Raise ``UserError`` for a start of the warm-up in a run without one."""
+        start_lr = self.plain["scheduler"].get("start_lr")
+        if start_lr and self.warmup_proportion == 0:
+            raise UserError(
+                f"scheduler.start_lr={start_lr}: the warm-up starts from it, and warmup_proportion=0 leaves none; set "
+                "warmup_proportion above 0"
+            )
 
     @property
     def micro_batch_size(self) -> int:

@@ -33,6 +33,7 @@ PARTS = {  # group → the class whose subclasses it may create; schedules are f
     "checkpoint": "pretrain.checkpoint.config.CheckpointConfig",
     "evaluation": "pretrain.evaluation.config.EvaluationConfig",
     "generation": "pretrain.evaluation.prompts.Prompts",
+    "merge": "pretrain.merging.config.MergeConfig",
     "guard": "pretrain.training.guard.config.GuardConfig",
     "telemetry": "pretrain.telemetry.config.TelemetryConfig",
     "launch": "pretrain.launch.config.LaunchConfig",

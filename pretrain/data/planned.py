@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.best_fit import BestFitBlocks
+from pretrain.data.store.near_duplicates import nearly_common
 from pretrain.data.store.token_store import TokenView
 from pretrain.data.training_data import Part, TrainingData
 
@@ -106,6 +107,12 @@ def _common(parts: Sequence[Part]) -> Iterator[str]:
         if common:
             number = f"{common:,}" if share == 1 else f"about {round(common / share):,}"
             yield f"parts {one.name!r} and {other.name!r} have {number} documents in common, which are trained on in both"
+        if one.near and other.near and documents <= MAX_HASHES and (near := nearly_common(one.view, other.view)):
+            yield (
+                f"{near:,} documents of part {other.name!r} are near duplicates of documents of part {one.name!r}: "
+                "deduplicate=near compares the documents within one part; to keep one of them, make both one part, whose "
+                "nameOrPath is a list"
+            )
 
 
 def _hashes(view: TokenView, share: float) -> NDArray[np.uint64]:

@@ -29,6 +29,7 @@ class Part:
         max_epochs: the most passes over it; ``None``: any number.
         packing: how its documents become sequences: stream | best_fit.
         fim: how its documents are rearranged to learn filling in the middle; ``None``: not at all.
+        near: whether it has only one of several near duplicates.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Part:
     max_epochs: float | None = None
     packing: str = "stream"
     fim: FillInMiddle | None = None
+    near: bool = False
 
     def blocks(self, sequence_length: int) -> Blocks:
         """Return the sequences of the part."""

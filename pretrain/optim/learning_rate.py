@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 from pretrain.optim import schedule
@@ -21,7 +22,10 @@ AUTO = "auto"
 PEAKS = ((30e6, 1e-3), (1e9, 3e-4), (5e9, 2e-4), (20e9, 1.2e-4), (math.inf, 6e-5))
 SCHEDULES: dict[str, Callable[..., float]] = {
     f"{function.__module__}.{function.__name__}": function
-    for function in (schedule.constant, schedule.linear, schedule.cosine, schedule.wsd)
+    for function in (
+        *(schedule.constant, schedule.linear, schedule.cosine, schedule.inverse_sqrt),
+        *(schedule.wsd, schedule.infinite),
+    )
 }
 NOTICED = 0.1  # the smallest relative change that is reported
 
@@ -57,7 +61,7 @@ def rate(config: Mapping[str, Any], *, total_steps: int, step: int) -> float | N
     of this package or when the config is malformed."""
     try:
         node = config["scheduler"]
-        options = {key: value for key, value in node.items() if not key.startswith("_")}
+        options = {key: value for key, value in node.items() if not key.startswith("_")} | {"peak_lr": config["lr"]}
         warm = warmup_steps(total_steps, config["warmup_proportion"])
         scale = SCHEDULES[node["_target_"]](step, total_steps=total_steps, warmup_steps=warm, **options)
         return float(config["lr"] * scale)
@@ -66,12 +70,15 @@ def rate(config: Mapping[str, Any], *, total_steps: int, step: int) -> float | N
 
 
 def stable_until(config: Mapping[str, Any], total_steps: int) -> int | None:
-    """Return the last step at which a run with schedule ``wsd`` is at its peak; ``None`` for any other schedule."""
+    """Return the last step before the decay of a run with schedule ``wsd`` or ``infinite``, up to which it can be extended
+    without a jump; ``None`` for any other schedule."""
     try:
         node, warm = config["scheduler"], warmup_steps(total_steps, config["warmup_proportion"])
-        if SCHEDULES[node["_target_"]] is not schedule.wsd:
+        function = SCHEDULES[node["_target_"]]
+        if function not in (schedule.wsd, schedule.infinite):
             return None
-        return schedule.wsd_decay_from(total_steps, warm, node.get("decay_proportion", 0.2))
+        default = signature(function).parameters["decay_proportion"].default
+        return schedule.decay_from(total_steps, warm, node.get("decay_proportion", default))
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         return None
 

@@ -135,11 +135,12 @@ def build_schedule(config: RunConfig, steps: int) -> Callable[[int], float]:
 
     Raises ``UserError`` for a function that returns no number for the first or the last step.
     """
-    from pretrain.optim.learning_rate import warmup_steps
+    from pretrain.optim.learning_rate import AUTO, warmup_steps
     from pretrain.optim.schedule import Schedule
 
     warmup = warmup_steps(steps, config.warmup_proportion)
-    schedule = Schedule(config.scheduler, total_steps=steps, warmup_steps=warmup)
+    peak_lr = 1.0 if config.lr == AUTO else float(config.lr)
+    schedule = Schedule(config.scheduler, total_steps=steps, warmup_steps=warmup, peak_lr=peak_lr)
     schedule(0), schedule(max(0, steps - 1))  # before the run
     return schedule
 

@@ -18,6 +18,7 @@ from pretrain.distributed.rank_info import RankInfo
 from pretrain.optim.learning_rate import peak_lr
 from pretrain.run.fingerprint import changed_settings, check_finished_run, check_same_run
 from pretrain.run.leftovers import (
+    FILES,
     RESULTS,
     RUN_ID,
     SETTINGS,
@@ -32,6 +33,7 @@ from pretrain.run.leftovers import (
     task_of,
 )
 from pretrain.run.peak_lr import chosen_lr, report_lr, report_lr_change
+from pretrain.run.recorded_use import record_use
 from pretrain.runtime.console import log_to, notice
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.files import make_folder, open_file, own_folder, replace_file
@@ -41,7 +43,6 @@ from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import tail
 
 OWN_NAMES = (".lock", RUN_ID, ".hydra", "logs", "logs/*", "tensorboard", "wandb", "samples.jsonl")
-DATA = "data.json"  # lists the files of the training data, as the run has read them
 PATIENCE_SECONDS = 1.0  # wait for the lock: the workers of a killed command need a moment to exit
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ def begin(
     report_lr(requested_lr, float(config.lr), continued=resume_from is not None)
     with _write_errors_reported(folder.path):
         replace_file(folder.path / RUN_ID, place.run_id)
-        save_files(folder.path / DATA, prepared.train.files)
+        save_files(folder.path / FILES, prepared.train.files)
+        record_use(folder.path, prepared)
     return Start(resume_from, folder.write_config(config, overrides), float(config.lr))
 
 
@@ -135,7 +137,7 @@ def _has_work(folder: Path, resume_from: Path | None, config: RunConfig, prepare
     steps = prepared.total_steps
     if resume_from is None:
         return _may_start(folder, config, steps)
-    files = differing(load_files(folder / DATA), prepared.train.files)
+    files = differing(load_files(folder / FILES), prepared.train.files)
     check_same_run(resume_from, prepared.identity, config, model_config=prepared.model.config(), files=files)
     check_not_beyond(resume_from, config, steps)
     return not finished(folder, resume_from, config, steps)

@@ -19,7 +19,9 @@ RESULTS = (  # files and folders that took time to compute
     *("checkpoints", "model", "models", "metrics.jsonl", "run.json", "report.html", "quarantine.jsonl"),
     *("train.csv", "evaluation.csv", "metric.csv", "layers.csv", "data.csv", "parts.csv"),
 )
-SETTINGS = ("config.yaml", "data.json", ".hydra/config.yaml", ".hydra/overrides.yaml")
+FILES = "data.json"  # lists the files of the training data, as the run has read them
+TOKENS = "tokens.json"  # names the datasets of the token cache that the run uses
+SETTINGS = ("config.yaml", FILES, TOKENS, ".hydra/config.yaml", ".hydra/overrides.yaml")
 MAX_NAMED = 4
 LATER_KEYS = ("dataset.bos", "dataset.separator")  # keys that the configs of earlier runs lack
 

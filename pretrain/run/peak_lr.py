@@ -52,8 +52,8 @@ def report_lr(asked: Any, lr: float, *, continued: bool) -> None:
 
 
 def _before_decay(old: dict[Any, Any], planned: int, run: Path) -> str:
-    """Return the advice how a run with scheduler=wsd, this one or the next, is extended without a jump."""
+    """Return the advice how a run whose schedule has a constant part, this one or the next, is extended without a jump."""
     first = stable_until(old, planned)
     if first is None:
-        return "scheduler=wsd from the start, which can be extended from a checkpoint before its decay"
+        return "scheduler=wsd or infinite from the start, which can be extended from a checkpoint before its decay"
     return f"resume={run}/checkpoints/step-... of at most step {first}, before its decay"

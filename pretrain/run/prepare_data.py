@@ -95,7 +95,8 @@ def training_data(config: RunConfig, texts: TokenizedSources) -> tuple[TrainingD
         with _named(texts.places.get(id(source), "dataset")):
             vocabulary = texts.tokenizer.get_vocab() if source.fim_rate else {}
             fim = fill_in_middle(source.fim_rate, source.fim_spm_rate, vocabulary)
-        parts.append(Part(name, view, name in replay, weight, caps.get(name), source.packing, fim))
+        near = source.deduplicate == "near"
+        parts.append(Part(name, view, name in replay, weight, caps.get(name), source.packing, fim, near))
         contents.append(_content(texts.store(source), source, mask=dataset.document_mask, loss_weight=weight))
     content: list[Any]
     content = contents[0] if len(contents) == 1 else [[name, c] for name, c in zip(sources, contents, strict=True)]

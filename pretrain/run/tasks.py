@@ -23,7 +23,7 @@ from pretrain.run.prepare import Prepared, is_transformed, model_spec, prepare, 
 from pretrain.runtime import garbage_collector as collector
 from pretrain.runtime.console import log_error, log_to, mute, notice, quietly
 from pretrain.runtime.errors import UserError
-from pretrain.runtime.files import open_new
+from pretrain.runtime.files import open_new, replace_file
 from pretrain.runtime.out_of_memory import OutOfMemory, watched
 from pretrain.runtime.signals import EXIT_CODE, Interrupt
 from pretrain.runtime.watchdog import Watchdog
@@ -281,10 +281,29 @@ def export(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int
     return 0
 
 
+def merge(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
+    """Merge models into output_dir/model, and write the YAML of the same merge for mergekit beside it."""
+    from pretrain.merging.merge import mergekit_config, open_merge, write_merged
+    from pretrain.models.causal_lm import Pretrained
+
+    folder = claim(config.output_dir, foreign=True).path
+    if found_in(folder, ("model",)):
+        raise UserError(f"output_dir={folder} holds a model already; choose another output_dir for the merged one")
+    dtype, code = config.model.save_dtype, config.model.trust_remote_code
+    opened = open_merge(config.merge, Pretrained(name_or_path=config.model_name, trust_remote_code=code))
+    path = write_merged(opened, folder / "model", shard_size=config.checkpoint.export_shard_size, save_dtype=dtype)
+    replace_file(folder / "mergekit_config.yml", mergekit_config(opened, save_dtype=dtype))
+    for one, weight in zip(opened.inputs, opened.weights, strict=True):
+        print(f"{weight:8.4g} × {one.name}")
+    print(f"model    {path}")
+    return 0
+
+
 # The tasks of one process. Pretraining may have several: the launcher starts it.
 TASKS: dict[str, Callable[[RunConfig, list[str], Interrupt], int]] = {
     "tokenization": tokenization,
     "evaluation": evaluation,
     "generation": generation,
     "export": export,
+    "merge": merge,
 }

@@ -3,9 +3,11 @@
     python -m pretrain.tools.cache                                        # datasets, sizes, last use
     python -m pretrain.tools.cache prune --older-than 30                  # what would be deleted
     python -m pretrain.tools.cache prune --max-size 200 --delete          # the datasets used last fit into 200 GB
+    python -m pretrain.tools.cache prune --runs runs/                     # the datasets that no run in runs/ uses
     python -m pretrain.tools.cache verify                                 # compare every part with its checksum
 
 Nothing is deleted without --delete, never what a running process uses, and prune deletes nothing while a dataset is tokenized.
+With --runs, the list says of each dataset which runs use it, and prune keeps those that a run uses.
 What was deleted is tokenized again by the next run that needs it, if its text is still there; such a run resumes as before.
 
 Exit code 0: done; 1: damaged parts were found; 2: a mistake.
@@ -27,6 +29,7 @@ from pathlib import Path, PurePath
 from pretrain.data.cache import cache_dir
 from pretrain.data.store.near_duplicates import decision_path, keys_path
 from pretrain.data.store.token_shards import is_intact, open_part
+from pretrain.run.recorded_use import RecordedUse
 from pretrain.runtime.console import complain, visible
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.locks import alone, is_held
@@ -36,6 +39,7 @@ from pretrain.tools.arguments import tool_parser
 
 DAY = 86_400.0
 UNFINISHED_DAYS = 7.0  # parts of no dataset this young may belong to a start that was interrupted and will be continued
+MOST_NAMED = 3  # runs that the list names for a dataset
 STORE = "{:>5}  {:>14}  {:>10}  {:>10}  {:>9}  {}"
 
 
@@ -47,11 +51,13 @@ class Dataset:
         manifest: its list of parts, whose time is that of its last use.
         name: its name in the metrics.
         parts: its parts, in order.
+        files: the files that it was made from.
     """
 
     manifest: Path
     name: str
     parts: tuple[Path, ...]
+    files: frozenset[str]
 
     @property
     def days(self) -> float:
@@ -111,13 +117,14 @@ class Cache:
         _delete(path for part in parts for path in (part, keys_path(part, self.folder)))
 
 
-def listing(cache: Cache) -> Iterator[str]:
+def listing(cache: Cache, runs: RecordedUse | None = None) -> Iterator[str]:
     """Yield the lines of the table of datasets, those used last first."""
     yield STORE.format("parts", "tokens", "size", "alone", "last use", "dataset")
     for dataset in cache.datasets:
         found = [part for path in dataset.parts if (part := open_part(path))]
         missing = len(dataset.parts) - len(found)
         notes = [f"{missing} parts missing"] * bool(missing) + ["in use"] * dataset.in_use()
+        notes += [] if runs is None else [_named(runs.using(dataset.manifest, dataset.files))]
         yield STORE.format(
             len(found),
             f"{sum(part.num_tokens for part in found):,}",
@@ -133,10 +140,24 @@ def listing(cache: Cache) -> Iterator[str]:
     yield f"{cache.folder}: {gib(_size(cache.folder))}"
 
 
-def chosen(cache: Cache, *, older_than: float | None, max_bytes: float | None) -> list[Dataset]:
-    """Return the datasets to delete: those not used for ``older_than`` days, and then those used least recently until the parts
-    of the others have at most ``max_bytes``. A dataset that a process uses is never among them."""
-    found = [d for d in cache.datasets if older_than is not None and d.days > older_than and not d.in_use()]
+def _named(runs: list[Path]) -> str:
+    """Return the runs that use a dataset, for the list."""
+    if not runs:
+        return "used by no run"
+    more = f" and {len(runs) - MOST_NAMED} more" if len(runs) > MOST_NAMED else ""
+    return f"used by {', '.join(visible(str(run)) for run in sorted(runs)[:MOST_NAMED])}{more}"
+
+
+def chosen(
+    cache: Cache, *, older_than: float | None, max_bytes: float | None, runs: RecordedUse | None = None
+) -> list[Dataset]:
+    """Return the datasets to delete: those not used for ``older_than`` days (any, where neither limit is given), and then those
+    used least recently until the parts of the others have at most ``max_bytes``. A dataset that a process or one of ``runs``
+    uses is never among them."""
+    kept = [d for d in cache.datasets if d.in_use() or (runs is not None and runs.using(d.manifest, d.files))]
+    if older_than is None and max_bytes is None:
+        return [dataset for dataset in cache.datasets if dataset not in kept]
+    found = [d for d in cache.datasets if older_than is not None and d.days > older_than and d not in kept]
     if max_bytes is None:
         return found
     users = cache.users - Counter(part for dataset in found for part in {*dataset.parts})
@@ -144,7 +165,7 @@ def chosen(cache: Cache, *, older_than: float | None, max_bytes: float | None) -
     for dataset in reversed(cache.datasets):
         if left <= max_bytes:
             break
-        if dataset in found or dataset.in_use():
+        if dataset in found or dataset in kept:
             continue
         found.append(dataset)
         for part in {*dataset.parts}:
@@ -221,7 +242,8 @@ def _dataset(folder: Path, manifest: Path) -> Dataset | None:
     try:
         content = json.loads(manifest.read_text())
         parts = tuple(_part(folder, part) for part in content["parts"])
-        return Dataset(manifest, visible(redact(str(content["name"]))), parts)
+        files = frozenset(str(path) for unit in content["units"] for path, _ in unit)
+        return Dataset(manifest, visible(redact(str(content["name"]))), parts, files)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
@@ -265,11 +287,18 @@ def main() -> None:
     parser.add_argument(
         "--max-size", type=float, metavar="GB", help="prune the datasets used least recently beyond this size"
     )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        action="append",
+        metavar="FOLDER",
+        help="runs are below it (again for each such folder): list what they use; prune keeps that",
+    )
     parser.add_argument("--delete", action="store_true", help="delete; without it, only list what would be deleted")
     asked = parser.parse_args()
     try:
-        if asked.action == "prune" and asked.older_than is None and asked.max_size is None:
-            raise UserError("prune needs --older-than DAYS or --max-size GB")
+        if asked.action == "prune" and asked.older_than is None and asked.max_size is None and not asked.runs:
+            raise UserError("prune needs --older-than DAYS, --max-size GB or --runs FOLDER")
         if any(number is not None and not number >= 0 for number in (asked.older_than, asked.max_size)):
             raise UserError("--older-than and --max-size must be at least 0")
         raise SystemExit(_run(Cache(asked.cache or cache_dir()), asked))
@@ -282,15 +311,16 @@ def main() -> None:
 
 def _run(cache: Cache, asked: argparse.Namespace) -> int:
     """Print what was asked for, and return the exit code."""
+    runs = RecordedUse.below(asked.runs) if asked.runs else None
     if asked.action == "list":
-        print(*listing(cache), sep="\n", flush=True)
+        print(*listing(cache, runs), sep="\n", flush=True)
         return 0
     if asked.action == "verify":
         number, lines = verify(cache, delete=asked.delete)
         print(*lines, f"{number:,} of {len(cache.parts):,} parts damaged", sep="\n")
         return 1 if number else 0
     max_bytes = None if asked.max_size is None else asked.max_size * 1e9
-    found_datasets = chosen(cache, older_than=asked.older_than, max_bytes=max_bytes)
+    found_datasets = chosen(cache, older_than=asked.older_than, max_bytes=max_bytes, runs=runs)
     lines = [*prune(cache, found_datasets, older_than=asked.older_than, delete=asked.delete)]
     print(*(lines or ["nothing to delete"]), sep="\n", flush=True)
     return 0

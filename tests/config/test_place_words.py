@@ -105,7 +105,9 @@ MISTAKES = {
     "dataset@evaluation.domains.b=mixture": "evaluation.domains.b: a mixture can't be here",
     "dataset@replay.source=mixture": "replay.source: a mixture can't be here",
     "model@dataset.parts.b=scratch": "dataset.parts.b._target_='pretrain.models.causal_lm.Scratch': not a part",
-    "dataset.parts.ess.held_out=0.1": "dataset.parts.ess={'held_out': 0.1}: not a dataset; choose its kind",
+    "dataset.parts.ess.held_out=0.1": "dataset.parts.ess={'held_out': 0.1}: not a dataset; did you mean 'es'? If not, choose",
+    "evaluation.domains.bsae.held_out=0.1": "bsae={'held_out': 0.1}: not a dataset; did you mean 'base'? If not, choose",
+    "dataset.parts.french.held_out=0.1": "dataset.parts.french={'held_out': 0.1}: not a dataset; choose its kind: dataset@",
     "dataset.parts.es.subset=x": "Local has no 'subset'; it is a key of dataset@dataset.parts.es=huggingface",
     "phases={from: 0.5}": "phases={from: 0.5}: a value of another kind",
 }

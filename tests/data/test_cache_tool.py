@@ -98,6 +98,47 @@ def test_prune_by_size(run: Callable[..., tuple[int, str]], filled: Path) -> Non
     assert not parts_of(filled)
 
 
+def test_what_no_run_uses(run: Callable[..., tuple[int, str]], filled: Path, tmp_path: Path) -> None:
+    """A run names its datasets; one of an earlier version names only the files that it has read."""
+    manifests = {json.loads(path.read_text())["name"]: path.name for path in filled.glob("stores/*.json")}
+    runs = tmp_path / "runs"
+    (runs / "sweep/a").mkdir(parents=True)
+    (runs / "sweep/a/tokens.json").write_text(json.dumps([manifests["new"]]))
+    code, out = run("--runs", str(runs))
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[1].endswith(f"new (used by {runs}/sweep/a)")
+    assert lines[2].endswith("old (used by no run)")
+    for limits in ((), ("--older-than", "0"), ("--max-size", "0")):
+        out = run("prune", "--runs", str(runs), *limits)[1]
+        assert "would be deleted: old" in out
+        assert "deleted: new" not in out
+    assert run("prune", "--runs", str(runs), "--older-than", "50")[1] == "nothing to delete\n"
+    (runs / "b").mkdir()
+    (runs / "b/config.yaml").write_text("{}")
+    read = {str(tmp_path / f"old/{number}.txt"): [[1, 2, 3], "x"] for number in range(3)}
+    (runs / "b/data.json").write_text(json.dumps(read))
+    assert run("prune", "--runs", str(runs))[1] == "nothing to delete\n"
+    (runs / "b/data.json").write_text(json.dumps(dict([*read.items()][1:])))
+    assert "deleted: old" in run("prune", "--runs", str(runs), "--delete")[1]
+    assert len(parts_of(filled)) == 3
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "[", '{"a": 1}'])
+def test_a_run_that_does_not_tell_what_it_uses(
+    content: str, run: Callable[..., tuple[int, str]], filled: Path, tmp_path: Path
+) -> None:
+    """Nothing is deleted then."""
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/tokens.json").write_text(content)
+    code, out = run("prune", "--runs", str(tmp_path / "runs"), "--delete")
+    assert (code, out.count("\n")) == (2, 1)
+    assert out.startswith(f"error: {tmp_path}/runs/a/tokens.json: can't be read")
+    code, out = run("prune", "--runs", str(tmp_path / "nowhere"))
+    assert (code, out) == (2, f"error: --runs: {tmp_path}/nowhere: No such file or directory\n")
+    assert len(parts_of(filled)) == 5
+
+
 def test_what_is_in_use_stays(
     run: Callable[..., tuple[int, str]], filled: Path, store_of: StoreOf, tmp_path: Path
 ) -> None:
@@ -289,7 +330,7 @@ def test_verify(run: Callable[..., tuple[int, str]], filled: Path, store_of: Sto
 
 
 def test_mistakes(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
-    assert run("prune") == (2, "error: prune needs --older-than DAYS or --max-size GB\n")
+    assert run("prune") == (2, "error: prune needs --older-than DAYS, --max-size GB or --runs FOLDER\n")
     assert run("prune", "--older-than", "-1") == (2, "error: --older-than and --max-size must be at least 0\n")
     assert run("prune", "--max-size", "nan") == (2, "error: --older-than and --max-size must be at least 0\n")
     assert run("--cache", str(tmp_path)) == (

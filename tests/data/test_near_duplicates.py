@@ -16,12 +16,14 @@ import pytest
 from datasketch import MinHash, MinHashLSH
 
 from pretrain.data.domains import view_options
+from pretrain.data.planned import _common
 from pretrain.data.sources.local import Local
 from pretrain.data.store import near_duplicates
 from pretrain.data.store.document_counts import DocumentCounts
 from pretrain.data.store.token_store import TokenStore
 from pretrain.data.tokenization import tokenize
 from pretrain.data.tokenization.tokenize import prepare
+from pretrain.data.training_data import Part
 from pretrain.runtime.errors import UserError
 
 WORDS = " ".join(topics.values()).split()
@@ -49,6 +51,24 @@ def kept(store: TokenStore) -> list[int]:
     found = store.kept("near")
     assert found is not None
     return np.flatnonzero(found).tolist()
+
+
+def test_near_duplicates_in_two_parts_of_a_mixture_are_counted(
+    tmp_path: Path, store_of: Callable[..., TokenStore]
+) -> None:
+    """Each of the two has its own; of 12 of the second part the first one has a near or an exact duplicate."""
+    first = texts(40, 1)
+    second = [*first[:4], *(with_other_words(text, 60) for text in first[4:12]), *texts(20, 2)]
+    views = {
+        name: store_of(write(tmp_path / f"{name}.jsonl", [*some, some[0]]), deduplicate="near").views(
+            held_out=0, deduplicate="near"
+        )[0]
+        for name, some in (("a", first), ("b", second))
+    }
+    for near, says in ((True, ["12 documents of part 'b' are near duplicates of documents of part 'a'"]), (False, [])):
+        lines = [*_common([Part(name, view, near=near) for name, view in views.items()])]
+        assert lines[0].startswith("parts 'a' and 'b' have 4 documents in common")
+        assert [line.partition(":")[0] for line in lines[1:]] == says
 
 
 def test_the_first_of_near_and_exact_duplicates_is_kept(tmp_path: Path, store_of: Callable[..., TokenStore]) -> None:

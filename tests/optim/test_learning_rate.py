@@ -54,6 +54,9 @@ WSD = run("wsd", min_lr_ratio=0.0, decay_proportion=0.2)
         (COSINE, 101, COSINE, 101, 50, None),
         (COSINE, 101, COSINE, 102, 2, None),  # hardly noticeable
         (WSD, 100, WSD, 200, 50, None),  # before the decay
+        (run("inverse_sqrt"), 100, run("inverse_sqrt"), 200, 100, None),
+        (run("infinite", cooldown_steps=20), 100, run("infinite", cooldown_steps=20), 200, 84, None),
+        (run("infinite"), 100, run("infinite"), 200, 100, (1e-4, 5e-4)),
         (run("constant"), 100, run("constant"), 200, 100, None),
         (COSINE, 101, run("constant"), 101, 101, (1e-4, 1e-3)),
         (run("constant"), 100, run("constant", 1e-4), 100, 50, (1e-3, 1e-4)),
@@ -70,6 +73,8 @@ def test_leaving_the_curve(old, old_steps, new, new_steps, step, expected) -> No
 def test_rate_is_that_of_the_schedule() -> None:
     assert rate(COSINE, total_steps=101, step=50) == pytest.approx(0.55e-3)
     assert rate(COSINE | {"warmup_proportion": 0.1}, total_steps=100, step=0) == pytest.approx(1e-4)
+    started = run("constant", start_lr=5e-4) | {"warmup_proportion": 0.1}
+    assert rate(started, total_steps=100, step=4) == pytest.approx(7.5e-4)
 
 
 def test_a_config_of_another_shape_calls_nothing() -> None:
@@ -85,4 +90,5 @@ def test_a_config_of_another_shape_calls_nothing() -> None:
 
 def test_where_a_run_can_be_extended_from() -> None:
     assert stable_until(WSD, 100) == 80
+    assert stable_until(run("infinite"), 100) == 85, "its default is the function's"
     assert stable_until(COSINE, 100) is None

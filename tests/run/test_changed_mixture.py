@@ -30,6 +30,7 @@ def test_replay_is_added_to_a_run_which_is_then_resumed_exactly(base_arguments, 
 
     code, _, err = command([*replayed, "resume_allow=[data]"])
     assert code == 0, err
+    assert len(json.loads((plain / "tokens.json").read_text())) == 2, "of the new and of the old text"
     parts = data_of(plain)[-1]["parts"]
     assert {key: part["tokens"] for key, part in parts.items()} == {name: 70 * 32, "replay": 10 * 32}
     assert parts["replay"]["share"] == 10 / 80

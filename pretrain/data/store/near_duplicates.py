@@ -27,7 +27,7 @@ from pretrain.data.store.token_shards import TokenShard
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from pretrain.data.store.token_store import TokenStore
+    from pretrain.data.store.token_store import TokenStore, TokenView
 
 VERSION = 1  # of the keys; another number computes all of them again
 BANDS, ROWS = 14, 8
@@ -111,6 +111,22 @@ def kept_documents(store: TokenStore) -> NDArray[np.bool_]:
             with cache_file(path) as file:
                 file.write(packed.tobytes())
     return np.unpackbits(packed, count=store.num_documents).astype(bool)
+
+
+def nearly_common(one: TokenView, other: TokenView) -> int:
+    """Return how many documents of ``other`` share a key with a document of ``one``. The keys of both are in the cache."""
+    found = np.zeros(other.num_documents, bool)
+    for band in range(BANDS):
+        found |= np.isin(_keys(other, band), _keys(one, band))
+    return int(found.sum())
+
+
+def _keys(view: TokenView, band: int) -> NDArray[Any]:
+    """Return the keys of a band of the documents of a view."""
+    parts, cache = view.store.parts, view.store.path.parent.parent
+    files = [keys_path(part.path, cache) for part in parts]
+    keys = [np.empty(0, np.uint64), *_band(files, [part.num_documents for part in parts], band)]
+    return np.concatenate(keys)[view.document_numbers()]
 
 
 def _decision(path: Path, num_documents: int) -> NDArray[np.uint8] | None:

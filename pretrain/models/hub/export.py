@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from pretrain.models.dtypes import dtypes_in
 if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
 
+INDEX = "model.safetensors.index.json"  # says which weight is in which file
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}  # as transformers reads them
 Sizes = dict[str, int]  # weight → bytes
 
@@ -97,19 +98,31 @@ def save_shards(own: dict[str, Tensor], folder: Path, *, plan: list[list[Sizes]]
     ``plan`` is the result of ``split`` on each rank. Return the files.
     """
     shards = [shard for files in plan for shard in files]
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    names = shard_names(len(shards))
     before = sum(len(files) for files in plan[:rank])
     written = []
     for name, shard in zip(names[before:], plan[rank], strict=False):
         write(folder / name, {n: TensorShard(own[n], 0, tuple(own[n].shape)) for n in shard})
         written.append(folder / name)
     if rank == 0:
-        weight_map = {weight: name for name, shard in zip(names, shards, strict=True) for weight in shard}
-        size = sum(sum(shard.values()) for shard in shards)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        written.append(folder / "model.safetensors.index.json")
-        written[-1].write_text(json.dumps(index, indent=2) + "\n")
+        written.append(folder / INDEX)
+        written[-1].write_bytes(index_of(shards))
     return written
+
+
+def shard_names(count: int) -> list[str]:
+    """Return the names of ``count`` weight files, as transformers numbers them."""
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def index_of(shards: Sequence[Sizes]) -> bytes:
+    """Return the content of the index of several weight files."""
+    weight_map = {
+        weight: name for name, sizes in zip(shard_names(len(shards)), shards, strict=True) for weight in sizes
+    }
+    total = sum(sum(sizes.values()) for sizes in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
 
 
 def companion_files(

@@ -14,7 +14,7 @@ from pretrain.runtime.places import each
 from pretrain.runtime.redact import redact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from pretrain.checkpoint.train_state import TrainState
     from pretrain.telemetry.events import PartCount
@@ -23,7 +23,7 @@ SETTINGS = (
     *("sequence_length", "batch_size", "gradient_accumulation_steps", "lr", "warmup_proportion", "weight_decay"),
     *("beta1", "beta2", "grad_clip", "seed"),
 )
-MACHINE_KEYS = {"task", "name", "output_dir", "resume", "devices", "launch", "sink", "generation"}
+MACHINE_KEYS = {"task", "name", "output_dir", "resume", "devices", "launch", "sink", "generation", "merge"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key)$", re.IGNORECASE)
 
@@ -84,6 +84,40 @@ def model_card(
         ", ".join(f"{name} {version}" for name, version in facts["versions"].items()) + ".\n",
     )
     return redact("\n".join(text))
+
+
+def merge_card(
+    models: Sequence[tuple[str, float]], *, method: str, base: str | None, settings: Mapping[str, Any]
+) -> str:
+    """Return the text of the model card of a merged model. It contains no path of this machine and no secret.
+
+    Args:
+        models: The merged models, each with its weight.
+        method: How they were merged.
+        base: The base model to which changes were added, if any.
+        settings: Further numbers of the method, by name.
+    """
+    names = [*(name for name, _ in models), *([base] if base else [])]
+    matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if on_hub := [name for name in names if _on_the_hub(name)]:
+        matter["base_model"] = list(dict.fromkeys(on_hub))
+    matter["tags"] = ["pretrain", "merge"]
+    rows = [*settings.items(), *([("base", f"`{public(base)}`")] if base else [])]
+    text = (
+        f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---\n",
+        "# Merged model\n",
+        f"Merged from {len(models)} models with pretrain, method `{method}`.\n",
+        _table(("model", "weight"), [(f"`{_origin(name)}`", f"{weight:.6g}") for name, weight in models]),
+        *([_table(("setting", "value"), rows)] if rows else []),
+        USE,
+    )
+    return redact("\n".join(text))
+
+
+def _origin(name: str) -> str:
+    """Return the name of a model for others: of a checkpoint also its run."""
+    path = Path(name)
+    return f"{path.parent.parent.name}/{path.name}" if path.parent.name == "checkpoints" else str(public(name))
 
 
 def public(value: Any) -> Any:

@@ -183,14 +183,24 @@ def phase_bands(history: History) -> list[Band]:
 
 
 def phases_of(history: History) -> list[tuple[int, dict[str, float]]]:
-    """Return the first step of each phase of the mixture, and the shares of its parts; none for a single dataset."""
-    found = history.start.get("mixture") or []
-    return [(phase["step"], phase["shares"]) for phase in found]
+    """Return the first step of each phase of the mixture, and the shares of its parts; none for a single dataset.
+
+    Where a start has another mixture than the one before it, its phases count from its first step on. A single dataset before or
+    after a mixture is a phase without shares.
+    """
+    found: list[tuple[int, dict[str, float]]] = []
+    for start in (record for record in history.run_events if record["event"] == "run_started"):
+        own = [(phase["step"], phase["shares"]) for phase in start.get("mixture") or [{"step": 0, "shares": {}}]]
+        found = [phase for phase in found if phase[0] < start["step"]]
+        in_force = [shares for step, shares in own if step <= start["step"]][-1:]
+        own = [*((start["step"], shares) for shares in in_force), *(phase for phase in own if phase[0] > start["step"])]
+        found += own[1:] if found and own[0][1] == found[-1][1] else own
+    return found if any(shares for _, shares in found) else []
 
 
 def shares_text(shares: dict[str, float]) -> str:
     """Format shares, such as ``es 75 %, code 25 %``."""
-    return ", ".join(f"{name} {share(value)}" for name, value in shares.items() if value)
+    return ", ".join(f"{name} {share(value)}" for name, value in shares.items() if value) or "one dataset"
 
 
 # Several runs -----------------------------------------------------------------------------------------------------------

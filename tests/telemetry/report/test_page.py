@@ -321,6 +321,33 @@ def test_the_parts_and_the_phases_of_a_mixture():
     assert "mixture" not in text.partition("<h2>Environment")[2]
 
 
+OTHER = [{"step": 0, "shares": {"es": 0.5, "code": 0.5}}, {"step": 350, "shares": {"es": 0.0, "code": 1.0}}]
+ONE = [(0, "es 75 %, code 25 %"), (300, "es 100 %")]
+
+
+@pytest.mark.parametrize(
+    ("resumes", "phases"),
+    [
+        ([(100, MIXTURE)], ONE),
+        ([(320, MIXTURE)], ONE),
+        ([(300, MIXTURE)], ONE),
+        ([(100, OTHER)], [ONE[0], (100, "es 50 %, code 50 %"), (350, "code 100 %")]),
+        ([(320, OTHER)], [*ONE, (320, "es 50 %, code 50 %"), (350, "code 100 %")]),
+        ([(200, OTHER), (100, MIXTURE)], ONE),
+        ([(100, MIXTURE[:1])], []),
+        ([(100, None)], [ONE[0], (100, "one dataset")]),
+        ([(100, None), (200, OTHER[:1])], [ONE[0], (100, "one dataset"), (200, "es 50 %, code 50 %")]),
+    ],
+)
+def test_the_phases_of_every_start(resumes, phases):
+    """A run that was resumed with another mixture (``resume_allow=[data]``) shows what it was trained on before, too."""
+    records = [started(mixture=MIXTURE), train(50)]
+    for step, mixture in resumes:
+        records += [started(mixture=mixture) | {"step": step, "resumed": True}, train(step + 10)]
+    titles = re.findall(r'class="band"[^>]*><title>([^<]*)</title>', page([*records, train(400)]))
+    assert sorted({*titles}) == sorted(f"from step {step}: {text}" for step, text in phases)
+
+
 def test_one_dataset_has_no_parts_and_a_mixture_that_stays_no_bands():
     part = {"tokens": 1234, "share": 1.0, "wanted": 1.0, "epochs": 1.5}
     data = {"event": "data", "step": 400, "time": 1.0, "sources": {"a.txt": {"tokens": 9}}, "parts": {"es": part}}
