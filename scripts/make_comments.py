@@ -17,7 +17,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pretrain.config.schema import GROUP_KEYS, RootKeys
+from pretrain.config.group_keys import GROUP_KEYS
+from pretrain.config.schema import RootKeys
 
 CONF = Path(__file__).parents[1] / "conf"
 KEY = re.compile(r"^( *)(\w+):(?= |$)")

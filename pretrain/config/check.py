@@ -23,8 +23,9 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from pretrain.config.choices import own_groups
 from pretrain.config.defaults import conf_dir
+from pretrain.config.group_keys import GROUP_KEYS
 from pretrain.config.quoting import PATH_KEYS
-from pretrain.config.schema import GROUP_KEYS, RUNTIME_ARGUMENTS, RootKeys, RunConfig, build_part
+from pretrain.config.schema import RUNTIME_ARGUMENTS, RootKeys, RunConfig, build_part
 from pretrain.config.trust import MULTI_SELECT, NESTED_PARTS, PARTS, SCHEDULES, SOURCE, locate, name_of, trusts
 from pretrain.optim.learning_rate import with_lr
 from pretrain.runtime.errors import UserError, did_you_mean

@@ -66,7 +66,7 @@ def own_default(node: dict[Any, Any], key: Any) -> Any:
 
     from hydra.utils import get_object
 
-    from pretrain.config.schema import GROUP_KEYS
+    from pretrain.config.group_keys import GROUP_KEYS
 
     part = get_object(node["_target_"]) if isinstance(node.get("_target_"), str) else None
     for owner in (part, *GROUP_KEYS.values()):

@@ -49,7 +49,6 @@ RUNTIME_ARGUMENTS = {  # group → arguments that the run passes, never YAML; a 
     "scheduler": {"step", "total_steps", "warmup_steps", "peak_lr"},
     "optimizer": {"named_parameters", "params"},
 }
-GROUP_KEYS = {"optimizer": LrFactors}  # group → the keys that each of its parts has, also one of another package
 
 
 @dataclass(frozen=True)

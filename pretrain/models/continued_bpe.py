@@ -14,7 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import xxhash
+
+from pretrain.data.cache import cache_dir, cache_file, make_private, used_now
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.strict_json import read_json
 
 MAX_CHARS = (
     50_000_000  # more text hardly changes the merges, and learning takes about a second for a million characters
@@ -33,6 +37,30 @@ def check_grows(state: Mapping[str, Any], *, name: str) -> None:
         )
 
 
+def learned(tokenizer: Any, texts: Iterable[str], size: int) -> list[Pair]:
+    """Return what `learn` does on the first ``MAX_CHARS`` characters of ``texts``. What was learned on the same text is in the
+    token cache, so that other processes and a resumed run only read the text."""
+    sample, total = [], 0
+    for text in texts:
+        if total >= MAX_CHARS:
+            break
+        total += len(text)
+        sample.append(text)
+    digest = xxhash.xxh3_128(f"{tokenizer.to_str()} {size}".encode())
+    for text in sample:
+        digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
+    file = cache_dir() / "merges" / f"{digest.hexdigest()}.json"
+    try:
+        found = [(str(a), str(b)) for a, b in read_json(file)]
+        used_now(file)
+    except (OSError, ValueError, TypeError):
+        make_private(cache_dir())
+        found = learn(tokenizer, sample, size)
+        with cache_file(file) as opened:
+            opened.write(json.dumps(found, ensure_ascii=False).encode())
+    return found
+
+
 def learn(tokenizer: Any, texts: Iterable[str], size: int) -> list[Pair]:
     """Return at most ``size`` new merges of ``tokenizer``, a BPE of the tokenizers library, learned on ``texts``. There are fewer
     if no pair occurs twice any more."""
@@ -45,11 +73,7 @@ def learn(tokenizer: Any, texts: Iterable[str], size: int) -> list[Pair]:
 def count_words(tokenizer: Any, texts: Iterable[str]) -> Counter[str]:
     """Return how often each word occurs in ``texts``, as the tokenizer's normalizer and pre-tokenizer write it."""
     words: Counter[str] = Counter()
-    total = 0
     for text in texts:
-        if total >= MAX_CHARS:
-            break
-        total += len(text)
         normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer is not None else text
         if tokenizer.pre_tokenizer is None:
             words.update(SPACE * bool(i) + part for i, part in enumerate(normal.split(SPACE)) if part)

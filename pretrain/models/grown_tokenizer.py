@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.models.continued_bpe import check_grows, learn, with_merges
+from pretrain.models.continued_bpe import check_grows, learned, with_merges
 from pretrain.models.tokenizer import FolderTokenizer
 from pretrain.models.transforms.vocabulary import NEW_TOKENS, listed
 from pretrain.runtime.console import notice
@@ -46,7 +46,7 @@ def grown(
     if size is not None:
         assert texts is not None
         check_grows(state, name=name)
-        pairs = learn(old, texts(), size)
+        pairs = learned(old, texts(), size)
         if len(pairs) < size:
             notice(f"transform.vocabulary.size={size}: the text yields only {len(pairs)} new tokens")
         backend = Tokenizer.from_str(json.dumps(with_merges(state, pairs, first=first)))
