@@ -56,16 +56,16 @@ def test_the_merges_are_those_of_the_textbook(counted):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def bpe():
     return train_bpe(iter(["the sea road of stone a ship and its crew went under light rain"] * 3), vocab_size=280)
 
 
-def test_text_is_encoded_as_it_was_learned(tokenizer):
-    old = tokenizer.backend_tokenizer
+def test_text_is_encoded_as_it_was_learned(bpe):
+    old = bpe.backend_tokenizer
     pairs = learn(old, documents(), 40)
     assert len(pairs) == 40
     state = json.loads(old.to_str())
-    first = len(tokenizer)
+    first = len(bpe)
     new = Tokenizer.from_str(json.dumps(with_merges(state, pairs, first=first)))
     assert new.get_vocab_size() == first + 40
     for text in [*documents(1, 5), "the sea and the kubernetes", "Straße 🙂\n  x"]:
@@ -80,18 +80,18 @@ def test_text_is_encoded_as_it_was_learned(tokenizer):
     assert new.encode(old_text).ids[:4] == old.encode(old_text).ids[:4]
 
 
-def test_pieces_of_a_token_are_the_old_tokens(tokenizer):
-    new, pieces = grown(tokenizer, size=30, tokens=None, texts=lambda: iter(documents()), name="x")
-    assert [*pieces] == [*range(len(tokenizer), len(tokenizer) + 30)]
+def test_pieces_of_a_token_are_the_old_tokens(bpe):
+    new, pieces = grown(bpe, size=30, tokens=None, texts=lambda: iter(documents()), name="x")
+    assert [*pieces] == [*range(len(bpe), len(bpe) + 30)]
     for token, old in pieces.items():
-        assert tokenizer.decode([*old]) == new.decode([token])
-        assert max(old) < len(tokenizer)
-    given, pieces = grown(tokenizer, size=None, tokens=["kubectl", "ночь"], texts=None, name="x")
-    assert given.encode("run kubectl", add_special_tokens=False)[-1] == len(tokenizer)
-    assert [tokenizer.decode([*old]) for old in pieces.values()] == ["kubectl", "ночь"]
+        assert bpe.decode([*old]) == new.decode([token])
+        assert max(old) < len(bpe)
+    given, pieces = grown(bpe, size=None, tokens=["kubectl", "ночь"], texts=None, name="x")
+    assert given.encode("run kubectl", add_special_tokens=False)[-1] == len(bpe)
+    assert [bpe.decode([*old]) for old in pieces.values()] == ["kubectl", "ночь"]
 
 
-def test_it_is_saved_with_its_new_tokens(tokenizer, tmp_path, exact_model):
+def test_it_is_saved_with_its_new_tokens(bpe, tmp_path, exact_model):
     from pretrain.models.tokenizer import folder_tokenizer
 
     folder = folder_tokenizer(exact_model("llama"))
@@ -118,7 +118,7 @@ def test_a_tokenizer_that_splits_no_words():
     assert "▁kubernetes" in {a + b for a, b in pairs}
 
 
-def test_word_pieces_can_not_grow(tokenizer):
+def test_word_pieces_can_not_grow(bpe):
     backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     from transformers import PreTrainedTokenizerFast
@@ -130,9 +130,9 @@ def test_word_pieces_can_not_grow(tokenizer):
         grown(pieces, size=5, tokens=None, texts=lambda: iter(documents()), name="bert")
     assert [*grown(pieces, size=None, tokens=["kubectl"], texts=None, name="bert")[1]] == [2]
     with pytest.raises(UserError, match="the tokenizer of x has 'the' already"):
-        grown(tokenizer, size=None, tokens=["kubectl", "the"], texts=None, name="x")
+        grown(bpe, size=None, tokens=["kubectl", "the"], texts=None, name="x")
     with pytest.raises(UserError, match="no new token was found"):
-        grown(tokenizer, size=5, tokens=None, texts=lambda: iter(["a b c"]), name="x")
+        grown(bpe, size=5, tokens=None, texts=lambda: iter(["a b c"]), name="x")
 
 
 @pytest.mark.parametrize(
