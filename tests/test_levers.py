@@ -39,6 +39,7 @@ def cut(run, again, step):
     return again
 
 
+@pytest.mark.slow
 def test_parameters_that_thaw_are_resumed_exactly_before_and_after(folder, start):
     words = ["transform=[freeze]", "transform.freeze.trainable=embed|norm", "transform.freeze.thaw_at=0.6"]
     words += ["optimizer.lr_multipliers={embed: 0.5}", "optimizer.layer_decay=0.9"]
@@ -110,6 +111,7 @@ def test_lora_is_trained_resumed_exported_and_continued(folder, start, tiny_mode
     assert scores(folder / "lora-more", 0) == pytest.approx(scores(run, 6), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_expanded_models_score_the_same_at_the_start(folder, start):
     words = ["transform=[expand]", "transform.expand.blocks=1"]
     for name, given in (("plain", []), ("expanded", words)):
