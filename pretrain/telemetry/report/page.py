@@ -63,6 +63,7 @@ def run_page(run: Run) -> str:
                 "Learning and forgetting",
                 grid([plots.loss_chart(history), plots.change_chart(history)], "two"),
                 _scores(history),
+                _other_tokens(run),
             ),
             section("Metrics of evaluation tasks", grid([plots.metric_charts(history)]), _measurements(history)),
             section("Samples", *_samples(history)),
@@ -163,6 +164,14 @@ def _scores(history: History) -> Markup:
             )
         )
     return card(table(head, rows))
+
+
+def _other_tokens(run: Run) -> Markup:
+    """Return a warning if the run has extended the vocabulary of its model."""
+    if "vocabulary" not in (run.config.get("transform") or {}):
+        return Markup("")
+    text = "The vocabulary was extended: perplexity and loss are of other tokens than those of the base model; compare bits per byte."
+    return Markup(f'<p class="soft">{escape(text)}</p>')
 
 
 def _measurements(history: History) -> Markup:
