@@ -170,7 +170,7 @@ def _other_tokens(run: Run) -> Markup:
     """Return a warning if the run has extended the vocabulary of its model."""
     if "vocabulary" not in (run.config.get("transform") or {}):
         return Markup("")
-    text = "The vocabulary was extended: perplexity and loss are of other tokens than those of the base model; compare bits per byte."
+    text = "The vocabulary was extended: perplexity and loss count other tokens than the base model does; compare bits per byte."
     return Markup(f'<p class="soft">{escape(text)}</p>')
 
 
