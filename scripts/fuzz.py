@@ -5,7 +5,8 @@ with one line that names what it is about; never in a traceback, a hang, or anot
     python scripts/fuzz.py --seed 0 --input 1234          # that one input again
 
 Kinds: data (files of every format and compression), models (folders), tokenizers, checkpoints, configs (flat YAML,
---config-dir, command lines), runs (what else lies in output_dir, and the token cache). An input is an unedited one that works
+--config-dir, command lines), runs (what else lies in output_dir, and the token cache), corpora (token ids of other programs),
+mixtures (weights, phases, replay, conditions, templates, lists of places). An input is an unedited one that works
 with one to three edits: bits, bytes and pieces of files, values inside JSON, YAML, safetensors headers and compressed files,
 files that are gone, exchanged, folders or links. It is run in a fork of this process, which has imported torch, with limits of
 memory and time; every 40th by the real command. Everything follows from the seed: kind, variant and edits of input number N.
@@ -38,15 +39,18 @@ os.environ |= {
 from fuzzing.campaign import Campaign
 from fuzzing.checkpoints import Checkpoints, Runs
 from fuzzing.configs import Configs
+from fuzzing.corpora import Corpora
 from fuzzing.data import Data
 from fuzzing.kind import Kind, ask
+from fuzzing.mixtures import Mixtures
 from fuzzing.models import Models
 from fuzzing.sample import make_model
 from fuzzing.sandbox import warm_up
 from fuzzing.tokenizers import Tokenizers
 from fuzzing.values import Values
 
-KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (Data, Models, Tokenizers, Checkpoints, Configs, Runs)}
+CLASSES = (Data, Models, Tokenizers, Checkpoints, Configs, Runs, Corpora, Mixtures)
+KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in CLASSES}
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """A tiny real model, a small real corpus, and the command line to run on them."""
 
+import gc
 import multiprocessing.util
 import os
 import random
@@ -18,6 +19,9 @@ from tests.preloaded import Preloaded
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The imports of all tests stay; Python would scan them again and again, which took a twelfth of the time of configs' tests.
+gc.set_threshold(50_000, 20, 100)
 
 settings.register_profile("without a clock", deadline=None)
 settings.load_profile("without a clock")
@@ -52,6 +56,10 @@ def pytest_collection_modifyitems(items):
             item.add_marker("quick")
     long = {item.path for item in items if not item.get_closest_marker("quick")}
     items.sort(key=lambda item: (item.get_closest_marker("slurm") is None, item.path not in long))
+
+
+def pytest_collection_finish():
+    gc.freeze()
 
 
 WORDS = "the sea road of stone a ship and its crew went under light rain to see old cities far from home again".split()

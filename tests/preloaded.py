@@ -4,7 +4,8 @@
 of the caller with a pid, signals, a session, an environment, a working folder, streams, a main module and an exit of its own.
 Only the imports are those of the server that it is forked from (like the workers of `pretrain.launch.agent`). The processes that
 it starts itself, the fork server of its workers and the jobs of a sweep, are forked from a second such server, which is its
-child. What tests imports or the start of the interpreter uses `subprocess.Popen`.
+child. What tests imports or the start of the interpreter uses `subprocess.Popen`. Beyond Popen: with ``start_new_session``,
+a terminal as its stdin becomes that of the session.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import types
@@ -33,6 +35,7 @@ from typing import Any, NoReturn
 
 ROOT = str(Path(__file__).parents[1])
 PR_SET_CHILD_SUBREAPER = 36  # option of prctl(2): orphans among the descendants become children of this process
+CLONE_NEWNET = 0x40000000  # of setns(2)
 LARGEST = 1 << 16  # bytes of an order: a command and its environment
 FIRST_FREE = 500  # descriptors from here on are used while those of an order take their places
 # Environment variables that are read when they are needed, so that a process may differ in them from its server.
@@ -171,8 +174,12 @@ def run_preloaded(words: Sequence[Any], **options: Any) -> subprocess.CompletedP
 
 
 def order_of(command: Any) -> dict[str, Any] | None:
-    """Return what a command of Python runs: ``-m module``, ``-c code`` or a file, after ``-u`` and ``-P`` at most."""
+    """Return what a command of Python runs: ``-m module``, ``-c code`` or a file, after ``-u`` and ``-P`` at most; before it
+    may be ``ip netns exec NAME``."""
     words = [command] if isinstance(command, str | os.PathLike) else [os.fspath(word) for word in command]
+    network = None
+    if words[:3] == ["ip", "netns", "exec"]:
+        network, words = words[3], words[4:]
     if words[0] != sys.executable:
         return None
     flags = []
@@ -182,7 +189,7 @@ def order_of(command: Any) -> dict[str, Any] | None:
         words.insert(1, "")
     if len(words) < 3 or words[1] not in ("-m", "-c", ""):
         return None
-    return {"kind": words[1], "flags": flags, "what": words[2], "arguments": words[3:]}
+    return {"kind": words[1], "flags": flags, "what": words[2], "arguments": words[3:], "network": network}
 
 
 def place_in_the_system(folder: Any, environment: dict[str, str]) -> dict[str, Any]:
@@ -224,12 +231,17 @@ def become(order: dict[str, Any], descriptors: list[int]) -> None:
     """Make this process what ``order`` asks for, up to its main module."""
     if order["new_session"]:
         os.setsid()
+    if order.get("network"):
+        enter_network(order["network"])
     moved = [fcntl.fcntl(fd, fcntl.F_DUPFD, FIRST_FREE) for fd in descriptors]
     for fd in descriptors:
         os.close(fd)
     for fd, target in zip(moved, order["places"], strict=True):
         os.dup2(fd, target)
         os.close(fd)
+    if order["new_session"] and os.isatty(0):
+        with suppress(OSError):  # the terminal of another session
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     os.chdir(order["folder"])
     os.environ.clear()
     os.environ.update(order["environment"])
@@ -255,6 +267,13 @@ def become(order: dict[str, Any], descriptors: list[int]) -> None:
             __import__("sitecustomize")
             assert sys.modules["sitecustomize"].__file__ == str(file)
             break
+
+
+def enter_network(name: str) -> None:
+    """Move this process into a network namespace, as ``ip netns exec`` does it."""
+    with open(f"/run/netns/{name}") as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "setns")
 
 
 def find_room() -> tuple[int, int]:

@@ -45,7 +45,7 @@ def test_two_minutes(tmp_path):
     code, said = fuzz(tmp_path / "found", "--minutes", 2, "--seed", 2)
     assert code == 0, said
     every = counts(said)
-    assert set(every) == {*QUICK, "models", "checkpoints", "runs", "all"}
+    assert set(every) == {*QUICK, "models", "checkpoints", "runs", "corpora", "mixtures", "all"}
     assert every["all"] == (sum(number for kind, (number, _) in every.items() if kind != "all"), 0)
     assert counts(fuzz(tmp_path / "found", "--input", 3, "--seed", 2)[1]) == {"checkpoints": (1, 0), "all": (1, 0)}
 

@@ -1,11 +1,13 @@
 """Whole runs on a mixture with replay, two phases and loss weights: the shares, the order and the losses under every strategy,
-and a killed run that is resumed, bit for bit."""
+and a killed run that is resumed, bit for bit. Also runs on every kind of source and packing."""
 
 import json
 import shutil
 
 import pytest
+import torch
 
+from pretrain.data.fim import KNOWN_TOKENS
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
 from tests.runs import assert_same_run, kill_and_resume, losses
@@ -141,3 +143,69 @@ def test_other_strategies_weigh_the_loss_alike(strategy, arguments, command, tmp
     code, _, err = command([*unweighted, f"output_dir={tmp_path / 'plain'}"])
     assert code == 0, err
     assert losses(tmp_path / "plain") != pytest.approx(losses(tmp_path / "one"), abs=1e-3)
+
+
+@pytest.fixture
+def packed_arguments(base_arguments, exact_model, corpus, tmp_path):
+    """Four kinds of parts: best-fit packing, fill in the middle, token ids read in place, files of a streamed dataset."""
+    import numpy as np
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from tests.conftest import SHAPES
+    from tests.data.token_writers import nanogpt
+
+    model = tmp_path / "fim-model"
+    if not model.exists():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(**SHAPES["llama"], vocab_size=304, bos_token_id=0, eos_token_id=0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(exact_model("llama"))
+        tokenizer.add_special_tokens({"additional_special_tokens": list(KNOWN_TOKENS[0])})
+        tokenizer.save_pretrained(model)
+        (tmp_path / "code").mkdir()
+        for i in range(30):
+            (tmp_path / f"code/{i}.py").write_text(f"def function_{i}(x):\n    return x + {i}\n" * (1 + i % 4))
+        draw = np.random.default_rng(0)
+        nanogpt(tmp_path / "ids", [[*draw.integers(2, 290, draw.integers(5, 60)), 0] for _ in range(90)], "uint16")
+        (tmp_path / "hub").mkdir()
+        lines = (json.dumps({"text": f"A line about {i} and {i * i}."}) for i in range(200))
+        (tmp_path / "hub/train.jsonl").write_text("\n".join(lines))
+    parts = {
+        "text": ("local", corpus, ["packing=best_fit"]),
+        "code": ("local", tmp_path / "code", ["pattern=*.py", "fim_rate=0.5"]),
+        "ids": ("local", tmp_path / "ids/a.bin", ["format=tokens"]),
+        "hub": ("huggingface", tmp_path / "hub", ["streaming=true", "packing=best_fit"]),
+    }
+    words = [w for w in base_arguments if not w.startswith(("dataset=", "dataset.nameOrPath", "model_name="))]
+    words += [f"model_name={model}", "dataset=mixture", "dataset.document_mask=true"]
+    for name, (kind, path, settings) in parts.items():
+        words += [f"dataset@dataset.parts.{name}={kind}", f"dataset.parts.{name}.nameOrPath={path}"]
+        words += [f"dataset.parts.{name}.{setting}" for setting in settings] + [f"dataset.weights.{name}=0.25"]
+    return words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
+def test_every_kind_of_part_and_packing_is_resumed_exactly(strategy, packed_arguments, command, spawn, tmp_path):
+    """The losses of two processes are those of one, and a killed run is resumed bit for bit."""
+    code, _, err = command([*packed_arguments, f"output_dir={tmp_path / 'one'}"])
+    assert code == 0, err
+    assert "of their positions are padding" in err
+    assert len(parts(tmp_path / "one")) == 4
+    pair = [] if strategy == "single" else [f"strategy={strategy}", "devices=2", "batch_size=1"]
+    whole = tmp_path / "one"
+    if pair:
+        whole = tmp_path / "whole"
+        code, _, err = command([*packed_arguments, *pair, f"output_dir={whole}"])
+        assert code == 0, err
+        assert parts(whole) == parts(tmp_path / "one")
+        assert losses(whole) == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
+    kill_and_resume([*packed_arguments, *pair], tmp_path / "run", command, spawn, at=12)
+    assert_same_run(tmp_path / "run", whole)
+    for changed in ("packing=stream", "fim_rate=0.25"):
+        name = "text" if changed.startswith("packing") else "code"
+        code, _, err = command(
+            [*packed_arguments, *pair, f"dataset.parts.{name}.{changed}", f"output_dir={whole}", "max_steps=30"]
+        )
+        assert code == 2
+        assert f"dataset.parts.{name}.{changed.partition('=')[0]}: " in err

@@ -21,13 +21,30 @@ def run(base_arguments, exact_model, command, tmp_path):
     common += ["save_every=2", "evaluate_every=null", "gradient_accumulation_steps=1"]
 
     def start(name, out, *more):
-        return command([*common, f"optimizer._target_=tests.optimizers.{name}", f"output_dir={tmp_path / out}", *more])
+        target = [f"optimizer._target_=tests.optimizers.{name}"] if name else []
+        return command([*common, *target, f"output_dir={tmp_path / out}", *more])
 
     return start
 
 
 def trained(folder):
     return [(r["step"], r["loss"], r["lr"]) for r in read_records(folder / "metrics.jsonl") if r["event"] == "train"]
+
+
+def test_optimizers_of_this_package(run, tmp_path):
+    """Under ddp and fsdp they equal one process, the iteration of Muon and the means of Adafactor over sharded rows included."""
+    for choice in ("muon", "adafactor", "adamw_8bit"):
+        given = [f"optimizer={choice}", "max_steps=4", "scheduler=constant", "warmup_proportion=0", "lr=1e-2"]
+        found = {}
+        for name, words in (("one", ONE), ("ddp", [*TWO, "strategy=ddp"]), ("fsdp", TWO)):
+            code, _, err = run(None, f"{choice} {name}", *words, *given)
+            assert code == 0, err
+            found[name] = [loss for _, loss, _ in trained(tmp_path / f"{choice} {name}")]
+            if choice == "muon":
+                log = (tmp_path / f"{choice} {name}/logs/rank-0.log").read_text()
+                assert log.count("it is not known which optimizer") == 1
+        assert found["ddp"] == pytest.approx(found["one"], abs=2e-4), choice
+        assert found["fsdp"] == pytest.approx(found["one"], abs=2e-4), choice
 
 
 TWO = ["strategy=fsdp", "devices=2", "batch_size=1"]

@@ -49,7 +49,7 @@ ROUTED = {  # keys that belong to a strategy or a model, with the type of their 
     "auto_wrap_policy": str,
     "sharding_strategy": str,
     "cpu_offload": bool,
-    "gradient_checkpointing": bool,
+    "gradient_checkpointing": bool | Literal["selective"] | PositiveInt,
     "state_dict_type": Literal["full", "sharded"],
     "limit_all_gathers": bool,
     "static_graph": bool,

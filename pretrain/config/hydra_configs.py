@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
@@ -26,15 +26,22 @@ from pretrain.runtime.errors import UserError
 
 
 class CheckedFileSource(FileSource):
-    """A config source that checks each file's size and syntax before it is read; a file may come from another person."""
+    """A config source that checks each file's size and syntax before it is read; a file may come from another person.
+
+    A text is parsed once in a process: every job of a sweep is composed from the same files, and PyYAML is slow.
+    """
+
+    _parsed: ClassVar[dict[tuple[str, ...], ConfigResult]] = {}
 
     def load_config(self, config_path: str) -> ConfigResult:
         file = self.file(config_path)
-        checked_text(file)
-        try:
-            return super().load_config(config_path)
-        except Exception as error:
-            raise UserError(f"{file}: can't be read as YAML: {' '.join(str(error).split())}") from None
+        key = (self.provider, self.path, config_path, checked_text(file))
+        if key not in self._parsed:
+            try:
+                self._parsed[key] = super().load_config(config_path)
+            except Exception as error:
+                raise UserError(f"{file}: can't be read as YAML: {' '.join(str(error).split())}") from None
+        return copy.deepcopy(self._parsed[key])
 
 
 _composed: ContextVar[dict[Any, DictConfig] | None] = ContextVar("_composed", default=None)

@@ -90,6 +90,13 @@ class TrainingData:
         """The files that were read for all parts."""
         return {path: seen for part in self.parts for path, seen in part.view.store.files.items()}
 
+    @property
+    def copied_files(self) -> Files:
+        """Those of ``files`` whose tokens are in the cache. The others are read in place, and checked at each access."""
+        shards = (shard for part in self.parts for shard in part.view.store.parts)
+        in_place = {shard.tokens_at[0] for shard in shards if shard.tokens_at}
+        return {path: seen for path, seen in self.files.items() if path not in in_place}
+
     def blocks(self, sequence_length: int) -> list[Blocks]:
         """Return the sequences of each part."""
         return [part.blocks(sequence_length) for part in self.parts]

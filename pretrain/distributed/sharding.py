@@ -125,13 +125,15 @@ def _unshared(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class TensorFiles:
-    """The tensors in several safetensors files. Only headers are read until `read` is called."""
+    """The tensors in several safetensors files. Only headers are read until `read` is called, which reads the file instead of
+    mapping it: mapped pages would stay in the process's resident memory beside the tensors into which they are copied."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         """Open ``files``. Raises ``UserError`` for a file that can't be read, and for shards that do not make full tensors."""
         self._parts: dict[str, list[tuple[int, Any]]] = {}  # name → (first row, open file), by row
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
+        self._places: dict[tuple[int, str], tuple[Path, int]] = {}  # file and first byte, by handle and name
         for file in files:
             try:
                 self._add(file)
@@ -145,13 +147,14 @@ class TensorFiles:
 
     def _add(self, file: Path) -> None:
         handle = safe_open(file, framework="pt", device="cpu")
-        pieces = _pieces_of(handle)
+        pieces, offsets = _pieces_of(handle), _offsets(file)
         for name in handle.keys():  # noqa: SIM118 (not a dict)
             start, shape = pieces.pop(name) if name in pieces else (0, _shape_in(handle, name))
             dtype = str(handle.get_slice(name).get_dtype())
             if self._shapes.setdefault(name, shape) != shape or self._dtypes.setdefault(name, dtype) != dtype:
                 raise ValueError(f"{name} has another dtype or shape than in the other files")
             self._parts.setdefault(name, []).append((start, handle))
+            self._places[id(handle), name] = (file, offsets[name])
         if pieces:
             raise ValueError(f"{min(pieces)} is not in it")
 
@@ -189,22 +192,44 @@ class TensorFiles:
             tensor: Tensor = self._parts[name][0][1].get_tensor(name)
             return tensor
         stop = shape[0] if stop is None else stop
-        found = []
+        read = self._parts[name][0][1].get_slice(name)[:0].new_empty((max(0, stop - start), *shape[1:]))
+        done = 0
         for first, handle in self._parts[name]:
-            rows = handle.get_slice(name)
-            begin, end = max(start - first, 0), min(stop - first, rows.get_shape()[0])
+            begin, end = max(start - first, 0), min(stop - first, _shape_in(handle, name)[0])
             if begin < end:
-                found.append(rows[begin:end])
-        if not found:
-            return handle.get_slice(name)[:0]
-        read: Tensor = found[0] if len(found) == 1 else torch.cat(found)
-        assert len(read) == stop - start, f"{name}: rows {start} to {stop} are not all in the files"
+                self._read_rows(read[done : done + end - begin], id(handle), name, begin)
+                done += end - begin
+        if not done:
+            return read[:0]
+        assert done == len(read), f"{name}: rows {start} to {stop} are not all in the files"
         return read
+
+    def _read_rows(self, into: Tensor, handle: int, name: str, first: int) -> None:
+        """Read the rows from ``first`` on of a file's shard of a tensor into ``into``. Raises ``UserError`` if the file has
+        become shorter."""
+        if not into.nbytes:
+            return
+        file, offset = self._places[handle, name]
+        with file.open("rb") as opened:
+            opened.seek(offset + first * (into.nbytes // len(into)))
+            if opened.readinto(into.view(torch.uint8).numpy().data) != into.nbytes:
+                raise UserError(f"{file}: {name}: the file has become shorter")
 
 
 def _shape_in(handle: Any, name: str) -> tuple[int, ...]:
     """Return the shape of a file's shard of a tensor."""
     return tuple(handle.get_slice(name).get_shape())
+
+
+def _offsets(file: Path) -> dict[str, int]:
+    """Return the first byte of every tensor in a safetensors file, whose header `safe_open` has checked.
+
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _pieces_of(handle: Any) -> dict[str, tuple[int, tuple[int, ...]]]:

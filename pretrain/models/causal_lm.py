@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import xxhash
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
+from pretrain.config.check import gpu_visible
 from pretrain.models.hub import config_files as model_config
 from pretrain.models.hub import files
 from pretrain.models.overrides import check_known, check_shapes, overridden, positions
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pretrain.models.transforms.apply import Transformed
 
 Texts = Callable[[], Iterator[str]]
+Checkpointing = bool | Literal["selective"] | PositiveInt
 Change = Callable[[Any], "Transformed | None"]  # applies transforms to a transformers model in place
 OLD_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}  # transformers still accepts them and renames them
 
@@ -50,8 +52,10 @@ class CausalLM(ABC):
         revision: Branch, tag or commit of a Hub id.
         tokenizer_name: Folder or Hub id of another tokenizer; null: the model's own tokenizer.
         attention: Attention implementation: sdpa · eager · flash_attention_2 · flex_attention.
-        gradient_checkpointing: true: recompute the activations inside blocks; about a third slower, far less memory.
-        compile: true: use torch.compile; the first step takes longer.
+        gradient_checkpointing: true: recompute the activations inside blocks, a third slower, far less memory · selective: all
+            but matrix products and attention · N: only every Nth block.
+        activation_offload: true: keep activations in host memory until the backward; on a GPU only.
+        compile: true: use torch.compile, block by block; the first step takes longer. graph: the whole model at once.
         trust_remote_code: true: run Python code that is shipped with the model; on the command line only.
         save_dtype: Dtype of the final model's weights: float32 · bfloat16 · float16; null: the dtype used in training.
     """
@@ -60,8 +64,9 @@ class CausalLM(ABC):
     revision: str | None = None
     tokenizer_name: str | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    gradient_checkpointing: bool = False
-    compile: bool = False
+    gradient_checkpointing: Checkpointing = False
+    activation_offload: bool = False
+    compile: Literal["blocks", "graph"] | bool = False
     trust_remote_code: bool = False
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
@@ -105,6 +110,11 @@ class CausalLM(ABC):
         largest = max(tokenizer.get_vocab().values(), default=-1)
         files.check_vocabulary(self.config(), largest + 1, self.name_or_path)
         return tokenizer
+
+    def check_offload(self) -> None:
+        """Print a notice if ``activation_offload`` can have no effect here."""
+        if self.activation_offload and not gpu_visible():
+            notice("model.activation_offload=true: has no effect without a GPU: activations are in host memory already")
 
     def load(self, make: Callable[..., Any], **given: Any) -> Any:
         """Call ``make`` with this spec's attention, or with eager attention for an architecture without sdpa."""
@@ -168,11 +178,16 @@ class CausalLM(ABC):
     def finish(self, hf: Any, device: torch.device | None, change: Change) -> LanguageModel:
         """Change ``hf`` by ``change``, wrap it and return it in training mode on ``device``; with ``None`` it stays where it is.
         Dropout is as its config sets it."""
+        from pretrain.models.activation_checkpointing import checkpoint_activations, offload_activations
+        from pretrain.models.compilation import keep_compiled_code
         from pretrain.models.language_model import LanguageModel
 
         transformed = change(hf)
-        if self.gradient_checkpointing:
-            hf.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(hf, self.gradient_checkpointing)
+        if self.activation_offload:
+            offload_activations(hf)
+        if self.compile:
+            keep_compiled_code()
         model = LanguageModel(hf if device is None else hf.to(device), compile=self.compile, transformed=transformed)
         model.train()
         return model
@@ -202,6 +217,7 @@ class Pretrained(CausalLM):
         files.check_layers(config, folder, self.name_or_path)
         model_config.read_generation_config(folder, self.name_or_path)
         files.check_vocabulary(config, files.vocabulary_size(self.tokenizer_folder()), self.name_or_path)
+        self.check_offload()
         self.hf_config()
         if self.overrides:
             self._check_overrides(config["model_type"])
@@ -335,6 +351,7 @@ class Scratch(CausalLM):
         files.check_positions(config, sequence_length, kind)
         if self.train_tokenizer is None:
             files.check_vocabulary(config, files.vocabulary_size(self.tokenizer_folder()), kind)
+        self.check_offload()
 
     def weights(self) -> None:
         """Return ``None``: there are no weight files."""

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from pretrain.data.batch import IGNORE
 from pretrain.distributed.sharding import TensorFiles, check_names, fill
 from pretrain.models import packing
+from pretrain.models.blocks import find_blocks
+from pretrain.models.compilation import Compile, compile_blocks, compiled
 from pretrain.models.loss import linear_cross_entropy
 from pretrain.models.probe import (
     DocumentMask,
@@ -24,6 +26,7 @@ from pretrain.models.probe import (
     has_plain_head,
     num_positions,
 )
+from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,8 +37,9 @@ class LanguageModel(nn.Module):
     """A causal LM of transformers together with its training loss.
 
     Strategies wrap this module and not ``hf``, because the head of ``hf`` is used outside of the forward of ``hf``. Dropout is
-    as the model's config sets it. With ``compile=True``, backbone and loss of the training step become one graph; evaluation,
-    whose last batch is smaller than the others, runs eagerly.
+    as the model's config sets it. With ``compile=True`` or ``"blocks"``, each block and the loss of one chunk are compiled for
+    the training step; with ``"graph"``, or if the model declares no blocks, backbone and loss become one graph. Evaluation, whose
+    last batch is smaller than the others, runs eagerly.
 
     Attributes:
         hf: the wrapped transformers model.
@@ -53,7 +57,7 @@ class LanguageModel(nn.Module):
         self,
         hf: Any,
         *,
-        compile: bool = False,  # noqa: A002 (the key users know)
+        compile: Compile = False,  # noqa: A002 (the key users know)
         transformed: Transformed | None = None,
     ) -> None:
         super().__init__()
@@ -65,8 +69,22 @@ class LanguageModel(nn.Module):
         self.balancing = 0.0
         if not any(p.is_meta for p in hf.parameters()):
             self.probe()
-        self.is_compiled = compile
-        self._compiled: Callable[..., Tensor] | None = torch.compile(self._loss, dynamic=False) if compile else None
+        self.is_compiled = compile is not False
+        self._compiled: Callable[..., Tensor] | None = None
+        self._has_compiled_blocks = False
+        if self.is_compiled:
+            self._compile(by_blocks=compile != "graph")
+
+    def _compile(self, *, by_blocks: bool) -> None:
+        """Compile the training step, block by block if the model declares blocks."""
+        blocks = find_blocks(self.hf) if by_blocks else []
+        self._has_compiled_blocks = bool(blocks)
+        if blocks:
+            compile_blocks(blocks)
+            return
+        if by_blocks:
+            notice(f"model.compile: {type(self.hf).__name__} does not declare its blocks; compiled as one graph")
+        self._compiled = torch.compile(self._loss, dynamic=False)
 
     def probe(self, _: Tensor | None = None) -> None:
         """Set ``fused_loss``, ``document_mask`` and ``balancing`` by running the model on a few tokens. A model on the meta
@@ -117,17 +135,26 @@ class LanguageModel(nn.Module):
         if self.balancing and self.training and torch.is_grad_enabled():
             return self._balanced_loss(given, labels, weights)
         if not self.fused_loss:
-            return cross_entropy(self.hf(**given, use_cache=False).logits, labels, weights)
+            return self._cross_entropy(self.hf(**given, use_cache=False).logits, labels, weights)
         hidden = self.hf.base_model(**given, use_cache=False).last_hidden_state
         head = self.hf.get_output_embeddings()
-        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, labels.flatten(), weights)
+        return linear_cross_entropy(
+            *(hidden.flatten(0, 1), head.weight, head.bias, labels.flatten(), weights), compiled=self._compiles_loss()
+        )
+
+    def _compiles_loss(self) -> bool:
+        """Return whether the loss is compiled apart from the blocks, as it is in training steps."""
+        return self._has_compiled_blocks and self.training and torch.is_grad_enabled()
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        return (compiled(cross_entropy) if self._compiles_loss() else cross_entropy)(logits, labels, weights)
 
     def _balanced_loss(self, given: dict[str, Any], labels: Tensor, weights: Tensor | None) -> Tensor:
         """Return the cross entropy, whose gradient includes that of ``balancing`` × the model's load balancing loss of this
         micro-batch × its number of targets, or the sum of their ``weights`` [n * S]. After the division by that of the global
         batch, this is the mean over micro-batches, weighted by their targets."""
         out = self.hf(**given, use_cache=False, output_router_logits=True)
-        loss = cross_entropy(out.logits, labels, weights)
+        loss = self._cross_entropy(out.logits, labels, weights)
         counts = labels != IGNORE
         targets = counts.sum() if weights is None else (counts.flatten() * weights).sum()
         pull = self.balancing * out.aux_loss * targets

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.data.batch import IGNORE
+from pretrain.models import compilation
 
 # Logits per chunk, 128 MiB in fp32. With smaller chunks, accumulating the weight's gradient costs more than the memory saves.
 CHUNK_LOGITS = 2**25
@@ -25,7 +26,13 @@ FP16_GRAD_SCALE = 64.0
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, row_weights: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_weights: Tensor | None = None,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
     """Return the summed cross entropy (nats, fp32 scalar) of ``hidden @ weight.T + bias`` against ``labels``.
 
@@ -39,8 +46,11 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
     with torch.autocast(device_type, enabled=False):
         if not torch.is_grad_enabled():
-            return _forward(hidden, weight, bias, labels, row_weights, dtype, needs_grad=(False, False, False))[0]
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, row_weights, dtype)
+            needs_grad = (False, False, False)
+            return _forward(hidden, weight, bias, labels, row_weights, dtype, needs_grad=needs_grad, compiled=compiled)[
+                0
+            ]
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, row_weights, dtype, compiled)
     return loss
 
 
@@ -56,8 +66,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         row_weights: Tensor | None,
         dtype: torch.dtype,
+        compiled: bool,
     ) -> Tensor:
-        loss, *grads = _forward(hidden, weight, bias, labels, row_weights, dtype, needs_grad=ctx.needs_input_grad[:3])
+        needs_grad = ctx.needs_input_grad[:3]
+        given = hidden, weight, bias, labels, row_weights, dtype
+        loss, *grads = _forward(*given, needs_grad=needs_grad, compiled=compiled)
         ctx.save_for_backward(*grads)
         return loss
 
@@ -65,7 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place, because backward may be called again on the same graph (retain_graph=True).
         scaled = (None if saved is None else _times(saved, grads[0]) for saved in ctx.saved_tensors)
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)
 
 
 def _forward(
@@ -77,6 +90,7 @@ def _forward(
     dtype: torch.dtype,
     *,
     needs_grad: tuple[bool, bool, bool],
+    compiled: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return the loss and its gradients with respect to hidden, weight and bias; ``None`` where ``needs_grad`` is False."""
     # For each chunk of rows x [c, h] with labels y, head W [v, h] and bias b [v]:
@@ -93,18 +107,15 @@ def _forward(
     hidden_grads: list[Tensor] = []
     weight_grad: Tensor | None = None
     bias_grad: Tensor | None = None
-    size = chunk_rows(len(rows), len(head))
+    size = chunk_rows(len(rows), len(head), even=compiled)
+    sums = bias is not None and needs_grad[2]
     weights = [None] * -(-len(labels) // size) if row_weights is None else row_weights.split(size)
+    one_chunk = compilation.compiled(_chunk) if compiled else _chunk
     for row, label, row_weight in zip(rows.split(size), labels.split(size), weights, strict=True):
-        logits = F.linear(row, head).float()
-        if bias is not None:
-            logits = logits + bias
-        one_chunk = _traced_chunk if torch.compiler.is_compiling() else _eager_chunk
-        chunk_loss, grad = one_chunk(logits, label, row_weight)
+        chunk_loss, scaled, grad_sum = one_chunk(row, head, bias, label, row_weight, grad_scale, sums)
         loss = loss + chunk_loss
-        if bias is not None and needs_grad[2]:
-            bias_grad = grad.sum(0) if bias_grad is None else bias_grad + grad.sum(0)
-        scaled = (grad * grad_scale if grad_scale != 1 else grad).to(dtype)
+        if grad_sum is not None:
+            bias_grad = grad_sum if bias_grad is None else bias_grad + grad_sum
         if needs_grad[0]:
             hidden_grads.append(scaled @ head / grad_scale if grad_scale != 1 else scaled @ head)
         if needs_grad[1]:
@@ -115,6 +126,25 @@ def _forward(
         None if weight_grad is None else weight_grad.to(weight.dtype),
         None if bias_grad is None or bias is None else bias_grad.to(bias.dtype),
     )
+
+
+def _chunk(
+    row: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_weights: Tensor | None,
+    grad_scale: float,
+    sum_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the loss of a chunk, the gradient of its logits × ``grad_scale`` in the dtype of ``head``, and with ``sum_grad``
+    the unscaled gradient summed over rows, in fp32."""
+    logits = F.linear(row, head).float()
+    if bias is not None:
+        logits = logits + bias
+    loss, grad = (_traced_chunk if torch.compiler.is_compiling() else _eager_chunk)(logits, labels, row_weights)
+    scaled = (grad * grad_scale if grad_scale != 1 else grad).to(head.dtype)
+    return loss, scaled, grad.sum(0) if sum_grad else None
 
 
 def _row_factors(labels: Tensor, row_weights: Tensor | None) -> Tensor:
@@ -163,7 +193,12 @@ def _accumulate_weight_grad(total: Tensor | None, grad: Tensor, row: Tensor, sca
     return total.add_(product, alpha=scale)
 
 
-def chunk_rows(rows: int, vocabulary: int) -> int:
-    """Return the number of rows per chunk: about ``CHUNK_LOGITS`` logits, chunks of equal size, a multiple of 8."""
+def chunk_rows(rows: int, vocabulary: int, *, even: bool = False) -> int:
+    """Return the number of rows per chunk: about ``CHUNK_LOGITS`` logits, chunks of equal size, a multiple of 8. With ``even``,
+    the last chunk has as many rows as the others where ``rows`` can be divided so, because each shape is compiled."""
     chunks = max(1, round(rows * vocabulary / CHUNK_LOGITS))
+    if even:
+        chunks = next((n for n in range(chunks, 2 * chunks) if rows % n == 0), chunks)
+        if rows % chunks == 0:
+            return rows // chunks
     return max(8, (-(-rows // chunks) + 7) // 8 * 8)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from pretrain.optim.base import OptimizerFactory
+from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -34,6 +35,7 @@ class AdamW(OptimizerFactory):
         fused: true: torch's fused update; false: the for-each update, which is many times slower on a CPU.
         compensate: true: with bf16-true, keep the rounding errors of the weights; false: plain updates, which stall at
             a small lr.
+        moments_dtype: Storage of the moments: float32 · bfloat16 (half the memory) · int8 (a quarter; matrices only).
     """
 
     lr: PositiveFloat
@@ -43,6 +45,7 @@ class AdamW(OptimizerFactory):
     weight_decay: NonNegativeFloat = 0.1
     fused: bool = True
     compensate: bool = True
+    moments_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
 
     def __call__(self, named_parameters: Iterable[tuple[str, Parameter]]) -> Optimizer:
         import torch
@@ -54,10 +57,16 @@ class AdamW(OptimizerFactory):
             "eps": self.eps,
             "fused": self.fused,
         }
-        if self.compensate and any(p.dtype != torch.float32 for group in groups for p in group["params"]):
+        low = any(p.dtype != torch.float32 for group in groups for p in group["params"])
+        if not self.compensate and low and self.moments_dtype != "float32":
+            raise UserError(
+                f"optimizer.moments_dtype={self.moments_dtype} with optimizer.compensate=false: smaller moments of 16-bit "
+                "weights need compensate=true"
+            )
+        if (self.compensate and low) or self.moments_dtype != "float32":
             from pretrain.optim.compensated import CompensatedAdamW
 
-            return CompensatedAdamW(groups, **settings)
+            return CompensatedAdamW(groups, moments_dtype=self.moments_dtype, **settings)
         return torch.optim.AdamW(groups, **settings)
 
 

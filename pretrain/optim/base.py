@@ -25,3 +25,7 @@ class OptimizerFactory(ABC):
 
         A parameter group has its own ``lr``, and may have the key ``schedule``, see `Engine.set_lr`.
         """
+
+    def check_base(self, name: str) -> None:
+        """Print a notice if this optimizer may not suit the pretrained model ``name``."""
+        return

@@ -56,6 +56,15 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
     from pretrain.optim.lr_factors import split_by_factor
     from pretrain.strategy.base import StepConfig
 
+    for transform in config.transforms:
+        if getattr(transform, "needs_compile", False) and not getattr(config.model, "compile", True):
+            raise UserError(
+                f"transform=[{type(transform).__name__.lower()}] with model.compile=false: without compilation it is slower than "
+                "training without it; add model.compile=true"
+            )
+    if prepared.model.weights() is not None and hasattr(config.optimizer, "check_base"):  # not a plain function
+        config.optimizer.check_base(config.model_name)
+
     def optimizer(model: LanguageModel) -> Optimizer:
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError(
@@ -169,7 +178,7 @@ def build_listeners(
     from pretrain.telemetry.run_file import RunFile
 
     monitor = Monitor(config.build_sinks(), run=folder, log_every=config.log_every)
-    files = prepared.train.files if watch_files else {}
+    files = prepared.train.copied_files if watch_files else {}
     watchers: list[Listener] = [FilesWatch(files), BaselineCheck(prepared.model.uniform_loss())]
     return [monitor, RunFile(folder, monitor.summary), *watchers], monitor.unsaved
 

@@ -76,8 +76,13 @@ def smaller_evaluation(evaluation_size: int) -> list[str]:
 def other_settings(config: RunConfig, device: torch.device) -> list[str]:
     """Return the settings of model and precision that need less memory and are not in use yet."""
     advice = []
-    if not getattr(config.model, "gradient_checkpointing", True):
+    recomputed = getattr(config.model, "gradient_checkpointing", True)
+    if recomputed is False:
+        advice.append("model.gradient_checkpointing=true (or selective, which is faster)")
+    elif recomputed is not True:
         advice.append("model.gradient_checkpointing=true")
     if device.type == "cuda" and config.precision.compute == "float32":
         advice.append("precision=bf16-mixed")
+    if device.type == "cuda" and not getattr(config.model, "activation_offload", True):
+        advice.append("model.activation_offload=true (slower)")
     return advice

@@ -87,6 +87,22 @@ def mapped(path: Path) -> NDArray[np.uint8]:
         return np.fromfile(path, np.uint8)
 
 
+def read_at(file: int, start: int, count: int) -> NDArray[np.uint8]:
+    """Return the bytes [start, start + count) of an open file. Raises ``OSError``, and ``EOFError`` if the file ends before.
+
+    Another program may truncate a file that it owns. Reading what was mapped of it then ends the process with SIGBUS.
+    """
+    import numpy as np
+
+    found = bytearray()
+    while len(found) < count:
+        block = os.pread(file, count - len(found), start + len(found))
+        if not block:
+            raise EOFError(f"the file has no byte {start + len(found):,}")
+        found += block
+    return np.frombuffer(found, np.uint8)
+
+
 def free_bytes(folder: Path) -> int | None:
     """Return the free space; ``None`` if the file system does not report it. Raises ``OSError`` if there is no such folder."""
     try:

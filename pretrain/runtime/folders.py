@@ -53,12 +53,17 @@ def check_private(folder: Path, key: str) -> None:
     reason = _shared_by(folder)
     if reason is None:
         return
-    if os.environ.get(SHARED) in (None, "", "0"):
+    if not trusts_shared_folders():
         raise UserError(
             f"{key}={folder}: {reason}; others could change what is read and written there; choose another folder, or set "
             f"{SHARED}=1 if all of them are trusted"
         )
     _say(f"{key}={folder}: {reason}; others could change what is read and written there")
+
+
+def trusts_shared_folders() -> bool:
+    """Return whether the environment declares that all users who can write to a folder are trusted."""
+    return os.environ.get(SHARED) not in (None, "", "0")
 
 
 def _shared_by(folder: Path) -> str | None:

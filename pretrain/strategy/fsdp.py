@@ -154,17 +154,11 @@ class Fsdp(Strategy):
 
 def wrapped_blocks(hf: Any, policy: str) -> list[nn.Module]:
     """Return the modules that ``policy`` names. Raises ``UserError`` listing the model's classes if it names none."""
-    from pretrain.models.transformers_internals import unsplit_classes
+    from pretrain.models.blocks import candidates, find_blocks
 
-    names = unsplit_classes(hf) if policy == "auto" else {BLOCKS.get(policy, policy)}
-    # The loss uses the head outside of its module, so it belongs to the root.
-    head = {id(p) for p in hf.get_output_embeddings().parameters()}
-    blocks = [m for m in hf.modules() if m is not hf and all(id(p) not in head for p in m.parameters())]
-    found = [m for m in blocks if type(m).__name__ in names]
-    if found:
-        inner = {part for m in found for part in m.modules() if part is not m}
-        return [m for m in found if m not in inner]
-    classes = {type(m).__name__ for m in blocks if any(True for _ in m.parameters())}
+    if found := find_blocks(hf, None if policy == "auto" else {BLOCKS.get(policy, policy)}):
+        return found
+    classes = {type(m).__name__ for m in candidates(hf) if any(True for _ in m.parameters())}
     if policy == "auto":
         raise UserError(
             "strategy.auto_wrap_policy=auto: this model does not declare which of its blocks must not be split; "

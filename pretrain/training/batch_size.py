@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from pretrain.optim.combined import combined
 from pretrain.runtime import memory
@@ -164,7 +165,7 @@ def moment_bytes(make: OptimizerFactory, model: LanguageModel) -> int:
     optimizer.step()
     needed = 0.0
     for name, parameter in small.items():
-        for value in optimizer.state.get(parameter, {}).values():
+        for value in tree_leaves(dict(optimizer.state.get(parameter, {}))):
             if isinstance(value, torch.Tensor):
                 growth = trained[name].numel() / parameter.numel() if value.ndim else 1
                 needed += value.numel() * value.element_size() * growth

@@ -109,7 +109,10 @@ KEYS = [
     (["warmup_proportion=1.5"], "warmup_proportion=1.5: input should be less than or equal to 1"),
     (["scheduler.min_lr_ratio=2"], "scheduler.min_lr_ratio=2: input should be less than or equal to 1"),
     (["dataset.held_out=1"], "dataset.held_out=1: input should be less than 1"),
-    (["model.compile=yes-please"], "model.compile='yes-please': input should be a valid boolean"),
+    (
+        ["model.compile=yes-please"],
+        "model.compile='yes-please': input should be 'blocks' or 'graph' or ",
+    ),
     (["model.attention=fast"], "model.attention='fast': input should be 'sdpa', 'eager'"),
     (["task=training"], "task='training': input should be 'pretraining'"),
     (["precision=16-mixed"], "precision=16-mixed needs a GPU"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import Request
 
 import fsspec
 import pytest
@@ -18,7 +20,7 @@ from pretrain.data.reading.readers import read
 from pretrain.data.remote import stream
 from pretrain.data.remote.backend import _backend
 from pretrain.data.remote.object_store import ObjectStore
-from pretrain.data.remote.web import _opener
+from pretrain.data.remote.web import _found_addresses, _opener, _Redirections
 from pretrain.data.sources.local import Local
 from pretrain.data.store.token_store import TokenStore
 from pretrain.data.tokenization import tokenize
@@ -288,6 +290,42 @@ def test_a_redirection_inward_through_a_proxy_of_this_network(
     with pytest.raises(UserError, match=r"^http://1.1.1.1/a.txt: it redirects to http://127.0.0.1, which is not"):
         Local(nameOrPath="http://1.1.1.1/a.txt").files()
     assert web.requests == 1
+
+
+@pytest.mark.parametrize("redirected", [False, True])
+def test_a_name_that_stands_for_another_address_at_each_look(
+    redirected: bool, web: WebServer, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """The address that was checked is one of the internet; the connection would lead to a server of this machine. It gets no
+    request, also where a server on the internet redirects to that name."""
+    looked_up, port = [], web.url.rpartition(":")[2]
+    resolve = socket.getaddrinfo
+
+    def changing(host: Any, *arguments: Any, **options: Any) -> Any:
+        looked_up.append(host)
+        first = host == "rebound.example.com" and looked_up.count(host) == 1
+        return resolve("1.1.1.1" if first else "127.0.0.1", *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", changing)
+    _found_addresses.cache_clear()
+    request.addfinalizer(_found_addresses.cache_clear)
+    web.files = {"/a.txt": b"a secret of this network"}
+    url = f"http://rebound.example.com:{port}/a.txt"
+    with pytest.raises(
+        UserError, match=r"rebound.example.com: its name stands for another address now, 127.0.0.1, which is"
+    ):
+        if redirected:
+            handler, first = _Redirections(), Request("http://1.1.1.1/b.txt")
+            onward = handler.redirect_request(first, None, 302, "", {}, url)
+            _opener().open(onward)
+        else:
+            Local(nameOrPath=url).files()
+    assert web.requests == 0
+    _found_addresses.cache_clear()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **o: resolve("127.0.0.1", *a, **o))
+    (file,) = Local(nameOrPath=url).files()
+    assert file.stamp is not None, "a name of this network that the user gives is read"
+    assert file.stamp[0] == 24
 
 
 def test_a_server_that_sends_without_end(web: WebServer) -> None:

@@ -1,6 +1,7 @@
 """Which rows of a tensor are whose, and what is read of files that hold pieces; real ranks: strategy/test_round_trip.py."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pretrain.distributed import sharding as tensors
-from pretrain.distributed.sharding import TensorFiles, TensorShard, local_shard, write
+from pretrain.distributed.sharding import TensorFiles, TensorShard, fill, local_shard, write
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.memory import read_kib
 
 ROWS = torch.arange(15, dtype=torch.float32).reshape(5, 3)
 
@@ -321,3 +323,17 @@ def test_other_names_are_refused(files):
     assert str(refused.value) == "weights that do not fit the model: n, x, y on one side only"
     with pytest.raises(UserError, match=r": a, e, n, p, q on one side only$"):
         tensors.check_names(["r", "q", "p"], files)
+
+
+def test_what_is_read_does_not_stay_in_memory(tmp_path):
+    """A resumed run copies its state into tensors that exist: the pages of the files must not count beside them."""
+    size = 2**24  # 64 MiB in fp32
+    save_file({f"t{i}": torch.full((4, size // 16), float(i)) for i in range(4)}, tmp_path / "a.safetensors")
+    files, into = TensorFiles([tmp_path / "a.safetensors"]), torch.zeros(4, size // 16)
+    status = Path("/proc/self/status")
+    before = read_kib(status, "RssFile"), read_kib(status, "RssAnon")
+    for i in range(4):
+        fill(into, files, f"t{i}")
+        assert float(into.sum()) == i * into.numel()
+    after = read_kib(status, "RssFile"), read_kib(status, "RssAnon")
+    assert all(b - a < 2 * into.nbytes for a, b in zip(before, after, strict=True)), (before, after)

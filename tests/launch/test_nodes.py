@@ -16,6 +16,7 @@ from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
 from tests.launch.test_launch import steps, wait_for
 from tests.launch.test_mistakes import free_port
+from tests.preloaded import Preloaded
 from tests.runs import losses, starts
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +59,7 @@ def two_nodes(namespaces, base_arguments, exact_model):
         given = [*base_arguments, f"model_name={exact_model('llama')}", *meeting, f"output_dir={run}", *more]
         for name in namespaces:
             command = ["ip", "netns", "exec", name, sys.executable, "-m", "pretrain", *given]
-            started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+            started.append(Preloaded(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
         return started
 
     yield start

@@ -131,7 +131,8 @@ def test_a_gpu():
     assert told("step", 8, 4, memory_saving_overrides=["strategy=fsdp"]) == (
         "out of memory at step 1 with batch_size=8 × sequence_length=2048 on cuda:0: tried to allocate 3.10 GiB, "
         "1.25 GiB of 79.10 GiB free; batch_size=4 gradient_accumulation_steps=8 keeps the global batch with about 1/2 of "
-        "the activations; less still with model.gradient_checkpointing=true, precision=bf16-mixed, strategy=fsdp"
+        "the activations; less still with model.gradient_checkpointing=true (or selective, which is faster), "
+        "precision=bf16-mixed, model.activation_offload=true (slower), strategy=fsdp"
     )
 
 
@@ -139,8 +140,8 @@ def test_one_sequence_can_not_be_halved():
     said = told("step", 1, 4, step=7, config=config_of("model.gradient_checkpointing=true"))
     assert said.startswith("out of memory at step 8 with batch_size=1")
     assert said.endswith(
-        "; less is needed with precision=bf16-mixed, a shorter sequence_length (another run); the run resumes from its "
-        "last checkpoint"
+        "; less is needed with precision=bf16-mixed, model.activation_offload=true (slower), a shorter sequence_length (another "
+        "run); the run resumes from its last checkpoint"
     )
 
 

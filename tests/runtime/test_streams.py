@@ -19,6 +19,7 @@ import pytest
 from pretrain.runtime import streams
 from pretrain.runtime.streams import NonBlockingStream
 from pretrain.telemetry.run_file import read_run_file
+from tests.preloaded import Preloaded
 
 ROOT = Path(__file__).parents[2]
 PAIR = ["strategy=ddp", "devices=2", "batch_size=1"]
@@ -122,7 +123,7 @@ def test_a_full_pipe_does_not_stop_a_run(more, base_arguments, tmp_path):
     command += ["save_every=null", "sink=[console, jsonl]", "sink.console.level=4"]
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
-    process = subprocess.Popen([sys.executable, "-m", "pretrain", *command], stdout=write, stderr=write)
+    process = Preloaded([sys.executable, "-m", "pretrain", *command], stdout=write, stderr=write)
     os.close(write)
     try:
         assert process.wait(timeout=120) == 0
@@ -134,9 +135,13 @@ def test_a_full_pipe_does_not_stop_a_run(more, base_arguments, tmp_path):
     assert read_run_file(tmp_path)["status"] == "finished"
 
 
-def test_the_reader_of_the_pipe_leaves(base_arguments, tmp_path, shell):
-    code, out, err = shell('run "$@" | head -1', [*base_arguments, f"output_dir={tmp_path}"])
-    assert code == 0, err
+def test_the_reader_of_the_pipe_leaves(base_arguments, tmp_path):
+    command = [sys.executable, "-m", "pretrain", *base_arguments, f"output_dir={tmp_path}"]
+    with Preloaded(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        out = subprocess.check_output(["head", "-1"], stdin=process.stdout, text=True)
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 0, err
     assert len(out.splitlines()) == 1
     assert all(line.startswith("evaluating ") for line in err.splitlines())
     assert read_run_file(tmp_path)["status"] == "finished"
@@ -162,21 +167,37 @@ def test_streams_that_were_never_there(closed, more, base_arguments, tmp_path, s
     assert b"\0" not in (tmp_path / "metrics.jsonl").read_bytes()
 
 
-def test_a_terminal_shows_the_run(base_arguments, tmp_path):
+@pytest.fixture
+def terminal():
+    """Start a command of Python in a session with a terminal of its own: ``terminal(words)`` is the process and the terminal's
+    other end."""
+    started = []
+
+    def start(*words, kind=Preloaded):
+        ours, theirs = os.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+        environment = os.environ | {"TERM": "xterm-256color"}
+        command = [sys.executable, *map(str, words)]
+        started.append(kind(command, **streams, env=environment, start_new_session=True))
+        os.close(theirs)
+        return started[-1], ours
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_a_terminal_shows_the_run(base_arguments, tmp_path, terminal):
     """A real one: the bar with the curve of the loss, which is drawn over; above it what stays."""
-    pid, terminal = os.forkpty()
-    if pid == 0:
-        fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-        os.environ["TERM"] = "xterm-256color"
-        os.execv(
-            sys.executable, [sys.executable, "-m", "pretrain", *map(str, base_arguments), f"output_dir={tmp_path}"]
-        )
+    process, screen = terminal("-m", "pretrain", *base_arguments, f"output_dir={tmp_path}")
     shown = b""
     with suppress(OSError):  # the other end is closed: Linux says EIO
-        while piece := os.read(terminal, 1 << 16):
+        while piece := os.read(screen, 1 << 16):
             shown += piece
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, shown.decode()
+    os.close(screen)
+    assert process.wait() == 0, shown.decode()
     assert re.search(rb"\x1b\[\d+A", shown), "it is drawn over"
     text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode())
     assert "10/20 ━" in text
@@ -192,29 +213,35 @@ def test_a_mistake_without_a_stderr(shell):
     assert shell("run strategie=ddp 2>&1 | true")[0] == 2
 
 
+UNDER_NOHUP = """
+import fcntl, signal, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from pretrain.cli.main import program
+program()
+"""
+
+
 @pytest.mark.parametrize("more", [[], pytest.param(PAIR, marks=pytest.mark.slow)], ids=["single", "pair"])
 @pytest.mark.parametrize("nohup", [False, True])
-def test_the_terminal_is_closed(nohup, more, base_arguments, tmp_path):
+def test_the_terminal_is_closed(nohup, more, base_arguments, tmp_path, terminal):
     """A real terminal, whose other end goes. Without nohup that asks the run to stop, with it nothing happens."""
     arguments = [*base_arguments, *more, f"output_dir={tmp_path}", "evaluate_every=null", "save_every=null"]
     arguments += ["max_steps=150" if nohup else "max_steps=100000"]
-    pid, terminal = os.forkpty()
-    if pid == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)  # the tests may run under nohup
-        os.execv(sys.executable, [sys.executable, "-m", "pretrain", *map(str, arguments)])
+    if nohup:  # which is noticed when the program is imported
+        process, screen = terminal("-c", UNDER_NOHUP, *arguments, kind=subprocess.Popen)
+    else:
+        process, screen = terminal("-m", "pretrain", *arguments)
     records = tmp_path / "metrics.jsonl"
     until = time.monotonic() + 90
     while not (records.exists() and '"step": 5,' in records.read_text()):
         assert time.monotonic() < until
-        os.read(terminal, 1 << 16)
-    os.close(terminal)
-    until = time.monotonic() + 60
-    while (left := os.waitpid(pid, os.WNOHANG))[0] == 0 and time.monotonic() < until:
-        time.sleep(0.05)
-    if left[0] == 0:
-        os.kill(pid, signal.SIGKILL)
+        os.read(screen, 1 << 16)
+    os.close(screen)
+    try:
+        code = process.wait(timeout=60)
+    except subprocess.TimeoutExpired:
         pytest.fail("it neither stopped nor finished")
-    code = os.waitstatus_to_exitcode(left[1])
     facts = read_run_file(tmp_path)
     if nohup:
         assert (code, facts["status"]) == (0, "finished")

@@ -14,6 +14,9 @@ from pretrain.data.batch import Batch
 from pretrain.distributed.sharding import local
 from pretrain.models.causal_lm import Pretrained
 from pretrain.models.model_factory import ModelFactory
+from pretrain.optim.adafactor import Adafactor
+from pretrain.optim.adamw import AdamW
+from pretrain.optim.muon import Muon
 from pretrain.runtime.errors import ReplicasDiffer, UserError
 from pretrain.strategy.ddp import Ddp
 from pretrain.strategy.fsdp import Fsdp
@@ -41,6 +44,13 @@ MADE = {
     )
 }
 MADE["adafactor"] = optimizers.adafactor
+OURS = {
+    "our_muon": Muon(lr=1e-2, adamw_lr=1e-3),
+    "our_adafactor": Adafactor(lr=1e-2),
+    "bf16_moments": AdamW(lr=1e-2, beta2=0.999, moments_dtype="bfloat16"),
+    "int8_moments": AdamW(lr=1e-2, beta2=0.999, moments_dtype="int8"),
+}
+MADE |= OURS
 SHARDED = "FULL_SHARD"
 CELLS = [
     *((name, "ddp") for name in ("adafactor", "scalars", "muon_and_adamw")),
@@ -49,6 +59,7 @@ CELLS = [
         for name in ("row_wise", "factored_plain", "of_the_shard", "scalars", "muon_and_adamw", "groups")
     ),
     ("of_the_shard", "NO_SHARD"),
+    *((name, SHARDED) for name in ("our_muon", "int8_moments")),
 ]
 EVERY = [
     *((name, "ddp") for name in MADE),

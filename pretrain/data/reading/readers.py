@@ -10,7 +10,7 @@ import xxhash
 from pretrain.data.prose import docstrings, package_description, topics
 from pretrain.data.reading.csv_records import csv_documents, header
 from pretrain.data.reading.json_records import json_values, jsonl
-from pretrain.data.reading.opening import open_file, stamp_of
+from pretrain.data.reading.opening import changed_while_read, open_file, stamp_of
 from pretrain.data.reading.records import BLOCK_BYTES, Document, blocks, decode, lines
 from pretrain.data.reading.rows import documents_of_texts
 from pretrain.data.reading.sections import sections
@@ -38,9 +38,7 @@ def read_all(piece: FileRange, options: ReadOptions) -> Iterator[Document | None
             if document is None or not _is_blank(document):
                 yield document
         if stamp_of(piece.path) != piece.stamp:
-            raise UserError(
-                f"{piece.path}: the file changed while it was being read; start again when nothing writes to it"
-            )
+            raise UserError(changed_while_read(piece.path))
 
 
 def _documents(piece: FileRange, options: ReadOptions) -> Iterator[Document | None]:

@@ -19,13 +19,12 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.data.reading.opening import stamp_of
+from pretrain.data.reading.opening import changed_while_read, stamp_of
 from pretrain.data.reading.units import FileRange, ReadOptions, SourceFile, Stamp, kind_of
 from pretrain.runtime.errors import UserError, one_line
-from pretrain.runtime.filesystem import mapped
+from pretrain.runtime.filesystem import read_at
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,9 +59,13 @@ class TokenFile:
     ends: NDArray[np.int64] | None = None
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Return the tokens [start, stop) as a view of the file, which is mapped into memory."""
-        first, last = (self.offset + position * self.dtype.itemsize for position in (start, stop))
-        return mapped(Path(self.path))[first:last].view(self.dtype)
+        """Return the tokens [start, stop). Raises ``UserError`` if the file became shorter."""
+        size = self.dtype.itemsize
+        with open(self.path, "rb") as file:
+            try:
+                return read_at(file.fileno(), self.offset + start * size, (stop - start) * size).view(self.dtype)
+            except EOFError as error:
+                raise UserError(changed_while_read(self.path)) from error
 
 
 def token_format(path: str) -> str | None:
@@ -252,10 +255,12 @@ def _index(path: str) -> str:
 
 
 def _bytes_of(path: str) -> NDArray[np.uint8]:
-    try:
-        return mapped(Path(path))
-    except ValueError as error:
-        raise UserError(f"{path}: empty") from error
+    import numpy as np
+
+    found = np.fromfile(path, np.uint8)
+    if not len(found):
+        raise UserError(f"{path}: empty")
+    return found
 
 
 def _begins(path: str, count: int) -> bytes:

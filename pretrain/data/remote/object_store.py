@@ -80,12 +80,19 @@ class ObjectStore(Backend):
             raise UserError(f"{url}: no such file, folder or bucket") from error
         except Exception as error:
             reason = redact(one_line(error))
-            if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+            is_denied = isinstance(error, PermissionError) or _status(error) in (401, 403)
+            if is_denied or "Credential" in type(error).__name__:
                 hint = CREDENTIALS.get(self._package, "set its credentials")
                 raise UserError(f"{url}: access denied ({reason}); {hint}") from error
             if "Offline" in type(error).__name__ or _is_unknown_host(error):
                 raise UserError(f"{url}: can't be read ({reason})") from error
             raise Interrupted(reason) from error
+
+
+def _status(error: Exception) -> int | None:
+    """Return the HTTP status of an answer that is an error; ``None`` where there was no answer."""
+    found = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "code", None)
+    return found if isinstance(found, int) else None
 
 
 def _is_unknown_host(error: BaseException) -> bool:

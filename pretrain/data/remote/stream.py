@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, Any, TypeVar
 
+from pretrain.data.reading.opening import changed_while_read
 from pretrain.data.reading.units import Stamp
 from pretrain.data.remote.backend import Interrupted, backend_of
 from pretrain.runtime.errors import UserError
@@ -121,7 +122,7 @@ def _check_unchanged(url: str, stamp: Stamp) -> None:
     """Raise ``UserError`` if the file has another stamp now; a range beyond its end can't be read at any attempt."""
     with suppress(Interrupted):
         if backend_of(url).stamp(url) != stamp:
-            raise UserError(f"{url}: the file changed while it was being read; start again when nothing writes to it")
+            raise UserError(changed_while_read(url))
 
 
 class _Kept:

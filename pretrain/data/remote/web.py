@@ -20,6 +20,7 @@ from functools import cache
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from pretrain.data.reading.opening import changed_while_read
 from pretrain.data.reading.units import Stamp
 from pretrain.data.remote.addresses import WEB, is_disguised
 from pretrain.data.remote.backend import Backend, Interrupted, remote_stamp
@@ -54,9 +55,7 @@ class Web(Backend):
         found = bytearray()
         with _errors(url), _opened(url, start, stop) as answer:
             if _stamp(url, answer, start) != stamp:
-                raise UserError(
-                    f"{url}: the file changed while it was being read; start again when nothing writes to it"
-                )
+                raise UserError(changed_while_read(url))
             try:
                 while len(found) < stop - start and (block := answer.read(min(stop - start - len(found), 64 << 10))):
                     found += block
@@ -150,14 +149,48 @@ class _Redirections(urllib.request.HTTPRedirectHandler):
             raise UserError(f"{before.full_url}: it redirects to {after.type}://{host}, which is not followed")
 
 
+class _Connection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        super().connect()
+        _check_peer(self)
+
+
+class _SecureConnection(http.client.HTTPSConnection):
+    def connect(self) -> None:
+        super().connect()
+        _check_peer(self)
+
+
+def _check_peer(connection: http.client.HTTPConnection) -> None:
+    """Raise ``UserError``, before anything is requested, if a connection leads further inward than its host did when it was
+    checked: the owner of a name may let it stand for another address each time."""
+    peer = str(connection.sock.getpeername()[0]).partition("%")[0]
+    for is_inward in (_keeps_credentials, _is_internal):
+        if is_inward(peer) and not is_inward(connection.host):
+            connection.close()
+            raise UserError(
+                f"http://{connection.host}: its name stands for another address now, {peer}, which is not read"
+            )
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_SecureConnection, req, context=ssl.create_default_context())
+
+
 @cache
 def _opener() -> urllib.request.OpenerDirector:
     """Return an opener of ``http`` and ``https`` alone; the default one also opens ``file:`` and ``ftp:``."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(context=ssl.create_default_context()),
+        _Http(),
+        _Https(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.UnknownHandler(),
@@ -182,15 +215,19 @@ def _is_internal(host: str) -> bool:
     return any(not address.is_global for address in _addresses(host))
 
 
-@cache
 def _addresses(host: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    """Return the addresses of a host; none where it is not found here, as behind a proxy."""
+    """Return the addresses that a host had when it was first met; none where it is not found here, as behind a proxy."""
     try:
-        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
-        addresses = [ipaddress.ip_address(address) for address in sorted(found)]
-        return [getattr(address, "ipv4_mapped", None) or address for address in addresses]
+        return _found_addresses(host)
     except (OSError, ValueError, UnicodeError):
         return []
+
+
+@cache
+def _found_addresses(host: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
+    addresses = [ipaddress.ip_address(address) for address in sorted(found)]
+    return [getattr(address, "ipv4_mapped", None) or address for address in addresses]
 
 
 @cache

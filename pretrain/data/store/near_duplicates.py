@@ -76,10 +76,11 @@ def band_keys(part: TokenShard, *, eot: int, bos: int | None) -> Iterator[NDArra
 
     sketch = MinHash(num_perm=BANDS * ROWS, seed=SEED, hashfunc=int, scheme="affine32")
     for start, end in itertools.pairwise([0, *part.ends.tolist()]):
-        first = int(bos is not None and start < end and int(part.tokens[start]) == bos)
-        last = int(start + first < end and int(part.tokens[end - 1]) == eot)
+        tokens = part.tokens[start:end]
+        first = int(bos is not None and start < end and int(tokens[0]) == bos)
+        last = int(start + first < end and int(tokens[-1]) == eot)
         sketch.clear()
-        hashes = np.unique(_shingles(part.tokens[start + first : end - last].astype(np.uint64)))
+        hashes = np.unique(_shingles(tokens[first : len(tokens) - last].astype(np.uint64)))
         for first in range(0, len(hashes), MOST_SHINGLES):
             sketch.update_batch(hashes[first : first + MOST_SHINGLES].tolist())
         values = sketch.hashvalues.astype("<u4").reshape(BANDS, ROWS)

@@ -25,8 +25,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from pretrain.data.reading.opening import stamp_of
-from pretrain.runtime.errors import UserError
-from pretrain.runtime.filesystem import mapped
+from pretrain.data.reading.units import Stamp
+from pretrain.runtime.errors import UserError, one_line
+from pretrain.runtime.filesystem import mapped, read_at
 
 MAGIC = b"PTTOKEN1"
 DTYPES = ("uint16", "uint32")
@@ -94,8 +95,8 @@ class PartWriter:
 @dataclass(frozen=True)
 class TokenShard:
     """The content of a shard's footer. The arrays are views of a memory map; per document they hold ``ends`` (exclusive, in
-    tokens), ``hashes``, ``sizes`` (bytes of text), ``pieces`` and ``indices``. ``tokens_at`` is the file that has the tokens,
-    and the offset of the first one there; ``None`` if they are in the shard itself."""
+    tokens), ``hashes``, ``sizes`` (bytes of text), ``pieces`` and ``indices``. ``tokens_at`` is the file that has the tokens, the
+    offset of the first one there, and the stamp of the file; ``None`` if they are in the shard itself."""
 
     path: Path
     dtype: np.dtype[Any]
@@ -104,11 +105,11 @@ class TokenShard:
     num_bytes: int
     num_removed: int = 0  # documents that ``dataset.where`` removed
     checksum: str | None = None  # of all bytes before the footer; shards of earlier versions have none
-    tokens_at: tuple[str, int] | None = None
+    tokens_at: tuple[str, int, Stamp] | None = None
 
     @property
-    def tokens(self) -> NDArray[Any]:
-        return _mapped(self)[0]
+    def tokens(self) -> NDArray[Any] | TokensElsewhere:
+        return _tokens_elsewhere(self) if self.tokens_at else _mapped(self)[0]
 
     @property
     def ends(self) -> NDArray[np.int64]:
@@ -143,7 +144,7 @@ def write_first(part: TokenShard, documents: int, file: IO[bytes], facts: dict[s
         else:
             writer.append(part.tokens[start:end], digest=digest, size=size, piece=piece, index=index)
         start = end
-    elsewhere = {"tokens_at": [*part.tokens_at, *stamp_of(part.tokens_at[0])]} if part.tokens_at else {}
+    elsewhere = {"tokens_at": [*part.tokens_at[:2], *part.tokens_at[2]]} if part.tokens_at else {}
     removed = {"removed": part.num_removed} if part.num_removed else {}
     writer.finish(facts | elsewhere | removed)
 
@@ -169,11 +170,14 @@ def open_part(path: Path, *, alone: bool = False) -> TokenShard | None:
         known = DTYPES if elsewhere is None else DTYPES_ELSEWHERE
         if footer["dtype"] not in known or not all(type(count) is int and count >= 0 for count in (*counts, removed)):
             return None
-        if elsewhere is not None and not alone and list(stamp_of(elsewhere[0])) != elsewhere[2:]:
-            return None
+        tokens_at = None
+        if elsewhere is not None:
+            path_elsewhere, offset, size, changed, inode = elsewhere
+            tokens_at = (str(path_elsewhere), int(offset), (int(size), int(changed), int(inode)))
+            if not alone and stamp_of(tokens_at[0]) != tokens_at[2]:
+                return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    tokens_at = None if elsewhere is None else (str(elsewhere[0]), int(elsewhere[1]))
     tokens, documents, size = counts
     checksum = footer.get("checksum")
     part = TokenShard(path, np.dtype(footer["dtype"]), tokens, documents, size, removed, checksum, tokens_at)
@@ -218,20 +222,52 @@ def _mapped(part: TokenShard) -> tuple[NDArray[Any], ...]:
             f"{part.path} has disappeared from the token cache during the run; the same command creates it again and resumes"
         )
     columns = [raw[start:stop].view(kind) for (_, kind), start, stop in zip(COLUMNS, starts, starts[1:], strict=False)]
-    return (
-        _elsewhere(part) if part.tokens_at else raw[: part.num_tokens * part.dtype.itemsize].view(part.dtype)
-    ), *columns
+    return raw[: starts[0]][: 0 if part.tokens_at else part.num_tokens * part.dtype.itemsize].view(part.dtype), *columns
 
 
-def _elsewhere(part: TokenShard) -> NDArray[Any]:
-    """Map the file that has the tokens of a shard. Raises ``UserError`` if it was deleted or truncated."""
-    assert part.tokens_at is not None
-    path, start = part.tokens_at
-    stop = start + part.num_tokens * part.dtype.itemsize
-    try:
-        raw = mapped(Path(path))
-    except (OSError, ValueError):
-        raw = np.empty(0, np.uint8)
-    if len(raw) < stop:
-        raise UserError(f"{path} has disappeared or was cut off during the run, which reads its tokens in place")
-    return raw[start:stop].view(part.dtype)
+class TokensElsewhere:
+    """The tokens of a shard in the file of another program, read at each access. The file is kept open and is not mapped.
+
+    Whoever owns the file may write to it. A file that was replaced is still the one that is open here; one that was written to or
+    truncated is found by its stamp after each access, so that no token of another text is trained on.
+    """
+
+    def __init__(self, part: TokenShard) -> None:
+        assert part.tokens_at is not None
+        self._path, self._start, self._stamp = part.tokens_at
+        self._dtype, self._count, self._changed = part.dtype, part.num_tokens, self._stamp[:2]
+        try:
+            self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115 (as long as the shard is in use)
+        except OSError as error:
+            raise UserError(f"{self._path}: {error.strerror}; the run reads its tokens in place") from error
+        self._check()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, key: slice) -> NDArray[Any]:
+        """Return the tokens of a slice without a step. Raises ``UserError`` if the file was changed."""
+        first, last, _ = key.indices(self._count)
+        size = self._dtype.itemsize
+        try:
+            found = read_at(self._file.fileno(), self._start + first * size, max(last - first, 0) * size)
+        except (OSError, EOFError) as error:
+            raise self._error(one_line(error)) from error
+        self._check()
+        return found.view(self._dtype)
+
+    def _check(self) -> None:
+        found = os.fstat(self._file.fileno())
+        if (found.st_size, found.st_mtime_ns) != self._changed:
+            raise self._error("the file was written to")
+
+    def _error(self, reason: str) -> UserError:
+        return UserError(
+            f"{self._path}: changed or cut off during the run, which reads its tokens in place ({reason}); restore the file, and "
+            "the same command resumes from the last checkpoint"
+        )
+
+
+@lru_cache(maxsize=MAX_OPEN)
+def _tokens_elsewhere(part: TokenShard) -> TokensElsewhere:
+    return TokensElsewhere(part)

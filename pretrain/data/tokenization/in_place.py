@@ -10,6 +10,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from pretrain.data.reading.opening import changed_while_read, stamp_of
 from pretrain.data.reading.token_files import TOKEN_FORMATS, TokenFile, document_ends, open_tokens
 from pretrain.data.reading.units import FileRange, WorkUnit, kind_of
 from pretrain.data.store.token_shards import UNKNOWN_SIZE, PartWriter
@@ -47,6 +48,8 @@ def write_in_place(piece: FileRange, writer: PartWriter, *, eot: int) -> dict[st
         digest = xxhash.xxh3_64_intdigest(tokens[start:end].astype(np.int64).tobytes())
         writer.refer(end - start, digest=digest, size=UNKNOWN_SIZE, piece=0, index=index)
         start = end
+    if stamp_of(piece.path) != piece.stamp:
+        raise UserError(changed_while_read(piece.path))
     offset = file.offset + piece.start * file.dtype.itemsize
     return {"tokens_at": [piece.path, offset, *piece.stamp]}
 

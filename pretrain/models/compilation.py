@@ -1,0 +1,106 @@
+"""``torch.compile`` block by block, and the folder in which compiled code is kept.
+
+All blocks of one kind run the same code, so one compilation serves all of them; the start of a run then does not grow with the
+number of layers, as that of one graph for the whole model does. torchtitan compiles in the same way.
+Source: https://docs.pytorch.org/tutorials/recipes/regional_compilation.html
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pretrain.data.cache import cache_dir, cache_errors
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import make_folder
+from pretrain.runtime.folders import SHARED, check_private, trusts_shared_folders
+
+Compile = bool | Literal["blocks", "graph"]
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+PRIVATE = 0o700
+# Compilations of one function before torch stops compiling it. Its default of 8 is too few for models whose blocks differ from
+# each other, each of which is compiled twice at most (with and without document masks).
+KINDS_OF_BLOCKS = 256
+
+
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Replace the forward of each block by a compiled one, which is used in training steps. Without gradients and in eval mode,
+    a block runs eagerly: evaluation has other shapes, and it scores the same model before and after.
+
+    Names of weights stay as they are. Hooks of a block, as those of FSDP, run outside of the compiled code, and its activation
+    checkpointing inside. Call it after checkpointing has been enabled and before the model is sharded or wrapped.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, KINDS_OF_BLOCKS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, KINDS_OF_BLOCKS)
+    # DDP would cut each block into pieces, so that gradients can be reduced earlier. Blocks are such pieces already.
+    config.optimize_ddp = False
+    compiled = torch.compile(_run, dynamic=False)
+    for block in blocks:
+        block.forward = _forward(block, compiled)
+
+
+def _run(forward: Callable[..., Any] | None, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run one block. This is the function that is compiled, once for all blocks of a kind. The class is read at each call,
+    because FSDP replaces it; ``forward`` is that of a block which has one of its own."""
+    return type(block).forward(block, *args, **kwargs) if forward is None else forward(*args, **kwargs)
+
+
+def _forward(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    own = vars(block).get("forward")
+
+    @wraps(block.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        run = compiled if block.training and torch.is_grad_enabled() else _run
+        return run(own, block, *args, **kwargs)
+
+    return forward
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` compiled for the exact shapes that it is called with."""
+    return torch.compile(function, dynamic=False)
+
+
+def keep_compiled_code() -> None:
+    """Make torch keep compiled code in this user's own folder of the cache, where a later start of a run finds it. By
+    default that is the folder of temporary files, which machines empty. A ``TORCHINDUCTOR_CACHE_DIR`` of the environment is
+    respected.
+
+    torch finds code there by a hash of the graph, its options and its own version, and runs it. Raises ``UserError`` if another
+    user could write into the folder.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    folder = (cache_dir() / f"compiled-{os.geteuid()}").absolute()  # a cache may be shared
+    given = os.environ.get(CACHE_VARIABLE)
+    # torch itself sets the variable to its default when it first needs the folder, which is on import of some libraries.
+    if given and os.path.abspath(given) not in (str(folder), os.path.abspath(default_cache_dir())):
+        _check_owner(Path(given), CACHE_VARIABLE)
+        return
+    _check_owner(folder, "PRETRAIN_CACHE")
+    with cache_errors(folder):
+        folder.chmod(PRIVATE)
+    os.environ[CACHE_VARIABLE] = str(folder)
+
+
+def _check_owner(folder: Path, key: str) -> None:
+    """Create ``folder``, the value of ``key`` or in it, if it is missing. Raises ``UserError`` if it belongs to another user: who
+    owns it could make this process run any code."""
+    with cache_errors(folder):
+        make_folder(folder.parent)
+        folder.mkdir(PRIVATE, exist_ok=True)
+    check_private(folder, key)
+    if folder.stat().st_uid != os.geteuid() and not trusts_shared_folders():
+        raise UserError(
+            f"{key}: {folder} belongs to another user, and compiled code is run from it; choose another folder, or set "
+            f"{SHARED}=1 if that user is trusted"
+        )

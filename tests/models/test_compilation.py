@@ -1,0 +1,194 @@
+"""The blocks of a model are compiled once for all of them; that they compute the same is the tests' of strategies, too."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from pretrain.models import compilation
+from pretrain.models.blocks import find_blocks
+from pretrain.models.language_model import LanguageModel
+from pretrain.runtime.errors import UserError
+from tests.models import architectures
+from tests.models.tiny import tiny
+
+# The routing of these two reads from the device how many tokens each expert gets.
+DEPEND_ON_DATA = {"jetmoe", "longcat_flash"}
+IDS = torch.randint(97, (2, 17), generator=torch.Generator().manual_seed(0))
+PACKED = torch.arange(16).remainder(5).expand(2, -1).contiguous()
+
+Graphs = list[torch.fx.GraphModule]
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    """What the compiler is given; it is run as it is, so no C++ compiler is needed."""
+    found: Graphs = []
+
+    def note(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=note))
+    clear()
+    yield found
+    clear()
+
+
+def clear() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    compilation.compiled.cache_clear()
+
+
+def layers(name: str, count: int) -> Any:
+    return tiny(name, num_hidden_layers=count)
+
+
+def passed(model: LanguageModel, positions: torch.Tensor | None = None, rows: int = 2) -> float:
+    given = None if positions is None else positions[:rows]
+    loss = model(IDS[:rows, :-1].contiguous(), IDS[:rows, 1:].contiguous(), given)
+    if torch.is_grad_enabled():
+        loss.backward()
+    return loss.item()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_all_blocks_share_one_compilation(name: str, graphs: Graphs) -> None:
+    """One for five blocks and one for the loss; documents add another of the blocks."""
+    hf = layers(name, 5)
+    want, wanted = (passed(LanguageModel(hf), positions) for positions in (None, PACKED))
+    model = LanguageModel(hf, compile=True)
+    assert passed(model) == pytest.approx(want, rel=1e-5)
+    assert len(graphs) == 2
+    assert passed(model, PACKED) == pytest.approx(wanted, rel=1e-5)
+    assert len(graphs) == 3
+    assert not counters["graph_break"]
+
+
+def test_kinds_of_blocks_are_compiled_apart(graphs: Graphs) -> None:
+    kinds = ["conv", "full_attention"] * 2
+    passed(LanguageModel(architectures.tiny("lfm2", num_hidden_layers=4, layer_types=kinds), compile="blocks"))
+    assert len(graphs) == 3  # of which one is the loss
+
+
+def test_activation_checkpointing_is_inside_of_what_is_compiled(graphs: Graphs) -> None:
+    hf = layers("llama", 3)
+    want = passed(LanguageModel(hf))
+    hf.activation_checkpointing_enable({"use_reentrant": False})
+    assert passed(LanguageModel(hf, compile=True)) == pytest.approx(want, rel=1e-5)
+    assert len(graphs) == 2
+    assert any("checkpoint" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+def test_one_compilation_for_all_chunks_of_the_loss(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = layers("llama", 2)
+    want = passed(LanguageModel(hf))
+    monkeypatch.setattr("pretrain.models.loss.CHUNK_LOGITS", 8 * 97)
+    model = LanguageModel(hf, compile=True)
+    assert passed(model) == pytest.approx(want, rel=1e-5)
+    assert len(graphs) == 2
+    sizes = [node.meta["example_value"].shape for node in graphs[1].graph.nodes if node.op == "placeholder"]
+    assert sizes[0] == (8, 32)
+
+
+def test_evaluation_compiles_nothing(graphs: Graphs) -> None:
+    model = LanguageModel(layers("llama", 2), compile=True)
+    passed(model)
+    model.eval()
+    eager = LanguageModel(layers("llama", 2)).eval()
+    with torch.no_grad():
+        for rows in (1, 2):
+            assert passed(model, rows=rows) == passed(eager, rows=rows)
+        ends = torch.tensor([3, 5])
+        assert torch.equal(model(IDS[:, :-1], ends=ends), eager(IDS[:, :-1], ends=ends))
+    assert len(graphs) == 2
+
+
+def test_names_of_weights_stay(graphs: Graphs) -> None:
+    assert LanguageModel(tiny("gpt2"), compile=True).hf_state().keys() == LanguageModel(tiny("gpt2")).hf_state().keys()
+
+
+def test_graph_is_one_for_the_whole_model(graphs: Graphs) -> None:
+    passed(LanguageModel(layers("llama", 2), compile="graph"))
+    assert len(graphs) == 1
+
+
+def test_a_model_without_declared_blocks_is_one_graph(graphs: Graphs, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = architectures.tiny("openai-gpt")
+    assert not find_blocks(hf)
+    passed(LanguageModel(hf, compile=True))
+    assert len(graphs) == 1
+    assert "model.compile: OpenAIGPTLMHeadModel does not declare its blocks" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", architectures.NAMES)
+def test_no_block_of_any_architecture_breaks_the_graph(name: str, graphs: Graphs) -> None:
+    hf = architectures.tiny(name)
+    blocks = find_blocks(hf)
+    if not blocks or name == "reformer":  # its training needs rows of one length
+        pytest.skip("compiled as one graph")
+    try:
+        model = LanguageModel(hf)
+    except UserError:
+        pytest.skip("not a causal model")
+    want = passed(model)
+    assert passed(LanguageModel(hf, compile=True)) == pytest.approx(want, rel=1e-5)
+    assert bool(counters["graph_break"]) == (name in DEPEND_ON_DATA)
+    if name not in DEPEND_ON_DATA:
+        assert len(graphs) <= len(blocks) + 1
+
+
+# -- the folder of compiled code ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(compilation.CACHE_VARIABLE, "")
+    return tmp_path / "cache" / f"compiled-{os.geteuid()}"
+
+
+def test_compiled_code_is_kept_where_only_this_user_writes(cache: Path) -> None:
+    compilation.keep_compiled_code()
+    assert os.environ[compilation.CACHE_VARIABLE] == str(cache)
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    cache.chmod(0o770)
+    compilation.keep_compiled_code()
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+
+
+def test_a_folder_of_the_environment_is_respected(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compilation.CACHE_VARIABLE, str(tmp_path / "mine"))
+    compilation.keep_compiled_code()
+    assert os.environ[compilation.CACHE_VARIABLE] == str(tmp_path / "mine")
+    assert (tmp_path / "mine").is_dir()
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_no_code_of_another_user_is_run(
+    named: bool, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, key = (tmp_path / "theirs", compilation.CACHE_VARIABLE) if named else (cache, "PRETRAIN_CACHE")
+    folder.mkdir(parents=True)
+    if named:
+        monkeypatch.setenv(compilation.CACHE_VARIABLE, str(folder))
+    if os.geteuid() == 0:
+        os.chown(folder, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(UserError, match=f"{key}.*belongs to another user"):
+        compilation.keep_compiled_code()
+    monkeypatch.setenv("PRETRAIN_SHARED_FOLDERS", "1")
+    if os.geteuid() == 0:
+        compilation.keep_compiled_code()
