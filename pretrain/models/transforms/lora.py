@@ -114,7 +114,7 @@ class Lora(ModelTransform):
         scale = math.sqrt(self.rank) if self.rslora else self.rank
         return LoraConfig(
             r=self.rank,
-            lora_alpha=SCALE * scale if self.alpha is None else self.alpha,  # type: ignore[arg-type]  # PEFT divides it
+            lora_alpha=SCALE * scale if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
             target_modules=shortened(names, [name for name, _ in model.named_modules()]),
             use_rslora=self.rslora,
