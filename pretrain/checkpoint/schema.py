@@ -84,6 +84,7 @@ class Identity(_Part):
     seed: int
     weights: str
     optimizer: list[Any]
+    objective: dict[str, Any] | None = None
     transforms: list[dict[str, Any]] = []
     mixture: list[MixturePhase] = []
 

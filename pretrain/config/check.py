@@ -105,6 +105,7 @@ def check(config: dict[str, Any], *, here: bool = True, config_dir: str | None =
     for transform in run.transforms:
         getattr(transform, "check", lambda: None)()
     run.check_schedule()
+    run.merge.check_curve()
     if run.task == "merge":
         run.merge.check()
     return run

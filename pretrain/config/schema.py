@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pretrain.models.transforms.base import ModelTransform
     from pretrain.optim.base import OptimizerFactory
     from pretrain.strategy.base import Strategy
+    from pretrain.strategy.objective import Objective
     from pretrain.strategy.precision import Precision
     from pretrain.sweep.config import SweepConfig
     from pretrain.telemetry.config import TelemetryConfig
@@ -80,7 +81,7 @@ class RootKeys:
         resume: auto: resume the run in output_dir · never: start over · a checkpoint folder, or a run folder for its
             newest checkpoint.
         resume_allow: What may differ from the resumed run: data, tokenizer, sequence_length, global_batch, seed,
-            weights, optimizer.
+            weights, optimizer, objective.
         log_every: Steps between train records.
         evaluate_every: Steps between evaluations; null: only before the first step and after the last one.
         save_every: Steps between checkpoints; null: only at the end.
@@ -108,7 +109,9 @@ class RootKeys:
     devices: Literal["auto"] | PositiveInt
     sweep_dir: Annotated[str, Field(pattern=ONE_LINE)] | None
     resume: Annotated[str, Field(min_length=1)]
-    resume_allow: list[Literal["tokenizer", "data", "sequence_length", "global_batch", "seed", "weights", "optimizer"]]
+    resume_allow: list[
+        Literal["tokenizer", "data", "sequence_length", "global_batch", "seed", "weights", "optimizer", "objective"]
+    ]
     log_every: PositiveInt
     evaluate_every: PositiveInt | None
     save_every: PositiveInt | None
@@ -125,6 +128,7 @@ class RunConfig(RootKeys):
         replay: How much old text is among the training data.
         strategy: How model and optimizer are set up on the devices.
         precision: Dtypes of parameters and matmuls.
+        objective: What is minimised.
         optimizer: Builds the optimizer from named parameters.
         scheduler: The schedule, a function of ``step``, ``total_steps`` and ``warmup_steps``.
         checkpoint: What is saved, and how long checkpoints are kept.
@@ -145,6 +149,7 @@ class RunConfig(RootKeys):
     replay: ReplayConfig
     strategy: Strategy
     precision: Precision
+    objective: Objective
     optimizer: OptimizerFactory
     scheduler: Callable[..., float]
     checkpoint: CheckpointConfig
@@ -222,6 +227,12 @@ class RunConfig(RootKeys):
         """Return the transforms in order, each as the config describes it."""
         nodes: list[dict[str, Any]] = json.loads(json.dumps([*(self.plain.get("transform") or {}).values()]))
         return nodes  # as a checkpoint's JSON has them
+
+    @property
+    def objective_identity(self) -> dict[str, Any] | None:
+        """Return the term of the objective as the config describes it; ``None`` for the cross entropy alone."""
+        node: dict[str, Any] = self.plain["objective"]
+        return node if len(node) > 1 else None
 
     @property
     def optimizer_identity(self) -> list[Any]:

@@ -19,6 +19,7 @@ from pretrain.runtime.errors import UserError
 COMMAND_LINE_ONLY = {  # key → the only value that it may have in a file
     "allow_targets": [],
     "model.trust_remote_code": False,
+    "evaluation.lm_eval.include_path": None,  # the harness's YAML files can run code
     "launch.endpoint": None,  # the processes of a run exchange pickles
 }
 SCHEDULES = "pretrain.optim.schedule"
@@ -28,6 +29,7 @@ PARTS = {  # group → the class whose subclasses it may create; schedules are f
     "replay": "pretrain.data.replay.ReplayConfig",
     "strategy": "pretrain.strategy.base.Strategy",
     "precision": "pretrain.strategy.precision.Precision",
+    "objective": "pretrain.strategy.objective.Objective",
     "optimizer": "pretrain.optim.base.OptimizerFactory",
     "scheduler": SCHEDULES,
     "checkpoint": "pretrain.checkpoint.config.CheckpointConfig",
@@ -45,11 +47,13 @@ PARTS = {  # group → the class whose subclasses it may create; schedules are f
 MULTI_SELECT = ("sink", "transform", "hook")  # groups with any number of choices, each under its own key
 SOURCE = "pretrain.data.sources.base.Source"
 TASK = "pretrain.evaluation.task.EvaluationTask"
+LM_EVAL = "pretrain.evaluation.lm_eval.LmEval"
 NESTED_PARTS = {  # pattern of the places of parts inside a group → the class of the parts
     r"dataset(\.parts\.[^.]+)+": PARTS["dataset"],
     r"replay\.source": SOURCE,
     r"evaluation\.domains\.[^.]+": SOURCE,
     r"evaluation\.tasks\.[^.]+": TASK,
+    r"evaluation\.lm_eval": LM_EVAL,
 }
 INTERFACES = {*(PARTS[group] for group in MULTI_SELECT), TASK}  # a trusted part of these need not inherit
 CLASSES = {*PARTS.values(), *NESTED_PARTS.values()} - {SCHEDULES, PARTS["optimizer"]}  # the others may be functions

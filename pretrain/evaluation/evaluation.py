@@ -45,9 +45,11 @@ class Evaluation:
         *,
         interrupted: Callable[[], bool] = lambda: False,
         alive: Callable[[], None] = lambda: None,
+        last: bool = False,
     ) -> list[Event] | None:
         """Evaluate, note the scores in ``state`` and return the events; ``None`` if ``interrupted`` returned true, after which
         ``state`` has a pending evaluation. This is a collective. A run's first scores are the baseline of its forgetting.
+        ``last``: the run has done its last step.
         """
         callbacks: dict[str, Any] = {"interrupted": interrupted, "alive": alive}
         started_at = time.perf_counter()
@@ -59,7 +61,9 @@ class Evaluation:
         if scores is None:
             return None
         scored_at = time.perf_counter()
-        metrics = run_tasks(self.tasks, engine, announce=announce, **callbacks)
+        at_end = is_baseline or last
+        due = {name: t for name, t in self.tasks.items() if at_end or not getattr(t, "at_ends_only", False)}
+        metrics = run_tasks(due, engine, announce=announce, **callbacks)
         if metrics is None:
             return None
         measured_at = time.perf_counter()
@@ -73,13 +77,19 @@ class Evaluation:
         measured = MetricsEvent(state.step, tuple(metrics), measured_at - scored_at)
         return [
             Evaluated(state.step, tuple(scores), scored_at - started_at),
-            *([measured] if self.tasks else []),
+            *([measured] if due else []),
             Sampled(state.step, tuple(samples), time.perf_counter() - measured_at),
         ]
 
     def _note(self, state: TrainState, scores: list[DomainScore]) -> None:
         state.evaluated_at = state.step
         state.scores = [fields_of(s) for s in scores]
+
+    def capture_base(self, engine: InferenceEngine, **callbacks: Any) -> None:
+        """Compute what later evaluations need of the base model, if ``engine`` was built with the initial weights and has them
+        still. This is a collective. For ``callbacks`` see `run`."""
+        if self.untouched.is_there:
+            self.untouched.evaluator.capture_base(engine, **callbacks)
 
     def score_baseline_again(
         self, engine: InferenceEngine, saved: Mapping[str, Any], fingerprint: Mapping[str, Any], **callbacks: Any

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pretrain.evaluation.base_states import BaseStates
 from pretrain.evaluation.baseline import Known, digest
 from pretrain.runtime.console import notice, progress_bar, shows_progress
 from pretrain.telemetry.events import DomainScore
@@ -21,6 +22,7 @@ from pretrain.telemetry.events import DomainScore
 if TYPE_CHECKING:
     from pretrain.data.evaluation import EvaluationBatches
     from pretrain.evaluation.baseline import Measured
+    from pretrain.evaluation.in_context import InContextProbe
     from pretrain.strategy.engine import InferenceEngine
 
 
@@ -51,9 +53,17 @@ class Domain:
 @dataclass(frozen=True)
 class Evaluator:
     """An evaluator that scores ``domains`` in order; the ranks share the batches of a domain. It draws no random numbers, so
-    that evaluations do not change the training."""
+    that evaluations do not change the training.
+
+    Attributes:
+        domains: the domains.
+        probe: measures the gain by context of the model (``None``: it is not measured).
+        base: hidden states of the base model, for KL(base ‖ now).
+    """
 
     domains: list[Domain]
+    probe: InContextProbe | None = None
+    base: BaseStates = field(default_factory=BaseStates)
 
     def select(self, names: Container[str]) -> Evaluator:
         """Return an evaluator of only the domains in ``names``."""
@@ -74,7 +84,7 @@ class Evaluator:
         ``announce`` prints a notice before each domain unless a progress bar is shown. ``interrupted`` is called before every
         batch on every rank, ``alive`` after every batch.
         """
-        scores = []
+        scores: list[DomainScore] = []
         with evaluating(engine.model):
             for domain in self.domains:
                 if announce and not shows_progress():
@@ -83,7 +93,14 @@ class Evaluator:
                 if score is None:
                     return None
                 scores.append(score)
-        return scores
+            gain = self.probe.gain(engine) if self.probe is not None and scores else None
+        return [replace(score, in_context_gain=gain) for score in scores]
+
+    def capture_base(self, engine: InferenceEngine, **callbacks: Callable[[], Any]) -> None:
+        """Compute what KL(base ‖ now) needs of the initial weights, which ``engine`` must have. This is a collective. For
+        ``callbacks`` see `run`."""
+        with evaluating(engine.model):
+            self.base.capture(engine, self.domains, **callbacks)
 
     def _score(
         self,
@@ -94,23 +111,24 @@ class Evaluator:
         alive: Callable[[], None],
     ) -> DomainScore | None:
         world = engine.world
-        summed = torch.zeros((), dtype=torch.float64, device=world.device)
+        summed = torch.zeros(3, dtype=torch.float64, device=world.device)  # nats, nats of KL, targets of KL
         tokens = 0
         with progress_bar(f"evaluating {domain.name}", total=len(domain.batches)) as advance:
             for first in range(0, len(domain.batches), world.data_size):
                 if interrupted():
                     return None
                 has_batch = first + world.data_rank < len(domain.batches)
-                batch = domain.batches[
-                    first + world.data_rank if has_batch else first
-                ]  # ranks without a batch run a dummy forward, so that collectives match
-                nats_here = engine.evaluate(batch.to(world.device))
+                # Ranks without a batch run a dummy forward, so that collectives match.
+                index = first + world.data_rank if has_batch else first
+                batch = domain.batches[index]
+                key = (domain.name, index) if has_batch else None
+                found = self.base.evaluate(engine, batch.to(world.device), key)
                 if has_batch:
-                    summed += nats_here
+                    summed += found
                     tokens += batch.num_targets
                 alive()
                 advance(world.data_size)
-        nats, tokens = float(world.data_all_reduce_sum(summed)), world.data_sum(tokens)
+        (nats, kl, compared), tokens = world.data_all_reduce_sum(summed).tolist(), world.data_sum(tokens)
         loss = nats / tokens
         before = Known(loss) if baseline is None else baseline[domain.name]
         num_bytes = domain.batches.num_bytes
@@ -124,6 +142,7 @@ class Evaluator:
             delta_loss=None if before.loss is None else loss - before.loss,
             delta_reason=before.reason,
             digest=digest(domain.measured_on),
+            kl_to_base=kl / compared if compared else None,
         )
 
 

@@ -15,7 +15,14 @@ class EvaluationTask(ABC):
     """A measurement of the model, which is made at every evaluation of a run and by ``task=evaluation``.
 
     To add one, write a class with its settings and name it in a config: ``evaluation.tasks.<name>: {_target_: ...}``.
+
+    Attributes:
+        at_ends_only: whether a run makes the measurement only before its first and after its last step.
     """
+
+    @property
+    def at_ends_only(self) -> bool:
+        return False
 
     @abstractmethod
     def evaluate(self, engine: InferenceEngine) -> list[Metric]:

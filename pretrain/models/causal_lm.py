@@ -10,7 +10,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,7 +21,7 @@ from pydantic import Field, PositiveInt
 from pretrain.config.check import gpu_visible
 from pretrain.models.hub import config_files as model_config
 from pretrain.models.hub import files
-from pretrain.models.overrides import check_known, check_shapes, overridden, positions
+from pretrain.models.overrides import OLD_CONFIG_KEYS, check_known, check_overrides, default_keys, overridden, positions
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError, one_line
 from pretrain.runtime.out_of_memory import is_out_of_memory
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 Texts = Callable[[], Iterator[str]]
 Checkpointing = bool | Literal["selective"] | PositiveInt
 Change = Callable[[Any], "Transformed | None"]  # applies transforms to a transformers model in place
-OLD_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}  # transformers still accepts them and renames them
 
 
 def _unchanged(hf: Any) -> None:
@@ -207,9 +206,8 @@ class Pretrained(CausalLM):
         return overridden(super().config(), self.overrides)
 
     def check(self, sequence_length: int) -> None:
-        """Raise ``UserError`` for an incomplete model folder, a tokenizer that does not fit the model, a sequence longer than
-        its positions, or overrides that change weights. Only the last checks, whether transformers has the architecture and
-        what overrides change, import torch."""
+        """Raise ``UserError`` for an incomplete model folder, a tokenizer that does not fit, a sequence longer than its positions,
+        or overrides that change weights. Only the last checks, of architecture and overrides, import torch."""
         folder = self.folder()
         config = files.read_config(folder, self.name_or_path)
         files.check_positions(positions(overridden(config, self.overrides)), sequence_length, self.name_or_path)
@@ -220,23 +218,10 @@ class Pretrained(CausalLM):
         self.check_offload()
         self.hf_config()
         if self.overrides:
-            self._check_overrides(config["model_type"])
-
-    def _check_overrides(self, kind: str) -> None:
-        if _is_known(kind):
-            known = set(_default_config(kind))
-            check_known(self.overrides, known | (OLD_CONFIG_KEYS if "rope_parameters" in known else set()), kind)
-        check_shapes(replace(self, overrides={})._shapes(), self._shapes(), self.overrides)
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the weights that a model of this config needs."""
-        import torch
-
-        return {n: tuple(t.shape) for n, t in self.build_on_meta(param_dtype=torch.float32).hf_state().items()}
+            check_overrides(self, config["model_type"], known=_is_known(config["model_type"]))
 
     def identity(self) -> str:
-        """Return a hash of config, overrides and weights. It does not depend on where the folder is or how its path was
-        written."""
+        """Return a hash of config, overrides and weights. It does not depend on where the folder is."""
         folder = self.folder()
         content = files.fingerprint([folder / "config.json", *files.weight_files(folder, self.name_or_path)])
         return content if not self.overrides else f"{content} {json.dumps(self.overrides, sort_keys=True)}"
@@ -346,7 +331,7 @@ class Scratch(CausalLM):
         if not _is_known(kind) and not self.trust_remote_code:
             raise UserError(f"model.overrides.model_type={kind!r}: transformers has no such model type")
         if _is_known(kind):
-            check_known(self.overrides, set(_default_config(kind)) | OLD_CONFIG_KEYS, kind)
+            check_known(self.overrides, default_keys(kind) | OLD_CONFIG_KEYS, kind)
             config = self.hf_config().to_dict()
         files.check_positions(config, sequence_length, kind)
         if self.train_tokenizer is None:
@@ -414,11 +399,3 @@ def _is_known(model_type: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-
-def _default_config(model_type: str) -> list[str]:
-    """Return all keys that a config of this type may have, including their old names."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(model_type)
-    return [*config.to_dict(), *config.attribute_map]

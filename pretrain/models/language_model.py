@@ -15,6 +15,7 @@ from pretrain.distributed.sharding import TensorFiles, check_names, fill
 from pretrain.models import packing
 from pretrain.models.blocks import find_blocks
 from pretrain.models.compilation import Compile, compile_blocks, compiled
+from pretrain.models.kl_divergence import Head, kl_divergence
 from pretrain.models.loss import linear_cross_entropy
 from pretrain.models.probe import (
     DocumentMask,
@@ -51,6 +52,8 @@ class LanguageModel(nn.Module):
             ``output_router_logits: true``.
         is_compiled: whether the training step is compiled.
         transformed: what transforms have changed in ``hf``; ``None`` without transforms.
+        base_head: a copy on the host of the head of the base model (before training), which the first forward without labels
+            makes; ``None`` before it.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.hf = hf
         self.transformed = transformed
+        self.base_head: Head | None = None
         hf.config.use_cache = False
         self.fused_loss = False
         self.document_mask: DocumentMask | None = None
@@ -105,6 +109,9 @@ class LanguageModel(nn.Module):
         loss_weights: Tensor | None = None,
         *,
         ends: Tensor | None = None,
+        base_hidden: Tensor | None = None,
+        temperature: float = 1.0,
+        by_row: bool = False,
     ) -> Tensor:
         """Return the loss summed over all labels that are not ``IGNORE``: an fp32 scalar in nats. Its value is the cross entropy;
         the load balancing loss contributes to the gradient only.
@@ -116,31 +123,91 @@ class LanguageModel(nn.Module):
 
         With ``ends``, int64 [n], instead of ``labels``, return the logits [n, V] of the token that follows position ``ends[i]``
         of row i.
+
+        Without ``labels`` and ``ends``, return the last hidden states [n, S, h] and copy the head to ``base_head``. With
+        ``labels`` and, as ``base_hidden``, these states of the base model, return fp32 [1, 2]: the loss, and the sum of
+        KL(base ‖ now) at ``temperature`` over the same tokens. Both need ``fused_loss``.
+
+        With ``by_row``, return fp32 [n, 2]: the loss of each row, and how many of its labels have the largest logit.
         """
         if ends is not None:
             return self._logits(input_ids, ends)
-        assert labels is not None
-        if self._compiled is not None and self.training and torch.is_grad_enabled():
+        plain = labels is not None and base_hidden is None
+        if plain and self._compiled is not None and self.training and torch.is_grad_enabled():
             return self._compiled(input_ids, labels, position_ids, loss_weights)
         on_host = input_ids.device.type == "cpu"  # where reading the positions does not synchronise a device
         with nullcontext() if on_host else packing.known(packed=position_ids is not None):
+            if labels is None:
+                return self._base_hidden(input_ids, position_ids)
+            if by_row:
+                return self._by_row(input_ids, labels, position_ids)
+            if base_hidden is not None:
+                return self._loss_and_kl(input_ids, labels, position_ids, loss_weights, base_hidden, temperature)
             return self._loss(input_ids, labels, position_ids, loss_weights)
 
     def _loss(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, loss_weights: Tensor | None
     ) -> Tensor:
         """Return the summed loss. This is the function that is compiled."""
+        weights = _by_token(loss_weights, labels)
+        balanced = bool(self.balancing) and self.training and torch.is_grad_enabled()
+        if self.fused_loss and not balanced:
+            hidden, head = self._hidden(input_ids, position_ids), self._head()
+            rows = (hidden.flatten(0, 1), *head, labels.flatten(), weights)
+            return linear_cross_entropy(*rows, compiled=self._compiles_loss())
         given = {"input_ids": input_ids} | self._documents(position_ids)
-        weights = None if loss_weights is None else loss_weights.unsqueeze(1).expand_as(labels).flatten()
-        if self.balancing and self.training and torch.is_grad_enabled():
+        if balanced:
             return self._balanced_loss(given, labels, weights)
-        if not self.fused_loss:
-            return self._cross_entropy(self.hf(**given, use_cache=False).logits, labels, weights)
-        hidden = self.hf.base_model(**given, use_cache=False).last_hidden_state
+        return self._cross_entropy(self.hf(**given, use_cache=False).logits, labels, weights)
+
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Return the last hidden states [n, S, h]."""
+        given = {"input_ids": input_ids} | self._documents(position_ids)
+        hidden: Tensor = self.hf.base_model(**given, use_cache=False).last_hidden_state
+        return hidden
+
+    def _head(self) -> Head:
         head = self.hf.get_output_embeddings()
-        return linear_cross_entropy(
-            *(hidden.flatten(0, 1), head.weight, head.bias, labels.flatten(), weights), compiled=self._compiles_loss()
-        )
+        return Head(head.weight, head.bias)
+
+    def _base_hidden(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        assert self.fused_loss
+        hidden = self._hidden(input_ids, position_ids)
+        if self.base_head is None:
+            self.base_head = self._head().to(torch.device("cpu"), copy=True)
+        return hidden
+
+    def _loss_and_kl(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None,
+        loss_weights: Tensor | None,
+        base_hidden: Tensor,
+        temperature: float,
+    ) -> Tensor:
+        """Return the summed loss and the summed KL(base ‖ now), [1, 2]: replicas of DataParallel are concatenated along dim 0."""
+        assert self.base_head is not None
+        hidden, head, targets = self._hidden(input_ids, position_ids).flatten(0, 1), self._head(), labels.flatten()
+        weights = _by_token(loss_weights, labels)
+        base = base_hidden.flatten(0, 1)
+        kl = kl_divergence(base, self.base_head, hidden, head, targets, weights, temperature=temperature)
+        loss = linear_cross_entropy(hidden, *head, targets, weights, compiled=self._compiles_loss())
+        return torch.stack([loss, kl]).unsqueeze(0)
+
+    def _by_row(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Return the loss of each row and the number of its labels with the largest logit, [n, 2]. Only positions that have a
+        label get logits."""
+        chosen = labels != IGNORE
+        if self.fused_loss:
+            logits = F.linear(self._hidden(input_ids, position_ids)[chosen], *self._head())
+        else:
+            given = {"input_ids": input_ids} | self._documents(position_ids)
+            logits = self.hf(**given, use_cache=False).logits[chosen]
+        nats = F.cross_entropy(logits.float(), labels[chosen], reduction="none")
+        found = torch.stack([nats, (logits.argmax(-1) == labels[chosen]).float()], dim=1)
+        rows = torch.zeros(len(labels), 2, device=labels.device)
+        return rows.index_add_(0, chosen.nonzero()[:, 0], found)
 
     def _compiles_loss(self) -> bool:
         """Return whether the loss is compiled apart from the blocks, as it is in training steps."""
@@ -208,6 +275,11 @@ class LanguageModel(nn.Module):
         check_names(own, files)
         for name, tensor in own.items():
             fill(tensor, files, name)
+
+
+def _by_token(loss_weights: Tensor | None, labels: Tensor) -> Tensor | None:
+    """Return the weight [n * S] of each token of ``labels`` [n, S] from those of the rows [n]."""
+    return None if loss_weights is None else loss_weights.unsqueeze(1).expand_as(labels).flatten()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:

@@ -77,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place, because backward may be called again on the same graph (retain_graph=True).
-        scaled = (None if saved is None else _times(saved, grads[0]) for saved in ctx.saved_tensors)
+        scaled = (None if saved is None else times(saved, grads[0]) for saved in ctx.saved_tensors)
         return (*scaled, None, None, None, None)
 
 
@@ -119,7 +119,7 @@ def _forward(
         if needs_grad[0]:
             hidden_grads.append(scaled @ head / grad_scale if grad_scale != 1 else scaled @ head)
         if needs_grad[1]:
-            weight_grad = _accumulate_weight_grad(weight_grad, scaled, row, 1 / grad_scale)
+            weight_grad = accumulate_weight_grad(weight_grad, scaled, row, 1 / grad_scale)
     return (
         loss,
         torch.cat(hidden_grads).to(hidden.dtype) if hidden_grads else None,
@@ -174,7 +174,7 @@ def _traced_chunk(logits: Tensor, labels: Tensor, row_weights: Tensor | None = N
     return loss, (torch.exp(logits - log_sum) - is_target.float()) * counts
 
 
-def _times(saved: Tensor, grad: Tensor) -> Tensor:
+def times(saved: Tensor, grad: Tensor) -> Tensor:
     """Return ``saved * grad`` in the dtype of ``saved``. The gradient of a scaled loss can exceed the range of fp16, so fp16
     is multiplied in fp32."""
     if saved.dtype == torch.float16:
@@ -182,7 +182,7 @@ def _times(saved: Tensor, grad: Tensor) -> Tensor:
     return saved * grad.to(saved.dtype)
 
 
-def _accumulate_weight_grad(total: Tensor | None, grad: Tensor, row: Tensor, scale: float) -> Tensor:
+def accumulate_weight_grad(total: Tensor | None, grad: Tensor, row: Tensor, scale: float) -> Tensor:
     """Return ``total + scale * grad.T @ row`` in fp32. An existing ``total`` is updated in place, and with
     fp32 gradients without a temporary tensor."""
     if total is not None and grad.dtype == torch.float32:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pretrain.runtime.errors import UserError, did_you_mean
 
+OLD_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}  # transformers still accepts them and renames them
 ROPE_KEYS = ("rope_scaling", "rope_parameters")  # the first is the name before transformers 5
 SCALINGS = ("linear", "dynamic", "yarn", "llama3", "longrope", "default")
 DEFAULTS = {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}  # as Llama 3.1 has them
@@ -71,6 +73,30 @@ def _checked(scaling: dict[str, Any]) -> tuple[str, float]:
 def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     both = {k: v for k, v in top.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
     return {**base, **top, **{key: _merged(base[key], value) for key, value in both.items()}}
+
+
+def default_keys(model_type: str) -> set[str]:
+    """Return all keys that a config of this type may have, including their old names."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type)
+    return {*config.to_dict(), *config.attribute_map}
+
+
+def check_overrides(spec: Any, kind: str, *, known: bool) -> None:
+    """Raise ``UserError`` for overrides of a pretrained model ``spec`` that its config does not have or that change its weights.
+    ``kind`` is its type; ``known``: transformers has it."""
+    if known:
+        keys = default_keys(kind)
+        check_known(spec.overrides, keys | (OLD_CONFIG_KEYS if "rope_parameters" in keys else set()), kind)
+    check_shapes(_shapes(replace(spec, overrides={})), _shapes(spec), spec.overrides)
+
+
+def _shapes(spec: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights that a model needs."""
+    import torch
+
+    return {n: tuple(t.shape) for n, t in spec.build_on_meta(param_dtype=torch.float32).hf_state().items()}
 
 
 def check_known(overrides: dict[str, Any], known: set[str], kind: str) -> None:

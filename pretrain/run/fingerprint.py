@@ -23,6 +23,7 @@ FIXED = {  # part of a run's identity → the config keys that determine it
     "seed": ("seed",),
     "weights": ("precision",),
     "optimizer": ("optimizer",),
+    "objective": ("objective",),
     "transforms": ("transform",),
 }
 FREE = {  # keys that may differ in a finished run; the product of the batch keys is compared before, as global batch
@@ -55,7 +56,7 @@ def check_same_run(
             seed, weights, optimizer or transforms, so that it can't be continued exactly. The message lists old and new values.
     """
     state = read_state(checkpoint)
-    before = {"transforms": []} | state["identity"]  # checkpoints of earlier versions have none
+    before = {"transforms": [], "objective": None} | state["identity"]  # checkpoints of earlier versions have none
     changed = [p for p in FIXED if before.get(p) != identity[p]]
     if _phases_until(state, before) != _phases_until(state, identity):
         changed = list(dict.fromkeys([*changed, "data"]))

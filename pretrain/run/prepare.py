@@ -201,5 +201,6 @@ def _config_identity(config: RunConfig) -> dict[str, Any]:
         "seed": config.seed,
         "weights": config.precision.weights,
         "optimizer": config.optimizer_identity,
+        "objective": config.objective_identity,
         "transforms": config.transforms_identity,
     }

@@ -191,7 +191,7 @@ def tokenization(config: RunConfig, overrides: list[str], interrupt: Interrupt) 
 def evaluation(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     """Score the model on the held-out documents of every configured domain."""
     from pretrain.evaluation.run_tasks import run_tasks
-    from pretrain.run.build_evaluation import build_evaluator, build_sampler
+    from pretrain.run.build_evaluation import build_evaluator, build_sampler, build_tasks
     from pretrain.run.metadata import run_facts
     from pretrain.telemetry.events import Evaluated, Event, MetricsEvent, RunStarted, Sampled
 
@@ -210,7 +210,7 @@ def evaluation(config: RunConfig, overrides: list[str], interrupt: Interrupt) ->
         evaluator = build_evaluator(config, prepared)
         sampler = build_sampler(config, prepared, scorer, evaluator)
         scores = evaluator.run(scorer, announce=True) or ()
-        metrics = run_tasks(config.evaluation.tasks, scorer, announce=True) or ()
+        metrics = run_tasks(build_tasks(config, prepared), scorer, announce=True) or ()
         samples = sampler.run(scorer) or ()
     events: list[Event] = [
         RunStarted(0, 0, resumed=False, facts=run_facts(config, world, scorer) | {"uniform_loss": uniform}),

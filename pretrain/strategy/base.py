@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pretrain.distributed.topology import Topology
     from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
-    from pretrain.strategy.engine import Engine
+    from pretrain.strategy.engine import Engine, InferenceEngine
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,13 @@ class Strategy(ABC):
     def memory_saving_overrides(self, step: StepConfig, topology: Topology) -> list[str]:
         """Return overrides with which a device needs less memory, the most effective first."""
         return []
+
+    def reference(self, model: ModelFactory, step: StepConfig, world: DistributedContext) -> InferenceEngine:
+        """Return a second model for forwards alone, such as the base model that an objective compares with. The default has the
+        full model on every rank."""
+        from pretrain.strategy.engine import InferenceEngine
+
+        return InferenceEngine(model.build(world.device), precision=step.precision, world=world)
 
     @abstractmethod
     def setup(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -96,11 +96,9 @@ class ReplicatedEngine(Engine):
 
     def backward(self, batch: Batch, *, tokens: float, last: bool) -> Tensor:
         self._wrapped.set_gradient_accumulation_boundary(last)
-        with self.autocast():
-            loss = self.model(batch.input_ids, batch.labels, batch.position_ids, batch.loss_weights)
-        loss = loss / tokens
-        self._wrapped.backward(self.scaler.scale(loss * self.replicas), scale_wrt_gas=False)
-        return loss.detach()
+        loss, reported = self.losses(batch)
+        self._wrapped.backward(self.scaler.scale(loss / tokens * self.replicas), scale_wrt_gas=False)
+        return reported / tokens
 
 
 class DeepspeedEngine(Engine):
@@ -125,6 +123,7 @@ class DeepspeedEngine(Engine):
     # 16-bit weights from the fp32 ones.
 
     has_gradients = False
+    weights_in_model = False
 
     def __init__(self, *args: Any, wrapped: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -185,10 +184,9 @@ class DeepspeedEngine(Engine):
 
     def backward(self, batch: Batch, *, tokens: float, last: bool) -> Tensor:
         self._wrapped.set_gradient_accumulation_boundary(last)
-        summed = self.step_module(batch.input_ids, batch.labels, batch.position_ids, batch.loss_weights)
-        loss = summed / tokens
-        self._wrapped.backward(loss * self.replicas, scale_wrt_gas=False)
-        return loss.detach()
+        loss, reported = self.losses(batch)
+        self._wrapped.backward(loss / tokens * self.replicas, scale_wrt_gas=False)
+        return reported / tokens
 
     def step(self, max_norm: float | None, *, refuse: Callable[[Tensor], Tensor] = never) -> Tensor:
         """Take a step. ``refuse`` is called with 0, because the norm is not known yet; DeepSpeed itself skips a step whose norm
@@ -200,7 +198,10 @@ class DeepspeedEngine(Engine):
         self.skipped += int(self._zero.skipped)
         return torch.as_tensor(self._zero.grad_norm, dtype=torch.float32, device=device)
 
-    def forward(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
+    def autocast(self) -> AbstractContextManager[object]:
+        return nullcontext()  # the weights of the forward have the matmul dtype
+
+    def forward(self, *inputs: Tensor | None, **more: Any) -> Tensor:
         found: Tensor = self.step_module(*inputs, **more)
         return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from pretrain.telemetry.step_timer import StepTimer
 if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
     from pretrain.models.language_model import LanguageModel
+    from pretrain.strategy.objective import Term
     from pretrain.strategy.precision import Precision
 
 
@@ -39,11 +40,13 @@ class StepOutput:
             mean.
         grad_norm: norm of the gradient before clipping, a 0-d tensor on the device.
         tokens: target tokens of the global batch.
+        terms: value of the term that the objective adds to the loss, by its name, as a 0-d tensor on the device.
     """
 
     loss: Tensor
     grad_norm: Tensor
     tokens: int
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 def never(norm: Tensor) -> Tensor:
@@ -66,7 +69,10 @@ class InferenceEngine:
         world: the ranks and their collectives.
         num_parameters: number of parameters of the full model.
         num_trained: number of those that are trained.
+        weights_in_model: whether the parameters of the model are the weights that are saved.
     """
+
+    weights_in_model = True
 
     def __init__(self, model: LanguageModel, *, precision: Precision, world: DistributedContext) -> None:
         self.model = model
@@ -84,6 +90,27 @@ class InferenceEngine:
         return self.forward(batch.input_ids, batch.labels, batch.position_ids)
 
     @torch.no_grad()
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Return the last hidden states [n, S, h] of a batch, in the matmul dtype. The first call keeps a copy of the head, for
+        `evaluate_against_base`. The model must be in eval mode and have a ``fused_loss``."""
+        hidden = self.forward(batch.input_ids, None, batch.position_ids)
+        with self.autocast():
+            device = hidden.device.type
+            return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+    @torch.no_grad()
+    def evaluate_against_base(self, batch: Batch, base_hidden: Tensor) -> Tensor:
+        """Return the summed loss of a batch and its summed KL(base ‖ now), fp32 [2] on the device (nats). ``base_hidden`` are the
+        `hidden_states` of the base model."""
+        return self.forward(batch.input_ids, batch.labels, batch.position_ids, base_hidden=base_hidden).sum(0)
+
+    @torch.no_grad()
+    def evaluate_rows(self, batch: Batch) -> Tensor:
+        """Return the loss of each row of a batch and the number of its targets that have the largest logit, fp32 [n, 2] on the
+        device. The model must be in eval mode."""
+        return self.forward(batch.input_ids, batch.labels, batch.position_ids, by_row=True)
+
+    @torch.no_grad()
     def next_tokens(self, input_ids: Tensor, ends: Tensor) -> Tensor:
         """Return the most likely token after position ``ends[i]`` of row i of ``input_ids`` [n, S], as int64 [n].
 
@@ -92,7 +119,7 @@ class InferenceEngine:
         """
         return self.forward(input_ids, ends=ends).argmax(-1)
 
-    def forward(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor | None, **more: Any) -> Tensor:
         """Run a forward without a backward."""
         with self.autocast():
             found: Tensor = self.model(*inputs, **more)
@@ -111,9 +138,11 @@ class Engine(EngineState, InferenceEngine):
         has_gradients: whether every parameter has its gradient (or shard of it) in ``grad`` at the optimizer's step.
         skipped: number of steps without an update (int64, 0-d, on the device).
         timer: times the parts of a step.
+        term: the term that the objective adds to the cross entropy (``None``: none).
     """
 
     has_gradients = True
+    term: Term | None = None
 
     def __init__(
         self,
@@ -186,9 +215,10 @@ class Engine(EngineState, InferenceEngine):
                 heartbeat()
         with self.timer.part("communication"):
             self.world.data_all_reduce_sum(loss)
+            terms = {} if self.term is None else {self.term.name: self.term.take(self, divisor)}
         with self.timer.part("optimizer"):
             norm = self.step(self.grad_clip, refuse=never if should_skip is None else partial(should_skip, loss))
-        return StepOutput(loss, norm, tokens)
+        return StepOutput(loss, norm, tokens, terms)
 
     def skip_step(self, batch: Batch) -> StepOutput:
         """Count a step that does not train on ``batch``; its loss and norm are NaN."""
@@ -216,11 +246,30 @@ class Engine(EngineState, InferenceEngine):
         last micro-batch of a step.
         """
         with self.communication(last):
-            with self.autocast():
-                loss = self.step_module(batch.input_ids, batch.labels, batch.position_ids, batch.loss_weights).sum()
-            loss = loss / tokens
-            self.scaler.scale(loss * self.replicas).backward()
-        return loss.detach()
+            loss, reported = self.losses(batch)
+            self.scaler.scale(loss / tokens * self.replicas).backward()
+        return reported / tokens
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the summed loss of a micro-batch with the objective's term, and the cross entropy alone, detached."""
+        if self.term is not None:
+            return self.term.losses(self, batch)
+        loss = self.cross_entropy(batch)
+        return loss, loss.detach()
+
+    def cross_entropy(self, batch: Batch) -> Tensor:
+        """Return the summed cross entropy of a micro-batch of a training step."""
+        with self.autocast():
+            loss = self.step_module(batch.input_ids, batch.labels, batch.position_ids, batch.loss_weights)
+        return loss.sum()
+
+    def cross_entropy_and_kl(self, batch: Batch, base_hidden: Tensor, temperature: float) -> Tensor:
+        """Return the summed cross entropy of a micro-batch of a training step and its summed KL(base ‖ now), fp32 [2].
+        ``base_hidden`` are the `hidden_states` of the base model."""
+        given = (batch.input_ids, batch.labels, batch.position_ids, batch.loss_weights)
+        with self.autocast():
+            found = self.step_module(*given, base_hidden=base_hidden, temperature=temperature)
+        return found.sum(0)
 
     def communication(self, last: bool) -> AbstractContextManager[object]:
         """Return the context of one micro-batch's forward and backward. With ``last``, gradients must be reduced in it."""
@@ -235,6 +284,8 @@ class Engine(EngineState, InferenceEngine):
         """
         self._drop_frozen()
         self.scaler.unscale_(self.optimizer)
+        if self.term is not None:
+            self.term.add_gradients(self)
         norm = self.clip(max_norm)
         if self.scaler.is_enabled():
             norm = self._sync_infinite(norm)
@@ -322,12 +373,16 @@ class Engine(EngineState, InferenceEngine):
 
 
 def norm_of(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the norm of the gradients over all shards of all ranks. This is a collective if there are shards.
+    """Return the norm of the gradients over all shards of all ranks. This is a collective if there are shards."""
+    return norm_of_shards(p.grad for p in parameters if p.grad is not None)
+
+
+def norm_of_shards(grads: Iterable[Tensor]) -> Tensor:
+    """Return the norm over all tensors, of which a rank may hold shards. This is a collective if it does.
 
     The norms of rows are computed first: on a CPU torch's norm of a whole matrix of 38 M fp32 numbers has a relative error
     of 3e-3, that of its rows 3e-7.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
     rows = [torch.linalg.vector_norm(grad, dim=-1) if grad.ndim > 1 else grad for grad in grads]
     return tensors.full_tensor(nn.utils.get_total_norm(rows))
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pretrain.distributed.topology import Topology
     from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
-    from pretrain.strategy.engine import Engine
+    from pretrain.strategy.engine import Engine, InferenceEngine
     from pretrain.strategy.precision import Precision
 
 BLOCKS = {"gpt2": "GPT2Block", "llama": "LlamaDecoderLayer"}  # short names of the original design
@@ -97,10 +97,35 @@ class Fsdp(Strategy):
         step: StepConfig,
         world: DistributedContext,
     ) -> Engine:
+        from pretrain.strategy.fsdp_engine import FsdpEngine
+
+        built, unsharded = self.sharded(model, step, world)
+        return FsdpEngine(
+            built,
+            optimizer(built),
+            precision=step.precision,
+            grad_clip=step.grad_clip,
+            world=world,
+            replicas=world.size,
+            exchange_always=not self.accumulate_unsharded,
+            sharded_export=self.state_dict_type == "sharded",
+            unsharded=unsharded,
+        )
+
+    def reference(self, model: ModelFactory, step: StepConfig, world: DistributedContext) -> InferenceEngine:
+        from pretrain.strategy.fsdp_engine import FsdpInferenceEngine
+
+        built, _ = self.sharded(model, step, world)
+        return FsdpInferenceEngine(built, precision=step.precision, world=world)
+
+    def sharded(
+        self, model: ModelFactory, step: StepConfig, world: DistributedContext
+    ) -> tuple[LanguageModel, list[nn.Parameter]]:
+        """Return the sharded model with its weights, and the parameters that every rank holds in full."""
         import torch
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        from pretrain.strategy.fsdp_engine import FsdpEngine, free_gathered
+        from pretrain.strategy.fsdp_engine import free_gathered
 
         built = model.build_on_meta()
         blocks = wrapped_blocks(built.hf, self.auto_wrap_policy)
@@ -123,17 +148,7 @@ class Fsdp(Strategy):
         register_fsdp_forward_method(built, "probe")
         built.probe(torch.empty(0))
         free_gathered(built)
-        return FsdpEngine(
-            built,
-            optimizer(built),
-            precision=step.precision,
-            grad_clip=step.grad_clip,
-            world=world,
-            replicas=world.size,
-            exchange_always=not self.accumulate_unsharded,
-            sharded_export=self.state_dict_type == "sharded",
-            unsharded=unsharded,
-        )
+        return built, unsharded
 
     def mesh(self, world: DistributedContext) -> DeviceMesh:
         """Return the device mesh: one dimension of shards, or copies × shards."""

@@ -11,10 +11,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from pretrain.strategy.engine import Engine, never, norm_of
+from pretrain.strategy.engine import Engine, InferenceEngine, never, norm_of
 
 
-class FsdpEngine(Engine):
+class FsdpInferenceEngine(InferenceEngine):
+    """A sharded model that can be evaluated."""
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return nullcontext()  # the policy casts the gathered weights
+
+    def forward(self, *inputs: Tensor | None, **more: Any) -> Tensor:
+        found = super().forward(*inputs, **more)
+        free_gathered(self.model)
+        return found
+
+
+class FsdpEngine(FsdpInferenceEngine, Engine):
     """With ``exchange_always``, gradients are reduced and freed after every micro-batch, not only after the last one.
     ``unsharded`` are the parameters that are replicated instead of sharded; their gradients are averaged here."""
 
@@ -24,9 +36,6 @@ class FsdpEngine(Engine):
         super().__init__(*args, **options)
         self._exchange_always = exchange_always
         self._unsharded = unsharded
-
-    def autocast(self) -> AbstractContextManager[object]:
-        return nullcontext()
 
     def communication(self, last: bool) -> AbstractContextManager[object]:
         assert isinstance(self.model, FSDPModule)
@@ -46,11 +55,6 @@ class FsdpEngine(Engine):
         if not unsharded:
             return sharded
         return torch.hypot(sharded, norm_of([p for p in parameters if id(p) in unsharded]).to(sharded.device))
-
-    def forward(self, *inputs: Tensor | None, **more: Tensor) -> Tensor:
-        found = super().forward(*inputs, **more)
-        free_gathered(self.model)
-        return found
 
 
 def free_gathered(model: nn.Module) -> None:

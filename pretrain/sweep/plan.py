@@ -96,7 +96,8 @@ def check_metric(config: RunConfig) -> None:
     """Raise ``UserError`` if ``sweep.metric`` names a domain that is not evaluated, or a metric where there are no tasks."""
     metric = config.sweep.metric
     if metric.startswith(TASK_METRIC):
-        if not config.evaluation.tasks:
+        policy = config.evaluation
+        if not (policy.tasks or policy.questions or policy.lm_eval.tasks):
             raise UserError(f"sweep.metric={metric}: the config has no evaluation.tasks that could measure it")
         return
     domain = metric.rpartition(".")[0]

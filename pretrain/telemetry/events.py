@@ -75,6 +75,7 @@ class StepDone(Event):
         times: How long each part of the step took on this rank.
         loss_scale: Loss scale of fp16; ``None`` without a gradient scaler.
         layers: Norms of every layer, if they were recorded at this step.
+        terms: Value of the term that the objective adds to the loss, by its name, a 0-d tensor.
     """
 
     epoch: float
@@ -88,6 +89,7 @@ class StepDone(Event):
     times: StepTimes = field(default_factory=StepTimes)
     loss_scale: Tensor | float | None = None
     layers: LayerNorms | None = None
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,10 @@ class DomainScore:
         delta_reason: Why ``delta_loss`` is ``None``.
         digest: Digest of the tokens and of the settings they were scored with. Two losses are comparable only if their
             digests are equal.
+        kl_to_base: Mean KL(base ‖ now) in nats per token, of the next-token distributions of the base model (before this
+            run) and of the model now, on the first ``evaluation.kl_tokens`` tokens; ``None`` if it was not measured.
+        in_context_gain: How much lower the loss of random tokens is when their span is repeated in the context (nats per
+            token). It belongs to the model and is the same for every domain; ``None`` if it was not measured.
     """
 
     domain: str
@@ -153,6 +159,8 @@ class DomainScore:
     delta_loss: float | None = None
     delta_reason: str | None = None
     digest: str | None = None
+    kl_to_base: float | None = None
+    in_context_gain: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +169,23 @@ class Evaluated(Event):
 
     scores: tuple[DomainScore, ...]
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class MergePoint:
+    """The scores of the model ``alpha`` × result + (1 - ``alpha``) × base model."""
+
+    alpha: float
+    scores: tuple[DomainScore, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeCurve(Event):
+    """Points between the base model and the result of the run were scored. ``chosen`` is the ``alpha`` of the point that is
+    exported; ``None``: the result itself."""
+
+    points: tuple[MergePoint, ...]
+    chosen: float | None
 
 
 @dataclass(frozen=True, slots=True)

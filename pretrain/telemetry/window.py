@@ -74,15 +74,17 @@ class Window:
             event.grad_norm,
             event.skipped,
             scale,
+            *event.terms.values(),
         )  # 0/0 = NaN if no step had a finite loss
         together = torch.stack([torch.as_tensor(x, device=total.device).to(total.dtype) for x in last])
-        loss, loss_mean, grad_norm, skipped, loss_scale = together.tolist()
+        loss, loss_mean, grad_norm, skipped, loss_scale, *terms = together.tolist()
         return {
             "loss": loss,
             "loss_mean": loss_mean,
             "grad_norm": grad_norm,
             "skipped_steps": int(skipped),
             "loss_scale": loss_scale,
+            **dict(zip(event.terms, terms, strict=True)),
         }
 
     def seconds(self) -> float:

@@ -18,6 +18,7 @@ from pretrain.runtime.watchdog import Watchdog
 from pretrain.telemetry.events import (
     DataStatisticsEvent,
     Event,
+    MergeCurve,
     RolledBack,
     RunFinished,
     RunStarted,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from pretrain.data.loader import Loader
     from pretrain.distributed.context import DistributedContext
     from pretrain.evaluation.evaluation import Evaluation
+    from pretrain.merging.curve import Curve
     from pretrain.strategy.engine import Engine
     from pretrain.training.exporter import Exporter
     from pretrain.training.guard.guard import BadStep
@@ -65,6 +67,7 @@ class Trainer:
         exporter: Exporter | None = None,
         layers: LayerStatistics | None = None,
         hooks: Mapping[str, Hook] | None = None,
+        curve: Curve | None = None,
         listeners: Sequence[Listener] = (),
         interrupt: Interrupt | None = None,
         watchdog: Watchdog | None = None,
@@ -83,6 +86,7 @@ class Trainer:
             exporter: writes the model as Hugging Face folders. Default: it is not exported.
             layers: measures the norms of each layer. Default: they are not measured.
             hooks: keep state beside the model, by name.
+            curve: scores points between the base model and the result at the end. Default: none.
             listeners: receive every event. Several processes: rank 0 alone has any.
             interrupt: whether a stop signal has arrived. Default: no signal is handled.
             watchdog: ends the process if the run makes no progress. Default: it is not watched.
@@ -93,7 +97,7 @@ class Trainer:
         self.evaluation, self.checkpoints, self.exporter = evaluation, checkpoints or Checkpoints(), exporter
         self.guard = guard or Guard(GuardConfig(), device=engine.world.device)
         self.layers = layers or LayerStatistics(engine, Interval(None))
-        self.hooks = Hooks(hooks or {}, engine.world)
+        self.hooks, self.curve = Hooks(hooks or {}, engine.world), curve
         self.listeners = list(listeners)
         self.interrupt, self.watchdog = interrupt or Interrupt(), watchdog or Watchdog()
         self.rng = rng_state() if rng is None else rng
@@ -102,6 +106,7 @@ class Trainer:
         self.statistics = DataStatistics(loader)
         self._batches: Generator[Batch, None, None]
         self._started_at_step = 0
+        self._pending_curve = False
 
     def run(self) -> TrainState:
         """Train up to the last step or until a stop signal; save, and export the model of a finished run."""
@@ -126,6 +131,7 @@ class Trainer:
         """Restore the checkpoint to resume from, if there is one, and announce the run."""
         self.hooks.setup(self.engine)
         checkpoint = self.checkpoints.resume_from
+        self.capture_base()
         if checkpoint is not None:
             self.score_baseline_again()
             self.restore(checkpoint)
@@ -174,6 +180,7 @@ class Trainer:
             times=engine.timer.take(),
             loss_scale=engine.loss_scale,
             layers=layers,
+            terms=done.terms,
         )
 
     def roll_back_if_needed(self, *, at_once: bool) -> bool:
@@ -207,7 +214,7 @@ class Trainer:
             return True
         self.watchdog.allow_slow()
         started_at = time.perf_counter()
-        events = self.evaluation.run(self.engine, self.state, **self.callbacks)
+        events = self.evaluation.run(self.engine, self.state, last=self.finished, **self.callbacks)
         if events is None:
             self.emit(TrainingPaused(self.state.step, time.perf_counter() - started_at, "evaluation"))
             return False
@@ -282,6 +289,13 @@ class Trainer:
             self.emit_saved()
 
     @watched("evaluation")
+    def capture_base(self) -> None:
+        """Compute what evaluations need of the initial weights, which the engine has until a checkpoint is loaded."""
+        if self.evaluation is not None:
+            self.watchdog.allow_slow()
+            self.evaluation.capture_base(self.engine, **self.callbacks)
+
+    @watched("evaluation")
     def score_baseline_again(self) -> None:
         """Score the initial weights before those of a checkpoint replace them, if its baseline was measured on other text than
         this run evaluates."""
@@ -309,13 +323,36 @@ class Trainer:
         self.sync_stop_signal()  # reports the last save, after which there was no step, or raises its error
         if self.state.step not in (self.state.evaluated_at, self._started_at_step):  # else it was already emitted
             self.emit_data()
+        curve = self.score_merge_curve()
         model = None
         if self.exporter is not None and self.complete:
             with self.watchdog.slow():
-                model = self.exporter.at_end(self.state)
+                model = self.export(self.exporter, curve)
+                for name, weights in self.hooks.averages("export").items():
+                    self.exporter.average_at_end(name, weights, self.state)
         status = "finished" if self.complete else "stopped"
         self.emit(RunFinished(self.state.step, status, self.state.tokens, model))
         return self.state
+
+    @watched("evaluation")
+    def score_merge_curve(self) -> MergeCurve | None:
+        """Score the points between the base model and the result of a complete run. ``None`` without a curve, or if a stop signal
+        interrupted it; the run is then not complete."""
+        if self.curve is None or not self.complete:
+            return None
+        self.watchdog.allow_slow()
+        scored = self.curve.score(self.engine, self.state, **self.callbacks)
+        self._pending_curve = scored is None
+        if scored is not None:
+            self.emit(scored)
+        return scored
+
+    def export(self, exporter: Exporter, curve: MergeCurve | None) -> Path | None:
+        """Export the model, or the chosen point of the merge curve."""
+        if self.curve is None or curve is None or curve.chosen is None:
+            return exporter.at_end(self.state)
+        with self.curve.weights_at(self.engine, curve.chosen):
+            return exporter.at_end(self.state, note=self.curve.note(curve.chosen))
 
     @property
     def world(self) -> DistributedContext:
@@ -334,7 +371,7 @@ class Trainer:
     @property
     def complete(self) -> bool:
         """Whether only the export is left to do."""
-        return self.finished and not self.state.pending_evaluation
+        return self.finished and not self.state.pending_evaluation and not self._pending_curve
 
     @property
     def pauses(self) -> bool:

@@ -247,6 +247,7 @@ def test_no_other_key_of_hydras(key, command):
 FILES = {
     "allow_targets": "allow_targets: [foreign.Sink]\nsink: {{mine: {{_target_: foreign.Sink}}}}",
     "model.trust_remote_code": "model: {{trust_remote_code: true}}",
+    "evaluation.lm_eval.include_path": "evaluation: {{lm_eval: {{include_path: tasks}}}}",
     "launch.endpoint": "launch: {{endpoint: 'elsewhere:29500', nodes: 2}}",
 }
 

@@ -29,7 +29,7 @@ def test_layer_decay_counts_blocks_below_the_head():
     assert heights(NAMES) == dict(zip(NAMES, [0, 1, 11, 12, 12], strict=True))
     factors = LrFactors({"embed": 0.1}, layer_decay=0.9).of(NAMES)
     assert [factors[name] for name in NAMES] == pytest.approx([0.1 * 0.9**12, 0.9**11, 0.9, 1.0, 1.0])
-    assert LrFactors(layer_decay=0.5).of(["a.weight", "b.weight"]) == {"a.weight": 0.5, "b.weight": 0.5}
+    assert LrFactors(layer_decay=0.5).of(["a.weight", "b.weight"]) == {"a.weight": 1.0, "b.weight": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -64,14 +64,14 @@ def test_values_that_can_not_be_meant(word, message):
 
 
 def test_optimizers_of_other_packages_have_them_too():
-    words = ["optimizer._target_=torch.optim.SGD", "allow_targets=[torch.optim]", "optimizer.lr_multipliers={a: 0.5}"]
+    words = ["optimizer._target_=torch.optim.SGD", "allow_targets=[torch.optim]", "optimizer.lr_multipliers={one: 0.5}"]
     config = run_config(words)
-    assert config.lr_factors == LrFactors({"a": 0.5})
-    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    assert config.lr_factors == LrFactors({"one": 0.5})
+    model = nn.ModuleDict({"one": nn.Linear(2, 2), "two": nn.Linear(2, 2)})
     made = config.with_lr(0.1).optimizer(model.named_parameters())
     split_by_factor([made], model.named_parameters(), config.lr_factors.of([n for n, _ in model.named_parameters()]))
     assert {id(p): g["lr_factor"] for g in made.param_groups for p in g["params"]} == {
-        id(p): 0.5 if name.startswith("a") else 1.0 for name, p in model.named_parameters()
+        id(p): 0.5 if name.startswith("one") else 1.0 for name, p in model.named_parameters()
     }
 
 

@@ -243,6 +243,7 @@ def test_what_is_shown_of_a_run_comes_from_one_history(tmp_path, capsys):
     assert read_run_file(tmp_path)["results"] == {
         "d": {"domain": "d", "role": "new", "loss": 2.5, "perplexity": math.exp(2.5), "bits_per_byte": None}
         | {"tokens": 5, "delta_loss": -0.5, "delta_reason": None, "digest": "text", "step": 4}
+        | {"kl_to_base": None, "in_context_gain": None}
     }
     read = History(read_records(tmp_path / "metrics.jsonl"))
     assert monitor.history.metrics() == read.metrics() == measures_of(tmp_path)

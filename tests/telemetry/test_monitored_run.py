@@ -15,10 +15,10 @@ from pretrain.telemetry.sinks.jsonl import read_records
 PACKAGE = Path(pretrain.__file__).parent
 STEPS, LOG_EVERY, LAYERS_EVERY, SAMPLES, LENGTH, PEAK = 12, 5, 4, 4, 32, 1e12
 READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__")
-BESIDE = {"evaluate", "save", "resume", "finish"}  # what pauses training
+BESIDE = {"evaluate", "capture_base", "save", "resume", "finish"}  # what pauses training
 # Reads in every step that are no number's: on a GPU `update` decides on the device, `_read` looks at what was copied to the
 # host a step before; and in each forward transformers looks whether rows are packed.
-FREE = {("strategy/engine.py", "update"), ("training/guard/guard.py", "_read"), ("models/language_model.py", "_loss")}
+FREE = {("strategy/engine.py", "update"), ("training/guard/guard.py", "_read"), ("models/language_model.py", "_hidden")}
 
 
 def reader() -> tuple[str, str] | None:

@@ -10,6 +10,7 @@ from typing import Any
 from pretrain.config.defaults import defaults_for
 from pretrain.telemetry.baseline import doubt
 from pretrain.telemetry.history import Domain, History
+from pretrain.telemetry.in_context import lost_in_context
 from pretrain.telemetry.numbers import (
     NOTHING,
     amount,
@@ -43,7 +44,7 @@ from pretrain.telemetry.report.style import (
     table,
     tile,
 )
-from pretrain.telemetry.report.summary import before_after, verdict
+from pretrain.telemetry.report.summary import before_after, caveats, verdict
 
 MAX_ROWS = 40  # maximum rows of a table of unbounded length
 MAX_SAMPLES = 12
@@ -58,13 +59,16 @@ def run_page(run: Run) -> str:
             _head(run),
             Markup(f'<p class="verdict">{escape(verdict(domains, history.step))}</p>'),
             _doubt(history),
+            _lost(history),
             grid(_tiles(run), "tiles"),
             section(
                 "Learning and forgetting",
                 grid([plots.loss_chart(history), plots.change_chart(history)], "two"),
                 _scores(history),
-                _other_tokens(run),
+                Markup("".join(f'<p class="soft">{escape(text)}</p>' for text in caveats(run.config))),
+                grid([plots.drift_charts(history)], "two"),
             ),
+            section("Base model and result merged", grid([plots.merge_chart(history)], "two"), _merge(history)),
             section("Metrics of evaluation tasks", grid([plots.metric_charts(history)]), _measurements(history)),
             section("Samples", *_samples(history)),
             section(
@@ -140,6 +144,12 @@ def _tiles(run: Run) -> Iterator[Markup]:
         yield tile(duration(eta), "remaining")
 
 
+def _lost(history: History) -> Markup:
+    """Return the warning that in-context learning is lost, if it is."""
+    line = lost_in_context(history)
+    return Markup(f'<p class="verdict bad">{escape(line)}</p>') if line else Markup("")
+
+
 def _coloured(text: str, kind: str) -> Markup:
     """Return ``text`` in the colour of ``kind``: good · bad · warn · empty."""
     return Markup(f'<span class="{kind}">{escape(text)}</span>')
@@ -148,7 +158,7 @@ def _coloured(text: str, kind: str) -> Markup:
 def _scores(history: History) -> Markup:
     if not history.domains:
         return Markup("")
-    head = ("domain", "perplexity before", "after", "change (nats)", "loss (nats)", "bits per byte")
+    head = ("domain", "perplexity before", "after", "change (nats)", "loss (nats)", "bits per byte", "KL to base")
     rows = []
     for name, domain in history.domains.items():
         change = domain.change()
@@ -161,17 +171,23 @@ def _scores(history: History) -> Markup:
                 _coloured(_change(domain, history.step), kind),
                 number(domain.last.get("loss"), 4),
                 number(domain.last.get("bits_per_byte"), 4),
+                number(domain.last.get("kl_to_base"), 4),
             )
         )
     return card(table(head, rows))
 
 
-def _other_tokens(run: Run) -> Markup:
-    """Return a warning if the run has extended the vocabulary of its model."""
-    if "vocabulary" not in (run.config.get("transform") or {}):
+def _merge(history: History) -> Markup:
+    """Return the table of the points between the base model and the result, with the change of each domain."""
+    if not history.merge:
         return Markup("")
-    text = "The vocabulary was extended: perplexity and loss count other tokens than the base model does; compare bits per byte."
-    return Markup(f'<p class="soft">{escape(text)}</p>')
+    rows = []
+    for alpha, scores in plots.merge_points(history):
+        chosen = any(s.get("chosen") for s in scores.values())
+        changes = (signed(scores[name].get("delta_loss")) if name in scores else NOTHING for name in history.domains)
+        rows.append((f"{alpha:g}" + (", exported" if chosen else ""), *changes))
+    labels = (plots.domain_label(name, d.role) for name, d in history.domains.items())
+    return card(table(("share of the result", *labels), rows))
 
 
 def _measurements(history: History) -> Markup:

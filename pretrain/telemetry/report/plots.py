@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pretrain.telemetry.history import PARTS, History
+from pretrain.telemetry.history import PARTS, History, mean
 from pretrain.telemetry.numbers import compact, share
+from pretrain.telemetry.record import Record
 from pretrain.telemetry.report.charts import (
     Band,
     Format,
@@ -55,6 +56,25 @@ def change_chart(history: History) -> Markup:
     lines = _domain_lines(history, "delta_loss")
     unit = f"{NATS} since step 0, lower is better"
     return line_chart("Gain and forgetting", lines, unit=unit, zero=True, large=True, bands=phase_bands(history))
+
+
+def drift_charts(history: History) -> Markup:
+    """Return the charts of KL(base ‖ now) of every domain and of the gain by context, as far as they were measured."""
+    if all(domain.once for domain in history.domains.values()):
+        return Markup("")
+    kl = line_chart(
+        "KL to the base model",
+        _domain_lines(history, "kl_to_base"),
+        unit=f"{NATS}, 0: the same predictions",
+        from_zero=True,
+        large=True,
+        bands=phase_bands(history),
+    )
+    first = next(iter(history.domains.values()))
+    gain = Line("gain by context", *first.curve("in_context_gain"), TRAINING)
+    unit = f"{NATS} gained on a repeated random span, higher is better"
+    learning = line_chart("In-context learning", [gain], unit=unit, zero=True, large=True, bands=phase_bands(history))
+    return join([kl, learning])
 
 
 def _domain_lines(history: History, key: str) -> list[Line]:
@@ -250,6 +270,33 @@ def trade_chart(runs: Sequence[Run], names: Sequence[str]) -> Markup:
         zero=True,
         large=True,
     )
+
+
+def merge_chart(history: History) -> Markup:
+    """Return the chart of gain against forgetting of the points between the base model and the result."""
+    points = [
+        (alpha, *(_mean_change(scores, role) for role in ("new", "base"))) for alpha, scores in merge_points(history)
+    ]
+    known = [(alpha, new, base) for alpha, new, base in points if new is not None and base is not None]
+    chosen = {alpha for alpha, scores in merge_points(history) if any(s.get("chosen") for s in scores.values())}
+    return scatter_chart(
+        "Between the base model and the result",
+        [Point(f"{alpha:g}", new, base, 1 if alpha in chosen else 0, strong=True) for alpha, new, base in known],
+        x_label="change of new domains",
+        unit="change of base domains, nats per token",
+        front=[(new, base) for _, new, base in known] if len(known) > 1 else (),
+        zero=True,
+        large=True,
+    )
+
+
+def merge_points(history: History) -> list[tuple[float, dict[str, Record]]]:
+    """Return the points between the base model and the result in ascending order, each with its scores by domain."""
+    return sorted(history.merge.items())
+
+
+def _mean_change(scores: dict[str, Record], role: str) -> float | None:
+    return mean(s.get("delta_loss") for s in scores.values() if s.get("role") == role)
 
 
 def _curves(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pretrain.telemetry.history import History
+from pretrain.telemetry.in_context import lost_in_context
 from pretrain.telemetry.numbers import duration, number, significant
 from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record, change_of
 
@@ -112,12 +113,14 @@ def _scored_last(record: Record, step: int) -> str:
 
 
 def reasons(history: History) -> list[str]:
-    """Return one line for each domain whose change is unknown, with the reason."""
-    return [
+    """Return one line for each domain whose change is unknown, with the reason, and one if in-context learning is lost."""
+    lost = lost_in_context(history)
+    unknown = [
         f"{name}: change since step 0 unknown: {domain.last['delta_reason']}"
         for name, domain in history.domains.items()
         if domain.last.get("delta_reason")
     ]
+    return unknown if lost is None else [*unknown, lost]
 
 
 def scores(history: History) -> Table:

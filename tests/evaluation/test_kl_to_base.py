@@ -1,0 +1,75 @@
+"""KL(base ‖ now): against a computation from full logits, for every way a model may be evaluated."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.data.batch import IGNORE, Batch
+from pretrain.evaluation.base_states import BaseStates
+from pretrain.models import kl_divergence as kl
+from pretrain.models.kl_divergence import Head
+from tests.engines import IDS, engine_of, trained
+
+LABELS = IDS[:, 1:].clone()
+LABELS[0, :5] = IGNORE
+BATCH = Batch(IDS[:, :-1], LABELS, None, 27)
+
+
+class Domain:
+    name = "text"
+    batches = type("Batches", (list,), {"batch_size": 2, "sequence_length": 16})([BATCH, BATCH])
+
+
+def plain_kl(base, now):
+    """The sum over targets, from the logits of both models in fp64."""
+    p, q = (torch.log_softmax(hf(input_ids=BATCH.input_ids, use_cache=False).logits.double(), -1) for hf in (base, now))
+    return (((p.exp() * (p - q)).sum(-1)) * (LABELS != IGNORE)).sum()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # tied and untied heads
+@torch.no_grad()
+def test_equals_the_divergence_of_full_logits(name):
+    engine = engine_of(name)
+    engine.model.eval()
+    base = copy.deepcopy(engine.model.hf)
+    states = BaseStates(tokens=32)
+    states.capture(engine, [Domain])
+    assert states.evaluate(engine, BATCH, ("text", 0))[1:].tolist() == [0, 27], "the base model itself"
+    with torch.enable_grad():
+        trained(engine.model.train() and engine)
+    engine.model.eval()
+    nats, summed, counted = states.evaluate(engine, BATCH, ("text", 0))
+    assert counted == 27
+    assert nats == engine.evaluate(BATCH), "the loss does not change by what is measured beside it"
+    assert summed == pytest.approx(float(plain_kl(base, engine.model.hf)), rel=1e-4)
+    assert summed > 0.1
+    assert states.evaluate(engine, BATCH, ("text", 1)).tolist() == [nats, 0, 0], "beyond the tokens it is measured on"
+
+
+@given(rows=st.integers(1, 9), chunk=st.integers(1, 9), bias=st.booleans(), seed=st.integers(0, 99))
+def test_chunks_do_not_matter(rows, chunk, bias, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = [torch.randn(rows, 4, generator=generator) for _ in range(2)]
+    heads = [Head(torch.randn(11, 4, generator=generator), torch.randn(11, generator=generator) if bias else None)] * 2
+    labels = torch.randint(IGNORE, IGNORE + 2, (rows,), generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kl, "chunk_rows", lambda rows, vocabulary: chunk)
+        found = kl.kl_divergence(hidden[0], heads[0], hidden[1], heads[1], labels)
+    logits = [torch.nn.functional.linear(h, *heads[0]).double() for h in hidden]
+    p, q = (torch.log_softmax(z, 1) for z in logits)
+    assert found == pytest.approx(float(((p.exp() * (p - q)).sum(1) * (labels != IGNORE)).sum()), rel=1e-4, abs=1e-5)
+
+
+def test_a_model_with_capped_logits_has_none(capsys):
+    engine = engine_of("gemma2")
+    states = BaseStates(tokens=32)
+    states.capture(engine.model.eval() and engine, [Domain])
+    assert "caps or scales its logits" in capsys.readouterr().err
+    assert states.evaluate(engine, BATCH, ("text", 0))[2] == 0
+
+
+def test_at_least_one_batch_is_compared():
+    assert [BaseStates(tokens).num_batches(Domain) for tokens in (1, 32, 63, 64, 999)] == [1, 1, 1, 2, 2]

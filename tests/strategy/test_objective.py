@@ -1,0 +1,153 @@
+"""The terms that an objective adds to the loss: their gradients against plain autograd, and equal under every strategy."""
+
+import copy
+
+import pytest
+import torch
+
+from pretrain.data.batch import IGNORE
+from pretrain.runtime.errors import UserError
+from pretrain.strategy.engine import InferenceEngine
+from pretrain.strategy.objective import KlToBase, L2ToBase, Objective
+from pretrain.telemetry.sinks.jsonl import read_records
+from tests.engines import ALONE, BATCH, FULL, engine_of, trained
+from tests.runs import assert_same_run, kill_and_resume
+
+
+def with_term(objective, name="llama", **more):
+    """An engine that has moved away from its base by two steps, and a copy of the base."""
+    engine = engine_of(name, **more)
+    base = copy.deepcopy(engine.model)
+    engine.term = objective.term(engine, lambda: InferenceEngine(copy.deepcopy(base), precision=FULL, world=ALONE))
+    trained(engine)
+    if engine.term is not None:
+        engine.term.restart()
+    return engine, base.eval()
+
+
+def gradients(engine):
+    return {name: p.grad.clone() for name, p in engine.model.hf_named_parameters()}
+
+
+def plain_loss(engine):
+    logits = engine.model.hf(input_ids=BATCH.input_ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), BATCH.labels.flatten(), ignore_index=IGNORE), logits
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_kl_to_base(name):
+    """Loss and gradient of CE + weight T² KL(base ‖ model) by autograd on full logits; the reported loss is the CE alone."""
+    engine, base = with_term(KlToBase(weight=0.5, temperature=2.0), name)
+    ce, logits = plain_loss(engine)
+    with torch.no_grad():
+        p = torch.log_softmax(base.hf(input_ids=BATCH.input_ids, use_cache=False).logits / 2, -1)
+    kl = (p.exp() * (p - torch.log_softmax(logits / 2, -1))).sum(-1).mean()
+    (ce + 0.5 * 4 * kl).backward()
+    expected = gradients(engine)
+    engine.optimizer.zero_grad(set_to_none=True)
+    reported = engine.backward(BATCH, tokens=32, last=True)
+    assert reported == pytest.approx(float(ce), rel=1e-6)
+    assert engine.term.take(engine, 32) == pytest.approx(float(kl), rel=1e-4)
+    for key, grad in gradients(engine).items():
+        torch.testing.assert_close(grad, expected[key], rtol=1e-3, atol=1e-6, msg=key)
+
+
+def test_l2_to_base():
+    engine, base = with_term(L2ToBase(weight=0.5))
+    before = {name: p.detach().clone() for name, p in base.hf_named_parameters()}
+    plain_loss(engine)[0].backward()
+    expected = {n: p.grad + 0.5 * (p.detach() - before[n]) for n, p in engine.model.hf_named_parameters()}
+    distance = sum(((p.detach() - before[n]) ** 2).sum() for n, p in engine.model.hf_named_parameters()).sqrt()
+    engine.optimizer.zero_grad(set_to_none=True)
+    engine.backward(BATCH, tokens=32, last=True)
+    engine.term.add_gradients(engine)
+    assert engine.term.take(engine, 32) == pytest.approx(float(distance), rel=1e-5)
+    for key, grad in gradients(engine).items():
+        torch.testing.assert_close(grad, expected[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_the_reference_is_frozen():
+    engine, base = with_term(KlToBase())
+    reference = engine.term._reference.model
+    assert not reference.training
+    assert not any(p.requires_grad for p in reference.parameters())
+    for (_, now), (_, then) in zip(reference.hf_named_parameters(), base.hf_named_parameters(), strict=True):
+        assert torch.equal(now, then)
+
+
+def test_without_a_term():
+    assert Objective().term(engine_of(), None) is None
+
+
+def test_a_model_with_capped_logits_has_no_kl_term():
+    with pytest.raises(UserError, match=r"objective=kl_to_base: Gemma2ForCausalLM caps or scales its logits"):
+        KlToBase().term(engine_of("gemma2"), None)
+
+
+STRATEGIES = {
+    "ddp": ["strategy=ddp", "devices=2", "batch_size=2"],
+    "fsdp": ["strategy=fsdp", "devices=2", "batch_size=2"],
+    "stage0": ["strategy=deepspeed", "strategy.zero_stage=0", "devices=2", "batch_size=2"],
+    "stage3": ["strategy=deepspeed", "strategy.zero_stage=3", "devices=2", "batch_size=2"],
+    "dp": ["strategy=dp", "batch_size=4"],
+}
+
+
+@pytest.fixture
+def run(base_arguments, exact_model, command, tmp_path):
+    """``run(name, *words)``: the train records of a run of ten steps."""
+    words = [w for w in base_arguments if not w.startswith("model_name=")]
+    words += [f"model_name={exact_model('llama')}", "max_steps=10", "evaluate_every=5", "log_every=1", "sink=jsonl"]
+
+    def start(name, *more):
+        code, _, err = command([*words, f"output_dir={tmp_path / name}", *more])
+        return code, err, tmp_path / name
+
+    return start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["kl_to_base", "l2_to_base"])
+def test_equal_under_every_strategy(objective, run):
+    """Losses, norms and values of the term. DeepSpeed's stages 1 to 3 have no gradients for l2_to_base: one line."""
+    words = [f"objective={objective}", "objective.weight=0.5"]
+    code, err, folder = run("single", *words, "strategy=single", "batch_size=4")
+    assert code == 0, err
+    expected = [r for r in read_records(folder / "metrics.jsonl") if r["event"] == "train"]
+    assert expected[0][objective] == 0
+    assert expected[-1][objective] > 0.01
+    for name, strategy in STRATEGIES.items():
+        code, err, folder = run(name, *words, *strategy)
+        if name == "stage3" and objective == "l2_to_base":
+            assert code == 2
+            assert "objective=l2_to_base with strategy=deepspeed at stages 1 to 3" in err
+            continue
+        assert code == 0, err
+        found = [r for r in read_records(folder / "metrics.jsonl") if r["event"] == "train"]
+        for key, bound in (("loss", 1e-5), ("grad_norm", 1e-4), (objective, 1e-4)):
+            assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], abs=bound), (name, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
+@pytest.mark.parametrize("objective", ["kl_to_base", "l2_to_base"])
+def test_killed_and_resumed(objective, strategy, base_arguments, command, spawn, tmp_path):
+    """Bit for bit; another weight on resume is refused."""
+    words = [
+        *base_arguments,
+        "max_steps=20",
+        "save_every=5",
+        "log_every=1",
+        f"objective={objective}",
+        f"strategy={strategy}",
+    ]
+    words += ["batch_size=4"] if strategy == "single" else ["devices=2", "batch_size=2"]
+    reference = tmp_path / "reference"
+    code, _, err = command([*words, f"output_dir={reference}"])
+    assert code == 0, err
+    kill_and_resume(words, tmp_path / "killed", command, spawn, at=7)
+    assert_same_run(tmp_path / "killed", reference)
+    if (objective, strategy) == ("kl_to_base", "single"):
+        code, _, err = command([*words, f"output_dir={reference}", "objective.weight=0.2"])
+        assert code == 2
+        assert "objective.weight: 0.1 → 0.2" in err
