@@ -206,8 +206,8 @@ class Pretrained(CausalLM):
         return overridden(super().config(), self.overrides)
 
     def check(self, sequence_length: int) -> None:
-        """Raise ``UserError`` for an incomplete model folder, a tokenizer that does not fit, a sequence longer than its positions,
-        or overrides that change weights. Only the last checks, of architecture and overrides, import torch."""
+        """Raise ``UserError`` for an incomplete model folder, a tokenizer that does not fit, a sequence beyond its positions, or
+        overrides that change weights. Only the last checks, of architecture and overrides, import torch."""
         folder = self.folder()
         config = files.read_config(folder, self.name_or_path)
         files.check_positions(positions(overridden(config, self.overrides)), sequence_length, self.name_or_path)
