@@ -216,9 +216,9 @@ class Pretrained(CausalLM):
         model_config.read_generation_config(folder, self.name_or_path)
         files.check_vocabulary(config, files.vocabulary_size(self.tokenizer_folder()), self.name_or_path)
         self.check_offload()
-        self.hf_config()
         if self.overrides:
             check_overrides(self, config["model_type"], known=_is_known(config["model_type"]))
+        self.hf_config()
 
     def identity(self) -> str:
         """Return a hash of config, overrides and weights. It does not depend on where the folder is."""

@@ -30,7 +30,6 @@ def test_help_lists_their_choices(conf, tmp_path, monkeypatch, command):
     assert "ourlab default Where our data is." in lines
     assert "transform adapter LoRA." in lines
     assert command(["optimizer=lion", "--help", "--config-dir=conf"])[1].startswith("optimizer=lion\n")
-    assert "transform=[freeze]" in command(["--help"])[1]
 
 
 HOSTILE = "evil\x1b]0;x\x07"

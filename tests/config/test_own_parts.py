@@ -105,11 +105,6 @@ def test_a_schedule_without_numbers_is_refused_before_the_run(conf):
         build_schedule(config, 10)
 
 
-def test_a_choice_where_there_is_none():
-    with pytest.raises(UserError, match="hook: none of its choices is shipped"):
-        run_config(["hook=[adapter]"])
-
-
 def test_the_base_classes():
     """What a subclass need not write: an export that returns the weights as they are, and the facts of a metric."""
 

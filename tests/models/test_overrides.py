@@ -51,7 +51,7 @@ def test_other_values_are_merged():
     [
         (
             {"rope_scaling": {"rope_type": "yam", "factor": 2.0}},
-            "='yam': one of linear, dynamic, yarn.*did you mean 'yarn'",
+            "='yam': one of linear, dynamic, yarn.*did you mean .*'yarn'",
         ),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor=None: a number of at least 1 is needed"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "rope_scaling.factor=0.5: a number"),
@@ -61,7 +61,7 @@ def test_other_values_are_merged():
             r"\(hidden_size\) changes the shapes .*embed_tokens.weight: \[300, 32\] → \[300, 64\], and",
         ),
         ({"vocab_size": 320}, r"\[300, 32\] → \[320, 32\].*transform=\[vocabulary\]"),
-        ({"num_hidden_layers": 3}, r"layers.2.* none → .*; more blocks: transform=\[expand\]"),
+        ({"num_hidden_layers": 4}, r"layers.3.* none → .*; more blocks: transform=\[expand\]"),
         ({"tie_word_embeddings": True}, r"lm_head.weight: \[300, 32\] → none"),
         ({"ropescaling": {}}, "llama has no 'ropescaling'; did you mean 'rope_scaling'"),
     ],
