@@ -58,7 +58,7 @@ class Exporter:
     engine: Engine
     tokenizer: Any
     run: Path
-    when: Literal["end", "save", "never"]
+    when: Literal["end", "best", "save", "never"]
     shard_size: str
     save_dtype: str | None
     card: Callable[[TrainState], str]

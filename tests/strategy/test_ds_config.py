@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 
 from pretrain.distributed.sharding import TensorFiles
 from pretrain.distributed.topology import Topology
+from pretrain.models.causal_lm import Scratch
 from pretrain.models.language_model import LanguageModel
+from pretrain.models.model_factory import ModelFactory
 from pretrain.runtime.errors import UserError
 from pretrain.strategy.base import StepConfig
 from pretrain.strategy.deepspeed import COMPILED, OWNERS, ROOT_KEYS, Deepspeed
@@ -203,3 +205,12 @@ def test_moments_of_gathered_and_of_partitioned_parameters(tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             check_moments(bad, model)
+
+
+def test_stage_3_is_not_compiled(capsys):
+    """Its hooks end the graph at every layer."""
+    factory = ModelFactory(Scratch(name_or_path="x", compile=True), torch.float32, 0)
+    assert Deepspeed(zero_stage=2).compilable(factory) is factory
+    assert capsys.readouterr().err == ""
+    assert Deepspeed(zero_stage=3).compilable(factory).spec == Scratch(name_or_path="x")
+    assert "model.compile=true: not with strategy.zero_stage=3" in capsys.readouterr().err
