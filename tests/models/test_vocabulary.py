@@ -236,6 +236,7 @@ def test_a_tokenizer_smaller_than_the_embedding_uses_its_free_rows():
     assert torch.equal(new[92:97], old[92:97])
 
 
-def test_an_unprepared_transform_is_refused():
-    with pytest.raises(UserError, match="the tokenizer has not been prepared"):
-        apply_transforms([Vocabulary(size=2)], tiny("llama"), seed=0)
+def test_a_plan_counts_the_rows_without_a_tokenizer():
+    model = tiny("llama")
+    apply_transforms([Vocabulary(size=40)], model, seed=0)
+    assert len(model.get_input_embeddings().weight) == 192

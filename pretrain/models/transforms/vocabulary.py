@@ -16,7 +16,7 @@ from pretrain.runtime.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
 Start = Literal["mean", "distribution", "random"]
 Texts = Callable[[], Iterator[str]]
@@ -73,8 +73,10 @@ class Vocabulary(ModelTransform):
             pieces = dict.fromkeys(new_tokens(folder / NEW_TOKENS), ())
         return tokenizer, GrowRows(self, pieces, total=max(tokenizer.get_vocab().values()) + 1)
 
-    def apply(self, model: nn.Module) -> None:
-        raise UserError("transform.vocabulary: the tokenizer has not been prepared")
+    def apply(self, model: Any) -> None:
+        """Add a row for each new token without a tokenizer, as a plan of the memory does; a run applies what `prepare` returns."""
+        new = self.size if self.tokens is None else len(self.tokens)
+        GrowRows(self, {}, total=len(model.get_input_embeddings().weight) + (new or 0)).apply(model)
 
 
 @dataclass(frozen=True)
