@@ -74,7 +74,7 @@ class Vocabulary(ModelTransform):
         return tokenizer, GrowRows(self, pieces, total=max(tokenizer.get_vocab().values()) + 1)
 
     def apply(self, model: Any) -> None:
-        """Add a row for each new token without a tokenizer, as a plan of the memory does; a run applies what `prepare` returns."""
+        """Add a row for each new token without a tokenizer, as a plan of memory does; a run applies what `prepare` returns."""
         new = self.size if self.tokens is None else len(self.tokens)
         GrowRows(self, {}, total=len(model.get_input_embeddings().weight) + (new or 0)).apply(model)
 
