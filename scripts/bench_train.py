@@ -1,10 +1,12 @@
 """How fast is a training step: the real program beside a bare PyTorch loop and the Hugging Face Trainer.
 
-    python scripts/bench_train.py [--rounds 3] [--steps 12] [--only eager-bf16]
+    python scripts/bench_train.py [--rounds 3] [--steps 12] [--only eager-bf16] [--shape smollm2]
 
 A GPT-2 with 50,257 words; the same weights and blocks for all. On a CPU of 4 layers × 256, with sequences of 512, 2 × 4 of
-them a step; on a GPU GPT-2 small, 12 layers × 768, with sequences of 1024, 2 × 16 a step. Each run is a process of its own,
-runs alternate, medians are shown; at the end of each step the device is waited for. Peak: resident, or allocated on the GPU.
+them a step; on a GPU GPT-2 small, 12 layers × 768, with sequences of 1024, 2 × 16 a step. `--shape smollm2`: a Llama of the
+shape of SmolLM2-135M (30 layers × 576, 9 heads, 3 for keys and values, MLP 1536, vocabulary 49,152, head tied). Each run is a
+process of its own, runs alternate, medians are shown; at the end of each step the device is waited for. Peak: resident, or
+allocated on the GPU. The last column is the processor time of the whole command, which a loaded machine changes least.
 `pip install accelerate` adds the Trainer's row. Prints Markdown tables.
 """
 
@@ -25,8 +27,20 @@ from typing import Any
 from pretrain.config.check import gpu_visible
 
 DEVICE = "cuda" if gpu_visible() else "cpu"
+SHAPE = os.environ.get("PRETRAIN_BENCH_SHAPE", "gpt2")  # set by --shape, for the processes that this one starts
 SEQUENCE, BATCH, LAYERS, WIDTH, HEADS = (1024, 16, 12, 768, 12) if DEVICE == "cuda" else (512, 4, 4, 256, 4)
 ACCUMULATION, VOCABULARY = 2, 50257
+SMOLLM2 = {  # https://huggingface.co/HuggingFaceTB/SmolLM2-135M/blob/main/config.json
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+}
 SAMPLE = Path(__file__).resolve().parent.parent / "pretrain" / "models" / "sample"
 STEP_TOKENS = SEQUENCE * BATCH * ACCUMULATION
 LR, CLIP, DECAY, BETAS = 1e-3, 1.0, 0.1, (0.9, 0.95)
@@ -49,12 +63,13 @@ def ours(folder: Path, steps: int, precision: str, compiled: bool) -> Result:
             *(f"max_steps={steps}", f"lr={LR}", "scheduler=constant", "warmup_proportion=0.0", f"grad_clip={CLIP}"),
             *(f"weight_decay={DECAY}", f"beta1={BETAS[0]}", f"beta2={BETAS[1]}", "log_every=1", "sink=[jsonl]"),
         ]
-        peak = peak_mib(command, folder)
+        peak, seconds = measured(command, folder)
         records = [json.loads(line) for line in Path(run, "run", "metrics.jsonl").read_text().splitlines()]
     train = [r for r in records if r["event"] == "train"]
     if DEVICE == "cuda":
         peak = max(r["memory_gib"] for r in train) * 1024
-    return {"seconds": [r["step_seconds"] for r in train], "losses": [r["loss"] for r in train], "peak_mib": peak}
+    losses = [r["loss"] for r in train]
+    return {"seconds": [r["step_seconds"] for r in train], "losses": losses, "peak_mib": peak, "processor": seconds}
 
 
 def bare(folder: Path, steps: int, precision: str, compiled: bool) -> Result:
@@ -150,7 +165,7 @@ def set_up(folder: Path, steps: int, *_: Any) -> Result:
     import pyarrow as pa
     import pyarrow.parquet as pq
     import torch
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     from pretrain.data.loader import Loader
     from pretrain.data.sources.local import Local
@@ -161,7 +176,10 @@ def set_up(folder: Path, steps: int, *_: Any) -> Result:
     tokenizer = AutoTokenizer.from_pretrained(SAMPLE)  # it knows fewer words than the model; no text is read with it
     special = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(**shape, **dropout, **special)).save_pretrained(folder / "model")
+    if SHAPE == "smollm2":
+        LlamaForCausalLM(LlamaConfig(**SMOLLM2, **special)).save_pretrained(folder / "model")
+    else:
+        GPT2LMHeadModel(GPT2Config(**shape, **dropout, **special)).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 
     draw = np.random.default_rng(0)
@@ -181,8 +199,8 @@ def set_up(folder: Path, steps: int, *_: Any) -> Result:
 IN_A_CHILD = {"bare": bare, "trainer": trainer, "set_up": set_up}
 
 
-def peak_mib(command: list[str], folder: Path) -> float:
-    """Run a command to its end; its peak resident memory in MiB. Raises when it fails."""
+def measured(command: list[str], folder: Path) -> tuple[float, float]:
+    """Run a command to its end; its peak resident memory in MiB and its seconds of processor time. Raises when it fails."""
     environment = os.environ | {"PRETRAIN_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     log = folder / "log"
     with log.open("w") as out:
@@ -190,7 +208,7 @@ def peak_mib(command: list[str], folder: Path) -> float:
         _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise RuntimeError(f"{' '.join(command)}\n{log.read_text()}")
-    return usage.ru_maxrss / 1024
+    return usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime
 
 
 def run(who: str, folder: Path, steps: int, precision: str, compiled: bool) -> Result:
@@ -208,8 +226,8 @@ def run(who: str, folder: Path, steps: int, precision: str, compiled: bool) -> R
         str(int(compiled)),
         str(out),
     ]
-    peak = peak_mib(command, folder)
-    return {"peak_mib": peak, **json.loads(out.read_text())}
+    peak, seconds = measured(command, folder)
+    return {"peak_mib": peak, "processor": seconds, **json.loads(out.read_text())}
 
 
 def child(who: str, folder: str, steps: str, precision: str, compiled: str, out: str) -> None:
@@ -225,10 +243,12 @@ def speed(results: list[Result]) -> float:
 def table(mode: str, results: dict[str, list[Result]]) -> None:
     base_speed = speed(results["bare"])
     largest = max(statistics.median(r["peak_mib"] for r in runs) for runs in results.values())
-    print(f"\n**{mode}**\n\n| | tokens/s | × bare | peak MiB | × largest |\n|---|---|---|---|---|")
+    print(f"\n**{mode}**\n\n| | tokens/s | × bare | peak MiB | × largest | processor s |\n|---|---|---|---|---|---|")
     for who, runs in results.items():
         peak = statistics.median(r["peak_mib"] for r in runs)
-        print(f"| {who} | {speed(runs):,.0f} | {speed(runs) / base_speed:.2f} | {peak:,.0f} | {peak / largest:.2f} |")
+        seconds = statistics.median(r["processor"] for r in runs)
+        ratios = f"{speed(runs):,.0f} | {speed(runs) / base_speed:.2f} | {peak:,.0f} | {peak / largest:.2f}"
+        print(f"| {who} | {ratios} | {seconds:,.0f} |")
     pairs = zip(results["ours"][0]["losses"], results["bare"][0]["losses"], strict=True)
     print(f"\nlargest difference of a step's loss, ours to bare: {max(abs(a - b) for a, b in pairs):.1e}")
 
@@ -238,7 +258,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each")
     parser.add_argument("--steps", type=int, default=12, help=f"optimizer steps a run, the first {UNCOUNTED} uncounted")
     parser.add_argument("--only", choices=MODES, action="append", help="one of the modes; may be repeated")
+    parser.add_argument("--shape", choices=["gpt2", "smollm2"], default=SHAPE, help="the model")
     asked = parser.parse_args()
+    os.environ["PRETRAIN_BENCH_SHAPE"] = asked.shape
     contestants = ["ours", "bare", "trainer"]
     if importlib.util.find_spec("accelerate") is None:
         print("The Trainer is left out: it needs `pip install accelerate`.", file=sys.stderr)

@@ -43,6 +43,9 @@ class Scores:
             return None
         return [DomainScore("d", "new", 1.5 + len(self.calls), 2.0, None, 10, digest="g")]
 
+    def capture_base(self, engine, **callbacks):
+        pass
+
 
 @dataclass
 class Exports:

@@ -223,3 +223,12 @@ def test_more_devices_than_gpus(given, spawn):
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 2, out
     assert f"error: devices={count + 1}: {count} GPU" in out
+
+
+def test_the_kernels_of_attention_are_chosen_and_named(given, ran):
+    """The same losses as with the kernels that torch chooses, to the rounding of bf16; compiled too."""
+    plain, _ = ran("plain", [*given, "precision=bf16-mixed", "model.attention=sdpa"])
+    for name, words in {"eager": [], "compiled": ["model.compile=true"]}.items():
+        run, _ = ran(name, [*given, "precision=bf16-mixed", *words])
+        assert read_run_file(run)["attention"] in {f"sdpa ({kernel})" for kernel in ("cudnn", "flash", "FA3", "FA4")}
+        assert_equal_runs(run, plain, **BF16)

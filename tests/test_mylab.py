@@ -183,13 +183,17 @@ def check_files(run, strategy):
     """Of the sink, the transforms, the strategy and the dataset, what is left on disk."""
     assert len((run / "losses.txt").read_text().splitlines()) == 8
     state = load(run / LAST)
-    assert state["hooks"] == {"ema": {"updates": 8}}
+    assert state["hooks"] == {"average": {"updates": 8}}
     average, weights = state["engine"]["hook"], state["engine"]["model"]
     adapters = {f"model.layers.{i}.self_attn.{name}_proj.{key}" for i in (0, 1) for name in "qv" for key in "AB"}
     assert adapters <= weights.keys()
-    assert {f"ema/{name}" for name in adapters} <= average.keys() < {f"ema/{name}" for name in sorted(weights.keys())}
+    assert (
+        {f"average/{name}" for name in adapters}
+        <= average.keys()
+        < {f"average/{name}" for name in sorted(weights.keys())}
+    )
     name = "model.layers.0.self_attn.q_proj.B"
-    assert 0 < average.read(f"ema/{name}").norm() < weights.read(name).norm(), "it began at zero and follows"
+    assert 0 < average.read(f"average/{name}").norm() < weights.read(name).norm(), "it began at zero and follows"
     assert read_run_file(run)["strategy"] == strategy
     assert "`stories` (Stories)" in (run / "model/README.md").read_text()
 

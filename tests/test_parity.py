@@ -27,6 +27,13 @@ VARIANTS = [
     *(
         pytest.param(variant, marks=pytest.mark.slow)
         for variant in (
+            ["strategy=single", "model.compile=true", "batch_size=4"],
+            ["strategy=ddp", "model.compile=true"],
+            ["strategy=fsdp", "model.compile=true"],
+            ["strategy=fsdp", "model.compile=true", "model.gradient_checkpointing=true"],
+            ["strategy=deepspeed", "strategy.zero_stage=2", "model.compile=true"],
+            ["strategy=deepspeed", "strategy.zero_stage=3", "model.compile=true"],
+            ["strategy=fsdp", "strategy.prefetch=2", "strategy.reshard_root=false"],
             ["strategy=ddp", "strategy.gradient_as_bucket_view=false"],
             ["strategy=ddp", "strategy.find_unused_parameters=true"],
             ["strategy=ddp", "model.gradient_checkpointing=true"],

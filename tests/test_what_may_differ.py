@@ -237,6 +237,18 @@ def test_keys_that_an_earlier_version_did_not_have_are_no_difference():
         check_finished_run(old, run_config(["dataset=sample_base"]))
 
 
+def test_the_attention_of_earlier_versions_is_no_difference():
+    """Their default was sdpa, which `auto` is on a CPU."""
+    config = run_config([])
+    assert config.model.attention == "auto"
+    old = json.loads(json.dumps(config.plain))
+    old["model"]["attention"] = "sdpa"
+    check_finished_run(old, config)
+    old["model"]["attention"] = "eager"
+    with pytest.raises(UserError, match=r"model\.attention: eager → "):
+        check_finished_run(old, config)
+
+
 def test_a_finished_run_split_otherwise_is_finished(uninterrupted, base_arguments, command, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)

@@ -102,6 +102,8 @@ def check(config: dict[str, Any], *, here: bool = True, config_dir: str | None =
     run = RunConfig.of(given)
     run.check_data()
     run.check_schedule()
+    run.merge.check_curve()
+    run.check_export()
     if run.task == "merge":
         run.merge.check()
     return run

@@ -25,6 +25,7 @@ NAME_KEYS = {
     "where",
     "best_by",
     "metric",
+    "choose",
 }
 NAME_KEYS |= {"project", "entity", "group", "notes"}  # keys of sink.wandb
 HYDRA_KEYS = {"hydra.sweep.dir", "hydra.launcher.folder"}

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pretrain.telemetry.sinks.base import Sink
     from pretrain.training.guard.config import GuardConfig
     from pretrain.training.hook import Hook
+    from pretrain.training.stop_rule import StopWhen
 
 Finite = Field(allow_inf_nan=False)
 ONE_LINE = r"^[^\x00-\x1f\x7f]+$"  # for a folder's name, which can become part of a line of a script or a log
@@ -134,6 +135,7 @@ class RunConfig(RootKeys):
         evaluation: What is evaluated.
         generation: The prompts of ``task=generation``.
         merge: What ``task=merge`` merges.
+        stop_when: When a run ends before its last step.
         guard: How loss spikes and non-finite values are handled.
         telemetry: Additional measurements.
         launch: How processes are started and supervised.
@@ -154,6 +156,7 @@ class RunConfig(RootKeys):
     evaluation: EvaluationConfig
     generation: Prompts
     merge: MergeConfig
+    stop_when: StopWhen
     guard: GuardConfig
     telemetry: TelemetryConfig
     launch: LaunchConfig
@@ -198,6 +201,13 @@ class RunConfig(RootKeys):
             raise UserError(
                 f"scheduler.start_lr={start_lr}: the warm-up starts from it, and warmup_proportion=0 leaves none; set "
                 "warmup_proportion above 0"
+            )
+
+    def check_export(self) -> None:
+        """Raise ``UserError`` for two answers to the question which model is exported."""
+        if self.checkpoint.export == "best" and self.merge.choose is not None:
+            raise UserError(
+                f"merge.choose={self.merge.choose} with checkpoint.export=best: both say which model is exported; use one"
             )
 
     @property

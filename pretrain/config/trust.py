@@ -36,6 +36,7 @@ PARTS = {  # group → the class whose subclasses it may create; schedules are f
     "evaluation": "pretrain.evaluation.config.EvaluationConfig",
     "generation": "pretrain.evaluation.prompts.Prompts",
     "merge": "pretrain.merging.config.MergeConfig",
+    "stop_when": "pretrain.training.stop_rule.StopWhen",
     "guard": "pretrain.training.guard.config.GuardConfig",
     "telemetry": "pretrain.telemetry.config.TelemetryConfig",
     "launch": "pretrain.launch.config.LaunchConfig",

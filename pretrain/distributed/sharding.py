@@ -261,6 +261,13 @@ def fill(tensor: Tensor, files: TensorFiles, name: str) -> None:
 
     Raises ``UserError`` if the shapes differ.
     """
+    with torch.no_grad():
+        local(tensor).copy_(read_part(tensor, files, name))
+
+
+def read_part(tensor: Tensor, files: TensorFiles, name: str) -> Tensor:
+    """Return the part of ``name`` in ``files`` that this rank has of ``tensor``, on the CPU. Raises ``UserError`` if the shapes
+    differ."""
     check_shape(name, files, tuple(tensor.shape))
     part, start = local(tensor), start_of(tensor)
     read = files.read(name, start, start + len(part)) if part.ndim else files.read(name)
@@ -268,8 +275,7 @@ def fill(tensor: Tensor, files: TensorFiles, name: str) -> None:
         offsets = start_in(tensor)
         for dim in range(1, read.ndim):
             read = read.narrow(dim, offsets[dim], part.shape[dim])
-    with torch.no_grad():
-        part.copy_(read)
+    return read
 
 
 def check_names(names: Iterable[str], files: TensorFiles) -> None:

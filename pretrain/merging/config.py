@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pretrain.merging.choice import Choice
 from pretrain.runtime.errors import UserError
 
 Method = Literal["linear", "slerp", "task_arithmetic", "ties", "wsm"]
@@ -27,6 +28,10 @@ class MergeConfig:
         density: Share of the largest changes of each tensor that ties keeps.
         last: Number of checkpoints of each run that wsm merges; null: all that are there.
         decay: Decay of the learning rate that wsm stands for: sqrt (1 - sqrt) · linear (all weights equal) · cosine.
+        curve: Points between the base model (0) and the result (1) of a run that are scored at its end, such as
+            [0,0.25,0.5,0.75,1]; null: none.
+        choose: Which of them is exported: forgetting<=X (of those, the one with the largest gain) · gain>=X (the one with
+            the least forgetting), in nats per token; null: the result.
     """
 
     models: list[str] = field(default_factory=list)
@@ -37,6 +42,16 @@ class MergeConfig:
     density: Annotated[float, Field(gt=0, le=1)] = 0.2
     last: Annotated[int, Field(ge=2)] | None = None
     decay: Literal["sqrt", "linear", "cosine"] = "sqrt"
+    curve: list[Annotated[float, Field(ge=0, le=1)]] | None = None
+    choose: str | None = None
+
+    def check_curve(self) -> None:
+        """Raise ``UserError`` for a curve or a choice of one of its points that is impossible."""
+        if self.choose is not None and not self.curve:
+            raise UserError(f"merge.choose={self.choose}: chooses a point of merge.curve, which is not given")
+        if self.curve is not None and len(set(self.curve)) < max(2, len(self.curve)):
+            raise UserError(f"merge.curve={self.curve}: needs at least two different numbers, each once")
+        Choice.of(self.choose)
 
     def check(self) -> None:
         """Raise ``UserError`` for what ``task=merge`` can't merge, before any model is read."""

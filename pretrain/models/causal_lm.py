@@ -49,7 +49,7 @@ class CausalLM(ABC):
         name_or_path: The shipped `sample`, a local folder or a Hub id.
         revision: Branch, tag or commit of a Hub id.
         tokenizer_name: Folder or Hub id of another tokenizer; null: the model's own tokenizer.
-        attention: Attention implementation: sdpa · eager · flash_attention_2 · flex_attention.
+        attention: auto (sdpa, on a GPU with the fastest kernel) · sdpa · eager · flash_attention_2 · flex_attention.
         gradient_checkpointing: true: recompute the activations inside blocks, a third slower, far less memory · selective: all
             but matrix products and attention · N: only every Nth block.
         activation_offload: true: keep activations in host memory until the backward; on a GPU only.
@@ -61,7 +61,7 @@ class CausalLM(ABC):
     name_or_path: Annotated[str, Field(min_length=1)]
     revision: str | None = None
     tokenizer_name: str | None = None
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     gradient_checkpointing: Checkpointing = False
     activation_offload: bool = False
     compile: Literal["blocks", "graph"] | bool = False
@@ -120,11 +120,12 @@ class CausalLM(ABC):
 
         logging.disable_progress_bar()  # the run shows its own progress bar
         given |= {"trust_remote_code": self.trust_remote_code}
+        attention = "sdpa" if self.attention == "auto" else self.attention
         try:
-            return make(attn_implementation=self.attention, **given)
+            return make(attn_implementation=attention, **given)
         except Exception as error:  # invalid config values raise errors of any type
-            if self.attention == "sdpa" and "scaled_dot_product_attention" in str(error):
-                notice(f"model.attention=sdpa: {self.name_or_path} has no such attention; it runs with eager")
+            if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
+                notice(f"model.attention={self.attention}: {self.name_or_path} has no sdpa; it runs with eager")
                 return make(attn_implementation="eager", **given)
             if is_out_of_memory(error) or isinstance(error, UserError):
                 raise
@@ -187,8 +188,8 @@ class CausalLM(ABC):
         if self.compile:
             keep_compiled_code()
         model = LanguageModel(hf if device is None else hf.to(device), compile=self.compile, transformed=transformed)
-        model.train()
-        return model
+        model.picks_kernels = self.attention == "auto"
+        return model.train()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,8 +241,7 @@ class Pretrained(CausalLM):
             hf.generation_config = found
 
     def _reader(self, param_dtype: torch.dtype) -> Callable[..., Any]:
-        """Return ``from_pretrained`` bound to the folder, or to the weights themselves if they are sharded along dim 0, which it
-        can't read."""
+        """Return ``from_pretrained`` bound to the folder, or to weights that are sharded along dim 0, which it can't read."""
         from transformers import AutoModelForCausalLM
 
         if not any(self.folder().glob(files.PIECES)):

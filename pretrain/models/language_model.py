@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from pretrain.data.batch import IGNORE
 from pretrain.distributed.sharding import TensorFiles, check_names, fill
-from pretrain.models import packing
+from pretrain.models import document_attention, packing
 from pretrain.models.blocks import find_blocks
 from pretrain.models.compilation import Compile, compile_blocks, compiled
 from pretrain.models.kl_divergence import Head, kl_divergence
@@ -21,6 +22,7 @@ from pretrain.models.probe import (
     DocumentMask,
     balancing_coefficient,
     by_masks,
+    by_positions,
     check_causal,
     embedding_dtype,
     find_document_mask,
@@ -48,9 +50,12 @@ class LanguageModel(nn.Module):
             computed by `linear_cross_entropy` without all logits in memory. Models that cap or scale their logits use their own
             head.
         document_mask: how the model keeps packed documents apart; ``None`` if it can't.
+        long_document_mask: how it does so in rows longer than `document_attention.LONG`, on a CPU and not compiled; ``None``: as
+            in shorter ones.
         balancing: the weight of the load balancing loss of a mixture of experts; 0 unless the config has
             ``output_router_logits: true``.
         is_compiled: whether the training step is compiled.
+        picks_kernels: whether the kernels of attention are chosen (``model.attention=auto``).
         transformed: what transforms have changed in ``hf``; ``None`` without transforms.
         base_head: a copy on the host of the head of the base model (before training), which the first forward without labels
             makes; ``None`` before it.
@@ -70,10 +75,12 @@ class LanguageModel(nn.Module):
         hf.config.use_cache = False
         self.fused_loss = False
         self.document_mask: DocumentMask | None = None
+        self.long_document_mask: DocumentMask | None = None
         self.balancing = 0.0
+        self.picks_kernels = False
+        self.is_compiled = compile is not False
         if not any(p.is_meta for p in hf.parameters()):
             self.probe()
-        self.is_compiled = compile is not False
         self._compiled: Callable[..., Tensor] | None = None
         self._has_compiled_blocks = False
         if self.is_compiled:
@@ -100,6 +107,9 @@ class LanguageModel(nn.Module):
         self.fused_loss = has_plain_head(self.hf)
         self.document_mask = find_document_mask(self.hf)
         self.balancing = balancing_coefficient(self.hf)
+        on_host = self.hf.device.type == "cpu" and self.num_positions > document_attention.LONG
+        if on_host and not self.is_compiled and self.document_mask is by_positions:
+            self.long_document_mask = find_document_mask(self.hf, [document_attention.by_documents])
 
     def forward(
         self,
@@ -255,8 +265,11 @@ class LanguageModel(nn.Module):
                 f"dataset.document_mask=true: {type(self.hf).__name__} computes its load balancing loss from plain masks only; "
                 "set output_router_logits: false in its config.json, or document_mask=false"
             )
+        long = self.long_document_mask if position_ids.shape[1] > document_attention.LONG else None
+        if long is None and position_ids.shape[1] > document_attention.LONG and not torch.compiler.is_compiling():
+            _say_square(type(self.hf).__name__)
         # The dtype of the embedding and not of the model: under FSDP it is the dtype of the gathered weights here.
-        return self.document_mask(self.hf, position_ids, embedding_dtype(self.hf))
+        return (long or self.document_mask)(self.hf, position_ids, embedding_dtype(self.hf))
 
     # -- names of the wrapped model ---------------------------------------------------------------------------------
 
@@ -275,6 +288,11 @@ class LanguageModel(nn.Module):
         check_names(own, files)
         for name, tensor in own.items():
             fill(tensor, files, name)
+
+
+@cache
+def _say_square(name: str) -> None:
+    notice(f"dataset.document_mask=true: {name} computes attention under a mask of sequence_length × sequence_length")
 
 
 def _by_token(loss_weights: Tensor | None, labels: Tensor) -> Tensor | None:

@@ -20,6 +20,7 @@ from pretrain.models import compilation
 
 # Logits per chunk, 128 MiB in fp32. With smaller chunks, accumulating the weight's gradient costs more than the memory saves.
 CHUNK_LOGITS = 2**25
+DEVICE_SHARE = 128  # of a GPU's memory for the fp32 logits of a chunk: 640 MiB of 80 GiB
 # Factor by which logit gradients are scaled up before they are cast to fp16, where p - one_hot ~ 1/V would lose bits. It is a
 # power of two, so that scaling up and down again does not round.
 FP16_GRAD_SCALE = 64.0
@@ -107,7 +108,7 @@ def _forward(
     hidden_grads: list[Tensor] = []
     weight_grad: Tensor | None = None
     bias_grad: Tensor | None = None
-    size = chunk_rows(len(rows), len(head), even=compiled)
+    size = chunk_rows(len(rows), len(head), even=compiled, largest=chunk_logits(hidden.device))
     sums = bias is not None and needs_grad[2]
     weights = [None] * -(-len(labels) // size) if row_weights is None else row_weights.split(size)
     one_chunk = compilation.compiled(_chunk) if compiled else _chunk
@@ -193,10 +194,20 @@ def accumulate_weight_grad(total: Tensor | None, grad: Tensor, row: Tensor, scal
     return total.add_(product, alpha=scale)
 
 
-def chunk_rows(rows: int, vocabulary: int, *, even: bool = False) -> int:
-    """Return the number of rows per chunk: about ``CHUNK_LOGITS`` logits, chunks of equal size, a multiple of 8. With ``even``,
-    the last chunk has as many rows as the others where ``rows`` can be divided so, because each shape is compiled."""
-    chunks = max(1, round(rows * vocabulary / CHUNK_LOGITS))
+def chunk_logits(device: torch.device) -> int:
+    """Return the number of logits per chunk on ``device``. On a GPU they are 1/128 of its memory in fp32, if that is more than
+    ``CHUNK_LOGITS``: few large matmuls, and few additions to the weight's gradient. Of the device's memory and not of what is
+    free, so that a resumed run sums in the same order."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return CHUNK_LOGITS
+    return max(CHUNK_LOGITS, torch.cuda.get_device_properties(device).total_memory // DEVICE_SHARE // 4)
+
+
+def chunk_rows(rows: int, vocabulary: int, *, even: bool = False, largest: int | None = None) -> int:
+    """Return the number of rows per chunk: about ``largest`` (``CHUNK_LOGITS``) logits, chunks of equal size, a multiple of 8.
+    With ``even``, the last chunk has as many rows as the others where ``rows`` can be divided so, because each shape is
+    compiled."""
+    chunks = max(1, round(rows * vocabulary / (largest or CHUNK_LOGITS)))
     if even:
         chunks = next((n for n in range(chunks, 2 * chunks) if rows % n == 0), chunks)
         if rows % chunks == 0:

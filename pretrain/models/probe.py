@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import Any
@@ -76,8 +76,9 @@ def check_causal(hf: Any) -> None:
 
 
 @torch.no_grad()
-def find_document_mask(hf: Any) -> DocumentMask | None:
-    """Return the way in which this causal model keeps packed documents apart, or ``None`` if it can't.
+def find_document_mask(hf: Any, ways: Sequence[DocumentMask] | None = None) -> DocumentMask | None:
+    """Return the first of ``ways`` in which this causal model keeps packed documents apart, or ``None`` if it can't. By default
+    that are `DOCUMENT_MASKS`.
 
     Every module's output for a document between two others must be bit for bit independent of those, and the logits must equal,
     up to rounding, those of the same document at the start of a row, where no other document is visible.
@@ -89,7 +90,7 @@ def find_document_mask(hf: Any) -> DocumentMask | None:
     positions = torch.arange(length, device=hf.device).repeat(3).unsqueeze(0)
     with _probing(hf):
         alone = _logits(hf, ids[[0, 1, 2]])[:, :length]
-        for way in DOCUMENT_MASKS:
+        for way in DOCUMENT_MASKS if ways is None else ways:
             try:
                 given = way(hf, positions, embedding_dtype(hf))
                 one, two = (_outputs(hf, ids[order], length, given) for order in ([1, 0, 2], [3, 0, 4]))

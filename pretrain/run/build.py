@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pretrain.data.loader import Loader
     from pretrain.distributed.context import DistributedContext
     from pretrain.distributed.rank_info import RankInfo
+    from pretrain.evaluation.untouched import Untouched
+    from pretrain.merging.curve import Curve
     from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
     from pretrain.runtime.signals import Interrupt
@@ -285,6 +287,31 @@ def build_layers(config: RunConfig, engine: Engine) -> LayerStatistics:
     return LayerStatistics(engine, Interval(config.telemetry.layers_every))
 
 
+def build_curve(config: RunConfig, prepared: Prepared, engine: Engine, untouched: Untouched) -> Curve | None:
+    """Return the merge curve of the run; ``None`` if it has none.
+
+    Raises ``UserError`` for a model whose base weights can't be read tensor by tensor, and for an engine whose weights can't
+    be replaced.
+    """
+    if not config.merge.curve:
+        return None
+    from pretrain.merging.choice import Choice
+    from pretrain.merging.curve import Curve
+    from pretrain.strategy.replaced import check_replaceable
+
+    check_replaceable(engine, "merge.curve")
+    transformed = engine.model.transformed
+    if transformed is not None and transformed.before.keys() != transformed.after.keys():
+        raise UserError("merge.curve: the transforms of this run add weights, which the base model does not have")
+    files = None if prepared.base_gone else build_model_factory(config, prepared.model).files(engine.model)
+    if files is None:
+        raise UserError(
+            "merge.curve: needs the weights of a base model in files under their own names; this run starts from random weights, "
+            "its base model is gone, or transformers converts its files (task=export writes a folder with converted ones)"
+        )
+    return Curve(tuple(config.merge.curve), Choice.of(config.merge.choose), files, untouched)
+
+
 def build_trainer(
     config: RunConfig,
     prepared: Prepared,
@@ -323,18 +350,22 @@ def build_trainer(
     metadata = build_facts(config, prepared, engine, split=split, restarts=restarts)
     exporter = build_exporter(config, prepared, engine, loader, facts=metadata, steps=steps)
     listeners, unsaved_records = build_listeners(config, prepared, folder) if world.is_main else ([], list)
+    hooks = config.build_hooks()
     saving = {"every": save_every, "resume_from": resume_from, "unsaved_records": unsaved_records}
+    evaluation = build_evaluation(config, prepared, engine, split.batch_size, evaluate_every, hooks)
     return Trainer(
         engine,
         loader,
         build_schedule(config, steps),
         steps=steps,
-        evaluation=build_evaluation(config, prepared, engine, split.batch_size, evaluate_every),
+        evaluation=evaluation,
         checkpoints=build_checkpoints(config, prepared, store, exporter, watchdog, **saving),
         guard=build_guard(config, prepared, engine, loader, folder),
         exporter=exporter,
         layers=build_layers(config, engine),
-        hooks=config.build_hooks(),
+        hooks=hooks,
+        stop_when=config.stop_when,
+        curve=build_curve(config, prepared, engine, evaluation.untouched),
         listeners=listeners,
         interrupt=interrupt,
         watchdog=watchdog,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from pretrain.evaluation.task import EvaluationTask
     from pretrain.strategy.engine import Engine, InferenceEngine
     from pretrain.telemetry.interval import Interval
+    from pretrain.training.hook import Hook
 
 
 def build_evaluator(config: RunConfig, prepared: Prepared, *, batch_size: int | None = None) -> Evaluator:
@@ -89,22 +92,33 @@ def build_sampler(config: RunConfig, prepared: Prepared, scorer: InferenceEngine
 
 
 def build_evaluation(
-    config: RunConfig, prepared: Prepared, engine: Engine, batch_size: int, every: Interval
+    config: RunConfig,
+    prepared: Prepared,
+    engine: Engine,
+    batch_size: int,
+    every: Interval,
+    hooks: Mapping[str, Hook],
 ) -> Evaluation:
-    """Return what the run evaluates. ``batch_size`` is the training micro-batch, used for ``evaluation.batch_size=auto``.
+    """Return what the run evaluates. ``batch_size`` is the training micro-batch, used for ``evaluation.batch_size=auto``. The
+    averages of ``hooks`` are scored beside the weights.
 
     The scores of the untouched model (the model before training) depend on the model, and on the seed where the initial
     weights are random.
     """
     from pretrain.evaluation.evaluation import Evaluation
     from pretrain.evaluation.untouched import Untouched
+    from pretrain.training.averages import ScoreAverages
 
     random_weights = prepared.model.weights() is None or bool(config.transforms)
     weights_follow_from = ("model", "seed") if random_weights else ("model",)
     evaluator = build_evaluator(config, prepared, batch_size=batch_size)
     untouched = Untouched(evaluator, weights_follow_from, is_there=not prepared.base_gone)
     sampler = build_sampler(config, prepared, engine, evaluator)
-    return Evaluation(untouched, sampler, every, build_tasks(config, prepared, batch_size))
+    tasks = build_tasks(config, prepared, batch_size)
+    for name, hook in hooks.items():
+        if hasattr(hook, "averages"):
+            tasks[f"hook.{name}"] = ScoreAverages(partial(hook.averages, "evaluate"), evaluator)
+    return Evaluation(untouched, sampler, every, tasks)
 
 
 def build_tasks(config: RunConfig, prepared: Prepared, batch_size: int | None = None) -> dict[str, EvaluationTask]:

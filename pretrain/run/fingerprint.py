@@ -151,6 +151,8 @@ def changed_settings(old: dict[Any, Any], new: dict[str, Any], *, same_content: 
 
 
 def _with_comparable_path(key: Any, value: Any, same_content: bool) -> Any:
+    if key == "attention" and value == "auto":
+        return "sdpa"  # the default of earlier versions, which computes the same
     if isinstance(value, dict):
         return {k: _with_comparable_path(k, v, same_content) for k, v in value.items()}
     if key not in PLACES or not isinstance(value, str | list):

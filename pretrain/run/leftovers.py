@@ -16,7 +16,7 @@ from pretrain.telemetry.run_file import read_run_file
 
 RUN_ID = ".run_id"  # file with the id of the command whose processes locked the folder last
 RESULTS = (  # files and folders that took time to compute
-    *("checkpoints", "model", "models", "metrics.jsonl", "run.json", "report.html", "quarantine.jsonl"),
+    *("checkpoints", "model", "models", "averages", "metrics.jsonl", "run.json", "report.html", "quarantine.jsonl"),
     *("train.csv", "evaluation.csv", "metric.csv", "layers.csv", "data.csv", "parts.csv"),
 )
 FILES = "data.json"  # lists the files of the training data, as the run has read them

@@ -25,6 +25,8 @@ def run_facts(
     """Return the metadata, as plain values, for run.json and the ``run_started`` record."""
     import torch
 
+    from pretrain.models.attention import describe
+
     return {
         "name": config.name,
         "model": config.model_name,
@@ -32,6 +34,7 @@ def run_facts(
         "trained_parameters": scorer.num_trained,
         "strategy": config.strategy.name,
         "precision": scorer.precision.name,
+        "attention": describe(scorer.model.hf, scorer.precision.compute_dtype, world.device),
         "world_size": world.size,
         "launch_restarts": restarts,
         "device": device_name(world.device),

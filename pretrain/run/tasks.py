@@ -61,7 +61,9 @@ def pretraining(
     prepared, world = prepare_and_join(config, interrupt, place)
     folder = Path(config.output_dir)
     store = CheckpointStore(folder / "checkpoints", config.checkpoint)
-    store.policy.check({name: role for name, role, _ in prepared.domains})
+    domains = {name: role for name, role, _ in prepared.domains}
+    store.policy.check(domains)
+    config.stop_when.check(domains)
     with ExitStack() as claims:
         start = world.on_main_rank(lambda: begin(config, overrides, prepared, place=place, store=store, claims=claims))
         if start is None:

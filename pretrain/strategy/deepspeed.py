@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
+from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError, did_you_mean
 from pretrain.strategy.base import StepConfig, Strategy
 
@@ -176,7 +177,7 @@ class Deepspeed(Strategy):
 
         engine = DeepspeedEngine if self.zero_stage > 0 else ReplicatedEngine
         return engine.build(
-            model,
+            self.compilable(model),
             optimizer,
             config=self.ds_config(step, world.topology),
             precision=step.precision,
@@ -184,6 +185,16 @@ class Deepspeed(Strategy):
             world=world,
             sharded_export=self.state_dict_type == "sharded",
         )
+
+    def compilable(self, model: ModelFactory) -> ModelFactory:
+        """Return ``model``, not compiled with stage 3: DeepSpeed gathers weights in hooks of every layer, each of which ends a
+        graph, and the pieces are compiled again and again."""
+        if self.zero_stage < 3 or not model.spec.compile:
+            return model
+        notice(
+            f"model.compile={str(model.spec.compile).lower()}: not with strategy.zero_stage=3; this run is not compiled"
+        )
+        return replace(model, spec=replace(model.spec, compile=False))
 
 
 def checked_config(

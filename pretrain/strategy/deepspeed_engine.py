@@ -123,6 +123,7 @@ class DeepspeedEngine(Engine):
     # 16-bit weights from the fp32 ones.
 
     has_gradients = False
+    weights_in_model = False
 
     def __init__(self, *args: Any, wrapped: Any, **options: Any) -> None:
         super().__init__(*args, **options)

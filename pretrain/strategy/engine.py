@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.data.batch import Batch
 from pretrain.distributed import sharding as tensors
+from pretrain.models.attention import Shape, prefer_fast_kernels
 from pretrain.optim.combined import combined
 from pretrain.optim.schedule import with_multiplier
 from pretrain.runtime.signals import signals_blocked
@@ -69,13 +70,18 @@ class InferenceEngine:
         world: the ranks and their collectives.
         num_parameters: number of parameters of the full model.
         num_trained: number of those that are trained.
+        weights_in_model: whether the parameters of the model are the weights that are saved.
     """
+
+    weights_in_model = True
 
     def __init__(self, model: LanguageModel, *, precision: Precision, world: DistributedContext) -> None:
         self.model = model
         self.precision = precision
         self.world = world
         self.num_parameters, self.num_trained = count_parameters(model)
+        if model.picks_kernels and world.device.type == "cuda":
+            prefer_fast_kernels(Shape.of(model.hf, precision.compute_dtype), world.device)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context of every forward."""
@@ -206,9 +212,9 @@ class Engine(EngineState, InferenceEngine):
                 heartbeat()
         with self.timer.part("communication"):
             self.world.data_all_reduce_sum(loss)
-            terms = {} if self.term is None else {self.term.name: self.term.take(self, divisor)}
         with self.timer.part("optimizer"):
             norm = self.step(self.grad_clip, refuse=never if should_skip is None else partial(should_skip, loss))
+        terms = {} if self.term is None else {self.term.name: self.term.take(self, divisor)}
         return StepOutput(loss, norm, tokens, terms)
 
     def skip_step(self, batch: Batch) -> StepOutput:

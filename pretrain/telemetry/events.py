@@ -172,6 +172,23 @@ class Evaluated(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class MergePoint:
+    """The scores of the model ``alpha`` × result + (1 - ``alpha``) × base model."""
+
+    alpha: float
+    scores: tuple[DomainScore, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeCurve(Event):
+    """Points between the base model and the result of the run were scored. ``chosen`` is the ``alpha`` of the point that is
+    exported; ``None``: the result itself."""
+
+    points: tuple[MergePoint, ...]
+    chosen: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class MetricsEvent(Event):
     """The evaluation tasks have measured ``metrics``. This event follows `Evaluated` of the same evaluation; its ``seconds``
     are not part of that event's."""
@@ -232,8 +249,9 @@ class RolledBack(Event):
 @dataclass(frozen=True, slots=True)
 class RunFinished(Event):
     """The run has ended. ``status`` is finished · stopped · failed; ``model`` is the exported Hugging Face folder, if
-    any."""
+    any; ``stopped_by`` is the reason if a rule of ``stop_when`` has ended it before its last step."""
 
     status: str
     tokens: int
     model: Path | None = None
+    stopped_by: str | None = None

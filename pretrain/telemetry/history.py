@@ -84,6 +84,7 @@ class History:
         losses: (step, loss or None) of the last train records: the mean over the record's steps, if the record has it.
         domains: Scores by domain.
         measured: Metrics of evaluation tasks by `metric_key`.
+        merge: Scores of the points between the base model and the result: by ``alpha``, then by domain.
         layers: Curves of the norms by layer.
         samples: First and last sample by domain and prompt.
         data: Last ``data`` record.
@@ -110,6 +111,7 @@ class History:
         self.losses: deque[tuple[int, float | None]] = deque(maxlen=MAX_LOSSES)
         self.domains: dict[str, Domain] = {}
         self.measured: dict[str, Measurement] = {}
+        self.merge: dict[float, dict[str, Record]] = {}
         self.layers: dict[str, Curves] = {}
         self.samples: dict[tuple[str, str], list[Record]] = {}  # key: domain, prompt; value: first and last
         self.data: Record = {}
@@ -149,6 +151,8 @@ class History:
                 measurement = self.measured.setdefault(metric_key(record), Measurement(record, record))
                 measurement.last = record
                 measurement.values.add(record["step"], {"value": record["value"]})
+            case "merge":
+                self.merge.setdefault(record["alpha"], {})[str(record["domain"])] = record
             case "layers":
                 for name, numbers in record["layers"].items():
                     self.layers.setdefault(name, Curves(120)).add(record["step"], numbers)
@@ -192,7 +196,7 @@ class History:
         self.run_events.append(record)
         self._counted = record["step"]
         if record["event"] == "run_started":
-            self.start, self.end = record, None
+            self.start, self.end, self.merge = record, None, {}
         elif record["event"] == "run_finished":
             self.end = record
 

@@ -26,6 +26,7 @@ from pretrain.telemetry.events import (
     Evaluated,
     Event,
     LayerNorms,
+    MergeCurve,
     MetricsEvent,
     RolledBack,
     RunFinished,
@@ -92,6 +93,11 @@ class Monitor:
                 for metric in event.metrics:
                     self._write_untimed("metric", event.step, fields_of(metric))
                 self._window.exclude(event.seconds)
+            case MergeCurve():
+                for point in event.points:
+                    own = {"alpha": point.alpha, "chosen": point.alpha == (1 if event.chosen is None else event.chosen)}
+                    for s in point.scores:
+                        self._write_untimed("merge", event.step, own | fields_of(s))
             case Sampled():
                 for sample in event.samples:
                     self._write_untimed("sample", event.step, fields_of(sample))
@@ -224,6 +230,7 @@ class Monitor:
             "tokens": event.tokens,
             "model": str(event.model) if event.model else None,
             "folder": str(self._run),
+            **({"stopped_by": event.stopped_by} if event.stopped_by else {}),
         }
         self._write("run_finished", event.step, fields)
         self._call_sinks(lambda s: s.close())

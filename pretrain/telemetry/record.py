@@ -79,8 +79,8 @@ FAMILIES = ("layers", "sources")  # fields that map names to records
 
 def scalars(record: Record) -> dict[str, float]:
     """Return the numbers of a record by paths that dashboards can group: ``train/loss``,
-    ``evaluation/<domain>/perplexity``, ``metric/<domain>/<name>``, ``layers/<name>/grad_norm``, ``data/<source>/tokens``,
-    ``data/parts/<part>/share``."""
+    ``evaluation/<domain>/perplexity``, ``metric/<domain>/<name>``, ``merge/<alpha>/<domain>/loss``,
+    ``layers/<name>/grad_norm``, ``data/<source>/tokens``, ``data/parts/<part>/share``."""
     found: dict[str, float] = {}
 
     def add(path: str, value: Any) -> None:
@@ -95,6 +95,8 @@ def scalars(record: Record) -> dict[str, float]:
         add(f"metric/{metric_key(record)}", record["value"])
         add(f"metric/{metric_key(record)}/stderr", record.get("stderr"))
         return found
+    if event == "merge":
+        event, record = f"merge/{record['alpha']:g}", {k: v for k, v in record.items() if k != "alpha"}
     own = {key: value for key, value in record.items() if key not in ("step", "time")}
     add(f"{event}/{domain}" if domain else event, own)
     return found

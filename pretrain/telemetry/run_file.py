@@ -12,7 +12,16 @@ from typing import Any
 
 from pretrain.runtime.console import notice
 from pretrain.runtime.files import replace_file
-from pretrain.telemetry.events import Evaluated, Event, MetricsEvent, RolledBack, RunFinished, RunStarted, Saved
+from pretrain.telemetry.events import (
+    Evaluated,
+    Event,
+    MergeCurve,
+    MetricsEvent,
+    RolledBack,
+    RunFinished,
+    RunStarted,
+    Saved,
+)
 from pretrain.telemetry.record import json_safe
 
 NUMBER = (int, float)
@@ -60,6 +69,9 @@ class RunFile:
         elif isinstance(event, RunFinished):
             self._facts |= {"status": event.status, "tokens": event.tokens}
             self._facts["model"] = str(event.model) if event.model else None
+            self._facts["stopped_by"] = event.stopped_by
+        elif isinstance(event, MergeCurve):
+            self._facts["merge_alpha"] = event.chosen
         elif not isinstance(event, Evaluated | MetricsEvent | Saved | RolledBack):
             return
         steps = event.step

@@ -9,7 +9,7 @@ import math
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from pretrain.models.transforms.apply import plain_model
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.files import remove_leftovers, write_files
+from pretrain.strategy.replaced import replaced_weights
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ class Exporter:
     engine: Engine
     tokenizer: Any
     run: Path
-    when: Literal["end", "save", "never"]
+    when: Literal["end", "best", "save", "never"]
     shard_size: str
     save_dtype: str | None
     card: Callable[[TrainState], str]
@@ -94,17 +95,24 @@ class Exporter:
         if self.engine.world.is_main:
             self._prune(models, progress.step)
 
-    def at_end(self, progress: TrainState) -> Path | None:
-        """Export ``model/``, completely or not at all, and return its path; ``None`` if ``when`` is "never"."""
+    def at_end(self, progress: TrainState, *, note: str = "") -> Path | None:
+        """Export ``model/``, completely or not at all, and return its path; ``None`` if ``when`` is "never". ``note`` is added to
+        the model card."""
         if self.when == "never":
             return None
         path = self.run / "model"
-        self._write(path, progress)
+        self._write(path, progress, note=note)
         if self.engine.world.is_main:
             self._prune(self.run / "models", progress.step)
         return path
 
-    def _write(self, path: Path, progress: TrainState) -> None:
+    def average_at_end(self, name: str, weights: Mapping[str, Tensor], progress: TrainState) -> None:
+        """Export an average of the weights to ``averages/<name>/``, unless ``when`` is "never"."""
+        if self.when != "never":
+            with replaced_weights(self.engine, weights):
+                self._write(self.run / "averages" / name, progress, note=f"\nThe weights are the average {name}.\n")
+
+    def _write(self, path: Path, progress: TrainState, *, note: str = "") -> None:
         engine, world = self.engine, self.engine.world
         transformed = engine.model.transformed
         hf = engine.model.hf if transformed is None else plain_model(engine.model.hf)
@@ -128,7 +136,7 @@ class Exporter:
                 written = export.save_full(hf, own, fresh, shard_size=self.shard_size)
             if world.is_main:
                 files = export.companion_files(hf, self.tokenizer, dtype=dtype, separator=self.separator)
-                written += write_files(files | {"README.md": self.card(progress).encode()}, fresh)
+                written += write_files(files | {"README.md": (self.card(progress) + note).encode()}, fresh)
             return written
 
         write_folder(path, fill, world=world, hint=lambda: "the last checkpoint is valid", marker=False)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pretrain.checkpoint.train_state import TrainState
     from pretrain.strategy.engine import Engine
+
+Purpose = Literal["evaluate", "export"]
 
 
 class Hook(ABC):
@@ -36,3 +41,8 @@ class Hook(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state. Its tensors have the shapes, dtypes and sharding of those that `state_dict` returns."""
+
+    def averages(self, purpose: Purpose) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return further weights by the name under which they are scored or exported: parameter → value, sharded as the model's
+        own. By default there are none."""
+        return {}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pretrain.checkpoint.train_state import TrainState
     from pretrain.distributed.context import DistributedContext
     from pretrain.strategy.engine import Engine
-    from pretrain.training.hook import Hook
+    from pretrain.training.hook import Hook, Purpose
 
 
 class Hooks:
@@ -37,6 +37,15 @@ class Hooks:
     def after_step(self, state: TrainState, engine: Engine) -> None:
         for hook in self._hooks.values():
             hook.after_step(state, engine)
+
+    def averages(self, purpose: Purpose) -> dict[str, Mapping[str, Tensor]]:
+        """Return the averages of the weights that hooks keep for ``purpose``, by name."""
+        found: dict[str, Mapping[str, Tensor]] = {}
+        for hook in self._hooks.values():
+            found |= (
+                hook.averages(purpose) if hasattr(hook, "averages") else {}
+            )  # a trusted hook may lack the base class
+        return found
 
     def added_to(self, engine_state: dict[str, Any]) -> dict[str, Any]:
         """Return the state of the engine with the tensors of the hooks. This is a collective."""

@@ -113,7 +113,7 @@ KEYS = [
         ["model.compile=yes-please"],
         "model.compile='yes-please': input should be 'blocks' or 'graph' or ",
     ),
-    (["model.attention=fast"], "model.attention='fast': input should be 'sdpa', 'eager'"),
+    (["model.attention=fast"], "model.attention='fast': input should be 'auto', 'sdpa'"),
     (["task=training"], "task='training': input should be 'pretraining'"),
     (["precision=16-mixed"], "precision=16-mixed needs a GPU"),
     (["dataset=local"], "dataset.nameOrPath has no value"),

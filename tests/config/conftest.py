@@ -67,7 +67,7 @@ FILES = {
     "transform/lora.yaml": "# LoRA.\nlora: {_target_: ourlab.parts.Lora, rank: 8}\n",
     "optimizer/lion.yaml": "# Lion: the sign of the momentum.\n_target_: ourlab.parts.Lion\nlr: ${lr}\n",
     "ourlab/default.yaml": "# Where our data is.\nurl: here\nsizes: [1, 2]\n",
-    "hook/ema.yaml": "# Average.\nema: {_target_: ourlab.parts.Ema, decay: 0.9}\n",
+    "hook/average.yaml": "# Average.\naverage: {_target_: ourlab.parts.Ema, decay: 0.9}\n",
 }
 
 

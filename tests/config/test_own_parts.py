@@ -20,7 +20,7 @@ def test_none_are_chosen_by_default():
 
 
 def test_they_are_built_in_the_order_of_the_list(conf):
-    config = run_config(["transform=[lora,freeze]", "hook=[ema]", "transform.lora.rank=2", TRUSTED], conf)
+    config = run_config(["transform=[lora,freeze]", "hook=[average]", "transform.lora.rank=2", TRUSTED], conf)
     assert [type(part).__name__ for part in config.transforms] == ["Lora", "Freeze"]
     assert config.transforms[0].rank == 2
     assert [hook.decay for hook in config.build_hooks().values()] == [0.9]
@@ -40,10 +40,10 @@ def test_tasks_of_an_evaluation(conf):
 
 MISTAKES = {
     "untrusted": (["transform=[lora]"], r"transform\.lora\._target_='ourlab\.parts\.Lora': .*allow_targets=\[ourlab"),
-    "untrusted hook": (["hook=[ema]"], r"hook\.ema\._target_=.*allow_targets"),
+    "untrusted hook": (["hook=[average]"], r"hook\.average\._target_=.*allow_targets"),
     "untrusted task": (["evaluation.tasks.quiz._target_=ourlab.parts.Accuracy"], r"evaluation\.tasks\.quiz\._target_="),
     "not chosen": (["transform.lora.rank=2"], r"transform\.lora: 'lora' is not among the chosen transforms; add it"),
-    "a key of none": (["hook=[ema]", "hook.ema.decai=1", TRUSTED], r"hook\.ema: Ema has no 'decai'.*decay"),
+    "a key of none": (["hook=[average]", "hook.average.decai=1", TRUSTED], r"hook\.average: Ema has no 'decai'.*decay"),
     "wrong type": (["transform=[lora]", "transform.lora.rank=x", TRUSTED], r"transform\.lora\.rank='x'"),
     "ours of another kind": (
         ["evaluation.tasks.x._target_=pretrain.telemetry.sinks.csv.Csv"],
@@ -62,8 +62,8 @@ MISTAKES = {
         r"transform\.lora\._target_='ourlab\.parts\.Unfinished': lacks apply, which pretrain\.ModelTransform describes",
     ),
     "not a hook": (
-        ["hook=[ema]", "hook.ema._target_=ourlab.parts.Freeze", TRUSTED],
-        r"hook\.ema\._target_='ourlab\.parts\.Freeze': lacks after_step and load_state_dict and setup and state_dict, which",
+        ["hook=[average]", "hook.average._target_=ourlab.parts.Freeze", TRUSTED],
+        r"hook\.average\._target_='ourlab\.parts\.Freeze': lacks after_step and load_state_dict and setup and state_dict, which",
     ),
     "not a strategy": (["strategy._target_=ourlab.parts.Ema", TRUSTED], "must be a subclass of pretrain.Strategy"),
     "not a sink": (

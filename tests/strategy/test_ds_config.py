@@ -213,3 +213,12 @@ def test_selective_checkpointing_needs_weights_that_stay():
     spec = Scratch(name_or_path="x", gradient_checkpointing="selective")
     with pytest.raises(UserError, match=r"^strategy\.zero_stage=3 with model\.gradient_checkpointing=selective: "):
         Deepspeed(zero_stage=3).setup(ModelFactory(spec, torch.float32, 0), None, StepConfig(), ALONE)
+
+
+def test_stage_3_is_not_compiled(capsys):
+    """Its hooks end the graph at every layer."""
+    factory = ModelFactory(Scratch(name_or_path="x", compile=True), torch.float32, 0)
+    assert Deepspeed(zero_stage=2).compilable(factory) is factory
+    assert capsys.readouterr().err == ""
+    assert Deepspeed(zero_stage=3).compilable(factory).spec == Scratch(name_or_path="x")
+    assert "model.compile=true: not with strategy.zero_stage=3" in capsys.readouterr().err

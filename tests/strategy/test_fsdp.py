@@ -88,3 +88,33 @@ def test_a_loss_scaler_and_gradients_on_the_host_are_refused_on_a_gpu():
     Fsdp(cpu_offload=True).check(*setting("bf16-mixed"))
     assert "strategy.cpu_offload=true" not in Fsdp().memory_saving_overrides(*setting("16-mixed"))
     assert "strategy.cpu_offload=true" in Fsdp().memory_saving_overrides(*setting("bf16-mixed"))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_exchanged_in_the_type_that_is_asked_for(precision):
+    gathered = mixed_precision(load(precision)).param_dtype
+    assert mixed_precision(load(precision), "bfloat16") == MixedPrecisionPolicy(gathered, torch.bfloat16)
+
+
+def test_blocks_are_gathered_ahead(factory, monkeypatch):
+    """In the order in which they run; nothing is set where torch chooses."""
+    asked = {"forward": {}, "backward": {}}
+    for way, found in asked.items():
+        name = f"set_modules_to_{way}_prefetch"
+        monkeypatch.setattr(FSDPModule, name, lambda self, modules, found=found: found.update({self: modules}))
+    with as_rank(0, 2) as world:
+        set_up(Fsdp(), factory("llama"), world)
+        assert asked == {"forward": {}, "backward": {}}
+        one, two, three = set_up(Fsdp(prefetch=2), factory("llama"), world).model.hf.model.layers
+    assert asked["forward"] == {one: [two, three], two: [three], three: []}
+    assert asked["backward"] == {one: [], two: [one], three: [two, one]}
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_embeddings_and_head_may_stay_gathered(reshard, factory, batch):
+    with as_rank(0, 2) as world:
+        engine = set_up(Fsdp(reshard_root=reshard), factory("llama"), world)
+        engine.step_module(batch.input_ids, batch.labels, None)
+        model = engine.model.hf
+        assert isinstance(model.lm_head.weight, DTensor) is reshard
+        assert isinstance(model.model.layers[0].mlp.up_proj.weight, DTensor)

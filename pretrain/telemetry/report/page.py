@@ -67,6 +67,7 @@ def run_page(run: Run) -> str:
                 _scores(history),
                 grid([plots.drift_charts(history)], "two"),
             ),
+            section("Base model and result merged", grid([plots.merge_chart(history)], "two"), _merge(history)),
             section("Metrics of evaluation tasks", grid([plots.metric_charts(history)]), _measurements(history)),
             section("Samples", *_samples(history)),
             section(
@@ -173,6 +174,19 @@ def _scores(history: History) -> Markup:
             )
         )
     return card(table(head, rows))
+
+
+def _merge(history: History) -> Markup:
+    """Return the table of the points between the base model and the result, with the change of each domain."""
+    if not history.merge:
+        return Markup("")
+    rows = []
+    for alpha, scores in plots.merge_points(history):
+        chosen = any(s.get("chosen") for s in scores.values())
+        changes = (signed(scores[name].get("delta_loss")) if name in scores else NOTHING for name in history.domains)
+        rows.append((f"{alpha:g}" + (", exported" if chosen else ""), *changes))
+    labels = (plots.domain_label(name, d.role) for name, d in history.domains.items())
+    return card(table(("share of the result", *labels), rows))
 
 
 def _measurements(history: History) -> Markup:
@@ -313,6 +327,8 @@ def _event_text(record: Record) -> tuple[str, str]:
         return f"rolled back from step {record.get('bad_step')}: {record.get('reason')}", "bad"
     if record["event"] == "run_finished":
         status = str(record.get("status"))
+        if record.get("stopped_by"):
+            return f"{status}, stop_when: {record['stopped_by']}", KINDS.get(status, "")
         return status, KINDS.get(status, "")
     where = f"on {record.get('world_size')} × {record.get('device')}" if record.get("device") else ""
     return (f"resumed {where}", "warn") if record.get("resumed") else (f"started {where}", "")

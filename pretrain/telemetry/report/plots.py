@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pretrain.telemetry.history import PARTS, History
+from pretrain.telemetry.history import PARTS, History, mean
 from pretrain.telemetry.numbers import compact, share
+from pretrain.telemetry.record import Record
 from pretrain.telemetry.report.charts import (
     Band,
     Format,
@@ -269,6 +270,33 @@ def trade_chart(runs: Sequence[Run], names: Sequence[str]) -> Markup:
         zero=True,
         large=True,
     )
+
+
+def merge_chart(history: History) -> Markup:
+    """Return the chart of gain against forgetting of the points between the base model and the result."""
+    points = [
+        (alpha, *(_mean_change(scores, role) for role in ("new", "base"))) for alpha, scores in merge_points(history)
+    ]
+    known = [(alpha, new, base) for alpha, new, base in points if new is not None and base is not None]
+    chosen = {alpha for alpha, scores in merge_points(history) if any(s.get("chosen") for s in scores.values())}
+    return scatter_chart(
+        "Between the base model and the result",
+        [Point(f"{alpha:g}", new, base, 1 if alpha in chosen else 0, strong=True) for alpha, new, base in known],
+        x_label="change of new domains",
+        unit="change of base domains, nats per token",
+        front=[(new, base) for _, new, base in known] if len(known) > 1 else (),
+        zero=True,
+        large=True,
+    )
+
+
+def merge_points(history: History) -> list[tuple[float, dict[str, Record]]]:
+    """Return the points between the base model and the result in ascending order, each with its scores by domain."""
+    return sorted(history.merge.items())
+
+
+def _mean_change(scores: dict[str, Record], role: str) -> float | None:
+    return mean(s.get("delta_loss") for s in scores.values() if s.get("role") == role)
 
 
 def _curves(

@@ -91,11 +91,13 @@ def records_until(
 
     The ``run_finished`` record of a finished run is dropped, because the run now continues. If the evaluation of that step is
     pending, its records (with samples and data statistics) are dropped too, because it is repeated. Records that were saved
-    with the checkpoint but are missing in the file are appended; without a file they are the only records."""
+    with the checkpoint but are missing in the file are appended; without a file they are the only records. Those of the merge
+    curve are dropped, because it is scored at the end."""
 
     def holds(record: dict[str, Any]) -> bool:
         again = record["step"] == start.step and start.pending_evaluation and record["event"] in WITH_EVALUATION
-        return record["step"] <= start.step and not again and record.get("status") != "finished"
+        at_the_end = record["event"] == "merge" or record.get("status") == "finished"
+        return record["step"] <= start.step and not again and not at_the_end
 
     records = read_records(path, on_invalid=on_invalid) if path.exists() else []
     if start.records:

@@ -1,0 +1,87 @@
+"""A hook: exponential moving averages of the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from pretrain.runtime.errors import UserError
+from pretrain.training.hook import Hook, Purpose
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pretrain.checkpoint.train_state import TrainState
+    from pretrain.strategy.engine import Engine
+
+RAMP = 10  # updates after which a decay that is limited by the number of updates has come to one half
+
+
+@dataclass
+class Ema(Hook):
+    """Average the trained weights in fp32, once for each decay. Every rank keeps the averages of its own shards.
+
+    After update n an average is decay × average + (1 - decay) × weights. With ``warmup`` the decay is at most
+    (1 + n) / (10 + n), so that the first weights do not count for long. Source: Polyak and Juditsky 1992; the warm-up is that of
+    TensorFlow's ExponentialMovingAverage.
+
+    Attributes:
+        decays: One average for each decay: 0.99 averages over about 100 steps, 0.999 over about 1,000.
+        warmup: true: the first updates use a smaller decay.
+        evaluate: true: score each average at every evaluation, as metrics ema_<decay>_loss.
+        export: true: also write each average at the end, to averages/ema_<decay>/.
+    """
+
+    decays: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = field(
+        default_factory=lambda: [0.99, 0.999]
+    )
+    warmup: bool = True
+    evaluate: bool = True
+    export: bool = True
+    _averages: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)  # by name, then by parameter
+    _updates: int = field(default=0, init=False)
+
+    def setup(self, engine: Engine) -> None:
+        from pretrain.strategy.replaced import check_replaceable
+
+        check_replaceable(engine, "hook.ema")
+        if len({*map(_name, self.decays)}) < len(self.decays):
+            raise UserError(f"hook.ema.decays={self.decays}: each decay may be there once")
+        self._updates = 0
+        trained = {n: p.detach() for n, p in engine.model.hf_named_parameters() if p.requires_grad}
+        self._averages = {_name(decay): {n: p.float().clone() for n, p in trained.items()} for decay in self.decays}
+
+    def after_step(self, state: TrainState, engine: Engine) -> None:
+        import torch
+
+        from pretrain.distributed.sharding import local
+
+        self._updates += 1
+        weights = {n: local(p.detach()).float() for n, p in engine.model.hf_named_parameters() if p.requires_grad}
+        for decay, average in zip(self.decays, self._averages.values(), strict=True):
+            own = [local(average[name]) for name in weights]
+            torch._foreach_lerp_(own, [*weights.values()], 1 - self.decay_at(decay, self._updates))
+
+    def decay_at(self, decay: float, update: int) -> float:
+        """Return the decay of an update (1-based)."""
+        return min(decay, (1 + update) / (RAMP + update)) if self.warmup else decay
+
+    def state_dict(self) -> dict[str, Any]:
+        every = {f"{name}/{key}": t for name, average in self._averages.items() for key, t in average.items()}
+        return every | {"updates": self._updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._updates = state["updates"]
+        self._averages = {
+            name: {key: state[f"{name}/{key}"] for key in average} for name, average in self._averages.items()
+        }
+
+    def averages(self, purpose: Purpose) -> dict[str, dict[str, Tensor]]:
+        wanted = self.evaluate if purpose == "evaluate" else self.export
+        return self._averages if wanted and self._updates else {}
+
+
+def _name(decay: float) -> str:
+    return f"ema_{decay:g}"
