@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pretrain.models.causal_lm import CausalLM
     from pretrain.models.transforms.base import ModelTransform
     from pretrain.optim.base import OptimizerFactory
+    from pretrain.plan.config import PlanConfig
     from pretrain.strategy.base import Strategy
     from pretrain.strategy.objective import Objective
     from pretrain.strategy.precision import Precision
@@ -57,7 +58,7 @@ class RootKeys:
     """The keys of conf/config.yaml that are not groups.
 
     Attributes:
-        task: What to run: pretraining · tokenization · evaluation · generation · export · merge.
+        task: What to run: pretraining · tokenization · evaluation · generation · export · merge · plan.
         name: Name of the run; null: <model>-<dataset>, with the task as a prefix unless it is pretraining.
         output_dir: Run folder; the same command resumes the run in it.
         model_name: The shipped `sample`, a Hugging Face Hub id, a folder, a checkpoint or a run.
@@ -89,7 +90,7 @@ class RootKeys:
             line only.
     """
 
-    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export", "merge"]
+    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export", "merge", "plan"]
     name: Annotated[str, Field(pattern=r"^\.*[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]  # a folder's name: no `..`, no path
     output_dir: Annotated[str, Field(pattern=ONE_LINE)]
     model_name: Annotated[str, Field(min_length=1)]
@@ -140,6 +141,7 @@ class RunConfig(RootKeys):
         telemetry: Additional measurements.
         launch: How processes are started and supervised.
         sweep: How a sweep is ranked and reported.
+        plan: The device to plan for, and what a plan assumes.
         transforms: The changes of the model, in the order in which they are applied.
         plain: The same config as a dict of plain values, as written to config.yaml and as sent to workers.
     """
@@ -161,6 +163,7 @@ class RunConfig(RootKeys):
     telemetry: TelemetryConfig
     launch: LaunchConfig
     sweep: SweepConfig
+    plan: PlanConfig
     transforms: tuple[ModelTransform, ...]
     plain: dict[str, Any] = field(repr=False)
 

@@ -19,6 +19,7 @@ from pretrain.data.batch import Batch
 from pretrain.distributed import sharding as tensors
 from pretrain.models.attention import Shape, prefer_fast_kernels
 from pretrain.optim.combined import combined
+from pretrain.optim.limits import check_usable
 from pretrain.optim.schedule import with_multiplier
 from pretrain.runtime.signals import signals_blocked
 from pretrain.strategy.engine_state import EngineState
@@ -160,6 +161,7 @@ class Engine(EngineState, InferenceEngine):
         sharded_export: bool = False,
     ) -> None:
         super().__init__(model, precision=precision, world=world)
+        check_usable(optimizer)
         self.optimizer = combined(optimizer)
         self.optimizer_state = OptimizerState(model, self.optimizer, world)
         self.grad_clip = grad_clip
