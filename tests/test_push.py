@@ -32,7 +32,9 @@ class Hub(BaseHTTPRequestHandler):
                 {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
             )
         if "/commit/" in self.path:
-            return self.answer({"commitUrl": "https://huggingface.co/me/model/commit/1", "commitOid": "1", "success": True})
+            return self.answer(
+                {"commitUrl": "https://huggingface.co/me/model/commit/1", "commitOid": "1", "success": True}
+            )
         return self.answer({"warnings": [], "errors": []})
 
     def do_GET(self):
