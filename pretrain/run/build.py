@@ -131,6 +131,7 @@ def build_exporter(
     """
     from pretrain.data.statistics import DataStatistics
     from pretrain.models.hub.model_card import model_card
+    from pretrain.models.hub.push import Pusher
     from pretrain.training.exporter import Exporter
 
     policy, train = config.checkpoint, prepared.train
@@ -148,6 +149,7 @@ def build_exporter(
         save_dtype=prepared.model.save_dtype,
         card=partial(model_card, config.plain, data=data, parts=parts, facts=facts, total_steps=steps),
         separator=prepared.boundaries.separator,
+        pusher=None if policy.push_to_hub is None else Pusher(policy.push_to_hub),
     )
 
 

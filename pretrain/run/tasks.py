@@ -92,6 +92,10 @@ def pretraining(
         with out_of_memory_explained(config, world, trainer, plan=planned):
             run_logged(trainer)
     leave()
+    if place.rank == 0 and trainer.complete and trainer.exporter is not None and trainer.exporter.pusher is not None:
+        trainer.exporter.pusher.finish(
+            folder / "model", f"step {trainer.state.step}"
+        )  # after the other ranks have left
     return 0 if trainer.complete else EXIT_CODE
 
 
