@@ -79,7 +79,7 @@ def prepare_compilation() -> None:
 
 
 def check_compiler() -> None:
-    """Raise ``UserError`` if torch has no C++ compiler to compile for a CPU with: ``CXX`` of the environment, or g++ (macOS: clang++)."""
+    """Raise ``UserError`` if torch has no C++ compiler for a CPU: ``CXX``, or g++ (macOS: clang++)."""
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if not torch.cuda.is_available() and shutil.which(name) is None:
         raise UserError(
