@@ -98,9 +98,9 @@ class Server:
 
     def takes(self, environment: dict[str, str]) -> bool:
         """Return whether a process with this environment may be forked. A ``sitecustomize`` of others may have to come before
-        all imports; those of `tests.runs`, in folders called ``injected``, need not."""
+        all imports; those of `tests.runs`, in folders called ``injected``, and of `pretrain.tools.data_order` need not."""
         paths = map(Path, environment.get("PYTHONPATH", "").split(os.pathsep))
-        if any((path / "sitecustomize.py").exists() and path.name != "injected" for path in paths):
+        if any((path / "sitecustomize.py").exists() and path.name not in ("injected", "data_order") for path in paths):
             return False
         names = environment.keys() | self.environment.keys()
         return all(name.startswith(READ_LATE) or environment.get(name) == self.environment.get(name) for name in names)

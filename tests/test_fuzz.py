@@ -1,7 +1,6 @@
 """The fuzz: a few inputs of every kind find nothing, the same seed makes the same inputs, and what is wrong is found."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 from random import Random
@@ -16,10 +15,11 @@ from fuzzing.kind import failure, refusal  # noqa: E402
 from fuzzing.sandbox import HUNG, Result, forked  # noqa: E402
 from fuzzing.values import Values  # noqa: E402
 
+from tests.preloaded import run_preloaded  # noqa: E402
+
 
 def fuzz(folder, *arguments):
-    words = [sys.executable, "scripts/fuzz.py", "--findings", str(folder), *map(str, arguments)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_preloaded(["scripts/fuzz.py", "--findings", folder, *arguments], cwd=ROOT)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -174,7 +174,11 @@ def check_records(records):
     rates = [r["lr"] for r in records if r["event"] == "train"]
     assert [rate / rates[0] for rate in rates[:3]] == pytest.approx([1.0, 0.8**0.5, (4 / 6) ** 0.5])
     metrics = [(r["step"], r["name"], r["better"]) for r in records if r["event"] == "metric"]
-    assert metrics == [(s, *m) for s in (0, 4, 8) for m in (("repetition", "higher"), ("first_prediction", "lower"))]
+    assert metrics == [
+        (s, *m)
+        for s in (0, 4, 8)
+        for m in (("repetition", "higher"), ("first_prediction", "lower"), ("continued", "higher"))
+    ]
     assert all(0 <= r["value"] <= 1 and 0 <= r["stderr"] < 1 for r in records if r.get("name") == "repetition")
     assert {r["domain"] for r in records if r["event"] == "evaluation"} == {"stories", "letters"}
 

@@ -161,9 +161,10 @@ def test_the_final_model_opens_with_from_pretrained(strategy, base_arguments, ex
     hf = AutoModelForCausalLM.from_pretrained(folder)
     assert hf.lm_head.weight is hf.model.embed_tokens.weight
     assert len(AutoTokenizer.from_pretrained(folder)) == 300
-    code, _, err = command([*common, f"model_name={folder}", f"output_dir={tmp_path / 'b'}", "max_steps=1"])
+    alone = [] if writes_shards(strategy) else ["strategy=single", "devices=1", "batch_size=4"]
+    code, _, err = command([*common, *alone, f"model_name={folder}", f"output_dir={tmp_path / 'b'}", "max_steps=1"])
     assert code == 0, err
     scores = [r for run in "ab" for r in read_records(tmp_path / run / "metrics.jsonl") if r["event"] == "evaluation"]
     before = {r["domain"]: r["loss"] for r in scores[-4:] if r["step"] == 0}
     after = {r["domain"]: r["loss"] for r in scores[:4] if r["step"] == 2}
-    assert before == pytest.approx(after, abs=1e-6)
+    assert before == pytest.approx(after, abs=1e-6 if writes_shards(strategy) else 1e-5)

@@ -28,11 +28,13 @@ class CheckpointConfig:
         keep_last: Number of newest checkpoints to keep; null: all.
         keep_every: Also keep checkpoints at multiples of this number of steps; null: none.
         keep_best: Also keep this number of checkpoints with the lowest evaluation loss; null: none.
-        best_by: Domain whose loss keep_best compares; null: the new domain.
+        best_by: Domain whose loss keep_best and export=best compare; null: the new domain.
         with_evaluation: true: save at every evaluation instead of every save_every steps.
-        export: When to export the model as a Hugging Face folder: end (model/) · save (also models/step-… at every
-            save) · never.
+        export: When to export the model as a Hugging Face folder: end (model/) · best (at the end, the checkpoint with
+            the lowest evaluation loss; needs keep_best) · save (also models/step-… at every save) · never.
         export_shard_size: Maximum size of a weight file of the export; a larger weight gets a file of its own.
+        push_to_hub: Repository of the Hub, owner/name, to which each exported model is uploaded; a new repository is
+            private; null: none.
     """
 
     async_: bool = True
@@ -42,11 +44,18 @@ class CheckpointConfig:
     keep_best: PositiveInt | None = None
     best_by: str | None = None
     with_evaluation: bool = False
-    export: Literal["end", "save", "never"] = "end"
+    export: Literal["end", "best", "save", "never"] = "end"
     export_shard_size: Annotated[str, Field(pattern=r"^[1-9]\d*(KB|MB|GB)$")] = "5GB"
+    push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
 
     def check(self, domains: Mapping[str, str]) -> None:
         """Raise ``UserError`` if the domain of ``best_by`` is not evaluated. ``domains`` maps names to roles."""
+        if self.push_to_hub is not None and self.export == "never":
+            raise UserError(
+                f"checkpoint.push_to_hub={self.push_to_hub}: checkpoint.export=never leaves no model to upload"
+            )
+        if self.export == "best" and self.keep_best is None:
+            raise UserError("checkpoint.export=best: needs checkpoint.keep_best=1, which keeps the best checkpoint")
         if self.keep_best is None and self.best_by is not None:
             raise UserError(f"checkpoint.best_by={self.best_by}: has no effect without checkpoint.keep_best")
         if self.keep_best is None:
@@ -76,11 +85,18 @@ class CheckpointConfig:
         if self.keep_every is not None:
             kept |= {step for step in steps if step % self.keep_every == 0}
         if self.keep_best is not None:
-            ranked: dict[str | None, list[tuple[float, int]]] = defaultdict(list)
-            for step in steps:
-                name = next(iter(losses[step]), "") if self.best_by is None else self.best_by
-                score = losses[step].get(name)
-                if score is not None and math.isfinite(score):
-                    ranked[(digests or {}).get(step, {}).get(name)].append((score, -step))
-            kept |= {-step for scores in ranked.values() for _, step in sorted(scores)[: self.keep_best]}
+            kept |= {step for ranked in self.ranked(losses, digests).values() for step in ranked[: self.keep_best]}
         return kept
+
+    def ranked(
+        self, losses: Mapping[int, Mapping[str, float]], digests: Mapping[int, Mapping[str, str | None]] | None = None
+    ) -> dict[str | None, list[int]]:
+        """Return the evaluated steps, that of the lowest loss first, by the digest of the text on which they were measured. For
+        the arguments see `kept`; of equal losses the later step comes first."""
+        scored: dict[str | None, list[tuple[float, int]]] = defaultdict(list)
+        for step in sorted(losses):
+            name = next(iter(losses[step]), "") if self.best_by is None else self.best_by
+            score = losses[step].get(name)
+            if score is not None and math.isfinite(score):
+                scored[(digests or {}).get(step, {}).get(name)].append((score, -step))
+        return {digest: [-step for _, step in sorted(found)] for digest, found in scored.items()}

@@ -140,6 +140,13 @@ class CheckpointStore:
             notice(f"checkpoint {path} skipped: {reason}")
         return None
 
+    def best(self) -> Path | None:
+        """Return the complete checkpoint with the lowest loss by ``policy.best_by``, among those that were evaluated on the same
+        text as the last of them; ``None`` if none was evaluated at its own step."""
+        ranked = self.policy.ranked(*self._losses())
+        newest = max(ranked.values(), key=max, default=None)
+        return None if newest is None else self.path(newest[0])
+
     def archive_after(self, step: int) -> None:
         """Rename the checkpoints after ``step``, so that a run that resumes from it never loads those of the other branch.
 

@@ -22,6 +22,9 @@ class TrainState:
         measured_on: by domain, the text on which the baseline was measured (see `pretrain.evaluation.baseline`).
         evaluated_at: the step of the last evaluation (-1: none yet).
         scores: all results of the last evaluation, one entry per domain.
+        best_loss: the lowest loss so far by which ``stop_when.patience`` decides (``None``: it does not).
+        evaluations_since_best: evaluations since then.
+        seconds: what the run has taken so far, in all starts; 0 without ``stop_when.hours``.
         pending_evaluation: whether a stop signal interrupted the evaluation of this step.
     """
 
@@ -32,6 +35,9 @@ class TrainState:
     measured_on: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluated_at: int = -1
     scores: list[dict[str, Any]] = field(default_factory=list)
+    best_loss: float | None = None
+    evaluations_since_best: int = 0
+    seconds: float = 0.0
     pending_evaluation: bool = False
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from pretrain.config.choices import own_groups
 from pretrain.config.defaults import conf_dir
+from pretrain.config.own_files import check_own_files
 from pretrain.config.quoting import PATH_KEYS
 from pretrain.config.schema import RUNTIME_ARGUMENTS, RootKeys, RunConfig, build_part
 from pretrain.config.trust import MULTI_SELECT, NESTED_PARTS, PARTS, SCHEDULES, SOURCE, locate, name_of, trusts
@@ -87,22 +88,26 @@ def check(config: dict[str, Any], *, here: bool = True, config_dir: str | None =
     for group in GROUPS:
         node = config.get(group) or {}
         if group not in MULTI_SELECT:
+            if isinstance(node, dict) and "_target_" not in node:
+                check_own_files(group, node, config_dir)
             check_part(group, node, PARTS[group], config["allow_targets"])
             continue
         if not isinstance(node, dict):
             raise UserError(f"{group}={node!r}: not a choice of this group; --help lists them")
         for name, part in node.items():
             if not isinstance(part, dict) or "_target_" not in part:
+                check_own_files(group, node, config_dir)
                 raise UserError(
                     f"{group}.{name}: {name!r} is not among the chosen {group}s; add it: {group}=[…,{name}]"
                 )
             check_part(f"{group}.{name}", part, PARTS[group], config["allow_targets"])
-    if here:
+    if here and config["task"] != "plan":
         check_here(config)
     run = RunConfig.of(given)
     run.check_data()
     run.check_schedule()
     run.merge.check_curve()
+    run.check_export()
     if run.task == "merge":
         run.merge.check()
     return run

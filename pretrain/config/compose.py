@@ -41,7 +41,9 @@ def forced(override: str, config_dir: str | None = None) -> str:
         raise UserError(
             f"{override}: {key} is a group; choose {' · '.join(choices(key, config_dir))}, or set one of its keys: {key}.KEY=…"
         )
-    groups = {*GROUPS, "experiment", "local", *own_groups(config_dir)}
+    if "=" in override and key.split("/")[0] in own_groups(config_dir) and "@" not in key and "." not in key:
+        return f"{key}@{key.replace('/', '.')}{override[len(key) :]}"  # a place, which may be new
+    groups = {*GROUPS, "experiment", "local"}
     if "=" not in override or not re.match(r"[A-Za-z_]", key) or key in groups or re.search(r"[@/]", key):
         return override
     return override if key.split(".")[0] == "hydra" else f"++{override}"

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pretrain.models.causal_lm import CausalLM
     from pretrain.models.transforms.base import ModelTransform
     from pretrain.optim.base import OptimizerFactory
+    from pretrain.plan.config import PlanConfig
     from pretrain.strategy.base import Strategy
     from pretrain.strategy.objective import Objective
     from pretrain.strategy.precision import Precision
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from pretrain.telemetry.sinks.base import Sink
     from pretrain.training.guard.config import GuardConfig
     from pretrain.training.hook import Hook
+    from pretrain.training.stop_rule import StopWhen
 
 Finite = Field(allow_inf_nan=False)
 ONE_LINE = r"^[^\x00-\x1f\x7f]+$"  # for a folder's name, which can become part of a line of a script or a log
@@ -56,7 +58,7 @@ class RootKeys:
     """The keys of conf/config.yaml that are not groups.
 
     Attributes:
-        task: What to run: pretraining · tokenization · evaluation · generation · export · merge.
+        task: What to run: pretraining · tokenization · evaluation · generation · export · merge · plan.
         name: Name of the run; null: <model>-<dataset>, with the task as a prefix unless it is pretraining.
         output_dir: Run folder; the same command resumes the run in it.
         model_name: The shipped `sample`, a Hugging Face Hub id, a folder, a checkpoint or a run.
@@ -88,7 +90,7 @@ class RootKeys:
             line only.
     """
 
-    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export", "merge"]
+    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export", "merge", "plan"]
     name: Annotated[str, Field(pattern=r"^\.*[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]  # a folder's name: no `..`, no path
     output_dir: Annotated[str, Field(pattern=ONE_LINE)]
     model_name: Annotated[str, Field(min_length=1)]
@@ -134,10 +136,12 @@ class RunConfig(RootKeys):
         evaluation: What is evaluated.
         generation: The prompts of ``task=generation``.
         merge: What ``task=merge`` merges.
+        stop_when: When a run ends before its last step.
         guard: How loss spikes and non-finite values are handled.
         telemetry: Additional measurements.
         launch: How processes are started and supervised.
         sweep: How a sweep is ranked and reported.
+        plan: The device to plan for, and what a plan assumes.
         transforms: The changes of the model, in the order in which they are applied.
         plain: The same config as a dict of plain values, as written to config.yaml and as sent to workers.
     """
@@ -154,10 +158,12 @@ class RunConfig(RootKeys):
     evaluation: EvaluationConfig
     generation: Prompts
     merge: MergeConfig
+    stop_when: StopWhen
     guard: GuardConfig
     telemetry: TelemetryConfig
     launch: LaunchConfig
     sweep: SweepConfig
+    plan: PlanConfig
     transforms: tuple[ModelTransform, ...]
     plain: dict[str, Any] = field(repr=False)
 
@@ -198,6 +204,13 @@ class RunConfig(RootKeys):
             raise UserError(
                 f"scheduler.start_lr={start_lr}: the warm-up starts from it, and warmup_proportion=0 leaves none; set "
                 "warmup_proportion above 0"
+            )
+
+    def check_export(self) -> None:
+        """Raise ``UserError`` for two answers to the question which model is exported."""
+        if self.checkpoint.export == "best" and self.merge.choose is not None:
+            raise UserError(
+                f"merge.choose={self.merge.choose} with checkpoint.export=best: both say which model is exported; use one"
             )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pretrain.evaluation.run_tasks import run_tasks
@@ -45,11 +45,11 @@ class Evaluation:
         *,
         interrupted: Callable[[], bool] = lambda: False,
         alive: Callable[[], None] = lambda: None,
-        last: bool = False,
+        last: Callable[[TrainState], bool] = lambda state: False,
     ) -> list[Event] | None:
         """Evaluate, note the scores in ``state`` and return the events; ``None`` if ``interrupted`` returned true, after which
         ``state`` has a pending evaluation. This is a collective. A run's first scores are the baseline of its forgetting.
-        ``last``: the run has done its last step.
+        ``last`` returns whether the run ends with the state after this evaluation; it is given a copy.
         """
         callbacks: dict[str, Any] = {"interrupted": interrupted, "alive": alive}
         started_at = time.perf_counter()
@@ -61,7 +61,7 @@ class Evaluation:
         if scores is None:
             return None
         scored_at = time.perf_counter()
-        at_end = is_baseline or last
+        at_end = is_baseline or last(self._noted(state, scores))
         due = {name: t for name, t in self.tasks.items() if at_end or not getattr(t, "at_ends_only", False)}
         metrics = run_tasks(due, engine, announce=announce, **callbacks)
         if metrics is None:
@@ -70,8 +70,8 @@ class Evaluation:
         samples = [] if self.sampler is None else self.sampler.run(engine, **callbacks)
         if samples is None:
             return None
-        state.pending_evaluation = False
-        self._note(state, scores)
+        noted = self._noted(state, scores)
+        state.evaluated_at, state.scores, state.pending_evaluation = noted.evaluated_at, noted.scores, False
         if is_baseline:
             self.untouched.keep(state, scores)
         measured = MetricsEvent(state.step, tuple(metrics), measured_at - scored_at)
@@ -81,9 +81,10 @@ class Evaluation:
             Sampled(state.step, tuple(samples), time.perf_counter() - measured_at),
         ]
 
-    def _note(self, state: TrainState, scores: list[DomainScore]) -> None:
-        state.evaluated_at = state.step
-        state.scores = [fields_of(s) for s in scores]
+    def _noted(self, state: TrainState, scores: list[DomainScore]) -> TrainState:
+        """Return a copy of ``state`` after the evaluation with ``scores``."""
+        noted = [fields_of(s) for s in scores]
+        return replace(state, evaluated_at=state.step, scores=noted, pending_evaluation=False)
 
     def capture_base(self, engine: InferenceEngine, **callbacks: Any) -> None:
         """Compute what later evaluations need of the base model, if ``engine`` was built with the initial weights and has them

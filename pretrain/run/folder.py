@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from pretrain.checkpoint.schema import read_state, validation_error
 from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.train_state import TrainState
 from pretrain.data.changed_files import differing, load_files, save_files
 from pretrain.distributed.rank_info import RankInfo
 from pretrain.optim.learning_rate import peak_lr
@@ -179,11 +180,22 @@ def finished(folder: Path, resume_from: Path, config: RunConfig, steps: int) -> 
     Raises ``UserError`` when it is finished but was made with other settings.
     """
     facts = read_run_file(folder)
-    if step_of(resume_from) < steps or facts.get("status") != "finished" or not _end_is_recorded(folder, config):
+    if (
+        not _at_the_end(resume_from, config, steps)
+        or facts.get("status") != "finished"
+        or not _end_is_recorded(folder, config)
+    ):
         return False
     check_finished_run(read_config(resume_from), config)  # model and data were compared before, by content
     report_finished(folder, facts)
     return True
+
+
+def _at_the_end(checkpoint: Path, config: RunConfig, steps: int) -> bool:
+    """Return whether a run that has come to ``checkpoint`` trains no further step."""
+    progress = TrainState()
+    progress.load_state_dict(read_state(checkpoint)["progress"])
+    return progress.step >= steps or config.stop_when.reason(progress) is not None
 
 
 def report_finished(folder: Path, facts: dict[str, Any]) -> None:
@@ -192,6 +204,8 @@ def report_finished(folder: Path, facts: dict[str, Any]) -> None:
     notice(f"{folder} is finished: {facts.get('steps')} steps; {model}")
     if not facts.get("model"):
         notice(f"to export it: task=export model_name={folder} output_dir={folder}")
+    if facts.get("stopped_by"):
+        notice(f"it ended before its last step by stop_when: {facts['stopped_by']}")
     notice("to train longer raise max_steps or number_epochs; to start over add resume=never")
 
 

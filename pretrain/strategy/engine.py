@@ -19,6 +19,7 @@ from pretrain.data.batch import Batch
 from pretrain.distributed import sharding as tensors
 from pretrain.models.attention import Shape, prefer_fast_kernels
 from pretrain.optim.combined import combined
+from pretrain.optim.limits import check_usable
 from pretrain.optim.schedule import with_multiplier
 from pretrain.runtime.signals import signals_blocked
 from pretrain.strategy.engine_state import EngineState
@@ -160,6 +161,7 @@ class Engine(EngineState, InferenceEngine):
         sharded_export: bool = False,
     ) -> None:
         super().__init__(model, precision=precision, world=world)
+        check_usable(optimizer)
         self.optimizer = combined(optimizer)
         self.optimizer_state = OptimizerState(model, self.optimizer, world)
         self.grad_clip = grad_clip
@@ -212,9 +214,9 @@ class Engine(EngineState, InferenceEngine):
                 heartbeat()
         with self.timer.part("communication"):
             self.world.data_all_reduce_sum(loss)
-            terms = {} if self.term is None else {self.term.name: self.term.take(self, divisor)}
         with self.timer.part("optimizer"):
             norm = self.step(self.grad_clip, refuse=never if should_skip is None else partial(should_skip, loss))
+        terms = {} if self.term is None else {self.term.name: self.term.take(self, divisor)}
         return StepOutput(loss, norm, tokens, terms)
 
     def skip_step(self, batch: Batch) -> StepOutput:

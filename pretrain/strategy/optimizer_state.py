@@ -204,7 +204,7 @@ class OptimizerState:
                 like[name] = _in_dtype(value, files.dtype(names[name]))
             elif name in names and isinstance(value, bool | int | float) and not files.shape(names[name]):
                 values[name] = type(value)(files.read(names.pop(name)).item())
-            elif name not in names and name not in values and name.partition("/")[0] in saved:
+            elif name not in names and name not in values and value != {} and name.partition("/")[0] in saved:
                 raise UserError(
                     f"optimizer state {name} is not in the checkpoint, whose optimizer had other settings; resume with those, "
                     "or start a new run from the checkpoint's weights (model_name=<checkpoint>)"
@@ -232,7 +232,7 @@ def check_parameters(slots: set[str], trained: set[str], *, complete: bool) -> N
 
 def _places(prefix: str, found: dict[Any, Any]) -> Iterator[tuple[str, dict[Any, Any], Any]]:
     for key, value in found.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:  # an empty one is a value
             yield from _places(f"{prefix}/{key}", value)
         else:
             yield f"{prefix}/{key}", found, key
@@ -306,7 +306,18 @@ def plain(name: str, value: Any) -> Any:
     """Return ``value`` as JSON gives it back. Raises ``UserError`` for a value that JSON can't represent."""
     try:
         return json.loads(json.dumps(value))
-    except (TypeError, ValueError):
+    except ValueError:
+        raise UserError(f"optimizer state {name} can't be saved in a checkpoint: it contains itself") from None
+    except TypeError:
+        where = f" in a {type(value).__name__}" if isinstance(value, list | tuple | dict) else ""
         raise UserError(
-            f"optimizer state {name} can't be saved in a checkpoint: a {type(value).__name__} is not JSON"
+            f"optimizer state {name} can't be saved in a checkpoint: a {_not_json(value)}{where} is not JSON"
         ) from None
+
+
+def _not_json(value: Any) -> str:
+    """Return the name of the first type in ``value`` that JSON does not have; empty where there is none."""
+    if isinstance(value, list | tuple | dict):
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        return next(filter(None, map(_not_json, items)), "")
+    return "" if value is None or isinstance(value, str | int | float) else type(value).__name__

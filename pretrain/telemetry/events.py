@@ -249,8 +249,9 @@ class RolledBack(Event):
 @dataclass(frozen=True, slots=True)
 class RunFinished(Event):
     """The run has ended. ``status`` is finished · stopped · failed; ``model`` is the exported Hugging Face folder, if
-    any."""
+    any; ``stopped_by`` is the reason if a rule of ``stop_when`` has ended it before its last step."""
 
     status: str
     tokens: int
     model: Path | None = None
+    stopped_by: str | None = None

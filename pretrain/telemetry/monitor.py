@@ -230,6 +230,7 @@ class Monitor:
             "tokens": event.tokens,
             "model": str(event.model) if event.model else None,
             "folder": str(self._run),
+            **({"stopped_by": event.stopped_by} if event.stopped_by else {}),
         }
         self._write("run_finished", event.step, fields)
         self._call_sinks(lambda s: s.close())

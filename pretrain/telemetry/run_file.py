@@ -69,6 +69,7 @@ class RunFile:
         elif isinstance(event, RunFinished):
             self._facts |= {"status": event.status, "tokens": event.tokens}
             self._facts["model"] = str(event.model) if event.model else None
+            self._facts["stopped_by"] = event.stopped_by
         elif isinstance(event, MergeCurve):
             self._facts["merge_alpha"] = event.chosen
         elif not isinstance(event, Evaluated | MetricsEvent | Saved | RolledBack):

@@ -89,6 +89,14 @@ class Checkpoints:
         newest = self.writer.store.newest
         return self.writer.world.on_main_rank(lambda: newest(below=below) or newest()) or self.resume_from
 
+    def best(self) -> Path | None:
+        """Return the evaluated checkpoint with the lowest loss. This is a collective."""
+        if self.writer is None:
+            return None
+        self.writer.wait()
+        found: Path | None = self.writer.world.on_main_rank(self.writer.store.best)
+        return found
+
     @property
     def failed(self) -> bool:
         """Whether this rank could not write its part of a checkpoint; `saved` will raise the error."""

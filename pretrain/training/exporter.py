@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pretrain.checkpoint.train_state import TrainState
     from pretrain.distributed.sharding import TensorFiles
     from pretrain.models.causal_lm import Pretrained
+    from pretrain.models.hub.push import Pusher
     from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
     from pretrain.models.transforms.base import ModelTransform
@@ -53,16 +54,18 @@ class Exporter:
         save_dtype: dtype of the exported weights (``None``: the dtype in which they were trained).
         card: returns the text of the model card for a state of the run.
         separator: id of the token that ends documents.
+        pusher: uploads the models of rank 0 (``None``: they are not uploaded).
     """
 
     engine: Engine
     tokenizer: Any
     run: Path
-    when: Literal["end", "save", "never"]
+    when: Literal["end", "best", "save", "never"]
     shard_size: str
     save_dtype: str | None
     card: Callable[[TrainState], str]
     separator: int | None = None
+    pusher: Pusher | None = None
 
     def checkpoint_files(self, progress: TrainState) -> dict[str, bytes]:
         """Return the files, by name, that a checkpoint holds in addition to its state, so that it can be loaded as a model."""
@@ -89,7 +92,10 @@ class Exporter:
             return
         models = self.run / "models"
         try:
-            self._write(models / f"step-{progress.step:08d}", progress)
+            path = models / f"step-{progress.step:08d}"
+            self._write(path, progress)
+            if self.pusher is not None and self.engine.world.is_main:
+                self.pusher.start(path, f"step {progress.step}")
         except UserError as error:
             notice(f"{error}; the run continues")
         if self.engine.world.is_main:

@@ -32,6 +32,7 @@ from pretrain.training.guard.guard import Guard
 from pretrain.training.guard.replicas import check_replicas
 from pretrain.training.hooks import Hooks
 from pretrain.training.layer_statistics import LayerStatistics
+from pretrain.training.stop_rule import StopWhen
 
 if TYPE_CHECKING:
     from pretrain.data.loader import Loader
@@ -67,6 +68,7 @@ class Trainer:
         exporter: Exporter | None = None,
         layers: LayerStatistics | None = None,
         hooks: Mapping[str, Hook] | None = None,
+        stop_when: StopWhen | None = None,
         curve: Curve | None = None,
         listeners: Sequence[Listener] = (),
         interrupt: Interrupt | None = None,
@@ -86,6 +88,7 @@ class Trainer:
             exporter: writes the model as Hugging Face folders. Default: it is not exported.
             layers: measures the norms of each layer. Default: they are not measured.
             hooks: keep state beside the model, by name.
+            stop_when: whether the run ends before its last step. Default: it does not.
             curve: scores points between the base model and the result at the end. Default: none.
             listeners: receive every event. Several processes: rank 0 alone has any.
             interrupt: whether a stop signal has arrived. Default: no signal is handled.
@@ -98,6 +101,7 @@ class Trainer:
         self.guard = guard or Guard(GuardConfig(), device=engine.world.device)
         self.layers = layers or LayerStatistics(engine, Interval(None))
         self.hooks, self.curve = Hooks(hooks or {}, engine.world), curve
+        self.stop_when = stop_when or StopWhen()
         self.listeners = list(listeners)
         self.interrupt, self.watchdog = interrupt or Interrupt(), watchdog or Watchdog()
         self.rng = rng_state() if rng is None else rng
@@ -105,7 +109,8 @@ class Trainer:
         self.state = TrainState()
         self.statistics = DataStatistics(loader)
         self._batches: Generator[Batch, None, None]
-        self._started_at_step = 0
+        self._started_at_step, self._started_at = 0, time.monotonic()
+        self._seconds_before = 0.0  # of earlier starts
         self._pending_curve = False
 
     def run(self) -> TrainState:
@@ -138,7 +143,7 @@ class Trainer:
         step, pending = self.state.step, self.state.pending_evaluation
         records = tuple(self.checkpoints.records)
         self.emit(RunStarted(step, self.steps, checkpoint is not None, pending, records, facts=self.metadata))
-        self._started_at_step = step
+        self._started_at_step, self._seconds_before = step, self.state.seconds
         set_rng_state(self.rng)  # only now, because listeners may draw random numbers while they start
 
     def batches(self) -> Iterator[Batch]:
@@ -213,14 +218,20 @@ class Trainer:
             return True
         self.watchdog.allow_slow()
         started_at = time.perf_counter()
-        events = self.evaluation.run(self.engine, self.state, last=self.finished, **self.callbacks)
+        events = self.evaluation.run(self.engine, self.state, last=self.ends_with, **self.callbacks)
         if events is None:
             self.emit(TrainingPaused(self.state.step, time.perf_counter() - started_at, "evaluation"))
             return False
+        self.stop_when.note_evaluation(self.state)
         for event in events:
             self.emit(event)
         self.emit_data()
         return True
+
+    def ends_with(self, evaluated: TrainState) -> bool:
+        """Return whether the run ends with the state ``evaluated``, which is changed."""
+        self.stop_when.note_evaluation(evaluated)
+        return evaluated.step >= self.steps or self.stop_when.reason(evaluated) is not None
 
     def evaluation_is_due(self) -> bool:
         every = Interval(None) if self.evaluation is None else self.evaluation.every
@@ -269,7 +280,9 @@ class Trainer:
         Raises the error that prevented a checkpoint from being written.
         """
         with self.engine.timer.part("communication"):
-            stop, failed = self.world.any_rank(self.interrupt.requested, self.checkpoints.failed)
+            over = self.stop_when.is_over(self.seconds)
+            stop, failed, over = self.world.any_rank(self.interrupt.requested, self.checkpoints.failed, over)
+        self.stop_when.note_seconds(self.state, self.seconds, over=over)
         if failed:
             self.checkpoints.close()
         self.emit_saved()  # raises this rank's error
@@ -330,7 +343,10 @@ class Trainer:
                 for name, weights in self.hooks.averages("export").items():
                     self.exporter.average_at_end(name, weights, self.state)
         status = "finished" if self.complete else "stopped"
-        self.emit(RunFinished(self.state.step, status, self.state.tokens, model))
+        stopped_by = self.stop_when.reason(self.state) if self.state.step < self.steps else None
+        if stopped_by is not None:
+            notice(f"stop_when: {stopped_by}: the run ends at step {self.state.step:,} of {self.steps:,}")
+        self.emit(RunFinished(self.state.step, status, self.state.tokens, model, stopped_by))
         return self.state
 
     @watched("evaluation")
@@ -348,10 +364,24 @@ class Trainer:
 
     def export(self, exporter: Exporter, curve: MergeCurve | None) -> Path | None:
         """Export the model, or the chosen point of the merge curve."""
+        if exporter.when == "best":
+            return exporter.at_end(self.restore_best())
         if self.curve is None or curve is None or curve.chosen is None:
             return exporter.at_end(self.state)
         with self.curve.weights_at(self.engine, curve.chosen):
             return exporter.at_end(self.state, note=self.curve.note(curve.chosen))
+
+    def restore_best(self) -> TrainState:
+        """Load the weights of the best evaluated checkpoint; return its state, or this run's if there is none."""
+        best = self.checkpoints.best()
+        if best is None:
+            notice("checkpoint.export=best: no checkpoint was evaluated at its own step; the last model is exported")
+            return self.state
+        saved, state = self.checkpoints.load(best), TrainState()
+        self.engine.load_state_dict(saved["engine"])
+        state.load_state_dict(saved["progress"])
+        notice(f"checkpoint.export=best: the model of step {state.step:,} is exported")
+        return state
 
     @property
     def world(self) -> DistributedContext:
@@ -364,8 +394,13 @@ class Trainer:
         return {"interrupted": self.interrupted, "alive": self.watchdog.heartbeat}
 
     @property
+    def seconds(self) -> float:
+        """The seconds that this run has taken, in all of its starts, by the clock of this rank."""
+        return self._seconds_before + time.monotonic() - self._started_at
+
+    @property
     def finished(self) -> bool:
-        return self.state.step >= self.steps
+        return self.state.step >= self.steps or self.stop_when.reason(self.state) is not None
 
     @property
     def complete(self) -> bool:

@@ -77,12 +77,33 @@ STRATEGIES = {
 }
 
 
+def with_strategy(strategy: str) -> str:
+    return CONTRACT.split("parallelization_strategy")[0] + (
+        f"parallelization_strategy: {strategy}\n{STRATEGIES[strategy]}\n"
+    )
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_contract_s_example_with_each_strategy(strategy, compose):
+    wanted = {
+        "fsdp": {"auto_wrap_policy": "gpt2", "sharding_strategy": "FULL_SHARD", "state_dict_type": "sharded"},
+        "deepspeed": {"zero_stage": 3, "offload_optimizer": True},
+        "deep_speed": {"zero_stage": 1, "offload_optimizer": False},
+        "ddp": {"find_unused_parameters": False, "static_graph": False},
+        "dp": {},
+    }
+    resolved = compose(with_strategy(strategy))["strategy"]
+    assert resolved["_target_"].split(".")[-2] == strategy.replace("_", "")
+    assert resolved | wanted[strategy] == resolved
+
+
+@pytest.mark.parametrize(
+    "strategy", ["fsdp", "deepspeed", "dp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("deep_speed", "ddp"))]
+)
 def test_the_contract_s_example_runs_unchanged(strategy, exact_model, corpus, command, tmp_path):
     """Only what it names is made small: the model, the text, and the sizes of batches."""
-    text = CONTRACT.replace("gpt2\nprecision", f"{exact_model('gpt2')}\nprecision")
+    text = with_strategy(strategy).replace("gpt2\nprecision", f"{exact_model('gpt2')}\nprecision")
     text = text.replace("path/to/dataset", str(corpus)).replace("outputs/gpt2_pretrain", str(tmp_path / "run"))
-    text = text.split("parallelization_strategy")[0] + f"parallelization_strategy: {strategy}\n{STRATEGIES[strategy]}\n"
     (tmp_path / "run.yaml").write_text(text)
     small = [
         "sequence_length=32",

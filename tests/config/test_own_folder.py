@@ -1,5 +1,7 @@
 """The folder of `--config-dir`: its choices in help and in messages, hostile names, sweeps."""
 
+from pathlib import Path
+
 import pytest
 
 from pretrain.config.compose import run_config
@@ -10,7 +12,7 @@ from pretrain.runtime.errors import UserError
     ("words", "message"),
     [
         (["+ourlab=defalt"], "ourlab=defalt: no such choice; did you mean 'default'"),
-        (["ourlab=default"], r"use \+ourlab=default"),
+        (["ourlab=defalt"], "ourlab=defalt: no such choice; did you mean 'default'"),
         (["ourlb.url=x"], "unknown key 'ourlb'"),
         (["optimizer=lin"], "optimizer=lin: no such choice; did you mean 'lion'"),
         (["transform=[lor]"], r"transform=lor: no such choice; did you mean 'lora'"),
@@ -19,6 +21,27 @@ from pretrain.runtime.errors import UserError
 def test_the_nearest_name_of_their_folder(conf, words, message):
     with pytest.raises(UserError, match=message):
         run_config(words, conf)
+
+
+@pytest.mark.parametrize(
+    ("group", "text", "message"),
+    [
+        ("sink", "_target_: mylab.Lines\n", r"mine.yaml: its keys must be nested under a name, 'mine: {_target_: …}'"),
+        ("hook", "decay: 0.9\n", r"mine.yaml: its keys must be nested under a name, 'mine: {_target_: …}'"),
+        ("transform", "mine: {rank: 2}\n", r"transform/mine.yaml: mine has no _target_, the class"),
+        (
+            "optimizer",
+            "lr: 0.1\n",
+            r"optimizer/mine.yaml: has no _target_, the class or function that optimizer=mine stands",
+        ),
+        ("scheduler", "min_lr_ratio: 0.1\n", r"scheduler/mine.yaml: has no _target_"),
+    ],
+)
+def test_a_file_that_is_no_part_is_named(conf, group, text, message):
+    (Path(conf) / group).mkdir(exist_ok=True)
+    (Path(conf) / group / "mine.yaml").write_text(f"# Mine.\n{text}")
+    with pytest.raises(UserError, match=message):
+        run_config([f"{group}=mine", "allow_targets=[mylab]"], conf)
 
 
 def test_help_lists_their_choices(conf, tmp_path, monkeypatch, command):

@@ -240,7 +240,7 @@ def test_a_function_is_bound_and_its_arguments_may_be_parts(conf):
 
 
 def test_a_group_of_their_own(conf):
-    words = ["+ourlab=default", "dataset=local", "dataset.nameOrPath=${ourlab.url}/x"]
+    words = ["ourlab=default", "dataset=local", "dataset.nameOrPath=${ourlab.url}/x"]
     config = run_config(words, conf)
     assert (config.plain["ourlab"], config.plain["dataset"]["nameOrPath"]) == (
         {"url": "here", "sizes": [1, 2]},

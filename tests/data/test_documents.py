@@ -163,6 +163,23 @@ def test_mistakes(store_of, monkeypatch):
         store_of(Stories(version="3"))
 
 
+def test_half_of_a_surrogate_pair(store_of, monkeypatch):
+    """As in files: an error, which is not kept, or U+FFFD."""
+    monkeypatch.setattr(f"{__name__}.TEXTS", [*TEXTS[:20], "half\ud83d of it", *TEXTS[20:40]])
+    for _ in range(2):
+        with pytest.raises(UserError) as refused:
+            store_of(Stories(version="1"))
+        assert str(refused.value) == (
+            "dataset=stories: document 21 of documents() has half of a surrogate pair (\\ud83d) at character 4, which is not a "
+            "character; yield it without, or read it with dataset.errors=replace"
+        )
+    replaced = store_of(Stories(version="1", errors="replace"))
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        store_of(Stories(version="1"))
+    monkeypatch.setattr(f"{__name__}.TEXTS", [*TEXTS[:20], "half\ufffd of it", *TEXTS[21:]])
+    assert tokens_of(replaced) == tokens_of(store_of(Stories(version="2")))
+
+
 def test_a_source_of_files_has_documents_too(corpus):
     source = Local(nameOrPath=str(corpus))
     assert len(list(source.documents())) == 40

@@ -177,17 +177,20 @@ def test_a_mistake_is_one_line(sweep, argument, reason):
 
 
 def test_jobs_of_a_cluster(cluster, sweep, tmp_path):
-    """A sweep of two, a run of two nodes, and one that sbatch refuses: at the same time, because they wait for SLURM."""
+    """A sweep of two, of which one fails, a run of two nodes, and one that sbatch refuses: at the same time, because they wait
+    for SLURM."""
     folders = {name: tmp_path / name for name in ("two", "nodes", "refused")}
-    two = sweep("lr=1e-3,2e-3", folder=folders["two"])
-    nodes = sweep("hydra.launcher.nodes=2", "strategy=ddp", "devices=1", folder=folders["nodes"])
+    short = ["max_steps=3", "checkpoint.export=never"]
+    two = sweep("devices=1,2", *short, folder=folders["two"])
+    nodes = sweep("hydra.launcher.nodes=2", "strategy=ddp", "devices=1", *short, folder=folders["nodes"])
     refused = sweep("hydra.launcher.partition=elsewhere", folder=folders["refused"])
     out = finish(refused, code=2)
     assert "invalid partition specified: elsewhere" in out
     assert "Traceback" not in out
-    out = finish(two)
-    assert [run["status"] for run in runs(folders["two"])] == ["finished"] * 2, out
-    assert out.count(": done") == 2
+    out = finish(two, code=2)
+    assert [run["status"] for run in runs(folders["two"])] == ["finished"], out
+    assert out.count(": done") == 1
+    assert "failed: devices=2: strategy=single is one process" in out
     finish(nodes)
     [run] = runs(folders["nodes"])
     assert (run["status"], run["world_size"]) == ("finished", 2)

@@ -157,6 +157,11 @@ def of_two_ranks(world, factory, folder, cells) -> dict:
             found["another strategy"] = refusal(
                 lambda engine=engine: loaded(engine, folder / f"{SHARDED} of_the_shard")
             )
+    if ("of_the_shard", SHARDED) in cells:
+        for kind in (torch.optim.Adafactor, torch.optim.Rprop):
+            found[kind.__name__] = refusal(
+                lambda kind=kind: set_up(Fsdp(), factory, world, optimizer=lambda named: kind([p for _, p in named]))
+            )
     if ("scalars", "ddp") in cells:
         found["orders"] = of_another_order(trained(engine_of("ddp", "scalars", factory, world), 0, 4))
     return found
@@ -220,6 +225,21 @@ def test_one_process_continues_to_the_last_bit(name, of_one):
 @pytest.mark.parametrize(("name", "strategy"), CELLS)
 def test_two_processes_continue_to_the_last_bit(name, strategy, of_two):
     assert [of_rank[name, strategy] for of_rank in of_two] == [[], []]
+
+
+def test_optimizers_that_cannot_update_shards_are_refused_before_the_start(of_two):
+    for of_rank in of_two:
+        assert of_rank["Adafactor"] == (
+            "optimizer: torch.optim.Adafactor can't update parameters that are sharded as DTensors; optimizer=adafactor can, "
+            "and so can strategy=single and strategy=ddp"
+        )
+        assert of_rank["Rprop"].startswith("optimizer: torch.optim.Rprop can't update parameters that are sharded")
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam])
+def test_optimizers_that_cannot_train_a_language_model_are_refused_before_the_start(kind, factory):
+    made = refusal(lambda: set_up(Single(), factory, ALONE, optimizer=lambda named: kind([p for _, p in named])))
+    assert made.startswith(f"optimizer: torch.optim.{kind.__name__} ")
 
 
 def test_ranks_that_keep_their_state_in_another_order_are_compared(of_two):
@@ -308,12 +328,37 @@ def test_plain_values_and_groups(of_one, folder):
         assert "optimizer_values" not in json.loads((folder / f"single {name}/step-00000004/state.json").read_text())
 
 
+def test_an_empty_dict_that_came_late_is_there_again(factory, folder):
+    """The first update makes ``early``, which is filled later, and does not make ``late``."""
+
+    def kept(engine):
+        return engine.optimizer.state[dict(engine.model.hf_named_parameters())["model.norm.weight"]]
+
+    def with_early():
+        engine = engine_of("single", "row_wise", factory, ALONE)
+        step = engine.optimizer.step
+
+        def step_with_early(*given):
+            step(*given)
+            kept(engine).setdefault("early", {})
+
+        engine.optimizer.step = step_with_early
+        return engine
+
+    made = trained(with_early(), 0, 4)
+    kept(made).update({"late": {}, "deep": {"er": {}, "count": 2}, "early": {"sum": torch.ones(2)}})
+    save(made, folder / "late")
+    found = kept(loaded(with_early(), folder / "late"))
+    assert (found["late"], found["deep"]) == ({}, {"er": {}, "count": 2})
+    assert found["early"]["sum"].tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (
             lambda o, p: o.state[p].update(inner=[torch.ones(2)]),
-            "optimizer state model.norm.weight/inner can't be saved in a checkpoint: a list is not JSON",
+            "optimizer state model.norm.weight/inner can't be saved in a checkpoint: a Tensor in a list is not JSON",
         ),
         (
             lambda o, p: o.state["total"].update(step=1),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.data.cache import cache_file, ensure_content, exclusive, make_private, remove_abandoned, used_now
+from pretrain.data.reading.records import SURROGATE
 from pretrain.data.reading.units import UNIT_BYTES, SourceFile, key_of
 from pretrain.runtime.console import progress_bar
 from pretrain.runtime.errors import UserError
@@ -28,7 +29,8 @@ def kept_documents(source: Source, cache: Path) -> list[SourceFile]:
     One process writes, others wait for it. Raises ``UserError`` where other users could change the files.
     """
     make_private(cache)
-    key = key_of(source.identity(), source.text_column)
+    replaces = ["replace"] if source.errors == "replace" else []  # else an error would be kept, or be lost
+    key = key_of(source.identity(), source.text_column, *replaces)
     folder = cache / "documents" / key
     with exclusive(cache / "locks" / f"documents-{key}.lock", source.domain):
         sizes = _complete(folder)
@@ -63,8 +65,8 @@ def _write(source: Source, folder: Path) -> Iterator[Path]:
 def _segments(source: Source) -> Iterator[bytes]:
     """Yield the documents as JSON lines, some at a time. The source is read here, where an OSError is its own."""
     lines, size = [], 0
-    for document in source.documents():
-        lines.append(_line(source, document))
+    for number, document in enumerate(source.documents(), 1):
+        lines.append(_line(source, document, number))
         size += len(lines[-1])
         if size >= UNIT_BYTES:
             yield b"".join(lines)
@@ -73,7 +75,12 @@ def _segments(source: Source) -> Iterator[bytes]:
         yield b"".join(lines)
 
 
-def _line(source: Source, document: object) -> bytes:
+def _line(source: Source, document: object, number: int) -> bytes:
     if not isinstance(document, str):
         raise UserError(f"{source.described()}: documents() has yielded a {type(document).__name__}, not a text")
+    if source.errors != "replace" and (found := SURROGATE.search(document)):
+        raise UserError(
+            f"{source.described()}: document {number} of documents() has half of a surrogate pair (\\u{ord(found[0]):04x}) at "
+            f"character {found.start()}, which is not a character; yield it without, or read it with dataset.errors=replace"
+        )
     return json.dumps({source.text_column: document}).encode() + b"\n"

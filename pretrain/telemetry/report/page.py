@@ -136,7 +136,9 @@ def _tiles(run: Run) -> Iterator[Markup]:
     if is_number(goodput := end.get("goodput") or last.get("goodput")):
         yield tile(share(goodput), "goodput: share of the time spent training")
     if is_number(memory := last.get("memory_gib")):
-        yield tile(f"{memory:.2f} GiB", "peak memory")
+        planned, room = history.start.get("planned_memory_gib"), history.start.get("device_memory_gib")
+        against = f", {planned:.2f} GiB planned" if is_number(planned) and is_number(room) else ""
+        yield tile(f"{memory:.2f} GiB", f"peak memory{against}")
     if is_number(seconds := run.facts.get("seconds")):
         yield tile(duration(seconds), "run time, all starts")
     if run.status == "running" and is_number(eta := last.get("eta_seconds")):
@@ -327,6 +329,8 @@ def _event_text(record: Record) -> tuple[str, str]:
         return f"rolled back from step {record.get('bad_step')}: {record.get('reason')}", "bad"
     if record["event"] == "run_finished":
         status = str(record.get("status"))
+        if record.get("stopped_by"):
+            return f"{status}, stop_when: {record['stopped_by']}", KINDS.get(status, "")
         return status, KINDS.get(status, "")
     where = f"on {record.get('world_size')} × {record.get('device')}" if record.get("device") else ""
     return (f"resumed {where}", "warn") if record.get("resumed") else (f"started {where}", "")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.telemetry.history import History
 from pretrain.telemetry.in_context import lost_in_context
-from pretrain.telemetry.numbers import duration, number, significant
+from pretrain.telemetry.numbers import duration, is_number, number, significant
 from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record, change_of
 
 if TYPE_CHECKING:
@@ -154,12 +154,13 @@ def measured(record: Record) -> str:
 
 
 def measurements(history: History) -> Table:
-    """Return the table of the metrics of evaluation tasks: the first and the last value."""
-    table = _table("metric", "first", "last", "better")
+    """Return the table of the metrics of evaluation tasks: first and last value, or the value where each was measured once."""
+    once = all(measurement.first is measurement.last for measurement in history.measured.values())
+    table = _table("metric", *(("value",) if once else ("first", "last")), "better")
     for key, measurement in history.measured.items():
         first, last = measurement.first, measurement.last
-        before = "—" if first is last else measured(first)
-        table.add_row(key, before, measured(last), str(last.get("better") or ""))
+        before = [] if once else ["—" if first is last else measured(first)]
+        table.add_row(key, *before, measured(last), str(last.get("better") or ""))
     return table
 
 
@@ -254,3 +255,12 @@ def _table(*titles: str) -> Table:
             no_wrap=title in ("perplexity", "nats"),
         )
     return table
+
+
+def planned_memory(start: Record) -> str | None:
+    """Return what the run's plan has predicted, from its ``run_started`` record; ``None`` without a plan. On a CPU it is the
+    memory of the tensors, which the resident memory of the process exceeds."""
+    planned, room = start.get("planned_memory_gib"), start.get("device_memory_gib")
+    if not is_number(planned):
+        return None
+    return f"{planned:.1f} GiB of {room:.0f}" if is_number(room) else f"{planned:.2f} GiB of tensors"

@@ -53,7 +53,10 @@ class Finder:
 
 def start() -> None:
     """Watch the trainer of this process, and execute the module ``sitecustomize`` that Python would have imported."""
-    sys.meta_path.insert(0, Finder())
+    if "pretrain.training.trainer" in sys.modules:  # of a process that was forked
+        watch(sys.modules["pretrain.training.trainer"].Trainer)
+    else:
+        sys.meta_path.insert(0, Finder())
     hidden = PathFinder.find_spec("sitecustomize", [path for path in sys.path if path != HERE])
     if hidden is not None and hidden.loader is not None:
         hidden.loader.exec_module(importlib.util.module_from_spec(hidden))
