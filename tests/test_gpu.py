@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 
+import pretrain
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
 from tests.launch.test_joined import torchrun
@@ -91,6 +93,8 @@ def test_tf32_is_used_when_asked_for(given, reference, ran):
 
 STRICT = """
 import torch
+
+import pretrain
 from pretrain.cli.main import program
 from pretrain.telemetry.events import StepDone
 from pretrain.training.trainer import Trainer
@@ -223,6 +227,55 @@ def test_more_devices_than_gpus(given, spawn):
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 2, out
     assert f"error: devices={count + 1}: {count} GPU" in out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["model.gradient_checkpointing=true"],
+        ["precision=bf16-true"],
+        ["gradient_accumulation_steps=2", "strategy=ddp"],
+    ],
+    ids=["mixed", "checkpointing", "bf16", "ddp"],
+)
+def test_a_plan_is_right_within_five_percent(words, tmp_path):
+    """Of what torch's allocator had allocated at most in two real steps."""
+    from pretrain.distributed.context import leave
+    from pretrain.distributed.rank_info import RankInfo
+    from pretrain.distributed.topology import Topology
+    from pretrain.plan.devices import this_device
+    from pretrain.run import build
+    from pretrain.run.planning import plan_of
+    from pretrain.run.prepare import Prepared, model_spec
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    from bench_plan import random_batch
+
+    shape = "{model_type: llama, hidden_size: 1024, intermediate_size: 2816, num_hidden_layers: 12, num_attention_heads: 16, "
+    shape += "num_key_value_heads: 4, vocab_size: 32000, max_position_embeddings: 2048}"
+    base = [
+        "model=scratch",
+        f"model.overrides={shape}",
+        f"output_dir={tmp_path}",
+        "sequence_length=1024",
+        "batch_size=8",
+    ]
+    config = pretrain.compose([*base, "precision=bf16-mixed", "plan.devices=[]", *words]).with_lr(1e-4)
+    topology = Topology("cuda")
+    predicted = plan_of(config, device=this_device(), topology=topology, compare=False).peak_bytes
+    world = build.build_world(config, RankInfo(topology=topology), group=config.strategy.needs_group)
+    try:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        engine = build.build_engine(config, Prepared(model_spec(config), *[None] * 5), world)
+        for _ in range(2):
+            engine.train_step(random_batch(config))
+        measured = torch.cuda.max_memory_allocated() - before
+    finally:
+        leave()
+    assert predicted == pytest.approx(measured, rel=0.05)
 
 
 def test_the_kernels_of_attention_are_chosen_and_named(given, ran):

@@ -21,6 +21,7 @@ INTERNALS = {
     "launch/rendezvous_pickle.py": "torch",
     "launch/torch_agent.py": "torch",
     "models/transformers_internals.py": "transformers",
+    "plan/torch_internals.py": "torch",
     "strategy/deepspeed_internals.py": "DeepSpeed",
     "strategy/loss_scaler.py": "torch",
     "sweep/optuna_internals.py": "Optuna",

@@ -2,6 +2,7 @@
 and a killed run that is resumed, bit for bit. Also runs on every kind of source and packing."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from pretrain.data.fim import KNOWN_TOKENS
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
-from tests.runs import assert_same_run, kill_and_resume, losses
+from tests.runs import assert_same_run, kill_and_resume, losses, wait_for
 
 
 @pytest.fixture
@@ -146,8 +147,11 @@ def test_other_strategies_weigh_the_loss_alike(strategy, arguments, command, tmp
 
 
 @pytest.fixture
-def packed_arguments(base_arguments, exact_model, corpus, tmp_path):
+def packed_arguments(base_arguments, exact_model, corpus, tmp_path, monkeypatch):
     """Four kinds of parts: best-fit packing, fill in the middle, token ids read in place, files of a streamed dataset."""
+    monkeypatch.setenv(
+        "PRETRAIN_CACHE", str(tmp_path / "cache")
+    )  # in place are those of this test, not of another's equal file
     import numpy as np
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -209,3 +213,25 @@ def test_every_kind_of_part_and_packing_is_resumed_exactly(strategy, packed_argu
         )
         assert code == 2
         assert f"dataset.parts.{name}.{changed.partition('=')[0]}: " in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [[], ["strategy=ddp", "devices=2", "batch_size=1"]], ids=["single", "ddp"])
+def test_token_ids_that_are_cut_off_during_a_run(pair, packed_arguments, command, spawn, tmp_path):
+    """One line; with the file restored, the same command resumes and ends as a run that was not disturbed."""
+    ids, whole, run = tmp_path / "ids/a.bin", tmp_path / "whole", tmp_path / "run"
+    code, _, err = command([*packed_arguments, *pair, f"output_dir={whole}"])
+    assert code == 0, err
+    content, times = ids.read_bytes(), ids.stat()
+    process = spawn([*packed_arguments, *pair, f"output_dir={run}"])
+    wait_for(run, 7, process)
+    os.truncate(ids, 10)
+    err = process.communicate(timeout=300)[0]
+    assert process.returncode == 2, err
+    assert err.count("error: ") == 1
+    assert f"error: {ids}: changed or cut off during the run, which reads its tokens in place" in err
+    ids.write_bytes(content)
+    os.utime(ids, ns=(times.st_atime_ns, times.st_mtime_ns))
+    code, _, err = command([*packed_arguments, *pair, f"output_dir={run}"])
+    assert code == 0, err
+    assert_same_run(run, whole)

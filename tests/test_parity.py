@@ -39,7 +39,7 @@ VARIANTS = [
             ["strategy=ddp", "model.gradient_checkpointing=true"],
             ["strategy=ddp", "model.gradient_checkpointing=2"],
             ["strategy=fsdp", "model.gradient_checkpointing=selective"],
-            ["strategy=deepspeed", "strategy.zero_stage=3", "model.gradient_checkpointing=selective"],
+            ["strategy=deepspeed", "strategy.zero_stage=3", "model.gradient_checkpointing=true"],
             ["strategy=fsdp", "strategy.accumulate_unsharded=true"],
             ["strategy=ddp", "strategy.static_graph=true", "gradient_accumulation_steps=1", "batch_size=4"],
             ["strategy=deepspeed", "strategy.zero_stage=0"],

@@ -1,11 +1,14 @@
 """The scripts that need a checkout."""
 
+import importlib.util
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.preloaded import run_preloaded
@@ -31,6 +34,66 @@ def test_bench_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_bench_gpu(tmp_path):
+    """Rows run with a tiny model, here the eager ones: compiled ones take minutes on a CPU (`--tiny` runs them all)."""
+    out = tmp_path / "bench.json"
+    only = "1.18B (eager|activations|compiled on|no such)|titan 162M"
+    done = script("bench_gpu.py", "--tiny", "--steps", "10", "--only", only, "--out", out, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {(row["who"], row["name"]): row for row in json.loads(out.read_text())["rows"]}
+    assert rows["titan", "compiled"]["skipped"]
+    measured = {key: row for key, row in rows.items() if "skipped" not in row}
+    assert measured.keys() == {("ours", "eager"), ("bare", "eager"), ("ours", "activations on the host")}
+    for row in measured.values():
+        assert row["tokens_per_second"] > 0
+        assert row["peak_gib"] > 0
+        assert row["to_step"] > 0
+        assert row["mfu"] is None, "a CPU has no known peak"
+    assert done.stdout.count("| FAILED") == 0
+
+
+def test_rows_of_bench_gpu():
+    """What they count is what the program counts; what can't run or does not fit the budget says why."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pretrain.models.flops import flops_per_token
+
+    spec = importlib.util.spec_from_file_location("bench_gpu", SCRIPTS / "bench_gpu.py")
+    bench = importlib.util.module_from_spec(spec)
+    sys.modules["bench_gpu"] = bench  # dataclasses look it up there
+    spec.loader.exec_module(bench)
+    for size in bench.SIZES.values():
+        shape = {
+            "hidden_size": size.width,
+            "intermediate_size": size.ffn,
+            "num_hidden_layers": size.layers,
+            "num_attention_heads": size.heads,
+            "num_key_value_heads": size.kv_heads,
+        }
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(vocab_size=size.vocabulary, tie_word_embeddings=False, **shape))
+        assert size.flops_per_token == flops_per_token(model, size.length).causal
+    parameters = {name: round(s.flops_per_token / 6e6) for name, s in bench.SIZES.items()}
+    assert all(abs(parameters[name] - expected) < 0.2 * expected for name, expected in (("1.18B", 1145), ("162M", 133)))
+    names = [(row.who, row.size, row.name) for row in bench.ROWS]
+    assert len(set(names)) == len(names)
+    titan = next(row for row in bench.ROWS if row.who == "titan")
+    assert bench.reason_to_skip(bench.Row("ours", "162M", "x", needs="no_such_package"), "cuda", 99) == (
+        "no_such_package is not installed"
+    )
+    assert bench.reason_to_skip(bench.Row("ours", "162M", "x", only_gpu=True), "cpu", 99) == "needs a GPU"
+    assert bench.reason_to_skip(bench.Row("ours", "162M", "x"), "cpu", 20) == "the budget is spent"
+    assert titan.only_gpu
+    for row in bench.ROWS:
+        if row.who == "ours":
+            assert not [word for word in row.words if "=" not in word]
+    assert "| FAILED after 3 s |" in bench.shown(
+        {"who": "a", "size": "b", "name": "c", "failed": "why", "seconds": 3.0}
+    )
+
+
+@pytest.mark.slow
 def test_bench_train():
     done = script("bench_train.py", "--rounds", "1", "--steps", "4", "--only", "eager-bf16")
     assert done.returncode == 0, done.stderr
@@ -42,7 +105,8 @@ def test_bench_train():
 @pytest.mark.parametrize(
     "name",
     [
-        *("bench_train.py", "bench_data.py", "bench_mixture.py"),
+        "bench_gpu.py",
+        *("bench_train.py", "bench_data.py", "bench_mixture.py", "bench_transforms.py", "make_means_matrix.py"),
         "bench_shared_tokenizing.py",
         *("bench_checkpoint.py", "bench_monitor.py", "bench_startup.py", "screenshots.py"),
     ],

@@ -33,6 +33,8 @@ class CheckpointConfig:
         export: When to export the model as a Hugging Face folder: end (model/) · best (at the end, the checkpoint with
             the lowest evaluation loss; needs keep_best) · save (also models/step-… at every save) · never.
         export_shard_size: Maximum size of a weight file of the export; a larger weight gets a file of its own.
+        push_to_hub: Repository of the Hub, owner/name, to which each exported model is uploaded; a new repository is
+            private; null: none.
     """
 
     async_: bool = True
@@ -44,9 +46,14 @@ class CheckpointConfig:
     with_evaluation: bool = False
     export: Literal["end", "best", "save", "never"] = "end"
     export_shard_size: Annotated[str, Field(pattern=r"^[1-9]\d*(KB|MB|GB)$")] = "5GB"
+    push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
 
     def check(self, domains: Mapping[str, str]) -> None:
         """Raise ``UserError`` if the domain of ``best_by`` is not evaluated. ``domains`` maps names to roles."""
+        if self.push_to_hub is not None and self.export == "never":
+            raise UserError(
+                f"checkpoint.push_to_hub={self.push_to_hub}: checkpoint.export=never leaves no model to upload"
+            )
         if self.export == "best" and self.keep_best is None:
             raise UserError("checkpoint.export=best: needs checkpoint.keep_best=1, which keeps the best checkpoint")
         if self.keep_best is None and self.best_by is not None:

@@ -17,6 +17,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from pretrain.config.trust import MULTI_SELECT, PARTS
 from pretrain.optim.learning_rate import AUTO, with_lr
+from pretrain.optim.lr_factors import LrFactors
 from pretrain.optim.plain import PlainOptimizer
 from pretrain.runtime.errors import UserError
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pretrain.models.causal_lm import CausalLM
     from pretrain.models.transforms.base import ModelTransform
     from pretrain.optim.base import OptimizerFactory
+    from pretrain.plan.config import PlanConfig
     from pretrain.strategy.base import Strategy
     from pretrain.strategy.objective import Objective
     from pretrain.strategy.precision import Precision
@@ -57,7 +59,7 @@ class RootKeys:
     """The keys of conf/config.yaml that are not groups.
 
     Attributes:
-        task: What to run: pretraining · tokenization · evaluation · generation · export · merge.
+        task: What to run: pretraining · tokenization · evaluation · generation · export · merge · plan.
         name: Name of the run; null: <model>-<dataset>, with the task as a prefix unless it is pretraining.
         output_dir: Run folder; the same command resumes the run in it.
         model_name: The shipped `sample`, a Hugging Face Hub id, a folder, a checkpoint or a run.
@@ -89,7 +91,7 @@ class RootKeys:
             line only.
     """
 
-    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export", "merge"]
+    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export", "merge", "plan"]
     name: Annotated[str, Field(pattern=r"^\.*[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]  # a folder's name: no `..`, no path
     output_dir: Annotated[str, Field(pattern=ONE_LINE)]
     model_name: Annotated[str, Field(min_length=1)]
@@ -140,7 +142,9 @@ class RunConfig(RootKeys):
         telemetry: Additional measurements.
         launch: How processes are started and supervised.
         sweep: How a sweep is ranked and reported.
+        plan: The device to plan for, and what a plan assumes.
         transforms: The changes of the model, in the order in which they are applied.
+        lr_factors: The parameters that have another learning rate, keys of the optimizer group.
         plain: The same config as a dict of plain values, as written to config.yaml and as sent to workers.
     """
 
@@ -161,13 +165,18 @@ class RunConfig(RootKeys):
     telemetry: TelemetryConfig
     launch: LaunchConfig
     sweep: SweepConfig
+    plan: PlanConfig
     transforms: tuple[ModelTransform, ...]
+    lr_factors: LrFactors
     plain: dict[str, Any] = field(repr=False)
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> RunConfig:
         """Build the typed config from a checked dict."""
-        built = with_lr(plain, 1.0)  # a placeholder for lr=auto: the optimizer is created only after `with_lr`
+        built = {**with_lr(plain, 1.0)}  # a placeholder for lr=auto: the optimizer is created only after `with_lr`
+        shared = {field.name for field in fields(LrFactors)}
+        lr_factors = LrFactors(**{key: value for key, value in built["optimizer"].items() if key in shared})
+        built["optimizer"] = {key: value for key, value in built["optimizer"].items() if key not in shared}
         groups = {
             group: build_part(built[group], RUNTIME_ARGUMENTS.get(group, ()))
             for group in PARTS
@@ -175,7 +184,7 @@ class RunConfig(RootKeys):
         }
         transforms = tuple(build_part(node) for node in (built.get("transform") or {}).values())
         root = {key.name: plain[key.name] for key in fields(RootKeys)}
-        return cls(**root, **groups, transforms=transforms, plain=plain)
+        return cls(**root, **groups, transforms=transforms, lr_factors=lr_factors, plain=plain)
 
     def with_lr(self, lr: float) -> RunConfig:
         """Return the config with ``lr`` in place of ``auto``, also in the optimizer."""

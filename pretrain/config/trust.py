@@ -41,6 +41,7 @@ PARTS = {  # group → the class whose subclasses it may create; schedules are f
     "telemetry": "pretrain.telemetry.config.TelemetryConfig",
     "launch": "pretrain.launch.config.LaunchConfig",
     "sweep": "pretrain.sweep.config.SweepConfig",
+    "plan": "pretrain.plan.config.PlanConfig",
     "sink": "pretrain.telemetry.sinks.base.Sink",
     "transform": "pretrain.models.transforms.base.ModelTransform",
     "hook": "pretrain.training.hook.Hook",

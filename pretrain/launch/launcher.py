@@ -34,7 +34,7 @@ def launch(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int
             raise UserError(f"task={config.task} is one process; start it without torchrun")
         from pretrain.run import tasks
 
-        if config.devices not in ("auto", 1):
+        if config.devices not in ("auto", 1) and config.task != "plan":
             notice(f"task={config.task} is one process: strategy and devices have no effect")
         return tasks.TASKS[config.task](config, overrides, interrupt)
     policy, joined = config.launch, started_by_cluster()

@@ -6,14 +6,11 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from omegaconf import OmegaConf
-
-from pretrain.config.check import conf_dir, gpu_visible
-from pretrain.config.choices import choices
-from pretrain.config.schema import build_part
+from pretrain.config.check import gpu_visible
 from pretrain.distributed.topology import Topology
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
+from pretrain.strategy.topology import multi_process_choices, topology_on
 
 if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
@@ -38,33 +35,19 @@ def topology_of(config: RunConfig) -> Topology:
 
 def _planned(config: RunConfig) -> Topology:
     """Return the topology of a run that this process starts."""
-    strategy, policy, name = config.strategy, config.launch, config.strategy.name
+    policy = config.launch
     device_type, devices = _devices(config.devices)
-    workers, each = strategy.workers(devices), strategy.devices_per_worker(devices)
-    if config.devices not in ("auto", workers * each):
-        raise UserError(
-            f"devices={devices}: strategy={name} is one process on one device; allowed: auto, 1; for several: "
-            f"strategy={_multi_process_choices()}"
+    found = topology_on(config, device_type, devices)
+    if found.devices < devices * found.nodes:
+        notice(
+            f"strategy={config.strategy.name} uses 1 of {devices} GPUs; to use all of them: "
+            f"strategy={multi_process_choices()}"
         )
-    if workers * each < devices:
-        notice(f"strategy={name} uses 1 of {devices} GPUs; to use all of them: strategy={_multi_process_choices()}")
     if policy.nodes > 1 and policy.endpoint is None:
         raise UserError(
             f"launch.nodes={policy.nodes}: the nodes need an endpoint: launch.endpoint=<host>:<port> of one of them"
         )
-    if policy.nodes > 1 and strategy.workers(2) == 1:
-        raise UserError(f"launch.nodes={policy.nodes}: strategy={name} is one process; use {_multi_process_choices()}")
-    return Topology(device_type, workers, policy.nodes, each)
-
-
-def _multi_process_choices() -> str:
-    """Return the choices of the strategy group that use several processes, as "a, b or c"."""
-    found = []
-    for name in choices("strategy"):
-        options = OmegaConf.load(conf_dir() / f"strategy/{name}.yaml")
-        if build_part({str(key): value for key, value in options.items()}).workers(2) > 1:
-            found.append(name)
-    return " or ".join(filter(None, (", ".join(found[:-1]), *found[-1:])))
+    return found
 
 
 def _devices(asked: str | int) -> tuple[str, int]:
@@ -109,7 +92,7 @@ def _joined(config: RunConfig) -> Topology:
         )
     if size > 1 and strategy.workers(2) == 1:
         raise UserError(
-            f"WORLD_SIZE={size}: strategy={name} is one process; start it without torchrun, or use {_multi_process_choices()}"
+            f"WORLD_SIZE={size}: strategy={name} is one process; start it without torchrun, or use {multi_process_choices()}"
         )
     gpus = _gpus() if gpu_visible() else 0
     if gpus and local > gpus:

@@ -6,7 +6,7 @@ constructor arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from pretrain.merging.curve import Curve
     from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
+    from pretrain.models.transforms.base import ModelTransform
+    from pretrain.run.plan_process import PlanProcess
     from pretrain.runtime.signals import Interrupt
     from pretrain.runtime.watchdog import Watchdog
     from pretrain.strategy.engine import Engine, InferenceEngine
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from pretrain.training.guard.guard import Guard
     from pretrain.training.layer_statistics import LayerStatistics
     from pretrain.training.trainer import Listener, Trainer
+
+PLAN_SECONDS = 30.0  # the longest wait for a plan where it saves trials
 
 
 def build_world(config: RunConfig, place: RankInfo, *, group: bool) -> DistributedContext:
@@ -53,7 +57,6 @@ def build_world(config: RunConfig, place: RankInfo, *, group: bool) -> Distribut
 
 def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContext) -> Engine:
     """Return this rank's engine: the model and the optimizer as the strategy sets them up."""
-    from pretrain.optim.combined import check_every_parameter, combined
     from pretrain.strategy.base import StepConfig
 
     for transform in config.transforms:
@@ -64,40 +67,58 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
             )
     if prepared.model.weights() is not None and hasattr(config.optimizer, "check_base"):  # not a plain function
         config.optimizer.check_base(config.model_name)
+    factory, step = build_model_factory(config, prepared.model, prepared.transforms), StepConfig.of(config)
+    if prepared.base_gone and config.objective_identity is not None:
+        raise UserError(
+            f"objective: it compares with the base model, and model_name={config.model_name} is no longer available"
+        )
+    engine = config.strategy.setup(factory, optimizer_builder(config), step, world)
+    engine.term = config.objective.term(engine, lambda: config.strategy.reference(factory, step, world))
+    return engine
+
+
+def optimizer_builder(config: RunConfig) -> Callable[[LanguageModel], Optimizer]:
+    """Return a function that builds the optimizer of a model, and checks that it has every parameter that is trained."""
+    from pretrain.optim.combined import check_every_parameter, combined
+    from pretrain.optim.lr_factors import split_by_factor
 
     def optimizer(model: LanguageModel) -> Optimizer:
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError(
                 f"transform=[{','.join(config.plain.get('transform') or {})}]: no parameter of the model is left to train"
             )
-        made = combined(config.optimizer(model.hf_named_parameters()))
+        parts = config.optimizer(model.hf_named_parameters())
+        split_by_factor(
+            parts if isinstance(parts, Sequence) else [parts],
+            model.hf_named_parameters(),
+            factors_of(model),
+            undecayed=model.transformed.first_rows if model.transformed is not None else (),
+        )
+        made = combined(parts)
         check_every_parameter(made, model.hf_named_parameters())
         return made
 
-    factory, step = build_model_factory(config, prepared.model), StepConfig.of(config)
-    if prepared.base_gone and config.objective_identity is not None:
-        raise UserError(
-            f"objective: it compares with the base model, and model_name={config.model_name} is no longer available"
-        )
-    engine = config.strategy.setup(factory, optimizer, step, world)
-    engine.term = config.objective.term(engine, lambda: config.strategy.reference(factory, step, world))
-    return engine
+    def factors_of(model: LanguageModel) -> dict[str, float]:
+        of_transforms = model.transformed.lr_factors if model.transformed is not None else {}
+        factors = config.lr_factors.of([name for name, _ in model.hf_named_parameters()])
+        return {name: factor * of_transforms.get(name, 1.0) for name, factor in factors.items()}
+
+    return optimizer
 
 
-def build_model_factory(config: RunConfig, model: Any) -> ModelFactory:
-    """Return the factory that builds ``model`` with the transforms and in the precision of the config."""
-    from pretrain.checkpoint.weights import saved_transforms
+def build_model_factory(config: RunConfig, model: Any, transforms: tuple[ModelTransform, ...]) -> ModelFactory:
+    """Return the factory that builds ``model`` with the prepared ``transforms`` and in the precision of the config."""
     from pretrain.models.model_factory import ModelFactory
+    from pretrain.run.prepare import is_transformed
 
-    in_checkpoint = model.weights() is not None and bool(saved_transforms(model.folder()))
-    return ModelFactory(model, config.precision.param_dtype, config.seed, config.transforms, in_checkpoint)
+    return ModelFactory(model, config.precision.param_dtype, config.seed, transforms, is_transformed(model))
 
 
 def build_scorer(config: RunConfig, prepared: Prepared, world: DistributedContext) -> InferenceEngine:
     """Return an engine without an optimizer, for evaluation alone."""
     from pretrain.strategy.engine import InferenceEngine
 
-    model = build_model_factory(config, prepared.model).build(world.device)
+    model = build_model_factory(config, prepared.model, prepared.transforms).build(world.device)
     return InferenceEngine(model, precision=config.precision, world=world)
 
 
@@ -110,6 +131,7 @@ def build_exporter(
     """
     from pretrain.data.statistics import DataStatistics
     from pretrain.models.hub.model_card import model_card
+    from pretrain.models.hub.push import Pusher
     from pretrain.training.exporter import Exporter
 
     policy, train = config.checkpoint, prepared.train
@@ -127,6 +149,7 @@ def build_exporter(
         save_dtype=prepared.model.save_dtype,
         card=partial(model_card, config.plain, data=data, parts=parts, facts=facts, total_steps=steps),
         separator=prepared.boundaries.separator,
+        pusher=None if policy.push_to_hub is None else Pusher(policy.push_to_hub),
     )
 
 
@@ -146,14 +169,24 @@ def build_schedule(config: RunConfig, steps: int) -> Callable[[int], float]:
 
 
 def build_facts(
-    config: RunConfig, prepared: Prepared, engine: Engine, *, split: MicroBatching, restarts: int
+    config: RunConfig,
+    prepared: Prepared,
+    engine: Engine,
+    *,
+    split: MicroBatching,
+    restarts: int,
+    plan: PlanProcess | None = None,
 ) -> dict[str, Any]:
-    """Return the metadata for run.json, including the values from which throughput and MFU are computed."""
+    """Return the metadata for run.json, including the values from which throughput and MFU are computed, and those of
+    ``plan``, if it is ready."""
     from pretrain.run.metadata import mixture_facts, run_facts, speed_facts
+    from pretrain.run.plan_process import planned_facts
 
     facts = run_facts(config, engine.world, engine, restarts=restarts) | split.facts()
     speed = speed_facts(config, engine, devices=engine.world.topology.devices, peak=config.telemetry.peak_flops)
-    return facts | speed | {"uniform_loss": prepared.model.uniform_loss()} | mixture_facts(prepared.identity)
+    planned = planned_facts(plan, wait_seconds=PLAN_SECONDS if config.plan.at_start is True else 0.0)
+    more = {"uniform_loss": prepared.model.uniform_loss()} | mixture_facts(prepared.identity) | planned
+    return facts | speed | more
 
 
 def build_listeners(
@@ -227,7 +260,9 @@ def build_guard(config: RunConfig, prepared: Prepared, engine: Engine, loader: L
     )
 
 
-def build_split(config: RunConfig, prepared: Prepared, engine: Engine, *, resume_from: Path | None) -> MicroBatching:
+def build_split(
+    config: RunConfig, prepared: Prepared, engine: Engine, *, resume_from: Path | None, plan: PlanProcess | None = None
+) -> MicroBatching:
     """Return how the global batch is split into micro-batches.
 
     ``batch_size=auto`` uses the micro-batch that this run has used so far on the same kind of device, otherwise the largest
@@ -248,12 +283,23 @@ def build_split(config: RunConfig, prepared: Prepared, engine: Engine, *, resume
     if size is not None and requested.total % size == 0:
         split, why = requested.of(size), "as in this run so far"
     else:
-        moments = moment_bytes(config.optimizer, engine.model)
         split, why = choose(
-            engine, rows, total=requested.total, sequence_length=config.sequence_length, moment_bytes=moments
+            engine,
+            rows,
+            total=requested.total,
+            sequence_length=config.sequence_length,
+            moment_bytes=moment_bytes(config.optimizer, engine.model),
+            planned=world.on_main_rank(lambda: planned_size(plan)),
         )
     notice(f"batch_size=auto: batch_size={split.batch_size} gradient_accumulation_steps={split.accumulation} ({why})")
     return split
+
+
+def planned_size(plan: PlanProcess | None) -> int | None:
+    """Return the micro-batch that ``plan`` predicts to be the largest; ``None`` without a plan. This waits for the plan, which
+    saves several trials."""
+    record = plan.record(wait_seconds=PLAN_SECONDS) if plan is not None else None
+    return None if record is None else int(record["setup"]["batch_size"])
 
 
 def build_checkpoints(
@@ -303,7 +349,11 @@ def build_curve(config: RunConfig, prepared: Prepared, engine: Engine, untouched
     transformed = engine.model.transformed
     if transformed is not None and transformed.before.keys() != transformed.after.keys():
         raise UserError("merge.curve: the transforms of this run add weights, which the base model does not have")
-    files = None if prepared.base_gone else build_model_factory(config, prepared.model).files(engine.model)
+    files = (
+        None
+        if prepared.base_gone
+        else build_model_factory(config, prepared.model, prepared.transforms).files(engine.model)
+    )
     if files is None:
         raise UserError(
             "merge.curve: needs the weights of a base model in files under their own names; this run starts from random weights, "
@@ -322,6 +372,7 @@ def build_trainer(
     restarts: int = 0,
     interrupt: Interrupt | None = None,
     watchdog: Watchdog | None = None,
+    plan: PlanProcess | None = None,
 ) -> Trainer:
     """Return the trainer of this rank with all its parts; rank 0 alone has listeners.
 
@@ -330,6 +381,7 @@ def build_trainer(
         restarts: How often the processes have been restarted.
         interrupt: Whether a stop signal has arrived.
         watchdog: Ends the process if the run makes no progress.
+        plan: The plan that another process makes, on the main rank.
     """
     from pretrain.checkpoint.rng import rng_state
     from pretrain.run.build_evaluation import build_evaluation
@@ -342,12 +394,12 @@ def build_trainer(
         notice(line)
     engine = build_engine(config, prepared, world)
     rng = rng_state()  # captured before the search for a micro-batch, which draws random numbers
-    split = build_split(config, prepared, engine, resume_from=resume_from)
+    split = build_split(config, prepared, engine, resume_from=resume_from, plan=plan)
     if engine.term is not None:
         engine.term.restart()
     loader = build_loader(config, prepared, split, world)
     evaluate_every, save_every = build_intervals(config, loader, steps)
-    metadata = build_facts(config, prepared, engine, split=split, restarts=restarts)
+    metadata = build_facts(config, prepared, engine, split=split, restarts=restarts, plan=plan)
     exporter = build_exporter(config, prepared, engine, loader, facts=metadata, steps=steps)
     listeners, unsaved_records = build_listeners(config, prepared, folder) if world.is_main else ([], list)
     hooks = config.build_hooks()

@@ -6,8 +6,9 @@ The user has to change a setting, so it is a ``UserError``: one line, exit code 
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pretrain.plan.advice import expectation, other_settings
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def explained(
     memory_saving_overrides: list[str],
     device: torch.device,
     step: int,
+    plan: dict[str, Any] | None = None,
 ) -> UserError:
     """Return the failure as one line, with the settings that would need less memory in this config.
 
@@ -36,6 +38,7 @@ def explained(
         memory_saving_overrides: The settings of the strategy that need less memory.
         device: The device that is out of memory.
         step: Optimizer steps done so far.
+        plan: The record of the run's plan, if it has one.
     """
     length = f"sequence_length={config.sequence_length}"
     evaluation_size = config.evaluation.batch_size
@@ -47,14 +50,18 @@ def explained(
         "run": f"after step {step}",
     }[failure.doing]
     advice = {"step": smaller_step(split), "evaluation": smaller_evaluation(evaluation_size)}.get(failure.doing, [])
-    more = [*(other_settings(config, device) if failure.doing in ("step", "run") else ()), *memory_saving_overrides]
+    more = [
+        *(other_settings(config, is_gpu=device.type == "cuda") if failure.doing in ("step", "run") else ()),
+        *memory_saving_overrides,
+    ]
     if failure.doing == "step" and split.batch_size == 1:
         more.append("a shorter sequence_length (another run)")
     if more:
         advice.append(f"{'less is needed' if not advice else 'less still'} with {', '.join(more)}")
     if step:
         advice.append("the run resumes from its last checkpoint")
-    return UserError(f"out of memory {where} on {device}: {failure}{'; ' if advice else ''}{'; '.join(advice)}")
+    expected = [] if plan is None else [f"the plan {expectation(plan)}"]
+    return UserError(f"out of memory {where} on {device}: {'; '.join([str(failure), *expected, *advice])}")
 
 
 def smaller_step(split: MicroBatching) -> list[str]:
@@ -71,18 +78,3 @@ def smaller_step(split: MicroBatching) -> list[str]:
 def smaller_evaluation(evaluation_size: int) -> list[str]:
     """Return the setting that halves the evaluation's batch of ``evaluation_size`` sequences; nothing at batch size 1."""
     return [f"evaluation.batch_size={evaluation_size // 2} gives the same scores"] if evaluation_size > 1 else []
-
-
-def other_settings(config: RunConfig, device: torch.device) -> list[str]:
-    """Return the settings of model and precision that need less memory and are not in use yet."""
-    advice = []
-    recomputed = getattr(config.model, "gradient_checkpointing", True)
-    if recomputed is False:
-        advice.append("model.gradient_checkpointing=true (or selective, which is faster)")
-    elif recomputed is not True:
-        advice.append("model.gradient_checkpointing=true")
-    if device.type == "cuda" and config.precision.compute == "float32":
-        advice.append("precision=bf16-mixed")
-    if device.type == "cuda" and not getattr(config.model, "activation_offload", True):
-        advice.append("model.activation_offload=true (slower)")
-    return advice

@@ -19,7 +19,8 @@ from pretrain.run import build
 from pretrain.run.folder import begin, check_task, claim, start_over
 from pretrain.run.leftovers import found_in, keep_aside
 from pretrain.run.memory_advice import explained
-from pretrain.run.prepare import Prepared, model_spec, prepare
+from pretrain.run.plan_process import PlanProcess, planned_at_start
+from pretrain.run.prepare import Prepared, is_transformed, model_spec, prepare, prepare_transforms
 from pretrain.runtime import garbage_collector as collector
 from pretrain.runtime.console import log_error, log_to, mute, notice, quietly
 from pretrain.runtime.errors import UserError
@@ -71,7 +72,10 @@ def pretraining(
             return 0
         config = config.with_lr(start.lr)
         watchdog = start_watchdog(config, folder / "logs" / f"rank-{place.rank}.log", on_hang, claims)
-        with out_of_memory_explained(config, world):
+        planned = planned_at_start(config, world)
+        if planned is not None:
+            claims.callback(planned.close)
+        with out_of_memory_explained(config, world, plan=planned):
             trainer = build.build_trainer(
                 config,
                 prepared,
@@ -81,12 +85,17 @@ def pretraining(
                 restarts=place.restarts,
                 interrupt=interrupt,
                 watchdog=watchdog,
+                plan=planned,
             )
         interrupt.defer_signals = True
         collector.restore_thresholds()
-        with out_of_memory_explained(config, world, trainer):
+        with out_of_memory_explained(config, world, trainer, plan=planned):
             run_logged(trainer)
     leave()
+    if place.rank == 0 and trainer.complete and trainer.exporter is not None and trainer.exporter.pusher is not None:
+        trainer.exporter.pusher.finish(
+            folder / "model", f"step {trainer.state.step}"
+        )  # after the other ranks have left
     return 0 if trainer.complete else EXIT_CODE
 
 
@@ -144,10 +153,10 @@ def check_ranks_agree(world: DistributedContext, facts: dict[str, Any]) -> None:
 
 @contextmanager
 def out_of_memory_explained(
-    config: RunConfig, world: DistributedContext, trainer: Trainer | None = None
+    config: RunConfig, world: DistributedContext, trainer: Trainer | None = None, *, plan: PlanProcess | None = None
 ) -> Iterator[None]:
-    """Turn an out-of-memory error inside the block into a ``UserError`` that names settings with a lower memory use.
-    ``trainer`` is given as soon as it exists."""
+    """Turn an out-of-memory error inside the block into a ``UserError`` that names settings with a lower memory use, and what
+    ``plan`` has predicted. ``trainer`` is given as soon as it exists."""
     is_training = config.task == "pretraining"
     overrides = config.strategy.memory_saving_overrides(StepConfig.of(config), world.topology) if is_training else []
     try:
@@ -161,6 +170,7 @@ def out_of_memory_explained(
             memory_saving_overrides=overrides,
             device=world.device,
             step=0 if trainer is None else trainer.state.step,
+            plan=plan.record(wait_seconds=build.PLAN_SECONDS) if plan is not None else None,
         ) from failure
 
 
@@ -237,8 +247,8 @@ def generation(config: RunConfig, overrides: list[str], interrupt: Interrupt) ->
     model = model_spec(config)
     model.check(config.sequence_length)
     world = build.build_world(config, RankInfo(), group=False)
-    tokenizer = model.tokenizer(None)
-    language_model = build.build_model_factory(config, model).build(world.device)
+    tokenizer, transforms = prepare_transforms(config, model, model.tokenizer(None))
+    language_model = build.build_model_factory(config, model, transforms).build(world.device)
     prompts, data = (
         [prompt for prompt in asked.prompts for _ in range(asked.num_samples)],
         config.dataset,
@@ -264,7 +274,6 @@ def generation(config: RunConfig, overrides: list[str], interrupt: Interrupt) ->
 
 def export(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     """Write a checkpoint, or any other model, as a Hugging Face folder: output_dir/model."""
-    from pretrain.checkpoint.weights import saved_transforms
     from pretrain.training.exporter import export_folder
 
     folder = claim(config.output_dir, foreign=True).path
@@ -276,11 +285,28 @@ def export(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int
         model,
         folder / "model",
         shard_size=shard_size,
-        transforms=config.transforms,
-        has_transformed_weights=bool(saved_transforms(model.folder())),
+        prepare=partial(prepare_transforms, config, model),
+        has_transformed_weights=is_transformed(model),
     )
     files = [f.stat().st_size for f in path.glob("*.safetensors")]
     print(f"model    {path} ({len(files)} weight file{'s' * (len(files) > 1)}, {sum(files):,} bytes)")
+    return 0
+
+
+def plan(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
+    """Print the memory, the micro-batches and the time of a run that is not started, and write them to plan.json."""
+    from pretrain.plan.plan import check_fits
+    from pretrain.plan.table import show
+    from pretrain.run.planning import plan_of
+    from pretrain.telemetry.run_file import write_json
+
+    folder = claim(config.output_dir, foreign=True).path
+    found = plan_of(config)
+    write_json(folder / "plan.json", found.record())
+    show(found)
+    print(f"{'plan':<12}{folder / 'plan.json'}")
+    if config.plan.require:
+        check_fits(found)
     return 0
 
 
@@ -308,5 +334,6 @@ TASKS: dict[str, Callable[[RunConfig, list[str], Interrupt], int]] = {
     "evaluation": evaluation,
     "generation": generation,
     "export": export,
+    "plan": plan,
     "merge": merge,
 }

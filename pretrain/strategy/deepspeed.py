@@ -165,6 +165,11 @@ class Deepspeed(Strategy):
         step: StepConfig,
         world: DistributedContext,
     ) -> Engine:
+        if self.zero_stage == 3 and getattr(model.spec, "gradient_checkpointing", False) == "selective":
+            raise UserError(
+                "strategy.zero_stage=3 with model.gradient_checkpointing=selective: stage 3 gathers weights inside of what is "
+                "recomputed, which torch's selective policy can't follow; use true or N, or strategy=fsdp"
+            )
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
         if world.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"

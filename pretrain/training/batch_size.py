@@ -33,12 +33,19 @@ PROBE_SIDE = 64  # largest side of the parameters that are updated to measure an
 
 
 def choose(
-    engine: Engine, rows: Callable[[int], Batch], *, total: int, sequence_length: int, moment_bytes: int
+    engine: Engine,
+    rows: Callable[[int], Batch],
+    *,
+    total: int,
+    sequence_length: int,
+    moment_bytes: int,
+    planned: int | None = None,
 ) -> tuple[MicroBatching, str]:
     """Divide ``total`` sequences per device into the largest micro-batches that fit on every rank. This is a collective.
 
     ``rows(n)`` returns a micro-batch of n sequences for one device; ``moment_bytes`` is the size of the optimizer state
-    that the first update will allocate. Returns the division and the reason for it.
+    that the first update will allocate. ``planned`` is the size that a plan predicts to be the largest, with which the search
+    starts on a GPU. Returns the division and the reason for it.
     Raises ``OutOfMemory`` if not even one sequence fits.
     """
     world, undivided = engine.world, MicroBatching(1, total)
@@ -54,7 +61,8 @@ def choose(
     trials = Trials(
         engine, rows, moment_bytes=moment_bytes, room=available and available // world.topology.workers_per_node
     )
-    found = world.all_gather_object(lambda: (largest(sizes, trials.fit), trials.failure))
+    first = planned if world.device.type == "cuda" else None
+    found = world.all_gather_object(lambda: (largest(sizes, trials.fit, first=first), trials.failure))
     size, failure = min(found)
     if size == 0:
         raise OutOfMemory("step", failure)
@@ -63,15 +71,21 @@ def choose(
     return undivided.of(size), "all in one micro-batch" if size == total else "larger ones are no faster on a CPU"
 
 
-def largest(sizes: Sequence[int], fit: Callable[[int], bool]) -> int:
+def largest(sizes: Sequence[int], fit: Callable[[int], bool], *, first: int | None = None) -> int:
     """Return the largest of the ascending ``sizes`` that fits, or 0 if none does.
+
+    ``first`` is a guess of the result, which is tried before the others, and after it the next larger size: two trials are
+    then enough if the guess is right.
 
     The size is at most doubled (rounded up to the next of ``sizes``) until one does not fit; then the gap is bisected.
     Larger jumps are unsafe on a CPU: no allocation fails there, the kernel kills the process instead.
     """
     good, bad = -1, len(sizes)
+    guesses = [] if first not in sizes else [sizes.index(first) + 1, sizes.index(first)]
     while bad - good > 1:
-        if bad < len(sizes):
+        if guesses and good < guesses[-1] < bad:
+            tried = guesses.pop()
+        elif bad < len(sizes):
             tried = (good + bad) // 2
         else:
             doubled = 2 * sizes[good] if good >= 0 else 0

@@ -22,7 +22,7 @@ class HubServer:
 
     Attributes:
         files: path in the repository → content.
-        sent: (path, first byte, bytes) of each answer with content of a file.
+        sent: (path, first byte, bytes) of each complete answer with content of a file.
         tokens: what the requests sent as ``Authorization``.
         stop_at: path of a file that is never sent; ``stopped`` is set when it is requested, and ``go_on`` ends the connection.
         drops: number of answers after whose first half the connection is lost.
@@ -128,7 +128,7 @@ def hub_server() -> Iterator[HubServer]:
                 state.drops -= 1
                 body = body[: len(body) // 2]
                 self.close_connection = True
-            if of:
+            elif of:
                 state.sent.append((*of, len(body)))
             self.wfile.write(body)
 

@@ -131,7 +131,7 @@ def test_a_strategy_of_ones_own_is_among_those_that_are_offered(monkeypatch, tmp
     from pretrain.cli import help as help_page
     from pretrain.config import choices
     from pretrain.config.check import conf_dir
-    from pretrain.launch import topology as layout
+    from pretrain.strategy import topology as layout
 
     (tmp_path / "strategy").mkdir()
     for name in ("single", "dp", "fsdp"):
@@ -139,7 +139,7 @@ def test_a_strategy_of_ones_own_is_among_those_that_are_offered(monkeypatch, tmp
     (tmp_path / "strategy/zones.yaml").write_text("_target_: pretrain.strategy.fsdp.Fsdp\n")
     for module in (layout, help_page, choices):
         monkeypatch.setattr(module, "conf_dir", lambda: tmp_path)
-    assert layout._multi_process_choices() == "fsdp or zones"
+    assert layout.multi_process_choices() == "fsdp or zones"
 
 
 def test_deepspeed_that_is_not_installed(command, base_arguments, tmp_path, monkeypatch):

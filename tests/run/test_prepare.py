@@ -1,8 +1,13 @@
 """The data that a run really gets from its config."""
 
+import sys
+
 import pytest
 
 from tests.training.test_trainer import prepared_of
+
+opened: list[str] = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 
 
 def test_every_choice_of_documents_reaches_the_run_and_its_identity(base_arguments, corpus, tmp_path):
@@ -30,6 +35,25 @@ def test_every_choice_of_documents_reaches_the_run_and_its_identity(base_argumen
     assert len({identity, deduplicated, larger, smaller, masked, packed}) == 6
     assert counted("dataset.held_out=0.3", "dataset.packing=stream")[2] == identity
     assert counted("dataset.held_out=0.3")[2] == identity
+
+
+def test_a_second_start_of_a_mixture_with_replay_opens_no_text(base_arguments, corpus, other_corpus, tmp_path):
+    for number in range(30):
+        (tmp_path / f"{number:02}.jsonl").write_text(
+            f'{{"text": "number {number} and some words {"x" * number}"}}\n' * 3
+        )
+    words = [word for word in base_arguments if not word.startswith(("dataset=", "dataset.nameOrPath"))]
+    words += ["dataset=mixture", "dataset@dataset.parts.es=local", f"dataset.parts.es.nameOrPath={corpus}"]
+    words += ["dataset@dataset.parts.more=local", f"dataset.parts.more.nameOrPath={tmp_path}", "replay.share=0.1"]
+    words += ["dataset.parts.more.deduplicate=exact", "dataset.parts.more.where='len(text) > 3'"]
+    texts = {str(path) for folder in (corpus, other_corpus, tmp_path) for path in folder.iterdir()}
+    counts = []
+    for _ in range(3):
+        del opened[:]
+        _, data = prepared_of(words)
+        counts.append((len(texts.intersection(opened)), data.identity["data"]))
+    assert counts[0][0] == len(texts), "the files are those that the run reads"
+    assert counts[2] == (0, counts[0][1]), "the second one may still read files that were written just before the first"
 
 
 @pytest.mark.parametrize("epochs", [1, 1.5, 2])

@@ -136,6 +136,11 @@ def test_a_gpu():
     )
 
 
+def test_the_plan_is_quoted():
+    plan = {"peak_bytes": 41.2 * 2**30, "device": {"is_gpu": True, "memory_bytes": 80 << 30}}
+    assert "79.10 GiB free; the plan expects 41.2 GiB of 80.0 GiB; batch_size=4 " in told("step", 8, 4, plan=plan)
+
+
 def test_one_sequence_can_not_be_halved():
     said = told("step", 1, 4, step=7, config=config_of("model.gradient_checkpointing=true"))
     assert said.startswith("out of memory at step 8 with batch_size=1")

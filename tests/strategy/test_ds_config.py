@@ -15,6 +15,7 @@ from pretrain.models.model_factory import ModelFactory
 from pretrain.runtime.errors import UserError
 from pretrain.strategy.base import StepConfig
 from pretrain.strategy.deepspeed import COMPILED, OWNERS, ROOT_KEYS, Deepspeed
+from tests.engines import ALONE
 from tests.models.tiny import tiny
 from tests.optimizers import adagrad, groups, muon_and_adamw, row_wise
 from tests.strategy.test_precision import load
@@ -205,6 +206,13 @@ def test_moments_of_gathered_and_of_partitioned_parameters(tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             check_moments(bad, model)
+
+
+def test_selective_checkpointing_needs_weights_that_stay():
+    """Stage 3 gathers them between the operations that torch's selective policy counts."""
+    spec = Scratch(name_or_path="x", gradient_checkpointing="selective")
+    with pytest.raises(UserError, match=r"^strategy\.zero_stage=3 with model\.gradient_checkpointing=selective: "):
+        Deepspeed(zero_stage=3).setup(ModelFactory(spec, torch.float32, 0), None, StepConfig(), ALONE)
 
 
 def test_stage_3_is_not_compiled(capsys):

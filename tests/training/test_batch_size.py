@@ -40,6 +40,25 @@ def test_the_largest_is_found_without_trying_much_more(total):
         assert len(tried) <= 2 * len(sizes).bit_length() + 1
 
 
+@pytest.mark.parametrize("total", [1, 12, 64])
+def test_a_plan_only_saves_trials(total):
+    """Whatever it predicts, the result is the same; two trials are enough if it is right."""
+    sizes = MicroBatching(1, total).sizes()
+    for limit in range(total + 1):
+        right = max((size for size in sizes if size <= limit), default=0)
+        for first in (*sizes, None, total + 1):
+            tried = []
+
+            def fit(size, limit=limit, tried=tried):
+                tried.append(size)
+                return size <= limit
+
+            assert largest(sizes, fit, first=first) == right
+            assert len(tried) == len(set(tried))
+            if first == right:
+                assert len(tried) <= 2
+
+
 @pytest.fixture
 def engine(tiny_model):
     from pretrain.models.causal_lm import Pretrained

@@ -91,6 +91,27 @@ def prepare(
     return store
 
 
+def cached_size(
+    source: Source, *, tokenizer_json: str, eot: int, bos: int | None = None, cache: Path | None = None
+) -> tuple[int, int] | None:
+    """Return the number of tokens of a source in the token cache and the bytes that they take there, without a look at its files.
+
+    The result is ``None`` unless all of its documents were tokenized before. Of the arguments see `prepare`.
+    """
+    cache = cache or cache_dir()
+    if source.max_tokens is not None:
+        return None
+    encoder = _encoder(cache, tokenizer_json, source, eot=eot, bos=bos, write=False)
+    memory = cache / "files" / f"{key_of(FORMAT, source.identity(), encoder.options.key())}.json"
+    units = list(group(piece for pieces in recall(memory).values() for piece in pieces))
+    outcomes = [encoder.finished(unit) for unit in units]
+    if not units or None in outcomes:
+        return None
+    paths = [outcome[0] for outcome in outcomes if outcome is not None]
+    parts = [open_part(path) for path in paths]
+    return sum(part.num_tokens for part in parts if part), sum(path.stat().st_size for path in paths)
+
+
 def _tokenized_units(
     source: Source, cache: Path, encoder: Encoder, num_workers: int
 ) -> tuple[list[WorkUnit], list[Outcome]]:
@@ -144,11 +165,14 @@ def _why_empty(store: TokenStore, source: Source) -> str:
     return f"every document of {source.described()} is empty"
 
 
-def _encoder(cache: Path, tokenizer_json: str, source: Source, *, eot: int, bos: int | None) -> Encoder:
+def _encoder(
+    cache: Path, tokenizer_json: str, source: Source, *, eot: int, bos: int | None, write: bool = True
+) -> Encoder:
     """Return the encoder whose parts are in ``cache``, where its tokenizer is written for the worker processes."""
     key = key_of(tokenizer_json)
     path = cache / "tokenizers" / f"{key}.json"
-    ensure_content(path, tokenizer_json.encode())
+    if write:
+        ensure_content(path, tokenizer_json.encode())
     near = source.deduplicate == "near"
     if near:
         check_installed()

@@ -37,11 +37,15 @@ BITS = {  # bits per value, by the dtype's name in a safetensors header
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
-def model_folder(name: str, *, revision: str | None = None, key: str = "model_name", code: bool = False) -> Path:
+def model_folder(
+    name: str, *, revision: str | None = None, key: str = "model_name", code: bool = False, weights: bool = True
+) -> Path:
     """Return the folder of model ``name``: the shipped ``sample``, a local folder, or the snapshot of a Hub repository, which is
     downloaded.
 
-    With ``code=True`` Python files are downloaded too. Raises ``UserError``, which names the alternatives, when there is no
+    With ``code=True`` Python files are downloaded too, with ``weights=False`` no weights.
+
+    Raises ``UserError``, which names the alternatives, when there is no
     such model.
     """
     if name == "sample":
@@ -53,7 +57,8 @@ def model_folder(name: str, *, revision: str | None = None, key: str = "model_na
         raise UserError(f"{key}={name}: a file; a model is a folder with config.json and *.safetensors")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{key}={name}: no such folder")
-    return _download(name, revision, key, [*WANTED, "*.py"] if code else list(WANTED))
+    wanted = [pattern for pattern in WANTED if weights or pattern != "*.safetensors"]
+    return _download(name, revision, key, [*wanted, "*.py"] if code else wanted)
 
 
 def _download(name: str, revision: str | None, key: str, wanted: list[str]) -> Path:
@@ -115,8 +120,12 @@ def check_positions(config: dict[str, Any], sequence_length: int, name: str) -> 
     for key in POSITION_KEYS:
         limit = text_part(config).get(key)
         if isinstance(limit, int) and 0 < limit < sequence_length:
+            factor = -(-sequence_length // limit)
+            longer = f", or extend them: 'model.overrides={{rope_scaling: {{rope_type: yarn, factor: {factor}.0}}}}'"
+            is_rotary = any(rope in text_part(config) for rope in ("rope_theta", "rope_scaling", "rope_parameters"))
             raise UserError(
                 f"sequence_length={sequence_length}: {name} has {limit} positions ({key}); use at most that"
+                + (longer if is_rotary else "")
             )
 
 

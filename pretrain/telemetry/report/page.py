@@ -44,7 +44,7 @@ from pretrain.telemetry.report.style import (
     table,
     tile,
 )
-from pretrain.telemetry.report.summary import before_after, verdict
+from pretrain.telemetry.report.summary import before_after, caveats, verdict
 
 MAX_ROWS = 40  # maximum rows of a table of unbounded length
 MAX_SAMPLES = 12
@@ -65,6 +65,7 @@ def run_page(run: Run) -> str:
                 "Learning and forgetting",
                 grid([plots.loss_chart(history), plots.change_chart(history)], "two"),
                 _scores(history),
+                Markup("".join(f'<p class="soft">{escape(text)}</p>' for text in caveats(run.config))),
                 grid([plots.drift_charts(history)], "two"),
             ),
             section("Base model and result merged", grid([plots.merge_chart(history)], "two"), _merge(history)),
@@ -136,7 +137,9 @@ def _tiles(run: Run) -> Iterator[Markup]:
     if is_number(goodput := end.get("goodput") or last.get("goodput")):
         yield tile(share(goodput), "goodput: share of the time spent training")
     if is_number(memory := last.get("memory_gib")):
-        yield tile(f"{memory:.2f} GiB", "peak memory")
+        planned, room = history.start.get("planned_memory_gib"), history.start.get("device_memory_gib")
+        against = f", {planned:.2f} GiB planned" if is_number(planned) and is_number(room) else ""
+        yield tile(f"{memory:.2f} GiB", f"peak memory{against}")
     if is_number(seconds := run.facts.get("seconds")):
         yield tile(duration(seconds), "run time, all starts")
     if run.status == "running" and is_number(eta := last.get("eta_seconds")):

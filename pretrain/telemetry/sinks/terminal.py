@@ -97,6 +97,8 @@ class Terminal(Sink):
             work = f"continues at step {r['step']} of {r['total_steps']}"
         name = (str(r.get("model", "model")), "bold")
         self._print(name, f" ({parameters}) {work} on {r.get('device')}; {self._folder}")
+        if (planned := tables.planned_memory(r)) is not None:
+            self._print_labelled("memory", f"expects {planned}")
 
     def _train(self, r: Record) -> None:
         self._last = r
@@ -171,7 +173,10 @@ class Terminal(Sink):
             self._print_labelled("time", spent)
         if memory := self._history.memory_gib:
             names = {"memory_gib": "GiB peak", "host_memory_gib": "GiB on the host"}
-            self._print_labelled("memory", " · ".join(f"{gib:.2f} {names[kind]}" for kind, gib in memory.items()))
+            parts = [f"{gib:.2f} {names[kind]}" for kind, gib in memory.items()]
+            if (planned := tables.planned_memory(self._history.start)) is not None:
+                parts.append(f"expected {planned}")
+            self._print_labelled("memory", " · ".join(parts))
         if r["model"]:
             self._print_labelled("model", r["model"])
         if (self._folder / "report.html").exists():

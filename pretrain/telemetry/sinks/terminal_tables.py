@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.telemetry.history import History
 from pretrain.telemetry.in_context import lost_in_context
-from pretrain.telemetry.numbers import duration, number, significant
+from pretrain.telemetry.numbers import duration, is_number, number, significant
 from pretrain.telemetry.record import STEP_PARTS, WINDOW_PARTS, Record, change_of
 
 if TYPE_CHECKING:
@@ -255,3 +255,12 @@ def _table(*titles: str) -> Table:
             no_wrap=title in ("perplexity", "nats"),
         )
     return table
+
+
+def planned_memory(start: Record) -> str | None:
+    """Return what the run's plan has predicted, from its ``run_started`` record; ``None`` without a plan. On a CPU it is the
+    memory of the tensors, which the resident memory of the process exceeds."""
+    planned, room = start.get("planned_memory_gib"), start.get("device_memory_gib")
+    if not is_number(planned):
+        return None
+    return f"{planned:.1f} GiB of {room:.0f}" if is_number(room) else f"{planned:.2f} GiB of tensors"
