@@ -15,7 +15,7 @@ def test_one_of_64_ranks():
     fsdp, ddp = rows(["tiny"], ["fsdp", "ddp"], [64])
     assert fsdp["files"] == 128
     assert ddp["files"] == 2
-    assert fsdp["static GiB"] < ddp["static GiB"] / 30
+    assert fsdp["static GiB"] < ddp["static GiB"] / 20  # sizes are rounded up to 512 bytes
     assert fsdp["checkpoint GiB"] == pytest.approx(64 * fsdp["written GiB"])
     assert ddp["written GiB"] == ddp["checkpoint GiB"]
     assert same_batches(64)
