@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pretrain.config.group_keys import GROUP_KEYS
 from pretrain.config.schema import RootKeys
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -47,7 +48,8 @@ def parts_of(file: Path) -> list[tuple[int, list[str], dict[str, str]]]:
         if "_target_" in part:
             module, _, name = part["_target_"].rpartition(".")
             keys = [key for key in part if not key.startswith("_") and key not in ("defaults", "source")]
-            parts.append((indent, keys, field_docs(getattr(import_module(module), name))))
+            shared = field_docs(GROUP_KEYS[group]) if (group := file.parent.name) in GROUP_KEYS else {}
+            parts.append((indent, keys, field_docs(getattr(import_module(module), name)) | shared))
     return parts
 
 

@@ -39,7 +39,8 @@ def pytest_configure(config):
 
 
 STARTS_A_RUN = {"command", "spawn", "base_arguments"}
-STARTS_PROCESSES = "browser cli courier optuna round_trip script sources tokenize wandb".split()
+STARTS_PROCESSES = "browser cli optimizer_state optuna round_trip scripts sources subprocess_queue tokenize".split()
+STARTS_PROCESSES += "transforms_on_ranks wandb".split()
 MANY_CASES = "dtypes interpolation probe statistics".split()  # every architecture, or large inputs
 NOT_QUICK = {"tests", "launch", "runtime", "strangers"} | {f"test_{n}.py" for n in (*STARTS_PROCESSES, *MANY_CASES)}
 

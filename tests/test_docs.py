@@ -32,7 +32,7 @@ def commands():
                     if tuple(words) in met:
                         continue
                     met.add(tuple(words))
-                    slow = pytest.mark.slow if page.stem in ("slurm", "search", "mixtures") else ()
+                    slow = pytest.mark.slow if page.stem in ("slurm", "search", "mixtures", "transforms") else ()
                     yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:120], marks=slow)
 
 

@@ -58,3 +58,11 @@ def test_dangers_are_seen(line):
 
 def test_no_false_alarm():
     assert dangers("model.eval()\ntorch.load(f, weights_only=True)\nast.literal_eval(t)\nyaml.safe_load(t)") == []
+
+
+def test_what_the_quick_tests_leave_out_is_there():
+    """A file under another name would be among them again."""
+    from tests.conftest import NOT_QUICK
+
+    folder = Path(__file__).parent
+    assert NOT_QUICK - {path.name for path in folder.rglob("*")} == {folder.name}

@@ -16,8 +16,8 @@ from pretrain.runtime.errors import UserError
 from tests.runs import assert_same_numbers
 
 CONF = {
-    "lora": "lora: {_target_: tests.transforms.Lora, rank: 4, alpha: 8.0, targets: '[qv]_proj$'}",
-    "freeze": "freeze: {_target_: tests.transforms.Freeze, frozen: embed}",
+    "adapter": "adapter: {_target_: tests.transforms.Lora, rank: 4, alpha: 8.0, targets: '[qv]_proj$'}",
+    "still": "still: {_target_: tests.transforms.Freeze, frozen: embed}",
 }
 PARAMETERS = 300 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
 LORA = 2 * 2 * 4 * (32 + 32)
@@ -51,7 +51,7 @@ def start(folder, base_arguments, command):
 def lora(folder, start):
     """A finished run with LoRA."""
     if not (folder / "lora").exists():
-        code, out, err = start("lora", "transform=[lora]")
+        code, out, err = start("lora", "transform=[adapter]")
         assert code == 0, err
         (folder / "lora.out").write_text(out)
     return folder / "lora"
@@ -81,7 +81,7 @@ def test_plain_transformers_reads_the_exported_model(lora, start, folder):
     assert not torch.equal(merged[f"{layer}.weight"], base)
     assert torch.equal(merged["model.norm.weight"], trained.read("model.norm.weight"))
     code, _, err = start(
-        "exported", "task=export", f"model_name={lora / 'checkpoints/step-00000008'}", "transform=[lora]"
+        "exported", "task=export", f"model_name={lora / 'checkpoints/step-00000008'}", "transform=[adapter]"
     )
     assert code == 0, err
     ours, theirs = (TensorFiles([f / "model/model.safetensors"]) for f in (folder / "exported", lora))
@@ -96,7 +96,7 @@ def test_a_run_continues_exactly(lora, start, folder):
     shutil.copytree(lora, again)
     shutil.rmtree(again / "checkpoints/step-00000008")
     shutil.rmtree(again / "model")
-    code, _, err = start("again", "transform=[lora]")
+    code, _, err = start("again", "transform=[adapter]")
     assert code == 0, err
     assert_same_numbers(again, lora)
     ours, theirs = weights(again), weights(lora)
@@ -106,12 +106,12 @@ def test_a_run_continues_exactly(lora, start, folder):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["transform=[lora]", "transform.lora.rank=2"], "transform.lora.rank: 4 → 2"),
+        (["transform=[adapter]", "transform.adapter.rank=2"], "transform.adapter.rank: 4 → 2"),
         (
-            ["transform=[lora,freeze]"],
-            "transform.freeze: None → {'_target_': 'tests.transforms.Freeze', 'frozen': 'embed'}",
+            ["transform=[adapter,still]"],
+            "transform.still: None → {'_target_': 'tests.transforms.Freeze', 'frozen': 'embed'}",
         ),
-        ([], "transform: {'lora': "),
+        ([], "transform: {'adapter': "),
     ],
 )
 def test_other_transforms_do_not_resume_a_run(lora, start, given, said):
@@ -128,7 +128,7 @@ def test_a_checkpoint_is_loaded_with_its_transforms_alone(lora, start, folder):
         {"_target_": "tests.transforms.Lora", "rank": 4, "alpha": 8.0, "targets": "[qv]_proj$"}
     ]
     found = {}
-    for out, name, given in (("a", checkpoint, ["transform=[lora]"]), ("c", lora, [])):
+    for out, name, given in (("a", checkpoint, ["transform=[adapter]"]), ("c", lora, [])):
         code, _, err = start(
             f"scored-{out}", "task=evaluation", "evaluation.batch_size=2", f"model_name={name}", *given
         )
@@ -142,7 +142,7 @@ def test_a_checkpoint_is_loaded_with_its_transforms_alone(lora, start, folder):
     assert [facts["parameters"] for facts in found.values()] == [PARAMETERS + LORA, PARAMETERS]
     for task, given in (
         ("evaluation", []),
-        ("generation", ["transform=[freeze]"]),
+        ("generation", ["transform=[still]"]),
         ("pretraining", []),
         ("export", []),
     ):
@@ -157,7 +157,7 @@ def test_a_checkpoint_is_loaded_with_its_transforms_alone(lora, start, folder):
 
 @pytest.mark.slow
 def test_a_new_run_starts_from_the_weights_of_another(lora, start, folder):
-    code, _, err = start("second", "transform=[lora]", f"model_name={lora}", "max_steps=1")
+    code, _, err = start("second", "transform=[adapter]", f"model_name={lora}", "max_steps=1")
     assert code == 0, err
     before = json.loads((lora / "run.json").read_text())["results"]
     first = [json.loads(line) for line in (folder / "second/metrics.jsonl").read_text().splitlines()]
@@ -167,7 +167,7 @@ def test_a_new_run_starts_from_the_weights_of_another(lora, start, folder):
 
 
 def test_an_export_that_would_fail_is_found_before_training(start, folder):
-    code, _, err = start("no-export", "transform=[lora]", "transform.lora._target_=tests.transforms.NotExported")
+    code, _, err = start("no-export", "transform=[adapter]", "transform.adapter._target_=tests.transforms.NotExported")
     assert code == 2
     (line,) = (line for line in err.splitlines() if line.startswith("error: "))
     assert (
@@ -189,10 +189,10 @@ def test_a_checkpoint_of_an_earlier_version_has_no_transforms(lora, folder, tmp_
 
 
 def test_nothing_left_to_train(start):
-    code, _, err = start("nothing", "transform=[freeze]", "transform.freeze.frozen=.")
+    code, _, err = start("nothing", "transform=[still]", "transform.still.frozen=.")
     assert code == 2
     assert [line for line in err.splitlines() if line.startswith("error: ")] == [
-        "error: transform=[freeze]: no parameter of the model is left to train"
+        "error: transform=[still]: no parameter of the model is left to train"
     ]
 
 
@@ -203,7 +203,7 @@ def test_processes_that_hold_shards_continue_the_run_of_one(lora, start, folder)
     shutil.rmtree(again / "checkpoints/step-00000008")
     shutil.rmtree(again / "model")
     more = ["strategy=fsdp", "strategy.state_dict_type=sharded", "devices=2", "batch_size=1", "checkpoint.export=save"]
-    code, _, err = start("sharded", "transform=[lora]", *more)
+    code, _, err = start("sharded", "transform=[adapter]", *more)
     assert code == 0, err
     facts = json.loads((again / "run.json").read_text())
     assert (facts["parameters"], facts["trained_parameters"]) == (PARAMETERS + LORA, LORA)

@@ -8,7 +8,6 @@ from pathlib import Path
 from pretrain.cli.flags import config_dir_of
 from pretrain.config.check import GROUPS, conf_dir
 from pretrain.config.choices import choice_files, chosen, groups
-from pretrain.config.trust import MULTI_SELECT
 from pretrain.config.yaml_file import checked_text
 from pretrain.runtime.console import visible
 from pretrain.runtime.errors import UserError
@@ -76,10 +75,6 @@ def _groups(config_dir: str | None) -> str:
             star = "*" if (group, file.stem) in defaults else " "
             comments = (line[2:] for line in _text(file).splitlines() if line.startswith("# ") and "@" not in line)
             lines.append(f"  {group:<11} {star} {file.stem:<12} {next(comments, '')}")
-        if group in MULTI_SELECT and not files:
-            lines.append(
-                f"  {group:<11}   (yours)      {group}=[name] chooses parts of your own package, from --config-dir."
-            )
     return "\n".join(lines) + "\n"
 
 

@@ -23,6 +23,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from pretrain.config.choices import own_groups
 from pretrain.config.defaults import conf_dir
+from pretrain.config.group_keys import GROUP_KEYS
 from pretrain.config.own_files import check_own_files
 from pretrain.config.quoting import PATH_KEYS
 from pretrain.config.schema import RUNTIME_ARGUMENTS, RootKeys, RunConfig, build_part
@@ -105,6 +106,8 @@ def check(config: dict[str, Any], *, here: bool = True, config_dir: str | None =
         check_here(config)
     run = RunConfig.of(given)
     run.check_data()
+    for transform in run.transforms:
+        getattr(transform, "check", lambda: None)()
     run.check_schedule()
     run.merge.check_curve()
     run.check_export()
@@ -196,6 +199,9 @@ def check_part(path: str, node: Any, base: str | type, trusted: list[str], *, ot
     target = locate(path, node["_target_"], base, trusted=trusted)
     _check_partial(path, node, base, is_trusted=trusts(trusted, node["_target_"]))
     parameters, hints = _arguments(path, target)
+    if path in GROUP_KEYS:
+        shared = _arguments(path, GROUP_KEYS[path])
+        parameters, hints = parameters | shared[0], hints | shared[1]
     of_run = RUNTIME_ARGUMENTS.get(path, set())
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     parameters = {key: p for key, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}

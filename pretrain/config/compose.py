@@ -171,8 +171,6 @@ def in_plain_words(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice}: no such choice{did_you_mean(choice, error.options or [])}"
-    if isinstance(error, ConfigCompositionException) and (empty := _without_choices(str(error))):
-        return f"{empty}: none of its choices is shipped; the folder of --config-dir has no {empty}/ either"
     if isinstance(error, ConfigCompositionException):
         if unknown := re.search(r"config group '(.+)' does not", str(error)):
             return f"{unknown[1]}@…: no such group{did_you_mean(unknown[1], GROUPS)}"
@@ -192,9 +190,3 @@ def in_plain_words(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = " ".join(line for line in lines if not re.match(r"(full_key|object_type|See https|Set the env)", line))
     return f"{key}: {message}" if key else message
-
-
-def _without_choices(message: str) -> str | None:
-    """Return the group that has no choice at all, according to an error message of Hydra."""
-    found = re.match(r"Could not override '(\w+)'", message)
-    return found[1] if found and found[1] in GROUPS and not choices(found[1]) else None

@@ -66,10 +66,15 @@ def own_default(node: dict[Any, Any], key: Any) -> Any:
 
     from hydra.utils import get_object
 
+    from pretrain.config.group_keys import GROUP_KEYS
+
     part = get_object(node["_target_"]) if isinstance(node.get("_target_"), str) else None
-    if is_dataclass(part):
-        for field in fields(part):
-            if field.name == key and field.default_factory is not MISSING:
-                return field.default_factory()
-    parameter = signature(part).parameters.get(str(key)) if part is not None else None
-    return ... if parameter is None or parameter.default is parameter.empty else parameter.default
+    for owner in (part, *GROUP_KEYS.values()):
+        if is_dataclass(owner):
+            for field in fields(owner):
+                if field.name == key and field.default_factory is not MISSING:
+                    return field.default_factory()
+        parameter = signature(owner).parameters.get(str(key)) if owner is not None else None
+        if parameter is not None:
+            return ... if parameter.default is parameter.empty else parameter.default
+    return ...

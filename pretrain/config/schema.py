@@ -17,6 +17,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from pretrain.config.trust import MULTI_SELECT, PARTS
 from pretrain.optim.learning_rate import AUTO, with_lr
+from pretrain.optim.lr_factors import LrFactors
 from pretrain.optim.plain import PlainOptimizer
 from pretrain.runtime.errors import UserError
 
@@ -144,6 +145,7 @@ class RunConfig(RootKeys):
         sweep: How a sweep is ranked and reported.
         plan: The device to plan for, and what a plan assumes.
         transforms: The changes of the model, in the order in which they are applied.
+        lr_factors: The parameters that have another learning rate, keys of the optimizer group.
         plain: The same config as a dict of plain values, as written to config.yaml and as sent to workers.
     """
 
@@ -166,12 +168,16 @@ class RunConfig(RootKeys):
     sweep: SweepConfig
     plan: PlanConfig
     transforms: tuple[ModelTransform, ...]
+    lr_factors: LrFactors
     plain: dict[str, Any] = field(repr=False)
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> RunConfig:
         """Build the typed config from a checked dict."""
-        built = with_lr(plain, 1.0)  # a placeholder for lr=auto: the optimizer is created only after `with_lr`
+        built = {**with_lr(plain, 1.0)}  # a placeholder for lr=auto: the optimizer is created only after `with_lr`
+        shared = {field.name for field in fields(LrFactors)}
+        lr_factors = LrFactors(**{key: value for key, value in built["optimizer"].items() if key in shared})
+        built["optimizer"] = {key: value for key, value in built["optimizer"].items() if key not in shared}
         groups = {
             group: build_part(built[group], RUNTIME_ARGUMENTS.get(group, ()))
             for group in PARTS
@@ -179,7 +185,7 @@ class RunConfig(RootKeys):
         }
         transforms = tuple(build_part(node) for node in (built.get("transform") or {}).values())
         root = {key.name: plain[key.name] for key in fields(RootKeys)}
-        return cls(**root, **groups, transforms=transforms, plain=plain)
+        return cls(**root, **groups, transforms=transforms, lr_factors=lr_factors, plain=plain)
 
     def with_lr(self, lr: float) -> RunConfig:
         """Return the config with ``lr`` in place of ``auto``, also in the optimizer."""

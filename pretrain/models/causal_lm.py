@@ -6,6 +6,7 @@ pickled weights are never read.
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -20,8 +21,9 @@ from pydantic import Field, PositiveInt
 from pretrain.config.check import gpu_visible
 from pretrain.models.hub import config_files as model_config
 from pretrain.models.hub import files
+from pretrain.models.overrides import OLD_CONFIG_KEYS, check_known, check_overrides, default_keys, overridden, positions
 from pretrain.runtime.console import notice
-from pretrain.runtime.errors import UserError, did_you_mean, one_line
+from pretrain.runtime.errors import UserError, one_line
 from pretrain.runtime.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 Texts = Callable[[], Iterator[str]]
 Checkpointing = bool | Literal["selective"] | PositiveInt
 Change = Callable[[Any], "Transformed | None"]  # applies transforms to a transformers model in place
-OLD_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}  # transformers still accepts them and renames them
 
 
 def _unchanged(hf: Any) -> None:
@@ -140,7 +141,7 @@ class CausalLM(ABC):
         model_config.check_sizes(config, self.name_or_path)
         try:
             if "auto_map" in config and self.trust_remote_code:
-                return AutoConfig.from_pretrained(str(folder), trust_remote_code=True)
+                return AutoConfig.from_pretrained(str(folder), trust_remote_code=True, **getattr(self, "overrides", {}))
             return model_config.config_object(config, folder)
         except Exception as error:  # its validation raises errors of any type
             raise UserError(
@@ -178,7 +179,7 @@ class CausalLM(ABC):
         """Change ``hf`` by ``change``, wrap it and return it in training mode on ``device``; with ``None`` it stays where it is.
         Dropout is as its config sets it."""
         from pretrain.models.activation_checkpointing import checkpoint_activations, offload_activations
-        from pretrain.models.compilation import keep_compiled_code
+        from pretrain.models.compilation import prepare_compilation
         from pretrain.models.language_model import LanguageModel
 
         transformed = change(hf)
@@ -186,7 +187,7 @@ class CausalLM(ABC):
         if self.activation_offload:
             offload_activations(hf)
         if self.compile:
-            keep_compiled_code()
+            prepare_compilation()
         model = LanguageModel(hf if device is None else hf.to(device), compile=self.compile, transformed=transformed)
         model.picks_kernels = self.attention == "auto"
         return model.train()
@@ -194,25 +195,37 @@ class CausalLM(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained(CausalLM):
-    """A model with existing weights, for continual pretraining."""
+    """A model with existing weights, for continual pretraining.
+
+    Attributes:
+        overrides: Values of the model's config that change no weights, e.g. {rope_scaling: {rope_type: yarn, factor: 4.0}}.
+    """
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> dict[str, Any]:
+        return overridden(super().config(), self.overrides)
 
     def check(self, sequence_length: int) -> None:
-        """Raise ``UserError`` for an incomplete model folder, a tokenizer that does not fit the model, or a sequence longer than
-        its positions. Only the last check, whether transformers has the architecture, imports torch."""
+        """Raise ``UserError`` for an incomplete model folder, a tokenizer that does not fit, a sequence beyond its positions, or
+        overrides that change weights. Only the last checks, of architecture and overrides, import torch."""
         folder = self.folder()
         config = files.read_config(folder, self.name_or_path)
-        files.check_positions(config, sequence_length, self.name_or_path)
+        files.check_positions(positions(overridden(config, self.overrides)), sequence_length, self.name_or_path)
         files.check_weights(folder, self.name_or_path)
         files.check_layers(config, folder, self.name_or_path)
         model_config.read_generation_config(folder, self.name_or_path)
         files.check_vocabulary(config, files.vocabulary_size(self.tokenizer_folder()), self.name_or_path)
         self.check_offload()
+        if self.overrides:
+            check_overrides(self, config["model_type"], known=_is_known(config["model_type"]))
         self.hf_config()
 
     def identity(self) -> str:
-        """Return a hash of config and weights. It does not depend on where the folder is or how its path was written."""
+        """Return a hash of config, overrides and weights. It does not depend on where the folder is."""
         folder = self.folder()
-        return files.fingerprint([folder / "config.json", *files.weight_files(folder, self.name_or_path)])
+        content = files.fingerprint([folder / "config.json", *files.weight_files(folder, self.name_or_path)])
+        return content if not self.overrides else f"{content} {json.dumps(self.overrides, sort_keys=True)}"
 
     def weights(self) -> TensorFiles:
         """Return the folder's weight files. Their tensors are read later."""
@@ -318,10 +331,7 @@ class Scratch(CausalLM):
         if not _is_known(kind) and not self.trust_remote_code:
             raise UserError(f"model.overrides.model_type={kind!r}: transformers has no such model type")
         if _is_known(kind):
-            known = set(_default_config(kind)) | OLD_CONFIG_KEYS
-            for key in self.overrides:
-                if key not in known:
-                    raise UserError(f"model.overrides: {kind} has no {key!r}{did_you_mean(key, known)}")
+            check_known(self.overrides, default_keys(kind) | OLD_CONFIG_KEYS, kind)
             config = self.hf_config().to_dict()
         files.check_positions(config, sequence_length, kind)
         if self.train_tokenizer is None:
@@ -389,11 +399,3 @@ def _is_known(model_type: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-
-def _default_config(model_type: str) -> list[str]:
-    """Return all keys that a config of this type may have, including their old names."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(model_type)
-    return [*config.to_dict(), *config.attribute_map]

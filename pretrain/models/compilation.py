@@ -8,6 +8,8 @@ Source: https://docs.pytorch.org/tutorials/recipes/regional_compilation.html
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from pathlib import Path
@@ -68,6 +70,22 @@ def _forward(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., An
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function`` compiled for the exact shapes that it is called with."""
     return torch.compile(function, dynamic=False)
+
+
+def prepare_compilation() -> None:
+    """Check that there is a compiler, and a private folder for what it compiles. Raises ``UserError`` otherwise."""
+    check_compiler()
+    keep_compiled_code()
+
+
+def check_compiler() -> None:
+    """Raise ``UserError`` if torch has no C++ compiler for a CPU: ``CXX``, or g++ (macOS: clang++)."""
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not torch.cuda.is_available() and shutil.which(name) is None:
+        raise UserError(
+            f"model.compile: torch needs a C++ compiler on a CPU, and there is no {name}; install one, name it in CXX, or use "
+            "model.compile=false"
+        )
 
 
 def keep_compiled_code() -> None:

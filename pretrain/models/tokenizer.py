@@ -30,6 +30,7 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 FILES = (  # files of a tokenizer in a model folder
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "*.model", "*.tiktoken", "tekken.json"),
+    "new_tokens.json",  # of a vocabulary that has grown
     *("chat_template.jinja", "chat_template.json", "tokenization_*.py"),
 )
 CONVERTED_BY = {"*.model": "sentencepiece", "*.tiktoken": "tiktoken", "tekken.json": "mistral_common"}  # file → package

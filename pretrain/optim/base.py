@@ -15,6 +15,7 @@ class OptimizerFactory(ABC):
     """A callable that builds an optimizer from named parameters.
 
     To add an optimizer, write a frozen dataclass with its settings in this folder and a YAML file under ``conf/optimizer``.
+    `pretrain.optim.lr_factors` splits the groups of any optimizer.
     """
 
     @abstractmethod

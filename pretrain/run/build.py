@@ -6,7 +6,7 @@ constructor arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pretrain.merging.curve import Curve
     from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
+    from pretrain.models.transforms.base import ModelTransform
     from pretrain.run.plan_process import PlanProcess
     from pretrain.runtime.signals import Interrupt
     from pretrain.runtime.watchdog import Watchdog
@@ -66,7 +67,7 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
             )
     if prepared.model.weights() is not None and hasattr(config.optimizer, "check_base"):  # not a plain function
         config.optimizer.check_base(config.model_name)
-    factory, step = build_model_factory(config, prepared.model), StepConfig.of(config)
+    factory, step = build_model_factory(config, prepared.model, prepared.transforms), StepConfig.of(config)
     if prepared.base_gone and config.objective_identity is not None:
         raise UserError(
             f"objective: it compares with the base model, and model_name={config.model_name} is no longer available"
@@ -79,33 +80,45 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
 def optimizer_builder(config: RunConfig) -> Callable[[LanguageModel], Optimizer]:
     """Return a function that builds the optimizer of a model, and checks that it has every parameter that is trained."""
     from pretrain.optim.combined import check_every_parameter, combined
+    from pretrain.optim.lr_factors import split_by_factor
 
     def optimizer(model: LanguageModel) -> Optimizer:
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError(
                 f"transform=[{','.join(config.plain.get('transform') or {})}]: no parameter of the model is left to train"
             )
-        made = combined(config.optimizer(model.hf_named_parameters()))
+        parts = config.optimizer(model.hf_named_parameters())
+        split_by_factor(
+            parts if isinstance(parts, Sequence) else [parts],
+            model.hf_named_parameters(),
+            factors_of(model),
+            undecayed=model.transformed.first_rows if model.transformed is not None else (),
+        )
+        made = combined(parts)
         check_every_parameter(made, model.hf_named_parameters())
         return made
+
+    def factors_of(model: LanguageModel) -> dict[str, float]:
+        of_transforms = model.transformed.lr_factors if model.transformed is not None else {}
+        factors = config.lr_factors.of([name for name, _ in model.hf_named_parameters()])
+        return {name: factor * of_transforms.get(name, 1.0) for name, factor in factors.items()}
 
     return optimizer
 
 
-def build_model_factory(config: RunConfig, model: Any) -> ModelFactory:
-    """Return the factory that builds ``model`` with the transforms and in the precision of the config."""
-    from pretrain.checkpoint.weights import saved_transforms
+def build_model_factory(config: RunConfig, model: Any, transforms: tuple[ModelTransform, ...]) -> ModelFactory:
+    """Return the factory that builds ``model`` with the prepared ``transforms`` and in the precision of the config."""
     from pretrain.models.model_factory import ModelFactory
+    from pretrain.run.prepare import is_transformed
 
-    in_checkpoint = model.weights() is not None and bool(saved_transforms(model.folder()))
-    return ModelFactory(model, config.precision.param_dtype, config.seed, config.transforms, in_checkpoint)
+    return ModelFactory(model, config.precision.param_dtype, config.seed, transforms, is_transformed(model))
 
 
 def build_scorer(config: RunConfig, prepared: Prepared, world: DistributedContext) -> InferenceEngine:
     """Return an engine without an optimizer, for evaluation alone."""
     from pretrain.strategy.engine import InferenceEngine
 
-    model = build_model_factory(config, prepared.model).build(world.device)
+    model = build_model_factory(config, prepared.model, prepared.transforms).build(world.device)
     return InferenceEngine(model, precision=config.precision, world=world)
 
 
@@ -336,7 +349,11 @@ def build_curve(config: RunConfig, prepared: Prepared, engine: Engine, untouched
     transformed = engine.model.transformed
     if transformed is not None and transformed.before.keys() != transformed.after.keys():
         raise UserError("merge.curve: the transforms of this run add weights, which the base model does not have")
-    files = None if prepared.base_gone else build_model_factory(config, prepared.model).files(engine.model)
+    files = (
+        None
+        if prepared.base_gone
+        else build_model_factory(config, prepared.model, prepared.transforms).files(engine.model)
+    )
     if files is None:
         raise UserError(
             "merge.curve: needs the weights of a base model in files under their own names; this run starts from random weights, "

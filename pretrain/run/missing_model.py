@@ -41,8 +41,10 @@ class ModelInCheckpoint:
         own: dict[str, Any] = {"name_or_path": str(self.checkpoint), "revision": None}
         if spec.tokenizer_name is not None and not _is_there(spec.tokenizer_name, "model.tokenizer_name"):
             own["tokenizer_name"] = None
-        if hasattr(spec, "overrides"):  # a model from scratch: the checkpoint's config includes them
-            own |= {"overrides": {}, "train_tokenizer": None}
+        if hasattr(spec, "overrides"):  # the checkpoint's config includes them
+            own["overrides"] = {}
+        if hasattr(spec, "train_tokenizer"):
+            own["train_tokenizer"] = None
         return replace(spec, **own)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pretrain.data.store.token_store import TokenView
     from pretrain.data.training_data import TrainingData
     from pretrain.models.tokenizer import Boundaries
+    from pretrain.models.transforms.base import ModelTransform
     from pretrain.run.missing_model import ModelInCheckpoint
 
 
@@ -32,7 +33,7 @@ def model_spec(config: RunConfig) -> Any:
     folder = weights_folder(spec.name_or_path, key="model_name", verify=verify, transforms=transforms)
     tokenizer = spec.tokenizer_name and weights_folder(spec.tokenizer_name, key="model.tokenizer_name", verify=verify)
     spec = replace(spec, name_or_path=folder, tokenizer_name=tokenizer)
-    if not hasattr(spec, "overrides"):  # a model from scratch has no weights
+    if not hasattr(spec, "train_tokenizer"):  # a model from scratch has no weights
         check_transforms(spec.folder(), transforms, name=config.model_name)
     return spec
 
@@ -71,6 +72,7 @@ class Prepared:
         boundaries: The tokens before and between documents.
         total_steps: Optimizer steps of the run; 0 where the task trains nothing.
         notices: Messages about model and domains that are printed once in a run.
+        transforms: The transforms of the model, prepared for its tokenizer.
         base_gone: The base model no longer exists; ``model`` is the one in a checkpoint of the run.
     """
 
@@ -83,6 +85,7 @@ class Prepared:
     total_steps: int = 0
     notices: Sequence[str] = ()
     base_gone: bool = False
+    transforms: tuple[ModelTransform, ...] = ()
 
     @property
     def global_batch(self) -> int:
@@ -113,7 +116,12 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
 
     model, replacement = _checked_model(config)
     dataset, global_batch = config.dataset, MicroBatching.from_config(config).total * devices
-    tokenizer = model.tokenizer(lambda: chain.from_iterable(map(training_texts, dataset.sources().values())))
+
+    def documents() -> Iterator[str]:
+        return chain.from_iterable(map(training_texts, dataset.sources().values()))
+
+    plain = model.tokenizer(documents)
+    tokenizer, transforms = prepare_transforms(config, model, plain, documents if trains(config) else None)
     boundary_tokens = boundaries(tokenizer, bos=dataset.bos, separator=dataset.separator)
     texts = TokenizedSources(tokenizer, boundary_tokens, places_of(config))
     train, content = training_data(config, texts)
@@ -130,7 +138,60 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
         identity["mixture"] = train.table(steps=steps, global_batch=global_batch)
     notices = ([replacement.notice] if replacement else []) + notices + removed_documents(dataset, texts)
     gone = replacement is not None
-    return Prepared(model, tokenizer, train, domains, identity, boundary_tokens, steps, notices, base_gone=gone)
+    if tokenizer is not plain:
+        notices += fertilities(plain, tokenizer, train, domains)
+    return Prepared(
+        model,
+        tokenizer,
+        train,
+        domains,
+        identity,
+        boundary_tokens,
+        steps,
+        notices,
+        base_gone=gone,
+        transforms=transforms,
+    )
+
+
+def trains(config: RunConfig) -> bool:
+    """Return whether the task reads the training documents."""
+    return config.task in ("pretraining", "tokenization")
+
+
+def is_transformed(model: Any) -> bool:
+    """Return whether the folder of ``model`` is a checkpoint whose weights transforms have changed."""
+    from pretrain.checkpoint.weights import saved_transforms
+
+    return model.weights() is not None and bool(saved_transforms(model.folder()))
+
+
+def prepare_transforms(
+    config: RunConfig, model: Any, tokenizer: Any, texts: Callable[[], Iterator[str]] | None = None
+) -> tuple[Any, tuple[ModelTransform, ...]]:
+    """Return the tokenizer after the transforms of the config, and the transforms that are applied to ``model``."""
+    prepared = []
+    for transform in config.transforms:
+        if hasattr(transform, "prepare"):  # a class without the base class may have none
+            given = {"in_checkpoint": is_transformed(model)}
+            tokenizer, transform = transform.prepare(tokenizer, model.tokenizer_folder(), texts, **given)
+        prepared.append(transform)
+    return tokenizer, tuple(prepared)
+
+
+SHOWN_TOKENS = 200_000  # of a domain, on which tokens for each word are counted
+
+
+def fertilities(old: Any, new: Any, train: TrainingData, domains: Sequence[tuple[str, str, TokenView]]) -> list[str]:
+    """Return a line for the training documents and each domain with the tokens for each word and byte before and after."""
+    from pretrain.models.grown_tokenizer import fertility
+
+    views = [("training", train.parts[0].view), *((f"{name} ({role})", view) for name, role, view in domains)]
+    lines = []
+    for name, view in views:
+        text = new.decode(view.read(0, min(SHOWN_TOKENS, view.num_tokens)).tolist(), skip_special_tokens=True)
+        lines.append(f"vocabulary: {name}: {fertility([text], old, new)}")
+    return [*lines, "vocabulary: tokens are others than before, so compare bits_per_byte, not perplexity"]
 
 
 def _config_identity(config: RunConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pretrain.run.folder import begin, check_task, claim, start_over
 from pretrain.run.leftovers import found_in, keep_aside
 from pretrain.run.memory_advice import explained
 from pretrain.run.plan_process import PlanProcess, planned_at_start
-from pretrain.run.prepare import Prepared, model_spec, prepare
+from pretrain.run.prepare import Prepared, is_transformed, model_spec, prepare, prepare_transforms
 from pretrain.runtime import garbage_collector as collector
 from pretrain.runtime.console import log_error, log_to, mute, notice, quietly
 from pretrain.runtime.errors import UserError
@@ -247,8 +247,8 @@ def generation(config: RunConfig, overrides: list[str], interrupt: Interrupt) ->
     model = model_spec(config)
     model.check(config.sequence_length)
     world = build.build_world(config, RankInfo(), group=False)
-    tokenizer = model.tokenizer(None)
-    language_model = build.build_model_factory(config, model).build(world.device)
+    tokenizer, transforms = prepare_transforms(config, model, model.tokenizer(None))
+    language_model = build.build_model_factory(config, model, transforms).build(world.device)
     prompts, data = (
         [prompt for prompt in asked.prompts for _ in range(asked.num_samples)],
         config.dataset,
@@ -274,7 +274,6 @@ def generation(config: RunConfig, overrides: list[str], interrupt: Interrupt) ->
 
 def export(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     """Write a checkpoint, or any other model, as a Hugging Face folder: output_dir/model."""
-    from pretrain.checkpoint.weights import saved_transforms
     from pretrain.training.exporter import export_folder
 
     folder = claim(config.output_dir, foreign=True).path
@@ -286,8 +285,8 @@ def export(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int
         model,
         folder / "model",
         shard_size=shard_size,
-        transforms=config.transforms,
-        has_transformed_weights=bool(saved_transforms(model.folder())),
+        prepare=partial(prepare_transforms, config, model),
+        has_transformed_weights=is_transformed(model),
     )
     files = [f.stat().st_size for f in path.glob("*.safetensors")]
     print(f"model    {path} ({len(files)} weight file{'s' * (len(files) > 1)}, {sum(files):,} bytes)")

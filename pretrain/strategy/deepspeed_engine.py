@@ -145,6 +145,13 @@ class DeepspeedEngine(Engine):
         join_process_group(config)
         partitioned = config["zero_optimization"]["stage"] == 3
         model = factory.build(torch.device("cpu") if partitioned else world.device)
+        stage, transformed = config["zero_optimization"]["stage"], model.transformed
+        if transformed is not None and (transformed.thaw_at or transformed.first_rows):
+            key = "thaw_at" if transformed.thaw_at else "only_new_rows"
+            raise UserError(
+                f"{key} with strategy.zero_stage={stage}: ZeRO updates all parameters of a flat shard from the first step on; "
+                "use strategy.zero_stage=0, ddp or fsdp"
+            )
         counts = count_parameters(model)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
         update = supported(optimizer(model), config["zero_optimization"]["stage"])

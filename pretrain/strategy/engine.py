@@ -177,6 +177,12 @@ class Engine(EngineState, InferenceEngine):
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self.timer = StepTimer(on_device=world.device.type == "cuda")
         self._base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        thawed = model.transformed.thaw_at if model.transformed is not None else {}
+        self._thaw_at = [(thawed[name], p) for name, p in model.hf_named_parameters() if name in thawed]
+        rows = model.transformed.first_rows if model.transformed is not None else {}
+        self._first_rows = [(*rows[name], p) for name, p in model.hf_named_parameters() if name in rows]
+        self._frozen: list[nn.Parameter] = []
+        self._frozen_rows: list[tuple[nn.Parameter, int]] = []
         # Fused optimizers can skip an update on the device. They can't for parameters on the host, to which torch copies
         # found_inf without waiting for the copy. There the host reads the decision, which is free on a CPU only.
         self.decides_on_device = world.device.type != "cpu" and all(
@@ -286,6 +292,7 @@ class Engine(EngineState, InferenceEngine):
         ``refuse`` maps the norm to a 0-d bool, equal on all ranks: whether weights and moments must not change. Such a step
         counts in ``skipped``, as does a step with a non-finite gradient under 16-mixed.
         """
+        self._drop_frozen()
         self.scaler.unscale_(self.optimizer)
         if self.term is not None:
             self.term.add_gradients(self)
@@ -297,6 +304,14 @@ class Engine(EngineState, InferenceEngine):
         self.skipped += refused | ~torch.isfinite(norm) if self.scaler.is_enabled() else refused
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _drop_frozen(self) -> None:
+        """Clear the gradients of what `set_progress` has frozen."""
+        for parameter in self._frozen:
+            parameter.grad = None
+        for parameter, row in self._frozen_rows:
+            if parameter.grad is not None:
+                tensors.local(parameter.grad)[: max(0, row - tensors.start_of(parameter))] = 0
 
     def _sync_infinite(self, norm: Tensor) -> Tensor:
         """Make the loss scaler of every rank skip the update if one rank has found an infinite gradient or a ``norm`` that is
@@ -337,18 +352,26 @@ class Engine(EngineState, InferenceEngine):
         """Return the norm of the gradients of ``parameters``, over all their shards."""
         return norm_of(parameters)
 
+    def set_progress(self, share: float) -> None:
+        """Keep the parameters and rows as they are that a transform has frozen up to a later share of the run than ``share``.
+        They do not count in the gradient norm, and parameters have no optimizer state before their first update."""
+        self._frozen = [parameter for until, parameter in self._thaw_at if share < until]
+        self._frozen_rows = [(p, row) for row, until, p in self._first_rows if until is None or share < until]
+
     def set_lr(self, schedule: Callable[[int], float], step: int) -> float:
         """Set every parameter group's learning rate for update ``step`` (0-based); return the first group's.
 
-        It is the group's ``lr`` when the optimizer was built × the multiplier of ``schedule``. A group with the key
-        ``schedule`` has its own multiplier: a function of the step or, if the run's is a `Schedule`, also of its
-        ``total_steps`` and ``warmup_steps``.
+        It is the group's ``lr`` when the optimizer was built × the multiplier of ``schedule`` × the group's ``lr_factor``, if
+        it has one, without which it is returned. A group with the key ``schedule`` has its own multiplier: a function of
+        the step or, if the run's is a `Schedule`, also of its ``total_steps`` and ``warmup_steps``.
         """
+        rates = []
         for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             own = group.get("schedule")
             multiplier = schedule if own is None else with_multiplier(schedule, own)
-            group["lr"] = base * multiplier(step)
-        return float(self.optimizer.param_groups[0]["lr"])
+            rates.append(base * multiplier(step))
+            group["lr"] = rates[-1] * group.get("lr_factor", 1.0)
+        return float(rates[0])
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,14 @@ if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
     from pretrain.models.language_model import LanguageModel
 
-UNSAVED = ("params", "param_names", "lr", "initial_lr", "schedule")  # of a parameter group: what a run sets by itself
+UNSAVED = (
+    "params",
+    "param_names",
+    "lr",
+    "initial_lr",
+    "lr_factor",
+    "schedule",
+)  # of a parameter group: what a run sets by itself
 Slot = tuple[str, nn.Parameter, dict[Any, Any], Any]  # name, parameter, and the dict and key where the value is
 
 

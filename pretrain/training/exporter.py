@@ -80,7 +80,7 @@ class Exporter:
         checkpoint has the config before the transforms."""
         hf, transformed = self.engine.model.hf, self.engine.model.transformed
         if transformed is not None:
-            hf = plain_model(hf, transformed.config)
+            hf = plain_model(hf, transformed.checkpoint_config(hf.config))
         return export.companion_files(hf, self.tokenizer, dtype=None, separator=self.separator)
 
     def at_save(self, progress: TrainState) -> None:
@@ -107,7 +107,9 @@ class Exporter:
         if self.when == "never":
             return None
         path = self.run / "model"
-        self._write(path, progress, note=note)
+        companions: dict[str, dict[str, bytes]] = {}
+        self._write(path, progress, note=note, companions=companions)
+        self.engine.world.on_main_rank(partial(write_companions, companions, self.run))
         if self.engine.world.is_main:
             self._prune(self.run / "models", progress.step)
         return path
@@ -118,7 +120,9 @@ class Exporter:
             with replaced_weights(self.engine, weights):
                 self._write(self.run / "averages" / name, progress, note=f"\nThe weights are the average {name}.\n")
 
-    def _write(self, path: Path, progress: TrainState, *, note: str = "") -> None:
+    def _write(
+        self, path: Path, progress: TrainState, *, note: str = "", companions: dict[str, dict[str, bytes]] | None = None
+    ) -> None:
         engine, world = self.engine, self.engine.world
         transformed = engine.model.transformed
         hf = engine.model.hf if transformed is None else plain_model(engine.model.hf)
@@ -129,7 +133,7 @@ class Exporter:
             dtypes=dtypes,
             world=world,
             sharded=sharded,
-            convert=None if transformed is None else partial(transformed.export, hf),
+            convert=None if transformed is None else partial(transformed.export, hf, companions=companions),
         )
         plan = world.all_gather_object(lambda: export.split(own, self.shard_size)) if sharded else []
         dtype = export.dtype_of(own)
@@ -160,16 +164,16 @@ def export_folder(
     path: Path,
     *,
     shard_size: str,
-    transforms: tuple[ModelTransform, ...] = (),
+    prepare: Callable[[Any], tuple[Any, tuple[ModelTransform, ...]]] = lambda tokenizer: (tokenizer, ()),
     has_transformed_weights: bool = False,
 ) -> Path:
     """Write the weights of a checkpoint or a model folder as the Hugging Face folder ``path``; return ``path``.
 
     They are written in ``model.save_dtype`` (``None``: their present dtype), on the CPU, in one process. The model card of
     a checkpoint is copied. Weights are read one by one and freed after each file; only weights in a layout that
-    transformers has to convert are loaded into a model first, and all weights are read before ``export`` of ``transforms`` is
-    called. For ``has_transformed_weights`` see `ModelFactory`. Raises ``UserError`` for a model that can't be read and a
-    folder that can't be written.
+    transformers has to convert are loaded into a model first, and all weights are read before ``export`` of the transforms
+    is called. ``prepare`` returns the tokenizer after the transforms, and the transforms. For ``has_transformed_weights`` see
+    `ModelFactory`. Raises ``UserError`` for a model that can't be read and a folder that can't be written.
     """
     from transformers.utils.logging import enable_progress_bar
 
@@ -180,15 +184,16 @@ def export_folder(
     files = model.weights()
     if files is None:
         raise UserError("task=export: model=scratch has no weights to export")
-    world, tokenizer = DistributedContext(), model.tokenizer(None)
+    world, (tokenizer, transforms) = DistributedContext(), prepare(model.tokenizer(None))
     factory = ModelFactory(model, _dtype(files), 0, transforms, has_transformed_weights)
     meta_model = factory.build_on_meta()
     transformed = meta_model.transformed
     hf = meta_model.hf if transformed is None else plain_model(meta_model.hf)
+    companions: dict[str, dict[str, bytes]] = {}
 
     def fill(fresh: Path) -> list[Path]:
         dtypes = export.dtypes_for(hf, model.save_dtype)
-        convert = None if transformed is None else partial(transformed.export, hf)
+        convert = None if transformed is None else partial(transformed.export, hf, companions=companions)
         own = export.weights_to_write(
             _weights(factory, meta_model), dtypes=dtypes, world=world, sharded=False, convert=convert
         )
@@ -202,7 +207,22 @@ def export_folder(
     if sys.stderr.isatty():
         enable_progress_bar()  # for writing the weight files
     write_folder(path, fill, world=world, hint=lambda: "the checkpoint is unchanged", marker=False)
+    write_companions(companions, path.parent)
     return path
+
+
+def write_companions(companions: dict[str, dict[str, bytes]], run: Path) -> None:
+    """Write the folders that transforms leave beside the exported model, each completely or not at all."""
+    from pretrain.distributed.context import DistributedContext
+
+    for name, files in companions.items():
+        write_folder(
+            run / name,
+            partial(write_files, files),
+            world=DistributedContext(),
+            hint=lambda: "the exported model is complete",
+            marker=False,
+        )
 
 
 def _weights(factory: ModelFactory, meta_model: LanguageModel) -> Iterable[tuple[str, Tensor]]:

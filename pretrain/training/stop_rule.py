@@ -45,9 +45,9 @@ class StopWhen:
         """Raise ``UserError`` for a rule that no evaluation can decide. ``domains`` maps names to roles."""
         if self.domain is not None and self.patience is None:
             raise UserError(f"stop_when.domain={self.domain}: has no effect without stop_when.patience")
-        if self.domain is not None and self.domain not in domains:
+        if self.domain not in (None, *domains):
             raise UserError(
-                f"stop_when.domain={self.domain}: no such domain is evaluated{did_you_mean(self.domain, domains)}"
+                f"stop_when.domain={self.domain}: no such domain is evaluated{did_you_mean(self.domain or '', domains)}"
             )
         if self.patience is not None and self.domain is None and "new" not in domains.values():
             raise UserError(

@@ -162,6 +162,7 @@ class Trainer:
         """Take one optimizer step on one global batch, unless the batch is blocklisted. Nothing here waits for the device."""
         engine, guard, state, number = self.engine, self.guard, self.state, self.state.step + 1
         lr = engine.set_lr(self.schedule, state.step)
+        engine.set_progress(state.step / self.steps)
         self.layers.before_step(number)
         if guard.is_blocklisted(batch.first_sample):
             done = engine.skip_step(batch)

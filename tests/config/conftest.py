@@ -63,8 +63,8 @@ class Unfinished(ModelTransform):
     pass
 """
 FILES = {
-    "transform/freeze.yaml": "# Freeze parameters.\nfreeze: {_target_: ourlab.parts.Freeze, pattern: wte}\n",
-    "transform/lora.yaml": "# LoRA.\nlora: {_target_: ourlab.parts.Lora, rank: 8}\n",
+    "transform/still.yaml": "# Freeze parameters.\nstill: {_target_: ourlab.parts.Freeze, pattern: wte}\n",
+    "transform/adapter.yaml": "# LoRA.\nadapter: {_target_: ourlab.parts.Lora, rank: 8}\n",
     "optimizer/lion.yaml": "# Lion: the sign of the momentum.\n_target_: ourlab.parts.Lion\nlr: ${lr}\n",
     "ourlab/default.yaml": "# Where our data is.\nurl: here\nsizes: [1, 2]\n",
     "hook/average.yaml": "# Average.\naverage: {_target_: ourlab.parts.Ema, decay: 0.9}\n",

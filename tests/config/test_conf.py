@@ -26,6 +26,8 @@ NEEDS = {  # keys without a default
     ("dataset", "huggingface"): ["dataset.nameOrPath=texts"],
     ("dataset", "mixture"): ["+dataset@dataset.parts.a=sample"],
     ("precision", "16-mixed"): ["precision.allow_cpu=true"],
+    ("transform", "freeze"): ["transform.freeze.frozen=embed"],
+    ("transform", "vocabulary"): ["transform.vocabulary.size=8"],
 }
 FILES = sorted(f for g in (*GROUPS, "experiment") for f in (conf_dir() / g).glob("*.yaml"))
 

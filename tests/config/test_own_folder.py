@@ -15,7 +15,7 @@ from pretrain.runtime.errors import UserError
         (["ourlab=defalt"], "ourlab=defalt: no such choice; did you mean 'default'"),
         (["ourlb.url=x"], "unknown key 'ourlb'"),
         (["optimizer=lin"], "optimizer=lin: no such choice; did you mean 'lion'"),
-        (["transform=[lor]"], r"transform=lor: no such choice; did you mean 'lora'"),
+        (["transform=[adaptr]"], r"transform=adaptr: no such choice; did you mean 'adapter'"),
     ],
 )
 def test_the_nearest_name_of_their_folder(conf, words, message):
@@ -51,9 +51,8 @@ def test_help_lists_their_choices(conf, tmp_path, monkeypatch, command):
     assert code == 0
     assert "optimizer lion Lion: the sign of the momentum." in lines
     assert "ourlab default Where our data is." in lines
-    assert "transform lora LoRA." in lines
+    assert "transform adapter LoRA." in lines
     assert command(["optimizer=lion", "--help", "--config-dir=conf"])[1].startswith("optimizer=lion\n")
-    assert "transform=[name]" in command(["--help"])[1]
 
 
 HOSTILE = "evil\x1b]0;x\x07"

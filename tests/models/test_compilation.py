@@ -61,7 +61,7 @@ def passed(model: LanguageModel, positions: torch.Tensor | None = None, rows: in
     return loss.item()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_all_blocks_share_one_compilation(name: str, graphs: Graphs) -> None:
     """One for five blocks and one for the loss; documents add another of the blocks."""
     hf = layers(name, 5)
@@ -118,7 +118,7 @@ def test_names_of_weights_stay(graphs: Graphs) -> None:
 
 
 def test_graph_is_one_for_the_whole_model(graphs: Graphs) -> None:
-    passed(LanguageModel(layers("llama", 2), compile="graph"))
+    passed(LanguageModel(layers("llama", 1), compile="graph"))
     assert len(graphs) == 1
 
 
@@ -173,6 +173,14 @@ def test_a_folder_of_the_environment_is_respected(cache: Path, tmp_path: Path, m
     assert os.environ[compilation.CACHE_VARIABLE] == str(tmp_path / "mine")
     assert (tmp_path / "mine").is_dir()
     assert not cache.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's code is compiled otherwise")
+def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    compilation.check_compiler()
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    with pytest.raises(UserError, match="there is no /no/such/compiler; install one"):
+        compilation.check_compiler()
 
 
 @pytest.mark.parametrize("named", [False, True])

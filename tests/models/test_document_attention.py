@@ -50,7 +50,7 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
     return LanguageModel(tiny(request.param, max_position_embeddings=4096))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=6), min_size=2, max_size=2))
 def test_documents_of_any_lengths_equal_those_under_a_mask(model: LanguageModel, rows: list[list[int]]) -> None:
     size = max(map(sum, rows))

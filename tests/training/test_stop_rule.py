@@ -151,7 +151,11 @@ def test_a_resume_ends_at_the_same_step(base_arguments, command, spawn, tmp_path
     ("rule", "domains", "message"),
     [
         ({"domain": "x"}, {"x": "new"}, "stop_when.domain=x: has no effect without stop_when.patience"),
-        ({"domain": "lat", "patience": 1}, {"law": "new"}, "stop_when.domain=lat: no such domain is evaluated"),
+        (
+            {"domain": "lat", "patience": 1},
+            {"law": "new"},
+            "stop_when.domain=lat: no such domain is evaluated; did you mean 'law'",
+        ),
         ({"patience": 1}, {"law": "base"}, "the new domain is not evaluated; name another with stop_when.domain"),
         ({"forgetting": 0.1}, {"law": "new"}, "stop_when.forgetting=0.1: no base domain is evaluated"),
     ],

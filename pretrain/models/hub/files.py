@@ -120,8 +120,12 @@ def check_positions(config: dict[str, Any], sequence_length: int, name: str) -> 
     for key in POSITION_KEYS:
         limit = text_part(config).get(key)
         if isinstance(limit, int) and 0 < limit < sequence_length:
+            factor = -(-sequence_length // limit)
+            longer = f", or extend them: 'model.overrides={{rope_scaling: {{rope_type: yarn, factor: {factor}.0}}}}'"
+            is_rotary = any(rope in text_part(config) for rope in ("rope_theta", "rope_scaling", "rope_parameters"))
             raise UserError(
                 f"sequence_length={sequence_length}: {name} has {limit} positions ({key}); use at most that"
+                + (longer if is_rotary else "")
             )
 
 

@@ -21,6 +21,8 @@ from pretrain.distributed.sharding import TensorFiles
 from pretrain.models.language_model import weights_of
 from pretrain.models.meta import replace_parameters
 from pretrain.models.transformers_internals import new_on_meta
+from pretrain.models.transforms.base import marks
+from pretrain.models.transforms.derived import is_derived, rows_of
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +43,11 @@ class Transformed:
         after: every weight after the transforms, by name, on the meta device.
         values: values of the new weights by name, on the CPU; empty for a model that was not built on the meta device, which
             has them itself.
+        derived: new weights that are computed from others, by name; empty for a model that was not built on the meta device.
+        origins: names of the weights before, by weight, to read those that ``derived`` needs.
+        thaw_at: share of the run before which a parameter is not trained, by name, where a transform has set one.
+        lr_factors: factor of a parameter's learning rate by name, where a transform has set one.
+        first_rows: by name the first row that is trained, and up to which share of the run (``None``: to its end).
     """
 
     transforms: tuple[ModelTransform, ...]
@@ -49,17 +56,35 @@ class Transformed:
     names: dict[str, str]
     after: dict[str, Tensor] = field(repr=False)
     values: dict[str, Tensor] = field(repr=False)
+    derived: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    origins: dict[Tensor, str] = field(default_factory=dict, repr=False)
+    thaw_at: dict[str, float] = field(default_factory=dict)
+    lr_factors: dict[str, float] = field(default_factory=dict)
+    first_rows: dict[str, tuple[int, float | None]] = field(default_factory=dict)
 
-    def export(self, plain: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def export(
+        self, plain: Any, weights: dict[str, Tensor], companions: dict[str, dict[str, bytes]] | None = None
+    ) -> dict[str, Tensor]:
         """Return the weights of ``plain``, a model without the transforms. They are made from all full ``weights`` of the
-        transformed model by the transforms in reverse order. Raises ``UserError`` if ``plain`` has other weights."""
+        transformed model by the transforms in reverse order. ``companions`` receives the folders that they write beside it.
+        Raises ``UserError`` if ``plain`` has other weights."""
         for transform in reversed(self.transforms):
+            if companions is not None and hasattr(transform, "companions"):
+                companions |= transform.companions(weights)
             if hasattr(transform, "export"):  # a class without the base class may have none
                 weights = transform.export(weights)
             if not isinstance(weights, dict):
                 raise UserError(f"transform {_name(transform)}: export() returned no dict of tensors")
         check_exported(weights, plain)
         return weights
+
+    def checkpoint_config(self, changed: Any) -> Any:
+        """Return the config of a checkpoint: that before the transforms, because they are applied again, but with the vocabulary
+        of the tokenizer. ``changed`` is the config after them."""
+        config = deepcopy(self.config)
+        if any(getattr(transform, "grows_vocabulary", False) for transform in self.transforms):
+            config.get_text_config().vocab_size = changed.get_text_config().vocab_size
+        return config
 
     def check_export(self, hf: Any) -> None:
         """Raise ``UserError`` if `export` would not return the weights of the plain architecture, as far as that can be found
@@ -93,16 +118,33 @@ def apply_transforms(transforms: Sequence[ModelTransform], hf: Any, *, seed: int
     after = weights_of(hf)
     names = {name: old[id(tensor)] for name, tensor in after.items() if id(tensor) in old}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in after.items()}
+    marked = [marks(hf.named_parameters(), mark) for mark in ("thaw_at", "lr_factor", "first_row")]
     values: dict[str, Tensor] = {}
+    derived: dict[str, Tensor] = {}
     if on_meta:
-        values = {name: tensor.detach().clone() for name, tensor in after.items() if name not in names}
+        new = {name: tensor for name, tensor in after.items() if name not in names}
+        derived = {name: tensor for name, tensor in new.items() if is_derived(tensor)}
+        values = {name: tensor.detach().clone() for name, tensor in new.items() if name not in derived}
         replace_parameters(hf, lambda p: p if p.is_meta else p.to("meta"))
-    return Transformed(tuple(transforms), config, {n: tuple(t.shape) for n, t in before.items()}, names, shapes, values)
+    sizes = {name: tuple(tensor.shape) for name, tensor in before.items()}
+    return Transformed(
+        tuple(transforms),
+        config,
+        sizes,
+        names,
+        shapes,
+        values,
+        derived=derived,
+        origins={tensor: name for name, tensor in before.items()} if derived else {},
+        thaw_at=marked[0],
+        lr_factors=marked[1],
+        first_rows=marked[2],
+    )
 
 
 def _check_new(transform: ModelTransform, new: dict[str, Tensor]) -> None:
     for name, tensor in new.items():
-        if tensor.is_meta:
+        if tensor.is_meta and not is_derived(tensor):
             raise UserError(
                 f"transform {_name(transform)}: its new weight {name} is on the meta device, which holds no values; apply() must "
                 "create it on the CPU with its initial values, even where the model's own weights are on the meta device"
@@ -122,22 +164,33 @@ def seeded(seed: int) -> Iterator[None]:
 
 class TransformedFiles(TensorFiles):
     """The weights of a transformed model: old ones from the files of the plain model, new ones with the values that the
-    transforms gave them. Only the rows that are read are in memory."""
+    transforms gave them, or computed from old ones. Only the rows that are read are in memory."""
 
     def __init__(self, files: TensorFiles, transformed: Transformed) -> None:
         self._files, self._names, self._values = files, transformed.names, transformed.values
+        self._derived, self._origins = transformed.derived, transformed.origins
 
     def keys(self) -> set[str]:
-        return {*self._names, *self._values}
+        return {*self._names, *self._values, *self._derived}
 
     def shape(self, name: str) -> Shape:
+        if name in self._derived:
+            return tuple(self._derived[name].shape)
         return tuple(self._values[name].shape) if name in self._values else self._files.shape(self._names[name])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        if name in self._derived:
+            return self._rows(self._derived[name], start, self.shape(name)[0] if stop is None else stop)
         if name not in self._values:
             return self._files.read(self._names[name], start, stop)
         value = self._values[name]
         return value[start:stop] if value.ndim else value
+
+    def _rows(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """Return rows of a weight that the model has or had while the transforms changed it."""
+        if is_derived(tensor):
+            return rows_of(tensor, self._rows, start, stop)
+        return self._files.read(self._origins[tensor], start, stop) if tensor in self._origins else tensor[start:stop]
 
 
 def plain_model(hf: Any, config: Any = None) -> Any:

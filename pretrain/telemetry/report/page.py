@@ -44,7 +44,7 @@ from pretrain.telemetry.report.style import (
     table,
     tile,
 )
-from pretrain.telemetry.report.summary import before_after, verdict
+from pretrain.telemetry.report.summary import before_after, caveats, verdict
 
 MAX_ROWS = 40  # maximum rows of a table of unbounded length
 MAX_SAMPLES = 12
@@ -65,6 +65,7 @@ def run_page(run: Run) -> str:
                 "Learning and forgetting",
                 grid([plots.loss_chart(history), plots.change_chart(history)], "two"),
                 _scores(history),
+                Markup("".join(f'<p class="soft">{escape(text)}</p>' for text in caveats(run.config))),
                 grid([plots.drift_charts(history)], "two"),
             ),
             section("Base model and result merged", grid([plots.merge_chart(history)], "two"), _merge(history)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pretrain.telemetry.history import Domain
 from pretrain.telemetry.numbers import number, signed
 
@@ -57,3 +59,12 @@ def before_after(domain: Domain, digits: int = 2) -> str:
         return number(domain.last.get("perplexity"), digits)
     before, after = domain.first.get("perplexity"), domain.last.get("perplexity")
     return f"{number(before, digits)} → {number(after, digits)}"
+
+
+def caveats(config: dict[str, Any]) -> list[str]:
+    """Return what must be known of the scores of a run with this config."""
+    if "vocabulary" in (config.get("transform") or {}):
+        return [
+            "The vocabulary was extended: compare bits per byte. Perplexity and loss count other tokens than the base model does."
+        ]
+    return []

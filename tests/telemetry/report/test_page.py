@@ -67,6 +67,12 @@ def test_everything_that_is_known_is_shown(eventful_page):
     assert "14.8 GB" in eventful_page
 
 
+def test_a_larger_vocabulary_is_said_to_have_other_tokens():
+    config = {"transform": {"vocabulary": {"size": 10}}}
+    found = [run_page(Run("mine", History(eventful()), config=own)) for own in ({}, config)]
+    assert ["compare bits per byte" in text for text in found] == [False, True]
+
+
 def test_nothing_is_loaded_and_nothing_can_run(eventful_page):
     assert SCRIPT not in eventful_page
     assert eventful_page.count("&lt;script&gt;alert(1)") == 3, "a prompt and two texts"
