@@ -236,6 +236,74 @@ def test_a_tied_head_is_merged_once(tmp_path, tokenizer) -> None:
     assert torch.equal(loaded.lm_head.weight, ours["model.embed_tokens.weight"])
 
 
+def test_models_that_differ(models, tmp_path, tokenizer) -> None:
+    """Nothing of a model is left out silently, whichever is the first."""
+    tied = model(tmp_path / "tied", tokenizer, seed=7, tie_word_embeddings=True)
+    deep = model(tmp_path / "deep", tokenizer, seed=7, num_hidden_layers=4)
+    for one, other, name in ((models[0], deep, r"model\.layers\.[23]\..*"), (models[0], tied, r"lm_head\.weight")):
+        for pair in ((one, other), (other, one)):
+            with pytest.raises(UserError, match=rf"merge\.models: these models can't be merged: {name} is missing in "):
+                open_merge(MergeConfig(models=[str(path) for path in pair]), SPEC)
+
+
+def changed_config(folder: Path, to: Path, **changes) -> Path:
+    to.mkdir()
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    (to / "config.json").write_text(json.dumps(json.loads((to / "config.json").read_text()) | changes))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rms_norm_eps": 0.5}, "rms_norm_eps is 1e-06 in .* and 0.5 in "),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "rope_parameters is "),
+        ({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}, "head_dim is "),
+        (
+            {"bos_token_id": 5, "dtype": "bfloat16", "use_cache": False, "_name_or_path": "x", "architectures": ["x"]},
+            None,
+        ),
+    ],
+    ids=["eps", "rope", "heads", "alike"],
+)
+def test_configs_that_differ(models, tmp_path, changes, says) -> None:
+    other = changed_config(models[1], tmp_path / "other", **changes)
+    config = MergeConfig(models=[str(models[0]), str(other)])
+    if says is None:
+        open_merge(config, SPEC)
+        return
+    with pytest.raises(
+        UserError, match=rf"merge\.models: these models can't be merged: their config\.json differ, {says}"
+    ):
+        open_merge(config, SPEC)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_beside_a_tied_one(models, tmp_path, tokenizer, equal) -> None:
+    from safetensors.torch import save_file
+
+    tied = model(tmp_path / "tied", tokenizer, seed=7, tie_word_embeddings=True)
+    weights = weights_of(tied)
+    head = weights["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 0 if equal else 1
+    untied = changed_config(tied, tmp_path / "untied", tie_word_embeddings=False)
+    twice = changed_config(tied, tmp_path / "twice")
+    for folder in (untied, twice):
+        save_file(weights | {"lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    for pair, says in (
+        ([tied, untied], "lm_head.weight is missing in .*tied"),
+        ([tied, twice], r"merge\.models=.*twice: .*lm_head\.weight in the weight files is not the embedding"),
+        ([twice, tied], r"merge\.models=.*twice: .*lm_head\.weight in the weight files is not the embedding"),
+    ):
+        config = MergeConfig(models=[str(path) for path in pair])
+        if equal:
+            assert "lm_head.weight" not in open_merge(config, SPEC).names
+        else:
+            with pytest.raises(UserError, match=says):
+                open_merge(config, SPEC)
+
+
 @pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "ties"])
 def test_one_tensor_of_each_model_is_in_memory(models, tmp_path, monkeypatch, method) -> None:
     live: dict[int, int] = {}
@@ -267,7 +335,7 @@ def test_from_the_command_line(models, run, tmp_path, command) -> None:
         "error: merge.models: these models can't be merged: "
         f"model.embed_tokens.weight is [300, 32] in {run} and [4096, 128] in sample, "
         f"model.layers.0.self_attn.q_proj.weight is [32, 32] in {run} and [128, 128] in sample, "
-        f"model.layers.0.self_attn.k_proj.weight is [32, 32] in {run} and [64, 128] in sample, and 17 more"
+        f"model.layers.0.self_attn.k_proj.weight is [32, 32] in {run} and [64, 128] in sample, and 53 more"
     )
     words = ["task=merge", f"merge.models=[{models[0]},{models[1]}]", "merge.method=ties", f"merge.base={models[2]}"]
     code, out, err = command([*words, f"output_dir={tmp_path / 'm'}"])
