@@ -80,7 +80,7 @@ def test_a_task_that_fails(start, task, code, said, tmp_path):
 def test_a_sweep_by_a_metric_that_nothing_measures(start):
     code, _, err = start("sweep", "-m", "seed=0,1", "sweep.metric=metric/accuracy")
     assert code == 2
-    assert "sweep.metric=metric/accuracy: the config has no evaluation.tasks that could measure it" in err
+    assert "sweep.metric=metric/accuracy: the config has no evaluation.tasks, questions or lm_eval.tasks for it" in err
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ ONE_LINE = r"^[^\x00-\x1f\x7f]+$"  # for a folder's name, which can become part 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+NEXT_TOKEN = PARTS["objective"]  # the class of the cross entropy alone
 RUNTIME_ARGUMENTS = {  # group → arguments that the run passes, never YAML; a target that needs one is bound, not called
     "scheduler": {"step", "total_steps", "warmup_steps", "peak_lr"},
     "optimizer": {"named_parameters", "params"},
@@ -245,7 +246,7 @@ class RunConfig(RootKeys):
     def objective_identity(self) -> dict[str, Any] | None:
         """Return the term of the objective as the config describes it; ``None`` for the cross entropy alone."""
         node: dict[str, Any] = self.plain["objective"]
-        return node if len(node) > 1 else None
+        return None if node["_target_"] == NEXT_TOKEN else node
 
     @property
     def optimizer_identity(self) -> list[Any]:

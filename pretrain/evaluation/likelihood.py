@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from pretrain.data.batch import IGNORE, Batch
+from pretrain.evaluation.task import EvaluationInterrupted
 
 if TYPE_CHECKING:
     from pretrain.strategy.engine import InferenceEngine
@@ -32,13 +33,15 @@ def likelihoods(engine: InferenceEngine, requests: Sequence[Request], *, batch_s
 
     The ranks share the batches; all must call this with equal requests, and all get the results. The model must be in eval
     mode. A request longer than the model's positions loses the beginning of its context, and of its continuation if that alone
-    is longer.
+    is longer. Raises ``EvaluationInterrupted`` after a stop signal.
     """
     order = sorted(range(len(requests)), key=lambda i: -_length(requests[i]))  # the longest first: memory shows at once
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     world = engine.world
     here: dict[int, Likelihood] = {}
     for first in range(0, len(batches), world.data_size):
+        if engine.interrupted():
+            raise EvaluationInterrupted
         has_batch = first + world.data_rank < len(batches)
         chosen = batches[first + world.data_rank if has_batch else first]  # else a dummy, so that collectives match
         batch = _batch([requests[i] for i in chosen], engine.model.num_positions)

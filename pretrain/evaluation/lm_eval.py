@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,13 +49,16 @@ class LmEval:
 
         manager = task_manager(self.include_path)
         known = manager.all_tasks
+        found: list[str] = []  # names with wildcards are expanded
         for name in self.tasks:
-            if not manager.match_tasks([name]):
+            matches = manager.match_tasks([name])
+            found += [match for match in matches if match not in found]
+            if not matches:
                 raise UserError(
                     f"evaluation.lm_eval.tasks: lm-eval has no task {name!r}{did_you_mean(name, known)}; "
                     "`lm-eval ls tasks` prints all of them"
                 )
-        return HarnessTask(self, manager, tokenizer, bos, separator, batch_size)
+        return HarnessTask(replace(self, tasks=found), manager, tokenizer, bos, separator, batch_size)
 
 
 @dataclass(frozen=True)

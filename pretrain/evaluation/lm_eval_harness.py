@@ -14,6 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
 from pretrain.evaluation.likelihood import Request, likelihoods
+from pretrain.evaluation.task import EvaluationInterrupted
 from pretrain.runtime.console import shows_progress
 from pretrain.runtime.errors import UserError, one_line
 
@@ -124,6 +125,8 @@ class EngineModel(TemplateLM):
         tokens = self.tok_encode(context)[-(self.max_length - count) :] or [self.prefix_token_id]
         device, start, text = self.engine.world.device, len(tokens), ""
         for _ in range(count):
+            if self.engine.interrupted():
+                raise EvaluationInterrupted
             ids = torch.tensor([tokens], device=device)
             token = int(self.engine.next_tokens(ids, torch.tensor([len(tokens) - 1], device=device)))
             if token == self.separator:

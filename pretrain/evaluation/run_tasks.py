@@ -12,6 +12,7 @@ import torch
 
 from pretrain.checkpoint.rng import rng_state, set_rng_state
 from pretrain.evaluation.perplexity import evaluating
+from pretrain.evaluation.task import EvaluationInterrupted
 from pretrain.runtime.console import notice, shows_progress
 from pretrain.runtime.errors import UserError
 from pretrain.telemetry.metric import Metric
@@ -35,14 +36,16 @@ def run_tasks(
     it.
 
     The model is in eval mode and gradients are disabled; the random state is afterwards as it was before, so that an
-    evaluation does not change the training. ``interrupted`` is called before every task on every rank, ``alive`` after every
-    task.
+    evaluation does not change the training. ``interrupted`` is called before every task on every rank, and by `likelihoods`
+    before every batch; ``alive`` after every forward and every task.
 
     Raises ``UserError``, on every rank, for a task that raises one and for metrics that can't be recorded.
     """
     metrics: list[Metric] = []
     measured_by: dict[tuple[str | None, str], str] = {}
     state = rng_state() if tasks else None
+    before = engine.alive, engine.interrupted
+    engine.alive, engine.interrupted = alive, interrupted
     try:
         with evaluating(engine.model), torch.no_grad():
             for name, task in tasks.items():
@@ -52,7 +55,10 @@ def run_tasks(
                     notice(f"evaluating task {name}")
                 metrics += _metrics_of(name, task, engine, measured_by)
                 alive()
+    except EvaluationInterrupted:
+        return None
     finally:
+        engine.alive, engine.interrupted = before
         if state is not None:
             set_rng_state(state)
     return metrics
@@ -74,7 +80,7 @@ def checked(task: str, found: Any, measured_by: dict[tuple[str | None, str], str
     ``measured_by`` maps the domain and the name of each metric of this evaluation to its task, and gets those of ``found``.
     Raises ``UserError`` for anything but a list of valid metrics, each measured once.
     """
-    where = f"evaluation.tasks.{task}"
+    where = _key(task)
     if not isinstance(found, list | tuple) or not all(isinstance(metric, Metric) for metric in found):
         raise UserError(f"{where}: evaluate() returned {_short(found)}, not a list of pretrain.Metric")
     metrics: list[Metric] = []
@@ -89,12 +95,17 @@ def checked(task: str, found: Any, measured_by: dict[tuple[str | None, str], str
         if other != task or any((m.domain, m.name) == (metric.domain, metric.name) for m in metrics):
             domain = "" if metric.domain is None else f" of domain {metric.domain}"
             raise UserError(
-                f"{where}: metric {metric.name}{domain} is measured twice, first by evaluation.tasks.{other}; rename one"
+                f"{where}: metric {metric.name}{domain} is measured twice, first by {_key(other)}; rename one"
             )
         value = _number(where, metric.name, "value", metric.value)
         stderr = None if metric.stderr is None else _number(where, metric.name, "stderr", metric.stderr)
         metrics.append(replace(metric, value=value, unit=str(metric.unit), stderr=stderr))
     return metrics
+
+
+def _key(task: str) -> str:
+    """Return the config key of a task: its name with dots, or that of one of the user's own ``evaluation.tasks``."""
+    return task if "." in task else f"evaluation.tasks.{task}"
 
 
 def _number(where: str, name: str, field: str, value: Any) -> float:

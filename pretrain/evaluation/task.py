@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from pretrain.strategy.engine import InferenceEngine
 
 
+class EvaluationInterrupted(Exception):
+    """A stop signal has arrived during a measurement, on every rank at the same place."""
+
+
 class EvaluationTask(ABC):
     """A measurement of the model, which is made at every evaluation of a run and by ``task=evaluation``.
 

@@ -86,6 +86,11 @@ class LanguageModel(nn.Module):
         if self.is_compiled:
             self._compile(by_blocks=compile != "graph")
 
+    @property
+    def is_one_graph(self) -> bool:
+        """Whether backbone and loss of the training step are compiled as one graph."""
+        return self._compiled is not None
+
     def _compile(self, *, by_blocks: bool) -> None:
         """Compile the training step, block by block if the model declares blocks."""
         blocks = find_blocks(self.hf) if by_blocks else []

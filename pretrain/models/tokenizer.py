@@ -57,6 +57,11 @@ class Boundaries:
     bos: int | None
     separator: int
 
+    @property
+    def first(self) -> int:
+        """Return the token before a document: BOS, or the separator after the document before it."""
+        return self.separator if self.bos is None else self.bos
+
 
 class FolderTokenizer(PreTrainedTokenizerFast):
     """A fast tokenizer that uses ``backend`` exactly as given. ``save_pretrained`` writes ``files`` unchanged."""

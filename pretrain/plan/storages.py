@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from pretrain.plan.torch_internals import FakeTensor, TorchDispatchMode, storage_id, tree_leaves
+from pretrain.plan.torch_internals import FakeTensor, TorchDispatchMode, active_fake_mode, storage_id, tree_leaves
 
 COMMUNICATING = (
     "c10d",
@@ -109,11 +109,17 @@ class StorageTracker(TorchDispatchMode):
             self._log.append((self.phase, known, size - known.size))
             known.size = size
 
+    def __enter__(self) -> StorageTracker:
+        self._mode = active_fake_mode()
+        entered: StorageTracker = super().__enter__()
+        return entered
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # the operations on its local tensors come here
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "prim":
+        # DTensor finds out the shapes of results on fake tensors of its own, as large as the unsharded ones.
+        if func.namespace == "prim" or active_fake_mode() is not self._mode:
             return result
         is_cast = func.name() == "aten::_to_copy" and self.kind == "activations"
         for tensor in result if isinstance(result, (list, tuple)) else (result,):

@@ -1,13 +1,11 @@
 """What this program uses of torch's private parts to run steps on fake tensors, as one of any number of ranks (seen in torch
 2.13.0). ``tests/plan/test_trace.py`` fails when one of them has changed.
 
-- ``torch._subclasses.FakeTensorMode``: tensors with shape, dtype and strides, but without memory
+- ``FakeTensorMode``, ``active_fake_mode``: tensors without memory; DTensor finds out the shapes of results with them
 - the process group ``fake`` of ``torch.testing._internal.distributed.fake_pg``: collectives return at once
 - DDP compares and sends parameters at its start, and orders its buckets anew in the second step: fake ones have no values
 - ``UntypedStorage._cdata`` and a replaced ``resize_``, with which FSDP frees gathered weights
-
-A fake tensor on ``cuda`` can't be used: autograd needs CUDA's streams, and torch without CUDA aborts the process. So everything
-is traced on the CPU, with `cuda_operators` for what allocates something else on a GPU.
+- fake tensors on ``cuda`` need CUDA's streams (torch without CUDA aborts), so all is traced on the CPU, see `cuda_operators`.
 """
 
 from __future__ import annotations
@@ -19,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors
 from torch.distributed import device_mesh
+from torch.distributed.tensor import _sharding_prop
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel import distributed as ddp
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 if TYPE_CHECKING:
     from pretrain.plan.storages import StorageTracker
 
-__all__ = ["FakeTensor", "TorchDispatchMode", "real_tensors", "tree_leaves", "tree_map"]
+__all__ = ["FakeTensor", "TorchDispatchMode", "active_fake_mode", "real_tensors", "tree_leaves", "tree_map"]
 
 
 def storage_id(storage: torch.UntypedStorage) -> int:
@@ -57,11 +57,11 @@ def fake_tensors() -> Iterator[None]:
         with real_tensors():
             return make_mesh(*args, **options)
 
-    def nothing(*args: Any, **options: Any) -> None: ...
-
+    nothing: Callable[..., None] = lambda *args, **options: None  # noqa: E731
     make_mesh = device_mesh.init_device_mesh
     with (
         replaced(device_mesh, init_device_mesh=real_mesh),
+        replaced(_sharding_prop, detect_fake_mode=nothing),  # so that it uses another mode than that of the trace
         replaced(ddp, _verify_param_shape_across_processes=nothing, _sync_module_states=nothing),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):

@@ -67,11 +67,11 @@ def build_probe(config: RunConfig, prepared: Prepared, batch_size: int) -> InCon
     """Return the probe of in-context learning; ``None`` if sequences or vocabulary are too short for it."""
     from pretrain.evaluation.in_context import in_context_probe
 
-    tokenizer, boundary_tokens = prepared.tokenizer, prepared.boundaries
+    tokenizer = prepared.tokenizer
     return in_context_probe(
         vocabulary=len(tokenizer),
         excluded=tokenizer.all_special_ids,
-        start=boundary_tokens.separator if boundary_tokens.bos is None else boundary_tokens.bos,
+        start=prepared.boundaries.first,
         sequence_length=config.sequence_length,
         batch_size=batch_size,
     )
@@ -86,8 +86,7 @@ def build_sampler(config: RunConfig, prepared: Prepared, scorer: InferenceEngine
 
     policy, tokenizer = config.evaluation, prepared.tokenizer
     boundary_tokens, positions = prepared.boundaries, scorer.model.num_positions
-    first = boundary_tokens.separator if boundary_tokens.bos is None else boundary_tokens.bos
-    prompts = prompts_of(evaluator.domains, policy, tokenizer, first=first, num_positions=positions)
+    prompts = prompts_of(evaluator.domains, policy, tokenizer, first=boundary_tokens.first, num_positions=positions)
     return Sampler(prompts, tokenizer, policy.sample_tokens, separator=boundary_tokens.separator)
 
 
@@ -122,8 +121,8 @@ def build_evaluation(
 
 
 def build_tasks(config: RunConfig, prepared: Prepared, batch_size: int | None = None) -> dict[str, EvaluationTask]:
-    """Return the evaluation tasks: files of questions, the harness, and those of the user, by name. For ``batch_size`` see
-    `build_evaluator`.
+    """Return the evaluation tasks: files of questions and the harness by their keys, and those of the user by name. For
+    ``batch_size`` see `build_evaluator`.
 
     Raises ``UserError`` for questions that can't be read, and for the harness without its package or with a task that it lacks.
     """
@@ -131,13 +130,14 @@ def build_tasks(config: RunConfig, prepared: Prepared, batch_size: int | None = 
 
     policy, tokens = config.evaluation, prepared.boundaries
     rows = rows_per_batch(config, batch_size)
-    first = tokens.separator if tokens.bos is None else tokens.bos
     found: dict[str, EvaluationTask] = {}
     for name, file in policy.questions.items():
-        found[name] = Questions(name, read_questions(name, Path(file)), prepared.tokenizer, first, rows)
+        found[f"evaluation.questions.{name}"] = Questions(
+            name, read_questions(name, Path(file)), prepared.tokenizer, tokens.first, rows
+        )
     harness = policy.lm_eval.task(prepared.tokenizer, bos=tokens.bos, separator=tokens.separator, batch_size=rows)
     if harness is not None:
-        found["lm_eval"] = harness
+        found["evaluation.lm_eval"] = harness
     return found | policy.tasks
 
 

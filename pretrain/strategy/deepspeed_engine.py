@@ -203,6 +203,7 @@ class DeepspeedEngine(Engine):
 
     def forward(self, *inputs: Tensor | None, **more: Any) -> Tensor:
         found: Tensor = self.step_module(*inputs, **more)
+        self.alive()
         return found
 
     # -- state --------------------------------------------------------------------------------------------------------

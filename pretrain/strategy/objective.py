@@ -81,6 +81,15 @@ class KlToBase(Objective):
                 f"objective=kl_to_base: {type(engine.model.hf).__name__} caps or scales its logits; use objective=l2_to_base, "
                 "or replay.share"
             )
+        if engine.model.balancing:
+            raise UserError(
+                "objective=kl_to_base: this mixture of experts trains a load balancing loss (output_router_logits: true in its "
+                "config.json), which is not computed beside the divergence; use objective=l2_to_base, or set it to false"
+            )
+        if engine.model.is_one_graph:
+            raise UserError(
+                "objective=kl_to_base with model.compile=graph: the divergence is not in the graph; use blocks"
+            )
         return _KlTerm(self, engine, reference())
 
 
@@ -151,14 +160,16 @@ class _L2Term(Term):
     def add_gradients(self, engine: Engine) -> None:
         import torch
 
-        differences = []
+        from pretrain.strategy.engine import norm_of_rows
+
+        rows = []
         with torch.no_grad():
-            for parameter, base in self._pairs:
+            for parameter, base in self._pairs:  # one difference at a time: together they are as large as the model
                 difference = parameter.detach() - base
-                differences.append(difference)
+                rows.append(norm_of_rows(difference))
                 if parameter.grad is not None:
                     parameter.grad.add_(difference.to(parameter.grad.dtype), alpha=self._weight)
-        self._distance = _norm(differences).to(engine.world.device, non_blocking=True)
+        self._distance = _norm(rows).to(engine.world.device, non_blocking=True)
 
     def take(self, engine: Engine, divisor: float) -> Tensor:
         return self._distance.float()
@@ -169,7 +180,8 @@ def _norm(tensors: list[Tensor]) -> Tensor:
     import torch
     from torch.distributed.tensor import DTensor
 
-    from pretrain.strategy.engine import norm_of_shards
+    from pretrain.strategy.engine import total_norm
 
-    kinds = ([t for t in tensors if isinstance(t, DTensor)], [t for t in tensors if not isinstance(t, DTensor)])
-    return torch.linalg.vector_norm(torch.stack([norm_of_shards(kind) for kind in kinds if kind]))
+    sharded: list[Tensor] = [t for t in tensors if isinstance(t, DTensor)]
+    full = [t for t in tensors if not isinstance(t, DTensor)]
+    return torch.linalg.vector_norm(torch.stack([total_norm(kind) for kind in (sharded, full) if kind]))

@@ -98,7 +98,9 @@ def check_metric(config: RunConfig) -> None:
     if metric.startswith(TASK_METRIC):
         policy = config.evaluation
         if not (policy.tasks or policy.questions or policy.lm_eval.tasks):
-            raise UserError(f"sweep.metric={metric}: the config has no evaluation.tasks that could measure it")
+            raise UserError(
+                f"sweep.metric={metric}: the config has no evaluation.tasks, questions or lm_eval.tasks for it"
+            )
         return
     domain = metric.rpartition(".")[0]
     scored = evaluation_domains(config.dataset, config.evaluation.domains, config.replay.source)

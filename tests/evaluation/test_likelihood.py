@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.evaluation.likelihood import Request, encode_pair, likelihoods
+from pretrain.evaluation.run_tasks import run_tasks
 from tests.engines import engine_of
 
 ENGINES = {name: engine_of(name) for name in ("llama", "gemma2")}  # with a fused loss, and with capped logits
@@ -49,6 +50,23 @@ def test_a_long_request_loses_the_beginning_of_its_context():
     context = [i % 97 for i in range(positions + 10)]
     (found,) = likelihoods(engine, [Request(context, [1, 2])], batch_size=1)
     assert found.logprob == pytest.approx(alone(engine, Request(context[-positions + 1 :], [1, 2]))[0], rel=1e-4)
+
+
+class Asking:
+    """A task of six requests in three batches."""
+
+    def evaluate(self, engine):
+        likelihoods(engine, [Request([1], [n + 1]) for n in range(6)], batch_size=2)
+        return []
+
+
+def test_a_long_task_shows_that_it_is_alive_and_ends_at_a_stop_signal():
+    engine, calls = ENGINES["llama"], []
+    assert run_tasks({"long": Asking()}, engine, alive=lambda: calls.append("alive")) == []
+    assert calls == ["alive"] * 4, "after each forward, and after the task"
+    answers = iter([False, False, True])
+    assert run_tasks({"long": Asking()}, engine, interrupted=lambda: next(answers)) is None, "before the second batch"
+    assert run_tasks({"long": Asking()}, engine) == [], "the engine is as before"
 
 
 class Words:

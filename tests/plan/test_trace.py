@@ -104,6 +104,9 @@ def test_one_of_many_ranks(exact_model, strategy):
         "in 16 bits, for the forward and again for the backward"
     )
     assert trace.communicated["reduced"] == 4 * sum(padded)
+    # Nothing as large as an unsharded tensor exists while the shards are updated.
+    assert trace.usage["update"].total < 8 * (weights + moments)
+    assert trace.usage["update"].peak.get("temporary", 0) < 2 * sum(rows)
 
 
 def test_a_gpu_keeps_other_tensors():

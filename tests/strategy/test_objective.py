@@ -84,6 +84,20 @@ def test_a_model_with_capped_logits_has_no_kl_term():
         KlToBase().term(engine_of("gemma2"), None)
 
 
+def test_a_mixture_of_experts_with_a_load_balancing_loss_has_no_kl_term():
+    engine = engine_of()
+    engine.model.balancing = 0.1
+    with pytest.raises(UserError, match=r"objective=kl_to_base: this mixture of experts trains a load balancing loss"):
+        KlToBase().term(engine, None)
+
+
+def test_one_graph_has_no_kl_term():
+    engine = engine_of()
+    engine.model._compiled = engine.model._loss
+    with pytest.raises(UserError, match=r"objective=kl_to_base with model.compile=graph: .* use blocks"):
+        KlToBase().term(engine, None)
+
+
 STRATEGIES = {
     "ddp": ["strategy=ddp", "devices=2", "batch_size=2"],
     "fsdp": ["strategy=fsdp", "devices=2", "batch_size=2"],
