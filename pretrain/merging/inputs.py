@@ -65,8 +65,8 @@ class Input:
 
     @cached_property
     def names(self) -> list[str]:
-        """The weights of the architecture, each tied one once, in the order of the layers; or all tensors of the files where these
-        have other names, which transformers converts."""
+        """The weights of the architecture, each tied one once, in the order of the layers; or all tensors of the files where
+        these have other names, which transformers converts."""
         wanted = [*self.outline.hf_state()]
         return wanted if self.files.keys() >= set(wanted) else sorted(self.files.keys())
 
@@ -133,7 +133,8 @@ def check_alike(inputs: Sequence[Input]) -> None:
     from equal weights, and have tokenizers with the same tokens. A head that equals a tied embedding is no tensor of its own."""
     first = inputs[0]
     for one in inputs:
-        if (tied := _tied(one)) and tied[0] in one.files.keys() and not _is_embedding(one, *tied):
+        tied, known = _tied(one), one.files.keys()
+        if tied and tied[0] in known and not _is_embedding(one, *tied):
             raise UserError(
                 f"{one.key}={one.name}: config.json sets tie_word_embeddings: true, but {tied[0]} in the weight files is not "
                 "the embedding; set it to false, or remove the head from the files"
