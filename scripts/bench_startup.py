@@ -63,6 +63,7 @@ def ours(strategy: str) -> Seconds:
             *(sys.executable, "-m", "pretrain", f"strategy={strategy}", f"devices={STRATEGIES[strategy]}"),
             *("model_name=sample", f"sequence_length={SEQUENCE}", f"batch_size={BATCH}", f"output_dir={run}"),
             *("max_steps=1", f"evaluation.max_tokens={SCORED}", "sink=[jsonl]"),
+            *("evaluation.kl_tokens=0", "evaluation.in_context=false"),  # theirs measures neither
         ]
         if strategy == "deepspeed":
             command.append(f"strategy.zero_stage={ZERO_STAGE}")

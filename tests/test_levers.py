@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pretrain.checkpoint.store import load
 from pretrain.distributed.sharding import TensorFiles
 from tests.runs import assert_same_run
+
+PeftModel = pytest.importorskip("peft").PeftModel
 
 
 @pytest.fixture(scope="module")
