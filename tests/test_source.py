@@ -60,6 +60,19 @@ def test_no_false_alarm():
     assert dangers("model.eval()\ntorch.load(f, weights_only=True)\nast.literal_eval(t)\nyaml.safe_load(t)") == []
 
 
+def modules_started(source: str) -> list[str]:
+    """Commands that begin with `sys.executable`, ..., "-m": without -P Python imports from the current folder first."""
+    sequences = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.List | ast.Tuple)]
+    return [s for s in map(ast.unparse, sequences) if "sys.executable" in s and "'-m'" in s]
+
+
+def test_modules_are_started_by_module_command_alone():
+    package = Path(pretrain.__file__).parent
+    found = {str(file.relative_to(package)) for file in package.rglob("*.py") if modules_started(file.read_text())}
+    assert found == {"runtime/python.py"}
+    assert modules_started('run([sys.executable, "-I", "-m", "pretrain"])')
+
+
 def test_what_the_quick_tests_leave_out_is_there():
     """A file under another name would be among them again."""
     from tests.conftest import NOT_QUICK

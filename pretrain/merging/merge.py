@@ -5,7 +5,7 @@ Of every model at most one tensor is in memory, and of the result one: the weigh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,17 +87,8 @@ def open_merge(config: MergeConfig, spec: Pretrained) -> Merge:
         inputs, weights = [open_input("merge.models", name, spec) for name in config.models], config.shares
     base = open_input("merge.base", config.base, spec) if config.method in NEEDS_BASE and config.base else None
     every = [*inputs, *([base] if base else [])]
-    names = _names(every)
-    check_alike(every, names)
-    return Merge(config, inputs, weights, base, names)
-
-
-def _names(inputs: Sequence[Input]) -> list[str]:
-    """Return the tensors of the result: the weights of the architecture, each tied one once, in the order of the layers; or all
-    tensors of the first model where its files have other names, which transformers converts."""
-    first = inputs[0]
-    wanted = [*first.spec.build_on_meta(param_dtype=torch.float32).hf_state()]
-    return wanted if first.files.keys() >= set(wanted) else sorted(first.files.keys())
+    check_alike(every)
+    return Merge(config, inputs, weights, base, inputs[0].names)
 
 
 def write_merged(merge: Merge, path: Path, *, shard_size: str, save_dtype: str | None) -> Path:
@@ -108,7 +99,7 @@ def write_merged(merge: Merge, path: Path, *, shard_size: str, save_dtype: str |
         save_dtype: Dtype of the weights; ``None``: each has the dtype of the first model's.
     """
     first = merge.inputs[0]
-    hf, tokenizer = first.spec.build_on_meta(param_dtype=torch.float32).hf, first.spec.tokenizer(None)
+    hf, tokenizer = first.outline.hf, first.spec.tokenizer(None)
     outline = _outline(merge, export.dtypes_for(hf, save_dtype))
     shards = export.split(outline, shard_size)
     names = export.shard_names(len(shards)) if len(shards) > 1 else ["model.safetensors"]

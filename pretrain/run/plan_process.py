@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from pretrain.runtime.python import module_command
+
 if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
     from pretrain.distributed.context import DistributedContext
@@ -31,7 +33,7 @@ class PlanProcess:
         without = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         environment = {key: value for key, value in os.environ.items() if key not in without} | own
         self._process: subprocess.Popen[str] = subprocess.Popen(
-            [sys.executable, "-m", "pretrain.run.plan_process"],
+            module_command("pretrain.run.plan_process"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from pretrain.strategy.engine import Engine, InferenceEngine, never, norm_of
+from pretrain.strategy.engine import Engine, InferenceEngine, never
+from pretrain.strategy.gradient_norm import norm_of
 
 
 class FsdpInferenceEngine(InferenceEngine):
