@@ -135,8 +135,8 @@ class HostActivations:
 
 
 def is_weight(tensor: Tensor) -> bool:
-    """Return whether ``tensor`` is a parameter, a view of one, such as the transposed weight of a matrix product, or a view of the
-    copy in another dtype that autocast makes of a trained one and keeps for later forwards."""
+    """Return whether ``tensor`` is a parameter, a view of one, such as the transposed weight of a matrix product, or a view
+    of the copy in another dtype that autocast makes of a trained one and keeps for later forwards."""
     if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
         return True
     node: Any = tensor.grad_fn
