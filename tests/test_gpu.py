@@ -80,6 +80,15 @@ def test_every_strategy_equals_single(strategy, precision, given, reference, ran
     assert_equal_runs(run, reference(precision), **BOUNDS[precision])
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+def test_weights_on_the_host_with_an_optimizer_of_matrices(optimizer, given, ran):
+    """The shards are on the host, the mesh is of GPUs."""
+    chosen = [*given, f"optimizer={optimizer}"]
+    single, _ = ran("single", chosen)
+    offloaded, _ = ran("offloaded", [*chosen, "strategy=fsdp", "strategy.cpu_offload=true"])
+    assert_equal_runs(offloaded, single, **BF16)
+
+
 def test_a_gpu_equals_a_cpu(given, reference, ran):
     run, _ = ran("run", given, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert_equal_runs(run, reference("32-true"), loss=1e-4, norm=1e-3, weights=1e-3)

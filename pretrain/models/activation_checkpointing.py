@@ -30,6 +30,9 @@ SELECTIVE = (  # operations of aten whose outputs are kept: products of matrices
     "_scaled_dot_product_efficient_attention.default",
     "_scaled_dot_product_cudnn_attention.default",
 )
+OF_WEIGHTS = {
+    f"{name}Backward0" for name in ("ToCopy", "T", "Transpose", "Permute", "View", "UnsafeView", "Expand", "Alias")
+}
 SMALLEST_COPY = 2**16  # bytes of the smallest tensor that is worth a copy to the host
 
 
@@ -132,8 +135,14 @@ class HostActivations:
 
 
 def is_weight(tensor: Tensor) -> bool:
-    """Return whether ``tensor`` is a parameter or a view of one, such as the transposed weight of a matrix product."""
-    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+    """Return whether ``tensor`` is a parameter, a view of one, such as the transposed weight of a matrix product, or a view
+    of the copy in another dtype that autocast makes of a trained one and keeps for later forwards."""
+    if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+        return True
+    node: Any = tensor.grad_fn
+    while node is not None and node.name() in OF_WEIGHTS:
+        node = node.next_functions[0][0]
+    return isinstance(getattr(node, "variable", None), nn.Parameter)
 
 
 def offload_activations(hf: Any) -> None:

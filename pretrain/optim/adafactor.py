@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
+from pretrain.optim import learning_rate
 from pretrain.optim.adamw import decay_groups
 from pretrain.optim.base import OptimizerFactory
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
+
+RELATIVE = 30.0  # a rate relative to the size of the weights, over Adam's: a matrix whose elements are about 1/30 large
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Adafactor(OptimizerFactory):
         beta2_decay: Power of the step by which the second moment is averaged.
         smallest_scale: Least size of a weight's elements that the learning rate is multiplied by.
         clip: Largest root mean square of an update before the learning rate.
-        weight_decay: Decoupled weight decay of matrices; biases and norms have none.
+        weight_decay: Decoupled weight decay of matrices, times the size of their elements; biases and norms have none.
     """
 
     lr: PositiveFloat
@@ -44,3 +47,6 @@ class Adafactor(OptimizerFactory):
             smallest_scale=self.smallest_scale,
             clip=self.clip,
         )
+
+    def peak_lr(self, parameters: int) -> float:
+        return RELATIVE * learning_rate.peak_lr(parameters)

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from pretrain.optim import learning_rate
+
 if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
@@ -29,3 +31,8 @@ class OptimizerFactory(ABC):
     def check_base(self, name: str) -> None:
         """Print a notice if this optimizer may not suit the pretrained model ``name``."""
         return
+
+    def peak_lr(self, parameters: int) -> float:
+        """Return the rate that ``lr=auto`` stands for in a model with this number of parameters. By default it is a rate for
+        Adam."""
+        return learning_rate.peak_lr(parameters)

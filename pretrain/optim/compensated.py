@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
+from pretrain.distributed.sharding import local
 from pretrain.optim.low_bits import block_size, dequantize, quantize, rounded_stochastically
 
 CHUNK = {"cpu": 2**20}  # elements updated at a time, so that their fp32 copies fit into a core's cache
@@ -115,7 +116,7 @@ class CompensatedAdamW(Optimizer):
     def _create(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Create the state of a parameter before its first update."""
         state["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
-        is_matrix = parameter.ndim > 1 and _local(parameter).is_contiguous()
+        is_matrix = parameter.ndim > 1 and local(parameter).is_contiguous()
         block = block_size(parameter.shape[-1]) if is_matrix and self._moments_dtype == "int8" else 0
         for key, dtype in zip(MOMENTS, (parameter.dtype, torch.float32), strict=True):
             if block:
@@ -190,7 +191,7 @@ def _chunks(parameter: Tensor, *others: Any) -> Iterator[tuple[Any, ...]]:
     tuple of codes and scales. A sharded tensor contributes its local shard, because the update is elementwise. Tensors that are
     not contiguous are yielded unchunked."""
     block = next((o["codes"].shape[-1] // o["scales"].shape[-1] for o in others if isinstance(o, dict)), 1)
-    tensors = [_local(parameter), *(_local(t) for o in others for t in (o.values() if isinstance(o, dict) else (o,)))]
+    tensors = [local(parameter), *(local(t) for o in others for t in (o.values() if isinstance(o, dict) else (o,)))]
     size = CHUNK.get(tensors[0].device.type, CHUNK_ELSEWHERE) // block
     if block > 1 and tensors[0].numel() == 0:
         return
@@ -203,8 +204,3 @@ def _chunks(parameter: Tensor, *others: Any) -> Iterator[tuple[Any, ...]]:
     for chunk in zip(*pieces, strict=True):
         parts = iter(chunk)
         yield (next(parts), *((next(parts), next(parts)) if isinstance(o, dict) else next(parts) for o in others))
-
-
-def _local(tensor: Any) -> Tensor:
-    """Return this rank's shard of ``tensor``."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

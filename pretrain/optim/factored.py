@@ -10,9 +10,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.optimizer import Optimizer
 
+from pretrain.distributed.sharding import local
+
+EPS = 1e-30  # added to squared gradients: the paper's first regularisation constant, for weights of any dtype
+
 
 class FactoredOptimizer(Optimizer):
-    """Adafactor as ``torch.optim.Adafactor`` computes it (which can't update DTensors), without a wait for the device.
+    """Adafactor as ``torch.optim.Adafactor`` computes it with ``eps=(1e-30, 1e-3)`` (it can't update DTensors), without a wait
+    for the device. The weight decay differs: torch's is ``lr * weight_decay``, this one is also multiplied by the size of the
+    weights, as the update is. So it is as strong as AdamW's where the updates are as large.
 
     The state of a matrix [a, b], or of a stack of matrices, is ``row_var`` [a, 1], sharded as the parameter, and ``col_var``
     [1, b], which every rank has; of a vector ``variance``; and ``step``. All are fp32. Parameters in 16 bits also have
@@ -48,36 +54,39 @@ class FactoredOptimizer(Optimizer):
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
         """Update one parameter in place.
 
-        With t the step, R and C the averages of the squared gradient over columns and rows, weighted by t^beta2_decay:
+        With t the step, R and C the averages of g^2 + 1e-30 over columns and rows, weighted by t^beta2_decay:
             u = g / sqrt(R C / mean(R)), scaled down to a root mean square of at most ``clip``
-            p = p - lr * wd * p - max(smallest_scale, rms(p)) * min(lr, 1 / sqrt(t)) * u
+            a = max(smallest_scale, rms(p)) * min(lr, 1 / sqrt(t))
+            p = p - a * wd * p - a * u
         """
         state = self.state[parameter]
         if not state:
             _create(parameter, state)
-        grad, p, eps = grad.float(), _whole_value(parameter, state), torch.finfo(parameter.dtype).eps
+        grad, p = grad.float(), _whole_value(parameter, state)
+        squares = grad.square() + EPS
         step = state["step"] + 1
         share = (step ** group["beta2_decay"]).to(torch.float32)
         new = {"step": step}
         if parameter.ndim > 1:
-            new["row_var"] = state["row_var"] + share * (grad.square().mean(-1, keepdim=True) - state["row_var"])
-            columns = _replicated(grad.square().mean(-2, keepdim=True))
+            new["row_var"] = state["row_var"] + share * (squares.mean(-1, keepdim=True) - state["row_var"])
+            columns = _replicated(squares.mean(-2, keepdim=True))
             new["col_var"] = state["col_var"] + share * (columns - state["col_var"])
-            mean = _replicated(new["row_var"].mean(-2, keepdim=True)).clamp(min=eps)
+            mean = _replicated(new["row_var"].mean(-2, keepdim=True)).clamp(min=EPS)
             variance = new["row_var"] * (new["col_var"] / mean)
         else:
-            new["variance"] = variance = state["variance"] + share * (grad.square() - state["variance"])
-        update = grad * variance.clamp(min=eps * eps).rsqrt()
+            new["variance"] = variance = state["variance"] + share * (squares - state["variance"])
+        update = grad * variance.clamp(min=EPS).rsqrt()
         rate = torch.clamp(step.rsqrt(), max=group["lr"])
         size = _rms(p).clamp(min=group["smallest_scale"])
-        factor = (size * rate.to(size.device) / (_rms(update) / group["clip"]).clamp(min=1.0)).to(torch.float32)
-        exact = p * (1 - group["lr"] * group["weight_decay"]) - factor * update
+        rate = (size * rate.to(size.device)).to(torch.float32)
+        factor = rate / (_rms(update) / group["clip"]).clamp(min=1.0)
+        exact = p * (1 - rate * group["weight_decay"]) - factor * update
         rounded = exact.to(parameter.dtype)
         if "compensation" in state:
             new["compensation"] = (exact - rounded.float()).to(parameter.dtype)
         for stored, value in ((parameter, rounded), *((state[key], value) for key, value in new.items())):
-            local, value = _local(stored), _local(value)
-            local.copy_(value if found_inf is None else torch.where(found_inf == 1, local, value))
+            shard, value = local(stored), local(value)
+            shard.copy_(value if found_inf is None else torch.where(found_inf == 1, shard, value))
 
 
 def _create(parameter: Tensor, state: dict[str, Any]) -> None:
@@ -100,7 +109,7 @@ def _whole_value(parameter: Tensor, state: dict[str, Any]) -> Tensor:
 
 def _rms(tensor: Tensor) -> Tensor:
     """Return the root of the mean square of all elements, a 0-d tensor that every rank has."""
-    return _local(_replicated(tensor.square().mean())).sqrt()
+    return local(_replicated(tensor.square().mean())).sqrt()
 
 
 def _replicated(tensor: Tensor) -> Tensor:
@@ -110,8 +119,3 @@ def _replicated(tensor: Tensor) -> Tensor:
         return tensor
     placements = [Replicate() if p.is_partial() else p for p in tensor.placements]
     return tensor.redistribute(placements=placements)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of ``tensor``."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

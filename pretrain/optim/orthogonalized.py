@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import Optimizer
 
+from pretrain.distributed.sharding import local
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the polynomial, from Jordan's post
 EPS = 1e-7
 
@@ -56,16 +58,16 @@ class OrthogonalizedMomentum(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
             if parameter.dtype != torch.float32:
                 state["compensation"] = torch.zeros_like(parameter)
-        buffer, p = _local(state["momentum_buffer"]), _local(parameter)
-        average = buffer.lerp(_local(grad), 1 - group["momentum"])
-        update = _local(grad).lerp(average, group["momentum"]) if group["nesterov"] else average
+        buffer, p = local(state["momentum_buffer"]), local(parameter)
+        average = buffer.lerp(local(grad), 1 - group["momentum"])
+        update = local(grad).lerp(average, group["momentum"]) if group["nesterov"] else average
         direction = _rows_of(orthogonalized(_full(update, parameter), group["steps"]), parameter)
-        exact = p.float().add_(_local(state["compensation"])) if "compensation" in state else p.clone()
+        exact = p.float().add_(local(state["compensation"])) if "compensation" in state else p.clone()
         exact.mul_(1 - group["lr"] * group["weight_decay"])
         exact.add_(direction, alpha=-group["lr"] * _factor(parameter, group["scale"]))
         new = {"p": (p, exact.to(p.dtype)), "buffer": (buffer, average)}
         if "compensation" in state:
-            new["compensation"] = (_local(state["compensation"]), exact - new["p"][1])
+            new["compensation"] = (local(state["compensation"]), exact - new["p"][1])
         for stored, value in new.values():
             stored.copy_(value if found_inf is None else torch.where(found_inf == 1, stored, value))
 
@@ -96,11 +98,6 @@ def _factor(parameter: Tensor, scale: str) -> float:
     return 0.2 * math.sqrt(max(rows, columns)) if scale == "adamw" else math.sqrt(max(1, rows / columns))
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of ``tensor``."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _full(update: Tensor, parameter: Tensor) -> Tensor:
     """Return the full update of ``parameter`` from the local shards ``update``. This is a collective if it is sharded. It is
     gathered in bf16, in which the iteration computes."""
@@ -118,7 +115,9 @@ def _full(update: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _rows_of(full: Tensor, parameter: Tensor) -> Tensor:
-    """Return the part of ``full`` that this rank holds of ``parameter``; every rank has all of ``full``."""
+    """Return the part of ``full`` that this rank holds of ``parameter``; every rank has all of ``full``. An offloaded shard is on
+    the host, while ``full`` is on the GPU of the mesh, where the iteration ran."""
     if not isinstance(parameter, DTensor):
         return full
-    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+    rows = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return rows.to_local().to(local(parameter).device)

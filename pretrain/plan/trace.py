@@ -19,7 +19,7 @@ from pretrain.models import packing
 from pretrain.plan.cuda_operators import CudaOperators
 from pretrain.plan.simulation import SimulatedContext
 from pretrain.plan.storages import StorageTracker, Usage
-from pretrain.plan.torch_internals import fake_tensors, resizes_tracked, simulated_group, without_values
+from pretrain.plan.torch_internals import fake_tensors, resizes_tracked, simulated_group, tree_leaves, without_values
 from pretrain.plan.traced_model import TracedFactory, has_copied_head, layers_of, traced_spec
 from pretrain.strategy.base import StepConfig
 from pretrain.strategy.loss_scaler import LossScaler
@@ -129,7 +129,9 @@ def _gradients(model: nn.Module) -> list[Tensor]:
 
 def _moments(optimizer: Optimizer) -> Iterator[Tensor]:
     for state in optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))
+        yield from (
+            value for value in tree_leaves(dict(state)) if isinstance(value, Tensor)
+        )  # codes are in a nested dict
 
 
 def _traced_step(engine: Engine, tracker: StorageTracker, rows: int, config: RunConfig) -> Trace:

@@ -1,13 +1,12 @@
 """Build the objects of a run (engine, loader, evaluator, trainer, …) from its config and its prepared data.
 
-This module alone knows all parts, and `build_evaluation` those of the evaluation; each part receives the others as
-constructor arguments.
+This module alone knows all parts, `build_evaluation` those of the evaluation, and `build_saving` what writes checkpoints and
+models; each part receives the others as constructor arguments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from pretrain.strategy.engine import Engine, InferenceEngine
     from pretrain.telemetry.interval import Interval
     from pretrain.telemetry.record import Record
-    from pretrain.training.checkpoints import Checkpoints
-    from pretrain.training.exporter import Exporter
     from pretrain.training.guard.guard import Guard
     from pretrain.training.layer_statistics import LayerStatistics
     from pretrain.training.trainer import Listener, Trainer
@@ -120,37 +117,6 @@ def build_scorer(config: RunConfig, prepared: Prepared, world: DistributedContex
 
     model = build_model_factory(config, prepared.model, prepared.transforms).build(world.device)
     return InferenceEngine(model, precision=config.precision, world=world)
-
-
-def build_exporter(
-    config: RunConfig, prepared: Prepared, engine: Engine, loader: Loader, *, facts: dict[str, Any], steps: int
-) -> Exporter:
-    """Return the exporter that writes the weights of ``engine`` as Hugging Face folders below the run's folder.
-
-    Raises ``UserError`` for transforms whose export does not return the weights of the plain architecture.
-    """
-    from pretrain.data.statistics import DataStatistics
-    from pretrain.models.hub.model_card import model_card
-    from pretrain.models.hub.push import Pusher
-    from pretrain.training.exporter import Exporter
-
-    policy, train = config.checkpoint, prepared.train
-    data = {"documents": train.num_documents, "tokens": train.num_tokens, "bytes": train.num_bytes}
-    data |= {"global_batch": prepared.global_batch}
-    parts = DataStatistics(loader).parts
-    if policy.export != "never" and engine.model.transformed is not None:
-        engine.model.transformed.check_export(engine.model.hf)
-    return Exporter(
-        engine,
-        prepared.tokenizer,
-        Path(config.output_dir),
-        when=policy.export,
-        shard_size=policy.export_shard_size,
-        save_dtype=prepared.model.save_dtype,
-        card=partial(model_card, config.plain, data=data, parts=parts, facts=facts, total_steps=steps),
-        separator=prepared.boundaries.separator,
-        pusher=None if policy.push_to_hub is None else Pusher(policy.push_to_hub),
-    )
 
 
 def build_schedule(config: RunConfig, steps: int) -> Callable[[int], float]:
@@ -302,29 +268,6 @@ def planned_size(plan: PlanProcess | None) -> int | None:
     return None if record is None else int(record["setup"]["batch_size"])
 
 
-def build_checkpoints(
-    config: RunConfig,
-    prepared: Prepared,
-    store: CheckpointStore,
-    exporter: Exporter,
-    watchdog: Watchdog,
-    **options: Any,
-) -> Checkpoints:
-    """Return what saves and loads checkpoints, in a background thread where the config says so. For ``options`` see
-    `Checkpoints`."""
-    from pretrain.checkpoint.writer import AsyncCheckpointWriter
-    from pretrain.training.checkpoints import Checkpoints
-
-    writer = AsyncCheckpointWriter(
-        store,
-        world=exporter.engine.world,
-        background=store.policy.async_,
-        timeout_seconds=config.launch.timeout,
-        alive=watchdog.heartbeat,
-    )
-    return Checkpoints(writer, prepared.identity, files=exporter.checkpoint_files, **options)
-
-
 def build_layers(config: RunConfig, engine: Engine) -> LayerStatistics:
     """Return the per-layer statistics, computed every ``telemetry.layers_every`` steps."""
     from pretrain.telemetry.interval import Interval
@@ -385,6 +328,7 @@ def build_trainer(
     """
     from pretrain.checkpoint.rng import rng_state
     from pretrain.run.build_evaluation import build_evaluation
+    from pretrain.run.build_saving import build_checkpoints, build_exporter
     from pretrain.run.prepare_data import lines_before_the_start
     from pretrain.runtime.watchdog import Watchdog
     from pretrain.training.trainer import Trainer

@@ -16,7 +16,6 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.train_state import TrainState
 from pretrain.data.changed_files import differing, load_files, save_files
 from pretrain.distributed.rank_info import RankInfo
-from pretrain.optim.learning_rate import peak_lr
 from pretrain.run.fingerprint import changed_settings, check_finished_run, check_same_run
 from pretrain.run.leftovers import (
     FILES,
@@ -118,7 +117,7 @@ def begin(
     mode = "auto" if is_restart and config.resume == "never" else config.resume
     continues = mode in ("auto", "never") or _continues(folder, mode)
     resume_from = resume_point(folder, store, mode)
-    lr = chosen_lr(config, resume_from, lambda: peak_lr(prepared.model.num_parameters()))
+    lr = chosen_lr(config, resume_from, prepared.model.num_parameters)
     requested_lr, config = config.lr, config.with_lr(lr)
     if not _has_work(folder.path, resume_from, config, prepared):
         return None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.store import read_state
-from pretrain.optim.learning_rate import AUTO, change, stable_until
+from pretrain.optim.learning_rate import AUTO, change, peak_lr, stable_until
 from pretrain.run.leftovers import read_config, run_of
 from pretrain.runtime.console import notice
 from pretrain.telemetry.run_file import read_run_file
@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
 
 
-def chosen_lr(config: RunConfig, resume_from: Path | None, by_size: Callable[[], float]) -> float:
-    """Return the peak learning rate: the config's, else that of the resumed run, else the one for the model's size."""
+def chosen_lr(config: RunConfig, resume_from: Path | None, parameters: Callable[[], int]) -> float:
+    """Return the peak learning rate: the config's, else that of the resumed run, else the optimizer's for a model of this many
+    ``parameters``."""
     if config.lr != AUTO:
         return float(config.lr)
     earlier = read_config(resume_from).get("lr") if resume_from is not None else None
-    return float(earlier) if isinstance(earlier, int | float) and earlier > 0 else by_size()
+    if isinstance(earlier, int | float) and earlier > 0:
+        return float(earlier)
+    return getattr(config.optimizer, "peak_lr", peak_lr)(parameters())  # a plain function has no rate of its own
 
 
 def report_lr_change(checkpoint: Path, config: RunConfig, steps: int) -> None:

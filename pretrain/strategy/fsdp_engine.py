@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from pretrain.strategy.engine import Engine, InferenceEngine, never, norm_of
+from pretrain.strategy.engine import Engine, InferenceEngine, never
+from pretrain.strategy.gradient_norm import norm_of
 
 
 class FsdpInferenceEngine(InferenceEngine):
@@ -20,7 +21,7 @@ class FsdpInferenceEngine(InferenceEngine):
     def autocast(self) -> AbstractContextManager[object]:
         return nullcontext()  # the policy casts the gathered weights
 
-    def forward(self, *inputs: Tensor | None, **more: Any) -> Tensor:
+    def forward(self, *inputs: Tensor | None, **more: Any) -> Any:
         found = super().forward(*inputs, **more)
         free_gathered(self.model)
         return found

@@ -160,7 +160,7 @@ class _L2Term(Term):
     def add_gradients(self, engine: Engine) -> None:
         import torch
 
-        from pretrain.strategy.engine import norm_of_rows
+        from pretrain.strategy.gradient_norm import norm_of_rows
 
         rows = []
         with torch.no_grad():
@@ -180,7 +180,7 @@ def _norm(tensors: list[Tensor]) -> Tensor:
     import torch
     from torch.distributed.tensor import DTensor
 
-    from pretrain.strategy.engine import total_norm
+    from pretrain.strategy.gradient_norm import total_norm
 
     sharded: list[Tensor] = [t for t in tensors if isinstance(t, DTensor)]
     full = [t for t in tensors if not isinstance(t, DTensor)]

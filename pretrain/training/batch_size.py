@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ROOM = 0.05  # share of the memory that stays free for what a trial can't measure, such as communication buffers
 CPU_TOKENS = 8192  # tokens per micro-batch: on a CPU larger ones are no faster (docs/memory.md)
-PROBE_SIDE = 64  # largest side of the parameters that are updated to measure an optimizer's state
+PROBE_ROWS, PROBE_COLUMNS = 16, 512  # largest sides of the parameters that are updated to measure an optimizer's state
 
 
 def choose(
@@ -181,13 +181,39 @@ def moment_bytes(make: OptimizerFactory, model: LanguageModel) -> int:
     for name, parameter in small.items():
         for value in tree_leaves(dict(optimizer.state.get(parameter, {}))):
             if isinstance(value, torch.Tensor):
-                growth = trained[name].numel() / parameter.numel() if value.ndim else 1
+                growth = _growth(value.shape, parameter.shape, trained[name].shape)
                 needed += value.numel() * value.element_size() * growth
     return math.ceil(needed)
 
 
+def _growth(state: Sequence[int], small: Sequence[int], full: Sequence[int]) -> float:
+    """Return how many times larger a tensor of shape ``state`` is for a parameter of shape ``full`` than it is for one of shape
+    ``small``. A side of 1, and a dimension that the tensor does not have, do not grow; a shape unlike the parameter's grows
+    as its number of elements."""
+    sides = [large / least for least, large in zip(small, full, strict=True)]
+    if not state:
+        return 1
+    if len(state) == len(small) and all(own <= side for own, side in zip(state, small, strict=True)):
+        return math.prod(side for own, side in zip(state, sides, strict=True) if own > 1)
+    for missing in range(len(small)):
+        if [*state] == [*small[:missing], *small[missing + 1 :]]:
+            return math.prod(sides[:missing] + sides[missing + 1 :])
+    return math.prod(sides)
+
+
 def _shrunk(parameter: nn.Parameter) -> nn.Parameter:
-    """Return a parameter of at most ``PROBE_SIDE`` elements in each dimension, with a gradient."""
-    small = nn.Parameter(torch.zeros([min(size, PROBE_SIDE) for size in parameter.shape], dtype=parameter.dtype))
+    """Return a parameter of at most ``PROBE_ROWS`` elements in each dimension and ``PROBE_COLUMNS`` in the last, with a
+    gradient."""
+    *rows, columns = parameter.shape or (1,)
+    shape = [*(min(size, PROBE_ROWS) for size in rows), _shrunk_row(columns)][: parameter.ndim]
+    small = nn.Parameter(torch.zeros(shape, dtype=parameter.dtype))
     small.grad = torch.zeros_like(small)
     return small
+
+
+def _shrunk_row(columns: int) -> int:
+    """Return at most ``PROBE_COLUMNS``, divisible by as large a power of two as ``columns`` is (or 256): 8-bit moments are in
+    blocks of a power of two that divides a row."""
+    power = min(columns & -columns, PROBE_COLUMNS // 2)
+    most = PROBE_COLUMNS // power
+    return min(columns, power * (most if power == PROBE_COLUMNS // 2 else most - 1))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from pretrain.runtime.errors import UserError, did_you_mean
+from pretrain.telemetry.history import mean
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.train_state import TrainState
@@ -94,17 +95,12 @@ class StopWhen:
                 f"the loss of {of_what} has had no new low in {number} evaluations (lowest: {state.best_loss or 0:.4f})"
             )
         if self.forgetting is not None:
-            found = _mean([score.get("delta_loss") for score in state.scores if score["role"] == "base"])
+            found = mean(score.get("delta_loss") for score in state.scores if score["role"] == "base")
             if found is not None and found > self.forgetting:
                 return f"forgetting is {found:+.4f}, above {self.forgetting:g} nats per token"
         return None
 
     def _loss(self, scores: list[dict[str, Any]]) -> float | None:
         if self.domain is not None:
-            return _mean([score["loss"] for score in scores if score["domain"] == self.domain])
-        return _mean([score["loss"] for score in scores if score["role"] == "new"])
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+            return mean(score["loss"] for score in scores if score["domain"] == self.domain)
+        return mean(score["loss"] for score in scores if score["role"] == "new")

@@ -27,6 +27,7 @@ from pretrain.telemetry.events import (
 )
 from pretrain.telemetry.interval import Interval
 from pretrain.training.checkpoints import Checkpoints
+from pretrain.training.final_model import export_final
 from pretrain.training.guard.config import GuardConfig
 from pretrain.training.guard.guard import Guard
 from pretrain.training.guard.replicas import check_replicas
@@ -136,8 +137,8 @@ class Trainer:
         """Restore the checkpoint to resume from, if there is one, and announce the run."""
         self.hooks.setup(self.engine)
         checkpoint = self.checkpoints.resume_from
-        self.capture_base()
         if checkpoint is not None:
+            self.capture_base()
             self.score_baseline_again()
             self.restore(checkpoint)
         step, pending = self.state.step, self.state.pending_evaluation
@@ -340,9 +341,7 @@ class Trainer:
         model = None
         if self.exporter is not None and self.complete:
             with self.watchdog.slow():
-                model = self.export(self.exporter, curve)
-                for name, weights in self.hooks.averages("export").items():
-                    self.exporter.average_at_end(name, weights, self.state)
+                model = export_final(self, self.exporter, curve)
         status = "finished" if self.complete else "stopped"
         stopped_by = self.stop_when.reason(self.state) if self.state.step < self.steps else None
         if stopped_by is not None:
@@ -362,27 +361,6 @@ class Trainer:
         if scored is not None:
             self.emit(scored)
         return scored
-
-    def export(self, exporter: Exporter, curve: MergeCurve | None) -> Path | None:
-        """Export the model, or the chosen point of the merge curve."""
-        if exporter.when == "best":
-            return exporter.at_end(self.restore_best())
-        if self.curve is None or curve is None or curve.chosen is None:
-            return exporter.at_end(self.state)
-        with self.curve.weights_at(self.engine, curve.chosen):
-            return exporter.at_end(self.state, note=self.curve.note(curve.chosen))
-
-    def restore_best(self) -> TrainState:
-        """Load the weights of the best evaluated checkpoint; return its state, or this run's if there is none."""
-        best = self.checkpoints.best()
-        if best is None:
-            notice("checkpoint.export=best: no checkpoint was evaluated at its own step; the last model is exported")
-            return self.state
-        saved, state = self.checkpoints.load(best), TrainState()
-        self.engine.load_state_dict(saved["engine"])
-        state.load_state_dict(saved["progress"])
-        notice(f"checkpoint.export=best: the model of step {state.step:,} is exported")
-        return state
 
     @property
     def world(self) -> DistributedContext:

@@ -97,6 +97,26 @@ def test_offloaded_activations_are_the_same(choice):
     assert not {*copied} & (shapes | {shape[::-1] for shape in shapes}), "no weights, nor transposed views of them"
 
 
+def test_what_autocast_makes_of_weights_is_not_offloaded():
+    hf, copied = tiny("llama"), []
+
+    class Recorded(HostActivations):
+        def is_copied(self, tensor):
+            if not is_weight(tensor):
+                copied.append(tuple(tensor.shape))
+            return not is_weight(tensor)
+
+    Recorded().attach(hf.base_model)
+    with torch.autocast("cpu", torch.bfloat16):
+        LanguageModel(hf)(IDS[:, :-1], IDS[:, 1:]).backward()
+    assert len(copied) > 40
+    assert copied.count((96, 32)) >= 2, "the inputs of matrix products, one row per token"
+    shapes = {tuple(p.shape) for p in hf.parameters()}
+    assert not {*copied} & (shapes | {shape[::-1] for shape in shapes}), (
+        "no weights in bf16, nor transposed views of them"
+    )
+
+
 def test_offload_leaves_no_hooks_behind_after_an_error():
     hf = tiny("llama")
     HostActivations().attach(hf.base_model)

@@ -1,12 +1,14 @@
 """``batch_size=auto``: what it chooses, that choosing changes nothing, and that the run is the one with that number."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pretrain.data.batch import Batch
 from pretrain.distributed.context import DistributedContext
+from pretrain.optim.adafactor import Adafactor
 from pretrain.optim.adamw import AdamW
 from pretrain.run.folder import recorded_batch_size
 from pretrain.run.leftovers import run_of
@@ -17,6 +19,7 @@ from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
 from pretrain.training.batch_size import Trials, choose, largest, moment_bytes
 from pretrain.training.micro_batching import MicroBatching
+from tests import optimizers
 from tests.optimizers import matrices_and_rest, muon_and_adamw
 from tests.runs import numbers
 
@@ -160,6 +163,29 @@ def test_the_moments_of_several_optimizers(engine):
     rest = matrices_and_rest(model.hf_named_parameters())[1]
     expected = 4 * hidden + sum(8 * p.numel() + 4 for p in rest)
     assert moment_bytes(muon_and_adamw, model) == expected
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "of_matrix", "of_vector"),
+    [
+        (Adafactor(lr=1e-2), 4 * (1024 + 4800) + 4, 4 * 4800 + 4),
+        (AdamW(lr=1e-3, moments_dtype="int8"), (2 + 8 / 64) * 1024 * 4800 + 4, 8 * 4800 + 4),
+        (AdamW(lr=1e-3, moments_dtype="bfloat16"), 4 * 1024 * 4800 + 4, 4 * 4800 + 4),
+        (optimizers.row_wise, 4 * 1024 + 4, 4 + 4),
+        (optimizers.factored_plain, 4 * (1024 + 4800), None),
+        (optimizers.of_the_shard, (4 + 1 + 4 / 16) * 1024 * 4800 + 4, (4 + 1 + 4 / 16) * 4800 + 4),
+    ],
+    ids=["adafactor", "int8", "bfloat16", "row_wise", "factored", "of_the_shard"],
+)
+def test_state_that_is_smaller_than_its_parameter(optimizer, of_matrix, of_vector):
+    """Of rows, of columns, and of blocks of 64 elements, because 4,800 = 75 × 64."""
+    named = {"up.weight": torch.nn.Parameter(torch.empty(1024, 4800, device="meta"))}
+    expected = of_matrix
+    if of_vector is not None:
+        named["norm.weight"] = torch.nn.Parameter(torch.empty(4800, device="meta"))
+        expected += of_vector
+    model = SimpleNamespace(hf_named_parameters=named.items)
+    assert moment_bytes(optimizer, model) == pytest.approx(expected, rel=1e-6)
 
 
 AUTO = ["batch_size=auto", "gradient_accumulation_steps=4"]

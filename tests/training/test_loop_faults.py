@@ -166,13 +166,13 @@ def test_what_kept_another_rank_from_saving_ends_this_one(loop):
     trainer, _, _ = loop()
     asked = []
     trainer.engine.world = SimpleNamespace(
-        any_rank=lambda *flags: asked.append(flags) or [False, True],
+        any_rank=lambda *flags: asked.append(flags) or [False, True, False],
         sum=lambda value: asked.append(int(value)),
         device=CPU,
     )
     with pytest.raises(RuntimeError, match=r"^another rank could not write its part of a checkpoint$"):
         trainer.sync_stop_signal()
-    assert asked == [(False, False), 0], "it waits for the other one, whose error says more"
+    assert asked == [(False, False, False), 0], "it waits for the other one, whose error says more"
 
 
 def test_what_kept_this_rank_from_saving_is_said_to_the_others(loop):
@@ -182,7 +182,7 @@ def test_what_kept_this_rank_from_saving_is_said_to_the_others(loop):
     trainer.engine.world = SimpleNamespace(any_rank=lambda *flags: asked.append(flags) or list(flags), device=CPU)
     with pytest.raises(UserError, match=r"^the disk$"):
         trainer.sync_stop_signal()
-    assert asked == [(False, True)]
+    assert asked == [(False, True, False)]
 
 
 def test_before_a_failed_run_ends_it_says_what_became_of_its_saves(loop, capsys):

@@ -9,29 +9,28 @@ from typing import Any
 
 from pretrain.config.defaults import defaults_for
 from pretrain.telemetry.baseline import doubt
-from pretrain.telemetry.history import Domain, History
+from pretrain.telemetry.history import History
 from pretrain.telemetry.in_context import lost_in_context
 from pretrain.telemetry.numbers import (
-    NOTHING,
     amount,
     duration,
     instant,
     is_number,
     number,
     share,
-    signed,
-    significant,
     size,
 )
 from pretrain.telemetry.record import Record
 from pretrain.telemetry.report import plots
 from pretrain.telemetry.report.config_diff import as_yaml, differing, flat
 from pretrain.telemetry.report.folder import Run
+from pretrain.telemetry.report.results import MAX_ROWS, measurements_table, merge_table, sample_cards, scores_table
 from pretrain.telemetry.report.style import (
     KINDS,
     Markup,
     bar,
     card,
+    coloured,
     copyable,
     details,
     document,
@@ -45,9 +44,6 @@ from pretrain.telemetry.report.style import (
     tile,
 )
 from pretrain.telemetry.report.summary import before_after, caveats, verdict
-
-MAX_ROWS = 40  # maximum rows of a table of unbounded length
-MAX_SAMPLES = 12
 
 
 def run_page(run: Run) -> str:
@@ -64,13 +60,13 @@ def run_page(run: Run) -> str:
             section(
                 "Learning and forgetting",
                 grid([plots.loss_chart(history), plots.change_chart(history)], "two"),
-                _scores(history),
+                scores_table(history),
                 Markup("".join(f'<p class="soft">{escape(text)}</p>' for text in caveats(run.config))),
                 grid([plots.drift_charts(history)], "two"),
             ),
-            section("Base model and result merged", grid([plots.merge_chart(history)], "two"), _merge(history)),
-            section("Metrics of evaluation tasks", grid([plots.metric_charts(history)]), _measurements(history)),
-            section("Samples", *_samples(history)),
+            section("Base model and result merged", grid([plots.merge_chart(history)], "two"), merge_table(history)),
+            section("Metrics of evaluation tasks", grid([plots.metric_charts(history)]), measurements_table(history)),
+            section("Samples", *sample_cards(history)),
             section(
                 "Training and speed",
                 _time_bar(history),
@@ -152,99 +148,6 @@ def _lost(history: History) -> Markup:
     return Markup(f'<p class="verdict bad">{escape(line)}</p>') if line else Markup("")
 
 
-def _coloured(text: str, kind: str) -> Markup:
-    """Return ``text`` in the colour of ``kind``: good · bad · warn · empty."""
-    return Markup(f'<span class="{kind}">{escape(text)}</span>')
-
-
-def _scores(history: History) -> Markup:
-    if not history.domains:
-        return Markup("")
-    head = ("domain", "perplexity before", "after", "change (nats)", "loss (nats)", "bits per byte", "KL to base")
-    rows = []
-    for name, domain in history.domains.items():
-        change = domain.change()
-        kind = "" if change is None else "good" if change < 0 else "bad" if change > 0 else ""
-        rows.append(
-            (
-                plots.domain_label(name, domain.role),
-                number(domain.first.get("perplexity")),
-                _scored_last(domain, history.step),
-                _coloured(_change(domain, history.step), kind),
-                number(domain.last.get("loss"), 4),
-                number(domain.last.get("bits_per_byte"), 4),
-                number(domain.last.get("kl_to_base"), 4),
-            )
-        )
-    return card(table(head, rows))
-
-
-def _merge(history: History) -> Markup:
-    """Return the table of the points between the base model and the result, with the change of each domain."""
-    if not history.merge:
-        return Markup("")
-    rows = []
-    for alpha, scores in plots.merge_points(history):
-        chosen = any(s.get("chosen") for s in scores.values())
-        changes = (signed(scores[name].get("delta_loss")) if name in scores else NOTHING for name in history.domains)
-        rows.append((f"{alpha:g}" + (", exported" if chosen else ""), *changes))
-    labels = (plots.domain_label(name, d.role) for name, d in history.domains.items())
-    return card(table(("share of the result", *labels), rows))
-
-
-def _measurements(history: History) -> Markup:
-    """Return the table of the metrics of evaluation tasks."""
-    if not history.measured:
-        return Markup("")
-    rows = [
-        (
-            key,
-            significant(m.first.get("value")) if m.first is not m.last else NOTHING,
-            significant(m.last.get("value")),
-            significant(m.last.get("stderr")),
-            str(m.last.get("unit") or ""),
-            str(m.last.get("better") or ""),
-        )
-        for key, m in list(history.measured.items())[:MAX_ROWS]
-    ]
-    return card(table(("metric", "first", "last", "standard error", "unit", "better"), rows))
-
-
-def _scored_last(domain: Domain, step: int) -> str:
-    """Return the perplexity of the last evaluation, with its step if that is not the run's current ``step``."""
-    scored_at = domain.last["step"]
-    if scored_at == 0 < step:
-        return NOTHING
-    return number(domain.last.get("perplexity")) + ("" if scored_at == step else f" (step {scored_at:,})")
-
-
-def _change(domain: Domain, step: int) -> str:
-    """Return the change in nats per token, or the reason why it is unknown."""
-    if domain.before_only and step:
-        return "not scored since step 0"
-    return str(domain.last.get("delta_reason") or signed(domain.change()))
-
-
-def _samples(history: History) -> Iterator[Markup]:
-    """Yield cards with a prompt and its continuations before the run and now."""
-    known = [pair for pair in history.samples.values() if pair]
-    cards = []
-    for pair in known[:MAX_SAMPLES]:
-        first, last = pair[0], pair[-1]
-        texts = [(f"step {r['step']:,}", str(r.get("text", ""))) for r in ([first, last] if len(pair) > 1 else [first])]
-        columns = (
-            Markup(f'<div><p class="soft">{escape(when)}</p><pre class="wrote">{escape(text)}</pre></div>')
-            for when, text in texts
-        )
-        prompt = f'<pre class="prompt">{escape(first.get("prompt", ""))}</pre>'
-        about = plots.domain_label(str(first.get("domain")), str(first.get("role")))
-        cards.append(card(Markup(f'<p class="soft">{escape(about)}</p>{prompt}'), grid(columns, "two")))
-    if cards:
-        yield Markup(f'<div class="stack">{join(cards)}</div>')
-    if len(known) > MAX_SAMPLES:
-        yield Markup(f'<p class="soft">{len(known) - MAX_SAMPLES} more are in metrics.jsonl.</p>')
-
-
 def _time_bar(history: History) -> Markup:
     """Return a bar of the run's time by part."""
     total = sum(history.seconds.values())
@@ -314,7 +217,7 @@ def _events(run: Run) -> Markup:
     counted = ", ".join(
         f"{n} {what}{'' if n == 1 else 'es' if what.endswith('ch') else 's'}" for n, what in counts if n
     )
-    rows = [(instant(when), f"{step:,}", _coloured(what, kind)) for when, step, what, kind in found]
+    rows = [(instant(when), f"{step:,}", coloured(what, kind)) for when, step, what, kind in found]
     shown = rows[-MAX_ROWS:]
     summary = counted or "None: one start, no rollback, nothing quarantined."
     left_out = f" The last {MAX_ROWS} of {len(rows)} events:" if len(rows) > len(shown) else ""
@@ -325,7 +228,7 @@ def _events(run: Run) -> Markup:
 
 
 def _event_text(record: Record) -> tuple[str, str]:
-    """Return a description of a start, a stop or a rollback, and its colour (see `_coloured`)."""
+    """Return a description of a start, a stop or a rollback, and its colour (see `coloured`)."""
     if record["event"] == "rollback":
         return f"rolled back from step {record.get('bad_step')}: {record.get('reason')}", "bad"
     if record["event"] == "run_finished":

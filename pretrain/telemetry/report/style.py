@@ -191,3 +191,8 @@ def bar(title: str, parts: Sequence[tuple[str, int, float, str]]) -> Markup:
         f'<figure><figcaption>{escape(title)}</figcaption><div class="bar" role="img" aria-label="{label}">{pieces}</div>'
         f'<div class="keys">{legend}</div></figure>'
     )
+
+
+def coloured(text: str, kind: str) -> Markup:
+    """Return ``text`` in the colour of ``kind``: good · bad · warn · empty."""
+    return Markup(f'<span class="{kind}">{escape(text)}</span>')
