@@ -179,7 +179,7 @@ class CausalLM(ABC):
         """Change ``hf`` by ``change``, wrap it and return it in training mode on ``device``; with ``None`` it stays where it is.
         Dropout is as its config sets it."""
         from pretrain.models.activation_checkpointing import checkpoint_activations, offload_activations
-        from pretrain.models.compilation import prepare_compilation
+        from pretrain.models.compilation import keep_compiled_code, prepare_compilation
         from pretrain.models.language_model import LanguageModel
 
         transformed = change(hf)
@@ -188,6 +188,8 @@ class CausalLM(ABC):
             offload_activations(hf)
         if self.compile:
             prepare_compilation()
+        elif self.attention == "flex_attention":
+            keep_compiled_code()  # transformers compiles its kernel
         model = LanguageModel(hf if device is None else hf.to(device), compile=self.compile, transformed=transformed)
         model.picks_kernels = self.attention == "auto"
         return model.train()

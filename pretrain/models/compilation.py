@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +21,17 @@ import torch
 from torch import nn
 
 from pretrain.data.cache import cache_dir, cache_errors
+from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.files import make_folder
-from pretrain.runtime.folders import SHARED, check_private, trusts_shared_folders
+from pretrain.runtime.filesystem import expanded
+from pretrain.runtime.folders import SHARED, check_private, exchangeable_at, trusts_shared_folders
 
 Compile = bool | Literal["blocks", "graph"]
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 PRIVATE = 0o700
+FOLDER = "compiled-{}"  # with the number of the user
 # Compilations of one function before torch stops compiling it. Its default of 8 is too few for models whose blocks differ from
 # each other, each of which is compiled twice at most (with and without document masks).
 KINDS_OF_BLOCKS = 256
@@ -90,35 +95,65 @@ def check_compiler() -> None:
 
 def keep_compiled_code() -> None:
     """Make torch keep compiled code in this user's own folder of the cache, where a later start of a run finds it. By
-    default that is the folder of temporary files, which machines empty. A ``TORCHINDUCTOR_CACHE_DIR`` of the environment is
+    default that is the folder of temporary files, which machines empty, and in which any user may have created it. Where other
+    users could exchange that folder, it is below the user's home instead. A ``TORCHINDUCTOR_CACHE_DIR`` of the environment is
     respected.
 
     torch finds code there by a hash of the graph, its options and its own version, and runs it. Raises ``UserError`` if another
-    user could write into the folder.
+    user could write into the folder or exchange it.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    folder = (cache_dir() / f"compiled-{os.geteuid()}").absolute()  # a cache may be shared
     given = os.environ.get(CACHE_VARIABLE)
+    folder = _real(cache_dir() / FOLDER.format(os.geteuid()))  # a cache may be shared
+    home = expanded("~")
+    spare = _real(home / ".cache/pretrain" / folder.name) if home.is_absolute() else folder
     # torch itself sets the variable to its default when it first needs the folder, which is on import of some libraries.
-    if given and os.path.abspath(given) not in (str(folder), os.path.abspath(default_cache_dir())):
-        _check_owner(Path(given), CACHE_VARIABLE)
-        return
-    _check_owner(folder, "PRETRAIN_CACHE")
-    with cache_errors(folder):
-        folder.chmod(PRIVATE)
+    if given and _real(Path(given)) not in (folder, spare, _real(Path(default_cache_dir()))):
+        folder = Path(os.path.realpath(given))
+        _check_folder(folder, CACHE_VARIABLE)
+    else:
+        with cache_errors(folder):
+            make_folder(folder.parent)
+        if spare != folder and not trusts_shared_folders() and exchangeable_at(folder):
+            _say_elsewhere(folder.parent, spare)
+            folder = spare
+        _check_folder(folder, "PRETRAIN_CACHE")
+        with cache_errors(folder):
+            folder.chmod(PRIVATE)
     os.environ[CACHE_VARIABLE] = str(folder)
 
 
-def _check_owner(folder: Path, key: str) -> None:
-    """Create ``folder``, the value of ``key`` or in it, if it is missing. Raises ``UserError`` if it belongs to another user: who
-    owns it could make this process run any code."""
+@cache
+def _say_elsewhere(place: Path, spare: Path) -> None:
+    notice(f"PRETRAIN_CACHE={place}: other users could exchange folders there; compiled code is kept in {spare}")
+
+
+def _real(folder: Path) -> Path:
+    """Return the path with the links of its parents followed, but not the folder's own."""
+    return Path(os.path.realpath(folder.parent)) / folder.name
+
+
+def _check_folder(folder: Path, key: str) -> None:
+    """Create ``folder``, the value of ``key`` or in it, if it is missing. Raises ``UserError`` if it is a link, if it belongs to
+    another user, or if another user could put another folder in its place: they could make this process run any code."""
     with cache_errors(folder):
         make_folder(folder.parent)
-        folder.mkdir(PRIVATE, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir(PRIVATE)
+        found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{key}: {folder} is {'a link' if folder.is_symlink() else 'no folder'}; remove it")
     check_private(folder, key)
-    if folder.stat().st_uid != os.geteuid() and not trusts_shared_folders():
-        raise UserError(
-            f"{key}: {folder} belongs to another user, and compiled code is run from it; choose another folder, or set "
-            f"{SHARED}=1 if that user is trusted"
-        )
+    if trusts_shared_folders():
+        return
+    if found.st_uid != os.geteuid():
+        reason = "belongs to another user"
+    elif place := exchangeable_at(folder):
+        reason = f"can be exchanged by others, who can write in {place} (chmod go-w prevents that)"
+    else:
+        return
+    raise UserError(
+        f"{key}: {folder} {reason}, and compiled code is run from it; choose another folder, or set {SHARED}=1 if all of them "
+        "are trusted"
+    )

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.data.changed_files import load_files
-from pretrain.run.leftovers import FILES, TOKENS
+from pretrain.run.leftovers import FILES, TOKENS, is_run
 from pretrain.runtime.errors import UserError, one_line
 from pretrain.runtime.files import replace_file
 
@@ -41,16 +41,13 @@ class RecordedUse:
 
     @classmethod
     def below(cls, folders: Iterable[Path]) -> RecordedUse:
-        """Find the runs below ``folders``. Raises ``UserError`` for a folder or a record that can't be read."""
+        """Find the runs below ``folders``, also behind links. Raises ``UserError`` for a folder or a record that can't be read."""
         datasets, files = {}, {}
-        for folder in folders:
-            for name, inner, names in os.walk(folder, onerror=_unreadable):
-                inner[:] = [other for other in inner if other not in WITHOUT_RUNS]
-                run = Path(name)
-                if TOKENS in names:
-                    datasets[run] = _names(run / TOKENS)
-                elif FILES in names and "config.yaml" in names:
-                    files[run] = frozenset(load_files(run / FILES))
+        for run, names in _walk(folders):
+            if TOKENS in names:
+                datasets[run] = _names(run / TOKENS)
+            elif FILES in names and "config.yaml" in names:
+                files[run] = frozenset(load_files(run / FILES))
         return cls(datasets, files)
 
     def using(self, dataset: Path, files: frozenset[str]) -> list[Path]:
@@ -62,6 +59,21 @@ class RecordedUse:
         """
         named = [run for run, names in self.datasets.items() if dataset.name in names]
         return named + [run for run, read in self.files.items() if files and files <= read]
+
+
+def _walk(folders: Iterable[Path]) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each folder once, with the names of its files. What a run itself writes is left out."""
+    seen = set()
+    for folder in folders:
+        for name, inner, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+            place = os.path.realpath(name)
+            if place in seen:
+                inner.clear()
+                continue
+            seen.add(place)
+            yield Path(name), names
+            if not set(inner).isdisjoint(WITHOUT_RUNS) and (TOKENS in names or is_run(Path(name))):
+                inner[:] = [other for other in inner if other not in WITHOUT_RUNS]
 
 
 def _names(path: Path) -> frozenset[str]:

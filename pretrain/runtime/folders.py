@@ -80,6 +80,20 @@ def _shared_by(folder: Path) -> str | None:
     return None
 
 
+def exchangeable_at(folder: Path) -> Path | None:
+    """Return a parent of ``folder`` in which another user who can get there could put another folder in its place, or ``None``.
+    In one with the sticky bit they can't. ``folder`` is a path without links."""
+    found = None
+    for place in folder.parents:
+        stats = place.stat()
+        mode, others = stats.st_mode, stat.S_IWOTH if _is_own_group(stats.st_gid) else stat.S_IWOTH | stat.S_IWGRP
+        if not mode & (stat.S_IXGRP | stat.S_IXOTH):
+            found = None  # nobody else gets below it
+        elif mode & others and not mode & stat.S_ISVTX:
+            found = place
+    return found
+
+
 def _with_parents(folder: Path) -> list[Path]:
     """Return the folder and all of its parents, and those of its target if it is a link."""
     named, real = Path(os.path.abspath(folder)), Path(os.path.realpath(folder))

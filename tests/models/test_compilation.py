@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,9 @@ from torch._dynamo.utils import counters
 
 from pretrain.models import compilation
 from pretrain.models.blocks import find_blocks
+from pretrain.models.causal_lm import Pretrained
 from pretrain.models.language_model import LanguageModel
+from pretrain.runtime import folders
 from pretrain.runtime.errors import UserError
 from tests.models import architectures
 from tests.models.tiny import tiny
@@ -173,6 +176,68 @@ def test_a_folder_of_the_environment_is_respected(cache: Path, tmp_path: Path, m
     assert os.environ[compilation.CACHE_VARIABLE] == str(tmp_path / "mine")
     assert (tmp_path / "mine").is_dir()
     assert not cache.exists()
+
+
+def test_a_planted_link_is_refused(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    cache.parent.mkdir()
+    cache.symlink_to(tmp_path / "theirs")
+    with pytest.raises(UserError, match=rf"PRETRAIN_CACHE: {cache} is a link; remove it"):
+        compilation.keep_compiled_code()
+    assert not os.environ[compilation.CACHE_VARIABLE]
+
+
+@pytest.fixture
+def entered() -> Iterator[Path]:
+    """A folder that other users can enter, unlike those of pytest."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_a_folder_that_others_could_exchange(
+    entered: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The sticky bit prevents it, and so does a parent that they can't enter."""
+    monkeypatch.setattr(folders, "_is_own_group", lambda gid: False)
+    cache, home, variable = entered / "inner/cache", entered / "home", compilation.CACHE_VARIABLE
+    cache.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("PRETRAIN_CACHE", str(cache))
+    monkeypatch.setenv(variable, "")
+    for above, mode, is_kept in (
+        (0o755, 0o1775, True),
+        (0o755, 0o775, False),
+        (0o755, 0o755, True),
+        (0o700, 0o775, True),
+    ):
+        cache.chmod(mode)
+        cache.parent.chmod(above)
+        compilation._say_elsewhere.cache_clear()
+        compilation.keep_compiled_code()
+        kept = (cache if is_kept else home / ".cache/pretrain") / f"compiled-{os.geteuid()}"
+        assert os.environ[variable] == str(kept), oct(mode)
+        assert ("compiled code is kept in" in capsys.readouterr().err) == (not is_kept)
+    cache.parent.chmod(0o755)
+    monkeypatch.setenv(variable, str(cache / "mine"))
+    with pytest.raises(UserError, match=rf"{variable}: .*mine can be exchanged by others, who can write in {cache} "):
+        compilation.keep_compiled_code()
+
+
+def test_flex_attention_keeps_its_code_in_that_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = Pretrained(name_or_path="sample", attention="flex_attention")
+    spec.finish(tiny("llama"), None, lambda hf: hf)
+    assert os.environ[compilation.CACHE_VARIABLE] == str(cache)
+
+
+def test_a_link_of_the_environment_is_followed_once(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "mine").symlink_to(tmp_path / "disk")
+    monkeypatch.setenv(compilation.CACHE_VARIABLE, str(tmp_path / "mine"))
+    compilation.keep_compiled_code()
+    assert os.environ[compilation.CACHE_VARIABLE] == str(tmp_path / "disk")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's code is compiled otherwise")
