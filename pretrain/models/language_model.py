@@ -50,8 +50,8 @@ class LanguageModel(nn.Module):
             computed by `linear_cross_entropy` without all logits in memory. Models that cap or scale their logits use their own
             head.
         document_mask: how the model keeps packed documents apart; ``None`` if it can't.
-        long_document_mask: how it does so in rows longer than `document_attention.LONG`, on a CPU and not compiled; ``None``: as
-            in shorter ones.
+        long_document_mask: how it does so in rows longer than `document_attention.LONG`, on a CPU, not compiled and not balanced;
+            ``None``: as in shorter ones.
         balancing: the weight of the load balancing loss of a mixture of experts; 0 unless the config has
             ``output_router_logits: true``.
         is_compiled: whether the training step is compiled.
@@ -113,7 +113,8 @@ class LanguageModel(nn.Module):
         self.document_mask = find_document_mask(self.hf)
         self.balancing = balancing_coefficient(self.hf)
         on_host = self.hf.device.type == "cpu" and self.num_positions > document_attention.LONG
-        if on_host and not self.is_compiled and self.document_mask is by_positions:
+        # The load balancing loss would take the bounds of documents for a mask of tokens.
+        if on_host and not self.is_compiled and not self.balancing and self.document_mask is by_positions:
             self.long_document_mask = find_document_mask(self.hf, [document_attention.by_documents])
 
     def forward(
