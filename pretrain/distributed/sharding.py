@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.filesystem import read_at
+from pretrain.runtime.open_files import OpenFiles
 from pretrain.runtime.strict_json import parse_json
 
 CHECKSUM_NUMBERS = 1 << 24
@@ -125,8 +127,9 @@ def _unshared(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class TensorFiles:
-    """The tensors in several safetensors files. Only headers are read until `read` is called, which reads the file instead of
-    mapping it: mapped pages would stay in the process's resident memory beside the tensors into which they are copied."""
+    """The tensors in several safetensors files, which stay the same files whatever takes their names. Only headers are read
+    until `read` is called, which reads the file instead of mapping it: mapped pages would stay in the process's resident memory
+    beside the tensors into which they are copied."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         """Open ``files``. Raises ``UserError`` for a file that can't be read, and for shards that do not make full tensors."""
@@ -134,10 +137,11 @@ class TensorFiles:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
         self._places: dict[tuple[int, str], tuple[Path, int]] = {}  # file and first byte, by handle and name
+        self._opened = OpenFiles()
         for file in files:
             try:
                 self._add(file)
-            except (OSError, ValueError, SafetensorError) as error:
+            except (OSError, EOFError, ValueError, SafetensorError) as error:
                 raise UserError(f"{file} can't be read: {error}") from None
         for name, parts in self._parts.items():
             # Of two shards with the same first row, the empty one comes first.
@@ -146,8 +150,11 @@ class TensorFiles:
                 raise UserError(f"{file}: {name}: {reason}")
 
     def _add(self, file: Path) -> None:
+        opened = self._opened.add(file)
         handle = safe_open(file, framework="pt", device="cpu")
-        pieces, offsets = _pieces_of(handle), _offsets(file)
+        if not self._opened.is_current(file):
+            raise ValueError("another file has taken its place meanwhile")
+        pieces, offsets = _pieces_of(handle), _offsets(opened.number)
         for name in handle.keys():  # noqa: SIM118 (not a dict)
             start, shape = pieces.pop(name) if name in pieces else (0, _shape_in(handle, name))
             dtype = str(handle.get_slice(name).get_dtype())
@@ -206,14 +213,12 @@ class TensorFiles:
 
     def _read_rows(self, into: Tensor, handle: int, name: str, first: int) -> None:
         """Read the rows from ``first`` on of a file's shard of a tensor into ``into``. Raises ``UserError`` if the file has
-        become shorter."""
+        changed."""
         if not into.nbytes:
             return
         file, offset = self._places[handle, name]
-        with file.open("rb") as opened:
-            opened.seek(offset + first * (into.nbytes // len(into)))
-            if opened.readinto(into.view(torch.uint8).numpy().data) != into.nbytes:
-                raise UserError(f"{file}: {name}: the file has become shorter")
+        bytes_of = into.view(torch.uint8).numpy().data.cast("B")
+        self._opened.read_into(file, bytes_of, offset + first * (into.nbytes // len(into)))
 
 
 def _shape_in(handle: Any, name: str) -> tuple[int, ...]:
@@ -221,14 +226,13 @@ def _shape_in(handle: Any, name: str) -> tuple[int, ...]:
     return tuple(handle.get_slice(name).get_shape())
 
 
-def _offsets(file: Path) -> dict[str, int]:
-    """Return the first byte of every tensor in a safetensors file, whose header `safe_open` has checked.
+def _offsets(file: int) -> dict[str, int]:
+    """Return the first byte of every tensor in an open safetensors file, whose header `safe_open` has checked.
 
     Source: https://github.com/huggingface/safetensors#format
     """
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
+    size = int.from_bytes(read_at(file, 0, 8).tobytes(), "little")
+    header = json.loads(read_at(file, 8, size).tobytes())
     return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 

@@ -2,7 +2,8 @@
 
 KL(base ‖ now) on text of a domain predicts how much of the domain is forgotten, without any score of old data (arXiv:2509.04259).
 The base model's logits of a domain would need tokens × vocabulary numbers and a second model its full memory; the last hidden
-states need tokens × hidden size. They are computed in set-up, while the engine has the initial weights, and stay on the host.
+states need tokens × hidden size. They come from the evaluation before step 1, or are computed in set-up, while the engine has the
+initial weights, and stay on the host.
 """
 
 from __future__ import annotations
@@ -41,13 +42,7 @@ class BaseStates:
         """Compute the states of ``domains`` with the initial weights, which ``engine`` must have, in eval mode. All ranks must
         call this. For ``interrupted`` and ``alive`` see `Evaluator.run`. A model whose logits are not a linear function of
         its last hidden states has no states; a notice says so."""
-        if not self.tokens or not domains:
-            return
-        if not engine.model.fused_loss:
-            name = type(engine.model.hf).__name__
-            notice(
-                f"evaluation.kl_tokens={self.tokens}: {name} caps or scales its logits; KL to the base is not measured"
-            )
+        if not domains or not self.measures(engine):
             return
         world = engine.world
         for domain in domains:
@@ -60,6 +55,25 @@ class BaseStates:
                 if has_batch:
                     self._hidden[domain.name, index] = states.to("cpu", copy=True)
                 alive()
+
+    def measures(self, engine: InferenceEngine) -> bool:
+        """Return whether KL(base ‖ now) is measured; a notice says why it can't be."""
+        if self.tokens and not engine.model.fused_loss:
+            name = type(engine.model.hf).__name__
+            notice(
+                f"evaluation.kl_tokens={self.tokens}: {name} caps or scales its logits; KL to the base is not measured"
+            )
+        return bool(self.tokens) and engine.model.fused_loss
+
+    def evaluate_base(self, engine: InferenceEngine, batch: Batch, key: tuple[str, int] | None) -> Tensor:
+        """Return what `evaluate` does for the base model itself, and keep its states. For ``key`` see there."""
+        if key is None:
+            return self.evaluate(engine, batch, None)
+        nats, states = engine.evaluate_with_hidden_states(batch)
+        self._hidden[key] = states.to("cpu", copy=True)
+        return torch.stack(
+            [nats.double(), torch.zeros_like(nats, dtype=torch.float64), nats.new_tensor(batch.num_targets).double()]
+        )
 
     def num_batches(self, domain: Domain) -> int:
         """Return for how many batches of ``domain`` there are states: at least one."""

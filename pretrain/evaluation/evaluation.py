@@ -57,7 +57,10 @@ class Evaluation:
         baseline = None if is_baseline else self.untouched.known(state)
         announce, self._announced = not self._announced, True
         state.pending_evaluation = True
-        scores = self.untouched.evaluator.run(engine, baseline=baseline, announce=announce, **callbacks)
+        is_base = is_baseline and self.untouched.is_there
+        scores = self.untouched.evaluator.run(
+            engine, baseline=baseline, is_base=is_base, announce=announce, **callbacks
+        )
         if scores is None:
             return None
         scored_at = time.perf_counter()

@@ -74,6 +74,7 @@ class Evaluator:
         engine: InferenceEngine,
         *,
         baseline: Mapping[str, Known] | None = None,
+        is_base: bool = False,
         announce: bool = False,
         interrupted: Callable[[], bool] = lambda: False,
         alive: Callable[[], None] = lambda: None,
@@ -81,15 +82,17 @@ class Evaluator:
         """Score all domains and return the scores, or ``None`` if ``interrupted`` returned true. All ranks must call this.
 
         ``baseline`` has each domain's loss before this run, for ``delta_loss``; with ``None`` these scores are the baseline.
+        ``is_base`` says that the engine has the weights of the base model, whose states are then kept for KL(base ‖ now).
         ``announce`` prints a notice before each domain unless a progress bar is shown. ``interrupted`` is called before every
         batch on every rank, ``alive`` after every batch.
         """
         scores: list[DomainScore] = []
+        captures = is_base and self.base.measures(engine)
         with evaluating(engine.model):
             for domain in self.domains:
                 if announce and not shows_progress():
                     notice(f"evaluating {domain.name} ({domain.role}): {domain.batches.num_tokens:,} tokens")
-                score = self._score(engine, domain, baseline, interrupted, alive)
+                score = self._score(engine, domain, baseline, interrupted, alive, captures=captures)
                 if score is None:
                     return None
                 scores.append(score)
@@ -109,6 +112,8 @@ class Evaluator:
         baseline: Mapping[str, Known] | None,
         interrupted: Callable[[], bool],
         alive: Callable[[], None],
+        *,
+        captures: bool,
     ) -> DomainScore | None:
         world = engine.world
         summed = torch.zeros(3, dtype=torch.float64, device=world.device)  # nats, nats of KL, targets of KL
@@ -122,7 +127,9 @@ class Evaluator:
                 index = first + world.data_rank if has_batch else first
                 batch = domain.batches[index]
                 key = (domain.name, index) if has_batch else None
-                found = self.base.evaluate(engine, batch.to(world.device), key)
+                keeps = captures and index < self.base.num_batches(domain)
+                evaluate = self.base.evaluate_base if keeps else self.base.evaluate
+                found = evaluate(engine, batch.to(world.device), key)
                 if has_batch:
                     summed += found
                     tokens += batch.num_targets

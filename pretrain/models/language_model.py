@@ -50,8 +50,8 @@ class LanguageModel(nn.Module):
             computed by `linear_cross_entropy` without all logits in memory. Models that cap or scale their logits use their own
             head.
         document_mask: how the model keeps packed documents apart; ``None`` if it can't.
-        long_document_mask: how it does so in rows longer than `document_attention.LONG`, on a CPU and not compiled; ``None``: as
-            in shorter ones.
+        long_document_mask: how it does so in rows longer than `document_attention.LONG`, on a CPU, not compiled and not balanced;
+            ``None``: as in shorter ones.
         balancing: the weight of the load balancing loss of a mixture of experts; 0 unless the config has
             ``output_router_logits: true``.
         is_compiled: whether the training step is compiled.
@@ -113,7 +113,8 @@ class LanguageModel(nn.Module):
         self.document_mask = find_document_mask(self.hf)
         self.balancing = balancing_coefficient(self.hf)
         on_host = self.hf.device.type == "cpu" and self.num_positions > document_attention.LONG
-        if on_host and not self.is_compiled and self.document_mask is by_positions:
+        # The load balancing loss would take the bounds of documents for a mask of tokens.
+        if on_host and not self.is_compiled and not self.balancing and self.document_mask is by_positions:
             self.long_document_mask = find_document_mask(self.hf, [document_attention.by_documents])
 
     def forward(
@@ -127,7 +128,8 @@ class LanguageModel(nn.Module):
         base_hidden: Tensor | None = None,
         temperature: float = 1.0,
         by_row: bool = False,
-    ) -> Tensor:
+        with_hidden: bool = False,
+    ) -> Any:
         """Return the loss summed over all labels that are not ``IGNORE``: an fp32 scalar in nats. Its value is the cross entropy;
         the load balancing loss contributes to the gradient only.
 
@@ -139,9 +141,10 @@ class LanguageModel(nn.Module):
         With ``ends``, int64 [n], instead of ``labels``, return the logits [n, V] of the token that follows position ``ends[i]``
         of row i.
 
-        Without ``labels`` and ``ends``, return the last hidden states [n, S, h] and copy the head to ``base_head``. With
-        ``labels`` and, as ``base_hidden``, these states of the base model, return fp32 [1, 2]: the loss, and the sum of
-        KL(base ‖ now) at ``temperature`` over the same tokens. Both need ``fused_loss``.
+        Without ``labels`` and ``ends``, return the last hidden states [n, S, h] and copy the head to ``base_head``; with
+        ``with_hidden``, return the loss and these states. With ``labels`` and, as ``base_hidden``, the states of the base model,
+        return fp32 [1, 2]: the loss, and the sum of KL(base ‖ now) at ``temperature`` over the same tokens. All need
+        ``fused_loss``.
 
         With ``by_row``, return fp32 [n, 2]: the loss of each row, and how many of its labels have the largest logit.
         """
@@ -154,6 +157,9 @@ class LanguageModel(nn.Module):
         with nullcontext() if on_host else packing.known(packed=position_ids is not None):
             if labels is None:
                 return self._base_hidden(input_ids, position_ids)
+            if with_hidden:
+                hidden = self._base_hidden(input_ids, position_ids)
+                return linear_cross_entropy(hidden.flatten(0, 1), *self._head(), labels.flatten()), hidden
             if by_row:
                 return self._by_row(input_ids, labels, position_ids)
             if base_hidden is not None:

@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 # The file system does not support the operation.
 CANNOT = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY}
 MAY_NOT = {errno.EPERM, errno.EACCES}  # this user is not allowed to use it
+# Types of file systems. The kernel or the server numbers their files as they are met, so the numbers differ between machines.
+WITHOUT_LASTING_INODES = ("fuse ", "fuse.", "cifs ", "smb3 ", "9p ", "vboxsf ")
 SOCKET_BYTES = 60  # maximal length of the temporary folder's path: a socket's path below it may have 107 bytes
 
 
@@ -101,6 +104,28 @@ def read_at(file: int, start: int, count: int) -> NDArray[np.uint8]:
             raise EOFError(f"the file has no byte {start + len(found):,}")
         found += block
     return np.frombuffer(found, np.uint8)
+
+
+def stamp_from(stat: os.stat_result) -> tuple[int, int, int]:
+    """Return size, mtime in nanoseconds and inode, by which a file is known again; 0 in place of an inode that does not last."""
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino if has_lasting_inodes(stat.st_dev) else 0
+
+
+@cache
+def has_lasting_inodes(device: int) -> bool:
+    """Return whether a file on a device keeps its inode, and has the same one on all machines that mount it. Only Linux tells the
+    kind of a file system."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return True
+    return not any(is_mount_without_inodes(line, f"{os.major(device)}:{os.minor(device)}") for line in lines)
+
+
+def is_mount_without_inodes(line: str, device: str) -> bool:
+    """Return whether a line of mountinfo (see proc(5)) is the mount of ``device``, and its inodes are made up when it is used."""
+    mount, _, kind = line.partition(" - ")
+    return mount.split()[2:3] == [device] and kind.startswith(WITHOUT_LASTING_INODES)
 
 
 def free_bytes(folder: Path) -> int | None:

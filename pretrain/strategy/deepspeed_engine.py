@@ -201,8 +201,8 @@ class DeepspeedEngine(Engine):
     def autocast(self) -> AbstractContextManager[object]:
         return nullcontext()  # the weights of the forward have the matmul dtype
 
-    def forward(self, *inputs: Tensor | None, **more: Any) -> Tensor:
-        found: Tensor = self.step_module(*inputs, **more)
+    def forward(self, *inputs: Tensor | None, **more: Any) -> Any:
+        found = self.step_module(*inputs, **more)
         self.alive()
         return found
 

@@ -102,7 +102,15 @@ class InferenceEngine:
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the last hidden states [n, S, h] of a batch, in the matmul dtype. The first call keeps a copy of the head, for
         `evaluate_against_base`. The model must be in eval mode and have a ``fused_loss``."""
-        hidden = self.forward(batch.input_ids, None, batch.position_ids)
+        return self._in_matmul_dtype(self.forward(batch.input_ids, None, batch.position_ids))
+
+    @torch.no_grad()
+    def evaluate_with_hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the summed loss of a batch and its `hidden_states`, from one forward."""
+        loss, hidden = self.forward(batch.input_ids, batch.labels, batch.position_ids, with_hidden=True)
+        return loss, self._in_matmul_dtype(hidden)
+
+    def _in_matmul_dtype(self, hidden: Tensor) -> Tensor:
         with self.autocast():
             device = hidden.device.type
             return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
@@ -128,10 +136,10 @@ class InferenceEngine:
         """
         return self.forward(input_ids, ends=ends).argmax(-1)
 
-    def forward(self, *inputs: Tensor | None, **more: Any) -> Tensor:
-        """Run a forward without a backward."""
+    def forward(self, *inputs: Tensor | None, **more: Any) -> Any:
+        """Run a forward without a backward. For the result see `LanguageModel.forward`."""
         with self.autocast():
-            found: Tensor = self.model(*inputs, **more)
+            found = self.model(*inputs, **more)
         self.alive()
         return found
 

@@ -21,7 +21,7 @@ class FsdpInferenceEngine(InferenceEngine):
     def autocast(self) -> AbstractContextManager[object]:
         return nullcontext()  # the policy casts the gathered weights
 
-    def forward(self, *inputs: Tensor | None, **more: Any) -> Tensor:
+    def forward(self, *inputs: Tensor | None, **more: Any) -> Any:
         found = super().forward(*inputs, **more)
         free_gathered(self.model)
         return found

@@ -138,8 +138,8 @@ class Trainer:
         """Restore the checkpoint to resume from, if there is one, and announce the run."""
         self.hooks.setup(self.engine)
         checkpoint = self.checkpoints.resume_from
-        self.capture_base()
         if checkpoint is not None:
+            self.capture_base()
             self.score_baseline_again()
             self.restore(checkpoint)
         step, pending = self.state.step, self.state.pending_evaluation

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from pretrain.data.evaluation import evaluation_batches
 from pretrain.data.reading.cut import cut
-from pretrain.data.reading.opening import has_lasting_inodes, is_mount_without_inodes
 from pretrain.data.reading.readers import read
 from pretrain.data.reading.token_files import open_tokens
 from pretrain.data.reading.units import ReadOptions, SourceFile
@@ -25,6 +24,7 @@ from pretrain.data.store.token_store import TokenStore
 from pretrain.data.tokenization import encode
 from pretrain.data.training_data import TrainingData
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.filesystem import has_lasting_inodes, is_mount_without_inodes
 from tests.data.token_writers import (
     ALL,
     DOCUMENTS,
@@ -222,7 +222,7 @@ def test_an_inode_that_another_machine_does_not_have(
 ) -> None:
     """The same file with another inode, as a node of a cluster sees it through FUSE: its store can be opened there. Elsewhere,
     another inode is another file."""
-    monkeypatch.setattr("pretrain.data.reading.opening.has_lasting_inodes", lambda device: lasting)
+    monkeypatch.setattr("pretrain.runtime.filesystem.has_lasting_inodes", lambda device: lasting)
     path = megatron(tmp_path, DOCUMENTS)
     store = store_of(path)
     inode = path.stat().st_ino

@@ -1,6 +1,9 @@
 """Which rows of a tensor are whose, and what is read of files that hold pieces; real ranks: strategy/test_round_trip.py."""
 
+import gc
 import json
+import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -284,6 +287,51 @@ def test_what_is_no_file_of_tensors(tmp_path):
         assert str(refused.value).startswith(f"{path} can't be read: ")
 
 
+@pytest.fixture
+def two_files(tmp_path):
+    for name, start in (("a", 0), ("b", 2)):
+        write(tmp_path / name, {"a": TensorShard(ROWS[start : start + 2], start, (4, 3))})
+    return [tmp_path / "a", tmp_path / "b"]
+
+
+def test_what_takes_the_name_of_a_file_is_not_read(two_files):
+    files = TensorFiles(two_files)
+    write(two_files[0].with_name("new"), {"a": TensorShard(-ROWS[:2], 0, (4, 3))})
+    two_files[0].with_name("new").rename(two_files[0])
+    two_files[1].unlink()
+    assert torch.equal(files.read("a"), ROWS[:4])
+    descriptors = len(os.listdir("/proc/self/fd"))
+    del files
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= descriptors - 2, "closed"
+
+
+def test_a_file_that_is_opened_again_is_the_same(two_files, monkeypatch):
+    monkeypatch.setattr(tensors, "OpenFiles", partial(tensors.OpenFiles, limit=1))
+    files = TensorFiles(two_files)
+    assert torch.equal(files.read("a"), ROWS[:4])
+    assert torch.equal(files.read("a", 0, 2), ROWS[:2]), "b is closed"
+    write(two_files[1].with_name("new"), {"a": TensorShard(-ROWS[2:4], 2, (4, 3))})
+    two_files[1].with_name("new").rename(two_files[1])
+    with pytest.raises(UserError, match=r"/b: another file has taken its place while it was in use$"):
+        files.read("a", 2, 4)
+    two_files[1].unlink()
+    with pytest.raises(UserError, match=r"/b: can't be opened again: No such file or directory$"):
+        files.read("a", 2, 4)
+
+
+def test_a_file_that_is_written_over(two_files):
+    files = TensorFiles(two_files)
+    content = two_files[0].read_bytes()
+    two_files[0].write_bytes(content[:-12] + bytes(12))
+    os.utime(two_files[0], ns=(1, 1))
+    with pytest.raises(UserError, match=r"/a: the file was written to while it was in use$"):
+        files.read("a")
+    two_files[0].write_bytes(content[:-1])
+    with pytest.raises(UserError, match=r"/a: the file has become shorter since it was opened$"):
+        files.read("a")
+
+
 def test_one_without_metadata_is_whole(tmp_path):
     save_file({"a": ROWS}, tmp_path / "0")
     assert torch.equal(TensorFiles([tmp_path / "0"]).read("a", 1, 3), ROWS[1:3])
@@ -327,7 +375,7 @@ def test_other_names_are_refused(files):
 
 def test_what_is_read_does_not_stay_in_memory(tmp_path):
     """A resumed run copies its state into tensors that exist: the pages of the files must not count beside them."""
-    size = 2**24  # 64 MiB in fp32
+    size = 36 * 2**20  # bytes of each tensor; the allocator gives so large ones back at once
     save_file({f"t{i}": torch.full((4, size // 16), float(i)) for i in range(4)}, tmp_path / "a.safetensors")
     files, into = TensorFiles([tmp_path / "a.safetensors"]), torch.zeros(4, size // 16)
     status = Path("/proc/self/status")

@@ -63,6 +63,21 @@ def test_chunks_do_not_matter(rows, chunk, bias, seed):
     assert found == pytest.approx(float(((p.exp() * (p - q)).sum(1) * (labels != IGNORE)).sum()), rel=1e-4, abs=1e-5)
 
 
+@torch.no_grad()
+def test_the_evaluation_before_the_first_step_keeps_the_states():
+    """The same as those of a forward of their own, with the same loss."""
+    engine = engine_of()
+    engine.model.eval()
+    captured, kept = BaseStates(tokens=32), BaseStates(tokens=32)
+    captured.capture(engine, [Domain])
+    nats, kl, counted = kept.evaluate_base(engine, BATCH, ("text", 0))
+    assert (nats, kl, counted) == (engine.evaluate(BATCH), 0, 27)
+    assert captured._hidden.keys() == kept._hidden.keys()
+    assert torch.equal(captured._hidden["text", 0], kept._hidden["text", 0])
+    assert kept.evaluate_base(engine, BATCH, None).tolist() == [nats, 0, 0], "a dummy batch keeps nothing"
+    assert len(kept._hidden) == 1
+
+
 def test_a_model_with_capped_logits_has_none(capsys):
     engine = engine_of("gemma2")
     states = BaseStates(tokens=32)

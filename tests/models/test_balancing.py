@@ -8,6 +8,7 @@ from architectures import tiny
 
 from pretrain.data.batch import IGNORE, Batch
 from pretrain.distributed.context import DistributedContext
+from pretrain.models import document_attention
 from pretrain.models.language_model import LanguageModel
 from pretrain.runtime.errors import UserError
 from pretrain.strategy.engine import Engine
@@ -112,3 +113,17 @@ def test_with_masks_of_documents_it_is_refused(capsys: pytest.CaptureFixture[str
 def test_an_architecture_without_one_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert LanguageModel(tiny("deepseek_v3", **COEFFICIENT)).balancing == 0
     assert "has no load balancing loss" in capsys.readouterr().err
+
+
+def test_documents_in_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They equal those in rows that are short enough for a mask."""
+    hf = tiny("mixtral", max_position_embeddings=4096, **COEFFICIENT)
+    ids, labels = batch()
+    positions = torch.arange(24).remainder(7).expand(4, -1).contiguous()
+    model = LanguageModel(hf)
+    model(ids, labels, positions).backward()
+    wanted = gradients(hf)
+    monkeypatch.setattr(document_attention, "LONG", 0)
+    model(ids, labels, positions).backward()
+    for key, gradient in gradients(hf).items():
+        assert torch.equal(gradient, wanted[key]), key

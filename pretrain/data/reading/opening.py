@@ -4,16 +4,13 @@ a remote one is a stream of ranges of bytes (`pretrain.data.remote.stream`), of 
 from __future__ import annotations
 
 import os
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 from pretrain.data.reading.units import Stamp
 from pretrain.runtime.errors import UserError
+from pretrain.runtime.filesystem import stamp_from
 from pretrain.runtime.places import is_url
-
-# Types of file systems. The kernel or the server numbers their files as they are met, so the numbers differ between machines.
-WITHOUT_LASTING_INODES = ("fuse ", "fuse.", "cifs ", "smb3 ", "9p ", "vboxsf ")
 
 
 def stamp_of(path: str | Path) -> Stamp:
@@ -26,25 +23,7 @@ def stamp_of(path: str | Path) -> Stamp:
         if found is None:
             raise UserError(f"{path}: no such file")
         return found
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino if has_lasting_inodes(stat.st_dev) else 0
-
-
-@cache
-def has_lasting_inodes(device: int) -> bool:
-    """Return whether a file on a device keeps its inode, and has the same one on all machines that mount it. Only Linux tells the
-    kind of a file system."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return True
-    return not any(is_mount_without_inodes(line, f"{os.major(device)}:{os.minor(device)}") for line in lines)
-
-
-def is_mount_without_inodes(line: str, device: str) -> bool:
-    """Return whether a line of mountinfo (see proc(5)) is the mount of ``device``, and its inodes are made up when it is used."""
-    mount, _, kind = line.partition(" - ")
-    return mount.split()[2:3] == [device] and kind.startswith(WITHOUT_LASTING_INODES)
+    return stamp_from(os.stat(path))
 
 
 def changed_while_read(path: str) -> str:
