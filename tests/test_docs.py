@@ -32,7 +32,9 @@ def commands():
                     if tuple(words) in met:
                         continue
                     met.add(tuple(words))
-                    slow = pytest.mark.slow if page.stem in ("slurm", "search", "mixtures", "transforms") else ()
+                    slow = (
+                        pytest.mark.slow if page.stem in ("slurm", "search", "mixtures", "transforms", "means") else ()
+                    )
                     yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:120], marks=slow)
 
 

@@ -51,6 +51,12 @@ def test_old_words_do_not_come_back():
     assert found >= KEPT, "an exception that is not needed any more"
 
 
+def test_no_merge_was_left_half_done():
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*"), *ROOT.glob("conf/**/*.yaml"), *ROOT.glob("scripts/*")]
+    text = {file: file.read_text() for file in files if file.suffix in (".md", ".rst", ".yaml", ".sh", ".py")}
+    assert [str(file) for file, t in text.items() if re.search(r"^(<{7}|>{7}) ", t, re.MULTILINE)] == []
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [

@@ -11,7 +11,9 @@ that is not zero is never stored as zero: divided by its root, the first moment 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import wraps
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,20 +30,39 @@ def block_size(columns: int) -> int:
     return size if size >= SMALLEST_BLOCK else 0
 
 
-@lru_cache
+Table = Callable[[bool, torch.device], Tensor]
+
+
+def _kept(make: Table) -> Table:
+    """Return ``make`` with a cache of its tables. A fake one, which has no values (the plan traces an update), is not kept."""
+    tables: dict[tuple[bool, torch.device], Tensor] = {}
+
+    @wraps(make)
+    def table(signed: bool, device: torch.device) -> Tensor:
+        found = tables.get((signed, device))
+        if found is None:
+            found = make(signed, device)
+            if type(found) is Tensor:
+                tables[signed, device] = found
+        return found
+
+    return table
+
+
+@_kept
 def levels(signed: bool, device: torch.device) -> Tensor:
     """Return the 256 levels in ascending order, fp32 [256]: 0, 1, and in the decade 10^-i (0 ≤ i < 7) the midpoints of equal
     parts of [0.1, 1] × 10^-i, fewer in lower decades; ``signed``: half as many of either sign."""
     values = [0.0, 1.0]
     for exponent in range(EXPONENTS):
         parts = 2**exponent if signed else 2 ** (exponent + 1)
-        edges = torch.linspace(0.1, 1, parts + 1, dtype=torch.float64)
-        middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - EXPONENTS + 1)).tolist()
+        edges = [0.1 + i * (0.9 / parts) for i in range(parts + 1)]
+        middles = [(a + b) / 2 * 10.0 ** (exponent - EXPONENTS + 1) for a, b in pairwise(edges)]
         values += [*middles, *(-m for m in middles)] if signed else middles
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
-@lru_cache
+@_kept
 def _nearest(signed: bool, device: torch.device) -> Tensor:
     """Return the code of the level that is nearest to each fp32 number, by the number's first ``INDEX_BITS`` bits (sign, exponent
     and 12 bits of the fraction): uint8 [2^INDEX_BITS]. A search for each element would take ten times as long."""

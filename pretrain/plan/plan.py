@@ -28,6 +28,7 @@ KINDS = {  # kind → what it is, in the order of the table
     "casts": "weights in the matmul dtype",
     "gradients": "gradients",
     "moments": "optimizer state",
+    "hooks": "state of hooks",
     "buffers": "buffers of the strategy",
     "activations": "activations of a micro-batch",
     "loss": "loss (logits, gradient of the head)",
@@ -35,7 +36,7 @@ KINDS = {  # kind → what it is, in the order of the table
     "workspace": "workspaces of cuBLAS",
     "other": "other",
 }
-ON_HOST = ("weights", "gradients", "moments")  # with an offload to the host
+ON_HOST = ("weights", "gradients", "moments", "hooks")  # with an offload to the host
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ class Question:
         config = self.config
         peak = chosen.peak(split.batch_size) if chosen else None
         between = {kind: size for kind, size in (chosen.between_steps() if chosen else {}).items() if size}
-        saved = {kind: between.get(kind, 0.0) for kind in ("weights", "moments")}
+        saved = {kind: between.get(kind, 0.0) for kind in ("weights", "moments", "hooks")}
         files = _checkpoint(saved, self.topology, sharded=not config.strategy.independent_forward)
         kinds = dict(peak.kinds) if peak else {}
         host = {"checkpoint copy": files["bytes_per_process"]} if config.checkpoint.async_ else {}

@@ -140,6 +140,10 @@ def _traced_step(engine: Engine, tracker: StorageTracker, rows: int, config: Run
     engine.optimizer.step()
     engine.optimizer.zero_grad(set_to_none=True)
     tracker.tag(_moments(engine.optimizer), "moments")
+    hooks = config.build_hooks().values()
+    for hook in hooks:
+        hook.setup(engine)
+        tracker.tag((value for value in hook.state_dict().values() if isinstance(value, Tensor)), "hooks")
     batch = _batch(rows, config)
     tracker.restart()
     if config.gradient_accumulation_steps > 1:

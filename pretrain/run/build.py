@@ -331,13 +331,17 @@ def build_trainer(
     from pretrain.run.build_saving import build_checkpoints, build_exporter
     from pretrain.run.prepare_data import lines_before_the_start
     from pretrain.runtime.watchdog import Watchdog
+    from pretrain.training.hooks import Hooks
     from pretrain.training.trainer import Trainer
 
     folder, steps, watchdog = Path(config.output_dir), prepared.total_steps, watchdog or Watchdog()
     for line in lines_before_the_start(config, prepared) if world.is_main else ():
         notice(line)
     engine = build_engine(config, prepared, world)
-    rng = rng_state()  # captured before the search for a micro-batch, which draws random numbers
+    rng = rng_state()  # captured before the hooks and the search for a micro-batch, which draw random numbers
+    hooks = config.build_hooks()
+    set_up = Hooks(hooks, world)
+    set_up.setup(engine)  # before the search, so that their tensors are in memory in every trial
     split = build_split(config, prepared, engine, resume_from=resume_from, plan=plan)
     if engine.term is not None:
         engine.term.restart()
@@ -346,7 +350,6 @@ def build_trainer(
     metadata = build_facts(config, prepared, engine, split=split, restarts=restarts, plan=plan)
     exporter = build_exporter(config, prepared, engine, loader, facts=metadata, steps=steps)
     listeners, unsaved_records = build_listeners(config, prepared, folder) if world.is_main else ([], list)
-    hooks = config.build_hooks()
     saving = {"every": save_every, "resume_from": resume_from, "unsaved_records": unsaved_records}
     evaluation = build_evaluation(config, prepared, engine, split.batch_size, evaluate_every, hooks)
     return Trainer(
@@ -359,7 +362,7 @@ def build_trainer(
         guard=build_guard(config, prepared, engine, loader, folder),
         exporter=exporter,
         layers=build_layers(config, engine),
-        hooks=hooks,
+        hooks=set_up,
         stop_when=config.stop_when,
         curve=build_curve(config, prepared, engine, evaluation.untouched),
         listeners=listeners,

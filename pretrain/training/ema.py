@@ -49,7 +49,7 @@ class Ema(Hook):
         check_replaceable(engine, "hook.ema")
         if len({*map(_name, self.decays)}) < len(self.decays):
             raise UserError(f"hook.ema.decays={self.decays}: each decay may be there once")
-        self._updates = 0
+        self._updates, self._averages = 0, {}  # frees those of an earlier call
         trained = {n: p.detach() for n, p in engine.model.hf_named_parameters() if p.requires_grad}
         self._averages = {_name(decay): {n: p.float().clone() for n, p in trained.items()} for decay in self.decays}
 

@@ -27,8 +27,12 @@ class Hooks:
         self._hooks = dict(hooks)
         self._world = world
         self._rank_local: set[str] = set()  # names of tensors that differ between ranks
+        self._engine: Engine | None = None
 
     def setup(self, engine: Engine) -> None:
+        """Create the state of the hooks, unless that was done before."""
+        if self._engine is engine:
+            return
         self._engine = engine
         for hook in self._hooks.values():
             hook.setup(engine)
@@ -96,6 +100,7 @@ class Hooks:
             notice(f"hook {name}: {what}")
         for name, hook in self._hooks.items():
             if name not in before:
+                assert self._engine is not None
                 hook.setup(self._engine)  # again, because the weights are those of the checkpoint now
             else:
                 current = hook.state_dict()

@@ -68,7 +68,7 @@ class Trainer:
         guard: Guard | None = None,
         exporter: Exporter | None = None,
         layers: LayerStatistics | None = None,
-        hooks: Mapping[str, Hook] | None = None,
+        hooks: Hooks | Mapping[str, Hook] | None = None,
         stop_when: StopWhen | None = None,
         curve: Curve | None = None,
         listeners: Sequence[Listener] = (),
@@ -88,7 +88,7 @@ class Trainer:
             guard: detects bad steps and decides what to do about them. Default: the settings of `GuardConfig`.
             exporter: writes the model as Hugging Face folders. Default: it is not exported.
             layers: measures the norms of each layer. Default: they are not measured.
-            hooks: keep state beside the model, by name.
+            hooks: keep state beside the model, by name. They may have been set up.
             stop_when: whether the run ends before its last step. Default: it does not.
             curve: scores points between the base model and the result at the end. Default: none.
             listeners: receive every event. Several processes: rank 0 alone has any.
@@ -101,7 +101,8 @@ class Trainer:
         self.evaluation, self.checkpoints, self.exporter = evaluation, checkpoints or Checkpoints(), exporter
         self.guard = guard or Guard(GuardConfig(), device=engine.world.device)
         self.layers = layers or LayerStatistics(engine, Interval(None))
-        self.hooks, self.curve = Hooks(hooks or {}, engine.world), curve
+        self.hooks = hooks if isinstance(hooks, Hooks) else Hooks(hooks or {}, engine.world)
+        self.curve = curve
         self.stop_when = stop_when or StopWhen()
         self.listeners = list(listeners)
         self.interrupt, self.watchdog = interrupt or Interrupt(), watchdog or Watchdog()

@@ -1,6 +1,7 @@
 """What a step on fake tensors needs is what a real step needs, of any number of sequences, layers and ranks."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pretrain.plan.trace import Traced
 from pretrain.plan.traced_model import has_copied_head, period_of, traced_spec, with_layers
 from pretrain.run.build import optimizer_builder
 from pretrain.strategy.base import StepConfig
+from pretrain.training.batch_size import moment_bytes
 from tests.conftest import SHAPES
 
 LENGTH = 32
@@ -36,7 +38,7 @@ def real_peak(config):
 
     tracker, rows = StorageTracker(), config.batch_size * config.gradient_accumulation_steps
     with tracker:
-        factory = build_model_factory(config, config.model)
+        factory = build_model_factory(config, config.model, config.transforms)
         engine = config.strategy.setup(factory, optimizer_builder(config), StepConfig.of(config), DistributedContext())
         tracker.tag([*engine.model.parameters(), *engine.model.buffers()], "weights")
         for _ in range(2):
@@ -107,6 +109,15 @@ def test_one_of_many_ranks(exact_model, strategy):
     # Nothing as large as an unsharded tensor exists while the shards are updated.
     assert trace.usage["update"].total < 8 * (weights + moments)
     assert trace.usage["update"].peak.get("temporary", 0) < 2 * sum(rows)
+
+
+def test_moments_of_8_bits_and_averages_of_the_weights(exact_model):
+    config = config_of(exact_model("llama-tied"), "optimizer=adamw_8bit", "hook=[ema]")
+    end = traced_with(config).step(config.batch_size, traced_spec(config.model)).usage["update"].end
+    model = config.model.build_on_meta(param_dtype=torch.float32)
+    assert end["hooks"] == 2 * 4 * sum(p.numel() for p in model.parameters())
+    named = SimpleNamespace(hf_named_parameters=model.named_parameters)
+    assert end["moments"] == moment_bytes(config.optimizer, named)
 
 
 def test_a_gpu_keeps_other_tensors():

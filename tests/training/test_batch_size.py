@@ -18,6 +18,7 @@ from pretrain.strategy.precision import Precision
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
 from pretrain.training.batch_size import Trials, choose, largest, moment_bytes
+from pretrain.training.ema import Ema
 from pretrain.training.micro_batching import MicroBatching
 from tests import optimizers
 from tests.optimizers import matrices_and_rest, muon_and_adamw
@@ -189,6 +190,18 @@ def test_state_that_is_smaller_than_its_parameter(optimizer, of_matrix, of_vecto
 
 
 AUTO = ["batch_size=auto", "gradient_accumulation_steps=4"]
+
+
+def test_the_state_of_hooks_is_in_memory_in_every_trial(base_arguments, command, tmp_path, monkeypatch):
+    order, setup, fit = [], Ema.setup, Trials.fit
+    monkeypatch.setattr(Ema, "setup", lambda self, engine: (order.append("setup"), setup(self, engine))[1])
+    monkeypatch.setattr(Trials, "fit", lambda self, size: (order.append("trial"), fit(self, size))[1])
+    code, _, err = command([*base_arguments, *AUTO, "hook=[ema]", "max_steps=1", f"output_dir={tmp_path / 'run'}"])
+    assert code == 0, err
+    assert order[:2] == ["setup", "trial"]
+    assert order.count("setup") == 1
+
+
 SAME = ["batch_size=4", "gradient_accumulation_steps=1"]
 
 
