@@ -41,7 +41,8 @@ class RecordedUse:
 
     @classmethod
     def below(cls, folders: Iterable[Path]) -> RecordedUse:
-        """Find the runs below ``folders``, also behind links. Raises ``UserError`` for a folder or a record that can't be read."""
+        """Find the runs below ``folders``, also behind links. Raises ``UserError`` for a folder or a record that can't be
+        read."""
         datasets, files = {}, {}
         for run, names in _walk(folders):
             if TOKENS in names:

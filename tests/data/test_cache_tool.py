@@ -124,27 +124,6 @@ def test_what_no_run_uses(run: Callable[..., tuple[int, str]], filled: Path, tmp
     assert len(parts_of(filled)) == 3
 
 
-def test_runs_are_found_wherever_they_are(run: Callable[..., tuple[int, str]], filled: Path, tmp_path: Path) -> None:
-    """Below folders that are called like those in a run, and behind links, of which one is a cycle."""
-    manifests = {json.loads(path.read_text())["name"]: path.name for path in filled.glob("stores/*.json")}
-    runs, elsewhere = tmp_path / "runs", tmp_path / "elsewhere"
-    for folder, names in (
-        (runs / "models/logs/a", ["new"]),
-        (elsewhere / "b", ["old"]),
-        (runs / "c", []),
-        (runs / "c/checkpoints", ["old"]),
-    ):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokens.json").write_text(json.dumps([manifests[name] for name in names]))
-    out = run("--runs", str(runs))[1].splitlines()
-    assert out[1].endswith(f"new (used by {runs}/models/logs/a)")
-    assert out[2].endswith("old (used by no run)"), "what is in a run is no other run"
-    (runs / "link").symlink_to(elsewhere)
-    (elsewhere / "cycle").symlink_to(runs)
-    assert run("--runs", str(runs))[1].splitlines()[2].endswith(f"old (used by {runs}/link/b)")
-    assert run("prune", "--runs", str(runs), "--delete")[1] == "nothing to delete\n"
-
-
 @pytest.mark.parametrize("content", ["{}", "[1]", "[", '{"a": 1}'])
 def test_a_run_that_does_not_tell_what_it_uses(
     content: str, run: Callable[..., tuple[int, str]], filled: Path, tmp_path: Path
