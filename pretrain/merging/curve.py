@@ -80,11 +80,11 @@ class Curve:
         own = {name: t for name, t in engine.model.hf_state().items() if t.is_floating_point()}
         kept = {name: local(t.detach()).to("cpu", copy=True) for name, t in own.items()}
         try:
-            for name, tensor in own.items():
-                put_weights(engine, {name: self._between(read_part(tensor, self.base, name), kept[name], alpha)})
+            base = ((name, read_part(tensor, self.base, name)) for name, tensor in own.items())
+            put_weights(engine, ((name, self._between(part, kept[name], alpha)) for name, part in base))
             yield
         finally:
-            put_weights(engine, kept)
+            put_weights(engine, kept.items())
 
     def _between(self, base: Tensor, result: Tensor, alpha: float) -> Tensor:
         base = base.to(result.dtype)  # as the run has begun with it

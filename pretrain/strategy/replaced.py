@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -35,15 +35,16 @@ def replaced_weights(engine: InferenceEngine, weights: Mapping[str, Tensor]) -> 
     own = engine.model.hf_state()
     kept = {name: local(own[name].detach()).clone() for name in weights}
     try:
-        put_weights(engine, weights)
+        put_weights(engine, weights.items())
         yield
     finally:
-        put_weights(engine, kept)
+        put_weights(engine, kept.items())
 
 
 @torch.no_grad()
-def put_weights(engine: InferenceEngine, weights: Mapping[str, Tensor]) -> None:
-    """Copy ``weights`` (tensors sharded as the model's, or this rank's shards of them) into the model."""
+def put_weights(engine: InferenceEngine, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy ``weights`` (names with tensors sharded as the model's, or this rank's shards of them) into the model, each before the
+    next one is made."""
     own = engine.model.hf_state()
-    for name, value in weights.items():
+    for name, value in weights:
         local(own[name].detach()).copy_(local(value))

@@ -1,18 +1,24 @@
 """`merge.curve`: points between the base model and the result of a run, scored at its end, and the one that is exported."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pretrain.config.compose import run_config
 from pretrain.config.quoting import quoted_word
+from pretrain.distributed.sharding import TensorFiles
 from pretrain.launch.library import train
 from pretrain.merging.choice import Change, Choice
+from pretrain.merging.curve import Curve
+from pretrain.models.language_model import LanguageModel
 from pretrain.runtime.errors import UserError
 from pretrain.telemetry.history import History
 from pretrain.telemetry.report.plots import merge_chart
 from pretrain.telemetry.run_file import read_run_file
 from pretrain.telemetry.sinks.jsonl import read_records
+from tests.models.tiny import tiny
 
 CURVE = ["merge.curve=[0,0.25,1]", "merge.choose=forgetting<=-1e9"]
 
@@ -88,6 +94,21 @@ def test_training_is_the_same_and_without_a_point_the_result_is_exported(base_ar
     ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (run, plain))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert {alpha for alpha, _ in merges(run) if merges(run)[alpha, "other"]["chosen"]} == {1.0}
+
+
+def test_the_weights_of_a_point_are_listed_a_fixed_number_of_times(tmp_path, monkeypatch):
+    """And not once for each of them, which would take time quadratic in their number."""
+    model, listed = LanguageModel(tiny("llama")), []
+    own = {name: tensor.detach().clone() for name, tensor in model.hf_state().items()}
+    save_file({name: tensor + 1 for name, tensor in own.items()}, tmp_path / "base")
+    curve = Curve((0.25,), None, TensorFiles([tmp_path / "base"]), untouched=None)
+    keep = LanguageModel.hf_state
+    monkeypatch.setattr(LanguageModel, "hf_state", lambda self: listed.append(1) or keep(self))
+    with curve.weights_at(SimpleNamespace(model=model), 0.25):
+        for name, tensor in keep(model).items():
+            torch.testing.assert_close(tensor.detach(), own[name] + 0.75)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in keep(model).items())
+    assert len(listed) == 3
 
 
 POINTS = [Change(0.0, 0.0, 0.0), Change(0.5, -0.3, 0.04), Change(0.75, -0.35, 0.05), Change(1.0, -0.4, 0.2)]
