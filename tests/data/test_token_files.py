@@ -20,6 +20,7 @@ from pretrain.data.reading.readers import read
 from pretrain.data.reading.token_files import open_tokens
 from pretrain.data.reading.units import ReadOptions, SourceFile
 from pretrain.data.sources.local import Local
+from pretrain.data.store import token_shards
 from pretrain.data.store.token_store import TokenStore
 from pretrain.data.tokenization import encode
 from pretrain.data.training_data import TrainingData
@@ -265,6 +266,27 @@ def test_a_file_that_is_replaced_or_deleted_during_a_run_is_still_open(
     (tmp_path / "new").replace(path)
     assert view.read(0, view.num_tokens).tolist() == ALL
     path.unlink()
+    assert view.read(0, view.num_tokens).tolist() == ALL
+
+
+def test_a_file_is_open_once_for_all_of_its_shards(tmp_path: Path, store_of: Callable[..., TokenStore]) -> None:
+    """However many shards there are, and only a file of the same inode is opened again."""
+    path = megatron(tmp_path, DOCUMENTS)
+    view = store_of(path).views(held_out=0)[0]
+    assert view.read(0, 1).tolist() == ALL[:1]
+    content, times = path.read_bytes(), path.stat()
+    path.rename(tmp_path / "kept")
+    token_shards._tokens_elsewhere.cache_clear()  # as more than `MAX_OPEN` other shards would have done
+    assert view.read(0, view.num_tokens).tolist() == ALL
+    (tmp_path / "kept").write_bytes(content)
+    path.write_bytes(bytes(len(content)))
+    for file in (path, tmp_path / "kept"):
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    token_shards._tokens_elsewhere.cache_clear()
+    token_shards._opened.cache_clear()
+    with pytest.raises(UserError, match=r"a\.bin: changed or cut off during the run, .*\(another file, or"):
+        view.read(0, 1)
+    (tmp_path / "kept").rename(path)
     assert view.read(0, view.num_tokens).tolist() == ALL
 
 

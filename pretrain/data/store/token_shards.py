@@ -28,6 +28,7 @@ from pretrain.data.reading.opening import stamp_of
 from pretrain.data.reading.units import Stamp
 from pretrain.runtime.errors import UserError, one_line
 from pretrain.runtime.filesystem import mapped, read_at
+from pretrain.runtime.open_files import OpenFile
 
 MAGIC = b"PTTOKEN1"
 DTYPES = ("uint16", "uint32")
@@ -234,13 +235,12 @@ class TokensElsewhere:
 
     def __init__(self, part: TokenShard) -> None:
         assert part.tokens_at is not None
-        self._path, self._start, self._stamp = part.tokens_at
-        self._dtype, self._count, self._changed = part.dtype, part.num_tokens, self._stamp[:2]
+        self._path, self._start, stamp = part.tokens_at
+        self._dtype, self._count, self._changed = part.dtype, part.num_tokens, stamp[:2]
         try:
-            self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115 (as long as the shard is in use)
+            self._file = _opened(self._path, stamp)
         except OSError as error:
             raise UserError(f"{self._path}: {error.strerror}; the run reads its tokens in place") from error
-        self._check()
 
     def __len__(self) -> int:
         return self._count
@@ -250,22 +250,31 @@ class TokensElsewhere:
         first, last, _ = key.indices(self._count)
         size = self._dtype.itemsize
         try:
-            found = read_at(self._file.fileno(), self._start + first * size, max(last - first, 0) * size)
+            found = read_at(self._file.number, self._start + first * size, max(last - first, 0) * size)
         except (OSError, EOFError) as error:
-            raise self._error(one_line(error)) from error
+            raise _changed(self._path, one_line(error)) from error
         self._check()
         return found.view(self._dtype)
 
     def _check(self) -> None:
-        found = os.fstat(self._file.fileno())
-        if (found.st_size, found.st_mtime_ns) != self._changed:
-            raise self._error("the file was written to")
+        if self._file.stamp[:2] != self._changed:
+            raise _changed(self._path, "the file was written to")
 
-    def _error(self, reason: str) -> UserError:
-        return UserError(
-            f"{self._path}: changed or cut off during the run, which reads its tokens in place ({reason}); restore the file, and "
-            "the same command resumes from the last checkpoint"
-        )
+
+def _changed(path: str, reason: str) -> UserError:
+    return UserError(
+        f"{path}: changed or cut off during the run, which reads its tokens in place ({reason}); restore the file, and the same "
+        "command resumes from the last checkpoint"
+    )
+
+
+@lru_cache(maxsize=MAX_OPEN)
+def _opened(path: str, stamp: Stamp) -> OpenFile:
+    """Open a file once for all of its shards. Raises ``OSError``, and ``UserError`` if it is not the one with this stamp."""
+    file = OpenFile(path)
+    if file.stamp != stamp:
+        raise _changed(path, "another file, or another content, is there")
+    return file
 
 
 @lru_cache(maxsize=MAX_OPEN)
