@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 NAMED = 3  # tensors that a message names
 ROWS = 4096  # of a head that are compared with the embedding at a time
+BY_POSITIONS = ("dynamic", "yarn", "longrope")  # scalings of RoPE that depend on max_position_embeddings
 NO_COMPUTATION = {  # keys of config.json on which the outputs of a model with given weights do not depend
     *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "name_or_path", "initializer_range"),
     *("use_cache", "tie_word_embeddings", "attn_implementation", "id2label", "label2id", "problem_type", "return_dict"),
@@ -197,13 +198,18 @@ def _check_configs(first: Input, other: Input) -> None:
 
 
 def _computation(config: Any) -> Any:
-    """Return the values of a config, at any depth, on which the outputs of the model depend."""
+    """Return the values of a config, at any depth, on which the outputs of the model depend. Keys that an architecture does not
+    know are kept unless they are false."""
     if not isinstance(config, dict):
         return config
+    rope = str(config.get("rope_parameters"))
+    without = NO_COMPUTATION | (set() if any(kind in rope for kind in BY_POSITIONS) else {"max_position_embeddings"})
+    if config.get("layer_types"):  # which were made from it
+        without.add("max_window_layers")
     return {
         key: _computation(value)
         for key, value in config.items()
-        if key not in NO_COMPUTATION and not key.startswith("_") and not key.endswith("_token_id")
+        if value not in (None, False) and not (key in without or key.startswith("_") or key.endswith("_token_id"))
     }
 
 

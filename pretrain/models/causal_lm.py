@@ -188,8 +188,8 @@ class CausalLM(ABC):
             offload_activations(hf)
         if self.compile:
             prepare_compilation()
-        elif self.attention == "flex_attention":
-            keep_compiled_code()  # transformers compiles its kernel
+        elif self.attention == "flex_attention" or self.trust_remote_code:
+            keep_compiled_code()  # transformers compiles the kernel of the former, and the latter may compile anything
         model = LanguageModel(hf if device is None else hf.to(device), compile=self.compile, transformed=transformed)
         model.picks_kernels = self.attention == "auto"
         return model.train()

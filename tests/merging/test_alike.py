@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 
 from pretrain.merging.config import MergeConfig
+from pretrain.merging.inputs import _computation
 from pretrain.merging.merge import open_merge
 from pretrain.runtime.errors import UserError
 from tests.merging.test_merge import SPEC, model, weights_of
@@ -27,6 +29,27 @@ def test_models_that_differ(models, tmp_path, tokenizer) -> None:
         for pair in ((one, other), (other, one)):
             with pytest.raises(UserError, match=rf"merge\.models: these models can't be merged: {name} is missing in "):
                 open_merge(MergeConfig(models=[str(path) for path in pair]), SPEC)
+
+
+def test_models_of_one_family_are_alike() -> None:
+    """As Qwen2.5-0.5B and its Instruct model, whose configs differ in what has no effect; in the spelling of an earlier version,
+    too."""
+    from transformers import AutoConfig
+
+    def of(**given) -> object:
+        return _computation(AutoConfig.for_model("qwen2", num_hidden_layers=24, **given).to_dict())
+
+    base = of(
+        max_window_layers=24, use_mrope=False, max_position_embeddings=131072, rope_theta=1e6, sliding_window=131072
+    )
+    tuned = {"max_window_layers": 21, "max_position_embeddings": 32768, "eos_token_id": 5, "sliding_window": 32768}
+    assert of(**tuned, rope_parameters={"rope_theta": 1e6, "rope_type": "default"}) == base
+    assert of(**tuned, rope_parameters={"rope_theta": 1e4, "rope_type": "default"}) != base
+    assert of(**tuned, rope_theta=1e6, use_sliding_window=True) != base
+    scaled = {"rope_theta": 1e6, "rope_type": "yarn", "factor": 2.0}
+    assert of(rope_parameters=scaled, max_position_embeddings=64) != of(
+        rope_parameters=scaled, max_position_embeddings=128
+    )
 
 
 def changed_config(folder: Path, to: Path, **changes) -> Path:
@@ -60,6 +83,8 @@ def test_configs_that_differ(models, tmp_path, changes, says) -> None:
         UserError, match=rf"merge\.models: these models can't be merged: their config\.json differ, {says}"
     ):
         open_merge(config, SPEC)
+    if "rms_norm_eps" in changes:
+        open_merge(config, replace(SPEC, overrides=changes))
 
 
 @pytest.mark.parametrize("equal", [True, False])
