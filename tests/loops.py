@@ -36,7 +36,7 @@ class Scores:
     calls: list = field(default_factory=list)
     domains: list = field(default_factory=list)
 
-    def run(self, engine, *, baseline, announce, interrupted, alive):
+    def run(self, engine, *, baseline, is_base, announce, interrupted, alive):
         alive()
         self.calls.append((baseline, announce, interrupted()))
         if len(self.calls) in self.stop_at:

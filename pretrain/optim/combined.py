@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pretrain.runtime.errors import UserError
@@ -72,3 +72,12 @@ def check_every_parameter(optimizer: Optimizer, named_parameters: Iterable[tuple
             f"optimizer: no group has {left_out[0]}{f' and {len(left_out) - 1} more' if len(left_out) > 1 else ''}; give every "
             "parameter that is trained to one optimizer, or freeze it in a transform"
         )
+
+
+def state_tensors(state: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors in the state of a parameter, those in nested dicts included."""
+    for value in state.values():
+        if isinstance(value, Mapping):
+            yield from state_tensors(value)
+        elif isinstance(value, Tensor):
+            yield value

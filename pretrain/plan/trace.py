@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from pretrain.data.batch import Batch
 from pretrain.models import packing
+from pretrain.optim.combined import state_tensors
 from pretrain.plan.cuda_operators import CudaOperators
 from pretrain.plan.simulation import SimulatedContext
 from pretrain.plan.storages import StorageTracker, Usage
-from pretrain.plan.torch_internals import fake_tensors, resizes_tracked, simulated_group, tree_leaves, without_values
+from pretrain.plan.torch_internals import fake_tensors, resizes_tracked, simulated_group, without_values
 from pretrain.plan.traced_model import TracedFactory, has_copied_head, layers_of, traced_spec
 from pretrain.strategy.base import StepConfig
 from pretrain.strategy.loss_scaler import LossScaler
@@ -129,9 +130,7 @@ def _gradients(model: nn.Module) -> list[Tensor]:
 
 def _moments(optimizer: Optimizer) -> Iterator[Tensor]:
     for state in optimizer.state.values():
-        yield from (
-            value for value in tree_leaves(dict(state)) if isinstance(value, Tensor)
-        )  # codes are in a nested dict
+        yield from state_tensors(state)
 
 
 def _traced_step(engine: Engine, tracker: StorageTracker, rows: int, config: RunConfig) -> Trace:

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
-from pretrain.optim.combined import combined
+from pretrain.optim.combined import combined, state_tensors
 from pretrain.runtime import memory
 from pretrain.runtime.out_of_memory import OutOfMemory, is_out_of_memory, numbers
 from pretrain.training.micro_batching import MicroBatching
@@ -179,10 +178,9 @@ def moment_bytes(make: OptimizerFactory, model: LanguageModel) -> int:
     optimizer.step()
     needed = 0.0
     for name, parameter in small.items():
-        for value in tree_leaves(dict(optimizer.state.get(parameter, {}))):
-            if isinstance(value, torch.Tensor):
-                growth = _growth(value.shape, parameter.shape, trained[name].shape)
-                needed += value.numel() * value.element_size() * growth
+        for value in state_tensors(optimizer.state.get(parameter, {})):
+            growth = _growth(value.shape, parameter.shape, trained[name].shape)
+            needed += value.numel() * value.element_size() * growth
     return math.ceil(needed)
 
 
