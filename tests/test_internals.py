@@ -20,6 +20,7 @@ INTERNALS = {
     "data/sources/datasets_internals.py": "``datasets``",
     "launch/rendezvous_pickle.py": "torch",
     "launch/torch_agent.py": "torch",
+    "models/torch_internals.py": "torch",
     "models/transformers_internals.py": "transformers",
     "plan/torch_internals.py": "torch",
     "strategy/deepspeed_internals.py": "DeepSpeed",

@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from pretrain.models.torch_internals import viewed
 from pretrain.runtime.errors import UserError
 
 Checkpointing = bool | Literal["selective"] | int
@@ -137,7 +138,7 @@ class HostActivations:
 def is_weight(tensor: Tensor) -> bool:
     """Return whether ``tensor`` is a parameter, a view of one, such as the transposed weight of a matrix product, or a view
     of the copy in another dtype that autocast makes of a trained one and keeps for later forwards."""
-    if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+    if isinstance(tensor, nn.Parameter) or isinstance(viewed(tensor), nn.Parameter):
         return True
     node: Any = tensor.grad_fn
     while node is not None and node.name() in OF_WEIGHTS:

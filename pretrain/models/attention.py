@@ -84,7 +84,7 @@ def works(backend: SDPBackend, shape: Shape, device: torch.device) -> bool:
 def describe(hf: nn.Module, dtype: torch.dtype, device: torch.device) -> str:
     """Return what attention without a mask uses: the name that transformers has for it, and for sdpa on a GPU the kernel, as in
     ``sdpa (cudnn)``."""
-    name = str(getattr(hf.config, "_attn_implementation", None) or "eager")
+    name = attention_name(hf)
     if name != "sdpa" or device.type != "cuda":
         return name
     shape, active = Shape.of(hf, dtype), getattr(attention, "current_flash_attention_impl", lambda: None)()

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from pretrain.data.cache import cache_dir, cache_errors
+from pretrain.models.torch_internals import allow_compilations, default_folder_of_compiled_code
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.files import make_folder
@@ -44,11 +45,7 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     Names of weights stay as they are. Hooks of a block, as those of FSDP, run outside of the compiled code, and its activation
     checkpointing inside. Call it after checkpointing has been enabled and before the model is sharded or wrapped.
     """
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, KINDS_OF_BLOCKS)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, KINDS_OF_BLOCKS)
-    # DDP would cut each block into pieces, so that gradients can be reduced earlier. Blocks are such pieces already.
-    config.optimize_ddp = False
+    allow_compilations(KINDS_OF_BLOCKS)
     compiled = torch.compile(_run, dynamic=False)
     for block in blocks:
         block.forward = _forward(block, compiled)
@@ -102,14 +99,12 @@ def keep_compiled_code() -> None:
     torch finds code there by a hash of the graph, its options and its own version, and runs it. Raises ``UserError`` if another
     user could write into the folder or exchange it.
     """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
     given = os.environ.get(CACHE_VARIABLE)
     folder = _real(cache_dir() / FOLDER.format(os.geteuid()))  # a cache may be shared
     home = expanded("~")
     spare = _real(home / ".cache/pretrain" / folder.name) if home.is_absolute() else folder
     # torch itself sets the variable to its default when it first needs the folder, which is on import of some libraries.
-    if given and _real(Path(given)) not in (folder, spare, _real(Path(default_cache_dir()))):
+    if given and _real(Path(given)) not in (folder, spare, _real(default_folder_of_compiled_code())):
         folder = Path(os.path.realpath(given))
         _check_folder(folder, CACHE_VARIABLE)
     else:

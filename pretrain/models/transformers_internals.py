@@ -4,6 +4,7 @@ has changed.
 - ``PreTrainedModel._get_dtype_plan``: which weights stay in fp32, from ``_keep_in_fp32_modules`` and its strict variant
 - ``PreTrainedModel._from_config``: a model of a class that `AutoModelForCausalLM` may not choose for its config
 - ``PreTrainedModel._no_split_modules``: the classes of blocks that must not be split over devices
+- ``PreTrainedConfig._attn_implementation``: the name of the attention that a model has got
 - ``masking_utils.find_packed_sequence_indices`` is replaced: without an attention mask it checks in every forward whether
   positions restart anywhere, which is a synchronisation on a GPU
 """
@@ -29,6 +30,11 @@ def set_packing_check(check: Any) -> None:
     """Make ``check`` the function that maps the position ids [n, S] of a batch to the number of each token's document in its
     row, or to ``None`` where each row is one document."""
     setattr(masking_utils, PACKING_CHECK, check)
+
+
+def attention_name(hf: Any) -> str:
+    """Return the name that transformers has for the attention of ``hf``, such as ``sdpa``."""
+    return str(getattr(hf.config, "_attn_implementation", None) or "eager")
 
 
 def is_listed_as_fp32(hf: Any, dtype: torch.dtype) -> Callable[[str], bool]:

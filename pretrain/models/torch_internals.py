@@ -1,0 +1,30 @@
+"""What the models use of torch's private parts (seen in torch 2.11 and 2.13). ``tests/models/test_compilation.py`` and
+``tests/models/test_activation_checkpointing.py`` fail when one of them has changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def allow_compilations(kinds: int) -> None:
+    """Let torch compile one function ``kinds`` times before it stops, and compile blocks whole under DDP, which would cut each of
+    them into pieces so that gradients are reduced earlier. Blocks are such pieces already."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, kinds)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, kinds)
+    config.optimize_ddp = False
+
+
+def default_folder_of_compiled_code() -> Path:
+    """Return the folder in which torch keeps compiled code unless it is told another."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return Path(default_cache_dir())
+
+
+def viewed(tensor: Tensor) -> Tensor | None:
+    """Return the tensor of which ``tensor`` is a view; ``None`` if it is none."""
+    return tensor._base
