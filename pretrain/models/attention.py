@@ -19,6 +19,8 @@ from torch.nn import attention
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
+from pretrain.models.transformers_internals import attention_name
+
 ORDER = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 FLASH = ("FA4", "FA3")  # FlashAttention, as torch calls its implementations; the first that works is taken
 DROPOUTS = ("attention_dropout", "attn_pdrop")
