@@ -74,7 +74,7 @@ def _wait(process: subprocess.Popen[bytes]) -> tuple[int, int, resource.struct_r
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", action="append", choices=ROWS)

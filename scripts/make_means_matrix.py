@@ -149,7 +149,7 @@ def table(cells: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=LEVERS, help="a lever; may be given several times")
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--keep", help="a folder for the runs; default: a temporary one")

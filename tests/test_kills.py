@@ -36,7 +36,7 @@ BOTH = ("0", "1")
 PHASES = {
     "tokenizing": Phase("pretrain.data.store.token_shards:PartWriter.append", 40),
     "resuming": Phase("pretrain.training.trainer:Trainer.restore", 1, by=BOTH, resumed=True),
-    "evaluating": Phase("pretrain.strategy.engine:InferenceEngine.evaluate", 20, by=BOTH),
+    "evaluating": Phase("pretrain.strategy.engine:InferenceEngine.forward", 20, by=BOTH),
     "sampling": Phase("pretrain.strategy.engine:InferenceEngine.next_tokens", 40, by=BOTH),
     "forward and backward": Phase("pretrain.strategy.engine:Engine.backward", 30, by=BOTH),
     "update": Phase("pretrain.strategy.engine:Engine.update", 15, by=BOTH),

@@ -177,7 +177,7 @@ def test_what_may_be_slow_has_an_end(where, base_arguments, spawn, command, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "where", ["pretrain.strategy.engine:InferenceEngine.evaluate", "pretrain.strategy.engine:Engine.backward"]
+    "where", ["pretrain.strategy.engine:InferenceEngine.forward", "pretrain.strategy.engine:Engine.backward"]
 )
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_rank_that_stands_still_in_its_first_forward(strategy, where, base_arguments, spawn, tmp_path):
@@ -230,7 +230,7 @@ def test_runs_that_hang(base_arguments, spawn, tmp_path):
         place.mkdir()
     begun = [*base_arguments, *LONG[:1], "evaluate_every=10", "save_every=20", "sink=jsonl", "launch.timeout=4"]
     opens = at_call("pretrain.runtime.files:open_new", "hang", places["open"] / "mark", at=3, paths="run.json")
-    forward = at_call("pretrain.strategy.engine:InferenceEngine.evaluate", "hang", places["forward"] / "mark")
+    forward = at_call("pretrain.strategy.engine:InferenceEngine.forward", "hang", places["forward"] / "mark")
     processes = {
         name: spawn([*given, f"output_dir={places[name] / 'run'}"], env=environment)
         for name, given, environment in (
