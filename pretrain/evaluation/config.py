@@ -35,7 +35,7 @@ class EvaluationConfig:
     batch_size: Literal["auto"] | PositiveInt
     max_tokens: PositiveInt | None = None
     per_epoch: PositiveInt | None = None
-    kl_tokens: NonNegativeInt = 8192
+    kl_tokens: NonNegativeInt = 2048
     in_context: bool = True
     samples: NonNegativeInt = 1
     sample_prompt_tokens: PositiveInt = 24
