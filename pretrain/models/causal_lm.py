@@ -86,7 +86,7 @@ class CausalLM(ABC):
     def config(self) -> dict[str, Any]:
         """Return config.json as a dict. Raises ``UserError`` when it is missing, or when it needs remote code and that is off."""
         config = files.read_config(self.folder(), self.name_or_path)
-        if not _is_known(config["model_type"]):
+        if not model_config.is_known(config["model_type"]):
             if "auto_map" not in config:
                 raise UserError(
                     f"model_name={self.name_or_path}: transformers has no causal language model of type {config['model_type']!r}"
@@ -220,7 +220,7 @@ class Pretrained(CausalLM):
         files.check_vocabulary(config, files.vocabulary_size(self.tokenizer_folder()), self.name_or_path)
         self.check_offload()
         if self.overrides:
-            check_overrides(self, config["model_type"], known=_is_known(config["model_type"]))
+            check_overrides(self, config["model_type"], known=model_config.is_known(config["model_type"]))
         self.hf_config()
 
     def identity(self) -> str:
@@ -330,9 +330,9 @@ class Scratch(CausalLM):
         """Raise ``UserError`` for a config that can't be used. No weights are allocated."""
         config = self.config()
         kind = config["model_type"]
-        if not _is_known(kind) and not self.trust_remote_code:
+        if not model_config.is_known(kind) and not self.trust_remote_code:
             raise UserError(f"model.overrides.model_type={kind!r}: transformers has no such model type")
-        if _is_known(kind):
+        if model_config.is_known(kind):
             check_known(self.overrides, default_keys(kind) | OLD_CONFIG_KEYS, kind)
             config = self.hf_config().to_dict()
         files.check_positions(config, sequence_length, kind)
@@ -353,7 +353,7 @@ class Scratch(CausalLM):
 
         config = self.config()
         try:
-            if not _is_known(config["model_type"]):
+            if not model_config.is_known(config["model_type"]):
                 return AutoConfig.from_pretrained(str(self.folder()), trust_remote_code=True, **self.overrides)
             config.pop("quantization_config", None)  # it describes weights that are not used
             return AutoConfig.for_model(**model_config.without_kernels(config))
@@ -394,10 +394,3 @@ def _is_tied(hf: Any) -> bool:
     """Return whether head and embedding are one tensor."""
     head, embedding = hf.get_output_embeddings(), hf.get_input_embeddings()
     return head is not None and head.weight is embedding.weight
-
-
-def _is_known(model_type: str) -> bool:
-    """Return whether transformers has a causal LM of this type."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
-from torch.optim.optimizer import Optimizer
 
 from pretrain.distributed.sharding import local
+from pretrain.optim.per_parameter import PerParameterOptimizer
 
 EPS = 1e-30  # added to squared gradients: the paper's first regularisation constant, for weights of any dtype
 
 
-class FactoredOptimizer(Optimizer):
+class FactoredOptimizer(PerParameterOptimizer):
     """Adafactor as ``torch.optim.Adafactor`` computes it with ``eps=(1e-30, 1e-3)`` (it can't update DTensors), without a wait
     for the device. The weight decay differs: torch's is ``lr * weight_decay``, this one is also multiplied by the size of the
     weights, as the update is. So it is as strong as AdamW's where the updates are as large.
@@ -37,19 +37,7 @@ class FactoredOptimizer(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         settings = {"beta2_decay": beta2_decay, "smallest_scale": smallest_scale, "clip": clip}
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "fused": True} | settings)
-        self._step_supports_amp_scaling = True
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient. Return the loss of ``closure`` when it is given."""
-        loss = closure() if closure is not None else None
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group, found_inf)
-        return loss
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay} | settings)
 
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
         """Update one parameter in place.

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim.optimizer import Optimizer
 
 from pretrain.distributed.sharding import local
+from pretrain.optim.per_parameter import PerParameterOptimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the polynomial, from Jordan's post
 EPS = 1e-7
 
 
-class OrthogonalizedMomentum(Optimizer):
+class OrthogonalizedMomentum(PerParameterOptimizer):
     """Muon for matrices, of which it equals ``torch.optim.Muon``, and for stacks of matrices [n, a, b].
 
     The state of a parameter is ``momentum_buffer``, in its shape, dtype and sharding. The iteration needs the full matrix: of a
@@ -38,19 +38,7 @@ class OrthogonalizedMomentum(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         settings = {"momentum": momentum, "nesterov": nesterov, "steps": steps, "scale": scale}
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "fused": True} | settings)
-        self._step_supports_amp_scaling = True
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient. Return the loss of ``closure`` when it is given."""
-        loss = closure() if closure is not None else None
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group, found_inf)
-        return loss
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay} | settings)
 
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
         state = self.state[parameter]

@@ -137,21 +137,10 @@ def prepare(config: RunConfig, *, devices: int = 1) -> Prepared:
     if len(train.parts) > 1:
         identity["mixture"] = train.table(steps=steps, global_batch=global_batch)
     notices = ([replacement.notice] if replacement else []) + notices + removed_documents(dataset, texts)
-    gone = replacement is not None
     if tokenizer is not plain:
         notices += fertilities(plain, tokenizer, train, domains)
-    return Prepared(
-        model,
-        tokenizer,
-        train,
-        domains,
-        identity,
-        boundary_tokens,
-        steps,
-        notices,
-        base_gone=gone,
-        transforms=transforms,
-    )
+    found = (model, tokenizer, train, domains, identity, boundary_tokens, steps, notices)
+    return Prepared(*found, base_gone=replacement is not None, transforms=transforms)
 
 
 def trains(config: RunConfig) -> bool:

@@ -92,11 +92,16 @@ def pretraining(
         with out_of_memory_explained(config, world, trainer, plan=planned):
             run_logged(trainer)
     leave()
-    if place.rank == 0 and trainer.complete and trainer.exporter is not None and trainer.exporter.pusher is not None:
-        trainer.exporter.pusher.finish(
-            folder / "model", f"step {trainer.state.step}"
-        )  # after the other ranks have left
+    if place.rank == 0:  # after the other ranks have left
+        finish_upload(trainer, folder / "model")
     return 0 if trainer.complete else EXIT_CODE
+
+
+def finish_upload(trainer: Trainer, model: Path) -> None:
+    """Upload the final ``model`` of a complete run, if its models are uploaded."""
+    pusher = None if trainer.exporter is None else trainer.exporter.pusher
+    if trainer.complete and pusher is not None:
+        pusher.finish(model, f"step {trainer.state.step}")
 
 
 def prepare_and_join(config: RunConfig, interrupt: Interrupt, place: RankInfo) -> tuple[Prepared, DistributedContext]:

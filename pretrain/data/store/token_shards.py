@@ -229,7 +229,7 @@ def _mapped(part: TokenShard) -> tuple[NDArray[Any], ...]:
 class TokensElsewhere:
     """The tokens of a shard in the file of another program, read at each access. The file is kept open and is not mapped.
 
-    Whoever owns the file may write to it. A file that was replaced is still the one that is open here; one that was written to or
+    The owner of the file may write to it. A file that was replaced is still the one that is open here; one that was written to or
     truncated is found by its stamp after each access, so that no token of another text is trained on.
     """
 

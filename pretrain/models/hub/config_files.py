@@ -81,3 +81,10 @@ def read_generation_config(folder: Path, name: str) -> dict[str, Any] | None:
     """Return the content of generation_config.json. Raises ``UserError`` when it is not a JSON object."""
     file = folder / "generation_config.json"
     return read_object(file, label=f"model_name={name}: {file}")
+
+
+def is_known(model_type: str) -> bool:
+    """Return whether transformers has a causal LM of this type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
