@@ -27,8 +27,8 @@ class InContextProbe:
     """Rows of two equal random spans.
 
     Attributes:
-        first: the rows with the tokens of the first copy as targets.
-        second: the same rows with the tokens of the second copy as targets.
+        first: rows of the first copy alone, whose tokens are the targets.
+        second: rows of both copies, with the tokens of the second one as targets.
     """
 
     first: Sequence[Batch]
@@ -62,9 +62,10 @@ def in_context_probe(
     spans = allowed[torch.randint(len(allowed), (ROWS, span), generator=generator)]
     tokens = torch.cat([torch.full((ROWS, 1), start), spans, spans], dim=1)
     halves = []
-    for half in (slice(0, span), slice(span, 2 * span)):
-        labels = torch.full((ROWS, 2 * span), IGNORE)
-        labels[:, half] = tokens[:, 1:][:, half]
-        rows = zip(tokens[:, :-1].split(batch_size), labels.split(batch_size), strict=True)
+    for start_of_targets in (0, span):  # later tokens do not matter to a causal model
+        row = tokens[:, : start_of_targets + span + 1]
+        labels = row[:, 1:].clone()
+        labels[:, :start_of_targets] = IGNORE
+        rows = zip(row[:, :-1].split(batch_size), labels.split(batch_size), strict=True)
         halves.append([Batch(ids, label, None, len(ids) * span) for ids, label in rows])
     return InContextProbe(*halves)

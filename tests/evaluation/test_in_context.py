@@ -33,15 +33,21 @@ def probe(**more):
 
 
 def test_rows_repeat_a_span_without_special_tokens():
-    for batches, half in ((probe().first, slice(0, 16)), (probe().second, slice(16, 32))):
+    both = []
+    for batches, length in ((probe().first, 16), (probe().second, 32)):
         assert [len(batch.input_ids) for batch in batches] == [3, 3, 2]
         ids, labels = (torch.cat([getattr(b, key) for b in batches]) for key in ("input_ids", "labels"))
-        assert ids.shape == (ROWS, 32)
+        assert ids.shape == labels.shape == (ROWS, length)
         assert (ids[:, 0] == 0).all()
-        assert torch.equal(ids[:, 1:16], ids[:, 17:])
         assert not torch.isin(ids[:, 1:], torch.tensor([0, 7])).any()
-        assert torch.equal(labels[:, half][:, :-1], ids[:, half][:, 1:])
+        assert (labels[:, :-16] == IGNORE).all()
+        assert torch.equal(labels[:, -16:-1], ids[:, -15:])
         assert (labels != IGNORE).sum() == ROWS * 16 == sum(batch.num_targets for batch in batches)
+        both.append((ids, labels[:, -16:]))
+    (first, targets), (second, again) = both
+    assert torch.equal(targets, again), "the same span twice"
+    assert torch.equal(second[:, :16], first)
+    assert torch.equal(second[:, 1:17], targets)
 
 
 def test_gain_of_a_model_that_copies():
