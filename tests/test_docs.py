@@ -16,6 +16,10 @@ from tests.preloaded import run_preloaded
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
+SLOW_PAGES = ("slurm", "search", "mixtures", "transforms", "means")
+# words of commands that have tests of their own
+LEVERS = ("transform=", "objective=", "optimizer=muon", "stop_when.", "merge.curve", "task=merge")
+
 
 def commands():
     """Each once, however many pages have it."""
@@ -32,9 +36,8 @@ def commands():
                     if tuple(words) in met:
                         continue
                     met.add(tuple(words))
-                    slow = (
-                        pytest.mark.slow if page.stem in ("slurm", "search", "mixtures", "transforms", "means") else ()
-                    )
+                    is_slow = page.stem in SLOW_PAGES or any(word.startswith(LEVERS) for word in words)
+                    slow = pytest.mark.slow if is_slow else ()
                     yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:120], marks=slow)
 
 
