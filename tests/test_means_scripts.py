@@ -91,7 +91,7 @@ def test_a_small_study(tmp_path):
 
 
 def test_holes_have_their_reasons(matrix, monkeypatch):
-    monkeypatch.setattr(matrix, "LEVERS", {"a": [], "b": []})
+    monkeypatch.setattr(matrix, "LEVERS", {"a": [], "b": [], "c": []})
     monkeypatch.setattr(matrix, "STRATEGIES", {"single": [], "ddp": []})
     whole = dict.fromkeys(matrix.CHECKS, True)
     hole = {"runs": False, "code": 2, "why": "needs c"}
@@ -104,6 +104,7 @@ def test_holes_have_their_reasons(matrix, monkeypatch):
     assert matrix.table(cells).splitlines()[2:] == [
         "| a | all | not: equal |",
         "| b | no (1) | not: runs, equal, resumes, exports, loads |",
+        "| c | – | – |",
         "",
         "(1) needs c  ",
     ]
@@ -118,7 +119,7 @@ def test_two_cells_of_the_matrix(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["lora / single all ", "lora / ddp all "]
     losses = [found["losses"] for found in json.loads((tmp_path / "cells.json").read_text()).values()]
-    assert losses[0].keys() == {f"{domain} {step}" for domain in ("python", "english") for step in (0, 4)}
+    assert losses[0].keys() == {f"{domain} {step}" for domain in ("new", "base") for step in (0, 4)}
     assert script(*words).stdout == ""
     assert (SCRIPTS.parent / "docs/means.md").read_text() == page
 
