@@ -23,8 +23,8 @@ BUCKETS = 16
 
 @dataclass(frozen=True)
 class Buckets:
-    """``count`` buckets of ``width`` positions each over the positions of a sequence. The position of a token is that of the input
-    that predicts it, counted in its document with a document mask."""
+    """``count`` buckets of ``width`` positions each over a sequence. The position of a token is that of the input that predicts
+    it, counted in its document with a document mask."""
 
     width: int
     count: int
@@ -36,8 +36,8 @@ class Buckets:
         return cls(width, -(-sequence_length // width))
 
     def sums(self, nats: Tensor, batch: Batch) -> Tensor:
-        """Return the summed loss and the number of targets in each bucket, fp64 [2, ``count``], on the device. ``nats`` [n, S] is the
-        loss of each token of ``batch``, 0 where there is no target."""
+        """Return the summed loss and the number of targets in each bucket, fp64 [2, ``count``], on the device. ``nats`` [n, S]
+        is the loss of each token of ``batch``, 0 where there is no target."""
         positions = batch.position_ids
         if positions is None:
             positions = torch.arange(nats.shape[1], device=nats.device).expand_as(nats)

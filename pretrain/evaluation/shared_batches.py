@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pretrain.evaluation.task import EvaluationInterrupted
 
@@ -11,24 +11,14 @@ if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
 
 
-class Turn(NamedTuple):
-    """The batch of this rank in one round.
+def turns(count: int, world: DistributedContext, interrupted: Callable[[], bool]) -> Iterator[tuple[int, bool]]:
+    """Yield in each round the index of the batch of ``count`` that this rank runs, and whether it counts. All ranks iterate.
 
-    Attributes:
-        index: Index of the batch.
-        counts: Whether it is this rank's own. A rank without a batch in the last round runs one of another rank, so that the
-            collectives of a forward match.
+    A rank without a batch in the last round runs one of another rank, which does not count, so that the collectives of a forward
+    match. ``interrupted``, a collective, is called before every round; raises ``EvaluationInterrupted`` if it returns true.
     """
-
-    index: int
-    counts: bool
-
-
-def turns(count: int, world: DistributedContext, interrupted: Callable[[], bool]) -> Iterator[Turn]:
-    """Yield this rank's turns in ``count`` batches. All ranks must iterate. ``interrupted``, a collective, is called before every
-    turn; raises ``EvaluationInterrupted`` if it returns true."""
     for first in range(0, count, world.data_size):
         if interrupted():
             raise EvaluationInterrupted
         index = first + world.data_rank
-        yield Turn(index, True) if index < count else Turn(first, False)
+        yield (index, True) if index < count else (first, False)

@@ -111,12 +111,12 @@ class InferenceEngine:
 
     @torch.no_grad()
     def evaluate_tokens(self, batch: Batch, base_hidden: Tensor | None = None, *, with_hidden: bool = False) -> Scores:
-        """Return the loss of a batch and of each of its tokens; also KL(base ‖ now), if ``base_hidden`` has the `hidden_states` of
-        the base model, and with ``with_hidden`` the states of this model. The model must be in eval mode."""
+        """Return the loss of a batch and of each of its tokens; also KL(base ‖ now), if ``base_hidden`` has the `hidden_states`
+        of the base model, and with ``with_hidden`` the states of this model. The model must be in eval mode."""
         given = (batch.input_ids, batch.labels, batch.position_ids)
-        scores = self.forward(*given, by_token=True, base_hidden=base_hidden, with_hidden=with_hidden)
+        scores: Scores = self.forward(*given, by_token=True, base_hidden=base_hidden, with_hidden=with_hidden)
         hidden = None if scores.hidden is None else self._in_matmul_dtype(scores.hidden)
-        return scores._replace(hidden=hidden)  # type: ignore[no-any-return]
+        return scores._replace(hidden=hidden)
 
     @torch.no_grad()
     def evaluate_rows(self, batch: Batch) -> Tensor:

@@ -90,8 +90,8 @@ class Monitor:
                     self._write_untimed("evaluation", event.step, fields_of(s))
                 for s in event.scores:
                     if s.positions is not None:
-                        own = {"domain": s.domain, "role": s.role, "digest": s.digest} | fields_of(s.positions)
-                        self._write_untimed("positions", event.step, own)
+                        whose = {"domain": s.domain, "role": s.role, "digest": s.digest}
+                        self._write_untimed("positions", event.step, whose | fields_of(s.positions))
                 self._window.exclude(event.seconds)
             case MetricsEvent():
                 for metric in event.metrics:
