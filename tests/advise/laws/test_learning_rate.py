@@ -124,7 +124,7 @@ def test_points_that_carry_no_choice_are_refused(points, reason):
 values = st.lists(st.floats(-0.5, 1), min_size=5, max_size=5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(values, values, st.permutations(range(5)), st.floats(0.001, 1))
 def test_order_does_not_matter_and_a_looser_limit_never_gives_less_gain(gains, forgets, order, limit):
     points = [LrPoint(lr, g, f, 0.01, 0.01) for lr, g, f in zip(RATES, gains, forgets, strict=True)]

@@ -54,7 +54,7 @@ def test_the_chosen_share_and_its_interval():
     x = np.linspace(0.1, 0.9, 8001)
     kl = x * np.log(2 * x) + (1 - x) * np.log(2 - 2 * x)
     best = x[np.argmin((law(NEW, x) + law(OLD, x)) / 2 + 0.05 * kl)]
-    choices = [choose_share({"new": new, "old": old}, None, 0.5) for new, old in noisy_fits()[:60]]
+    choices = [choose_share({"new": new, "old": old}, None, 0.5) for new, old in noisy_fits()[:40]]
     assert all(abs(choice.share - best) < 0.04 for choice in choices)
     assert np.mean([c.low - 0.0025 <= best <= c.high + 0.0025 for c in choices]) >= 0.75
     assert choices[0].predicted["old"][0] == pytest.approx(law(OLD, choices[0].share), abs=3 * NOISE)
@@ -141,7 +141,7 @@ def test_a_flat_domain_is_no_reason_to_refuse():
         assert fit.predict(0.5)[0] == pytest.approx(2, abs=0.002)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.permutations(range(9)),
     st.tuples(st.floats(-1, 1.5), st.floats(-4, 0), st.floats(-4, 4)),
