@@ -71,8 +71,9 @@ def test_weights_prior_and_limits_move_the_share():
     assert [share for share, _ in choose_share(same, None, 0.5).front] == pytest.approx(
         [0.9]
     )  # no trade between the domains
-    with pytest.raises(ValueError, match="prior share between 0 and 1"):
-        choose_share(fits, None, 1.0)
+    assert choose_share(fits, None, 1.0, 1e3).share == pytest.approx(0.9)  # no replay is a prior too
+    with pytest.raises(ValueError, match="prior share of 0 to 1"):
+        choose_share(fits, None, 1.5)
     with pytest.raises(ValueError, match="no share was measured"):
         choose_share(fits, None, 0.5, limits=(0.95, 1.0))
 
