@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-HUBER = 1.345  # standard deviations; 95 % efficient for normal noise
+HUBER = 1.5  # standard deviations; further points are weighted down
+WITHIN = 0.8664  # of normal noise: what the weights leave of its variance
 NOISE_FLOOR = 1e-7  # nats; float32 losses are not more exact
 WEIGHTLESS = 1e-6  # relative weight below which a grid point is dropped
 
@@ -163,5 +164,5 @@ def _fit_grid(
     weights = weights[kept] / weights[kept].sum()
     best = float(np.sqrt(rss.min() / n))
     return Separable(
-        basis, theta[kept], linear[kept], inverse[kept], np.sqrt(rss[kept] / freedom), weights, freedom, best
+        basis, theta[kept], linear[kept], inverse[kept], np.sqrt(rss[kept] / freedom / WITHIN), weights, freedom, best
     )
