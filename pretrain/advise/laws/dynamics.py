@@ -22,6 +22,7 @@ An area is a sum over optimizer steps, so every curve of a fit has one batch siz
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -52,14 +53,13 @@ class Curve:
 
 def areas(lrs: Sequence[float], memory: float = MEMORY) -> np.ndarray:
     """Return S1 and S2 after 0, 1, … len(lrs) steps, [len(lrs) + 1, 2]."""
-    from scipy.signal import lfilter
-
     rates = finite("learning rates", lrs)
     if rates.size and rates.min() < 0:
         raise NotSupported("a learning rate is negative")
     peak = int(np.argmax(rates)) if rates.size else 0
     warmed = np.concatenate([np.full(min(peak, rates.size), rates.max(initial=0.0)), rates[peak:]])
-    momentum = lfilter([1.0], [1.0, -memory], -np.diff(warmed, prepend=warmed[:1]))
+    falls = -np.diff(warmed, prepend=warmed[:1])
+    momentum = np.fromiter(accumulate(falls.tolist(), lambda m, fall: memory * m + fall), np.float64, falls.size)
     return np.concatenate([np.zeros((1, 2)), np.stack([np.cumsum(rates), np.cumsum(momentum)], -1)])
 
 
