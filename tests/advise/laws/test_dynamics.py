@@ -119,6 +119,7 @@ def test_a_schedule_with_decay_needs_a_run_with_decay():
 
 
 FULL = runs(NEW)
+SLOW_START = [Curve(c.lrs, c.steps, 3 - 0.3 * np.exp(-((areas(c.lrs)[c.steps, 0] / 0.1) ** 2))) for c in FULL]
 ZIGZAG = 0.3 * (-1.0) ** np.arange(9)
 
 
@@ -146,8 +147,9 @@ ZIGZAG = 0.3 * (-1.0) ** np.arange(9)
             [Curve(c.lrs, c.steps, c.losses + ZIGZAG) for c in FULL],
             "the losses scatter around the law of learning dynamics",
         ),
+        (SLOW_START, "the losses follow another curve than the law of learning dynamics"),
     ],
-    ids="none one few constant nan huge inf-lr negative-lr zero-lr outside lengths zigzag".split(),
+    ids="none one few constant nan huge inf-lr negative-lr zero-lr outside lengths zigzag form".split(),
 )
 def test_curves_that_do_not_carry_the_law_are_refused(curves, reason):
     with pytest.raises(NotSupported) as refusal:
