@@ -120,8 +120,7 @@ class DynamicsFit:
             tokens_per_step: tokens of an optimizer step.
             limit: gain (fall of the loss) per token, nats.
         Returns:
-            None if the last length still gains more. low and high bound 80 % of the law's uncertainty, the last
-            length standing for "beyond it".
+            None if the last length still gains more. low and high bound 80 % of the law's uncertainty.
         """
         ends = self._ends([schedule(length) for length in lengths])
         tokens = np.diff(np.asarray(lengths, dtype=np.float64)) * tokens_per_step
@@ -167,10 +166,8 @@ def fit_dynamics(curves: Sequence[Curve], *, limit: float = 0.03) -> DynamicsFit
     pieces = [_points(curve) for curve in curves]
     count = sum(len(losses) for _, losses in pieces)
     if len(pieces) < LEAST_CURVES or count < LEAST_POINTS:
-        raise NotSupported(
-            f"{len(pieces)} curves with {count} evaluations were measured, the law of learning dynamics needs "
-            f"{LEAST_CURVES} with {LEAST_POINTS}"
-        )
+        needs = f"the law of learning dynamics needs {LEAST_CURVES} with {LEAST_POINTS}"
+        raise NotSupported(f"{len(pieces)} curves with {count} evaluations were measured, {needs}")
     pieces.sort(key=lambda piece: (piece[0][-1].tolist(), piece[1].tolist()))
     reach = max(points[:, 0].max() for points, _ in pieces)
     if reach <= 0:
@@ -231,8 +228,7 @@ def _fit(pieces: list[tuple[np.ndarray, np.ndarray]], reach: float, repeats: flo
 def _repeats(pieces: list[tuple[np.ndarray, np.ndarray]], reach: float, law: Separable) -> float:
     """Return how many evaluations count as one: (1 + ρ) / (1 - ρ), with ρ the correlation of neighbouring errors of a curve.
 
-    Where the law has not quite the form of the curves, neighbours miss it on the same side, and every evaluation more
-    would narrow an interval that is wrong.
+    Where a law has not quite the form of a curve, neighbours miss it on the same side, and more of them say no more.
     """
     if law.residual < SMALL:
         return 1.0
