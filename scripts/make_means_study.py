@@ -260,7 +260,7 @@ def draw_shift(axes: Axes, title: str, shift: Shift) -> None:
         axes.scatter(gains, forgettings, s=size, color=colour, marker=marker, linewidths=0, zorder=2, label=label)
     axes.set_title(title, color=INK, fontsize=11, loc="left")
     axes.set_xlabel("gain on the new domain (nats per token) →", color=SOFT)
-    axes.set_ylabel("forgetting of English (nats per token), lower is better", color=SOFT)
+    axes.set_ylabel("forgetting of English (nats per token)", color=SOFT)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color(GRID)
     axes.grid(color=GRID, lw=0.6)
