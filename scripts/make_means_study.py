@@ -140,10 +140,13 @@ def run_sweep(folder: Path, jobs: int, words: list[str]) -> None:
 
 
 def shift_of(folder: Path) -> Shift:
-    """Read the runs of a sweep."""
+    """Read the finished runs of a sweep."""
     shift = Shift({}, {}, {}, Result(0, 0))
     for job in sorted(folder.glob("*/job.json")):
-        words = dict(word.split("=", 1) for word in json.loads(job.read_text())["overrides"])
+        facts = json.loads(job.read_text())
+        if facts["status"] != "finished":
+            continue
+        words = dict(word.split("=", 1) for word in facts["overrides"])
         records = [json.loads(line) for line in (job.parent / "metrics.jsonl").read_text().splitlines()]
         name, end = words["experiment/means"], records[-1]["step"]
         scores = [r for r in records if r["event"] == "evaluation"]
@@ -279,13 +282,15 @@ def main() -> None:
     parser.add_argument(
         "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time, on one core each"
     )
+    parser.add_argument("--page", action="store_true", help="run nothing, write the page from the finished runs")
     given, words = parser.parse_known_args()
     folder = given.folder.absolute()
-    text = given.spanish.absolute() if given.spanish else spanish(folder)
-    sources = {"python": [], "spanish": ["dataset=local", f"dataset.nameOrPath={text}", "dataset.name=spanish"]}
-    for name, source in sources.items():
-        run_sweep(folder / name, given.jobs, [*source, *words])
-    shifts = {name: shift_of(folder / name) for name in sources}
+    if not given.page:
+        text = given.spanish.absolute() if given.spanish else spanish(folder)
+        spanish_words = ["dataset=local", f"dataset.nameOrPath={text}", "dataset.name=spanish"]
+        run_sweep(folder / "python", given.jobs, words)
+        run_sweep(folder / "spanish", given.jobs, [*spanish_words, *words])
+    shifts = {name: shift_of(folder / name) for name in SHIFTS}
     for name, shift in shifts.items():
         print(f"{SHIFTS[name]}\n\n{table(shift)}")
     if not words:  # of other settings the page would say something else than it describes
