@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.atomic import write_folder
 from pretrain.checkpoint.config import CheckpointConfig
+from pretrain.checkpoint.joint_check import joint_validation_error
 from pretrain.checkpoint.marker import incomplete_reason
 from pretrain.checkpoint.schema import KINDS, read_state, tensor_files, validation_error
 from pretrain.distributed import sharding as tensors
@@ -32,7 +33,7 @@ from pretrain.runtime.filesystem import free_bytes, move
 if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
 
-IN_JSON = ("scaler", "tensors", "optimizer_values")  # parts of an engine's state that are in state.json
+IN_JSON = ("scaler", "tensors", "owners", "optimizer_values")  # parts of an engine's state that are in state.json
 SPARE_BYTES = 16 << 20  # space for a checkpoint's other files and for the logs
 
 
@@ -81,7 +82,7 @@ class CheckpointStore:
         return size
 
     def _small_files(self, rest: dict[str, Any]) -> dict[str, bytes]:
-        return {"state.json": json.dumps(rest).encode(), **self.files}
+        return {"state.json": json.dumps(rest).encode(), **_index(rest), **self.files}
 
     def make_room(self, step: int, needed: int) -> str | None:
         """Return why ``needed`` bytes can't be written, or ``None``. If space is short, this deletes the checkpoints that would
@@ -187,6 +188,18 @@ class CheckpointStore:
             notice(f"checkpoint {self.path(step)} is no longer needed but can't be removed: {error}")
 
 
+def _index(state: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the file with which ``from_pretrained`` finds the weights in the files of several ranks, if they are full tensors.
+
+    Source: https://huggingface.co/docs/transformers/big_models#shard-metadata
+    """
+    owners = (state.get("owners") or {}).get("model", {})
+    if not owners or owners.keys() != state["tensors"]["model"].keys():
+        return {}
+    names = {name: f"model.rank-{rank}.safetensors" for name, rank in owners.items()}
+    return {"model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": names}).encode()}
+
+
 def losses_of(checkpoint: Path) -> tuple[dict[str, float], dict[str, str | None]]:
     """Return by domain the loss at exactly the checkpoint's step, and a digest of the text on which it was measured (``None``:
     unknown, from an earlier version). Both are empty if the run did not evaluate at that step."""
@@ -200,18 +213,25 @@ def losses_of(checkpoint: Path) -> tuple[dict[str, float], dict[str, str | None]
     return losses, {s["domain"]: s.get("digest") for s in scores}
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, *, world: DistributedContext | None = None) -> dict[str, Any]:
     """Load a checkpoint as ``{engine: {model, optimizer, hook, scaler, …}, loader, progress, rng, …}``. Model, optimizer
     and hook are ``TensorFiles``, from which every rank reads its own rows. ``hooks``, if there, has the hooks' plain values.
 
+    With the ranks of ``world`` this is a collective, and each of them opens only the files that hold its own rows, and for the
+    check of all files an equal share of them.
+
     Raises ``UserError`` if the folder is not a valid, complete checkpoint.
     """
-    reason = validation_error(path)
+    shared = world is not None and world.size > 1
+    reason = validation_error(path) if world is None else joint_validation_error(path, world=world)
     if reason is not None:
         raise UserError(f"resume={path}: not a complete checkpoint: {reason}")
     state = read_state(path)
     state.pop("ranks", None)  # only needed to validate the number of random states
-    engine: dict[str, Any] = {kind: tensor_files(path, kind) for kind in KINDS}
+    described, owners = (state.get("tensors") if shared else None), state.get("owners") or {}
+    engine: dict[str, Any] = {
+        kind: tensor_files(path, kind, described and described.get(kind, {}), owners.get(kind)) for kind in KINDS
+    }
     state["engine"] = engine | {key: state.pop(key, None) for key in IN_JSON}
     return state
 

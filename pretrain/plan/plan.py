@@ -180,7 +180,7 @@ class Question:
         """Return what the plan leaves out with these settings."""
         notes = []
         if self.spec.compile:
-            notes.append("model.compile: the step is traced eagerly; compiled it needs at most as much, usually less")
+            notes.append("model.compile: each block is traced as torch partitions and fuses it; nothing is compiled")
         if self.spec.attention not in ("sdpa", "eager", "auto"):
             notes.append(
                 f"model.attention={self.spec.attention}: traced as sdpa, which saves tensors of the same sizes"

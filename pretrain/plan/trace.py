@@ -67,7 +67,8 @@ class Traced:
 
     def _factory(self, spec: Any) -> TracedFactory:
         precision, seed = self.config.precision.param_dtype, self.config.seed
-        return TracedFactory(spec, precision, seed, self.config.transforms, fused_loss=self.fused_loss)
+        options = {"fused_loss": self.fused_loss, "compiles": bool(self.spec.compile)}
+        return TracedFactory(spec, precision, seed, self.config.transforms, **options)
 
     def step(self, rows: int, spec: Any) -> Trace:
         """Trace the second step of a run with micro-batches of ``rows`` sequences of the model ``spec``."""

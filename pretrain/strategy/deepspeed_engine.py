@@ -8,6 +8,7 @@ are gathered, and each rank writes its share of them.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from io import StringIO
@@ -119,8 +120,8 @@ class DeepspeedEngine(Engine):
     # Saving: for tensor i of all weights and moments, in the same order on every rank:
     #     full = the fp32 tensor gathered from the shards of all ranks    # a collective
     #     rank i mod R keeps and writes it; the other ranks drop it
-    # Loading: every rank reads each full tensor, copies its own part into its flat fp32 shard, and at the end renews the
-    # 16-bit weights from the fp32 ones.
+    # Loading: every rank reads the rows of each tensor with its own part, copies that into its flat fp32 shard, and at the end
+    # renews the 16-bit weights from the fp32 ones.
 
     has_gradients = False
     weights_in_model = False
@@ -215,12 +216,15 @@ class DeepspeedEngine(Engine):
     def state_dict(self) -> dict[str, dict[str, Any]]:
         own: dict[str, dict[str, TensorShard]] = {"model": {}, "optimizer": {}}
         every: dict[str, Any] = {"model": {}, "optimizer": {}}
+        owners: dict[str, Any] = {"model": {}, "optimizer": {}}
         for i, (kind, name, tensor) in enumerate(self._whole_tensors()):
             every[kind][name] = described(tensor)
+            owners[kind][name] = i % self.world.size
             if i % self.world.size == self.world.rank:
                 own[kind][name] = TensorShard(tensor.detach().cpu(), 0, tuple(tensor.shape))
         scaler = self._zero.loss_scale_state() if self.scaler.is_enabled() else {}
-        return own | {"tensors": every, "scaler": scaler | {"skipped": int(self.skipped)}}
+        shared = {"owners": owners} if self.world.size > 1 else {}
+        return own | shared | {"tensors": every, "scaler": scaler | {"skipped": int(self.skipped)}}
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights that the forward uses, below stage 3; everything else is sharded."""
@@ -253,7 +257,7 @@ class DeepspeedEngine(Engine):
         check_names(own, files)
         for name, tensor in own.items():
             check_shape(name, files, tuple(getattr(tensor, "ds_shape", tensor.shape)))
-            self._assign(tensor, files.read(name))
+            self._assign(tensor, self._own_rows(files, name, tensor))
         self._zero.update_weights()
 
     def _load_moments(self, files: TensorFiles) -> None:
@@ -272,7 +276,7 @@ class DeepspeedEngine(Engine):
         self._zero.link_moments()
         for slot, name, key in slots:
             if key not in counts:
-                self._assign(parameters[name], files.read(slot), key)
+                self._assign(parameters[name], self._own_rows(files, slot, parameters[name]), key)
 
     # -- DeepSpeed's shards -------------------------------------------------------------------------------------------
 
@@ -285,6 +289,19 @@ class DeepspeedEngine(Engine):
             return weight
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().float().clone()
+
+    def _own_rows(self, files: TensorFiles, name: str, tensor: Tensor) -> Tensor:
+        """Return the full weight or moment ``name`` of ``tensor``, of which only the rows with this rank's part are read. The
+        others have undefined values, and no memory before they are written."""
+        shape = files.shape(name)
+        if not tensor.requires_grad or not shape or not (width := math.prod(shape[1:])):
+            return files.read(name)
+        first, stop = self._zero.own_range(tensor)
+        start, stop = first // width, min(-(-stop // width), shape[0])
+        full = torch.empty(shape, dtype=getattr(torch, files.dtype(name)))
+        if start < stop:
+            full[start:stop] = files.read(name, start, stop)
+        return full
 
     @torch.no_grad()
     def _assign(self, tensor: Tensor, value: Tensor, key: str | None = None) -> None:

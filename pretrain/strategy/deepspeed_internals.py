@@ -14,6 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -53,6 +54,17 @@ class ZeroOptimizer:
             yield
         finally:
             delattr(self._zero, measure)
+
+    def own_range(self, parameter: Any) -> tuple[int, int]:
+        """Return the first element of the flattened ``parameter`` that is in this rank's shard, and the one after the last."""
+        if self.stage == 3:
+            size = parameter.ds_tensor.numel()
+            first = dist.get_rank(parameter.ds_process_group) * size
+            return min(first, parameter.ds_numel), min(first + size, parameter.ds_numel)
+        if parameter._hp_mapping is None:  # all of it is in the shards of other ranks
+            return 0, 0
+        address = parameter._hp_mapping.lp_fragment_address
+        return address.start, address.start + address.numel
 
     def shards(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         """Return the flat fp32 tensors that ``optimizer`` updates on this rank."""

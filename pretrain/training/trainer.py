@@ -321,7 +321,7 @@ class Trainer:
 
     def restore(self, checkpoint: Path) -> None:
         """Restore the state of ``checkpoint``. A rank without a saved random state keeps its own."""
-        saved = self.checkpoints.load(checkpoint)
+        saved = self.checkpoints.load(checkpoint, world=self.world)
         self.engine.load_state_dict(saved["engine"])
         self.state.load_state_dict(saved["progress"])
         self.loader.load_state_dict(saved["loader"])

@@ -1,0 +1,103 @@
+"""What the blocks of a compiled model keep and allocate, without compiling them.
+
+A block's forward and backward become the two graphs that torch.compile would make of them: torch's own partitioner chooses what
+is kept between them. The graphs then run operation by operation on fake tensors. Inductor fuses neighbouring elementwise
+operations and reductions: a result that only such operations read is never stored, so it does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pretrain.plan.storages import uncounted
+from pretrain.plan.torch_internals import is_fusible, is_view, partitioned, tree_flatten, tree_unflatten
+
+Graphs = dict[Any, Callable[..., Any]]
+
+
+def partition_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Replace the forward of each block that does not recompute its activations by its two graphs, which blocks of one kind
+    share. A block that can't be traced keeps its forward."""
+    graphs: Graphs = {}
+    for block in blocks:
+        if not getattr(block, "gradient_checkpointing", False):
+            block.forward = _forward(block, block.forward, graphs)
+
+
+def _forward(block: nn.Module, eager: Callable[..., Any], graphs: Graphs) -> Callable[..., Any]:
+    @wraps(eager)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not (block.training and torch.is_grad_enabled()):
+            return eager(*args, **kwargs)
+        state = dict(block.named_parameters()) | dict(block.named_buffers())
+        leaves, structure = tree_flatten((state, args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+        def run(*given: Tensor) -> Any:
+            values = iter(given)
+            found = [next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            named, positional, keywords = tree_unflatten(found, structure)
+            block.forward = eager
+            try:
+                return torch.func.functional_call(block, named, positional, keywords)
+            finally:
+                block.forward = forward
+
+        key = (_kind(block), torch.is_autocast_enabled("cpu"), str(structure), *map(_described, leaves))
+        if key not in graphs:
+            graphs[key] = _graphs(run, tensors) or run
+        return graphs[key](*tensors)
+
+    return forward
+
+
+def _graphs(run: Callable[..., Any], tensors: list[Tensor]) -> Callable[..., Any] | None:
+    """Return ``run`` as two graphs; ``None`` if it can't be traced."""
+    graphs = partitioned(run, Stored)
+    try:
+        with uncounted():
+            graphs(*tensors)  # the graphs are made by the first call
+    except Exception:  # of any type, from any operation of the block
+        return None
+    return graphs
+
+
+def _kind(block: nn.Module) -> str:
+    """Return what distinguishes blocks of a class: the plain attributes of their modules, such as a window of attention."""
+    plain = [
+        {k: v for k, v in vars(m).items() if isinstance(v, bool | int | float | str) and k != "layer_idx"}
+        for m in block.modules()
+    ]
+    return f"{type(block)} {plain}"
+
+
+def _described(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad
+    return leaf if isinstance(leaf, bool | int | float | str) else type(leaf)
+
+
+class Stored(fx.Interpreter):
+    """Runs a graph in which only the results count that a compiled one would store."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self._fused: set[fx.Node] = set()
+        for node in reversed(graph.graph.nodes):
+            if is_fusible(node) and all(is_fusible(user) and self._reads(user) for user in node.users):
+                self._fused.add(node)
+
+    def _reads(self, user: fx.Node) -> bool:
+        """Return whether a fusible ``user`` reads its input in the kernel that makes it; a view of it does if its users do."""
+        return not is_view(user) or user in self._fused
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n not in self._fused:
+            return super().run_node(n)
+        with uncounted():
+            return super().run_node(n)

@@ -1,0 +1,167 @@
+"""All ranks check a checkpoint together, and each opens only the files that hold its own rows."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from pretrain.checkpoint.joint_check import joint_validation_error
+from pretrain.checkpoint.marker import entry_of, write_marker
+from pretrain.checkpoint.schema import validation_error
+from pretrain.checkpoint.store import load
+from pretrain.distributed import sharding
+from pretrain.distributed.context import DistributedContext
+from pretrain.distributed.sharding import TensorShard, manifest, writers
+from pretrain.distributed.topology import Topology
+from tests.checkpoint.test_store import state
+
+ROWS = 8
+FULL = {"w": torch.arange(24.0).reshape(ROWS, 3), "b": torch.arange(3.0), "e": torch.zeros(0, 2)}
+
+
+@dataclass
+class Meeting:
+    """Where the ranks of one process meet, each in a thread of its own."""
+
+    size: int
+    values: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.barrier = threading.Barrier(self.size, timeout=20)
+
+
+@dataclass(frozen=True)
+class ThreadContext(DistributedContext):
+    meeting: Meeting | None = None
+
+    def all_gather_object(self, work):
+        self.meeting.values[self.rank] = work()
+        self.meeting.barrier.wait()
+        found = [self.meeting.values[rank] for rank in range(self.size)]
+        self.meeting.barrier.wait()
+        return found
+
+    def sum(self, value):
+        return sum(self.all_gather_object(lambda: value))
+
+    def any_rank(self, *flags):
+        return [any(column) for column in zip(*self.all_gather_object(lambda: flags), strict=True)]
+
+
+def by_ranks(work, size):
+    """Return what ``work(world)`` returns on each of ``size`` ranks."""
+    meeting = Meeting(size)
+    with ThreadPoolExecutor(size) as pool:
+        worlds = [ThreadContext(rank, Topology(workers_per_node=size), meeting=meeting) for rank in range(size)]
+        return list(pool.map(work, worlds))
+
+
+def write(folder, ranges, *, owners=None):
+    """Write a checkpoint of which file i holds the rows ``ranges[i]`` of w, and file 0 the other tensors."""
+    folder.mkdir()
+    names = []
+    for i, (start, stop) in enumerate(ranges):
+        shards = {"w": TensorShard(FULL["w"][start:stop].clone(), start, (ROWS, 3))}
+        if i == 0:
+            shards |= {n: TensorShard(FULL[n], 0, tuple(FULL[n].shape)) for n in ("b", "e")}
+        names.append(f"model.rank-{i}.safetensors")
+        sharding.write(folder / names[-1], shards)
+    content = {k: v for k, v in state(3).items() if k != "engine"} | {"scaler": {}, "ranks": 1}
+    content["tensors"] = {"model": manifest(FULL), "optimizer": {}}
+    (folder / "state.json").write_text(json.dumps(content))
+    write_marker(folder, {name: entry_of(folder / name) for name in (*names, "state.json")})
+    return folder
+
+
+@given(cuts=some.sets(some.integers(1, ROWS - 1)), size=some.integers(2, 5), data=some.data())
+@settings(max_examples=15, deadline=None)
+def test_the_ranks_find_what_one_process_finds(cuts, size, data, tmp_path_factory):
+    edges = [0, *sorted(cuts), ROWS]
+    ranges = list(pairwise(edges))
+    path = tmp_path_factory.mktemp("made") / "step-00000003"
+    assert by_ranks(lambda world: joint_validation_error(path, world=world), size) == ["no COMPLETE.json"] * size
+    write(path, ranges)
+    assert by_ranks(lambda world: joint_validation_error(path, world=world), size) == [None] * size
+
+    wrong = list(ranges)
+    i = data.draw(some.integers(0, len(ranges) - 1))
+    start, stop = ranges[i]
+    wrong[i] = data.draw(some.sampled_from([(start, stop + 1), (start, stop - 1), (start - 1, stop)]))
+    if data.draw(some.booleans()):
+        wrong = [*ranges, ranges[i]]  # rows that are there twice
+    wrong = [(max(0, a), min(ROWS, b)) for a, b in wrong]
+    if wrong == ranges:
+        return
+    other = write(tmp_path_factory.mktemp("wrong") / "step-00000003", wrong)
+    reason = validation_error(other)
+    assert reason is not None
+    assert by_ranks(lambda world: joint_validation_error(other, world=world), size) == [reason] * size
+
+
+def test_a_damaged_file_is_found_whoever_checks_it(tmp_path):
+    path = write(tmp_path / "step-00000003", [(0, 2), (2, 4), (4, 8)])
+    file = path / "model.rank-1.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    says = "model.rank-1.safetensors does not match its checksum"
+    assert by_ranks(lambda world: joint_validation_error(path, world=world), 3) == [says] * 3
+
+
+def opened(files):
+    return sorted(
+        int(file.name.split("-")[1].split(".")[0]) for i, file in enumerate(files._paths) if i not in files._unopened
+    )
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_each_rank_opens_the_files_with_its_rows(size, tmp_path):
+    ranges = list(pairwise(range(ROWS + 1)))  # 8 files of one row each
+    path = write(tmp_path / "step-00000003", ranges)
+
+    def read(world):
+        files = load(path, world=world)["engine"]["model"]
+        assert (files.keys(), files.shape("w"), files.dtype("w"), opened(files)) == ({*FULL}, (ROWS, 3), "float32", [])
+        rows = -(-ROWS // world.size)
+        start, stop = world.rank * rows, min(ROWS, (world.rank + 1) * rows)
+        assert torch.equal(files.read("w", start, stop), FULL["w"][start:stop])
+        assert opened(files) == list(range(start, stop))
+        assert files.read("e").shape == (0, 2)
+        assert torch.equal(files.read("b"), FULL["b"])
+        assert opened(files) == sorted({0, *range(start, stop)})
+        assert torch.equal(files.read("w"), FULL["w"])
+        return True
+
+    assert by_ranks(read, size) == [True] * size
+
+
+def test_rows_that_are_not_in_equal_parts(tmp_path):
+    path = write(tmp_path / "step-00000003", [(0, 1), (1, 1), (1, 7), (7, 8)])
+
+    def read(world):
+        files = load(path, world=world)["engine"]["model"]
+        return all(
+            torch.equal(files.read("w", start, stop), FULL["w"][start:stop])
+            for start in range(ROWS)
+            for stop in range(start, ROWS + 1)
+        )
+
+    assert by_ranks(read, 2) == [True, True]
+
+
+# Tensors that all ranks hold ------------------------------------------------------------------------------------------
+
+
+def test_the_ranks_share_what_all_hold(monkeypatch):
+    named = {str(size): torch.empty(size, dtype=torch.uint8) for size in (90, 70, 40, 30, 20, 10)}
+    assert writers(named, 8) == {}
+    monkeypatch.setattr(sharding, "SHARE_BYTES", 80)
+    assert writers(named, 1) == {}
+    assert writers(named, 2) == {"90": 0, "70": 1, "40": 1, "30": 0, "20": 1, "10": 0}
+    assert set(writers(named, 8).values()) == {0, 1, 2}, "260 bytes are 3 shares of 80"
