@@ -107,6 +107,17 @@ def local_shard(tensor: Tensor, *, is_main: bool) -> TensorShard | None:
     return TensorShard(part, start_of(tensor), tuple(tensor.shape)) if part.numel() or is_main else None
 
 
+def equal_part(tensor: Tensor, rank: int, ranks: int) -> TensorShard | None:
+    """Return the rows that a rank writes of a full tensor which all ranks share, in equal parts as FSDP's; ``None``: no rows.
+    Rank 0 writes a 0-d tensor."""
+    if not tensor.ndim:
+        return TensorShard(tensor, 0, ()) if rank == 0 else None
+    size = -(-len(tensor) // ranks)
+    first = min(rank * size, len(tensor))
+    part = tensor[first : first + size]
+    return TensorShard(part, first, tuple(tensor.shape)) if part.numel() or rank == 0 else None
+
+
 def writers(named: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
     """Return the rank that writes each of the tensors that all ``ranks`` hold in full, so that they write about the same number
     of bytes; the dict is empty if they are too small to be shared, and rank 0 writes all. Every rank finds the same.
@@ -209,6 +220,10 @@ class TensorFiles:
             if first <= start:
                 start = max(start, first + (_shape_in(handle, name) or (1,))[0])
         return start if start < stop else None
+
+    def opened(self) -> list[Path]:
+        """Return the files that were opened."""
+        return [file for place, file in enumerate(self._paths) if place not in self._unopened]
 
     def ranges(self) -> Iterator[tuple[str, int, int]]:
         """Open all files, and yield (name, first row, row after the last one) of every shard in them; a 0-d tensor has one row.

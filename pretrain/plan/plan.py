@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from pretrain.distributed.sharding import SHARE_BYTES
 from pretrain.plan.advice import other_settings
 from pretrain.plan.devices import Device
 from pretrain.plan.memory import Kinds, StepMemory, step_memory
 from pretrain.plan.speed import Speed
 from pretrain.plan.trace import Traced
+from pretrain.plan.zero import saved_by_zero
 from pretrain.runtime.errors import UserError, one_line
 from pretrain.strategy.base import StepConfig
 from pretrain.training.micro_batching import MicroBatching
@@ -216,7 +218,9 @@ class Question:
         peak = chosen.peak(split.batch_size) if chosen else None
         between = {kind: size for kind, size in (chosen.between_steps() if chosen else {}).items() if size}
         saved = {kind: between.get(kind, 0.0) for kind in ("weights", "moments", "hooks")}
-        files = _checkpoint(saved, self.topology, sharded=not config.strategy.independent_forward)
+        saved = saved_by_zero(config, trained, self.topology) or saved
+        largest = max(p.numel() * p.element_size() for p in meta.parameters())
+        files = _checkpoint(saved, self.topology, sharded=not config.strategy.independent_forward, largest=largest)
         kinds = dict(peak.kinds) if peak else {}
         host = {"checkpoint copy": files["bytes_per_process"]} if config.checkpoint.async_ else {}
         if _offloads(config.strategy) and self.device.is_gpu:
@@ -318,8 +322,13 @@ def _setup(config: RunConfig, topology: Topology, split: MicroBatching, spec: An
     } | split.facts()
 
 
-def _checkpoint(saved: Kinds, topology: Topology, *, sharded: bool) -> dict[str, float]:
-    """Return size and number of the tensor files of a checkpoint. A strategy that shards writes two files per process."""
-    own = sum(saved.values())
-    writers = topology.world_size if sharded else 1
-    return {"bytes": own * writers, "files": 2.0 * writers, "bytes_per_process": own}
+def _checkpoint(saved: Kinds, topology: Topology, *, sharded: bool, largest: float) -> dict[str, float]:
+    """Return size and number of the tensor files of a checkpoint, and the bytes of the process that writes most. A strategy that
+    shards writes two files per process; others share what all processes hold (`pretrain.distributed.sharding.writers`), whose
+    ``largest`` tensor one of them writes."""
+    own, ranks = sum(saved.values()), topology.world_size
+    if sharded:
+        return {"bytes": own * ranks, "files": 2.0 * ranks, "bytes_per_process": own}
+    writers = {kind: max(1, min(ranks, int(size // SHARE_BYTES))) for kind, size in saved.items()}
+    most = sum(max(size / writers[kind], min(size, largest)) for kind, size in saved.items())
+    return {"bytes": own, "files": float(writers["weights"] + writers["moments"]), "bytes_per_process": most}

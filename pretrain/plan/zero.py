@@ -78,3 +78,10 @@ def estimated(config: RunConfig, memory: StepMemory, trained: int, topology: Top
         static = {"weights": (size + 4) * shard, "gradients": 4 * shard, "moments": 8 * shard, "buffers": live + bucket}
     accumulates = config.gradient_accumulation_steps > 1
     return _Zero(memory.layers, memory.corners, memory.fixed, {"casts": 0.0} | static, accumulates)
+
+
+def saved_by_zero(config: RunConfig, trained: int, topology: Topology) -> Kinds | None:
+    """Return what each process writes to a checkpoint where ZeRO shards it: fp32 weights and two moments, in equal parts."""
+    if not is_estimated(config) or not getattr(config.strategy, "zero_stage", None):
+        return None
+    return {"weights": 4.0 * trained / topology.world_size, "moments": 8.0 * trained / topology.world_size}

@@ -2,7 +2,8 @@
 this program, one full tensor at a time, so that any other strategy and number of ranks can resume from them.
 
 DeepSpeed's flat shards do not end at rows of a tensor. Therefore a rank does not write its own shards; the full tensors
-are gathered, and each rank writes its share of them.
+are gathered, and each rank writes its share of them: at stage 3, where a rank has a part of every tensor, a share of the rows of
+each, and below, where it has a part of a few, full tensors.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pretrain.data.batch import Batch
-from pretrain.distributed.sharding import TensorFiles, TensorShard, check_names, check_shape, described
+from pretrain.distributed.sharding import TensorFiles, TensorShard, check_names, check_shape, described, equal_part
 from pretrain.models.dtypes import kept_fp32
 from pretrain.models.meta import cast_parameters, put_buffers
 from pretrain.optim.combined import combined
@@ -119,7 +121,7 @@ class DeepspeedEngine(Engine):
     #
     # Saving: for tensor i of all weights and moments, in the same order on every rank:
     #     full = the fp32 tensor gathered from the shards of all ranks    # a collective
-    #     rank i mod R keeps and writes it; the other ranks drop it
+    #     rank i mod R keeps and writes it, at stage 3 every rank its share of the rows; the rest is dropped
     # Loading: every rank reads the rows of each tensor with its own part, copies that into its flat fp32 shard, and at the end
     # renews the 16-bit weights from the fp32 ones.
 
@@ -216,14 +218,19 @@ class DeepspeedEngine(Engine):
     def state_dict(self) -> dict[str, dict[str, Any]]:
         own: dict[str, dict[str, TensorShard]] = {"model": {}, "optimizer": {}}
         every: dict[str, Any] = {"model": {}, "optimizer": {}}
-        owners: dict[str, Any] = {"model": {}, "optimizer": {}}
+        owners: dict[str, dict[str, int]] = {"model": {}, "optimizer": {}}
+        rank, ranks, by_rows = self.world.rank, self.world.size, self._zero.stage == 3
         for i, (kind, name, tensor) in enumerate(self._whole_tensors()):
             every[kind][name] = described(tensor)
-            owners[kind][name] = i % self.world.size
-            if i % self.world.size == self.world.rank:
-                own[kind][name] = TensorShard(tensor.detach().cpu(), 0, tuple(tensor.shape))
+            if by_rows:
+                shard = equal_part(tensor.detach(), rank, ranks)
+            else:
+                owners[kind][name] = owner = i % ranks if tensor.ndim else 0
+                shard = TensorShard(tensor.detach(), 0, tuple(tensor.shape)) if owner == rank else None
+            if shard is not None:
+                own[kind][name] = replace(shard, tensor=shard.tensor.to("cpu", copy=True))
         scaler = self._zero.loss_scale_state() if self.scaler.is_enabled() else {}
-        shared = {"owners": owners} if self.world.size > 1 else {}
+        shared = {"owners": owners} if ranks > 1 and not by_rows else {}
         return own | shared | {"tensors": every, "scaler": scaler | {"skipped": int(self.skipped)}}
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
@@ -264,7 +271,8 @@ class DeepspeedEngine(Engine):
         self.optimizer.state.clear()
         parameters = dict(self.model.hf_named_parameters())
         slots = [(slot, *slot.split("/", 1)) for slot in sorted(files.keys())]
-        counts = {key: files.read(slot) for slot, _, key in slots if not files.shape(slot)}
+        counters = {key: slot for slot, _, key in slots if not files.shape(slot)}  # equal for all parameters
+        counts = {key: files.read(slot) for key, slot in counters.items()}
         for shard in self._zero.shards(self.optimizer):
             on_device = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
             for _, _, key in slots:

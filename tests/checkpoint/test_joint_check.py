@@ -115,9 +115,7 @@ def test_a_damaged_file_is_found_whoever_checks_it(tmp_path):
 
 
 def opened(files):
-    return sorted(
-        int(file.name.split("-")[1].split(".")[0]) for i, file in enumerate(files._paths) if i not in files._unopened
-    )
+    return [int(file.name.split("-")[1].split(".")[0]) for file in files.opened()]
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
