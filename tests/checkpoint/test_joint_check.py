@@ -14,7 +14,7 @@ from hypothesis import strategies as some
 from pretrain.checkpoint.joint_check import joint_validation_error
 from pretrain.checkpoint.marker import entry_of, write_marker
 from pretrain.checkpoint.schema import validation_error
-from pretrain.checkpoint.store import load
+from pretrain.checkpoint.store import CheckpointStore, load
 from pretrain.distributed import sharding
 from pretrain.distributed.context import DistributedContext
 from pretrain.distributed.sharding import TensorShard, manifest, writers
@@ -163,3 +163,26 @@ def test_the_ranks_share_what_all_hold(monkeypatch):
     assert writers(named, 1) == {}
     assert writers(named, 2) == {"90": 0, "70": 1, "40": 1, "30": 0, "20": 1, "10": 0}
     assert set(writers(named, 8).values()) == {0, 1, 2}, "260 bytes are 3 shares of 80"
+
+
+def test_from_pretrained_opens_what_several_ranks_have_written(exact_model, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    folder = exact_model("llama")
+    hf = AutoModelForCausalLM.from_pretrained(folder)
+    monkeypatch.setattr(sharding, "SHARE_BYTES", 1)
+    weights = {name: p.detach() for name, p in hf.named_parameters()}
+    owners, files = writers(weights, 2), {"config.json": (folder / "config.json").read_bytes()}
+
+    def save(world):
+        own = {n: TensorShard(t, 0, tuple(t.shape)) for n, t in weights.items() if owners[n] == world.rank}
+        engine = {"model": own, "scaler": {}, "tensors": {"model": manifest(weights), "optimizer": {}}}
+        whole = state(3) | {"rng": state(3)["rng"] * 2, "engine": engine | {"owners": {"model": owners}}}
+        store = CheckpointStore(tmp_path, files=files)
+        store.save(3, whole, world=world)
+        found = load(store.path(3), world=world)["engine"]["model"]
+        return all(torch.equal(found.read(name), t) for name, t in weights.items())
+
+    assert by_ranks(save, 2) == [True, True]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "step-00000003")
+    assert all(torch.equal(again.state_dict()[name], t) for name, t in weights.items())
