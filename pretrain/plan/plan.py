@@ -12,7 +12,7 @@ from pretrain.plan.devices import Device
 from pretrain.plan.memory import Kinds, StepMemory, step_memory
 from pretrain.plan.speed import Speed
 from pretrain.plan.trace import Traced
-from pretrain.plan.zero import saved_by_zero
+from pretrain.plan.zero import is_estimated, saved_by_zero
 from pretrain.runtime.errors import UserError, one_line
 from pretrain.strategy.base import StepConfig
 from pretrain.training.micro_batching import MicroBatching
@@ -132,7 +132,7 @@ class Question:
 
     def answer(self) -> Plan:
         """Return the plan. Raises ``UserError`` for a model that can't be built from its config."""
-        from pretrain.plan.zero import estimated, is_estimated
+        from pretrain.plan.zero import estimated
         from pretrain.strategy.engine import count_parameters
 
         config, notes = self.config, []
@@ -296,7 +296,9 @@ def check_fits(plan: Plan) -> None:
 
 
 def _per_step(sent: Kinds, config: RunConfig) -> Kinds:
-    """Return the bytes that are sent in a step, from those of its last micro-batch."""
+    """Return the bytes that are sent in a step, from those of its last micro-batch; ZeRO's are those of the step."""
+    if is_estimated(config):
+        return {name: size for name, size in sent.items() if size}
     steps = config.gradient_accumulation_steps
     reduces_each = config.strategy.name == "fsdp" and not getattr(config.strategy, "accumulate_unsharded", False)
     found = {

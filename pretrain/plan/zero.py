@@ -38,9 +38,10 @@ def as_traced(config: RunConfig, topology: Topology) -> tuple[RunConfig, Topolog
 
 @dataclass(frozen=True)
 class _Zero(StepMemory):
-    """The memory of a step of which the static part is replaced by ``static``."""
+    """The memory of a step of which the static part is replaced by ``static``. ``sent`` is what a step gathers and reduces."""
 
     static: Kinds = field(default_factory=dict)
+    sent: Kinds = field(default_factory=dict)
     accumulates: bool = False
 
     def phase(self, name: str, rows: int) -> Kinds:
@@ -53,7 +54,17 @@ class _Zero(StepMemory):
         return super().between_steps() | self.static | {"gradients": 0.0}
 
     def communicated(self) -> Kinds:
-        return {}
+        return self.sent
+
+
+def sent_in_a_step(config: RunConfig, trained: int) -> Kinds:
+    """Return the bytes that a process gathers and reduces in a step. Gradients are reduced in fp32 (`ds_config`), from stage 2 on
+    for every micro-batch. The weights are gathered once after the update, at stage 3 for every forward and every backward."""
+    strategy: Any = config.strategy
+    stage, size = strategy.zero_stage, 4 if config.precision.compute == "float32" else 2
+    micro_batches = config.gradient_accumulation_steps
+    gathered = {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[stage] * float(size * trained)
+    return {"gathered": gathered, "reduced": 4.0 * trained * (micro_batches if stage > 1 else 1)}
 
 
 def estimated(config: RunConfig, memory: StepMemory, trained: int, topology: Topology) -> StepMemory:
@@ -77,7 +88,8 @@ def estimated(config: RunConfig, memory: StepMemory, trained: int, topology: Top
         live = min(LIVE, trained) * size
         static = {"weights": (size + 4) * shard, "gradients": 4 * shard, "moments": 8 * shard, "buffers": live + bucket}
     accumulates = config.gradient_accumulation_steps > 1
-    return _Zero(memory.layers, memory.corners, memory.fixed, {"casts": 0.0} | static, accumulates)
+    sent = sent_in_a_step(config, trained)
+    return _Zero(memory.layers, memory.corners, memory.fixed, {"casts": 0.0} | static, sent, accumulates)
 
 
 def saved_by_zero(config: RunConfig, trained: int, topology: Topology) -> Kinds | None:
