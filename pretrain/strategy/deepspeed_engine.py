@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from pretrain.strategy.precision import Precision
 
 
+REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default of reduce_bucket_size
+
+
 def join_process_group(config: dict[str, Any]) -> None:
     """Make DeepSpeed use the existing process group, and let it check its config.
 
@@ -156,6 +159,9 @@ class DeepspeedEngine(Engine):
                 "use strategy.zero_stage=0, ddp or fsdp"
             )
         counts = count_parameters(model)
+        # DeepSpeed allocates the whole bucket, 5e8 numbers by default, also for a model that never fills it.
+        zero = config["zero_optimization"]
+        zero.setdefault("reduce_bucket_size", min(REDUCE_BUCKET, max(counts[1], 1)))
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
         update = supported(optimizer(model), config["zero_optimization"]["stage"])
         fp32 = {p: p.data for p in model.parameters()} if precision.compute != "float32" else {}
