@@ -192,10 +192,11 @@ class TensorFiles:
                 raise UserError(f"{self._paths[-1]}: {name}: {reason}")
         self._unopened.clear()
 
-    def _open(self, file: Path) -> None:
-        """Open one of the files. Raises ``UserError`` if it can't be read, or holds other tensors than were described."""
+    def _open(self, file: Path) -> list[str]:
+        """Open one of the files, and return the names in it. Raises ``UserError`` if it can't be read, or holds other tensors
+        than were described."""
         try:
-            self._add(file)
+            return self._add(file)
         except (OSError, EOFError, ValueError, SafetensorError) as error:
             raise UserError(f"{file} can't be read: {error}") from None
 
@@ -211,8 +212,8 @@ class TensorFiles:
             place = self._owners.get(name, row // -(-rows // files))
             nearest = min(self._unopened, key=lambda index: (abs(index - place), index))
             self._unopened.remove(nearest)
-            self._open(self._paths[nearest])
-            self._sort(self._parts.get(name, []), name)
+            for found in self._open(self._paths[nearest]):
+                self._sort(self._parts[found], found)
 
     def _first_missing(self, name: str, start: int, stop: int) -> int | None:
         """Return the first of the rows [start, stop) that is in no open file; ``None`` if all are."""
@@ -241,7 +242,7 @@ class TensorFiles:
                     )
                 yield name, first, first + (shape[0] if shape else 1)
 
-    def _add(self, file: Path) -> None:
+    def _add(self, file: Path) -> list[str]:
         opened = self._opened.add(file)
         handle = safe_open(file, framework="pt", device="cpu")
         if not self._opened.is_current(file):
@@ -258,6 +259,7 @@ class TensorFiles:
             self._places[id(handle), name] = (file, offsets[name])
         if pieces:
             raise ValueError(f"{min(pieces)} is not in it")
+        return list(handle.keys())
 
     def _gap(self, name: str) -> str | None:
         """Return why the shards of a tensor do not hold every row exactly once, or ``None``."""

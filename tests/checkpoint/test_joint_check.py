@@ -23,6 +23,7 @@ from tests.checkpoint.test_store import state
 
 ROWS = 8
 FULL = {"w": torch.arange(24.0).reshape(ROWS, 3), "b": torch.arange(3.0), "e": torch.zeros(0, 2)}
+FULL["v"] = -FULL["w"]
 
 
 @dataclass
@@ -63,11 +64,11 @@ def by_ranks(work, size):
 
 
 def write(folder, ranges, *, owners=None):
-    """Write a checkpoint of which file i holds the rows ``ranges[i]`` of w, and file 0 the other tensors."""
+    """Write a checkpoint of which file i holds the rows ``ranges[i]`` of v and w, and file 0 the other tensors."""
     folder.mkdir()
     names = []
     for i, (start, stop) in enumerate(ranges):
-        shards = {"w": TensorShard(FULL["w"][start:stop].clone(), start, (ROWS, 3))}
+        shards = {name: TensorShard(FULL[name][start:stop].clone(), start, (ROWS, 3)) for name in "vw"}
         if i == 0:
             shards |= {n: TensorShard(FULL[n], 0, tuple(FULL[n].shape)) for n in ("b", "e")}
         names.append(f"model.rank-{i}.safetensors")
@@ -134,6 +135,7 @@ def test_each_rank_opens_the_files_with_its_rows(size, tmp_path):
         assert torch.equal(files.read("b"), FULL["b"])
         assert opened(files) == sorted({0, *range(start, stop)})
         assert torch.equal(files.read("w"), FULL["w"])
+        assert torch.equal(files.read("v"), FULL["v"]), "whatever the order in which the files were opened"
         return True
 
     assert by_ranks(read, size) == [True] * size
