@@ -260,7 +260,7 @@ class Trainer:
             "hooks": self.hooks.values(),
             "loader": self.loader.state_dict(),
             "guard": self.guard.state_dict(),
-            "rng": self.world.all_gather_object(rng_state),
+            "rng": self.world.gather_object(rng_state),  # rank 0 writes it
         }
         saved = self.checkpoints.save(self.state, state, at_once=at_once)
         if saved and self.exporter is not None and not self.finished:  # `finish` exports the last model
