@@ -80,8 +80,8 @@ def _static(config: RunConfig, trained: int, ranks: int) -> dict[str, Kinds]:
     With N parameters, S = N / ranks and 16-bit weights, the optimizers of DeepSpeed hold
 
     - stage 1 (``BF16_Optimizer``): weights, 4 S of fp32 weights, 8 S of moments, and always 4 N of fp32 gradients
-    - stage 1 in fp32, and stage 2: the same without these gradients, but in the backward a bucket of gradients, which is copied to
-      fp32 for the reduction, and at its end 4 S of fp32 gradients
+    - stage 1 in fp32, and stage 2: the same without these gradients, but in the backward a bucket of gradients, which is copied
+      to fp32 for the reduction, and at its end 4 S of fp32 gradients
     - stage 3: shards of all of them, always a bucket in fp32, and in forward and backward the gathered weights
     """
     strategy: Any = config.strategy
