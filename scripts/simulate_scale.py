@@ -309,6 +309,9 @@ def main() -> None:
     parser.add_argument("--models", default="8b,70b", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--strategies", default="fsdp,ddp,deepspeed1,deepspeed2,deepspeed3")
     parser.add_argument("--ranks", default="64,1024", help=f"multiples of {PER_NODE}")
+    parser.add_argument(
+        "--no-batches", action="store_true", help="do not compare the batches of all ranks with those of one"
+    )
     given = parser.parse_args()
     ranks = [int(n) for n in given.ranks.split(",")]
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
@@ -317,7 +320,7 @@ def main() -> None:
             "—" if row[c] is None else f"{row[c]:,.2f}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS
         )
         print(f"| {' | '.join(cells)} |", flush=True)
-    for n in ranks:
+    for n in [] if given.no_batches else ranks:
         print(
             f"batches of {n} ranks together equal those of one rank: {'yes' if same_batches(n) else 'NO'}", flush=True
         )
