@@ -30,41 +30,57 @@ def partition_blocks(blocks: Sequence[nn.Module]) -> None:
 
 
 def _forward(block: nn.Module, eager: Callable[..., Any], graphs: Graphs) -> Callable[..., Any]:
+    def run(state: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+        block.forward = eager
+        try:
+            return torch.func.functional_call(block, state, args, kwargs)
+        finally:
+            block.forward = forward
+
     @wraps(eager)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not (block.training and torch.is_grad_enabled()):
             return eager(*args, **kwargs)
         state = dict(block.named_parameters()) | dict(block.named_buffers())
-        leaves, structure = tree_flatten((state, args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-        def run(*given: Tensor) -> Any:
-            values = iter(given)
-            found = [next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            named, positional, keywords = tree_unflatten(found, structure)
-            block.forward = eager
-            try:
-                return torch.func.functional_call(block, named, positional, keywords)
-            finally:
-                block.forward = forward
-
-        key = (_kind(block), torch.is_autocast_enabled("cpu"), str(structure), *map(_described, leaves))
-        if key not in graphs:
-            graphs[key] = _graphs(run, tensors) or run
-        return graphs[key](*tensors)
+        return _through_graphs(run, (state, args, kwargs), graphs, kind=_kind(block), parameters=len(state))
 
     return forward
 
 
-def _graphs(run: Callable[..., Any], tensors: list[Tensor]) -> Callable[..., Any] | None:
-    """Return ``run`` as two graphs; ``None`` if it can't be traced."""
-    graphs = partitioned(run, Stored)
-    try:
-        with uncounted():
-            graphs(*tensors)  # the graphs are made by the first call
-    except Exception:  # of any type, from any operation of the block
-        return None
-    return graphs
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` as a graph; this stands for `compilation.compiled`."""
+    graphs: Graphs = {}
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        return _through_graphs(function, args, graphs)
+
+    return call
+
+
+def _through_graphs(
+    run: Callable[..., Any], arguments: Any, graphs: Graphs, *, kind: str = "", parameters: int = 0
+) -> Any:
+    """Return ``run(*arguments)``, computed by its graphs, which are made for each ``kind`` and each set of shapes. The first
+    ``parameters`` tensors are weights."""
+    leaves, structure = tree_flatten(arguments)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def of_tensors(*given: Tensor) -> Any:
+        values = iter(given)
+        return run(*tree_unflatten([next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure))
+
+    modes = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
+    key = (kind, *modes, str(structure), *map(_described, leaves))
+    if key not in graphs:
+        made = partitioned(of_tensors, Stored, parameters=parameters)
+        try:
+            with uncounted():
+                made(*tensors)  # the graphs are made by the first call
+        except Exception:  # of any type, from any operation
+            made = of_tensors
+        graphs[key] = made
+    return graphs[key](*tensors)
 
 
 def _kind(block: nn.Module) -> str:

@@ -176,7 +176,7 @@ class Question:
         from pretrain.plan.zero import as_traced
 
         config, topology = as_traced(self.config, self.topology)
-        return Traced(config, self.spec, self.optimizer, topology, self.device.is_gpu)
+        return Traced(config, self.spec, self.optimizer, topology, self.device.is_gpu, self.device.memory_bytes)
 
     def _notes(self) -> list[str]:
         """Return what the plan leaves out with these settings."""

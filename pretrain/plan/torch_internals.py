@@ -131,9 +131,12 @@ def without_values(module: nn.Module, sent: Callable[[int], None]) -> None:
     module.reducer = _Reducer(module.reducer)  # type: ignore[assignment]
 
 
-def partitioned(function: Callable[..., Any], interpreter: type[fx.Interpreter]) -> Callable[..., Any]:
+def partitioned(
+    function: Callable[..., Any], interpreter: type[fx.Interpreter], *, parameters: int
+) -> Callable[..., Any]:
     """Return ``function`` of tensors as the graphs of forward and backward that torch.compile makes of it. ``interpreter`` runs
-    them. They are made for the shapes of the first call."""
+    them. They are made for the shapes of the first call. The first ``parameters`` arguments are weights, which exist anyway: what
+    can be computed from them is not kept instead."""
     from torch._functorch.aot_autograd import aot_function
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
@@ -147,8 +150,12 @@ def partitioned(function: Callable[..., Any], interpreter: type[fx.Interpreter])
         run._boxed_call = True  # type: ignore[attr-defined]  # so that the arguments can be freed while it runs
         return run
 
+    def partition(*given: Any, **options: Any) -> Any:
+        options |= {"static_lifetime_input_indices": [*range(parameters)]}
+        return min_cut_rematerialization_partition(*given, **options)
+
     options: dict[str, Any] = {"decompositions": select_decomp_table()}
-    return aot_function(function, compiler, compiler, partition_fn=min_cut_rematerialization_partition, **options)
+    return aot_function(function, compiler, compiler, partition_fn=partition, **options)
 
 
 @cache
