@@ -1,7 +1,8 @@
 """What this program uses of DeepSpeed beyond its documentation (seen in 0.19.8).
 ``tests/test_internals.py`` fails when one of these has changed.
 
-- the ZeRO optimizer: its flat fp32 shards and which part of a parameter they hold, its norm, how it renews the 16-bit weights, and its loss scaler
+- the ZeRO optimizer: its flat fp32 shards and which part of a parameter they hold, its norm, how it renews the 16-bit weights,
+  and its loss scaler
 - two of its functions are replaced, of which one compiles C++ at the first use and the other imports torch's compiler
 """
 
