@@ -9,8 +9,8 @@ are those of rank 0 in bf16-mixed with activation checkpointing and sequences of
 
 A resume is simulated with a checkpoint whose files have real headers and no content (sparse files): `load` and the readers of
 a run open them as rank 0, the middle rank and the last one, of which the largest numbers are shown. Written: by the rank that
-writes most. Seconds are processor time of one rank: for the setup of model and strategy, for the check of the checkpoint by all
-ranks together and the headers of the files that it reads, and for what rank 0 checks alone before it chooses the checkpoint.
+writes most. Seconds are processor time of one rank: for the setup of model and strategy; for the check of the checkpoint by all
+ranks together and the headers of the files that it reads; and, alone, for the check of all files by one process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MODELS = {
 PER_NODE = 8
 COLUMNS = (
     *("model", "strategy", "ranks", "static GiB", "peak GiB", "gathered GiB", "reduced GiB", "checkpoint GiB", "files"),
-    *("written GiB", "read GiB", "opened", "setup s", "resume s", "check of rank 0 s"),
+    *("written GiB", "read GiB", "opened", "setup s", "resume s", "alone s"),
 )
 Rows = dict[str, dict[str, tuple[int, int]]]  # kind → name → first row, and the row after the last one
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -180,7 +180,7 @@ def saved_and_read(manifest: dict[str, Any], strategy: str, ranks: int, path: Pa
         "files": len(list(path.glob("*.safetensors"))),
         "written GiB": max(sizes),
         **{key: max(one[key] for one in resumes) for key in resumes[0]},
-        "check of rank 0 s": alone,
+        "alone s": alone,
     }
 
 

@@ -22,6 +22,7 @@ from pretrain.runtime.errors import UserError
 if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
 
+UNREADABLE = "rank 0 can read it, another rank can't read its share of the files"
 BITS = 40  # of a hash: the sum over 2²³ shards fits into 64 bits
 
 
@@ -36,8 +37,7 @@ def joint_validation_error(path: Path, *, world: DistributedContext, verify: Ver
         failed = True
     if not world.any_rank(failed)[0] and world.sum(difference) == 0:
         return None
-    unknown = "its files do not hold every row of its tensors once, or a rank can't read its share of them"
-    return world.on_main_rank(lambda: validation_error(path, verify=verify) or unknown)
+    return world.on_main_rank(lambda: validation_error(path, verify=verify) or UNREADABLE)
 
 
 def _difference(path: Path, world: DistributedContext, verify: Verify) -> int:

@@ -63,7 +63,7 @@ def pretraining(
     """
     prepared, world = prepare_and_join(config, interrupt, place)
     folder = Path(config.output_dir)
-    store = CheckpointStore(folder / "checkpoints", config.checkpoint)
+    store = CheckpointStore(folder / "checkpoints", config.checkpoint).checked_by(world, resume=config.resume)
     domains = {name: role for name, role, _ in prepared.domains}
     store.policy.check(domains)
     config.stop_when.check(domains)
@@ -81,7 +81,7 @@ def pretraining(
             trainer = build.build_trainer(
                 config,
                 prepared,
-                replace(store, files={"config.yaml": start.config_yaml.encode()}),
+                replace(store, checked={}, files={"config.yaml": start.config_yaml.encode()}),
                 world,
                 resume_from=start.resume_from,
                 restarts=place.restarts,

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from pretrain.checkpoint.joint_check import joint_validation_error
+from pretrain.checkpoint.joint_check import UNREADABLE, joint_validation_error
 from pretrain.checkpoint.marker import entry_of, write_marker
 from pretrain.checkpoint.schema import validation_error
 from pretrain.checkpoint.store import CheckpointStore, load
@@ -19,7 +19,9 @@ from pretrain.distributed import sharding
 from pretrain.distributed.context import DistributedContext
 from pretrain.distributed.sharding import TensorShard, manifest, writers
 from pretrain.distributed.topology import Topology
+from pretrain.runtime.errors import UserError
 from tests.checkpoint.test_store import state
+from tests.damage import edit_state, forge
 
 ROWS = 8
 FULL = {"w": torch.arange(24.0).reshape(ROWS, 3), "b": torch.arange(3.0), "e": torch.zeros(0, 2)}
@@ -188,3 +190,42 @@ def test_from_pretrained_opens_what_several_ranks_have_written(exact_model, tmp_
     assert by_ranks(save, 2) == [True, True]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "step-00000003")
     assert all(torch.equal(again.state_dict()[name], t) for name, t in weights.items())
+
+
+def test_rank_0_chooses_what_all_have_checked(tmp_path, monkeypatch, capsys):
+    """It opens no files for that itself. What another rank can't read stays the choice, and is refused when it is loaded."""
+    for step, ranges in ((1, [(0, 8)]), (2, [(0, 4), (4, 8)]), (3, [(0, 4), (5, 8)])):
+        folder = write(tmp_path / f"step-0000000{step}", ranges)
+        edit_state(lambda s, step=step: s["progress"].update(step=step))(folder)
+        forge(folder)
+    store = CheckpointStore(tmp_path)
+    found = by_ranks(lambda world: store.checked_by(world, resume="auto"), 3)
+    assert [one.checked for one in found] == [found[0].checked] * 3
+    assert list(found[0].checked) == [store.path(3), store.path(2)], "none below the first that is valid"
+    monkeypatch.setattr("pretrain.checkpoint.store.validation_error", lambda *_, **__: pytest.fail("checked again"))
+    assert found[0].newest() == store.path(2)
+    assert "step-00000003 skipped: " in capsys.readouterr().err
+    assert by_ranks(lambda world: store.checked_by(world, resume="never").checked, 2) == [{}, {}]
+    named = by_ranks(lambda world: store.checked_by(world, resume=str(store.path(1))).checked, 2)
+    assert named == [{store.path(3): found[0].checked[store.path(3)], store.path(2): None, store.path(1): None}] * 2
+
+
+def test_what_one_rank_cannot_read_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path / "step-00000003", [(0, 4), (4, 8)])
+    mine = sharding.TensorFiles.ranges
+    broken = threading.local()
+
+    def ranges(files):
+        if getattr(broken, "here", False):
+            raise UserError("no such file")
+        return mine(files)
+
+    monkeypatch.setattr(sharding.TensorFiles, "ranges", ranges)
+
+    def on(world):
+        broken.here = world.rank == 1
+        with pytest.raises(UserError, match=f"not a complete checkpoint: {UNREADABLE}"):
+            load(path, world=world)
+        return CheckpointStore(tmp_path).checked_by(world, resume="auto").checked
+
+    assert by_ranks(on, 2) == [{}, {}]
