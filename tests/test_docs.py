@@ -38,7 +38,7 @@ def commands():
                     yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:120], marks=slow)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tiny_model, corpus):
     """A checkpoint of a run that the pages speak of as if it had been made."""
     run = tmp_path_factory.mktemp("poems")
@@ -49,7 +49,7 @@ def checkpoint(tmp_path_factory, tiny_model, corpus):
     return run / "checkpoints/step-00000200"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def place(tmp_path_factory, corpus, other_corpus, tiny_model, checkpoint):
     """What the commands name."""
     from datasets import Dataset
