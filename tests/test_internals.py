@@ -22,6 +22,7 @@ INTERNALS = {
     "launch/torch_agent.py": "torch",
     "models/torch_internals.py": "torch",
     "models/transformers_internals.py": "transformers",
+    "plan/compiler_internals.py": "torch",
     "plan/torch_internals.py": "torch",
     "strategy/deepspeed_internals.py": "DeepSpeed",
     "strategy/loss_scaler.py": "torch",

@@ -15,34 +15,40 @@ import torch
 from torch import Tensor, fx, nn
 
 from pretrain.plan.storages import uncounted
-from pretrain.plan.torch_internals import is_fusible, is_view, partitioned, tree_flatten, tree_unflatten
+from pretrain.plan.compiler_internals import is_fusible, is_view, partitioned, with_state
+from pretrain.plan.torch_internals import tree_flatten, tree_unflatten
 
 Graphs = dict[Any, Callable[..., Any]]
 
 
-def partition_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Replace the forward of each block that does not recompute its activations by its two graphs, which blocks of one kind
-    share. A block that can't be traced keeps its forward."""
+def partition_blocks(blocks: Sequence[Any]) -> None:
+    """Replace the forward of each block by its two graphs, which blocks of one kind share; those of a block that recomputes its
+    activations keep its inputs alone. A block that can't be traced keeps its forward."""
     graphs: Graphs = {}
     for block in blocks:
-        if not getattr(block, "gradient_checkpointing", False):
-            block.forward = _forward(block, block.forward, graphs)
+        block.forward = _forward(block, block.forward, graphs)
 
 
-def _forward(block: nn.Module, eager: Callable[..., Any], graphs: Graphs) -> Callable[..., Any]:
+def _forward(block: Any, eager: Callable[..., Any], graphs: Graphs) -> Callable[..., Any]:
     def run(state: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-        block.forward = eager
+        recomputes = getattr(block, "gradient_checkpointing", False)
         try:
-            return torch.func.functional_call(block, state, args, kwargs)
+            if recomputes:
+                block.gradient_checkpointing = False
+            with with_state(block, state):  # without the hooks of the block, which run outside of the compiled code
+                return eager(*args, **kwargs)
         finally:
-            block.forward = forward
+            if recomputes:
+                block.gradient_checkpointing = recomputes
 
     @wraps(eager)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not (block.training and torch.is_grad_enabled()):
             return eager(*args, **kwargs)
         state = dict(block.named_parameters()) | dict(block.named_buffers())
-        return _through_graphs(run, (state, args, kwargs), graphs, kind=_kind(block), parameters=len(state))
+        recompute = bool(getattr(block, "gradient_checkpointing", False))
+        options: dict[str, Any] = {"parameters": len(state), "recompute": recompute}
+        return _through_graphs(run, (state, args, kwargs), graphs, kind=_kind(block), **options)
 
     return forward
 
@@ -59,10 +65,16 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _through_graphs(
-    run: Callable[..., Any], arguments: Any, graphs: Graphs, *, kind: str = "", parameters: int = 0
+    run: Callable[..., Any],
+    arguments: Any,
+    graphs: Graphs,
+    *,
+    kind: str = "",
+    parameters: int = 0,
+    recompute: bool = False,
 ) -> Any:
     """Return ``run(*arguments)``, computed by its graphs, which are made for each ``kind`` and each set of shapes. The first
-    ``parameters`` tensors are weights."""
+    ``parameters`` tensors are weights. With ``recompute`` the backward keeps the inputs alone."""
     leaves, structure = tree_flatten(arguments)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -73,7 +85,7 @@ def _through_graphs(
     modes = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
     key = (kind, *modes, str(structure), *map(_described, leaves))
     if key not in graphs:
-        made = partitioned(of_tensors, Stored, parameters=parameters)
+        made = partitioned(of_tensors, Stored, parameters=parameters, recompute=recompute)
         try:
             with uncounted():
                 made(*tensors)  # the graphs are made by the first call

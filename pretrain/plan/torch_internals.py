@@ -5,7 +5,6 @@
 - the process group ``fake`` of ``torch.testing._internal.distributed.fake_pg``: collectives return at once
 - DDP compares and sends parameters at its start, and orders its buckets anew in the second step: fake ones have no values
 - ``UntypedStorage._cdata`` and a replaced ``resize_``, with which FSDP frees gathered weights
-- ``aot_function``, inductor's partitioner and its decompositions: the graphs that torch.compile makes of a function
 - fake tensors on ``cuda`` need CUDA's streams (torch without CUDA aborts), so all is traced on the CPU, see `cuda_operators`.
 """
 
@@ -13,12 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import fx, nn
+from torch import nn
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors
@@ -129,50 +127,3 @@ def without_values(module: nn.Module, sent: Callable[[int], None]) -> None:
 
     module.register_comm_hook(None, lambda state, bucket: reduced(bucket))
     module.reducer = _Reducer(module.reducer)  # type: ignore[assignment]
-
-
-def partitioned(
-    function: Callable[..., Any], interpreter: type[fx.Interpreter], *, parameters: int
-) -> Callable[..., Any]:
-    """Return ``function`` of tensors as the graphs of forward and backward that torch.compile makes of it. ``interpreter`` runs
-    them. They are made for the shapes of the first call. The first ``parameters`` arguments are weights, which exist anyway: what
-    can be computed from them is not kept instead."""
-    from torch._functorch.aot_autograd import aot_function
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch._inductor.decomposition import select_decomp_table
-
-    def compiler(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        runner = interpreter(graph)
-
-        def run(arguments: list[Any]) -> Any:
-            return runner.boxed_run(arguments)
-
-        run._boxed_call = True  # type: ignore[attr-defined]  # so that the arguments can be freed while it runs
-        return run
-
-    def partition(*given: Any, **options: Any) -> Any:
-        options |= {"static_lifetime_input_indices": [*range(parameters)]}
-        return min_cut_rematerialization_partition(*given, **options)
-
-    options: dict[str, Any] = {"decompositions": select_decomp_table()}
-    return aot_function(function, compiler, compiler, partition_fn=partition, **options)
-
-
-@cache
-def _operations() -> Any:
-    from torch._functorch.partitioners import get_default_op_list
-
-    return get_default_op_list()
-
-
-def is_view(node: fx.Node) -> bool:
-    """Return whether the result of an operation shares the memory of its input."""
-    return bool(node.op == "call_function" and _operations().is_view(node))
-
-
-def is_fusible(node: fx.Node) -> bool:
-    """Return whether the partitioner counts an operation as one that is fused with its neighbours, or as a view."""
-    known = _operations().fusible_ops
-    return node.op == "call_function" and (
-        is_view(node) or getattr(node.target, "overloadpacket", node.target) in known
-    )

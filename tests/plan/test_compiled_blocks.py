@@ -33,16 +33,17 @@ def test_the_graphs_compute_the_same_and_keep_less():
     loss, gradients, kept = step(hf, ids)
     blocks = find_blocks(hf)
     assert len(blocks) == 3
-    blocks[1].gradient_checkpointing = True  # it keeps its forward
-    before = blocks[1].forward
     partition_blocks(blocks)
-    assert blocks[1].forward == before
-    blocks[1].gradient_checkpointing = False
     again, same, fewer = step(hf, ids)
     assert again == pytest.approx(loss)
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, same[name], atol=1e-6), name
     assert fewer < 0.9 * kept
+    hf.gradient_checkpointing_enable({"use_reentrant": False})
+    again, same, fewest = step(hf, ids)
+    assert again == pytest.approx(loss)
+    assert all(torch.allclose(gradient, same[name], atol=1e-6) for name, gradient in gradients.items())
+    assert fewest < 0.6 * kept, "the inputs of the blocks"
     with torch.no_grad():
         assert hf(input_ids=ids, labels=ids).loss.item() == pytest.approx(loss)
 
