@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pretrain.plan.compiler_internals import is_fusible, is_view, partitioned, tree_flatten, tree_unflatten, with_state
 from pretrain.plan.storages import uncounted
-from pretrain.plan.compiler_internals import is_fusible, is_view, partitioned, with_state
-from pretrain.plan.torch_internals import tree_flatten, tree_unflatten
 
 Graphs = dict[Any, Callable[..., Any]]
 

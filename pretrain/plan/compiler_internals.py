@@ -1,4 +1,4 @@
-"""What this program uses of torch's private parts to make the graphs that torch.compile makes of a function (seen in torch 2.13.0).
+"""What this program uses of torch's private parts to make the graphs that torch.compile makes (seen in torch 2.13.0).
 ``tests/plan/test_compiled_blocks.py`` fails when one of them has changed.
 
 - ``aot_function``, inductor's partitioner and its decompositions, and the partitioner's list of operations that are fused
@@ -14,6 +14,9 @@ from typing import Any
 
 from torch import fx, nn
 from torch.nn.utils import stateless
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+__all__ = ["tree_flatten", "tree_unflatten"]
 
 
 def with_state(module: nn.Module, state: dict[str, Any]) -> AbstractContextManager[Any]:

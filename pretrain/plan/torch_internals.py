@@ -26,21 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel import distributed as ddp
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 if TYPE_CHECKING:
     from pretrain.plan.storages import StorageTracker
 
-__all__ = [
-    "FakeTensor",
-    "TorchDispatchMode",
-    "active_fake_mode",
-    "real_tensors",
-    "tree_flatten",
-    "tree_leaves",
-    "tree_map",
-    "tree_unflatten",
-]
+__all__ = ["FakeTensor", "TorchDispatchMode", "active_fake_mode", "real_tensors", "tree_leaves", "tree_map"]
 
 
 def storage_id(storage: torch.UntypedStorage) -> int:
