@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+SLOW = "slurm search mixtures transforms means strategies sinks".split()  # the README has a command of each kind
+
+
 def commands():
     """Each once, however many pages have it."""
     met = set()
@@ -32,9 +35,7 @@ def commands():
                     if tuple(words) in met:
                         continue
                     met.add(tuple(words))
-                    slow = (
-                        pytest.mark.slow if page.stem in ("slurm", "search", "mixtures", "transforms", "means") else ()
-                    )
+                    slow = pytest.mark.slow if page.stem in SLOW else ()
                     yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:120], marks=slow)
 
 
