@@ -28,3 +28,9 @@ def default_folder_of_compiled_code() -> Path:
 def viewed(tensor: Tensor) -> Tensor | None:
     """Return the tensor of which ``tensor`` is a view; ``None`` if it is none."""
     return tensor._base
+
+
+def keeps_graph() -> bool:
+    """Return whether the backward that runs keeps the graph, so that it can run again; ``True`` if this torch does not say."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())

@@ -7,7 +7,7 @@ few traces of small models give the peak of a large one; `StepMemory` extrapolat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.data.batch import Batch
-from pretrain.models import packing
+from pretrain.models import loss, packing
 from pretrain.optim.combined import state_tensors
 from pretrain.plan.cuda_operators import CudaOperators
 from pretrain.plan.simulation import SimulatedContext
 from pretrain.plan.storages import StorageTracker, Usage
-from pretrain.plan.torch_internals import fake_tensors, resizes_tracked, simulated_group, without_values
+from pretrain.plan.torch_internals import fake_tensors, replaced, resizes_tracked, simulated_group, without_values
 from pretrain.plan.traced_model import TracedFactory, has_copied_head, layers_of, traced_spec
 from pretrain.strategy.base import StepConfig
 from pretrain.strategy.loss_scaler import LossScaler
@@ -78,12 +78,15 @@ class Traced:
                 stack.enter_context(simulated_group(0, self.topology.world_size))
             for context in (fake_tensors(), packing.known(packed=packed), resizes_tracked(tracker)):
                 stack.enter_context(context)
-            stack.enter_context(CudaOperators() if self.is_gpu else nullcontext())
+            if self.is_gpu:
+                stack.enter_context(CudaOperators())
+                stack.enter_context(replaced(loss, block_rows=len))
             stack.enter_context(tracker)
             world = SimulatedContext(0, self.topology, torch.device("cpu"))
             step = StepConfig.of(config)
             factory = self._factory(spec)
             engine = config.strategy.setup(factory, self.optimizer, step, world)
+            engine.model.repeats_products = not self.is_gpu
             _prepare(engine, tracker)
             tracker.kind = "buffers"  # also the weights of a base model that the objective needs
             engine.term = config.objective.term(engine, lambda: config.strategy.reference(factory, step, world))
