@@ -32,7 +32,6 @@ from pretrain.config.hydra_trust import check_hydra
 from pretrain.config.quoting import quoted, quoted_word
 from pretrain.config.trust import COMMAND_LINE_ONLY, check_command_line_only, command_line_only_values
 from pretrain.runtime import garbage_collector as collector
-from pretrain.runtime.allocator import keep_freed_memory
 from pretrain.runtime.console import complain, notice, quiet_libraries
 from pretrain.runtime.errors import UserError, WorkersFailed
 from pretrain.runtime.filesystem import check_temporary_folder
@@ -233,8 +232,6 @@ def run(config: DictConfig, overrides: list[str], cli_values: dict[str, Any], co
     if not gpu_visible():
         # Threads that spin while they wait make a CPU run 10 × slower as soon as another program needs a core.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        if checked.task == "pretraining":
-            keep_freed_memory()
     from pretrain.launch.launcher import launch
 
     return launch(checked, overrides, interrupt)

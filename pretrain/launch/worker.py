@@ -12,14 +12,12 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.check import gpu_visible
 from pretrain.config.schema import RunConfig
 from pretrain.distributed.rank_info import RankInfo
 from pretrain.distributed.topology import Topology
 from pretrain.launch.failure import write_hang, write_report
 from pretrain.run.prepare import prepare
 from pretrain.runtime import garbage_collector as collector
-from pretrain.runtime.allocator import keep_freed_memory
 from pretrain.runtime.console import capture_stderr, quiet_libraries
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.signals import EXIT_CODE, SIGNALS, Interrupt, Stopped
@@ -114,8 +112,6 @@ def _train(job: WorkerJob, interrupt: Interrupt, place: RankInfo) -> int:
     from pretrain.run import tasks
 
     quiet_libraries()
-    if not gpu_visible():
-        keep_freed_memory()
     if (joined := int(os.environ["WORLD_SIZE"])) != job.topology.world_size:
         raise UserError(
             f"{joined} processes have joined, {job.topology.world_size} were expected: give all nodes the same number of devices"

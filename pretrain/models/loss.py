@@ -81,7 +81,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        in_place = not keeps_graph()  # else backward may be called again on the same graph
+        # Else backward may be called again on the same graph. The compiler decides by itself what it overwrites.
+        in_place = not (torch.compiler.is_compiling() or keeps_graph())
         scaled = (None if saved is None else times(saved, grads[0], in_place=in_place) for saved in ctx.saved_tensors)
         return (*scaled, None, None, None, None)
 
@@ -116,8 +117,10 @@ def _forward(
     sums = bias is not None and needs_grad[2]
     weights = [None] * -(-len(labels) // size) if row_weights is None else row_weights.split(size)
     one_chunk = compilation.compiled(_chunk) if compiled else _chunk
+    # One block of memory for the logits of all chunks. A CPU's kernel would fill that of each chunk with zeros first.
+    space = None if compiled or torch.compiler.is_compiling() else head.new_empty(min(size, len(rows)), len(head))
     for row, label, row_weight in zip(rows.split(size), labels.split(size), weights, strict=True):
-        chunk_loss, scaled, grad_sum = one_chunk(row, head, bias, label, row_weight, grad_scale, sums)
+        chunk_loss, scaled, grad_sum = one_chunk(row, head, bias, label, row_weight, grad_scale, sums, space)
         loss = loss + chunk_loss
         if grad_sum is not None:
             bias_grad = grad_sum if bias_grad is None else bias_grad + grad_sum
@@ -141,10 +144,11 @@ def _chunk(
     row_weights: Tensor | None,
     grad_scale: float,
     sum_grad: bool,
+    space: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the loss of a chunk, the gradient of its logits × ``grad_scale`` in the dtype of ``head``, and with ``sum_grad``
-    the unscaled gradient summed over rows, in fp32."""
-    logits = F.linear(row, head)
+    the unscaled gradient summed over rows, in fp32. The logits are written to ``space``, if there is any."""
+    logits = F.linear(row, head) if space is None else torch.mm(row, head.t(), out=space[: len(row)])
     if not torch.compiler.is_compiling():
         return _eager_chunk(logits, labels, row_weights, bias, grad_scale, sum_grad=sum_grad)
     logits = logits.float() if bias is None else logits.float() + bias

@@ -86,7 +86,7 @@ class _Products:
         node = base.grad_fn
         like = base.shape, base.stride(), base.dtype
         view = tensor.shape, tensor.stride(), int(tensor.storage_offset() - base.storage_offset())
-        if _can_repeat(node):
+        if _can_repeat(node) and tensor.dtype == torch.float32:
             return self._made(node, node, like, view)
         if node is None or node.name() != CAST:
             return tensor.detach()
