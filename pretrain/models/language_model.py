@@ -15,7 +15,7 @@ from pretrain.data.batch import IGNORE
 from pretrain.distributed.sharding import TensorFiles, check_names, fill
 from pretrain.models import document_attention, packing
 from pretrain.models.blocks import find_blocks
-from pretrain.models.compilation import Compile, compile_blocks, compiled
+from pretrain.models.compilation import Compile, before_first_compilation, compile_blocks, compiled
 from pretrain.models.kl_divergence import Head, kl_divergence
 from pretrain.models.loss import linear_cross_entropy
 from pretrain.models.probe import (
@@ -156,6 +156,7 @@ class LanguageModel(nn.Module):
             return self._logits(input_ids, ends)
         plain = labels is not None and base_hidden is None
         if plain and self._compiled is not None and self.training and torch.is_grad_enabled():
+            before_first_compilation()
             return self._compiled(input_ids, labels, position_ids, loss_weights)
         on_host = input_ids.device.type == "cpu"  # where reading the positions does not synchronise a device
         with self._lean(input_ids), nullcontext() if on_host else packing.known(packed=position_ids is not None):
