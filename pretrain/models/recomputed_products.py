@@ -2,9 +2,9 @@
 
 Autograd stores the inputs of a product, and the next operation stores its result as well; in bf16-mixed each matrix product also
 stores a 16-bit copy of its input. Such a result is not stored here. The backward repeats the multiplication, the activation
-function or the cast, with inputs that are stored for the backward of the operation itself, so it gets the same numbers to the last
-bit. Casts of one tensor are stored once. Results in 16 bits are stored, because a CPU is slow at such operations. In a block of
-Llama this concerns the normalised states and their 16-bit copies: a third of its activations.
+function or the cast, with inputs that are stored for the backward of the operation itself, so it gets the same numbers to the
+last bit. Casts of one tensor are stored once. Results in 16 bits are stored, because a CPU is slow at such operations. In a block
+of Llama this concerns the normalised states and their 16-bit copies: a third of its activations.
 """
 
 from __future__ import annotations
