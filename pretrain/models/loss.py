@@ -175,25 +175,27 @@ def _eager_chunk(
     """Return the same as `_chunk` for the products ``logits`` [rows, v], which the gradient overwrites in memory."""
     counts, target = _row_factors(labels, row_weights), labels.clamp(min=0).unsqueeze(1)
     rows = block_rows(logits) if not sum_grad else len(logits)  # one sum over all rows, in one order
-    losses, grad = [], logits
-    for block, count, at in zip(logits.split(rows), counts.split(rows), target.split(rows), strict=True):
+    weights = [None] * -(-len(labels) // rows) if row_weights is None else row_weights.split(rows)
+    blocks = logits.split(rows), labels.split(rows), weights, target.split(rows), counts.split(rows)
+    losses, p = [], logits
+    for block, label, weight, at, count in zip(*blocks, strict=True):
         z = block.float() if bias is None else block.float() + bias
-        losses.append(_loss_and_gradient(z, at))
-        grad = z.mul_(count)
-        if z.data_ptr() != block.data_ptr():
-            block.copy_(z.mul(grad_scale) if grad_scale != 1 else z)
-    summed = (torch.cat(losses) * counts).sum()
-    return summed, logits, grad.sum(0) if sum_grad else None
+        nats, p = row_losses(z, label, weight)
+        losses.append(nats)
+        p.scatter_add_(1, at, torch.full_like(at, -1, dtype=p.dtype)).mul_(count)
+        if p.data_ptr() != block.data_ptr():
+            block.copy_(p.mul(grad_scale) if grad_scale != 1 else p)
+    return torch.cat(losses).sum(), logits, p.sum(0) if sum_grad else None
 
 
-def _loss_and_gradient(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the loss of each row [rows, 1], and overwrite fp32 ``logits`` [rows, v] with its gradient."""
+def row_losses(logits: Tensor, labels: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the loss of each row of fp32 ``logits`` [rows, v], [rows, 1], and the softmax, which overwrites the logits in
+    memory."""
+    counts, target = _row_factors(labels, row_weights), labels.clamp(min=0).unsqueeze(1)
     top, at_target = logits.amax(1, keepdim=True), logits.gather(1, target)
     p = torch.softmax(logits, 1, out=logits)
     # max p = 1 / sum exp(z - max z), so logsumexp(z) = max z - log(max p): no second pass of exponentials is needed.
-    loss = top - p.amax(1, keepdim=True).log() - at_target
-    p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
-    return loss
+    return (top - p.amax(1, keepdim=True).log() - at_target) * counts, p
 
 
 def block_rows(logits: Tensor) -> int:
