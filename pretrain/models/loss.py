@@ -149,12 +149,8 @@ def _chunk(
     """Return the loss of a chunk, the gradient of its logits × ``grad_scale`` in the dtype of ``head``, and with ``sum_grad``
     the unscaled gradient summed over rows, in fp32. The logits are written to ``space``, if there is any."""
     logits = F.linear(row, head) if space is None else torch.mm(row, head.t(), out=space[: len(row)])
-    if not torch.compiler.is_compiling():
-        return _eager_chunk(logits, labels, row_weights, bias, grad_scale, sum_grad=sum_grad)
-    logits = logits.float() if bias is None else logits.float() + bias
-    loss, grad = _traced_chunk(logits, labels, row_weights)
-    scaled = (grad * grad_scale if grad_scale != 1 else grad).to(head.dtype)
-    return loss, scaled, grad.sum(0) if sum_grad else None
+    one_chunk = _traced_chunk if torch.compiler.is_compiling() else _eager_chunk
+    return one_chunk(logits, labels, row_weights, bias, grad_scale, sum_grad=sum_grad)
 
 
 def _row_factors(labels: Tensor, row_weights: Tensor | None) -> Tensor:
@@ -205,14 +201,25 @@ def block_rows(logits: Tensor) -> int:
     return max(BLOCK_LOGITS // logits.shape[1], torch.get_num_threads())
 
 
-def _traced_chunk(logits: Tensor, labels: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return loss and gradient of fp32 ``logits`` without in-place operations, which the compiler fuses best: the fp32 logits
-    then never exist in memory."""
+def _traced_chunk(
+    logits: Tensor,
+    labels: Tensor,
+    row_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    grad_scale: float = 1.0,
+    *,
+    sum_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the same as `_eager_chunk` without in-place operations, which the compiler fuses best: the fp32 logits then never
+    exist in memory."""
     counts, target = _row_factors(labels, row_weights), labels.clamp(min=0).unsqueeze(1)
-    log_sum = torch.logsumexp(logits, 1, keepdim=True)
-    loss = ((log_sum - logits.gather(1, target)) * counts).sum()
-    is_target = torch.arange(logits.shape[1], device=logits.device) == target
-    return loss, (torch.exp(logits - log_sum) - is_target.float()) * counts
+    z = logits.float() if bias is None else logits.float() + bias
+    log_sum = torch.logsumexp(z, 1, keepdim=True)
+    loss = ((log_sum - z.gather(1, target)) * counts).sum()
+    is_target = torch.arange(z.shape[1], device=z.device) == target
+    grad = (torch.exp(z - log_sum) - is_target.float()) * counts
+    scaled = (grad * grad_scale if grad_scale != 1 else grad).to(logits.dtype)
+    return loss, scaled, grad.sum(0) if sum_grad else None
 
 
 def times(saved: Tensor, grad: Tensor, *, in_place: bool = False) -> Tensor:
