@@ -179,7 +179,7 @@ def _eager_chunk(
         nats, p = row_losses(z, label, weight)
         losses.append(nats)
         p.scatter_add_(1, at, torch.full_like(at, -1, dtype=p.dtype)).mul_(count)
-        if p.data_ptr() != block.data_ptr():
+        if p is not block:
             block.copy_(p.mul(grad_scale) if grad_scale != 1 else p)
     return torch.cat(losses).sum(), logits, p.sum(0) if sum_grad else None
 
