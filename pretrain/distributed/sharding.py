@@ -26,6 +26,9 @@ from pretrain.runtime.strict_json import parse_json
 CHECKSUM_NUMBERS = 1 << 24
 SHARE_BYTES = 1 << 28  # of the tensors that all ranks hold, the least that each of several ranks writes
 PIECES = "pieces"  # metadata of a file: {name: [first row, full shape]} for the tensors that are sharded in it
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "U8": "uint8"} | {
+    f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)
+}  # safetensors' names of dtypes → torch's
 Manifest = dict[str, tuple[str, list[int]]]  # name → dtype and full shape
 
 
@@ -326,6 +329,8 @@ def _shape_in(handle: Any, name: str) -> tuple[int, ...]:
 def _dtype_in(handle: Any, name: str) -> str:
     """Return the dtype of a file's shard of a tensor, such as ``"float32"``."""
     found = handle.get_slice(name)
+    if (known := DTYPES.get(str(found.get_dtype()))) is not None:
+        return known  # without a slice, for which torch maps the whole file
     return described(found[:0] if found.get_shape() else handle.get_tensor(name))[0]
 
 
