@@ -26,9 +26,15 @@ from pretrain.runtime.strict_json import parse_json
 CHECKSUM_NUMBERS = 1 << 24
 SHARE_BYTES = 1 << 28  # of the tensors that all ranks hold, the least that each of several ranks writes
 PIECES = "pieces"  # metadata of a file: {name: [first row, full shape]} for the tensors that are sharded in it
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "U8": "uint8"} | {
-    f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)
-}  # safetensors' names of dtypes → torch's
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I8": "int8",
+    "U8": "uint8",
+}
 Manifest = dict[str, tuple[str, list[int]]]  # name → dtype and full shape
 
 
@@ -123,10 +129,8 @@ def equal_part(tensor: Tensor, rank: int, ranks: int) -> TensorShard | None:
 
 def writers(named: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
     """Return the rank that writes each of the tensors that all ``ranks`` hold in full, so that they write about the same number
-    of bytes; the dict is empty if they are too small to be shared, and rank 0 writes all. Every rank finds the same.
-
-    The largest tensor that is left goes to the rank that has the least so far.
-    """
+    of bytes; the dict is empty if they are too small to be shared, and rank 0 writes all. Every rank finds the same: the
+    largest tensor that is left goes to the rank that has the least so far."""
     sizes = {name: t.numel() * t.element_size() for name, t in named.items() if not isinstance(t, DTensor)}
     count = min(ranks, sum(sizes.values()) // SHARE_BYTES)
     if count < 2:
