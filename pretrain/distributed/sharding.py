@@ -26,15 +26,7 @@ from pretrain.runtime.strict_json import parse_json
 CHECKSUM_NUMBERS = 1 << 24
 SHARE_BYTES = 1 << 28  # of the tensors that all ranks hold, the least that each of several ranks writes
 PIECES = "pieces"  # metadata of a file: {name: [first row, full shape]} for the tensors that are sharded in it
-DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I8": "int8",
-    "U8": "uint8",
-}
+DTYPES = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", I64="int64", U8="uint8")  # noqa: C408
 Manifest = dict[str, tuple[str, list[int]]]  # name → dtype and full shape
 
 
