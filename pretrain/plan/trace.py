@@ -80,6 +80,8 @@ class Traced:
         largest = max(loss.CHUNK_LOGITS, share)
         with ExitStack() as stack:
             stack.enter_context(replaced(loss, chunk_logits=lambda device: largest))
+            if self.is_gpu:
+                stack.enter_context(replaced(loss, block_rows=len))
             if self.spec.compile:
                 stack.enter_context(replaced(loss, _eager_chunk=loss._traced_chunk))
                 stack.enter_context(replaced(compilation, compiled=fused))
@@ -101,6 +103,7 @@ class Traced:
             step = StepConfig.of(config)
             factory = self._factory(spec)
             engine = config.strategy.setup(factory, self.optimizer, step, world)
+            engine.model.repeats_products = not (self.is_gpu or self.spec.compile)
             _prepare(engine, tracker)
             tracker.kind = "buffers"  # also the weights of a base model that the objective needs
             engine.term = config.objective.term(engine, lambda: config.strategy.reference(factory, step, world))
