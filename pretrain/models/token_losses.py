@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.models.loss import chunk_logits, chunk_rows, row_losses
+
+
+class Scores(NamedTuple):
+    """What an evaluation computes of one batch.
+
+    Attributes:
+        loss: summed loss in nats, an fp32 scalar.
+        nats: loss of each token, fp32 [n, S], 0 without a target.
+        kl: summed KL(base ‖ now) in nats, an fp32 scalar; ``None`` without states of the base model.
+        hidden: last hidden states [n, S, h]; ``None`` where they were not asked for.
+    """
+
+    loss: Tensor
+    nats: Tensor
+    kl: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 @torch.no_grad()

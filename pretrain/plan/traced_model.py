@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.models.logits_map import LogitsMap
 from pretrain.models.meta import put_buffers, replace_parameters
 from pretrain.models.model_factory import ModelFactory
 from pretrain.models.probe import by_positions
@@ -46,6 +47,7 @@ class TracedFactory(ModelFactory):
         buffers = {n: torch.empty(b.shape, dtype=b.dtype) for n, b in model.named_buffers(remove_duplicate=False)}
         put_buffers(model, buffers, torch.device("cpu"))
         model.fused_loss = self.fused_loss
+        model.logits_map = LogitsMap()
         model.document_mask = by_positions
         vars(model)["probe"] = lambda *_: None  # it compares values, which fake tensors do not have
         return model

@@ -31,6 +31,7 @@ from pretrain.runtime.errors import UserError
 from pretrain.strategy.deepspeed_internals import ZeroOptimizer, disable_compilation
 from pretrain.strategy.deepspeed_optimizer import check_moments, supported
 from pretrain.strategy.engine import Engine, count_parameters, never
+from pretrain.strategy.zero_weights import ZeroWeights
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -123,12 +124,12 @@ class DeepspeedEngine(Engine):
     # 16-bit weights from the fp32 ones.
 
     has_gradients = False
-    weights_in_model = False
 
     def __init__(self, *args: Any, wrapped: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._wrapped = wrapped
-        self._zero = ZeroOptimizer(wrapped)
+        self.zero = ZeroOptimizer(wrapped)
+        self.weights = ZeroWeights(self)
 
     @classmethod
     def build(
@@ -172,13 +173,13 @@ class DeepspeedEngine(Engine):
             **options,
         )
         for parameter in list(fp32):  # because DeepSpeed has initialised its fp32 weights from the 16-bit ones
-            engine._assign(parameter, fp32.pop(parameter))
+            engine.assign(parameter, fp32.pop(parameter))
         engine.num_parameters, engine.num_trained = counts
         return engine
 
     @property
     def loss_scale(self) -> Tensor | float | None:
-        return self._zero.loss_scale if self.scaler.is_enabled() else None
+        return self.zero.loss_scale if self.scaler.is_enabled() else None
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -193,10 +194,12 @@ class DeepspeedEngine(Engine):
         is not finite. DeepSpeed waits for the device in every step, so reading the answer does not add a wait."""
         assert (max_norm or 0.0) == self._wrapped.gradient_clipping()
         device = self.world.device
-        with self._zero.infinite_norm(device) if refuse(torch.zeros((), device=device)) else nullcontext():
+        if self.term is not None:
+            self.term.add_gradients(self)
+        with self.zero.infinite_norm(device) if refuse(torch.zeros((), device=device)) else nullcontext():
             self._wrapped.step()
-        self.skipped += int(self._zero.skipped)
-        return torch.as_tensor(self._zero.grad_norm, dtype=torch.float32, device=device)
+        self.skipped += int(self.zero.skipped)
+        return torch.as_tensor(self.zero.grad_norm, dtype=torch.float32, device=device)
 
     def autocast(self) -> AbstractContextManager[object]:
         return nullcontext()  # the weights of the forward have the matmul dtype
@@ -210,7 +213,7 @@ class DeepspeedEngine(Engine):
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.model.hf_state().items():
-            yield name, self._whole(tensor)
+            yield name, self.whole(tensor)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         own: dict[str, dict[str, TensorShard]] = {"model": {}, "optimizer": {}}
@@ -219,20 +222,20 @@ class DeepspeedEngine(Engine):
             every[kind][name] = described(tensor)
             if i % self.world.size == self.world.rank:
                 own[kind][name] = TensorShard(tensor.detach().cpu(), 0, tuple(tensor.shape))
-        scaler = self._zero.loss_scale_state() if self.scaler.is_enabled() else {}
+        scaler = self.zero.loss_scale_state() if self.scaler.is_enabled() else {}
         return own | {"tensors": every, "scaler": scaler | {"skipped": int(self.skipped)}}
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights that the forward uses, below stage 3; everything else is sharded."""
-        if self._zero.stage < 3:
+        if self.zero.stage < 3:
             yield from self.model.hf_state().items()
 
     def _whole_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield ("model" or "optimizer", name, full tensor) of everything that a checkpoint holds. This is a collective."""
         for name, tensor in self.full_weights():
             yield "model", name, tensor
-        self._zero.link_moments()
-        moments = self.optimizer.state.get(self._zero.shards(self.optimizer)[0], {})  # empty before the first step
+        self.zero.link_moments()
+        moments = self.optimizer.state.get(self.zero.shards(self.optimizer)[0], {})  # empty before the first step
         for name, parameter in self.model.hf_named_parameters():
             for key, value in sorted(moments.items()) if parameter.requires_grad else ():
                 if value.ndim == 0:  # the step counter, equal for all parameters
@@ -246,22 +249,22 @@ class DeepspeedEngine(Engine):
         self._load_moments(state["optimizer"])
         self.skipped.fill_(state["scaler"].get("skipped", 0))
         if self.scaler.is_enabled():
-            self._zero.load_loss_scale(state["scaler"])
+            self.zero.load_loss_scale(state["scaler"])
 
     def _load_weights(self, files: TensorFiles) -> None:
         own = self.model.hf_state()
         check_names(own, files)
         for name, tensor in own.items():
             check_shape(name, files, tuple(getattr(tensor, "ds_shape", tensor.shape)))
-            self._assign(tensor, files.read(name))
-        self._zero.update_weights()
+            self.assign(tensor, files.read(name))
+        self.zero.update_weights()
 
     def _load_moments(self, files: TensorFiles) -> None:
         self.optimizer.state.clear()
         parameters = dict(self.model.hf_named_parameters())
         slots = [(slot, *slot.split("/", 1)) for slot in sorted(files.keys())]
         counts = {key: files.read(slot) for slot, _, key in slots if not files.shape(slot)}
-        for shard in self._zero.shards(self.optimizer):
+        for shard in self.zero.shards(self.optimizer):
             on_device = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
             for _, _, key in slots:
                 if key in counts:
@@ -269,14 +272,14 @@ class DeepspeedEngine(Engine):
                 else:
                     value = torch.zeros_like(shard, requires_grad=False)
                 self.optimizer.state[shard][key] = value
-        self._zero.link_moments()
+        self.zero.link_moments()
         for slot, name, key in slots:
             if key not in counts:
-                self._assign(parameters[name], files.read(slot), key)
+                self.assign(parameters[name], files.read(slot), key)
 
     # -- DeepSpeed's shards -------------------------------------------------------------------------------------------
 
-    def _whole(self, tensor: Tensor) -> Tensor:
+    def whole(self, tensor: Tensor) -> Tensor:
         """Return the full fp32 weight that the optimizer updates; a buffer is returned as it is. This is a collective."""
         if not isinstance(tensor, nn.Parameter):
             return tensor
@@ -287,12 +290,12 @@ class DeepspeedEngine(Engine):
             return tensor.detach().float().clone()
 
     @torch.no_grad()
-    def _assign(self, tensor: Tensor, value: Tensor, key: str | None = None) -> None:
+    def assign(self, tensor: Tensor, value: Tensor, key: str | None = None) -> None:
         """Copy this rank's part of the full ``value`` of a weight, or of its moment ``key``, into the fp32 shard."""
         if not tensor.requires_grad:  # a buffer, a frozen weight
             with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
                 tensor.copy_(value)
-        elif self._zero.stage < 3:
+        elif self.zero.stage < 3:
             if key is None:
                 ds_utils.safe_set_full_fp32_param(tensor, value)
             else:

@@ -77,6 +77,35 @@ class ZeroOptimizer:
             self._zero._reassign_or_swap_out_partitioned_parameters(i)
         self._zero._post_step(set())
 
+    def weight_part(self, parameter: Any) -> Tensor | None:
+        """Return this rank's part of the fp32 weight of ``parameter``, 1-d, sharing the memory of the flat shard; ``None``
+        without a part."""
+        if self.stage == 3:
+            part: Tensor = self._zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)[0]
+            return part.detach()
+        mapping = parameter._hp_mapping
+        return None if mapping is None else mapping.hp_fragment.detach()
+
+    def gradient_part(self, parameter: Any) -> Tensor | None:
+        """Return the gradient of `weight_part` after the last backward of a step, sharing its memory; ``None`` without a part."""
+        if self.stage == 3:
+            part: Tensor = self._zero._get_fp32_grad_state_partition(parameter, release_swap_buffers=True)[0]
+            return part.detach()
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).detach().view(-1)
+        place = mapping.lp_fragment_address
+        return gradient if gradient.numel() == place.numel else gradient.narrow(0, place.start, place.numel)
+
+    def note_gradient(self, parameter: Any, gradient: Tensor) -> None:
+        """Renew what DeepSpeed has computed of ``gradient``, the `gradient_part` of ``parameter``, which was changed in place:
+        with an optimizer on the host it takes the norms of gradients before the step."""
+        norms = getattr(self._zero, "norm_for_param_grads", {})
+        known = self._zero.get_param_id(parameter) if norms else None
+        if known in norms:
+            norms[known] = torch.linalg.vector_norm(gradient.to(norms[known].dtype)).to(norms[known].device)
+
     @property
     def loss_scale(self) -> float:
         """The factor by which the loss is multiplied."""
