@@ -29,7 +29,7 @@ from pretrain.optim.combined import combined
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 from pretrain.strategy.deepspeed_internals import ZeroOptimizer, disable_compilation
-from pretrain.strategy.deepspeed_optimizer import check_moments, supported
+from pretrain.strategy.deepspeed_optimizer import check_moments, split_by_thaw, supported
 from pretrain.strategy.engine import Engine, count_parameters, never
 from pretrain.strategy.zero_weights import ZeroWeights
 
@@ -130,6 +130,7 @@ class DeepspeedEngine(Engine):
         self._wrapped = wrapped
         self.zero = ZeroOptimizer(wrapped)
         self.weights = ZeroWeights(self)
+        self._frozen_groups: list[dict[str, Any]] = []
 
     @classmethod
     def build(
@@ -147,15 +148,11 @@ class DeepspeedEngine(Engine):
         partitioned = config["zero_optimization"]["stage"] == 3
         model = factory.build(torch.device("cpu") if partitioned else world.device)
         stage, transformed = config["zero_optimization"]["stage"], model.transformed
-        if transformed is not None and (transformed.thaw_at or transformed.first_rows):
-            key = "thaw_at" if transformed.thaw_at else "only_new_rows"
-            raise UserError(
-                f"{key} with strategy.zero_stage={stage}: ZeRO updates all parameters of a flat shard from the first step on; "
-                "use strategy.zero_stage=0, ddp or fsdp"
-            )
         counts = count_parameters(model)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
-        update = supported(optimizer(model), config["zero_optimization"]["stage"])
+        update = supported(optimizer(model), stage)
+        if transformed is not None:
+            split_by_thaw(update, model.hf_named_parameters(), transformed.thaw_at)
         fp32 = {p: p.data for p in model.parameters()} if precision.compute != "float32" else {}
         report_rounded(model, precision)
         if partitioned:
@@ -194,12 +191,33 @@ class DeepspeedEngine(Engine):
         is not finite. DeepSpeed waits for the device in every step, so reading the answer does not add a wait."""
         assert (max_norm or 0.0) == self._wrapped.gradient_clipping()
         device = self.world.device
+        self._drop_frozen()
         if self.term is not None:
             self.term.add_gradients(self)
         with self.zero.infinite_norm(device) if refuse(torch.zeros((), device=device)) else nullcontext():
             self._wrapped.step()
+        for parameter in self._frozen:  # it has no state before its first update
+            self.optimizer.state.pop(self.zero.shard_of(parameter), None)
         self.skipped += int(self.zero.skipped)
         return torch.as_tensor(self.zero.grad_norm, dtype=torch.float32, device=device)
+
+    def set_progress(self, share: float) -> None:
+        super().set_progress(share)
+        self._frozen_groups = [g for g in self.optimizer.param_groups if share < g.get("thaw_at", 0.0)]
+
+    def _drop_frozen(self) -> None:
+        for group in self._frozen_groups:
+            group["lr"] = 0.0  # neither does weight decay change it
+        names = {id(p): name for name, p in self.model.hf_named_parameters()}
+        whole = ((p, None) for p in self._frozen)
+        for parameter, row in (*whole, *self._frozen_rows):
+            gradient = self.zero.gradient_part(parameter)
+            if gradient is None:
+                continue
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            end = None if row is None else max(0, row * shape[1:].numel() - self.zero.start_of(parameter))
+            gradient[:end] = 0
+            self.weights.gradient_changed(names[id(parameter)], gradient)
 
     def autocast(self) -> AbstractContextManager[object]:
         return nullcontext()  # the weights of the forward have the matmul dtype
@@ -235,10 +253,12 @@ class DeepspeedEngine(Engine):
         for name, tensor in self.full_weights():
             yield "model", name, tensor
         self.zero.link_moments()
-        moments = self.optimizer.state.get(self.zero.shards(self.optimizer)[0], {})  # empty before the first step
         for name, parameter in self.model.hf_named_parameters():
-            for key, value in sorted(moments.items()) if parameter.requires_grad else ():
-                if value.ndim == 0:  # the step counter, equal for all parameters
+            if not parameter.requires_grad:
+                continue
+            moments = self.optimizer.state.get(self.zero.shard_of(parameter), {})  # empty before the first update
+            for key, value in sorted(moments.items()):
+                if value.ndim == 0:  # the step counter, equal for all parameters of a shard
                     yield "optimizer", f"{name}/{key}", value.clone()
                 else:
                     yield "optimizer", f"{name}/{key}", ds_utils.safe_get_full_optimizer_state(parameter, key)
@@ -263,18 +283,19 @@ class DeepspeedEngine(Engine):
         self.optimizer.state.clear()
         parameters = dict(self.model.hf_named_parameters())
         slots = [(slot, *slot.split("/", 1)) for slot in sorted(files.keys())]
-        counts = {key: files.read(slot) for slot, _, key in slots if not files.shape(slot)}
-        for shard in self.zero.shards(self.optimizer):
-            on_device = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
-            for _, _, key in slots:
-                if key in counts:
-                    value = counts[key].to(shard.device if on_device else "cpu", copy=True)
-                else:
-                    value = torch.zeros_like(shard, requires_grad=False)
-                self.optimizer.state[shard][key] = value
+        on_device = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
+        for slot, name, key in slots:
+            shard = self.zero.shard_of(parameters[name])
+            if key in self.optimizer.state[shard]:
+                continue
+            if files.shape(slot):
+                value = torch.zeros_like(shard, requires_grad=False)
+            else:  # the step counter, equal for all parameters of a shard
+                value = files.read(slot).to(shard.device if on_device else "cpu", copy=True)
+            self.optimizer.state[shard][key] = value
         self.zero.link_moments()
         for slot, name, key in slots:
-            if key not in counts:
+            if files.shape(slot):
                 self.assign(parameters[name], files.read(slot), key)
 
     # -- DeepSpeed's shards -------------------------------------------------------------------------------------------

@@ -60,6 +60,17 @@ class ZeroOptimizer:
             return list(self._zero.fp32_partitioned_groups_flat)
         return [shard for group in optimizer.param_groups for shard in group["params"]]
 
+    def shard_of(self, parameter: Any) -> Tensor:
+        """Return the flat fp32 tensor, one of `shards`, that holds this rank's part of ``parameter``, if there is one."""
+        if self.stage == 3:
+            place = self._zero.grad_position[self._zero.get_param_id(parameter)][0]
+            shard: Tensor = self._zero.fp32_partitioned_groups_flat[place]
+            return shard
+        groups = self._zero.bit16_groups
+        place = next(i for i, group in enumerate(groups) if any(parameter is one for one in group))
+        shard = self._zero.single_partition_of_fp32_groups[place]
+        return shard
+
     def link_moments(self) -> None:
         """Give parameters their views of the moments in the shards, where moments exist. DeepSpeed does this only once, when
         the first parameter group has been updated and the others have no moments yet."""
@@ -97,6 +108,12 @@ class ZeroOptimizer:
         gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).detach().view(-1)
         place = mapping.lp_fragment_address
         return gradient if gradient.numel() == place.numel else gradient.narrow(0, place.start, place.numel)
+
+    def start_of(self, parameter: Any) -> int:
+        """Return the place in the flattened ``parameter`` at which `weight_part` begins."""
+        if self.stage == 3:
+            return int(parameter.ds_tensor.numel() * self._zero._get_param_partition_rank(parameter))
+        return int(parameter._hp_mapping.lp_fragment_address.start)
 
     def note_gradient(self, parameter: Any, gradient: Tensor) -> None:
         """Renew what DeepSpeed has computed of ``gradient``, the `gradient_part` of ``parameter``, which was changed in place:
