@@ -68,8 +68,7 @@ class ZeroOptimizer:
             return shard
         groups = self._zero.bit16_groups
         place = next(i for i, group in enumerate(groups) if any(parameter is one for one in group))
-        shard = self._zero.single_partition_of_fp32_groups[place]
-        return shard
+        return list(self._zero.single_partition_of_fp32_groups)[place]
 
     def link_moments(self) -> None:
         """Give parameters their views of the moments in the shards, where moments exist. DeepSpeed does this only once, when
