@@ -95,7 +95,7 @@ class KlToBase(Objective):
             compute = "bfloat16" if step.precision.compute == "float32" else step.precision.compute
             step = replace(step, precision=replace(step.precision, weights=self.base_dtype, compute=compute))
             factory = replace(factory, param_dtype=step.precision.param_dtype)
-        return strategy.reference(factory, step, world, offload=self.base_offload)
+        return strategy.reference(factory, step, world, **({"offload": True} if self.base_offload else {}))
 
     def term(self, engine: Engine, reference: Callable[[], InferenceEngine]) -> Term | None:
         if engine.model.logits_map is None:

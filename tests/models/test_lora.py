@@ -233,6 +233,7 @@ def test_without_peft(monkeypatch):
         run_config(["transform=[lora]"])
 
 
+@pytest.mark.slow
 def test_compiled_it_trains_the_same(monkeypatch):
     """The blocks with their updates are compiled a fixed number of times, and the gradients are those of an uncompiled model. The
     compiler is given graphs that are run as they are, so no C++ compiler is needed."""

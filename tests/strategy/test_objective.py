@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from pretrain.data.batch import IGNORE
+from pretrain.models.causal_lm import Pretrained
+from pretrain.models.model_factory import ModelFactory
+from pretrain.optim.adamw import AdamW
 from pretrain.runtime.errors import UserError
+from pretrain.strategy.base import StepConfig
 from pretrain.strategy.engine import InferenceEngine
 from pretrain.strategy.objective import KlToBase, L2ToBase, Objective
+from pretrain.strategy.single import Single
 from pretrain.telemetry.sinks.jsonl import read_records
 from tests.engines import ALONE, BATCH, FULL, engine_of, trained
 from tests.runs import assert_same_run, kill_and_resume
@@ -104,6 +109,33 @@ def test_with_a_load_balancing_loss():
     assert any(not torch.equal(found[0.5, True][key], grad) for key, grad in found[0.0, True].items())
 
 
+def test_a_base_model_in_bf16(exact_model):
+    """Half the memory; the divergence differs by what bf16 rounds, which is far below what a run moves away from its base."""
+    factory = ModelFactory(Pretrained(name_or_path=str(exact_model("llama"))), torch.float32, 0)
+    step, found = StepConfig(FULL), {}
+    for dtype in (None, "bfloat16"):
+        objective = KlToBase(base_dtype=dtype)
+        engine = Single().setup(factory, lambda m: AdamW(lr=1e-3)(m.hf_named_parameters()), step, ALONE)
+        engine.term = objective.term(engine, lambda o=objective: o.reference(Single(), factory, step, ALONE))
+        kept = {p.dtype for p in engine.term._reference.model.parameters()}
+        assert kept == {torch.float32 if dtype is None else torch.bfloat16}
+        values = []
+        for _ in range(3):
+            engine.backward(BATCH, tokens=32, last=True)
+            engine.step(1.0)
+            values.append(float(engine.term.take(engine, 32)))
+        found[dtype] = values
+    assert found[None][0] == 0
+    assert 0 < found["bfloat16"][0] < 1e-4
+    assert found["bfloat16"][1:] == pytest.approx(found[None][1:], rel=0.1, abs=1e-4)
+
+
+def test_only_fsdp_keeps_the_base_model_on_the_host():
+    objective = KlToBase(base_offload=True)
+    with pytest.raises(UserError, match=r"objective.base_offload=true with strategy=single: only strategy=fsdp"):
+        objective.reference(Single(), None, StepConfig(FULL), ALONE)
+
+
 def test_one_graph_has_no_kl_term():
     engine = engine_of()
     engine.model._compiled = engine.model._loss
@@ -159,7 +191,8 @@ def test_equal_under_every_strategy(objective, run):
     expected = [r for r in read_records(folder / "metrics.jsonl") if r["event"] == "train"]
     assert expected[0][objective] == 0
     assert expected[-1][objective] > 0.001
-    for name, strategy in STRATEGIES.items():
+    more = {"host": [*STRATEGIES["fsdp"], "objective.base_offload=true"]} if objective == "kl_to_base" else {}
+    for name, strategy in (STRATEGIES | more).items():
         code, err, folder = run(name, *words, *strategy)
         assert code == 0, err
         found = [r for r in read_records(folder / "metrics.jsonl") if r["event"] == "train"]
