@@ -31,6 +31,7 @@ from pretrain.runtime.errors import UserError
 from pretrain.strategy.deepspeed_internals import ZeroOptimizer, disable_compilation
 from pretrain.strategy.deepspeed_optimizer import check_moments, split_by_thaw, supported
 from pretrain.strategy.engine import Engine, count_parameters, never
+from pretrain.strategy.zero_internals import ZeroShards
 from pretrain.strategy.zero_weights import ZeroWeights
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class DeepspeedEngine(Engine):
         super().__init__(*args, **options)
         self._wrapped = wrapped
         self.zero = ZeroOptimizer(wrapped)
+        self.shards = ZeroShards(wrapped)
         self.weights = ZeroWeights(self)
         self._frozen_groups: list[dict[str, Any]] = []
 
@@ -197,7 +199,7 @@ class DeepspeedEngine(Engine):
         with self.zero.infinite_norm(device) if refuse(torch.zeros((), device=device)) else nullcontext():
             self._wrapped.step()
         for parameter in self._frozen:  # it has no state before its first update
-            self.optimizer.state.pop(self.zero.shard_of(parameter), None)
+            self.optimizer.state.pop(self.shards.shard_of(parameter), None)
         self.skipped += int(self.zero.skipped)
         return torch.as_tensor(self.zero.grad_norm, dtype=torch.float32, device=device)
 
@@ -211,11 +213,11 @@ class DeepspeedEngine(Engine):
         names = {id(p): name for name, p in self.model.hf_named_parameters()}
         whole = ((p, None) for p in self._frozen)
         for parameter, row in (*whole, *self._frozen_rows):
-            gradient = self.zero.gradient_part(parameter)
+            gradient = self.shards.gradient_part(parameter)
             if gradient is None:
                 continue
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            end = None if row is None else max(0, row * shape[1:].numel() - self.zero.start_of(parameter))
+            end = None if row is None else max(0, row * shape[1:].numel() - self.shards.start_of(parameter))
             gradient[:end] = 0
             self.weights.gradient_changed(names[id(parameter)], gradient)
 
@@ -256,7 +258,7 @@ class DeepspeedEngine(Engine):
         for name, parameter in self.model.hf_named_parameters():
             if not parameter.requires_grad:
                 continue
-            moments = self.optimizer.state.get(self.zero.shard_of(parameter), {})  # empty before the first update
+            moments = self.optimizer.state.get(self.shards.shard_of(parameter), {})  # empty before the first update
             for key, value in sorted(moments.items()):
                 if value.ndim == 0:  # the step counter, equal for all parameters of a shard
                     yield "optimizer", f"{name}/{key}", value.clone()
@@ -285,7 +287,7 @@ class DeepspeedEngine(Engine):
         slots = [(slot, *slot.split("/", 1)) for slot in sorted(files.keys())]
         on_device = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
         for slot, name, key in slots:
-            shard = self.zero.shard_of(parameters[name])
+            shard = self.shards.shard_of(parameters[name])
             if key in self.optimizer.state[shard]:
                 continue
             if files.shape(slot):

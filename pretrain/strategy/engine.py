@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pretrain.data.batch import Batch
 from pretrain.distributed import sharding as tensors
 from pretrain.models.attention import Shape, prefer_fast_kernels
+from pretrain.models.token_losses import Scores
 from pretrain.optim.combined import combined
 from pretrain.optim.limits import check_usable
 from pretrain.optim.schedule import with_multiplier
@@ -31,7 +32,6 @@ from pretrain.telemetry.step_timer import StepTimer
 if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
     from pretrain.models.language_model import LanguageModel
-    from pretrain.models.token_losses import Scores
     from pretrain.strategy.objective import Term
     from pretrain.strategy.precision import Precision
 
@@ -117,7 +117,7 @@ class InferenceEngine:
         given = (batch.input_ids, batch.labels, batch.position_ids)
         scores: Scores = self.forward(*given, by_token=True, base_hidden=base_hidden, with_hidden=with_hidden)
         hidden = None if scores.hidden is None else self._in_matmul_dtype(scores.hidden)
-        return scores._replace(hidden=hidden)
+        return Scores(scores.loss, scores.nats, scores.kl, hidden)
 
     @torch.no_grad()
     def evaluate_rows(self, batch: Batch) -> Tensor:

@@ -39,18 +39,18 @@ class ZeroWeights(EngineWeights):
         return {name: p for name, p in self._engine.model.hf_named_parameters() if p.requires_grad}
 
     def trained(self) -> dict[str, Tensor]:
-        parts = {name: self._engine.zero.weight_part(p) for name, p in self._parameters().items()}
+        parts = {name: self._engine.shards.weight_part(p) for name, p in self._parameters().items()}
         return {name: part for name, part in parts.items() if part is not None}
 
     def gradients(self) -> dict[str, Tensor | None]:
-        return {name: self._engine.zero.gradient_part(p) for name, p in self._parameters().items()}
+        return {name: self._engine.shards.gradient_part(p) for name, p in self._parameters().items()}
 
     @property
     def gradient_scale(self) -> float:
         return self._engine.zero.loss_scale if self._engine.scaler.is_enabled() else 1.0
 
     def gradient_changed(self, name: str, gradient: Tensor) -> None:
-        self._engine.zero.note_gradient(self._parameters()[name], gradient)
+        self._engine.shards.note_gradient(self._parameters()[name], gradient)
 
     def distance(self, differences: Iterable[Tensor]) -> Tensor:
         device = self._engine.world.device

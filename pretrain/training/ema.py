@@ -44,7 +44,7 @@ class Ema(Hook):
     export: bool = True
     _averages: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)  # by name, then by parameter
     _updates: int = field(default=0, init=False)
-    _engine: Engine | None = field(default=None, init=False, repr=False)
+    _engine: Any = field(default=None, init=False, repr=False)
 
     def setup(self, engine: Engine) -> None:
         if len({*map(_name, self.decays)}) < len(self.decays):
@@ -69,14 +69,12 @@ class Ema(Hook):
         return min(decay, (1 + update) / (RAMP + update)) if self.warmup else decay
 
     def state_dict(self) -> dict[str, Any]:
-        assert self._engine is not None
         saved = {name: self._engine.weights.to_save(average) for name, average in self._averages.items()}
         every = {f"{name}/{key}": t for name, average in saved.items() for key, t in average.items()}
         return every | {"updates": self._updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._updates = state["updates"]
-        assert self._engine is not None
         tensors = {key: t for key, t in state.items() if key != "updates"}
         of_each = {name: _without(f"{name}/", tensors) for name in self._averages}
         self._averages = {name: dict(self._engine.weights.from_saved(saved)) for name, saved in of_each.items()}
