@@ -14,7 +14,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor
 
 
 def disable_compilation() -> None:
