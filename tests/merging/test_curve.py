@@ -208,4 +208,4 @@ def test_on_two_ranks(strategy, base_arguments, command, exact_model, tmp_path):
     ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (ranks, alone))
     assert read_run_file(ranks)["merge_alpha"] == read_run_file(alone)["merge_alpha"]
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=5e-5)
