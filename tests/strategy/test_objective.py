@@ -223,3 +223,24 @@ def test_killed_and_resumed(objective, strategy, base_arguments, command, spawn,
         code, _, err = command([*words, f"output_dir={reference}", "objective.weight=0.2"])
         assert code == 2
         assert "objective.weight: 0.1 → 0.2" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_levers_of_zero_are_resumed(stage, base_arguments, command, spawn, tmp_path):
+    """The averages, the term and weights that thaw, bit for bit, also in bf16, whose weights are fp32 in the shards alone."""
+    words = [*base_arguments, "max_steps=20", "save_every=5", "log_every=1", "strategy=deepspeed", "devices=2"]
+    words += [
+        f"strategy.zero_stage={stage}",
+        "batch_size=2",
+        "objective=l2_to_base",
+        "hook=[ema]",
+        "precision=bf16-mixed",
+    ]
+    words += ["transform=[freeze]", "transform.freeze.trainable=embed|norm", "transform.freeze.thaw_at=0.5"]
+    reference = tmp_path / "reference"
+    code, _, err = command([*words, f"output_dir={reference}"])
+    assert code == 0, err
+    assert [r["l2_to_base"] > 0 for r in read_records(reference / "metrics.jsonl") if r["event"] == "train"][-1]
+    kill_and_resume(words, tmp_path / "killed", command, spawn, at=7)
+    assert_same_run(tmp_path / "killed", reference)
