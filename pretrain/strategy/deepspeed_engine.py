@@ -210,6 +210,8 @@ class DeepspeedEngine(Engine):
     def _drop_frozen(self) -> None:
         for group in self._frozen_groups:
             group["lr"] = 0.0  # neither does weight decay change it
+        if not (self._frozen or self._frozen_rows):
+            return
         names = {id(p): name for name, p in self.model.hf_named_parameters()}
         whole = ((p, None) for p in self._frozen)
         for parameter, row in (*whole, *self._frozen_rows):
