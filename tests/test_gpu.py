@@ -91,7 +91,7 @@ def test_weights_on_the_host_with_an_optimizer_of_matrices(optimizer, given, ran
 
 @pytest.mark.parametrize(
     "strategy",
-    OTHERS[:1] + [["strategy=deepspeed", "strategy.zero_stage=2", "strategy.offload_optimizer=true"]],
+    [["strategy=fsdp"], ["strategy=deepspeed", "strategy.zero_stage=2", "strategy.offload_optimizer=true"]],
     ids=range(2),
 )
 def test_levers_on_the_host(strategy, given, ran):
