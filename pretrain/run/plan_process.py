@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +63,9 @@ class PlanProcess:
             self._process.communicate()
 
 
-def planned_at_start(config: RunConfig, world: DistributedContext) -> PlanProcess | None:
-    """Start the plan of a run on its main rank where ``plan.at_start`` says so; elsewhere return ``None``."""
+def planned_at_start(config: RunConfig, world: DistributedContext, claims: ExitStack) -> PlanProcess | None:
+    """Start the plan of a run on its main rank where ``plan.at_start`` says so; elsewhere return ``None``. Its process ends
+    when ``claims`` is closed."""
     from pretrain.plan.devices import cpu, device_named
 
     is_gpu = world.device.type == "cuda"
@@ -76,7 +77,7 @@ def planned_at_start(config: RunConfig, world: DistributedContext) -> PlanProces
 
         properties = torch.cuda.get_device_properties(world.device)
         device = device_named(properties.name, properties.total_memory)
-    return PlanProcess(config, device, world.topology)
+    return claims.enter_context(closing(PlanProcess(config, device, world.topology)))
 
 
 def planned_facts(plan: PlanProcess | None, *, wait_seconds: float) -> dict[str, Any]:
