@@ -16,8 +16,9 @@ from tests.preloaded import run_preloaded
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-
 SLOW = "slurm search mixtures transforms means strategies sinks".split()  # the README has a command of each kind
+# beginnings of words of commands that have tests of their own
+LEVERS = ("transform=", "objective=", "optimizer=muon", "stop_when.", "merge.curve", "task=merge")
 
 
 def commands():
@@ -35,7 +36,8 @@ def commands():
                     if tuple(words) in met:
                         continue
                     met.add(tuple(words))
-                    slow = pytest.mark.slow if page.stem in SLOW else ()
+                    is_slow = page.stem in SLOW or any(word.startswith(LEVERS) for word in words)
+                    slow = pytest.mark.slow if is_slow else ()
                     yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:120], marks=slow)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from pretrain.data.batch import IGNORE
 from pretrain.distributed.sharding import TensorFiles, check_names, fill
 from pretrain.models import document_attention, packing
 from pretrain.models.blocks import find_blocks
-from pretrain.models.compilation import Compile, compile_blocks, compiled
+from pretrain.models.compilation import Compile, before_first_compilation, compile_blocks, compiled
 from pretrain.models.kl_divergence import Head, kl_divergence
 from pretrain.models.logits_map import LogitsMap
 from pretrain.models.loss import linear_cross_entropy
@@ -30,7 +30,8 @@ from pretrain.models.probe import (
     find_logits_map,
     num_positions,
 )
-from pretrain.models.token_losses import Scores, linear_token_losses
+from pretrain.models.recomputed_products import recomputed_products
+from pretrain.models.token_losses import Scores, cross_entropy, linear_token_losses
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 
@@ -59,6 +60,8 @@ class LanguageModel(nn.Module):
         balancing: the weight of the load balancing loss of a mixture of experts; 0 unless the config has
             ``output_router_logits: true``.
         is_compiled: whether the training step is compiled.
+        repeats_products: whether products are computed again in the backward instead of stored, if the model is on a CPU
+            and not compiled.
         picks_kernels: whether the kernels of attention are chosen (``model.attention=auto``).
         transformed: what transforms have changed in ``hf``; ``None`` without transforms.
         base_head: a copy on the host of the head of the base model (before training), which the first forward without labels
@@ -82,6 +85,7 @@ class LanguageModel(nn.Module):
         self.document_mask: DocumentMask | None = None
         self.long_document_mask: DocumentMask | None = None
         self.balancing = 0.0
+        self.repeats_products = True
         self.picks_kernels = False
         self.is_compiled = compile is not False
         if not any(p.is_meta for p in hf.parameters()):
@@ -160,9 +164,10 @@ class LanguageModel(nn.Module):
             return self._logits(input_ids, ends)
         plain = labels is not None and base_hidden is None
         if plain and self._compiled is not None and self.training and torch.is_grad_enabled():
+            before_first_compilation()
             return self._compiled(input_ids, labels, position_ids, loss_weights)
         on_host = input_ids.device.type == "cpu"  # where reading the positions does not synchronise a device
-        with nullcontext() if on_host else packing.known(packed=position_ids is not None):
+        with self._lean(input_ids), nullcontext() if on_host else packing.known(packed=position_ids is not None):
             if labels is None:
                 return self._base_hidden(input_ids, position_ids)
             if by_token:
@@ -172,6 +177,17 @@ class LanguageModel(nn.Module):
             if base_hidden is not None:
                 return self._loss_and_kl(input_ids, labels, position_ids, loss_weights, base_hidden, temperature)
             return self._loss(input_ids, labels, position_ids, loss_weights)
+
+    def _lean(self, input_ids: Tensor) -> AbstractContextManager[object]:
+        """Return the context of a forward whose products are computed again in the backward, on a CPU and not compiled."""
+        if (
+            not self.repeats_products
+            or self.is_compiled
+            or input_ids.device.type != "cpu"
+            or not torch.is_grad_enabled()
+        ):
+            return nullcontext()
+        return recomputed_products()
 
     def _loss(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, loss_weights: Tensor | None
@@ -369,14 +385,6 @@ def _say_square(name: str) -> None:
 def _by_token(loss_weights: Tensor | None, labels: Tensor) -> Tensor | None:
     """Return the weight [n * S] of each token of ``labels`` [n, S] from those of the rows [n]."""
     return None if loss_weights is None else loss_weights.unsqueeze(1).expand_as(labels).flatten()
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the summed cross entropy of ``logits`` [n, S, v] against ``labels`` [n, S], in which ``weights`` [n * S] is the
-    factor of each token; ``None``: 1 for all."""
-    reduction = "sum" if weights is None else "none"
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction=reduction)
-    return loss if weights is None else (loss * weights).sum()
 
 
 def weights_of(hf: nn.Module) -> dict[str, Tensor]:

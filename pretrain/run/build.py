@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pretrain.training.trainer import Listener
 
 PLAN_SECONDS = 30.0  # the longest wait for a plan where it saves trials
+WHOLE_PLAN_SECONDS = 600.0  # the same with plan.at_start=true
 
 
 def build_world(config: RunConfig, place: RankInfo, *, group: bool) -> DistributedContext:
@@ -145,7 +146,7 @@ def build_facts(
 
     facts = run_facts(config, engine.world, engine, restarts=restarts) | split.facts()
     speed = speed_facts(config, engine, devices=engine.world.topology.devices, peak=config.telemetry.peak_flops)
-    planned = planned_facts(plan, wait_seconds=PLAN_SECONDS if config.plan.at_start is True else 0.0)
+    planned = planned_facts(plan, wait_seconds=WHOLE_PLAN_SECONDS if config.plan.at_start is True else 0.0)
     more = {"uniform_loss": prepared.model.uniform_loss()} | mixture_facts(prepared.identity) | planned
     return facts | speed | more
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from pretrain.runtime.console import notice
 from pretrain.runtime.python import module_command
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def planned_facts(plan: PlanProcess | None, *, wait_seconds: float) -> dict[str,
     """Return the entries of run.json: the planned peak and the memory of the device in GiB; nothing without a plan."""
     record = plan.record(wait_seconds=wait_seconds) if plan is not None else None
     if record is None:
+        if plan is not None and wait_seconds:
+            notice("plan.at_start=true: there is no plan of this run; task=plan says why")
         return {}
     room = record["device"]["memory_bytes"] if record["device"]["is_gpu"] else None
     return {"planned_memory_gib": record["peak_bytes"] / 2**30, "device_memory_gib": room and room / 2**30}

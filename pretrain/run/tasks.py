@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.distributed.context import leave
 from pretrain.distributed.rank_info import RankInfo
@@ -61,7 +63,7 @@ def pretraining(
     """
     prepared, world = prepare_and_join(config, interrupt, place)
     folder = Path(config.output_dir)
-    store = CheckpointStore(folder / "checkpoints", config.checkpoint)
+    store = CheckpointStore(folder / "checkpoints", config.checkpoint).checked_by(world, resume=config.resume)
     check_domains(config, prepared)
     with ExitStack() as claims:
         start = world.on_main_rank(lambda: begin(config, overrides, prepared, place=place, store=store, claims=claims))
@@ -70,7 +72,7 @@ def pretraining(
             return 0
         config = config.with_lr(start.lr)
         watchdog = start_watchdog(config, folder / "logs" / f"rank-{place.rank}.log", on_hang, claims)
-        store = replace(store, files={"config.yaml": start.config_yaml.encode()})
+        store = replace(store, checked={}, files={"config.yaml": start.config_yaml.encode()})
         parts = {"resume_from": start.resume_from, "restarts": place.restarts, "watchdog": watchdog}
         trainer = train(config, prepared, store, world, interrupt, claims, **parts)
     leave()
@@ -156,9 +158,14 @@ def report_hang(log: Path, place: str, how_long: str) -> None:
     threading.Thread(target=mark_failed, args=(log.parent.parent,), daemon=True).start()
 
 
+def _digest(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
+
+
 def check_ranks_agree(world: DistributedContext, facts: dict[str, Any]) -> None:
     """Raise ``UserError`` where a rank, for example on another machine, has another config or other data than rank 0."""
-    every = world.all_gather_object(lambda: facts)
+    own = {name: _digest(value) for name, value in facts.items()}  # what all ranks send to all is small
+    every = world.all_gather_object(lambda: own)
     for rank, theirs in enumerate(every):
         differing = [name for name, value in every[0].items() if theirs[name] != value]
         if differing:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -47,11 +48,16 @@ class ZeroShards:
         place = mapping.lp_fragment_address
         return gradient if gradient.numel() == place.numel else gradient.narrow(0, place.start, place.numel)
 
-    def start_of(self, parameter: Any) -> int:
-        """Return the place in the flattened ``parameter`` at which `weight_part` begins."""
+    def own_range(self, parameter: Any) -> tuple[int, int]:
+        """Return the first element of the flattened ``parameter`` that is in this rank's shard, and the one after the last."""
         if self._stage == 3:
-            return int(parameter.ds_tensor.numel() * self._zero._get_param_partition_rank(parameter))
-        return int(parameter._hp_mapping.lp_fragment_address.start)
+            size = parameter.ds_tensor.numel()
+            first = dist.get_rank(parameter.ds_process_group) * size
+            return min(first, parameter.ds_numel), min(first + size, parameter.ds_numel)
+        if parameter._hp_mapping is None:  # all of it is in the shards of other ranks
+            return 0, 0
+        address = parameter._hp_mapping.lp_fragment_address
+        return address.start, address.start + address.numel
 
     def note_gradient(self, parameter: Any, gradient: Tensor) -> None:
         """Renew what DeepSpeed has computed of ``gradient``, the `gradient_part` of ``parameter``, which was changed in place:

@@ -257,7 +257,7 @@ class Trainer:
             "hooks": self.hooks.values(),
             "loader": self.loader.state_dict(),
             "guard": self.guard.state_dict(),
-            "rng": self.world.all_gather_object(rng_state),
+            "rng": self.world.gather_object(rng_state),  # rank 0 writes it
         }
         saved = self.checkpoints.save(self.state, state, at_once=at_once)
         if saved and self.exporter is not None and not self.finished:  # `finish` exports the last model
@@ -318,7 +318,7 @@ class Trainer:
 
     def restore(self, checkpoint: Path) -> None:
         """Restore the state of ``checkpoint``. A rank without a saved random state keeps its own."""
-        saved = self.checkpoints.load(checkpoint)
+        saved = self.checkpoints.load(checkpoint, world=self.world)
         self.engine.load_state_dict(saved["engine"])
         self.state.load_state_dict(saved["progress"])
         self.loader.load_state_dict(saved["loader"])
