@@ -333,6 +333,31 @@ def merge(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     return 0
 
 
+def advise(
+    config: RunConfig, overrides: list[str], interrupt: Interrupt, *, devices: int = 1, config_dir: str | None = None
+) -> int:
+    """Make short runs within a budget and write the recipe that they support to output_dir.
+
+    Args:
+        config: The config of the planned run.
+        overrides: The words of the command line.
+        interrupt: Receives the stop signals.
+        devices: Devices of the planned run.
+        config_dir: The value of ``--config-dir``.
+    """
+    from pretrain.run.advising import Advising, write
+
+    folder = claim(config.output_dir, foreign=True).path
+    advising = Advising(config, overrides, folder, devices=devices, config_dir=config_dir)
+    found = advising.run()
+    recipe = write(advising, found)
+    advising.probes.sweep.write_table("finished")
+    print(recipe.sentence())
+    print(f"{'advice':<12}{folder / 'advice.html'}")
+    print(f"{'run it':<12}python -m pretrain … --config-dir {folder} experiment=advised")
+    return 0
+
+
 # The tasks of one process. Pretraining may have several: the launcher starts it.
 TASKS: dict[str, Callable[[RunConfig, list[str], Interrupt], int]] = {
     "tokenization": tokenization,
