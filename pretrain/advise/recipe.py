@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pretrain.config.quoting import quoted_word
+
 Interval = tuple[float, float, float]  # value, low, high
 
 
@@ -49,7 +51,7 @@ class Recipe:
     def words(self) -> list[str]:
         """Return the words of a command line."""
         words = [f"{group}={_value(choice)}" for group, choice in self.choices.items()]
-        return words + [f"{key}={_value(value)}" for key, value in self.keys.items()]
+        return words + [quoted_word(f"{key}={_value(value)}", sweeping=False) for key, value in self.keys.items()]
 
     def command(self, words: Sequence[str]) -> str:
         """Return the command of the run; ``words`` are those of the user's command."""
