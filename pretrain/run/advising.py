@@ -361,8 +361,9 @@ class Advising:
         )
 
 
-def write(advising: Advising, found: Found) -> Recipe:
-    """Write advice.json, advice.html and experiment/advised.yaml into the folder of an advice."""
+def write(advising: Advising, found: Found) -> tuple[Recipe, str]:
+    """Write advice.json, advice.html and experiment/advised.yaml into the folder of an advice. Return the recipe and the command
+    of the run."""
     folder = advising.folder
     nearest = advising.nearest()
     recipe = recipe_of(found, advising.probes, advising.domains, nearest)
@@ -374,4 +375,4 @@ def write(advising: Advising, found: Found) -> Recipe:
     write_json(folder / "advice.json", content)
     replace_file(folder / "advice.html", advice_page(content, title=f"Advice: {advising.config.name}"))
     replace_file(own_folder(folder / "experiment") / "advised.yaml", recipe.yaml(command))
-    return recipe
+    return recipe, command

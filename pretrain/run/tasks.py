@@ -349,12 +349,11 @@ def advise(
 
     folder = claim(config.output_dir, foreign=True).path
     advising = Advising(config, overrides, folder, devices=devices, config_dir=config_dir)
-    found = advising.run()
-    recipe = write(advising, found)
-    advising.probes.sweep.write_table("finished")
+    recipe, command = write(advising, advising.run())
     print(recipe.sentence())
+    print(f"{'run it':<12}{command}")
+    print(f"{'or':<12}the same command with --config-dir {folder} experiment=advised in place of task=advise")
     print(f"{'advice':<12}{folder / 'advice.html'}")
-    print(f"{'run it':<12}python -m pretrain … --config-dir {folder} experiment=advised")
     return 0
 
 
