@@ -27,7 +27,7 @@ def run_code(code: str, *arguments: str, **environment: str) -> subprocess.Compl
 def numbers(run: Path) -> list[dict]:
     """The records without clocks and places. Left out: starts and stops, of which a resumed run has more, and
     checkpoints, whose record a kill can come before."""
-    kept = ("train", "evaluation", "sample", "run_finished")
+    kept = ("train", "evaluation", "positions", "sample", "run_finished")
     return [
         {k: v for k, v in record.items() if k not in PLACES and not is_clock(k)}
         for record in read_records(run / "metrics.jsonl")

@@ -109,6 +109,9 @@ def assert_equal_runs(run, reference, *, loss, norm, weights):
             assert a["kl_to_base"] == pytest.approx(b["kl_to_base"], abs=10 * loss)
             assert (a["kl_to_base"] > 0) == (a["step"] > 0)
             assert a["in_context_gain"] == pytest.approx(b["in_context_gain"], abs=10 * loss)
+        if a["event"] == "positions":
+            assert a["loss"] == pytest.approx(b["loss"], abs=10 * loss)
+            assert a["tokens"] == b["tokens"]
         if (
             a["event"] == "sample" and loss < 1e-4
         ):  # with rounding as coarse as bf16's another token may be the likeliest

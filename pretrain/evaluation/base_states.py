@@ -9,6 +9,7 @@ initial weights, and stay on the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from pretrain.data.batch import Batch
+from pretrain.evaluation.shared_batches import turns
+from pretrain.evaluation.task import EvaluationInterrupted
 from pretrain.runtime.console import notice
 
 if TYPE_CHECKING:
@@ -45,16 +48,13 @@ class BaseStates:
         if not domains or not self.measures(engine):
             return
         world = engine.world
-        for domain in domains:
-            for first in range(0, self.num_batches(domain), world.data_size):
-                if interrupted():
-                    return
-                index = first + world.data_rank
-                has_batch = index < self.num_batches(domain)
-                states = engine.hidden_states(domain.batches[index if has_batch else first].to(world.device))
-                if has_batch:
-                    self._hidden[domain.name, index] = states.to("cpu", copy=True)
-                alive()
+        with suppress(EvaluationInterrupted):
+            for domain in domains:
+                for index, counts in turns(self.num_batches(domain), world, interrupted):
+                    states = engine.hidden_states(domain.batches[index].to(world.device))
+                    if counts:
+                        self._hidden[domain.name, index] = states.to("cpu", copy=True)
+                    alive()
 
     def measures(self, engine: InferenceEngine) -> bool:
         """Return whether KL(base ‖ now) is measured; a notice says why it can't be."""
@@ -65,27 +65,26 @@ class BaseStates:
             )
         return bool(self.tokens) and engine.model.fused_loss
 
-    def evaluate_base(self, engine: InferenceEngine, batch: Batch, key: tuple[str, int] | None) -> Tensor:
-        """Return what `evaluate` does for the base model itself, and keep its states. For ``key`` see there."""
-        if key is None:
-            return self.evaluate(engine, batch, None)
-        nats, states = engine.evaluate_with_hidden_states(batch)
-        self._hidden[key] = states.to("cpu", copy=True)
-        return torch.stack(
-            [nats.double(), torch.zeros_like(nats, dtype=torch.float64), nats.new_tensor(batch.num_targets).double()]
-        )
-
     def num_batches(self, domain: Domain) -> int:
         """Return for how many batches of ``domain`` there are states: at least one."""
         batches = domain.batches
         return min(len(batches), max(1, self.tokens // (batches.batch_size * batches.sequence_length)))
 
-    def evaluate(self, engine: InferenceEngine, batch: Batch, key: tuple[str, int] | None) -> Tensor:
+    def evaluate(
+        self, engine: InferenceEngine, batch: Batch, key: tuple[str, int] | None, *, keep: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Return the summed loss, the summed KL(base ‖ now) and the number of targets of the latter, fp64 [3], of a ``batch`` on
-        the device. ``key`` names its domain and index (``None``: there are no states of it)."""
-        states = None if key is None else self._hidden.get(key)
-        if states is None:
-            nats = engine.evaluate(batch).double()
-            return torch.stack([nats, torch.zeros_like(nats), torch.zeros_like(nats)])
-        found = engine.evaluate_against_base(batch, states.to(batch.input_ids.device, non_blocking=True)).double()
-        return torch.cat([found, found.new_tensor([batch.num_targets])])
+        the device, and the loss of each token, fp32 [n, S].
+
+        ``key`` names its domain and index (``None``: there are no states of it). ``keep`` says that this is the base model, whose
+        states are kept.
+        """
+        states = None if key is None or keep else self._hidden.get(key)
+        base = None if states is None else states.to(batch.input_ids.device, non_blocking=True)
+        scores = engine.evaluate_tokens(batch, base, with_hidden=keep)
+        if keep and key is not None and scores.hidden is not None:
+            self._hidden[key] = scores.hidden.to("cpu", copy=True)
+        loss = scores.loss.double()
+        kl = torch.zeros_like(loss) if scores.kl is None else scores.kl.double()
+        compared = batch.num_targets if key is not None and (keep or states is not None) else 0
+        return torch.stack([loss, kl, torch.full_like(loss, compared)]), scores.nats

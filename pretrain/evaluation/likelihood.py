@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from pretrain.data.batch import IGNORE, Batch
-from pretrain.evaluation.task import EvaluationInterrupted
+from pretrain.evaluation.shared_batches import turns
 
 if TYPE_CHECKING:
     from pretrain.strategy.engine import InferenceEngine
@@ -39,15 +39,12 @@ def likelihoods(engine: InferenceEngine, requests: Sequence[Request], *, batch_s
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     world = engine.world
     here: dict[int, Likelihood] = {}
-    for first in range(0, len(batches), world.data_size):
-        if engine.interrupted():
-            raise EvaluationInterrupted
-        has_batch = first + world.data_rank < len(batches)
-        chosen = batches[first + world.data_rank if has_batch else first]  # else a dummy, so that collectives match
+    for index, counts in turns(len(batches), world, engine.interrupted):
+        chosen = batches[index]
         batch = _batch([requests[i] for i in chosen], engine.model.num_positions)
         found = engine.evaluate_rows(batch.to(world.device)).tolist()
         lengths = (batch.labels != IGNORE).sum(1).tolist()
-        if has_batch:
+        if counts:
             for i, (nats, correct), length in zip(chosen, found, lengths, strict=True):
                 here[i] = Likelihood(-nats, int(correct) == length)
     every: dict[int, Likelihood] = {}

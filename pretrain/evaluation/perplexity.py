@@ -16,6 +16,9 @@ import torch
 
 from pretrain.evaluation.base_states import BaseStates
 from pretrain.evaluation.baseline import Known, digest
+from pretrain.evaluation.positions import Buckets
+from pretrain.evaluation.shared_batches import turns
+from pretrain.evaluation.task import EvaluationInterrupted
 from pretrain.runtime.console import notice, progress_bar, shows_progress
 from pretrain.telemetry.events import DomainScore
 
@@ -92,10 +95,10 @@ class Evaluator:
             for domain in self.domains:
                 if announce and not shows_progress():
                     notice(f"evaluating {domain.name} ({domain.role}): {domain.batches.num_tokens:,} tokens")
-                score = self._score(engine, domain, baseline, interrupted, alive, captures=captures)
-                if score is None:
+                try:
+                    scores.append(self._score(engine, domain, baseline, interrupted, alive, captures=captures))
+                except EvaluationInterrupted:
                     return None
-                scores.append(score)
             gain = self.probe.gain(engine) if self.probe is not None and scores else None
         return [replace(score, in_context_gain=gain) for score in scores]
 
@@ -114,31 +117,29 @@ class Evaluator:
         alive: Callable[[], None],
         *,
         captures: bool,
-    ) -> DomainScore | None:
-        world = engine.world
+    ) -> DomainScore:
+        """Return the score of a domain. Raises ``EvaluationInterrupted`` if ``interrupted`` returned true."""
+        world, batches, buckets = engine.world, domain.batches, Buckets.of(domain.batches.sequence_length)
         summed = torch.zeros(3, dtype=torch.float64, device=world.device)  # nats, nats of KL, targets of KL
+        by_position = torch.zeros(2, buckets.count, dtype=torch.float64, device=world.device)
         tokens = 0
-        with progress_bar(f"evaluating {domain.name}", total=len(domain.batches)) as advance:
-            for first in range(0, len(domain.batches), world.data_size):
-                if interrupted():
-                    return None
-                has_batch = first + world.data_rank < len(domain.batches)
-                # Ranks without a batch run a dummy forward, so that collectives match.
-                index = first + world.data_rank if has_batch else first
-                batch = domain.batches[index]
-                key = (domain.name, index) if has_batch else None
+        with progress_bar(f"evaluating {domain.name}", total=len(batches)) as advance:
+            for index, counts in turns(len(batches), world, interrupted):
+                batch = batches[index]
                 keeps = captures and index < self.base.num_batches(domain)
-                evaluate = self.base.evaluate_base if keeps else self.base.evaluate
-                found = evaluate(engine, batch.to(world.device), key)
-                if has_batch:
+                key = (domain.name, index) if counts else None
+                on_device = batch.to(world.device)
+                found, token_nats = self.base.evaluate(engine, on_device, key, keep=keeps)
+                if counts:
                     summed += found
+                    by_position += buckets.sums(token_nats, on_device)
                     tokens += batch.num_targets
                 alive()
                 advance(world.data_size)
         (nats, kl, compared), tokens = world.data_all_reduce_sum(summed).tolist(), world.data_sum(tokens)
         loss = nats / tokens
         before = Known(loss) if baseline is None else baseline[domain.name]
-        num_bytes = domain.batches.num_bytes
+        num_bytes = batches.num_bytes
         return DomainScore(
             domain=domain.name,
             role=domain.role,
@@ -150,6 +151,7 @@ class Evaluator:
             delta_reason=before.reason,
             digest=digest(domain.measured_on),
             kl_to_base=kl / compared if compared else None,
+            positions=buckets.losses(world.data_all_reduce_sum(by_position)),
         )
 
 

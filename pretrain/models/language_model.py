@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,28 @@ from pretrain.models.probe import (
     has_plain_head,
     num_positions,
 )
+from pretrain.models.token_losses import linear_token_losses
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from pretrain.models.transforms.apply import Transformed
+
+
+class Scores(NamedTuple):
+    """What an evaluation computes of one batch.
+
+    Attributes:
+        loss: summed loss in nats, an fp32 scalar.
+        nats: loss of each token, fp32 [n, S], 0 without a target.
+        kl: summed KL(base ‖ now) in nats, an fp32 scalar; ``None`` without states of the base model.
+        hidden: last hidden states [n, S, h]; ``None`` where they were not asked for.
+    """
+
+    loss: Tensor
+    nats: Tensor
+    kl: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class LanguageModel(nn.Module):
@@ -128,6 +145,7 @@ class LanguageModel(nn.Module):
         base_hidden: Tensor | None = None,
         temperature: float = 1.0,
         by_row: bool = False,
+        by_token: bool = False,
         with_hidden: bool = False,
     ) -> Any:
         """Return the loss summed over all labels that are not ``IGNORE``: an fp32 scalar in nats. Its value is the cross entropy;
@@ -141,10 +159,11 @@ class LanguageModel(nn.Module):
         With ``ends``, int64 [n], instead of ``labels``, return the logits [n, V] of the token that follows position ``ends[i]``
         of row i.
 
-        Without ``labels`` and ``ends``, return the last hidden states [n, S, h] and copy the head to ``base_head``; with
-        ``with_hidden``, return the loss and these states. With ``labels`` and, as ``base_hidden``, the states of the base model,
-        return fp32 [1, 2]: the loss, and the sum of KL(base ‖ now) at ``temperature`` over the same tokens. All need
-        ``fused_loss``.
+        Without ``labels`` and ``ends``, return the last hidden states [n, S, h] and copy the head to ``base_head``. With
+        ``labels`` and, as ``base_hidden``, the states of the base model, return fp32 [1, 2]: the loss, and the sum of
+        KL(base ‖ now) at ``temperature`` over the same tokens. Both need ``fused_loss``.
+
+        With ``by_token``, return `Scores`, for an evaluation; ``with_hidden`` asks for the states.
 
         With ``by_row``, return fp32 [n, 2]: the loss of each row, and how many of its labels have the largest logit.
         """
@@ -157,9 +176,8 @@ class LanguageModel(nn.Module):
         with nullcontext() if on_host else packing.known(packed=position_ids is not None):
             if labels is None:
                 return self._base_hidden(input_ids, position_ids)
-            if with_hidden:
-                hidden = self._base_hidden(input_ids, position_ids)
-                return linear_cross_entropy(hidden.flatten(0, 1), *self._head(), labels.flatten()), hidden
+            if by_token:
+                return self._scores(input_ids, labels, position_ids, base_hidden, with_hidden=with_hidden)
             if by_row:
                 return self._by_row(input_ids, labels, position_ids)
             if base_hidden is not None:
@@ -215,6 +233,32 @@ class LanguageModel(nn.Module):
         kl = kl_divergence(base, self.base_head, hidden, head, targets, weights, temperature=temperature)
         loss = linear_cross_entropy(hidden, *head, targets, weights, compiled=self._compiles_loss())
         return torch.stack([loss, kl]).unsqueeze(0)
+
+    def _scores(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None,
+        base_hidden: Tensor | None,
+        *,
+        with_hidden: bool,
+    ) -> Scores:
+        """Return the scores of an evaluation. The loss has the bits of a forward with labels alone."""
+        if not self.fused_loss:
+            given = {"input_ids": input_ids} | self._documents(position_ids)
+            logits = self.hf(**given, use_cache=False).logits
+            nats = F.cross_entropy(
+                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
+            )
+            return Scores(self._cross_entropy(logits, labels, None), nats.view_as(labels))
+        states = self._base_hidden(input_ids, position_ids) if with_hidden else self._hidden(input_ids, position_ids)
+        hidden, head, targets = states.flatten(0, 1), self._head(), labels.flatten()
+        kl = None
+        if base_hidden is not None:
+            assert self.base_head is not None
+            kl = kl_divergence(base_hidden.flatten(0, 1), self.base_head, hidden, head, targets)
+        loss, nats = linear_token_losses(hidden, *head, targets)
+        return Scores(loss, nats.view_as(labels), kl, states if with_hidden else None)
 
     def _by_row(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> Tensor:
         """Return the loss of each row and the number of its labels with the largest logit, [n, 2]. Only positions that have a

@@ -157,12 +157,19 @@ def _row_factors(labels: Tensor, row_weights: Tensor | None) -> Tensor:
 def _eager_chunk(logits: Tensor, labels: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the summed loss of fp32 ``logits`` [rows, v] and its gradient, which overwrites the logits in memory."""
     counts, target = _row_factors(labels, row_weights), labels.clamp(min=0).unsqueeze(1)
+    nats, p = row_losses(logits, labels, row_weights)
+    p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+    return nats.sum(), p.mul_(counts)
+
+
+def row_losses(logits: Tensor, labels: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the loss of each row of fp32 ``logits`` [rows, v], [rows, 1], and the softmax, which overwrites the logits in
+    memory."""
+    counts, target = _row_factors(labels, row_weights), labels.clamp(min=0).unsqueeze(1)
     top, at_target = logits.amax(1, keepdim=True), logits.gather(1, target)
     p = torch.softmax(logits, 1, out=logits)
     # max p = 1 / sum exp(z - max z), so logsumexp(z) = max z - log(max p): no second pass of exponentials is needed.
-    loss = ((top - p.amax(1, keepdim=True).log() - at_target) * counts).sum()
-    p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
-    return loss, p.mul_(counts)
+    return (top - p.amax(1, keepdim=True).log() - at_target) * counts, p
 
 
 def _traced_chunk(logits: Tensor, labels: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from pretrain.telemetry.step_timer import StepTimer
 
 if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
-    from pretrain.models.language_model import LanguageModel
+    from pretrain.models.language_model import LanguageModel, Scores
     from pretrain.strategy.objective import Term
     from pretrain.strategy.precision import Precision
 
@@ -101,14 +101,8 @@ class InferenceEngine:
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the last hidden states [n, S, h] of a batch, in the matmul dtype. The first call keeps a copy of the head, for
-        `evaluate_against_base`. The model must be in eval mode and have a ``fused_loss``."""
+        `evaluate_tokens`. The model must be in eval mode and have a ``fused_loss``."""
         return self._in_matmul_dtype(self.forward(batch.input_ids, None, batch.position_ids))
-
-    @torch.no_grad()
-    def evaluate_with_hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the summed loss of a batch and its `hidden_states`, from one forward."""
-        loss, hidden = self.forward(batch.input_ids, batch.labels, batch.position_ids, with_hidden=True)
-        return loss, self._in_matmul_dtype(hidden)
 
     def _in_matmul_dtype(self, hidden: Tensor) -> Tensor:
         with self.autocast():
@@ -116,10 +110,13 @@ class InferenceEngine:
             return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
 
     @torch.no_grad()
-    def evaluate_against_base(self, batch: Batch, base_hidden: Tensor) -> Tensor:
-        """Return the summed loss of a batch and its summed KL(base ‖ now), fp32 [2] on the device (nats). ``base_hidden`` are the
-        `hidden_states` of the base model."""
-        return self.forward(batch.input_ids, batch.labels, batch.position_ids, base_hidden=base_hidden).sum(0)
+    def evaluate_tokens(self, batch: Batch, base_hidden: Tensor | None = None, *, with_hidden: bool = False) -> Scores:
+        """Return the loss of a batch and of each of its tokens; also KL(base ‖ now), if ``base_hidden`` has the `hidden_states`
+        of the base model, and with ``with_hidden`` the states of this model. The model must be in eval mode."""
+        given = (batch.input_ids, batch.labels, batch.position_ids)
+        scores: Scores = self.forward(*given, by_token=True, base_hidden=base_hidden, with_hidden=with_hidden)
+        hidden = None if scores.hidden is None else self._in_matmul_dtype(scores.hidden)
+        return scores._replace(hidden=hidden)
 
     @torch.no_grad()
     def evaluate_rows(self, batch: Batch) -> Tensor:

@@ -129,6 +129,21 @@ class DataStatisticsEvent(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class PositionLosses:
+    """The loss of a domain by the position of its tokens.
+
+    Attributes:
+        width: Positions in a bucket; bucket i has the positions from i × ``width`` on.
+        loss: Mean loss of each bucket in nats per token; ``None`` without a token.
+        tokens: Number of target tokens of each bucket.
+    """
+
+    width: int
+    loss: tuple[float | None, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DomainScore:
     """The scores of one domain at one evaluation.
 
@@ -148,6 +163,7 @@ class DomainScore:
             run) and of the model now, on the first ``evaluation.kl_tokens`` tokens; ``None`` if it was not measured.
         in_context_gain: How much lower the loss of random tokens is when their span is repeated in the context (nats per
             token). It belongs to the model and is the same for every domain; ``None`` if it was not measured.
+        positions: The loss by position, in a record of its own; ``None`` if it was not measured.
     """
 
     domain: str
@@ -161,6 +177,7 @@ class DomainScore:
     digest: str | None = None
     kl_to_base: float | None = None
     in_context_gain: float | None = None
+    positions: PositionLosses | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,7 @@ class History:
         merge: Scores of the points between the base model and the result: by ``alpha``, then by domain.
         layers: Curves of the norms by layer.
         samples: First and last sample by domain and prompt.
+        positions: First and last losses by position, by domain.
         data: Last ``data`` record.
         checkpoints: Last checkpoint records.
         num_checkpoints: Number of checkpoint records.
@@ -114,6 +115,7 @@ class History:
         self.merge: dict[float, dict[str, Record]] = {}
         self.layers: dict[str, Curves] = {}
         self.samples: dict[tuple[str, str], list[Record]] = {}  # key: domain, prompt; value: first and last
+        self.positions: dict[str, list[Record]] = {}  # by domain; value: first and last
         self.data: Record = {}
         self.checkpoints: deque[Record] = deque(maxlen=MAX_CHECKPOINTS)
         self.num_checkpoints = 0
@@ -156,6 +158,8 @@ class History:
             case "layers":
                 for name, numbers in record["layers"].items():
                     self.layers.setdefault(name, Curves(120)).add(record["step"], numbers)
+            case "positions":
+                self.positions.setdefault(str(record["domain"]), [])[1:] = [record]  # keep the first and the last
             case "sample":
                 self._sample(record)
             case "data":
@@ -185,6 +189,7 @@ class History:
                 measurement.last = measurement.last | {"value": values[-1], "stderr": None, "step": steps[-1]}
         self.measured = {key: m for key, m in self.measured.items() if m.values.steps}
         self.samples = {k: [r for r in v if r["step"] <= step] for k, v in self.samples.items()}
+        self.positions = {k: [r for r in v if r["step"] <= step] for k, v in self.positions.items()}
         self.checkpoints = deque((r for r in self.checkpoints if r["step"] <= step), maxlen=MAX_CHECKPOINTS)
         self.losses = deque((point for point in self.losses if point[0] <= step), maxlen=MAX_LOSSES)
         windows = bisect_right(self._window_steps, step)

@@ -88,6 +88,10 @@ class Monitor:
                 self._write_layers()
                 for s in event.scores:
                     self._write_untimed("evaluation", event.step, fields_of(s))
+                for s in event.scores:
+                    if s.positions is not None:
+                        whose = {"domain": s.domain, "role": s.role, "digest": s.digest}
+                        self._write_untimed("positions", event.step, whose | fields_of(s.positions))
                 self._window.exclude(event.seconds)
             case MetricsEvent():
                 for metric in event.metrics:

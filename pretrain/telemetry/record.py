@@ -14,8 +14,9 @@ WINDOW_PARTS = ("evaluation", "checkpoint")  # other time between two train reco
 
 
 def fields_of(event: Any) -> Record:
-    """Return the fields of an event or a score, without ``step``."""
-    names = [name for cls in type(event).__mro__ for name in getattr(cls, "__slots__", ()) if name != "step"]
+    """Return the fields of an event or a score, without ``step`` and ``positions``, which is a record of its own."""
+    apart = ("step", "positions")
+    names = [name for cls in type(event).__mro__ for name in getattr(cls, "__slots__", ()) if name not in apart]
     return json_safe({name: getattr(event, name) for name in names})
 
 
@@ -70,6 +71,7 @@ def _safe(value: Any) -> Any:
 
 WITH_EVALUATION = (
     "evaluation",
+    "positions",
     "metric",
     "sample",
     "data",

@@ -29,6 +29,10 @@ def plain_kl(base, now):
     return (((p.exp() * (p - q)).sum(-1)) * (LABELS != IGNORE)).sum()
 
 
+def summed_of(states, engine, index):
+    return states.evaluate(engine, BATCH, ("text", index))[0]
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])  # tied and untied heads
 @torch.no_grad()
 def test_equals_the_divergence_of_full_logits(name):
@@ -37,16 +41,16 @@ def test_equals_the_divergence_of_full_logits(name):
     base = copy.deepcopy(engine.model.hf)
     states = BaseStates(tokens=32)
     states.capture(engine, [Domain])
-    assert states.evaluate(engine, BATCH, ("text", 0))[1:].tolist() == [0, 27], "the base model itself"
+    assert summed_of(states, engine, 0)[1:].tolist() == [0, 27], "the base model itself"
     with torch.enable_grad():
         trained(engine.model.train() and engine)
     engine.model.eval()
-    nats, summed, counted = states.evaluate(engine, BATCH, ("text", 0))
+    nats, summed, counted = summed_of(states, engine, 0)
     assert counted == 27
     assert nats == engine.evaluate(BATCH), "the loss does not change by what is measured beside it"
     assert summed == pytest.approx(float(plain_kl(base, engine.model.hf)), rel=1e-4)
     assert summed > 0.1
-    assert states.evaluate(engine, BATCH, ("text", 1)).tolist() == [nats, 0, 0], "beyond the tokens it is measured on"
+    assert summed_of(states, engine, 1).tolist() == [nats, 0, 0], "beyond the tokens it is measured on"
 
 
 @given(rows=st.integers(1, 9), chunk=st.integers(1, 9), bias=st.booleans(), seed=st.integers(0, 99))
@@ -70,11 +74,11 @@ def test_the_evaluation_before_the_first_step_keeps_the_states():
     engine.model.eval()
     captured, kept = BaseStates(tokens=32), BaseStates(tokens=32)
     captured.capture(engine, [Domain])
-    nats, kl, counted = kept.evaluate_base(engine, BATCH, ("text", 0))
+    (nats, kl, counted), _ = kept.evaluate(engine, BATCH, ("text", 0), keep=True)
     assert (nats, kl, counted) == (engine.evaluate(BATCH), 0, 27)
     assert captured._hidden.keys() == kept._hidden.keys()
     assert torch.equal(captured._hidden["text", 0], kept._hidden["text", 0])
-    assert kept.evaluate_base(engine, BATCH, None).tolist() == [nats, 0, 0], "a dummy batch keeps nothing"
+    assert kept.evaluate(engine, BATCH, None, keep=True)[0].tolist() == [nats, 0, 0], "a dummy batch keeps nothing"
     assert len(kept._hidden) == 1
 
 
@@ -83,7 +87,7 @@ def test_a_model_with_capped_logits_has_none(capsys):
     states = BaseStates(tokens=32)
     states.capture(engine.model.eval() and engine, [Domain])
     assert "caps or scales its logits" in capsys.readouterr().err
-    assert states.evaluate(engine, BATCH, ("text", 0))[2] == 0
+    assert summed_of(states, engine, 0)[2] == 0
 
 
 def test_at_least_one_batch_is_compared():

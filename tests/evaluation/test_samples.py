@@ -126,4 +126,4 @@ def test_task_evaluation_has_samples_too(base_arguments, command, tmp_path) -> N
     code, _, err = command([*base_arguments, "task=evaluation", f"output_dir={tmp_path}", "evaluation.sample_tokens=4"])
     assert code == 0, err
     events = [r["event"] for r in read_records(tmp_path / "metrics.jsonl")]
-    assert events == ["run_started", "evaluation", "evaluation", "sample", "sample", "run_finished"]
+    assert events == ["run_started", *2 * ["evaluation"], *2 * ["positions"], "sample", "sample", "run_finished"]

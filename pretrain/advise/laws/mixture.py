@@ -151,16 +151,17 @@ def choose_share(
     Args:
         fits: the law of each domain.
         weights: weight of each domain's loss; None weighs all alike, and the weights are scaled to sum to 1.
-        prior_share: the share of new text to stay near, between 0 and 1.
+        prior_share: the share of new text to stay near, 0 to 1; closer than 0.001 to an end it counts as that.
         penalty: weight of the divergence from it, nats; 0 ignores the prior.
         limits: narrower limits of the share.
     Raises:
-        ValueError: no fit, a weight that is negative or missing, or limits that leave no share.
+        ValueError: no fit, a negative weight, a prior share outside 0 to 1, or limits that leave no share.
+        KeyError: a domain without a weight.
     """
     names = sorted(fits)
     w = np.array([1.0 if weights is None else weights[name] for name in names])
-    if not names or w.min() < 0 or w.sum() <= 0 or not 0 < prior_share < 1:
-        raise ValueError("choose_share needs fits, weights that are not negative and a prior share between 0 and 1")
+    if not names or w.min() < 0 or w.sum() <= 0 or not 0 <= prior_share <= 1:
+        raise ValueError("choose_share needs fits, weights that are not negative and a prior share of 0 to 1")
     lowest = max(fits[name].shares[0] for name in names)
     highest = min(fits[name].shares[-1] for name in names)
     if limits is not None:
@@ -169,7 +170,7 @@ def choose_share(
         raise ValueError(f"no share was measured for every domain between {lowest:g} and {highest:g}")
     x = np.linspace(lowest, highest, SHARES)
     curves = np.stack([fits[name].curve(x) for name in names])
-    price = penalty * _divergence(x, prior_share)
+    price = penalty * _divergence(x, min(max(prior_share, 0.001), 0.999))
     best = int(np.argmin(w / w.sum() @ curves + price))
     drawn = np.stack([fits[name].law.draws(x[:, None], DRAWS, seed) for seed, name in enumerate(names)])
     minima = x[np.argmin(np.einsum("d,dcn->cn", w / w.sum(), drawn) + price, axis=1)]

@@ -61,7 +61,7 @@ class Separable:
         from scipy.special import stdtr
 
         g, mean = self._means(points)
-        spread = np.einsum("gnp,gpq,gnq->gn", g, self.covariance, g).clip(0)
+        spread = ((g @ self.covariance) * g).sum(-1).clip(0)
         scale = np.sqrt(self.noise[:, None] ** 2 * (1 + spread) + self.extra**2)
         low, high = (mean - 100 * scale).min(0), (mean + 100 * scale).max(0)
         found = []
@@ -81,7 +81,7 @@ class Separable:
     def _means(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the functions g ([grid, n, constants]) and the law ([grid, n]) of each grid point."""
         g = self.basis(self.theta, points)
-        return g, np.einsum("gnp,gp->gn", g, self.linear)
+        return g, (g @ self.linear[..., None])[..., 0]
 
     def draws(self, points: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
         """Return `count` curves of the law itself (without the noise of a measurement) at `points`, [count, n]."""
@@ -109,8 +109,9 @@ def fit(
     Args:
         points: [n, coordinates]; y: [n].
         bounds: range of each shape constant; each has `resolution` grid values.
-        subsets: the sets of linear constants that may differ from zero: the full law, and its borders where a constant
-            named in `positive` is 0. One of them must fit any points.
+        subsets: the sets of linear constants that may differ from zero: the full law, and then its borders where a
+            constant named in `positive` is 0, which serve the grid points where the sets before give a negative one. The
+            last set must serve any.
         positive: linear constants that must not be negative.
     """
     order = np.lexsort(
@@ -143,21 +144,19 @@ def _fit_grid(
     subsets: list[list[int]],
     positive: list[int],
 ) -> Separable:
-    """Solve the linear constants of every grid point for every subset and weigh them."""
-    full = basis(theta, points)
-    _, n, constants = full.shape
-    freedom = max(1, n - constants - theta.shape[1])
-    parts = []
+    """Solve the linear constants of every grid point and weigh them."""
+    n, parts = y.size, []
     for subset in subsets:
-        g = np.zeros_like(full)
-        g[..., subset] = full[..., subset]
-        normal = np.einsum("gnp,n,gnq->gpq", g, robust, g)
-        inverse = np.linalg.pinv(normal, rcond=1e-13, hermitian=True)
-        linear = np.einsum("gpq,gnq,n->gp", inverse, g, robust * y)
-        error = y - np.einsum("gnp,gp->gn", g, linear)
-        rss = (error**2) @ robust + n * NOISE_FLOOR**2
-        allowed = np.all(linear[:, positive] >= 0, axis=1)
+        g = basis(theta, points)
+        g[..., [i for i in range(g.shape[2]) if i not in subset]] = 0
+        weighted = (g * robust[:, None]).transpose(0, 2, 1)
+        inverse = np.linalg.pinv(weighted @ g, rcond=1e-13, hermitian=True)
+        linear = (inverse @ (weighted @ y)[..., None])[..., 0]
+        rss = (y - (g @ linear[..., None])[..., 0]) ** 2 @ robust + n * NOISE_FLOOR**2
+        allowed = (linear[:, positive] >= 0).all(1)
         parts.append((theta[allowed], linear[allowed], inverse[allowed], rss[allowed]))
+        theta = theta[~allowed]
+    freedom = max(1, n - g.shape[2] - theta.shape[1])
     theta, linear, inverse, rss = (np.concatenate(column) for column in zip(*parts, strict=True))
     weights = (rss / rss.min()) ** (-freedom / 2)
     kept = weights > WEIGHTLESS
