@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from pretrain.advise.probes import Measured, Probes
 
 
+SAME_SHARE = 0.005  # difference of replay shares at which the law of one holds for the other
+
+
 def recipe_of(found: Found, probes: Probes, roles: dict[str, str], nearest: Measured | None) -> Recipe:
     """Return the recipe. ``nearest`` is the probe whose settings are nearest to the chosen ones."""
     keys: dict[str, Any] = {}
@@ -45,25 +48,23 @@ def recipe_of(found: Found, probes: Probes, roles: dict[str, str], nearest: Meas
 
 def predictions(found: Found, roles: dict[str, str], nearest: Measured | None, probes: Probes) -> dict[str, Prediction]:
     """Return what is expected of each domain: by the law of the learning curve at the planned length, else what a probe with
-    the chosen settings is expected to show at its own. A domain of which neither is known has no prediction."""
+    the chosen settings is expected to show at its own. The law is used only if every domain has one."""
     chosen = next((mean for mean in found.means if mean["chosen"]), None)
     if chosen is not None:
         return {
             name: Prediction(roles[name], change, probes.allotment.steps, "probe")
             for name, change in chosen["changes"].items()
         }
-    predicted = {}
-    for name, role in roles.items():
-        if found.length is not None and name in found.length.changes and _at_chosen_share(found, nearest):
-            predicted[name] = Prediction(role, found.length.changes[name][-1], probes.planned.steps, "law")
-        elif nearest is not None:
-            predicted[name] = Prediction(role, _in_probe(found, name, role, nearest), probes.allotment.steps, "probe")
-    return predicted
-
-
-def _at_chosen_share(found: Found, nearest: Measured | None) -> bool:
-    """Return whether the curves that the law was fitted to have the chosen share."""
-    return nearest is not None and abs((nearest.probe.share or 0.0) - (found.replay or 0.0)) < 0.005
+    if nearest is None:
+        return {}
+    by_law = found.length is not None and roles.keys() <= found.length.changes.keys()
+    if found.length is not None and by_law and abs((nearest.probe.share or 0.0) - (found.replay or 0.0)) < SAME_SHARE:
+        changes = found.length.changes
+        return {name: Prediction(role, changes[name][-1], probes.planned.steps, "law") for name, role in roles.items()}
+    steps = probes.allotment.steps
+    return {
+        name: Prediction(role, _in_probe(found, name, role, nearest), steps, "probe") for name, role in roles.items()
+    }
 
 
 def _in_probe(found: Found, name: str, role: str, nearest: Measured) -> Interval:

@@ -64,18 +64,17 @@ def predict(
         if not usable or None in rates:
             refused[name] = "the schedule is not one of this program's, so its learning rates are not known"
             continue
-        curves = [Curve(run.lrs, *run.losses[name]) for run in usable]
         try:
-            law = fit_dynamics(curves)
+            law = fit_dynamics([Curve(run.lrs, *run.losses[name]) for run in usable])
+            ends = [law.predict(lrs) for lrs in rates if lrs is not None]
         except NotSupported as error:
             refused[name] = error.reason
             continue
-        extrapolation = law.extrapolation(rates[-1])
+        extrapolation = law.extrapolation(rates[-1] or [])
         if extrapolation > MOST_EXTRAPOLATED:
             refused[name] = f"the planned run is {extrapolation:.0f} times what was measured"
             continue
         base = sum(run.losses[name][1][0] for run in usable) / len(usable)
-        ends = [law.predict(lrs) for lrs in rates]
         changes[name] = [(value - base, low - base, high - base) for value, low, high in ends]
     return Length(lengths, changes, refused, extrapolation, _enough(lengths, changes, roles, limit))
 

@@ -46,7 +46,7 @@ WHY = {
 
 def rates_around(prior: float, count: int) -> list[float]:
     """Return the rates of the probes: up to a tenth of and to about three times the prior."""
-    return [float(f"{prior * factor:.3g}") for factor in FACTORS[count]]
+    return [prior if factor == 1 else float(f"{prior * factor:.3g}") for factor in FACTORS[count]]
 
 
 def choose(

@@ -121,7 +121,7 @@ def try_batches(advising: Advising) -> dict[str, Any] | None:
     branches = [(tokens, _new_loss(at))]
     branches += [(tokens * (at.probe.steps // run.probe.steps), _new_loss(run)) for run in runs if not run.diverged]
     try:
-        best = critical_batch([Branch(batch, loss) for batch, loss in branches])
+        best = critical_batch([Branch(batch, [loss]) for batch, loss in branches])
     except NotSupported as refused:
         found.notes.append(f"The batch of several devices: {refused.reason}.")
         return None

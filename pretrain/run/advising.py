@@ -366,6 +366,8 @@ def write(advising: Advising, found: Found) -> tuple[Recipe, str]:
     of the run."""
     folder = advising.folder
     nearest = advising.nearest()
+    if advising.probes.measured:
+        advising.probes.sweep.write_table("finished")
     recipe = recipe_of(found, advising.probes, advising.domains, nearest)
     words = [word.removeprefix("++") for word in advising.overrides]
     kept = [word for word in words if word.partition("=")[0].split(".")[0] not in ("task", "output_dir", "advise")]
