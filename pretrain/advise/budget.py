@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 FORWARD, LORA = 1 / 3, 2 / 3  # cost of a token that is scored, and of one that is trained with LoRA
 MIN_STEPS = 8  # a shorter probe is mostly warm-up
-GOOD_STEPS = 40  # with fewer, probes are rather left out than shortened
+GOOD_STEPS = 24  # with fewer, probes are rather left out than shortened
 MIN_SCORED = 1024  # tokens of a domain; fewer do not tell two probes apart
-SCORED_SHARE = 0.3  # of the budget that scores may take where there is more text to score
+SCORED_SHARE = 0.25  # of the budget that scores may take where there is more text to score
 POINTS = 9  # interpolated adapters that are scored
 EVALUATIONS = 4  # of a probe, after step 0
 
@@ -105,13 +105,10 @@ def _candidates(planned: Planned, config: AdviseConfig) -> Iterator[tuple[int, i
     shares = 2 if "share" in config.steps and planned.has_old_text else 0
     checks = config.checks if shares else 0
     checks += bool(checks and not rates)  # a check compares two runs, of which one is usually a learning rate's
-    for evaluations in (EVALUATIONS, 2):
-        for c in range(checks, -1, -1):
-            yield rates, shares, c, evaluations
-    if rates > 3:
-        yield 3, shares, 0, 2
-    if rates:
-        yield min(rates, 3), shares, 0, 1
+    for c in range(checks, -1, -1):
+        yield rates, shares, c, EVALUATIONS
+    for evaluations in range(EVALUATIONS - 1, 0, -1):
+        yield min(rates, 3), shares, 0, evaluations
 
 
 def _allotments(planned: Planned, config: AdviseConfig) -> Iterator[Allotment | None]:
