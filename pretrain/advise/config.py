@@ -26,7 +26,7 @@ class AdviseConfig:
         checks: Number of short runs that check the predicted share.
         probe_steps: Optimizer steps of a probe; null: as many as the budget allows, at most the planned ones.
         prior_share: Replay share that is assumed before anything is measured; null: replay.share, or 0.1 where that is 0.
-        penalty: Weight of the squared distance to prior_share in the choice of the share, in nats per token.
+        penalty: Weight of the divergence KL(mixture ‖ prior_share) in the choice of the share, in nats per token.
         predicted: What task=advise has predicted for this run, written into its experiment and read by the report: domain →
             [role, steps, change of the loss, low, high].
         limit: Gain in nats per token for each further tenth of the run below which a shorter run is advised.
