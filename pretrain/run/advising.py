@@ -216,7 +216,11 @@ class Advising:
             known = self.cache.put("base", scorer.scores())
             scorer.close()
         self.base = known
-        self.probes.spent += FORWARD * sum(scores.tokens for scores in known.values())
+        self._spend(known)
+
+    def _spend(self, scores: dict[str, Scores]) -> None:
+        """Count the cost of scores, also of those that an earlier command has made."""
+        self.probes.spent += FORWARD * sum(one.tokens for one in scores.values())
 
     def _parameters(self) -> int:
         return int(self.prepared.model.num_parameters())
@@ -261,7 +265,8 @@ class Advising:
                 known[i] = self.cache.put(name, scorer.between(first.files, files, weight))
             scorer.close()
         found = [scores for scores in known if scores is not None]
-        self.probes.spent += FORWARD * sum(scores.tokens for many in found for scores in many.values())
+        for scores in found:
+            self._spend(scores)
         return found
 
     def base_is_readable(self, run: Measured) -> bool:
@@ -314,6 +319,7 @@ class Advising:
             scorer = self._scorer_of(run)
             known = self.cache.put(run.folder.name, scorer.scores())
             scorer.close()
+        self._spend(known)
         return known
 
     def _merges(self) -> bool:
