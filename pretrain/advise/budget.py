@@ -7,7 +7,7 @@ with LoRA two thirds, because the gradients of the frozen weights are not comput
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pretrain.runtime.errors import UserError
@@ -35,6 +35,7 @@ class Planned:
         trained: Cost of a trained token: 1, or that of LoRA.
         has_old_text: Whether there is text to replay.
         probe_trained: Cost of a trained token of the probes of the share.
+        least: Tokens of each domain that are scored at least: its first document is scored as a whole.
     """
 
     steps: int
@@ -43,6 +44,7 @@ class Planned:
     trained: float = 1.0
     has_old_text: bool = True
     probe_trained: float = LORA
+    least: dict[str, int] = field(default_factory=dict)
 
     @property
     def cost(self) -> float:
@@ -147,7 +149,8 @@ def _scorings(rates: int, shares: int, checks: int, evaluations: int) -> int:
 
 
 def _score_cost(planned: Planned, scored: int) -> float:
-    return FORWARD * sum(min(scored, tokens) for tokens in planned.held_out.values())
+    tokens = (max(min(scored, held_out), planned.least.get(name, 0)) for name, held_out in planned.held_out.items())
+    return FORWARD * sum(tokens)
 
 
 def _least(planned: Planned, config: AdviseConfig, steps: int) -> float:

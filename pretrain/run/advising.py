@@ -83,6 +83,7 @@ class Advising:
             trained,
             "base" in self.domains.values() and "new" in self.domains.values(),
             LORA if self.can_add_lora else trained,
+            {name: view.limited(1).num_tokens for name, _, view in prepared.domains},
         )
 
     def _probes(self) -> Probes:

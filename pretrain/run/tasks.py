@@ -347,13 +347,15 @@ def advise(
     """
     from pretrain.run.advising import Advising, write
 
-    folder = claim(config.output_dir, foreign=True).path
+    claimed = claim(config.output_dir, foreign=True)
+    folder = claimed.path
     advising = Advising(config, overrides, folder, devices=devices, config_dir=config_dir)
     recipe, command = write(advising, advising.run())
     print(recipe.sentence())
     print(f"{'run it':<12}{command}")
     print(f"{'or':<12}the same command with --config-dir {folder} experiment=advised in place of task=advise")
     print(f"{'advice':<12}{folder / 'advice.html'}")
+    claimed.lock.release()  # held until here: two commands would make the same probes
     return 0
 
 

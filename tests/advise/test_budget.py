@@ -87,3 +87,11 @@ def test_the_budget_is_never_exceeded(steps, tokens, held_out, budget, rates, ch
     spent += (1 + POINTS * bool(found.share_probes)) * _score_cost(planned, found.scored)
     assert spent <= found.budget * (1 + 1e-9)
     assert spent <= found.cost * (1 + 1e-9)
+
+
+def test_a_long_first_document_is_counted():
+    planned = Planned(2_000, 512, HELD_OUT, least={"es": 30_000, "english": 10})
+    found = allot(planned, AdviseConfig(budget=2.0))
+    assert found.scored < 30_000
+    assert _score_cost(planned, found.scored) == pytest.approx(FORWARD * (30_000 + found.scored))
+    assert found.cost <= found.budget
