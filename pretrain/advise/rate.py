@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pretrain.advise.probes import Measured
 from pretrain.runtime.errors import UserError
@@ -67,9 +68,24 @@ def choose(
     except NotSupported as refused:
         return _measured(runs, limit, refused.reason, gain_error, forgetting_error)
     lr = float(f"{best.lr:.2g}")
-    return RateChoice(
-        lr, best.low, best.high, best.gain, best.forgetting, WHY[best.limited_by], best.forgetting[0] <= limit
-    )
+    expected = _forgetting([run for run in runs if not run.diverged], lr, best.forgetting, forgetting_error)
+    low, high = min(best.low, lr), max(best.high, lr)
+    return RateChoice(lr, low, high, best.gain, expected, WHY[best.limited_by], expected[0] <= limit)
+
+
+def _forgetting(
+    runs: Sequence[Measured], lr: float, chosen: tuple[float, float, float], error: float
+) -> tuple[float, float, float]:
+    """Return what is expected of forgetting at a rate. The choice takes it as growing with the rate: where the measured values
+    around the rate are all smaller, the line between them in log lr is expected instead, within the same interval."""
+    points = sorted((math.log(run.probe.lr), run.forgetting) for run in runs)
+    place = min(max(math.log(lr), points[0][0]), points[-1][0])
+    (x0, y0), (x1, y1) = next(pair for pair in pairwise(points) if place <= pair[1][0])
+    if chosen[0] <= max(y0, y1):
+        return chosen
+    value = y0 + (y1 - y0) * (place - x0) / (x1 - x0)
+    half = max(chosen[2] - chosen[0], chosen[0] - chosen[1], 1.28 * error)
+    return value, value - half, value + half
 
 
 def _measured(

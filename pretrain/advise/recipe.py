@@ -79,11 +79,12 @@ class Recipe:
 
     def _expectation(self) -> str:
         parts = []
-        for role, verb in (("new", "gains"), ("base", "forgets")):
+        for role in ("new", "base"):
             for name, one in self.predicted.items():
                 if one.role == role:
-                    sign = -1 if role == "new" else 1
-                    value, *ends = (sign * x for x in one.change)
+                    improves = one.change[0] < 0
+                    verb = "gains" if improves else ("loses" if role == "new" else "forgets")
+                    value, *ends = (-x if improves else x for x in one.change)
                     low, high = sorted(ends)
                     parts.append(f"{verb} {value:.2f} ({low:.2f} to {high:.2f}) nats per token on {name}")
         if not parts:

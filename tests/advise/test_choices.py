@@ -77,6 +77,15 @@ def test_the_rate_is_the_largest_within_the_limit():
     assert (none.lr, none.within_limit) == (1e-4, False)
 
 
+def test_old_text_that_improves_is_expected_as_measured():
+    """The choice takes forgetting as growing with the rate; the expectation must not."""
+    runs = [run(1e-4, 0.1, 0.2, -0.1), run(1e-3, 0.1, 0.8, -0.5), run(1e-2, 0.1, 0.9, -1.2)]
+    found = rate.choose(runs, max_forgetting=0.0, gain_error=0.01, forgetting_error=0.01)
+    assert found.forgetting[0] == pytest.approx(-0.5 - 0.7 * math.log10(found.lr / 1e-3), abs=1e-9)
+    assert found.forgetting[1] < found.forgetting[0] - 0.0127 < found.forgetting[0] + 0.0127 < found.forgetting[2]
+    assert found.low <= found.lr <= found.high
+
+
 def test_rates_that_diverge():
     broken = [Measured(Probe("lr", lr, None, 8), Path("x"), {}, ROLES, [], 1.0, 1.0) for lr in (1e-2, 3e-2, 1e-1)]
     with pytest.raises(UserError, match="every learning rate that was tried diverged"):
