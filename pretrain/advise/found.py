@@ -12,6 +12,9 @@ from pretrain.advise.rate import RateChoice
 from pretrain.advise.share import ShareChoice
 
 
+MISSED = 0.05  # nats per token
+
+
 @dataclass
 class Found:
     """What an advice consists of, as far as it was measured.
@@ -61,3 +64,14 @@ def checks_of(chosen: ShareChoice, at: Measured, there: Measured) -> list[dict[s
             }
         )
     return found
+
+
+def missed(checks: list[dict[str, Any]]) -> list[str]:
+    """Return a sentence where the mixture law and true runs differ by more than `MISSED`."""
+    worst = max((abs(check["measured"] - check["predicted"]) for check in checks), default=0.0)
+    if worst <= MISSED:
+        return []
+    return [
+        f"Between two shares, true runs and the mixture of the LoRA probes differ by {worst:.2f} nats per token: the replay share is "
+        "a rough one."
+    ]

@@ -41,7 +41,7 @@ def advice_page(advice: dict[str, Any], *, title: str) -> str:
         section("Means against forgetting", _means(advice)),
         section("Model and text", _look(advice)),
         section("Probes and what they cost", _probes(advice)),
-        section("Not tried", _sentences(advice["notes"])),
+        section("Notes, and what was not tried", _sentences(advice["notes"])),
     ]
     return document(title, join(parts))
 

@@ -13,7 +13,7 @@ from typing import Any
 from pretrain.advise import rate, share
 from pretrain.advise.advice import recipe_of, record
 from pretrain.advise.budget import FORWARD, LORA, POINTS, Allotment, Planned, allot
-from pretrain.advise.found import Found, checks_of
+from pretrain.advise.found import Found, checks_of, missed
 from pretrain.advise.length import Length, predict
 from pretrain.advise.page import advice_page
 from pretrain.advise.probes import Measured, Probe, Probes, ProbeSweep, words_of_probes
@@ -345,6 +345,7 @@ class Advising:
             there = self.probes.run(probe)
             if not there.diverged:
                 found.checks += checks_of(chosen, at, there)
+                found.notes += missed(found.checks)
                 self._within_limit(at, there)
 
     def _nearest_run(self) -> Measured:

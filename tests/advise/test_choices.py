@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.advise import rate, share
-from pretrain.advise.found import checks_of
+from pretrain.advise.found import checks_of, missed
 from pretrain.advise.length import Length, _enough
 from pretrain.advise.look import DomainLook, Look, card_tokens, warnings_of
 from pretrain.advise.probes import Measured, Probe, words_of_probes
@@ -100,6 +100,14 @@ def test_a_check_compares_differences():
     assert new["measured"] == pytest.approx(0.2)
     assert base["measured"] == pytest.approx(-0.15)
     assert new["predicted"] == pytest.approx(2 * math.exp(-1.5) - 2 * math.exp(-2.7), abs=0.02)
+
+
+def test_a_law_that_misses_true_runs_is_reported():
+    close, far = ({"predicted": 0.1, "measured": m} for m in (0.12, -0.1))
+    assert missed([close]) == []
+    assert missed([close, far])[0].startswith(
+        "Between two shares, true runs and the mixture of the LoRA probes differ by 0.20"
+    )
 
 
 def test_a_shorter_run_is_enough():
