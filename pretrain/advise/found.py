@@ -11,7 +11,6 @@ from pretrain.advise.probes import Measured
 from pretrain.advise.rate import RateChoice
 from pretrain.advise.share import ShareChoice
 
-
 MISSED = 0.05  # nats per token
 
 
@@ -72,6 +71,6 @@ def missed(checks: list[dict[str, Any]]) -> list[str]:
     if worst <= MISSED:
         return []
     return [
-        f"Between two shares, true runs and the mixture of the LoRA probes differ by {worst:.2f} nats per token: the replay share is "
-        "a rough one."
+        f"Between two shares, true runs and the mixture of the LoRA probes differ by {worst:.2f} nats per token: the share "
+        "is a rough one."
     ]

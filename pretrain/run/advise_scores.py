@@ -62,7 +62,7 @@ class Scores:
         return math.sqrt(squares * count / (count - 1)) / self.tokens
 
 
-class Scorer:
+class ScoringModel:
     """A model in this process that scores the held-out documents of every domain."""
 
     def __init__(self, config: RunConfig, prepared: Prepared) -> None:

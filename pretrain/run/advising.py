@@ -23,7 +23,7 @@ from pretrain.optim.learning_rate import peak_lr
 from pretrain.optim.learning_rate import rate as learning_rate
 from pretrain.run.advise_look import look_at
 from pretrain.run.advise_means import try_batches, try_means
-from pretrain.run.advise_scores import ScoreCache, Scorer, Scores, losses_of
+from pretrain.run.advise_scores import ScoreCache, Scores, ScoringModel, losses_of
 from pretrain.run.prepare import Prepared, prepare
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
@@ -213,7 +213,7 @@ class Advising:
     def _score_base(self) -> None:
         known = self.cache.get("base")
         if known is None:
-            scorer = Scorer(self.config, self.prepared)
+            scorer = ScoringModel(self.config, self.prepared)
             known = self.cache.put("base", scorer.scores())
             scorer.close()
         self.base = known
@@ -277,9 +277,9 @@ class Advising:
     def base_files(self) -> Weights:
         return Weights("the base model", self.prepared.model.weights())
 
-    def _scorer_of(self, run: Measured) -> Scorer:
+    def _scorer_of(self, run: Measured) -> ScoringModel:
         """Return a scorer with the model of a probe: that of the command with other weights."""
-        return Scorer(self._config_of(run), replace(self.prepared, model=self._model_of(run), transforms=()))
+        return ScoringModel(self._config_of(run), replace(self.prepared, model=self._model_of(run), transforms=()))
 
     def _config_of(self, run: Measured) -> RunConfig:
         return RunConfig.of(self.config.plain | {"transform": {}})
