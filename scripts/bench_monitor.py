@@ -30,6 +30,7 @@ from pretrain.config.compose import run_config
 from pretrain.data.batch import Batch
 from pretrain.distributed.rank_info import RankInfo
 from pretrain.run import build
+from pretrain.run.build_trainer import build_trainer
 from pretrain.run.prepare import prepare
 from pretrain.telemetry.events import Event, RunStarted
 from pretrain.telemetry.step_timer import StepTimer, StepTimes
@@ -83,12 +84,12 @@ class Contestant:
         self._listening += time.thread_time() - started_at
 
 
-def build_trainer(arguments: list[str], folder: Path) -> Trainer:
+def trainer_of(arguments: list[str], folder: Path) -> Trainer:
     config = run_config([*OWN, *arguments, f"output_dir={folder}"]).with_lr(1e-3)
     folder.mkdir()
     world = build.build_world(config, RankInfo(), group=False)
     store = CheckpointStore(folder / "checkpoints", config.checkpoint)
-    return build.build_trainer(config, prepare(config), store, world)
+    return build_trainer(config, prepare(config), store, world)
 
 
 def clock_seconds(parts: int = 6, count: int = 2000) -> float:
@@ -109,7 +110,7 @@ def main() -> None:
     asked, overrides = parser.parse_known_args()
     measured: dict[str, list[Turn]] = {"watched": [], "unwatched": []}
     with tempfile.TemporaryDirectory() as name, Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-        trainers = {who: build_trainer(overrides, Path(name) / who) for who in measured}
+        trainers = {who: trainer_of(overrides, Path(name) / who) for who in measured}
         contestants = {who: Contestant(trainer, watched=who == "watched") for who, trainer in trainers.items()}
         for number in range(asked.rounds + 1):
             for who in list(measured)[:: 1 if number % 2 else -1]:

@@ -14,7 +14,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -125,6 +125,22 @@ def trainer(size: dict[str, int], steps: int, *, compiled: bool) -> None:
     clock.report()
 
 
+class RandomData:
+    """A loader of torchtitan: the rows of ``data``, ids [rows, length + 1], in batches."""
+
+    def __init__(self, data: torch.Tensor, batch: int) -> None:
+        self.batches = data.split(batch)
+
+    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        for rows in self.batches:
+            yield {"input": rows[:, :-1].contiguous()}, rows[:, 1:].contiguous()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 def titan(size: dict[str, int], steps: int, *, compiled: bool) -> None:
     """torchtitan 0.2.2 in one process, with a Llama 3 of this shape registered as a flavor and random tokens as its data."""
     os.environ |= {
@@ -148,22 +164,9 @@ def titan(size: dict[str, int], steps: int, *, compiled: bool) -> None:
         multiple_of=size["ffn"],  # its feed-forward width is rounded up to a multiple of this
         rope_theta=10000,
     )
-    data = random_rows(size, (steps + 1) * size["batch"])
-
-    class RandomData:
-        def __init__(self, **_: Any) -> None: ...
-
-        def __iter__(self) -> Any:
-            for rows in data.split(size["batch"]):
-                yield {"input": rows[:, :-1].contiguous()}, rows[:, 1:].contiguous()
-
-        def state_dict(self) -> dict[str, Any]:
-            return {}
-
-        def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
+    data = RandomData(random_rows(size, (steps + 1) * size["batch"]), size["batch"])
     spec = family.get_train_spec()
-    spec.build_dataloader_fn, spec.build_tokenizer_fn = (lambda **_: RandomData()), None
+    spec.build_dataloader_fn, spec.build_tokenizer_fn = (lambda **_: data), None
     program.train_spec_module.get_train_spec = lambda name: spec
     words = [
         *("--model.name", "llama3", "--model.flavor", "bench", "--training.local_batch_size", str(size["batch"])),

@@ -47,6 +47,22 @@ ROWS = (  # name of the model, processes, overrides
     ("llama", 2, ["strategy=fsdp", "batch_size=4", "precision=bf16-mixed", "model.gradient_checkpointing=true"]),
     ("gpt2", 2, ["strategy=fsdp", "batch_size=4", "strategy.sharding_strategy=SHARD_GRAD_OP"]),
     ("llama", 1, ["strategy=single", "batch_size=8", "model.compile=true"]),
+    ("llama", 1, ["strategy=single", "batch_size=8", "model.compile=true", "model.gradient_checkpointing=true"]),
+    ("llama", 1, ["strategy=single", "batch_size=8", "model.compile=true", "precision=bf16-mixed"]),
+    ("gpt2", 1, ["strategy=single", "batch_size=8", "model.compile=true", "gradient_accumulation_steps=2"]),
+    ("gemma2", 1, ["strategy=single", "batch_size=4", "model.compile=true"]),
+    ("llama", 2, ["strategy=fsdp", "batch_size=4", "model.compile=true"]),
+    ("gpt2", 2, ["strategy=ddp", "batch_size=4", "model.compile=true", "model.gradient_checkpointing=true"]),
+    *(("llama", 2, ["strategy=deepspeed", f"strategy.zero_stage={stage}", "batch_size=4"]) for stage in (1, 2, 3)),
+    *(
+        ("llama", 2, ["strategy=deepspeed", f"strategy.zero_stage={stage}", "batch_size=4", "precision=bf16-mixed"])
+        for stage in (1, 2, 3)
+    ),
+    (
+        "gpt2",
+        2,
+        ["strategy=deepspeed", "batch_size=4", "model.gradient_checkpointing=true", "gradient_accumulation_steps=2"],
+    ),
 )
 
 

@@ -6,7 +6,8 @@ A GPT-2 with 50,257 words; the same weights and blocks for all. On a CPU of 4 la
 them a step; on a GPU GPT-2 small, 12 layers × 768, with sequences of 1024, 2 × 16 a step. `--shape smollm2`: a Llama of the
 shape of SmolLM2-135M (30 layers × 576, 9 heads, 3 for keys and values, MLP 1536, vocabulary 49,152, head tied). Each run is a
 process of its own, runs alternate, medians are shown; at the end of each step the device is waited for. Peak: resident, or
-allocated on the GPU. The last column is the processor time of the whole command, which a loaded machine changes least.
+allocated on the GPU. The last columns are of processor time, which a loaded machine changes least: seconds of a step, for
+which each command is started once more with one step and its seconds are subtracted, and the ratio to the Trainer's.
 `pip install accelerate` adds the Trainer's row. Prints Markdown tables.
 """
 
@@ -240,15 +241,23 @@ def speed(results: list[Result]) -> float:
     return STEP_TOKENS / statistics.median(statistics.median(r["seconds"][UNCOUNTED:]) for r in results)
 
 
+def processor_seconds(results: list[Result]) -> float:
+    """Processor seconds of a step: the median of the runs."""
+    return statistics.median(r["processor_step"] for r in results)
+
+
 def table(mode: str, results: dict[str, list[Result]]) -> None:
     base_speed = speed(results["bare"])
     largest = max(statistics.median(r["peak_mib"] for r in runs) for runs in results.values())
-    print(f"\n**{mode}**\n\n| | tokens/s | × bare | peak MiB | × largest | processor s |\n|---|---|---|---|---|---|")
+    print(
+        f"\n**{mode}**\n\n| | tokens/s | × bare | peak MiB | × largest | processor s a step | × |\n|---|---|---|---|---|---|---|"
+    )
+    last = list(results)[-1]
     for who, runs in results.items():
         peak = statistics.median(r["peak_mib"] for r in runs)
-        seconds = statistics.median(r["processor"] for r in runs)
+        seconds = processor_seconds(runs)
         ratios = f"{speed(runs):,.0f} | {speed(runs) / base_speed:.2f} | {peak:,.0f} | {peak / largest:.2f}"
-        print(f"| {who} | {ratios} | {seconds:,.0f} |")
+        print(f"| {who} | {ratios} | {seconds:,.2f} | {seconds / processor_seconds(results[last]):.2f} |")
     pairs = zip(results["ours"][0]["losses"], results["bare"][0]["losses"], strict=True)
     print(f"\nlargest difference of a step's loss, ours to bare: {max(abs(a - b) for a, b in pairs):.1e}")
 
@@ -272,7 +281,10 @@ def main() -> None:
             results: dict[str, list[Result]] = {who: [] for who in contestants}
             for _ in range(asked.rounds):
                 for who in contestants:
-                    results[who].append(run(who, folder, asked.steps, *MODES[mode]))
+                    one = run(who, folder, 1, *MODES[mode])
+                    full = run(who, folder, asked.steps, *MODES[mode])
+                    a_step = (full["processor"] - one["processor"]) / (asked.steps - 1)
+                    results[who].append(full | {"processor_step": a_step})
             table(mode, results)
 
 

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,10 @@ MANY_CASES = "dtypes interpolation probe statistics".split()  # every architectu
 NOT_QUICK = {"tests", "launch", "runtime", "strangers"} | {f"test_{n}.py" for n in (*STARTS_PROCESSES, *MANY_CASES)}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the groups
 def pytest_collection_modifyitems(items):
-    """Mark as `quick` what `scripts/test.sh --quick` runs: tests of a part alone, which take about a second at most.
+    """Mark as `quick` what `scripts/test.sh --quick` runs: tests of a part alone, which take about a second at most. Tests that
+    share what a fixture of their module makes run in one process of pytest-xdist, which makes it once.
 
     Files of such tests alone come last, so that the processes of pytest-xdist end together. Those of SLURM come first: they wait
     most of their time, beside which another process can compute.
@@ -55,8 +58,17 @@ def pytest_collection_modifyitems(items):
         kept_out = STARTS_A_RUN & set(item.fixturenames) or NOT_QUICK & {item.path.parent.name, item.path.name}
         if not kept_out and not item.get_closest_marker("slow"):
             item.add_marker("quick")
+    sharing = {item.path for item in items if "reference" in item.fixturenames or has_module_fixtures(item.path)}
+    for item in items:
+        if item.path in sharing:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
     long = {item.path for item in items if not item.get_closest_marker("quick")}
     items.sort(key=lambda item: (item.get_closest_marker("slurm") is None, item.path not in long))
+
+
+@cache
+def has_module_fixtures(path: Path) -> bool:
+    return '@pytest.fixture(scope="module"' in path.read_text()
 
 
 def pytest_collection_finish():

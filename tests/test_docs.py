@@ -16,6 +16,10 @@ from tests.preloaded import run_preloaded
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
+SLOW = "slurm search mixtures transforms means strategies sinks".split()  # the README has a command of each kind
+# beginnings of words of commands that have tests of their own
+LEVERS = ("transform=", "objective=", "optimizer=muon", "stop_when.", "merge.curve", "task=merge")
+
 
 def commands():
     """Each once, however many pages have it."""
@@ -32,13 +36,12 @@ def commands():
                     if tuple(words) in met:
                         continue
                     met.add(tuple(words))
-                    slow = (
-                        pytest.mark.slow if page.stem in ("slurm", "search", "mixtures", "transforms", "means") else ()
-                    )
+                    is_slow = page.stem in SLOW or any(word.startswith(LEVERS) for word in words)
+                    slow = pytest.mark.slow if is_slow else ()
                     yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:120], marks=slow)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tiny_model, corpus):
     """A checkpoint of a run that the pages speak of as if it had been made."""
     run = tmp_path_factory.mktemp("poems")
@@ -49,7 +52,7 @@ def checkpoint(tmp_path_factory, tiny_model, corpus):
     return run / "checkpoints/step-00000200"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def place(tmp_path_factory, corpus, other_corpus, tiny_model, checkpoint):
     """What the commands name."""
     from datasets import Dataset

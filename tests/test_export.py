@@ -18,7 +18,6 @@ from tests.test_parity import whole_model
 
 LIMIT = 20_000  # bytes a file: the tiny model's embedding, 38,400 bytes, is larger
 SMALL_FILES = "checkpoint.export_shard_size=20KB"
-pytestmark = pytest.mark.xdist_group("export")
 
 
 @pytest.fixture(scope="module")

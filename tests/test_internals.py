@@ -22,6 +22,7 @@ INTERNALS = {
     "launch/torch_agent.py": "torch",
     "models/torch_internals.py": "torch",
     "models/transformers_internals.py": "transformers",
+    "plan/compiler_internals.py": "torch",
     "plan/torch_internals.py": "torch",
     "strategy/deepspeed_internals.py": "DeepSpeed",
     "strategy/loss_scaler.py": "torch",
@@ -295,6 +296,7 @@ def test_deepspeed_has_what_is_used_of_it():
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Stage2
+    from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
 
     from pretrain.strategy.deepspeed_internals import ZeroOptimizer, disable_compilation
 
@@ -308,6 +310,8 @@ def test_deepspeed_has_what_is_used_of_it():
         assert "self.overflow" in source
     assert "self._hp_optimizer_states_linked" in inspect.getsource(Stage2)
     assert callable(Stage2.update_lp_params)
+    assert "lp_fragment_address" in inspect.signature(tensor_fragment).parameters
+    assert list(inspect.signature(fragment_address).parameters) == ["numel", "start"], "of a rank's part of a parameter"
     assert "self.fp32_partitioned_groups_flat" in inspect.getsource(Stage3)
     assert callable(compiled), "replaced by disable_compilation"
     disable_compilation()

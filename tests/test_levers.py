@@ -26,11 +26,6 @@ def start(folder, base_arguments, command):
     return lambda out, *more: command([*common, f"output_dir={folder / out}", *more])
 
 
-def error_of(err):
-    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
-    return line
-
-
 def cut(run, again, step):
     """A copy of ``run`` as a kill after the checkpoint of ``step`` has left it."""
     shutil.copytree(run, again)

@@ -17,16 +17,20 @@ from pretrain.telemetry.sinks.jsonl import read_records
 from tests.preloaded import run_preloaded
 
 STRATEGIES = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
+SHARD_GRAD_OP = ["strategy=fsdp", "strategy.sharding_strategy=SHARD_GRAD_OP"]
+OWN_UNITS = ["strategy.auto_wrap_policy=LlamaMLP", "strategy.state_dict_type=sharded"]
 VARIANTS = [
-    ["strategy=fsdp", "strategy.sharding_strategy=SHARD_GRAD_OP"],
+    [*SHARD_GRAD_OP, *OWN_UNITS],
     ["strategy=fsdp", "strategy.sharding_strategy=NO_SHARD"],
-    ["strategy=fsdp", "strategy.cpu_offload=true"],
-    ["strategy=fsdp", "strategy.auto_wrap_policy=LlamaMLP", "strategy.state_dict_type=sharded"],
-    ["strategy=fsdp", "model.gradient_checkpointing=true"],
+    ["strategy=fsdp", "strategy.cpu_offload=true", "model.gradient_checkpointing=true"],
     ["strategy=deepspeed", "strategy.zero_stage=3"],
     *(
         pytest.param(variant, marks=pytest.mark.slow)
         for variant in (
+            SHARD_GRAD_OP,
+            ["strategy=fsdp", *OWN_UNITS],
+            ["strategy=fsdp", "strategy.cpu_offload=true"],
+            ["strategy=fsdp", "model.gradient_checkpointing=true"],
             ["strategy=single", "model.compile=true", "batch_size=4"],
             ["strategy=ddp", "model.compile=true"],
             ["strategy=fsdp", "model.compile=true"],
@@ -159,12 +163,13 @@ FP32 = {"loss": 1e-5, "norm": 1e-5, "weights": 2e-5}
 
 
 EQUAL = [(strategy, shape) for strategy in STRATEGIES for shape in ("gpt2", "llama", "llama-tied")]
-# The variants below train llama-tied, and `test_a_layout_that_transformers_converts` gpt2 under fsdp.
-SHOWN_BELOW = [("fsdp", "gpt2"), *((strategy, "llama-tied") for strategy in STRATEGIES)]
+# By default each strategy trains one shape here, llama-tied in the variants below, and fsdp also gpt2 in
+# `test_a_layout_that_transformers_converts`.
+ONE_EACH = [(strategy, "llama" if strategy in ("fsdp", "deepspeed") else "gpt2") for strategy in STRATEGIES]
 
 
 @pytest.mark.parametrize(
-    ("strategy", "shape"), [pytest.param(*e, marks=pytest.mark.slow if e in SHOWN_BELOW else ()) for e in EQUAL]
+    ("strategy", "shape"), [pytest.param(*e, marks=() if e in ONE_EACH else pytest.mark.slow) for e in EQUAL]
 )
 def test_two_processes_equal_one(strategy, shape, reference, base_arguments, exact_model, command, tmp_path):
     split = ["devices=1", "batch_size=4"] if strategy == "single" else ["devices=2", "batch_size=2"]

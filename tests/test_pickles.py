@@ -13,8 +13,6 @@ from pretrain.runtime.folders import MARKER
 from tests.cli.test_cli import assert_mistake
 from tests.damage import forge
 
-pytestmark = pytest.mark.xdist_group("pickles")
-
 # Where other programs keep pickles.
 BESIDE = [
     *("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt"),

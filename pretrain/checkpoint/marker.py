@@ -128,7 +128,7 @@ def incomplete_reason(path: Path, *, verify: Verify = "size") -> str | None:
     """
     try:
         for name, entry in read_marker(path).files.items():
-            if reason := _damage(path, name, entry, verify):
+            if reason := damage(path, name, entry, verify):
                 return reason
     except FileNotFoundError:
         return f"no {MARKER}"
@@ -139,7 +139,8 @@ def incomplete_reason(path: Path, *, verify: Verify = "size") -> str | None:
     return None
 
 
-def _damage(folder: Path, name: str, entry: Entry, verify: Verify) -> str | None:
+def damage(folder: Path, name: str, entry: Entry, verify: Verify) -> str | None:
+    """Return why the file ``name`` is not the one of its ``entry``, or ``None``. For ``verify`` see `incomplete_reason`."""
     if not is_below(name):
         return f"{MARKER} names {name!r}, which is outside the folder"
     file = folder / name

@@ -7,6 +7,8 @@ model, so a run can skip an invalid checkpoint before it has built anything.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -19,7 +21,7 @@ from pretrain.checkpoint.config import Verify
 from pretrain.checkpoint.marker import first_error, incomplete_reason
 from pretrain.checkpoint.rng import check_rng_state
 from pretrain.checkpoint.train_state import DERIVED, RENAMED, TrainState
-from pretrain.distributed.packing import name_of
+from pretrain.distributed.packing import OF_RANK, name_of
 from pretrain.distributed.sharding import TensorFiles
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.folders import marked_files
@@ -110,6 +112,13 @@ class Manifest(_Part):
     hook: Tensors = {}
 
 
+class Owners(_Part):
+    """The rank that has written a tensor in full, where several ranks have written full tensors."""
+
+    model: dict[str, Count] = {}
+    optimizer: dict[str, Count] = {}
+
+
 class OptimizerValues(_Part):
     """The plain values in the optimizer's state, by ``<parameter>/<key>``, and those that training has changed in each of its
     parameter groups. ``layout`` is a digest of each rank's shards, if some of the state belongs to them."""
@@ -131,6 +140,7 @@ class State(_Part):
     identity: Identity
     records: list[Record] = []
     tensors: Manifest | None = None
+    owners: Owners | None = None
     hooks: dict[str, dict[str, Any]] = {}
     optimizer_values: OptimizerValues | None = None
     ranks: Annotated[int, Field(gt=0)] | None = None
@@ -220,10 +230,30 @@ def check_folder_name(path: Path, step: int) -> None:
         raise ValueError(f"state.json belongs to step {step}")
 
 
-def tensor_files(path: Path, kind: str) -> TensorFiles:
-    """Return the tensors of ``kind`` in a checkpoint, without reading them. Raises ``UserError`` if its files do not make
-    full tensors."""
-    return TensorFiles(path / name for name in marked_files(path, f"{kind}*.safetensors"))
+def tensor_files(
+    path: Path,
+    kind: str,
+    described: Tensors | None = None,
+    owners: Mapping[str, int] | None = None,
+    *,
+    share: slice = slice(None),
+) -> TensorFiles:
+    """Return the tensors of ``kind`` in a checkpoint, without reading them, or those in a ``share`` of its files, which are
+    ordered by rank. With ``described`` from state.json, a file is opened when it is needed; ``owners`` are ranks by tensor.
+
+    Raises ``UserError`` if its files do not make full tensors, see `TensorFiles`.
+    """
+    names = sorted(marked_files(path, f"{kind}*.safetensors"), key=lambda name: (_rank_of(name), name))
+    places = {_rank_of(name): place for place, name in enumerate(names)}
+    of_rank = {name: int(found[1]) for name in described or () if (found := OF_RANK.fullmatch(name))}
+    known = {name: places[rank] for name, rank in (of_rank | dict(owners or {})).items() if rank in places}
+    return TensorFiles([path / name for name in names[share]], described, known)
+
+
+def _rank_of(name: str) -> int:
+    """Return the rank that has written the tensor file ``name``; 0 if one rank has written all."""
+    found = re.search(r"\.rank-(\d{1,9})\.safetensors$", name)
+    return int(found[1]) if found else 0
 
 
 def check_tensors(found: dict[str, TensorFiles], state: dict[str, Any]) -> None:
@@ -238,7 +268,12 @@ def check_tensors(found: dict[str, TensorFiles], state: dict[str, Any]) -> None:
             _compare(kind, manifest.get(kind, {}), found[kind])
     elif not found["optimizer"].keys() and state["progress"]["step"] > state["scaler"].get("skipped", 0):
         raise ValueError(f"no optimizer state, after {state['progress']['step']} steps")
-    for slot in sorted({*found["optimizer"].keys(), *(state.get("optimizer_values") or {}).get("state", {})}):
+    check_optimizer_names(found["optimizer"].keys(), weights, state)
+
+
+def check_optimizer_names(slots: Iterable[str], weights: Container[str], state: dict[str, Any]) -> None:
+    """Raise ``ValueError`` if optimizer state, the tensors ``slots`` or a plain value, belongs to none of the ``weights``."""
+    for slot in sorted({*slots, *(state.get("optimizer_values") or {}).get("state", {})}):
         parameter, _, key = name_of(slot).partition("/")
         if not key or parameter not in weights:
             raise ValueError(f"optimizer state {slot!r} belongs to no weight")

@@ -15,12 +15,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.atomic import write_folder
 from pretrain.checkpoint.config import CheckpointConfig
+from pretrain.checkpoint.joint_check import UNREADABLE, joint_validation_error
 from pretrain.checkpoint.marker import incomplete_reason
 from pretrain.checkpoint.schema import KINDS, read_state, tensor_files, validation_error
 from pretrain.distributed import sharding as tensors
@@ -32,18 +33,38 @@ from pretrain.runtime.filesystem import free_bytes, move
 if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
 
-IN_JSON = ("scaler", "tensors", "optimizer_values")  # parts of an engine's state that are in state.json
+IN_JSON = ("scaler", "tensors", "owners", "optimizer_values")  # parts of an engine's state that are in state.json
 SPARE_BYTES = 16 << 20  # space for a checkpoint's other files and for the logs
 
 
 @dataclass(frozen=True)
 class CheckpointStore:
     """The checkpoints under ``folder``. ``policy`` determines which are kept and how they are verified. ``files`` maps the
-    names of further files that every checkpoint holds to their content."""
+    names of further files that every checkpoint holds to their content. ``checked`` has the results of `checked_by`."""
 
     folder: Path
     policy: CheckpointConfig = field(default_factory=CheckpointConfig)
     files: Mapping[str, bytes] = field(default_factory=dict)
+    checked: Mapping[Path, str | None] = field(default_factory=dict)
+
+    def checked_by(self, world: DistributedContext, *, resume: str) -> CheckpointStore:
+        """Return this store after all ranks together have checked which of the checkpoints that ``resume`` may choose is valid,
+        so that rank 0, which chooses, need not open the files of all ranks. This is a collective."""
+        if world.size == 1 or resume == "never":
+            return self
+        checked: dict[Path, str | None] = {}
+        for paths in world.on_main_rank(lambda: [newest_first(p) for p in (self.folder, *_named(resume))]):
+            for path in paths:
+                reason = joint_validation_error(path, world=world, verify=self.policy.verify)
+                if reason != UNREADABLE:  # which `load` will refuse, and which is no reason to choose another one
+                    checked[path] = reason
+                if reason in (None, UNREADABLE):
+                    break
+        return replace(self, checked=checked)
+
+    def reason(self, path: Path) -> str | None:
+        """Return why a checkpoint can't be loaded, or ``None``; see `validation_error`."""
+        return self.checked[path] if path in self.checked else validation_error(path, verify=self.policy.verify)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -81,7 +102,7 @@ class CheckpointStore:
         return size
 
     def _small_files(self, rest: dict[str, Any]) -> dict[str, bytes]:
-        return {"state.json": json.dumps(rest).encode(), **self.files}
+        return {"state.json": json.dumps(rest).encode(), **_index(rest), **self.files}
 
     def make_room(self, step: int, needed: int) -> str | None:
         """Return why ``needed`` bytes can't be written, or ``None``. If space is short, this deletes the checkpoints that would
@@ -117,8 +138,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Return the steps of all checkpoint folders, complete or not, in ascending order."""
-        names = (re.fullmatch(r"step-(\d+)", p.name) for p in self.folder.glob("step-*"))
-        return sorted(int(match[1]) for match in names if match)
+        return [int(path.name.removeprefix("step-")) for path in reversed(newest_first(self.folder))]
 
     def complete_steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, checked by the sizes of their files."""
@@ -134,7 +154,7 @@ class CheckpointStore:
                 move(old, old.with_suffix(""))
         for step in reversed([s for s in self.steps() if below is None or s < below]):
             path = self.path(step)
-            reason = validation_error(path, verify=self.policy.verify)
+            reason = self.reason(path)
             if reason is None:
                 return path
             notice(f"checkpoint {path} skipped: {reason}")
@@ -187,6 +207,31 @@ class CheckpointStore:
             notice(f"checkpoint {self.path(step)} is no longer needed but can't be removed: {error}")
 
 
+def _index(state: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the file with which ``from_pretrained`` finds the weights in the files of several ranks, if they are full tensors.
+
+    Source: https://huggingface.co/docs/transformers/big_models#shard-metadata
+    """
+    owners = (state.get("owners") or {}).get("model", {})
+    if not owners or owners.keys() != state["tensors"]["model"].keys():
+        return {}
+    names = {name: f"model.rank-{rank}.safetensors" for name, rank in owners.items()}
+    return {"model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": names}).encode()}
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoint folders in ``folder``, complete or not, the newest first; or ``folder``, if it is a checkpoint."""
+    if re.fullmatch(r"step-\d+", folder.name) and (folder / "state.json").is_file():
+        return [folder]
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def _named(resume: str) -> list[Path]:
+    """Return where the checkpoints of a run or the checkpoint are that ``resume`` names."""
+    return [] if resume == "auto" else [Path(resume) / "checkpoints", Path(resume)]
+
+
 def losses_of(checkpoint: Path) -> tuple[dict[str, float], dict[str, str | None]]:
     """Return by domain the loss at exactly the checkpoint's step, and a digest of the text on which it was measured (``None``:
     unknown, from an earlier version). Both are empty if the run did not evaluate at that step."""
@@ -200,18 +245,25 @@ def losses_of(checkpoint: Path) -> tuple[dict[str, float], dict[str, str | None]
     return losses, {s["domain"]: s.get("digest") for s in scores}
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, *, world: DistributedContext | None = None) -> dict[str, Any]:
     """Load a checkpoint as ``{engine: {model, optimizer, hook, scaler, …}, loader, progress, rng, …}``. Model, optimizer
     and hook are ``TensorFiles``, from which every rank reads its own rows. ``hooks``, if there, has the hooks' plain values.
 
+    With the ranks of ``world`` this is a collective, and each of them opens only the files that hold its own rows, and for the
+    check of all files an equal share of them.
+
     Raises ``UserError`` if the folder is not a valid, complete checkpoint.
     """
-    reason = validation_error(path)
+    shared = world is not None and world.size > 1
+    reason = validation_error(path) if world is None else joint_validation_error(path, world=world)
     if reason is not None:
         raise UserError(f"resume={path}: not a complete checkpoint: {reason}")
     state = read_state(path)
     state.pop("ranks", None)  # only needed to validate the number of random states
-    engine: dict[str, Any] = {kind: tensor_files(path, kind) for kind in KINDS}
+    described, owners = (state.get("tensors") if shared else None), state.get("owners") or {}
+    engine: dict[str, Any] = {
+        kind: tensor_files(path, kind, described and described.get(kind, {}), owners.get(kind)) for kind in KINDS
+    }
     state["engine"] = engine | {key: state.pop(key, None) for key in IN_JSON}
     return state
 

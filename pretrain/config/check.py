@@ -24,7 +24,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 from pretrain.config.choices import own_groups
 from pretrain.config.defaults import conf_dir
 from pretrain.config.group_keys import GROUP_KEYS
-from pretrain.config.own_files import check_own_files
+from pretrain.config.own_files import check_own_files, check_own_places
 from pretrain.config.quoting import PATH_KEYS
 from pretrain.config.schema import RUNTIME_ARGUMENTS, RootKeys, RunConfig, build_part
 from pretrain.config.trust import MULTI_SELECT, NESTED_PARTS, PARTS, SCHEDULES, SOURCE, locate, name_of, trusts
@@ -91,6 +91,7 @@ def check(config: dict[str, Any], *, here: bool = True, config_dir: str | None =
         if group not in MULTI_SELECT:
             if isinstance(node, dict) and "_target_" not in node:
                 check_own_files(group, node, config_dir)
+            check_own_places(group, node, config_dir)
             check_part(group, node, PARTS[group], config["allow_targets"])
             continue
         if not isinstance(node, dict):

@@ -138,6 +138,14 @@ class DistributedContext:
                 raise user_error
         return [value for value, _ in every]
 
+    def gather_object(self, work: Callable[[], T]) -> list[T]:
+        """Call ``work``, which must not fail, on every rank; return the results of all ranks on rank 0, and nothing elsewhere."""
+        if self.size == 1:
+            return [work()]
+        every: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(work(), every, dst=0, group=self.group)
+        return every or []
+
     def on_main_rank(self, work: Callable[[], T]) -> T:
         """Call ``work`` on rank 0 only; return its result, or raise its ``UserError``, on every rank."""
         return self.all_gather_object(lambda: work() if self.is_main else None)[0]  # type: ignore[return-value]

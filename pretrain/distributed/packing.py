@@ -25,6 +25,7 @@ from pretrain.distributed.sharding import (
     local,
     local_shard,
     manifest,
+    writers,
 )
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
@@ -47,6 +48,7 @@ def pack(
     world: DistributedContext,
     replicas: Container[str] = (),
     rank_local: set[str] | None = None,
+    owners: dict[str, int] | None = None,
 ) -> tuple[dict[str, TensorShard], Manifest]:
     """Return the shards of ``named`` that this rank has to write, and dtype and full shape of every tensor that any rank
     writes. This is a collective.
@@ -62,6 +64,8 @@ def pack(
         replicas: Names of plain tensors that are known to be equal on all ranks, so that their bits are not compared.
         rank_local: The names that an earlier call has found to belong to their rank; this call adds to them. They are not
             compared again, and the notice about them is not repeated.
+        owners: Receives the rank that writes each tensor that all ranks hold, if the ranks share them; ``None``: rank 0 writes
+            them.
 
     Raises:
         UserError: On every rank, if a tensor can't be saved, or if a DTensor does not exist on all ranks.
@@ -77,7 +81,10 @@ def pack(
     whole = {n: t.full_tensor() for n, t in sorted(named.items()) if isinstance(t, DTensor) and not by_rows(t)}
     shared = {n: whole.get(n, t) for n, t in named.items()}
     own = {own_name(n, world): shared.pop(n) for n in sorted(found) if n in shared}
-    shards = {n: shard for n, t in shared.items() if (shard := local_shard(t, is_main=world.is_main)) is not None}
+    if owners is not None:
+        owners |= writers(shared, world.size)
+    by = owners or {}
+    shards = {n: s for n, t in shared.items() if (s := local_shard(t, is_main=by.get(n, 0) == world.rank)) is not None}
     shards |= {n: TensorShard(t.detach(), 0, tuple(t.shape)) for n, t in own.items()}
     described_here = manifest(own)
     everywhere = world.all_gather_object(lambda: described_here) if found else []

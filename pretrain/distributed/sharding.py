@@ -5,8 +5,9 @@ Files written by several ranks can be read by any other number of ranks, because
 
 from __future__ import annotations
 
+import heapq
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pretrain.runtime.open_files import OpenFiles
 from pretrain.runtime.strict_json import parse_json
 
 CHECKSUM_NUMBERS = 1 << 24
+SHARE_BYTES = 1 << 28  # of the tensors that all ranks hold, the least that each of several ranks writes
 PIECES = "pieces"  # metadata of a file: {name: [first row, full shape]} for the tensors that are sharded in it
 Manifest = dict[str, tuple[str, list[int]]]  # name → dtype and full shape
 
@@ -105,6 +107,36 @@ def local_shard(tensor: Tensor, *, is_main: bool) -> TensorShard | None:
     return TensorShard(part, start_of(tensor), tuple(tensor.shape)) if part.numel() or is_main else None
 
 
+def equal_part(tensor: Tensor, rank: int, ranks: int) -> TensorShard | None:
+    """Return the rows that a rank writes of a full tensor which all ranks share, in equal parts as FSDP's; ``None``: no rows.
+    Rank 0 writes a 0-d tensor."""
+    if not tensor.ndim:
+        return TensorShard(tensor, 0, ()) if rank == 0 else None
+    size = -(-len(tensor) // ranks)
+    first = min(rank * size, len(tensor))
+    part = tensor[first : first + size]
+    return TensorShard(part, first, tuple(tensor.shape)) if part.numel() or rank == 0 else None
+
+
+def writers(named: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
+    """Return the rank that writes each of the tensors that all ``ranks`` hold in full, so that they write about the same number
+    of bytes; the dict is empty if they are too small to be shared, and rank 0 writes all. Every rank finds the same.
+
+    The largest tensor that is left goes to the rank that has the least so far.
+    """
+    sizes = {name: t.numel() * t.element_size() for name, t in named.items() if not isinstance(t, DTensor)}
+    count = min(ranks, sum(sizes.values()) // SHARE_BYTES)
+    if count < 2:
+        return {}
+    loads = [(0, rank) for rank in range(count)]
+    found = {}
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        load, rank = heapq.heappop(loads)
+        found[name] = rank
+        heapq.heappush(loads, (load + size, rank))
+    return found
+
+
 def write(path: Path, shards: Mapping[str, TensorShard]) -> bool:
     """Write one safetensors file. If there is nothing to write, create no file and return False."""
     if not shards:
@@ -129,27 +161,88 @@ def _unshared(named: dict[str, Tensor]) -> dict[str, Tensor]:
 class TensorFiles:
     """The tensors in several safetensors files, which stay the same files whatever takes their names. Only headers are read
     until `read` is called, which reads the file instead of mapping it: mapped pages would stay in the process's resident memory
-    beside the tensors into which they are copied."""
+    beside the tensors into which they are copied.
 
-    def __init__(self, files: Iterable[Path]) -> None:
-        """Open ``files``. Raises ``UserError`` for a file that can't be read, and for shards that do not make full tensors."""
+    With ``described``, dtype and full shape of every tensor in them, a file is opened when rows that it may hold are read. A
+    rank that reads its own shards then opens few of the files of many ranks: that of the tensor's owner, or the one in whose
+    place rows along dim 0 in equal parts would be, and then the next ones to it, until all rows are found.
+    """
+
+    def __init__(
+        self, files: Iterable[Path], described: Manifest | None = None, owners: Mapping[str, int] | None = None
+    ) -> None:
+        """Open ``files``, or with ``described`` none of them yet. ``owners`` is the index in ``files`` of the one that holds a
+        tensor in full, where it is known. Raises ``UserError`` for a file that can't be read, and for shards that do not make
+        full tensors."""
         self._parts: dict[str, list[tuple[int, Any]]] = {}  # name → (first row, open file), by row
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
         self._places: dict[tuple[int, str], tuple[Path, int]] = {}  # file and first byte, by handle and name
         self._opened = OpenFiles()
-        for file in files:
-            try:
-                self._add(file)
-            except (OSError, EOFError, ValueError, SafetensorError) as error:
-                raise UserError(f"{file} can't be read: {error}") from None
+        self._paths, self._owners, self._described = list(files), owners or {}, described
+        self._unopened = set(range(len(self._paths)))
+        if described is not None:
+            self._shapes = {name: tuple(shape) for name, (_, shape) in described.items()}
+            return
+        for file in self._paths:
+            self._open(file)
         for name, parts in self._parts.items():
-            # Of two shards with the same first row, the empty one comes first.
-            parts.sort(key=lambda part: (part[0], _shape_in(part[1], name)[:1]))
+            self._sort(parts, name)
             if reason := self._gap(name):
-                raise UserError(f"{file}: {name}: {reason}")
+                raise UserError(f"{self._paths[-1]}: {name}: {reason}")
+        self._unopened.clear()
 
-    def _add(self, file: Path) -> None:
+    def _open(self, file: Path) -> list[str]:
+        """Open one of the files, and return the names in it. Raises ``UserError`` if it can't be read, or holds other tensors
+        than were described."""
+        try:
+            return self._add(file)
+        except (OSError, EOFError, ValueError, SafetensorError) as error:
+            raise UserError(f"{file} can't be read: {error}") from None
+
+    @staticmethod
+    def _sort(parts: list[tuple[int, Any]], name: str) -> None:
+        # Of two shards with the same first row, the empty one comes first.
+        parts.sort(key=lambda part: (part[0], _shape_in(part[1], name)[:1]))
+
+    def _open_for(self, name: str, start: int, stop: int) -> None:
+        """Open the files that hold rows [start, stop) of a tensor, of which some are not open yet."""
+        while self._unopened and (row := self._first_missing(name, start, stop)) is not None:
+            rows, files = (self._shapes[name] or (1,))[0], len(self._paths)
+            place = self._owners.get(name, row // -(-rows // files))
+            nearest = min(self._unopened, key=lambda index: (abs(index - place), index))
+            self._unopened.remove(nearest)
+            for found in self._open(self._paths[nearest]):
+                self._sort(self._parts[found], found)
+
+    def _first_missing(self, name: str, start: int, stop: int) -> int | None:
+        """Return the first of the rows [start, stop) that is in no open file; ``None`` if all are."""
+        for first, handle in self._parts.get(name, []):
+            if first <= start:
+                start = max(start, first + (_shape_in(handle, name) or (1,))[0])
+        return start if start < stop else None
+
+    def opened(self) -> list[Path]:
+        """Return the files that were opened."""
+        return [file for place, file in enumerate(self._paths) if place not in self._unopened]
+
+    def ranges(self) -> Iterator[tuple[str, int, int]]:
+        """Open all files, and yield (name, first row, row after the last one) of every shard in them; a 0-d tensor has one row.
+
+        Raises ``UserError`` for a file that can't be read, and for a shard that is no part of the tensor that was described.
+        """
+        while self._unopened:
+            self._open(self._paths[self._unopened.pop()])
+        for name, parts in self._parts.items():
+            for first, handle in parts:
+                shape = _shape_in(handle, name)
+                if shape[1:] != self._shapes[name][1:] or len(shape) != len(self._shapes[name]):
+                    raise UserError(
+                        f"{name}: a shard of shape {list(shape)} in a tensor of shape {list(self._shapes[name])}"
+                    )
+                yield name, first, first + (shape[0] if shape else 1)
+
+    def _add(self, file: Path) -> list[str]:
         opened = self._opened.add(file)
         handle = safe_open(file, framework="pt", device="cpu")
         if not self._opened.is_current(file):
@@ -158,12 +251,15 @@ class TensorFiles:
         for name in handle.keys():  # noqa: SIM118 (not a dict)
             start, shape = pieces.pop(name) if name in pieces else (0, _shape_in(handle, name))
             dtype = str(handle.get_slice(name).get_dtype())
+            if self._described is not None and _dtype_in(handle, name) != self._described.get(name, ("",))[0]:
+                raise ValueError(f"{name} has another dtype than was saved, or was not saved")
             if self._shapes.setdefault(name, shape) != shape or self._dtypes.setdefault(name, dtype) != dtype:
                 raise ValueError(f"{name} has another dtype or shape than in the other files")
             self._parts.setdefault(name, []).append((start, handle))
             self._places[id(handle), name] = (file, offsets[name])
         if pieces:
             raise ValueError(f"{min(pieces)} is not in it")
+        return list(handle.keys())
 
     def _gap(self, name: str) -> str | None:
         """Return why the shards of a tensor do not hold every row exactly once, or ``None``."""
@@ -190,18 +286,19 @@ class TensorFiles:
 
     def dtype(self, name: str) -> str:
         """Return the tensor's dtype, such as ``"float32"``."""
-        return described(self.read(name, 0, 0))[0]
+        return self._described[name][0] if self._described else _dtype_in(self._parts[name][0][1], name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read rows [start, stop) of a tensor to the CPU; a 0-d tensor is read in full."""
         shape = self._shapes[name]
+        stop = (shape or (1,))[0] if stop is None else stop
+        self._open_for(name, start, stop)
         if not shape:
             tensor: Tensor = self._parts[name][0][1].get_tensor(name)
             return tensor
-        stop = shape[0] if stop is None else stop
-        read = self._parts[name][0][1].get_slice(name)[:0].new_empty((max(0, stop - start), *shape[1:]))
+        read = torch.empty((max(0, stop - start), *shape[1:]), dtype=getattr(torch, self.dtype(name)))
         done = 0
-        for first, handle in self._parts[name]:
+        for first, handle in self._parts.get(name, []):
             begin, end = max(start - first, 0), min(stop - first, _shape_in(handle, name)[0])
             if begin < end:
                 self._read_rows(read[done : done + end - begin], id(handle), name, begin)
@@ -224,6 +321,12 @@ class TensorFiles:
 def _shape_in(handle: Any, name: str) -> tuple[int, ...]:
     """Return the shape of a file's shard of a tensor."""
     return tuple(handle.get_slice(name).get_shape())
+
+
+def _dtype_in(handle: Any, name: str) -> str:
+    """Return the dtype of a file's shard of a tensor, such as ``"float32"``."""
+    found = handle.get_slice(name)
+    return described(found[:0] if found.get_shape() else handle.get_tensor(name))[0]
 
 
 def _offsets(file: int) -> dict[str, int]:

@@ -23,7 +23,7 @@ import pretrain.data.loader
 import pretrain.data.sources.local
 import pretrain.data.tokenization.tokenize
 import pretrain.models.model_factory
-import pretrain.run.build
+import pretrain.run.build_trainer
 import pretrain.run.tasks
 import pretrain.strategy.ddp
 import pretrain.strategy.fsdp_engine

@@ -137,7 +137,8 @@ class HostActivations:
 
 def is_weight(tensor: Tensor) -> bool:
     """Return whether ``tensor`` is a parameter, a view of one, such as the transposed weight of a matrix product, or a view
-    of the copy in another dtype that autocast makes of a trained one and keeps for later forwards."""
+    of the copy in another dtype that autocast makes of a trained one and keeps for later forwards. Torch 2.10 saves such a
+    copy without its graph: there it is taken for an activation, which costs a copy to the host and changes no number."""
     if isinstance(tensor, nn.Parameter) or isinstance(viewed(tensor), nn.Parameter):
         return True
     node: Any = tensor.grad_fn

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from pretrain.data.cache import cache_dir, cache_errors
-from pretrain.models.torch_internals import allow_compilations, default_folder_of_compiled_code
+from pretrain.models.torch_internals import allow_compilations, default_folder_of_compiled_code, try_one_vector_set
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.files import make_folder
@@ -62,8 +62,10 @@ def _forward(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., An
 
     @wraps(block.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        run = compiled if block.training and torch.is_grad_enabled() else _run
-        return run(own, block, *args, **kwargs)
+        if not block.training or not torch.is_grad_enabled():
+            return _run(own, block, *args, **kwargs)
+        before_first_compilation()
+        return compiled(own, block, *args, **kwargs)
 
     return forward
 
@@ -72,6 +74,13 @@ def _forward(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., An
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function`` compiled for the exact shapes that it is called with."""
     return torch.compile(function, dynamic=False)
+
+
+@cache
+def before_first_compilation() -> None:
+    """Set what torch needs before this process compiles anything."""
+    if not torch.cuda.is_available():
+        try_one_vector_set()
 
 
 def prepare_compilation() -> None:

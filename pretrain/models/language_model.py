@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,7 @@ from pretrain.data.batch import IGNORE
 from pretrain.distributed.sharding import TensorFiles, check_names, fill
 from pretrain.models import document_attention, packing
 from pretrain.models.blocks import find_blocks
-from pretrain.models.compilation import Compile, compile_blocks, compiled
+from pretrain.models.compilation import Compile, before_first_compilation, compile_blocks, compiled
 from pretrain.models.kl_divergence import Head, kl_divergence
 from pretrain.models.loss import linear_cross_entropy
 from pretrain.models.probe import (
@@ -29,6 +29,7 @@ from pretrain.models.probe import (
     has_plain_head,
     num_positions,
 )
+from pretrain.models.recomputed_products import recomputed_products
 from pretrain.models.token_losses import linear_token_losses
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
@@ -72,6 +73,8 @@ class LanguageModel(nn.Module):
         balancing: the weight of the load balancing loss of a mixture of experts; 0 unless the config has
             ``output_router_logits: true``.
         is_compiled: whether the training step is compiled.
+        repeats_products: whether products are computed again in the backward instead of stored, if the model is on a CPU
+            and not compiled.
         picks_kernels: whether the kernels of attention are chosen (``model.attention=auto``).
         transformed: what transforms have changed in ``hf``; ``None`` without transforms.
         base_head: a copy on the host of the head of the base model (before training), which the first forward without labels
@@ -94,6 +97,7 @@ class LanguageModel(nn.Module):
         self.document_mask: DocumentMask | None = None
         self.long_document_mask: DocumentMask | None = None
         self.balancing = 0.0
+        self.repeats_products = True
         self.picks_kernels = False
         self.is_compiled = compile is not False
         if not any(p.is_meta for p in hf.parameters()):
@@ -171,9 +175,10 @@ class LanguageModel(nn.Module):
             return self._logits(input_ids, ends)
         plain = labels is not None and base_hidden is None
         if plain and self._compiled is not None and self.training and torch.is_grad_enabled():
+            before_first_compilation()
             return self._compiled(input_ids, labels, position_ids, loss_weights)
         on_host = input_ids.device.type == "cpu"  # where reading the positions does not synchronise a device
-        with nullcontext() if on_host else packing.known(packed=position_ids is not None):
+        with self._lean(input_ids), nullcontext() if on_host else packing.known(packed=position_ids is not None):
             if labels is None:
                 return self._base_hidden(input_ids, position_ids)
             if by_token:
@@ -183,6 +188,17 @@ class LanguageModel(nn.Module):
             if base_hidden is not None:
                 return self._loss_and_kl(input_ids, labels, position_ids, loss_weights, base_hidden, temperature)
             return self._loss(input_ids, labels, position_ids, loss_weights)
+
+    def _lean(self, input_ids: Tensor) -> AbstractContextManager[object]:
+        """Return the context of a forward whose products are computed again in the backward, on a CPU and not compiled."""
+        if (
+            not self.repeats_products
+            or self.is_compiled
+            or input_ids.device.type != "cpu"
+            or not torch.is_grad_enabled()
+        ):
+            return nullcontext()
+        return recomputed_products()
 
     def _loss(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, loss_weights: Tensor | None

@@ -17,9 +17,13 @@ from torch.nn import functional as F
 
 from pretrain.data.batch import IGNORE
 from pretrain.models import compilation
+from pretrain.models.torch_internals import keeps_graph
 
 # Logits per chunk, 128 MiB in fp32. With smaller chunks, accumulating the weight's gradient costs more than the memory saves.
 CHUNK_LOGITS = 2**25
+# Logits that a CPU turns into gradients at a time: 4 MiB in fp32, which stay in its cache through all passes over them. Rows do
+# not depend on each other, so this changes no bit.
+BLOCK_LOGITS = 2**20
 DEVICE_SHARE = 128  # of a GPU's memory for the fp32 logits of a chunk: 640 MiB of 80 GiB
 # Factor by which logit gradients are scaled up before they are cast to fp16, where p - one_hot ~ 1/V would lose bits. It is a
 # power of two, so that scaling up and down again does not round.
@@ -77,8 +81,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Not in place, because backward may be called again on the same graph (retain_graph=True).
-        scaled = (None if saved is None else times(saved, grads[0]) for saved in ctx.saved_tensors)
+        # Else backward may be called again on the same graph. The compiler decides by itself what it overwrites.
+        in_place = not (torch.compiler.is_compiling() or keeps_graph())
+        scaled = (None if saved is None else times(saved, grads[0], in_place=in_place) for saved in ctx.saved_tensors)
         return (*scaled, None, None, None, None)
 
 
@@ -112,8 +117,10 @@ def _forward(
     sums = bias is not None and needs_grad[2]
     weights = [None] * -(-len(labels) // size) if row_weights is None else row_weights.split(size)
     one_chunk = compilation.compiled(_chunk) if compiled else _chunk
+    # One block of memory for the logits of all chunks. A CPU's kernel would fill that of each chunk with zeros first.
+    space = None if compiled or torch.compiler.is_compiling() else head.new_empty(min(size, len(rows)), len(head))
     for row, label, row_weight in zip(rows.split(size), labels.split(size), weights, strict=True):
-        chunk_loss, scaled, grad_sum = one_chunk(row, head, bias, label, row_weight, grad_scale, sums)
+        chunk_loss, scaled, grad_sum = one_chunk(row, head, bias, label, row_weight, grad_scale, sums, space)
         loss = loss + chunk_loss
         if grad_sum is not None:
             bias_grad = grad_sum if bias_grad is None else bias_grad + grad_sum
@@ -137,15 +144,13 @@ def _chunk(
     row_weights: Tensor | None,
     grad_scale: float,
     sum_grad: bool,
+    space: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the loss of a chunk, the gradient of its logits × ``grad_scale`` in the dtype of ``head``, and with ``sum_grad``
-    the unscaled gradient summed over rows, in fp32."""
-    logits = F.linear(row, head).float()
-    if bias is not None:
-        logits = logits + bias
-    loss, grad = (_traced_chunk if torch.compiler.is_compiling() else _eager_chunk)(logits, labels, row_weights)
-    scaled = (grad * grad_scale if grad_scale != 1 else grad).to(head.dtype)
-    return loss, scaled, grad.sum(0) if sum_grad else None
+    the unscaled gradient summed over rows, in fp32. The logits are written to ``space``, if there is any."""
+    logits = F.linear(row, head) if space is None else torch.mm(row, head.t(), out=space[: len(row)])
+    one_chunk = _traced_chunk if torch.compiler.is_compiling() else _eager_chunk
+    return one_chunk(logits, labels, row_weights, bias, grad_scale, sum_grad=sum_grad)
 
 
 def _row_factors(labels: Tensor, row_weights: Tensor | None) -> Tensor:
@@ -154,12 +159,29 @@ def _row_factors(labels: Tensor, row_weights: Tensor | None) -> Tensor:
     return (counts if row_weights is None else counts * row_weights).unsqueeze(1)
 
 
-def _eager_chunk(logits: Tensor, labels: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of fp32 ``logits`` [rows, v] and its gradient, which overwrites the logits in memory."""
+def _eager_chunk(
+    logits: Tensor,
+    labels: Tensor,
+    row_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    grad_scale: float = 1.0,
+    *,
+    sum_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the same as `_chunk` for the products ``logits`` [rows, v], which the gradient overwrites in memory."""
     counts, target = _row_factors(labels, row_weights), labels.clamp(min=0).unsqueeze(1)
-    nats, p = row_losses(logits, labels, row_weights)
-    p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
-    return nats.sum(), p.mul_(counts)
+    rows = block_rows(logits) if not sum_grad else len(logits)  # one sum over all rows, in one order
+    weights = [None] * -(-len(labels) // rows) if row_weights is None else row_weights.split(rows)
+    blocks = logits.split(rows), labels.split(rows), weights, target.split(rows), counts.split(rows)
+    losses, p = [], logits
+    for block, label, weight, at, count in zip(*blocks, strict=True):
+        z = block.float() if bias is None else block.float() + bias
+        nats, p = row_losses(z, label, weight)
+        losses.append(nats)
+        p.scatter_add_(1, at, torch.full_like(at, -1, dtype=p.dtype)).mul_(count)
+        if p is not block:
+            block.copy_(p.mul(grad_scale) if grad_scale != 1 else p)
+    return torch.cat(losses).sum(), logits, p.sum(0) if sum_grad else None
 
 
 def row_losses(logits: Tensor, labels: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -172,22 +194,41 @@ def row_losses(logits: Tensor, labels: Tensor, row_weights: Tensor | None = None
     return (top - p.amax(1, keepdim=True).log() - at_target) * counts, p
 
 
-def _traced_chunk(logits: Tensor, labels: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def block_rows(logits: Tensor) -> int:
+    """Return the number of rows of ``logits`` [rows, v] that become gradients at a time: on a GPU all of them."""
+    if logits.device.type != "cpu":
+        return len(logits)
+    return max(BLOCK_LOGITS // logits.shape[1], torch.get_num_threads())
+
+
+def _traced_chunk(
+    logits: Tensor,
+    labels: Tensor,
+    row_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    grad_scale: float = 1.0,
+    *,
+    sum_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the same as `_eager_chunk` without in-place operations, which the compiler fuses best: the fp32 logits then never
     exist in memory."""
     counts, target = _row_factors(labels, row_weights), labels.clamp(min=0).unsqueeze(1)
-    log_sum = torch.logsumexp(logits, 1, keepdim=True)
-    loss = ((log_sum - logits.gather(1, target)) * counts).sum()
-    is_target = torch.arange(logits.shape[1], device=logits.device) == target
-    return loss, (torch.exp(logits - log_sum) - is_target.float()) * counts
+    z = logits.float() if bias is None else logits.float() + bias
+    log_sum = torch.logsumexp(z, 1, keepdim=True)
+    loss = ((log_sum - z.gather(1, target)) * counts).sum()
+    is_target = torch.arange(z.shape[1], device=z.device) == target
+    grad = (torch.exp(z - log_sum) - is_target.float()) * counts
+    scaled = (grad * grad_scale if grad_scale != 1 else grad).to(logits.dtype)
+    return loss, scaled, grad.sum(0) if sum_grad else None
 
 
-def times(saved: Tensor, grad: Tensor) -> Tensor:
-    """Return ``saved * grad`` in the dtype of ``saved``. The gradient of a scaled loss can exceed the range of fp16, so fp16
-    is multiplied in fp32."""
+def times(saved: Tensor, grad: Tensor, *, in_place: bool = False) -> Tensor:
+    """Return ``saved * grad`` in the dtype of ``saved``, with ``in_place`` in its memory. The gradient of a scaled loss can
+    exceed the range of fp16, so fp16 is multiplied in fp32."""
     if saved.dtype == torch.float16:
         return (saved.float() * grad).to(saved.dtype)
-    return saved * grad.to(saved.dtype)
+    grad = grad.to(saved.dtype)
+    return saved.mul_(grad) if in_place else saved * grad
 
 
 def accumulate_weight_grad(total: Tensor | None, grad: Tensor, row: Tensor, scale: float) -> Tensor:

@@ -25,6 +25,27 @@ def default_folder_of_compiled_code() -> Path:
     return Path(default_cache_dir())
 
 
+def try_one_vector_set() -> None:
+    """Let torch compile and load a test program for the processor's widest set of vector instructions alone, before it compiles
+    anything for a CPU. By itself it does so for each narrower set as well, of which it uses none, and which takes seconds each.
+    If the widest set does not work, torch tries all."""
+    from torch._inductor import config, cpu_vec_isa
+
+    if config.cpp.vec_isa_ok is not None or not hasattr(cpu_vec_isa, "x86_isa_checker"):
+        return
+    has = cpu_vec_isa.x86_isa_checker()
+    sets = (isa for isa in cpu_vec_isa.supported_vec_isa_list if all(flag in has for flag in str(isa).split()))
+    widest = next(sets, None)
+    if widest is not None and bool(widest):
+        config.cpp.vec_isa_ok = True
+
+
 def viewed(tensor: Tensor) -> Tensor | None:
     """Return the tensor of which ``tensor`` is a view; ``None`` if it is none."""
     return tensor._base
+
+
+def keeps_graph() -> bool:
+    """Return whether the backward that runs keeps the graph, so that it can run again; ``True`` if this torch does not say."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())

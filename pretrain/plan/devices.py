@@ -1,6 +1,7 @@
 """The devices that a plan can be made for: their memory, and the name by which `telemetry.peaks` lists their FLOP/s.
 
-The memory is what the driver reports as total (``memory.total`` of nvidia-smi; for AMD the capacity in the datasheet), in MiB.
+The memory is the total that CUDA reports, as ``torch.cuda.get_device_properties`` returns it, where a public source has it. It is
+less than the driver's total and than the capacity in a datasheet: an H100 of "80 GB" has 79.11 GiB.
 """
 
 from __future__ import annotations
@@ -49,27 +50,36 @@ class Device:
         return peak_flops(self.driver_name, products)
 
 
+def _gib(size: float) -> int:
+    return int(size * 2**30)
+
+
 DEVICES = {
     device.name: device
     for device in (
+        # As CUDA reports it, from torch's message about memory that ran out ("a total capacity of …").
+        Device("A100-40GB", _gib(39.50), "A100-SXM4-40GB"),  # github.com/TianheWu/CoSeR/issues/10
+        Device("B200", _gib(178.35), "B200"),  # many public logs; nvidia-smi: 183,359 MiB
+        Device(
+            "H100", _gib(79.11), "H100 80GB HBM3"
+        ),  # github.com/vllm-project/vllm/issues/27508; nvidia-smi: 81,559 MiB
+        Device("H200", _gib(139.80), "H200"),  # many public logs; nvidia-smi: 143,771 MiB
+        Device("L40S", _gib(44.42), "L40S"),  # github.com/stepfun-ai/Step-Video-T2V/issues/8
+        Device("MI300X", _gib(191.98), "AMD Instinct MI300X"),  # many public logs; some drivers report 191.69
+        Device("RTX4090", _gib(23.64), "GeForce RTX 4090"),  # github.com/3DTopia/Phidias-Diffusion/issues/8
+        Device("RTX5090", _gib(31.36), "GeForce RTX 5090"),  # many public logs, which have 31.34 to 31.39
+        Device("T4", _gib(14.75), "Tesla T4"),  # github.com/hpcaitech/Open-Sora/issues/697
+        Device("V100-32GB", _gib(31.74), "Tesla V100-SXM2-32GB"),  # github.com/haotian-liu/LLaVA/issues/812
+        # The total of nvidia-smi, of which CUDA reports some hundred MiB less: the number of CUDA was not found.
         Device("A10G", 23_028 * MIB, "A10G"),
-        Device("A100-40GB", 40_960 * MIB, "A100-SXM4-40GB"),
         Device("A100-80GB", 81_920 * MIB, "A100-SXM4-80GB"),
-        Device("B200", 183_359 * MIB, "B200"),
-        Device("H100", 81_559 * MIB, "H100 80GB HBM3"),
         Device("H100-NVL", 95_830 * MIB, "H100 NVL"),
         Device("H100-PCIe", 81_559 * MIB, "H100 PCIe"),
-        Device("H200", 143_771 * MIB, "H200"),
         Device("L4", 23_034 * MIB, "L4"),
-        Device("L40S", 46_068 * MIB, "L40S"),
-        Device("MI250X", 65_536 * MIB, "AMD Instinct MI250X"),
-        Device("MI300X", 196_592 * MIB, "AMD Instinct MI300X"),
         Device("RTX3090", 24_576 * MIB, "GeForce RTX 3090"),
-        Device("RTX4090", 24_564 * MIB, "GeForce RTX 4090"),
-        Device("RTX5090", 32_607 * MIB, "GeForce RTX 5090"),
-        Device("T4", 15_360 * MIB, "Tesla T4"),
+        # From datasheets alone: AMD Instinct MI250X (64 GB for each of its two devices), NVIDIA Tesla V100 (16 GB).
+        Device("MI250X", 65_536 * MIB, "AMD Instinct MI250X"),
         Device("V100-16GB", 16_384 * MIB, "Tesla V100-SXM2-16GB"),
-        Device("V100-32GB", 32_768 * MIB, "Tesla V100-SXM2-32GB"),
     )
 }
 ALIASES = {"A100": "A100-80GB", "V100": "V100-16GB"}

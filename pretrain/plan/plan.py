@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from pretrain.distributed.sharding import SHARE_BYTES
 from pretrain.plan.advice import other_settings
 from pretrain.plan.devices import Device
 from pretrain.plan.memory import Kinds, StepMemory, step_memory
 from pretrain.plan.speed import Speed
 from pretrain.plan.trace import Traced
+from pretrain.plan.zero import is_estimated, saved_by_zero
 from pretrain.runtime.errors import UserError, one_line
 from pretrain.strategy.base import StepConfig
 from pretrain.training.micro_batching import MicroBatching
@@ -130,7 +132,7 @@ class Question:
 
     def answer(self) -> Plan:
         """Return the plan. Raises ``UserError`` for a model that can't be built from its config."""
-        from pretrain.plan.zero import estimated, is_estimated
+        from pretrain.plan.zero import estimated
         from pretrain.strategy.engine import count_parameters
 
         config, notes = self.config, []
@@ -174,13 +176,13 @@ class Question:
         from pretrain.plan.zero import as_traced
 
         config, topology = as_traced(self.config, self.topology)
-        return Traced(config, self.spec, self.optimizer, topology, self.device.is_gpu)
+        return Traced(config, self.spec, self.optimizer, topology, self.device.is_gpu, self.device.memory_bytes)
 
     def _notes(self) -> list[str]:
         """Return what the plan leaves out with these settings."""
         notes = []
         if self.spec.compile:
-            notes.append("model.compile: the step is traced eagerly; compiled it needs at most as much, usually less")
+            notes.append("model.compile: each block is traced as torch partitions and fuses it; nothing is compiled")
         if self.spec.attention not in ("sdpa", "eager", "auto"):
             notes.append(
                 f"model.attention={self.spec.attention}: traced as sdpa, which saves tensors of the same sizes"
@@ -216,7 +218,9 @@ class Question:
         peak = chosen.peak(split.batch_size) if chosen else None
         between = {kind: size for kind, size in (chosen.between_steps() if chosen else {}).items() if size}
         saved = {kind: between.get(kind, 0.0) for kind in ("weights", "moments", "hooks")}
-        files = _checkpoint(saved, self.topology, sharded=not config.strategy.independent_forward)
+        saved = saved_by_zero(config, trained, self.topology) or saved
+        largest = max(p.numel() * p.element_size() for p in meta.parameters())
+        files = _checkpoint(saved, self.topology, sharded=not config.strategy.independent_forward, largest=largest)
         kinds = dict(peak.kinds) if peak else {}
         host = {"checkpoint copy": files["bytes_per_process"]} if config.checkpoint.async_ else {}
         if _offloads(config.strategy) and self.device.is_gpu:
@@ -292,7 +296,9 @@ def check_fits(plan: Plan) -> None:
 
 
 def _per_step(sent: Kinds, config: RunConfig) -> Kinds:
-    """Return the bytes that are sent in a step, from those of its last micro-batch."""
+    """Return the bytes that are sent in a step, from those of its last micro-batch; ZeRO's are those of the step."""
+    if is_estimated(config):
+        return {name: size for name, size in sent.items() if size}
     steps = config.gradient_accumulation_steps
     reduces_each = config.strategy.name == "fsdp" and not getattr(config.strategy, "accumulate_unsharded", False)
     found = {
@@ -318,8 +324,13 @@ def _setup(config: RunConfig, topology: Topology, split: MicroBatching, spec: An
     } | split.facts()
 
 
-def _checkpoint(saved: Kinds, topology: Topology, *, sharded: bool) -> dict[str, float]:
-    """Return size and number of the tensor files of a checkpoint. A strategy that shards writes two files per process."""
-    own = sum(saved.values())
-    writers = topology.world_size if sharded else 1
-    return {"bytes": own * writers, "files": 2.0 * writers, "bytes_per_process": own}
+def _checkpoint(saved: Kinds, topology: Topology, *, sharded: bool, largest: float) -> dict[str, float]:
+    """Return size and number of the tensor files of a checkpoint, and the bytes of the process that writes most. A strategy that
+    shards writes two files per process; others share what all processes hold (`pretrain.distributed.sharding.writers`), whose
+    ``largest`` tensor one of them writes."""
+    own, ranks = sum(saved.values()), topology.world_size
+    if sharded:
+        return {"bytes": own * ranks, "files": 2.0 * ranks, "bytes_per_process": own}
+    writers = {kind: max(1, min(ranks, int(size // SHARE_BYTES))) for kind, size in saved.items()}
+    most = sum(max(size / writers[kind], min(size, largest)) for kind, size in saved.items())
+    return {"bytes": own, "files": float(writers["weights"] + writers["moments"]), "bytes_per_process": most}

@@ -7,7 +7,8 @@ the same on real tensors and on fake ones, which have sizes but no memory. Tempo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,20 @@ class Usage:
     def total(self) -> float:
         """The largest total in bytes."""
         return sum(self.peak.values())
+
+
+_uncounted = 0  # how many `uncounted` contexts are open
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Inside this context no tracker counts the storages of new tensors."""
+    global _uncounted
+    _uncounted += 1
+    try:
+        yield
+    finally:
+        _uncounted -= 1
 
 
 class StorageTracker(TorchDispatchMode):
@@ -119,7 +134,7 @@ class StorageTracker(TorchDispatchMode):
             return NotImplemented  # the operations on its local tensors come here
         result = func(*args, **(kwargs or {}))
         # DTensor finds out the shapes of results on fake tensors of its own, as large as the unsharded ones.
-        if func.namespace == "prim" or active_fake_mode() is not self._mode:
+        if _uncounted or func.namespace == "prim" or active_fake_mode() is not self._mode:
             return result
         is_cast = func.name() == "aten::_to_copy" and self.kind == "activations"
         for tensor in result if isinstance(result, (list, tuple)) else (result,):

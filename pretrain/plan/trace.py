@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.data.batch import Batch
-from pretrain.models import packing
+from pretrain.models import compilation, loss, packing
 from pretrain.optim.combined import state_tensors
+from pretrain.plan.compiled_blocks import fused
 from pretrain.plan.cuda_operators import CudaOperators
 from pretrain.plan.simulation import SimulatedContext
 from pretrain.plan.storages import StorageTracker, Usage
-from pretrain.plan.torch_internals import fake_tensors, resizes_tracked, simulated_group, without_values
+from pretrain.plan.torch_internals import fake_tensors, replaced, resizes_tracked, simulated_group, without_values
 from pretrain.plan.traced_model import TracedFactory, has_copied_head, layers_of, traced_spec
 from pretrain.strategy.base import StepConfig
 from pretrain.strategy.loss_scaler import LossScaler
@@ -47,6 +48,7 @@ class Traced:
         optimizer: builds the optimizer of a model.
         topology: all ranks of the run.
         is_gpu: whether the devices are GPUs.
+        memory_bytes: the memory of a device, on which the size of the loss's chunks depends; ``None`` if it is unknown.
         fused_loss: whether the loss is computed in chunks.
     """
 
@@ -55,6 +57,7 @@ class Traced:
     optimizer: Callable[[LanguageModel], Optimizer]
     topology: Topology
     is_gpu: bool
+    memory_bytes: int | None = None
     fused_loss: bool = False
 
     def with_fused_loss(self) -> Traced:
@@ -67,7 +70,22 @@ class Traced:
 
     def _factory(self, spec: Any) -> TracedFactory:
         precision, seed = self.config.precision.param_dtype, self.config.seed
-        return TracedFactory(spec, precision, seed, self.config.transforms, fused_loss=self.fused_loss)
+        options = {"fused_loss": self.fused_loss, "compiles": bool(self.spec.compile)}
+        return TracedFactory(spec, precision, seed, self.config.transforms, **options)
+
+    @contextmanager
+    def _loss(self) -> Iterator[None]:
+        """Inside this context the loss has chunks as large as on the device, and is compiled if the run's is."""
+        share = (self.memory_bytes or 0) // loss.DEVICE_SHARE // 4 if self.is_gpu else 0
+        largest = max(loss.CHUNK_LOGITS, share)
+        with ExitStack() as stack:
+            stack.enter_context(replaced(loss, chunk_logits=lambda device: largest))
+            if self.is_gpu:
+                stack.enter_context(replaced(loss, block_rows=len))
+            if self.spec.compile:
+                stack.enter_context(replaced(loss, _eager_chunk=loss._traced_chunk))
+                stack.enter_context(replaced(compilation, compiled=fused))
+            yield
 
     def step(self, rows: int, spec: Any) -> Trace:
         """Trace the second step of a run with micro-batches of ``rows`` sequences of the model ``spec``."""
@@ -78,12 +96,14 @@ class Traced:
                 stack.enter_context(simulated_group(0, self.topology.world_size))
             for context in (fake_tensors(), packing.known(packed=packed), resizes_tracked(tracker)):
                 stack.enter_context(context)
+            stack.enter_context(self._loss())
             stack.enter_context(CudaOperators() if self.is_gpu else nullcontext())
             stack.enter_context(tracker)
             world = SimulatedContext(0, self.topology, torch.device("cpu"))
             step = StepConfig.of(config)
             factory = self._factory(spec)
             engine = config.strategy.setup(factory, self.optimizer, step, world)
+            engine.model.repeats_products = not (self.is_gpu or self.spec.compile)
             _prepare(engine, tracker)
             tracker.kind = "buffers"  # also the weights of a base model that the objective needs
             engine.term = config.objective.term(engine, lambda: config.strategy.reference(factory, step, world))

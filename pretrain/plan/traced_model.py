@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.models.blocks import find_blocks
 from pretrain.models.meta import put_buffers, replace_parameters
 from pretrain.models.model_factory import ModelFactory
 from pretrain.models.probe import by_positions
+from pretrain.plan.compiled_blocks import partition_blocks
 from pretrain.plan.torch_internals import TorchDispatchMode, real_tensors
 
 if TYPE_CHECKING:
@@ -31,9 +33,11 @@ class TracedFactory(ModelFactory):
 
     Attributes:
         fused_loss: whether the loss is computed in chunks, see `has_copied_head`.
+        compiles: whether the run compiles its blocks.
     """
 
     fused_loss: bool = field(default=False, kw_only=True)
+    compiles: bool = field(default=False, kw_only=True)
 
     def build(self, device: torch.device) -> LanguageModel:
         model = self.build_on_meta()
@@ -47,6 +51,10 @@ class TracedFactory(ModelFactory):
         put_buffers(model, buffers, torch.device("cpu"))
         model.fused_loss = self.fused_loss
         model.document_mask = by_positions
+        if self.compiles:
+            if self.spec.gradient_checkpointing != "selective":  # whose policy the graphs would not follow
+                partition_blocks(find_blocks(model.hf))
+            model._has_compiled_blocks = True  # so that the loss is computed as in a compiled step
         vars(model)["probe"] = lambda *_: None  # it compares values, which fake tensors do not have
         return model
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from pretrain.evaluation.task import EvaluationTask
     from pretrain.strategy.engine import Engine, InferenceEngine
     from pretrain.telemetry.interval import Interval
-    from pretrain.training.hook import Hook
+    from pretrain.training.hooks import Hooks
 
 
 def build_evaluator(config: RunConfig, prepared: Prepared, *, batch_size: int | None = None) -> Evaluator:
@@ -96,7 +95,7 @@ def build_evaluation(
     engine: Engine,
     batch_size: int,
     every: Interval,
-    hooks: Mapping[str, Hook],
+    hooks: Hooks,
 ) -> Evaluation:
     """Return what the run evaluates. ``batch_size`` is the training micro-batch, used for ``evaluation.batch_size=auto``. The
     averages of ``hooks`` are scored beside the weights.

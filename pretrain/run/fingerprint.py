@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def check_same_run(
     checkpoint: Path, identity: dict[str, Any], config: RunConfig, *, model_config: dict[str, Any], files: str
 ) -> None:
-    """Check that ``checkpoint`` belongs to the run that ``config`` describes.
+    """Refuse to resume from a ``checkpoint`` that does not belong to the run which ``config`` describes.
 
     Args:
         checkpoint: The checkpoint from which the run resumes.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from pretrain.checkpoint.schema import read_state, validation_error
+from pretrain.checkpoint.schema import read_state
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.train_state import TrainState
 from pretrain.data.changed_files import differing, load_files, save_files
@@ -354,7 +354,7 @@ def resume_point(folder: RunFolder, store: CheckpointStore, mode: str) -> Path |
         raise UserError(
             f"resume={mode}: not a checkpoint folder; allowed: auto, never, <run>/checkpoints/step-…, or <run>"
         )
-    reason = validation_error(named, verify=store.policy.verify)
+    reason = store.reason(named)
     if reason is not None:
         raise UserError(f"resume={mode}: not a complete checkpoint: {reason}")
     return named

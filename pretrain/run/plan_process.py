@@ -11,10 +11,11 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from pretrain.runtime.console import notice
 from pretrain.runtime.python import module_command
 
 if TYPE_CHECKING:
@@ -63,8 +64,9 @@ class PlanProcess:
             self._process.communicate()
 
 
-def planned_at_start(config: RunConfig, world: DistributedContext) -> PlanProcess | None:
-    """Start the plan of a run on its main rank where ``plan.at_start`` says so; elsewhere return ``None``."""
+def planned_at_start(config: RunConfig, world: DistributedContext, claims: ExitStack) -> PlanProcess | None:
+    """Start the plan of a run on its main rank where ``plan.at_start`` says so; elsewhere return ``None``. Its process ends
+    when ``claims`` is closed."""
     from pretrain.plan.devices import cpu, device_named
 
     is_gpu = world.device.type == "cuda"
@@ -76,13 +78,15 @@ def planned_at_start(config: RunConfig, world: DistributedContext) -> PlanProces
 
         properties = torch.cuda.get_device_properties(world.device)
         device = device_named(properties.name, properties.total_memory)
-    return PlanProcess(config, device, world.topology)
+    return claims.enter_context(closing(PlanProcess(config, device, world.topology)))
 
 
 def planned_facts(plan: PlanProcess | None, *, wait_seconds: float) -> dict[str, Any]:
     """Return the entries of run.json: the planned peak and the memory of the device in GiB; nothing without a plan."""
     record = plan.record(wait_seconds=wait_seconds) if plan is not None else None
     if record is None:
+        if plan is not None and wait_seconds:
+            notice("plan.at_start=true: there is no plan of this run; task=plan says why")
         return {}
     room = record["device"]["memory_bytes"] if record["device"]["is_gpu"] else None
     return {"planned_memory_gib": record["peak_bytes"] / 2**30, "device_memory_gib": room and room / 2**30}

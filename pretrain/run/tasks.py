@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.distributed.context import leave
 from pretrain.distributed.rank_info import RankInfo
@@ -61,10 +63,8 @@ def pretraining(
     """
     prepared, world = prepare_and_join(config, interrupt, place)
     folder = Path(config.output_dir)
-    store = CheckpointStore(folder / "checkpoints", config.checkpoint)
-    domains = {name: role for name, role, _ in prepared.domains}
-    store.policy.check(domains)
-    config.stop_when.check(domains)
+    store = CheckpointStore(folder / "checkpoints", config.checkpoint).checked_by(world, resume=config.resume)
+    check_domains(config, prepared)
     with ExitStack() as claims:
         start = world.on_main_rank(lambda: begin(config, overrides, prepared, place=place, store=store, claims=claims))
         if start is None:
@@ -72,29 +72,42 @@ def pretraining(
             return 0
         config = config.with_lr(start.lr)
         watchdog = start_watchdog(config, folder / "logs" / f"rank-{place.rank}.log", on_hang, claims)
-        planned = planned_at_start(config, world)
-        if planned is not None:
-            claims.callback(planned.close)
-        with out_of_memory_explained(config, world, plan=planned):
-            trainer = build.build_trainer(
-                config,
-                prepared,
-                replace(store, files={"config.yaml": start.config_yaml.encode()}),
-                world,
-                resume_from=start.resume_from,
-                restarts=place.restarts,
-                interrupt=interrupt,
-                watchdog=watchdog,
-                plan=planned,
-            )
-        interrupt.defer_signals = True
-        collector.restore_thresholds()
-        with out_of_memory_explained(config, world, trainer, plan=planned):
-            run_logged(trainer)
+        store = replace(store, checked={}, files={"config.yaml": start.config_yaml.encode()})
+        parts = {"resume_from": start.resume_from, "restarts": place.restarts, "watchdog": watchdog}
+        trainer = train(config, prepared, store, world, interrupt, claims, **parts)
     leave()
     if place.rank == 0:  # after the other ranks have left
         finish_upload(trainer, folder / "model")
     return 0 if trainer.complete else EXIT_CODE
+
+
+def train(
+    config: RunConfig,
+    prepared: Prepared,
+    store: CheckpointStore,
+    world: DistributedContext,
+    interrupt: Interrupt,
+    claims: ExitStack,
+    **parts: Any,
+) -> Trainer:
+    """Build the trainer, run it and return it. For ``parts`` see `build_trainer`; what this starts ends with ``claims``."""
+    from pretrain.run.build_trainer import build_trainer
+
+    planned = planned_at_start(config, world, claims)
+    with out_of_memory_explained(config, world, plan=planned):
+        trainer = build_trainer(config, prepared, store, world, interrupt=interrupt, plan=planned, **parts)
+    interrupt.defer_signals = True
+    collector.restore_thresholds()
+    with out_of_memory_explained(config, world, trainer, plan=planned):
+        run_logged(trainer)
+    return trainer
+
+
+def check_domains(config: RunConfig, prepared: Prepared) -> None:
+    """Raise ``UserError`` where a setting names a domain that the run does not evaluate."""
+    domains = {name: role for name, role, _ in prepared.domains}
+    config.checkpoint.check(domains)
+    config.stop_when.check(domains)
 
 
 def finish_upload(trainer: Trainer, model: Path) -> None:
@@ -145,9 +158,14 @@ def report_hang(log: Path, place: str, how_long: str) -> None:
     threading.Thread(target=mark_failed, args=(log.parent.parent,), daemon=True).start()
 
 
+def _digest(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
+
+
 def check_ranks_agree(world: DistributedContext, facts: dict[str, Any]) -> None:
     """Raise ``UserError`` where a rank, for example on another machine, has another config or other data than rank 0."""
-    every = world.all_gather_object(lambda: facts)
+    own = {name: _digest(value) for name, value in facts.items()}  # what all ranks send to all is small
+    every = world.all_gather_object(lambda: own)
     for rank, theirs in enumerate(every):
         differing = [name for name, value in every[0].items() if theirs[name] != value]
         if differing:

@@ -2,14 +2,17 @@
 this program, one full tensor at a time, so that any other strategy and number of ranks can resume from them.
 
 DeepSpeed's flat shards do not end at rows of a tensor. Therefore a rank does not write its own shards; the full tensors
-are gathered, and each rank writes its share of them.
+are gathered, and each rank writes its share of them: at stage 3, where a rank has a part of every tensor, a share of the rows of
+each, and below, where it has a part of a few, full tensors.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +25,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pretrain.data.batch import Batch
-from pretrain.distributed.sharding import TensorFiles, TensorShard, check_names, check_shape, described
+from pretrain.distributed.sharding import TensorFiles, TensorShard, check_names, check_shape, described, equal_part
 from pretrain.models.dtypes import kept_fp32
 from pretrain.models.meta import cast_parameters, put_buffers
 from pretrain.optim.combined import combined
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
     from pretrain.models.language_model import LanguageModel
     from pretrain.models.model_factory import ModelFactory
     from pretrain.strategy.precision import Precision
+
+
+REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default of reduce_bucket_size
 
 
 def join_process_group(config: dict[str, Any]) -> None:
@@ -118,9 +124,9 @@ class DeepspeedEngine(Engine):
     #
     # Saving: for tensor i of all weights and moments, in the same order on every rank:
     #     full = the fp32 tensor gathered from the shards of all ranks    # a collective
-    #     rank i mod R keeps and writes it; the other ranks drop it
-    # Loading: every rank reads each full tensor, copies its own part into its flat fp32 shard, and at the end renews the
-    # 16-bit weights from the fp32 ones.
+    #     rank i mod R keeps and writes it, at stage 3 every rank its share of the rows; the rest is dropped
+    # Loading: every rank reads the rows of each tensor with its own part, copies that into its flat fp32 shard, and at the end
+    # renews the 16-bit weights from the fp32 ones.
 
     has_gradients = False
     weights_in_model = False
@@ -153,6 +159,9 @@ class DeepspeedEngine(Engine):
                 "use strategy.zero_stage=0, ddp or fsdp"
             )
         counts = count_parameters(model)
+        # DeepSpeed allocates the whole bucket, 5e8 numbers by default, also for a model that never fills it.
+        zero = config["zero_optimization"]
+        zero.setdefault("reduce_bucket_size", min(REDUCE_BUCKET, max(counts[1], 1)))
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
         update = supported(optimizer(model), config["zero_optimization"]["stage"])
         fp32 = {p: p.data for p in model.parameters()} if precision.compute != "float32" else {}
@@ -215,12 +224,20 @@ class DeepspeedEngine(Engine):
     def state_dict(self) -> dict[str, dict[str, Any]]:
         own: dict[str, dict[str, TensorShard]] = {"model": {}, "optimizer": {}}
         every: dict[str, Any] = {"model": {}, "optimizer": {}}
+        owners: dict[str, dict[str, int]] = {"model": {}, "optimizer": {}}
+        rank, ranks, by_rows = self.world.rank, self.world.size, self._zero.stage == 3
         for i, (kind, name, tensor) in enumerate(self._whole_tensors()):
             every[kind][name] = described(tensor)
-            if i % self.world.size == self.world.rank:
-                own[kind][name] = TensorShard(tensor.detach().cpu(), 0, tuple(tensor.shape))
+            if by_rows:
+                shard = equal_part(tensor.detach(), rank, ranks)
+            else:
+                owners[kind][name] = owner = i % ranks if tensor.ndim else 0
+                shard = TensorShard(tensor.detach(), 0, tuple(tensor.shape)) if owner == rank else None
+            if shard is not None:
+                own[kind][name] = replace(shard, tensor=shard.tensor.to("cpu", copy=True))
         scaler = self._zero.loss_scale_state() if self.scaler.is_enabled() else {}
-        return own | {"tensors": every, "scaler": scaler | {"skipped": int(self.skipped)}}
+        shared = {"owners": owners} if ranks > 1 and not by_rows else {}
+        return own | shared | {"tensors": every, "scaler": scaler | {"skipped": int(self.skipped)}}
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights that the forward uses, below stage 3; everything else is sharded."""
@@ -253,14 +270,15 @@ class DeepspeedEngine(Engine):
         check_names(own, files)
         for name, tensor in own.items():
             check_shape(name, files, tuple(getattr(tensor, "ds_shape", tensor.shape)))
-            self._assign(tensor, files.read(name))
+            self._assign(tensor, self._own_rows(files, name, tensor))
         self._zero.update_weights()
 
     def _load_moments(self, files: TensorFiles) -> None:
         self.optimizer.state.clear()
         parameters = dict(self.model.hf_named_parameters())
         slots = [(slot, *slot.split("/", 1)) for slot in sorted(files.keys())]
-        counts = {key: files.read(slot) for slot, _, key in slots if not files.shape(slot)}
+        counters = {key: slot for slot, _, key in slots if not files.shape(slot)}  # equal for all parameters
+        counts = {key: files.read(slot) for key, slot in counters.items()}
         for shard in self._zero.shards(self.optimizer):
             on_device = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
             for _, _, key in slots:
@@ -272,7 +290,7 @@ class DeepspeedEngine(Engine):
         self._zero.link_moments()
         for slot, name, key in slots:
             if key not in counts:
-                self._assign(parameters[name], files.read(slot), key)
+                self._assign(parameters[name], self._own_rows(files, slot, parameters[name]), key)
 
     # -- DeepSpeed's shards -------------------------------------------------------------------------------------------
 
@@ -285,6 +303,19 @@ class DeepspeedEngine(Engine):
             return weight
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().float().clone()
+
+    def _own_rows(self, files: TensorFiles, name: str, tensor: Tensor) -> Tensor:
+        """Return the full weight or moment ``name`` of ``tensor``, of which only the rows with this rank's part are read. The
+        others have undefined values, and no memory before they are written."""
+        shape = files.shape(name)
+        if not tensor.requires_grad or not shape or not (width := math.prod(shape[1:])):
+            return files.read(name)
+        first, stop = self._zero.own_range(tensor)
+        start, stop = first // width, min(-(-stop // width), shape[0])
+        full = torch.empty(shape, dtype=getattr(torch, files.dtype(name)))
+        if start < stop:
+            full[start:stop] = files.read(name, start, stop)
+        return full
 
     @torch.no_grad()
     def _assign(self, tensor: Tensor, value: Tensor, key: str | None = None) -> None:

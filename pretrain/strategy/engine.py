@@ -346,8 +346,8 @@ class Engine(EngineState, InferenceEngine):
         self.scaler.update()
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Scale the gradients down if their norm exceeds ``max_norm``; return the norm over all shards of all parameters. It is
-        on the device, also if parameters are on the host."""
+        """Clip the gradients to the norm ``max_norm``, as ``torch.nn.utils.clip_grad_norm_`` does, over all shards of all
+        parameters. Return their norm before, on the device, also if parameters are on the host."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = self.norm(parameters)
         if max_norm is not None:

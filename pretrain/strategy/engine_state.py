@@ -32,14 +32,19 @@ class EngineState:
 
         ``model`` holds this rank's shards by Hugging Face parameter name, ``optimizer`` those of the optimizer's state by
         ``<parameter>/<key>``, ``optimizer_values`` its plain values, if it has any, ``scaler`` numbers, and ``tensors`` dtype
-        and full shape of every tensor that any rank writes.
+        and full shape of every tensor that any rank writes. ``owners`` are the ranks that have each tensor which all ranks hold,
+        if they share the writing.
 
         Raises ``UserError`` on every rank for an optimizer state that can't be saved.
         """
-        moments, moments_manifest, values = self.optimizer_state.pack()
+        owners: dict[str, dict[str, int]] = {"optimizer": {}}
+        moments, moments_manifest, values = self.optimizer_state.pack(owners["optimizer"])
         weights = self.model.hf_state()
-        shards = ((name, tensors.local_shard(t, is_main=self.world.is_main)) for name, t in weights.items())
+        owners["model"] = by = tensors.writers(weights, self.world.size)
+        rank = self.world.rank
+        shards = ((name, tensors.local_shard(t, is_main=by.get(name, 0) == rank)) for name, t in weights.items())
         plain = {"optimizer_values": values} if any((values["state"], *values["groups"], "layout" in values)) else {}
+        plain |= {"owners": owners} if any(owners.values()) else {}
         return plain | {
             "model": {name: shard for name, shard in shards if shard is not None},
             "optimizer": moments,

@@ -54,10 +54,11 @@ class OptimizerState:
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
-    def pack(self) -> tuple[dict[str, TensorShard], Manifest, dict[str, Any]]:
+    def pack(self, owners: dict[str, int]) -> tuple[dict[str, TensorShard], Manifest, dict[str, Any]]:
         """Return this rank's shards, dtype and full shape of every tensor that any rank writes, and the plain values, as
         ``{"state": {name: value}, "groups": [{key: value}]}``; if tensors belong to their ranks, also ``layout``, a digest
-        of each rank's shards. This is a collective.
+        of each rank's shards. ``owners`` receives the rank that writes each tensor that all ranks hold, if the ranks share
+        them. This is a collective.
 
         Raises ``UserError`` on every rank for a state that can't be saved.
         """
@@ -65,7 +66,7 @@ class OptimizerState:
         slots = [(name, p, found[key]) for name, p, found, key in self._slots() if isinstance(found[key], Tensor)]
         replicas = {name for name, parameter, _ in slots if _is_replica(name, parameter)}
         named = {name: tensor for name, _, tensor in slots}
-        shards, manifest = pack(named, world=self.world, replicas=replicas, rank_local=self._rank_local)
+        shards, manifest = pack(named, world=self.world, replicas=replicas, rank_local=self._rank_local, owners=owners)
         if self._rank_local:
             values["layout"] = self.world.all_gather_object(self._layout)
         return shards, manifest, values

@@ -30,12 +30,12 @@ from pretrain.data.cache import cache_dir
 from pretrain.data.store.near_duplicates import decision_path, keys_path
 from pretrain.data.store.token_shards import is_intact, open_part
 from pretrain.run.recorded_use import RecordedUse
-from pretrain.runtime.console import complain, visible
+from pretrain.runtime.console import visible
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.locks import alone, is_held
 from pretrain.runtime.memory import gib
 from pretrain.runtime.redact import redact
-from pretrain.tools.arguments import tool_parser
+from pretrain.tools.arguments import mistakes_in_one_line, tool_parser
 
 DAY = 86_400.0
 UNFINISHED_DAYS = 7.0  # parts of no dataset this young may belong to a start that was interrupted and will be continued
@@ -296,17 +296,12 @@ def main() -> None:
     )
     parser.add_argument("--delete", action="store_true", help="delete; without it, only list what would be deleted")
     asked = parser.parse_args()
-    try:
+    with mistakes_in_one_line():
         if asked.action == "prune" and asked.older_than is None and asked.max_size is None and not asked.runs:
             raise UserError("prune needs --older-than DAYS, --max-size GB or --runs FOLDER")
         if any(number is not None and not number >= 0 for number in (asked.older_than, asked.max_size)):
             raise UserError("--older-than and --max-size must be at least 0")
         raise SystemExit(_run(Cache(asked.cache or cache_dir()), asked))
-    except BrokenPipeError:  # the reader, such as `head`, has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except UserError as error:
-        complain(f"error: {error}")
-        raise SystemExit(2) from None
 
 
 def _run(cache: Cache, asked: argparse.Namespace) -> int:

@@ -12,13 +12,10 @@ Exit code 0: written; 2: a mistake.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from pretrain.runtime.console import complain
 from pretrain.runtime.errors import UserError
-from pretrain.runtime.files import replace_file
-from pretrain.tools.arguments import tool_parser
+from pretrain.tools.arguments import mistakes_in_one_line, tool_parser, write_page
 
 
 def write_report(folders: list[Path], output: Path | None) -> Path:
@@ -35,7 +32,7 @@ def write_report(folders: list[Path], output: Path | None) -> Path:
         text, usual = run_page(runs[0]), folders[0] / "report.html"
     else:
         text, usual = compare_page(runs, names_of(folders)), Path("report.html")
-    return write(output or usual, text)
+    return write_page(output or usual, text)
 
 
 def write_sweep(folder: Path, output: Path | None) -> Path:
@@ -45,23 +42,12 @@ def write_sweep(folder: Path, output: Path | None) -> Path:
     from pretrain.sweep.table import read
 
     if output is not None:
-        return write(output, page(folder, read(folder)))
+        return write_page(output, page(folder, read(folder)))
     try:
         with folder_lock(folder):  # the sweep may be running: an older page must not replace a newer one
-            return write(folder / "sweep.html", page(folder, read(folder)))
+            return write_page(folder / "sweep.html", page(folder, read(folder)))
     except OSError as error:
         raise UserError(f"{folder / 'sweep.html'}: can't be written: {error.strerror}") from None
-
-
-def write(path: Path, text: str) -> Path:
-    """Write a page and return its path. Raises ``UserError`` if that is not possible."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; --output names the page's file")
-    try:
-        replace_file(path, text)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written: {error.strerror}") from None
-    return path
 
 
 def main() -> None:
@@ -71,13 +57,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="the page to write")
     asked = parser.parse_args()
-    try:
+    with mistakes_in_one_line():
         print(write_report(asked.runs, asked.output), flush=True)
-    except BrokenPipeError:  # the reader, such as `head`, has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except UserError as error:
-        complain(f"error: {error}")
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

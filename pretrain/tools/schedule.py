@@ -10,18 +10,15 @@ Exit code 0: shown; 2: a mistake.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.config.compose import run_config
 from pretrain.config.schema import RunConfig
 from pretrain.optim.learning_rate import AUTO
-from pretrain.runtime.console import complain
 from pretrain.runtime.errors import UserError
-from pretrain.runtime.files import replace_file
 from pretrain.telemetry.numbers import compact
-from pretrain.tools.arguments import tool_parser
+from pretrain.tools.arguments import mistakes_in_one_line, tool_parser, write_page
 
 STEPS = 1000  # of a run without max_steps
 WIDTH, HEIGHT = 72, 12  # characters of the text picture
@@ -81,11 +78,7 @@ def show(words: list[str], output: Path | None) -> None:
     print(title)
     print(as_text(values), flush=True)
     if output is not None:
-        try:
-            replace_file(output, as_svg(values, title))
-        except OSError as error:
-            raise UserError(f"{output}: can't be written: {error.strerror}") from None
-        print(output, flush=True)
+        print(write_page(output, as_svg(values, title)), flush=True)
 
 
 def main() -> None:
@@ -93,13 +86,8 @@ def main() -> None:
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="words of a run's command line")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the picture as SVG")
     asked = parser.parse_args()
-    try:
+    with mistakes_in_one_line():
         show(asked.words, asked.output)
-    except BrokenPipeError:  # the reader, such as `head`, has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except UserError as error:
-        complain(f"error: {error}")
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pretrain.telemetry.interval import Interval
 if TYPE_CHECKING:
     from pretrain.checkpoint.train_state import TrainState
     from pretrain.checkpoint.writer import AsyncCheckpointWriter
+    from pretrain.distributed.context import DistributedContext
     from pretrain.telemetry.events import Saved
 
 NEEDED = {name for name, key in Identity.model_fields.items() if key.is_required()}
@@ -72,9 +73,10 @@ class Checkpoints:
         assert self.resume_from is not None
         return read_state(self.resume_from)
 
-    def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Load ``checkpoint``, adapted to this run. It may have been written by another strategy or number of ranks."""
-        state = adapted(store.load(checkpoint), self.fingerprint)
+    def load(self, checkpoint: Path, *, world: DistributedContext | None = None) -> dict[str, Any]:
+        """Load ``checkpoint``, adapted to this run. It may have been written by another strategy or number of ranks. With the
+        ranks of ``world`` this is a collective, see `store.load`."""
+        state = adapted(store.load(checkpoint, world=world), self.fingerprint)
         folder = self.writer and self.writer.store.folder.resolve()
         own = checkpoint.resolve().parent == folder
         self.records = state.get("records", []) if own else []  # another run's records are in its own files

@@ -38,7 +38,7 @@ def _restore_best(trainer: Trainer) -> TrainState:
     if best is None:
         notice("checkpoint.export=best: no checkpoint was evaluated at its own step; the last model is exported")
         return trainer.state
-    saved, state = trainer.checkpoints.load(best), TrainState()
+    saved, state = trainer.checkpoints.load(best, world=trainer.world), TrainState()
     trainer.engine.load_state_dict(saved["engine"])
     state.load_state_dict(saved["progress"])
     notice(f"checkpoint.export=best: the model of step {state.step:,} is exported")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import ItemsView, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -28,6 +28,10 @@ class Hooks:
         self._world = world
         self._rank_local: set[str] = set()  # names of tensors that differ between ranks
         self._engine: Engine | None = None
+
+    def items(self) -> ItemsView[str, Hook]:
+        """Return the hooks with their names."""
+        return self._hooks.items()
 
     def setup(self, engine: Engine) -> None:
         """Create the state of the hooks, unless that was done before."""

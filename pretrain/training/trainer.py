@@ -29,7 +29,7 @@ from pretrain.telemetry.interval import Interval
 from pretrain.training.checkpoints import Checkpoints
 from pretrain.training.final_model import export_final
 from pretrain.training.guard.config import GuardConfig
-from pretrain.training.guard.guard import Guard
+from pretrain.training.guard.guard import BadStep, Guard
 from pretrain.training.guard.replicas import check_replicas
 from pretrain.training.hooks import Hooks
 from pretrain.training.layer_statistics import LayerStatistics
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from pretrain.merging.curve import Curve
     from pretrain.strategy.engine import Engine
     from pretrain.training.exporter import Exporter
-    from pretrain.training.guard.guard import BadStep
     from pretrain.training.hook import Hook
 
 Schedule = Callable[[int], float]
@@ -51,6 +50,25 @@ Listener = Callable[[Event], None]
 
 class Trainer:
     """The training loop. Every part that it works with has a default but the first four.
+
+    Args:
+        engine: the model and the optimizer under one strategy.
+        loader: yields this rank's share of one global batch per step.
+        schedule: maps a step to the factor of the learning rate.
+        steps: length of the run in optimizer steps.
+        evaluation: what is evaluated, and when. Default: nothing.
+        checkpoints: saves and loads checkpoints. Default: none are saved.
+        guard: detects bad steps and decides what to do about them. Default: the settings of `GuardConfig`.
+        exporter: writes the model as Hugging Face folders. Default: it is not exported.
+        layers: measures the norms of each layer. Default: they are not measured.
+        hooks: keep state beside the model, by name. They may have been set up.
+        stop_when: whether the run ends before its last step. Default: it does not.
+        curve: scores points between the base model and the result at the end. Default: none.
+        listeners: receive every event. Several processes: rank 0 alone has any.
+        interrupt: whether a stop signal has arrived. Default: no signal is handled.
+        watchdog: ends the process if the run makes no progress. Default: it is not watched.
+        rng: this rank's random state at the first step of this start. Default: the present one.
+        metadata: facts about the run, for run.json.
 
     Attributes:
         state: how far the run has come; saved with every checkpoint.
@@ -77,26 +95,6 @@ class Trainer:
         rng: dict[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """
-        Args:
-            engine: the model and the optimizer under one strategy.
-            loader: yields this rank's share of one global batch per step.
-            schedule: maps a step to the factor of the learning rate.
-            steps: length of the run in optimizer steps.
-            evaluation: what is evaluated, and when. Default: nothing.
-            checkpoints: saves and loads checkpoints. Default: none are saved.
-            guard: detects bad steps and decides what to do about them. Default: the settings of `GuardConfig`.
-            exporter: writes the model as Hugging Face folders. Default: it is not exported.
-            layers: measures the norms of each layer. Default: they are not measured.
-            hooks: keep state beside the model, by name. They may have been set up.
-            stop_when: whether the run ends before its last step. Default: it does not.
-            curve: scores points between the base model and the result at the end. Default: none.
-            listeners: receive every event. Several processes: rank 0 alone has any.
-            interrupt: whether a stop signal has arrived. Default: no signal is handled.
-            watchdog: ends the process if the run makes no progress. Default: it is not watched.
-            rng: this rank's random state at the first step of this start. Default: the present one.
-            metadata: facts about the run, for run.json.
-        """
         self.engine, self.loader, self.schedule, self.steps = engine, loader, schedule, steps
         self.evaluation, self.checkpoints, self.exporter = evaluation, checkpoints or Checkpoints(), exporter
         self.guard = guard or Guard(GuardConfig(), device=engine.world.device)
@@ -243,8 +241,7 @@ class Trainer:
     def emit_data(self) -> None:
         """Emit the statistics of the data read so far. Only rank 0 counts and emits them."""
         if self.world.is_main and self.state.samples:
-            started_at = time.perf_counter()
-            samples = self.state.samples
+            started_at, samples = time.perf_counter(), self.state.samples
             sources, parts = self.statistics.sources(samples), self.statistics.parts(samples)
             self.emit(DataStatisticsEvent(self.state.step, sources, time.perf_counter() - started_at, parts))
 
@@ -260,7 +257,7 @@ class Trainer:
             "hooks": self.hooks.values(),
             "loader": self.loader.state_dict(),
             "guard": self.guard.state_dict(),
-            "rng": self.world.all_gather_object(rng_state),
+            "rng": self.world.gather_object(rng_state),  # rank 0 writes it
         }
         saved = self.checkpoints.save(self.state, state, at_once=at_once)
         if saved and self.exporter is not None and not self.finished:  # `finish` exports the last model
@@ -321,7 +318,7 @@ class Trainer:
 
     def restore(self, checkpoint: Path) -> None:
         """Restore the state of ``checkpoint``. A rank without a saved random state keeps its own."""
-        saved = self.checkpoints.load(checkpoint)
+        saved = self.checkpoints.load(checkpoint, world=self.world)
         self.engine.load_state_dict(saved["engine"])
         self.state.load_state_dict(saved["progress"])
         self.loader.load_state_dict(saved["loader"])

@@ -98,7 +98,7 @@ def test_the_contract_s_example_with_each_strategy(strategy, compose):
 
 
 @pytest.mark.parametrize(
-    "strategy", ["fsdp", "deepspeed", "dp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("deep_speed", "ddp"))]
+    "strategy", ["fsdp", "dp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("deepspeed", "deep_speed", "ddp"))]
 )
 def test_the_contract_s_example_runs_unchanged(strategy, exact_model, corpus, command, tmp_path):
     """Only what it names is made small: the model, the text, and the sizes of batches."""

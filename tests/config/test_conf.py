@@ -42,6 +42,21 @@ def test_composes_and_checks(file, monkeypatch):
     check(resolve(config))
 
 
+def test_the_sweep_over_means_has_each_of_them():
+    folder = conf_dir() / "experiment/means"
+    files = {file.stem: file for file in folder.glob("*.yaml")}
+    swept = OmegaConf.load(folder.with_suffix(".yaml")).hydra.sweeper.params["experiment/means"].split(",")
+    assert sorted(swept) == sorted(files)
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        for name, file in files.items():
+            assert file.read_text().startswith("# @package _global_\n# ")
+            config = hydra.compose("config", overrides=["experiment=means", f"experiment/means={name}"])
+            check(resolve(config))
+            own = OmegaConf.load(file)
+            own.pop("defaults", None)
+            assert OmegaConf.to_container(OmegaConf.merge(config, own)) == OmegaConf.to_container(config), name
+
+
 @pytest.mark.parametrize("file", FILES, ids=[f"{f.parent.name}={f.stem}" for f in FILES])
 def test_says_what_it_is_for(file):
     assert file.read_text().startswith("# "), "the first comment line is its entry in --help"

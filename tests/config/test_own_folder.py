@@ -44,6 +44,26 @@ def test_a_file_that_is_no_part_is_named(conf, group, text, message):
         run_config([f"{group}=mine", "allow_targets=[mylab]"], conf)
 
 
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (["dataset=mixture"], "dataset.parts.es"),
+        ([], "evaluation.domains.es"),
+        (["replay.share=0.1"], "replay.source"),
+    ],
+)
+def test_a_dataset_of_theirs_without_a_class_is_named_in_any_place(conf, words, place):
+    (Path(conf) / "dataset").mkdir(exist_ok=True)
+    (Path(conf) / "dataset/mine.yaml").write_text("# Mine.\nnameOrPath: books\n")
+    with pytest.raises(
+        UserError, match=rf"dataset/mine.yaml: has no _target_, .* that dataset@{place}=mine stands for$"
+    ):
+        run_config([*words, f"dataset@{place}=mine"], conf)
+    (Path(conf) / "dataset/mine.yaml").write_text("# Mine.\ndefaults: [local]\nnameOrPath: books\n")
+    with pytest.raises(UserError, match=f"^{place}={{'nameOrPath': 'other'}}: not a dataset; choose its kind"):
+        run_config([*words, f"+{place}.nameOrPath=other"], conf)  # not by that file
+
+
 def test_help_lists_their_choices(conf, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     code, out, _ = command(["--help", "--config-dir", "conf"])

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from pretrain.data.remote import stream
 from pretrain.data.sources.local import Local
 from pretrain.data.store.token_store import TokenStore
 from pretrain.data.tokenization.tokenize import prepare
+from tests.data.servers import WebServer, web_server
 
 EOT = 0
 
@@ -48,3 +50,11 @@ def store_of(tokenizer_json: str) -> Callable[..., TokenStore]:
     return lambda path, **options: prepare(
         Local(nameOrPath=str(path), **options), tokenizer_json=tokenizer_json, eot=EOT
     )
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
+    monkeypatch.setattr(stream, "BACKOFF_SECONDS", 0.0)
+    stream.KEPT.clear()
+    with web_server() as server:
+        yield server

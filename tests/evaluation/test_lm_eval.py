@@ -21,37 +21,27 @@ ROWS = [
     {"q": "for i in", "good": "range(10):", "bad": "(((("},
     {"q": "The list is", "good": "empty", "bad": "}}}"},
 ]
-CHOICE = """task: own_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{q}}}}"
-doc_to_choice: "{{{{[good, bad]}}}}"
+TASKS = {
+    "choice": """output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: "{{[good, bad]}}"
 doc_to_target: 0
 metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-"""
-ROLLING = """task: own_text
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: loglikelihood_rolling
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+""",
+    "text": """output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{{{q}}}} {{{{good}}}}"
-metric_list: [{{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}}]
-"""
-GENERATE = """task: own_answer
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{q}}}}"
-doc_to_target: "{{{{good}}}}"
-generation_kwargs: {{until: ["\\n"], max_gen_toks: 8, do_sample: false}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-"""
+doc_to_target: "{{q}} {{good}}"
+metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}]
+""",
+    "answer": """output_type: generate_until
+doc_to_text: "{{q}}"
+doc_to_target: "{{good}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 8, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+}
 
 
 @pytest.fixture
@@ -61,8 +51,9 @@ def tasks(tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     folder = tmp_path / "tasks"
     folder.mkdir()
-    for name, text in (("choice", CHOICE), ("text", ROLLING), ("answer", GENERATE)):
-        (folder / f"{name}.yaml").write_text(text.format(file=data))
+    for name, text in TASKS.items():
+        head = f"task: own_{name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        (folder / f"{name}.yaml").write_text(head + text)
     return folder
 
 

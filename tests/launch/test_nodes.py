@@ -20,7 +20,6 @@ from tests.preloaded import Preloaded
 from tests.runs import losses, starts
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.xdist_group("nodes")
 
 
 def ip(*words):

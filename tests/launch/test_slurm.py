@@ -16,7 +16,7 @@ from pretrain.sweep.launchers.slurm import SlurmJob
 from tests.data.texts import parts_of, some_text
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 TWO_NODES = ["hydra.launcher.nodes=2", "hydra.launcher.cpus_per_task=1", "hydra.launcher.gpus_per_node=0"]
 SIMPLE = ["evaluate_every=null", "save_every=null", "sink=jsonl"]
 

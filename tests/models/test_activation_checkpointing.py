@@ -92,11 +92,13 @@ def test_offloaded_activations_are_the_same(choice):
     assert forward_and_backward(hf)[0] == loss
     assert all(torch.equal(p.grad, grads[name]) for name, p in hf.named_parameters())
     assert copied.count((2, 48, 32)) >= 2, "the input of each block"
-    assert len(copied) > 40 if choice is False else len(copied) < 10
+    filled = [shape for shape in copied if 0 not in shape]  # torch 2.10 saves two empty ones for a recomputed block
+    assert len(filled) > 40 if choice is False else len(filled) < 10
     shapes = {tuple(p.shape) for p in hf.parameters()}
     assert not {*copied} & (shapes | {shape[::-1] for shape in shapes}), "no weights, nor transposed views of them"
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.10 saves such copies without a graph")
 def test_what_autocast_makes_of_weights_is_not_offloaded():
     hf, copied = tiny("llama"), []
 

@@ -52,7 +52,7 @@ def save(spec: Pretrained | Scratch, model: LanguageModel, folder: Path) -> None
     write_files(beside, folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder made by the code under test."""
     folder = tmp_path_factory.mktemp("model")
@@ -285,7 +285,7 @@ def test_gradient_checkpointing_is_on_when_asked() -> None:
 # Generation ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def speaker(whole: Path) -> tuple[Any, Any]:
     spec: CausalLM = Pretrained(name_or_path=str(whole))
     assert isinstance(spec, Pretrained)

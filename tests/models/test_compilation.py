@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from pretrain.models import compilation
+from pretrain.models import compilation, language_model, torch_internals
 from pretrain.models.blocks import find_blocks
 from pretrain.models.causal_lm import Pretrained
 from pretrain.models.language_model import LanguageModel
@@ -41,6 +41,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=note))
+    monkeypatch.setattr(compilation, "before_first_compilation", lambda: None)  # that is for the C++ compiler
+    monkeypatch.setattr(language_model, "before_first_compilation", lambda: None)
     clear()
     yield found
     clear()
@@ -114,6 +116,49 @@ def test_evaluation_compiles_nothing(graphs: Graphs) -> None:
         ends = torch.tensor([3, 5])
         assert torch.equal(model(IDS[:, :-1], ends=ends), eager(IDS[:, :-1], ends=ends))
     assert len(graphs) == 2
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="no vector instructions that torch tests")
+def test_one_set_of_vector_instructions_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The widest one, which is the one that torch uses; all of them if it does not work."""
+    from torch._inductor import config, cpu_vec_isa
+
+    tried: list[str] = []
+    works: list[str] = []
+
+    def check_build(self: Any, code: str) -> bool:
+        if code == cpu_vec_isa.VecISA._avx_code:  # the others are short ones, of single instructions
+            tried.append(str(self))
+        return not works or str(self) in works
+
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", check_build)
+    monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: ["avx2", "avx512", "avx512_vnni"])
+
+    def forget() -> None:
+        for cached in (
+            cpu_vec_isa.VecISA._VecISA__bool__impl,  # type: ignore[attr-defined]
+            cpu_vec_isa.valid_vec_isa_list,
+            *(kind.__bool__ for kind in map(type, cpu_vec_isa.supported_vec_isa_list)),
+        ):
+            if hasattr(cached, "cache_clear"):
+                cached.cache_clear()
+
+    def picked() -> str:
+        monkeypatch.setattr(config.cpp, "vec_isa_ok", None)
+        forget()
+        tried.clear()
+        torch_internals.try_one_vector_set()
+        return str(cpu_vec_isa.pick_vec_isa())
+
+    try:
+        widest = picked()
+        assert tried == [widest] == ["avx512 avx512_vnni"]
+        works.append("avx2")
+        assert picked() == "avx2"
+        assert set(tried) == {"avx512 avx512_vnni", "avx512", "avx2"}
+        assert config.cpp.vec_isa_ok is None
+    finally:
+        forget()
 
 
 def test_names_of_weights_stay(graphs: Graphs) -> None:

@@ -8,11 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from pretrain.models.causal_lm import Pretrained
 from pretrain.models.hub.export import companion_files, save_full
-from pretrain.models.model_factory import ModelFactory
 from pretrain.models.transforms.apply import apply_transforms, plain_model, weights_of
 from pretrain.models.transforms.expand import Expand, spread
 from pretrain.runtime.errors import UserError
-from tests.models.tiny import CONFIGS, tiny
+from tests.models.tiny import CONFIGS, check_what_a_shard_reads, tiny
 
 CPU = torch.device("cpu")
 IDS = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -87,15 +86,7 @@ def test_all_blocks_can_be_trained_and_share_the_config():
 
 @pytest.mark.parametrize("shape", ["llama-tied", "gpt2"])
 def test_a_shard_reads_the_same_values_that_a_full_model_has(exact_model, shape):
-    factory = ModelFactory(Pretrained(name_or_path=str(exact_model(shape))), torch.float32, 3, (Expand(blocks=2),))
-    built, meta = factory.build(CPU), factory.build_on_meta()
-    files, state = factory.files(meta), built.hf_state()
-    assert all(p.is_meta for p in meta.hf.parameters())
-    assert files.keys() == state.keys() == meta.hf_state().keys()
-    for name, tensor in state.items():
-        assert files.shape(name) == tuple(tensor.shape)
-        assert torch.equal(files.read(name), tensor.detach()), name
-        assert torch.equal(files.read(name, 1, 3), tensor.detach()[1:3]), name
+    check_what_a_shard_reads(exact_model(shape), Expand(blocks=2))
 
 
 def test_values_of_the_config_by_block_grow_with_the_blocks():

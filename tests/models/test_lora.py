@@ -9,29 +9,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pretrain.config.compose import run_config
-from pretrain.models.causal_lm import Pretrained
 from pretrain.models.hub.export import save_full
-from pretrain.models.model_factory import ModelFactory
 from pretrain.models.transforms.apply import apply_transforms, plain_model, weights_of
 from pretrain.models.transforms.lora import Lora, is_adapter
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.files import write_files
-from tests.models.tiny import tiny
+from tests.models.tiny import changed, check_what_a_shard_reads, tiny
 
 peft = pytest.importorskip("peft")
 
 CPU = torch.device("cpu")
 IDS = torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(0))
-
-
-def changed(model):
-    """Every weight that is trained gets other values, as training would give them."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
 
 
 def exported(model, transformed, folder):
@@ -99,15 +87,7 @@ def test_what_is_trained_and_how_fast():
 def test_a_shard_reads_the_same_values_that_a_full_model_has(exact_model, dora):
     for shape in ("llama-tied", "gpt2"):
         lora = Lora(rank=4, dora=dora, modules_to_save=["embeddings"])
-        factory = ModelFactory(Pretrained(name_or_path=str(exact_model(shape))), torch.float32, 3, (lora,))
-        built, meta = factory.build(CPU), factory.build_on_meta()
-        files, state = factory.files(meta), built.hf_state()
-        assert all(p.is_meta for p in meta.hf.parameters())
-        assert files.keys() == state.keys() == meta.hf_state().keys()
-        for name, tensor in state.items():
-            assert files.shape(name) == tuple(tensor.shape)
-            assert torch.equal(files.read(name), tensor.detach()), name
-            assert torch.equal(files.read(name, 1, 3), tensor.detach()[1:3]), name
+        state = check_what_a_shard_reads(exact_model(shape), lora)
         values = [state[name] for name in state if name.endswith("lora_A.default.weight")]
         assert len({float(v.detach().sum()) for v in values}) == len(values)
 

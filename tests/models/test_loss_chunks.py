@@ -42,7 +42,7 @@ def test_a_chunk_by_hand(chunk: Any) -> None:
     """Two rows, of which one has no target: the loss is -log softmax of the other's, the gradient p - one-hot, and 0."""
     logits = torch.tensor([[0.0, 1.0, 2.0], [5.0, -3.0, 0.5]])
     p = torch.tensor([0.09003057, 0.24472848, 0.66524094])
-    loss, grad = chunk(logits.clone(), torch.tensor([1, IGNORE]))
+    loss, grad, *_ = chunk(logits.clone(), torch.tensor([1, IGNORE]))
     assert loss.item() == pytest.approx(1.40760597, rel=1e-6)
     assert torch.allclose(grad[0], p - torch.tensor([0.0, 1.0, 0.0]), atol=1e-6)
     assert torch.equal(grad[1], torch.zeros(3))
@@ -88,3 +88,33 @@ def test_every_chunks_gradients_are_as_large_as_they_are(dtype: torch.dtype) -> 
     with torch.autocast("cpu", dtype):
         (got_second,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, None, only), [weight])
     assert float(got_second.norm() / want_second.norm()) == pytest.approx(1.0, abs=tolerance)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_blocks_of_rows_change_no_bit(dtype: torch.dtype, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a chunk, blocks of one row, of a few, and all rows at once have the same loss and gradients."""
+    _, _, bias, labels = inputs()
+    logits = torch.randn(ROWS, VOCABULARY, generator=torch.Generator().manual_seed(2)).to(dtype)
+    weights = torch.rand(ROWS, generator=torch.Generator().manual_seed(3)) if weighted else None
+    found = []
+    for rows in (1, 7, ROWS):
+        monkeypatch.setattr(module, "block_rows", lambda _, rows=rows: rows)
+        for given in (None, bias):
+            mine = logits.clone()
+            loss, grad, _ = module._eager_chunk(mine, labels, weights, given, 64.0)
+            assert grad.data_ptr() == mine.data_ptr(), "no second tensor of this size"
+            found.append((loss, grad))
+    for i, (loss, grad) in enumerate(found):
+        assert torch.equal(loss, found[i % 2][0])
+        assert torch.equal(grad, found[i % 2][1])
+    want = torch.softmax(logits.float(), 1).scatter_add(1, labels.clamp(min=0)[:, None], -torch.ones(ROWS, 1))
+    want *= (labels != IGNORE)[:, None] * (1 if weights is None else weights[:, None])
+    scale = 64 if dtype != torch.float32 else 1
+    assert torch.allclose(found[0][1].float() / scale, want, atol=1e-6, rtol=1e-2)
+
+
+def test_blocks_fit_the_cache_of_a_cpu() -> None:
+    assert module.block_rows(torch.empty(4096, 2**15, device="meta")) == 4096, "all rows at once elsewhere"
+    assert module.block_rows(torch.empty(1).expand(4096, 2**15)) == max(32, torch.get_num_threads())
+    assert module.block_rows(torch.empty(1).expand(8, 2**30)) == torch.get_num_threads()

@@ -16,6 +16,7 @@ from pretrain.models.model_factory import ModelFactory
 from pretrain.models.transforms.apply import plain_model, weights_of
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.files import write_files
+from tests.models.tiny import changed
 from tests.transforms import Freeze, Lora, LoraLinear
 
 CPU = torch.device("cpu")
@@ -126,16 +127,6 @@ def test_a_new_weight_without_values_is_refused(exact_model):
             build()
 
 
-def changed(model):
-    """Every weight that is trained gets other values, as training would give them."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
-
 @pytest.mark.parametrize("shape", ["llama", "llama-tied"])
 @pytest.mark.parametrize(
     "transforms",
@@ -143,7 +134,7 @@ def changed(model):
     ids=["lora", "scale-lora", "wrap-freeze"],
 )
 def test_from_pretrained_reads_the_trained_model(exact_model, tmp_path, shape, transforms):
-    model = changed(factory_of(exact_model(shape), *transforms).build(CPU))
+    model = changed(factory_of(exact_model(shape), *transforms).build(CPU), by=0.1)
     weights = {name: tensor.detach() for name, tensor in model.hf_state().items()}
     plain = plain_model(model.hf)
     save_full(plain, model.transformed.export(plain, weights), tmp_path, shard_size="5GB")
@@ -191,7 +182,7 @@ def test_weights_of_a_checkpoint_are_read_under_their_own_names(exact_model, tmp
     from safetensors.torch import save_file
 
     transforms = [WrapEmbeddings(), Lora()]
-    trained = changed(factory_of(exact_model(shape), *transforms).build(CPU))
+    trained = changed(factory_of(exact_model(shape), *transforms).build(CPU), by=0.1)
     save_file({n: t.detach().clone() for n, t in trained.hf_state().items()}, tmp_path / "model.safetensors")
     write_files({"config.json": (exact_model(shape) / "config.json").read_bytes()}, tmp_path)
     factory = factory_of(tmp_path, *transforms, has_transformed_weights=True)

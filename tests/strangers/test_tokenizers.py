@@ -18,7 +18,7 @@ from tests.tokenizer_files import EOS, UNK, folder
 ROWS = 800  # of the embedding: more than any of the tokenizers has tokens
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Path]:
     """``weights(scale)``: a small Llama whose logits are ``scale`` times as large as fresh ones."""
     import torch
@@ -37,7 +37,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Path]
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def fresh(weights: Callable[[float], Path]) -> Path:
     return weights(1.0)
 

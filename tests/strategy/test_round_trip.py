@@ -5,6 +5,7 @@ import multiprocessing
 import pytest
 import torch
 
+from pretrain.checkpoint.store import bytes_of
 from pretrain.distributed import sharding as tensors
 from pretrain.distributed.context import DistributedContext
 from pretrain.distributed.sharding import TensorFiles
@@ -77,3 +78,34 @@ def test_a_checkpoint_comes_back(strategy, size, factory, batch, tmp_path):
             ours, theirs = found.read(name), files.read(name)
             assert ours.dtype == theirs.dtype, name
             assert torch.equal(ours, theirs), name
+
+
+def test_the_ranks_of_ddp_share_the_writing(factory, batch, tmp_path, monkeypatch):
+    """Each writes full tensors of about the same size, and says in state.json who has which."""
+    monkeypatch.setattr(tensors, "SHARE_BYTES", 1)
+    origin = set_up(Single(), factory("llama-tied"), DistributedContext())
+    origin.backward(batch, tokens=32, last=True)
+    origin.step(None)
+    (tmp_path / "saved").mkdir()
+    write(origin, tmp_path / "saved")
+    sizes, described = [], origin.state_dict()["tensors"]
+    for rank in range(3):
+        with as_rank(rank, 3) as world:
+            engine = set_up(Ddp(), factory("llama-tied"), world)
+            engine.load_state_dict({**read(tmp_path / "saved"), "scaler": {}})
+            state = engine.state_dict()
+            assert {kind: set(state[kind]) for kind in KINDS} == {
+                kind: {name for name, owner in state["owners"][kind].items() if owner == rank} for kind in KINDS
+            }
+            write(engine, tmp_path)
+            sizes.append(bytes_of({"engine": state}))
+    assert max(sizes) - min(sizes) < max(p.nbytes for p in origin.model.parameters())
+    for kind, files in read(tmp_path / "saved").items():
+        paths = sorted(tmp_path.glob(f"{kind}*"))
+        lazy = TensorFiles(paths, described[kind], state["owners"][kind])
+        for name in sorted(files.keys()):
+            assert torch.equal(lazy.read(name), files.read(name)), name
+        one = next(iter(state[kind]))
+        lazy = TensorFiles(paths, described[kind], state["owners"][kind])
+        lazy.read(one)
+        assert lazy.opened() == [paths[2]], "that of the last rank alone"

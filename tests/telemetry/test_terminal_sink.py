@@ -336,5 +336,30 @@ def test_a_rollback_takes_the_scores_back(tmp_path, capsys):
     assert re.search(r"python \(new\) .* ↓ 1.0000 better", capsys.readouterr().out.split("change in loss")[1])
 
 
+def metric(step, value, **more):
+    return {"event": "metric", "step": step, "name": "accuracy", "domain": None, "value": value, "unit": None} | more
+
+
+def test_the_table_of_metrics_has_one_column_where_each_was_measured_once(tmp_path, capsys):
+    """An evaluation of a model measures once; a run measures before and after, and a metric that came late has no first."""
+    once = [STARTED, metric(40, 0.25, stderr=0.0125, better="higher"), metric(40, None, name="gain"), FINISHED]
+    play(once, tmp_path, level=1)
+    (header, _, *rows) = table_of(capsys.readouterr().out, "metric")
+    assert header == ["metric", "value", "better"]
+    assert rows == [["accuracy", "0.25 ± 0.0125", "higher"], ["gain", "nan"]]
+    play([STARTED, metric(0, 0.5), *once[1:]], tmp_path, level=1)
+    (header, _, *rows) = table_of(capsys.readouterr().out, "metric")
+    assert header == ["metric", "first", "last", "better"]
+    assert rows == [["accuracy", "0.5", "0.25 ± 0.0125", "higher"], ["gain", "—", "nan"]]
+
+
+def table_of(out, first):
+    """The rows of a table as lists of cells, from the header with ``first`` on."""
+    lines = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
+    start = next(i for i, cells in enumerate(lines) if cells[0] == first)
+    rest = lines[start:]
+    return rest[: next((i for i, cells in enumerate(rest) if cells == [""]), len(rest))]
+
+
 def test_one_line():
     assert one_line("a\n\n  b\tc\x9b31m") == "a ⏎ b·c·31m"

@@ -200,6 +200,9 @@ class Pair(DistributedContext):
     def all_gather_object(self, work):
         return [work(), "the other one's"]
 
+    def gather_object(self, work):
+        return self.all_gather_object(work) if self.is_main else []
+
     def on_main_rank(self, work):
         return work()
 
@@ -213,9 +216,16 @@ class Pair(DistributedContext):
         return list(flags)
 
 
+class OfAll(Pair):
+    """The sum over both ranks of what is 0 for a complete checkpoint."""
+
+    def sum(self, value):
+        return 0
+
+
 @pytest.mark.parametrize(("rank", "files"), [(0, {"card.md": b"step 1"}), (1, {})])
 def test_what_a_rank_gives_to_a_checkpoint(rank, files, loop):
-    """Its random state; the first one the files that are no rank's own."""
+    """Its random state, to the first one, which writes all; and that one the files that are no rank's own."""
     trainer, _, _ = loop(steps=2, guard=GuardPolicy(replicas="ignore"))
     given = []
     trainer.engine.world = Pair(rank, Topology(workers_per_node=2))
@@ -226,7 +236,10 @@ def test_what_a_rank_gives_to_a_checkpoint(rank, files, loop):
     trainer.save(at_once=False)
     (state,) = given
     assert state["files"] == files
-    assert (state["rng"][0].keys(), state["rng"][1]) == (trainer.rng.keys(), "the other one's")
+    if rank:
+        assert state["rng"] == []
+    else:
+        assert (state["rng"][0].keys(), state["rng"][1]) == (trainer.rng.keys(), "the other one's")
 
 
 def test_the_loss_and_the_tokens_are_those_of_all_ranks(loop):
@@ -259,7 +272,7 @@ def test_a_rank_that_the_checkpoint_did_not_have_keeps_its_random_state(loop):
     trainer.run()
     other, _, _ = loop()
     own = other.rng
-    other.engine.world = replace(ALONE, rank=1, topology=Topology(workers_per_node=2))
+    other.engine.world = OfAll(1, Topology(workers_per_node=2))
     other.restore(trainer.checkpoints.writer.store.path(2))
     assert other.rng is own
     assert other.state.step == 2

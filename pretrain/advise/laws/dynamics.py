@@ -22,6 +22,7 @@ An area is a sum over optimizer steps, so every curve of a fit has one batch siz
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -33,6 +34,9 @@ LEAST_CURVES, LEAST_POINTS = 2, 10  # five constants
 SPEED = (-3.0, 7.0)  # range of log(E · reach): from a straight line to a step within the first thousandth
 POWER = (-3.0, 1.5)  # range of log β
 DRAWS = 200
+SMALL = 1e-4  # nats; below it an error is one of the grid
+ALIKE = 2.4  # errors correlated by more than 0.41; 36 of plain noise reach 0.34
+FORM = 0.02  # of the change of the loss: a larger residual of errors that are alike is another curve than the law
 
 
 @dataclass(frozen=True)
@@ -52,14 +56,13 @@ class Curve:
 
 def areas(lrs: Sequence[float], memory: float = MEMORY) -> np.ndarray:
     """Return S1 and S2 after 0, 1, … len(lrs) steps, [len(lrs) + 1, 2]."""
-    from scipy.signal import lfilter
-
     rates = finite("learning rates", lrs)
     if rates.size and rates.min() < 0:
         raise NotSupported("a learning rate is negative")
     peak = int(np.argmax(rates)) if rates.size else 0
     warmed = np.concatenate([np.full(min(peak, rates.size), rates.max(initial=0.0)), rates[peak:]])
-    momentum = lfilter([1.0], [1.0, -memory], -np.diff(warmed, prepend=warmed[:1]))
+    falls = -np.diff(warmed, prepend=warmed[:1])
+    momentum = np.fromiter(accumulate(falls.tolist(), lambda m, fall: memory * m + fall), np.float64, falls.size)
     return np.concatenate([np.zeros((1, 2)), np.stack([np.cumsum(rates), np.cumsum(momentum)], -1)])
 
 
@@ -115,8 +118,7 @@ class DynamicsFit:
             tokens_per_step: tokens of an optimizer step.
             limit: gain (fall of the loss) per token, nats.
         Returns:
-            None if the last length still gains more. low and high bound 80 % of the law's uncertainty, the last
-            length standing for "beyond it".
+            None if the last length still gains more. low and high bound 80 % of the law's uncertainty.
         """
         ends = self._ends([schedule(length) for length in lengths])
         tokens = np.diff(np.asarray(lengths, dtype=np.float64)) * tokens_per_step
@@ -149,34 +151,32 @@ def _basis(theta: np.ndarray, points: np.ndarray) -> np.ndarray:
 def fit_dynamics(curves: Sequence[Curve], *, limit: float = 0.03) -> DynamicsFit:
     """Fit the law to the losses of one domain over runs of one share, one batch size and different learning rates.
 
-    With three curves or more each is predicted from the others, and the intervals are widened where those
-    predictions miss by more than their own intervals say.
+    Errors that are alike from one evaluation to the next widen the intervals. With three curves or more each is predicted
+    from the others, and the intervals are widened further where those predictions miss by more than they say.
 
     Args:
         curves: at least two runs with ten evaluations in all.
         limit: largest root mean square residual, nats per token, at which the law counts as supported.
     Raises:
-        NotSupported: too few curves or points; a value that is not finite or out of range; losses that do not change;
-            a residual above the limit.
+        NotSupported: too few curves or points; a value that is not finite or out of range; losses that do not change,
+            that follow another curve, or whose residual is above the limit.
     """
     pieces = [_points(curve) for curve in curves]
     count = sum(len(losses) for _, losses in pieces)
     if len(pieces) < LEAST_CURVES or count < LEAST_POINTS:
-        raise NotSupported(
-            f"{len(pieces)} curves with {count} evaluations were measured, the law of learning dynamics needs "
-            f"{LEAST_CURVES} with {LEAST_POINTS}"
-        )
+        needs = f"the law of learning dynamics needs {LEAST_CURVES} with {LEAST_POINTS}"
+        raise NotSupported(f"{len(pieces)} curves with {count} evaluations were measured, {needs}")
     pieces.sort(key=lambda piece: (piece[0][-1].tolist(), piece[1].tolist()))
     reach = max(points[:, 0].max() for points, _ in pieces)
     if reach <= 0:
         raise NotSupported("every learning rate is 0")
-    if np.ptp(np.concatenate([losses for _, losses in pieces])) < 1e-9:
+    change = float(np.ptp(np.concatenate([losses for _, losses in pieces])))
+    if change < 1e-9:
         raise NotSupported("the loss does not change during training")
     law = _fit(pieces, reach)
-    if law.residual > limit:
-        raise NotSupported(
-            f"the losses scatter around the law of learning dynamics by {law.residual:.3g} nats, the limit is {limit:g}"
-        )
+    repeats = _repeats(pieces, reach, law)
+    _check_form(law, repeats, change, limit)
+    honest = law if repeats == 1 else _fit(pieces, reach, repeats)
     (speed, power), (base, annealing, shift) = law.best
     annealed = max(points[:, 1].max() for points, _ in pieces) > 1e-9 * reach
     whole = -np.expm1(-np.exp(power) * np.log1p(np.exp(speed)))
@@ -189,8 +189,21 @@ def fit_dynamics(curves: Sequence[Curve], *, limit: float = 0.03) -> DynamicsFit
         law.residual,
         float(reach),
         bool(annealed),
-        replace(law, noise=law.noise * _misses(pieces, reach)),
+        replace(honest, noise=honest.noise * _misses(pieces, reach, repeats)),
     )
+
+
+def _check_form(law: Separable, repeats: float, change: float, limit: float) -> None:
+    """Raise `NotSupported` if the losses follow another curve, or lie too far from the law."""
+    if repeats > ALIKE and law.residual > FORM * change:
+        raise NotSupported(
+            f"the losses follow another curve than the law of learning dynamics: several evaluations in a row miss it on "
+            f"the same side, by {law.residual / change:.1%} of the change of the loss"
+        )
+    if law.residual > limit:
+        raise NotSupported(
+            f"the losses scatter around the law of learning dynamics by {law.residual:.3g} nats, the limit is {limit:g}"
+        )
 
 
 def _points(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
@@ -204,18 +217,32 @@ def _points(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     return areas(curve.lrs)[steps[order].astype(np.int64)], losses[order]
 
 
-def _fit(pieces: list[tuple[np.ndarray, np.ndarray]], reach: float) -> Separable:
+def _fit(pieces: list[tuple[np.ndarray, np.ndarray]], reach: float, repeats: float = 1.0) -> Separable:
     points = np.concatenate([points for points, _ in pieces]) / reach
     losses = np.concatenate([losses for _, losses in pieces])
-    return fit(_basis, points, losses, [SPEED, POWER], 13, [[0, 1, 2], [0, 2]], [1])
+    return fit(_basis, points, losses, [SPEED, POWER], 13, [[0, 1, 2], [0, 2]], [1], repeats)
 
 
-def _misses(pieces: list[tuple[np.ndarray, np.ndarray]], reach: float) -> float:
+def _repeats(pieces: list[tuple[np.ndarray, np.ndarray]], reach: float, law: Separable) -> float:
+    """Return how many evaluations count as one: (1 + ρ) / (1 - ρ), with ρ the correlation of neighbouring errors of a curve.
+
+    Where a law has not quite the form of a curve, neighbours miss it on the same side, and more of them say no more.
+    """
+    if law.residual < SMALL:
+        return 1.0
+    errors = [losses - law.curve(points / reach) for points, losses in pieces]
+    product = sum(float(error[:-1] @ error[1:]) / max(1, error.size - 1) for error in errors)
+    square = sum(float(error @ error) / error.size for error in errors)
+    correlation = min(max(product / square, 0.0), 0.9) if square > 0 else 0.0
+    return (1 + correlation) / (1 - correlation)
+
+
+def _misses(pieces: list[tuple[np.ndarray, np.ndarray]], reach: float, repeats: float) -> float:
     """Return the factor, 1 or more, by which the end of each curve lies further from the law of the others than it says."""
     if len(pieces) < 3:
         return 1.0
     ratios = []
     for i, (points, losses) in enumerate(pieces):
-        value, low, high = _fit(pieces[:i] + pieces[i + 1 :], reach).predict(points[-1:] / reach)[:, 0]
+        value, low, high = _fit(pieces[:i] + pieces[i + 1 :], reach, repeats).predict(points[-1:] / reach)[:, 0]
         ratios.append(2 * 1.2816 * (losses[-1] - value) / (high - low))  # in standard deviations
     return max(1.0, float(np.sqrt(np.mean(np.square(ratios)))))

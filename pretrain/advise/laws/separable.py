@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-HUBER = 1.345  # standard deviations; 95 % efficient for normal noise
+HUBER = 1.5  # standard deviations; further points are weighted down
+WITHIN = 0.8664  # of normal noise: what the weights leave of its variance
 NOISE_FLOOR = 1e-7  # nats; float32 losses are not more exact
 WEIGHTLESS = 1e-6  # relative weight below which a grid point is dropped
 
@@ -35,7 +36,7 @@ class Separable:
         covariance: their covariance in units of the noise variance, [grid, constants, constants].
         noise: standard deviation of a measurement at each grid point, [grid].
         weights: weight of each grid point, sums to 1, [grid].
-        freedom: degrees of freedom left by the fit.
+        freedom: degrees of freedom left by the fit, of independent points.
         residual: root mean square of y minus the best grid point's law, outliers weighted down, in units of y.
         extra: standard deviation added to each prediction, for an error that the fitted points cannot show.
     """
@@ -46,7 +47,7 @@ class Separable:
     covariance: np.ndarray
     noise: np.ndarray
     weights: np.ndarray
-    freedom: int
+    freedom: float
     residual: float
     extra: float = 0.0
 
@@ -103,6 +104,7 @@ def fit(
     resolution: int,
     subsets: list[list[int]],
     positive: list[int],
+    repeats: float = 1.0,
 ) -> Separable:
     """Fit a law of this form.
 
@@ -113,6 +115,7 @@ def fit(
             constant named in `positive` is 0, which serve the grid points where the sets before give a negative one. The
             last set must serve any.
         positive: linear constants that must not be negative.
+        repeats: points that say the same thing as one: above 1 where the errors of neighbours are alike.
     """
     order = np.lexsort(
         (*points.T, y)
@@ -122,10 +125,12 @@ def fit(
     for turn in range(6):  # three rounds of outlier weights on the first grid, three that refine it
         axes = [np.linspace(low, high, resolution) for low, high in bounds]
         theta = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(bounds))
-        fitted = _fit_grid(basis, theta, points, y, robust, subsets, positive)
+        fitted = _fit_grid(basis, theta, points, y, robust, subsets, positive, repeats)
         theta0, linear0 = fitted.best
         error = y - (basis(theta0[None], points)[0] @ linear0)
-        typical = max(1.4826 * float(np.median(np.abs(error))) * np.sqrt(y.size / fitted.freedom), NOISE_FLOOR)
+        typical = max(
+            1.4826 * float(np.median(np.abs(error))) * np.sqrt(y.size / fitted.freedom / repeats), NOISE_FLOOR
+        )
         robust = np.minimum(1.0, HUBER * typical / np.abs(error).clip(1e-300))
         if turn >= 2:
             bounds = [
@@ -143,6 +148,7 @@ def _fit_grid(
     robust: np.ndarray,
     subsets: list[list[int]],
     positive: list[int],
+    repeats: float,
 ) -> Separable:
     """Solve the linear constants of every grid point and weigh them."""
     n, parts = y.size, []
@@ -156,12 +162,12 @@ def _fit_grid(
         allowed = (linear[:, positive] >= 0).all(1)
         parts.append((theta[allowed], linear[allowed], inverse[allowed], rss[allowed]))
         theta = theta[~allowed]
-    freedom = max(1, n - g.shape[2] - theta.shape[1])
+    freedom = max(1.0, (n - g.shape[2] - theta.shape[1]) / repeats)
     theta, linear, inverse, rss = (np.concatenate(column) for column in zip(*parts, strict=True))
     weights = (rss / rss.min()) ** (-freedom / 2)
     kept = weights > WEIGHTLESS
     weights = weights[kept] / weights[kept].sum()
     best = float(np.sqrt(rss.min() / n))
     return Separable(
-        basis, theta[kept], linear[kept], inverse[kept], np.sqrt(rss[kept] / freedom), weights, freedom, best
+        basis, theta[kept], linear[kept], inverse[kept], np.sqrt(rss[kept] / freedom / WITHIN), weights, freedom, best
     )

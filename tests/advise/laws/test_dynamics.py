@@ -72,7 +72,7 @@ def coverage(constants, noise, steps, draws):
 
 
 def test_an_interval_covers_a_run_of_four_times_the_length():
-    covered, width = coverage(NEW, 0.004, 800, 12)
+    covered, width = coverage(NEW, 0.004, 800, 10)
     assert covered >= 0.7
     assert width < 8 * 0.004
 
@@ -119,6 +119,7 @@ def test_a_schedule_with_decay_needs_a_run_with_decay():
 
 
 FULL = runs(NEW)
+SLOW_START = [Curve(c.lrs, c.steps, 3 - 0.3 * np.exp(-((areas(c.lrs)[c.steps, 0] / 0.1) ** 2))) for c in FULL]
 ZIGZAG = 0.3 * (-1.0) ** np.arange(9)
 
 
@@ -146,8 +147,9 @@ ZIGZAG = 0.3 * (-1.0) ** np.arange(9)
             [Curve(c.lrs, c.steps, c.losses + ZIGZAG) for c in FULL],
             "the losses scatter around the law of learning dynamics",
         ),
+        (SLOW_START, "the losses follow another curve than the law of learning dynamics"),
     ],
-    ids="none one few constant nan huge inf-lr negative-lr zero-lr outside lengths zigzag".split(),
+    ids="none one few constant nan huge inf-lr negative-lr zero-lr outside lengths zigzag form".split(),
 )
 def test_curves_that_do_not_carry_the_law_are_refused(curves, reason):
     with pytest.raises(NotSupported) as refusal:
@@ -155,7 +157,7 @@ def test_curves_that_do_not_carry_the_law_are_refused(curves, reason):
     assert refusal.value.reason.startswith(reason)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.permutations(range(3)), st.permutations(range(9)), st.integers(0, 99))
 def test_the_order_of_curves_and_points_does_not_matter(curves, points, seed):
     measured = runs(OLD, 0.003, np.random.default_rng(seed), PEAKS[1:])
@@ -163,7 +165,7 @@ def test_the_order_of_curves_and_points_does_not_matter(curves, points, seed):
     assert fit_dynamics(mixed).predict(schedule(400)) == fit_dynamics(measured).predict(schedule(400))
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.floats(-2, -0.05), st.floats(5, 200), st.floats(0.2, 2), st.integers(0, 99))
 def test_without_noise_more_training_at_one_rate_never_loses_what_the_law_gains(shift, speed, power, seed):
     fit = fit_dynamics(runs((3.0, 0.5, shift, speed, power), 1e-4, np.random.default_rng(seed)))

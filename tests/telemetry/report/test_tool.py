@@ -84,7 +84,7 @@ def test_a_broken_line_in_the_middle_is_left_out(line, tmp_path, capsys):
 
 def test_a_page_that_cannot_go_there_and_a_reader_that_has_left(run):
     done = script("run", "--output", ".", cwd=run.parent)
-    assert (done.returncode, done.stderr) == (2, "error: .: is a folder; --output names the page's file\n")
+    assert (done.returncode, done.stderr) == (2, "error: .: is a folder; --output names the file\n")
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([*PROGRAM, run], stdout=writer, stderr=subprocess.PIPE, text=True)

@@ -62,9 +62,7 @@ def test_slack_takes_the_lower_end_of_a_plateau():
     assert choose_lr(plateau, 1.0, slack=0.04).lr < 1.1e-4
 
 
-@pytest.mark.parametrize(
-    ("limit", "best"), [(1.0, PEAK), (0.05, 1e-4), (0.03, 6e-5)], ids=["gain", "forgetting", "between"]
-)
+@pytest.mark.parametrize(("limit", "best"), [(1.0, PEAK), (0.03, 6e-5)], ids=["gain", "forgetting"])
 def test_the_intervals_cover_as_often_as_they_say(limit, best):
     rng = np.random.default_rng(4)
     choices = [choose_lr(runs(noise=0.006, rng=rng), limit) for _ in range(200)]
