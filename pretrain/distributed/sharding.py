@@ -26,6 +26,7 @@ from pretrain.runtime.strict_json import parse_json
 CHECKSUM_NUMBERS = 1 << 24
 SHARE_BYTES = 1 << 28  # of the tensors that all ranks hold, the least that each of several ranks writes
 PIECES = "pieces"  # metadata of a file: {name: [first row, full shape]} for the tensors that are sharded in it
+DTYPES = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", I64="int64", U8="uint8")  # noqa: C408
 Manifest = dict[str, tuple[str, list[int]]]  # name → dtype and full shape
 
 
@@ -120,10 +121,8 @@ def equal_part(tensor: Tensor, rank: int, ranks: int) -> TensorShard | None:
 
 def writers(named: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
     """Return the rank that writes each of the tensors that all ``ranks`` hold in full, so that they write about the same number
-    of bytes; the dict is empty if they are too small to be shared, and rank 0 writes all. Every rank finds the same.
-
-    The largest tensor that is left goes to the rank that has the least so far.
-    """
+    of bytes; the dict is empty if they are too small to be shared, and rank 0 writes all. Every rank finds the same: the
+    largest tensor that is left goes to the rank that has the least so far."""
     sizes = {name: t.numel() * t.element_size() for name, t in named.items() if not isinstance(t, DTensor)}
     count = min(ranks, sum(sizes.values()) // SHARE_BYTES)
     if count < 2:
@@ -326,6 +325,8 @@ def _shape_in(handle: Any, name: str) -> tuple[int, ...]:
 def _dtype_in(handle: Any, name: str) -> str:
     """Return the dtype of a file's shard of a tensor, such as ``"float32"``."""
     found = handle.get_slice(name)
+    if (known := DTYPES.get(str(found.get_dtype()))) is not None:
+        return known  # without a slice, for which torch maps the whole file
     return described(found[:0] if found.get_shape() else handle.get_tensor(name))[0]
 
 

@@ -76,10 +76,11 @@ def _through_graphs(
     ``parameters`` tensors are weights. With ``recompute`` the backward keeps the inputs alone."""
     leaves, structure = tree_flatten(arguments)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    plain = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]  # the graphs must not keep the tensors
 
     def of_tensors(*given: Tensor) -> Any:
         values = iter(given)
-        return run(*tree_unflatten([next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure))
+        return run(*tree_unflatten([next(values) if leaf is None else leaf[0] for leaf in plain], structure))
 
     modes = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
     key = (kind, *modes, str(structure), *map(_described, leaves))

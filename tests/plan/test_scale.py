@@ -17,7 +17,7 @@ def test_one_of_64_ranks():
     assert fsdp["static GiB"] < ddp["static GiB"] / 20  # sizes are rounded up to 512 bytes
     assert zero3["static GiB"] < zero1["static GiB"] < ddp["static GiB"]
     assert ddp["written GiB"] == ddp["checkpoint GiB"]
-    assert ddp["read GiB"] == ddp["checkpoint GiB"]
+    assert ddp["read GiB"] == pytest.approx(ddp["checkpoint GiB"], rel=1e-3)  # step counters are not counted
     assert fsdp["checkpoint GiB"] == zero3["checkpoint GiB"] == ddp["checkpoint GiB"]
     assert fsdp["read GiB"] < fsdp["checkpoint GiB"] / 32  # of 64, with the step counters of all parameters
     assert fsdp["opened"] == 3, "its own two files, and those of rank 0 with the step counters"
