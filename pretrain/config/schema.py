@@ -247,9 +247,11 @@ class RunConfig(RootKeys):
 
     @property
     def objective_identity(self) -> dict[str, Any] | None:
-        """Return the term of the objective as the config describes it; ``None`` for the cross entropy alone."""
+        """Return the term of the objective as the config describes it, without what changes no number; ``None`` for the cross
+        entropy alone."""
         node: dict[str, Any] = self.plain["objective"]
-        return None if node["_target_"] == NEXT_TOKEN else node
+        apart = {"base_offload"} | ({"base_dtype"} if node.get("base_dtype") is None else set())
+        return None if node["_target_"] == NEXT_TOKEN else {key: v for key, v in node.items() if key not in apart}
 
     @property
     def optimizer_identity(self) -> list[Any]:
