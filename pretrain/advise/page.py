@@ -99,7 +99,7 @@ def _rate_charts(advice: dict[str, Any]) -> Iterator[Markup]:
             points,
             x_label=f"gain on the new text ({NATS})",
             unit=NATS,
-            front=line,
+            paths=[line],
             large=True,
         )
     lines = []
@@ -147,7 +147,7 @@ def _share_charts(advice: dict[str, Any]) -> Iterator[Markup]:
             [Point(f"{1 - x:.0%} old text", -n, o, 0 if x == chosen[0] else 9, x == chosen[0]) for x, n, o in shown],
             x_label=f"gain on {a} ({NATS})",
             unit=f"forgetting of {b}, {NATS}; LoRA probes",
-            front=[(-n, o) for _, n, o in front],
+            paths=[[(-n, o) for _, n, o in front]],
             large=True,
         )
 

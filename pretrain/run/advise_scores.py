@@ -91,17 +91,16 @@ class ScoringModel:
         return found
 
     def between(self, first: Any, second: Any, weight: float) -> dict[str, Scores]:
-        """Score (1 - weight) × first + weight × second. Both are the weights in files of a model of this architecture; those of
-        the engine are replaced."""
+        """Score (1 - weight) × first + weight × second. Both are the weights in files of a model of this architecture."""
         import torch
 
-        from pretrain.distributed.sharding import read_part
-        from pretrain.strategy.replaced import put_weights
+        from pretrain.strategy.replaced import EngineWeights
 
-        own = {name: t for name, t in self.engine.model.hf_state().items() if t.is_floating_point()}
-        parts = ((name, (read_part(t, first, name), read_part(t, second, name))) for name, t in own.items())
-        put_weights(self.engine, ((name, torch.lerp(a.float(), b.float(), weight)) for name, (a, b) in parts))
-        return self.scores()
+        def blend(own: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return torch.lerp(a.float(), b.float(), weight)
+
+        with EngineWeights(self.engine).blended([first, second], blend):
+            return self.scores()
 
     def close(self) -> None:
         """Free the model before other processes need the device."""
