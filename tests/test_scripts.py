@@ -106,6 +106,7 @@ def test_bench_train():
     "name",
     [
         "bench_gpu.py",
+        "make_advice_proof.py",
         *("bench_train.py", "bench_compile.py", "bench_data.py", "bench_mixture.py", "bench_transforms.py"),
         *("make_means_matrix.py", "make_means_study.py"),
         "bench_shared_tokenizing.py",

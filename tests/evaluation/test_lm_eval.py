@@ -12,9 +12,9 @@ from pretrain.telemetry.metric import Metric
 from pretrain.telemetry.sinks.jsonl import read_records
 from tests.engines import ALONE, FULL
 
-# Without the packages that these tasks do not use (scikit-learn, nltk, …): 80 MB in 15,600 files, too many for every set-up.
-LIGHT = "pip install --no-deps lm-eval sacrebleu portalocker tabulate colorama lxml"
-needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason=f"lm-eval is missing: {LIGHT}")
+needs_harness = pytest.mark.skipif(
+    find_spec("lm_eval") is None, reason="lm-eval is missing: pip install 'pretrain[lm-eval]'"
+)
 ROWS = [
     {"q": "def add(a, b):\n    return", "good": "a + b", "bad": "class x"},
     {"q": "import", "good": "os", "bad": "zzzz qqq"},
