@@ -18,10 +18,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 ROWS = {"eager": "false", "blocks": "true", "blocks, kept": "true", "graph": "graph", "graph, kept": "graph"}
 REACHED = 3  # the step up to which the start is timed
@@ -62,7 +61,7 @@ def start(words: list[str], folder: Path, code: Path) -> Start:
     """Run a command, whose compiled code is kept in ``code``."""
     own = {"TORCHINDUCTOR_CACHE_DIR": str(code), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     log = folder / "log"
-    began = datetime.now().timestamp()
+    began = time.time()
     with log.open("w") as out:
         child = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=os.environ | own)
         _, status, usage = os.wait4(child.pid, 0)
@@ -72,13 +71,7 @@ def start(words: list[str], folder: Path, code: Path) -> Start:
     steps = [record for record in records if record["event"] == "train"]
     seconds = [record["step_seconds"] for record in steps]
     later = statistics.median(seconds[1:])
-    return Start(seconds[0], later, at(steps[REACHED - 1]) - began, usage.ru_utime + usage.ru_stime)
-
-
-def at(record: dict[str, Any]) -> float:
-    """Return when a record was written, in seconds since 1970."""
-    time = record["time"]
-    return float(time) if isinstance(time, int | float) else datetime.fromisoformat(time).timestamp()
+    return Start(seconds[0], later, steps[REACHED - 1]["time"] - began, usage.ru_utime + usage.ru_stime)
 
 
 def table(found: dict[str, list[Start]]) -> None:

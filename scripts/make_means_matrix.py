@@ -74,7 +74,7 @@ LEVERS = {
     "expand": ["transform=[expand]", "transform.expand.blocks=1"],
     "vocabulary": VOCABULARY,
     "vocabulary, new rows": [*VOCABULARY, "transform.vocabulary.only_new_rows=true"],
-    "float8": ["transform=[float8]"],
+    "float8": ["transform=[float8]", "model.compile=true"],
     "float8, emulated": ["transform=[float8]", "transform.float8.emulate=true"],
     "overrides": ["model.overrides={rope_scaling: {rope_type: linear, factor: 2.0}}"],
     "gradient_checkpointing=selective": ["model.gradient_checkpointing=selective"],
@@ -184,8 +184,8 @@ def is_equal(ours: dict[str, float], single: dict[str, float]) -> bool:
     return ours.keys() == single.keys() and all(abs(ours[k] / single[k] - 1) < 1e-4 for k in ours)
 
 
-def resumes(folder: Path, config: RunConfig, size: int) -> bool:
-    """Return whether the run, cut off at step 2, ends as the uninterrupted one."""
+def resumes(folder: Path, config: RunConfig, size: int) -> str:
+    """Return how the run, cut off at step 2, ends otherwise than the uninterrupted one; nothing if it ends as that one."""
     from tests.runs import assert_same_run
 
     whole = folder.with_name(f"{folder.name}-whole")
@@ -198,14 +198,15 @@ def resumes(folder: Path, config: RunConfig, size: int) -> bool:
         if not later.name.endswith(f"{CUT:08d}"):
             shutil.rmtree(later, ignore_errors=True)
     try:
-        if run(config, size)[0]:
-            return False
+        code, error = run(config, size)
+        if code:
+            return error
         assert_same_run(folder, whole)
-    except AssertionError:
-        return False
+    except AssertionError as difference:
+        return f"resumed it differs: {str(difference)[:300]}"
     finally:
         shutil.rmtree(whole)
-    return True
+    return ""
 
 
 def loads(folder: Path, model_name: Path) -> bool:
@@ -239,14 +240,11 @@ def cell(folder: Path, words: list[str], single: Cell | None) -> Cell:
     if code:
         return {"runs": False, "code": code, "why": error}
     losses = evaluations(folder)
-    found = {
-        "runs": True,
-        "losses": losses,
-        "equal": is_equal(losses, (single or {"losses": losses}).get("losses", {})),
-        "resumes": resumes(folder, config, size),
-        "exports": (folder / "model").is_dir(),
-        "loads": loads(folder, folder.parent / "model"),
-    }
+    why = resumes(folder, config, size)
+    exports = (folder / "model").is_dir()
+    equal = is_equal(losses, (single or {"losses": losses}).get("losses", {}))
+    found = {"runs": True, "losses": losses, "equal": equal, "resumes": not why, "why": why, "exports": exports}
+    found["loads"] = exports and loads(folder, folder.parent / "model")
     shutil.rmtree(folder)
     return found
 

@@ -134,6 +134,8 @@ def test_command(words, place, command, spawn, monkeypatch, tiny_model, tmp_path
         done = run_preloaded(["-m", "torch.distributed.run", *words[1:], *small])
         assert done.returncode == 0, done.stderr
         return
+    if "task=advise" in words:  # tests/advise/test_advise_run.py makes the probes
+        small += ["advise.steps=[look]", "advise.budget=50"]
     if "-m" in words or any(w.startswith(("hydra/launcher=", "hydra/sweeper=")) for w in words):
         process = spawn([*words, *small])
         out, _ = process.communicate(timeout=300)

@@ -89,6 +89,23 @@ def test_weights_on_the_host_with_an_optimizer_of_matrices(optimizer, given, ran
     assert_equal_runs(offloaded, single, **BF16)
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [["strategy=fsdp"], ["strategy=deepspeed", "strategy.zero_stage=2", "strategy.offload_optimizer=true"]],
+    ids=range(2),
+)
+def test_levers_on_the_host(strategy, given, ran):
+    """The frozen base model under fsdp, and averages and terms of ZeRO's shards, whose weights are on the host."""
+    levers = ["objective=l2_to_base", "hook=[ema]", "merge.curve=[0,0.5,1]"]
+    single, _ = ran("single", [*given, *levers])
+    run, _ = ran("run", [*given, *levers, *strategy])
+    assert_equal_runs(run, single, **FP32)
+    kl = [*given, "objective=kl_to_base"]
+    ours, _ = ran("on-host", [*kl, "strategy=fsdp", "objective.base_offload=true"])
+    theirs, _ = ran("on-device", [*kl, "strategy=fsdp"])
+    assert losses(ours) == losses(theirs)
+
+
 def test_a_gpu_equals_a_cpu(given, reference, ran):
     run, _ = ran("run", given, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert_equal_runs(run, reference("32-true"), loss=1e-4, norm=1e-3, weights=1e-3)

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ INTERNALS = {
     "plan/torch_internals.py": "torch",
     "strategy/deepspeed_internals.py": "DeepSpeed",
     "strategy/loss_scaler.py": "torch",
+    "strategy/zero_internals.py": "DeepSpeed",
     "sweep/optuna_internals.py": "Optuna",
 }
 DOCUMENTED = {"os._exit", "sys._current_frames"}  # by Python, in spite of the name
@@ -310,9 +312,18 @@ def test_deepspeed_has_what_is_used_of_it():
         assert "self.overflow" in source
     assert "self._hp_optimizer_states_linked" in inspect.getsource(Stage2)
     assert callable(Stage2.update_lp_params)
+    in_stage2, in_stage3 = inspect.getsource(Stage2), inspect.getsource(Stage3)
+    for name in ("bit16_groups", "single_partition_of_fp32_groups", "norm_for_param_grads"):
+        assert f"self.{name}" in in_stage2
+    for name in ("fp32_partitioned_groups_flat", "grad_position", "norm_for_param_grads"):
+        assert f"self.{name}" in in_stage3
+    for name in ("_get_fp32_opt_state_partition", "_get_fp32_grad_state_partition", "_get_param_partition_rank"):
+        assert callable(getattr(Stage3, name))
+    fragments = inspect.getsource(import_module("deepspeed.utils.tensor_fragment"))
+    for name in ("_hp_mapping", "_index_in_param_group", "get_lp_grad_fragment", "hp_fragment", "lp_fragment_address"):
+        assert name in fragments
     assert "lp_fragment_address" in inspect.signature(tensor_fragment).parameters
     assert list(inspect.signature(fragment_address).parameters) == ["numel", "start"], "of a rank's part of a parameter"
-    assert "self.fp32_partitioned_groups_flat" in inspect.getsource(Stage3)
     assert callable(compiled), "replaced by disable_compilation"
     disable_compilation()
 

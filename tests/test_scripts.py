@@ -106,7 +106,8 @@ def test_bench_train():
     "name",
     [
         "bench_gpu.py",
-        *("bench_train.py", "bench_data.py", "bench_mixture.py", "bench_transforms.py"),
+        "make_advice_proof.py",
+        *("bench_train.py", "bench_compile.py", "bench_data.py", "bench_mixture.py", "bench_transforms.py"),
         *("make_means_matrix.py", "make_means_study.py"),
         "bench_shared_tokenizing.py",
         *("bench_checkpoint.py", "bench_monitor.py", "bench_startup.py", "screenshots.py"),

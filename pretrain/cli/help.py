@@ -27,6 +27,7 @@ Use
   python -m pretrain task=export model_name=outputs/sample-python output_dir=exported
   python -m pretrain task=merge 'merge.models=[sample,outputs/sample-python]' output_dir=merged
   python -m pretrain task=plan model_name=gpt2 strategy=fsdp devices=8 plan.device=H100   memory and time before a run
+  python -m pretrain task=advise dataset=local dataset.nameOrPath=texts/ max_steps=2000   a recipe from short runs
 
   Run the same command again to continue an interrupted run.
   --cfg job prints the complete configuration of a run; group=choice --help the keys of a choice; --version

@@ -234,4 +234,4 @@ def run(config: DictConfig, overrides: list[str], cli_values: dict[str, Any], co
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from pretrain.launch.launcher import launch
 
-    return launch(checked, overrides, interrupt)
+    return launch(checked, overrides, interrupt, config_dir=config_dir)

@@ -114,6 +114,8 @@ def check(config: dict[str, Any], *, here: bool = True, config_dir: str | None =
     run.check_export()
     if run.task == "merge":
         run.merge.check()
+    if run.task == "advise":
+        run.advise.check()
     return run
 
 

@@ -22,6 +22,7 @@ from pretrain.optim.plain import PlainOptimizer
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from pretrain.advise.config import AdviseConfig
     from pretrain.checkpoint.config import CheckpointConfig
     from pretrain.data.replay import Phase, ReplayConfig
     from pretrain.data.sources.base import Dataset
@@ -60,7 +61,7 @@ class RootKeys:
     """The keys of conf/config.yaml that are not groups.
 
     Attributes:
-        task: What to run: pretraining · tokenization · evaluation · generation · export · merge · plan.
+        task: What to run: pretraining · tokenization · evaluation · generation · export · merge · plan · advise.
         name: Name of the run; null: <model>-<dataset>, with the task as a prefix unless it is pretraining.
         output_dir: Run folder; the same command resumes the run in it.
         model_name: The shipped `sample`, a Hugging Face Hub id, a folder, a checkpoint or a run.
@@ -92,7 +93,7 @@ class RootKeys:
             line only.
     """
 
-    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export", "merge", "plan"]
+    task: Literal["pretraining", "tokenization", "evaluation", "generation", "export", "merge", "plan", "advise"]
     name: Annotated[str, Field(pattern=r"^\.*[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]  # a folder's name: no `..`, no path
     output_dir: Annotated[str, Field(pattern=ONE_LINE)]
     model_name: Annotated[str, Field(min_length=1)]
@@ -144,6 +145,7 @@ class RunConfig(RootKeys):
         launch: How processes are started and supervised.
         sweep: How a sweep is ranked and reported.
         plan: The device to plan for, and what a plan assumes.
+        advise: What ``task=advise`` may spend, and what it looks for.
         transforms: The changes of the model, in the order in which they are applied.
         lr_factors: The parameters that have another learning rate, keys of the optimizer group.
         plain: The same config as a dict of plain values, as written to config.yaml and as sent to workers.
@@ -167,6 +169,7 @@ class RunConfig(RootKeys):
     launch: LaunchConfig
     sweep: SweepConfig
     plan: PlanConfig
+    advise: AdviseConfig
     transforms: tuple[ModelTransform, ...]
     lr_factors: LrFactors
     plain: dict[str, Any] = field(repr=False)
@@ -244,9 +247,11 @@ class RunConfig(RootKeys):
 
     @property
     def objective_identity(self) -> dict[str, Any] | None:
-        """Return the term of the objective as the config describes it; ``None`` for the cross entropy alone."""
+        """Return the term of the objective as the config describes it, without what changes no number; ``None`` for the cross
+        entropy alone."""
         node: dict[str, Any] = self.plain["objective"]
-        return None if node["_target_"] == NEXT_TOKEN else node
+        apart = {"base_offload"} | ({"base_dtype"} if node.get("base_dtype") is None else set())
+        return None if node["_target_"] == NEXT_TOKEN else {key: v for key, v in node.items() if key not in apart}
 
     @property
     def optimizer_identity(self) -> list[Any]:

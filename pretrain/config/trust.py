@@ -42,6 +42,7 @@ PARTS = {  # group → the class whose subclasses it may create; schedules are f
     "launch": "pretrain.launch.config.LaunchConfig",
     "sweep": "pretrain.sweep.config.SweepConfig",
     "plan": "pretrain.plan.config.PlanConfig",
+    "advise": "pretrain.advise.config.AdviseConfig",
     "sink": "pretrain.telemetry.sinks.base.Sink",
     "transform": "pretrain.models.transforms.base.ModelTransform",
     "hook": "pretrain.training.hook.Hook",

@@ -43,8 +43,8 @@ class BaseStates:
         alive: Callable[[], None] = lambda: None,
     ) -> None:
         """Compute the states of ``domains`` with the initial weights, which ``engine`` must have, in eval mode. All ranks must
-        call this. For ``interrupted`` and ``alive`` see `Evaluator.run`. A model whose logits are not a linear function of
-        its last hidden states has no states; a notice says so."""
+        call this. For ``interrupted`` and ``alive`` see `Evaluator.run`. A model without a `LogitsMap` has no states; a
+        notice says so."""
         if not domains or not self.measures(engine):
             return
         world = engine.world
@@ -58,12 +58,13 @@ class BaseStates:
 
     def measures(self, engine: InferenceEngine) -> bool:
         """Return whether KL(base ‖ now) is measured; a notice says why it can't be."""
-        if self.tokens and not engine.model.fused_loss:
+        known = engine.model.logits_map is not None
+        if self.tokens and not known:
             name = type(engine.model.hf).__name__
             notice(
-                f"evaluation.kl_tokens={self.tokens}: {name} caps or scales its logits; KL to the base is not measured"
+                f"evaluation.kl_tokens={self.tokens}: the head of {name} is not a matrix alone; KL to the base is not measured"
             )
-        return bool(self.tokens) and engine.model.fused_loss
+        return bool(self.tokens) and known
 
     def num_batches(self, domain: Domain) -> int:
         """Return for how many batches of ``domain`` there are states: at least one."""

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
 
 
-def launch(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
-    """Run ``config.task`` and return the exit code.
+def launch(config: RunConfig, overrides: list[str], interrupt: Interrupt, *, config_dir: str | None = None) -> int:
+    """Run ``config.task`` and return the exit code. ``config_dir`` is the value of ``--config-dir``.
 
     Raises ``UserError`` for a mistake, in this process or in a worker, and ``WorkersFailed`` for a bug in a worker.
     """
@@ -34,6 +34,11 @@ def launch(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int
             raise UserError(f"task={config.task} is one process; start it without torchrun")
         from pretrain.run import tasks
 
+        if config.task == "advise":
+            topology = topology_of(config)
+            return tasks.advise(
+                config, overrides, interrupt, devices=topology.data_parallel_devices, config_dir=config_dir
+            )
         if config.devices not in ("auto", 1) and config.task != "plan":
             notice(f"task={config.task} is one process: strategy and devices have no effect")
         return tasks.TASKS[config.task](config, overrides, interrupt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ class Change:
         alpha: Share of the result, between 0 and 1.
         new: Change on the new domains; a gain is below 0.
         base: Change on the base domains; forgetting is above 0.
+        checkpoint: Step of the checkpoint that stands for the result; ``None``: the result itself.
     """
 
     alpha: float
     new: float | None
     base: float | None
+    checkpoint: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,14 @@ class Choice:
             raise UserError(f"merge.choose={text}: here {name} is limited with {COMPARED[name]}")
         return cls(name, float(form[3]))
 
-    def best(self, points: Iterable[Change]) -> float | None:
-        """Return ``alpha`` of the best point within the limit, or ``None`` if no point is known to be within it. Within a limit
-        of forgetting the largest gain is best, within one of the gain the least forgetting."""
-        known = [(p.alpha, p.new, p.base) for p in points if p.new is not None and p.base is not None]
+    def best(self, points: Iterable[Change]) -> Change | None:
+        """Return the best point within the limit, or ``None`` if no point is known to be within it. Within a limit of forgetting
+        the largest gain is best, within one of the gain the least forgetting; of equal ones the point closest to the base."""
+        known = [(p.new, p.base, p) for p in points if p.new is not None and p.base is not None]
         if self.of_what == "forgetting":
-            within = [(new, alpha) for alpha, new, base in known if base <= self.limit]
+            within = [(new, p) for new, base, p in known if base <= self.limit]
         else:
-            within = [(base, alpha) for alpha, new, base in known if -new >= self.limit]
-        return min(within)[1] if within else None
+            within = [(base, p) for new, base, p in known if -new >= self.limit]
+        if not within:
+            return None
+        return min(within, key=lambda pair: (pair[0], pair[1].alpha, pair[1].checkpoint or math.inf))[1]

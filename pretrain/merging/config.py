@@ -30,6 +30,8 @@ class MergeConfig:
         decay: Decay of the learning rate that wsm stands for: sqrt (1 - sqrt) · linear (all weights equal) · cosine.
         curve: Points between the base model (0) and the result (1) of a run that are scored at its end, such as
             [0,0.25,0.5,0.75,1]; null: none.
+        along: What stands for the result: result (the last step) · checkpoints (also every earlier checkpoint that the run
+            keeps, each with its own points).
         choose: Which of them is exported: forgetting<=X (of those, the one with the largest gain) · gain>=X (the one with
             the least forgetting), in nats per token; null: the result.
     """
@@ -43,14 +45,19 @@ class MergeConfig:
     last: Annotated[int, Field(ge=2)] | None = None
     decay: Literal["sqrt", "linear", "cosine"] = "sqrt"
     curve: list[Annotated[float, Field(ge=0, le=1)]] | None = None
+    along: Literal["result", "checkpoints"] = "result"
     choose: str | None = None
 
     def check_curve(self) -> None:
         """Raise ``UserError`` for a curve or a choice of one of its points that is impossible."""
         if self.choose is not None and not self.curve:
             raise UserError(f"merge.choose={self.choose}: chooses a point of merge.curve, which is not given")
-        if self.curve is not None and len(set(self.curve)) < max(2, len(self.curve)):
-            raise UserError(f"merge.curve={self.curve}: needs at least two different numbers, each once")
+        if self.along == "checkpoints" and not self.curve:
+            raise UserError("merge.along=checkpoints: needs merge.curve, such as merge.curve=[0.5,1]")
+        least = 1 if self.along == "checkpoints" else 2
+        if self.curve is not None and len(set(self.curve)) < max(least, len(self.curve)):
+            number = "one number" if least == 1 else "two different numbers"
+            raise UserError(f"merge.curve={self.curve}: needs at least {number}, each once")
         Choice.of(self.choose)
 
     def check(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.data.batch import IGNORE
+from pretrain.models.logits_map import LogitsMap
 from pretrain.models.loss import FP16_GRAD_SCALE, accumulate_weight_grad, chunk_rows, times
 
 
@@ -34,20 +35,23 @@ def kl_divergence(
     row_weights: Tensor | None = None,
     *,
     temperature: float = 1.0,
+    logits_map: LogitsMap | None = None,
 ) -> Tensor:
     """Return the sum of KL(base ‖ now) in nats, an fp32 scalar, over the rows whose label is not ``IGNORE``.
 
     ``base`` and ``now`` are the last hidden states [n, h] of both models for the same tokens; ``labels`` is int64 [n], and
-    ``row_weights``, fp32 [n], the factor of each row in the sum (``None``: 1). Logits are divided by ``temperature``. The base
-    model gets no gradient. The matmuls run in the autocast dtype, or in that of the weights; softmax and sums run in fp32. Two
-    equal models have 0.
+    ``row_weights``, fp32 [n], the factor of each row in the sum (``None``: 1). Logits are ``logits_map`` of the heads' outputs
+    (``None``: these), divided by ``temperature``. The base model gets no gradient. The matmuls run in the autocast dtype, or in
+    that of the weights; all else runs in fp32. Two equal models have 0.
     """
     device_type = now.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else head.weight.dtype
     base_head = base_head.to(now.device)
     factors = (labels != IGNORE).float() if row_weights is None else (labels != IGNORE) * row_weights
     with torch.autocast(device_type, enabled=False):
-        found: Tensor = _KlDivergence.apply(now, *head, base.detach(), base_head, factors, dtype, temperature)
+        found: Tensor = _KlDivergence.apply(
+            now, *head, base.detach(), base_head, factors, dtype, temperature, logits_map or LogitsMap()
+        )
     return found
 
 
@@ -55,9 +59,9 @@ class _KlDivergence(torch.autograd.Function):
     """The divergence, with its gradients computed in the forward, as `pretrain.models.loss` does for the cross entropy."""
 
     # For each chunk of rows x [c, h] of the model and b [c, h] of the base model, at temperature T:
-    #   p = softmax(b W_b^T / T), q = softmax(x W^T / T)    [c, v], in fp32
+    #   p = softmax(f(b W_b^T) / T), q = softmax(f(x W^T) / T)    [c, v], in fp32; f scales or caps logits
     #   kl += sum over rows of factor * sum(p * (log p - log q))
-    #   g   = factor * (q - p) / T                          d kl / d logits
+    #   g   = factor * (q - p) / T * f'                           d kl / d (x W^T)
     #   dx, dW, db as for the cross entropy
 
     @staticmethod
@@ -71,6 +75,7 @@ class _KlDivergence(torch.autograd.Function):
         factors: Tensor,
         dtype: torch.dtype,
         temperature: float,
+        logits_map: LogitsMap,
     ) -> Tensor:
         needs = ctx.needs_input_grad[:3]
         scale = FP16_GRAD_SCALE if dtype == torch.float16 else 1.0
@@ -81,13 +86,16 @@ class _KlDivergence(torch.autograd.Function):
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs[2] else None
         size = chunk_rows(2 * len(factors), len(weight))  # two sets of logits
         for b, x, factor in zip(base.split(size), rows.split(size), factors.unsqueeze(1).split(size), strict=True):
-            log_p = torch.log_softmax(_logits(b, base_head, dtype) / temperature, dim=1)
-            log_q = torch.log_softmax(_logits(x, Head(matrix, bias), dtype) / temperature, dim=1)
+            log_p = torch.log_softmax(logits_map(_outputs(b, base_head, dtype)) / temperature, dim=1)
+            logits = logits_map(_outputs(x, Head(matrix, bias), dtype))
+            log_q = torch.log_softmax(logits / temperature, dim=1)
             p = log_p.exp()
             summed += ((p * (log_p - log_q)).sum(1, keepdim=True) * factor).sum()
             if not any(needs):
                 continue
             grad = (log_q.exp() - p) * (factor / temperature)
+            if not logits_map.is_plain:
+                grad *= logits_map.slope(logits)
             if bias_grad is not None:
                 bias_grad += grad.sum(0)
             scaled = (grad * scale).to(dtype)
@@ -105,9 +113,9 @@ class _KlDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (None if saved is None else times(saved, grads[0]) for saved in ctx.saved_tensors)
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
-def _logits(rows: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
-    logits = F.linear(rows.to(dtype), head.weight.to(dtype)).float()
-    return logits if head.bias is None else logits + head.bias
+def _outputs(rows: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
+    outputs = F.linear(rows.to(dtype), head.weight.to(dtype)).float()
+    return outputs if head.bias is None else outputs + head.bias

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from pretrain.models import document_attention, packing
 from pretrain.models.blocks import find_blocks
 from pretrain.models.compilation import Compile, before_first_compilation, compile_blocks, compiled
 from pretrain.models.kl_divergence import Head, kl_divergence
+from pretrain.models.logits_map import LogitsMap
 from pretrain.models.loss import linear_cross_entropy
 from pretrain.models.probe import (
     DocumentMask,
@@ -26,32 +27,16 @@ from pretrain.models.probe import (
     check_causal,
     embedding_dtype,
     find_document_mask,
-    has_plain_head,
+    find_logits_map,
     num_positions,
 )
 from pretrain.models.recomputed_products import recomputed_products
-from pretrain.models.token_losses import linear_token_losses
+from pretrain.models.token_losses import Scores, cross_entropy, linear_token_losses
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from pretrain.models.transforms.apply import Transformed
-
-
-class Scores(NamedTuple):
-    """What an evaluation computes of one batch.
-
-    Attributes:
-        loss: summed loss in nats, an fp32 scalar.
-        nats: loss of each token, fp32 [n, S], 0 without a target.
-        kl: summed KL(base ‖ now) in nats, an fp32 scalar; ``None`` without states of the base model.
-        hidden: last hidden states [n, S, h]; ``None`` where they were not asked for.
-    """
-
-    loss: Tensor
-    nats: Tensor
-    kl: Tensor | None = None
-    hidden: Tensor | None = None
 
 
 class LanguageModel(nn.Module):
@@ -67,6 +52,8 @@ class LanguageModel(nn.Module):
         fused_loss: whether the logits are exactly ``head(last hidden state)``, which a probe determines. The loss is then
             computed by `linear_cross_entropy` without all logits in memory. Models that cap or scale their logits use their own
             head.
+        logits_map: what the logits are of the output of the head; ``None`` if they are not a function of the last hidden state's
+            product with a matrix.
         document_mask: how the model keeps packed documents apart; ``None`` if it can't.
         long_document_mask: how it does so in rows longer than `document_attention.LONG`, on a CPU, not compiled and not balanced;
             ``None``: as in shorter ones.
@@ -94,6 +81,7 @@ class LanguageModel(nn.Module):
         self.base_head: Head | None = None
         hf.config.use_cache = False
         self.fused_loss = False
+        self.logits_map: LogitsMap | None = None
         self.document_mask: DocumentMask | None = None
         self.long_document_mask: DocumentMask | None = None
         self.balancing = 0.0
@@ -130,7 +118,8 @@ class LanguageModel(nn.Module):
         The argument is unused; FSDP's hooks need one. Raises ``UserError`` for a model that is not causal.
         """
         check_causal(self.hf)
-        self.fused_loss = has_plain_head(self.hf)
+        self.logits_map = find_logits_map(self.hf)
+        self.fused_loss = self.logits_map is not None and self.logits_map.is_plain
         self.document_mask = find_document_mask(self.hf)
         self.balancing = balancing_coefficient(self.hf)
         on_host = self.hf.device.type == "cpu" and self.num_positions > document_attention.LONG
@@ -165,7 +154,7 @@ class LanguageModel(nn.Module):
 
         Without ``labels`` and ``ends``, return the last hidden states [n, S, h] and copy the head to ``base_head``. With
         ``labels`` and, as ``base_hidden``, the states of the base model, return fp32 [1, 2]: the loss, and the sum of
-        KL(base ‖ now) at ``temperature`` over the same tokens. Both need ``fused_loss``.
+        KL(base ‖ now) at ``temperature`` over the same tokens. Both need a ``logits_map``.
 
         With ``by_token``, return `Scores`, for an evaluation; ``with_hidden`` asks for the states.
 
@@ -205,7 +194,7 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Return the summed loss. This is the function that is compiled."""
         weights = _by_token(loss_weights, labels)
-        balanced = bool(self.balancing) and self.training and torch.is_grad_enabled()
+        balanced = self._balances()
         if self.fused_loss and not balanced:
             hidden, head = self._hidden(input_ids, position_ids), self._head()
             rows = (hidden.flatten(0, 1), *head, labels.flatten(), weights)
@@ -226,11 +215,30 @@ class LanguageModel(nn.Module):
         return Head(head.weight, head.bias)
 
     def _base_hidden(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-        assert self.fused_loss
         hidden = self._hidden(input_ids, position_ids)
+        self._keep_base_head()
+        return hidden
+
+    def _keep_base_head(self) -> None:
+        assert self.logits_map is not None
         if self.base_head is None:
             self.base_head = self._head().to(torch.device("cpu"), copy=True)
-        return hidden
+
+    def _through_head(self, given: dict[str, Any], **more: Any) -> tuple[Any, Tensor]:
+        """Return the output of ``hf``, and the input of its head: the last hidden states [n, S, h]."""
+        seen: list[Tensor] = []
+        hook = self.hf.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            out = self.hf(**given, use_cache=False, **more)
+        finally:
+            hook.remove()
+        return out, seen[0]
+
+    def _kl(self, base: Tensor, now: Tensor, labels: Tensor, weights: Tensor | None, temperature: float) -> Tensor:
+        """Return the summed KL(base ‖ now) of states [n, S, h]."""
+        assert self.base_head is not None
+        rows = (base.flatten(0, 1), self.base_head, now.flatten(0, 1), self._head(), labels.flatten(), weights)
+        return kl_divergence(*rows, temperature=temperature, logits_map=self.logits_map)
 
     def _loss_and_kl(
         self,
@@ -242,13 +250,17 @@ class LanguageModel(nn.Module):
         temperature: float,
     ) -> Tensor:
         """Return the summed loss and the summed KL(base ‖ now), [1, 2]: replicas of DataParallel are concatenated along dim 0."""
-        assert self.base_head is not None
-        hidden, head, targets = self._hidden(input_ids, position_ids).flatten(0, 1), self._head(), labels.flatten()
         weights = _by_token(loss_weights, labels)
-        base = base_hidden.flatten(0, 1)
-        kl = kl_divergence(base, self.base_head, hidden, head, targets, weights, temperature=temperature)
-        loss = linear_cross_entropy(hidden, *head, targets, weights, compiled=self._compiles_loss())
-        return torch.stack([loss, kl]).unsqueeze(0)
+        if self.fused_loss and not self._balances():
+            hidden = self._hidden(input_ids, position_ids)
+            rows = (hidden.flatten(0, 1), *self._head(), labels.flatten(), weights)
+            loss = linear_cross_entropy(*rows, compiled=self._compiles_loss())
+        else:
+            given = {"input_ids": input_ids} | self._documents(position_ids)
+            out, hidden = self._through_head(given, **({"output_router_logits": True} if self._balances() else {}))
+            loss = self._cross_entropy(out.logits, labels, weights)
+            loss = self._with_balance(loss, out, labels, weights) if self._balances() else loss
+        return torch.stack([loss, self._kl(base_hidden, hidden, labels, weights, temperature)]).unsqueeze(0)
 
     def _scores(
         self,
@@ -260,20 +272,18 @@ class LanguageModel(nn.Module):
         with_hidden: bool,
     ) -> Scores:
         """Return the scores of an evaluation. The loss has the bits of a forward with labels alone."""
-        if not self.fused_loss:
+        if self.fused_loss:
+            states = self._hidden(input_ids, position_ids)
+            loss, nats = linear_token_losses(states.flatten(0, 1), *self._head(), labels.flatten())
+        else:
             given = {"input_ids": input_ids} | self._documents(position_ids)
-            logits = self.hf(**given, use_cache=False).logits
-            nats = F.cross_entropy(
-                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
-            )
-            return Scores(self._cross_entropy(logits, labels, None), nats.view_as(labels))
-        states = self._base_hidden(input_ids, position_ids) if with_hidden else self._hidden(input_ids, position_ids)
-        hidden, head, targets = states.flatten(0, 1), self._head(), labels.flatten()
-        kl = None
-        if base_hidden is not None:
-            assert self.base_head is not None
-            kl = kl_divergence(base_hidden.flatten(0, 1), self.base_head, hidden, head, targets)
-        loss, nats = linear_token_losses(hidden, *head, targets)
+            known = self.logits_map is not None
+            out, states = self._through_head(given) if known else (self.hf(**given, use_cache=False), labels)
+            loss, rows = self._cross_entropy(out.logits, labels, None), out.logits.flatten(0, 1).float()
+            nats = F.cross_entropy(rows, labels.flatten(), ignore_index=IGNORE, reduction="none")
+        if with_hidden:
+            self._keep_base_head()
+        kl = None if base_hidden is None else self._kl(base_hidden, states, labels, None, 1.0)
         return Scores(loss, nats.view_as(labels), kl, states if with_hidden else None)
 
     def _by_row(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -298,11 +308,17 @@ class LanguageModel(nn.Module):
         return (compiled(cross_entropy) if self._compiles_loss() else cross_entropy)(logits, labels, weights)
 
     def _balanced_loss(self, given: dict[str, Any], labels: Tensor, weights: Tensor | None) -> Tensor:
-        """Return the cross entropy, whose gradient includes that of ``balancing`` × the model's load balancing loss of this
-        micro-batch × its number of targets, or the sum of their ``weights`` [n * S]. After the division by that of the global
-        batch, this is the mean over micro-batches, weighted by their targets."""
+        """Return the cross entropy, whose gradient includes that of `_with_balance`."""
         out = self.hf(**given, use_cache=False, output_router_logits=True)
-        loss = self._cross_entropy(out.logits, labels, weights)
+        return self._with_balance(self._cross_entropy(out.logits, labels, weights), out, labels, weights)
+
+    def _balances(self) -> bool:
+        """Return whether the load balancing loss is trained here: in training steps."""
+        return bool(self.balancing) and self.training and torch.is_grad_enabled()
+
+    def _with_balance(self, loss: Tensor, out: Any, labels: Tensor, weights: Tensor | None) -> Tensor:
+        """Return ``loss``, whose gradient includes that of ``balancing`` × the load balancing loss of the micro-batch ``out`` ×
+        its number of targets, or the sum of their ``weights``: the mean over micro-batches, weighted by their targets."""
         counts = labels != IGNORE
         targets = counts.sum() if weights is None else (counts.flatten() * weights).sum()
         pull = self.balancing * out.aux_loss * targets
@@ -369,14 +385,6 @@ def _say_square(name: str) -> None:
 def _by_token(loss_weights: Tensor | None, labels: Tensor) -> Tensor | None:
     """Return the weight [n * S] of each token of ``labels`` [n, S] from those of the rows [n]."""
     return None if loss_weights is None else loss_weights.unsqueeze(1).expand_as(labels).flatten()
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the summed cross entropy of ``logits`` [n, S, v] against ``labels`` [n, S], in which ``weights`` [n * S] is the
-    factor of each token; ``None``: 1 for all."""
-    reduction = "sum" if weights is None else "none"
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction=reduction)
-    return loss if weights is None else (loss * weights).sum()
 
 
 def weights_of(hf: nn.Module) -> dict[str, Tensor]:

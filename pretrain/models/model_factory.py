@@ -51,7 +51,7 @@ class ModelFactory:
         from pretrain.models.transforms.apply import TransformedFiles
 
         files, transformed = self.spec.weights(), build_on_meta.transformed
-        wanted = {name: tuple(t.shape) for name, t in build_on_meta.hf_state().items()}
+        wanted = {name: tuple(getattr(t, "ds_shape", t.shape)) for name, t in build_on_meta.hf_state().items()}
         if transformed is not None and not self.has_transformed_weights:
             wanted = transformed.before
         if files is None or wanted.keys() != files.keys() or any(files.shape(n) != s for n, s in wanted.items()):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from pretrain.models.hub.files import POSITION_KEYS
+from pretrain.models.logits_map import LogitsMap, candidates
 from pretrain.models.transformers_internals import has_forward_hooks
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
@@ -102,18 +103,25 @@ def find_document_mask(hf: Any, ways: Sequence[DocumentMask] | None = None) -> D
     return None
 
 
-@torch.no_grad()
 def has_plain_head(hf: Any) -> bool:
-    """Return whether the logits are exactly the output embedding applied to the last hidden state of ``base_model``.
+    """Return whether the logits are exactly the output embedding applied to the last hidden state of ``base_model``."""
+    found = find_logits_map(hf)
+    return found is not None and found.is_plain
 
-    The probe checks that the input of the head is what ``base_model`` returns, and that the head's output for large random
-    inputs is returned unchanged as the logits. This detects soft-capping, a logit scale and a further layer, even while the
-    model's own logits are still small. A head that a transform has wrapped or hooked may be equal to its matrix now and not
-    after the first step, so it is never plain.
+
+@torch.no_grad()
+def find_logits_map(hf: Any) -> LogitsMap | None:
+    """Return the function of the head's output that the logits are, if the head is a matrix that is applied to the last hidden
+    state of ``base_model``; otherwise ``None``.
+
+    The probe checks that the input of the head is what ``base_model`` returns, and that the logits are one of the functions that
+    the config may mean of the head's output for large random inputs. This detects soft-capping, a logit scale and a further
+    layer, even while the model's own logits are still small. A head that a transform has wrapped or hooked may be equal to its
+    matrix now and not after the first step, so it has none.
     """
     backbone, head = hf.base_model, hf.get_output_embeddings()
     if backbone is hf or not _is_linear(head):
-        return False
+        return None
     device, training = head.weight.device, hf.training
     noise = torch.randn(1, 4, head.in_features, generator=torch.Generator().manual_seed(0)).to(device)
     planted = (noise * PROBE_LOGIT / (head.weight.float().std() * head.in_features**0.5 + 1e-12)).to(head.weight.dtype)
@@ -131,8 +139,10 @@ def has_plain_head(hf: Any) -> bool:
         hook.remove()
         hidden = getattr(backbone(input_ids=ids, use_cache=False), "last_hidden_state", None)
         if len(given) != 1 or hidden is None or not hidden.shape == given[0].shape == planted.shape:
-            return False
-        return _close(hidden, given[0]) and _close(logits, head(planted))
+            return None
+        outputs = head(planted)
+        known = (found for found in candidates(hf.config.get_text_config()) if _close(logits, found(outputs)))
+        return next(known, None) if _close(hidden, given[0]) else None
     finally:
         hook.remove()
         hf.train(training)

@@ -14,7 +14,7 @@ input through ``.data``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,16 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
 
-from pretrain.models.torch_internals import viewed
+from pretrain.models.torch_internals import REPEATED, viewed
 
-# Backward nodes of operations that store all of their inputs, and the operations.
-REPEATED: dict[str, Callable[[Any], Tensor]] = {
-    "MulBackward0": lambda node: node._saved_self * node._saved_other,
-    "SiluBackward0": lambda node: F.silu(node._saved_self),
-    "GeluBackward0": lambda node: F.gelu(node._saved_self, approximate=node._saved_approximate),
-}
 CAST = "ToCopyBackward0"
 KEPT = 4  # of the latest results, because several matrix products have one input
 Like = tuple[torch.Size, tuple[int, ...], torch.dtype]

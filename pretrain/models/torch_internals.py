@@ -1,12 +1,23 @@
-"""What the models use of torch's private parts (seen in torch 2.11 and 2.13). ``tests/models/test_compilation.py`` and
-``tests/models/test_activation_checkpointing.py`` fail when one of them has changed."""
+"""What the models use of torch's private parts (seen in torch 2.11 and 2.13). ``tests/models/test_compilation.py``,
+``tests/models/test_recomputed_products.py`` and ``tests/models/test_activation_checkpointing.py`` fail when one of them has
+changed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+# The operations that store all of their inputs, by the names of their backward nodes: what each computes again from its node.
+REPEATED: dict[str, Callable[[Any], Tensor]] = {
+    "MulBackward0": lambda node: node._saved_self * node._saved_other,
+    "SiluBackward0": lambda node: F.silu(node._saved_self),
+    "GeluBackward0": lambda node: F.gelu(node._saved_self, approximate=node._saved_approximate),
+}
 
 
 def allow_compilations(kinds: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,7 +108,8 @@ class Traced:
             engine.model.repeats_products = not (self.is_gpu or self.spec.compile)
             _prepare(engine, tracker)
             tracker.kind = "buffers"  # also the weights of a base model that the objective needs
-            engine.term = config.objective.term(engine, lambda: config.strategy.reference(factory, step, world))
+            reference = partial(config.objective.reference, config.strategy, factory, step, world)
+            engine.term = config.objective.term(engine, reference)
             return _traced_step(engine, tracker, rows, config)
 
 

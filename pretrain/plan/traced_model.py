@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.models.blocks import find_blocks
+from pretrain.models.logits_map import LogitsMap
 from pretrain.models.meta import put_buffers, replace_parameters
 from pretrain.models.model_factory import ModelFactory
 from pretrain.models.probe import by_positions
@@ -50,6 +51,7 @@ class TracedFactory(ModelFactory):
         buffers = {n: torch.empty(b.shape, dtype=b.dtype) for n, b in model.named_buffers(remove_duplicate=False)}
         put_buffers(model, buffers, torch.device("cpu"))
         model.fused_loss = self.fused_loss
+        model.logits_map = LogitsMap()
         model.document_mask = by_positions
         if self.compiles:
             if self.spec.gradient_checkpointing != "selective":  # whose policy the graphs would not follow

@@ -7,6 +7,7 @@ them together; each part receives the others as constructor arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,9 @@ def build_engine(config: RunConfig, prepared: Prepared, world: DistributedContex
             f"objective: it compares with the base model, and model_name={config.model_name} is no longer available"
         )
     engine = config.strategy.setup(factory, optimizer_builder(config), step, world)
-    engine.term = config.objective.term(engine, lambda: config.strategy.reference(factory, step, world))
+    engine.term = config.objective.term(
+        engine, partial(config.objective.reference, config.strategy, factory, step, world)
+    )
     return engine
 
 

@@ -73,7 +73,7 @@ def build_trainer(
         layers=build.build_layers(config, engine),
         hooks=hooks,
         stop_when=config.stop_when,
-        curve=build_curve(config, prepared, engine, evaluation.untouched),
+        curve=build_curve(config, prepared, engine, evaluation.untouched, store),
         listeners=listeners,
         interrupt=interrupt,
         watchdog=watchdog,
@@ -184,19 +184,18 @@ def build_intervals(config: RunConfig, loader: Loader, steps: int) -> tuple[Inte
     return Interval(intervals.evaluate_every), Interval(intervals.save_every)
 
 
-def build_curve(config: RunConfig, prepared: Prepared, engine: Engine, untouched: Untouched) -> Curve | None:
-    """Return the merge curve of the run; ``None`` if it has none.
+def build_curve(
+    config: RunConfig, prepared: Prepared, engine: Engine, untouched: Untouched, store: CheckpointStore
+) -> Curve | None:
+    """Return the merge curve of the run, whose checkpoints are in ``store``; ``None`` if it has none.
 
-    Raises ``UserError`` for a model whose base weights can't be read tensor by tensor, and for an engine whose weights can't
-    be replaced.
+    Raises ``UserError`` for a model whose base weights can't be read tensor by tensor.
     """
     if not config.merge.curve:
         return None
     from pretrain.merging.choice import Choice
     from pretrain.merging.curve import Curve
-    from pretrain.strategy.replaced import check_replaceable
 
-    check_replaceable(engine, "merge.curve")
     transformed = engine.model.transformed
     if transformed is not None and transformed.before.keys() != transformed.after.keys():
         raise UserError("merge.curve: the transforms of this run add weights, which the base model does not have")
@@ -210,4 +209,5 @@ def build_curve(config: RunConfig, prepared: Prepared, engine: Engine, untouched
             "merge.curve: needs the weights of a base model in files under their own names; this run starts from random weights, "
             "its base model is gone, or transformers converts its files (task=export writes a folder with converted ones)"
         )
-    return Curve(tuple(config.merge.curve), Choice.of(config.merge.choose), files, untouched)
+    checkpoints = store if config.merge.along == "checkpoints" else None
+    return Curve(tuple(config.merge.curve), Choice.of(config.merge.choose), files, untouched, checkpoints)

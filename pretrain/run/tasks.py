@@ -351,6 +351,32 @@ def merge(config: RunConfig, overrides: list[str], interrupt: Interrupt) -> int:
     return 0
 
 
+def advise(
+    config: RunConfig, overrides: list[str], interrupt: Interrupt, *, devices: int = 1, config_dir: str | None = None
+) -> int:
+    """Make short runs within a budget and write the recipe that they support to output_dir.
+
+    Args:
+        config: The config of the planned run.
+        overrides: The words of the command line.
+        interrupt: Receives the stop signals.
+        devices: Devices of the planned run.
+        config_dir: The value of ``--config-dir``.
+    """
+    from pretrain.run.advising import Advising, write
+
+    claimed = claim(config.output_dir, foreign=True)
+    folder = claimed.path
+    advising = Advising(config, overrides, folder, devices=devices, config_dir=config_dir)
+    recipe, command = write(advising, advising.run())
+    print(recipe.sentence())
+    print(f"{'run it':<12}{command}")
+    print(f"{'or':<12}the same command with --config-dir {folder} experiment=advised in place of task=advise")
+    print(f"{'advice':<12}{folder / 'advice.html'}")
+    claimed.lock.release()  # held until here: two commands would make the same probes
+    return 0
+
+
 # The tasks of one process. Pretraining may have several: the launcher starts it.
 TASKS: dict[str, Callable[[RunConfig, list[str], Interrupt], int]] = {
     "tokenization": tokenization,

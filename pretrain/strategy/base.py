@@ -74,11 +74,19 @@ class Strategy(ABC):
         """Return overrides with which a device needs less memory, the most effective first."""
         return []
 
-    def reference(self, model: ModelFactory, step: StepConfig, world: DistributedContext) -> InferenceEngine:
+    def reference(
+        self, model: ModelFactory, step: StepConfig, world: DistributedContext, *, offload: bool = False
+    ) -> InferenceEngine:
         """Return a second model for forwards alone, such as the base model that an objective compares with. The default has the
-        full model on every rank."""
+        full model on every rank. With ``offload`` its weights are kept on the host; raises ``UserError`` where they can't be."""
+        from pretrain.runtime.errors import UserError
         from pretrain.strategy.engine import InferenceEngine
 
+        if offload:
+            raise UserError(
+                f"objective.base_offload=true with strategy={self.name}: only strategy=fsdp gathers weights from the host; use "
+                "objective.base_dtype=bfloat16"
+            )
         return InferenceEngine(model.build(world.device), precision=step.precision, world=world)
 
     @abstractmethod

@@ -32,8 +32,10 @@ from pretrain.optim.combined import combined
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 from pretrain.strategy.deepspeed_internals import ZeroOptimizer, disable_compilation
-from pretrain.strategy.deepspeed_optimizer import check_moments, supported
+from pretrain.strategy.deepspeed_optimizer import check_moments, split_by_thaw, supported
 from pretrain.strategy.engine import Engine, count_parameters, never
+from pretrain.strategy.zero_internals import ZeroShards
+from pretrain.strategy.zero_weights import ZeroWeights
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -129,12 +131,14 @@ class DeepspeedEngine(Engine):
     # renews the 16-bit weights from the fp32 ones.
 
     has_gradients = False
-    weights_in_model = False
 
     def __init__(self, *args: Any, wrapped: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._wrapped = wrapped
-        self._zero = ZeroOptimizer(wrapped)
+        self.zero = ZeroOptimizer(wrapped)
+        self.shards = ZeroShards(wrapped)
+        self.weights = ZeroWeights(self)
+        self._frozen_groups: list[dict[str, Any]] = []
 
     @classmethod
     def build(
@@ -152,18 +156,14 @@ class DeepspeedEngine(Engine):
         partitioned = config["zero_optimization"]["stage"] == 3
         model = factory.build(torch.device("cpu") if partitioned else world.device)
         stage, transformed = config["zero_optimization"]["stage"], model.transformed
-        if transformed is not None and (transformed.thaw_at or transformed.first_rows):
-            key = "thaw_at" if transformed.thaw_at else "only_new_rows"
-            raise UserError(
-                f"{key} with strategy.zero_stage={stage}: ZeRO updates all parameters of a flat shard from the first step on; "
-                "use strategy.zero_stage=0, ddp or fsdp"
-            )
         counts = count_parameters(model)
         # DeepSpeed allocates the whole bucket, 5e8 numbers by default, also for a model that never fills it.
         zero = config["zero_optimization"]
         zero.setdefault("reduce_bucket_size", min(REDUCE_BUCKET, max(counts[1], 1)))
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
-        update = supported(optimizer(model), config["zero_optimization"]["stage"])
+        update = supported(optimizer(model), stage)
+        if transformed is not None:
+            split_by_thaw(update, model.hf_named_parameters(), transformed.thaw_at)
         fp32 = {p: p.data for p in model.parameters()} if precision.compute != "float32" else {}
         report_rounded(model, precision)
         if partitioned:
@@ -181,13 +181,13 @@ class DeepspeedEngine(Engine):
             **options,
         )
         for parameter in list(fp32):  # because DeepSpeed has initialised its fp32 weights from the 16-bit ones
-            engine._assign(parameter, fp32.pop(parameter))
+            engine.assign(parameter, fp32.pop(parameter))
         engine.num_parameters, engine.num_trained = counts
         return engine
 
     @property
     def loss_scale(self) -> Tensor | float | None:
-        return self._zero.loss_scale if self.scaler.is_enabled() else None
+        return self.zero.loss_scale if self.scaler.is_enabled() else None
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -202,10 +202,35 @@ class DeepspeedEngine(Engine):
         is not finite. DeepSpeed waits for the device in every step, so reading the answer does not add a wait."""
         assert (max_norm or 0.0) == self._wrapped.gradient_clipping()
         device = self.world.device
-        with self._zero.infinite_norm(device) if refuse(torch.zeros((), device=device)) else nullcontext():
+        self._drop_frozen()
+        if self.term is not None:
+            self.term.add_gradients(self)
+        with self.zero.infinite_norm(device) if refuse(torch.zeros((), device=device)) else nullcontext():
             self._wrapped.step()
-        self.skipped += int(self._zero.skipped)
-        return torch.as_tensor(self._zero.grad_norm, dtype=torch.float32, device=device)
+        for parameter in self._frozen:  # it has no state before its first update
+            self.optimizer.state.pop(self.shards.shard_of(parameter), None)
+        self.skipped += int(self.zero.skipped)
+        return torch.as_tensor(self.zero.grad_norm, dtype=torch.float32, device=device)
+
+    def set_progress(self, share: float) -> None:
+        super().set_progress(share)
+        self._frozen_groups = [g for g in self.optimizer.param_groups if share < g.get("thaw_at", 0.0)]
+
+    def _drop_frozen(self) -> None:
+        for group in self._frozen_groups:
+            group["lr"] = 0.0  # neither does weight decay change it
+        if not (self._frozen or self._frozen_rows):
+            return
+        names = {id(p): name for name, p in self.model.hf_named_parameters()}
+        whole = ((p, None) for p in self._frozen)
+        for parameter, row in (*whole, *self._frozen_rows):
+            gradient = self.shards.gradient_part(parameter)
+            if gradient is None:
+                continue
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            end = None if row is None else max(0, row * shape[1:].numel() - self.shards.own_range(parameter)[0])
+            gradient[:end] = 0
+            self.weights.gradient_changed(names[id(parameter)], gradient)
 
     def autocast(self) -> AbstractContextManager[object]:
         return nullcontext()  # the weights of the forward have the matmul dtype
@@ -219,13 +244,13 @@ class DeepspeedEngine(Engine):
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.model.hf_state().items():
-            yield name, self._whole(tensor)
+            yield name, self.whole(tensor)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         own: dict[str, dict[str, TensorShard]] = {"model": {}, "optimizer": {}}
         every: dict[str, Any] = {"model": {}, "optimizer": {}}
         owners: dict[str, dict[str, int]] = {"model": {}, "optimizer": {}}
-        rank, ranks, by_rows = self.world.rank, self.world.size, self._zero.stage == 3
+        rank, ranks, by_rows = self.world.rank, self.world.size, self.zero.stage == 3
         for i, (kind, name, tensor) in enumerate(self._whole_tensors()):
             every[kind][name] = described(tensor)
             if by_rows:
@@ -235,24 +260,26 @@ class DeepspeedEngine(Engine):
                 shard = TensorShard(tensor.detach(), 0, tuple(tensor.shape)) if owner == rank else None
             if shard is not None:
                 own[kind][name] = replace(shard, tensor=shard.tensor.to("cpu", copy=True))
-        scaler = self._zero.loss_scale_state() if self.scaler.is_enabled() else {}
+        scaler = self.zero.loss_scale_state() if self.scaler.is_enabled() else {}
         shared = {"owners": owners} if ranks > 1 and not by_rows else {}
         return own | shared | {"tensors": every, "scaler": scaler | {"skipped": int(self.skipped)}}
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights that the forward uses, below stage 3; everything else is sharded."""
-        if self._zero.stage < 3:
+        if self.zero.stage < 3:
             yield from self.model.hf_state().items()
 
     def _whole_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield ("model" or "optimizer", name, full tensor) of everything that a checkpoint holds. This is a collective."""
         for name, tensor in self.full_weights():
             yield "model", name, tensor
-        self._zero.link_moments()
-        moments = self.optimizer.state.get(self._zero.shards(self.optimizer)[0], {})  # empty before the first step
+        self.zero.link_moments()
         for name, parameter in self.model.hf_named_parameters():
-            for key, value in sorted(moments.items()) if parameter.requires_grad else ():
-                if value.ndim == 0:  # the step counter, equal for all parameters
+            if not parameter.requires_grad:
+                continue
+            moments = self.optimizer.state.get(self.shards.shard_of(parameter), {})  # empty before the first update
+            for key, value in sorted(moments.items()):
+                if value.ndim == 0:  # the step counter, equal for all parameters of a shard
                     yield "optimizer", f"{name}/{key}", value.clone()
                 else:
                     yield "optimizer", f"{name}/{key}", ds_utils.safe_get_full_optimizer_state(parameter, key)
@@ -263,38 +290,38 @@ class DeepspeedEngine(Engine):
         self._load_moments(state["optimizer"])
         self.skipped.fill_(state["scaler"].get("skipped", 0))
         if self.scaler.is_enabled():
-            self._zero.load_loss_scale(state["scaler"])
+            self.zero.load_loss_scale(state["scaler"])
 
     def _load_weights(self, files: TensorFiles) -> None:
         own = self.model.hf_state()
         check_names(own, files)
         for name, tensor in own.items():
             check_shape(name, files, tuple(getattr(tensor, "ds_shape", tensor.shape)))
-            self._assign(tensor, self._own_rows(files, name, tensor))
-        self._zero.update_weights()
+            self.assign(tensor, self._own_rows(files, name, tensor))
+        self.zero.update_weights()
 
     def _load_moments(self, files: TensorFiles) -> None:
         self.optimizer.state.clear()
         parameters = dict(self.model.hf_named_parameters())
         slots = [(slot, *slot.split("/", 1)) for slot in sorted(files.keys())]
-        counters = {key: slot for slot, _, key in slots if not files.shape(slot)}  # equal for all parameters
-        counts = {key: files.read(slot) for key, slot in counters.items()}
-        for shard in self._zero.shards(self.optimizer):
-            on_device = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
-            for _, _, key in slots:
-                if key in counts:
-                    value = counts[key].to(shard.device if on_device else "cpu", copy=True)
-                else:
-                    value = torch.zeros_like(shard, requires_grad=False)
-                self.optimizer.state[shard][key] = value
-        self._zero.link_moments()
+        on_device = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
         for slot, name, key in slots:
-            if key not in counts:
-                self._assign(parameters[name], self._own_rows(files, slot, parameters[name]), key)
+            shard = self.shards.shard_of(parameters[name])
+            if key in self.optimizer.state[shard]:
+                continue
+            if files.shape(slot):
+                value = torch.zeros_like(shard, requires_grad=False)
+            else:  # the step counter, equal for all parameters of a shard
+                value = files.read(slot).to(shard.device if on_device else "cpu", copy=True)
+            self.optimizer.state[shard][key] = value
+        self.zero.link_moments()
+        for slot, name, key in slots:
+            if files.shape(slot):
+                self.assign(parameters[name], self._own_rows(files, slot, parameters[name]), key)
 
     # -- DeepSpeed's shards -------------------------------------------------------------------------------------------
 
-    def _whole(self, tensor: Tensor) -> Tensor:
+    def whole(self, tensor: Tensor) -> Tensor:
         """Return the full fp32 weight that the optimizer updates; a buffer is returned as it is. This is a collective."""
         if not isinstance(tensor, nn.Parameter):
             return tensor
@@ -310,7 +337,7 @@ class DeepspeedEngine(Engine):
         shape = files.shape(name)
         if not tensor.requires_grad or not shape or not (width := math.prod(shape[1:])):
             return files.read(name)
-        first, stop = self._zero.own_range(tensor)
+        first, stop = self.shards.own_range(tensor)
         start, stop = first // width, min(-(-stop // width), shape[0])
         full = torch.empty(shape, dtype=getattr(torch, files.dtype(name)))
         if start < stop:
@@ -318,12 +345,12 @@ class DeepspeedEngine(Engine):
         return full
 
     @torch.no_grad()
-    def _assign(self, tensor: Tensor, value: Tensor, key: str | None = None) -> None:
+    def assign(self, tensor: Tensor, value: Tensor, key: str | None = None) -> None:
         """Copy this rank's part of the full ``value`` of a weight, or of its moment ``key``, into the fp32 shard."""
         if not tensor.requires_grad:  # a buffer, a frozen weight
             with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
                 tensor.copy_(value)
-        elif self._zero.stage < 3:
+        elif self.zero.stage < 3:
             if key is None:
                 ds_utils.safe_set_full_fp32_param(tensor, value)
             else:

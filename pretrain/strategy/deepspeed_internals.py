@@ -1,8 +1,7 @@
 """What this program uses of DeepSpeed beyond its documentation (seen in 0.19.8).
 ``tests/test_internals.py`` fails when one of these has changed.
 
-- the ZeRO optimizer: its flat fp32 shards and which part of a parameter they hold, its norm, how it renews the 16-bit weights,
-  and its loss scaler
+- the ZeRO optimizer: its norm, how it renews the 16-bit weights, and its loss scaler
 - two of its functions are replaced, of which one compiles C++ at the first use and the other imports torch's compiler
 """
 
@@ -15,8 +14,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 
 def disable_compilation() -> None:
@@ -55,23 +52,6 @@ class ZeroOptimizer:
             yield
         finally:
             delattr(self._zero, measure)
-
-    def own_range(self, parameter: Any) -> tuple[int, int]:
-        """Return the first element of the flattened ``parameter`` that is in this rank's shard, and the one after the last."""
-        if self.stage == 3:
-            size = parameter.ds_tensor.numel()
-            first = dist.get_rank(parameter.ds_process_group) * size
-            return min(first, parameter.ds_numel), min(first + size, parameter.ds_numel)
-        if parameter._hp_mapping is None:  # all of it is in the shards of other ranks
-            return 0, 0
-        address = parameter._hp_mapping.lp_fragment_address
-        return address.start, address.start + address.numel
-
-    def shards(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """Return the flat fp32 tensors that ``optimizer`` updates on this rank."""
-        if self.stage == 3:
-            return list(self._zero.fp32_partitioned_groups_flat)
-        return [shard for group in optimizer.param_groups for shard in group["params"]]
 
     def link_moments(self) -> None:
         """Give parameters their views of the moments in the shards, where moments exist. DeepSpeed does this only once, when

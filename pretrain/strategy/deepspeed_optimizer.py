@@ -3,10 +3,11 @@ parameter's shape or be a step counter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from pretrain.distributed.packing import name_of
@@ -31,6 +32,22 @@ def supported(made: Optimizer | Sequence[Optimizer], stage: int) -> Optimizer:
             f"{', '.join(sorted({kind.__name__ for kind in SUPPORTED}))}"
         )
     return optimizer
+
+
+def split_by_thaw(
+    optimizer: Optimizer, named_parameters: Iterable[tuple[str, Parameter]], thaw_at: Mapping[str, float]
+) -> None:
+    """Split the groups of ``optimizer``, in place, so that all parameters of a group, which share flat shards, stop being frozen
+    at the same share of the run. It is the group's ``thaw_at``, which other groups do not have."""
+    values = {id(p): thaw_at.get(name) for name, p in named_parameters}
+    groups = []
+    for group in optimizer.param_groups:
+        parts: dict[float | None, list[Parameter]] = {}
+        for parameter in group["params"]:
+            parts.setdefault(values.get(id(parameter)), []).append(parameter)
+        for until, members in parts.items():
+            groups.append({**group, "params": members} | ({} if until is None else {"thaw_at": until}))
+    optimizer.param_groups[:] = groups
 
 
 def check_moments(state: dict[str, Any], model: LanguageModel) -> None:

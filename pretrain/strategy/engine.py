@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pretrain.data.batch import Batch
 from pretrain.distributed import sharding as tensors
 from pretrain.models.attention import Shape, prefer_fast_kernels
+from pretrain.models.token_losses import Scores
 from pretrain.optim.combined import combined
 from pretrain.optim.limits import check_usable
 from pretrain.optim.schedule import with_multiplier
@@ -25,11 +26,12 @@ from pretrain.runtime.signals import signals_blocked
 from pretrain.strategy.engine_state import EngineState
 from pretrain.strategy.gradient_norm import norm_of
 from pretrain.strategy.optimizer_state import OptimizerState
+from pretrain.strategy.replaced import EngineWeights
 from pretrain.telemetry.step_timer import StepTimer
 
 if TYPE_CHECKING:
     from pretrain.distributed.context import DistributedContext
-    from pretrain.models.language_model import LanguageModel, Scores
+    from pretrain.models.language_model import LanguageModel
     from pretrain.strategy.objective import Term
     from pretrain.strategy.precision import Precision
 
@@ -72,12 +74,10 @@ class InferenceEngine:
         world: the ranks and their collectives.
         num_parameters: number of parameters of the full model.
         num_trained: number of those that are trained.
-        weights_in_model: whether the parameters of the model are the weights that are saved.
+        weights: the weights as tensors that can be averaged, compared and replaced.
         alive: called after every forward without a backward: a heartbeat for the watchdog.
         interrupted: whether a stop signal has arrived; a collective, which a long measurement calls between its forwards.
     """
-
-    weights_in_model = True
 
     def __init__(self, model: LanguageModel, *, precision: Precision, world: DistributedContext) -> None:
         self.model = model
@@ -85,6 +85,7 @@ class InferenceEngine:
         self.world = world
         self.alive: Callable[[], None] = lambda: None
         self.interrupted: Callable[[], bool] = lambda: False
+        self.weights = EngineWeights(self)
         self.num_parameters, self.num_trained = count_parameters(model)
         if model.picks_kernels and world.device.type == "cuda":
             prefer_fast_kernels(Shape.of(model.hf, precision.compute_dtype), world.device)
@@ -101,7 +102,7 @@ class InferenceEngine:
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the last hidden states [n, S, h] of a batch, in the matmul dtype. The first call keeps a copy of the head, for
-        `evaluate_tokens`. The model must be in eval mode and have a ``fused_loss``."""
+        `evaluate_tokens`. The model must be in eval mode and have a ``logits_map``."""
         return self._in_matmul_dtype(self.forward(batch.input_ids, None, batch.position_ids))
 
     def _in_matmul_dtype(self, hidden: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class InferenceEngine:
         given = (batch.input_ids, batch.labels, batch.position_ids)
         scores: Scores = self.forward(*given, by_token=True, base_hidden=base_hidden, with_hidden=with_hidden)
         hidden = None if scores.hidden is None else self._in_matmul_dtype(scores.hidden)
-        return scores._replace(hidden=hidden)
+        return Scores(scores.loss, scores.nats, scores.kl, hidden)
 
     @torch.no_grad()
     def evaluate_rows(self, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
@@ -118,10 +118,12 @@ class Fsdp(Strategy):
             unsharded=unsharded,
         )
 
-    def reference(self, model: ModelFactory, step: StepConfig, world: DistributedContext) -> InferenceEngine:
+    def reference(
+        self, model: ModelFactory, step: StepConfig, world: DistributedContext, *, offload: bool = False
+    ) -> InferenceEngine:
         from pretrain.strategy.fsdp_engine import FsdpInferenceEngine
 
-        built, _ = self.sharded(model, step, world)
+        built, _ = replace(self, cpu_offload=self.cpu_offload or offload).sharded(model, step, world)
         return FsdpInferenceEngine(built, precision=step.precision, world=world)
 
     def sharded(

@@ -7,9 +7,9 @@ cross entropy, and the term's value is a number of its own in the train records.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pretrain.data.batch import Batch
+    from pretrain.distributed.context import DistributedContext
+    from pretrain.models.model_factory import ModelFactory
+    from pretrain.strategy.base import StepConfig, Strategy
     from pretrain.strategy.engine import Engine, InferenceEngine
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -28,9 +31,15 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Objective:
     """The mean cross entropy of the next token."""
 
+    def reference(
+        self, strategy: Strategy, factory: ModelFactory, step: StepConfig, world: DistributedContext
+    ) -> InferenceEngine:
+        """Return a second model with the weights of the base model, for forwards alone. All ranks must call this."""
+        return strategy.reference(factory, step, world)
+
     def term(self, engine: Engine, reference: Callable[[], InferenceEngine]) -> Term | None:
         """Return the term that is added for ``engine``, which has the weights of the base model; ``None`` for no term.
-        ``reference`` builds a second, frozen model with these weights. All ranks must call this."""
+        ``reference`` calls `reference`. All ranks must call this."""
         return None
 
 
@@ -70,21 +79,29 @@ class KlToBase(Objective):
     Attributes:
         weight: Factor of the divergence; nats of divergence count as this many nats of loss.
         temperature: Temperature of both distributions.
+        base_dtype: Dtype of the base model's weights: bfloat16 · null (that of the run's weights).
+        base_offload: true: keep the shards of the base model on the host; strategy=fsdp.
     """
 
     weight: Positive = 0.1
     temperature: Positive = 1.0
+    base_dtype: Literal["bfloat16"] | None = None
+    base_offload: bool = False
+
+    def reference(
+        self, strategy: Strategy, factory: ModelFactory, step: StepConfig, world: DistributedContext
+    ) -> InferenceEngine:
+        if self.base_dtype is not None:
+            compute = "bfloat16" if step.precision.compute == "float32" else step.precision.compute
+            step = replace(step, precision=replace(step.precision, weights=self.base_dtype, compute=compute))
+            factory = replace(factory, param_dtype=step.precision.param_dtype)
+        return strategy.reference(factory, step, world, **({"offload": True} if self.base_offload else {}))
 
     def term(self, engine: Engine, reference: Callable[[], InferenceEngine]) -> Term | None:
-        if not engine.model.fused_loss:
+        if engine.model.logits_map is None:
             raise UserError(
-                f"objective=kl_to_base: {type(engine.model.hf).__name__} caps or scales its logits; use objective=l2_to_base, "
-                "or replay.share"
-            )
-        if engine.model.balancing:
-            raise UserError(
-                "objective=kl_to_base: this mixture of experts trains a load balancing loss (output_router_logits: true in its "
-                "config.json), which is not computed beside the divergence; use objective=l2_to_base, or set it to false"
+                f"objective=kl_to_base: the head of {type(engine.model.hf).__name__} is not a matrix alone, as with "
+                "transform.lora.targets or another transform that wraps it; use objective=l2_to_base, or replay.share"
             )
         if engine.model.is_one_graph:
             raise UserError(
@@ -138,11 +155,6 @@ class L2ToBase(Objective):
     weight: Positive = 0.01
 
     def term(self, engine: Engine, reference: Callable[[], InferenceEngine]) -> Term | None:
-        if not engine.has_gradients:
-            raise UserError(
-                "objective=l2_to_base with strategy=deepspeed at stages 1 to 3: their gradients are inside DeepSpeed; use "
-                "strategy.zero_stage=0, strategy=fsdp, or objective=kl_to_base"
-            )
         return _L2Term(self, engine)
 
 
@@ -153,35 +165,27 @@ class _L2Term(Term):
         import torch
 
         self._weight = settings.weight
-        trained = [p for p in engine.model.parameters() if p.requires_grad]
-        self._pairs = [(p, p.detach().clone()) for p in trained]
+        self._base = {name: part.clone() for name, part in engine.weights.trained().items()}
         self._distance = torch.zeros((), device=engine.world.device)
 
     def add_gradients(self, engine: Engine) -> None:
         import torch
 
-        from pretrain.strategy.gradient_norm import norm_of_rows
+        weights = engine.weights.trained()
+        gradients = engine.weights.gradients()
+        weight = self._weight * engine.weights.gradient_scale
 
-        rows = []
+        def differences() -> Iterator[Tensor]:  # one at a time: together they are as large as the model
+            for name, base in self._base.items():
+                difference = weights[name] - base
+                gradient = gradients[name]
+                if gradient is not None:
+                    gradient.add_(difference.to(gradient.dtype), alpha=weight)
+                    engine.weights.gradient_changed(name, gradient)
+                yield difference
+
         with torch.no_grad():
-            for parameter, base in self._pairs:  # one difference at a time: together they are as large as the model
-                difference = parameter.detach() - base
-                rows.append(norm_of_rows(difference))
-                if parameter.grad is not None:
-                    parameter.grad.add_(difference.to(parameter.grad.dtype), alpha=self._weight)
-        self._distance = _norm(rows).to(engine.world.device, non_blocking=True)
+            self._distance = engine.weights.distance(differences()).to(engine.world.device, non_blocking=True)
 
     def take(self, engine: Engine, divisor: float) -> Tensor:
         return self._distance.float()
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """Return the norm over all tensors, sharded and full ones. This is a collective if there are shards."""
-    import torch
-    from torch.distributed.tensor import DTensor
-
-    from pretrain.strategy.gradient_norm import total_norm
-
-    sharded: list[Tensor] = [t for t in tensors if isinstance(t, DTensor)]
-    full = [t for t in tensors if not isinstance(t, DTensor)]
-    return torch.linalg.vector_norm(torch.stack([total_norm(kind) for kind in (sharded, full) if kind]))

@@ -132,7 +132,7 @@ def _front(rows: list[Row], table: Row) -> Markup:
         points,
         x_label="gain on the new domain (nats per token)",
         unit="nats per token; the line is the Pareto front",
-        front=line if len(line) > 1 else (),
+        paths=[line] if len(line) > 1 else [],
     )
 
 

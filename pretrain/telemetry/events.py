@@ -190,19 +190,21 @@ class Evaluated(Event):
 
 @dataclass(frozen=True, slots=True)
 class MergePoint:
-    """The scores of the model ``alpha`` × result + (1 - ``alpha``) × base model."""
+    """The scores of the model ``alpha`` × result + (1 - ``alpha``) × base model. ``checkpoint`` is the step of the checkpoint
+    that stands for the result; ``None``: the result itself."""
 
     alpha: float
     scores: tuple[DomainScore, ...]
+    checkpoint: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class MergeCurve(Event):
-    """Points between the base model and the result of the run were scored. ``chosen`` is the ``alpha`` of the point that is
+    """Points between the base model and the result of the run, or its checkpoints, were scored. ``chosen`` is the point that is
     exported; ``None``: the result itself."""
 
     points: tuple[MergePoint, ...]
-    chosen: float | None
+    chosen: MergePoint | None
 
 
 @dataclass(frozen=True, slots=True)

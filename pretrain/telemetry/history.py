@@ -84,7 +84,8 @@ class History:
         losses: (step, loss or None) of the last train records: the mean over the record's steps, if the record has it.
         domains: Scores by domain.
         measured: Metrics of evaluation tasks by `metric_key`.
-        merge: Scores of the points between the base model and the result: by ``alpha``, then by domain.
+        merge: Scores of the points between the base model and the result: by the step of the checkpoint that stands for the
+            result (``None``: the result itself) and ``alpha``, then by domain.
         layers: Curves of the norms by layer.
         samples: First and last sample by domain and prompt.
         positions: First and last losses by position, by domain.
@@ -112,7 +113,7 @@ class History:
         self.losses: deque[tuple[int, float | None]] = deque(maxlen=MAX_LOSSES)
         self.domains: dict[str, Domain] = {}
         self.measured: dict[str, Measurement] = {}
-        self.merge: dict[float, dict[str, Record]] = {}
+        self.merge: dict[tuple[int | None, float], dict[str, Record]] = {}
         self.layers: dict[str, Curves] = {}
         self.samples: dict[tuple[str, str], list[Record]] = {}  # key: domain, prompt; value: first and last
         self.positions: dict[str, list[Record]] = {}  # by domain; value: first and last
@@ -154,7 +155,8 @@ class History:
                 measurement.last = record
                 measurement.values.add(record["step"], {"value": record["value"]})
             case "merge":
-                self.merge.setdefault(record["alpha"], {})[str(record["domain"])] = record
+                place = (record.get("checkpoint"), record["alpha"])
+                self.merge.setdefault(place, {})[str(record["domain"])] = record
             case "layers":
                 for name, numbers in record["layers"].items():
                     self.layers.setdefault(name, Curves(120)).add(record["step"], numbers)

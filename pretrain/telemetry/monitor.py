@@ -98,8 +98,10 @@ class Monitor:
                     self._write_untimed("metric", event.step, fields_of(metric))
                 self._window.exclude(event.seconds)
             case MergeCurve():
+                exported = (None, 1) if event.chosen is None else (event.chosen.checkpoint, event.chosen.alpha)
                 for point in event.points:
-                    own = {"alpha": point.alpha, "chosen": point.alpha == (1 if event.chosen is None else event.chosen)}
+                    is_chosen = (point.checkpoint, point.alpha) == exported
+                    own = {"alpha": point.alpha, "checkpoint": point.checkpoint, "chosen": is_chosen}
                     for s in point.scores:
                         self._write_untimed("merge", event.step, own | fields_of(s))
             case Sampled():

@@ -81,7 +81,8 @@ FAMILIES = ("layers", "sources")  # fields that map names to records
 
 def scalars(record: Record) -> dict[str, float]:
     """Return the numbers of a record by paths that dashboards can group: ``train/loss``,
-    ``evaluation/<domain>/perplexity``, ``metric/<domain>/<name>``, ``merge/<alpha>/<domain>/loss``,
+    ``evaluation/<domain>/perplexity``, ``metric/<domain>/<name>``, ``merge/<alpha>/<domain>/loss`` (of a
+    checkpoint: ``merge/step-<step>/<alpha>/…``),
     ``layers/<name>/grad_norm``, ``data/<source>/tokens``, ``data/parts/<part>/share``."""
     found: dict[str, float] = {}
 
@@ -98,7 +99,9 @@ def scalars(record: Record) -> dict[str, float]:
         add(f"metric/{metric_key(record)}/stderr", record.get("stderr"))
         return found
     if event == "merge":
-        event, record = f"merge/{record['alpha']:g}", {k: v for k, v in record.items() if k != "alpha"}
+        step = record.get("checkpoint")
+        event = f"merge/{record['alpha']:g}" if step is None else f"merge/step-{step}/{record['alpha']:g}"
+        record = {k: v for k, v in record.items() if k not in ("alpha", "checkpoint")}
     own = {key: value for key, value in record.items() if key not in ("step", "time")}
     add(f"{event}/{domain}" if domain else event, own)
     return found

@@ -71,7 +71,8 @@ class RunFile:
             self._facts["model"] = str(event.model) if event.model else None
             self._facts["stopped_by"] = event.stopped_by
         elif isinstance(event, MergeCurve):
-            self._facts["merge_alpha"] = event.chosen
+            self._facts["merge_alpha"] = None if event.chosen is None else event.chosen.alpha
+            self._facts["merge_checkpoint"] = None if event.chosen is None else event.chosen.checkpoint
         elif not isinstance(event, Evaluated | MetricsEvent | Saved | RolledBack):
             return
         steps = event.step

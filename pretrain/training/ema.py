@@ -11,6 +11,8 @@ from pretrain.runtime.errors import UserError
 from pretrain.training.hook import Hook, Purpose
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from pretrain.checkpoint.train_state import TrainState
@@ -42,15 +44,13 @@ class Ema(Hook):
     export: bool = True
     _averages: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)  # by name, then by parameter
     _updates: int = field(default=0, init=False)
+    _engine: Any = field(default=None, init=False, repr=False)
 
     def setup(self, engine: Engine) -> None:
-        from pretrain.strategy.replaced import check_replaceable
-
-        check_replaceable(engine, "hook.ema")
         if len({*map(_name, self.decays)}) < len(self.decays):
             raise UserError(f"hook.ema.decays={self.decays}: each decay may be there once")
         self._updates, self._averages = 0, {}  # frees those of an earlier call
-        trained = {n: p.detach() for n, p in engine.model.hf_named_parameters() if p.requires_grad}
+        self._engine, trained = engine, engine.weights.trained()
         self._averages = {_name(decay): {n: p.float().clone() for n, p in trained.items()} for decay in self.decays}
 
     def after_step(self, state: TrainState, engine: Engine) -> None:
@@ -59,7 +59,7 @@ class Ema(Hook):
         from pretrain.distributed.sharding import local
 
         self._updates += 1
-        weights = {n: local(p.detach()).float() for n, p in engine.model.hf_named_parameters() if p.requires_grad}
+        weights = {name: local(part).float() for name, part in engine.weights.trained().items()}
         for decay, average in zip(self.decays, self._averages.values(), strict=True):
             own = [local(average[name]) for name in weights]
             torch._foreach_lerp_(own, [*weights.values()], 1 - self.decay_at(decay, self._updates))
@@ -69,18 +69,23 @@ class Ema(Hook):
         return min(decay, (1 + update) / (RAMP + update)) if self.warmup else decay
 
     def state_dict(self) -> dict[str, Any]:
-        every = {f"{name}/{key}": t for name, average in self._averages.items() for key, t in average.items()}
+        saved = {name: self._engine.weights.to_save(average) for name, average in self._averages.items()}
+        every = {f"{name}/{key}": t for name, average in saved.items() for key, t in average.items()}
         return every | {"updates": self._updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._updates = state["updates"]
-        self._averages = {
-            name: {key: state[f"{name}/{key}"] for key in average} for name, average in self._averages.items()
-        }
+        tensors = {key: t for key, t in state.items() if key != "updates"}
+        of_each = {name: _without(f"{name}/", tensors) for name in self._averages}
+        self._averages = {name: dict(self._engine.weights.from_saved(saved)) for name, saved in of_each.items()}
 
     def averages(self, purpose: Purpose) -> dict[str, dict[str, Tensor]]:
         wanted = self.evaluate if purpose == "evaluate" else self.export
         return self._averages if wanted and self._updates else {}
+
+
+def _without(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
 
 
 def _name(decay: float) -> str:

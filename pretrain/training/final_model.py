@@ -28,7 +28,7 @@ def _export_model(trainer: Trainer, exporter: Exporter, curve: MergeCurve | None
         return exporter.at_end(_restore_best(trainer))
     if trainer.curve is None or curve is None or curve.chosen is None:
         return exporter.at_end(trainer.state)
-    with trainer.curve.weights_at(trainer.engine, curve.chosen):
+    with trainer.curve.weights_at(trainer.engine, curve.chosen.alpha, curve.chosen.checkpoint):
         return exporter.at_end(trainer.state, note=trainer.curve.note(curve.chosen))
 
 

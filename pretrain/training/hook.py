@@ -43,6 +43,6 @@ class Hook(ABC):
         """Restore a state. Its tensors have the shapes, dtypes and sharding of those that `state_dict` returns."""
 
     def averages(self, purpose: Purpose) -> Mapping[str, Mapping[str, Tensor]]:
-        """Return further weights by the name under which they are scored or exported: parameter → value, sharded as the model's
-        own. By default there are none."""
+        """Return further weights by the name under which they are scored or exported: parameter → value, this rank's parts as
+        ``engine.weights.trained()`` has them. By default there are none."""
         return {}

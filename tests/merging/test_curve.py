@@ -14,6 +14,7 @@ from pretrain.merging.choice import Change, Choice
 from pretrain.merging.curve import Curve
 from pretrain.models.language_model import LanguageModel
 from pretrain.runtime.errors import UserError
+from pretrain.strategy.replaced import EngineWeights
 from pretrain.telemetry.history import History
 from pretrain.telemetry.report.plots import merge_chart
 from pretrain.telemetry.run_file import read_run_file
@@ -104,7 +105,9 @@ def test_the_weights_of_a_point_are_listed_a_fixed_number_of_times(tmp_path, mon
     curve = Curve((0.25,), None, TensorFiles([tmp_path / "base"]), untouched=None)
     keep = LanguageModel.hf_state
     monkeypatch.setattr(LanguageModel, "hf_state", lambda self: listed.append(1) or keep(self))
-    with curve.weights_at(SimpleNamespace(model=model), 0.25):
+    engine = SimpleNamespace(model=model)
+    engine.weights = EngineWeights(engine)
+    with curve.weights_at(engine, 0.25):
         for name, tensor in keep(model).items():
             torch.testing.assert_close(tensor.detach(), own[name] + 0.75)
     assert all(torch.equal(tensor, own[name]) for name, tensor in keep(model).items())
@@ -127,7 +130,8 @@ POINTS = [Change(0.0, 0.0, 0.0), Change(0.5, -0.3, 0.04), Change(0.75, -0.35, 0.
     ],
 )
 def test_what_is_chosen(text, alpha):
-    assert Choice.of(text).best(POINTS) == alpha
+    best = Choice.of(text).best(POINTS)
+    assert (best and best.alpha) == alpha
     assert Choice.of(text).best([Change(0.5, None, 0.0), Change(0.6, -1.0, None)]) is None, "nothing is known"
 
 
@@ -140,6 +144,8 @@ def test_what_is_chosen(text, alpha):
         ),
         (["merge.curve=[0.5]"], "needs at least two different numbers"),
         (["merge.curve=[0,0.5,0.5]"], "each once"),
+        (["merge.along=checkpoints"], r"merge.along=checkpoints: needs merge.curve"),
+        (["merge.along=checkpoint"], "merge.along=.*did you mean 'checkpoints'"),
         (["merge.curve=[0,2]"], "merge.curve.*less than or equal to 1"),
         (
             ["merge.curve=[0,1]", "merge.choose=forgeting<=1"],
@@ -148,7 +154,7 @@ def test_what_is_chosen(text, alpha):
         (["merge.curve=[0,1]", "merge.choose=forgetting>=1"], "forgetting is limited with <="),
         (["merge.curve=[0,1]", "merge.choose=__import__(os)"], "write 'forgetting<=0.05' or 'gain>=0.1'"),
     ],
-    ids=range(7),
+    ids=range(9),
 )
 def test_bad_input(words, message):
     with pytest.raises(UserError, match=message):
@@ -161,16 +167,45 @@ def test_a_model_without_a_base(base_arguments, command, tmp_path):
     assert "merge.curve: needs the weights of a base model in files" in err
 
 
+def test_along_the_checkpoints(base_arguments, command, tmp_path):
+    """Each stands for the result: at 1 it has the scores of its own step, to the last bit, and one of them is exported."""
+    words = [*words_of(base_arguments, save_every=2, evaluate_every=2, max_steps=6, **{"checkpoint.keep_last": 3})]
+    words += ["merge.along=checkpoints", "merge.curve=[0.5,1]", "merge.choose=gain>=-100", f"output_dir={tmp_path}"]
+    code, _, err = command(words)
+    assert code == 0, err
+    assert "scoring 6 points between the base model and 2 checkpoints and the result" in err
+    records = [r for r in read_records(tmp_path / "metrics.jsonl") if r["event"] == "merge"]
+    scores = {(r["checkpoint"], r["alpha"], r["domain"]): r for r in records}
+    assert [k[:2] for k in scores][::2] == [(2, 0.5), (2, 1.0), (4, 0.5), (4, 1.0), (None, 0.5), (None, 1.0)]
+    for step in (2, 4):
+        for domain, loss in evaluations(tmp_path, step).items():
+            assert scores[step, 1.0, domain]["loss"] == loss
+    forgetting = {key[:2]: r["delta_loss"] for key, r in scores.items() if key[2] == "other"}
+    chosen = min(forgetting, key=forgetting.get)
+    facts = read_run_file(tmp_path)
+    assert (facts["merge_checkpoint"], facts["merge_alpha"]) == chosen
+    assert {k[:2] for k, r in scores.items() if r["chosen"]} == {chosen}
+    if chosen[0] is not None:
+        assert f"{chosen[1]:g} × step {chosen[0]} + " in (tmp_path / "model/README.md").read_text()
+    chart = merge_chart(History(records))
+    assert "0.5 of step 2 at" in chart
+    assert chart.count("stroke-dasharray: 4") >= 3 or chart.count("stroke-dasharray") >= 3
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "stage0", "stage1", "stage2", "stage3"])
 def test_on_two_ranks(strategy, base_arguments, command, exact_model, tmp_path):
     model = [f"model_name={exact_model('llama-tied')}", "merge.curve=[0,0.5,1]", "merge.choose=forgetting<=100"]
     alone, ranks = tmp_path / "alone", tmp_path / "ranks"
     assert command([*words_of(base_arguments), *model, f"output_dir={alone}"])[0] == 0
-    several = [f"strategy={strategy}", "devices=2", "batch_size=1"] + (
-        ["strategy.zero_stage=0"] if strategy == "deepspeed" else []
-    )
+    stage = strategy.removeprefix("stage")
+    named = [f"strategy={strategy}"] if stage == strategy else ["strategy=deepspeed", f"strategy.zero_stage={stage}"]
+    several = [*named, "devices=2", "batch_size=1"]
     code, _, err = command([*words_of(base_arguments), *model, *several, f"output_dir={ranks}"])
     assert code == 0, err
     for key, record in merges(alone).items():
         assert merges(ranks)[key]["loss"] == pytest.approx(record["loss"], rel=1e-5)
+    ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (ranks, alone))
+    assert read_run_file(ranks)["merge_alpha"] == read_run_file(alone)["merge_alpha"]
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=5e-5)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from pretrain.data.batch import IGNORE
 from pretrain.distributed.sharding import TensorFiles, TensorShard, write
 from pretrain.models.language_model import LanguageModel
+from pretrain.models.logits_map import LogitsMap
 from pretrain.models.probe import by_masks, by_positions, has_plain_head
 from pretrain.runtime.errors import UserError
 
@@ -45,11 +46,15 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], toleran
         assert float((ours[name] - grad).abs().max()) <= tolerance * scale, name
 
 
+MAPS = {"gemma2": LogitsMap(cap=30.0), "cohere": LogitsMap(scale=0.0625), "granite": LogitsMap(scale=1 / 8)}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_and_gradients_equal_the_models_own(name: str) -> None:
     hf = tiny(name)
     model = LanguageModel(hf)
     assert model.fused_loss == (name not in NOT_LINEAR)
+    assert model.logits_map == MAPS.get(name, LogitsMap())
     ids, labels = batch()
     want, want_grads = reference(hf, ids, labels)
     loss = model(ids, labels)

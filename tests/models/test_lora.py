@@ -1,6 +1,7 @@
 """``transform=[lora]``: what PEFT injects, the merged model, and adapters in PEFT's format."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pretrain.config.compose import run_config
+from pretrain.models import compilation
 from pretrain.models.hub.export import save_full
+from pretrain.models.language_model import LanguageModel
 from pretrain.models.transforms.apply import apply_transforms, plain_model, weights_of
 from pretrain.models.transforms.lora import Lora, is_adapter
 from pretrain.runtime.errors import UserError
@@ -208,3 +211,36 @@ def test_without_peft(monkeypatch):
     monkeypatch.setattr("pretrain.models.transforms.lora.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package peft: pip install 'pretrain\[peft\]'"):
         run_config(["transform=[lora]"])
+
+
+@pytest.mark.slow
+def test_compiled_it_trains_the_same(monkeypatch):
+    """The blocks with their updates are compiled a fixed number of times, and the gradients are those of an uncompiled model. The
+    compiler is given graphs that are run as they are, so no C++ compiler is needed."""
+    graphs, found = [], []
+
+    def note(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=note))
+    torch._dynamo.reset()
+    compilation.compiled.cache_clear()
+    try:
+        for compiled in (False, True):
+            hf = tiny("llama", num_hidden_layers=4)
+            transformed = apply_transforms((Lora(rank=4),), hf, seed=0)
+            changed(hf)
+            model = LanguageModel(hf, compile=compiled, transformed=transformed).train()
+            loss = model(IDS[:, :-1], IDS[:, 1:])
+            loss.backward()
+            found.append((float(loss.detach()), {n: p.grad for n, p in hf.named_parameters() if p.requires_grad}))
+    finally:
+        torch._dynamo.reset()
+        compilation.compiled.cache_clear()
+    assert len(graphs) == 3, "the first block, whose input needs no gradient; all other blocks; the loss"
+    (expected, gradients), (loss, ours) = found
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert ours.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name], gradient, msg=name)

@@ -157,11 +157,11 @@ def scatter_chart(
     *,
     x_label: str,
     unit: str = "",
-    front: Sequence[tuple[float, float]] = (),
+    paths: Sequence[Sequence[tuple[float, float]]] = (),
     zero: bool = False,
     large: bool = False,
 ) -> Markup:
-    """Return a scatter chart of named points. ``front`` is a polyline drawn through some of them. ``unit`` is the unit of y.
+    """Return a scatter chart of named points. ``paths`` are polylines drawn through some of them. ``unit`` is the unit of y.
     ``zero`` draws the lines x = 0 and y = 0."""
     points = [p for p in points if is_number(p.x) and is_number(p.y)]
     if not points:
@@ -169,8 +169,8 @@ def scatter_chart(
     drawing = _Drawing(x_label, compact, large=large)
     axes = drawing.axes
     axes.grid(axis="x", color=GRID, lw=0.8)
-    if front:
-        axes.plot(*zip(*front, strict=True), color=SOFT, lw=1.2, ls=(0, (4, 2)), zorder=2)
+    for path in paths:
+        axes.plot(*zip(*path, strict=True), color=SOFT, lw=1.2, ls=(0, (4, 2)), zorder=2)
     for p in points:
         axes.scatter([p.x], [p.y], s=70 if p.strong else 34, color=_colour(p.colour), zorder=3, linewidths=0)
     if zero:

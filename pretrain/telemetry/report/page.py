@@ -25,6 +25,7 @@ from pretrain.telemetry.report import plots
 from pretrain.telemetry.report.config_diff import as_yaml, differing, flat
 from pretrain.telemetry.report.folder import Run
 from pretrain.telemetry.report.positions import position_charts, unfilled
+from pretrain.telemetry.report.predicted import predicted_table
 from pretrain.telemetry.report.results import MAX_ROWS, measurements_table, merge_table, sample_cards, scores_table
 from pretrain.telemetry.report.style import (
     KINDS,
@@ -67,6 +68,7 @@ def run_page(run: Run) -> str:
                 grid([position_charts(history)], "two"),
                 Markup("".join(f'<p class="soft">{escape(text)}</p>' for text in unfilled(history))),
             ),
+            section("Predicted by task=advise, and measured", predicted_table(run.config, history)),
             section("Base model and result merged", grid([plots.merge_chart(history)], "two"), merge_table(history)),
             section("Metrics of evaluation tasks", grid([plots.metric_charts(history)]), measurements_table(history)),
             section("Samples", *sample_cards(history)),

@@ -273,26 +273,39 @@ def trade_chart(runs: Sequence[Run], names: Sequence[str]) -> Markup:
 
 
 def merge_chart(history: History) -> Markup:
-    """Return the chart of gain against forgetting of the points between the base model and the result."""
-    points = [
-        (alpha, *(_mean_change(scores, role) for role in ("new", "base"))) for alpha, scores in merge_points(history)
-    ]
-    known = [(alpha, new, base) for alpha, new, base in points if new is not None and base is not None]
-    chosen = {alpha for alpha, scores in merge_points(history) if any(s.get("chosen") for s in scores.values())}
+    """Return the chart of gain against forgetting of the points between the base model and the result, or each checkpoint."""
+    points: list[Point] = []
+    paths: dict[int | None, list[tuple[float, float]]] = {}
+    for (checkpoint, alpha), scores in merge_points(history):
+        new, base = (_mean_change(scores, role) for role in ("new", "base"))
+        if new is None or base is None:
+            continue
+        chosen = any(s.get("chosen") for s in scores.values())
+        strong = checkpoint is None or chosen
+        points.append(
+            Point(merge_label(checkpoint, alpha), new, base, 1 if chosen else 0 if strong else 2, strong=strong)
+        )
+        paths.setdefault(checkpoint, [] if checkpoint is None else [(0.0, 0.0)]).append((new, base))
     return scatter_chart(
         "Between the base model and the result",
-        [Point(f"{alpha:g}", new, base, 1 if alpha in chosen else 0, strong=True) for alpha, new, base in known],
+        points,
         x_label="change of new domains",
         unit="change of base domains, nats per token",
-        front=[(new, base) for _, new, base in known] if len(known) > 1 else (),
+        paths=[path for path in paths.values() if len(path) > 1],
         zero=True,
         large=True,
     )
 
 
-def merge_points(history: History) -> list[tuple[float, dict[str, Record]]]:
-    """Return the points between the base model and the result in ascending order, each with its scores by domain."""
-    return sorted(history.merge.items())
+def merge_label(checkpoint: int | None, alpha: float) -> str:
+    """Return the label of a point between the base model and the result or a checkpoint."""
+    return f"{alpha:g}" if checkpoint is None else f"{alpha:g} of step {checkpoint:,}"
+
+
+def merge_points(history: History) -> list[tuple[tuple[int | None, float], dict[str, Record]]]:
+    """Return the points between the base model and the result in ascending order, those of earlier checkpoints first, each with
+    its scores by domain."""
+    return sorted(history.merge.items(), key=lambda item: (math.inf if item[0][0] is None else item[0][0], item[0][1]))
 
 
 def _mean_change(scores: dict[str, Record], role: str) -> float | None:

@@ -40,10 +40,10 @@ def merge_table(history: History) -> Markup:
     if not history.merge:
         return Markup("")
     rows = []
-    for alpha, scores in plots.merge_points(history):
+    for place, scores in plots.merge_points(history):
         chosen = any(s.get("chosen") for s in scores.values())
         changes = (signed(scores[name].get("delta_loss")) if name in scores else NOTHING for name in history.domains)
-        rows.append((f"{alpha:g}" + (", exported" if chosen else ""), *changes))
+        rows.append((plots.merge_label(*place) + (", exported" if chosen else ""), *changes))
     labels = (plots.domain_label(name, d.role) for name, d in history.domains.items())
     return card(table(("share of the result", *labels), rows))
 

@@ -21,7 +21,7 @@ def every_chart():
     yield line_chart("Lines", lines, unit="nats", zero=True)
     yield area_chart("Areas", lines, form=compact)
     yield scatter_chart(
-        "Points", [Point("p", 1.0, 2.0, strong=True), Point("<q>", 3.0, 4.0)], x_label="x", front=[(1, 2), (3, 4)]
+        "Points", [Point("p", 1.0, 2.0, strong=True), Point("<q>", 3.0, 4.0)], x_label="x", paths=[[(1, 2), (3, 4)]]
     )
     yield heat_chart("Rows", ["layer 0", "layer 1"], STEPS, [[1.0 + s for s in STEPS], [2.0] * len(STEPS)])
 

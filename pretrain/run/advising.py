@@ -1,0 +1,388 @@
+"""`task=advise`: the planned run is looked at, short runs are made within a budget, and a recipe is written."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pretrain.advise import rate, share
+from pretrain.advise.advice import recipe_of, record
+from pretrain.advise.budget import FORWARD, LORA, POINTS, Allotment, Planned, allot
+from pretrain.advise.found import Found, checks_of, missed
+from pretrain.advise.length import Length, predict
+from pretrain.advise.page import advice_page
+from pretrain.advise.probes import Measured, Probe, Probes, ProbeSweep, words_of_probes
+from pretrain.advise.recipe import Recipe
+from pretrain.config.schema import RunConfig
+from pretrain.optim.learning_rate import peak_lr
+from pretrain.optim.learning_rate import rate as learning_rate
+from pretrain.run.advise_look import look_at
+from pretrain.run.advise_means import try_batches, try_means
+from pretrain.run.advise_scores import ScoreCache, Scores, ScoringModel, losses_of
+from pretrain.run.prepare import Prepared, prepare
+from pretrain.runtime.console import notice
+from pretrain.runtime.errors import UserError
+from pretrain.runtime.files import own_folder, replace_file
+from pretrain.telemetry.record import json_safe
+from pretrain.telemetry.run_file import write_json
+
+MIN_PRIOR, DEFAULT_PRIOR = 0.02, 0.1  # replay share that is assumed before anything is measured
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a model in files, and its name in scores.json."""
+
+    name: str
+    files: Any
+
+
+class Advising:
+    """One advice, from the config of the planned run to its recipe."""
+
+    def __init__(
+        self, config: RunConfig, overrides: Sequence[str], folder: Path, *, devices: int, config_dir: str | None
+    ) -> None:
+        self.asked, self.config_dir, self.folder = config.advise, config_dir, folder
+        self.config = RunConfig.of(config.plain | {"task": "pretraining"})
+        if hasattr(config.model, "train_tokenizer"):
+            raise UserError(
+                "task=advise: model=scratch starts from random weights, which can't forget; it needs a model"
+            )
+        self.can_add_lora = not config.transforms and find_spec("peft") is not None
+        self.prepared: Prepared = prepare(self.config, devices=devices)
+        self.devices = devices
+        self.words = words_of_probes(overrides)
+        self.overrides = list(overrides)
+        self.found = Found()
+        self.prior = 0.0  # learning rate around which others are tried
+        self.rate_runs: list[Measured] = []
+        self.domains = {name: role for name, role, _ in self.prepared.domains}
+        self.planned = self._planned()
+        self.allotment: Allotment = allot(self.planned, self.asked)
+        self.probes = self._probes()
+        self.cache = ScoreCache(folder / "scores.json", self._identity())
+        self.base: dict[str, Scores] = {}
+        self.config = self._scored_config()
+
+    def _planned(self) -> Planned:
+        config, prepared = self.config, self.prepared
+        limit = config.evaluation.max_tokens
+        held_out = {name: min(view.num_tokens, limit or view.num_tokens) for name, _, view in prepared.domains}
+        transforms = set(config.plain.get("transform") or {})
+        trained = LORA if "lora" in transforms else 1.0
+        return Planned(
+            prepared.total_steps,
+            prepared.global_batch * config.sequence_length,
+            held_out,
+            trained,
+            "base" in self.domains.values() and "new" in self.domains.values(),
+            LORA if self.can_add_lora else trained,
+            {name: view.limited(1).num_tokens for name, _, view in prepared.domains},
+        )
+
+    def _probes(self) -> Probes:
+        words = [word for word in self.overrides if not word.lstrip("+").startswith("advise.predicted=")]
+        sweep = ProbeSweep(
+            folder=self.folder / "probes",
+            keys=("lr", "replay.share", "transform", "objective", "gradient_accumulation_steps", "max_steps"),
+            metric="new_loss",
+            direction="minimize",
+            command=tuple(word.removeprefix("++") for word in words),
+            began_at=time.time(),
+            config_dir=self.config_dir,
+        )
+        return Probes(sweep, self.words, self.planned, self.allotment)
+
+    def _scored_config(self) -> RunConfig:
+        """Return the config of scores in this process: the text that the probes score, nothing else."""
+        plain = self.config.plain
+        evaluation = plain["evaluation"] | {"max_tokens": self.allotment.scored, "kl_tokens": 0, "in_context": False}
+        rows = self.config.micro_batch_size if evaluation["batch_size"] == "auto" else evaluation["batch_size"]
+        return RunConfig.of(
+            plain | {"evaluation": evaluation | {"batch_size": rows, "samples": 0, "sample_prompts": []}}
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        held_out = {name: [view.num_tokens, view.num_documents] for name, _, view in self.prepared.domains}
+        return {
+            **{key: self.prepared.identity[key] for key in ("model", "tokenizer", "data", "sequence_length")},
+            "held_out": held_out,
+            "scored": self.allotment.scored,
+            "precision": self.config.precision.name,
+        }
+
+    def run(self) -> Found:
+        """Do the steps of ``advise.steps`` and return what was found.
+
+        Raises:
+            Stopped: A stop signal; the same command continues.
+            UserError: A mistake, or a probe that failed.
+        """
+        steps, found = self.asked.steps, self.found
+        self._score_base()
+        parameters = self._parameters()
+        found.lr = self.prior = self._prior_lr(parameters)
+        if "look" in steps:
+            found.look = look_at(
+                self.prepared, self.base, parameters=parameters, epochs=self._epochs(), scored=self.allotment.scored
+            )
+            for line in found.look.warnings:
+                notice(f"WARNING: {line}")
+        found.replay = self.config.replay.share if self.planned.has_old_text else None
+        trains = self._first_probes()
+        self.probes.check(trains, self.config_dir)
+        if self.allotment.share_probes:
+            self._choose_share(trains[-2:])
+        elif "share" in steps:
+            found.notes.append("There is no old text to replay, so the replay share was not tried.")
+        if self.allotment.rates:
+            self._choose_rate()
+        self._check_share()
+        if "length" in steps and (self.rate_runs or found.checks):
+            found.length = self._length()
+        if "batch" in steps:
+            found.batch = try_batches(self)
+        if "means" in steps:
+            found.means = try_means(self)
+        return found
+
+    def nearest(self) -> Measured | None:
+        """Return the full run whose settings are nearest to the chosen ones; ``None`` where there is none."""
+        full = [run for run in self.probes.measured.values() if run.probe.kind in ("lr", "check") and not run.diverged]
+
+        def distance(run: Measured) -> tuple[float, float]:
+            share = abs((run.probe.share or 0.0) - (self.found.replay or 0.0))
+            return share, abs(math.log(run.probe.lr / self.found.lr))
+
+        return min(full, key=distance, default=None)
+
+    def _length(self) -> Length:
+        plain = self.config.plain | {"lr": self.found.lr}
+
+        def schedule(steps: int) -> list[float] | None:
+            rates = [learning_rate(plain, total_steps=steps, step=step) for step in range(steps)]
+            return None if None in rates else [float(value) for value in rates if value is not None]
+
+        return predict(self.rate_runs, schedule, steps=self.planned.steps, roles=self.domains, limit=self.asked.limit)
+
+    def _first_probes(self) -> list[Probe]:
+        """Return probes whose settings are known from the start: one learning rate, and the two of the share."""
+        found = []
+        if self.allotment.rates:
+            found.append(self._full(self.found.lr, self.found.replay or None, "lr"))
+        if self.allotment.share_probes:
+            found += [self._lora(1 - share.PROBED[1]), self._lora(1 - share.PROBED[0])]
+        return found
+
+    def _full(self, lr: float, replay: float | None, kind: str) -> Probe:
+        keeps = lr == self.prior or (kind == "lr" and self._merges())
+        return Probe(
+            kind, lr, replay, self.allotment.steps, self.planned.trained, tuple(self._repeats()), keeps_model=keeps
+        )
+
+    def _lora(self, replay: float) -> Probe:
+        more: tuple[str, ...]
+        if self.can_add_lora:
+            lr, more = share.LORA_LR * self.prior, ("transform=[lora]",)
+        else:
+            lr, more = self.prior, ()
+        return Probe(
+            "share", lr, replay, self.allotment.steps, self.planned.probe_trained, (*more, *self._repeats()), True
+        )
+
+    def _repeats(self) -> list[str]:
+        """Return the words with which a probe repeats the text as often as the planned run does."""
+        part = next((part for part in self.prepared.train.parts if not part.replay), None)
+        if part is None or self._epochs() <= 1 or len(self.config.dataset.sources()) > 1:
+            return []
+        ratio = self.config.plain["dataset"]["train_data_ratio"] * self.allotment.steps / self.planned.steps
+        return [f"dataset.train_data_ratio={max(ratio, 1e-6):.6g}"]
+
+    def _epochs(self) -> float:
+        """Return how often the planned run reads the new text."""
+        tokens = sum(part.view.num_tokens for part in self.prepared.train.parts if not part.replay)
+        new = self.planned.steps * self.planned.tokens_per_step * (1 - self.config.replay.share)
+        return new / max(tokens, 1)
+
+    def _score_base(self) -> None:
+        known = self.cache.get("base")
+        if known is None:
+            scorer = ScoringModel(self.config, self.prepared)
+            known = self.cache.put("base", scorer.scores())
+            scorer.close()
+        self.base = known
+        self._spend(known)
+
+    def _spend(self, scores: dict[str, Scores]) -> None:
+        """Count the cost of scores, also of those that an earlier command has made."""
+        self.probes.spent += FORWARD * sum(one.tokens for one in scores.values())
+
+    def _parameters(self) -> int:
+        return int(self.prepared.model.num_parameters())
+
+    def _prior_lr(self, parameters: int) -> float:
+        if self.config.lr != "auto":
+            return float(self.config.lr)
+        return float(getattr(self.config.optimizer, "peak_lr", peak_lr)(parameters))
+
+    def _choose_share(self, probes: Sequence[Probe]) -> None:
+        runs = [self.probes.run(probe) for probe in probes]
+        if any(run.diverged for run in runs):
+            self.found.notes.append("A probe of the replay share diverged, so the share was not chosen.")
+            return
+        many_replay, little_replay = sorted(runs, key=lambda run: -(run.probe.share or 0.0))
+        shares = [share.PROBED[0] + (share.PROBED[1] - share.PROBED[0]) * i / (POINTS - 1) for i in range(POINTS)]
+        first = Weights(many_replay.folder.name, self._model_of(many_replay).weights())
+        scores = self.between(first, little_replay, [i / (POINTS - 1) for i in range(POINTS)])
+        prior = self.asked.prior_share or (self.config.replay.share if self.config.replay.share else DEFAULT_PRIOR)
+        chosen = share.choose(
+            [round(x, 6) for x in shares],
+            losses_of(scores),
+            {name: one.loss for name, one in self.base.items()},
+            {name: one.role for name, one in self.base.items()},
+            prior_replay=min(max(prior, MIN_PRIOR), 1 - MIN_PRIOR),
+            penalty=self.asked.penalty,
+            max_forgetting=self.asked.max_forgetting,
+        )
+        self.found.share = chosen
+        self.found.replay = round(chosen.replay, 2)
+        nearest = min(range(POINTS), key=lambda i: abs(shares[i] - (1 - chosen.replay)))
+        self.found.errors |= self._errors(scores[nearest])
+
+    def between(self, first: Any, run: Measured, weights: Sequence[float]) -> list[dict[str, Scores]]:
+        """Score (1 - weight) × first + weight × the model of ``run``; ``first`` are the weights in files of the same model."""
+        names = [f"{first.name} → {run.folder.name}: {weight:g}" for weight in weights]
+        known = [self.cache.get(name) for name in names]
+        if not all(known):
+            scorer, files = self._scorer_of(run), self._model_of(run).weights()
+            notice(f"scoring {len(weights)} models between {first.name} and {run.folder.name}")
+            for i, (name, weight) in enumerate(zip(names, weights, strict=True)):
+                known[i] = self.cache.put(name, scorer.between(first.files, files, weight))
+            scorer.close()
+        found = [scores for scores in known if scores is not None]
+        for scores in found:
+            self._spend(scores)
+        return found
+
+    def base_is_readable(self, run: Measured) -> bool:
+        """Return whether the files of the base model have the names that ``run`` exports; some architectures convert them."""
+        return bool(self.prepared.model.weights().keys() >= self._model_of(run).weights().keys())
+
+    def base_files(self) -> Weights:
+        return Weights("the base model", self.prepared.model.weights())
+
+    def _scorer_of(self, run: Measured) -> ScoringModel:
+        """Return a scorer with the model of a probe: that of the command with other weights."""
+        return ScoringModel(self._config_of(run), replace(self.prepared, model=self._model_of(run), transforms=()))
+
+    def _config_of(self, run: Measured) -> RunConfig:
+        return RunConfig.of(self.config.plain | {"transform": {}})
+
+    def _model_of(self, run: Measured) -> Any:
+        return replace(self.prepared.model, name_or_path=str(run.folder / "model"), tokenizer_name=None)
+
+    def _errors(self, scores: dict[str, Scores]) -> dict[str, float]:
+        """Return the standard error of the mean change of each role from the base model."""
+        found = {}
+        for role in ("new", "base"):
+            errors = [one.change_error(self.base[name]) for name, one in scores.items() if one.role == role]
+            if errors and None not in errors:
+                found[role] = sum(e**2 for e in errors if e is not None) ** 0.5 / len(errors)
+        return found
+
+    def _choose_rate(self) -> None:
+        rates = rate.rates_around(self.prior, self.allotment.rates)
+        replay = self.found.replay
+        self.probes.check([self._full(lr, replay, "lr") for lr in rates], self.config_dir)
+        runs = self.rate_runs = [self.probes.run(self._full(lr, replay, "lr")) for lr in rates]
+        errors = self.found.errors
+        if not errors:
+            kept = next((run for run in runs if run.probe.keeps_model and not run.diverged), None)
+            errors = {} if kept is None else self._errors(self._scores_of(kept))
+            self.found.errors |= errors
+        self.found.rate = rate.choose(
+            runs,
+            max_forgetting=self.asked.max_forgetting,
+            gain_error=errors.get("new", 0.0),
+            forgetting_error=errors.get("base", 0.0),
+        )
+        self.found.lr = self.found.rate.lr
+
+    def _scores_of(self, run: Measured) -> dict[str, Scores]:
+        known = self.cache.get(run.folder.name)
+        if known is None:
+            scorer = self._scorer_of(run)
+            known = self.cache.put(run.folder.name, scorer.scores())
+            scorer.close()
+        self._spend(known)
+        return known
+
+    def _merges(self) -> bool:
+        """Return whether the models of the learning rates may be merged with the base model."""
+        return "means" in self.asked.steps and self.asked.max_forgetting is not None
+
+    def _check_share(self) -> None:
+        """Compare what the mixture law says of two shares with true runs at them, and take more old text where too much is
+        forgotten."""
+        chosen, found = self.found.share, self.found
+        if chosen is None or found.replay is None or not self.allotment.checks:
+            return
+        at = self._nearest_run()
+        others = [
+            r for r in (min(0.9, found.replay + 0.3), max(0.0, found.replay - 0.1)) if abs(r - found.replay) > 0.02
+        ]
+        for other in others[: self.allotment.checks]:
+            probe = self._full(at.probe.lr, round(other, 2), "check")
+            if not self.probes.fits(probe):
+                found.notes.append(f"The budget had no room for the check of the replay share {other:.0%}.")
+                return
+            there = self.probes.run(probe)
+            if not there.diverged:
+                found.checks += checks_of(chosen, at, there)
+                found.notes += missed(found.checks)
+                self._within_limit(at, there)
+
+    def _nearest_run(self) -> Measured:
+        """Return the run at the chosen share whose rate is nearest to the chosen one; it is made where there is none."""
+        known = [run for run in self.rate_runs if not run.diverged]
+        if known:
+            return min(known, key=lambda run: abs(math.log(run.probe.lr / self.found.lr)))
+        return self.probes.run(self._full(self.found.lr, self.found.replay, "check"))
+
+    def _within_limit(self, at: Measured, there: Measured) -> None:
+        """Take the replay share between two runs at which forgetting reaches the limit, if it is above it in the first alone."""
+        limit = self.asked.max_forgetting
+        if limit is None or not there.forgetting <= limit < at.forgetting:
+            return
+        first, second = at.probe.share or 0.0, there.probe.share or 0.0
+        part = (at.forgetting - limit) / (at.forgetting - there.forgetting)
+        self.found.replay = round(first + part * (second - first), 2)
+        self.found.notes.append(
+            f"At {first:.0%} old text a probe forgot {at.forgetting:.3f} nats per token, at {second:.0%} {there.forgetting:.3f}; "
+            f"{self.found.replay:.0%} lies where advise.max_forgetting={limit:g} is reached."
+        )
+
+
+def write(advising: Advising, found: Found) -> tuple[Recipe, str]:
+    """Write advice.json, advice.html and experiment/advised.yaml into the folder of an advice. Return the recipe and the command
+    of the run."""
+    folder = advising.folder
+    nearest = advising.nearest()
+    if advising.probes.measured:
+        advising.probes.sweep.write_table("finished")
+    recipe = recipe_of(found, advising.probes, advising.domains, nearest)
+    words = [word.removeprefix("++") for word in advising.overrides]
+    kept = [word for word in words if word.partition("=")[0].split(".")[0] not in ("task", "output_dir", "advise")]
+    config_dir = [] if advising.config_dir is None else ["--config-dir", advising.config_dir]
+    command = recipe.command([*config_dir, *kept])
+    content = json_safe(record(found, advising.probes, recipe, command))
+    write_json(folder / "advice.json", content)
+    replace_file(folder / "advice.html", advice_page(content, title=f"Advice: {advising.config.name}"))
+    replace_file(own_folder(folder / "experiment") / "advised.yaml", recipe.yaml(command))
+    return recipe, command
