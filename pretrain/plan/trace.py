@@ -98,7 +98,9 @@ class Traced:
             for context in (fake_tensors(), packing.known(packed=packed), resizes_tracked(tracker)):
                 stack.enter_context(context)
             stack.enter_context(self._loss())
-            stack.enter_context(replaced(recomputed_products, equal_bits=lambda one, other: True))  # they have no values
+            stack.enter_context(
+                replaced(recomputed_products, equal_bits=lambda one, other: True)
+            )  # they have no values
             stack.enter_context(CudaOperators() if self.is_gpu else nullcontext())
             stack.enter_context(tracker)
             world = SimulatedContext(0, self.topology, torch.device("cpu"))

@@ -177,15 +177,15 @@ def parameter_changed(x: Tensor, weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("loss_of", [output_changed, input_changed, factor_changed, parameter_changed])
 @pytest.mark.parametrize("smallest", [1, 2**18], ids=["any size", "small"])
-def test_what_the_backward_needs_must_not_change(
-    loss_of: Any, smallest: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_backward_needs_must_not_change(loss_of: Any, smallest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SMALLEST", smallest)
     x, weight = (torch.randn(4, 4, requires_grad=True) for _ in "xw")
     for context in (nullcontext, recomputed_products):
         with context():
             loss = loss_of(x, weight)
-        says = r"modified by an inplace operation: \[torch.FloatTensor \[4, 4\]\].* is at version \d+; expected version \d"
+        says = (
+            r"modified by an inplace operation: \[torch.FloatTensor \[4, 4\]\].* is at version \d+; expected version \d"
+        )
         with pytest.raises(RuntimeError, match=says):
             loss.backward()
 
