@@ -16,7 +16,14 @@ from safetensors import SafetensorError
 
 from pretrain.checkpoint.config import Verify
 from pretrain.checkpoint.marker import damage, read_marker
-from pretrain.checkpoint.schema import KINDS, check_optimizer_names, read_state, tensor_files, validation_error
+from pretrain.checkpoint.schema import (
+    KINDS,
+    check_folder_name,
+    check_optimizer_names,
+    read_state,
+    tensor_files,
+    validation_error,
+)
 from pretrain.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,6 +55,7 @@ def _difference(path: Path, world: DistributedContext, verify: Verify) -> int:
         if reason := damage(path, name, entry, verify):
             raise ValueError(reason)
     state = read_state(path)
+    check_folder_name(path, state["progress"]["step"])
     manifest = state.get("tensors")
     if manifest is None or not manifest["model"]:
         raise ValueError("no list of its tensors, or no weights")

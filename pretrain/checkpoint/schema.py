@@ -28,6 +28,9 @@ from pretrain.runtime.folders import marked_files
 from pretrain.runtime.strict_json import read_json
 
 KINDS = ("model", "optimizer", "hook")  # of tensor files; `hook` are tensors of the run's hooks, by `<hook>/<key>`
+MODEL_IDENTITY = re.compile(
+    r"[0-9a-f]{16}( \{.*\})?", re.DOTALL
+)  # the digest of a model, and its overrides if it has any
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Tensors = dict[str, tuple[str, list[Count]]]  # name → dtype and full shape
 
@@ -157,8 +160,8 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file} can't be read: {error}") from None
     identity = state["identity"]
-    # Earlier versions wrote the model's name before the digest of its content.
-    identity["model"] = identity["model"].rpartition(" ")[2]
+    if not MODEL_IDENTITY.fullmatch(identity["model"]):  # earlier versions wrote the model's name before the digest
+        identity["model"] = identity["model"].rpartition(" ")[2]
     return state
 
 

@@ -10,6 +10,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -141,7 +142,8 @@ class CausalLM(ABC):
         model_config.check_sizes(config, self.name_or_path)
         try:
             if "auto_map" in config and self.trust_remote_code:
-                return AutoConfig.from_pretrained(str(folder), trust_remote_code=True, **getattr(self, "overrides", {}))
+                overrides = deepcopy(getattr(self, "overrides", {}))  # transformers changes nested values
+                return AutoConfig.from_pretrained(str(folder), trust_remote_code=True, **overrides)
             return model_config.config_object(config, folder)
         except Exception as error:  # its validation raises errors of any type
             raise UserError(
@@ -354,7 +356,9 @@ class Scratch(CausalLM):
         config = self.config()
         try:
             if not model_config.is_known(config["model_type"]):
-                return AutoConfig.from_pretrained(str(self.folder()), trust_remote_code=True, **self.overrides)
+                return AutoConfig.from_pretrained(
+                    str(self.folder()), trust_remote_code=True, **deepcopy(self.overrides)
+                )
             config.pop("quantization_config", None)  # it describes weights that are not used
             return AutoConfig.for_model(**model_config.without_kernels(config))
         except Exception as error:  # its validation raises errors of any type

@@ -117,6 +117,13 @@ def test_a_damaged_file_is_found_whoever_checks_it(tmp_path):
     assert by_ranks(lambda world: joint_validation_error(path, world=world), 3) == [says] * 3
 
 
+def test_the_name_of_the_folder_is_that_of_its_step(tmp_path):
+    path = write(tmp_path / "step-00000004", [(0, ROWS)])
+    says = "state.json belongs to step 3"
+    assert validation_error(path) == says
+    assert by_ranks(lambda world: joint_validation_error(path, world=world), 2) == [says] * 2
+
+
 def opened(files):
     return [int(file.name.split("-")[1].split(".")[0]) for file in files.opened()]
 

@@ -13,7 +13,7 @@ from pretrain.checkpoint.atomic import write_folder
 from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.marker import incomplete_reason
 from pretrain.checkpoint.rng import rng_state, seed_everything, set_rng_state
-from pretrain.checkpoint.schema import validation_error
+from pretrain.checkpoint.schema import read_state, validation_error
 from pretrain.checkpoint.store import CheckpointStore, bytes_of, load
 from pretrain.checkpoint.writer import AsyncCheckpointWriter
 from pretrain.distributed.context import DistributedContext
@@ -331,3 +331,18 @@ def test_a_link_in_the_place_of_a_checkpoint_is_set_aside(target, tmp_path):
     assert store.steps() == [1]
     (aside,) = tmp_path.glob("set-aside-*")
     assert aside.is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("saved", "read"),
+    [
+        ("0123456789abcdef", "0123456789abcdef"),
+        ("my models/a {b} 0123456789abcdef", "0123456789abcdef"),
+        ('0123456789abcdef {"rope_scaling": {"factor": 2.0}}', '0123456789abcdef {"rope_scaling": {"factor": 2.0}}'),
+    ],
+    ids=["digest", "name and digest of earlier versions", "overrides"],
+)
+def test_the_identity_of_a_model_is_read_as_it_was_saved(tmp_path, saved, read):
+    folder = saved_at(CheckpointStore(tmp_path), 1, state(1))
+    edit_state(lambda content: content["identity"].update(model=saved))(folder)
+    assert read_state(folder)["identity"]["model"] == read

@@ -66,8 +66,9 @@ class Counted:
         self.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def kept(self, packed: Any) -> Any:
-        if isinstance(packed, Tensor) and packed.untyped_storage().data_ptr() not in self.own:
-            self.storages[packed.untyped_storage().data_ptr()] = packed.untyped_storage().nbytes()
+        storage = packed.tensor.untyped_storage() if isinstance(packed, module._Stored) else None
+        if storage is not None and storage.data_ptr() not in self.own:
+            self.storages[storage.data_ptr()] = storage.nbytes()
         return packed
 
 
@@ -108,6 +109,85 @@ def test_a_result_that_was_changed_in_place_or_viewed() -> None:
     once = y.grad.clone()  # type: ignore[union-attr]
     loss.backward()
     assert torch.equal(y.grad, 2 * once), "the graph runs twice"  # type: ignore[arg-type]
+
+
+def with_and_without(loss_of: Any) -> list[tuple[Tensor, ...]]:
+    """The gradients of ``loss_of(x, weight)`` as autograd computes them, and with repeated products."""
+    found = []
+    for context in (nullcontext, recomputed_products):
+        generator = torch.Generator().manual_seed(0)
+        x, weight = (torch.randn(4, 4, generator=generator, requires_grad=True) for _ in "xw")
+        with context():
+            loss = loss_of(x, weight)
+        found.append(torch.autograd.grad(loss, (x, weight)))
+    return found
+
+
+@torch.no_grad()
+def doubled(tensor: Tensor) -> None:
+    tensor.mul_(2)
+
+
+def of_data(tensor: Tensor) -> None:
+    tensor.data.mul_(2)
+
+
+@pytest.mark.parametrize("change", [doubled, of_data])
+@pytest.mark.parametrize("cast", [Tensor.bfloat16, Tensor.clone], ids=["cast", "fp32"])
+@pytest.mark.parametrize("result", [torch.matmul, torch.mul, lambda x, w: F.silu(x @ w)], ids=["matmul", "mul", "silu"])
+def test_a_result_that_changes_between_two_uses(result: Any, cast: Any, change: Any) -> None:
+    def loss_of(x: Tensor, weight: Tensor) -> Tensor:
+        y = result(x, weight)
+        first = cast(y)
+        total = (first * first.sin()).float().sum()
+        change(y)
+        second = cast(y)
+        return total + (second * second.sin()).float().sum() + (y * 1.5).clone().square().sum()
+
+    expected, found = with_and_without(loss_of)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def output_changed(x: Tensor, weight: Tensor) -> Tensor:
+    hidden = (x @ weight).sigmoid()
+    loss = hidden.sum()
+    hidden.add_(1)
+    return loss + hidden.sum()
+
+
+def input_changed(x: Tensor, weight: Tensor) -> Tensor:
+    hidden = x @ weight
+    loss = hidden.sin().sum()
+    hidden.add_(1)
+    return loss
+
+
+def factor_changed(x: Tensor, weight: Tensor) -> Tensor:
+    hidden = x @ weight
+    loss = (hidden * x).bfloat16().sin().float().sum()
+    doubled(hidden)
+    return loss
+
+
+def parameter_changed(x: Tensor, weight: Tensor) -> Tensor:
+    loss = (x @ weight).sum()
+    doubled(weight)
+    return loss
+
+
+@pytest.mark.parametrize("loss_of", [output_changed, input_changed, factor_changed, parameter_changed])
+@pytest.mark.parametrize("smallest", [1, 2**18], ids=["any size", "small"])
+def test_what_the_backward_needs_must_not_change(loss_of: Any, smallest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMALLEST", smallest)
+    x, weight = (torch.randn(4, 4, requires_grad=True) for _ in "xw")
+    for context in (nullcontext, recomputed_products):
+        with context():
+            loss = loss_of(x, weight)
+        says = (
+            r"modified by an inplace operation: \[torch.FloatTensor \[4, 4\]\].* is at version \d+; expected version \d"
+        )
+        with pytest.raises(RuntimeError, match=says):
+            loss.backward()
 
 
 class Mark:
