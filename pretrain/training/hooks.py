@@ -56,8 +56,8 @@ class Hooks:
         return found
 
     def added_to(self, engine_state: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return, as ``engine``, the state of the engine with the tensors of the hooks, and as ``hooks`` copies of the plain values
-        of each hook's state. This is a collective.
+        """Return as ``engine`` the state of the engine with the tensors of the hooks, and as ``hooks`` copies of the hooks' plain
+        values. This is a collective.
 
         Raises ``UserError`` if JSON can't represent a value, or if ranks have different ones.
         """
