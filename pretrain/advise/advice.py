@@ -26,8 +26,9 @@ def recipe_of(found: Found, probes: Probes, roles: dict[str, str], nearest: Meas
         reasons.append(f"lr {found.lr:g}{span}: {found.rate.reason}.")
     if found.share is not None and found.replay is not None:
         keys["replay.share"] = found.replay
+        low, high = min(found.share.low, found.replay), max(found.share.high, found.replay)
         reasons.append(
-            f"replay.share {found.replay:g} ({found.share.low:.2f} to {found.share.high:.2f}): the smallest sum of both roles' "
+            f"replay.share {found.replay:g} ({low:.2f} to {high:.2f}): the smallest sum of both roles' "
             f"losses with a penalty for the distance to the prior share; {found.share.reason}."
         )
     if keys:
@@ -68,17 +69,27 @@ def predictions(found: Found, roles: dict[str, str], nearest: Measured | None, p
 
 
 def _in_probe(found: Found, name: str, role: str, nearest: Measured) -> Interval:
-    """Return the change of a domain in a probe with the chosen rate: that of the nearest probe, moved by what the choice of the
-    rate expects of the role."""
+    """Return the change of a domain in a probe with the chosen settings: that of the nearest probe, moved by what the choice of
+    the rate expects of the role, and by what the mixture expects between the two shares."""
     xs = nearest.losses[name][1]
-    change, error = xs[-1] - xs[0], 1.28 * found.errors.get(role, 0.0)
+    by_share = _by_share(found, name, nearest)
+    change, error = xs[-1] - xs[0] + by_share, 1.28 * found.errors.get(role, 0.0) + abs(by_share) / 2
     if found.rate is None:
         return change, change - error, change + error
     value, low, high = found.rate.gain if role == "new" else found.rate.forgetting
     sign = -1 if role == "new" else 1
     moved = change + sign * value - (nearest.change(role) or 0.0)
+    wider = abs(by_share) / 2
     ends = sorted((moved + sign * (low - value), moved + sign * (high - value)))
+    ends = [ends[0] - wider, ends[1] + wider]
     return moved, min(ends[0], moved - error), max(ends[1], moved + error)
+
+
+def _by_share(found: Found, name: str, nearest: Measured) -> float:
+    if found.share is None or found.replay is None or abs(found.replay - (nearest.probe.share or 0.0)) < SAME_SHARE:
+        return 0.0
+    chosen, measured = (found.share.expected(replay)[name] for replay in (found.replay, nearest.probe.share or 0.0))
+    return chosen - measured
 
 
 def record(found: Found, probes: Probes, recipe: Recipe, command: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,11 @@ def checks_of(chosen: ShareChoice, at: Measured, there: Measured) -> list[dict[s
             }
         )
     return found
+
+
+def rms(checks: list[dict[str, Any]]) -> float:
+    """Return by how much the mixture law misses true runs, root mean square in nats per token."""
+    return math.sqrt(sum((check["measured"] - check["predicted"]) ** 2 for check in checks) / len(checks))
 
 
 def missed(checks: list[dict[str, Any]]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from pretrain.advise.probes import Measured
 
 LENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the planned run
+FAR = 7.0  # times the measured area of the learning rate, above which a prediction comes with a warning
 MOST_EXTRAPOLATED = 30.0  # area of the learning rate, in those of the probes, beyond which the law is not used
 
 
@@ -29,6 +30,16 @@ class Length:
     refused: dict[str, str] = field(default_factory=dict)
     extrapolation: float = 0.0
     enough: int | None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        """Return a sentence where the law is used far outside of what was measured."""
+        if not self.changes or self.extrapolation <= FAR:
+            return []
+        return [
+            f"The learning rates of the planned run sum to {self.extrapolation:.0f} times what was measured: what is expected at "
+            "its length is a rough guess. A larger advise.budget has longer probes."
+        ]
 
     def record(self) -> dict[str, Any]:
         return asdict(self)

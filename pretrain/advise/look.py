@@ -14,7 +14,9 @@ MANY_EPOCHS = 4  # Muennighoff et al., arXiv:2305.16264
 OVERTRAINED = (
     1000  # tokens for each parameter; Springer et al., arXiv:2503.19206, saw more forgetting beyond some hundreds
 )
-CARD_TOKENS = re.compile(r"\b(\d+(?:[.,]\d+)?)\s*(T|B|trillion|billion)\b[\w\s-]{0,20}\btokens", re.IGNORECASE)
+CARD_TOKENS = re.compile(
+    r"\b(\d+(?:,\d{3})+|\d+(?:[.,]\d+)?)\s*(T|B|trillion|billion)\b[\w\s-]{0,20}\btokens", re.IGNORECASE
+)
 UNITS = {"t": 1e12, "trillion": 1e12, "b": 1e9, "billion": 1e9}
 
 
@@ -122,4 +124,9 @@ def card_tokens(folder: Path) -> float | None:
     except OSError:
         return None
     found = CARD_TOKENS.search(text)
-    return float(found[1].replace(",", ".")) * UNITS[found[2].lower()] if found else None
+    return float(_plain(found[1])) * UNITS[found[2].lower()] if found else None
+
+
+def _plain(number: str) -> str:
+    """Return a number without thousands separators and with a decimal point."""
+    return number.replace(",", "" if re.fullmatch(r"\d{1,3}(,\d{3})+", number) else ".")

@@ -1,8 +1,9 @@
 """The probes of ``task=advise``: ordinary runs, each a job of a sweep in ``probes/``, so that the same command does not repeat
-those that are finished."""
+those that are finished. Another model, tokenizer or text has another sweep."""
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 from collections.abc import Iterable, Sequence
@@ -34,6 +35,10 @@ NOT_OF_A_PROBE = (  # keys of the command that do not reach the probes, or that 
 )
 GROUPS_NOT_OF_A_PROBE = ("advise", "sweep", "generation", "merge", "stop_when", "sink")
 NUMBER = "{:.4g}"
+
+
+class ProbeFailed(UserError):
+    """A probe started and did not finish."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class Measured:
             "losses": {name: {"steps": xs, "losses": ys} for name, (xs, ys) in self.losses.items()},
             "cost": self.cost / planned.cost,
             "seconds": self.seconds,
-            "link": f"probes/{self.folder.name}/report.html",
+            "link": f"probes/{self.folder.parent.name}/{self.folder.name}/report.html",
         }
 
 
@@ -154,6 +159,7 @@ class Probes:
         allotment: How the budget is divided.
         spent: Cost of what was run and scored so far.
         measured: The finished probes by their words, in order.
+        without: Words that take away what the planned run has and a probe has not.
     """
 
     sweep: ProbeSweep
@@ -162,10 +168,11 @@ class Probes:
     allotment: Allotment
     spent: float = 0.0
     measured: dict[tuple[str, ...], Measured] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
     def overrides(self, probe: Probe) -> list[str]:
         """Return the words of the command of a probe."""
-        every = max(1, probe.steps // self.allotment.evaluations)
+        every = math.ceil(probe.steps / self.allotment.evaluations)
         own = {
             "task": "pretraining",
             "max_steps": probe.steps,
@@ -181,6 +188,10 @@ class Probes:
             "checkpoint.keep_best": "null",
             "checkpoint.push_to_hub": "null",
             "sink": "[jsonl,report]",
+            "evaluation.lm_eval.tasks": "[]",
+            "guard.nonfinite": "skip",  # a rate that diverges is a result, not a failure
+            "guard.max_skips_in_a_row": probe.steps,
+            "guard.spike": "ignore",
         }
         if probe.keeps_model:
             own["model.save_dtype"] = "float32"  # small changes would be lost in 16 bits
@@ -188,7 +199,7 @@ class Probes:
             own["replay.share"] = NUMBER.format(probe.share)
         mine = {*own, *(word.partition("=")[0] for word in probe.more)}
         shared = [word for word in self.words if word.partition("=")[0] not in mine]
-        return [*shared, *(f"{key}={value}" for key, value in own.items()), *probe.more]
+        return [*shared, *(f"{key}={value}" for key, value in own.items()), *self.without, *probe.more]
 
     def cost(self, probe: Probe) -> float:
         """Return the cost of a probe, with its evaluations, before it is run."""
@@ -213,7 +224,8 @@ class Probes:
 
         Raises:
             Stopped: A stop signal; the probe has saved.
-            UserError: The probe failed, or the budget has no room for it.
+            ProbeFailed: The probe failed.
+            UserError: The budget has no room for it.
         """
         words = self.overrides(probe)
         if known := self.measured.get(tuple(words)):
@@ -222,10 +234,10 @@ class Probes:
             raise UserError(f"the probe with {probe.name} does not fit in advise.budget any more")
         outcome = run_job(self.sweep, words)
         state = outcome.job.read()
-        if outcome.status == "failed":
-            raise UserError(f"the probe in {outcome.job.folder} failed: {state.get('error')}")
         cost = self.cost(probe)
         self.spent += cost
+        if outcome.status == "failed":
+            raise ProbeFailed(f"The probe with {probe.name} failed: {state.get('error')}")
         found = measured(outcome.job, probe, cost, state.get("seconds") or 0.0)
         self.measured[tuple(words)] = found
         shutil.rmtree(outcome.job.folder / "checkpoints", ignore_errors=True)  # they are as large as the run's own

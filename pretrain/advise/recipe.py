@@ -53,11 +53,22 @@ class Recipe:
         words = [f"{group}={_value(choice)}" for group, choice in self.choices.items()]
         return words + [quoted_word(f"{key}={_value(value)}", sweeping=False) for key, value in self.keys.items()]
 
+    def experiment_command(self, words: Sequence[str], folder: str) -> str | None:
+        """Return the command of the run with the experiment in ``folder``: without the user's words for the keys of the recipe,
+        which would win; ``None`` where the command has an experiment or a folder of configs already."""
+        if any(word == "--config-dir" or word.lstrip("+").startswith("experiment=") for word in words):
+            return None
+        return shlex.join(
+            ["python", "-m", "pretrain", *self._shared(words), "--config-dir", folder, "experiment=advised"]
+        )
+
     def command(self, words: Sequence[str]) -> str:
         """Return the command of the run; ``words`` are those of the user's command."""
+        return shlex.join(["python", "-m", "pretrain", *self._shared(words), *self.words])
+
+    def _shared(self, words: Sequence[str]) -> list[str]:
         own = {word.partition("=")[0] for word in self.words}
-        shared = [word for word in words if word.partition("=")[0] not in own]
-        return shlex.join(["python", "-m", "pretrain", *shared, *self.words])
+        return [word for word in words if word.partition("=")[0] not in own]
 
     def sentence(self) -> str:
         """Return the recipe and what is expected of it in one sentence."""

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 PROBED = (0.1, 0.9)  # shares of new text of the two probes
+UNCHECKED = 0.02  # nats per token by which true runs lie off the law of interpolated adapters, where none was compared
 LORA_LR = 10.0  # LoRA's learning rate compared with that of full fine-tuning
 
 
@@ -87,11 +88,13 @@ def choose(
     prior_replay: float,
     penalty: float,
     max_forgetting: float | None,
+    error: float = UNCHECKED,
 ) -> ShareChoice:
     """Choose the share of a run from the losses of adapters at several shares of new text.
 
     With ``max_forgetting``, a share whose expected forgetting in the probes is above it gives way to the smallest replay share
-    within it, if there is one.
+    within it, if there is one. ``error`` is by how much true runs miss the law (a standard deviation, nats per token): intervals
+    hold it too.
     """
     from pretrain.advise.laws import NotSupported
     from pretrain.advise.laws.mixture import choose_share, fit_domain
@@ -103,7 +106,7 @@ def choose(
         "roles": dict(roles),
     }
     try:
-        fits = {name: fit_domain(shares, ys) for name, ys in losses.items()}
+        fits = {name: fit_domain(shares, ys).widened(error) for name, ys in losses.items()}
     except NotSupported as refused:
         point = 1 - _best_point(given, 1 - prior_replay, penalty)
         found = ShareChoice(point, point, point, **given, reason=f"measured points; {refused.reason}")

@@ -30,7 +30,7 @@ def try_means(advising: Advising) -> list[dict[str, Any]]:
         result = attempt(advising, at, limit)
         if result is None:
             advising.found.notes.append(
-                f"Against forgetting, {name} was not tried: no room in the budget, or not possible."
+                f"Against forgetting, {name} was not tried: no room in the budget, not possible, or it failed."
             )
             continue
         tried.append(result)
@@ -49,7 +49,7 @@ def _lora(advising: Advising, at: Measured, limit: float) -> dict[str, Any] | No
     if not advising.can_add_lora or not advising.probes.fits(probe):
         return None
     found = _run(advising, replace(probe, keeps_model=False), "LoRA")
-    return found | {"keys": {"lr": lr}, "choices": {"transform": ["lora"]}}
+    return found and found | {"keys": {"lr": lr}, "choices": {"transform": ["lora"]}}
 
 
 def _kl(advising: Advising, at: Measured, limit: float) -> dict[str, Any] | None:
@@ -58,11 +58,13 @@ def _kl(advising: Advising, at: Measured, limit: float) -> dict[str, Any] | None
     if advising.config.objective_identity is not None or not advising.probes.fits(probe):
         return None
     found = _run(advising, probe, f"kl_to_base, weight {KL_WEIGHT:g}")
-    return found | {"keys": {"objective.weight": KL_WEIGHT}, "choices": {"objective": "kl_to_base"}}
+    return found and found | {"keys": {"objective.weight": KL_WEIGHT}, "choices": {"objective": "kl_to_base"}}
 
 
-def _run(advising: Advising, probe: Probe, name: str) -> dict[str, Any]:
-    run = advising.probes.run(probe)
+def _run(advising: Advising, probe: Probe, name: str) -> dict[str, Any] | None:
+    run = advising.attempt(probe)
+    if run is None:
+        return None
     errors = advising.found.errors
     changes = {}
     for domain, (_, ys) in run.losses.items():
@@ -115,13 +117,15 @@ def try_batches(advising: Advising) -> dict[str, Any] | None:
     at, found = advising.nearest(), advising.found
     if advising.devices < 2 or at is None:
         return None
-    probes = [_larger(advising, at.probe, factor) for factor in BATCHES if at.probe.steps // factor >= MIN_STEPS]
-    runs = [advising.probes.run(probe) for probe in probes if advising.probes.fits(probe)]
+    steps = at.probe.steps
+    factors = [factor for factor in BATCHES if steps // factor >= MIN_STEPS and steps % factor == 0]
+    probes = [_larger(advising, at.probe, factor) for factor in factors]
+    runs = [advising.attempt(probe) for probe in probes if advising.probes.fits(probe)]
     tokens = advising.planned.tokens_per_step
-    branches = [(tokens, _new_loss(at))]
-    branches += [(tokens * (at.probe.steps // run.probe.steps), _new_loss(run)) for run in runs if not run.diverged]
+    measured = [at, *(run for run in runs if run is not None and not run.diverged)]
+    branches = [(tokens * (steps // run.probe.steps), _new_loss(run)) for run in measured]
     try:
-        best = critical_batch([Branch(batch, [loss]) for batch, loss in branches])
+        best = critical_batch([Branch(batch, [loss], tokens * steps) for batch, loss in branches])
     except NotSupported as refused:
         found.notes.append(f"The batch of several devices: {refused.reason}.")
         return None

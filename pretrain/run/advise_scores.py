@@ -9,17 +9,19 @@ import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.config.schema import RunConfig
 from pretrain.distributed.rank_info import RankInfo
 from pretrain.run import build
 from pretrain.run.build_evaluation import build_evaluator
+from pretrain.runtime.out_of_memory import watched
 from pretrain.runtime.strict_json import read_json
 from pretrain.telemetry.run_file import write_json
 
 if TYPE_CHECKING:
-    from pretrain.config.schema import RunConfig
     from pretrain.run.prepare import Prepared
 
 
@@ -66,10 +68,13 @@ class ScoringModel:
     """A model in this process that scores the held-out documents of every domain."""
 
     def __init__(self, config: RunConfig, prepared: Prepared) -> None:
+        from pretrain.run.tasks import out_of_memory_explained
         from pretrain.strategy.engine import count_parameters
 
         world = build.build_world(config, RankInfo(), group=False)
-        self.engine = build.build_scorer(config, prepared, world)
+        self._explained = partial(out_of_memory_explained, RunConfig.of(config.plain | {"task": "evaluation"}), world)
+        with self._explained():
+            self.engine = build.build_scorer(config, prepared, world)
         self.evaluator = build_evaluator(config, replace(prepared, notices=()))
         self.parameters = count_parameters(self.engine.model)[0]
 
@@ -79,7 +84,7 @@ class ScoringModel:
         from pretrain.evaluation.perplexity import evaluating
 
         found = {}
-        with evaluating(self.engine.model):
+        with self._explained(), watched("evaluation"), evaluating(self.engine.model):
             for domain in self.evaluator.domains:
                 nats: list[float] = []
                 targets: list[int] = []

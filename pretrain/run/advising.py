@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,26 +13,26 @@ from typing import Any
 
 from pretrain.advise import rate, share
 from pretrain.advise.advice import recipe_of, record
-from pretrain.advise.budget import FORWARD, LORA, POINTS, Allotment, Planned, allot
-from pretrain.advise.found import Found, checks_of, missed
+from pretrain.advise.budget import FORWARD, LORA, Allotment, Planned, allot
+from pretrain.advise.found import Found
 from pretrain.advise.length import Length, predict
 from pretrain.advise.page import advice_page
-from pretrain.advise.probes import Measured, Probe, Probes, ProbeSweep, words_of_probes
+from pretrain.advise.probes import Measured, Probe, ProbeFailed, Probes, ProbeSweep, words_of_probes
 from pretrain.advise.recipe import Recipe
 from pretrain.config.schema import RunConfig
 from pretrain.optim.learning_rate import peak_lr
 from pretrain.optim.learning_rate import rate as learning_rate
 from pretrain.run.advise_look import look_at
 from pretrain.run.advise_means import try_batches, try_means
-from pretrain.run.advise_scores import ScoreCache, Scores, ScoringModel, losses_of
+from pretrain.run.advise_scores import ScoreCache, Scores, ScoringModel
+from pretrain.run.advise_share import check_share, choose_share
 from pretrain.run.prepare import Prepared, prepare
 from pretrain.runtime.console import notice
 from pretrain.runtime.errors import UserError
 from pretrain.runtime.files import own_folder, replace_file
+from pretrain.sweep.job import digest
 from pretrain.telemetry.record import json_safe
 from pretrain.telemetry.run_file import write_json
-
-MIN_PRIOR, DEFAULT_PRIOR = 0.02, 0.1  # replay share that is assumed before anything is measured
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,22 @@ class Advising:
         self.prior = 0.0  # learning rate around which others are tried
         self.rate_runs: list[Measured] = []
         self.domains = {name: role for name, role, _ in self.prepared.domains}
+        self._check_domains()
         self.planned = self._planned()
         self.allotment: Allotment = allot(self.planned, self.asked)
         self.probes = self._probes()
         self.cache = ScoreCache(folder / "scores.json", self._identity())
         self.base: dict[str, Scores] = {}
+        self.share_of: Callable[..., share.ShareChoice]  # chooses the share again, with other intervals
         self.config = self._scored_config()
+
+    def _check_domains(self) -> None:
+        """Raise ``UserError`` where probes would measure no gain."""
+        if {"lr", "share"} & set(self.asked.steps) and "new" not in self.domains.values():
+            raise UserError(
+                f"task=advise: dataset.held_out={self.config.plain['dataset'].get('held_out', 0):g}: no new text is held out, so "
+                "no probe can measure a gain; set a dataset.held_out above 0, for example 0.05"
+            )
 
     def _planned(self) -> Planned:
         config, prepared = self.config, self.prepared
@@ -89,7 +100,7 @@ class Advising:
     def _probes(self) -> Probes:
         words = [word for word in self.overrides if not word.lstrip("+").startswith("advise.predicted=")]
         sweep = ProbeSweep(
-            folder=self.folder / "probes",
+            folder=self.folder / "probes" / digest([json.dumps(self._identity(), sort_keys=True)]),
             keys=("lr", "replay.share", "transform", "objective", "gradient_accumulation_steps", "max_steps"),
             metric="new_loss",
             direction="minimize",
@@ -97,7 +108,9 @@ class Advising:
             began_at=time.time(),
             config_dir=self.config_dir,
         )
-        return Probes(sweep, self.words, self.planned, self.allotment)
+        own = self.config.plain["evaluation"]
+        without = tuple(f"~evaluation.{kind}.{name}" for kind in ("tasks", "questions") for name in own[kind])
+        return Probes(sweep, self.words, self.planned, self.allotment, without=without)
 
     def _scored_config(self) -> RunConfig:
         """Return the config of scores in this process: the text that the probes score, nothing else."""
@@ -138,19 +151,32 @@ class Advising:
         trains = self._first_probes()
         self.probes.check(trains, self.config_dir)
         if self.allotment.share_probes:
-            self._choose_share(trains[-2:])
+            choose_share(self, trains[-2:])
         elif "share" in steps:
             found.notes.append("There is no old text to replay, so the replay share was not tried.")
         if self.allotment.rates:
             self._choose_rate()
-        self._check_share()
+        check_share(self)
         if "length" in steps and (self.rate_runs or found.checks):
             found.length = self._length()
+            for line in found.length.warnings:
+                notice(f"WARNING: {line}")
+                found.notes.append(line)
         if "batch" in steps:
             found.batch = try_batches(self)
         if "means" in steps:
             found.means = try_means(self)
         return found
+
+    def attempt(self, probe: Probe) -> Measured | None:
+        """Run a probe; where it fails, note why and return ``None``: an advice without it is worth more than none."""
+        try:
+            return self.probes.run(probe)
+        except ProbeFailed as failed:
+            note = f"{failed}"
+            if note not in self.found.notes:
+                self.found.notes.append(note)
+            return None
 
     def nearest(self) -> Measured | None:
         """Return the full run whose settings are nearest to the chosen ones; ``None`` where there is none."""
@@ -175,12 +201,12 @@ class Advising:
         """Return probes whose settings are known from the start: one learning rate, and the two of the share."""
         found = []
         if self.allotment.rates:
-            found.append(self._full(self.found.lr, self.found.replay or None, "lr"))
+            found.append(self.full(self.found.lr, self.found.replay or None, "lr"))
         if self.allotment.share_probes:
             found += [self._lora(1 - share.PROBED[1]), self._lora(1 - share.PROBED[0])]
         return found
 
-    def _full(self, lr: float, replay: float | None, kind: str) -> Probe:
+    def full(self, lr: float, replay: float | None, kind: str) -> Probe:
         keeps = lr == self.prior or (kind == "lr" and self._merges())
         return Probe(
             kind, lr, replay, self.allotment.steps, self.planned.trained, tuple(self._repeats()), keeps_model=keeps
@@ -231,36 +257,12 @@ class Advising:
             return float(self.config.lr)
         return float(getattr(self.config.optimizer, "peak_lr", peak_lr)(parameters))
 
-    def _choose_share(self, probes: Sequence[Probe]) -> None:
-        runs = [self.probes.run(probe) for probe in probes]
-        if any(run.diverged for run in runs):
-            self.found.notes.append("A probe of the replay share diverged, so the share was not chosen.")
-            return
-        many_replay, little_replay = sorted(runs, key=lambda run: -(run.probe.share or 0.0))
-        shares = [share.PROBED[0] + (share.PROBED[1] - share.PROBED[0]) * i / (POINTS - 1) for i in range(POINTS)]
-        first = Weights(many_replay.folder.name, self._model_of(many_replay).weights())
-        scores = self.between(first, little_replay, [i / (POINTS - 1) for i in range(POINTS)])
-        prior = self.asked.prior_share or (self.config.replay.share if self.config.replay.share else DEFAULT_PRIOR)
-        chosen = share.choose(
-            [round(x, 6) for x in shares],
-            losses_of(scores),
-            {name: one.loss for name, one in self.base.items()},
-            {name: one.role for name, one in self.base.items()},
-            prior_replay=min(max(prior, MIN_PRIOR), 1 - MIN_PRIOR),
-            penalty=self.asked.penalty,
-            max_forgetting=self.asked.max_forgetting,
-        )
-        self.found.share = chosen
-        self.found.replay = round(chosen.replay, 2)
-        nearest = min(range(POINTS), key=lambda i: abs(shares[i] - (1 - chosen.replay)))
-        self.found.errors |= self._errors(scores[nearest])
-
     def between(self, first: Any, run: Measured, weights: Sequence[float]) -> list[dict[str, Scores]]:
         """Score (1 - weight) × first + weight × the model of ``run``; ``first`` are the weights in files of the same model."""
         names = [f"{first.name} → {run.folder.name}: {weight:g}" for weight in weights]
         known = [self.cache.get(name) for name in names]
         if not all(known):
-            scorer, files = self._scorer_of(run), self._model_of(run).weights()
+            scorer, files = self._scorer_of(run), self.model_of(run).weights()
             notice(f"scoring {len(weights)} models between {first.name} and {run.folder.name}")
             for i, (name, weight) in enumerate(zip(names, weights, strict=True)):
                 known[i] = self.cache.put(name, scorer.between(first.files, files, weight))
@@ -272,22 +274,25 @@ class Advising:
 
     def base_is_readable(self, run: Measured) -> bool:
         """Return whether the files of the base model have the names that ``run`` exports; some architectures convert them."""
-        return bool(self.prepared.model.weights().keys() >= self._model_of(run).weights().keys())
+        return bool(self.prepared.model.weights().keys() >= self.model_of(run).weights().keys())
+
+    def weights_of(self, run: Measured) -> Weights:
+        return Weights(run.folder.name, self.model_of(run).weights())
 
     def base_files(self) -> Weights:
         return Weights("the base model", self.prepared.model.weights())
 
     def _scorer_of(self, run: Measured) -> ScoringModel:
         """Return a scorer with the model of a probe: that of the command with other weights."""
-        return ScoringModel(self._config_of(run), replace(self.prepared, model=self._model_of(run), transforms=()))
+        return ScoringModel(self._config_of(run), replace(self.prepared, model=self.model_of(run), transforms=()))
 
     def _config_of(self, run: Measured) -> RunConfig:
         return RunConfig.of(self.config.plain | {"transform": {}})
 
-    def _model_of(self, run: Measured) -> Any:
+    def model_of(self, run: Measured) -> Any:
         return replace(self.prepared.model, name_or_path=str(run.folder / "model"), tokenizer_name=None)
 
-    def _errors(self, scores: dict[str, Scores]) -> dict[str, float]:
+    def errors_of(self, scores: dict[str, Scores]) -> dict[str, float]:
         """Return the standard error of the mean change of each role from the base model."""
         found = {}
         for role in ("new", "base"):
@@ -299,12 +304,15 @@ class Advising:
     def _choose_rate(self) -> None:
         rates = rate.rates_around(self.prior, self.allotment.rates)
         replay = self.found.replay
-        self.probes.check([self._full(lr, replay, "lr") for lr in rates], self.config_dir)
-        runs = self.rate_runs = [self.probes.run(self._full(lr, replay, "lr")) for lr in rates]
+        self.probes.check([self.full(lr, replay, "lr") for lr in rates], self.config_dir)
+        tried = [self.attempt(self.full(lr, replay, "lr")) for lr in rates]
+        runs = self.rate_runs = [run for run in tried if run is not None]
+        if not runs:
+            raise UserError(f"task=advise: no probe of a learning rate has finished: {self.found.notes[-1]}")
         errors = self.found.errors
         if not errors:
             kept = next((run for run in runs if run.probe.keeps_model and not run.diverged), None)
-            errors = {} if kept is None else self._errors(self._scores_of(kept))
+            errors = {} if kept is None else self.errors_of(self._scores_of(kept))
             self.found.errors |= errors
         self.found.rate = rate.choose(
             runs,
@@ -327,51 +335,10 @@ class Advising:
         """Return whether the models of the learning rates may be merged with the base model."""
         return "means" in self.asked.steps and self.asked.max_forgetting is not None
 
-    def _check_share(self) -> None:
-        """Compare what the mixture law says of two shares with true runs at them, and take more old text where too much is
-        forgotten."""
-        chosen, found = self.found.share, self.found
-        if chosen is None or found.replay is None or not self.allotment.checks:
-            return
-        at = self._nearest_run()
-        others = [
-            r for r in (min(0.9, found.replay + 0.3), max(0.0, found.replay - 0.1)) if abs(r - found.replay) > 0.02
-        ]
-        for other in others[: self.allotment.checks]:
-            probe = self._full(at.probe.lr, round(other, 2), "check")
-            if not self.probes.fits(probe):
-                found.notes.append(f"The budget had no room for the check of the replay share {other:.0%}.")
-                return
-            there = self.probes.run(probe)
-            if not there.diverged:
-                found.checks += checks_of(chosen, at, there)
-                found.notes += missed(found.checks)
-                self._within_limit(at, there)
 
-    def _nearest_run(self) -> Measured:
-        """Return the run at the chosen share whose rate is nearest to the chosen one; it is made where there is none."""
-        known = [run for run in self.rate_runs if not run.diverged]
-        if known:
-            return min(known, key=lambda run: abs(math.log(run.probe.lr / self.found.lr)))
-        return self.probes.run(self._full(self.found.lr, self.found.replay, "check"))
-
-    def _within_limit(self, at: Measured, there: Measured) -> None:
-        """Take the replay share between two runs at which forgetting reaches the limit, if it is above it in the first alone."""
-        limit = self.asked.max_forgetting
-        if limit is None or not there.forgetting <= limit < at.forgetting:
-            return
-        first, second = at.probe.share or 0.0, there.probe.share or 0.0
-        part = (at.forgetting - limit) / (at.forgetting - there.forgetting)
-        self.found.replay = round(first + part * (second - first), 2)
-        self.found.notes.append(
-            f"At {first:.0%} old text a probe forgot {at.forgetting:.3f} nats per token, at {second:.0%} {there.forgetting:.3f}; "
-            f"{self.found.replay:.0%} lies where advise.max_forgetting={limit:g} is reached."
-        )
-
-
-def write(advising: Advising, found: Found) -> tuple[Recipe, str]:
-    """Write advice.json, advice.html and experiment/advised.yaml into the folder of an advice. Return the recipe and the command
-    of the run."""
+def write(advising: Advising, found: Found) -> tuple[Recipe, list[str]]:
+    """Write advice.json, advice.html and experiment/advised.yaml into the folder of an advice. Return the recipe and the
+    commands of the run: with its words, and with the experiment."""
     folder = advising.folder
     nearest = advising.nearest()
     if advising.probes.measured:
@@ -385,4 +352,5 @@ def write(advising: Advising, found: Found) -> tuple[Recipe, str]:
     write_json(folder / "advice.json", content)
     replace_file(folder / "advice.html", advice_page(content, title=f"Advice: {advising.config.name}"))
     replace_file(own_folder(folder / "experiment") / "advised.yaml", recipe.yaml(command))
-    return recipe, command
+    other = recipe.experiment_command([*config_dir, *kept], str(folder))
+    return recipe, [command] if other is None else [command, other]

@@ -368,10 +368,10 @@ def advise(
     claimed = claim(config.output_dir, foreign=True)
     folder = claimed.path
     advising = Advising(config, overrides, folder, devices=devices, config_dir=config_dir)
-    recipe, command = write(advising, advising.run())
+    recipe, commands = write(advising, advising.run())
     print(recipe.sentence())
-    print(f"{'run it':<12}{command}")
-    print(f"{'or':<12}the same command with --config-dir {folder} experiment=advised in place of task=advise")
+    for label, command in zip(("run it", "or"), commands, strict=False):
+        print(f"{label:<12}{command}")
     print(f"{'advice':<12}{folder / 'advice.html'}")
     claimed.lock.release()  # held until here: two commands would make the same probes
     return 0

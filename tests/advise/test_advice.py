@@ -34,6 +34,10 @@ def test_the_sentence_and_the_command():
         "python -m pretrain dataset=local 'dataset.nameOrPath=a b/' batch_size=4 objective=kl_to_base lr=0.0003 "
         "replay.share=0.15 max_steps=200"
     )
+    assert RECIPE.experiment_command(words, "my advice") == (
+        "python -m pretrain dataset=local 'dataset.nameOrPath=a b/' batch_size=4 --config-dir 'my advice' experiment=advised"
+    ), "words of the command line would win over the experiment"
+    assert RECIPE.experiment_command(["experiment=means"], "x") is None
     better = Recipe({}, {}, [], {"english": Prediction("base", (-0.1, -0.2, 0.0), 8, "probe")})
     assert better.sentence().endswith("gains 0.10 (-0.00 to 0.20) nats per token on english in the 8 steps of a probe.")
     assert Recipe({}, {}, []).sentence() == "Use the command as it is."

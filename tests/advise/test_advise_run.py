@@ -29,6 +29,7 @@ def test_mistakes_end_with_one_line(words, command, tmp_path):
         (["max_steps=100", "advise.steps=[rates]"], "input should be 'look', 'lr', 'share'"),
         (["max_steps=100", "advise.steps=[means]"], "read the runs of the other steps; add lr or share"),
         (["max_steps=100", "advise.bugdet=1"], "did you mean 'budget'"),
+        (["max_steps=100", "dataset.held_out=0"], "dataset.held_out=0: no new text is held out"),
         (["max_steps=100", "model=scratch"], "starts from random weights, which can't forget"),
     ):
         code, _, err = command(["task=advise", *words, *more, f"output_dir={tmp_path / 'advice'}"])
@@ -57,6 +58,18 @@ def test_a_look(words, command, tmp_path):
 
 
 @pytest.mark.slow
+def test_rates_that_diverge(words, command, tmp_path):
+    """Do not end the advice, nor does a benchmark that the budget does not count reach the probes."""
+    (tmp_path / "own.jsonl").write_text('{"question": "a", "choices": ["b", "c"], "answer": 0}\n')
+    asked = ["task=advise", *words, "max_steps=60", "advise.budget=6", "advise.probe_steps=12", "advise.rates=3"]
+    asked += ["lr=3e20", "advise.steps=[lr]", f"+evaluation.questions.own={tmp_path / 'own.jsonl'}"]
+    code, _, err = command([*asked, f"output_dir={tmp_path / 'advice'}"])
+    assert code == 2
+    assert "every learning rate that was tried diverged; set a smaller lr" in err, err
+    assert "own" not in (next((tmp_path / "advice/probes").glob("*/*/config.yaml"))).read_text()
+
+
+@pytest.mark.slow
 def test_a_whole_advice_that_is_killed(words, spawn, command, tmp_path):
     """Killed in a probe, continued by the same command; the experiment runs and its report compares."""
     asked = [
@@ -70,12 +83,12 @@ def test_a_whole_advice_that_is_killed(words, spawn, command, tmp_path):
     asked.append(f"output_dir={tmp_path / 'advice'}")
     process = spawn(asked)
     deadline = time.monotonic() + 240
-    while len([*(tmp_path / "advice/probes").glob("*/run.json")]) < 2 and time.monotonic() < deadline:
+    while len([*(tmp_path / "advice/probes").glob("*/*/run.json")]) < 2 and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    first = next(iter(sorted((tmp_path / "advice/probes").glob("*/run.json"), key=lambda f: f.stat().st_mtime)))
+    first = next(iter(sorted((tmp_path / "advice/probes").glob("*/*/run.json"), key=lambda f: f.stat().st_mtime)))
     written = first.stat().st_mtime_ns
     code, out, err = command(asked)
     assert code == 0, err
@@ -85,7 +98,7 @@ def test_a_whole_advice_that_is_killed(words, spawn, command, tmp_path):
     assert {run["kind"] for run in advice["probes"]} >= {"share", "lr"}
     assert [word.partition("=")[0] for word in advice["overrides"]] == ["lr", "replay.share", "max_steps"]
     assert advice["command"] in out
-    assert not [*(tmp_path / "advice/probes").glob("*/checkpoints")]
+    assert not [*(tmp_path / "advice/probes").glob("*/*/checkpoints")]
     run = ["--config-dir", str(tmp_path / "advice"), *words, "experiment=advised", f"output_dir={tmp_path / 'run'}"]
     run = [word for word in run if word != "lr=3e-3"]
     code, _, err = command(run)

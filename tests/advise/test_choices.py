@@ -2,14 +2,17 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pretrain.advise import rate, share
-from pretrain.advise.found import checks_of, missed
+from pretrain.advise.advice import predictions
+from pretrain.advise.budget import Allotment, Planned
+from pretrain.advise.found import Found, checks_of, missed, rms
 from pretrain.advise.length import Length, _enough
 from pretrain.advise.look import DomainLook, Look, card_tokens, warnings_of
-from pretrain.advise.probes import Measured, Probe, words_of_probes
+from pretrain.advise.probes import Measured, Probe, Probes, words_of_probes
 from pretrain.runtime.errors import UserError
 
 SHARES = [round(0.1 * i, 1) for i in range(1, 10)]
@@ -102,6 +105,61 @@ def test_a_check_compares_differences():
     assert new["predicted"] == pytest.approx(2 * math.exp(-1.5) - 2 * math.exp(-2.7), abs=0.02)
 
 
+def test_intervals_of_the_share_hold_what_true_runs_miss():
+    def half(found):
+        _, value, low, high = found.curves["es"][16]
+        assert low < value < high
+        return (high - low) / 2
+
+    assert half(chosen(error=0.0)) < 0.005
+    assert half(chosen()) == pytest.approx(1.28 * 0.02, rel=0.2)
+    assert half(chosen(error=0.1)) == pytest.approx(1.28 * 0.1, rel=0.2)
+    assert chosen(error=0.1).replay == chosen().replay
+    assert rms([{"predicted": 0.1, "measured": 0.4}, {"predicted": 0.5, "measured": 0.1}]) == pytest.approx(0.125**0.5)
+
+
+def test_a_moved_share_moves_the_prediction():
+    found = Found(share=chosen(), lr=1e-3, replay=0.5, errors={"new": 0.01, "base": 0.01})
+    allotment = Planned(100, 10, {}), Allotment(8, 4, 2, 1, 4, 100, 1.0, 2.0)
+    probes = SimpleNamespace(planned=allotment[0], allotment=allotment[1])
+    at = run(1e-3, 0.3, 0.8, 0.2)
+    moved = predictions(found, ROLES, at, probes)
+    step = 2 * (math.exp(-1.5) - math.exp(-2.1))
+    value, low, high = moved["es"].change
+    assert value == pytest.approx(-0.8 + step, abs=0.01)
+    assert high - low == pytest.approx(2 * (0.0128 + step / 2), abs=0.01)
+    found.replay = 0.3
+    assert predictions(found, ROLES, at, probes)["es"].change[0] == pytest.approx(-0.8)
+
+
+def test_a_far_prediction_comes_with_a_warning():
+    given = [100], {"es": [(-1.0, -1.1, -0.9)]}
+    assert Length(*given, extrapolation=7.0).warnings == []
+    assert (
+        Length(*given, extrapolation=12.0)
+        .warnings[0]
+        .startswith("The learning rates of the planned run sum to 12 times")
+    )
+    assert Length([100], {}, extrapolation=40.0).warnings == []
+
+
+def test_a_probe_measures_and_does_not_stop():
+    """A rate that diverges is a result, and what the budget does not count is not done."""
+    allotment = Allotment(10, 4, 2, 1, 4, 100, 1.0, 2.0)
+    probes = Probes(
+        None, ["guard.nonfinite=stop"], Planned(100, 10, {}), allotment, without=("~evaluation.questions.a",)
+    )
+    words = probes.overrides(Probe("lr", 1e-3, None, 10))
+    expected = {
+        "guard.nonfinite=skip",
+        "guard.max_skips_in_a_row=10",
+        "guard.spike=ignore",
+        "evaluation.lm_eval.tasks=[]",
+    }
+    assert expected | {"~evaluation.questions.a", "evaluate_every=3"} <= set(words)
+    assert "guard.nonfinite=stop" not in words
+
+
 def test_a_law_that_misses_true_runs_is_reported():
     close, far = ({"predicted": 0.1, "measured": m} for m in (0.12, -0.1))
     assert missed([close]) == []
@@ -152,6 +210,10 @@ def test_a_model_card(tmp_path):
     assert card_tokens(tmp_path) == 11e12
     (tmp_path / "README.md").write_text("Trained on 300B high-quality tokens")
     assert card_tokens(tmp_path) == 300e9
+    (tmp_path / "README.md").write_text("Trained on 1,000B tokens")
+    assert card_tokens(tmp_path) == 1e12
+    (tmp_path / "README.md").write_text("Trained on 1,5 trillion tokens")
+    assert card_tokens(tmp_path) == 1.5e12
     (tmp_path / "README.md").write_text("It has 4096 tokens of context and 7B parameters")
     assert card_tokens(tmp_path) is None
 

@@ -25,14 +25,16 @@ class Advising:
         self.at, self.tried, self.measured = run(1e-3, 0.3, 0.8, 0.4), [], measured
         self.at = replace(self.at, probe=replace(self.at.probe, steps=40))
         self.probes = SimpleNamespace(
-            fits=lambda probe: room, run=self._run, spent=0.0, allotment=SimpleNamespace(budget=1e9 if room else 0.0)
+            fits=lambda probe: room, spent=0.0, allotment=SimpleNamespace(budget=1e9 if room else 0.0)
         )
 
     def nearest(self):
         return self.at
 
-    def _run(self, probe) -> Measured:
+    def attempt(self, probe) -> Measured | None:
         self.tried.append(probe)
+        if probe.more[0] not in self.measured:
+            return None
         found = run(probe.lr, probe.share, *self.measured[probe.more[0]])
         return replace(found, probe=probe)
 
@@ -61,6 +63,16 @@ def test_the_next_is_tried():
     assert [one["chosen"] for one in try_means(none)] == [False, False]
     assert none.found.notes[-1].startswith("Nothing that was tried keeps forgetting within advise.max_forgetting=0.1")
     assert try_means(Advising({}, room=False)) == []
+
+
+def test_a_failed_probe_is_passed_over():
+    found = try_means(Advising({"objective=kl_to_base": (0.4, 0.09)}))
+    assert [one["choices"] for one in found] == [{"objective": "kl_to_base"}]
+    assert try_batches(Advising({}, devices=4)) is None
+    odd = Advising({"gradient_accumulation_steps=4": (0.8, 0.4)}, devices=4)
+    odd.at = replace(odd.at, probe=replace(odd.at.probe, steps=42))
+    assert try_batches(odd)["batch"] == 1024
+    assert [probe.steps for probe in odd.tried] == [21], "10 steps of 4 times the batch are not as many tokens"
 
 
 def test_batches_are_compared_at_equal_tokens():

@@ -20,7 +20,7 @@ Three changes, because the pretraining of a downloaded model is not known and it
 An area is a sum over optimizer steps, so every curve of a fit has one batch size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -33,7 +33,6 @@ MEMORY = 0.999  # λ
 LEAST_CURVES, LEAST_POINTS = 2, 10  # five constants
 SPEED = (-3.0, 7.0)  # range of log(E · reach): from a straight line to a step within the first thousandth
 POWER = (-3.0, 1.5)  # range of log β
-DRAWS = 200
 SMALL = 1e-4  # nats; below it an error is one of the grid
 ALIKE = 2.4  # errors correlated by more than 0.41; 36 of plain noise reach 0.34
 FORM = 0.02  # of the change of the loss: a larger residual of errors that are alike is another curve than the law
@@ -102,34 +101,6 @@ class DynamicsFit:
     def extrapolation(self, lrs: Sequence[float]) -> float:
         """Return the forward area of `lrs` in parts of the largest one that was fitted. Above 1 the law is extrapolated."""
         return float(areas(lrs)[-1, 0] / self.reach)
-
-    def marginal_gain(
-        self,
-        schedule: Callable[[int], Sequence[float]],
-        lengths: Sequence[int],
-        tokens_per_step: int,
-        limit: float,
-    ) -> tuple[int, int, int] | None:
-        """Return the first of `lengths` from which longer runs gain less than `limit`, as (steps, low, high).
-
-        Args:
-            schedule: the learning rates of a run of a number of steps, with its own warm-up and decay.
-            lengths: numbers of steps to compare, increasing; the gain per token is taken between neighbours.
-            tokens_per_step: tokens of an optimizer step.
-            limit: gain (fall of the loss) per token, nats.
-        Returns:
-            None if the last length still gains more. low and high bound 80 % of the law's uncertainty.
-        """
-        ends = self._ends([schedule(length) for length in lengths])
-        tokens = np.diff(np.asarray(lengths, dtype=np.float64)) * tokens_per_step
-        curves = np.concatenate([self.law.curve(ends)[None], self.law.draws(ends, DRAWS)])
-        enough = -np.diff(curves, axis=1) / tokens < limit
-        place = np.where(enough.any(1), np.argmax(enough, axis=1), len(lengths) - 1)
-        if not enough[0].any():
-            return None
-        low, high = np.quantile(place, [0.1, 0.9], method="nearest")
-        first = place[0]
-        return lengths[first], lengths[min(first, low)], lengths[max(first, high)]
 
     def _ends(self, schedules: Sequence[Sequence[float]]) -> np.ndarray:
         """Areas at the end of each schedule, [n, 2], in the units of the fit."""

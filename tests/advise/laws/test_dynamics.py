@@ -95,20 +95,6 @@ def test_curves_that_follow_another_law_widen_the_interval():
     assert widths[1] > 0.04 > 5 * widths[0]
 
 
-def test_where_the_gain_per_token_falls_under_a_limit():
-    def constant(steps: int) -> list[float]:
-        return [1e-3] * steps
-
-    fit = fit_dynamics(runs((3.0, 0.0, -0.8, 40.0, 0.5)))
-    lengths = [50 * 2**i for i in range(8)]
-    losses = [law((3.0, 0.0, -0.8, 40.0, 0.5), constant(n)) for n in lengths]
-    gains = -np.diff(losses) / (np.diff(lengths) * 1000)
-    found = fit.marginal_gain(constant, lengths, 1000, limit=math.sqrt(gains[3] * gains[4]))
-    assert found == (lengths[4], lengths[4], lengths[4])  # gains[4], of 800 to 1600 steps, is the first under the limit
-    assert fit.marginal_gain(constant, lengths, 1000, limit=gains[-1] / 2) is None
-    assert fit.marginal_gain(constant, lengths, 1000, limit=1.0)[0] == 50
-
-
 def test_a_schedule_with_decay_needs_a_run_with_decay():
     at = np.arange(0, 101, 10)
     flat = [Curve([peak] * 100, at, law(NEW, [peak] * 100, at)) for peak in (1e-3, 2e-3)]
