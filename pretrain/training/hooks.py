@@ -40,7 +40,7 @@ class Hooks:
         self._engine = engine
         for hook in self._hooks.values():
             hook.setup(engine)
-        self._plain_values()  # a state that can't be saved ends the run before it trains
+        _plain_values(self._states())  # a state that can't be saved ends the run before it trains
 
     def after_step(self, state: TrainState, engine: Engine) -> None:
         for hook in self._hooks.values():
@@ -55,21 +55,27 @@ class Hooks:
             )  # a trusted hook may lack the base class
         return found
 
-    def added_to(self, engine_state: dict[str, Any]) -> dict[str, Any]:
-        """Return the state of the engine with the tensors of the hooks. This is a collective."""
-        if not self._hooks:
-            return engine_state
-        shards, manifest = pack(self._tensors(), world=self._world, rank_local=self._rank_local)
-        return engine_state | {"hook": shards, "tensors": engine_state["tensors"] | {"hook": manifest}}
-
-    def values(self) -> dict[str, dict[str, Any]]:
-        """Return copies of the plain values of each hook's state. This is a collective.
+    def added_to(self, engine_state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return as ``engine`` the state of the engine with the tensors of the hooks, and as ``hooks`` copies of the hooks' plain
+        values. This is a collective.
 
         Raises ``UserError`` if JSON can't represent a value, or if ranks have different ones.
         """
         if not self._hooks:
-            return {}
-        every = self._world.all_gather_object(self._plain_values)
+            return {"engine": engine_state, "hooks": {}}
+        states = self._states()
+        values = self._equal_values(states)
+        tensors = {f"{n}/{key}": t for n, state in states.items() for key, t in state.items() if isinstance(t, Tensor)}
+        shards, manifest = pack(tensors, world=self._world, rank_local=self._rank_local)
+        described = {"hook": shards, "tensors": engine_state["tensors"] | {"hook": manifest}}
+        return {"engine": engine_state | described, "hooks": values}
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        """Return the state of each hook. This may be a collective, which gathers every weight."""
+        return {name: hook.state_dict() for name, hook in self._hooks.items()}
+
+    def _equal_values(self, states: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        every = self._world.all_gather_object(lambda: _plain_values(states))
         for values in every[1:]:
             if differing := sorted(name for name in every[0] if values[name] != every[0][name]):
                 raise UserError(
@@ -77,20 +83,6 @@ class Hooks:
                     "may differ"
                 )
         return {name: json.loads(text) for name, text in every[0].items()}
-
-    def _plain_values(self) -> dict[str, str]:
-        """Return the plain values of each hook's state as JSON, so that later changes of them are not saved."""
-        found = {}
-        for name, hook in self._hooks.items():
-            values = {key: value for key, value in hook.state_dict().items() if not isinstance(value, Tensor)}
-            try:
-                found[name] = json.dumps(values)
-            except (TypeError, ValueError) as error:
-                raise UserError(
-                    f"hook {name}: its state can't be saved in a checkpoint: {error}; a state is flat: tensors and plain JSON "
-                    "values, no tensors inside of mappings or lists"
-                ) from None
-        return found
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore the hooks from the state of a checkpoint. A hook that the checkpoint does not have starts anew.
@@ -113,10 +105,16 @@ class Hooks:
                 restore(files, like=prefixed, world=self._world, prefix=f"{name}/")
                 hook.load_state_dict(saved["hooks"].get(name, {}) | tensors)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{name}/{key}": value
-            for name, hook in self._hooks.items()
-            for key, value in hook.state_dict().items()
-            if isinstance(value, Tensor)
-        }
+
+def _plain_values(states: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """Return the plain values of each hook's state as JSON, so that later changes of them are not saved."""
+    found = {}
+    for name, state in states.items():
+        try:
+            found[name] = json.dumps({key: value for key, value in state.items() if not isinstance(value, Tensor)})
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"hook {name}: its state can't be saved in a checkpoint: {error}; a state is flat: tensors and plain JSON "
+                "values, no tensors inside of mappings or lists"
+            ) from None
+    return found

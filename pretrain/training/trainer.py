@@ -253,8 +253,7 @@ class Trainer:
         if self.guard.policy.replicas == "stop":
             check_replicas(self.engine, self.state.step)
         state = {
-            "engine": self.hooks.added_to(self.engine.state_dict()),
-            "hooks": self.hooks.values(),
+            **self.hooks.added_to(self.engine.state_dict()),
             "loader": self.loader.state_dict(),
             "guard": self.guard.state_dict(),
             "rng": self.world.gather_object(rng_state),  # rank 0 writes it

@@ -96,23 +96,50 @@ def test_what_is_saved_does_not_change_later(loop):
     trainer, _, _ = loop(hooks={"ema": hook})
     trainer.start()
     hook.seen.append(1)
-    values = trainer.hooks.values()
+    saved = trainer.hooks.added_to(trainer.engine.state_dict())
     hook.seen.append(2)
-    assert values == {"ema": {"seen": [1]}}
+    assert saved["hooks"] == {"ema": {"seen": [1]}}
+
+
+def test_one_save_asks_for_the_state_once(loop):
+    """It may be a collective that gathers every weight, so no other collective runs around it."""
+    called, inside = [], []
+
+    class Counting(Average):
+        def state_dict(self):
+            called.append(1)
+            return super().state_dict()
+
+    trainer, _, _ = loop(hooks={"ema": Counting()})
+    trainer.start()
+
+    def gathered(work):
+        before = len(called)
+        found = [work()]
+        inside.append(len(called) - before)
+        return found
+
+    trainer.hooks._world = SimpleNamespace(rank=0, size=1, is_main=True, all_gather_object=gathered)
+    called.clear()
+    trainer.hooks.added_to(trainer.engine.state_dict())
+    assert (len(called), inside) == (1, [0])
 
 
 def test_plain_values_that_can_not_be_saved(loop):
     hook = Average()
     trainer, _, _ = loop(hooks={"ema": hook})
     trainer.start()
+    engine_state = trainer.engine.state_dict()
     hook.seen = {1, 2}
     with pytest.raises(UserError, match=r"hook ema: its state can't be saved in a checkpoint: .*set is not JSON"):
-        trainer.hooks.values()
+        trainer.hooks.added_to(engine_state)
     hook.seen = [1]
     theirs = {"ema": '{"seen": [2]}'}
-    trainer.hooks._world = SimpleNamespace(all_gather_object=lambda work: [work(), theirs])
+    trainer.hooks._world = SimpleNamespace(
+        rank=0, size=1, is_main=True, all_gather_object=lambda work: [work(), theirs]
+    )
     with pytest.raises(UserError, match="hook ema: the plain values of its state differ between ranks"):
-        trainer.hooks.values()
+        trainer.hooks.added_to(engine_state)
 
 
 def test_checkpoints_without_a_fingerprint_are_not_begun(loop):
