@@ -245,10 +245,10 @@ class Probes:
 
 
 def measured(job: SweepJob, probe: Probe, cost: float, seconds: float) -> Measured:
-    """Read what a finished probe has measured. A probe whose losses are not all finite has none."""
+    """Read what a finished probe has measured. It is nothing if a loss is not finite or half of the steps were not trained."""
     losses: dict[str, tuple[list[int], list[float]]] = {}
     roles = {}
-    finite = True
+    finite = 2 * _skipped_steps(job.folder) < probe.steps
     for record in records_of(job.folder / "metrics.jsonl", "evaluation"):
         steps, values = losses.setdefault(record["domain"], ([], []))
         roles[record["domain"]] = record["role"]
@@ -270,3 +270,9 @@ def measured(job: SweepJob, probe: Probe, cost: float, seconds: float) -> Measur
         cost,
         seconds,
     )
+
+
+def _skipped_steps(folder: Path) -> int:
+    """Return the number of steps of a run whose gradients were not finite, so that they were not trained."""
+    file = folder / "quarantine.jsonl"
+    return len(file.read_bytes().splitlines()) if file.exists() else 0
