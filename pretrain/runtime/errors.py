@@ -35,7 +35,7 @@ def one_line(error: BaseException, *, lines: int | None = 1) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest known name, or the list of known names when none is near."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, cutoff=0.8) or difflib.get_close_matches(name, names, cutoff=0.5)
     if near:
         return "; did you mean " + " or ".join(repr(n) for n in near) + "?"
     return "; allowed: " + ", ".join(names) if names else ""

@@ -158,7 +158,7 @@ def test_the_script_does_not_write_into_a_table_being_written(sweep, monkeypatch
     from pretrain.tools import report
 
     table.write(sweep, **FACTS)
-    monkeypatch.setattr(report, "write", lambda path, text: lock_of(sweep, "table.lock", wait=False))
+    monkeypatch.setattr(report, "write_page", lambda path, text: lock_of(sweep, "table.lock", wait=False))
     assert report.write_report([sweep], None) is None, "it holds the lock while it writes"
 
 
