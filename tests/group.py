@@ -30,6 +30,7 @@ def together(work, *given, folder, size=2) -> list:
             answers.append(answer.recv())
         except EOFError:
             answers.append((False, f"no answer, exit code {child.exitcode}"))
+    for child in children:  # only now: each waits until all answers, which may be larger than a pipe, are read
         child.join()
     for rank, (done, answer) in enumerate(answers):
         assert done, f"rank {rank}: {answer}"
