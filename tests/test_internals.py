@@ -295,12 +295,11 @@ def test_datasets(tmp_path):
 def test_deepspeed_has_what_is_used_of_it():
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.compiler import compile as compiled
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Stage2
     from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
 
-    from pretrain.strategy.deepspeed_internals import ZeroOptimizer, disable_compilation
+    from pretrain.strategy.deepspeed_internals import disable_compilation
 
     for stage, names in (
         (Stage2, "scaled_global_norm _lazy_init_hp_params_optimizer_state"),
@@ -326,6 +325,13 @@ def test_deepspeed_has_what_is_used_of_it():
     assert list(inspect.signature(fragment_address).parameters) == ["numel", "start"], "of a rank's part of a parameter"
     assert callable(compiled), "replaced by disable_compilation"
     disable_compilation()
+
+
+def test_deepspeed_s_loss_scale_is_read_and_restored():
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    from pretrain.strategy.deepspeed_internals import ZeroOptimizer
 
     def zero_of(scale):
         scaler = DynamicLossScaler(scale, scale_window=2, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False)
