@@ -139,7 +139,7 @@ class Advising:
         """
         steps, found = self.asked.steps, self.found
         self._score_base()
-        parameters = self._parameters()
+        parameters = int(self.prepared.model.num_parameters())
         found.lr = self.prior = self._prior_lr(parameters)
         if "look" in steps:
             found.look = look_at(
@@ -249,9 +249,6 @@ class Advising:
         """Count the cost of scores, also of those that an earlier command has made."""
         self.probes.spent += FORWARD * sum(one.tokens for one in scores.values())
 
-    def _parameters(self) -> int:
-        return int(self.prepared.model.num_parameters())
-
     def _prior_lr(self, parameters: int) -> float:
         if self.config.lr != "auto":
             return float(self.config.lr)
@@ -284,10 +281,8 @@ class Advising:
 
     def _scorer_of(self, run: Measured) -> ScoringModel:
         """Return a scorer with the model of a probe: that of the command with other weights."""
-        return ScoringModel(self._config_of(run), replace(self.prepared, model=self.model_of(run), transforms=()))
-
-    def _config_of(self, run: Measured) -> RunConfig:
-        return RunConfig.of(self.config.plain | {"transform": {}})
+        config = RunConfig.of(self.config.plain | {"transform": {}})
+        return ScoringModel(config, replace(self.prepared, model=self.model_of(run), transforms=()))
 
     def model_of(self, run: Measured) -> Any:
         return replace(self.prepared.model, name_or_path=str(run.folder / "model"), tokenizer_name=None)
